@@ -1,0 +1,1 @@
+"""Scripts that draw the demo pictures, train the demo model on them and check it."""

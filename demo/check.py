@@ -1,0 +1,198 @@
+"""Checks the demo model: renders combinations and reads shape and colours from the pixels.
+
+Run from the root of the repository:
+
+    python -m demo.check                                  # the shipped weights
+    python -m demo.check --count 200 --scheduler euler    # more pictures, another sampler
+
+The reader measures the pixels with geometry of its own; it shares only the colour values and
+the names with the code that draws. It exits with status 1 below the threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from demo import pictures
+from demo.pictures import Combo
+
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+UNKNOWN = "unknown"
+"""What the reader calls a shape or colour that it cannot make out."""
+
+BORDER = 3
+"""Width of the frame that is taken for the ground, in pixels."""
+
+ANGLES = 72
+"""Directions in which the outline is measured."""
+
+
+def colour_name(colour: Array, reach: float = 70.0) -> str:
+    """The name of an RGB colour (0 to 255), or UNKNOWN when none lies within `reach`."""
+    distances = {
+        name: float(np.linalg.norm(colour - np.array(value)))
+        for name, value in pictures.COLOURS.items()
+    }
+    name = min(distances, key=lambda each: distances[each])
+    return name if distances[name] <= reach else UNKNOWN
+
+
+def ground_colour(pixels: Array) -> Array:
+    """Median RGB of the frame around a picture [height, width, 3]."""
+    inner = np.ones(pixels.shape[:2], dtype=bool)
+    inner[BORDER:-BORDER, BORDER:-BORDER] = False
+    median: Array = np.median(pixels[inner], axis=0)
+    return median
+
+
+def shape_colour(pixels: Array, ground: Array) -> Array | None:
+    """Median RGB of what stands out clearly from the ground; None when too little does."""
+    distance = np.linalg.norm(pixels - ground, axis=2)
+    clear = distance > 0.7 * np.percentile(distance, 97)
+    if np.percentile(distance, 97) < 40:
+        return None
+    median: Array = np.median(pixels[clear], axis=0)
+    return median
+
+
+def coverage(pixels: Array, ground: Array, colour: Array) -> Array:
+    """How far each pixel is from the ground towards the shape's colour, 0 to 1."""
+    way = colour - ground
+    share: Array = np.clip((pixels - ground) @ way / (way @ way), 0.0, 1.0)
+    return share
+
+
+def outside(mask: Flags) -> Flags:
+    """The pixels off the mask that connect to the picture's edge."""
+    free = np.pad(~mask, 1, constant_values=True)
+    reached = np.zeros_like(free)
+    reached[0, :] = reached[-1, :] = reached[:, 0] = reached[:, -1] = True
+    while True:
+        grown = reached.copy()
+        grown[1:] |= reached[:-1]
+        grown[:-1] |= reached[1:]
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        grown &= free
+        if (grown == reached).all():
+            return grown[1:-1, 1:-1]
+        reached = grown
+
+
+def sample(field: Array, rows: Array, columns: Array) -> Array:
+    """Values of a field between its pixels, by bilinear interpolation; 0 outside."""
+    padded = np.pad(field, 2)
+    rows = np.clip(rows + 2, 0, padded.shape[0] - 2)
+    columns = np.clip(columns + 2, 0, padded.shape[1] - 2)
+    top, left = rows.astype(int), columns.astype(int)
+    down, right = rows - top, columns - left
+    upper = padded[top, left] * (1 - right) + padded[top, left + 1] * right
+    lower = padded[top + 1, left] * (1 - right) + padded[top + 1, left + 1] * right
+    value: Array = upper * (1 - down) + lower * down
+    return value
+
+
+def outline(cover: Array) -> Array:
+    """Distance from the centroid to the outline in ANGLES directions, in parts of the mean.
+
+    Directions run clockwise from straight up.
+    """
+    rows, columns = np.indices(cover.shape)
+    weight = cover.sum()
+    row, column = (rows * cover).sum() / weight, (columns * cover).sum() / weight
+    angles = 2 * np.pi * np.arange(ANGLES) / ANGLES
+    reach = np.arange(0.0, max(cover.shape), 0.25)
+    values = sample(
+        cover,
+        row - np.outer(np.cos(angles), reach),
+        column + np.outer(np.sin(angles), reach),
+    )
+    inside = values > 0.5
+    last = inside.shape[1] - 1 - np.argmax(inside[:, ::-1], axis=1)
+    distance: Array = np.where(inside.any(axis=1), reach[last], 0.0)
+    return distance / max(float(distance.mean()), 1e-9)
+
+
+EXPECTED: dict[str, dict[int, float]] = {
+    "circle": {},
+    "square": {4: -0.14},
+    "triangle": {3: 0.28, 6: 0.10},
+    "diamond": {2: 0.17, 4: 0.16},
+    "star": {5: 0.34},
+    "heart": {1: -0.04, 2: -0.17, 3: -0.21, 5: -0.05},
+    "cross": {4: 0.34, 8: -0.09},
+}
+"""The outline's harmonics for each upright shape: order to amplitude, negative for a dip at
+the top; a circle has none. A ring's outline is a circle's."""
+
+ORDERS = np.arange(1, 9)
+"""The harmonics that are compared."""
+
+NEAR = 0.12
+"""Greatest distance between measured and expected harmonics at which a shape is named."""
+
+
+def outline_shape(cover: Array) -> str:
+    """The shape whose expected harmonics fit the outline best, turned up to 14 degrees."""
+    measured = np.fft.rfft(outline(cover))[ORDERS] * 2 / ANGLES
+    turns = np.radians(np.arange(-14, 15, 2))
+    best, least = UNKNOWN, NEAR
+    for shape, harmonics in EXPECTED.items():
+        upright = np.array([harmonics.get(int(order), 0.0) for order in ORDERS])
+        turned = upright * np.exp(-1j * np.outer(turns, ORDERS))
+        distance = float(np.linalg.norm(turned - measured, axis=1).min())
+        if distance < least:
+            best, least = shape, distance
+    return best
+
+
+def shape_name(cover: Array) -> str:
+    """The shape of a coverage map, or UNKNOWN when it is none of them."""
+    mask = cover > 0.5
+    area = float(mask.mean())
+    if not 0.06 < area < 0.45:
+        return UNKNOWN
+    hole = float((~mask & ~outside(mask)).sum() / mask.sum())
+    shape = outline_shape(cover)
+    if 0.15 < hole < 0.8:
+        return "ring" if shape == "circle" else UNKNOWN
+    return shape if hole < 0.03 else UNKNOWN
+
+
+def read_picture(image: Image.Image) -> Combo:
+    """Shape, colour and ground of a picture, each "unknown" where it cannot be made out."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    ground = ground_colour(pixels)
+    colour = shape_colour(pixels, ground)
+    if colour is None:
+        return Combo(UNKNOWN, UNKNOWN, colour_name(ground))
+    cover = coverage(pixels, ground, colour)
+    rest = pixels - ground - cover[..., None] * (colour - ground)
+    clean = float(np.linalg.norm(rest, axis=2).mean()) < 20
+    shape = shape_name(cover) if clean else UNKNOWN
+    return Combo(shape, colour_name(colour), colour_name(ground))
+
+
+class Score(NamedTuple):
+    """Shares of pictures, 0 to 1, with each part right, and with all three."""
+
+    shape: float
+    colour: float
+    ground: float
+    all_three: float
+
+
+def score(wanted: list[Combo], got: list[Combo]) -> Score:
+    """Compares what was asked for with what was read."""
+    right = np.array([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(wanted, got)])
+    shape, colour, ground = (float(share) for share in right.mean(axis=0))
+    return Score(shape, colour, ground, float(right.all(axis=1).mean()))

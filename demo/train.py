@@ -1,0 +1,484 @@
+"""Trains the demo model from nothing and writes it in Stable Diffusion's layout.
+
+Run from the root of the repository:
+
+    python -m demo.train                      # what made the shipped weights
+    python -m demo.train --minutes 15         # a shorter run
+    python -m demo.train --steps 20000        # a longer one
+
+First the autoencoder learns to rebuild the pictures, then the text encoder to tell the words
+of a caption apart, then the text encoder and the denoiser learn together. What has been
+learned is kept in demo/.state, from which a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional
+
+from demo import network, pictures
+
+STATE = Path(__file__).parent / ".state"
+"""Default folder of the state files; git ignores it."""
+
+MODEL = Path(__file__).parent.parent / "farm" / "demo" / "model"
+"""Default folder of the checkpoint: the one that ships."""
+
+TOP_RATE = 1e-3
+"""Highest learning rate of the joint training."""
+
+LATENT_NOISE = 0.1
+"""Noise added to latents while the autoencoder learns, in parts of their spread, so that small
+errors of the denoiser do not show in the pictures."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to run: device, seed, and where state files go."""
+
+    device: torch.device
+    seed: int
+    state: Path
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where it is safe; twice as fast on CPUs and GPUs that have it."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def learning_rate(progress: float, top: float, warm: float = 0.03) -> float:
+    """Warm-up to `top` over the first `warm` of the run, then a cosine down to 2% of it."""
+    if progress < warm:
+        return top * (0.02 + 0.98 * progress / warm)
+    share = (progress - warm) / (1 - warm)
+    return top * (0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * share))))
+
+
+def as_tensor(images: list[np.ndarray]) -> Tensor:
+    """RGB pictures of 0 to 255 as one tensor [count, 3, 64, 64] in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    return (stacked / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def picture_batch(count: int, rng: random.Random) -> tuple[Tensor, list[pictures.Combo]]:
+    """Draws `count` pictures of trained combinations; tensor as in as_tensor."""
+    combos = rng.choices(pictures.trained_combos(), k=count)
+    images = [np.asarray(pictures.draw(combo, rng)) for combo in combos]
+    return as_tensor(images), combos
+
+
+def edges(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences between neighbouring pixels, across and down."""
+    return images[..., :, 1:] - images[..., :, :-1], images[..., 1:, :] - images[..., :-1, :]
+
+
+def vae_loss(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of rebuilding the pictures, and its plain L1 part (in [-1, 1] units)."""
+    posterior = vae.encode(images).latent_dist
+    latents = posterior.sample()
+    noise = LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
+    rebuilt = vae.decode(latents + noise).sample.float()
+    plain = functional.l1_loss(rebuilt, images)
+    pairs = zip(edges(rebuilt), edges(images), strict=True)
+    sharp = sum((functional.l1_loss(got, want) for got, want in pairs), plain.new_zeros(()))
+    spread = posterior.kl().mean() / (network.LATENT_CHANNELS * network.LATENT_SIZE**2)
+    return plain + sharp + 1e-5 * spread, plain
+
+
+def train_vae(run: Run, vae: AutoencoderKL, steps: int, batch: int = 16) -> None:
+    """Trains the autoencoder, or loads it when a state file has it finished."""
+    path = run.state / "vae.pt"
+    vae.to(run.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    first = load_state(path, vae, optimizer)
+    rng = random.Random(f"{run.seed} vae {first}")
+    torch.manual_seed(run.seed + first)
+    started = time.monotonic()
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step / steps, 2e-3)
+        images, _ = picture_batch(batch, rng)
+        with run.autocast():
+            loss, plain = vae_loss(vae, images.to(run.device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            spent = (time.monotonic() - started) / (step + 1 - first)
+            print(f"vae {step + 1}/{steps} l1 {plain.item():.4f} {spent:.3f} s/step", flush=True)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            save_state(path, vae, optimizer, step + 1)
+
+
+@torch.no_grad()
+def centre_latents(run: Run, vae: AutoencoderKL, count: int = 1024) -> None:
+    """Folds the latents' means into the autoencoder and sets its scaling_factor.
+
+    The pipeline only knows one factor, so each channel's mean and spread go into the weights
+    of the convolutions on both sides of the latents; they then have mean 0 and spread 1.
+    """
+    images, _ = picture_batch(count, random.Random(f"{run.seed} centre"))
+    latents = encode(run, vae, images)
+    mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    before, after = vae.quant_conv, vae.post_quant_conv
+    channels = network.LATENT_CHANNELS
+    after.bias += (after.weight[:, :, 0, 0] * mean).sum(1)
+    after.weight *= spread[None, :, None, None]
+    before.weight[:channels] /= spread[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) / spread
+    before.bias[channels:] -= 2 * spread.log()
+    measured = encode(run, vae, images).std().item()
+    vae.register_to_config(scaling_factor=round(1 / measured, 5))
+
+
+@torch.no_grad()
+def encode(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Latents [count, 4, 16, 16] (the posterior's means, unscaled) of pictures as tensor."""
+    chunks = images.split(64)
+    return torch.cat([vae.encode(chunk.to(run.device)).latent_dist.mean for chunk in chunks])
+
+
+def latent_set(run: Run, vae: AutoencoderKL, count: int) -> tuple[Tensor, Tensor]:
+    """Scaled latents [count, 4, 16, 16] of drawn pictures, and each one's combination.
+
+    The combination is its index in pictures.trained_combos().
+    """
+    rng = random.Random(f"{run.seed} latents")
+    number = {combo: index for index, combo in enumerate(pictures.trained_combos())}
+    latents, labels = [], []
+    for _ in range(count // 1024):
+        images, combos = picture_batch(1024, rng)
+        latents.append(encode(run, vae, images) * vae.config.scaling_factor)
+        labels.extend(number[combo] for combo in combos)
+        print(f"encoded {len(labels)}/{count}", flush=True)
+    return torch.cat(latents), torch.tensor(labels, device=run.device)
+
+
+class Learner(torch.nn.Module):
+    """The parts that learn together, with heads that name what a caption says.
+
+    The heads are used in training only: they make the text encoder's vectors tell shape,
+    colour and ground apart early, which the denoiser alone would take long to teach it.
+    """
+
+    def __init__(self, parts: network.Parts) -> None:
+        super().__init__()
+        self.unet = parts.unet
+        self.text_encoder = parts.text_encoder
+        sizes = (len(pictures.SHAPES), len(pictures.COLOURS), len(pictures.COLOURS))
+        self.heads = torch.nn.ModuleList(
+            torch.nn.Linear(network.TEXT_WIDTH, size) for size in sizes
+        )
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Text vectors [batch, 16, 128] of token numbers [batch, 16]."""
+        vectors: Tensor = self.text_encoder(tokens).last_hidden_state
+        return vectors
+
+    def naming_loss(self, vectors: Tensor, named: Tensor) -> Tensor:
+        """How badly the heads name what captions say, from the vectors after the words.
+
+        `named` [batch, 3] holds the right indices, -100 where the caption leaves it open.
+        """
+        tail = vectors[:, -4:].mean(1).float()
+        losses = [
+            functional.cross_entropy(head(tail), named[:, index])
+            for index, head in enumerate(self.heads)
+        ]
+        return torch.stack(losses).mean()
+
+
+class Captions:
+    """Token numbers of every trained combination's captions, in all forms."""
+
+    def __init__(self, run: Run, parts: network.Parts) -> None:
+        forms = range(len(pictures.TEMPLATES))
+        combos = pictures.trained_combos()
+        texts = [pictures.caption(combo, form) for combo in combos for form in forms]
+        self.tokens = self._tokens(run, parts, texts).view(len(combos), len(forms), -1)
+        self.empty = self._tokens(run, parts, [""])[0]
+        self.shares = torch.tensor([share for _, share in pictures.TEMPLATES], device=run.device)
+        colours = list(pictures.COLOURS)
+        rows = [
+            (pictures.SHAPES.index(shape), colours.index(colour), colours.index(ground))
+            for shape, colour, ground in combos
+        ]
+        self.names = torch.tensor(rows, device=run.device)
+        open_forms = ["{ground}" not in text for text, _ in pictures.TEMPLATES]
+        self.open_ground = torch.tensor(open_forms, device=run.device)
+
+    @staticmethod
+    def _tokens(run: Run, parts: network.Parts, texts: list[str]) -> Tensor:
+        """Token numbers [count, 16], padded as the pipeline pads them."""
+        numbers = parts.tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
+        return torch.tensor(numbers, device=run.device)
+
+    def sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A caption for each label: tokens [batch, 16] and what they name [batch, 3]."""
+        forms = torch.multinomial(self.shares, len(labels), replacement=True)
+        named = self.names[labels].clone()
+        named[:, 2][self.open_ground[forms]] = -100
+        return self.tokens[labels, forms], named
+
+
+def warm_text(learner: Learner, captions: Captions, steps: int = 500) -> None:
+    """Teaches the text encoder to name shape, colour and ground before the joint training."""
+    weights = [*learner.text_encoder.parameters(), *learner.heads.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    device = captions.tokens.device
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step / steps, 1e-3)
+        labels = torch.randint(len(captions.tokens), (128,), device=device)
+        tokens, named = captions.sample(labels)
+        loss = learner.naming_loss(learner.read(tokens), named)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"text {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise schedule as tensors over the 1000 training steps."""
+
+    signal: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, run: Run) -> Noise:
+        """The saved scheduler's schedule on the run's device."""
+        kept = network.build_scheduler().alphas_cumprod.to(run.device)
+        return cls(kept.sqrt(), (1 - kept).sqrt())
+
+    def times(self, batch: int) -> Tensor:
+        """Training steps spread evenly over the batch, somewhat more of them noisy ones.
+
+        Shape and colours are settled while the picture is still nearly all noise.
+        """
+        device = self.signal.device
+        even = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+        return (even**0.75 * len(self.signal)).long().clamp(max=len(self.signal) - 1)
+
+    def mix(self, latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Noised latents and the velocity the denoiser is to predict from them."""
+        signal, spread = self.signal[times, None, None, None], self.spread[times, None, None, None]
+        noise = torch.randn_like(latents)
+        return signal * latents + spread * noise, signal * noise - spread * latents
+
+    def weight(self, times: Tensor) -> Tensor:
+        """Weight of each training step's loss: 1 for noisy ones, less where SNR is over 5."""
+        ratio = (self.signal[times] / self.spread[times]) ** 2
+        return 5 / (5 + ratio)
+
+
+def joint_loss(
+    learner: Learner, noise: Noise, latents: Tensor, tokens: Tensor, named: Tensor, empty: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss of the text encoder and the denoiser, and its denoising part alone.
+
+    One caption in ten is emptied, which classifier-free guidance needs.
+    """
+    times = noise.times(len(latents))
+    noisy, velocity = noise.mix(latents, times)
+    dropped = torch.rand(len(latents), device=latents.device) < 0.1
+    tokens = torch.where(dropped[:, None], empty, tokens)
+    named = named.masked_fill(dropped[:, None], -100)
+    vectors = learner.read(tokens)
+    guess = learner.unet(noisy, times, vectors).sample.float()
+    each = (guess - velocity).square().mean((1, 2, 3))
+    denoising = (noise.weight(times) * each).mean()
+    return denoising + 0.02 * learner.naming_loss(vectors, named), denoising
+
+
+@torch.no_grad()
+def follow(average: Learner, learner: Learner, step: int) -> None:
+    """Moves the running average of the weights (decay up to 0.999) towards the weights."""
+    share = 1 - min(0.999, (1 + step) / (10 + step))
+    pairs = zip(average.parameters(), learner.parameters(), strict=True)
+    for kept, new in pairs:
+        kept.lerp_(new, share)
+
+
+@dataclass
+class Joint:
+    """The joint training of text encoder and denoiser, and how far it is."""
+
+    run: Run
+    parts: network.Parts
+    learner: Learner
+    average: Learner
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def start(cls, run: Run, parts: network.Parts) -> Joint:
+        """From the state file where there is one, else from the start."""
+        learner = Learner(parts).to(run.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(
+            learner.parameters(), lr=TOP_RATE, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        joint = cls(run, parts, learner, copy.deepcopy(learner), optimizer)
+        path = run.state / "joint.pt"
+        if path.exists():
+            joint._restore(torch.load(path, map_location="cpu", weights_only=True))
+        return joint
+
+    def _restore(self, state: dict[str, object]) -> None:
+        for name in ("learner", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.seconds = int(str(state["step"])), float(str(state["seconds"]))
+
+    def save(self, output: Path) -> None:
+        """Writes the state file, and the averaged weights as a pipeline to `output`."""
+        state = {
+            "learner": self.learner.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        write_state(self.run.state / "joint.pt", state)
+        network.save_pipeline(
+            network.Parts(
+                vae=self.parts.vae,
+                unet=self.average.unet,
+                text_encoder=self.average.text_encoder,
+                tokenizer=self.parts.tokenizer,
+            ),
+            output,
+        )
+
+    def update(self, loss: Tensor, rate: float) -> None:
+        """One optimizer step at the given learning rate, and the average's."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        follow(self.average, self.learner, self.step)
+
+
+def batches(labels: Tensor, batch: int) -> Iterator[Tensor]:
+    """Indices of pictures in shuffled order, `batch` at a time, without end."""
+    while True:
+        order = torch.randperm(len(labels), device=labels.device)
+        for chunk in order.split(batch):
+            if len(chunk) == batch:
+                yield chunk
+
+
+def train_joint(joint: Joint, options: argparse.Namespace) -> None:
+    """Trains text encoder and denoiser until the steps, or the minutes, are used up."""
+    run, learner = joint.run, joint.learner
+    torch.manual_seed(run.seed + joint.step)
+    captions, noise = Captions(run, joint.parts), Noise.of(run)
+    latents, labels = latent_set(run, joint.parts.vae, options.pictures)
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    if joint.step == 0:
+        warm_text(learner, captions)
+        joint.average.load_state_dict(learner.state_dict())
+    mark, saved, shown = time.monotonic(), joint.seconds, 0.0
+    for chosen in batches(labels, options.batch):
+        progress = progress_of(joint, options)
+        if progress >= 1:
+            break
+        tokens, named = captions.sample(labels[chosen])
+        with run.autocast():
+            loss, part = joint_loss(
+                learner, noise, latents[chosen], tokens, named, captions.empty
+            )
+        joint.update(loss, learning_rate(progress, TOP_RATE))
+        joint.seconds += time.monotonic() - mark
+        mark = time.monotonic()
+        shown = part.item() if shown == 0.0 else 0.98 * shown + 0.02 * part.item()
+        if joint.step % 50 == 0:
+            pace = joint.seconds / joint.step
+            print(f"joint {joint.step} {progress:.1%} loss {shown:.4f} {pace:.3f} s/step", flush=True)
+        if joint.seconds - saved > 60 * options.save_every:
+            joint.save(options.output)
+            saved = joint.seconds
+    joint.save(options.output)
+
+
+def progress_of(joint: Joint, options: argparse.Namespace) -> float:
+    """Share of the joint training done, by time when minutes are given, else by steps."""
+    if options.minutes is not None:
+        return float(joint.seconds / (60 * options.minutes))
+    return float(joint.step / options.steps)
+
+
+def save_state(
+    path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Writes a module, its optimizer and the number of steps done; whole or not at all."""
+    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    write_state(path, state)
+
+
+def write_state(path: Path, state: dict[str, object]) -> None:
+    """Writes a state file; a run cut off meanwhile leaves the one before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".new")
+    torch.save(state, scratch)
+    scratch.replace(path)
+
+
+def load_state(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restores what save_state wrote; the number of steps done, 0 when there is no file."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Train the demo model.")
+    parser.add_argument("--steps", type=int, default=8000, help="joint training steps")
+    parser.add_argument("--minutes", type=float, help="length of the joint training, for --steps")
+    parser.add_argument("--vae-steps", type=int, default=2200, help="autoencoder training steps")
+    parser.add_argument("--batch", type=int, default=48, help="pictures per joint step")
+    parser.add_argument("--pictures", type=int, default=32768, help="pictures to learn from")
+    parser.add_argument("--save-every", type=float, default=10, help="minutes between saves")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=MODEL, help="folder of the checkpoint")
+    parser.add_argument("--state", type=Path, default=STATE, help="folder of the state files")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Trains every part in turn and writes the checkpoint."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    run = Run(torch.device(options.device), options.seed, options.state)
+    parts = network.build_parts()
+    train_vae(run, parts.vae, options.vae_steps)
+    parts.vae.requires_grad_(False).eval()
+    centre_latents(run, parts.vae)
+    train_joint(Joint.start(run, parts), options)
+
+
+if __name__ == "__main__":
+    main()

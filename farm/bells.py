@@ -1,0 +1,90 @@
+"""Bells: Celery messages that wake a lane. A hint, never the truth.
+
+Losing or repeating one changes nothing: what may be claimed stands in Postgres, and the janitor
+rings again for every lane where something waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from farm.config import Settings
+
+log = logging.getLogger(__name__)
+
+RENDER_TASK = "farm.render"
+"""Never renamed in one step: a worker discards a task that it does not know."""
+
+MAX_BELLS = 2
+"""Bells left waiting on a lane: more would wake nobody else, and Redis stays small."""
+
+SOCKET = {"socket_timeout": 10, "socket_connect_timeout": 5, "health_check_interval": 10}
+
+
+def lane(pipeline: str) -> str:
+    """Name the Celery queue of a pipeline."""
+    return f"render.{pipeline}"
+
+
+def make_app(settings: Settings) -> Celery:
+    """Build the Celery app that rings bells and that workers answer with."""
+    app = Celery("farm", broker=settings.redis_url.get_secret_value(), set_as_current=False)
+    app.conf.update(
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        task_serializer="json",
+        accept_content=["json"],
+        # A bell is acknowledged before the work: leases, not messages, say what must be redone.
+        task_acks_late=False,
+        worker_prefetch_multiplier=1,
+        worker_pool_start_method="spawn",
+        worker_proc_alive_timeout=3600,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_send_task_events=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={**SOCKET, "retry_on_timeout": True},
+    )
+    return app
+
+
+class Bells:
+    """Rings lanes; one a process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = make_app(settings)
+        self._redis: Any = redis.Redis.from_url(settings.redis_url.get_secret_value(), **SOCKET)
+
+    def ring(self, pipeline: str) -> bool:
+        """Wake one worker of a lane; returns whether Redis took the bell.
+
+        An outage is logged and no more: the janitor rings again.
+        """
+        try:
+            if self._redis.llen(lane(pipeline)) < MAX_BELLS:
+                self.app.send_task(
+                    RENDER_TASK, queue=lane(pipeline), ignore_result=True, retry=False
+                )
+        except (redis.RedisError, OperationalError, OSError) as error:
+            log.warning("The bell of lane %s was not rung: %s", pipeline, error)
+            return False
+        return True
+
+    def answers(self) -> bool:
+        """Whether Redis answers."""
+        try:
+            return bool(self._redis.ping())
+        except (redis.RedisError, OSError):
+            return False
+
+    def close(self) -> None:
+        """Give back the connections."""
+        self.app.close()
+        self._redis.close()

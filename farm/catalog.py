@@ -1,0 +1,101 @@
+"""The catalog: pipelines.toml, the only pipelines a client can ever ask for."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+
+from farm.errors import CatalogError
+
+MAX_BUCKET = 64
+
+
+class Pipeline(BaseModel):
+    """One entry of the catalog: a family, its weights, how to load them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: str | None = Field(
+        default=None, description="left out: found from the checkpoint's class"
+    )
+    source: str = Field(description="a hub repository, or a folder beside the catalog")
+    revision: str | None = Field(default=None, description="the hub repository's commit")
+    variant: str | None = Field(default=None, description="the weights' variant, such as fp16")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="auto: float16 on cuda, float32 on the CPU"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto", description="auto: cuda where there is one, else the CPU"
+    )
+    bucket: dict[str, int] = Field(
+        default_factory=lambda: {"default": 1},
+        description="frames a batch, by picture size ('1024x1024') with a 'default'",
+    )
+    max_pixels: int = Field(
+        default=2048 * 2048, ge=64, description="width times height of the largest picture"
+    )
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @field_validator("bucket")
+    @classmethod
+    def _buckets_in_range(cls, value: dict[str, int]) -> dict[str, int]:
+        for size, frames in value.items():
+            if not 1 <= frames <= MAX_BUCKET:
+                raise ValueError(f"bucket of {size} is {frames}: allowed are 1 to {MAX_BUCKET}")
+        return {"default": 1, **value}
+
+    def bucket_for(self, width: int, height: int) -> int:
+        """Frames in a batch of pictures of this size."""
+        return self.bucket.get(f"{width}x{height}", self.bucket["default"])
+
+    @property
+    def checkpoint(self) -> str:
+        """A local folder's path where there is one, else the hub repository's name."""
+        local = self._folder / self.source
+        return str(local) if local.is_dir() else self.source
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the checkpoint lies in a local folder."""
+        return (self._folder / self.source).is_dir()
+
+
+class Catalog(BaseModel):
+    """Every pipeline this farm renders, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pipelines: dict[str, Pipeline] = Field(min_length=1)
+
+    @field_validator("pipelines")
+    @classmethod
+    def _plain_names(cls, value: dict[str, Pipeline]) -> dict[str, Pipeline]:
+        for name in value:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"pipeline name {name!r}: use letters, digits, '-', '_' and '.'")
+        return value
+
+
+def load_catalog(path: Path) -> Catalog:
+    """Read pipelines.toml.
+
+    Raises:
+        CatalogError: the file is missing, not TOML, or has an entry that cannot be used.
+    """
+    try:
+        catalog = Catalog.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CatalogError(f"The catalog {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CatalogError(f"The catalog {path} is not TOML: {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CatalogError(f"The catalog {path}: {where}: {first['msg']}.") from error
+    for pipeline in catalog.pipelines.values():
+        pipeline._folder = path.resolve().parent
+    return catalog

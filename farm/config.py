@@ -1,0 +1,82 @@
+"""Settings: FARM_* variables, read once at an entry point and then passed in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
+
+
+class Settings(BaseSettings):
+    """Everything a process of the farm can be told; every field has the variable FARM_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix="FARM_", extra="ignore")
+
+    database_url: SecretStr = Field(
+        default=SecretStr("postgresql://farm@127.0.0.1:5432/farm"),
+        description="Postgres, as libpq URL",
+    )
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis or Valkey: Celery's broker",
+    )
+    s3_endpoint_url: str | None = Field(default=None, description="left out for AWS itself")
+    s3_bucket: str = Field(default="farm", description="where artifacts are stored")
+    api_url: str = Field(
+        default="http://127.0.0.1:8000", description="the API, for the command line"
+    )
+    api_key: SecretStr | None = Field(default=None, description="the key the command line uses")
+    pipelines: Path = Field(default=DEMO_CATALOG, description="the catalog, pipelines.toml")
+
+    lease_seconds: float = Field(
+        default=30.0, gt=0, description="how long a claim lasts unless renewed"
+    )
+    heartbeat_seconds: float = Field(
+        default=5.0, gt=0, description="how often a worker renews its leases"
+    )
+    touch_seconds: float = Field(
+        default=0.5, gt=0, description="how often, at most, the step hook asks whether to go on"
+    )
+    sweep_seconds: float = Field(default=1.0, gt=0, description="the janitor's pace")
+    worker_timeout_seconds: float = Field(
+        default=20.0, gt=0, description="a worker unseen for so long counts as gone"
+    )
+    step_timeout_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="a child that shows no step for so long is ended by its parent",
+    )
+    retry_seconds: float = Field(
+        default=1.0, ge=0, description="back-off before a frame's second attempt"
+    )
+    grace_seconds: float = Field(
+        default=60.0, gt=0, description="how long a worker may finish its batch"
+    )
+    events_days: float = Field(default=30.0, gt=0, description="how long events are kept")
+    torch_threads: int = Field(default=0, ge=0, description="torch threads a worker; 0: all cores")
+
+    max_job_frames: int = Field(default=10_000_000, ge=1, description="frames a job may hold")
+    max_job_prompts: int = Field(default=100_000, ge=1, description="prompts in one request")
+    max_prompt_chars: int = Field(default=8_000, ge=1, description="characters a prompt may hold")
+    max_grid_points: int = Field(default=1_000, ge=1, description="combinations a grid may span")
+    max_body_bytes: int = Field(
+        default=16 * 2**20, ge=1, description="bytes a request's body may hold"
+    )
+    presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+
+def load_settings() -> Settings:
+    """Read the settings: FARM_* variables first, then FARM_DATA's farm.env, then the defaults."""
+    data = os.environ.get("FARM_DATA")
+    if not data:
+        return Settings()
+    key_file = Path(data) / "api-key"
+    settings = Settings(_env_file=Path(data) / "farm.env")
+    if settings.api_key is None and key_file.is_file():
+        settings.api_key = SecretStr(key_file.read_text().strip())
+    return settings

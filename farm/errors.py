@@ -1,0 +1,87 @@
+"""Errors that a user may see: each says what is wrong, where, and whether trying again can help."""
+
+from __future__ import annotations
+
+
+class FarmError(Exception):
+    """Base of every error the farm raises on purpose; its message is written for the user."""
+
+    code = "internal_error"
+    status = 500
+    retryable = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(FarmError):
+    """A value is outside what the field allows; `param` names the field."""
+
+    code = "invalid_request"
+    status = 422
+
+
+class MalformedBody(FarmError):
+    """The request's body is not JSON, or not text that can be stored."""
+
+    code = "malformed_body"
+    status = 400
+
+
+class TooLarge(FarmError):
+    """The request's body is larger than FARM_MAX_BODY_BYTES."""
+
+    code = "body_too_large"
+    status = 413
+
+
+class Unauthenticated(FarmError):
+    """The API key is missing, unknown or revoked."""
+
+    code = "unauthenticated"
+    status = 401
+
+
+class Forbidden(FarmError):
+    """The key's role does not allow this call."""
+
+    code = "forbidden"
+    status = 403
+
+
+class NotFound(FarmError):
+    """No such thing, or it belongs to another tenant."""
+
+    code = "not_found"
+    status = 404
+
+
+class Conflict(FarmError):
+    """The call contradicts what is already stored."""
+
+    code = "conflict"
+    status = 409
+
+
+class Unavailable(FarmError):
+    """A server the farm rests on does not answer; the same call may succeed soon."""
+
+    code = "unavailable"
+    status = 503
+    retryable = True
+
+
+class CatalogError(FarmError):
+    """pipelines.toml, or what it names, cannot be used; the message says what to do."""
+
+    code = "catalog_error"
+    status = 500
+
+
+class RenderError(FarmError):
+    """A frame cannot be rendered, and trying again would not help."""
+
+    code = "render_error"
+    status = 500

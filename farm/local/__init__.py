@@ -1,0 +1,9 @@
+"""The embedded stack: real servers out of wheels, and the whole farm on one machine.
+
+Importing it loads neither the servers' wheels nor torch.
+"""
+
+from farm.local.errors import StackError
+from farm.local.servers import Servers, embedded_servers
+
+__all__ = ["Servers", "StackError", "embedded_servers"]

@@ -1,0 +1,93 @@
+"""The embedded SeaweedFS: an S3 server on the loopback address."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import closing, suppress
+from itertools import product
+from pathlib import Path
+
+from farm.local import wheels
+from farm.local.child import Program, Stage
+from farm.local.folder import Folder, Passwords, write_private
+from farm.local.ports import HOST, free_ports, noted_ports
+
+BUCKET = "farm"
+REGION = "us-east-1"
+PARTS = ("master", "volume", "filer", "s3")
+OPTIONS = (
+    f"-ip={HOST}",
+    f"-ip.bind={HOST}",
+    "-dir=.",
+    "-filer",
+    "-s3",
+    "-s3.config=s3.json",
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+    "-s3.localSocket=s3.sock",
+    "-filer.localSocket=filer.sock",
+    "-master.telemetry=false",
+    # A bucket opens seven volumes; they grow as they fill and take no space ahead.
+    "-master.volumeSizeLimitMB=1024",
+    "-volume.max=1000",
+    "-volume.id=farm",  # not address:port, which changes between runs
+)
+
+
+def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
+    """How to run SeaweedFS on the folder's data, and its S3 address."""
+    home = folder.make("seaweedfs")
+    remove_sockets(folder)
+    ports = free_ports(2 * len(PARTS), folder.ports / "seaweedfs")
+    names = [f"{part}.port{kind}" for part in PARTS for kind in ("", ".grpc")]
+    port = dict(zip(names, ports, strict=True))
+    write_private(home / "s3.json", json.dumps(_identities(folder.passwords)))
+    url = f"http://{HOST}:{port['s3.port']}"
+    running = Program(
+        name="seaweedfs",
+        argv=[wheels.weed(), "server", *OPTIONS, *(f"-{k}={v}" for k, v in port.items())],
+        env=env | {"HOME": str(home), "GOMEMLIMIT": "256MiB"},
+        log=folder.logs / "seaweedfs.log",
+        stage=Stage.SEAWEEDFS,
+        ready=lambda: _stores(url, folder.passwords),
+        cwd=home,
+        # What it has acknowledged is written. Its graceful stop waits 15 s for its own streams.
+        stop_signal=signal.SIGKILL,
+    )
+    return running, url
+
+
+def remove_sockets(folder: Folder) -> None:
+    """SeaweedFS also listens on sockets in /tmp, and leaves some of them behind."""
+    for part, port in product(PARTS, noted_ports(folder.ports / "seaweedfs")):
+        with suppress(OSError):
+            Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink()  # noqa: S108  its choice
+
+
+def _identities(passwords: Passwords) -> dict[str, object]:
+    key = {"accessKey": passwords.s3_access_key, "secretKey": passwords.s3_secret_key}
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    return {"identities": [{"name": "farm", "credentials": [key], "actions": actions}]}
+
+
+def _stores(url: str, passwords: Passwords) -> bool:
+    """Whether an object can be stored; makes the bucket if missing.
+
+    The S3 port answers before a volume can be written, so nothing less will do.
+    """
+    import boto3
+    from botocore.config import Config
+
+    session = boto3.Session(
+        aws_access_key_id=passwords.s3_access_key,
+        aws_secret_access_key=passwords.s3_secret_key,
+        region_name=REGION,
+    )
+    config = Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}, proxies={})
+    with closing(session.client("s3", endpoint_url=url, config=config)) as client:
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=BUCKET)
+        client.put_object(Bucket=BUCKET, Key=".ready", Body=b"ready")
+        client.delete_object(Bucket=BUCKET, Key=".ready")
+    return True

@@ -1,0 +1,126 @@
+"""The three embedded servers together: Postgres, Valkey and SeaweedFS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from farm.local import postgres, seaweedfs, valkey
+from farm.local.child import Child, Program
+from farm.local.errors import StackError
+from farm.local.folder import Folder, hold
+from farm.local.processes import MARK, end_leftovers
+from farm.local.supervisor import Supervisor
+
+START_SECONDS = 60.0
+# A port can be taken by another process after it was found free.
+START_TRIES = 3
+INHERITED = ("PATH", "LANG", "TMPDIR", "TZ")
+
+Plan = Callable[[Folder, dict[str, str]], tuple[Program, str]]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The running servers: their addresses with credentials, and their processes."""
+
+    database_url: str
+    redis_url: str
+    s3_endpoint_url: str
+    s3_bucket: str
+    access_key: str
+    secret_key: str
+    region: str
+    postgres: Child
+    valkey: Child
+    seaweedfs: Child
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The variables that point any process of the farm, and boto3, at these servers."""
+        return {
+            "FARM_DATABASE_URL": self.database_url,
+            "FARM_REDIS_URL": self.redis_url,
+            "FARM_S3_ENDPOINT_URL": self.s3_endpoint_url,
+            "FARM_S3_BUCKET": self.s3_bucket,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": self.region,
+        }
+
+
+@contextmanager
+def embedded_servers(data: Path) -> Iterator[Servers]:
+    """Run the three servers on the folder `data` (made if missing) until the block is left.
+
+    They come up in a few seconds, are started again on the same port and data when they end,
+    and leave no process behind. Raises StackError when `data` is in use, the [local] extra is
+    missing, or a server does not come up within 60 s.
+    """
+    with supervised(data) as (folder, supervisor):
+        yield start_servers(folder, supervisor)
+
+
+@contextmanager
+def supervised(data: Path) -> Iterator[tuple[Folder, Supervisor]]:
+    """Hold the folder, with nothing of an earlier run left running before or after."""
+    with hold(data) as folder:
+        end_leftovers(folder.path)
+        for part in (folder.logs, folder.ports):
+            folder.make(part.name)
+        try:
+            with Supervisor() as supervisor:
+                yield folder, supervisor
+        finally:
+            end_leftovers(folder.path)
+            seaweedfs.remove_sockets(folder)
+
+
+def start_servers(folder: Folder, supervisor: Supervisor) -> Servers:
+    """Start the servers at the same time and wait until each one serves."""
+    # The slowest first: the others, and making Postgres's data, fall into its start.
+    plans = (seaweedfs.program, valkey.program, postgres.program)
+    starting = [_start(plan, folder, supervisor) for plan in plans]
+    settled = [
+        _settle(plan, started, folder, supervisor)
+        for plan, started in zip(plans, starting, strict=True)
+    ]
+    (s3, s3_url), (redis, redis_url), (database, database_url) = settled
+    return Servers(
+        database_url=database_url,
+        redis_url=redis_url,
+        s3_endpoint_url=s3_url,
+        s3_bucket=seaweedfs.BUCKET,
+        access_key=folder.passwords.s3_access_key,
+        secret_key=folder.passwords.s3_secret_key,
+        region=seaweedfs.REGION,
+        postgres=database,
+        valkey=redis,
+        seaweedfs=s3,
+    )
+
+
+def _start(plan: Plan, folder: Folder, supervisor: Supervisor) -> tuple[Child, str]:
+    env = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    program, url = plan(folder, env | {MARK: str(folder.path)})
+    return supervisor.start(program, lasting=False), url
+
+
+def _settle(
+    plan: Plan, started: tuple[Child, str], folder: Folder, supervisor: Supervisor
+) -> tuple[Child, str]:
+    """Wait until the server serves; one that ends at its start is tried again, on free ports."""
+    for tries_left in reversed(range(START_TRIES)):
+        child, _url = started
+        try:
+            supervisor.ready(child, START_SECONDS)
+            break
+        except StackError:
+            if child.alive or not tries_left:
+                raise
+        supervisor.forget(child)
+        started = _start(plan, folder, supervisor)
+    return started

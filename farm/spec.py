@@ -1,0 +1,232 @@
+"""What a job asks for, and what each of its frames is: pure functions of the job and an ordinal.
+
+    ordinal = (grid * prompts + prompt) * images_per_prompt + image
+
+`JobSpec` is a job as submitted. `FullSpec` is what is stored: every default filled in, the grid
+laid out as points, each with its bucket and batch_key, so that a frame never depends on what the
+catalog says later. The prompts stand beside it, in input chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from enum import IntEnum
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+from farm.catalog import MAX_BUCKET
+
+MAX_SEED = 2**63 - 1
+PROMPTS_SHOWN = 20
+
+
+class Priority(IntEnum):
+    """Claimed in this order."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BULK = 2
+
+    @classmethod
+    def parse(cls, name: str) -> Priority:
+        """Find a priority by its name on the wire."""
+        return cls[name.upper()]
+
+    @property
+    def wire(self) -> str:
+        """The name on the wire."""
+        return self.name.lower()
+
+
+def _storable(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("the NUL character cannot be stored")
+    return text
+
+
+def _priority_name(value: str) -> str:
+    names = [priority.wire for priority in Priority]
+    if value not in names:
+        raise ValueError(f"allowed are {', '.join(names)}")
+    return value
+
+
+Label = Annotated[str, Field(max_length=200)]
+
+
+class JobSpec(BaseModel):
+    """A job as submitted, less what its family takes: that stands in `params`, unchecked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    pipeline: str = Field(min_length=1, max_length=200, description="a name of the catalog")
+    prompts: list[str] = Field(min_length=1, description="what to draw")
+    images_per_prompt: int = Field(default=1, ge=1, description="pictures of each prompt")
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="picture k of every prompt uses seed + k; null: each frame its own, drawn",
+    )
+    grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
+        default_factory=dict, description="parameter: values; every combination is rendered"
+    )
+    priority: str = Field(default="normal", description="interactive, normal or bulk")
+    bucket: int | None = Field(
+        default=None, ge=1, le=MAX_BUCKET, description="frames in a batch; null: chosen by the farm"
+    )
+    max_attempts: int = Field(default=3, ge=1, le=10, description="attempts before a frame is dead")
+    labels: dict[Label, Label] = Field(
+        default_factory=dict, max_length=32, description="your own words, to find the job by"
+    )
+    params: dict[str, JsonValue] = Field(default_factory=dict)
+
+    _check_priority = field_validator("priority")(_priority_name)
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_storable(cls, value: list[str]) -> list[str]:
+        return [_storable(prompt) for prompt in value]
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_storable(cls, value: dict[str, str]) -> dict[str, str]:
+        return {_storable(key): _storable(label) for key, label in value.items()}
+
+    @property
+    def grid_points(self) -> int:
+        """How many combinations the grid spans."""
+        points = 1
+        for values in self.grid.values():
+            points *= len(values)
+        return points
+
+    @property
+    def total(self) -> int:
+        """How many frames the job holds."""
+        return self.grid_points * len(self.prompts) * self.images_per_prompt
+
+    def combinations(self) -> Iterator[dict[str, JsonValue]]:
+        """Yield the parameters of each grid point; the last key of the grid varies fastest."""
+        for values in itertools.product(*self.grid.values()):
+            yield {**self.params, **dict(zip(self.grid, values, strict=True))}
+
+
+class Point(BaseModel):
+    """One combination of a job's grid."""
+
+    model_config = ConfigDict(frozen=True)
+
+    params: dict[str, Any]
+    bucket: int
+    batch_key: str
+
+
+class FullSpec(BaseModel):
+    """A job as stored: complete, and independent of the catalog."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pipeline: str
+    prompt_count: int
+    prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}, for people")
+    images_per_prompt: int
+    seed: int | None
+    job_seed: int = Field(description="the seed, or the one drawn for the job")
+    params: dict[str, Any]
+    grid: dict[str, list[Any]]
+    points: list[Point]
+    priority: str
+    bucket: int | None
+    max_attempts: int
+    labels: dict[str, str]
+
+    @property
+    def frames_per_point(self) -> int:
+        """How many frames each grid point holds."""
+        return self.prompt_count * self.images_per_prompt
+
+    @property
+    def total(self) -> int:
+        """How many frames the job holds."""
+        return len(self.points) * self.frames_per_point
+
+    @cached_property
+    def runs(self) -> list[tuple[int, str, int]]:
+        """Stretches of ordinals that share a batch_key, as (end, batch_key, bucket)."""
+        runs: list[tuple[int, str, int]] = []
+        for index, point in enumerate(self.points):
+            end = (index + 1) * self.frames_per_point
+            if runs and runs[-1][1] == point.batch_key:
+                runs.pop()
+            runs.append((end, point.batch_key, point.bucket))
+        return runs
+
+    def prompt_index(self, ordinal: int) -> int:
+        """Which prompt a frame draws, from 0."""
+        return ordinal // self.images_per_prompt % self.prompt_count
+
+
+class FrameSpec(BaseModel):
+    """One image to render, whole: the same FrameSpec gives the same bytes on the same machine."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pipeline: str
+    prompt: str
+    seed: int
+    bucket: int
+    params: dict[str, Any]
+
+
+def frame_spec(job: FullSpec, ordinal: int, prompt: str) -> FrameSpec:
+    """Derive a frame from its job; `prompt` is the job's prompt number `prompt_index(ordinal)`.
+
+    Raises:
+        IndexError: the job has no such ordinal.
+    """
+    if not 0 <= ordinal < job.total:
+        raise IndexError(f"ordinal {ordinal} is outside 0 to {job.total - 1}")
+    point = job.points[ordinal // job.frames_per_point]
+    seed = (
+        derived_seed(job.job_seed, ordinal)
+        if job.seed is None
+        else job.seed + ordinal % job.images_per_prompt
+    )
+    return FrameSpec(
+        pipeline=job.pipeline, prompt=prompt, seed=seed, bucket=point.bucket, params=point.params
+    )
+
+
+def derived_seed(job_seed: int, ordinal: int) -> int:
+    """Hash a job's seed and an ordinal to a seed from 0 to 2^63 - 1, the same for ever."""
+    digest = hashlib.sha256(f"{job_seed}:{ordinal}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def batch_key(pipeline: str, bucket: int, scalars: dict[str, Any]) -> str:
+    """Name what frames must share to be denoised together.
+
+    Args:
+        pipeline: the pipeline's name.
+        bucket: frames in the batch.
+        scalars: the parameters that a diffusers call takes once for the whole batch.
+    """
+    text = json.dumps([pipeline, bucket, scalars], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def chosen_bucket(priority: Priority, catalog_bucket: int, frames: int) -> int:
+    """Choose a batch's size where the job leaves it open.
+
+    One for interactive jobs; otherwise the catalog's for that size of picture, but no larger than
+    the next power of two of the job's own frames that can share a batch.
+    """
+    if priority is Priority.INTERACTIVE:
+        return 1
+    return min(catalog_bucket, 1 << (frames - 1).bit_length())

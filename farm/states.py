@@ -1,0 +1,84 @@
+"""The state machine, whole: which transitions a job and a frame may take. Pure.
+
+Frame                                      Job
+-----                                      ---
+(waiting) --claim-----> running            queued  --start--> running
+ready     --claim-----> running            queued  --cancel-> cancelled
+running   --complete--> succeeded          running --settle-> succeeded | partial | failed
+running   --fail------> ready | dead       running --cancel-> cancelled
+running   --expire----> ready | dead       partial --retry--> running
+running   --release---> ready              failed  --retry--> running
+running   --cancel----> cancelled
+ready     --cancel----> cancelled
+dead      --retry-----> ready
+
+A frame that was never claimed has no row: it is `waiting`. `ready` is a frame returned for another
+attempt. `paused` is a flag beside a job's status, not a status.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class FrameState(StrEnum):
+    """Where a frame stands; WAITING is the absence of a row."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    READY = "ready"
+    SUCCEEDED = "succeeded"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+
+
+class JobStatus(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    PARTIAL = "partial"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+F, J = FrameState, JobStatus
+
+FRAME_TRANSITIONS: dict[str, dict[FrameState, frozenset[FrameState]]] = {
+    "claim": {F.WAITING: frozenset({F.RUNNING}), F.READY: frozenset({F.RUNNING})},
+    "complete": {F.RUNNING: frozenset({F.SUCCEEDED})},
+    "fail": {F.RUNNING: frozenset({F.READY, F.DEAD})},
+    "expire": {F.RUNNING: frozenset({F.READY, F.DEAD})},
+    "release": {F.RUNNING: frozenset({F.READY})},
+    "cancel": {F.RUNNING: frozenset({F.CANCELLED}), F.READY: frozenset({F.CANCELLED})},
+    "retry": {F.DEAD: frozenset({F.READY})},
+}
+
+JOB_TRANSITIONS: dict[str, dict[JobStatus, frozenset[JobStatus]]] = {
+    "start": {J.QUEUED: frozenset({J.RUNNING})},
+    "settle": {J.RUNNING: frozenset({J.SUCCEEDED, J.PARTIAL, J.FAILED})},
+    "cancel": {J.QUEUED: frozenset({J.CANCELLED}), J.RUNNING: frozenset({J.CANCELLED})},
+    "retry": {J.PARTIAL: frozenset({J.RUNNING}), J.FAILED: frozenset({J.RUNNING})},
+}
+
+TERMINAL: frozenset[JobStatus] = frozenset({J.SUCCEEDED, J.PARTIAL, J.FAILED, J.CANCELLED})
+
+
+def settled(total: int, succeeded: int, dead: int, cancelled: int) -> JobStatus | None:
+    """Name the status a running job ends in, or None while a frame of it waits or runs."""
+    if succeeded + dead + cancelled < total:
+        return None
+    if succeeded == total:
+        return J.SUCCEEDED
+    return J.PARTIAL if succeeded else J.FAILED
+
+
+def after_failure(retryable: bool, charged: int, max_attempts: int) -> FrameState:
+    """Say where a failed attempt leaves its frame; `charged` counts this attempt too."""
+    return F.READY if retryable and charged < max_attempts else F.DEAD
+
+
+def retry_delay(charged: int, base_seconds: float) -> float:
+    """Seconds before the next attempt: doubled each time, five minutes at most."""
+    return min(base_seconds * 2.0 ** max(charged - 1, 0), 300.0)

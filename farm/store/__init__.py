@@ -1,0 +1,1 @@
+"""Postgres: the only place with SQL. One function a transition, each given an open connection."""

@@ -1,0 +1,269 @@
+"""Claiming: the one place where a frame starts to run.
+
+Claims of a lane happen one at a time (an advisory lock), so that order and fairness are exact:
+
+1. the leader: highest priority, then the tenant served least, then a returned frame before a new
+   one, then the oldest job;
+2. the fill: frames with the leader's batch_key, returned ones first, then the leader's own new
+   ones, then other jobs' in the same order, until the bucket is full;
+3. the writes: cursors advance, frames come into being as `running`, a lease holds them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from farm.spec import FrameSpec, FullSpec, frame_spec
+from farm.store.tally import Delta, lock_jobs, tally
+
+
+@dataclass(frozen=True)
+class ClaimedFrame:
+    """A frame that a worker may render: its fence is (job_id, ordinal, attempt)."""
+
+    job_id: uuid.UUID
+    tenant_id: uuid.UUID
+    ordinal: int
+    attempt: int
+    spec: FrameSpec
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} frame {self.ordinal} attempt {self.attempt}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A worker's right to a batch, until `expires_at` on Postgres's clock."""
+
+    id: uuid.UUID
+    worker_id: uuid.UUID
+    pipeline: str
+    expires_at: datetime
+    frames: tuple[ClaimedFrame, ...]
+
+
+LOCK_LANE = text("SELECT pg_advisory_xact_lock(hashtextextended('lane ' || :pipeline, 0))")
+
+MAY_CLAIM = text("SELECT true FROM workers WHERE id = :worker_id AND NOT draining")
+
+LEADER = text("""
+SELECT head.batch_key, head.bucket, head.job_id
+FROM shares s CROSS JOIN LATERAL (
+    -- the tenant's first open job: one probe of jobs_claim
+    (SELECT j.id AS job_id, j.batch_key, j.bucket, j.priority, j.created_at, 1 AS kind
+     FROM jobs j
+     WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+     ORDER BY j.priority, j.created_at, j.id LIMIT 1)
+    UNION ALL
+    -- the tenant's first frame that is due again; few ever are
+    (SELECT r.job_id, r.batch_key, r.bucket, r.priority, j.created_at, 0
+     FROM returns r JOIN jobs j ON j.id = r.job_id
+     WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
+       AND r.not_before <= clock_timestamp() AND NOT j.paused
+     ORDER BY r.priority, j.created_at, r.ordinal LIMIT 1)
+) head
+WHERE s.pipeline = :pipeline
+ORDER BY head.priority, s.served, head.kind, head.created_at, head.job_id
+LIMIT 1
+""")
+
+RETURNED = text("""
+SELECT r.job_id, r.ordinal
+FROM returns r JOIN jobs j ON j.id = r.job_id
+WHERE r.pipeline = :pipeline AND r.batch_key = :batch_key
+  AND r.not_before <= clock_timestamp() AND NOT j.paused
+ORDER BY r.priority, j.created_at, r.ordinal
+LIMIT :bucket
+""")
+
+OPEN_JOBS = text("""
+SELECT j.id, j.run_end - j.cursor AS room
+FROM jobs j JOIN shares s USING (pipeline, tenant_id)
+WHERE j.open AND j.pipeline = :pipeline AND j.batch_key = :batch_key
+ORDER BY j.id <> :leader, j.priority, s.served, j.created_at, j.id
+LIMIT :bucket
+""")
+
+# The cursor moves only here, under the lane's lock; a cancel or a pause in between closes the job.
+ADVANCE = text("""
+WITH take AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:counts AS bigint[])) AS t (id, n)
+), advanced AS (
+    UPDATE jobs j
+    SET cursor = j.cursor + t.n,
+        open = j.cursor + t.n < j.total,
+        run = j.run + ended.by_one,
+        run_end = coalesce((j.runs -> (j.run + ended.by_one) ->> 0)::bigint, j.run_end),
+        batch_key = coalesce(j.runs -> (j.run + ended.by_one) ->> 1, j.batch_key),
+        bucket = coalesce((j.runs -> (j.run + ended.by_one) ->> 2)::smallint, j.bucket)
+    FROM take t CROSS JOIN LATERAL (
+        SELECT (b.cursor + t.n = b.run_end)::int AS by_one FROM jobs b WHERE b.id = t.id
+    ) ended
+    WHERE j.id = t.id AND j.open
+    RETURNING j.id, j.cursor - t.n AS first, j.cursor AS stop
+)
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at)
+SELECT id, ordinal, 'running', 1, :worker, clock_timestamp()
+FROM advanced CROSS JOIN generate_series(first, stop - 1) AS ordinal
+RETURNING job_id, ordinal, attempt
+""")
+
+TAKE_BACK = text("""
+WITH taken AS (
+    DELETE FROM returns r
+    USING unnest(CAST(:ids AS uuid[]), CAST(:ordinals AS bigint[])) AS t (id, ordinal)
+    WHERE r.job_id = t.id AND r.ordinal = t.ordinal
+    RETURNING r.job_id, r.ordinal
+)
+UPDATE frames f
+SET state = 'running', attempt = f.attempt + 1, worker = :worker, error = NULL,
+    started_at = clock_timestamp(), finished_at = NULL
+FROM taken t
+WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
+RETURNING f.job_id, f.ordinal, f.attempt
+""")
+
+OPEN_LEASE = text("""
+INSERT INTO leases (id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts)
+VALUES (:id, :worker_id, :pid, :pipeline,
+        clock_timestamp() + make_interval(secs => :seconds), :job_ids, :ordinals, :attempts)
+RETURNING expires_at
+""")
+
+SERVE = text("""
+UPDATE shares s SET served = s.served + t.n
+FROM (SELECT j.tenant_id, count(*) AS n
+      FROM unnest(CAST(:job_ids AS uuid[])) AS f (job_id) JOIN jobs j ON j.id = f.job_id
+      GROUP BY j.tenant_id) t
+WHERE s.pipeline = :pipeline AND s.tenant_id = t.tenant_id
+""")
+
+SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
+
+PROMPTS = text("""
+SELECT w.job_id, w.place, c.prompts[w.place - c.first + 1] AS prompt
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:places AS bigint[])) AS w (job_id, place)
+CROSS JOIN LATERAL (
+    SELECT first, prompts FROM input_chunks c
+    WHERE c.job_id = w.job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
+) c
+""")
+
+Fence = tuple[uuid.UUID, int, int]
+
+
+def claim(
+    connection: Connection,
+    *,
+    pipeline: str,
+    worker_id: uuid.UUID,
+    worker: str,
+    pid: int,
+    lease_seconds: float,
+) -> Lease | None:
+    """Claim the next batch of a lane, or None where nothing may be claimed.
+
+    A draining or unknown worker claims nothing.
+    """
+    connection.execute(LOCK_LANE, {"pipeline": pipeline})
+    if connection.execute(MAY_CLAIM, {"worker_id": worker_id}).first() is None:
+        return None
+    leader = connection.execute(LEADER, {"pipeline": pipeline}).mappings().first()
+    if leader is None:
+        return None
+    returned, counts = _fill(connection, pipeline, leader["batch_key"], leader["bucket"], leader)
+    lock_jobs(connection, [job_id for job_id, _ in returned] + list(counts))
+    fences = _take_back(connection, returned, worker) + _advance(connection, counts, worker)
+    if not fences:
+        return None
+    return _open_lease(connection, pipeline, worker_id, pid, lease_seconds, sorted(fences))
+
+
+def _fill(
+    connection: Connection, pipeline: str, batch_key: str, bucket: int, leader: Any
+) -> tuple[list[tuple[uuid.UUID, int]], dict[uuid.UUID, int]]:
+    """Choose what fills the bucket: returned frames, and how many new ones of which job."""
+    where = {"pipeline": pipeline, "batch_key": batch_key, "bucket": bucket}
+    returned = [(row.job_id, row.ordinal) for row in connection.execute(RETURNED, where)]
+    counts: dict[uuid.UUID, int] = {}
+    free = bucket - len(returned)
+    for row in connection.execute(OPEN_JOBS, {**where, "leader": leader["job_id"]}):
+        if free > 0:
+            counts[row.id] = min(free, row.room)
+            free -= counts[row.id]
+    return returned, counts
+
+
+def _take_back(
+    connection: Connection, returned: list[tuple[uuid.UUID, int]], worker: str
+) -> list[Fence]:
+    if not returned:
+        return []
+    ids, ordinals = [job_id for job_id, _ in returned], [ordinal for _, ordinal in returned]
+    rows = connection.execute(TAKE_BACK, {"ids": ids, "ordinals": ordinals, "worker": worker})
+    return [(row.job_id, row.ordinal, row.attempt) for row in rows]
+
+
+def _advance(connection: Connection, counts: dict[uuid.UUID, int], worker: str) -> list[Fence]:
+    if not counts:
+        return []
+    rows = connection.execute(
+        ADVANCE, {"ids": list(counts), "counts": list(counts.values()), "worker": worker}
+    )
+    return [(row.job_id, row.ordinal, row.attempt) for row in rows]
+
+
+def _open_lease(
+    connection: Connection,
+    pipeline: str,
+    worker_id: uuid.UUID,
+    pid: int,
+    lease_seconds: float,
+    fences: list[Fence],
+) -> Lease:
+    lease_id = uuid.uuid4()
+    job_ids = [job_id for job_id, _, _ in fences]
+    expires_at = connection.execute(
+        OPEN_LEASE,
+        {
+            "id": lease_id,
+            "worker_id": worker_id,
+            "pid": pid,
+            "pipeline": pipeline,
+            "seconds": lease_seconds,
+            "job_ids": job_ids,
+            "ordinals": [ordinal for _, ordinal, _ in fences],
+            "attempts": [attempt for _, _, attempt in fences],
+        },
+    ).scalar_one()
+    connection.execute(SERVE, {"pipeline": pipeline, "job_ids": job_ids})
+    deltas: dict[uuid.UUID, Delta] = {}
+    for job_id, ordinal, attempt in fences:
+        delta = deltas.setdefault(job_id, Delta(data={"frames": []}))
+        delta.running += 1
+        delta.data["frames"].append([ordinal, attempt])
+    tally(connection, "frames.claimed", deltas)
+    frames = _with_specs(connection, fences)
+    return Lease(lease_id, worker_id, pipeline, expires_at, tuple(frames))
+
+
+def _with_specs(connection: Connection, fences: list[Fence]) -> list[ClaimedFrame]:
+    rows = connection.execute(SPECS, {"ids": sorted({job_id for job_id, _, _ in fences})})
+    jobs = {row.id: (row.tenant_id, FullSpec.model_validate(row.spec)) for row in rows}
+    wanted = {(job_id, jobs[job_id][1].prompt_index(ordinal)) for job_id, ordinal, _ in fences}
+    rows = connection.execute(
+        PROMPTS,
+        {"job_ids": [job for job, _ in wanted], "places": [index for _, index in wanted]},
+    )
+    prompts = {(row.job_id, row.place): row.prompt for row in rows}
+    frames = []
+    for job_id, ordinal, attempt in fences:
+        tenant_id, job = jobs[job_id]
+        spec = frame_spec(job, ordinal, prompts[job_id, job.prompt_index(ordinal)])
+        frames.append(ClaimedFrame(job_id, tenant_id, ordinal, attempt, spec))
+    return frames

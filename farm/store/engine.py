@@ -1,0 +1,75 @@
+"""The connection to Postgres. Whoever holds the `Engine` decides where a transaction ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from farm.config import Settings
+from farm.errors import Unavailable
+
+CONNECT_SECONDS = 5
+STATEMENT_MILLISECONDS = 30_000
+
+
+def open_store(settings: Settings, *, pool_size: int = 5) -> Engine:
+    """Open a pool of connections; the first one is made when it is first needed."""
+    url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
+    return create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=2 * pool_size,
+        pool_pre_ping=True,
+        pool_timeout=CONNECT_SECONDS,
+        connect_args={
+            "connect_timeout": CONNECT_SECONDS,
+            "application_name": "farm",
+            "options": f"-c statement_timeout={STATEMENT_MILLISECONDS} -c timezone=UTC",
+            # A half-open connection is noticed within a quarter of a minute.
+            "keepalives_idle": 5,
+            "keepalives_interval": 3,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 15_000,
+        },
+    )
+
+
+@contextmanager
+def transaction(store: Engine) -> Iterator[Connection]:
+    """Run a block in one transaction, committed at its end and rolled back by an exception.
+
+    Raises:
+        Unavailable: Postgres cannot be reached, or the connection broke. Nothing was committed,
+            unless it broke while the answer to COMMIT was on its way: every write after a claim
+            is fenced, so trying again is safe.
+    """
+    try:
+        with store.begin() as connection:
+            yield connection
+    except DBAPIError as error:
+        if is_outage(error):
+            raise Unavailable("Postgres does not answer.") from error
+        raise
+    except PoolTimeout as error:
+        raise Unavailable("Every connection to Postgres is in use.") from error
+
+
+def is_outage(error: DBAPIError) -> bool:
+    """Whether an error means that Postgres was away, rather than that the statement was wrong."""
+    if not isinstance(error, OperationalError | InterfaceError):
+        return False
+    state = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or state is None or state[:2] in {"08", "53", "57"}
+
+
+def is_ready(store: Engine) -> bool:
+    """Whether Postgres answers."""
+    try:
+        with transaction(store) as connection:
+            return bool(connection.execute(text("SELECT true")).scalar_one())
+    except Unavailable:
+        return False

@@ -1,0 +1,36 @@
+"""Events: what happened, appended by each transition in its own transaction (an outbox).
+
+Of one job's events a reader may rely on the order of their ids: each is appended under the job's
+row lock, so a lower id was committed before a higher one was drawn.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+OF_JOB = text("""
+SELECT id, at, kind, data FROM events
+WHERE job_id = :job_id AND id > :after ORDER BY id LIMIT :limit
+""")
+
+PRUNE = text("""
+DELETE FROM events WHERE id IN (
+    SELECT id FROM events WHERE at < clock_timestamp() - make_interval(secs => :seconds)
+    ORDER BY at LIMIT 10000)
+""")
+
+
+def events_of(
+    connection: Connection, job_id: uuid.UUID, *, after: int = 0, limit: int = 1000
+) -> Sequence[Row[Any]]:
+    """Read a job's events, oldest first, from the one after id `after` on."""
+    return connection.execute(OF_JOB, {"job_id": job_id, "after": after, "limit": limit}).all()
+
+
+def prune(connection: Connection, days: float) -> int:
+    """Delete events older than `days`, ten thousand at a time; returns how many."""
+    return connection.execute(PRUNE, {"seconds": days * 86_400}).rowcount

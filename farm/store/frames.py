@@ -1,0 +1,284 @@
+"""What happens to frames after their claim: complete, fail, release, expire, and the lease's life.
+
+Every write is fenced by (job, ordinal, attempt, running). No row matched means that the lease was
+lost: the result is dropped, and the caller is told which were accepted.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from farm.states import FrameState, after_failure, retry_delay
+from farm.store.tally import Delta, lock_jobs, tally
+
+Fence = tuple[uuid.UUID, int, int]
+"""(job, ordinal, attempt): what a write after a claim must match."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A frame whose artifact is stored."""
+
+    fence: Fence
+    sha256: bytes
+    bytes: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An attempt that did not succeed."""
+
+    fence: Fence
+    reason: str
+    """A word: render_error, worker_lost, lease_expired, released, …"""
+    message: str
+    retryable: bool = True
+    traceback: str | None = None
+    charged: bool = True
+    """Whether the attempt counts towards max_attempts."""
+
+
+LOCK_LEASE = text("SELECT id FROM leases WHERE id = :id FOR UPDATE")
+
+COMPLETE = text("""
+UPDATE frames f
+SET state = 'succeeded', finished_at = clock_timestamp(), error = NULL,
+    sha256 = d.sha256, bytes = d.bytes, slot = d.slot
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]),
+            CAST(:sha256 AS bytea[]), CAST(:bytes AS int[]), CAST(:slots AS smallint[]))
+     AS d (job_id, ordinal, attempt, sha256, bytes, slot)
+WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal
+  AND f.attempt = d.attempt AND f.state = 'running'
+RETURNING f.job_id, f.ordinal, f.attempt
+""")
+
+HELD = text("""
+SELECT f.job_id, f.ordinal, f.attempt, f.spared, j.max_attempts
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
+     AS d (job_id, ordinal, attempt)
+JOIN frames f USING (job_id, ordinal) JOIN jobs j ON j.id = f.job_id
+WHERE f.attempt = d.attempt AND f.state = 'running'
+ORDER BY f.job_id, f.ordinal
+FOR UPDATE OF f
+""")
+
+# The frame leaves `running`, its attempt goes on record, and a ready one may be claimed again.
+END = text("""
+WITH ended AS (
+    UPDATE frames f
+    SET state = d.state, spared = f.spared + d.spared, finished_at = clock_timestamp(),
+        error = d.message
+    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:states AS text[]),
+                CAST(:spared AS smallint[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
+                CAST(:tracebacks AS text[]), CAST(:delays AS float[]))
+         AS d (job_id, ordinal, state, spared, reason, message, traceback, delay)
+    WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
+    RETURNING f.*, d.reason, d.message, d.traceback, d.delay
+), recorded AS (
+    INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
+    SELECT job_id, ordinal, attempt, worker, reason, message, traceback, started_at FROM ended
+)
+INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before)
+SELECT e.job_id, e.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
+       clock_timestamp() + make_interval(secs => e.delay)
+FROM ended e JOIN jobs j ON j.id = e.job_id CROSS JOIN LATERAL (
+    SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
+    FROM jsonb_array_elements(j.runs) WITH ORDINALITY AS t (run, place)
+    WHERE (run ->> 0)::bigint > e.ordinal ORDER BY place LIMIT 1
+) r
+WHERE e.state = 'ready'
+""")
+
+CLOSE_LEASE = text("""
+DELETE FROM leases l WHERE l.id = :id AND NOT EXISTS (
+    SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
+    JOIN frames f USING (job_id, ordinal)
+    WHERE f.attempt = d.attempt AND f.state = 'running')
+""")
+
+TOUCH = text("""
+UPDATE leases l SET step = :step, steps = :steps, stepped_at = clock_timestamp()
+WHERE l.id = :id
+RETURNING EXISTS (
+    SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
+    JOIN frames f USING (job_id, ordinal)
+    WHERE f.attempt = d.attempt AND f.state = 'running')
+""")
+
+RENEW = text("""
+UPDATE leases SET expires_at = clock_timestamp() + make_interval(secs => :seconds)
+WHERE worker_id = :worker_id RETURNING id, pid, clock_timestamp() - stepped_at AS still
+""")
+
+EXPIRED = text("""
+SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
+WHERE expires_at < clock_timestamp() ORDER BY expires_at LIMIT 100 FOR UPDATE SKIP LOCKED
+""")
+
+LEASES_OF = text("""
+SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
+WHERE worker_id = :worker_id AND NOT pid = ANY(:alive) FOR UPDATE
+""")
+
+DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
+
+COUNT_EXPIRED = text("UPDATE workers SET expired = expired + 1 WHERE id = :id")
+
+
+def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> Sequence[Row[Any]]:
+    """Extend every lease a worker holds; returns (id, pid, still) of each.
+
+    `still` is the time since the lease's last denoising step, on Postgres's clock.
+    """
+    return connection.execute(RENEW, {"worker_id": worker_id, "seconds": lease_seconds}).all()
+
+
+def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> bool:
+    """Report a denoising step; returns whether any frame of the lease is still wanted."""
+    row = connection.execute(TOUCH, {"id": lease_id, "step": step, "steps": steps}).first()
+    return row is not None and bool(row[0])
+
+
+def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) -> set[Fence]:
+    """Make frames `succeeded`; returns the fences accepted, the others lost their lease."""
+    connection.execute(LOCK_LEASE, {"id": lease_id})
+    lock_jobs(connection, [item.fence[0] for item in done])
+    rows = connection.execute(
+        COMPLETE,
+        {
+            **_fences([item.fence for item in done]),
+            "sha256": [item.sha256 for item in done],
+            "bytes": [item.bytes for item in done],
+            "slots": [item.slot for item in done],
+        },
+    )
+    accepted = {(row.job_id, row.ordinal, row.attempt) for row in rows}
+    deltas: dict[uuid.UUID, Delta] = {}
+    for job_id, ordinal, attempt in sorted(accepted):
+        delta = deltas.setdefault(job_id, Delta(data={"frames": []}))
+        delta.running -= 1
+        delta.succeeded += 1
+        delta.data["frames"].append([ordinal, attempt])
+    tally(connection, "frames.succeeded", deltas)
+    connection.execute(CLOSE_LEASE, {"id": lease_id})
+    return accepted
+
+
+def fail(
+    connection: Connection,
+    lease_id: uuid.UUID,
+    failures: Sequence[Failure],
+    retry_seconds: float,
+) -> dict[Fence, FrameState]:
+    """End attempts that did not succeed; returns where each accepted frame went: ready or dead."""
+    connection.execute(LOCK_LEASE, {"id": lease_id})
+    ended = _end(connection, "frames.failed", failures, retry_seconds)
+    connection.execute(CLOSE_LEASE, {"id": lease_id})
+    return ended
+
+
+def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> set[Fence]:
+    """Return frames that were claimed but not rendered, at no charge to their attempts."""
+    connection.execute(LOCK_LEASE, {"id": lease_id})
+    failures = [
+        Failure(fence, "released", "The worker returned it unrendered.", charged=False)
+        for fence in fences
+    ]
+    released = _end(connection, "frames.released", failures, 0.0)
+    connection.execute(CLOSE_LEASE, {"id": lease_id})
+    return set(released)
+
+
+def expire(connection: Connection, retry_seconds: float) -> set[str]:
+    """End the leases whose time is up, on Postgres's clock; returns the lanes to ring."""
+    leases = connection.execute(EXPIRED).all()
+    for lease in leases:
+        connection.execute(COUNT_EXPIRED, {"id": lease.worker_id})
+    return _drop(connection, leases, "lease_expired", "The worker was not heard of.", retry_seconds)
+
+
+def lose(
+    connection: Connection,
+    worker_id: uuid.UUID,
+    alive: Sequence[int],
+    message: str,
+    retry_seconds: float,
+) -> set[str]:
+    """End the leases of a worker's children that are gone; returns the lanes to ring.
+
+    `alive` are the process ids of the children that live.
+    """
+    leases = connection.execute(LEASES_OF, {"worker_id": worker_id, "alive": list(alive)}).all()
+    return _drop(connection, leases, "worker_lost", message, retry_seconds)
+
+
+def _drop(
+    connection: Connection,
+    leases: Sequence[Row[Any]],
+    reason: str,
+    message: str,
+    retry_seconds: float,
+) -> set[str]:
+    failures = [
+        Failure(fence, reason, message)
+        for lease in leases
+        for fence in zip(lease.job_ids, lease.ordinals, lease.attempts, strict=True)
+    ]
+    _end(connection, "frames.failed", failures, retry_seconds)
+    connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
+    return {lease.pipeline for lease in leases}
+
+
+def _end(
+    connection: Connection, kind: str, failures: Sequence[Failure], retry_seconds: float
+) -> dict[Fence, FrameState]:
+    if not failures:
+        return {}
+    lock_jobs(connection, [failure.fence[0] for failure in failures])
+    of = {failure.fence: failure for failure in failures}
+    held = connection.execute(HELD, _fences(list(of))).all()
+    ended: dict[Fence, FrameState] = {}
+    deltas: dict[uuid.UUID, Delta] = {}
+    written: dict[str, list[Any]] = {name: [] for name in (
+        "job_ids", "ordinals", "states", "spared", "reasons", "messages", "tracebacks", "delays"
+    )}  # fmt: skip
+    for row in held:
+        fence = (row.job_id, row.ordinal, row.attempt)
+        failure = of[fence]
+        charged = row.attempt - row.spared
+        state = (
+            after_failure(failure.retryable, charged, row.max_attempts)
+            if failure.charged
+            else FrameState.READY
+        )
+        ended[fence] = state
+        delta = deltas.setdefault(row.job_id, Delta(data={"frames": [], "reason": failure.reason}))
+        delta.running -= 1
+        delta.dead += state is FrameState.DEAD
+        delta.data["frames"].append([row.ordinal, row.attempt, state])
+        written["job_ids"].append(row.job_id)
+        written["ordinals"].append(row.ordinal)
+        written["states"].append(state)
+        written["spared"].append(0 if failure.charged else 1)
+        written["reasons"].append(failure.reason)
+        written["messages"].append(failure.message)
+        written["tracebacks"].append(failure.traceback)
+        written["delays"].append(retry_delay(charged, retry_seconds) if failure.charged else 0.0)
+    if ended:
+        connection.execute(END, written)
+    tally(connection, kind, deltas)
+    return ended
+
+
+def _fences(fences: Sequence[Fence]) -> dict[str, list[Any]]:
+    return {
+        "job_ids": [job_id for job_id, _, _ in fences],
+        "ordinals": [ordinal for _, ordinal, _ in fences],
+        "attempts": [attempt for _, _, attempt in fences],
+    }

@@ -1,0 +1,92 @@
+"""Tenants and their API keys. Only a key's hash is stored: it is shown once, when it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+ROLES = ("client", "operator", "viewer")
+
+TENANT = text("""
+INSERT INTO tenants (id, name) VALUES (:id, :name)
+ON CONFLICT (name) DO UPDATE SET name = excluded.name RETURNING id
+""")
+
+CREATE = text("""
+INSERT INTO keys (id, tenant_id, role, name, prefix, digest)
+VALUES (:id, :tenant_id, :role, :name, :prefix, :digest)
+""")
+
+FIND = text("""
+SELECT k.id, k.role, k.tenant_id, t.name AS tenant FROM keys k JOIN tenants t ON t.id = k.tenant_id
+WHERE k.digest = :digest AND k.revoked_at IS NULL
+""")
+
+LIST = text("""
+SELECT k.id, k.prefix, k.role, k.name, t.name AS tenant, k.created_at, k.revoked_at
+FROM keys k JOIN tenants t ON t.id = k.tenant_id ORDER BY k.created_at, k.id
+""")
+
+REVOKE = text("""
+UPDATE keys SET revoked_at = coalesce(revoked_at, clock_timestamp()) WHERE id = :id RETURNING id
+""")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who a key belongs to."""
+
+    key_id: uuid.UUID
+    tenant_id: uuid.UUID
+    tenant: str
+    role: str
+
+
+def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
+    """Find a tenant by name, made if it is new."""
+    found: uuid.UUID = connection.execute(TENANT, {"id": uuid.uuid4(), "name": name}).scalar_one()
+    return found
+
+
+def create_key(connection: Connection, tenant: str, role: str, name: str = "") -> tuple[str, str]:
+    """Make a key for a tenant; returns (its id, the key itself), which is never shown again."""
+    key_id, key = uuid.uuid4(), f"farm_{secrets.token_urlsafe(32)}"
+    connection.execute(
+        CREATE,
+        {
+            "id": key_id,
+            "tenant_id": ensure_tenant(connection, tenant),
+            "role": role,
+            "name": name,
+            "prefix": key[:10],
+            "digest": _digest(key),
+        },
+    )
+    return str(key_id), key
+
+
+def find_caller(connection: Connection, key: str) -> Caller | None:
+    """Find whose key this is; None where it is unknown or revoked."""
+    row = connection.execute(FIND, {"digest": _digest(key)}).first()
+    return Caller(row.id, row.tenant_id, row.tenant, row.role) if row else None
+
+
+def list_keys(connection: Connection) -> Sequence[Row[Any]]:
+    """Read every key's description, oldest first."""
+    return connection.execute(LIST).all()
+
+
+def revoke_key(connection: Connection, key_id: uuid.UUID) -> bool:
+    """Revoke a key; returns whether there is one of that id."""
+    return connection.execute(REVOKE, {"id": key_id}).first() is not None
+
+
+# A key holds 256 random bits, so one round of a plain hash cannot be turned back.
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,68 @@
+"""Lanes: what waits on each, and why nothing of a job runs."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+CLAIMABLE = text("""
+SELECT DISTINCT pipeline FROM (
+    SELECT pipeline FROM jobs WHERE open
+    UNION ALL
+    SELECT r.pipeline FROM returns r JOIN jobs j ON j.id = r.job_id
+    WHERE r.not_before <= clock_timestamp() AND NOT j.paused
+) lane ORDER BY pipeline
+""")
+
+DEPTH = text("""
+SELECT pipeline, priority, sum(waiting)::bigint AS waiting FROM (
+    SELECT pipeline, priority, total - cursor AS waiting FROM jobs WHERE open
+    UNION ALL
+    SELECT pipeline, priority, 1 FROM returns
+) lane GROUP BY pipeline, priority ORDER BY pipeline, priority
+""")
+
+LANE_NOW = text("""
+SELECT count(*) AS workers,
+       count(*) FILTER (WHERE w.draining) AS draining,
+       count(*) FILTER (WHERE w.state = 'loading') AS loading,
+       count(*) FILTER (WHERE w.state = 'failed') AS failed,
+       min(w.problem) FILTER (WHERE w.state = 'failed') AS problem
+FROM workers w WHERE w.pipeline = :pipeline AND w.state <> 'gone'
+""")
+
+BUSY_WITH = text("""
+SELECT DISTINCT j.priority, j.tenant_id = :tenant_id AS own
+FROM leases l, unnest(l.job_ids) AS d (job_id) JOIN jobs j ON j.id = d.job_id
+WHERE l.pipeline = :pipeline ORDER BY j.priority LIMIT 1
+""")
+
+BACKING_OFF = text("SELECT min(not_before) FROM returns WHERE job_id = :job_id")
+
+
+def claimable_lanes(connection: Connection) -> list[str]:
+    """Name the pipelines on which something may be claimed now."""
+    return list(connection.execute(CLAIMABLE).scalars())
+
+
+def depths(connection: Connection) -> Sequence[Row[Any]]:
+    """Count the waiting frames of each lane, by priority."""
+    return connection.execute(DEPTH).all()
+
+
+def lane_now(connection: Connection, pipeline: str) -> Row[Any]:
+    """Count a lane's workers: all, draining, loading, failed; with a failed one's problem."""
+    return connection.execute(LANE_NOW, {"pipeline": pipeline}).one()
+
+
+def busy_with(connection: Connection, pipeline: str, tenant_id: uuid.UUID) -> Row[Any] | None:
+    """Tell the priority of what a lane's workers render, and whether it is the tenant's own."""
+    return connection.execute(BUSY_WITH, {"pipeline": pipeline, "tenant_id": tenant_id}).first()
+
+
+def backing_off_until(connection: Connection, job_id: uuid.UUID) -> Any | None:
+    """When the first of a job's returned frames is due again."""
+    return connection.execute(BACKING_OFF, {"job_id": job_id}).scalar_one()

@@ -1,0 +1,263 @@
+"""The tables. Postgres is the truth: what is not here did not happen.
+
+A job's row holds its spec and a cursor: frames below the cursor have been claimed and have a row,
+frames from it on are waiting and have none. Frames returned for another attempt stand in the small
+table `returns`, so that the wide table `frames` needs no index on its state and its updates stay
+HOT (heap-only: no index entry is written).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from farm.states import FrameState, JobStatus
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "ix": "%(table_name)s_%(column_0_N_name)s",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+    }
+)
+
+
+def _one_of(column: str, values: list[str]) -> str:
+    return f"{column} IN ({', '.join(repr(str(value)) for value in values)})"
+
+
+def _moment(name: str, *, now: bool = False, null: bool = True) -> Column[object]:
+    default = func.clock_timestamp() if now else None
+    return Column(name, DateTime(timezone=True), nullable=null and not now, server_default=default)
+
+
+ROW_STATES = [state for state in FrameState if state is not FrameState.WAITING]
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    _moment("created_at", now=True),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("role", Text, nullable=False),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("prefix", Text, nullable=False, comment="its first characters, to know it by"),
+    Column("digest", LargeBinary, nullable=False, unique=True, comment="sha256 of the key"),
+    _moment("created_at", now=True),
+    _moment("revoked_at"),
+    CheckConstraint(_one_of("role", ["client", "operator", "viewer"]), name="role"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("pipeline", Text, nullable=False),
+    Column("priority", SmallInteger, nullable=False, comment="0 interactive, 1 normal, 2 bulk"),
+    Column("status", Text, nullable=False, server_default=JobStatus.QUEUED),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("open", Boolean, nullable=False, comment="frames from the cursor on may be claimed"),
+    Column("total", BigInteger, nullable=False),
+    Column("cursor", BigInteger, nullable=False, server_default=text("0")),
+    Column("run", Integer, nullable=False, server_default=text("0"), comment="index into runs"),
+    Column("run_end", BigInteger, nullable=False, comment="ordinal where batch_key ends"),
+    Column("batch_key", Text, nullable=False, comment="of the frame at the cursor"),
+    Column("bucket", SmallInteger, nullable=False, comment="of the frame at the cursor"),
+    Column("runs", JSONB, nullable=False, comment="[[end ordinal, batch_key, bucket], …]"),
+    Column("running", BigInteger, nullable=False, server_default=text("0")),
+    Column("succeeded", BigInteger, nullable=False, server_default=text("0")),
+    Column("dead", BigInteger, nullable=False, server_default=text("0")),
+    Column("cancelled", BigInteger, nullable=False, server_default=text("0")),
+    Column("max_attempts", SmallInteger, nullable=False),
+    Column("spec", JSON, nullable=False, comment="FullSpec; JSON, since a grid's order matters"),
+    Column("labels", JSONB, nullable=False),
+    Column("idempotency_key", Text),
+    Column("idempotency_digest", LargeBinary),
+    _moment("created_at", now=True),
+    _moment("started_at"),
+    _moment("finished_at"),
+    UniqueConstraint("tenant_id", "idempotency_key"),
+    CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
+    CheckConstraint("cursor BETWEEN 0 AND total", name="cursor"),
+    CheckConstraint(
+        "running >= 0 AND succeeded >= 0 AND dead >= 0 AND cancelled >= 0"
+        " AND running + succeeded + dead + cancelled <= total",
+        name="conservation",
+    ),
+    Index(
+        "jobs_claim",
+        "pipeline",
+        "tenant_id",
+        "priority",
+        "created_at",
+        "id",
+        postgresql_where=text("open"),
+    ),
+    Index("jobs_fill", "pipeline", "batch_key", postgresql_where=text("open")),
+    Index("jobs_newest", "tenant_id", "created_at", "id"),
+    Index("jobs_labels", "labels", postgresql_using="gin"),
+)
+
+input_chunks = Table(
+    "input_chunks",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("first", BigInteger, primary_key=True, comment="index of the chunk's first prompt"),
+    Column("prompts", ARRAY(Text), nullable=False),
+)
+
+frames = Table(
+    "frames",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", BigInteger, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("attempt", SmallInteger, nullable=False, comment="counted when it is claimed"),
+    Column(
+        "spared",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="attempts that do not count towards max_attempts",
+    ),
+    Column("worker", Text, nullable=False, comment="who claimed the latest attempt"),
+    _moment("started_at", null=False),
+    _moment("finished_at"),
+    Column("slot", SmallInteger, comment="place in the batch, from 0"),
+    Column("sha256", LargeBinary),
+    Column("bytes", Integer),
+    Column("error", Text, comment="why the latest attempt failed"),
+    CheckConstraint(_one_of("state", list(ROW_STATES)), name="state"),
+    CheckConstraint(
+        "(state = 'succeeded') = (sha256 IS NOT NULL AND bytes IS NOT NULL)", name="artifact"
+    ),
+)
+
+returns = Table(
+    "returns",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", BigInteger, primary_key=True),
+    Column("pipeline", Text, nullable=False),
+    Column("tenant_id", Uuid, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("batch_key", Text, nullable=False),
+    Column("bucket", SmallInteger, nullable=False),
+    _moment("not_before", null=False),
+    Index("returns_due", "pipeline", "priority", "not_before"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", BigInteger, primary_key=True),
+    Column("attempt", SmallInteger, primary_key=True),
+    Column("worker", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("traceback", Text),
+    _moment("started_at", null=False),
+    _moment("ended_at", now=True),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("worker_id", Uuid, nullable=False),
+    Column("pid", Integer, nullable=False, comment="the child that renders the batch"),
+    Column("pipeline", Text, nullable=False),
+    _moment("created_at", now=True),
+    _moment("expires_at", null=False),
+    Column("job_ids", ARRAY(Uuid), nullable=False),
+    Column("ordinals", ARRAY(BigInteger), nullable=False),
+    Column("attempts", ARRAY(SmallInteger), nullable=False),
+    Column("step", Integer, nullable=False, server_default=text("0")),
+    Column("steps", Integer, nullable=False, server_default=text("0")),
+    _moment("stepped_at", now=True),
+    Index("leases_worker", "worker_id"),
+    Index("leases_expiry", "expires_at"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("pipeline", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("draining", Boolean, nullable=False, server_default=text("false")),
+    Column("device", Text),
+    Column("problem", Text, comment="why it cannot render"),
+    _moment("started_at", now=True),
+    _moment("seen_at", now=True),
+    # What it did since it started: summed by pipeline for /metrics.
+    Column("succeeded", BigInteger, nullable=False, server_default=text("0")),
+    Column("returned", BigInteger, nullable=False, server_default=text("0")),
+    Column("dead", BigInteger, nullable=False, server_default=text("0")),
+    Column("dropped", BigInteger, nullable=False, server_default=text("0")),
+    Column("expired", BigInteger, nullable=False, server_default=text("0")),
+    Column("batches", BigInteger, nullable=False, server_default=text("0")),
+    Column("denoise_seconds", Double, nullable=False, server_default=text("0")),
+    Column("encode_seconds", Double, nullable=False, server_default=text("0")),
+    Column("put_seconds", Double, nullable=False, server_default=text("0")),
+    Column("commit_seconds", Double, nullable=False, server_default=text("0")),
+    CheckConstraint(_one_of("state", ["loading", "idle", "rendering", "failed", "gone"]), "state"),
+    Index("workers_pipeline", "pipeline"),
+)
+
+shares = Table(
+    "shares",
+    metadata,
+    Column("pipeline", Text, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("served", BigInteger, nullable=False, comment="frames claimed: fair share's clock"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("job_id", Uuid, nullable=False),
+    Column("tenant_id", Uuid, nullable=False),
+    _moment("at", now=True),
+    Column("kind", Text, nullable=False),
+    Column("data", JSONB, nullable=False),
+    Index("events_job", "job_id", "id"),
+    Index("events_at", "at"),
+)

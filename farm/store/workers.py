@@ -1,0 +1,130 @@
+"""Workers: who renders, what each does now, and the sums behind /metrics."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+REGISTER = text("""
+INSERT INTO workers (id, name, pipeline, host, pid, state)
+VALUES (:id, :name, :pipeline, :host, :pid, 'loading')
+""")
+
+SEEN = text("UPDATE workers SET seen_at = clock_timestamp() WHERE id = :id")
+
+SET_STATE = text("""
+UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device, device),
+                   seen_at = clock_timestamp()
+WHERE id = :id AND state <> 'gone'
+""")
+
+DRAIN = text("UPDATE workers SET draining = true WHERE id = :id")
+
+SWEEP = text("""
+UPDATE workers SET state = 'gone'
+WHERE state <> 'gone' AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
+RETURNING name
+""")
+
+ACCOUNT = text("""
+UPDATE workers
+SET batches = batches + 1, succeeded = succeeded + :succeeded, returned = returned + :returned,
+    dead = dead + :dead, dropped = dropped + :dropped,
+    denoise_seconds = denoise_seconds + :denoise_seconds,
+    encode_seconds = encode_seconds + :encode_seconds,
+    put_seconds = put_seconds + :put_seconds, commit_seconds = commit_seconds + :commit_seconds
+WHERE id = :id
+""")
+
+LIST = text("""
+SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.state, w.draining, w.device, w.problem,
+       w.started_at, w.seen_at, w.succeeded,
+       l.step, l.steps, l.job_ids, l.ordinals, l.stepped_at
+FROM workers w LEFT JOIN LATERAL (
+    SELECT * FROM leases l WHERE l.worker_id = w.id ORDER BY l.created_at DESC LIMIT 1
+) l ON true
+WHERE w.state <> 'gone' ORDER BY w.pipeline, w.name
+""")
+
+SUMS = text("""
+SELECT pipeline, sum(succeeded)::bigint AS succeeded, sum(returned)::bigint AS returned,
+       sum(dead)::bigint AS dead, sum(dropped)::bigint AS dropped,
+       sum(expired)::bigint AS expired, sum(batches)::bigint AS batches,
+       sum(denoise_seconds) AS denoise_seconds, sum(encode_seconds) AS encode_seconds,
+       sum(put_seconds) AS put_seconds, sum(commit_seconds) AS commit_seconds,
+       count(*) FILTER (WHERE state <> 'gone') AS alive
+FROM workers GROUP BY pipeline ORDER BY pipeline
+""")
+
+
+@dataclass
+class Account:
+    """What one batch came to, added to its worker's sums. Times are in seconds."""
+
+    succeeded: int = 0
+    returned: int = 0
+    dead: int = 0
+    dropped: int = 0
+    denoise_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    put_seconds: float = 0.0
+    commit_seconds: float = 0.0
+
+
+def register(
+    connection: Connection, worker_id: uuid.UUID, *, name: str, pipeline: str, host: str, pid: int
+) -> None:
+    """Add a worker that starts to load its pipeline."""
+    connection.execute(
+        REGISTER,
+        {"id": worker_id, "name": name, "pipeline": pipeline, "host": host, "pid": pid},
+    )
+
+
+def seen(connection: Connection, worker_id: uuid.UUID) -> None:
+    """Note a worker's heartbeat."""
+    connection.execute(SEEN, {"id": worker_id})
+
+
+def set_state(
+    connection: Connection,
+    worker_id: uuid.UUID,
+    state: str,
+    *,
+    device: str | None = None,
+    problem: str | None = None,
+) -> None:
+    """Say what a worker does now: loading, idle, rendering, failed or gone."""
+    connection.execute(
+        SET_STATE, {"id": worker_id, "state": state, "device": device, "problem": problem}
+    )
+
+
+def drain(connection: Connection, worker_id: uuid.UUID) -> None:
+    """Let a worker claim nothing more."""
+    connection.execute(DRAIN, {"id": worker_id})
+
+
+def sweep(connection: Connection, timeout_seconds: float) -> list[str]:
+    """Mark workers that were not heard of as gone; returns their names."""
+    return list(connection.execute(SWEEP, {"seconds": timeout_seconds}).scalars())
+
+
+def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> None:
+    """Add a batch to its worker's sums."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    connection.execute(ACCOUNT, {"id": worker_id, **values})
+
+
+def list_workers(connection: Connection) -> Sequence[Row[Any]]:
+    """Read every worker that is not gone, with the batch it renders."""
+    return connection.execute(LIST).all()
+
+
+def sums(connection: Connection) -> Sequence[Row[Any]]:
+    """Sum what all workers ever did, by pipeline."""
+    return connection.execute(SUMS).all()
