@@ -1,4 +1,4 @@
-"""The connection to Postgres. Whoever holds the `Engine` decides where a transaction ends."""
+"""The connection to Postgres. Whoever holds the `Store` decides where a transaction ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from farm.errors import Unavailable
 CONNECT_SECONDS = 5
 STATEMENT_MILLISECONDS = 30_000
 
+Store = Engine
+"""A pool of connections to Postgres."""
 
-def open_store(settings: Settings, *, pool_size: int = 5) -> Engine:
+
+def open_store(settings: Settings, *, pool_size: int = 5) -> Store:
     """Open a pool of connections; the first one is made when it is first needed."""
     url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
     return create_engine(
@@ -39,7 +42,7 @@ def open_store(settings: Settings, *, pool_size: int = 5) -> Engine:
 
 
 @contextmanager
-def transaction(store: Engine) -> Iterator[Connection]:
+def transaction(store: Store) -> Iterator[Connection]:
     """Run a block in one transaction, committed at its end and rolled back by an exception.
 
     Raises:
@@ -66,7 +69,7 @@ def is_outage(error: DBAPIError) -> bool:
     return error.connection_invalidated or state is None or state[:2] in {"08", "53", "57"}
 
 
-def is_ready(store: Engine) -> bool:
+def is_ready(store: Store) -> bool:
     """Whether Postgres answers."""
     try:
         with transaction(store) as connection:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import alembic.command
 from alembic.config import Config
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 
 import migrations
+from farm.store.engine import Store
 
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
 
@@ -19,7 +20,7 @@ def _config() -> Config:
     return config
 
 
-def upgrade(store: Engine, revision: str = "head") -> None:
+def upgrade(store: Store, revision: str = "head") -> None:
     """Apply every step up to `revision`, in one transaction; two callers take turns."""
     with store.begin() as connection:
         connection.execute(LOCK)
@@ -28,7 +29,7 @@ def upgrade(store: Engine, revision: str = "head") -> None:
         alembic.command.upgrade(config, revision)
 
 
-def downgrade(store: Engine, revision: str = "base") -> None:
+def downgrade(store: Store, revision: str = "base") -> None:
     """Take steps back down to `revision`; what they added is lost."""
     with store.begin() as connection:
         config = _config()
@@ -36,7 +37,7 @@ def downgrade(store: Engine, revision: str = "base") -> None:
         alembic.command.downgrade(config, revision)
 
 
-def check(store: Engine) -> None:
+def check(store: Store) -> None:
     """Compare the database with the tables of farm.store.schema.
 
     Raises:
@@ -48,7 +49,7 @@ def check(store: Engine) -> None:
         alembic.command.check(config)
 
 
-def new_step(store: Engine, message: str) -> None:
+def new_step(store: Store, message: str) -> None:
     """Write the migration that takes the database to the tables of farm.store.schema."""
     with store.begin() as connection:
         config = _config()

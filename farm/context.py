@@ -1,0 +1,58 @@
+"""What every entry point holds: the settings, the catalog and the three servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from farm.artifacts import Artifacts
+from farm.bells import Bells
+from farm.catalog import Catalog, load_catalog
+from farm.config import Settings
+from farm.errors import InvalidRequest
+from farm.offers import Offer, make_offer
+from farm.store.engine import Store, open_store
+
+
+@dataclass
+class Farm:
+    """Opened once, at an entry point, and passed in."""
+
+    settings: Settings
+    catalog: Catalog
+    store: Store
+    bells: Bells
+    artifacts: Artifacts
+    _offers: dict[str, Offer] = field(default_factory=dict)
+
+    def offer(self, name: str) -> Offer:
+        """Find a pipeline of the catalog, its checkpoint's configuration read once.
+
+        Raises:
+            InvalidRequest: the catalog has no such pipeline.
+            CatalogError: its checkpoint cannot be read.
+        """
+        if name not in self.catalog.pipelines:
+            names = ", ".join(sorted(self.catalog.pipelines))
+            raise InvalidRequest(
+                f"There is no pipeline {name[:100]!r}; there are {names}.", param="pipeline"
+            )
+        if name not in self._offers:
+            self._offers[name] = make_offer(name, self.catalog.pipelines[name])
+        return self._offers[name]
+
+    def close(self) -> None:
+        """Give back every connection."""
+        self.store.dispose()
+        self.bells.close()
+        self.artifacts.close()
+
+
+def open_farm(settings: Settings) -> Farm:
+    """Open everything the settings name; servers are reached when first needed."""
+    return Farm(
+        settings=settings,
+        catalog=load_catalog(settings.pipelines),
+        store=open_store(settings),
+        bells=Bells(settings),
+        artifacts=Artifacts(settings),
+    )

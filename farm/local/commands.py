@@ -1,0 +1,91 @@
+"""The farm's own commands, as `farm up` runs them beside the servers."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+from farm.local.child import Program, Stage, launched
+from farm.local.errors import StackError
+from farm.local.folder import Folder
+from farm.local.ports import HOST
+from farm.local.processes import MARK
+
+COMMAND_SECONDS = 300.0
+
+
+def environment(folder: Folder, settings: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment, with the folder's settings in place of any others."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    # A proxy must not be asked for addresses of this machine.
+    direct = ",".join(filter(None, (env.get("NO_PROXY", env.get("no_proxy")), HOST, "localhost")))
+    marks = {"FARM_DATA": str(folder.path), MARK: str(folder.path), "PYTHONUNBUFFERED": "1"}
+    return {**env, "NO_PROXY": direct, "no_proxy": direct, **marks, **settings}
+
+
+def farm(*words: str) -> list[str]:
+    """The command line of `farm WORDS`, run by this interpreter."""
+    return [sys.executable, "-m", "farm.cli", *words]
+
+
+def run(words: list[str], env: Mapping[str, str], log: Path) -> str:
+    """Run one command to its end; returns its standard output, or raises StackError."""
+    argv = farm(*words)
+    with log.open("ab") as errors:
+        done = subprocess.run(  # noqa: S603  the argv is ours
+            launched(argv),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            timeout=COMMAND_SECONDS,
+            check=False,
+            process_group=0,
+        )
+    if done.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise StackError(f"farm {words[0]} failed; its log is {log}, ending:\n{tail}")
+    return done.stdout.decode()
+
+
+def api(folder: Folder, env: Mapping[str, str], port: int) -> Program:
+    """The API, ready when /readyz answers 200."""
+    return Program(
+        name="api",
+        argv=farm("api", "--host", HOST, "--port", str(port)),
+        env=env,
+        log=folder.logs / "api.log",
+        stage=Stage.FRONT,
+        ready=lambda: _answers(port),
+    )
+
+
+def janitor(folder: Folder, env: Mapping[str, str]) -> Program:
+    """The janitor."""
+    log = folder.logs / "janitor.log"
+    return Program("janitor", farm("janitor"), env, log, Stage.FRONT)
+
+
+def worker(
+    folder: Folder, env: Mapping[str, str], pipeline: str, number: int, grace: float
+) -> Program:
+    """One worker of `pipeline`, given `grace` seconds to finish its batch."""
+    return Program(
+        name=f"worker {pipeline}-{number}",
+        argv=farm("worker", pipeline),
+        env=env,
+        log=folder.logs / f"worker-{pipeline}-{number}.log",
+        stage=Stage.WORKER,
+        grace=grace,
+    )
+
+
+def _answers(port: int) -> bool:
+    with closing(http.client.HTTPConnection(HOST, port, timeout=5)) as connection:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == http.HTTPStatus.OK

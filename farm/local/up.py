@@ -1,0 +1,126 @@
+"""The whole farm on one machine: servers, migrations, API, janitor and workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from farm.catalog import load_catalog
+from farm.config import Settings
+from farm.envfile import NAME as ENV_FILE
+from farm.envfile import format_env
+from farm.local import commands
+from farm.local.child import Child
+from farm.local.errors import StackError
+from farm.local.folder import Folder, write_private
+from farm.local.ports import HOST, free_port, is_free
+from farm.local.servers import Servers, start_servers, supervised
+from farm.local.supervisor import Supervisor
+
+READY_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Farm:
+    """A running farm: how to reach it, and its processes by name (`worker demo-1`, `api`, …)."""
+
+    url: str
+    api_key: str
+    data: Path
+    env: dict[str, str]
+    """What farm.env holds."""
+    servers: Servers
+    children: dict[str, Child]
+
+
+@contextmanager
+def running_farm(
+    data: Path,
+    port: int = 0,
+    pipelines: Path | None = None,
+    workers: Mapping[str, int] | None = None,
+) -> Iterator[Farm]:
+    """Run a whole farm on the folder `data` until the block is left.
+
+    `port` is the API's, 0 for any free one; `pipelines` the catalog, by default
+    FARM_PIPELINES or the demo's; `workers` how many for each pipeline, 1 where not given.
+    Raises StackError when the port is taken, a pipeline is unknown or a part does not start.
+    """
+    settings = Settings()
+    catalog = (pipelines or settings.pipelines).expanduser().resolve()
+    counts = worker_counts(list(load_catalog(catalog).pipelines), workers or {})
+    port = _port(port)
+    with supervised(data) as (folder, supervisor):
+        servers = start_servers(folder, supervisor)
+        url = f"http://{HOST}:{port}"
+        env = {**servers.env, "FARM_API_URL": url, "FARM_PIPELINES": str(catalog)}
+        write_private(folder.path / ENV_FILE, format_env(env))
+        full = commands.environment(folder, env)
+        commands.run(["migrate"], full, folder.logs / "migrate.log")
+        api_key = _api_key(folder, full)
+        _start_farm(folder, supervisor, full, port, counts, settings.grace_seconds)
+        children = {child.name: child for child in supervisor.children}
+        yield Farm(url, api_key, folder.path, env, servers, children)
+
+
+def worker_counts(names: list[str], asked: Mapping[str, int]) -> dict[str, int]:
+    """Workers for each pipeline: as asked, else one; raises StackError for an unknown name."""
+    if unknown := sorted(set(asked) - set(names)):
+        raise StackError(
+            f"The catalog has no pipeline {unknown[0]!r}: --workers takes {', '.join(names)}."
+        )
+    return {name: asked.get(name, 1) for name in names}
+
+
+def _port(port: int) -> int:
+    if port == 0:
+        return free_port()
+    if not is_free(port):
+        raise StackError(
+            f"Port {port} is taken or not allowed: choose another with --port N, "
+            "or any free one with --port 0."
+        )
+    return port
+
+
+def _api_key(folder: Folder, env: Mapping[str, str]) -> str:
+    """The operator's key kept in the folder, made the first time."""
+    if not folder.api_key.is_file():
+        words = ["keys", "create", "--tenant", "default", "--role", "operator", "--json"]
+        output = commands.run(words, env, folder.logs / "keys.log")
+        write_private(folder.api_key, json.loads(output.splitlines()[-1])["key"] + "\n")
+    return folder.api_key.read_text().strip()
+
+
+def _start_farm(
+    folder: Folder,
+    supervisor: Supervisor,
+    env: Mapping[str, str],
+    port: int,
+    counts: Mapping[str, int],
+    grace: float,
+) -> None:
+    api = supervisor.start(commands.api(folder, env, port), lasting=False)
+    supervisor.start(commands.janitor(folder, env))
+    threads = _thread_settings(sum(counts.values()))
+    for pipeline, count in counts.items():
+        for number in range(1, count + 1):
+            program = commands.worker(folder, {**env, **threads}, pipeline, number, grace)
+            supervisor.start(program)
+    supervisor.ready(api, READY_SECONDS)
+
+
+def _thread_settings(workers: int) -> dict[str, str]:
+    """The cores shared out, so that workers do not wait for each other's threads."""
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    threads = str(max(1, cores // max(1, workers)))
+    return {
+        "FARM_TORCH_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }

@@ -1,0 +1,172 @@
+"""From a request's body to a FullSpec: every field checked, every default filled in. Pure."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from farm.config import Settings
+from farm.errors import InvalidRequest
+from farm.families.base import Params
+from farm.offers import Offer
+from farm.spec import (
+    MAX_SEED,
+    PROMPTS_SHOWN,
+    FullSpec,
+    JobSpec,
+    Point,
+    Priority,
+    batch_key,
+    chosen_bucket,
+)
+
+JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
+
+
+def check_job(body: Any, settings: Settings) -> JobSpec:
+    """Check everything of a submitted job but what its family takes.
+
+    Raises:
+        InvalidRequest: a field is wrong.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("A job is a JSON object.")
+    try:
+        job = JobSpec.model_validate(
+            {name: value for name, value in body.items() if name in JOB_FIELDS}
+            | {"params": {name: value for name, value in body.items() if name not in JOB_FIELDS}}
+        )
+    except ValidationError as error:
+        raise invalid(error.errors()[0]) from error
+    _check_limits(job, settings)
+    return job
+
+
+def _check_limits(job: JobSpec, settings: Settings) -> None:
+    if len(job.prompts) > settings.max_job_prompts:
+        raise InvalidRequest(
+            f"prompts holds {len(job.prompts)} prompts; the limit is {settings.max_job_prompts}.",
+            param="prompts",
+        )
+    for index, prompt in enumerate(job.prompts):
+        _check_length(prompt, f"prompts.{index}", settings.max_prompt_chars)
+    if job.grid_points > settings.max_grid_points:
+        raise InvalidRequest(
+            f"grid spans {job.grid_points} combinations; the limit is {settings.max_grid_points}.",
+            param="grid",
+        )
+    if job.total > settings.max_job_frames:
+        raise InvalidRequest(
+            f"The job would hold {job.total} frames; the limit is {settings.max_job_frames}.",
+            param="images_per_prompt",
+        )
+    if job.seed is not None and job.seed + job.images_per_prompt - 1 > MAX_SEED:
+        raise InvalidRequest(
+            f"seed + images_per_prompt - 1 is above the largest seed, {MAX_SEED}.", param="seed"
+        )
+
+
+def _check_length(text: str, param: str, limit: int) -> None:
+    if len(text) > limit:
+        raise InvalidRequest(
+            f"{param} holds {len(text)} characters; the limit is {limit}.", param=param
+        )
+
+
+def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
+    """Fill in every default, lay out the grid, and decide each point's bucket and batch_key.
+
+    Raises:
+        InvalidRequest: a parameter is unknown to the family, or outside what it allows.
+    """
+    _check_names(job, offer)
+    points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
+    frames_per_point = len(job.prompts) * job.images_per_prompt
+    keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
+    frames_of = {key: keys.count(key) * frames_per_point for key in dict.fromkeys(keys)}
+    return FullSpec(
+        pipeline=job.pipeline,
+        prompt_count=len(job.prompts),
+        prompts=job.prompts[:PROMPTS_SHOWN],
+        images_per_prompt=job.images_per_prompt,
+        seed=job.seed,
+        job_seed=secrets.randbits(63) if job.seed is None else job.seed,
+        params=_base_params(job, offer),
+        grid=job.grid,
+        points=[
+            _point(job, offer, params, frames_of[key])
+            for params, key in zip(points, keys, strict=True)
+        ],
+        priority=job.priority,
+        bucket=job.bucket,
+        max_attempts=job.max_attempts,
+        labels=job.labels,
+    )
+
+
+def _check_names(job: JobSpec, offer: Offer) -> None:
+    known = offer.family.params.model_fields
+    for name in job.params:
+        if name not in known:
+            raise InvalidRequest(
+                f"{name[:100]!r} is not a field of a job for pipeline {offer.name}; beside "
+                f"{', '.join(sorted(JOB_FIELDS))} there are {', '.join(known)}.",
+                param=name,
+            )
+    for name in job.grid:
+        if name not in known:
+            raise InvalidRequest(
+                f"grid: {name[:100]!r} is not a parameter of pipeline {offer.name}; there are "
+                f"{', '.join(known)}.",
+                param=f"grid.{name}",
+            )
+
+
+def _checked_point(
+    job: JobSpec, offer: Offer, given: Mapping[str, Any], settings: Settings
+) -> Params:
+    try:
+        params = offer.params(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        in_grid = bool(first["loc"]) and first["loc"][0] in job.grid
+        raise invalid(first, prefix="grid." if in_grid else "") from error
+    _check_length(params.negative_prompt, "negative_prompt", settings.max_prompt_chars)
+    if params.width * params.height > offer.pipeline.max_pixels:
+        raise InvalidRequest(
+            f"width x height is {params.width * params.height} pixels; the limit of pipeline "
+            f"{offer.name} is {offer.pipeline.max_pixels}.",
+            param="width",
+        )
+    return params
+
+
+def _base_params(job: JobSpec, offer: Offer) -> dict[str, Any]:
+    first = {name: values[0] for name, values in job.grid.items()}
+    params = offer.params({**job.params, **first}).model_dump()
+    return {name: value for name, value in params.items() if name not in job.grid}
+
+
+def _point(job: JobSpec, offer: Offer, params: Params, frames: int) -> Point:
+    bucket = job.bucket or chosen_bucket(
+        Priority.parse(job.priority),
+        offer.pipeline.bucket_for(params.width, params.height),
+        frames,
+    )
+    return Point(
+        params=params.model_dump(),
+        bucket=bucket,
+        batch_key=batch_key(job.pipeline, bucket, params.scalars()),
+    )
+
+
+def invalid(error: ErrorDetails, prefix: str = "") -> InvalidRequest:
+    """Say what pydantic found wrong, in the words of whoever sent it."""
+    where = prefix + ".".join(str(part) for part in error["loc"] if part != "[key]")
+    reason = error["msg"].removeprefix("Value error, ").rstrip(".")
+    return InvalidRequest(f"{where}: {reason}.", param=where or None)

@@ -1,0 +1,1 @@
+"""GPU workers: the render line, the Celery tasks and the janitor, over farm."""
