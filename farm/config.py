@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from farm.envfile import load_env
+
 DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
 
 
@@ -73,10 +75,10 @@ class Settings(BaseSettings):
 def load_settings() -> Settings:
     """Read the settings: FARM_* variables first, then FARM_DATA's farm.env, then the defaults."""
     data = os.environ.get("FARM_DATA")
-    if not data:
-        return Settings()
-    key_file = Path(data) / "api-key"
-    settings = Settings(_env_file=Path(data) / "farm.env")
-    if settings.api_key is None and key_file.is_file():
-        settings.api_key = SecretStr(key_file.read_text().strip())
-    return settings
+    if data:
+        key_file = Path(data) / "api-key"
+        if key_file.is_file():
+            os.environ.setdefault("FARM_API_KEY", key_file.read_text().strip())
+        for name, value in load_env(Path(data)).items():
+            os.environ.setdefault(name, value)  # boto3 looks for AWS_* there itself
+    return Settings()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from farm.artifacts import Artifacts
 from farm.bells import Bells
-from farm.catalog import Catalog, load_catalog
+from farm.catalog import Catalog, Pipeline, load_catalog
 from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.offers import Offer, make_offer
@@ -24,20 +24,29 @@ class Farm:
     artifacts: Artifacts
     _offers: dict[str, Offer] = field(default_factory=dict)
 
-    def offer(self, name: str) -> Offer:
-        """Find a pipeline of the catalog, its checkpoint's configuration read once.
+    def entry(self, name: str) -> Pipeline:
+        """Find a pipeline in the catalog.
 
         Raises:
-            InvalidRequest: the catalog has no such pipeline.
-            CatalogError: its checkpoint cannot be read.
+            InvalidRequest: there is no such pipeline.
         """
         if name not in self.catalog.pipelines:
             names = ", ".join(sorted(self.catalog.pipelines))
             raise InvalidRequest(
                 f"There is no pipeline {name[:100]!r}; there are {names}.", param="pipeline"
             )
+        return self.catalog.pipelines[name]
+
+    def offer(self, name: str) -> Offer:
+        """Find what may be asked of a pipeline; its checkpoint's configuration is read once.
+
+        Raises:
+            InvalidRequest: there is no such pipeline.
+            CatalogError: its checkpoint cannot be read.
+        """
+        entry = self.entry(name)
         if name not in self._offers:
-            self._offers[name] = make_offer(name, self.catalog.pipelines[name])
+            self._offers[name] = make_offer(name, entry)
         return self._offers[name]
 
     def close(self) -> None:

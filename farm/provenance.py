@@ -14,11 +14,12 @@ from importlib import metadata
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from farm import __version__
 from farm.errors import InvalidRequest
 from farm.spec import FrameSpec
 
 CHUNK = "farm"
-LIBRARIES = ("farm", "torch", "diffusers", "transformers", "pillow", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "numpy")
 
 
 class Provenance(BaseModel):
@@ -40,7 +41,7 @@ class Provenance(BaseModel):
 
 def library_versions() -> dict[str, str]:
     """Tell the version of every library that has a part in a picture's bytes."""
-    return {name: metadata.version(name) for name in LIBRARIES}
+    return {"farm": __version__, **{name: metadata.version(name) for name in LIBRARIES}}
 
 
 def encode_png(image: Image.Image, provenance: Provenance) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def _show(farm: Farm) -> None:
         "data": farm.data,
         "key": farm.data / "api-key",
         "logs": farm.data / "logs",
-        "elsewhere": f"FARM_DATA={farm.data} farm jobs",
+        "elsewhere": f"FARM_DATA={shlex.quote(str(farm.data))} farm jobs",
         "stop": "Ctrl-C",
     }
     for name, value in rows.items():

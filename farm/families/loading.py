@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def load_pipeline(pipeline: Pipeline) -> Loaded:
         pipe = auto.from_pretrained(
             source,
             variant=pipeline.variant,
-            torch_dtype=getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
         )
         pipe.to(device)
@@ -109,6 +110,49 @@ def device_of(pipeline: Pipeline) -> str:
     if pipeline.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return pipeline.device
+
+
+def device_name(device: str) -> str:
+    """What decides a device's bits: the GPU's name, or the CPU's instruction set."""
+    import torch
+
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def thread_count(device: str) -> int:
+    """Torch threads in use on a CPU, where they decide how sums are split; 0 on a GPU."""
+    import torch
+
+    return torch.get_num_threads() if device == "cpu" else 0
+
+
+def prepare_torch(threads: int) -> None:
+    """Set this process's threads (0: torch's own choice), and only kernels that repeat their bits.
+
+    Must run before anything is loaded on a device.
+    """
+    # cuBLAS reads this when it starts: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    _quieten()
+
+
+def _quieten() -> None:
+    """Keep the libraries' progress bars and hints out of the log."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    quiet: Any
+    for quiet in (diffusers_logging, transformers_logging):
+        quiet.disable_progress_bar()
+        quiet.set_verbosity_error()
 
 
 def _dtype_of(pipeline: Pipeline, device: str) -> str:

@@ -90,6 +90,13 @@ class Child:
         """Whether its process runs now."""
         return self.pid is not None
 
+    def serves(self) -> bool:
+        """Whether its process runs and its readiness probe passes."""
+        # Any error of a client library means the same here: not yet.
+        with suppress(Exception):
+            return self.alive and self.program.ready()
+        return False
+
     def kill(self) -> None:
         """Send SIGKILL to the process, as a crash would; it is then started again."""
         self.signal(signal.SIGKILL)

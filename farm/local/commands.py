@@ -35,21 +35,21 @@ def farm(*words: str) -> list[str]:
 
 def run(words: list[str], env: Mapping[str, str], log: Path) -> str:
     """Run one command to its end; returns its standard output, or raises StackError."""
-    argv = farm(*words)
     with log.open("ab") as errors:
-        done = subprocess.run(  # noqa: S603  the argv is ours
-            launched(argv),
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            timeout=COMMAND_SECONDS,
-            check=False,
-            process_group=0,
-        )
-    if done.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise StackError(f"farm {words[0]} failed; its log is {log}, ending:\n{tail}")
+        try:
+            done = subprocess.run(  # noqa: S603  the argv is ours
+                launched(farm(*words)),
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                timeout=COMMAND_SECONDS,
+                check=True,
+                process_group=0,
+            )
+        except subprocess.SubprocessError:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise StackError(f"farm {words[0]} failed; its log is {log}, ending:\n{tail}") from None
     return done.stdout.decode()
 
 

@@ -85,16 +85,18 @@ def _initdb(folder: Folder, home: Path, user: int, env: dict[str, str]) -> None:
 
 
 def _run(argv: list[str], home: Path, user: int, env: dict[str, str], text: str = "") -> None:
-    done = subprocess.run(  # noqa: S603  the argv is ours
-        launched([wheels.postgres(argv[0]), *argv[1:]], user),
-        input=text,
-        env=env,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=INITDB_SECONDS,
-        check=False,
-        process_group=0,
-    )
-    if done.returncode != 0:
-        raise StackError(f"Postgres's data cannot be made in {home}:\n{done.stderr.strip()}")
+    try:
+        subprocess.run(  # noqa: S603  the argv is ours
+            launched([wheels.postgres(argv[0]), *argv[1:]], user),
+            input=text,
+            env=env,
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=INITDB_SECONDS,
+            check=True,
+            process_group=0,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        said = str(error.stderr or error)
+        raise StackError(f"Postgres's data cannot be made in {home}:\n{said}") from None

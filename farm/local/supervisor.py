@@ -6,8 +6,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -60,7 +60,7 @@ class Supervisor:
     def ready(self, child: Child, seconds: float) -> Child:
         """Wait until `child` serves; raises StackError when it ends, or after `seconds`."""
         deadline = time.monotonic() + seconds
-        while not (child.alive and _serves(child.program.ready)):
+        while not child.serves():
             if child.outcome is not None and not child.lasting:
                 raise child.failure(f"ended at its start ({child.outcome})")
             if time.monotonic() > deadline:
@@ -126,10 +126,3 @@ class Supervisor:
         finally:
             for sign, handler in before:
                 signal.signal(sign, handler)
-
-
-def _serves(ready: Callable[[], bool]) -> bool:
-    # Any error of a client library means the same here: not yet.
-    with suppress(Exception):
-        return ready()
-    return False

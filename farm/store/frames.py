@@ -42,6 +42,8 @@ class Failure:
     traceback: str | None = None
     charged: bool = True
     """Whether the attempt counts towards max_attempts."""
+    delay_seconds: float | None = None
+    """Before the frame may be claimed again; None: longer with each attempt."""
 
 
 LOCK_LEASE = text("SELECT id FROM leases WHERE id = :id FOR UPDATE")
@@ -187,7 +189,7 @@ def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]
     """Return frames that were claimed but not rendered, at no charge to their attempts."""
     connection.execute(LOCK_LEASE, {"id": lease_id})
     failures = [
-        Failure(fence, "released", "The worker returned it unrendered.", charged=False)
+        Failure(fence, "released", "The worker gave it back.", charged=False, delay_seconds=0.0)
         for fence in fences
     ]
     released = _end(connection, "frames.released", failures, 0.0)
@@ -242,38 +244,52 @@ def _end(
         return {}
     lock_jobs(connection, [failure.fence[0] for failure in failures])
     of = {failure.fence: failure for failure in failures}
-    held = connection.execute(HELD, _fences(list(of))).all()
-    ended: dict[Fence, FrameState] = {}
+    endings = [
+        _ending(row, of[row.job_id, row.ordinal, row.attempt], retry_seconds)
+        for row in connection.execute(HELD, _fences(list(of)))
+    ]
     deltas: dict[uuid.UUID, Delta] = {}
-    written: dict[str, list[Any]] = {name: [] for name in (
-        "job_ids", "ordinals", "states", "spared", "reasons", "messages", "tracebacks", "delays"
-    )}  # fmt: skip
-    for row in held:
-        fence = (row.job_id, row.ordinal, row.attempt)
-        failure = of[fence]
-        charged = row.attempt - row.spared
-        state = (
-            after_failure(failure.retryable, charged, row.max_attempts)
-            if failure.charged
-            else FrameState.READY
-        )
-        ended[fence] = state
-        delta = deltas.setdefault(row.job_id, Delta(data={"frames": [], "reason": failure.reason}))
+    for ending in endings:
+        failure = of[ending.fence]
+        job_id, ordinal, attempt = ending.fence
+        delta = deltas.setdefault(job_id, Delta(data={"frames": [], "reason": failure.reason}))
         delta.running -= 1
-        delta.dead += state is FrameState.DEAD
-        delta.data["frames"].append([row.ordinal, row.attempt, state])
-        written["job_ids"].append(row.job_id)
-        written["ordinals"].append(row.ordinal)
-        written["states"].append(state)
-        written["spared"].append(0 if failure.charged else 1)
-        written["reasons"].append(failure.reason)
-        written["messages"].append(failure.message)
-        written["tracebacks"].append(failure.traceback)
-        written["delays"].append(retry_delay(charged, retry_seconds) if failure.charged else 0.0)
-    if ended:
-        connection.execute(END, written)
+        delta.dead += ending.state is FrameState.DEAD
+        delta.data["frames"].append([ordinal, attempt, ending.state])
+    if endings:
+        connection.execute(END, _columns(endings, [of[ending.fence] for ending in endings]))
     tally(connection, kind, deltas)
-    return ended
+    return {ending.fence: ending.state for ending in endings}
+
+
+@dataclass(frozen=True)
+class _Ending:
+    fence: Fence
+    state: FrameState
+    delay_seconds: float
+
+
+def _ending(row: Row[Any], failure: Failure, retry_seconds: float) -> _Ending:
+    charged = row.attempt - row.spared
+    state = after_failure(failure.retryable, charged, row.max_attempts)
+    delay = failure.delay_seconds
+    return _Ending(
+        failure.fence,
+        state if failure.charged else FrameState.READY,
+        retry_delay(charged, retry_seconds) if delay is None else delay,
+    )
+
+
+def _columns(endings: Sequence[_Ending], failures: Sequence[Failure]) -> dict[str, list[Any]]:
+    return {
+        **_fences([ending.fence for ending in endings]),
+        "states": [ending.state for ending in endings],
+        "delays": [ending.delay_seconds for ending in endings],
+        "spared": [0 if failure.charged else 1 for failure in failures],
+        "reasons": [failure.reason for failure in failures],
+        "messages": [failure.message for failure in failures],
+        "tracebacks": [failure.traceback for failure in failures],
+    }
 
 
 def _fences(fences: Sequence[Fence]) -> dict[str, list[Any]]:

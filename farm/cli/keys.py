@@ -1,0 +1,80 @@
+"""API keys: create, list, revoke. These speak with the database itself, as an operator may."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from farm.config import load_settings
+from farm.errors import InvalidRequest, NotFound
+from farm.store import keys
+from farm.store.engine import Connection, open_store, transaction
+
+app = typer.Typer(help="API keys.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def create(
+    tenant: Annotated[str, typer.Option(help="Whose key; made if it is new.")] = "default",
+    role: Annotated[str, typer.Option(help="client, operator or viewer")] = "client",
+    name: Annotated[str, typer.Option(help="A note, to know the key by.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make a key and show it, once."""
+    if role not in keys.ROLES:
+        raise InvalidRequest(f"--role: {role!r} is none of {', '.join(keys.ROLES)}.", param="role")
+    with _connection() as connection:
+        key_id, key = keys.create_key(connection, tenant, role, name)
+    if as_json:
+        typer.echo(json.dumps({"id": key_id, "tenant": tenant, "role": role, "key": key}))
+    else:
+        typer.echo(f"{key}\nThis {role} key of tenant {tenant} is not shown again.")
+
+
+@app.command("list")
+def list_keys(as_json: Json = False) -> None:
+    """Show every key's description; the keys themselves are not stored."""
+    with _connection() as connection:
+        rows = [dict(row._mapping) for row in keys.list_keys(connection)]
+    if as_json:
+        typer.echo(json.dumps(rows, default=str))
+        return
+    table = Table("id", "begins with", "tenant", "role", "note", "created", "revoked")
+    for row in rows:
+        created = f"{row['created_at']:%Y-%m-%d %H:%M}"
+        revoked = f"{row['revoked_at']:%Y-%m-%d %H:%M}" if row["revoked_at"] else ""
+        table.add_row(
+            str(row["id"]), row["prefix"], row["tenant"], row["role"], row["name"], created, revoked
+        )
+    Console().print(table)
+
+
+@app.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")]) -> None:
+    """Revoke a key, at once and for good."""
+    try:
+        wanted = uuid.UUID(key_id)
+    except ValueError as error:
+        raise InvalidRequest(f"{key_id!r} is not a key's id.", param="key_id") from error
+    with _connection() as connection:
+        if not keys.revoke_key(connection, wanted):
+            raise NotFound(f"There is no key {key_id}.")
+    typer.echo(f"Key {key_id} is revoked.")
+
+
+@contextmanager
+def _connection() -> Iterator[Connection]:
+    store = open_store(load_settings())
+    try:
+        with transaction(store) as connection:
+            yield connection
+    finally:
+        store.dispose()

@@ -1,0 +1,37 @@
+"""Leadership: of any number of janitors one works, by a lock Postgres drops with its holder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from farm.errors import Unavailable
+from farm.store.engine import Store, is_outage
+
+LEAD = text("SELECT pg_try_advisory_lock(hashtextextended('janitor', 0))")
+
+
+@contextmanager
+def leadership(store: Store) -> Iterator[Connection | None]:
+    """Try to lead: gives the connection that holds the lock, or None while another leads.
+
+    All of the leader's work goes through that connection, so that whoever lost the lock with its
+    connection cannot work on.
+
+    Raises:
+        Unavailable: Postgres cannot be reached, or the connection broke.
+    """
+    try:
+        with store.connect() as connection:
+            # Closed at the end rather than pooled: a pooled connection would keep the lock.
+            connection.detach()
+            leads = bool(connection.execute(LEAD).scalar_one())
+            connection.commit()
+            yield connection if leads else None
+    except DBAPIError as error:
+        if is_outage(error):
+            raise Unavailable("Postgres does not answer.") from error
+        raise

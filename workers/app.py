@@ -1,0 +1,34 @@
+"""The Celery app of a worker: its one task, and what a child does when it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery.signals import setup_logging, worker_process_init
+
+from farm.bells import RENDER_TASK, make_app
+from farm.config import load_settings
+from farm.logs import set_up_logs
+from workers.child import Child
+
+settings = load_settings()
+app = make_app(settings)
+app.conf.include = [__name__]
+
+_child: list[Child] = []
+
+
+@setup_logging.connect
+def _set_up_logs(**_: Any) -> None:
+    set_up_logs(settings.log_level)
+
+
+@worker_process_init.connect
+def _start_child(**_: Any) -> None:
+    _child[:] = [Child()]
+
+
+@app.task(name=RENDER_TASK, ignore_result=True)
+def render() -> None:
+    """Answer a bell."""
+    _child[0].answer()

@@ -1,0 +1,76 @@
+"""The child: it owns the device, pins the pipeline, and answers bells."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import sys
+import time
+
+from farm.config import load_settings
+from farm.context import open_farm
+from farm.errors import Unavailable
+from farm.families.loading import prepare_torch
+from farm.store import workers
+from farm.store.engine import transaction
+from workers.identity import announced_identity
+from workers.line import RenderLine
+
+log = logging.getLogger(__name__)
+
+LOAD_AGAIN_SECONDS = 10.0
+PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """Everything the spawned process holds between two bells."""
+
+    def __init__(self) -> None:
+        die_with_parent()
+        self._identity = announced_identity()
+        self._farm = open_farm(load_settings())
+        self._line: RenderLine | None = None
+        self._tried = float("-inf")
+
+    def answer(self) -> None:
+        """Answer a bell: render until the lane is empty."""
+        try:
+            if self._line is None:
+                self._load()
+            if self._line is not None:
+                self._say("rendering")
+                self._line.run()
+                self._say("idle")
+        except Unavailable as error:
+            log.warning("%s stops for now: %s", self._identity.name, error)
+
+    def _load(self) -> None:
+        if time.monotonic() - self._tried < LOAD_AGAIN_SECONDS:
+            return
+        self._tried = time.monotonic()
+        pipeline = self._identity.pipeline
+        try:
+            prepare_torch(self._farm.settings.torch_threads)
+            offer = self._farm.offer(pipeline)
+            loaded = offer.family.load(offer.pipeline)
+        except Exception as error:
+            log.exception("%s cannot load pipeline %s", self._identity.name, pipeline)
+            self._say("failed", problem=str(error))
+            return
+        seconds = time.monotonic() - self._tried
+        log.info(
+            "%s loaded %s on %s in %.1f s", self._identity.name, pipeline, loaded.device, seconds
+        )
+        self._line = RenderLine(self._farm, self._identity, offer, loaded)
+        self._say("idle", device=loaded.device)
+
+    def _say(self, state: str, *, device: str | None = None, problem: str | None = None) -> None:
+        with transaction(self._farm.store) as connection:
+            workers.set_state(connection, self._identity.id, state, device=device, problem=problem)
+
+
+def die_with_parent() -> None:
+    """Have Linux end this process when its parent ends, so that no orphan keeps the device."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,41 @@
+"""Who a worker is: told by the parent to its spawned child through the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+
+VARIABLE = "FARM_WORKER"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A worker of one lane; it gets a new id each time it starts."""
+
+    id: uuid.UUID
+    pipeline: str
+    host: str
+    pid: int
+    """The parent's process."""
+
+    @property
+    def name(self) -> str:
+        """What people call it: unique on its host at any moment."""
+        return f"{self.pipeline}@{self.host}-{self.pid}"
+
+    def announce(self) -> None:
+        """Put it where a spawned child finds it."""
+        os.environ[VARIABLE] = f"{self.id} {self.pid} {self.host} {self.pipeline}"
+
+
+def new_identity(pipeline: str) -> Identity:
+    """Make this process a worker of a pipeline."""
+    return Identity(uuid.uuid4(), pipeline, socket.gethostname(), os.getpid())
+
+
+def announced_identity() -> Identity:
+    """Read what the parent announced."""
+    worker_id, pid, host, pipeline = os.environ[VARIABLE].split(" ", 3)
+    return Identity(uuid.UUID(worker_id), pipeline, host, int(pid))

@@ -1,0 +1,199 @@
+"""The render line, straight: claim, denoise, encode, put, complete; until the lane is empty."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from PIL import Image
+
+from farm.artifacts import artifact_key
+from farm.context import Farm
+from farm.errors import FarmError, Unavailable
+from farm.families.base import Loaded, StopBatch
+from farm.families.loading import device_name, thread_count
+from farm.offers import Offer
+from farm.provenance import Provenance, encode_png, library_versions
+from farm.states import FrameState
+from farm.store import frames, workers
+from farm.store.claim import ClaimedFrame, Lease, claim
+from farm.store.engine import Connection, transaction
+from farm.store.frames import Done, Failure, Fence
+from farm.store.workers import Account
+from workers.identity import Identity
+from workers.watch import LeaseWatch
+
+log = logging.getLogger(__name__)
+
+
+class RenderLine:
+    """One child's pinned pipeline, and what it does with each batch."""
+
+    def __init__(self, farm: Farm, identity: Identity, offer: Offer, loaded: Loaded) -> None:
+        self._farm = farm
+        self._identity = identity
+        self._offer = offer
+        self._loaded = loaded
+        self._versions = library_versions()
+        self._commit_seconds = 0.0
+
+    def run(self) -> None:
+        """Render batch after batch until nothing may be claimed.
+
+        Raises:
+            Unavailable: Postgres is away; the janitor rings again when it is back.
+        """
+        while (lease := self._claim()) is not None:
+            if len(lease.frames) == lease.frames[0].spec.bucket:
+                self._farm.bells.ring(lease.pipeline)  # there may be more: wake another worker
+            self._render(lease)
+
+    def _claim(self) -> Lease | None:
+        with transaction(self._farm.store) as connection:
+            return claim(
+                connection,
+                pipeline=self._identity.pipeline,
+                worker_id=self._identity.id,
+                worker=self._identity.name,
+                pid=os.getpid(),
+                lease_seconds=self._farm.settings.lease_seconds,
+            )
+
+    def _render(self, lease: Lease) -> None:
+        account = Account(commit_seconds=self._commit_seconds)
+        try:
+            with _timed(account, "denoise_seconds"):
+                pictures = self._denoise(lease)
+        except StopBatch:
+            log.info("%s stopped: %s", self._identity.name, _named(lease.frames))
+            self._commit(lease, lambda: self._release(lease))
+            return
+        except Exception as error:
+            log.exception("%s failed at %s", self._identity.name, _named(lease.frames))
+            failures = _failures(lease.frames, error)
+            self._commit(lease, lambda: self._fail(lease, failures, account))
+            return
+        self._store(lease, pictures, account)
+
+    def _denoise(self, lease: Lease) -> list[Image.Image]:
+        seconds = self._farm.settings.touch_seconds
+        with LeaseWatch(self._farm.store, lease, seconds) as watch:
+            specs = [frame.spec for frame in lease.frames]
+            return self._offer.family.denoise(self._loaded, specs, watch.on_step)
+
+    def _store(self, lease: Lease, pictures: Sequence[Image.Image], account: Account) -> None:
+        done: list[Done] = []
+        failures: list[Failure] = []
+        for slot, (frame, picture) in enumerate(zip(lease.frames, pictures, strict=True)):
+            try:
+                done.append(self._put(frame, slot, picture, account))
+            except Exception as error:
+                log.exception("%s could not store %s", self._identity.name, frame)
+                failures += _failures([frame], error)
+        self._commit(lease, lambda: self._complete(lease, done, failures, account))
+
+    def _put(self, frame: ClaimedFrame, slot: int, picture: Image.Image, account: Account) -> Done:
+        with _timed(account, "encode_seconds"):
+            content = encode_png(picture, self._provenance(frame))
+        digest = hashlib.sha256(content).digest()
+        key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest)
+        with _timed(account, "put_seconds"):
+            self._farm.artifacts.put(key, content)
+        return Done(_fence(frame), digest, len(content), slot)
+
+    def _provenance(self, frame: ClaimedFrame) -> Provenance:
+        return Provenance(
+            frame=frame.spec,
+            weights=self._loaded.weights,
+            device=device_name(self._loaded.device),
+            dtype=self._loaded.dtype,
+            threads=thread_count(self._loaded.device),
+            versions=self._versions,
+        )
+
+    def _complete(
+        self, lease: Lease, done: list[Done], failures: list[Failure], account: Account
+    ) -> None:
+        with transaction(self._farm.store) as connection:
+            accepted = frames.complete(connection, lease.id, done)
+            account.succeeded = len(accepted)
+            account.dropped = len(done) - len(accepted)
+            self._end(connection, lease, failures, account)
+            workers.account(connection, self._identity.id, account)
+        for item in done:
+            if item.fence not in accepted:
+                log.warning(
+                    "%s: job %s frame %s attempt %s was dropped: its lease was lost",
+                    self._identity.name,
+                    *item.fence,
+                )
+
+    def _fail(self, lease: Lease, failures: list[Failure], account: Account) -> None:
+        with transaction(self._farm.store) as connection:
+            self._end(connection, lease, failures, account)
+            workers.account(connection, self._identity.id, account)
+
+    def _end(
+        self, connection: Connection, lease: Lease, failures: list[Failure], account: Account
+    ) -> None:
+        retry_seconds = self._farm.settings.retry_seconds
+        states = list(frames.fail(connection, lease.id, failures, retry_seconds).values())
+        account.dead = states.count(FrameState.DEAD)
+        account.returned = states.count(FrameState.READY)
+
+    def _release(self, lease: Lease) -> None:
+        with transaction(self._farm.store) as connection:
+            frames.release(connection, lease.id, [_fence(frame) for frame in lease.frames])
+
+    def _commit(self, lease: Lease, write: Callable[[], None]) -> None:
+        """Write a batch's outcome, again and again while Postgres is away, until the lease ends."""
+        started = time.monotonic()
+        pause = 0.1
+        while True:
+            try:
+                write()
+            except Unavailable:
+                if time.monotonic() - started > self._farm.settings.lease_seconds:
+                    log.exception("%s gave up %s", self._identity.name, _named(lease.frames))
+                    raise
+                time.sleep(pause)
+                pause = min(pause * 2, 2.0)
+            else:
+                self._commit_seconds = time.monotonic() - started
+                return
+
+
+def _fence(frame: ClaimedFrame) -> Fence:
+    return frame.job_id, frame.ordinal, frame.attempt
+
+
+def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure]:
+    """Map what went wrong to what becomes of the frames: the one place that decides it."""
+    text = "".join(traceback.format_exception(error)).replace("\x00", "")
+    message = f"{type(error).__name__}: {error}".replace("\x00", "")
+    reason, retryable, charged = "render_error", True, True
+    if isinstance(error, Unavailable):
+        reason, charged = "storage_unavailable", False
+    elif isinstance(error, FarmError):
+        message, retryable = error.message, error.retryable
+    elif type(error).__name__ == "OutOfMemoryError":
+        reason = "out_of_memory"
+    return [Failure(_fence(frame), reason, message, retryable, text, charged) for frame in claimed]
+
+
+def _named(claimed: Sequence[ClaimedFrame]) -> str:
+    return "; ".join(str(frame) for frame in claimed)
+
+
+@contextmanager
+def _timed(account: Account, field: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        setattr(account, field, getattr(account, field) + time.monotonic() - started)
