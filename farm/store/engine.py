@@ -19,6 +19,9 @@ STATEMENT_MILLISECONDS = 30_000
 Store = Engine
 """A pool of connections to Postgres."""
 
+Transaction = Connection
+"""A connection inside a transaction: what `transaction` gives."""
+
 
 def open_store(settings: Settings, *, pool_size: int = 5) -> Store:
     """Open a pool of connections; the first one is made when it is first needed."""

@@ -187,6 +187,17 @@ def list_jobs(
     ).all()
 
 
+OWN_JOBS = text("SELECT id FROM jobs WHERE tenant_id = :tenant_id AND id = ANY(:ids)")
+
+
+def own_jobs(
+    connection: Connection, tenant_id: uuid.UUID, job_ids: Sequence[uuid.UUID]
+) -> set[uuid.UUID]:
+    """Tell which of some jobs are a tenant's."""
+    rows = connection.execute(OWN_JOBS, {"tenant_id": tenant_id, "ids": list(job_ids)})
+    return set(rows.scalars())
+
+
 LIST_FRAMES = text("""
 SELECT f.ordinal, f.state, f.attempt, f.worker, f.sha256, f.bytes, f.slot, f.error,
        f.started_at, f.finished_at

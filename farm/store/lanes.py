@@ -28,6 +28,7 @@ SELECT pipeline, priority, sum(waiting)::bigint AS waiting FROM (
 LANE_NOW = text("""
 SELECT count(*) AS workers,
        count(*) FILTER (WHERE w.draining) AS draining,
+       count(*) FILTER (WHERE w.state IN ('idle', 'rendering') AND NOT w.draining) AS able,
        count(*) FILTER (WHERE w.state = 'loading') AS loading,
        count(*) FILTER (WHERE w.state = 'failed') AS failed,
        min(w.problem) FILTER (WHERE w.state = 'failed') AS problem
@@ -54,7 +55,7 @@ def depths(connection: Connection) -> Sequence[Row[Any]]:
 
 
 def lane_now(connection: Connection, pipeline: str) -> Row[Any]:
-    """Count a lane's workers: all, draining, loading, failed; with a failed one's problem."""
+    """Count a lane's workers: all, able to render, draining, loading, failed; and why one failed."""
     return connection.execute(LANE_NOW, {"pipeline": pipeline}).one()
 
 

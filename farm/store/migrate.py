@@ -6,10 +6,12 @@ from pathlib import Path
 
 import alembic.command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 import migrations
-from farm.store.engine import Store
+from farm.store.engine import Store, transaction
 
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
 
@@ -35,6 +37,18 @@ def downgrade(store: Store, revision: str = "base") -> None:
         config = _config()
         config.attributes["connection"] = connection
         alembic.command.downgrade(config, revision)
+
+
+def is_current(store: Store) -> bool:
+    """Whether the database has every step that this version knows.
+
+    One that is ahead, since a newer version migrated it, has them too.
+    """
+    script = ScriptDirectory.from_config(_config())
+    with transaction(store) as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    known = {step.revision for step in script.walk_revisions()}
+    return found is not None and (found not in known or found == script.get_current_head())
 
 
 def check(store: Store) -> None:

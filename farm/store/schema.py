@@ -176,7 +176,7 @@ returns = Table(
     Column("batch_key", Text, nullable=False),
     Column("bucket", SmallInteger, nullable=False),
     _moment("not_before", null=False),
-    Index("returns_due", "pipeline", "priority", "not_before"),
+    Index("returns_claim", "pipeline", "tenant_id", "priority", "not_before"),
 )
 
 attempts = Table(
@@ -260,4 +260,10 @@ events = Table(
     Column("data", JSONB, nullable=False),
     Index("events_job", "job_id", "id"),
     Index("events_at", "at"),
+    Index(
+        "events_pictures",
+        "tenant_id",
+        "id",
+        postgresql_where=text("kind = 'frames.succeeded'"),
+    ),
 )

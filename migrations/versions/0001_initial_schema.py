@@ -31,6 +31,13 @@ def upgrade() -> None:
     )
     op.create_index("events_at", "events", ["at"], unique=False)
     op.create_index("events_job", "events", ["job_id", "id"], unique=False)
+    op.create_index(
+        "events_pictures",
+        "events",
+        ["tenant_id", "id"],
+        unique=False,
+        postgresql_where=sa.text("kind = 'frames.succeeded'"),
+    )
     op.create_table(
         "leases",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -317,12 +324,17 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("job_id", "ordinal", name=op.f("returns_pkey")),
     )
-    op.create_index("returns_due", "returns", ["pipeline", "priority", "not_before"], unique=False)
+    op.create_index(
+        "returns_claim",
+        "returns",
+        ["pipeline", "tenant_id", "priority", "not_before"],
+        unique=False,
+    )
 
 
 def downgrade() -> None:
 
-    op.drop_index("returns_due", table_name="returns")
+    op.drop_index("returns_claim", table_name="returns")
     op.drop_table("returns")
     op.drop_table("input_chunks")
     op.drop_table("frames")
@@ -340,6 +352,9 @@ def downgrade() -> None:
     op.drop_index("leases_worker", table_name="leases")
     op.drop_index("leases_expiry", table_name="leases")
     op.drop_table("leases")
+    op.drop_index(
+        "events_pictures", table_name="events", postgresql_where=sa.text("kind = 'frames.succeeded'")
+    )
     op.drop_index("events_job", table_name="events")
     op.drop_index("events_at", table_name="events")
     op.drop_table("events")

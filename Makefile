@@ -1,0 +1,42 @@
+# make demo and make test need Python 3.11 or newer and nothing else; both work in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint up clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with everything in it
+
+# Done again when what it installs from has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "The farm needs Python 3.11 or newer: make setup PYTHON=/path/to/it" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "Python's venv module is missing: on Debian, apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,dev]' -c constraints.txt
+	touch $@
+
+demo: setup ## Start the whole stack, render, show where the pictures are
+	$(BIN)/farm demo
+
+up: setup ## Run the whole farm on this machine until Ctrl-C
+	$(BIN)/farm up
+
+lint: setup ## Check style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## Check everything, then run all tests
+	$(BIN)/python -m pytest
+
+clean: ## Remove .venv and what tools cached; data folders stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

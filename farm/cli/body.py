@@ -1,0 +1,103 @@
+"""A job's body, put together from a file and the options of `farm submit`. Pure but for the file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from farm.errors import InvalidRequest
+
+DEFAULT_PIPELINE = "demo"
+
+
+def job_body(
+    base: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    *,
+    settings: Iterable[str] = (),
+    grid: Iterable[str] = (),
+    labels: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Lay the options over the file's job: what was given on the command line wins.
+
+    Args:
+        base: the file's job; empty without one.
+        fields: options by their field's name; None where not given.
+        settings: `name=value`, a JSON value or plain text.
+        grid: `name=v1,v2`, or `name=[…]` as JSON.
+        labels: `key=value`.
+
+    Raises:
+        typer.BadParameter: a word is not of its form, or there is no prompt.
+    """
+    body = dict(base)
+    body.update({name: value for name, value in fields.items() if value not in (None, [])})
+    body.update({name: value_of(text) for name, text in _pairs(settings, "--set")})
+    points = {name: values_of(text) for name, text in _pairs(grid, "--grid")}
+    if points:
+        body["grid"] = {**_object(body.get("grid")), **points}
+    words = dict(_pairs(labels, "--label"))
+    if words:
+        body["labels"] = {**_object(body.get("labels")), **words}
+    if "prompts" not in body:
+        raise typer.BadParameter("give at least one prompt, or a job with --from FILE")
+    return {"pipeline": DEFAULT_PIPELINE, **body}
+
+
+def read_job(source: str) -> dict[str, Any]:
+    """Read a job from a JSON file, or from standard input where `source` is `-`.
+
+    Raises:
+        InvalidRequest: it cannot be read, or is not a JSON object.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        job = json.loads(raw)
+    except OSError as error:
+        raise InvalidRequest(f"{source} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InvalidRequest(f"{source} is not JSON: {error}.") from error
+    if not isinstance(job, dict):
+        raise InvalidRequest(f"{source} is not a job: a job is a JSON object.")
+    return job
+
+
+def value_of(text: str) -> Any:
+    """Read a value as JSON; what is not JSON is the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def values_of(text: str) -> list[Any]:
+    """Read several values: a JSON list, or values with commas between."""
+    whole = value_of(text)
+    if isinstance(whole, list):
+        return whole
+    return [value_of(part.strip()) for part in text.split(",")]
+
+
+def _pairs(words: Iterable[str], option: str) -> list[tuple[str, str]]:
+    return [pair(word, option) for word in words]
+
+
+def pair(word: str, option: str) -> tuple[str, str]:
+    """Split `name=value`.
+
+    Raises:
+        typer.BadParameter: it has no name or no `=`.
+    """
+    name, equals, value = word.partition("=")
+    if not (name.strip() and equals):
+        raise typer.BadParameter(f"{word!r} is not of the form name=value", param_hint=option)
+    return name.strip(), value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

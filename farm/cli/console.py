@@ -1,0 +1,127 @@
+"""What the commands print with, and numbers and times as people read them.
+
+Results go to standard output, progress and errors to standard error, so that a pipe gets results
+alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the API's own object, for scripts.", show_default=False)
+]
+
+PIPE_WIDTH = 200
+"""Columns of a table that no terminal bounds."""
+
+STATUS_STYLES = {
+    "queued": "cyan",
+    "running": "blue",
+    "paused": "yellow",
+    "succeeded": "green",
+    "partial": "yellow",
+    "failed": "red",
+    "cancelled": "dim",
+}
+
+
+def emit(value: Any) -> None:
+    """Print JSON as one line of standard output."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    typer.echo(json.dumps(value, ensure_ascii=not utf8, default=str))
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print text that is no markup, however long, to standard output."""
+    out.print(clean(text), style=style, markup=False, soft_wrap=True)
+
+
+def note(text: str, style: str | None = "dim") -> None:
+    """Tell a person at the terminal something that is no result: on standard error."""
+    err.print(clean(text), style=style, markup=False, soft_wrap=True)
+
+
+def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
+    """A plain table with these columns, `right` of them aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+    return table
+
+
+def show_table(table: Table) -> None:
+    """Print a table: to the terminal's width, or wide where there is none."""
+    out.print(table, width=None if out.is_terminal else PIPE_WIDTH)
+
+
+def styled_status(job: dict[str, Any]) -> str:
+    """A job's status, or `paused`, as rich markup."""
+    status = "paused" if job["paused"] and job["finished_at"] is None else job["status"]
+    return f"[{STATUS_STYLES.get(status, 'default')}]{status}[/]"
+
+
+def clean(text: str) -> str:
+    """Text from elsewhere, safe for a terminal: no escape sequences, however it was written."""
+    return "".join(
+        "\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
+        for char in text
+    )
+
+
+def one_line(text: str, limit: int = 60) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(clean(text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    """Say how long something takes: `4.2 s`, `3 min 20 s`, `2 h 5 min`, `5 days`."""
+    if seconds < 10:
+        return f"{max(seconds, 0):.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 2 * 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{count(round(whole / 86_400))} days"
+
+
+def ago(moment: str, now: datetime | None = None) -> str:
+    """Say how long ago a moment of the API (ISO 8601) was."""
+    seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds()
+    return "just now" if seconds < 2 else f"{duration(round(seconds))} ago"
+
+
+def count(number: int) -> str:
+    """Write a number with its thousands apart: `1,000,000`."""
+    return f"{number:,}"
+
+
+def size(number: float) -> str:
+    """Write a number of bytes: `812 bytes`, `4.1 KiB`, `2.0 GiB`."""
+    if number < 1024:
+        return f"{number:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        number /= 1024
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1024:.1f} TiB"
+
+
+def plural(number: int, noun: str) -> str:
+    """Write a number of things: `1 frame`, `24 frames`."""
+    return f"{count(number)} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,59 @@
+"""The newest pictures of a tenant, found through the events: no index on frames is needed."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, text
+
+from farm.spec import FrameSpec, FullSpec, frame_spec
+from farm.store.claim import PROMPTS, SPECS
+
+# An event tells of at least one frame, so no more events are read than pictures wanted.
+NEWEST = text("""
+SELECT f.job_id, f.ordinal, f.finished_at
+FROM (
+    SELECT id, job_id, data FROM events
+    WHERE tenant_id = :tenant_id AND kind = 'frames.succeeded'
+    ORDER BY id DESC LIMIT :limit
+) e CROSS JOIN LATERAL (
+    SELECT (fence ->> 0)::bigint AS ordinal
+    FROM jsonb_array_elements(e.data -> 'frames') AS t (fence) LIMIT :limit
+) done
+JOIN frames f ON f.job_id = e.job_id AND f.ordinal = done.ordinal
+WHERE f.state = 'succeeded'
+ORDER BY e.id DESC, f.ordinal LIMIT :limit
+""")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A succeeded frame."""
+
+    job_id: uuid.UUID
+    ordinal: int
+    spec: FrameSpec
+    finished_at: datetime
+
+
+def newest_pictures(connection: Connection, tenant_id: uuid.UUID, limit: int) -> list[Picture]:
+    """Read a tenant's pictures rendered last, newest first; a picture is known while events are."""
+    rows = connection.execute(NEWEST, {"tenant_id": tenant_id, "limit": limit}).all()
+    specs = connection.execute(SPECS, {"ids": sorted({row.job_id for row in rows})})
+    jobs = {row.id: FullSpec.model_validate(row.spec) for row in specs}
+    places = [jobs[row.job_id].prompt_index(row.ordinal) for row in rows]
+    prompts = connection.execute(
+        PROMPTS, {"job_ids": [row.job_id for row in rows], "places": places}
+    )
+    prompt_at = {(row.job_id, row.place): row.prompt for row in prompts}
+    return [
+        Picture(
+            row.job_id,
+            row.ordinal,
+            frame_spec(jobs[row.job_id], row.ordinal, prompt_at[row.job_id, place]),
+            row.finished_at,
+        )
+        for row, place in zip(rows, places, strict=True)
+    ]

@@ -1,0 +1,84 @@
+"""Real servers, started once a session; a fresh copy of a migrated database for each test."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import create_engine, make_url, text
+
+from farm.config import Settings
+from farm.context import Farm, open_farm
+from farm.local import Servers, embedded_servers
+from farm.store import keys, migrate
+from farm.store.engine import open_store, transaction
+
+TEMPLATE = "farm_template"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with embedded_servers(tmp_path_factory.mktemp("servers")) as running:
+        os.environ.update(
+            {name: value for name, value in running.env.items() if name.startswith("AWS_")}
+        )
+        yield running
+
+
+@pytest.fixture(scope="session")
+def template(servers: Servers) -> str:
+    # These databases live for one test each: no crash of the machine need find them again.
+    _run(servers, "ALTER SYSTEM SET fsync = off")
+    _run(servers, "SELECT pg_reload_conf()")
+    _run(servers, f"CREATE DATABASE {TEMPLATE}")
+    store = open_store(Settings(database_url=_database(servers, TEMPLATE)))
+    migrate.upgrade(store)
+    store.dispose()
+    return TEMPLATE
+
+
+@pytest.fixture
+def settings(servers: Servers, template: str) -> Iterator[Settings]:
+    number = next(_numbers)
+    name = f"farm_test_{number}"
+    _run(servers, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield Settings(
+        database_url=_database(servers, name),
+        redis_url=SecretStr(f"{servers.redis_url.rsplit('/', 1)[0]}/{number % 15 + 1}"),
+        s3_endpoint_url=servers.s3_endpoint_url,
+        s3_bucket=servers.s3_bucket,
+        retry_seconds=0.0,
+        touch_seconds=0.05,
+    )
+    _run(servers, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def farm(settings: Settings) -> Iterator[Farm]:
+    opened = open_farm(settings)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def tenant(farm: Farm) -> uuid.UUID:
+    with transaction(farm.store) as connection:
+        return keys.ensure_tenant(connection, "default")
+
+
+def _database(servers: Servers, name: str) -> SecretStr:
+    url = make_url(servers.database_url).set(database=name)
+    return SecretStr(url.render_as_string(hide_password=False))
+
+
+def _run(servers: Servers, statement: str) -> None:
+    url = make_url(servers.database_url).set(drivername="postgresql+psycopg")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()

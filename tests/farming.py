@@ -1,0 +1,137 @@
+"""Small words for tests that drive the store: submit, claim, complete, and so on."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import text
+
+from farm import jobs
+from farm.context import Farm
+from farm.states import FrameState
+from farm.store import frames, keys, workers
+from farm.store import jobs as stored
+from farm.store.claim import ClaimedFrame, Lease, claim
+from farm.store.engine import transaction
+from farm.store.frames import Done, Failure, Fence
+
+
+def submit(farm: Farm, tenant: uuid.UUID, **fields: Any) -> uuid.UUID:
+    body = {"pipeline": "demo", "prompts": ["a red star on a blue background"], **fields}
+    return jobs.submit(farm, tenant, body)
+
+
+def new_tenant(farm: Farm, name: str) -> uuid.UUID:
+    with transaction(farm.store) as connection:
+        return keys.ensure_tenant(connection, name)
+
+
+def job_row(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> Any:
+    with transaction(farm.store) as connection:
+        return stored.get_job(connection, tenant, job_id)
+
+
+def frame_rows(farm: Farm, job_id: uuid.UUID) -> dict[int, Any]:
+    with transaction(farm.store) as connection:
+        return {row.ordinal: row for row in stored.list_frames(connection, job_id, limit=10_000)}
+
+
+def state_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> FrameState:
+    rows = frame_rows(farm, job_id)
+    return FrameState(rows[ordinal].state) if ordinal in rows else FrameState.WAITING
+
+
+def attempts_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> list[tuple[int, str]]:
+    with transaction(farm.store) as connection:
+        rows = stored.frame_attempts(connection, job_id, [ordinal])
+    return [(row.attempt, row.reason) for row in rows]
+
+
+def fence(frame: ClaimedFrame) -> Fence:
+    return frame.job_id, frame.ordinal, frame.attempt
+
+
+def sql(farm: Farm, statement: str, **values: Any) -> Any:
+    with transaction(farm.store) as connection:
+        result = connection.execute(text(statement), values)
+        return result.all() if result.returns_rows else result.rowcount
+
+
+@dataclass(frozen=True)
+class Hand:
+    """A worker whose every move the test makes."""
+
+    farm: Farm
+    id: uuid.UUID
+    name: str
+    pid: int = 1
+
+    def claim(self, pipeline: str = "demo", lease_seconds: float = 60.0) -> Lease | None:
+        with transaction(self.farm.store) as connection:
+            return claim(
+                connection,
+                pipeline=pipeline,
+                worker_id=self.id,
+                worker=self.name,
+                pid=self.pid,
+                lease_seconds=lease_seconds,
+            )
+
+    def must_claim(self) -> Lease:
+        lease = self.claim()
+        assert lease is not None
+        return lease
+
+    def complete(self, lease: Lease, fences: Sequence[Fence] | None = None) -> set[Fence]:
+        wanted = [fence(frame) for frame in lease.frames] if fences is None else fences
+        done = [
+            Done(item, hashlib.sha256(repr(item).encode()).digest(), 100 + slot, slot)
+            for slot, item in enumerate(wanted)
+        ]
+        with transaction(self.farm.store) as connection:
+            return frames.complete(connection, lease.id, done)
+
+    def fail(
+        self, lease: Lease, *, retryable: bool = True, fences: Sequence[Fence] | None = None
+    ) -> dict[Fence, FrameState]:
+        wanted = [fence(frame) for frame in lease.frames] if fences is None else fences
+        failures = [Failure(item, "render_error", "It broke.", retryable) for item in wanted]
+        with transaction(self.farm.store) as connection:
+            return frames.fail(connection, lease.id, failures, 0.0)
+
+    def release(self, lease: Lease) -> set[Fence]:
+        with transaction(self.farm.store) as connection:
+            return frames.release(connection, lease.id, [fence(frame) for frame in lease.frames])
+
+
+def hire(farm: Farm, name: str = "hand", pipeline: str = "demo") -> Hand:
+    hand = Hand(farm, uuid.uuid4(), name)
+    with transaction(farm.store) as connection:
+        workers.register(connection, hand.id, name=name, pipeline=pipeline, host="here", pid=1)
+    return hand
+
+
+def let_leases_expire(farm: Farm) -> set[str]:
+    """Move every lease's end into the past, and expire."""
+    sql(farm, "UPDATE leases SET expires_at = clock_timestamp() - interval '1 second'")
+    with transaction(farm.store) as connection:
+        return frames.expire(connection, 0.0)
+
+
+def counts_add_up(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
+    """Check conservation: the job's counters against its frames, counted one by one."""
+    job = job_row(farm, tenant, job_id)
+    states = [row.state for row in frame_rows(farm, job_id).values()]
+    assert job.running == states.count("running")
+    assert job.succeeded == states.count("succeeded")
+    assert job.dead == states.count("dead")
+    unborn = job.total - job.cursor
+    if job.status == "cancelled":
+        assert job.cancelled == states.count("cancelled") + unborn
+    else:
+        waiting = job.total - job.running - job.succeeded - job.dead - job.cancelled
+        assert waiting == states.count("ready") + unborn

@@ -1,0 +1,175 @@
+"""The hot queries never read a large table from end to end, however large the history."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import TextClause, text
+
+from farm.context import Farm
+from farm.store import claim, events, frames, jobs, lanes
+from farm.store.engine import transaction
+from farm.store.tally import LOCK_JOBS, TALLY
+from tests.farming import new_tenant, submit
+
+LARGE = {"jobs", "frames", "events", "input_chunks", "attempts", "returns"}
+"""Tables that grow with history or backlog; the others hold a row a worker, a tenant, a batch."""
+
+HISTORY = """
+INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end, batch_key,
+                  bucket, runs, max_attempts, spec, labels, created_at)
+SELECT gen_random_uuid(), :tenant, 'demo', 1, 'succeeded', false, 1, 1, 1, 'key', 8, '[]', 3, '{}',
+       jsonb_build_object('n', n::text), clock_timestamp() - make_interval(secs => n)
+FROM generate_series(1, 20000) n;
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, sha256, bytes)
+SELECT :job, n, 'succeeded', 1, 'hand', clock_timestamp(), '\\x00', 1
+FROM generate_series(100, 100000) n;
+INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
+SELECT :job, n, 1, 'hand', 'render_error', '', clock_timestamp() FROM generate_series(100, 20000) n;
+INSERT INTO events (job_id, tenant_id, kind, data)
+SELECT id, tenant_id, 'job.queued', '{}' FROM jobs, generate_series(1, 5);
+INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before)
+SELECT id, 100, 'other', :tenant, 1, 'key', 8, clock_timestamp() FROM jobs WHERE id <> :job;
+INSERT INTO input_chunks (job_id, first, prompts)
+SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
+"""
+
+ONE = {"job_ids": [uuid.UUID(int=1)], "ordinals": [100], "attempts": [1]}
+
+HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
+    "leader": (claim.LEADER, {"pipeline": "demo"}),
+    "returned": (claim.RETURNED, {"pipeline": "demo", "batch_key": "key", "bucket": 8}),
+    "open jobs": (
+        claim.OPEN_JOBS,
+        {"pipeline": "demo", "batch_key": "key", "bucket": 8, "leader": uuid.UUID(int=1)},
+    ),
+    "lock": (LOCK_JOBS, {"ids": [uuid.UUID(int=1)]}),
+    "advance": (
+        claim.ADVANCE,
+        {"ids": [uuid.UUID(int=1)], "counts": [8], "worker": "hand"},
+    ),
+    "take back": (
+        claim.TAKE_BACK,
+        {"ids": [uuid.UUID(int=1)], "ordinals": [100], "worker": "hand"},
+    ),
+    "specs": (claim.SPECS, {"ids": [uuid.UUID(int=1)]}),
+    "prompts": (claim.PROMPTS, {"job_ids": [uuid.UUID(int=1)], "places": [0]}),
+    "complete": (frames.COMPLETE, {**ONE, "sha256": [b"0"], "bytes": [1], "slots": [0]}),
+    "held": (frames.HELD, ONE),
+    "end": (
+        frames.END,
+        {
+            "job_ids": ONE["job_ids"],
+            "ordinals": [100],
+            "states": ["ready"],
+            "spared": [0],
+            "reasons": ["render_error"],
+            "messages": [""],
+            "tracebacks": [None],
+            "delays": [0.0],
+        },
+    ),
+    "touch": (frames.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2}),
+    "close": (frames.CLOSE_LEASE, {"id": uuid.UUID(int=1)}),
+    "tally": (
+        TALLY,
+        {
+            "kind": "frames.claimed",
+            "ids": [uuid.UUID(int=1)],
+            "running": [0],
+            "succeeded": [0],
+            "dead": [0],
+            "cancelled": [0],
+            "data": ["{}"],
+        },
+    ),
+    "cancel": (
+        jobs.CANCEL_FRAMES,
+        {"id": uuid.UUID(int=1), "pipeline": "demo", "from_states": ["running", "ready"]},
+    ),
+    "one job": (jobs.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
+    "jobs page": (
+        jobs.LIST_JOBS,
+        {
+            "tenant_id": uuid.UUID(int=2),
+            "limit": 50,
+            "after": None,
+            "status": None,
+            "pipeline": None,
+            "labels": "{}",
+        },
+    ),
+    "frames page": (
+        jobs.LIST_FRAMES,
+        {"job_id": uuid.UUID(int=1), "after": -1, "state": None, "limit": 50},
+    ),
+    "attempts of frames": (
+        jobs.FRAME_ATTEMPTS,
+        {"job_id": uuid.UUID(int=1), "ordinals": [100, 101]},
+    ),
+    "idempotency": (
+        jobs.BY_IDEMPOTENCY,
+        {"tenant_id": uuid.UUID(int=2), "idempotency_key": "once"},
+    ),
+    "events": (events.OF_JOB, {"job_id": uuid.UUID(int=1), "after": 0, "limit": 100}),
+    "back-off": (lanes.BACKING_OFF, {"job_id": uuid.UUID(int=1)}),
+}
+
+
+@pytest.fixture
+def aged(farm: Farm) -> Iterator[tuple[Farm, uuid.UUID, uuid.UUID]]:
+    """A farm with a long history; its job is the one that the queries ask for."""
+    tenant = new_tenant(farm, "old")
+    job = submit(farm, tenant, images_per_prompt=200_000, bucket=8)
+    with transaction(farm.store) as connection:
+        for statement in HISTORY.strip().split(";\n"):
+            connection.execute(text(statement.rstrip(";")), {"tenant": tenant, "job": job})
+    with farm.store.connect() as connection:
+        connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM ANALYZE"))
+    yield farm, tenant, job
+
+
+def test_no_hot_query_scans_a_large_table(aged: tuple[Farm, uuid.UUID, uuid.UUID]) -> None:
+    farm, tenant, job = aged
+    swap = {uuid.UUID(int=1): job, uuid.UUID(int=2): tenant}
+    scans: dict[str, list[str]] = {}
+    for name, (statement, values) in HOT.items():
+        filled = {
+            key: [swap.get(item, item) for item in value]
+            if isinstance(value, list)
+            else swap.get(value, value)
+            if isinstance(value, uuid.UUID)
+            else value
+            for key, value in values.items()
+        }
+        with farm.store.connect() as connection:
+            plan = connection.execute(
+                text(f"EXPLAIN (FORMAT JSON) {statement.text}"), filled
+            ).scalar_one()
+        found = plan if isinstance(plan, list) else json.loads(plan)
+        bad = sorted(set(_sequential(found[0]["Plan"])) & LARGE)
+        if bad:
+            scans[name] = bad
+    assert scans == {}
+
+
+def _sequential(node: dict[str, Any]) -> Iterator[str]:
+    if node["Node Type"] == "Seq Scan":
+        yield node["Relation Name"]
+    for child in node.get("Plans", []):
+        yield from _sequential(child)
+
+
+def test_the_check_itself_sees_a_sequential_scan(
+    aged: tuple[Farm, uuid.UUID, uuid.UUID],
+) -> None:
+    farm, _, _ = aged
+    with farm.store.connect() as connection:
+        plan = connection.execute(
+            text("EXPLAIN (FORMAT JSON) SELECT count(*) FROM frames WHERE worker = 'hand'")
+        ).scalar_one()
+    assert list(_sequential(plan[0]["Plan"])) == ["frames"]

@@ -1,0 +1,115 @@
+"""The API as a test meets it: uvicorn on a free port, a client for each tenant and role, and
+frames that end with a real picture in the storage."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+from PIL import Image, ImageDraw
+
+from api.app import create_app
+from farm.artifacts import artifact_key
+from farm.config import Settings
+from farm.context import Farm
+from farm.store import frames, keys
+from farm.store.claim import ClaimedFrame, Lease
+from farm.store.engine import transaction
+from tests.farming import Hand, fence, sql
+from tests.waiting import wait_until
+
+JOB: dict[str, Any] = {"pipeline": "demo", "prompts": ["a red star"], "seed": 7, "steps": 2}
+
+
+@dataclass
+class Api:
+    """A running API."""
+
+    farm: Farm
+    url: str
+    _clients: list[httpx.Client] = field(default_factory=list)
+
+    def key(self, tenant: str = "ann", role: str = "client") -> str:
+        with transaction(self.farm.store) as connection:
+            return keys.create_key(connection, tenant, role)[1]
+
+    def client(self, tenant: str = "ann", role: str = "client") -> httpx.Client:
+        return self.bare(Authorization=f"Bearer {self.key(tenant, role)}")
+
+    def bare(self, **headers: str) -> httpx.Client:
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self._clients.append(client)
+        return client
+
+    def submit(self, client: httpx.Client, **fields: Any) -> dict[str, Any]:
+        response = client.post("/v1/jobs", json={**JOB, **fields})
+        assert response.status_code == 202, response.text
+        job: dict[str, Any] = response.json()
+        return job
+
+    def jobs_stored(self) -> int:
+        """How many jobs there are, of any tenant."""
+        return int(sql(self.farm, "SELECT count(*) FROM jobs")[0][0])
+
+
+@contextmanager
+def serving(farm: Farm) -> Iterator[Api]:
+    """Serve the API of a farm's settings on a free port of loopback."""
+    with listening(farm.settings) as url:
+        api = Api(farm, url)
+        yield api
+        for client in api._clients:
+            client.close()
+
+
+@contextmanager
+def listening(settings: Settings) -> Iterator[str]:
+    """Run uvicorn in a thread; gives its address."""
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), log_config=None, access_log=False)
+    )
+    port = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive(), 30, "the API serves")
+        yield f"http://127.0.0.1:{port.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        port.close()
+
+
+def render(hand: Hand, lease: Lease, *ordinals: int) -> None:
+    """Complete a lease's frames, or these ordinals alone, each with a picture in the storage."""
+    done = []
+    for slot, frame in enumerate(lease.frames):
+        if ordinals and frame.ordinal not in ordinals:
+            continue
+        png = picture(frame)
+        digest = hashlib.sha256(png).digest()
+        key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest)
+        hand.farm.artifacts.put(key, png)
+        done.append(frames.Done(fence(frame), digest, len(png), slot))
+    with transaction(hand.farm.store) as connection:
+        assert len(frames.complete(connection, lease.id, done)) == len(done)
+
+
+def picture(frame: ClaimedFrame) -> bytes:
+    """Draw something that its seed decides."""
+    width, height = frame.spec.params["width"], frame.spec.params["height"]
+    hue = frame.spec.seed * 47 % 360
+    image = Image.new("RGB", (width, height), f"hsl({hue}, 45%, 82%)")
+    box = (width * 0.2, height * 0.2, width * 0.8, height * 0.8)
+    ImageDraw.Draw(image).ellipse(box, fill=f"hsl({(hue + 150) % 360}, 60%, 45%)")
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
