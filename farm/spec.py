@@ -43,9 +43,12 @@ class Priority(IntEnum):
         return self.name.lower()
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
+    """Refuse text that is not Unicode text to Postgres: NUL characters and lone surrogates."""
     if "\x00" in text:
         raise ValueError("the NUL character cannot be stored")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("a lone surrogate is not a character")
     return text
 
 
@@ -91,12 +94,12 @@ class JobSpec(BaseModel):
     @field_validator("prompts")
     @classmethod
     def _prompts_storable(cls, value: list[str]) -> list[str]:
-        return [_storable(prompt) for prompt in value]
+        return [storable(prompt) for prompt in value]
 
     @field_validator("labels")
     @classmethod
     def _labels_storable(cls, value: dict[str, str]) -> dict[str, str]:
-        return {_storable(key): _storable(label) for key, label in value.items()}
+        return {storable(key): storable(label) for key, label in value.items()}
 
     @property
     def grid_points(self) -> int:

@@ -62,7 +62,8 @@ def _check_limits(job: JobSpec, settings: Settings) -> None:
         )
     if job.total > settings.max_job_frames:
         raise InvalidRequest(
-            f"The job would hold {job.total} frames; the limit is {settings.max_job_frames}.",
+            f"grid x prompts x images_per_prompt is {job.total} frames; the limit is "
+            f"{settings.max_job_frames}.",
             param="images_per_prompt",
         )
     if job.seed is not None and job.seed + job.images_per_prompt - 1 > MAX_SEED:

@@ -23,6 +23,8 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print the API's own object, for scripts.", show_default=False)
 ]
 
+SPINNER = "dots" if err.encoding.lower().startswith("utf") else "line"
+
 PIPE_WIDTH = 200
 """Columns of a table that no terminal bounds."""
 

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
@@ -16,7 +17,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from farm.cli.console import STATUS_STYLES, clean, count, duration, err, note, plural
+from farm.cli.console import SPINNER, STATUS_STYLES, clean, count, duration, err, note, plural
+from farm.cli.exits import INTERRUPTED
 from farm.cli.find import short
 from farm.errors import FarmError
 from farm.states import TERMINAL
@@ -28,9 +30,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 1.0
 """Seconds between two looks at a job."""
 
 PACE_SECONDS = 20.0
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
-
 
 class Stalled(FarmError):
     """Nothing of a job moved for too long; the message says why it waits."""
@@ -131,7 +130,7 @@ class Bar:
     def __init__(self) -> None:
         self._job: Job | None = None
         self._pace: float | None = None
-        self._spinner = Spinner("dots" if err.encoding.startswith("utf") else "line", style="blue")
+        self._spinner = Spinner(SPINNER, style="blue")
 
     def show(self, job: Job, pace: float | None) -> None:
         """Take the job's newest state."""
@@ -195,8 +194,6 @@ def summary(job: Job) -> str:
 
 
 def _seconds(job: Job) -> float | None:
-    from datetime import datetime
-
     if not (job["started_at"] and job["finished_at"]):
         return None
     started, ended = (datetime.fromisoformat(job[name]) for name in ("started_at", "finished_at"))

@@ -17,15 +17,15 @@ def workers(as_json: Json = False) -> None:
     from farm.config import load_settings
 
     with FarmClient.of(load_settings()) as client:
-        if as_json:
-            emit(client.get("/v1/workers"))
-            return
-        found = list(client.items("/v1/workers"))
-    if not found:
+        page = client.get("/v1/workers")
+    if as_json:
+        emit(page)
+        return
+    if not page["data"]:
         say("No worker is alive: `farm worker PIPELINE` starts one.", "yellow")
         return
     table = columns("worker", "state", "device", "frames", "seen", "doing", right=("frames",))
-    for each in found:
+    for each in page["data"]:
         style = STYLES.get(each["state"], "default")
         state = each["state"] + (", draining" if each["draining"] else "")
         table.add_row(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from farm.catalog import Pipeline
-from farm.spec import FrameSpec
+from farm.spec import FrameSpec, storable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,12 +34,7 @@ class Params(BaseModel):
     height: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
     negative_prompt: str = Field(default="", description="what to keep out of the picture")
 
-    @field_validator("negative_prompt")
-    @classmethod
-    def _storable(cls, value: str) -> str:
-        if "\x00" in value:
-            raise ValueError("the NUL character cannot be stored")
-        return value
+    _check_negative_prompt = field_validator("negative_prompt")(storable)
 
     def scalars(self) -> dict[str, Any]:
         """The fields that a diffusers call takes once for a whole batch."""

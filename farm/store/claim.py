@@ -60,12 +60,12 @@ FROM shares s CROSS JOIN LATERAL (
      WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
      ORDER BY j.priority, j.created_at, j.id LIMIT 1)
     UNION ALL
-    -- the tenant's first frame that is due again; few ever are
-    (SELECT r.job_id, r.batch_key, r.bucket, r.priority, j.created_at, 0
-     FROM returns r JOIN jobs j ON j.id = r.job_id
+    -- the tenant's first frame that is due again: one probe of returns_claim
+    (SELECT r.job_id, r.batch_key, r.bucket, r.priority, r.job_created_at, 0
+     FROM returns r
      WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
-       AND r.not_before <= clock_timestamp() AND NOT j.paused
-     ORDER BY r.priority, j.created_at, r.ordinal LIMIT 1)
+       AND NOT r.paused AND r.not_before <= clock_timestamp()
+     ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
 ) head
 WHERE s.pipeline = :pipeline
 ORDER BY head.priority, s.served, head.kind, head.created_at, head.job_id
@@ -74,10 +74,10 @@ LIMIT 1
 
 RETURNED = text("""
 SELECT r.job_id, r.ordinal
-FROM returns r JOIN jobs j ON j.id = r.job_id
+FROM returns r
 WHERE r.pipeline = :pipeline AND r.batch_key = :batch_key
-  AND r.not_before <= clock_timestamp() AND NOT j.paused
-ORDER BY r.priority, j.created_at, r.ordinal
+  AND NOT r.paused AND r.not_before <= clock_timestamp()
+ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal
 LIMIT :bucket
 """)
 

@@ -86,9 +86,10 @@ WITH ended AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, traceback, started_at FROM ended
 )
-INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before)
+INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
+                     job_created_at, paused)
 SELECT e.job_id, e.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
-       clock_timestamp() + make_interval(secs => e.delay)
+       clock_timestamp() + make_interval(secs => e.delay), j.created_at, j.paused
 FROM ended e JOIN jobs j ON j.id = e.job_id CROSS JOIN LATERAL (
     SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
     FROM jsonb_array_elements(j.runs) WITH ORDINALITY AS t (run, place)

@@ -248,8 +248,10 @@ def prompts_at(connection: Connection, job_id: uuid.UUID, indexes: Sequence[int]
     return {row.place: row.prompt for row in rows}
 
 
-PAUSE = text("UPDATE jobs SET paused = true, open = false WHERE id = :id")
-RESUME = text("UPDATE jobs SET paused = false, open = cursor < total WHERE id = :id")
+SET_PAUSED = text("""
+WITH held AS (UPDATE returns SET paused = :paused WHERE job_id = :id)
+UPDATE jobs SET paused = :paused, open = cursor < total AND NOT :paused WHERE id = :id
+""")
 
 CANCEL_FRAMES = text("""
 WITH held AS (
@@ -283,9 +285,9 @@ WITH again AS (
     WHERE job_id = :id AND state = ANY(:from_states) RETURNING ordinal
 ), returned AS (
     INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
-                         not_before)
+                         not_before, job_created_at, paused)
     SELECT j.id, a.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
-           clock_timestamp()
+           clock_timestamp(), j.created_at, j.paused
     FROM again a JOIN jobs j ON j.id = :id CROSS JOIN LATERAL (
         SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
         FROM jsonb_array_elements(j.runs) WITH ORDINALITY AS t (run, place)
@@ -305,7 +307,7 @@ def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
     job = _lock(connection, tenant_id, job_id)
     _refuse_terminal(job, "paused")
     if not job.paused:
-        connection.execute(PAUSE, {"id": job_id})
+        connection.execute(SET_PAUSED, {"id": job_id, "paused": True})
         _append(connection, job_id, "job.paused")
 
 
@@ -314,7 +316,7 @@ def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
     job = _lock(connection, tenant_id, job_id)
     _refuse_terminal(job, "resumed")
     if job.paused:
-        connection.execute(RESUME, {"id": job_id})
+        connection.execute(SET_PAUSED, {"id": job_id, "paused": False})
         _append(connection, job_id, "job.resumed")
         _join_lane(connection, job.pipeline, tenant_id, job_id)
 

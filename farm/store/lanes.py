@@ -12,8 +12,7 @@ CLAIMABLE = text("""
 SELECT DISTINCT pipeline FROM (
     SELECT pipeline FROM jobs WHERE open
     UNION ALL
-    SELECT r.pipeline FROM returns r JOIN jobs j ON j.id = r.job_id
-    WHERE r.not_before <= clock_timestamp() AND NOT j.paused
+    SELECT pipeline FROM returns WHERE NOT paused AND not_before <= clock_timestamp()
 ) lane ORDER BY pipeline
 """)
 

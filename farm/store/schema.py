@@ -176,7 +176,29 @@ returns = Table(
     Column("batch_key", Text, nullable=False),
     Column("bucket", SmallInteger, nullable=False),
     _moment("not_before", null=False),
-    Index("returns_claim", "pipeline", "tenant_id", "priority", "not_before"),
+    # What follows is its job's: here too, so that an index gives the order of claiming.
+    _moment("job_created_at", null=False),
+    Column("paused", Boolean, nullable=False),
+    Index(
+        "returns_claim",
+        "pipeline",
+        "tenant_id",
+        "priority",
+        "job_created_at",
+        "job_id",
+        "ordinal",
+        postgresql_where=text("NOT paused"),
+    ),
+    Index(
+        "returns_fill",
+        "pipeline",
+        "batch_key",
+        "priority",
+        "job_created_at",
+        "job_id",
+        "ordinal",
+        postgresql_where=text("NOT paused"),
+    ),
 )
 
 attempts = Table(

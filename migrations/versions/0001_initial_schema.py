@@ -13,7 +13,6 @@ depends_on = None
 
 
 def upgrade() -> None:
-
     op.create_table(
         "events",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
@@ -319,6 +318,8 @@ def upgrade() -> None:
         sa.Column("batch_key", sa.Text(), nullable=False),
         sa.Column("bucket", sa.SmallInteger(), nullable=False),
         sa.Column("not_before", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("job_created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("paused", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("returns_job_id_fkey"), ondelete="CASCADE"
         ),
@@ -327,14 +328,22 @@ def upgrade() -> None:
     op.create_index(
         "returns_claim",
         "returns",
-        ["pipeline", "tenant_id", "priority", "not_before"],
+        ["pipeline", "tenant_id", "priority", "job_created_at", "job_id", "ordinal"],
         unique=False,
+        postgresql_where=sa.text("NOT paused"),
+    )
+    op.create_index(
+        "returns_fill",
+        "returns",
+        ["pipeline", "batch_key", "priority", "job_created_at", "job_id", "ordinal"],
+        unique=False,
+        postgresql_where=sa.text("NOT paused"),
     )
 
 
 def downgrade() -> None:
-
-    op.drop_index("returns_claim", table_name="returns")
+    op.drop_index("returns_fill", table_name="returns", postgresql_where=sa.text("NOT paused"))
+    op.drop_index("returns_claim", table_name="returns", postgresql_where=sa.text("NOT paused"))
     op.drop_table("returns")
     op.drop_table("input_chunks")
     op.drop_table("frames")
@@ -353,7 +362,9 @@ def downgrade() -> None:
     op.drop_index("leases_expiry", table_name="leases")
     op.drop_table("leases")
     op.drop_index(
-        "events_pictures", table_name="events", postgresql_where=sa.text("kind = 'frames.succeeded'")
+        "events_pictures",
+        table_name="events",
+        postgresql_where=sa.text("kind = 'frames.succeeded'"),
     )
     op.drop_index("events_job", table_name="events")
     op.drop_index("events_at", table_name="events")

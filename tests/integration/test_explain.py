@@ -32,8 +32,10 @@ INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started
 SELECT :job, n, 1, 'hand', 'render_error', '', clock_timestamp() FROM generate_series(100, 20000) n;
 INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, 'job.queued', '{}' FROM jobs, generate_series(1, 5);
-INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before)
-SELECT id, 100, 'other', :tenant, 1, 'key', 8, clock_timestamp() FROM jobs WHERE id <> :job;
+INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
+                     job_created_at, paused)
+SELECT id, 100, 'other', :tenant, 1, 'key', 8, clock_timestamp(), created_at, false
+FROM jobs WHERE id <> :job;
 INSERT INTO input_chunks (job_id, first, prompts)
 SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
 """

@@ -1,0 +1,51 @@
+"""A bar for anything long that can be counted: live on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from farm.cli.console import SPINNER, count, err, note
+
+
+@contextmanager
+def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show how far something is, on standard error; gives the function that counts one more."""
+    if not err.is_terminal:
+        yield _lines(what, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(complete_style="green", finished_style="green"),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _lines(what: str, total: int) -> Callable[[], None]:
+    done = 0
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
+            note(f"{what} {count(done)}/{count(total)}", None)
+
+    return one_more
+
+
+@contextmanager
+def busy(what: str) -> Iterator[Callable[[str], None]]:
+    """Say what takes a while, with a spinner on a terminal; gives the function that says more."""
+    if not err.is_terminal:
+        note(f"{what} …", None)
+        yield lambda _more: None
+        return
+    with err.status(f"{what} …", spinner=SPINNER) as status:
+        yield lambda more: status.update(f"{what} … [dim]{escape(more)}[/]")

@@ -1,0 +1,24 @@
+"""Ending in order on every signal that asks for an end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end the block as Ctrl-C does: by KeyboardInterrupt."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    asked = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(sign, interrupt) for sign in asked]
+    try:
+        yield
+    finally:
+        for sign, handler in zip(asked, before, strict=True):
+            signal.signal(sign, handler)

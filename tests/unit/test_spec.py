@@ -1,0 +1,244 @@
+"""The spec: pure functions from a job and an ordinal to a frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farm.catalog import load_catalog
+from farm.config import DEMO_CATALOG, Settings
+from farm.errors import CatalogError, InvalidRequest
+from farm.offers import make_offer
+from farm.spec import (
+    MAX_SEED,
+    FullSpec,
+    Priority,
+    batch_key,
+    chosen_bucket,
+    derived_seed,
+    frame_spec,
+)
+from farm.submission import check_job, full_spec
+
+OFFER = make_offer("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
+SETTINGS = Settings()
+
+
+def plan(**fields: Any) -> FullSpec:
+    body = {"pipeline": "demo", "prompts": ["a red star"], **fields}
+    return full_spec(check_job(body, SETTINGS), OFFER, SETTINGS)
+
+
+def refusal(**fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(**fields)
+    return caught.value
+
+
+@given(
+    grid=st.integers(1, 5),
+    prompts=st.integers(1, 7),
+    images=st.integers(1, 6),
+    seed=st.none() | st.integers(0, 1000),
+)
+def test_an_ordinal_is_grid_then_prompt_then_image(
+    grid: int, prompts: int, images: int, seed: int | None
+) -> None:
+    texts = [f"prompt {number}" for number in range(prompts)]
+    job = plan(
+        prompts=texts,
+        images_per_prompt=images,
+        seed=seed,
+        grid={"steps": [10 + number for number in range(grid)]},
+    )
+    assert job.total == grid * prompts * images
+    seeds = set()
+    for g in range(grid):
+        for p in range(prompts):
+            for k in range(images):
+                ordinal = (g * prompts + p) * images + k
+                frame = frame_spec(job, ordinal, texts[job.prompt_index(ordinal)])
+                assert frame.prompt == f"prompt {p}"
+                assert frame.params["steps"] == 10 + g
+                if seed is not None:
+                    assert frame.seed == seed + k
+                seeds.add(frame.seed)
+    if seed is None:
+        assert len(seeds) == job.total
+
+
+def test_ordinals_outside_the_job_are_refused() -> None:
+    job = plan(images_per_prompt=3)
+    for ordinal in (-1, 3):
+        with pytest.raises(IndexError):
+            frame_spec(job, ordinal, "")
+
+
+def test_a_derived_seed_never_changes() -> None:
+    """Pinned: another value would draw other pictures for jobs that exist."""
+    assert derived_seed(31, 0) == 7220534278658160695
+    assert derived_seed(31, 1) == 7890612522400008144
+
+
+@given(st.integers(0, MAX_SEED), st.integers(0, 2**40))
+def test_derived_seeds_fit_a_generator(job_seed: int, ordinal: int) -> None:
+    assert 0 <= derived_seed(job_seed, ordinal) <= MAX_SEED
+
+
+def test_every_default_is_filled_in() -> None:
+    job = plan()
+    assert job.points[0].params == {
+        "width": 64,
+        "height": 64,
+        "negative_prompt": "",
+        "steps": 50,
+        "guidance_scale": 7.5,
+        "sampler": "ddim",
+    }
+
+
+def test_a_job_survives_storage() -> None:
+    job = plan(grid={"steps": [1, 2], "guidance_scale": [1.0, 2.5]}, labels={"a": "b"})
+    again = FullSpec.model_validate_json(job.model_dump_json())
+    assert again == job
+    assert list(again.grid) == ["steps", "guidance_scale"]
+
+
+@pytest.mark.parametrize(
+    ("priority", "bucket", "frames", "expected"),
+    [
+        ("interactive", 8, 100, 1),
+        ("normal", 8, 100, 8),
+        ("bulk", 8, 5, 8),
+        ("bulk", 8, 4, 4),
+        ("bulk", 8, 3, 4),
+        ("bulk", 8, 1, 1),
+        ("bulk", 1, 100, 1),
+    ],
+)
+def test_the_bucket_chosen(priority: str, bucket: int, frames: int, expected: int) -> None:
+    assert chosen_bucket(Priority.parse(priority), bucket, frames) == expected
+
+
+def test_a_bucket_counts_the_frames_that_can_share_it() -> None:
+    job = plan(images_per_prompt=2, grid={"negative_prompt": ["", "blue"], "steps": [5, 6]})
+    # for each number of steps 2 images x 2 negative prompts can share a batch
+    assert {point.bucket for point in job.points} == {4}
+    assert [end for end, _, _ in job.runs] == [2, 4, 6, 8]
+    together = plan(images_per_prompt=2, grid={"steps": [5, 6], "negative_prompt": ["", "blue"]})
+    assert [end for end, _, _ in together.runs] == [4, 8]
+
+
+def test_what_a_batch_shares_decides_its_key() -> None:
+    scalars = {"steps": 5, "width": 64}
+    key = batch_key("demo", 4, scalars)
+    assert key == batch_key("demo", 4, {"width": 64, "steps": 5})
+    assert len({key, batch_key("demo", 8, scalars), batch_key("other", 4, scalars)}) == 3
+    assert key != batch_key("demo", 4, {**scalars, "steps": 6})
+    one, two = plan(negative_prompt="blue", bucket=4), plan(seed=5, bucket=4)
+    assert one.points[0].batch_key == two.points[0].batch_key
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"pipeline": 5}, "pipeline"),
+        ({"prompts": []}, "prompts"),
+        ({"prompts": "a red star"}, "prompts"),
+        ({"prompts": ["a", 5]}, "prompts.1"),
+        ({"prompts": ["a", "b\x00c"]}, "prompts"),
+        ({"prompts": ["\ud800"]}, "prompts"),
+        ({"prompts": ["x" * 2_000_000]}, "prompts.0"),
+        ({"negative_prompt": "x" * 2_000_000}, "negative_prompt"),
+        ({"negative_prompt": "\x00"}, "negative_prompt"),
+        ({"images_per_prompt": 0}, "images_per_prompt"),
+        ({"images_per_prompt": 1_000_000_000}, "images_per_prompt"),
+        ({"images_per_prompt": True}, "images_per_prompt"),
+        ({"seed": -1}, "seed"),
+        ({"seed": MAX_SEED + 1}, "seed"),
+        ({"seed": MAX_SEED, "images_per_prompt": 2}, "seed"),
+        ({"width": 65}, "width"),
+        ({"width": 0}, "width"),
+        ({"width": "64"}, "width"),
+        ({"width": 4096, "height": 4096}, "width"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1_000_000}, "steps"),
+        ({"steps": 25.5}, "steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale": None}, "guidance_scale"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"colour": "red"}, "colour"),
+        ({"grid": {"colour": ["red"]}}, "grid.colour"),
+        ({"grid": {"steps": []}}, "grid.steps"),
+        ({"grid": {"steps": [5, 0]}}, "grid.steps"),
+        ({"grid": {"steps": [5] * 2000}}, "grid"),
+        ({"priority": "now"}, "priority"),
+        ({"bucket": 0}, "bucket"),
+        ({"bucket": 65}, "bucket"),
+        ({"max_attempts": 11}, "max_attempts"),
+        ({"labels": {"a": 5}}, "labels.a"),
+        ({"labels": {"a": "\x00"}}, "labels"),
+        ({"labels": {str(n): "" for n in range(33)}}, "labels"),
+    ],
+)
+def test_bad_input_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    error = refusal(**fields)
+    assert error.param == param
+    assert param.split(".")[0] in error.message
+    assert len(error.message) < 2000
+
+
+def test_a_job_must_be_an_object() -> None:
+    for body in ([], "job", None, 5):
+        with pytest.raises(InvalidRequest, match="JSON object"):
+            check_job(body, SETTINGS)
+
+
+def test_prompts_in_any_script_stay_as_they_are() -> None:
+    prompts = ["نجمة حمراء", "赤い星 🌟", "כוכב", "e\u0301", " spaces  kept "]
+    assert check_job({"pipeline": "demo", "prompts": prompts}, SETTINGS).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pipelines = 5", "pipelines"),
+        ("[pipelines]", "pipelines"),
+        ("not toml", "not TOML"),
+        ('[pipelines.a]\nsource = "x"\ncolour = "red"', "pipelines.a.colour"),
+        ("[pipelines.a]", "pipelines.a.source"),
+        ('[pipelines.a]\nsource = "x"\nbucket = { "default" = 0 }', "bucket"),
+        ('[pipelines."a b"]\nsource = "x"', "a b"),
+    ],
+)
+def test_a_bad_catalog_says_where(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "pipelines.toml"
+    path.write_text(text)
+    with pytest.raises(CatalogError, match=message):
+        load_catalog(path)
+
+
+def test_a_missing_catalog_says_which(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="pipelines.toml"):
+        load_catalog(tmp_path / "pipelines.toml")
+
+
+def test_a_missing_family_or_checkpoint_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "pipelines.toml"
+    model = DEMO_CATALOG.parent / "model"
+    path.write_text(
+        f'[pipelines.a]\nsource = "{model}"\nfamily = "nope"\n'
+        f'[pipelines.b]\nsource = "{model}"\n'
+        f'[pipelines.c]\nsource = "{tmp_path}"\n'
+    )
+    pipelines = load_catalog(path).pipelines
+    with pytest.raises(CatalogError, match="nope"):
+        make_offer("a", pipelines["a"])
+    assert make_offer("b", pipelines["b"]).family.name == "stable_diffusion"
+    with pytest.raises(CatalogError, match=r"model_index\.json"):
+        make_offer("c", pipelines["c"])
