@@ -1,0 +1,102 @@
+"""One whole farm, as `farm up` runs it, for every acceptance test; leases are short."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from farm.local import Farm, running_farm
+from tests.waiting import wait_until
+
+ENDED = {"succeeded", "partial", "failed", "cancelled"}
+QUICK = {
+    "FARM_LEASE_SECONDS": "4",
+    "FARM_HEARTBEAT_SECONDS": "0.5",
+    "FARM_SWEEP_SECONDS": "0.2",
+    "FARM_RETRY_SECONDS": "0.1",
+    "FARM_TOUCH_SECONDS": "0.1",
+}
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running farm, and a client with its operator's key."""
+
+    farm: Farm
+    client: httpx.Client
+
+    def get(self, path: str, **params: Any) -> Any:
+        response = self.client.get(path, params=params)
+        response.raise_for_status()
+        return response.json()
+
+    def submit(self, **fields: Any) -> dict[str, Any]:
+        response = self.client.post("/v1/jobs", json={"pipeline": "demo", **fields})
+        assert response.status_code == 202, response.text
+        job: dict[str, Any] = response.json()
+        return job
+
+    def ended(self, job_id: str, seconds: float = 120.0) -> dict[str, Any]:
+        def end() -> dict[str, Any] | None:
+            job: dict[str, Any] = self.get(f"/v1/jobs/{job_id}")
+            return job if job["status"] in ENDED else None
+
+        job = wait_until(end, seconds, f"job {job_id} ended")
+        assert job is not None
+        return job
+
+    def halfway(self, job_id: str) -> dict[str, Any]:
+        """Wait until some frames of a job are done and some run."""
+
+        def between() -> dict[str, Any] | None:
+            job: dict[str, Any] = self.get(f"/v1/jobs/{job_id}")
+            assert job["status"] not in ENDED, "the job was over before it could be disturbed"
+            return job if job["counts"]["succeeded"] and job["counts"]["running"] else None
+
+        job = wait_until(between, 120.0, f"job {job_id} was halfway")
+        assert job is not None
+        return job
+
+    def frames(self, job_id: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        after = None
+        while True:
+            params = {"limit": 200} | ({"after": after} if after is not None else {})
+            page = self.get(f"/v1/jobs/{job_id}/frames", **params)
+            rows += page["data"]
+            after = page["next"]
+            if after is None:
+                return rows
+
+    def image(self, job_id: str, ordinal: int) -> bytes:
+        response = self.client.get(
+            f"/v1/jobs/{job_id}/frames/{ordinal}/image", follow_redirects=False
+        )
+        assert response.status_code == 307, response.text
+        stored = httpx.get(response.headers["location"])
+        stored.raise_for_status()
+        return stored.content
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    saved = dict(os.environ)
+    os.environ.update(QUICK)
+    try:
+        with (
+            running_farm(tmp_path_factory.mktemp("live")) as farm,
+            httpx.Client(
+                base_url=farm.url,
+                headers={"Authorization": f"Bearer {farm.api_key}"},
+                timeout=30,
+            ) as client,
+        ):
+            yield Live(farm, client)
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)

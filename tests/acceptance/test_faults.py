@@ -1,0 +1,159 @@
+"""Processes die in the middle of a job; the job ends as if nothing had happened, and says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.acceptance.conftest import Live
+from tests.waiting import wait_until
+
+LONG: dict[str, Any] = {
+    "prompts": ["a red star on a blue background"],
+    "images_per_prompt": 32,
+    "seed": 5,
+    "steps": 25,
+    "bucket": 4,
+}
+
+
+def child_of(pid: int) -> int:
+    """The worker's spawned child: the process with the device."""
+    listing = subprocess.run(
+        ["ps", "--no-headers", "-o", "pid,args", "--ppid", str(pid)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    spawned = [
+        line
+        for line in listing
+        if "billiard.spawn" in line and "tracker" not in line.split("spawn_main")[0]
+    ]
+    assert len(spawned) == 1, listing
+    return int(spawned[0].split()[0])
+
+
+def all_succeeded_once(live: Live, job_id: str) -> list[dict[str, Any]]:
+    """Check the end against the database itself, and the pictures against the storage."""
+    job = live.ended(job_id, 180.0)
+    assert job["status"] == "succeeded", job
+    frames = live.frames(job_id)
+    assert [frame["state"] for frame in frames] == ["succeeded"] * 32
+    with psycopg.connect(live.farm.servers.database_url) as connection:
+        rows = connection.execute(
+            "SELECT item ->> 0, count(*) FROM events, jsonb_array_elements(data -> 'frames') item"
+            " WHERE job_id = %s AND kind = 'frames.succeeded' GROUP BY 1",
+            [job_id],
+        ).fetchall()
+    assert sorted(int(ordinal) for ordinal, _ in rows) == list(range(32))
+    assert {count for _, count in rows} == {1}
+    return frames
+
+
+def reasons(frames: list[dict[str, Any]]) -> set[str]:
+    return {attempt["reason"] for frame in frames for attempt in frame["attempts"]}
+
+
+def test_the_child_is_killed(live: Live) -> None:
+    job_id = live.submit(**LONG)["id"]
+    live.halfway(job_id)
+    parent = live.farm.children["worker demo-1"].pid
+    os.kill(child_of(parent), signal.SIGKILL)
+    frames = all_succeeded_once(live, job_id)
+    assert reasons(frames) == {"worker_lost"}
+    lost = [frame for frame in frames if frame["attempts"]]
+    assert 1 <= len(lost) <= 4
+    assert all(frame["attempt"] == 2 for frame in lost)
+    assert "SIGKILL" in lost[0]["attempts"][0]["message"]
+    assert live.farm.children["worker demo-1"].pid == parent
+
+
+def test_the_parent_is_killed(live: Live) -> None:
+    job_id = live.submit(**LONG)["id"]
+    live.halfway(job_id)
+    parent = live.farm.children["worker demo-1"].pid
+    child = child_of(parent)
+    os.kill(parent, signal.SIGKILL)
+    frames = all_succeeded_once(live, job_id)
+    assert reasons(frames) == {"lease_expired"}
+    assert live.farm.children["worker demo-1"].pid != parent
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_valkey_is_killed_with_its_data(live: Live) -> None:
+    job_id = live.submit(**LONG)["id"]
+    live.halfway(job_id)
+    valkey = live.farm.servers.valkey
+    before = valkey.restarts
+    data = live.farm.data / "valkey"
+    assert data.is_dir()
+    for path in sorted(data.rglob("*"), reverse=True):
+        if path.is_file() and path.suffix in {".aof", ".rdb", ".manifest"}:
+            path.unlink()
+    valkey.kill()
+    second = live.submit(**LONG)["id"]  # its bell may be lost
+    wait_until(lambda: valkey.restarts > before, 30.0, "Valkey was started again")
+    assert reasons(all_succeeded_once(live, job_id)) == set()
+    assert reasons(all_succeeded_once(live, second)) == set()
+
+
+@contextmanager
+def another_worker(live: Live) -> Iterator[subprocess.Popen[bytes]]:
+    env = {**os.environ, **live.farm.env, "OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "farm.cli", "worker", "demo"],
+        env=env,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_stopped_worker_comes_back_too_late(live: Live) -> None:
+    """Its lease expires, another worker renders the frames, and its own result is dropped."""
+    with another_worker(live) as process:
+        mine = f"-{process.pid}"
+
+        def leased() -> str | None:
+            workers = live.get("/v1/workers")["data"]
+            busy = [row for row in workers if row["name"].endswith(mine) and row["batch"]]
+            return str(busy[0]["name"]) if busy else None
+
+        job_id = live.submit(**LONG)["id"]
+        name = wait_until(leased, 120.0, "the second worker held a lease")
+        os.killpg(process.pid, signal.SIGSTOP)
+        frames = all_succeeded_once(live, job_id)
+        lost = [frame for frame in frames if frame["attempts"]]
+        assert reasons(frames) == {"lease_expired"}
+        assert {row["worker"] for frame in lost for row in frame["attempts"]} == {name}
+        assert all(frame["worker"] != name for frame in lost)
+
+        os.killpg(process.pid, signal.SIGCONT)
+        after = live.ended(live.submit(**LONG)["id"], 180.0)
+        assert after["status"] == "succeeded"
+        assert live.frames(job_id) == frames
+
+
+def test_sigterm_finishes_the_batch_and_leaves(live: Live) -> None:
+    job_id = live.submit(**LONG)["id"]
+    live.halfway(job_id)
+    worker = live.farm.children["worker demo-1"]
+    before = worker.restarts
+    worker.signal(signal.SIGTERM)
+    wait_until(lambda: worker.restarts > before, 60.0, "the worker left and was started again")
+    assert reasons(all_succeeded_once(live, job_id)) == set()
