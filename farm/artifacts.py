@@ -71,6 +71,17 @@ class Artifacts:
         except (BotoCoreError, ClientError) as error:
             raise Unavailable(f"The image storage did not give {key}: {error}") from error
 
+    def delete(self, key: str) -> None:
+        """Remove an image; one that is not there is no error.
+
+        Raises:
+            Unavailable: the storage does not answer or refuses.
+        """
+        try:
+            self._s3.delete_object(Bucket=self.bucket, Key=key)
+        except (BotoCoreError, ClientError) as error:
+            raise Unavailable(f"The image storage did not delete {key}: {error}") from error
+
     def presigned(self, key: str) -> str:
         """Make an address that gives the image to whoever holds it, for `presign_seconds`."""
         return self._s3.generate_presigned_url(

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     touch_seconds: float = Field(
         default=0.5, gt=0, description="how often, at most, the step hook asks whether to go on"
     )
+    transaction_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="Postgres ends a transaction left idle for so long: its holder was stopped",
+    )
     sweep_seconds: float = Field(default=1.0, gt=0, description="the janitor's pace")
     worker_timeout_seconds: float = Field(
         default=20.0, gt=0, description="a worker unseen for so long counts as gone"

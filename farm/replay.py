@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ class Replay:
         return self.difference is None
 
 
-def replay(content: bytes, catalog: Catalog, on_step: StepHook = lambda _done, _steps: None) -> Replay:
+def replay(
+    content: bytes, catalog: Catalog, on_step: StepHook = lambda _done, _steps: None
+) -> Replay:
     """Render a picture again, as it was: bucket, dtype, and on a CPU the number of threads.
 
     Args:
@@ -72,6 +75,8 @@ def replay(content: bytes, catalog: Catalog, on_step: StepHook = lambda _done, _
         CatalogError: the pipeline cannot be loaded.
     """
     picture, recorded = read_png(content)
+    # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     entry = _entry(catalog, recorded)
     offer = make_offer(recorded.frame.pipeline, entry)
     frame = _checked(picture, recorded, offer)

@@ -54,6 +54,7 @@ def settings(servers: Servers, template: str) -> Iterator[Settings]:
         s3_bucket=servers.s3_bucket,
         retry_seconds=0.0,
         touch_seconds=0.05,
+        transaction_seconds=2.0,
     )
     _run(servers, f"DROP DATABASE {name} WITH (FORCE)")
 

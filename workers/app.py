@@ -25,7 +25,9 @@ def _set_up_logs(**_: Any) -> None:
 
 @worker_process_init.connect
 def _start_child(**_: Any) -> None:
-    _child[:] = [Child()]
+    child = Child()
+    child.start()
+    _child[:] = [child]
 
 
 @app.task(name=RENDER_TASK, ignore_result=True)

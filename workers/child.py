@@ -33,10 +33,17 @@ class Child:
         self._line: RenderLine | None = None
         self._tried = float("-inf")
 
+    def start(self) -> None:
+        """Pin the pipeline, before the first bell."""
+        try:
+            self._load()
+        except Unavailable as error:
+            log.warning("%s: %s", self._identity.name, error)
+
     def answer(self) -> None:
         """Answer a bell: render until the lane is empty."""
         try:
-            if self._line is None:
+            if self._line is None and time.monotonic() - self._tried > LOAD_AGAIN_SECONDS:
                 self._load()
             if self._line is not None:
                 self._say("rendering")
@@ -46,8 +53,6 @@ class Child:
             log.warning("%s stops for now: %s", self._identity.name, error)
 
     def _load(self) -> None:
-        if time.monotonic() - self._tried < LOAD_AGAIN_SECONDS:
-            return
         self._tried = time.monotonic()
         pipeline = self._identity.pipeline
         try:

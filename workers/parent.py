@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from celery.exceptions import SecurityWarning, WorkerLostError
-from celery.signals import task_failure, worker_ready, worker_shutting_down
+from celery.signals import task_failure, worker_shutting_down
 
 from farm.bells import lane
 from farm.config import Settings
@@ -136,7 +136,7 @@ def run_worker(settings: Settings, pipeline: str) -> int:
             pid=identity.pid,
         )
     heart = Heart(farm, identity)
-    _connect(heart, farm, pipeline)
+    _connect(heart)
     heart.start()
     try:
         return _serve(pipeline, identity)
@@ -146,10 +146,7 @@ def run_worker(settings: Settings, pipeline: str) -> int:
         farm.close()
 
 
-def _connect(heart: Heart, farm: Farm, pipeline: str) -> None:
-    def on_ready(**_: Any) -> None:
-        farm.bells.ring(pipeline)  # its child loads the pipeline before the first job comes
-
+def _connect(heart: Heart) -> None:
     def on_shutting_down(**_: Any) -> None:
         heart.drain()
 
@@ -157,7 +154,6 @@ def _connect(heart: Heart, farm: Farm, pipeline: str) -> None:
         if isinstance(exception, WorkerLostError):
             heart.child_lost(str(exception))
 
-    worker_ready.connect(on_ready, weak=False)
     worker_shutting_down.connect(on_shutting_down, weak=False)
     task_failure.connect(on_failure, weak=False)
 

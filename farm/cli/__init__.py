@@ -1,34 +1,110 @@
-"""The command line: one module a group of commands, assembled here."""
+"""The command line: one module a group of commands, assembled here.
+
+Commands import what is heavy when they run, so that `farm --help` and tab keys are quick.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
+from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
-from farm.cli import keys, processes, up
+from farm import __version__
+from farm.cli import (
+    demo,
+    doctor,
+    download,
+    jobs,
+    keys,
+    processes,
+    replay,
+    submit,
+    up,
+    workers,
+)
+from farm.cli.console import clean, err
+from farm.cli.exits import EPILOG, ERROR
 from farm.errors import FarmError
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="farm",
     help="A distributed render farm for text-to-image diffusion.",
+    epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("up")(up.up)
-app.command("api")(processes.api)
-app.command("janitor")(processes.janitor)
-app.command("worker")(processes.worker)
-app.command("migrate")(processes.migrate)
-app.add_typer(keys.app, name="keys")
+START, RENDER, LOOK, RUN = "Start here", "Jobs", "Look", "Processes and upkeep"
+
+app.command("demo", rich_help_panel=START)(demo.demo)
+app.command("up", rich_help_panel=START)(up.up)
+app.command("doctor", rich_help_panel=START)(doctor.doctor)
+app.command("submit", rich_help_panel=RENDER)(submit.submit)
+app.command("watch", rich_help_panel=RENDER)(jobs.watch)
+app.command("get", rich_help_panel=RENDER)(download.get)
+app.command("cancel", rich_help_panel=RENDER)(jobs.cancel)
+app.command("pause", rich_help_panel=RENDER)(jobs.pause)
+app.command("resume", rich_help_panel=RENDER)(jobs.resume)
+app.command("retry", rich_help_panel=RENDER)(jobs.retry)
+app.command("jobs", rich_help_panel=LOOK)(jobs.jobs)
+app.command("job", rich_help_panel=LOOK)(jobs.job)
+app.command("workers", rich_help_panel=LOOK)(workers.workers)
+app.command("replay", rich_help_panel=LOOK)(replay.replay)
+app.command("api", rich_help_panel=RUN)(processes.api)
+app.command("worker", rich_help_panel=RUN)(processes.worker)
+app.command("janitor", rich_help_panel=RUN)(processes.janitor)
+app.command("migrate", rich_help_panel=RUN)(processes.migrate)
+app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"farm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def farm(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """A distributed render farm for text-to-image diffusion."""
 
 
 def main() -> None:
-    """Run a command; an error of the farm is one line on standard error, and exit code 1."""
+    """Run a command; an error is one line on standard error, and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # text in any script, on any terminal
     try:
         app()
     except FarmError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error.message}", highlight=False)
-        sys.exit(1)
+        _fail(error.message)
+    except Exception as error:
+        if logging.getLogger().handlers:  # one of the farm's own processes: its log has it whole
+            log.exception("It ended by an unexpected error")
+            sys.exit(ERROR)
+        _fail(_unexpected(error))
+
+
+def _fail(message: str) -> None:
+    err.print(Text.assemble(("Error:", "bold red"), " ", clean(message)), soft_wrap=True)
+    sys.exit(ERROR)
+
+
+def _unexpected(error: Exception) -> str:
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError) and error.title == "Settings":
+        first = error.errors()[0]
+        name = "_".join(["farm", *(str(part) for part in first["loc"])]).upper()
+        return f"{name}: {first['msg']}."
+    return f"Something went wrong inside the farm: {type(error).__name__}: {error}"

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import httpx
 
+from farm.cli.host import DATA
 from farm.envfile import NAME as ENV_FILE
 from farm.errors import FarmError, InvalidRequest, Unavailable
-
-DATA = "farm-data"
-"""The folder that `farm up` and `farm demo` use where none is named."""
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -45,7 +43,9 @@ class Address:
         """How to tell the commands where the farm is."""
         data = os.environ.get("FARM_DATA")
         if data and not (Path(data) / ENV_FILE).is_file():
-            return f"FARM_DATA is {data}, which holds no {ENV_FILE}: `farm up --data {data}` makes it."
+            return (
+                f"FARM_DATA is {data}, which holds no {ENV_FILE}: `farm up --data {data}` makes it."
+            )
         if not data and (Path(DATA) / ENV_FILE).is_file():
             return f"There is a farm's folder here: set FARM_DATA={DATA}."
         return "Set FARM_DATA or FARM_API_URL and FARM_API_KEY."

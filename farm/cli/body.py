@@ -1,4 +1,4 @@
-"""A job's body, put together from a file and the options of `farm submit`. Pure but for the file."""
+"""A job's body, put together from a file and the options of `farm submit`."""
 
 from __future__ import annotations
 

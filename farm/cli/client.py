@@ -26,7 +26,9 @@ PATIENCE_SECONDS = 6.0
 TIMEOUT = httpx.Timeout(30.0, connect=5.0)
 
 ERRORS: dict[str, type[FarmError]] = {
-    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type)
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type)
     if issubclass(kind, FarmError)
 }
 
@@ -99,19 +101,21 @@ class FarmClient:
     def submit(self, body: Mapping[str, Any], idempotency_key: str | None = None) -> Job:
         """Submit a job, once, however often the call has to be tried."""
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        return self._object(self._send("POST", "/v1/jobs", json=body, headers=headers))
+        return self._job(self._send("POST", "/v1/jobs", json=body, headers=headers))
 
     def job(self, job_id: str) -> Job:
         """Read a job as it stands now."""
-        return self._object(self._send("GET", f"/v1/jobs/{job_id}"))
+        return self._job(self._send("GET", f"/v1/jobs/{job_id}"))
 
     def steer(self, job_id: str, verb: str) -> Job:
         """Cancel, pause, resume or retry a job."""
         # A second `retry` is a conflict, so an answer that was lost must not be asked for again.
         again = verb != "retry"
-        return self._object(self._send("POST", f"/v1/jobs/{job_id}/{verb}", again=again))
+        return self._job(self._send("POST", f"/v1/jobs/{job_id}/{verb}", again=again))
 
-    def _send(self, method: str, path: str, *, again: bool = True, **request: Any) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, *, again: bool = True, **request: Any
+    ) -> httpx.Response:
         """Send until it is answered, as long as patience lasts; `again`: a repeat does no harm."""
         started = time.monotonic()
         pause = 0.2
@@ -154,6 +158,10 @@ class FarmClient:
             return kind(str(problem["detail"]), param=param)
         except (ValueError, KeyError, TypeError):
             return self.address.refused(response)
+
+    def _job(self, response: httpx.Response) -> Job:
+        job: Job = self._object(response)
+        return job
 
     def _object(self, response: httpx.Response) -> Any:
         try:

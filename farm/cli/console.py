@@ -13,14 +13,16 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print the API's own object, for scripts.", show_default=False)
+    bool,
+    typer.Option("--json", help="Print the API's own object, for scripts.", show_default=False),
 ]
 
 SPINNER = "dots" if err.encoding.lower().startswith("utf") else "line"
@@ -56,16 +58,26 @@ def note(text: str, style: str | None = "dim") -> None:
 
 
 def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
-    """A plain table with these columns, `right` of them aligned to the right."""
+    """A plain table with these columns, `right` of them aligned to the right.
+
+    The last column alone gives way where the terminal is narrow: give it `tail(…)`.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in names:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+        justify: JustifyMethod = "right" if name in right else "left"
+        table.add_column(name, justify=justify, no_wrap=name != names[-1])
     return table
+
+
+def tail(text: str) -> Text:
+    """The last cell of a row, cut where the terminal ends."""
+    return Text(clean(text), no_wrap=True, overflow="ellipsis")
 
 
 def show_table(table: Table) -> None:
     """Print a table: to the terminal's width, or wide where there is none."""
-    out.print(table, width=None if out.is_terminal else PIPE_WIDTH)
+    console = out if out.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+    console.print(table)
 
 
 def styled_status(job: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from farm.cli.console import Json, count, emit, note, plural, say, size
 from farm.cli.exits import exit_as
 from farm.cli.find import JobWord, find_job, short
 from farm.errors import FarmError
+from farm.states import TERMINAL
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient, Job
@@ -72,11 +73,11 @@ def _tell(job: Job, haul: Haul, dest: Path) -> None:
     kept = f", {count(haul.kept)} already there" if haul.kept else ""
     pictures = plural(haul.pictures, "picture")
     say(f"{pictures} in {dest} ({size(haul.fetched_bytes)} fetched{kept}).")
-    if job["status"] != "succeeded":
-        note(
-            f"The job is {job['status']}: {count(haul.pictures)} of {plural(job['total'], 'frame')}"
-            f" so far. `farm get {short(job['id'])}` again fetches what is new."
-        )
+    if job["status"] == "succeeded":
+        return
+    rest = f"The job is {job['status']}: {count(haul.pictures)} of {plural(job['total'], 'frame')}."
+    again = f" Once there are more: farm get {short(job['id'])} --dest {dest}"
+    note(rest + ("" if job["status"] in TERMINAL else again))
 
 
 def download(client: FarmClient, job: Job, dest: Path) -> Haul:
@@ -100,9 +101,7 @@ def download(client: FarmClient, job: Job, dest: Path) -> Haul:
     return haul
 
 
-def _all(
-    work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]
-) -> Iterator[int]:
+def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]) -> Iterator[int]:
     """Do the work of every frame, a few at once, holding no more than a few in memory."""
     pending: set[Future[int]] = set()
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="download")

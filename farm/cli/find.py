@@ -43,12 +43,12 @@ def find_job(client: FarmClient, word: str) -> str:
             param="job",
         )
     found = [
-        job["id"]
-        for job in client.items("/v1/jobs", limit=RECENT)
-        if job["id"].startswith(word)
+        job["id"] for job in client.items("/v1/jobs", limit=RECENT) if job["id"].startswith(word)
     ]
     if not found:
-        raise NotFound(f"None of the last {RECENT:,} jobs begins with {word}; `farm jobs` lists them.")
+        raise NotFound(
+            f"None of the last {RECENT:,} jobs begins with {word}; `farm jobs` lists them."
+        )
     if len(found) > 1:
         raise InvalidRequest(f"{len(found)} jobs begin with {word}: {', '.join(found[:5])}.")
     return str(found[0])

@@ -31,6 +31,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 1.0
 
 PACE_SECONDS = 20.0
 
+
 class Stalled(FarmError):
     """Nothing of a job moved for too long; the message says why it waits."""
 

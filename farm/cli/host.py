@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,9 @@ from farm.errors import Unavailable
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient
+
+DATA = "farm-data"
+"""The folder that `farm up` and `farm demo` use where none is named."""
 
 PORT = 8000
 STARTING_SECONDS = 120.0
@@ -102,11 +105,11 @@ def _started(data: Path) -> Iterator[Host]:
 
     note(f"No farm runs on {data}: starting one. Everything it keeps stays in that folder.", None)
     started = time.monotonic()
-    starting = busy("Starting Postgres, Valkey, SeaweedFS, the API, the janitor and a worker")
-    with starting as _:
-        farm_running = running_farm(data, PORT if is_free(PORT) else 0)
-        farm = farm_running.__enter__()
-    took = duration(time.monotonic() - started)
-    out.print(f"[bold green]Farm is ready:[/] [bold]{farm.url}[/] [dim]({took})[/]")
-    with FarmClient(farm.url, farm.api_key) as client:
+    with ExitStack() as stack:
+        with busy("Starting Postgres, Valkey, SeaweedFS, the API, the janitor and a worker"):
+            farm = stack.enter_context(running_farm(data, PORT if is_free(PORT) else 0))
+        took = duration(time.monotonic() - started)
+        out.print(f"[bold green]Farm is ready:[/] [bold]{farm.url}/[/] [dim]({took})[/]")
+        client = stack.enter_context(FarmClient(farm.url, farm.api_key))
         yield Host(client, farm.url, farm.data, own=True)
+        note("Stopping the farm …", None)

@@ -22,6 +22,7 @@ from farm.cli.console import (
     say,
     show_table,
     styled_status,
+    tail,
 )
 from farm.cli.exits import exit_as
 from farm.cli.find import JobWord, find_job, short
@@ -92,7 +93,7 @@ def _table(found: list[Job]) -> Table:
             each["pipeline"],
             each["priority"],
             ago(each["created_at"]),
-            _plain(one_line(spec["prompts"][0], 50) + more),
+            tail(one_line(spec["prompts"][0]) + more),
         )
     return table
 
@@ -111,6 +112,7 @@ def job(job_word: JobWord, as_json: Json = False) -> None:
 
 def _describe(found: Job) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
     counts = ", ".join(f"{count(n)} {name}" for name, n in found["counts"].items() if n)
     table.add_row("job", found["id"])
     table.add_row("status", styled_status(found))
@@ -136,7 +138,10 @@ def _describe(found: Job) -> None:
 def _describe_dead(client: FarmClient, found: Job) -> None:
     path = f"/v1/jobs/{found['id']}/frames"
     for frame in client.items(path, {"state": "dead"}, limit=DEAD_SHOWN):
-        say(f"frame {frame['ordinal']} is dead: {one_line(frame['error'] or 'no reason', 300)}", "red")
+        say(
+            f"frame {frame['ordinal']} is dead: {one_line(frame['error'] or 'no reason', 300)}",
+            "red",
+        )
     note(f"Give dead frames fresh attempts: farm retry {short(found['id'])}")
 
 
@@ -180,9 +185,7 @@ def _steering(verb: str, past: str, about: str) -> Callable[[str, bool], None]:
     return command
 
 
-cancel = _steering(
-    "cancel", "cancelled", "Cancel a job for good; what has succeeded stays."
-)
+cancel = _steering("cancel", "cancelled", "Cancel a job for good; what has succeeded stays.")
 pause = _steering("pause", "paused", "Hold a job back; what runs is finished.")
 resume = _steering("resume", "resumed", "Let a paused job go on.")
 retry = _steering("retry", "tried again", "Give a job's dead frames fresh attempts.")

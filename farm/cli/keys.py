@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from farm.config import load_settings
+from farm.cli.console import Json, columns, emit, note, say, show_table
 from farm.errors import InvalidRequest, NotFound
-from farm.store import keys
-from farm.store.engine import Connection, open_store, transaction
 
-app = typer.Typer(help="API keys.", no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+if TYPE_CHECKING:
+    from farm.store.engine import Connection
+
+app = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
 
 
 @app.command()
@@ -29,37 +26,46 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a key and show it, once."""
+    from farm.store import keys
+
     if role not in keys.ROLES:
         raise InvalidRequest(f"--role: {role!r} is none of {', '.join(keys.ROLES)}.", param="role")
     with _connection() as connection:
         key_id, key = keys.create_key(connection, tenant, role, name)
     if as_json:
-        typer.echo(json.dumps({"id": key_id, "tenant": tenant, "role": role, "key": key}))
+        emit({"id": key_id, "tenant": tenant, "role": role, "key": key})
     else:
-        typer.echo(f"{key}\nThis {role} key of tenant {tenant} is not shown again.")
+        typer.echo(key)
+        note(f"This {role} key of tenant {tenant} is not shown again.")
 
 
 @app.command("list")
 def list_keys(as_json: Json = False) -> None:
     """Show every key's description; the keys themselves are not stored."""
+    from farm.store import keys
+
     with _connection() as connection:
         rows = [dict(row._mapping) for row in keys.list_keys(connection)]
     if as_json:
-        typer.echo(json.dumps(rows, default=str))
+        emit(rows)
         return
-    table = Table("id", "begins with", "tenant", "role", "note", "created", "revoked")
+    table = columns("id", "begins with", "tenant", "role", "note", "created", "revoked")
     for row in rows:
         created = f"{row['created_at']:%Y-%m-%d %H:%M}"
         revoked = f"{row['revoked_at']:%Y-%m-%d %H:%M}" if row["revoked_at"] else ""
         table.add_row(
             str(row["id"]), row["prefix"], row["tenant"], row["role"], row["name"], created, revoked
         )
-    Console().print(table)
+    show_table(table)
 
 
 @app.command()
-def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")]) -> None:
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")],
+) -> None:
     """Revoke a key, at once and for good."""
+    from farm.store import keys
+
     try:
         wanted = uuid.UUID(key_id)
     except ValueError as error:
@@ -67,11 +73,14 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as `list` s
     with _connection() as connection:
         if not keys.revoke_key(connection, wanted):
             raise NotFound(f"There is no key {key_id}.")
-    typer.echo(f"Key {key_id} is revoked.")
+    say(f"Key {key_id} is revoked.")
 
 
 @contextmanager
 def _connection() -> Iterator[Connection]:
+    from farm.config import load_settings
+    from farm.store.engine import open_store, transaction
+
     store = open_store(load_settings())
     try:
         with transaction(store) as connection:

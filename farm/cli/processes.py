@@ -13,10 +13,7 @@ from typing import Annotated
 import typer
 
 from farm.config import load_settings
-from farm.context import open_farm
 from farm.logs import set_up_logs
-from farm.store import migrate as steps
-from farm.store.engine import open_store
 
 
 def api(
@@ -42,6 +39,8 @@ def api(
 
 def janitor() -> None:
     """Expire leases, ring lanes again, prune. Any number may run; one works."""
+    from farm.context import open_farm
+
     settings = load_settings()
     set_up_logs(settings.log_level)
     stop = threading.Event()
@@ -64,6 +63,9 @@ def worker(pipeline: Annotated[str, typer.Argument(help="A pipeline of the catal
 
 def migrate() -> None:
     """Bring the database to the schema that this version knows."""
+    from farm.store import migrate as steps
+    from farm.store.engine import open_store
+
     store = open_store(load_settings())
     try:
         steps.upgrade(store)

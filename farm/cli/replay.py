@@ -14,7 +14,7 @@ from farm.cli.exits import ERROR
 from farm.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from farm.replay import Replay
+    from farm.replay import Difference, Replay
 
 
 def replay(
@@ -71,18 +71,20 @@ def _object(done: Replay) -> dict[str, Any]:
 
 
 def _tell(done: Replay) -> None:
-    frame, picture = done.recorded.frame, done.picture
+    frame, pixels = done.recorded.frame, count(done.picture.width * done.picture.height)
     if done.difference is None:
         out.print("[bold green]identical[/]", end="  ")
-        pixels = count(picture.width * picture.height)
         say(f"all {pixels} pixels, rendered again by {frame.pipeline} with seed {frame.seed}")
     else:
-        different, (left, top, right, bottom) = done.difference, done.difference.box
         out.print("[bold red]differs[/]", end="  ")
-        say(
-            f"{count(different.pixels)} of {count(picture.width * picture.height)} pixels, by up to "
-            f"{different.largest} of 255; the first at x {different.first[0]}, "
-            f"y {different.first[1]}, all within x {left} to {right - 1}, y {top} to {bottom - 1}"
-        )
+        say(f"{count(done.difference.pixels)} of {pixels} pixels, {_where(done.difference)}")
     for line in done.notes:
         note(f"  {line}", "yellow")
+
+
+def _where(difference: Difference) -> str:
+    (x, y), (left, top, right, bottom) = difference.first, difference.box
+    return (
+        f"by up to {difference.largest} of 255; the first at x {x}, y {y}, all within "
+        f"x {left} to {right - 1}, y {top} to {bottom - 1}"
+    )

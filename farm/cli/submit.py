@@ -102,9 +102,7 @@ def submit(  # one argument an option: this is the command's own declaration
     send(body, idempotency_key, watch=watch, as_json=as_json)
 
 
-def send(
-    body: dict[str, Any], idempotency_key: str | None, *, watch: bool, as_json: bool
-) -> None:
+def send(body: dict[str, Any], idempotency_key: str | None, *, watch: bool, as_json: bool) -> None:
     """Submit a body; with `watch`, stay until the job has ended and exit as it did."""
     from farm.cli.client import FarmClient
     from farm.cli.jobs import watch_to_end

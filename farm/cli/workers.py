@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from farm.cli.console import Json, ago, clean, columns, count, emit, one_line, say, show_table
+from farm.cli.console import Json, ago, clean, columns, count, emit, one_line, say, show_table, tail
 
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
 
@@ -34,7 +34,7 @@ def workers(as_json: Json = False) -> None:
             escape(clean(each["device"] or "")),
             count(each["succeeded"]),
             ago(each["seen_at"]),
-            escape(doing(each)),
+            tail(doing(each)),
         )
     show_table(table)
 

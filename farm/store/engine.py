@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine, create_engine, make_url, text
@@ -15,6 +16,7 @@ from farm.errors import Unavailable
 
 CONNECT_SECONDS = 5
 STATEMENT_MILLISECONDS = 30_000
+IDLE_IN_TRANSACTION = "25P03"
 
 Store = Engine
 """A pool of connections to Postgres."""
@@ -25,6 +27,7 @@ Transaction = Connection
 
 def open_store(settings: Settings, *, pool_size: int = 5) -> Store:
     """Open a pool of connections; the first one is made when it is first needed."""
+    idle = round(settings.transaction_seconds * 1000)
     url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
     return create_engine(
         url,
@@ -35,7 +38,9 @@ def open_store(settings: Settings, *, pool_size: int = 5) -> Store:
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
             "application_name": "farm",
-            "options": f"-c statement_timeout={STATEMENT_MILLISECONDS} -c timezone=UTC",
+            "options": f"-c statement_timeout={STATEMENT_MILLISECONDS} -c timezone=UTC"
+            # A process stopped in the middle of a claim must not hold the lane's lock for ever.
+            f" -c idle_in_transaction_session_timeout={idle}",
             # A half-open connection is noticed within a quarter of a minute.
             "keepalives_idle": 5,
             "keepalives_interval": 3,
@@ -67,9 +72,11 @@ def transaction(store: Store) -> Iterator[Connection]:
 
 def is_outage(error: DBAPIError) -> bool:
     """Whether an error means that Postgres was away, rather than that the statement was wrong."""
+    state = getattr(error.orig, "sqlstate", None)
+    if state == IDLE_IN_TRANSACTION:
+        return True
     if not isinstance(error, OperationalError | InterfaceError):
         return False
-    state = getattr(error.orig, "sqlstate", None)
     return error.connection_invalidated or state is None or state[:2] in {"08", "53", "57"}
 
 
@@ -80,3 +87,14 @@ def is_ready(store: Store) -> bool:
             return bool(connection.execute(text("SELECT true")).scalar_one())
     except Unavailable:
         return False
+
+
+def server_clock(store: Store) -> datetime:
+    """Read Postgres's clock.
+
+    Raises:
+        Unavailable: Postgres cannot be reached.
+    """
+    with transaction(store) as connection:
+        now: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+    return now

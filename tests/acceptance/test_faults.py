@@ -129,13 +129,15 @@ def test_a_stopped_worker_comes_back_too_late(live: Live) -> None:
     with another_worker(live) as process:
         mine = f"-{process.pid}"
 
-        def leased() -> str | None:
+        def seen() -> dict[str, Any]:
             workers = live.get("/v1/workers")["data"]
-            busy = [row for row in workers if row["name"].endswith(mine) and row["batch"]]
-            return str(busy[0]["name"]) if busy else None
+            found = [row for row in workers if row["name"].endswith(mine)]
+            return found[0] if found else {"state": "unknown", "batch": None}
 
+        wait_until(lambda: seen()["state"] == "idle", 60.0, "the second worker was ready")
         job_id = live.submit(**LONG)["id"]
-        name = wait_until(leased, 120.0, "the second worker held a lease")
+        wait_until(lambda: seen()["batch"], 60.0, "the second worker held a lease")
+        name = seen()["name"]
         os.killpg(process.pid, signal.SIGSTOP)
         frames = all_succeeded_once(live, job_id)
         lost = [frame for frame in frames if frame["attempts"]]

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import InternalError
 
 from farm import jobs
 from farm.context import Farm
 from farm.errors import Conflict
 from farm.store import events, lanes, workers
 from farm.store import jobs as stored
-from farm.store.claim import Lease
+from farm.store.claim import Lease, claim
 from farm.store.engine import transaction
 from tests.farming import (
     counts_add_up,
@@ -59,9 +60,7 @@ def test_a_frame_carries_its_own_prompt_and_seed(farm: Farm, tenant: uuid.UUID) 
     for lease in claim_all(farm):
         for frame in lease.frames:
             seen[frame.ordinal] = (frame.spec.prompt, frame.spec.seed)
-    assert seen == {
-        ordinal: (f"prompt {ordinal // 2}", 7 + ordinal % 2) for ordinal in range(5000)
-    }
+    assert seen == {ordinal: (f"prompt {ordinal // 2}", 7 + ordinal % 2) for ordinal in range(5000)}
     assert job_row(farm, tenant, job_id).running == 5000
 
 
@@ -140,9 +139,7 @@ def test_a_grid_is_claimed_point_by_point(farm: Farm, tenant: uuid.UUID) -> None
     assert scales == [{2.0}, {2.0}, {4.0}, {4.0}]
 
 
-def test_a_returned_frame_is_claimed_again_with_its_own_spec(
-    farm: Farm, tenant: uuid.UUID
-) -> None:
+def test_a_returned_frame_is_claimed_again_with_its_own_spec(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant, images_per_prompt=6, bucket=2, grid={"steps": [5, 6]})
     hand = hire(farm)
     leases = claim_all(farm)
@@ -289,9 +286,7 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
     assert (accepted < 1.0, cancelled < 1.0) == (True, True), (accepted, cancelled)
 
 
-def test_a_job_s_events_come_in_the_order_of_their_commits(
-    farm: Farm, tenant: uuid.UUID
-) -> None:
+def test_a_job_s_events_come_in_the_order_of_their_commits(farm: Farm, tenant: uuid.UUID) -> None:
     """A reader that goes on after the last id it saw misses nothing, whoever writes meanwhile."""
     job_id = submit(farm, tenant, images_per_prompt=120, bucket=2)
     over = threading.Event()
@@ -338,3 +333,23 @@ def test_retry_of_a_job_that_was_cancelled_is_refused(farm: Farm, tenant: uuid.U
     jobs.cancel(farm, tenant, job_id)
     with pytest.raises(Conflict, match="cancelled"), transaction(farm.store) as connection:
         stored.retry_job(connection, tenant, job_id)
+
+
+def test_a_worker_stopped_in_the_middle_of_its_claim_holds_up_nobody(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    submit(farm, tenant)
+    stopped = hire(farm, "stopped")
+    connection = farm.store.connect()
+    transaction_of_the_stopped = connection.begin()
+    claimed = claim(
+        connection, pipeline="demo", worker_id=stopped.id, worker="stopped", pid=1, lease_seconds=60
+    )
+    assert claimed is not None
+    again = hire(farm).must_claim()  # waits until Postgres has ended the transaction left idle
+    assert [frame.attempt for frame in again.frames] == [1]
+    with pytest.raises(InternalError, match="idle-in-transaction"):
+        transaction_of_the_stopped.commit()
+    connection.invalidate()
+    connection.close()
+    assert hire(farm).complete(again) == {fence(again.frames[0])}

@@ -1,0 +1,274 @@
+"""The dashboard in a real browser: signed in, live, safe against what prompts hold."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+
+from farm.context import Farm
+from farm.store import frames, workers
+from farm.store.engine import transaction
+from tests.farming import hire
+from tests.serving import Api, render, serving
+from tests.waiting import wait_until
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+    "disable-background-networking", "disable-component-update", "disable-sync",
+    "disable-dev-shm-usage", "window-size=1280,1400",
+)  # fmt: skip
+PROMPTS = {
+    "arabic": "نجمة حمراء على خلفية زرقاء",
+    "hebrew": "כוכב אדום על רקע כחול",
+    "chinese": "蓝色背景上的红色星星",
+    "emoji": "a 🦊 under the 🌕",
+    "script": "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">",
+    "long": "with intricate detail, " * 300,
+}
+
+
+@pytest.fixture
+def api(farm: Farm) -> Iterator[Api]:
+    with serving(farm) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    if not (BROWSER and DRIVER):
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    options = ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = Chrome(options=options, service=ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chrome: Chrome) -> Iterator[Chrome]:
+    yield chrome
+    chrome.delete_all_cookies()
+    loud = [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
+    unexpected = [entry for entry in loud if "Failed to load resource" not in entry["message"]]
+    assert not unexpected, "the page breaks no rule of its Content-Security-Policy"
+
+
+def text_of(browser: Chrome, selector: str) -> str:
+    """What an element shows now; empty where there is none."""
+    script = "return document.querySelector(arguments[0])?.innerText ?? ''"
+    return str(browser.execute_script(script, selector))
+
+
+def wait_for(browser: Chrome, selector: str, words: str) -> None:
+    wait_until(lambda: words in text_of(browser, selector), 15, f"{selector} shows {words!r}")
+
+
+def open_page(browser: Chrome, api: Api, role: str = "client") -> None:
+    browser.get(f"{api.url}/#key={api.key(role=role)}")
+    wait_for(browser, "header", f"ann, {role}")
+
+
+def test_signing_in_by_hand_and_out_again(api: Api, browser: Chrome) -> None:
+    browser.get(api.url)
+    browser.find_element(By.ID, "key").send_keys("farm_wrong")
+    browser.find_element(By.CSS_SELECTOR, "button[type=submit]").click()
+    wait_for(browser, "#problem", "unknown or revoked")
+    browser.find_element(By.ID, "key").send_keys(api.key())
+    browser.find_element(By.CSS_SELECTOR, "button[type=submit]").click()
+    wait_for(browser, "header", "ann, client")
+    [cookie] = browser.get_cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    browser.find_element(By.CSS_SELECTOR, ".visitor button").click()
+    wait_for(browser, "main", "API key")
+    assert browser.get_cookies() == []
+
+
+def test_the_printed_address_signs_in_and_forgets_the_key(api: Api, browser: Chrome) -> None:
+    open_page(browser, api)
+    assert browser.current_url == f"{api.url}/"
+    assert "No jobs yet" in text_of(browser, ".jobs")
+    assert "No worker for pipeline demo" in text_of(browser, ".workers")
+    browser.get(f"{api.url}/#key=farm_wrong")
+    wait_for(browser, "#said", "unknown or revoked")
+    assert "key" not in browser.current_url
+
+
+def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome) -> None:
+    client = api.client()
+    hand = hire(api.farm)
+    for prompt in PROMPTS.values():
+        api.submit(client, prompts=[prompt], labels={"<b>": prompt[:50]})
+        render(hand, hand.must_claim())
+    open_page(browser, api)
+    shown = [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".job .prompt")]
+    assert shown == [prompt.strip() for prompt in reversed(PROMPTS.values())]
+    assert browser.title == "Farm"
+    by_text = {
+        each.text: browser.execute_script("return getComputedStyle(arguments[0]).direction", each)
+        for each in browser.find_elements(By.CSS_SELECTOR, ".job .prompt")
+    }
+    assert by_text[PROMPTS["arabic"]] == by_text[PROMPTS["hebrew"]] == "rtl"
+    assert by_text[PROMPTS["chinese"]] == "ltr"
+    width = browser.execute_script("return document.documentElement.scrollWidth")
+    assert width <= browser.execute_script("return innerWidth")
+
+
+def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
+    client = api.client()
+    hand = hire(api.farm)
+    api.submit(api.client("bob"), prompts=["another's"])
+    render(hand, hand.must_claim())
+    job = api.submit(client, images_per_prompt=2, seed=41, bucket=2)
+    render(hand, hand.must_claim())
+    open_page(browser, api)
+    wait_for(browser, ".pictures", "seed 42")
+    assert "another's" not in text_of(browser, "main")
+    loaded = "return [...document.querySelectorAll('.pictures img')].map(i => i.naturalWidth)"
+    wait_until(lambda: browser.execute_script(loaded) == [64, 64], 15, "both pictures are loaded")
+    link = browser.find_element(By.CSS_SELECTOR, ".pictures a").get_attribute("href")
+    assert link == f"{api.url}/pictures/{job['id']}/0"
+
+
+def test_a_large_picture_is_sent_small(api: Api) -> None:
+    client = api.client()
+    job = api.submit(client, width=248, height=256)
+    hand = hire(api.farm)
+    lease = hand.must_claim()
+    big = lease.frames[0].spec.params
+    big.update(width=1024, height=512)
+    render(hand, lease)
+    visitor = signed_in(api)
+    path = f"/pictures/{job['id']}/0"
+    whole, small = visitor.get(path), visitor.get(f"{path}/thumbnail")
+    assert whole.headers["content-type"] == "image/png"
+    assert small.headers["content-type"] == "image/webp"
+    assert "immutable" in small.headers["cache-control"]
+    assert api.bare().get(path).status_code == 401
+    assert signed_in(api, tenant="bob").get(path).status_code == 404
+
+
+def signed_in(api: Api, tenant: str = "ann", role: str = "client") -> httpx.Client:
+    visitor = api.bare(Origin=api.url)
+    response = visitor.post("/login", data={"key": api.key(tenant, role)})
+    assert response.status_code == 204
+    return visitor
+
+
+def test_the_page_is_live_and_keeps_its_place(api: Api, browser: Chrome) -> None:
+    client = api.client()
+    job = api.submit(client, images_per_prompt=3, bucket=1)
+    card = f"[id='job-{job['id']}']"
+    open_page(browser, api)
+    assert "No worker for pipeline demo is alive." in text_of(browser, card)
+    button = browser.find_element(By.CSS_SELECTOR, f"{card} button")
+    browser.execute_script("arguments[0].focus(); window.sameElement = arguments[0]", button)
+    hand = hire(api.farm, "hand")
+    lease = hand.must_claim()
+    with transaction(api.farm.store) as connection:
+        workers.set_state(connection, hand.id, "rendering", device="cpu")
+        frames.touch(connection, lease.id, 12, 25)
+    wait_for(browser, ".workers", "step 12 of 25")
+    wait_for(browser, card, "1 running")
+    wait_for(browser, ".pulse", "1 of 1 worker rendering")
+    render(hand, lease)
+    wait_for(browser, card, "1 of 3 frames")
+    assert browser.execute_script("return document.activeElement === window.sameElement")
+
+
+def test_buttons_steer_a_job(api: Api, browser: Chrome) -> None:
+    job = api.submit(api.client(), images_per_prompt=3)
+    card = f"[id='job-{job['id']}']"
+    open_page(browser, api)
+
+    def press(action: str) -> None:
+        selector = f"{card} form[action$='/{action}'] button"
+        wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, selector), 15, f"{action} shows")
+        browser.find_element(By.CSS_SELECTOR, selector).click()
+
+    press("pause")
+    wait_for(browser, card, "It is paused.")
+    press("resume")
+    wait_until(lambda: "paused" not in text_of(browser, card), 15, "it is not paused any more")
+    press("cancel")
+    browser.switch_to.alert.accept()
+    wait_for(browser, card, "3 cancelled")
+    wait_until(lambda: text_of(browser, f"{card} .actions") == "", 15, "no button is left")
+
+
+def test_a_viewer_sees_no_buttons(api: Api, browser: Chrome) -> None:
+    job = api.submit(api.client())
+    open_page(browser, api, role="viewer")
+    assert text_of(browser, f"[id='job-{job['id']}'] .actions") == ""
+    response = signed_in(api, role="viewer").post(f"/jobs/{job['id']}/cancel")
+    assert response.status_code == 403
+
+
+def test_actions_are_taken_from_the_page_only(api: Api) -> None:
+    job = api.submit(api.client())
+    visitor = signed_in(api)
+    path = f"/jobs/{job['id']}/cancel"
+    for origin in ("https://elsewhere.example", "null", ""):
+        assert visitor.post(path, headers={"Origin": origin}).status_code == 403
+    assert visitor.post(path).status_code == 204
+    foreign = signed_in(api, tenant="bob").post(path)
+    assert foreign.status_code == 404
+    assert api.bare(Origin="https://elsewhere.example").post("/login").status_code == 403
+
+
+def test_jobs_are_shown_by_the_page(api: Api, browser: Chrome) -> None:
+    client = api.client()
+    for number in range(17):
+        api.submit(client, prompts=[f"number {number}"])
+    open_page(browser, api)
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".job")) == 15
+    browser.find_element(By.LINK_TEXT, "Older jobs").click()
+    wait_for(browser, ".jobs", "number 1")
+    assert [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".job .prompt")] == [
+        "number 1",
+        "number 0",
+    ]
+    browser.find_element(By.LINK_TEXT, "cancelled").click()
+    wait_for(browser, ".jobs", "No cancelled jobs.")
+
+
+def test_the_page_says_when_the_farm_is_away(api: Api, browser: Chrome) -> None:
+    open_page(browser, api)
+    browser.execute_cdp_cmd("Network.enable", {})
+    conditions: dict[str, Any] = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **conditions})
+    wait_for(browser, "#said", "The farm does not answer")
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **conditions})
+    wait_until(lambda: text_of(browser, "#said") == "", 15, "the farm answers again")
+
+
+def test_docs_need_nothing_from_elsewhere(api: Api, browser: Chrome) -> None:
+    browser.get(f"{api.url}/docs")
+    assert "/v1/jobs/{job_id}/frames" in text_of(browser, "main")
+    assert "//" not in httpx.get(f"{api.url}/docs").text.replace("http://www.w3.org", "")
+
+
+def test_a_browser_gets_problems_as_pages(api: Api, browser: Chrome) -> None:
+    browser.get(f"{api.url}/nonesuch")
+    wait_for(browser, "main", "Not found")
+    browser.get(f"{api.url}/pictures/{uuid.uuid4()}/0")
+    wait_for(browser, "main", "Sign in first.")
+
+
+def test_static_files_are_packaged() -> None:
+    folder = Path(__file__).parents[2] / "api"
+    assert {path.name for path in (folder / "static").iterdir()} == {
+        "icon.svg", "page.css", "page.js",
+    }  # fmt: skip
