@@ -41,7 +41,7 @@ class Artifacts:
                 connect_timeout=5,
                 read_timeout=30,
                 max_pool_connections=16,
-                retries={"mode": "standard", "total_max_attempts": 5},
+                retries={"mode": "standard", "total_max_attempts": 3},
                 # Our own sha256 stands in the key and the row; a second checksum only costs time.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",

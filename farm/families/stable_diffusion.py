@@ -34,8 +34,8 @@ class StableDiffusion:
     """The family behind `family = "stable_diffusion"`."""
 
     name = "stable_diffusion"
-    pipeline_classes = ("StableDiffusionPipeline",)
-    params = StableDiffusionParams
+    pipeline_classes: tuple[str, ...] = ("StableDiffusionPipeline",)
+    params: type[Params] = StableDiffusionParams
 
     def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Give the size that the UNet was made for, and the checkpoint's sampler."""

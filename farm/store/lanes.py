@@ -54,7 +54,7 @@ def depths(connection: Connection) -> Sequence[Row[Any]]:
 
 
 def lane_now(connection: Connection, pipeline: str) -> Row[Any]:
-    """Count a lane's workers: all, able to render, draining, loading, failed; and why one failed."""
+    """Count a lane's workers: all, able, draining, loading, failed; and say why one failed."""
     return connection.execute(LANE_NOW, {"pipeline": pipeline}).one()
 
 

@@ -25,6 +25,12 @@ LONG: dict[str, Any] = {
 }
 
 
+def parent_of(live: Live) -> int:
+    pid = live.farm.children["worker demo-1"].pid
+    assert pid is not None
+    return pid
+
+
 def child_of(pid: int) -> int:
     """The worker's spawned child: the process with the device."""
     listing = subprocess.run(
@@ -66,7 +72,7 @@ def reasons(frames: list[dict[str, Any]]) -> set[str]:
 def test_the_child_is_killed(live: Live) -> None:
     job_id = live.submit(**LONG)["id"]
     live.halfway(job_id)
-    parent = live.farm.children["worker demo-1"].pid
+    parent = parent_of(live)
     os.kill(child_of(parent), signal.SIGKILL)
     frames = all_succeeded_once(live, job_id)
     assert reasons(frames) == {"worker_lost"}
@@ -80,7 +86,7 @@ def test_the_child_is_killed(live: Live) -> None:
 def test_the_parent_is_killed(live: Live) -> None:
     job_id = live.submit(**LONG)["id"]
     live.halfway(job_id)
-    parent = live.farm.children["worker demo-1"].pid
+    parent = parent_of(live)
     child = child_of(parent)
     os.kill(parent, signal.SIGKILL)
     frames = all_succeeded_once(live, job_id)

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.command import Command
 
 from farm.context import Farm
 from farm.store import frames, workers
@@ -32,7 +33,7 @@ PROMPTS = {
     "hebrew": "כוכב אדום על רקע כחול",
     "chinese": "蓝色背景上的红色星星",
     "emoji": "a 🦊 under the 🌕",
-    "script": "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">",
+    "script": "<script>document.title='mine'</script><img src=x onerror=\"document.title='mine'\">",
     "long": "with intricate detail, " * 300,
 }
 
@@ -61,7 +62,8 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def browser(chrome: Chrome) -> Iterator[Chrome]:
     yield chrome
     chrome.delete_all_cookies()
-    loud = [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
+    log: list[dict[str, Any]] = chrome.execute(Command.GET_LOG, {"type": "browser"})["value"]
+    loud = [entry for entry in log if entry["level"] == "SEVERE"]
     unexpected = [entry for entry in loud if "Failed to load resource" not in entry["message"]]
     assert not unexpected, "the page breaks no rule of its Content-Security-Policy"
 

@@ -20,8 +20,8 @@ LARGE = {"jobs", "frames", "events", "input_chunks", "attempts", "returns"}
 """Tables that grow with history or backlog; the others hold a row a worker, a tenant, a batch."""
 
 HISTORY = """
-INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end, batch_key,
-                  bucket, runs, max_attempts, spec, labels, created_at)
+INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,
+                  batch_key, bucket, runs, max_attempts, spec, labels, created_at)
 SELECT gen_random_uuid(), :tenant, 'demo', 1, 'succeeded', false, 1, 1, 1, 'key', 8, '[]', 3, '{}',
        jsonb_build_object('n', n::text), clock_timestamp() - make_interval(secs => n)
 FROM generate_series(1, 20000) n;
@@ -123,7 +123,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def aged(farm: Farm) -> Iterator[tuple[Farm, uuid.UUID, uuid.UUID]]:
+def aged(farm: Farm) -> tuple[Farm, uuid.UUID, uuid.UUID]:
     """A farm with a long history; its job is the one that the queries ask for."""
     tenant = new_tenant(farm, "old")
     job = submit(farm, tenant, images_per_prompt=200_000, bucket=8)
@@ -132,7 +132,7 @@ def aged(farm: Farm) -> Iterator[tuple[Farm, uuid.UUID, uuid.UUID]]:
             connection.execute(text(statement.rstrip(";")), {"tenant": tenant, "job": job})
     with farm.store.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM ANALYZE"))
-    yield farm, tenant, job
+    return farm, tenant, job
 
 
 def test_no_hot_query_scans_a_large_table(aged: tuple[Farm, uuid.UUID, uuid.UUID]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import pytest
 
 from farm.context import Farm
 from farm.errors import Conflict
-from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, FrameState, JobStatus
+from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, FrameState, JobStatus, settled
+from farm.store import events
 from farm.store import jobs as stored
 from farm.store.claim import Lease
 from farm.store.engine import transaction
@@ -107,7 +109,7 @@ def _lease(scene: Scene) -> Lease:
 
 
 REACH: dict[FrameState, Callable[[Scene], None]] = {
-    FrameState.WAITING: lambda scene: None,
+    FrameState.WAITING: lambda _scene: None,
     FrameState.RUNNING: running,
     FrameState.READY: ready,
     FrameState.SUCCEEDED: succeeded,
@@ -152,10 +154,8 @@ def test_a_frame_takes_the_transitions_of_the_table_and_no_others(
     assert state_of(scene.farm, scene.job_id) is state
     before = frame_rows(scene.farm, scene.job_id).get(0)
 
-    try:
+    with contextlib.suppress(Conflict):
         TAKE[transition](scene)
-    except Conflict:
-        pass
 
     after = state_of(scene.farm, scene.job_id)
     allowed = FRAME_TRANSITIONS[transition].get(state)
@@ -288,8 +288,6 @@ def test_each_transition_appends_its_event(scene: Scene) -> None:
     retry(scene)
     running(scene)
     complete(scene)
-    from farm.store import events
-
     with transaction(scene.farm.store) as connection:
         kinds = [row.kind for row in events.events_of(connection, scene.job_id)]
     assert kinds == [
@@ -310,3 +308,19 @@ def test_each_transition_appends_its_event(scene: Scene) -> None:
         "frames.succeeded",
         "job.succeeded",
     ]
+
+
+@pytest.mark.parametrize(
+    ("succeeded", "dead"), [(s, d) for s in range(4) for d in range(4) if s + d <= 3]
+)
+def test_postgres_settles_a_job_as_the_pure_function_says(
+    farm: Farm, tenant: uuid.UUID, succeeded: int, dead: int
+) -> None:
+    job_id = submit(farm, tenant, images_per_prompt=3, bucket=4)
+    hand = hire(farm)
+    lease = hand.must_claim()
+    fences = [fence(frame) for frame in lease.frames]
+    hand.complete(lease, fences[:succeeded])
+    hand.fail(lease, retryable=False, fences=fences[succeeded : succeeded + dead])
+    expected = settled(3, succeeded, dead, 0) or JobStatus.RUNNING
+    assert job_row(farm, tenant, job_id).status == expected

@@ -194,7 +194,8 @@ def test_bad_input_is_refused_by_name(fields: dict[str, Any], param: str) -> Non
 
 
 def test_a_job_must_be_an_object() -> None:
-    for body in ([], "job", None, 5):
+    bodies: list[Any] = [[], "job", None, 5]
+    for body in bodies:
         with pytest.raises(InvalidRequest, match="JSON object"):
             check_job(body, SETTINGS)
 
@@ -224,7 +225,7 @@ def test_a_bad_catalog_says_where(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_a_missing_catalog_says_which(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match="pipelines.toml"):
+    with pytest.raises(CatalogError, match=r"pipelines\.toml"):
         load_catalog(tmp_path / "pipelines.toml")
 
 

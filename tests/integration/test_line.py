@@ -1,0 +1,303 @@
+"""The render line with a family of the test's own: every way that a batch can end."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from farm import jobs
+from farm.artifacts import Artifacts, artifact_key
+from farm.catalog import Pipeline
+from farm.config import Settings
+from farm.context import Farm
+from farm.errors import RenderError
+from farm.families.base import Checkpoint, Loaded, Params, StepHook, padded
+from farm.offers import Offer
+from farm.provenance import read_png
+from farm.spec import FrameSpec
+from farm.store import workers
+from farm.store.engine import transaction
+from tests.farming import (
+    attempts_of,
+    frame_rows,
+    job_row,
+    let_leases_expire,
+    new_tenant,
+    sql,
+    submit,
+)
+from tests.waiting import wait_until
+from workers.identity import Identity
+from workers.line import RenderLine
+
+Disturb = Callable[[Sequence[FrameSpec], int], None]
+
+
+class Noise:
+    """A family that draws seeded noise, ten steps a batch, and lets the test step in."""
+
+    name = "noise"
+    pipeline_classes: tuple[str, ...] = ("NoisePipeline",)
+    params: type[Params] = Params
+
+    def __init__(self) -> None:
+        self.batches: list[list[FrameSpec]] = []
+        self.disturb: Disturb = lambda _frames, _step: None
+
+    def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {"width": 8, "height": 8}
+
+    def load(self, pipeline: Pipeline) -> Loaded:
+        return Loaded(pipe=None, device="cpu", dtype="float32", weights="0" * 64)
+
+    def denoise(
+        self, loaded: Loaded, frames: Sequence[FrameSpec], on_step: StepHook
+    ) -> list[Image.Image]:
+        self.batches.append(list(padded(frames)))
+        for step in range(10):
+            self.disturb(frames, step)
+            on_step(step + 1, 10)
+        return [
+            Image.fromarray(np.random.default_rng(frame.seed).integers(0, 255, (8, 8, 3), np.uint8))
+            for frame in frames
+        ]
+
+
+@pytest.fixture
+def noise(farm: Farm) -> Noise:
+    family = Noise()
+    pipeline = Pipeline(source="nowhere", bucket={"default": 4})
+    farm.catalog.pipelines["noise"] = pipeline
+    farm._offers["noise"] = Offer("noise", pipeline, family, {"width": 8, "height": 8})
+    return family
+
+
+@pytest.fixture
+def line(farm: Farm, noise: Noise) -> RenderLine:
+    identity = Identity(uuid.uuid4(), "noise", "here", 1)
+    with transaction(farm.store) as connection:
+        workers.register(
+            connection, identity.id, name=identity.name, pipeline="noise", host="here", pid=1
+        )
+    offer = farm.offer("noise")
+    return RenderLine(farm, identity, offer, offer.family.load(offer.pipeline))
+
+
+def sums(farm: Farm) -> dict[str, Any]:
+    with transaction(farm.store) as connection:
+        return dict(workers.sums(connection)[0]._mapping)
+
+
+def test_a_batch_is_rendered_stored_and_completed(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=6, seed=1)
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert [len(batch) for batch in noise.batches] == [4, 4]  # the short one is padded
+    for ordinal, row in frame_rows(farm, job_id).items():
+        content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
+        assert (hashlib.sha256(content).digest(), len(content)) == (row.sha256, row.bytes)
+        image, provenance = read_png(content)
+        expected = np.random.default_rng(1 + ordinal).integers(0, 255, (8, 8, 3), np.uint8)
+        assert (np.asarray(image) == expected).all()
+        assert provenance.frame.seed == 1 + ordinal
+        assert provenance.frame.bucket == 4
+        assert row.slot == ordinal % 4
+    told = sums(farm)
+    assert (told["succeeded"], told["batches"]) == (6, 2)
+    assert told["denoise_seconds"] > 0 < told["encode_seconds"]
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+
+
+def test_a_cancelled_batch_stops_between_two_steps(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
+    steps: list[int] = []
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        steps.append(step)
+        if step == 2:
+            jobs.cancel(farm, tenant, job_id)
+        if step > 2:
+            threading.Event().wait(0.1)  # a step of a real pipeline takes its time
+
+    noise.disturb = disturb
+    line.run()
+    assert 3 <= len(steps) < 10
+    assert job_row(farm, tenant, job_id).status == "cancelled"
+    assert {row.state for row in frame_rows(farm, job_id).values()} == {"cancelled"}
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+
+
+def test_a_batch_goes_on_while_one_frame_of_it_is_wanted(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    first = submit(farm, tenant, pipeline="noise", images_per_prompt=2, bucket=4)
+    second = submit(farm, tenant, pipeline="noise", images_per_prompt=2, bucket=4)
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 2:
+            jobs.cancel(farm, tenant, first)
+        threading.Event().wait(0.03)
+
+    noise.disturb = disturb
+    line.run()
+    assert len(noise.batches) == 1
+    assert job_row(farm, tenant, first).status == "cancelled"
+    assert job_row(farm, tenant, second).status == "succeeded"
+    assert sums(farm)["dropped"] == 2
+
+
+def test_a_batch_whose_lease_is_lost_is_dropped(
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    line: RenderLine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2)
+    lost: list[int] = []
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 9 and not lost:  # too late for the hook to see it
+            lost.append(step)
+            let_leases_expire(farm)
+
+    noise.disturb = disturb
+    with caplog.at_level(logging.WARNING):
+        line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert attempts_of(farm, job_id) == [(1, "lease_expired")]
+    assert f"job {job_id} frame 0 attempt 1 was dropped" in caplog.text
+    assert {row.attempt for row in frame_rows(farm, job_id).values()} == {2}
+
+
+def test_an_error_ends_in_attempts_and_then_dead(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise")
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        raise RuntimeError("a\x00b")
+
+    noise.disturb = disturb
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "failed"
+    assert attempts_of(farm, job_id) == [(attempt, "render_error") for attempt in (1, 2, 3)]
+    stored = sql(farm, "SELECT message, traceback FROM attempts WHERE attempt = 3")[0]
+    assert stored.message == "RuntimeError: ab"
+    assert "in disturb" in stored.traceback
+    assert sums(farm)["dead"] == 1
+
+
+def test_an_error_that_no_retry_can_help_is_dead_at_once(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise")
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        raise RenderError("This cannot be drawn.")
+
+    noise.disturb = disturb
+    line.run()
+    assert attempts_of(farm, job_id) == [(1, "render_error")]
+    assert frame_rows(farm, job_id)[0].error == "This cannot be drawn."
+
+
+def test_the_storage_s_absence_is_not_charged_to_the_frame(
+    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", max_attempts=1)
+    here = farm.artifacts
+    absent = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
+    farm.artifacts = Artifacts(absent)
+    tries: list[int] = []
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 0:
+            tries.append(step)
+            if len(tries) == 3:
+                farm.artifacts = here
+
+    noise.disturb = disturb
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    reasons = [reason for _, reason in attempts_of(farm, job_id)]
+    assert reasons == ["storage_unavailable"] * 2
+
+
+def test_postgres_away_at_the_commit_loses_nothing(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """Every connection is cut while the batch denoises; the commit is tried again."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 9:
+            sql(
+                farm,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            )
+
+    noise.disturb = disturb
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert attempts_of(farm, job_id) == []
+
+
+def test_a_full_batch_wakes_another_worker(farm: Farm, tenant: uuid.UUID, line: RenderLine) -> None:
+    other = new_tenant(farm, "other")
+    submit(farm, other, pipeline="noise", images_per_prompt=8)
+    connection = farm.bells._redis
+    connection.flushdb()
+    line.run()
+    assert connection.llen("render.noise") == 2  # one a full batch, and never more than two
+    submit(farm, tenant, pipeline="noise", images_per_prompt=80)
+    line.run()
+    assert connection.llen("render.noise") == 2
+
+
+def test_progress_is_told_while_a_batch_denoises(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    submit(farm, tenant, pipeline="noise")
+    seen: list[tuple[int, int]] = []
+
+    def told() -> bool:
+        rows = sql(farm, "SELECT step, steps FROM leases")
+        seen.extend((row.step, row.steps) for row in rows)
+        return any(row.step > 0 for row in rows)
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 5:
+            wait_until(told, 10.0, "the fifth step was told")
+
+    noise.disturb = disturb
+    line.run()
+    assert (5, 10) in seen
+
+
+def test_an_unreadable_picture_is_refused(farm: Farm) -> None:
+    from farm.errors import InvalidRequest
+
+    for content in (b"", b"not a picture", _bare_png()):
+        with pytest.raises(InvalidRequest):
+            read_png(content)
+
+
+def _bare_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
