@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 import time
@@ -27,8 +28,8 @@ class Child:
     """Everything the spawned process holds between two bells."""
 
     def __init__(self) -> None:
-        die_with_parent()
         self._identity = announced_identity()
+        die_with_parent(self._identity.pid)
         self._farm = open_farm(load_settings())
         self._line: RenderLine | None = None
         self._tried = float("-inf")
@@ -55,6 +56,7 @@ class Child:
     def _load(self) -> None:
         self._tried = time.monotonic()
         pipeline = self._identity.pipeline
+        self._say("loading")
         try:
             prepare_torch(self._farm.settings.torch_threads)
             offer = self._farm.offer(pipeline)
@@ -75,7 +77,9 @@ class Child:
             workers.set_state(connection, self._identity.id, state, device=device, problem=problem)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Have Linux end this process when its parent ends, so that no orphan keeps the device."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we asked
+        sys.exit(1)

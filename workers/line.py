@@ -65,20 +65,19 @@ class RenderLine:
             )
 
     def _render(self, lease: Lease) -> None:
+        """Render a batch. Whatever happens, its lease ends here: the parent would renew it."""
         account = Account(commit_seconds=self._commit_seconds)
         try:
             with _timed(account, "denoise_seconds"):
                 pictures = self._denoise(lease)
+            self._store(lease, pictures, account)
         except StopBatch:
             log.info("%s stopped: %s", self._identity.name, _named(lease.frames))
-            self._commit(lease, lambda: self._release(lease))
-            return
+            self._commit(lambda: self._release(lease))
         except Exception as error:
             log.exception("%s failed at %s", self._identity.name, _named(lease.frames))
             failures = _failures(lease.frames, error)
-            self._commit(lease, lambda: self._fail(lease, failures, account))
-            return
-        self._store(lease, pictures, account)
+            self._commit(lambda: self._fail(lease, failures, account))
 
     def _denoise(self, lease: Lease) -> list[Image.Image]:
         seconds = self._farm.settings.touch_seconds
@@ -95,7 +94,7 @@ class RenderLine:
             except Exception as error:
                 log.exception("%s could not store %s", self._identity.name, frame)
                 failures += _failures([frame], error)
-        self._commit(lease, lambda: self._complete(lease, done, failures, account))
+        self._commit(lambda: self._complete(lease, done, failures, account))
 
     def _put(self, frame: ClaimedFrame, slot: int, picture: Image.Image, account: Account) -> Done:
         with _timed(account, "encode_seconds"):
@@ -150,17 +149,19 @@ class RenderLine:
         with transaction(self._farm.store) as connection:
             frames.release(connection, lease.id, [_fence(frame) for frame in lease.frames])
 
-    def _commit(self, lease: Lease, write: Callable[[], None]) -> None:
-        """Write a batch's outcome, again and again while Postgres is away, until the lease ends."""
+    def _commit(self, write: Callable[[], None]) -> None:
+        """Write a batch's outcome, again and again while Postgres is away.
+
+        It never gives up: without Postgres there is nothing else to do, and if the lease is lost
+        meanwhile the write changes nothing.
+        """
         started = time.monotonic()
         pause = 0.1
         while True:
             try:
                 write()
-            except Unavailable:
-                if time.monotonic() - started > self._farm.settings.lease_seconds:
-                    log.exception("%s gave up %s", self._identity.name, _named(lease.frames))
-                    raise
+            except Unavailable as error:
+                log.warning("%s waits to commit: %s", self._identity.name, error)
                 time.sleep(pause)
                 pause = min(pause * 2, 2.0)
             else:

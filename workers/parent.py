@@ -79,16 +79,16 @@ class Heart:
             if lease.still > patience and is_alive(lease.pid):
                 log.error("%s: child %s hangs; ended", self._identity.name, lease.pid)
                 os.kill(lease.pid, signal.SIGKILL)
-        alive = [lease.pid for lease in held if is_alive(lease.pid)]
-        if len(alive) < len(held):
-            self._return_lost(alive)
+        gone = [lease.pid for lease in held if not is_alive(lease.pid)]
+        if gone:
+            self._return_lost(gone)
 
-    def _return_lost(self, alive: list[int]) -> None:
+    def _return_lost(self, pids: list[int]) -> None:
         with transaction(self._farm.store) as connection:
             lanes = frames.lose(
                 connection,
                 self._identity.id,
-                alive,
+                pids,
                 self._last_words,
                 self._farm.settings.retry_seconds,
             )
@@ -97,9 +97,9 @@ class Heart:
             self._farm.bells.ring(pipeline)
 
     def leave(self) -> None:
-        """Return what is still held, and say that the worker is gone."""
+        """Return what a child that ended still held, and say that the worker is gone."""
         try:
-            self._return_lost([])
+            self._beat()
             with transaction(self._farm.store) as connection:
                 workers.set_state(connection, self._identity.id, "gone")
         except FarmError as error:

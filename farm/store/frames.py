@@ -126,7 +126,7 @@ WHERE expires_at < clock_timestamp() ORDER BY expires_at LIMIT 100 FOR UPDATE SK
 
 LEASES_OF = text("""
 SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
-WHERE worker_id = :worker_id AND NOT pid = ANY(:alive) FOR UPDATE
+WHERE worker_id = :worker_id AND pid = ANY(:pids) FOR UPDATE
 """)
 
 DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
@@ -209,15 +209,12 @@ def expire(connection: Connection, retry_seconds: float) -> set[str]:
 def lose(
     connection: Connection,
     worker_id: uuid.UUID,
-    alive: Sequence[int],
+    pids: Sequence[int],
     message: str,
     retry_seconds: float,
 ) -> set[str]:
-    """End the leases of a worker's children that are gone; returns the lanes to ring.
-
-    `alive` are the process ids of the children that live.
-    """
-    leases = connection.execute(LEASES_OF, {"worker_id": worker_id, "alive": list(alive)}).all()
+    """End the leases of a worker's children that are gone, by pid; returns the lanes to ring."""
+    leases = connection.execute(LEASES_OF, {"worker_id": worker_id, "pids": list(pids)}).all()
     return _drop(connection, leases, "worker_lost", message, retry_seconds)
 
 

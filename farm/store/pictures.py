@@ -22,8 +22,10 @@ FROM (
     SELECT (fence ->> 0)::bigint AS ordinal
     FROM jsonb_array_elements(e.data -> 'frames') AS t (fence) LIMIT :limit
 ) done
-JOIN frames f ON f.job_id = e.job_id AND f.ordinal = done.ordinal
-WHERE f.state = 'succeeded'
+CROSS JOIN LATERAL (
+    SELECT * FROM frames WHERE job_id = e.job_id AND ordinal = done.ordinal AND state = 'succeeded'
+    OFFSET 0  -- one probe a frame, even where the planner does not know yet how large a job is
+) f
 ORDER BY e.id DESC, f.ordinal LIMIT :limit
 """)
 

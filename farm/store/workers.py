@@ -14,12 +14,17 @@ INSERT INTO workers (id, name, pipeline, host, pid, state)
 VALUES (:id, :name, :pipeline, :host, :pid, 'loading')
 """)
 
-SEEN = text("UPDATE workers SET seen_at = clock_timestamp() WHERE id = :id")
+# One that was stopped for a while, and counted as gone, is back.
+SEEN = text("""
+UPDATE workers SET seen_at = clock_timestamp(),
+                   state = CASE state WHEN 'gone' THEN 'idle' ELSE state END
+WHERE id = :id
+""")
 
 SET_STATE = text("""
 UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device, device),
                    seen_at = clock_timestamp()
-WHERE id = :id AND state <> 'gone'
+WHERE id = :id
 """)
 
 DRAIN = text("UPDATE workers SET draining = true WHERE id = :id")

@@ -257,6 +257,18 @@ def test_postgres_away_at_the_commit_loses_nothing(
     assert attempts_of(farm, job_id) == []
 
 
+def test_a_batch_that_cannot_be_written_is_given_back(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """Postgres refuses the row itself: the attempts fail, and no lease is left to be renewed."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2)
+    sql(farm, "ALTER TABLE frames ADD CHECK (bytes < 10)")
+    line.run()
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+    assert attempts_of(farm, job_id) == [(attempt, "render_error") for attempt in (1, 2, 3)]
+    assert job_row(farm, tenant, job_id).status == "failed"
+
+
 def test_a_full_batch_wakes_another_worker(farm: Farm, tenant: uuid.UUID, line: RenderLine) -> None:
     other = new_tenant(farm, "other")
     submit(farm, other, pipeline="noise", images_per_prompt=8)
