@@ -8,8 +8,8 @@ import io
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -35,7 +35,7 @@ class Api:
 
     farm: Farm
     url: str
-    _clients: list[httpx.Client] = field(default_factory=list)
+    clients: ExitStack
 
     def key(self, tenant: str = "ann", role: str = "client") -> str:
         with transaction(self.farm.store) as connection:
@@ -46,8 +46,7 @@ class Api:
 
     def bare(self, **headers: str) -> httpx.Client:
         client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
-        self._clients.append(client)
-        return client
+        return self.clients.enter_context(client)
 
     def submit(self, client: httpx.Client, **fields: Any) -> dict[str, Any]:
         response = client.post("/v1/jobs", json={**JOB, **fields})
@@ -61,21 +60,16 @@ class Api:
 
 
 @contextmanager
-def serving(farm: Farm) -> Iterator[Api]:
-    """Serve the API of a farm's settings on a free port of loopback."""
-    with listening(farm.settings) as url:
-        api = Api(farm, url)
-        yield api
-        for client in api._clients:
-            client.close()
+def serving(farm: Farm, settings: Settings | None = None) -> Iterator[Api]:
+    """Serve the API, by default with the farm's own settings, on a free port of loopback."""
+    with listening(settings or farm.settings) as url, ExitStack() as clients:
+        yield Api(farm, url, clients)
 
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[str]:
     """Run uvicorn in a thread; gives its address."""
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), log_config=None, access_log=False)
-    )
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, access_log=False))
     port = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
     thread.start()

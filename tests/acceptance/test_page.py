@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -267,10 +266,3 @@ def test_a_browser_gets_problems_as_pages(api: Api, browser: Chrome) -> None:
     wait_for(browser, "main", "Not found")
     browser.get(f"{api.url}/pictures/{uuid.uuid4()}/0")
     wait_for(browser, "main", "Sign in first.")
-
-
-def test_static_files_are_packaged() -> None:
-    folder = Path(__file__).parents[2] / "api"
-    assert {path.name for path in (folder / "static").iterdir()} == {
-        "icon.svg", "page.css", "page.js",
-    }  # fmt: skip

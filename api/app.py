@@ -1,0 +1,76 @@
+"""The HTTP API and the dashboard: `uvicorn --factory api.app:create_app`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from api import (
+    docs,
+    errors,
+    frames,
+    health,
+    jobs,
+    metrics,
+    openapi,
+    page,
+    pictures,
+    pipelines,
+    session,
+    workers,
+)
+from api.html import STATIC
+from farm.config import Settings, load_settings
+from farm.context import open_farm
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the app.
+
+    Args:
+        settings: read from the environment where they are left out.
+    """
+    chosen = settings or load_settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.farm = open_farm(chosen)
+        yield
+        app.state.farm.close()
+
+    app = Api(
+        title="The farm",
+        summary="A distributed render farm for text-to-image diffusion",
+        version=metadata.version("farm"),
+        lifespan=lifespan,
+        # FastAPI's own pages load scripts from elsewhere; api.docs needs none.
+        docs_url=None,
+        redoc_url=None,
+    )
+    errors.install(app)
+    job_calls = openapi.refusals(401, 422, 503)
+    app.include_router(jobs.router, responses=job_calls)
+    app.include_router(frames.router, responses=job_calls)
+    app.include_router(pipelines.router, responses=openapi.refusals(401, 503))
+    app.include_router(workers.router, responses=openapi.refusals(401, 503))
+    app.include_router(health.router)
+    app.include_router(metrics.router, responses=openapi.refusals(503))
+    for pages in (docs, page, pictures, session):
+        app.include_router(pages.router)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    return app
+
+
+class Api(FastAPI):
+    """FastAPI, with the document of api.openapi."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe every call."""
+        if not self.openapi_schema:
+            self.openapi_schema = openapi.describe(self)
+        return self.openapi_schema

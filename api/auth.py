@@ -1,0 +1,63 @@
+"""Who calls: an API key as `Authorization: Bearer <key>`, and what its role allows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from farm.context import Farm
+from farm.errors import Forbidden, Unauthenticated
+from farm.store.engine import transaction
+from farm.store.keys import Caller, find_caller
+
+OPERATOR = "operator"
+WRITERS = frozenset({"client", OPERATOR})
+"""The roles that may submit and steer jobs; a viewer only looks."""
+
+bearer = HTTPBearer(auto_error=False, description="An API key: `farm keys create` makes one.")
+
+
+def farm_of(request: Request) -> Farm:
+    """The farm that this app serves."""
+    farm: Farm = request.app.state.farm
+    return farm
+
+
+FarmHere = Annotated[Farm, Depends(farm_of)]
+
+
+def caller_of(farm: Farm, key: str) -> Caller:
+    """Find whose key this is.
+
+    Raises:
+        Unauthenticated: it is unknown or revoked.
+    """
+    with transaction(farm.store) as connection:
+        caller = find_caller(connection, key)
+    if caller is None:
+        raise Unauthenticated("This API key is unknown or revoked.")
+    return caller
+
+
+def reader(
+    farm: FarmHere, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> Caller:
+    """Let any known key in."""
+    if bearer is None:
+        raise Unauthenticated("This call needs an API key: `Authorization: Bearer <key>`.")
+    return caller_of(farm, bearer.credentials)
+
+
+Reader = Annotated[Caller, Depends(reader)]
+
+
+def writer(caller: Reader) -> Caller:
+    """Let in whoever may submit and steer jobs."""
+    if caller.role not in WRITERS:
+        raise Forbidden(f"A {caller.role} key may look, but not change anything.")
+    return caller
+
+
+Writer = Annotated[Caller, Depends(writer)]

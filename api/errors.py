@@ -1,0 +1,138 @@
+"""Errors as a client sees them: RFC 9457 problems, and the one place that makes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.html import PAGE_HEADERS, render
+from farm.errors import FarmError, InvalidRequest, TooLarge, Unauthenticated, Unavailable
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 2
+
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+"""Status: the `error.type` that public clients know; the rest follow from the hundred."""
+
+
+class ProblemResponse(JSONResponse):
+    """A problem on the wire."""
+
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        """Encode a problem, whatever text it quotes."""
+        return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def problem(status: int, code: str, detail: str, param: str | None = None) -> dict[str, Any]:
+    """Lay out a problem, with the `error` object that public clients show beside it."""
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {
+        "type": f"urn:farm:problem:{code}",
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "error": {"message": detail, "type": kind, "code": code, "param": param},
+    }
+
+
+def _answer(
+    request: Request, content: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    status = content["status"]
+    if "text/html" in request.headers.get("accept", ""):
+        page = render("problem.html", problem=content)
+        return HTMLResponse(page, status, headers={**PAGE_HEADERS, **(headers or {})})
+    return ProblemResponse(content, status, headers=headers)
+
+
+def _farm_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FarmError)
+    headers = {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = 'Bearer realm="farm"'
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    if isinstance(error, TooLarge):
+        headers["Connection"] = "close"  # else the server reads on, however much is sent
+    if error.status >= 500:
+        log.error("Request %s: %s", request_id(request), error.message)
+    content = problem(error.status, error.code, error.message, error.param)
+    return _answer(request, content, headers)
+
+
+def _invalid(request: Request, error: Exception) -> Response:
+    first = cast(RequestValidationError, error).errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    message = f"{param}: {first['msg'].rstrip('.')}."
+    return _farm_error(request, InvalidRequest(message, param=param))
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = HTTPStatus(error.status_code).name.lower()
+    detail = str(error.detail).rstrip(".")
+    content = problem(error.status_code, code, f"{request.method} {request.url.path}: {detail}.")
+    return _answer(request, content, error.headers)
+
+
+def request_id(request: Request) -> str:
+    """The id that this request bears in the logs and in its answer's X-Request-Id."""
+    return str(request.scope.get("farm_request_id", "-"))
+
+
+class Guard:
+    """Names every request, and lets nothing unexpected reach the client but a bare 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        name = scope["farm_request_id"] = uuid.uuid4().hex
+        started = False
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", name.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, named)
+        except Exception:
+            log.exception("Request %s failed: %s %s", name, scope["method"], scope["path"])
+            if started:
+                raise
+            detail = f"Something went wrong inside the farm; its log names request {name}."
+            content = problem(500, "internal_error", detail)
+            await _answer(Request(scope), content)(scope, receive, named)
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of an app become a problem."""
+    app.add_exception_handler(FarmError, _farm_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Guard)

@@ -1,0 +1,46 @@
+"""Liveness and readiness."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from api import wire
+from api.auth import FarmHere
+from farm.context import Farm
+from farm.errors import Unavailable
+from farm.store.migrate import is_current
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="Liveness")
+def healthz() -> wire.Health:
+    """Answer, whatever else is away."""
+    return wire.Health()
+
+
+@router.get(
+    "/readyz",
+    summary="Readiness",
+    responses={503: {"model": wire.Readiness, "description": "Postgres or S3 is away"}},
+)
+def readyz(farm: FarmHere, response: Response) -> wire.Readiness:
+    """Tell how each server does; without Redis the farm still serves, only later."""
+    postgres = _postgres(farm)
+    redis = _part(farm.bells.answers(), "it does not answer: jobs wait for the janitor's bells")
+    s3 = _part(farm.artifacts.answers(), "it does not answer, or the bucket is missing")
+    ready = postgres.ok and s3.ok
+    response.status_code = 200 if ready else 503
+    return wire.Readiness(ready=ready, postgres=postgres, redis=redis, s3=s3)
+
+
+def _postgres(farm: Farm) -> wire.Part:
+    try:
+        current = is_current(farm.store)
+    except Unavailable as error:
+        return wire.Part(ok=False, detail=error.message)
+    return _part(current, "its schema is older than this version: run `farm migrate`")
+
+
+def _part(ok: bool, problem: str) -> wire.Part:
+    return wire.Part(ok=ok, detail="ok" if ok else problem)

@@ -1,0 +1,180 @@
+"""Jobs: submit, list, look, steer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+
+from api import wire
+from api.auth import FarmHere, Reader, Writer
+from api.body import parse_json, read_body
+from api.openapi import refusals
+from api.view import job_view
+from api.waiting import Lanes
+from farm import jobs as use_cases
+from farm.context import Farm
+from farm.errors import InvalidRequest, NotFound
+from farm.states import JobStatus
+from farm.store import jobs as stored
+from farm.store.engine import Transaction, transaction
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+JobId = Annotated[uuid.UUID, Path(description="the job's id")]
+Limit = Annotated[int, Query(ge=1, le=200, description="items a page")]
+LABEL = "label."
+STEERING = refusals(403, 404, 409)
+
+
+@router.post(
+    "",
+    status_code=202,
+    summary="Submit a job",
+    responses=refusals(400, 403, 409, 413),
+)
+def submit(
+    farm: FarmHere,
+    caller: Writer,
+    body: Annotated[bytes, Depends(read_body)],
+    response: Response,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            min_length=1,
+            max_length=200,
+            description="the same key and body: the same job, however often it is sent",
+        ),
+    ] = None,
+) -> wire.Job:
+    """Check a job whole, store it, and answer with it as it stands; it renders when claimed."""
+    job_id = use_cases.submit(farm, caller.tenant_id, parse_json(body), idempotency_key)
+    response.headers["Location"] = f"/v1/jobs/{job_id}"
+    return one_job(farm, caller.tenant_id, job_id)
+
+
+@router.get("", summary="List jobs, newest first")
+def list_jobs(
+    request: Request,
+    farm: FarmHere,
+    caller: Reader,
+    limit: Limit = 50,
+    after: Annotated[uuid.UUID | None, Query(description="the `next` of the page before")] = None,
+    status: Annotated[JobStatus | None, Query(description="only jobs of this status")] = None,
+    pipeline: Annotated[str | None, Query(description="only jobs for this pipeline")] = None,
+) -> wire.Page[wire.Job]:
+    """List jobs; `label.KEY=VALUE`, repeatable, keeps those that bear the label."""
+    labels = {
+        _storable(name): _storable(value, name)
+        for name, value in request.query_params.items()
+        if name.startswith(LABEL)
+    }
+    return job_page(
+        farm,
+        caller.tenant_id,
+        limit=limit,
+        after=after,
+        status=status,
+        pipeline=None if pipeline is None else _storable(pipeline, "pipeline"),
+        labels={name.removeprefix(LABEL): value for name, value in labels.items()},
+    )
+
+
+def job_page(
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    *,
+    limit: int,
+    after: uuid.UUID | None = None,
+    status: JobStatus | None = None,
+    pipeline: str | None = None,
+    labels: dict[str, str] | None = None,
+) -> wire.Page[wire.Job]:
+    """Read one page of a tenant's jobs.
+
+    Raises:
+        InvalidRequest: there is no job `after`.
+    """
+    with transaction(farm.store) as connection:
+        if after is not None:
+            _check_after(connection, tenant_id, after)
+        rows = stored.list_jobs(
+            connection,
+            tenant_id,
+            limit=limit + 1,
+            after=after,
+            status=status,
+            pipeline=pipeline,
+            labels=labels,
+        )
+        lanes = Lanes(connection, tenant_id)
+        jobs = [job_view(row, lanes) for row in rows[:limit]]
+    return wire.Page(data=jobs, next=str(jobs[-1].id) if len(rows) > limit else None)
+
+
+@router.get("/{job_id}", responses=refusals(404), summary="Look at a job")
+def get_job(farm: FarmHere, caller: Reader, job_id: JobId) -> wire.Job:
+    """Answer with a job as it stands now."""
+    return one_job(farm, caller.tenant_id, job_id)
+
+
+@router.post("/{job_id}/cancel", responses=STEERING, summary="Cancel a job for good")
+def cancel(farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
+    """Cancel what waits and what runs; what succeeded stays. Cancelling twice is once."""
+    return _steered(use_cases.cancel, farm, caller.tenant_id, job_id)
+
+
+@router.post("/{job_id}/pause", responses=STEERING, summary="Hold a job back")
+def pause(farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
+    """Claim nothing more of a job; what runs is finished."""
+    return _steered(use_cases.pause, farm, caller.tenant_id, job_id)
+
+
+@router.post("/{job_id}/resume", responses=STEERING, summary="Let a paused job go on")
+def resume(farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
+    """Let a paused job be claimed again."""
+    return _steered(use_cases.resume, farm, caller.tenant_id, job_id)
+
+
+@router.post("/{job_id}/retry", responses=STEERING, summary="Give dead frames fresh attempts")
+def retry(farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
+    """Return a job's dead frames for as many attempts as they had at first."""
+    return _steered(use_cases.retry, farm, caller.tenant_id, job_id)
+
+
+def _steered(
+    use_case: Callable[[Farm, uuid.UUID, uuid.UUID], object],
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    job_id: uuid.UUID,
+) -> wire.Job:
+    use_case(farm, tenant_id, job_id)
+    return one_job(farm, tenant_id, job_id)
+
+
+def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> wire.Job:
+    """Read one job.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    with transaction(farm.store) as connection:
+        row = stored.get_job(connection, tenant_id, job_id)
+        return job_view(row, Lanes(connection, tenant_id))
+
+
+def _check_after(connection: Transaction, tenant_id: uuid.UUID, after: uuid.UUID) -> None:
+    try:
+        stored.get_job(connection, tenant_id, after)
+    except NotFound as error:
+        raise InvalidRequest(f"after: there is no job {after}.", param="after") from error
+
+
+def _storable(text: str, param: str | None = None) -> str:
+    if "\x00" in text:
+        name = (param or text).replace("\x00", "")
+        raise InvalidRequest(f"{name}: no stored text holds the NUL character.", param=name)
+    return text

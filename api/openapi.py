@@ -1,0 +1,109 @@
+"""OpenAPI that is true: the job's own schema, and problems as what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from api import wire
+from api.errors import MEDIA_TYPE
+from farm.config import Settings
+from farm.context import Farm
+from farm.families import all_families
+from farm.spec import JobSpec, Priority
+
+REFUSALS = {
+    400: "The body is not JSON, or not text that can be stored.",
+    401: "The API key is missing, unknown or revoked.",
+    403: "The key's role does not allow this call.",
+    404: "There is no such thing, or it is another tenant's.",
+    409: "The call contradicts what is stored.",
+    413: "The body is too large.",
+    422: "A value is outside what its field allows; `error.param` names the field.",
+    503: "A server the farm rests on does not answer; try again.",
+}
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def refusals(*statuses: int) -> Responses:
+    """Declare the problems that a call answers with."""
+    return {status: {"model": wire.Problem, "description": REFUSALS[status]} for status in statuses}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """Build the app's OpenAPI document."""
+    document: dict[str, Any] = get_openapi(
+        title=app.title, version=app.version, summary=app.summary, routes=app.routes
+    )
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for calls in document["paths"].values():
+        for call in calls.values():
+            _without_null(call.get("parameters", []))
+            _mark_problems(call["responses"])
+    farm: Farm = app.state.farm
+    schemas["JobSpec"] = job_schema(sorted(farm.catalog.pipelines), farm.settings)
+    document["paths"]["/v1/jobs"]["post"]["requestBody"] = {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
+    }
+    return document
+
+
+def _without_null(parameters: list[dict[str, Any]]) -> None:
+    """Drop the form `null` of what may be left out: no address or header can hold it."""
+    for parameter in parameters:
+        forms = parameter["schema"].pop("anyOf", [])
+        for form in forms:
+            if form != {"type": "null"}:
+                parameter["schema"].update(form)
+
+
+def _mark_problems(responses: dict[str, Any]) -> None:
+    for response in responses.values():
+        schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+        if schema.get("$ref", "").endswith("/Problem"):
+            response["content"] = {MEDIA_TYPE: {"schema": schema}}
+
+
+def job_schema(pipelines: list[str], settings: Settings) -> dict[str, Any]:
+    """Describe a job as submitted: its own fields within this farm's limits, and every family's
+    parameters, which may stand in its grid too."""
+    schema = JobSpec.model_json_schema()
+    schema.pop("$defs")
+    fields, parameters = schema["properties"], _parameters()
+    fields.pop("params")
+    fields["pipeline"]["enum"] = pipelines
+    fields["prompts"]["maxItems"] = settings.max_job_prompts
+    fields["prompts"]["items"]["maxLength"] = settings.max_prompt_chars
+    fields["images_per_prompt"]["maximum"] = settings.max_job_frames
+    fields["priority"]["enum"] = [priority.wire for priority in Priority]
+    parameters["negative_prompt"]["maxLength"] = settings.max_prompt_chars
+    fields["grid"]["additionalProperties"] = False
+    fields["grid"]["properties"] = {
+        name: {"type": "array", "items": parameter, "minItems": 1}
+        for name, parameter in parameters.items()
+    }
+    schema["properties"] = {**fields, **parameters}
+    schema["description"] = (
+        "A job as submitted. `GET /v1/pipelines` tells which parameters each pipeline takes, "
+        "with its own defaults and limits."
+    )
+    return schema
+
+
+def _parameters() -> dict[str, Any]:
+    """Every family's parameters; where two differ, either form."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for family in all_families().values():
+        for name, field in family.params.model_json_schema()["properties"].items():
+            forms = found.setdefault(name, [])
+            if field not in forms:
+                forms.append(field)
+    return {
+        name: forms[0] if len(forms) == 1 else {"anyOf": forms} for name, forms in found.items()
+    }

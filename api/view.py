@@ -1,0 +1,111 @@
+"""From rows to what is answered: jobs and frames, field by field."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from api import wire
+from api.waiting import JobRow, Lanes
+from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
+from farm.states import TERMINAL, FrameState, JobStatus
+from farm.store import jobs as stored
+from farm.store.engine import Transaction
+
+INSIDE = frozenset({"points", "job_seed", "params"})
+"""What a stored spec holds beside the fields that a client sent."""
+
+
+def job_view(row: JobRow, lanes: Lanes) -> wire.Job:
+    """Show a job."""
+    finished = row.succeeded + row.dead + row.cancelled
+    fields = {name: value for name, value in row.spec.items() if name not in INSIDE}
+    return wire.Job(
+        id=row.id,
+        pipeline=row.pipeline,
+        status=row.status,
+        paused=row.paused,
+        priority=Priority(row.priority).wire,
+        total=row.total,
+        counts=wire.Counts(
+            waiting=row.total - row.running - finished,
+            running=row.running,
+            succeeded=row.succeeded,
+            dead=row.dead,
+            cancelled=row.cancelled,
+        ),
+        progress=finished / row.total,
+        eta_seconds=_eta_seconds(row),
+        waiting_because=lanes.waiting_because(row),
+        labels=row.labels,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        spec=wire.Submitted.model_validate({**row.spec["params"], **fields}),
+    )
+
+
+def _eta_seconds(row: JobRow) -> float | None:
+    rendered: int = row.succeeded + row.dead
+    if row.status in TERMINAL or row.started_at is None or not rendered:
+        return None
+    elapsed: float = (row.now - row.started_at).total_seconds()
+    left: int = row.total - rendered - row.cancelled
+    return round(elapsed / rendered * left, 1)
+
+
+def frame_views(
+    connection: Transaction, job: JobRow, rows: dict[int, Any], ordinals: Sequence[int]
+) -> list[wire.Frame]:
+    """Show some frames of a job; `rows` holds those that have one, by ordinal."""
+    spec = FullSpec.model_validate(job.spec)
+    places = {ordinal: spec.prompt_index(ordinal) for ordinal in ordinals}
+    prompts = stored.prompts_at(connection, job.id, list(places.values()))
+    attempts: dict[int, list[wire.Attempt]] = {}
+    for row in stored.frame_attempts(connection, job.id, list(rows)):
+        attempt = wire.Attempt.model_validate(row, from_attributes=True)
+        attempts.setdefault(row.ordinal, []).append(attempt)
+    return [
+        _frame_view(
+            job,
+            ordinal,
+            frame_spec(spec, ordinal, prompts[places[ordinal]]),
+            rows.get(ordinal),
+            attempts.get(ordinal, []),
+        )
+        for ordinal in ordinals
+    ]
+
+
+def _frame_view(
+    job: JobRow, ordinal: int, spec: FrameSpec, row: Any | None, attempts: list[wire.Attempt]
+) -> wire.Frame:
+    state = FrameState(row.state) if row else unborn_state(job)
+    return wire.Frame.model_validate(
+        {
+            **spec.params,
+            "ordinal": ordinal,
+            "state": state,
+            "prompt": spec.prompt,
+            "seed": spec.seed,
+            "bucket": spec.bucket,
+            "attempt": row.attempt if row else 0,
+            "worker": row.worker if row else None,
+            "sha256": row.sha256.hex() if row and row.sha256 else None,
+            "bytes": row.bytes if row else None,
+            "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,
+            "error": row.error if row else None,
+            "attempts": attempts,
+        }
+    )
+
+
+def unborn_state(job: JobRow) -> FrameState:
+    """The state of a job's frames that were never claimed, and so have no row."""
+    return FrameState.CANCELLED if job.status == JobStatus.CANCELLED else FrameState.WAITING
+
+
+def image_url(job_id: uuid.UUID, ordinal: int) -> str:
+    """Where a frame's image is, on this API."""
+    return f"/v1/jobs/{job_id}/frames/{ordinal}/image"

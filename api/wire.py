@@ -1,0 +1,193 @@
+"""What the API answers, field by field: OpenAPI is made from these."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from farm.spec import PROMPTS_SHOWN
+from farm.states import FrameState, JobStatus
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """One page of a list."""
+
+    data: list[Item]
+    next: str | None = Field(description="pass it as `after` for the next page; null: the last")
+
+
+class Counts(BaseModel):
+    """A job's frames by state; they always add up to `total`."""
+
+    waiting: int = Field(description="not yet claimed, or returned for another attempt")
+    running: int
+    succeeded: int
+    dead: int
+    cancelled: int
+
+
+class Submitted(BaseModel):
+    """A job as it was submitted, its defaults filled in; parameters stand beside these fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    pipeline: str
+    prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
+    prompt_count: int
+    images_per_prompt: int
+    seed: int | None
+    grid: dict[str, list[Any]]
+    priority: str
+    bucket: int | None
+    max_attempts: int
+    labels: dict[str, str]
+
+
+class Job(BaseModel):
+    """A job as it stands now."""
+
+    id: uuid.UUID
+    pipeline: str
+    status: JobStatus
+    paused: bool
+    priority: str
+    total: int = Field(description="frames")
+    counts: Counts
+    progress: float = Field(ge=0, le=1, description="the share of frames that are done with")
+    eta_seconds: float | None = Field(description="at the job's pace so far; null: unknown or over")
+    waiting_because: str | None = Field(description="why nothing of it runs; null: something does")
+    labels: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    spec: Submitted
+
+
+class Attempt(BaseModel):
+    """An attempt at a frame that did not succeed."""
+
+    attempt: int
+    worker: str
+    reason: str
+    message: str
+    started_at: datetime
+    ended_at: datetime
+
+
+class Frame(BaseModel):
+    """A frame with its whole spec; its family's own parameters stand beside these fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ordinal: int
+    state: FrameState = Field(description="ready: returned for another attempt")
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    bucket: int = Field(description="the batch size it is denoised in")
+    attempt: int = Field(description="the latest attempt's number; 0: not yet claimed")
+    worker: str | None = Field(description="who claimed the latest attempt")
+    sha256: str | None = Field(description="of the image's bytes, in hex")
+    bytes: int | None = Field(description="the image's length")
+    image_url: str | None = Field(description="where its image is, on this API; null: none yet")
+    error: str | None = Field(description="why the latest attempt failed")
+    attempts: list[Attempt] = Field(description="those that did not succeed")
+
+
+class Limits(BaseModel):
+    """What a job for a pipeline may hold."""
+
+    max_pixels: int = Field(description="width times height")
+    max_job_frames: int
+    max_job_prompts: int
+    max_prompt_chars: int
+    max_grid_points: int
+    max_body_bytes: int
+
+
+class Pipeline(BaseModel):
+    """A pipeline of the catalog, and what a job for it takes."""
+
+    name: str
+    family: str | None
+    parameters: dict[str, Any] | None = Field(description="JSON Schema of its parameters")
+    defaults: dict[str, Any]
+    buckets: dict[str, int] = Field(description="frames in a batch, by size of picture")
+    limits: Limits
+    workers: int = Field(description="workers alive")
+    problem: str | None = Field(description="why it cannot be rendered; null: it can")
+
+
+class Batch(BaseModel):
+    """What a worker denoises now."""
+
+    frames: int
+    step: int
+    steps: int = Field(description="0: not yet known")
+    jobs: list[uuid.UUID] = Field(description="your own jobs in it")
+
+
+class Worker(BaseModel):
+    """A worker that is alive."""
+
+    id: uuid.UUID
+    name: str
+    pipeline: str
+    state: str = Field(description="loading, idle, rendering or failed")
+    draining: bool = Field(description="it claims nothing more")
+    device: str | None
+    started_at: datetime
+    seen_at: datetime
+    succeeded: int = Field(description="frames since it started")
+    batch: Batch | None
+    host: str | None = Field(description="for an operator's key only")
+    pid: int | None = Field(description="for an operator's key only")
+    problem: str | None = Field(description="why it cannot render")
+
+
+class Part(BaseModel):
+    """One server that the farm rests on."""
+
+    ok: bool
+    detail: str
+
+
+class Readiness(BaseModel):
+    """Whether this process can serve."""
+
+    ready: bool
+    postgres: Part
+    redis: Part
+    s3: Part
+
+
+class Health(BaseModel):
+    """This process lives."""
+
+    ok: bool = True
+
+
+class ErrorBody(BaseModel):
+    """The form that public clients show."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: ErrorBody

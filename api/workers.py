@@ -1,0 +1,58 @@
+"""Workers: who renders, and what each does now."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastapi import APIRouter
+
+from api import wire
+from api.auth import OPERATOR, FarmHere, Reader
+from farm.store import jobs, workers
+from farm.store.engine import Transaction, transaction
+from farm.store.keys import Caller
+
+router = APIRouter(prefix="/v1/workers", tags=["workers"])
+
+
+@router.get("", summary="List the workers that are alive")
+def list_workers(farm: FarmHere, caller: Reader) -> wire.Page[wire.Worker]:
+    """List workers; all of them are on the one page."""
+    with transaction(farm.store) as connection:
+        return wire.Page(data=worker_views(connection, caller), next=None)
+
+
+def worker_views(connection: Transaction, caller: Caller) -> list[wire.Worker]:
+    """Show every worker; of the jobs that it renders, the caller's own."""
+    rows = workers.list_workers(connection)
+    rendered = {job_id for row in rows for job_id in row.job_ids or ()}
+    own = jobs.own_jobs(connection, caller.tenant_id, sorted(rendered))
+    return [_view(row, own, caller.role == OPERATOR) for row in rows]
+
+
+def _view(row: Any, own: set[uuid.UUID], operator: bool) -> wire.Worker:
+    return wire.Worker(
+        id=row.id,
+        name=row.name,
+        pipeline=row.pipeline,
+        state=row.state,
+        draining=row.draining,
+        device=row.device,
+        started_at=row.started_at,
+        seen_at=row.seen_at,
+        succeeded=row.succeeded,
+        batch=_batch(row, own) if row.job_ids else None,
+        host=row.host if operator else None,
+        pid=row.pid if operator else None,
+        problem=row.problem,
+    )
+
+
+def _batch(row: Any, own: set[uuid.UUID]) -> wire.Batch:
+    return wire.Batch(
+        frames=len(row.job_ids),
+        step=row.step,
+        steps=row.steps,
+        jobs=sorted(set(row.job_ids) & own),
+    )

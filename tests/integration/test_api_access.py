@@ -1,0 +1,118 @@
+"""Who may do what: keys, roles, and tenants that see nothing of each other."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from farm.context import Farm
+from farm.store import frames, keys, workers
+from farm.store.engine import transaction
+from tests.farming import hire
+from tests.integration.test_api_refusals import check_problem
+from tests.serving import JOB, Api, render, serving
+
+
+@pytest.fixture
+def api(farm: Farm) -> Iterator[Api]:
+    with serving(farm) as running:
+        yield running
+
+
+def test_a_call_needs_a_key(api: Api) -> None:
+    paths = ("/v1/jobs", "/v1/pipelines", "/v1/workers", "/v1/jobs/x/frames")
+    wrong = ("Bearer farm_nonesuch", "Bearer \xff\xfe", "Basic YTpi", "Bearer", "nonsense")
+    for path in paths:
+        for value in (None, *wrong):
+            headers = [] if value is None else [(b"Authorization", value.encode("latin-1"))]
+            response = httpx.get(api.url + path, headers=headers)
+            problem = check_problem(response, 401)
+            assert problem["error"]["type"] == "authentication_error"
+            assert response.headers["www-authenticate"].startswith("Bearer")
+    check_problem(httpx.post(f"{api.url}/v1/jobs", json=JOB), 401)
+    assert api.jobs_stored() == 0
+
+
+def test_a_revoked_key_is_unknown(api: Api) -> None:
+    with transaction(api.farm.store) as connection:
+        key_id, key = keys.create_key(connection, "ann", "client")
+    client = api.bare(Authorization=f"Bearer {key}")
+    assert client.get("/v1/jobs").status_code == 200
+    with transaction(api.farm.store) as connection:
+        assert keys.revoke_key(connection, uuid.UUID(key_id))
+    check_problem(client.get("/v1/jobs"), 401)
+
+
+def test_some_calls_need_no_key(api: Api) -> None:
+    for path in ("/healthz", "/readyz", "/docs", "/openapi.json", "/metrics", "/"):
+        assert httpx.get(api.url + path).status_code == 200, path
+
+
+def test_another_tenants_job_is_not_there(api: Api) -> None:
+    ann, bob = api.client("ann"), api.client("bob")
+    job = api.submit(ann, images_per_prompt=2, bucket=2)
+    hand = hire(api.farm)
+    render(hand, hand.must_claim())
+    path = f"/v1/jobs/{job['id']}"
+    for suffix in ("", "/frames", "/frames/0", "/frames/0/image"):
+        assert ann.get(path + suffix).status_code in (200, 307)
+        problem = check_problem(bob.get(path + suffix), 404)
+        assert problem["detail"] == f"There is no job {job['id']}."
+    for action in ("cancel", "pause", "resume", "retry"):
+        check_problem(bob.post(f"{path}/{action}"), 404)
+    assert bob.get("/v1/jobs").json() == {"data": [], "next": None}
+    problem = check_problem(bob.get("/v1/jobs", params={"after": job["id"]}), 422)
+    assert problem["error"]["param"] == "after"
+    assert ann.get(path).json()["status"] == "succeeded"
+
+
+def test_workers_show_a_caller_their_own_jobs_only(api: Api) -> None:
+    ann, bob = api.client("ann"), api.client("bob")
+    boss = api.client("bob", role="operator")
+    mine, theirs = api.submit(ann, bucket=2), api.submit(bob, bucket=2)
+    hand = hire(api.farm, "hand")
+    lease = hand.must_claim()
+    assert len(lease.frames) == 2
+    with transaction(api.farm.store) as connection:
+        workers.set_state(connection, hand.id, "rendering", device="cpu")
+        frames.touch(connection, lease.id, 12, 25)
+    for client, own in ((ann, mine), (bob, theirs), (boss, theirs)):
+        [worker] = client.get("/v1/workers").json()["data"]
+        assert worker["batch"] == {"frames": 2, "step": 12, "steps": 25, "jobs": [own["id"]]}
+        assert (worker["name"], worker["state"], worker["device"]) == ("hand", "rendering", "cpu")
+        assert (worker["host"], worker["pid"]) == (("here", 1) if client is boss else (None, None))
+
+
+def test_a_viewer_looks_and_changes_nothing(api: Api) -> None:
+    client, viewer = api.client(), api.client(role="viewer")
+    job = api.submit(client)
+    path = f"/v1/jobs/{job['id']}"
+    for get in (path, f"{path}/frames", "/v1/jobs", "/v1/pipelines", "/v1/workers"):
+        assert viewer.get(get).status_code == 200
+    for post in (
+        "/v1/jobs",
+        *(f"{path}/{verb}" for verb in ("cancel", "pause", "resume", "retry")),
+    ):
+        problem = check_problem(viewer.post(post, json=JOB), 403)
+        assert problem["error"]["type"] == "permission_error"
+    assert api.jobs_stored() == 1
+    assert client.get(path).json()["status"] == "queued"
+
+
+def test_an_operator_steers_jobs_of_their_tenant(api: Api) -> None:
+    operator, client = api.client(role="operator"), api.client()
+    job = api.submit(client)
+    assert operator.post(f"/v1/jobs/{job['id']}/cancel").json()["status"] == "cancelled"
+    foreign = api.submit(api.client("bob"))
+    check_problem(operator.post(f"/v1/jobs/{foreign['id']}/cancel"), 404)
+
+
+def test_metrics_name_no_tenant(api: Api) -> None:
+    job = api.submit(api.client("ann"), prompts=["a secret prompt"], images_per_prompt=3)
+    text = httpx.get(f"{api.url}/metrics").text
+    assert 'farm_queue_frames{pipeline="demo",priority="normal"} 3.0' in text
+    for secret in ("ann", "secret", job["id"]):
+        assert secret not in text

@@ -1,0 +1,187 @@
+"""Health, metrics, OpenAPI, and what the API says while a server is away."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
+
+from farm.config import DEMO_CATALOG, Settings
+from farm.context import Farm
+from farm.local.ports import free_port
+from farm.store import workers
+from farm.store.engine import transaction
+from farm.store.workers import Account
+from tests.farming import hire, let_leases_expire, sql
+from tests.integration.test_api_refusals import check_problem
+from tests.serving import JOB, Api, listening, render, serving
+
+
+@pytest.fixture
+def api(farm: Farm) -> Iterator[Api]:
+    with serving(farm) as running:
+        yield running
+
+
+def without(settings: Settings, server: str) -> Settings:
+    """The same settings, with one server's address where nothing listens."""
+    nowhere = f"127.0.0.1:{free_port()}"
+    urls: dict[str, dict[str, Any]] = {
+        "postgres": {"database_url": SecretStr(f"postgresql://farm@{nowhere}/farm")},
+        "redis": {"redis_url": SecretStr(f"redis://{nowhere}/0")},
+        "s3": {"s3_endpoint_url": f"http://{nowhere}"},
+    }
+    return settings.model_copy(update=urls[server])
+
+
+def readiness(url: str) -> tuple[int, dict[str, Any]]:
+    response = httpx.get(f"{url}/readyz", timeout=60)
+    return response.status_code, response.json()
+
+
+def test_ready_when_every_server_answers(api: Api) -> None:
+    status, parts = readiness(api.url)
+    assert status == 200
+    assert parts["ready"] is True
+    assert all(parts[name] == {"ok": True, "detail": "ok"} for name in ("postgres", "redis", "s3"))
+    assert httpx.get(f"{api.url}/healthz").json() == {"ok": True}
+
+
+@pytest.mark.parametrize(("server", "status"), [("postgres", 503), ("s3", 503), ("redis", 200)])
+def test_readiness_names_the_server_that_is_away(
+    settings: Settings, server: str, status: int
+) -> None:
+    with listening(without(settings, server)) as url:
+        answered, parts = readiness(url)
+        assert answered == status
+        assert parts["ready"] is (status == 200)
+        assert [name for name in ("postgres", "redis", "s3") if not parts[name]["ok"]] == [server]
+        assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_not_ready_on_an_older_schema(api: Api) -> None:
+    sql(api.farm, "DELETE FROM alembic_version")
+    status, parts = readiness(api.url)
+    assert status == 503
+    assert "farm migrate" in parts["postgres"]["detail"]
+    sql(api.farm, "INSERT INTO alembic_version VALUES ('of a newer version')")
+    assert readiness(api.url)[0] == 200
+
+
+def test_without_postgres_every_call_says_try_again(settings: Settings) -> None:
+    headers = {"Authorization": "Bearer farm_any"}
+    with listening(without(settings, "postgres")) as url:
+        for path in ("/v1/jobs", "/v1/pipelines", "/v1/workers", "/metrics"):
+            response = httpx.get(url + path, headers=headers)
+            problem = check_problem(response, 503)
+            assert problem["detail"] == "Postgres does not answer."
+            assert int(response.headers["retry-after"]) > 0
+        check_problem(httpx.post(f"{url}/v1/jobs", headers=headers, json=JOB), 503)
+
+
+def test_without_redis_a_job_is_still_taken(farm: Farm) -> None:
+    with serving(farm, without(farm.settings, "redis")) as api:
+        assert api.submit(api.client())["status"] == "queued"
+        assert api.jobs_stored() == 1
+
+
+def samples(url: str) -> dict[tuple[str, ...], float]:
+    """Every sample of /metrics, by its name, its pipeline and its other label's value."""
+    text = httpx.get(f"{url}/metrics").text
+    return {
+        (sample.name, sample.labels.pop("pipeline"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_happened(api: Api) -> None:
+    client = api.client()
+    api.submit(client, images_per_prompt=5, bucket=2)
+    api.submit(client, priority="bulk", images_per_prompt=100)
+    hand = hire(api.farm)
+    lease = hand.must_claim()
+    render(hand, lease)
+    with transaction(api.farm.store) as connection:
+        batch = Account(succeeded=2, denoise_seconds=1.5, encode_seconds=0.25, put_seconds=0.5)
+        workers.account(connection, hand.id, batch)
+    hand.must_claim()
+    let_leases_expire(api.farm)
+    seen = samples(api.url)
+    assert seen["farm_queue_frames", "demo", "interactive"] == 0
+    assert seen["farm_queue_frames", "demo", "normal"] == 3
+    assert seen["farm_queue_frames", "demo", "bulk"] == 100
+    assert seen["farm_frames_total", "demo", "succeeded"] == 2
+    assert seen["farm_stage_seconds_total", "demo", "denoise"] == 1.5
+    assert seen["farm_stage_seconds_total", "demo", "put"] == 0.5
+    assert seen["farm_batches_total", "demo"] == 1
+    assert seen["farm_lease_expiries_total", "demo"] == 1
+    assert seen["farm_workers_alive", "demo"] == 1
+
+
+def test_pipelines_tell_what_a_job_takes(api: Api) -> None:
+    hire(api.farm)
+    [demo] = api.client().get("/v1/pipelines").json()["data"]
+    assert (demo["name"], demo["family"], demo["workers"]) == ("demo", "stable_diffusion", 1)
+    assert demo["problem"] is None
+    assert demo["defaults"]["width"] == 64
+    assert demo["parameters"]["properties"]["steps"]["maximum"] == 1000
+    assert demo["buckets"]["64x64"] == 8
+    assert demo["limits"]["max_pixels"] == 65_536
+
+
+def test_a_broken_checkpoint_hides_no_other_pipeline(farm: Farm, tmp_path: Path) -> None:
+    catalog = tmp_path / "pipelines.toml"
+    good = DEMO_CATALOG.read_text().replace('"model"', f'"{DEMO_CATALOG.parent / "model"}"')
+    catalog.write_text(f'{good}\n[pipelines.broken]\nsource = "."\n')
+    with serving(farm, farm.settings.model_copy(update={"pipelines": catalog})) as api:
+        broken, demo = api.client().get("/v1/pipelines").json()["data"]
+    assert (broken["name"], broken["parameters"]) == ("broken", None)
+    assert broken["problem"]
+    assert (demo["name"], demo["problem"]) == ("demo", None)
+
+
+def test_openapi_tells_the_whole_job(api: Api) -> None:
+    document = httpx.get(f"{api.url}/openapi.json").json()
+    job = document["components"]["schemas"]["JobSpec"]
+    assert job["additionalProperties"] is False
+    assert set(job["required"]) == {"pipeline", "prompts"}
+    assert {"pipeline", "prompts", "seed", "grid", "width", "steps", "sampler"} <= set(
+        job["properties"]
+    )
+    assert "params" not in job["properties"]
+    submit = document["paths"]["/v1/jobs"]["post"]
+    statuses = {"202", "400", "401", "403", "409", "413", "422", "503"}
+    assert set(submit["responses"]) == statuses
+    for status, response in submit["responses"].items():
+        media = "application/json" if status == "202" else "application/problem+json"
+        assert list(response["content"]) == [media]
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_the_api_loads_neither_torch_nor_diffusers() -> None:
+    words = (
+        "import sys, api.app; api.app.create_app(); print({'torch', 'diffusers'} & {*sys.modules})"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "set()"
+
+
+def test_an_unexpected_error_tells_nothing_of_the_inside(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    sql(api.farm, "DROP TABLE leases")
+    response = api.client().get("/v1/workers")
+    problem = check_problem(response, 500)
+    assert "leases" not in response.text
+    assert response.headers["x-request-id"] in problem["detail"]
+    assert response.headers["x-request-id"] in caplog.text

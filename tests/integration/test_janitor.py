@@ -1,0 +1,116 @@
+"""The janitor: what it sweeps, and that of any number one works."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+
+from farm.bells import lane
+from farm.context import Farm, open_farm
+from farm.store import workers
+from farm.store.engine import transaction
+from farm.store.leader import leadership
+from tests.farming import attempts_of, hire, job_row, sql, state_of, submit
+from tests.waiting import wait_until
+from workers.janitor import Janitor
+
+
+def sweep(farm: Farm) -> None:
+    with leadership(farm.store) as connection:
+        assert connection is not None
+        Janitor(farm).sweep(connection)
+
+
+def bells(farm: Farm) -> int:
+    return int(farm.bells._redis.llen(lane("demo")))
+
+
+def test_an_expired_lease_is_returned_and_its_lane_rung(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant)
+    hand = hire(farm)
+    with transaction(farm.store) as connection:
+        workers.seen(connection, hand.id)
+    hand.must_claim()
+    farm.bells._redis.flushdb()
+    sweep(farm)
+    assert (state_of(farm, job_id), bells(farm)) == ("running", 0)
+    sql(farm, "UPDATE leases SET expires_at = clock_timestamp() - interval '1 ms'")
+    sweep(farm)
+    assert (state_of(farm, job_id), bells(farm)) == ("ready", 1)
+    assert attempts_of(farm, job_id) == [(1, "lease_expired")]
+    assert sql(farm, "SELECT expired FROM workers") == [(1,)]
+    assert job_row(farm, tenant, job_id).running == 0
+
+
+def test_a_lost_bell_is_rung_again_and_bells_do_not_pile_up(farm: Farm, tenant: uuid.UUID) -> None:
+    for _ in range(20):
+        submit(farm, tenant)
+    assert bells(farm) == 2
+    farm.bells._redis.flushdb()
+    for _ in range(20):
+        sweep(farm)
+    assert bells(farm) == 2
+
+
+def test_a_lane_with_nothing_to_claim_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant)
+    farm.bells._redis.flushdb()
+    sql(farm, "UPDATE jobs SET open = false, paused = true WHERE id = :id", id=job_id)
+    sweep(farm)
+    assert bells(farm) == 0
+
+
+def test_a_silent_worker_counts_as_gone_until_it_is_heard_again(farm: Farm) -> None:
+    hand = hire(farm)
+    sql(farm, "UPDATE workers SET seen_at = clock_timestamp() - interval '1 hour'")
+    sweep(farm)
+    assert sql(farm, "SELECT state FROM workers") == [("gone",)]
+    with transaction(farm.store) as connection:
+        workers.seen(connection, hand.id)
+    assert sql(farm, "SELECT state FROM workers") == [("idle",)]
+
+
+def test_old_events_are_pruned(farm: Farm, tenant: uuid.UUID) -> None:
+    submit(farm, tenant)
+    submit(farm, tenant)
+    sql(
+        farm,
+        "UPDATE events SET at = clock_timestamp() - interval '31 days'"
+        " WHERE id = (SELECT min(id) FROM events)",
+    )
+    sweep(farm)
+    assert sql(farm, "SELECT count(*) FROM events") == [(1,)]
+
+
+def test_one_janitor_leads_and_another_takes_over(farm: Farm) -> None:
+    with leadership(farm.store) as first:
+        assert first is not None
+        with leadership(farm.store) as second:
+            assert second is None
+    with leadership(farm.store) as second:
+        assert second is not None
+
+
+def test_a_janitor_takes_over_from_one_whose_connection_died(farm: Farm, tenant: uuid.UUID) -> None:
+    rivals = [open_farm(farm.settings), open_farm(farm.settings)]
+    stop = threading.Event()
+    threads = [threading.Thread(target=Janitor(rival).run, args=(stop,)) for rival in rivals]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            farm.bells._redis.flushdb()
+            submit(farm, tenant)
+            farm.bells._redis.flushdb()
+            wait_until(lambda: bells(farm), 20.0, "a janitor rang")
+            sql(
+                farm,
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+            )
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        for rival in rivals:
+            rival.close()

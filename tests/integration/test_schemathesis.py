@@ -1,0 +1,96 @@
+"""Whatever OpenAPI allows, and much that it does not: no call answers with a 5xx, nor with what its
+own description does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from farm.context import Farm
+from tests.farming import hire
+from tests.serving import Api, render, serving
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+EXAMPLES = 20
+"""For each call, of each kind."""
+
+
+@pytest.fixture
+def api(farm: Farm) -> Iterator[Api]:
+    with serving(farm) as running:
+        yield running
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_no_call_fails(api: Api, mode: GenerationMode) -> None:
+    """Half of the calls that name a job name one that is there, with frames in several states."""
+    answered: set[tuple[str, int]] = set()
+    for found in schemathesis.openapi.from_url(f"{api.url}/openapi.json").get_all_operations():
+        assert isinstance(found, Ok), found
+        operation = found.ok()
+        if mode is GenerationMode.POSITIVE or _takes_something(operation):
+            statuses = _try(
+                operation, mode, some_job(api), {"Authorization": f"Bearer {api.key()}"}
+            )
+            answered |= {(operation.label, status) for status in statuses}
+    if mode is GenerationMode.POSITIVE:
+        assert ("POST /v1/jobs", 202) in answered
+        assert ("GET /v1/jobs/{job_id}/frames/{ordinal}", 200) in answered
+    else:
+        assert {("POST /v1/jobs", 422), ("GET /v1/jobs", 422)} <= answered
+
+
+def some_job(api: Api) -> str:
+    client = api.client()
+    job = api.submit(client, images_per_prompt=6, bucket=2, priority="interactive")
+    hand = hire(api.farm)
+    render(hand, hand.must_claim())
+    hand.fail(hand.must_claim(), retryable=False)
+    return str(job["id"])
+
+
+def _takes_something(operation: Any) -> bool:
+    parameters = (operation.path_parameters, operation.query, operation.headers)
+    return bool(operation.body or any(len(each.items) for each in parameters))
+
+
+def _try(operation: Any, mode: GenerationMode, job_id: str, headers: dict[str, str]) -> set[int]:
+    """Make one call in many ways; returns the statuses it answered with."""
+    answered: set[int] = set()
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode), known=st.booleans())
+    def run(case: schemathesis.Case[Any], known: bool) -> None:
+        place = case.path_parameters or {}
+        if known and "job_id" in place:
+            place["job_id"] = job_id
+            if isinstance(place.get("ordinal"), int):
+                place["ordinal"] %= 8
+        answered.add(case.call_and_validate(headers=headers, checks=CHECKS).status_code)
+
+    run()
+    return answered
