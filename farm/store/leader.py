@@ -13,6 +13,8 @@ from farm.store.engine import Store, is_outage
 
 LEAD = text("SELECT pg_try_advisory_lock(hashtextextended('janitor', 0))")
 
+STEP_DOWN = text("SELECT pg_advisory_unlock(hashtextextended('janitor', 0))")
+
 
 @contextmanager
 def leadership(store: Store) -> Iterator[Connection | None]:
@@ -31,6 +33,8 @@ def leadership(store: Store) -> Iterator[Connection | None]:
             leads = bool(connection.execute(LEAD).scalar_one())
             connection.commit()
             yield connection if leads else None
+            if leads:
+                connection.execute(STEP_DOWN)
     except DBAPIError as error:
         if is_outage(error):
             raise Unavailable("Postgres does not answer.") from error
