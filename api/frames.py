@@ -19,7 +19,7 @@ from farm.artifacts import artifact_key
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.states import FrameState
-from farm.store import jobs as stored
+from farm.store import reading
 from farm.store.engine import Transaction, transaction
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/frames", tags=["frames"])
@@ -38,7 +38,7 @@ def list_frames(
 ) -> wire.Page[wire.Frame]:
     """List frames by ordinal, complete at every moment: those never claimed are `waiting`."""
     with transaction(farm.store) as connection:
-        job = stored.get_job(connection, caller.tenant_id, job_id)
+        job = reading.get_job(connection, caller.tenant_id, job_id)
         if after is not None and after >= job.total:
             raise InvalidRequest(f"after: the job's last frame is {job.total - 1}.", param="after")
         first = 0 if after is None else after + 1
@@ -56,11 +56,11 @@ def _window(
     """Choose the ordinals of a page, with the rows of those that have one."""
     if state is None:
         page = range(first, min(first + limit, job.total))
-        found = stored.list_frames(connection, job.id, after=first - 1, limit=limit)
+        found = reading.list_frames(connection, job.id, after=first - 1, limit=limit)
         return {row.ordinal: row for row in found if row.ordinal in page}, page
     rows: dict[int, Any] = {}
     if state is not FrameState.WAITING and _may_hold(job, state):
-        found = stored.list_frames(connection, job.id, after=first - 1, limit=limit, state=state)
+        found = reading.list_frames(connection, job.id, after=first - 1, limit=limit, state=state)
         rows = {row.ordinal: row for row in found}
     ordinals = list(rows)
     if state is unborn_state(job):
@@ -127,8 +127,8 @@ def frame_row(
     Raises:
         NotFound: no such job, or no such frame in it.
     """
-    job = stored.get_job(connection, tenant_id, job_id)
+    job = reading.get_job(connection, tenant_id, job_id)
     if ordinal >= job.total:
         raise NotFound(f"Job {job_id} has no frame {ordinal}: its last is {job.total - 1}.")
-    rows = stored.list_frames(connection, job_id, after=ordinal - 1, limit=1)
+    rows = reading.list_frames(connection, job_id, after=ordinal - 1, limit=1)
     return job, rows[0] if rows and rows[0].ordinal == ordinal else None

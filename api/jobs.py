@@ -18,7 +18,7 @@ from farm import jobs as use_cases
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.states import JobStatus
-from farm.store import jobs as stored
+from farm.store import reading
 from farm.store.engine import Transaction, transaction
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -101,7 +101,7 @@ def job_page(
     with transaction(farm.store) as connection:
         if after is not None:
             _check_after(connection, tenant_id, after)
-        rows = stored.list_jobs(
+        rows = reading.list_jobs(
             connection,
             tenant_id,
             limit=limit + 1,
@@ -162,13 +162,13 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> wire.Job:
         NotFound: there is none, or it is another tenant's.
     """
     with transaction(farm.store) as connection:
-        row = stored.get_job(connection, tenant_id, job_id)
+        row = reading.get_job(connection, tenant_id, job_id)
         return job_view(row, Lanes(connection, tenant_id))
 
 
 def _check_after(connection: Transaction, tenant_id: uuid.UUID, after: uuid.UUID) -> None:
     try:
-        stored.get_job(connection, tenant_id, after)
+        reading.get_job(connection, tenant_id, after)
     except NotFound as error:
         raise InvalidRequest(f"after: there is no job {after}.", param="after") from error
 

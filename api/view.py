@@ -10,7 +10,7 @@ from api import wire
 from api.waiting import JobRow, Lanes
 from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
 from farm.states import TERMINAL, FrameState, JobStatus
-from farm.store import jobs as stored
+from farm.store import reading
 from farm.store.engine import Transaction
 
 INSIDE = frozenset({"points", "job_seed", "params"})
@@ -61,9 +61,9 @@ def frame_views(
     """Show some frames of a job; `rows` holds those that have one, by ordinal."""
     spec = FullSpec.model_validate(job.spec)
     places = {ordinal: spec.prompt_index(ordinal) for ordinal in ordinals}
-    prompts = stored.prompts_at(connection, job.id, list(places.values()))
+    prompts = reading.prompts_at(connection, job.id, list(places.values()))
     attempts: dict[int, list[wire.Attempt]] = {}
-    for row in stored.frame_attempts(connection, job.id, list(rows)):
+    for row in reading.frame_attempts(connection, job.id, list(rows)):
         attempt = wire.Attempt.model_validate(row, from_attributes=True)
         attempts.setdefault(row.ordinal, []).append(attempt)
     return [

@@ -12,7 +12,7 @@ from farm.store import lanes as stored
 from farm.store.engine import Transaction
 
 JobRow = Any
-"""A row of store.jobs.get_job or list_jobs."""
+"""A row of store.reading.get_job or list_jobs."""
 
 
 @dataclass

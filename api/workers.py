@@ -9,7 +9,7 @@ from fastapi import APIRouter
 
 from api import wire
 from api.auth import OPERATOR, FarmHere, Reader
-from farm.store import jobs, workers
+from farm.store import reading, workers
 from farm.store.engine import Transaction, transaction
 from farm.store.keys import Caller
 
@@ -27,7 +27,7 @@ def worker_views(connection: Transaction, caller: Caller) -> list[wire.Worker]:
     """Show every worker; of the jobs that it renders, the caller's own."""
     rows = workers.list_workers(connection)
     rendered = {job_id for row in rows for job_id in row.job_ids or ()}
-    own = jobs.own_jobs(connection, caller.tenant_id, sorted(rendered))
+    own = reading.own_jobs(connection, caller.tenant_id, sorted(rendered))
     return [_view(row, own, caller.role == OPERATOR) for row in rows]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from farm.context import Farm
 from farm.errors import InvalidRequest
 from farm.store import jobs as stored
+from farm.store import reading
 from farm.store.engine import transaction
 from farm.store.jobs import Idempotency
 from farm.submission import check_job, full_spec
@@ -63,7 +64,7 @@ def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
     """Let a paused job go on, and ring its lane."""
     with transaction(farm.store) as connection:
         stored.resume_job(connection, tenant_id, job_id)
-        pipeline = stored.get_job(connection, tenant_id, job_id).pipeline
+        pipeline = reading.get_job(connection, tenant_id, job_id).pipeline
     farm.bells.ring(pipeline)
 
 
@@ -71,6 +72,6 @@ def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
     """Give a job's dead frames fresh attempts, and ring its lane; returns how many."""
     with transaction(farm.store) as connection:
         frames = stored.retry_job(connection, tenant_id, job_id)
-        pipeline = stored.get_job(connection, tenant_id, job_id).pipeline
+        pipeline = reading.get_job(connection, tenant_id, job_id).pipeline
     farm.bells.ring(pipeline)
     return frames

@@ -13,8 +13,7 @@ from sqlalchemy import text
 from farm import jobs
 from farm.context import Farm
 from farm.states import FrameState
-from farm.store import frames, keys, workers
-from farm.store import jobs as stored
+from farm.store import frames, keys, reading, workers
 from farm.store.claim import ClaimedFrame, Lease, claim
 from farm.store.engine import transaction
 from farm.store.frames import Done, Failure, Fence
@@ -32,12 +31,12 @@ def new_tenant(farm: Farm, name: str) -> uuid.UUID:
 
 def job_row(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> Any:
     with transaction(farm.store) as connection:
-        return stored.get_job(connection, tenant, job_id)
+        return reading.get_job(connection, tenant, job_id)
 
 
 def frame_rows(farm: Farm, job_id: uuid.UUID) -> dict[int, Any]:
     with transaction(farm.store) as connection:
-        return {row.ordinal: row for row in stored.list_frames(connection, job_id, limit=10_000)}
+        return {row.ordinal: row for row in reading.list_frames(connection, job_id, limit=10_000)}
 
 
 def state_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> FrameState:
@@ -47,7 +46,7 @@ def state_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> FrameState:
 
 def attempts_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> list[tuple[int, str]]:
     with transaction(farm.store) as connection:
-        rows = stored.frame_attempts(connection, job_id, [ordinal])
+        rows = reading.frame_attempts(connection, job_id, [ordinal])
     return [(row.attempt, row.reason) for row in rows]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from farm.states import FrameState, after_failure, retry_delay
+from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
 
 Fence = tuple[uuid.UUID, int, int]
@@ -71,7 +72,7 @@ FOR UPDATE OF f
 """)
 
 # The frame leaves `running`, its attempt goes on record, and a ready one may be claimed again.
-END = text("""
+END = text(f"""
 WITH ended AS (
     UPDATE frames f
     SET state = d.state, spared = f.spared + d.spared, finished_at = clock_timestamp(),
@@ -85,18 +86,10 @@ WITH ended AS (
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, traceback, started_at FROM ended
+), returned AS (
+    SELECT job_id, ordinal, delay FROM ended WHERE state = 'ready'
 )
-INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
-                     job_created_at, paused)
-SELECT e.job_id, e.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
-       clock_timestamp() + make_interval(secs => e.delay), j.created_at, j.paused
-FROM ended e JOIN jobs j ON j.id = e.job_id CROSS JOIN LATERAL (
-    SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
-    FROM jsonb_array_elements(j.runs) WITH ORDINALITY AS t (run, place)
-    WHERE (run ->> 0)::bigint > e.ordinal ORDER BY place LIMIT 1
-) r
-WHERE e.state = 'ready'
-""")
+{INTO_RETURNS}""")  # noqa: S608 - constants only
 
 CLOSE_LEASE = text("""
 DELETE FROM leases l WHERE l.id = :id AND NOT EXISTS (

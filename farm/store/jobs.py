@@ -1,4 +1,4 @@
-"""Jobs: written once, steered by their owner, read a page at a time."""
+"""Jobs: written once, then steered by their owner: pause, resume, cancel, retry."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from sqlalchemy import Connection, Row, text
 from farm.errors import Conflict, NotFound
 from farm.spec import FullSpec, Priority
 from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
+from farm.store.reading import JOB_COLUMNS
+from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, tally
 
 PROMPTS_A_CHUNK = 1000
@@ -127,126 +129,9 @@ def _same_job(
     return found
 
 
-JOB_COLUMNS = """
-j.id, j.tenant_id, j.pipeline, j.status, j.paused, j.open, j.priority, j.total, j.cursor,
-j.running, j.succeeded, j.dead, j.cancelled, j.spec, j.labels,
-j.created_at, j.started_at, j.finished_at, clock_timestamp() AS now
-"""
-
-ONE_JOB = text(f"SELECT {JOB_COLUMNS} FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id")  # noqa: S608 - constants only
-
 LOCK_JOB = text(f"""
 SELECT {JOB_COLUMNS} FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id FOR UPDATE
 """)  # noqa: S608 - constants only
-
-LIST_JOBS = text(f"""
-SELECT {JOB_COLUMNS} FROM jobs j
-WHERE j.tenant_id = :tenant_id
-  AND (CAST(:after AS uuid) IS NULL OR (j.created_at, j.id) <
-       (SELECT a.created_at, a.id FROM jobs a WHERE a.id = :after AND a.tenant_id = :tenant_id))
-  AND (CAST(:status AS text) IS NULL OR j.status = :status)
-  AND (CAST(:pipeline AS text) IS NULL OR j.pipeline = :pipeline)
-  AND j.labels @> CAST(:labels AS jsonb)
-ORDER BY j.created_at DESC, j.id DESC LIMIT :limit
-""")  # noqa: S608 - constants only
-
-
-def get_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> Row[Any]:
-    """Read one job.
-
-    Raises:
-        NotFound: there is none, or it is another tenant's.
-    """
-    row = connection.execute(ONE_JOB, {"id": job_id, "tenant_id": tenant_id}).first()
-    if row is None:
-        raise NotFound(f"There is no job {job_id}.")
-    return row
-
-
-def list_jobs(
-    connection: Connection,
-    tenant_id: uuid.UUID,
-    *,
-    limit: int,
-    after: uuid.UUID | None = None,
-    status: str | None = None,
-    pipeline: str | None = None,
-    labels: dict[str, str] | None = None,
-) -> Sequence[Row[Any]]:
-    """Read a page of a tenant's jobs, newest first, from the one after `after` on."""
-    return connection.execute(
-        LIST_JOBS,
-        {
-            "tenant_id": tenant_id,
-            "limit": limit,
-            "after": after,
-            "status": status,
-            "pipeline": pipeline,
-            "labels": _json(labels or {}),
-        },
-    ).all()
-
-
-OWN_JOBS = text("SELECT id FROM jobs WHERE tenant_id = :tenant_id AND id = ANY(:ids)")
-
-
-def own_jobs(
-    connection: Connection, tenant_id: uuid.UUID, job_ids: Sequence[uuid.UUID]
-) -> set[uuid.UUID]:
-    """Tell which of some jobs are a tenant's."""
-    rows = connection.execute(OWN_JOBS, {"tenant_id": tenant_id, "ids": list(job_ids)})
-    return set(rows.scalars())
-
-
-LIST_FRAMES = text("""
-SELECT f.ordinal, f.state, f.attempt, f.worker, f.sha256, f.bytes, f.slot, f.error,
-       f.started_at, f.finished_at
-FROM frames f
-WHERE f.job_id = :job_id AND f.ordinal > :after
-  AND (CAST(:state AS text) IS NULL OR f.state = :state)
-ORDER BY f.ordinal LIMIT :limit
-""")
-
-FRAME_ATTEMPTS = text("""
-SELECT ordinal, attempt, worker, reason, message, started_at, ended_at FROM attempts
-WHERE job_id = :job_id AND ordinal = ANY(:ordinals) ORDER BY ordinal, attempt
-""")
-
-PROMPTS_AT = text("""
-SELECT w.place, c.prompts[w.place - c.first + 1] AS prompt
-FROM unnest(CAST(:places AS bigint[])) AS w (place) CROSS JOIN LATERAL (
-    SELECT first, prompts FROM input_chunks c
-    WHERE c.job_id = :job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
-) c
-""")
-
-
-def list_frames(
-    connection: Connection,
-    job_id: uuid.UUID,
-    *,
-    limit: int,
-    after: int = -1,
-    state: str | None = None,
-) -> Sequence[Row[Any]]:
-    """Read a page of a job's frames that have a row, by ordinal."""
-    return connection.execute(
-        LIST_FRAMES, {"job_id": job_id, "after": after, "state": state, "limit": limit}
-    ).all()
-
-
-def frame_attempts(
-    connection: Connection, job_id: uuid.UUID, ordinals: Sequence[int]
-) -> Sequence[Row[Any]]:
-    """Read the attempts that did not succeed, of some frames of a job."""
-    return connection.execute(FRAME_ATTEMPTS, {"job_id": job_id, "ordinals": list(ordinals)}).all()
-
-
-def prompts_at(connection: Connection, job_id: uuid.UUID, indexes: Sequence[int]) -> dict[int, str]:
-    """Read some of a job's prompts, by index."""
-    rows = connection.execute(PROMPTS_AT, {"job_id": job_id, "places": sorted(set(indexes))})
-    return {row.place: row.prompt for row in rows}
-
 
 SET_PAUSED = text("""
 WITH held AS (UPDATE returns SET paused = :paused WHERE job_id = :id)
@@ -279,23 +164,12 @@ UPDATE jobs SET status = 'cancelled', open = false, paused = false, running = 0,
 WHERE id = :id
 """)
 
-RETRY_FRAMES = text("""
-WITH again AS (
+RETRY_FRAMES = text(f"""
+WITH returned AS (
     UPDATE frames SET state = 'ready', spared = attempt
-    WHERE job_id = :id AND state = ANY(:from_states) RETURNING ordinal
-), returned AS (
-    INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
-                         not_before, job_created_at, paused)
-    SELECT j.id, a.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
-           clock_timestamp(), j.created_at, j.paused
-    FROM again a JOIN jobs j ON j.id = :id CROSS JOIN LATERAL (
-        SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
-        FROM jsonb_array_elements(j.runs) WITH ORDINALITY AS t (run, place)
-        WHERE (run ->> 0)::bigint > a.ordinal ORDER BY place LIMIT 1
-    ) r RETURNING ordinal
+    WHERE job_id = :id AND state = ANY(:from_states) RETURNING job_id, ordinal, 0.0 AS delay
 )
-SELECT count(*) FROM returned
-""")
+{INTO_RETURNS}""")  # noqa: S608 - constants only
 
 RETRY_JOB = text("""
 UPDATE jobs SET status = 'running', finished_at = NULL WHERE id = :id AND status = ANY(:from_states)
@@ -348,7 +222,7 @@ def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
         raise Conflict(f"Job {job_id} is {job.status} and has {job.dead} dead frames to retry.")
     frames: int = connection.execute(
         RETRY_FRAMES, {"id": job_id, "from_states": _from_states("retry")}
-    ).scalar_one()
+    ).rowcount
     connection.execute(RETRY_JOB, {"id": job_id, "from_states": list(JOB_TRANSITIONS["retry"])})
     tally(connection, "frames.retried", {job_id: Delta(dead=-frames, data={"count": frames})})
     if job.status in JOB_TRANSITIONS["retry"]:

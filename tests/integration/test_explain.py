@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import TextClause, text
 
 from farm.context import Farm
-from farm.store import claim, events, frames, jobs, lanes
+from farm.store import claim, events, frames, jobs, lanes, reading
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS, TALLY
 from tests.farming import new_tenant, submit
@@ -93,9 +93,9 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         jobs.CANCEL_FRAMES,
         {"id": uuid.UUID(int=1), "pipeline": "demo", "from_states": ["running", "ready"]},
     ),
-    "one job": (jobs.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
+    "one job": (reading.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
     "jobs page": (
-        jobs.LIST_JOBS,
+        reading.LIST_JOBS,
         {
             "tenant_id": uuid.UUID(int=2),
             "limit": 50,
@@ -106,11 +106,11 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         },
     ),
     "frames page": (
-        jobs.LIST_FRAMES,
+        reading.LIST_FRAMES,
         {"job_id": uuid.UUID(int=1), "after": -1, "state": None, "limit": 50},
     ),
     "attempts of frames": (
-        jobs.FRAME_ATTEMPTS,
+        reading.FRAME_ATTEMPTS,
         {"job_id": uuid.UUID(int=1), "ordinals": [100, 101]},
     ),
     "idempotency": (
