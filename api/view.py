@@ -92,6 +92,7 @@ def _frame_view(
             "bucket": spec.bucket,
             "attempt": row.attempt if row else 0,
             "worker": row.worker if row else None,
+            "slot": row.slot if row else None,
             "sha256": row.sha256.hex() if row and row.sha256 else None,
             "bytes": row.bytes if row else None,
             "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,

@@ -94,6 +94,7 @@ class Frame(BaseModel):
     bucket: int = Field(description="the batch size it is denoised in")
     attempt: int = Field(description="the latest attempt's number; 0: not yet claimed")
     worker: str | None = Field(description="who claimed the latest attempt")
+    slot: int | None = Field(description="its place in the batch, from 0; null: none yet")
     sha256: str | None = Field(description="of the image's bytes, in hex")
     bytes: int | None = Field(description="the image's length")
     image_url: str | None = Field(description="where its image is, on this API; null: none yet")

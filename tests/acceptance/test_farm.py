@@ -50,6 +50,7 @@ def test_eight_prompts_times_four_images(live: Live, first: dict[str, Any]) -> N
     for frame in frames:
         assert frame["prompt"] == PROMPTS[frame["ordinal"] // 4]
         assert frame["seed"] == 31 + frame["ordinal"] % 4
+        assert (frame["bucket"], frame["slot"]) == (8, frame["ordinal"] % 8)
         content = live.image(first["id"], frame["ordinal"])
         assert (frame["sha256"], frame["bytes"]) == (
             hashlib.sha256(content).hexdigest(),

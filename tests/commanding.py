@@ -1,0 +1,72 @@
+"""The command line as a test runs it: in this process, or as a user does, in one of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from farm.cli import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The last line of standard output, as JSON."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+def farm(*words: str) -> Outcome:
+    """Run `farm WORDS` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    code: int | str | None = 0
+    with (
+        mock.patch.object(sys, "argv", ["farm", *words]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as ending:
+            code = ending.code
+    assert isinstance(code, int | None)
+    return Outcome(code or 0, out.getvalue(), err.getvalue())
+
+
+def farm_process(
+    *words: str,
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    stdin: str = "",
+    seconds: float = 240,
+) -> Outcome:
+    """Run `farm WORDS` in a process of its own, with only the FARM_* variables of `env`."""
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("FARM_", "AWS_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "farm.cli", *words],
+        env=inherited | {"COLUMNS": "120"} | dict(env),
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,168 @@
+"""What the commands print: numbers, times, text from elsewhere."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from PIL import Image, ImageFont
+from rich.console import Console
+
+from farm.cli.console import ago, clean, columns, count, duration, one_line, plural, size, tail
+from farm.cli.doctor import marks
+from farm.cli.download import picture_name
+from farm.cli.follow import Bar, Lines, Pace, detail, finished, headline, summary
+from farm.cli.sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
+from farm.cli.workers import doing
+
+JOB: dict[str, Any] = {
+    "id": "4f2a81c3-0000-4000-8000-000000000000",
+    "status": "running",
+    "paused": False,
+    "total": 1200,
+    "counts": {"waiting": 1180, "running": 8, "succeeded": 11, "dead": 1, "cancelled": 0},
+    "progress": 0.01,
+    "eta_seconds": 90.0,
+    "waiting_because": None,
+    "started_at": "2026-01-01T00:00:00Z",
+    "finished_at": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0.0 s"),
+        (-3, "0.0 s"),
+        (4.21, "4.2 s"),
+        (59.4, "59 s"),
+        (60, "1 min 0 s"),
+        (3599.4, "59 min 59 s"),
+        (7500, "2 h 5 min"),
+        (5 * 86_400, "5 days"),
+    ],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_how_long_ago() -> None:
+    now = datetime(2026, 1, 1, 0, 5, tzinfo=UTC)
+    assert ago("2026-01-01T00:00:00.5Z", now) == "5 min 0 s ago"
+    assert ago("2026-01-01T00:05:01Z", now) == "just now"
+
+
+def test_numbers() -> None:
+    assert count(1_000_000) == "1,000,000"
+    assert plural(1, "frame") == "1 frame"
+    assert plural(2000, "frame") == "2,000 frames"
+    assert [size(n) for n in (812, 4096, 3 * 2**30, 2**42)] == [
+        "812 bytes",
+        "4.0 KiB",
+        "3.0 GiB",
+        "4.0 TiB",
+    ]
+
+
+def test_text_from_elsewhere_cannot_steer_the_terminal() -> None:
+    assert clean("a\x1b[2Jb\x07\x9bc\td\ne") == "a\ufffd[2Jb\ufffd\ufffdc\td\ne"
+    assert clean("نجمة 🌟 [bold]") == "نجمة 🌟 [bold]"
+    assert one_line("  two\n lines ") == "two lines"
+    assert one_line("x" * 70, 10) == "x" * 9 + "…"
+
+
+def test_the_last_column_alone_gives_way() -> None:
+    table = columns("job", "prompt")
+    table.add_row("4f2a81c3", tail("[bold] a very long prompt that goes on and on"))
+    console = Console(width=24)
+    with console.capture() as capture:
+        console.print(table)
+    assert "4f2a81c3  [bold] a very…" in capture.get()
+
+
+def test_a_job_in_words() -> None:
+    assert finished(JOB) == 12
+    assert headline(JOB, None).plain == "running  12/1,200  1 min 30 s left"
+    assert headline(JOB, 4.0).plain == "running  12/1,200  4.0 frames/s  4 min 57 s left"
+    assert headline({**JOB, "paused": True, "eta_seconds": None}, None).plain == "paused  12/1,200"
+    assert detail(JOB) == "1,180 waiting, 8 running, 11 succeeded, 1 dead"
+    assert detail({**JOB, "waiting_because": "It is paused."}).endswith("1 dead. It is paused.")
+    ended = {**JOB, "status": "partial", "finished_at": "2026-01-01T00:00:12Z"}
+    assert summary(ended) == "partial: 11 of 1,200 frames in 12 s (1 dead)"
+    assert summary({**JOB, "status": "cancelled", "started_at": None}) == (
+        "cancelled: 11 of 1,200 frames (1 dead)"
+    )
+
+
+def test_the_pace_is_that_of_the_last_seconds() -> None:
+    pace = Pace()
+    assert pace.mark(0.0, 0) is None
+    assert pace.mark(10.0, 0) is None
+    assert pace.mark(20.0, 100) == 5.0
+    assert pace.mark(30.0, 200) == 10.0
+    assert pace.mark(60.0, 200) is None
+
+
+def test_lines_tell_only_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines()
+    for progress, why in ((0.0, "No worker."), (0.0, "No worker."), (0.04, None), (0.2, None)):
+        lines.show({**JOB, "progress": progress, "waiting_because": why}, None)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert [line.endswith("No worker.") for line in told.err.splitlines()] == [True, False, False]
+
+
+def test_the_bar_draws_a_job() -> None:
+    bar = Bar()
+    console = Console(width=100, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        console.print(bar)
+        bar.show({**JOB, "waiting_because": "why \x1b[2J not"}, 2.0)
+        console.print(bar)
+    drawn = capture.get()
+    assert "4f2a81c3" in drawn
+    assert "2.0 frames/s" in drawn
+    assert "\x1b[2J" not in drawn
+
+
+def test_what_a_worker_does() -> None:
+    worker: dict[str, Any] = {"problem": None, "batch": None}
+    assert doing(worker) == ""
+    assert doing({**worker, "problem": "no\nmemory"}) == "no memory"
+    batch = {"frames": 8, "step": 3, "steps": 25}
+    assert doing({**worker, "batch": batch}) == "8 frames, step 3 of 25"
+    assert doing({**worker, "batch": {**batch, "steps": 0}}) == "8 frames, starting"
+
+
+def test_marks_without_unicode() -> None:
+    assert marks("utf-8")[True][0] == "✓"
+    for encoding in ("ascii", "latin-1", "ANSI_X3.4-1968"):
+        assert all(mark.isascii() for mark, _style in marks(encoding).values())
+
+
+def test_a_picture_is_named_by_its_frame() -> None:
+    assert picture_name({"ordinal": 12, "seed": 31}) == "12-31.png"
+
+
+def test_the_contact_sheet_holds_every_picture() -> None:
+    colours = [(200, 30, 40), (30, 60, 200)]
+    rows = [
+        Row(prompt, [Image.new("RGB", (64, 64), colour) for colour in colours])
+        for prompt in ("a red star on a blue background", "two")
+    ]
+    sheet = contact_sheet("the farm", "demo", ["seed 1", "seed 2"], rows)
+    bottom = sheet.height - MARGIN - CELL // 2
+    right = sheet.width - MARGIN - CELL // 2
+    assert sheet.getpixel((right, bottom)) == colours[1]
+    assert sheet.getpixel((right - CELL - GAP, bottom - CELL - GAP)) == colours[0]
+    assert sheet.getpixel((2, 2)) == (250, 249, 246)
+
+
+def test_labels_are_broken_between_words() -> None:
+    font = ImageFont.load_default(18)
+    lines = wrapped("a red star on a blue background", 120, font)
+    assert " ".join(lines) == "a red star on a blue background"
+    assert len(lines) > 1
+    assert all(font.getlength(line) <= 120 for line in lines)
+    assert wrapped("", 120, font) == []

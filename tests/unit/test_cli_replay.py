@@ -1,0 +1,283 @@
+"""Rendering again from the PNG alone, on a tiny random checkpoint made here."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from farm import replay
+from farm.catalog import Catalog, load_catalog
+from farm.errors import InvalidRequest
+from farm.offers import make_offer
+from farm.provenance import Provenance, encode_png, library_versions, read_png
+from farm.spec import FrameSpec
+from tests.commanding import Outcome, farm
+
+SIDE = 64
+PARAMS = {"steps": 2, "guidance_scale": 4.0, "sampler": "ddim"}
+SIZE = {"width": SIDE, "height": SIDE, "negative_prompt": ""}
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Save a Stable Diffusion checkpoint of a few thousand random weights, the same each time."""
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    kit: Any = diffusers
+    torch.manual_seed(0)
+    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
+    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer: Any = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=16
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+    blocks = (16, 16, 16, 16)
+    pipe = kit.StableDiffusionPipeline(
+        vae=kit.AutoencoderKL(
+            block_out_channels=blocks,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=4,
+            sample_size=SIDE,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=kit.UNet2DConditionModel(
+            sample_size=SIDE // 8,
+            block_out_channels=(16, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        scheduler=kit.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("catalog")
+    make_checkpoint(folder / "tiny")
+    (folder / "pipelines.toml").write_text('[pipelines.tiny]\nsource = "tiny"\ndevice = "cpu"\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def catalog(folder: Path) -> Catalog:
+    return load_catalog(folder / "pipelines.toml")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_threads() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
+    """A picture as a worker renders it, beside another frame."""
+    import torch
+
+    from farm.families.loading import device_name
+
+    torch.set_num_threads(threads)
+    offer = make_offer("tiny", catalog.pipelines["tiny"])
+    frames = [
+        FrameSpec(
+            pipeline="tiny", prompt=prompt, seed=seed, bucket=bucket, params={**SIZE, **PARAMS}
+        )
+        for prompt, seed in (("a star", 31), ("a moon", 7))[:bucket]
+    ]
+    loaded = offer.family.load(offer.pipeline)
+    picture = offer.family.denoise(loaded, frames, lambda _step, _steps: None)[0]
+    return encode_png(
+        picture,
+        Provenance(
+            frame=frames[0],
+            weights=loaded.weights,
+            device=device_name("cpu"),
+            dtype=loaded.dtype,
+            threads=threads,
+            versions=library_versions(),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def content(catalog: Catalog) -> bytes:
+    return rendered(catalog)
+
+
+def altered(content: bytes, **changes: Any) -> bytes:
+    """The same picture, whose text claims something else."""
+    picture, provenance = read_png(content)
+    frame = provenance.frame.model_copy(update=changes.pop("frame", {}))
+    return encode_png(picture, provenance.model_copy(update={**changes, "frame": frame}))
+
+
+def repainted(content: bytes, *places: tuple[int, int]) -> bytes:
+    """The picture with its text as it was, and some pixels turned over."""
+    picture = Image.open(io.BytesIO(content))
+    text = PngImagePlugin.PngInfo()
+    for name, value in picture.info.items():
+        assert isinstance(name, str)
+        assert isinstance(value, str)
+        text.add_itxt(name, value)
+    for place in places:
+        red, green, blue = picture.getpixel(place)  # type: ignore[misc]
+        picture.putpixel(place, (red ^ 255, green, blue))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_picture_is_rendered_again_to_the_same_bytes(catalog: Catalog, threads: int) -> None:
+    content = rendered(catalog, threads)
+    steps: list[tuple[int, int]] = []
+    again = replay.replay(
+        content, catalog, lambda step, steps_in_all: steps.append((step, steps_in_all))
+    )
+    assert again.identical
+    assert again.notes == []
+    assert encode_png(again.fresh, again.now) == content
+    assert steps == [(1, 2), (2, 2)]
+
+
+def test_a_changed_pixel_is_found(catalog: Catalog, content: bytes) -> None:
+    again = replay.replay(repainted(content, (10, 20), (12, 19)), catalog)
+    assert not again.identical
+    assert again.difference is not None
+    assert again.difference.pixels == 2
+    assert again.difference.first == (12, 19)
+    assert again.difference.box == (10, 19, 13, 21)
+    assert again.difference.largest >= 1
+    assert again.notes == []
+
+
+def test_other_weights_are_said_so(folder: Path, content: bytes, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "other")
+    weights = tmp_path / "other" / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_out.bias"] += 0.5
+    save_file(tensors, weights, {"format": "pt"})
+    again = replay.replay(content, load_catalog(tmp_path / "other" / "pipelines.toml"))
+    assert not again.identical
+    assert len(again.notes) == 1
+    assert again.notes[0].startswith("The weights of pipeline tiny are not those that rendered it")
+
+
+def test_everything_that_differs_is_noted(catalog: Catalog, content: bytes) -> None:
+    _picture, provenance = read_png(content)
+    versions = {**provenance.versions, "torch": "1.0", "xformers": "0.1"}
+    again = replay.replay(altered(content, device="cpu SPARC", versions=versions), catalog)
+    assert again.identical
+    assert [line.split(" is ")[0] for line in again.notes] == ["The device", "torch", "xformers"]
+    assert all("it was" in line for line in again.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"frame": {"pipeline": "gone"}}, "this catalog does not have; it has tiny"),
+        ({"frame": {"bucket": 10**9}}, "damaged: bucket"),
+        ({"frame": {"seed": -1}}, "damaged: seed"),
+        ({"frame": {"params": {**SIZE, "steps": 10**9}}}, "damaged: .*1000"),
+        ({"frame": {"params": {**SIZE, "width": 4096}}}, "differs in size: it is 64x64"),
+        ({"threads": 10**6}, "damaged: 1000000 threads"),
+        ({"dtype": "__doc__"}, "damaged: dtype"),
+    ],
+)
+def test_claims_that_no_worker_wrote_are_refused(
+    catalog: Catalog, content: bytes, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        replay.replay(altered(content, **changes), catalog)
+
+
+def test_another_kind_of_picture_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="differs in kind: it is L"):
+        replay.compare(Image.new("L", (8, 8)), Image.new("RGB", (8, 8)))
+
+
+@pytest.fixture
+def commands(folder: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `good.png` and `bad.png`, with the catalog set."""
+    monkeypatch.delenv("FARM_DATA", raising=False)
+    monkeypatch.setenv("FARM_PIPELINES", str(folder / "pipelines.toml"))
+    (tmp_path / "good.png").write_bytes(content)
+    (tmp_path / "bad.png").write_bytes(repainted(content, (3, 4)))
+    return tmp_path
+
+
+def test_the_command_says_identical(commands: Path) -> None:
+    outcome = farm("replay", str(commands / "good.png"), "--save", str(commands / "again.png"))
+    assert outcome.code == 0
+    assert outcome.out.startswith("identical  all 4,096 pixels")
+    assert (commands / "again.png").read_bytes() == (commands / "good.png").read_bytes()
+
+
+def test_the_command_says_differs(commands: Path) -> None:
+    outcome = farm("replay", str(commands / "bad.png"))
+    assert outcome.code == 1
+    assert outcome.out.startswith("differs  1 of 4,096 pixels")
+    assert "the first at x 3, y 4, all within x 3 to 3, y 4 to 4" in outcome.out
+
+
+def test_the_command_prints_json(commands: Path) -> None:
+    outcome: Outcome = farm("replay", str(commands / "bad.png"), "--json")
+    assert outcome.code == 1
+    assert outcome.out.count("\n") == 1
+    assert outcome.json["identical"] is False
+    assert outcome.json["difference"]["box"] == [3, 4, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("content_of_file", "complaint"),
+    [(b"hello", "not a picture"), (None, "cannot be read: No such file")],
+)
+def test_what_is_no_picture_is_one_line(
+    commands: Path, content_of_file: bytes | None, complaint: str
+) -> None:
+    path = commands / "other.png"
+    if content_of_file is not None:
+        path.write_bytes(content_of_file)
+    outcome = farm("replay", str(path))
+    assert (outcome.code, outcome.out) == (1, "")
+    assert complaint in outcome.err.splitlines()[-1]

@@ -1,0 +1,123 @@
+"""What a PNG says of itself, read back by us and by an independent reader."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sd_parsers import ParserManager
+
+from farm.errors import InvalidRequest
+from farm.provenance import Provenance, encode_png, library_versions, parameters_text, read_png
+from farm.spec import FrameSpec
+
+PROMPTS = [
+    "a red star on a blue background",
+    "نجمة حمراء على خلفية زرقاء",
+    "ein Stern 🌟👩‍🚀, 星, ⭐️",
+    "two\nlines\n\nand a third",
+    'quotes " and \\ back, slashes',
+    "a (red)1.5 star, <lora:x:1>, 100%",
+    "\u202eturned around\u202c",
+    "trailing space ",
+    "",
+]
+
+
+def provenance(prompt: str, **params: Any) -> Provenance:
+    return Provenance(
+        frame=FrameSpec(
+            pipeline="demo",
+            prompt=prompt,
+            seed=2**63 - 1,
+            bucket=8,
+            params={
+                "width": 64,
+                "height": 48,
+                "negative_prompt": "",
+                "steps": 25,
+                "guidance_scale": 4.5,
+                "sampler": "ddim",
+                **params,
+            },
+        ),
+        weights="ab" * 32,
+        device="cpu AVX2",
+        dtype="float32",
+        threads=2,
+        versions=library_versions(),
+    )
+
+
+def picture() -> Image.Image:
+    image = Image.new("RGB", (64, 48), (10, 200, 30))
+    image.putpixel((5, 6), (1, 2, 3))
+    return image
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_png_gives_back_what_was_written(prompt: str) -> None:
+    written = provenance(prompt, negative_prompt=prompt)
+    image, read = read_png(encode_png(picture(), written))
+    assert read == written
+    assert image.tobytes() == picture().tobytes()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=200))
+def test_any_prompt_comes_back(prompt: str) -> None:
+    assert read_png(encode_png(picture(), provenance(prompt)))[1].frame.prompt == prompt
+
+
+def test_the_same_picture_is_the_same_file() -> None:
+    written = provenance("a star")
+    assert encode_png(picture(), written) == encode_png(picture(), written)
+
+
+def test_the_text_is_what_the_web_ui_writes() -> None:
+    text = parameters_text(provenance("a star,\nred", negative_prompt="blur, noise"))
+    version = library_versions()["farm"]
+    assert text == (
+        "a star,\nred\n"
+        "Negative prompt: blur, noise\n"
+        "Steps: 25, Sampler: ddim, CFG scale: 4.5, Seed: 9223372036854775807, Size: 64x48, "
+        f"Model hash: ababababab, Model: demo, Version: farm {version}"
+    )
+
+
+@pytest.mark.parametrize("prompt", [prompt for prompt in PROMPTS if prompt.strip()])
+@pytest.mark.parametrize("negative", ["", "blur, رمادي 🌫"])
+def test_an_independent_reader_reads_it(prompt: str, negative: str) -> None:
+    content = encode_png(picture(), provenance(prompt, negative_prompt=negative))
+    info = ParserManager().parse(io.BytesIO(content))
+    assert info is not None
+    assert [read.value for read in info.prompts] == [prompt.strip()]
+    assert [read.value for read in info.negative_prompts] == ([negative] if negative else [])
+    (sampler,) = info.samplers
+    assert sampler.name == "ddim"
+    assert sampler.parameters["seed"] == "9223372036854775807"
+    assert sampler.parameters["steps"] == "25"
+    assert sampler.parameters["cfg_scale"] == "4.5"
+    assert sampler.model is not None
+    assert (sampler.model.name, sampler.model.hash) == ("demo", "ababababab")
+
+
+def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    with pytest.raises(InvalidRequest, match="holds no text of the farm"):
+        read_png(buffer.getvalue())
+    for content in (b"", b"hello", encode_png(picture(), provenance("x"))[:200]):
+        with pytest.raises(InvalidRequest, match="not a picture that can be read"):
+            read_png(content)
+
+
+def test_a_damaged_text_is_refused() -> None:
+    content = encode_png(picture(), provenance("a star"))
+    other = content.replace(b'"bucket":8', b'"bucket":x')
+    with pytest.raises(InvalidRequest):
+        read_png(other)
