@@ -6,7 +6,15 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
 
 from farm.errors import CatalogError
 
@@ -33,6 +41,9 @@ class Pipeline(BaseModel):
     bucket: dict[str, int] = Field(
         default_factory=lambda: {"default": 1},
         description="frames a batch, by picture size ('1024x1024') with a 'default'",
+    )
+    defaults: dict[str, JsonValue] = Field(
+        default_factory=dict, description="parameters' values where a job leaves them out"
     )
     max_pixels: int = Field(
         default=2048 * 2048, ge=64, description="width times height of the largest picture"

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from farm.catalog import Pipeline
+from farm.errors import CatalogError
 from farm.families import Family, family_of, read_checkpoint
 from farm.families.base import Params
 
@@ -19,7 +22,7 @@ class Offer:
     pipeline: Pipeline
     family: Family
     defaults: dict[str, Any]
-    """What the checkpoint itself prefers, where it differs from the family's defaults."""
+    """What the checkpoint and the catalog prefer, where it differs from the family's defaults."""
 
     def params(self, given: Mapping[str, Any]) -> Params:
         """Check a grid point's parameters, with every default filled in.
@@ -44,8 +47,16 @@ def make_offer(name: str, pipeline: Pipeline) -> Offer:
     """Read what a pipeline's checkpoint and family offer.
 
     Raises:
-        CatalogError: the checkpoint cannot be read, or no family renders it.
+        CatalogError: the checkpoint cannot be read, no family renders it, or the catalog's
+            defaults are not what the family takes.
     """
     checkpoint = read_checkpoint(pipeline)
     family = family_of(name, pipeline, checkpoint)
-    return Offer(name, pipeline, family, family.defaults(checkpoint))
+    defaults = {**family.defaults(checkpoint), **pipeline.defaults}
+    try:
+        family.params.model_validate(defaults)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CatalogError(f"Pipeline {name}: defaults.{where}: {first['msg']}.") from error
+    return Offer(name, pipeline, family, defaults)

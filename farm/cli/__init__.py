@@ -6,7 +6,6 @@ Commands import what is heavy when they run, so that `farm --help` and tab keys 
 from __future__ import annotations
 
 import io
-import logging
 import sys
 from typing import Annotated
 
@@ -30,8 +29,6 @@ from farm.cli.console import clean, err
 from farm.cli.exits import EPILOG, ERROR
 from farm.errors import FarmError
 
-log = logging.getLogger(__name__)
-
 app = typer.Typer(
     name="farm",
     help="A distributed render farm for text-to-image diffusion.",
@@ -45,7 +42,7 @@ START, RENDER, LOOK, RUN = "Start here", "Jobs", "Look", "Processes and upkeep"
 app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("up", rich_help_panel=START)(up.up)
 app.command("doctor", rich_help_panel=START)(doctor.doctor)
-app.command("submit", rich_help_panel=RENDER)(submit.submit)
+app.command("submit", rich_help_panel=RENDER, epilog=submit.EXAMPLES)(submit.submit)
 app.command("watch", rich_help_panel=RENDER)(jobs.watch)
 app.command("get", rich_help_panel=RENDER)(download.get)
 app.command("cancel", rich_help_panel=RENDER)(jobs.cancel)
@@ -85,13 +82,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # text in any script, on any terminal
     try:
-        app()
+        app(prog_name="farm")
     except FarmError as error:
         _fail(error.message)
     except Exception as error:
-        if logging.getLogger().handlers:  # one of the farm's own processes: its log has it whole
-            log.exception("It ended by an unexpected error")
-            sys.exit(ERROR)
         _fail(_unexpected(error))
 
 

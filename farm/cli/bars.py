@@ -41,11 +41,22 @@ def _lines(what: str, total: int) -> Callable[[], None]:
 
 
 @contextmanager
-def busy(what: str) -> Iterator[Callable[[str], None]]:
-    """Say what takes a while, with a spinner on a terminal; gives the function that says more."""
+def spinning(what: str) -> Iterator[Callable[[str], None]]:
+    """Turn a spinner on a terminal, and say nothing elsewhere; gives what says more.
+
+    Nothing may be printed meanwhile: the spinner has its line for itself.
+    """
     if not err.is_terminal:
-        note(f"{what} …", None)
         yield lambda _more: None
         return
     with err.status(f"{what} …", spinner=SPINNER) as status:
         yield lambda more: status.update(f"{what} … [dim]{escape(more)}[/]")
+
+
+@contextmanager
+def busy(what: str) -> Iterator[Callable[[str], None]]:
+    """Say what takes a while, with a spinner on a terminal; gives the function that says more."""
+    if not err.is_terminal:
+        note(f"{what} …", None)
+    with spinning(what) as say_more:
+        yield say_more

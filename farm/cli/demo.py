@@ -57,7 +57,7 @@ def demo(
             job = _render(host, dest)
             _tell_what_next(host, dest, keep_running=keep_running)
             if keep_running and host.own:
-                say(f"The farm stays up: {host.url}/  Ctrl-C stops it.", "bold")
+                say(f"\nThe farm stays up: {host.url}/ is its page, Ctrl-C stops it.", "bold")
                 _until_interrupted()
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
@@ -159,7 +159,7 @@ def _tell_what_next(host: Host, dest: Path, *, keep_running: bool) -> None:
     for about, command in steps:
         say(f"  {about}", "dim")
         say(f"    {command}", "cyan")
-    if stays:
+    if stays and not host.own:
         say(f"\nIts page: {host.url}/", "bold")
 
 

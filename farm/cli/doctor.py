@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 from rich.text import Text
 
-from farm.cli.bars import busy
+from farm.cli.bars import spinning
 from farm.cli.console import Json, clean, emit, out, plural, say
 from farm.cli.exits import ERROR
 
@@ -22,11 +22,10 @@ NAME_WIDTH = 16
 def doctor(as_json: Json = False) -> None:
     """Check every part that the farm rests on, and say what to do where one fails."""
     findings: list[Finding] = []
-    with busy("Looking") as tell:
-        for finding in _findings(tell):
-            findings.append(finding)
-            if not as_json:
-                _show(finding)
+    for finding in _findings():
+        findings.append(finding)
+        if not as_json:
+            _show(finding)
     failed = [finding for finding in findings if finding.ok is False]
     if as_json:
         emit({"ok": not failed, "checks": [asdict(finding) for finding in findings]})
@@ -38,18 +37,19 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(ERROR)
 
 
-def _findings(tell: Callable[[str], None]) -> Iterator[Finding]:
-    from farm.cli.checks import all_checks
-    from farm.config import load_settings
-    from farm.store.engine import open_store
+def _findings() -> Iterator[Finding]:
+    with spinning("Looking"):
+        from farm.cli.checks import all_checks
+        from farm.config import load_settings
+        from farm.store.engine import open_store
 
-    settings = load_settings()
-    store = open_store(settings)
+        settings = load_settings()
+        store = open_store(settings)
     passed: set[str] = set()
     try:
         for check in all_checks(settings, store):
-            tell(check.name)
-            finding = check.run(passed)
+            with spinning(check.name):
+                finding = check.run(passed)
             if finding.ok:
                 passed.add(finding.name)
             yield finding

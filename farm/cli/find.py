@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.client import FarmClient
 from farm.errors import InvalidRequest, NotFound
+
+if TYPE_CHECKING:
+    from farm.cli.client import FarmClient
 
 WHOLE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 BEGINNING = re.compile(r"[0-9a-f-]{6,35}")

@@ -95,8 +95,8 @@ def test_every_default_is_filled_in() -> None:
         "width": 64,
         "height": 64,
         "negative_prompt": "",
-        "steps": 50,
-        "guidance_scale": 7.5,
+        "steps": 25,
+        "guidance_scale": 4.0,
         "sampler": "ddim",
     }
 
@@ -236,6 +236,7 @@ def test_a_missing_family_or_checkpoint_is_said(tmp_path: Path) -> None:
         f'[pipelines.a]\nsource = "{model}"\nfamily = "nope"\n'
         f'[pipelines.b]\nsource = "{model}"\n'
         f'[pipelines.c]\nsource = "{tmp_path}"\n'
+        f'[pipelines.d]\nsource = "{model}"\ndefaults = {{ "steps" = 0 }}\n'
     )
     pipelines = load_catalog(path).pipelines
     with pytest.raises(CatalogError, match="nope"):
@@ -243,3 +244,5 @@ def test_a_missing_family_or_checkpoint_is_said(tmp_path: Path) -> None:
     assert make_offer("b", pipelines["b"]).family.name == "stable_diffusion"
     with pytest.raises(CatalogError, match=r"model_index\.json"):
         make_offer("c", pipelines["c"])
+    with pytest.raises(CatalogError, match=r"defaults\.steps"):
+        make_offer("d", pipelines["d"])
