@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,8 @@ class Pipeline(BaseModel):
     @classmethod
     def _buckets_in_range(cls, value: dict[str, int]) -> dict[str, int]:
         for size, frames in value.items():
+            if size != "default" and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+                raise ValueError(f"bucket of {size!r}: write a size as '1024x1024', or 'default'")
             if not 1 <= frames <= MAX_BUCKET:
                 raise ValueError(f"bucket of {size} is {frames}: allowed are 1 to {MAX_BUCKET}")
         return {"default": 1, **value}

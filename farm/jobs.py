@@ -28,9 +28,15 @@ def submit(
         InvalidRequest: a field is wrong; the error names it and its limit. Nothing is stored.
         Conflict: the idempotency key was used with another body.
     """
+    idempotency = _idempotency(idempotency_key, body)
+    if idempotency is not None:
+        # Before the checks: the same body was accepted then, whatever the catalog says now.
+        with transaction(farm.store) as connection:
+            found = stored.same_job(connection, tenant_id, idempotency)
+        if found is not None:
+            return found
     job = check_job(body, farm.settings)
     spec = full_spec(job, farm.offer(job.pipeline), farm.settings)
-    idempotency = _idempotency(idempotency_key, body)
     with transaction(farm.store) as connection:
         job_id = stored.insert_job(
             connection, uuid.uuid4(), tenant_id, spec, job.prompts, idempotency

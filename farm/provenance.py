@@ -32,7 +32,7 @@ class Provenance(BaseModel):
     weights: str
     """sha256 over the checkpoint's files"""
     device: str
-    """cpu, or the GPU's name"""
+    """the CPU with its instruction set (`cpu AVX512`), or the GPU's name"""
     dtype: str
     threads: int
     """torch threads: on a CPU they decide how sums are split, and so the last bits"""

@@ -79,6 +79,6 @@ def after_failure(retryable: bool, charged: int, max_attempts: int) -> FrameStat
     return F.READY if retryable and charged < max_attempts else F.DEAD
 
 
-def retry_delay(charged: int, base_seconds: float) -> float:
-    """Seconds before the next attempt: doubled each time, five minutes at most."""
-    return min(base_seconds * 2.0 ** max(charged - 1, 0), 300.0)
+def retry_delay(attempt: int, base_seconds: float) -> float:
+    """Seconds before the next attempt: doubled each time, a minute at most."""
+    return min(base_seconds * 2.0 ** min(attempt - 1, 30), 60.0)

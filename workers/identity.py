@@ -22,8 +22,8 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """What people call it: unique on its host at any moment."""
-        return f"{self.pipeline}@{self.host}-{self.pid}"
+        """What people call it; tenants see it, so it tells nothing of the machine."""
+        return f"{self.pipeline}-{self.id.hex[:8]}"
 
     def announce(self) -> None:
         """Put it where a spawned child finds it."""

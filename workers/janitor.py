@@ -26,12 +26,14 @@ class Janitor:
     def __init__(self, farm: Farm) -> None:
         self._farm = farm
         self._pruned = float("-inf")
+        settings = farm.settings
+        self._patience = max(settings.transaction_seconds, 3 * settings.sweep_seconds)
 
     def run(self, stop: threading.Event) -> None:
         """Sweep until `stop` is set; an outage of Postgres is logged and outlived."""
         while not stop.is_set():
             try:
-                with leadership(self._farm.store) as connection:
+                with leadership(self._farm.store, self._patience) as connection:
                     if connection is not None:
                         log.info("This janitor leads.")
                         self._lead(connection, stop)

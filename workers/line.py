@@ -68,9 +68,10 @@ class RenderLine:
         """Render a batch. Whatever happens, its lease ends here: the parent would renew it."""
         account = Account(commit_seconds=self._commit_seconds)
         try:
-            with _timed(account, "denoise_seconds"):
-                pictures = self._denoise(lease)
-            self._store(lease, pictures, account)
+            with LeaseWatch(self._farm.store, lease, self._farm.settings.touch_seconds) as watch:
+                with _timed(account, "denoise_seconds"):
+                    pictures = self._denoise(lease, watch)
+                self._store(lease, pictures, account, watch)
         except StopBatch:
             log.info("%s stopped: %s", self._identity.name, _named(lease.frames))
             self._commit(lambda: self._release(lease))
@@ -79,18 +80,23 @@ class RenderLine:
             failures = _failures(lease.frames, error)
             self._commit(lambda: self._fail(lease, failures, account))
 
-    def _denoise(self, lease: Lease) -> list[Image.Image]:
-        seconds = self._farm.settings.touch_seconds
-        with LeaseWatch(self._farm.store, lease, seconds) as watch:
-            specs = [frame.spec for frame in lease.frames]
-            return self._offer.family.denoise(self._loaded, specs, watch.on_step)
+    def _denoise(self, lease: Lease, watch: LeaseWatch) -> list[Image.Image]:
+        specs = [frame.spec for frame in lease.frames]
+        return self._offer.family.denoise(self._loaded, specs, watch.on_step)
 
-    def _store(self, lease: Lease, pictures: Sequence[Image.Image], account: Account) -> None:
+    def _store(
+        self,
+        lease: Lease,
+        pictures: Sequence[Image.Image],
+        account: Account,
+        watch: LeaseWatch,
+    ) -> None:
         done: list[Done] = []
         failures: list[Failure] = []
         for slot, (frame, picture) in enumerate(zip(lease.frames, pictures, strict=True)):
             try:
                 done.append(self._put(frame, slot, picture, account))
+                watch.on_stored()
             except Exception as error:
                 log.exception("%s could not store %s", self._identity.name, frame)
                 failures += _failures([frame], error)

@@ -165,7 +165,7 @@ def _serve(pipeline: str, identity: Identity) -> int:
     warnings.simplefilter("ignore", SecurityWarning)
 
     worker = app.Worker(
-        hostname=identity.name,
+        hostname=f"{identity.name}@{identity.host}",
         queues=[lane(pipeline)],
         pool="prefork",
         concurrency=1,

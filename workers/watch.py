@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class LeaseWatch:
-    """Watches a lease while its batch denoises.
+    """Watches a lease while its batch is rendered.
 
     `on_step` runs between two steps, so it only sets two numbers and looks at a flag; a thread of
     its own talks to Postgres, at most every `seconds`, and never holds up the device.
@@ -27,6 +27,7 @@ class LeaseWatch:
         self._lease = lease
         self._seconds = seconds
         self._step = (0, 0)
+        self._stored = 0
         self._unwanted = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="lease-watch", daemon=True)
@@ -53,14 +54,18 @@ class LeaseWatch:
         if self._unwanted.is_set():
             raise StopBatch
 
+    def on_stored(self) -> None:
+        """Note that another picture is stored: the batch moves on, however slow the storage is."""
+        self._stored += 1
+
     def _talk(self) -> None:
-        reported = (0, 0)
+        reported = (0, 0), 0
         while not self._over.wait(self._seconds):
-            step = self._step
-            if step != reported and not self._report(*step):
+            now = self._step, self._stored
+            if now != reported and not self._report(*self._step):
                 self._unwanted.set()
                 return
-            reported = step
+            reported = now
 
     def _report(self, step: int, steps: int) -> bool:
         try:

@@ -153,8 +153,11 @@ def _api(settings: Settings) -> str:
     return f"ready at {settings.api_url}, and takes the key"
 
 
+CLOSE_SECONDS = 10.0
+
+
 def _janitor(store: Store) -> str:
-    with leadership(store) as lead:
+    with leadership(store, CLOSE_SECONDS) as lead:
         if lead is not None:
             raise FarmError("No janitor is alive: lost work is not taken up again.")
     return "one leads"

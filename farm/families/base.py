@@ -48,6 +48,8 @@ class Loaded:
     pipe: Any
     device: str
     dtype: str
+    scheduler_config: Any
+    """The checkpoint's own: each batch's sampler is built from it, whatever ran before."""
     weights: str
     """The hash of every file of the checkpoint that decides what is drawn."""
 

@@ -88,7 +88,24 @@ def load_pipeline(pipeline: Pipeline) -> Loaded:
     except (OSError, ValueError, ImportError) as error:
         raise CatalogError(f"{pipeline.source} cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    return Loaded(pipe=pipe, device=device, dtype=dtype, weights=weights_hash(Path(source)))
+    return Loaded(
+        pipe=pipe,
+        device=device,
+        dtype=dtype,
+        scheduler_config=pipe.scheduler.config,
+        weights=_weights(pipeline, Path(source)),
+    )
+
+
+def _weights(pipeline: Pipeline, folder: Path) -> str:
+    """Name the weights: a folder by its content, a hub repository by its commit and variant.
+
+    The hub's cache may hold files of other variants beside those that were loaded.
+    """
+    if pipeline.is_local:
+        return weights_hash(folder)
+    text = f"{pipeline.source} {folder.name} {pipeline.variant}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _download(pipeline: Pipeline) -> Path:

@@ -58,7 +58,7 @@ class StableDiffusion:
         batch = padded(frames)
         params = StableDiffusionParams.model_validate(batch[0].params)
         pipe = loaded.pipe
-        pipe.scheduler = build_sampler(params.sampler, pipe.scheduler.config)
+        pipe.scheduler = build_sampler(params.sampler, loaded.scheduler_config)
 
         def hook(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step + 1, params.steps)

@@ -4,19 +4,21 @@ Claims of a lane happen one at a time (an advisory lock), so that order and fair
 
 1. the leader: highest priority, then the tenant served least, then a returned frame before a new
    one, then the oldest job;
-2. the fill: frames with the leader's batch_key, returned ones first, then the leader's own new
-   ones, then other jobs' in the same order, until the bucket is full;
+2. the fill: the leader's own frames, returned ones first, then other jobs' with the same batch_key
+   in the same order, until the bucket is full; but a frame whose attempt failed goes alone, so that
+   it takes no neighbour down with it again;
 3. the writes: cursors advance, frames come into being as `running`, a lease holds them.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from farm.spec import FrameSpec, FullSpec, frame_spec
 from farm.store.tally import Delta, lock_jobs, tally
@@ -52,16 +54,18 @@ LOCK_LANE = text("SELECT pg_advisory_xact_lock(hashtextextended('lane ' || :pipe
 MAY_CLAIM = text("SELECT true FROM workers WHERE id = :worker_id AND NOT draining")
 
 LEADER = text("""
-SELECT head.batch_key, head.bucket, head.job_id
+SELECT head.job_id, head.ordinal, head.alone, head.batch_key, head.bucket
 FROM shares s CROSS JOIN LATERAL (
     -- the tenant's first open job: one probe of jobs_claim
-    (SELECT j.id AS job_id, j.batch_key, j.bucket, j.priority, j.created_at, 1 AS kind
+    (SELECT j.id AS job_id, NULL::bigint AS ordinal, false AS alone,
+            j.batch_key, j.bucket, j.priority, j.created_at, 1 AS kind
      FROM jobs j
      WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
      ORDER BY j.priority, j.created_at, j.id LIMIT 1)
     UNION ALL
     -- the tenant's first frame that is due again: one probe of returns_claim
-    (SELECT r.job_id, r.batch_key, r.bucket, r.priority, r.job_created_at, 0
+    (SELECT r.job_id, r.ordinal, r.alone,
+            r.batch_key, r.bucket, r.priority, r.job_created_at, 0
      FROM returns r
      WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
        AND NOT r.paused AND r.not_before <= clock_timestamp()
@@ -72,13 +76,17 @@ ORDER BY head.priority, s.served, head.kind, head.created_at, head.job_id
 LIMIT 1
 """)
 
-RETURNED = text("""
+RETURNED = """
 SELECT r.job_id, r.ordinal
 FROM returns r
 WHERE r.pipeline = :pipeline AND r.batch_key = :batch_key
-  AND NOT r.paused AND r.not_before <= clock_timestamp()
-ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal
-LIMIT :bucket
+  AND NOT r.paused AND NOT r.alone AND r.not_before <= clock_timestamp()
+"""
+
+OWN_RETURNED = text(f"{RETURNED} AND r.job_id = :leader ORDER BY r.ordinal LIMIT :free")
+
+OTHER_RETURNED = text(f"""{RETURNED} AND r.job_id <> :leader
+ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT :free
 """)
 
 OPEN_JOBS = text("""
@@ -117,7 +125,7 @@ TAKE_BACK = text("""
 WITH taken AS (
     DELETE FROM returns r
     USING unnest(CAST(:ids AS uuid[]), CAST(:ordinals AS bigint[])) AS t (id, ordinal)
-    WHERE r.job_id = t.id AND r.ordinal = t.ordinal
+    WHERE r.job_id = t.id AND r.ordinal = t.ordinal AND NOT r.paused
     RETURNING r.job_id, r.ordinal
 )
 UPDATE frames f
@@ -176,27 +184,46 @@ def claim(
     leader = connection.execute(LEADER, {"pipeline": pipeline}).mappings().first()
     if leader is None:
         return None
-    returned, counts = _fill(connection, pipeline, leader["batch_key"], leader["bucket"], leader)
-    lock_jobs(connection, [job_id for job_id, _ in returned] + list(counts))
-    fences = _take_back(connection, returned, worker) + _advance(connection, counts, worker)
+    fill = _fill(connection, pipeline, leader)
+    lock_jobs(connection, [job_id for job_id, _ in fill.returned] + list(fill.new))
+    fences = _take_back(connection, fill.returned, worker) + _advance(connection, fill.new, worker)
     if not fences:
         return None
     return _open_lease(connection, pipeline, worker_id, pid, lease_seconds, sorted(fences))
 
 
-def _fill(
-    connection: Connection, pipeline: str, batch_key: str, bucket: int, leader: Any
-) -> tuple[list[tuple[uuid.UUID, int]], dict[uuid.UUID, int]]:
-    """Choose what fills the bucket: returned frames, and how many new ones of which job."""
-    where = {"pipeline": pipeline, "batch_key": batch_key, "bucket": bucket}
-    returned = [(row.job_id, row.ordinal) for row in connection.execute(RETURNED, where)]
-    counts: dict[uuid.UUID, int] = {}
-    free = bucket - len(returned)
-    for row in connection.execute(OPEN_JOBS, {**where, "leader": leader["job_id"]}):
-        if free > 0:
-            counts[row.id] = min(free, row.room)
-            free -= counts[row.id]
-    return returned, counts
+@dataclass
+class _Fill:
+    """What a batch will hold: returned frames, and how many new ones of which job."""
+
+    free: int
+    returned: list[tuple[uuid.UUID, int]]
+    new: dict[uuid.UUID, int]
+
+    def take_returned(self, rows: Iterable[Row[Any]]) -> None:
+        found = [(row.job_id, row.ordinal) for row in rows]
+        self.returned += found
+        self.free -= len(found)
+
+    def take_new(self, rows: Iterable[Row[Any]]) -> None:
+        for row in rows:
+            if self.free > 0:
+                self.new[row.id] = min(self.free, row.room)
+                self.free -= self.new[row.id]
+
+
+def _fill(connection: Connection, pipeline: str, leader: Any) -> _Fill:
+    if leader["alone"]:
+        return _Fill(0, [(leader["job_id"], leader["ordinal"])], {})
+    fill = _Fill(leader["bucket"], [], {})
+    where = {"pipeline": pipeline, "batch_key": leader["batch_key"], "leader": leader["job_id"]}
+    fill.take_returned(connection.execute(OWN_RETURNED, {**where, "free": fill.free}))
+    jobs = connection.execute(OPEN_JOBS, {**where, "bucket": leader["bucket"]}).all()
+    fill.take_new(row for row in jobs if row.id == leader["job_id"])
+    if fill.free > 0:
+        fill.take_returned(connection.execute(OTHER_RETURNED, {**where, "free": fill.free}))
+        fill.take_new(row for row in jobs if row.id != leader["job_id"])
+    return fill
 
 
 def _take_back(

@@ -82,12 +82,13 @@ WITH ended AS (
                 CAST(:tracebacks AS text[]), CAST(:delays AS float[]))
          AS d (job_id, ordinal, state, spared, reason, message, traceback, delay)
     WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
-    RETURNING f.*, d.reason, d.message, d.traceback, d.delay
+    RETURNING f.*, d.reason, d.message, d.traceback, d.delay, d.spared AS spared_now
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, traceback, started_at FROM ended
 ), returned AS (
-    SELECT job_id, ordinal, delay FROM ended WHERE state = 'ready'
+    -- A frame whose attempt failed may be why: it is rendered without neighbours from now on.
+    SELECT job_id, ordinal, delay, spared_now = 0 AS alone FROM ended WHERE state = 'ready'
 )
 {INTO_RETURNS}""")  # noqa: S608 - constants only
 
@@ -124,7 +125,11 @@ WHERE worker_id = :worker_id AND pid = ANY(:pids) FOR UPDATE
 
 DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
 
-COUNT_EXPIRED = text("UPDATE workers SET expired = expired + 1 WHERE id = :id")
+COUNT_LOST = text("""
+UPDATE workers SET returned = returned + :returned, dead = dead + :dead,
+                   expired = expired + :expired
+WHERE id = :id
+""")
 
 
 def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> Sequence[Row[Any]]:
@@ -194,8 +199,6 @@ def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]
 def expire(connection: Connection, retry_seconds: float) -> set[str]:
     """End the leases whose time is up, on Postgres's clock; returns the lanes to ring."""
     leases = connection.execute(EXPIRED).all()
-    for lease in leases:
-        connection.execute(COUNT_EXPIRED, {"id": lease.worker_id})
     return _drop(connection, leases, "lease_expired", "The worker was not heard of.", retry_seconds)
 
 
@@ -218,14 +221,22 @@ def _drop(
     message: str,
     retry_seconds: float,
 ) -> set[str]:
-    failures = [
-        Failure(fence, reason, message)
-        for lease in leases
-        for fence in zip(lease.job_ids, lease.ordinals, lease.attempts, strict=True)
-    ]
-    _end(connection, "frames.failed", failures, retry_seconds)
+    lock_jobs(connection, [job_id for lease in leases for job_id in lease.job_ids])
+    for lease in leases:
+        failures = [Failure(fence, reason, message) for fence in _held_by(lease)]
+        states = list(_end(connection, "frames.failed", failures, retry_seconds).values())
+        lost = {
+            "returned": states.count(FrameState.READY),
+            "dead": states.count(FrameState.DEAD),
+            "expired": int(reason == "lease_expired"),
+        }
+        connection.execute(COUNT_LOST, {"id": lease.worker_id, **lost})
     connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
     return {lease.pipeline for lease in leases}
+
+
+def _held_by(lease: Row[Any]) -> list[Fence]:
+    return list(zip(lease.job_ids, lease.ordinals, lease.attempts, strict=True))
 
 
 def _end(
@@ -267,7 +278,7 @@ def _ending(row: Row[Any], failure: Failure, retry_seconds: float) -> _Ending:
     return _Ending(
         failure.fence,
         state if failure.charged else FrameState.READY,
-        retry_delay(charged, retry_seconds) if delay is None else delay,
+        retry_delay(row.attempt, retry_seconds) if delay is None else delay,
     )
 
 

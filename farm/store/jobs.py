@@ -19,14 +19,18 @@ from farm.store.tally import Delta, tally
 
 PROMPTS_A_CHUNK = 1000
 
-# A tenant that comes back to a lane has no credit from the time it asked for nothing.
+# Who comes to a lane starts level with those who wait there, or with whoever was served most:
+# no credit for absence, and no debt for work done while nobody else asked.
 JOIN_LANE = text("""
 INSERT INTO shares (pipeline, tenant_id, served)
-SELECT :pipeline, :tenant_id, coalesce(min(s.served), 0)
-FROM shares s
-WHERE s.pipeline = :pipeline AND EXISTS (
-    SELECT FROM jobs j
-    WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id AND j.id <> :job_id)
+SELECT :pipeline, :tenant_id, coalesce(min(s.served) FILTER (WHERE busy), max(s.served), 0)
+FROM shares s CROSS JOIN LATERAL (
+    SELECT EXISTS (
+        SELECT FROM jobs j
+        WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+          AND j.id <> :job_id) AS busy
+) now
+WHERE s.pipeline = :pipeline
 ON CONFLICT (pipeline, tenant_id) DO UPDATE
 SET served = greatest(shares.served, excluded.served)
 WHERE NOT EXISTS (
@@ -103,7 +107,11 @@ def insert_job(
         },
     ).first()
     if inserted is None:
-        return _same_job(connection, tenant_id, idempotency)
+        # Only an idempotency key collides: the same job came in at the same moment.
+        assert idempotency is not None
+        same = same_job(connection, tenant_id, idempotency)
+        assert same is not None
+        return same
     for first in range(0, len(prompts), PROMPTS_A_CHUNK):
         chunk = list(prompts[first : first + PROMPTS_A_CHUNK])
         connection.execute(INSERT_CHUNK, {"job_id": job_id, "first": first, "prompts": chunk})
@@ -113,13 +121,19 @@ def insert_job(
     return job_id
 
 
-def _same_job(
-    connection: Connection, tenant_id: uuid.UUID, idempotency: Idempotency | None
-) -> uuid.UUID:
-    assert idempotency is not None, "only an idempotency key can collide"
+def same_job(
+    connection: Connection, tenant_id: uuid.UUID, idempotency: Idempotency
+) -> uuid.UUID | None:
+    """Find the job that a tenant submitted before under the same idempotency key.
+
+    Raises:
+        Conflict: that job had another body.
+    """
     row = connection.execute(
         BY_IDEMPOTENCY, {"tenant_id": tenant_id, "idempotency_key": idempotency.key}
-    ).one()
+    ).first()
+    if row is None:
+        return None
     if row.idempotency_digest != idempotency.digest:
         raise Conflict(
             f"Idempotency-Key {idempotency.key!r} was used for job {row.id} with another body.",
@@ -167,7 +181,8 @@ WHERE id = :id
 RETRY_FRAMES = text(f"""
 WITH returned AS (
     UPDATE frames SET state = 'ready', spared = attempt
-    WHERE job_id = :id AND state = ANY(:from_states) RETURNING job_id, ordinal, 0.0 AS delay
+    WHERE job_id = :id AND state = ANY(:from_states) RETURNING job_id, ordinal, 0.0 AS delay,
+                                                                      false AS alone
 )
 {INTO_RETURNS}""")  # noqa: S608 - constants only
 

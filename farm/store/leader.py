@@ -13,15 +13,17 @@ from farm.store.engine import Store, is_outage
 
 LEAD = text("SELECT pg_try_advisory_lock(hashtextextended('janitor', 0))")
 
+IDLE = text("SELECT set_config('idle_session_timeout', :milliseconds, false)")
 STEP_DOWN = text("SELECT pg_advisory_unlock(hashtextextended('janitor', 0))")
 
 
 @contextmanager
-def leadership(store: Store) -> Iterator[Connection | None]:
+def leadership(store: Store, idle_seconds: float) -> Iterator[Connection | None]:
     """Try to lead: gives the connection that holds the lock, or None while another leads.
 
     All of the leader's work goes through that connection, so that whoever lost the lock with its
-    connection cannot work on.
+    connection cannot work on. A leader that says nothing for `idle_seconds` was stopped, or its
+    machine is gone: Postgres closes the connection.
 
     Raises:
         Unavailable: Postgres cannot be reached, or the connection broke.
@@ -30,6 +32,7 @@ def leadership(store: Store) -> Iterator[Connection | None]:
         with store.connect() as connection:
             # Closed at the end rather than pooled: a pooled connection would keep the lock.
             connection.detach()
+            connection.execute(IDLE, {"milliseconds": str(round(idle_seconds * 1000))})
             leads = bool(connection.execute(LEAD).scalar_one())
             connection.commit()
             yield connection if leads else None

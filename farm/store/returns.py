@@ -4,9 +4,9 @@ from __future__ import annotations
 
 INTO_RETURNS = """
 INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
-                     job_created_at, paused)
+                     job_created_at, paused, alone)
 SELECT f.job_id, f.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
-       clock_timestamp() + make_interval(secs => f.delay), j.created_at, j.paused
+       clock_timestamp() + make_interval(secs => f.delay), j.created_at, j.paused, f.alone
 FROM returned f JOIN jobs j ON j.id = f.job_id CROSS JOIN LATERAL (
     -- the run of the job's ordinals that the frame lies in
     SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
@@ -14,4 +14,4 @@ FROM returned f JOIN jobs j ON j.id = f.job_id CROSS JOIN LATERAL (
     WHERE (run ->> 0)::bigint > f.ordinal ORDER BY place LIMIT 1
 ) r
 """
-"""Ends a statement whose CTE `returned` has job_id, ordinal and delay (seconds)."""
+"""Ends a statement whose CTE `returned` has job_id, ordinal, delay (seconds) and alone."""

@@ -128,6 +128,8 @@ jobs = Table(
     Index("jobs_fill", "pipeline", "batch_key", postgresql_where=text("open")),
     Index("jobs_newest", "tenant_id", "created_at", "id"),
     Index("jobs_labels", "labels", postgresql_using="gin"),
+    # Counters change with every batch.
+    postgresql_with={"fillfactor": "50"},
 )
 
 input_chunks = Table(
@@ -163,6 +165,8 @@ frames = Table(
     CheckConstraint(
         "(state = 'succeeded') = (sha256 IS NOT NULL AND bytes IS NOT NULL)", name="artifact"
     ),
+    # Room on each page for the one update that most frames get.
+    postgresql_with={"fillfactor": "75"},
 )
 
 returns = Table(
@@ -179,6 +183,7 @@ returns = Table(
     # What follows is its job's: here too, so that an index gives the order of claiming.
     _moment("job_created_at", null=False),
     Column("paused", Boolean, nullable=False),
+    Column("alone", Boolean, nullable=False, comment="its attempt failed: no neighbours again"),
     Index(
         "returns_claim",
         "pipeline",
@@ -197,7 +202,7 @@ returns = Table(
         "job_created_at",
         "job_id",
         "ordinal",
-        postgresql_where=text("NOT paused"),
+        postgresql_where=text("NOT paused AND NOT alone"),
     ),
 )
 

@@ -58,6 +58,7 @@ WITH delta AS (
     UPDATE jobs j
     SET running = c.running, succeeded = c.succeeded, dead = c.dead, cancelled = c.cancelled,
         status = c.status,
+        paused = j.paused AND c.status IN ('queued', 'running'),
         started_at = CASE WHEN c.status = 'running' THEN coalesce(j.started_at, clock_timestamp())
                           ELSE j.started_at END,
         finished_at = CASE WHEN c.status IN ('succeeded', 'partial', 'failed')

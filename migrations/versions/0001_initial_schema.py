@@ -189,6 +189,7 @@ def upgrade() -> None:
         sa.UniqueConstraint(
             "tenant_id", "idempotency_key", name=op.f("jobs_tenant_id_idempotency_key_key")
         ),
+        postgresql_with={"fillfactor": "50"},
     )
     op.create_index(
         "jobs_claim",
@@ -295,6 +296,7 @@ def upgrade() -> None:
             ["job_id"], ["jobs.id"], name=op.f("frames_job_id_fkey"), ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("job_id", "ordinal", name=op.f("frames_pkey")),
+        postgresql_with={"fillfactor": "75"},
     )
     op.create_table(
         "input_chunks",
@@ -320,6 +322,9 @@ def upgrade() -> None:
         sa.Column("not_before", sa.DateTime(timezone=True), nullable=False),
         sa.Column("job_created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("paused", sa.Boolean(), nullable=False),
+        sa.Column(
+            "alone", sa.Boolean(), nullable=False, comment="its attempt failed: no neighbours again"
+        ),
         sa.ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("returns_job_id_fkey"), ondelete="CASCADE"
         ),
@@ -337,12 +342,14 @@ def upgrade() -> None:
         "returns",
         ["pipeline", "batch_key", "priority", "job_created_at", "job_id", "ordinal"],
         unique=False,
-        postgresql_where=sa.text("NOT paused"),
+        postgresql_where=sa.text("NOT paused AND NOT alone"),
     )
 
 
 def downgrade() -> None:
-    op.drop_index("returns_fill", table_name="returns", postgresql_where=sa.text("NOT paused"))
+    op.drop_index(
+        "returns_fill", table_name="returns", postgresql_where=sa.text("NOT paused AND NOT alone")
+    )
     op.drop_index("returns_claim", table_name="returns", postgresql_where=sa.text("NOT paused"))
     op.drop_table("returns")
     op.drop_table("input_chunks")

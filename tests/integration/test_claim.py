@@ -143,10 +143,57 @@ def test_a_returned_frame_is_claimed_again_with_its_own_spec(farm: Farm, tenant:
     submit(farm, tenant, images_per_prompt=6, bucket=2, grid={"steps": [5, 6]})
     hand = hire(farm)
     leases = claim_all(farm)
-    hand.fail(leases[4])
+    hand.release(leases[4])
     again = hand.must_claim()
     assert [frame.spec for frame in again.frames] == [frame.spec for frame in leases[4].frames]
     assert [frame.attempt for frame in again.frames] == [2, 2]
+
+
+def test_a_frame_whose_attempt_failed_is_claimed_without_neighbours(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    """One bad frame takes its batch down once; then it is alone, and the others succeed."""
+    job_id = submit(farm, tenant, images_per_prompt=8, bucket=8)
+    hand = hire(farm)
+    sizes = []
+    while (lease := hand.claim()) is not None:
+        sizes.append(len(lease.frames))
+        if any(frame.ordinal == 5 for frame in lease.frames):
+            hand.fail(lease)
+        else:
+            hand.complete(lease)
+    assert sizes == [8] + [1] * 9
+    job = job_row(farm, tenant, job_id)
+    assert (job.status, job.succeeded, job.dead) == ("partial", 7, 1)
+    assert frame_rows(farm, job_id)[5].state == "dead"
+
+
+def test_an_interactive_job_is_not_held_up_by_returned_frames(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    submit(farm, tenant, images_per_prompt=40, bucket=4, priority="bulk")
+    hand = hire(farm)
+    leases = [hand.must_claim() for _ in range(10)]
+    for lease in leases:
+        hand.release(lease)
+    urgent = submit(farm, tenant, bucket=4, priority="interactive")
+    lease = hand.must_claim()
+    assert urgent in {frame.job_id for frame in lease.frames}
+    assert len(lease.frames) == 4  # the returned ones fill what is free
+
+
+def test_no_debt_for_work_done_while_nobody_else_asked(farm: Farm) -> None:
+    early, late = new_tenant(farm, "early"), new_tenant(farm, "late")
+    submit(farm, early, images_per_prompt=640, bucket=8)
+    hand = hire(farm)
+    for lease in claim_all(farm):
+        hand.complete(lease)
+    submit(farm, late, images_per_prompt=1000, bucket=8)
+    submit(farm, early, images_per_prompt=1000, bucket=8)
+    served: Counter[uuid.UUID] = Counter()
+    for _ in range(20):
+        served.update(frame.tenant_id for frame in hand.must_claim().frames)
+    assert abs(served[early] - served[late]) <= 8
 
 
 def test_nothing_is_claimed_before_its_back_off_is_over(farm: Farm, tenant: uuid.UUID) -> None:
@@ -167,7 +214,7 @@ def test_nothing_is_claimed_before_its_back_off_is_over(farm: Farm, tenant: uuid
 def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=4, bucket=2)
     hand = hire(farm)
-    hand.fail(hand.must_claim())  # two frames returned, two not yet born
+    hand.release(hand.must_claim())  # two frames returned, two not yet born
     jobs.pause(farm, tenant, job_id)
     assert hand.claim() is None
     jobs.resume(farm, tenant, job_id)
@@ -307,6 +354,15 @@ def test_a_job_s_events_come_in_the_order_of_their_commits(farm: Farm, tenant: u
             rows = events.events_of(connection, job_id, after=seen[-1] if seen else 0)
             seen += [row.id for row in rows]
     assert seen == [row[0] for row in sql(farm, "SELECT id FROM events ORDER BY id")]
+
+
+def test_a_repeated_submission_is_the_same_job_though_the_limits_have_changed(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    body = {"pipeline": "demo", "prompts": ["a red star"], "images_per_prompt": 9}
+    first = jobs.submit(farm, tenant, body, "once")
+    farm.settings.max_job_frames = 5
+    assert jobs.submit(farm, tenant, body, "once") == first
 
 
 def test_an_idempotency_key_makes_one_job(farm: Farm, tenant: uuid.UUID) -> None:

@@ -33,8 +33,8 @@ SELECT :job, n, 1, 'hand', 'render_error', '', clock_timestamp() FROM generate_s
 INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, 'job.queued', '{}' FROM jobs, generate_series(1, 5);
 INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
-                     job_created_at, paused)
-SELECT id, 100, 'other', :tenant, 1, 'key', 8, clock_timestamp(), created_at, false
+                     job_created_at, paused, alone)
+SELECT id, 100, 'other', :tenant, 1, 'key', 8, clock_timestamp(), created_at, false, false
 FROM jobs WHERE id <> :job;
 INSERT INTO input_chunks (job_id, first, prompts)
 SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
@@ -44,7 +44,14 @@ ONE = {"job_ids": [uuid.UUID(int=1)], "ordinals": [100], "attempts": [1]}
 
 HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "leader": (claim.LEADER, {"pipeline": "demo"}),
-    "returned": (claim.RETURNED, {"pipeline": "demo", "batch_key": "key", "bucket": 8}),
+    "returned": (
+        claim.OTHER_RETURNED,
+        {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
+    ),
+    "own returned": (
+        claim.OWN_RETURNED,
+        {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
+    ),
     "open jobs": (
         claim.OPEN_JOBS,
         {"pipeline": "demo", "batch_key": "key", "bucket": 8, "leader": uuid.UUID(int=1)},

@@ -16,7 +16,7 @@ from workers.janitor import Janitor
 
 
 def sweep(farm: Farm) -> None:
-    with leadership(farm.store) as connection:
+    with leadership(farm.store, 5.0) as connection:
         assert connection is not None
         Janitor(farm).sweep(connection)
 
@@ -83,11 +83,11 @@ def test_old_events_are_pruned(farm: Farm, tenant: uuid.UUID) -> None:
 
 
 def test_one_janitor_leads_and_another_takes_over(farm: Farm) -> None:
-    with leadership(farm.store) as first:
+    with leadership(farm.store, 5.0) as first:
         assert first is not None
-        with leadership(farm.store) as second:
+        with leadership(farm.store, 5.0) as second:
             assert second is None
-    with leadership(farm.store) as second:
+    with leadership(farm.store, 5.0) as second:
         assert second is not None
 
 

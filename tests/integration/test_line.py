@@ -57,7 +57,9 @@ class Noise:
         return {"width": 8, "height": 8}
 
     def load(self, pipeline: Pipeline) -> Loaded:
-        return Loaded(pipe=None, device="cpu", dtype="float32", weights="0" * 64)
+        return Loaded(
+            pipe=None, device="cpu", dtype="float32", scheduler_config=None, weights="0" * 64
+        )
 
     def denoise(
         self, loaded: Loaded, frames: Sequence[FrameSpec], on_step: StepHook
