@@ -52,7 +52,7 @@ def _eta_seconds(row: JobRow) -> float | None:
         return None
     elapsed: float = (row.now - row.started_at).total_seconds()
     left: int = row.total - rendered - row.cancelled
-    return round(elapsed / rendered * left, 1)
+    return round(elapsed / rendered * left, 3)
 
 
 def frame_views(
