@@ -14,8 +14,8 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", summary="Liveness")
-def healthz() -> wire.Health:
-    """Answer, whatever else is away."""
+async def healthz() -> wire.Health:
+    """Answer, whatever else is away; it waits for no thread of the pool."""
     return wire.Health()
 
 

@@ -7,6 +7,7 @@ row points at.
 from __future__ import annotations
 
 import uuid
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import boto3
@@ -33,21 +34,30 @@ class Artifacts:
     def __init__(self, settings: Settings) -> None:
         self.bucket = settings.s3_bucket
         self._presign_seconds = settings.presign_seconds
-        self._s3: S3Client = boto3.client(
+        self._settings = settings
+        self._s3 = self._client(timeout=30, attempts=3)
+
+    def _client(self, timeout: int, attempts: int) -> S3Client:
+        return boto3.client(
             "s3",
-            endpoint_url=settings.s3_endpoint_url,
+            endpoint_url=self._settings.s3_endpoint_url,
             config=Config(
                 signature_version="s3v4",
-                connect_timeout=5,
-                read_timeout=30,
+                connect_timeout=min(timeout, 5),
+                read_timeout=timeout,
                 max_pool_connections=16,
-                retries={"mode": "standard", "total_max_attempts": 3},
+                retries={"mode": "standard", "total_max_attempts": attempts},
                 # Our own sha256 stands in the key and the row; a second checksum only costs time.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 s3={"addressing_style": "path"},
             ),
         )
+
+    @cached_property
+    def _probe(self) -> S3Client:
+        """For readiness, which must be told soon."""
+        return self._client(timeout=2, attempts=1)
 
     def put(self, key: str, content: bytes) -> None:
         """Store an image. Storing it again, even cut short in between, changes nothing.
@@ -93,7 +103,7 @@ class Artifacts:
     def answers(self) -> bool:
         """Whether the storage answers and the bucket is there."""
         try:
-            self._s3.head_bucket(Bucket=self.bucket)
+            self._probe.head_bucket(Bucket=self.bucket)
         except (BotoCoreError, ClientError):
             return False
         return True

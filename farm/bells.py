@@ -7,6 +7,8 @@ rings again for every lane where something waits.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import redis
@@ -23,7 +25,14 @@ RENDER_TASK = "farm.render"
 MAX_BELLS = 2
 """Bells left waiting on a lane: more would wake nobody else, and Redis stays small."""
 
-SOCKET = {"socket_timeout": 10, "socket_connect_timeout": 5, "health_check_interval": 10}
+PATIENT = {"socket_timeout": 10, "socket_connect_timeout": 5, "health_check_interval": 10}
+"""For a worker, which waits for bells: a half-open connection is noticed within these seconds."""
+
+HASTY = {"socket_timeout": 1, "socket_connect_timeout": 1}
+"""For whoever rings: nobody waits long for a hint."""
+
+SILENT_SECONDS = 3.0
+"""How long nothing is rung after Redis did not answer."""
 
 
 def lane(pipeline: str) -> str:
@@ -31,8 +40,8 @@ def lane(pipeline: str) -> str:
     return f"render.{pipeline}"
 
 
-def make_app(settings: Settings) -> Celery:
-    """Build the Celery app that rings bells and that workers answer with."""
+def make_app(settings: Settings, socket: Mapping[str, int] = PATIENT) -> Celery:
+    """Build the Celery app that rings bells, or that a worker answers them with."""
     app = Celery("farm", broker=settings.redis_url.get_secret_value(), set_as_current=False)
     app.conf.update(
         task_ignore_result=True,
@@ -41,7 +50,9 @@ def make_app(settings: Settings) -> Celery:
         accept_content=["json"],
         # A bell is acknowledged before the work: leases, not messages, say what must be redone.
         task_acks_late=False,
+        # A busy worker holds no bell back from an idle one.
         worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
         worker_pool_start_method="spawn",
         worker_proc_alive_timeout=3600,
         worker_hijack_root_logger=False,
@@ -50,7 +61,7 @@ def make_app(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={**SOCKET, "retry_on_timeout": True},
+        broker_transport_options=dict(socket),
     )
     return app
 
@@ -59,14 +70,17 @@ class Bells:
     """Rings lanes; one a process."""
 
     def __init__(self, settings: Settings) -> None:
-        self.app = make_app(settings)
-        self._redis: Any = redis.Redis.from_url(settings.redis_url.get_secret_value(), **SOCKET)
+        self.app = make_app(settings, HASTY)
+        self._redis: Any = redis.Redis.from_url(settings.redis_url.get_secret_value(), **HASTY)
+        self._silent_until = float("-inf")
 
     def ring(self, pipeline: str) -> bool:
         """Wake one worker of a lane; returns whether Redis took the bell.
 
         An outage is logged and no more: the janitor rings again.
         """
+        if time.monotonic() < self._silent_until:
+            return False
         try:
             if self._redis.llen(lane(pipeline)) < MAX_BELLS:
                 self.app.send_task(
@@ -74,6 +88,7 @@ class Bells:
                 )
         except (redis.RedisError, OperationalError, OSError) as error:
             log.warning("The bell of lane %s was not rung: %s", pipeline, error)
+            self._silent_until = time.monotonic() + SILENT_SECONDS
             return False
         return True
 

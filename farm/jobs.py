@@ -76,8 +76,12 @@ def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
 
 def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
     """Give a job's dead frames fresh attempts, and ring its lane; returns how many."""
-    with transaction(farm.store) as connection:
-        frames = stored.retry_job(connection, tenant_id, job_id)
-        pipeline = reading.get_job(connection, tenant_id, job_id).pipeline
-    farm.bells.ring(pipeline)
+    frames = 0
+    while True:
+        with transaction(farm.store) as connection:
+            job = reading.get_job(connection, tenant_id, job_id)
+            if frames and job.dead == 0:
+                break
+            frames += stored.retry_job(connection, tenant_id, job_id)
+    farm.bells.ring(job.pipeline)
     return frames

@@ -30,7 +30,7 @@ class Provenance(BaseModel):
     format: int = 1
     frame: FrameSpec
     weights: str
-    """sha256 over the checkpoint's files"""
+    """sha256 over a local checkpoint's files, or over a hub repository's name and commit"""
     device: str
     """the CPU with its instruction set (`cpu AVX512`), or the GPU's name"""
     dtype: str

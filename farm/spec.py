@@ -47,8 +47,10 @@ def storable(text: str) -> str:
     """Refuse text that is not Unicode text to Postgres: NUL characters and lone surrogates."""
     if "\x00" in text:
         raise ValueError("the NUL character cannot be stored")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("a lone surrogate is not a character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a lone surrogate is not a character") from error
     return text
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -89,7 +90,7 @@ def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
     points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
     frames_per_point = len(job.prompts) * job.images_per_prompt
     keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
-    frames_of = {key: keys.count(key) * frames_per_point for key in dict.fromkeys(keys)}
+    longest = _longest_runs(keys)
     return FullSpec(
         pipeline=job.pipeline,
         prompt_count=len(job.prompts),
@@ -100,7 +101,7 @@ def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
         params=_base_params(job, offer),
         grid=job.grid,
         points=[
-            _point(job, offer, params, frames_of[key])
+            _point(job, offer, params, longest[key] * frames_per_point)
             for params, key in zip(points, keys, strict=True)
         ],
         priority=job.priority,
@@ -108,6 +109,14 @@ def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
         max_attempts=job.max_attempts,
         labels=job.labels,
     )
+
+
+def _longest_runs(keys: Sequence[str]) -> dict[str, int]:
+    """How many grid points of a key stand together at most: a batch never spans two runs."""
+    longest: dict[str, int] = {}
+    for key, run in itertools.groupby(keys):
+        longest[key] = max(longest.get(key, 0), len(list(run)))
+    return longest
 
 
 def _check_names(job: JobSpec, offer: Offer) -> None:

@@ -14,9 +14,9 @@ from farm import jobs
 from farm.context import Farm
 from farm.states import FrameState
 from farm.store import frames, keys, reading, workers
-from farm.store.claim import ClaimedFrame, Lease, claim
+from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import transaction
-from farm.store.frames import Done, Failure, Fence
+from farm.store.frames import Done, Failure
 
 
 def submit(farm: Farm, tenant: uuid.UUID, **fields: Any) -> uuid.UUID:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from celery.signals import setup_logging, worker_process_init
@@ -25,6 +26,8 @@ def _set_up_logs(**_: Any) -> None:
 
 @worker_process_init.connect
 def _start_child(**_: Any) -> None:
+    # SIGTERM to the whole group is the parent's to answer: the batch is finished first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = Child()
     child.start()
     _child[:] = [child]

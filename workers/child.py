@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import signal
-import sys
 import time
 
 from farm.config import load_settings
 from farm.context import open_farm
-from farm.errors import Unavailable
+from farm.errors import FarmError, Unavailable
 from farm.families.loading import prepare_torch
 from farm.store import workers
 from farm.store.engine import transaction
@@ -21,7 +17,6 @@ from workers.line import RenderLine
 log = logging.getLogger(__name__)
 
 LOAD_AGAIN_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -29,7 +24,6 @@ class Child:
 
     def __init__(self) -> None:
         self._identity = announced_identity()
-        die_with_parent(self._identity.pid)
         self._farm = open_farm(load_settings())
         self._line: RenderLine | None = None
         self._tried = float("-inf")
@@ -47,11 +41,16 @@ class Child:
             if self._line is None and time.monotonic() - self._tried > LOAD_AGAIN_SECONDS:
                 self._load()
             if self._line is not None:
-                self._say("rendering")
-                self._line.run()
-                self._say("idle")
+                self._render(self._line)
         except Unavailable as error:
             log.warning("%s stops for now: %s", self._identity.name, error)
+
+    def _render(self, line: RenderLine) -> None:
+        self._say("rendering")
+        try:
+            line.run()
+        finally:
+            self._say("idle")
 
     def _load(self) -> None:
         self._tried = time.monotonic()
@@ -63,7 +62,9 @@ class Child:
             loaded = offer.family.load(offer.pipeline)
         except Exception as error:
             log.exception("%s cannot load pipeline %s", self._identity.name, pipeline)
-            self._say("failed", problem=str(error))
+            # What a library says may tell of this machine: that stays in the log.
+            told = error.message if isinstance(error, FarmError) else type(error).__name__
+            self._say("failed", problem=told)
             return
         seconds = time.monotonic() - self._tried
         log.info(
@@ -75,11 +76,3 @@ class Child:
     def _say(self, state: str, *, device: str | None = None, problem: str | None = None) -> None:
         with transaction(self._farm.store) as connection:
             workers.set_state(connection, self._identity.id, state, device=device, problem=problem)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have Linux end this process when its parent ends, so that no orphan keeps the device."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
-        sys.exit(1)

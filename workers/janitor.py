@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 
 from farm.context import Farm
 from farm.errors import Unavailable
@@ -17,15 +16,12 @@ from farm.store.leader import leadership
 
 log = logging.getLogger(__name__)
 
-PRUNE_SECONDS = 3600.0
-
 
 class Janitor:
     """Sweeps every `sweep_seconds` while it leads."""
 
     def __init__(self, farm: Farm) -> None:
         self._farm = farm
-        self._pruned = float("-inf")
         settings = farm.settings
         self._patience = max(settings.transaction_seconds, 3 * settings.sweep_seconds)
 
@@ -58,9 +54,8 @@ class Janitor:
             log.warning("Leases of lane %s expired; their frames were returned.", lane)
         for name in gone:
             log.warning("Worker %s was not heard of: it counts as gone.", name)
+        with connection.begin():
+            events.prune(connection, settings.events_days)
         for pipeline in waiting:
-            self._farm.bells.ring(pipeline)
-        if time.monotonic() - self._pruned > PRUNE_SECONDS:
-            with connection.begin():
-                events.prune(connection, settings.events_days)
-            self._pruned = time.monotonic()
+            if not self._farm.bells.ring(pipeline):
+                break

@@ -21,9 +21,9 @@ from farm.offers import Offer
 from farm.provenance import Provenance, encode_png, library_versions
 from farm.states import FrameState
 from farm.store import frames, workers
-from farm.store.claim import ClaimedFrame, Lease, claim
+from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import Connection, transaction
-from farm.store.frames import Done, Failure, Fence
+from farm.store.frames import Done, Failure
 from farm.store.workers import Account
 from workers.identity import Identity
 from workers.watch import LeaseWatch
@@ -48,6 +48,8 @@ class RenderLine:
         Raises:
             Unavailable: Postgres is away; the janitor rings again when it is back.
         """
+        with transaction(self._farm.store) as connection:
+            frames.release_forgotten(connection, self._identity.id, os.getpid())
         while (lease := self._claim()) is not None:
             if len(lease.frames) == lease.frames[0].spec.bucket:
                 self._farm.bells.ring(lease.pipeline)  # there may be more: wake another worker
@@ -96,10 +98,16 @@ class RenderLine:
         for slot, (frame, picture) in enumerate(zip(lease.frames, pictures, strict=True)):
             try:
                 done.append(self._put(frame, slot, picture, account))
-                watch.on_stored()
+            except Unavailable as error:
+                # The storage is away: the others would only wait for it as long, one by one.
+                log.warning("%s could not store %s: %s", self._identity.name, frame, error)
+                failures += _failures(lease.frames[slot:], error)
+                break
             except Exception as error:
                 log.exception("%s could not store %s", self._identity.name, frame)
                 failures += _failures([frame], error)
+            finally:
+                watch.on_stored()
         self._commit(lambda: self._complete(lease, done, failures, account))
 
     def _put(self, frame: ClaimedFrame, slot: int, picture: Image.Image, account: Account) -> Done:
@@ -126,6 +134,8 @@ class RenderLine:
     ) -> None:
         with transaction(self._farm.store) as connection:
             accepted = frames.complete(connection, lease.id, done)
+            if not accepted and done and frames.already_complete(connection, done):
+                return  # the reply to an earlier COMMIT was lost
             account.succeeded = len(accepted)
             account.dropped = len(done) - len(accepted)
             self._end(connection, lease, failures, account)

@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import threading
+import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +25,9 @@ from workers.identity import Identity, new_identity
 
 log = logging.getLogger(__name__)
 
+OUTAGE_PATIENCE_SECONDS = 60.0
+"""After Postgres was away no step may have been told for long, though all went well."""
+
 
 class Heart:
     """Renews the worker's leases, ends a hung child, and returns what a dead child held."""
@@ -33,6 +38,7 @@ class Heart:
         self._wake = threading.Event()
         self._over = threading.Event()
         self._draining = False
+        self._outage = float("-inf")
         self._last_words = "The worker's child ended."
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
 
@@ -62,6 +68,7 @@ class Heart:
             try:
                 self._beat()
             except Unavailable as error:
+                self._outage = time.monotonic()
                 log.warning("%s: heartbeat missed: %s", self._identity.name, error)
             except Exception:
                 log.exception("%s: heartbeat failed", self._identity.name)
@@ -69,19 +76,28 @@ class Heart:
 
     def _beat(self) -> None:
         settings, me = self._farm.settings, self._identity.id
+        # Two transactions: a commit locks the lease before the worker's row, so this must not
+        # hold the one while it waits for the other.
+        with transaction(self._farm.store) as connection:
+            held = frames.renew(connection, me, settings.lease_seconds)
         with transaction(self._farm.store) as connection:
             workers.seen(connection, me)
             if self._draining:
                 workers.drain(connection, me)
-            held = frames.renew(connection, me, settings.lease_seconds)
-        patience = timedelta(seconds=settings.step_timeout_seconds)
-        for lease in held:
-            if lease.still > patience and is_alive(lease.pid):
-                log.error("%s: child %s hangs; ended", self._identity.name, lease.pid)
-                os.kill(lease.pid, signal.SIGKILL)
+        if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
+            self._end_hung(held)
         gone = [lease.pid for lease in held if not is_alive(lease.pid)]
         if gone:
             self._return_lost(gone)
+
+    def _end_hung(self, held: Sequence[Any]) -> None:
+        """End a child that shows no step for too long; one that only stores is not hung."""
+        patience = timedelta(seconds=self._farm.settings.step_timeout_seconds)
+        for lease in held:
+            denoises = not lease.steps or lease.step < lease.steps
+            if denoises and lease.still > patience and is_alive(lease.pid):
+                log.error("%s: child %s hangs; ended", self._identity.name, lease.pid)
+                os.kill(lease.pid, signal.SIGKILL)
 
     def _return_lost(self, pids: list[int]) -> None:
         with transaction(self._farm.store) as connection:
@@ -101,7 +117,7 @@ class Heart:
         try:
             self._beat()
             with transaction(self._farm.store) as connection:
-                workers.set_state(connection, self._identity.id, "gone")
+                workers.leave(connection, self._identity.id)
         except FarmError as error:
             log.warning("%s left without saying so: %s", self._identity.name, error)
 

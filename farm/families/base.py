@@ -25,7 +25,13 @@ class StopBatch(Exception):
 class Params(BaseModel):
     """Parameters every family takes. A family adds its own by deriving from this."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # one tenant's words must not show in another's error
+    )
 
     PER_FRAME: ClassVar[frozenset[str]] = frozenset({"negative_prompt"})
     """Fields that may differ between the frames of a batch; all others belong to batch_key."""
@@ -51,7 +57,7 @@ class Loaded:
     scheduler_config: Any
     """The checkpoint's own: each batch's sampler is built from it, whatever ran before."""
     weights: str
-    """The hash of every file of the checkpoint that decides what is drawn."""
+    """What names the weights: see loading."""
 
 
 @dataclass(frozen=True)

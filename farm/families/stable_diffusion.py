@@ -60,8 +60,8 @@ class StableDiffusion:
         pipe = loaded.pipe
         pipe.scheduler = build_sampler(params.sampler, loaded.scheduler_config)
 
-        def hook(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(step + 1, params.steps)
+        def hook(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step + 1, pipe.num_timesteps)  # some samplers take two for a step
             return tensors
 
         pictures: list[Image.Image] = pipe(

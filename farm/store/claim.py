@@ -49,6 +49,8 @@ class Lease:
     frames: tuple[ClaimedFrame, ...]
 
 
+CHOICES = 5
+
 LOCK_LANE = text("SELECT pg_advisory_xact_lock(hashtextextended('lane ' || :pipeline, 0))")
 
 MAY_CLAIM = text("SELECT true FROM workers WHERE id = :worker_id AND NOT draining")
@@ -89,12 +91,15 @@ OTHER_RETURNED = text(f"""{RETURNED} AND r.job_id <> :leader
 ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT :free
 """)
 
-OPEN_JOBS = text("""
-SELECT j.id, j.run_end - j.cursor AS room
-FROM jobs j JOIN shares s USING (pipeline, tenant_id)
-WHERE j.open AND j.pipeline = :pipeline AND j.batch_key = :batch_key
-ORDER BY j.id <> :leader, j.priority, s.served, j.created_at, j.id
-LIMIT :bucket
+OWN_ROOM = text("""
+SELECT id, run_end - cursor AS room FROM jobs
+WHERE id = :leader AND open AND batch_key = :batch_key
+""")
+
+OTHER_JOBS = text("""
+SELECT id, run_end - cursor AS room FROM jobs
+WHERE open AND pipeline = :pipeline AND batch_key = :batch_key AND id <> :leader
+ORDER BY priority, created_at, id LIMIT :free
 """)
 
 # The cursor moves only here, under the lane's lock; a cancel or a pause in between closes the job.
@@ -163,6 +168,7 @@ CROSS JOIN LATERAL (
 """)
 
 Fence = tuple[uuid.UUID, int, int]
+"""(job, ordinal, attempt): what a write after a claim must match."""
 
 
 def claim(
@@ -181,15 +187,18 @@ def claim(
     connection.execute(LOCK_LANE, {"pipeline": pipeline})
     if connection.execute(MAY_CLAIM, {"worker_id": worker_id}).first() is None:
         return None
-    leader = connection.execute(LEADER, {"pipeline": pipeline}).mappings().first()
-    if leader is None:
-        return None
-    fill = _fill(connection, pipeline, leader)
-    lock_jobs(connection, [job_id for job_id, _ in fill.returned] + list(fill.new))
-    fences = _take_back(connection, fill.returned, worker) + _advance(connection, fill.new, worker)
-    if not fences:
-        return None
-    return _open_lease(connection, pipeline, worker_id, pid, lease_seconds, sorted(fences))
+    # What was chosen may be cancelled or paused before it is locked: then choose again.
+    for _ in range(CHOICES):
+        leader = connection.execute(LEADER, {"pipeline": pipeline}).mappings().first()
+        if leader is None:
+            return None
+        fill = _fill(connection, pipeline, leader)
+        lock_jobs(connection, [job_id for job_id, _ in fill.returned] + list(fill.new))
+        fences = _take_back(connection, fill.returned, worker)
+        fences += _advance(connection, fill.new, worker)
+        if fences:
+            return _open_lease(connection, pipeline, worker_id, pid, lease_seconds, sorted(fences))
+    return None
 
 
 @dataclass
@@ -218,11 +227,11 @@ def _fill(connection: Connection, pipeline: str, leader: Any) -> _Fill:
     fill = _Fill(leader["bucket"], [], {})
     where = {"pipeline": pipeline, "batch_key": leader["batch_key"], "leader": leader["job_id"]}
     fill.take_returned(connection.execute(OWN_RETURNED, {**where, "free": fill.free}))
-    jobs = connection.execute(OPEN_JOBS, {**where, "bucket": leader["bucket"]}).all()
-    fill.take_new(row for row in jobs if row.id == leader["job_id"])
+    fill.take_new(connection.execute(OWN_ROOM, where))
     if fill.free > 0:
         fill.take_returned(connection.execute(OTHER_RETURNED, {**where, "free": fill.free}))
-        fill.take_new(row for row in jobs if row.id != leader["job_id"])
+    if fill.free > 0:
+        fill.take_new(connection.execute(OTHER_JOBS, {**where, "free": fill.free}))
     return fill
 
 

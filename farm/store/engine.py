@@ -15,8 +15,11 @@ from farm.config import Settings
 from farm.errors import Unavailable
 
 CONNECT_SECONDS = 5
+POOL_SIZE = 5
 STATEMENT_MILLISECONDS = 30_000
 IDLE_IN_TRANSACTION = "25P03"
+TRY_AGAIN = {"08", "40", "53", "57"}
+"""SQLSTATE classes: connection, rollback (a deadlock's victim), resources, operator."""
 
 Store = Engine
 """A pool of connections to Postgres."""
@@ -25,14 +28,14 @@ Transaction = Connection
 """A connection inside a transaction: what `transaction` gives."""
 
 
-def open_store(settings: Settings, *, pool_size: int = 5) -> Store:
+def open_store(settings: Settings) -> Store:
     """Open a pool of connections; the first one is made when it is first needed."""
     idle = round(settings.transaction_seconds * 1000)
     url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
     return create_engine(
         url,
-        pool_size=pool_size,
-        max_overflow=2 * pool_size,
+        pool_size=POOL_SIZE,
+        max_overflow=2 * POOL_SIZE,
         pool_pre_ping=True,
         pool_timeout=CONNECT_SECONDS,
         connect_args={
@@ -56,8 +59,8 @@ def transaction(store: Store) -> Iterator[Connection]:
 
     Raises:
         Unavailable: Postgres cannot be reached, or the connection broke. Nothing was committed,
-            unless it broke while the answer to COMMIT was on its way: every write after a claim
-            is fenced, so trying again is safe.
+            unless it broke while the answer to COMMIT was on its way. Every write after a claim
+            is fenced, so trying it again is safe; see release_forgotten for the claim itself.
     """
     try:
         with store.begin() as connection:
@@ -77,16 +80,7 @@ def is_outage(error: DBAPIError) -> bool:
         return True
     if not isinstance(error, OperationalError | InterfaceError):
         return False
-    return error.connection_invalidated or state is None or state[:2] in {"08", "53", "57"}
-
-
-def is_ready(store: Store) -> bool:
-    """Whether Postgres answers."""
-    try:
-        with transaction(store) as connection:
-            return bool(connection.execute(text("SELECT true")).scalar_one())
-    except Unavailable:
-        return False
+    return error.connection_invalidated or state is None or state[:2] in TRY_AGAIN
 
 
 def server_clock(store: Store) -> datetime:

@@ -14,11 +14,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from farm.states import FrameState, after_failure, retry_delay
+from farm.store.claim import Fence
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
-
-Fence = tuple[uuid.UUID, int, int]
-"""(job, ordinal, attempt): what a write after a claim must match."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Failure:
     """Before the frame may be claimed again; None: longer with each attempt."""
 
 
-LOCK_LEASE = text("SELECT id FROM leases WHERE id = :id FOR UPDATE")
+LOCK_LEASE = text("SELECT job_ids FROM leases WHERE id = :id FOR UPDATE")
 
 COMPLETE = text("""
 UPDATE frames f
@@ -59,6 +57,14 @@ FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempt
 WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal
   AND f.attempt = d.attempt AND f.state = 'running'
 RETURNING f.job_id, f.ordinal, f.attempt
+""")
+
+ALREADY = text("""
+SELECT count(*)
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]),
+            CAST(:sha256 AS bytea[])) AS d (job_id, ordinal, attempt, sha256)
+JOIN frames f USING (job_id, ordinal)
+WHERE f.attempt = d.attempt AND f.state = 'succeeded' AND f.sha256 = d.sha256
 """)
 
 HELD = text("""
@@ -110,7 +116,8 @@ RETURNING EXISTS (
 
 RENEW = text("""
 UPDATE leases SET expires_at = clock_timestamp() + make_interval(secs => :seconds)
-WHERE worker_id = :worker_id RETURNING id, pid, clock_timestamp() - stepped_at AS still
+WHERE worker_id = :worker_id
+RETURNING id, pid, step, steps, clock_timestamp() - stepped_at AS still
 """)
 
 EXPIRED = text("""
@@ -133,7 +140,7 @@ WHERE id = :id
 
 
 def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> Sequence[Row[Any]]:
-    """Extend every lease a worker holds; returns (id, pid, still) of each.
+    """Extend every lease a worker holds; returns (id, pid, step, steps, still) of each.
 
     `still` is the time since the lease's last denoising step, on Postgres's clock.
     """
@@ -148,8 +155,7 @@ def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) ->
 
 def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) -> set[Fence]:
     """Make frames `succeeded`; returns the fences accepted, the others lost their lease."""
-    connection.execute(LOCK_LEASE, {"id": lease_id})
-    lock_jobs(connection, [item.fence[0] for item in done])
+    _lock(connection, lease_id, [item.fence for item in done])
     rows = connection.execute(
         COMPLETE,
         {
@@ -171,6 +177,12 @@ def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) 
     return accepted
 
 
+def already_complete(connection: Connection, done: Sequence[Done]) -> bool:
+    """Whether these very results are what the frames hold: the reply to a COMMIT was lost."""
+    values = {**_fences([item.fence for item in done]), "sha256": [item.sha256 for item in done]}
+    return bool(connection.execute(ALREADY, values).scalar_one() == len(done))
+
+
 def fail(
     connection: Connection,
     lease_id: uuid.UUID,
@@ -178,7 +190,7 @@ def fail(
     retry_seconds: float,
 ) -> dict[Fence, FrameState]:
     """End attempts that did not succeed; returns where each accepted frame went: ready or dead."""
-    connection.execute(LOCK_LEASE, {"id": lease_id})
+    _lock(connection, lease_id, [failure.fence for failure in failures])
     ended = _end(connection, "frames.failed", failures, retry_seconds)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
     return ended
@@ -186,14 +198,37 @@ def fail(
 
 def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> set[Fence]:
     """Return frames that were claimed but not rendered, at no charge to their attempts."""
-    connection.execute(LOCK_LEASE, {"id": lease_id})
+    _lock(connection, lease_id, fences)
+    released = _release(connection, fences)
+    connection.execute(CLOSE_LEASE, {"id": lease_id})
+    return released
+
+
+def release_forgotten(connection: Connection, worker_id: uuid.UUID, pid: int) -> None:
+    """Return, uncharged, what a child holds without knowing: the reply to its claim was lost.
+
+    Called by the child itself, when it holds nothing that it knows of.
+    """
+    leases = connection.execute(LEASES_OF, {"worker_id": worker_id, "pids": [pid]}).all()
+    fences = [fence for lease in leases for fence in _held_by(lease)]
+    if leases:
+        lock_jobs(connection, [job_id for job_id, _, _ in fences])
+        _release(connection, fences)
+        connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
+
+
+def _release(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
     failures = [
         Failure(fence, "released", "The worker gave it back.", charged=False, delay_seconds=0.0)
         for fence in fences
     ]
-    released = _end(connection, "frames.released", failures, 0.0)
-    connection.execute(CLOSE_LEASE, {"id": lease_id})
-    return set(released)
+    return set(_end(connection, "frames.released", failures, 0.0))
+
+
+def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> None:
+    """Lock a lease and every job of it, also those that a later write of the transaction needs."""
+    held = connection.execute(LOCK_LEASE, {"id": lease_id}).scalar()
+    lock_jobs(connection, [*(held or []), *(job_id for job_id, _, _ in fences)])
 
 
 def expire(connection: Connection, retry_seconds: float) -> set[str]:
@@ -244,7 +279,6 @@ def _end(
 ) -> dict[Fence, FrameState]:
     if not failures:
         return {}
-    lock_jobs(connection, [failure.fence[0] for failure in failures])
     of = {failure.fence: failure for failure in failures}
     endings = [
         _ending(row, of[row.job_id, row.ordinal, row.attempt], retry_seconds)

@@ -18,6 +18,7 @@ from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, tally
 
 PROMPTS_A_CHUNK = 1000
+RETRY_SLICE = 5000
 
 # Who comes to a lane starts level with those who wait there, or with whoever was served most:
 # no credit for absence, and no debt for work done while nobody else asked.
@@ -179,10 +180,13 @@ WHERE id = :id
 """)
 
 RETRY_FRAMES = text(f"""
-WITH returned AS (
-    UPDATE frames SET state = 'ready', spared = attempt
-    WHERE job_id = :id AND state = ANY(:from_states) RETURNING job_id, ordinal, 0.0 AS delay,
-                                                                      false AS alone
+WITH chosen AS (
+    SELECT ordinal FROM frames WHERE job_id = :id AND state = ANY(:from_states)
+    ORDER BY ordinal LIMIT :slice
+), returned AS (
+    UPDATE frames f SET state = 'ready', spared = attempt
+    FROM chosen c WHERE f.job_id = :id AND f.ordinal = c.ordinal
+    RETURNING f.job_id, f.ordinal, 0.0 AS delay, false AS alone
 )
 {INTO_RETURNS}""")  # noqa: S608 - constants only
 
@@ -227,7 +231,9 @@ def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
 
 
 def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
-    """Give a job's dead frames fresh attempts; returns how many.
+    """Give the first RETRY_SLICE of a job's dead frames fresh attempts; returns how many.
+
+    A slice a transaction, so that claims of the lane do not wait long for the job's row.
 
     Raises:
         Conflict: the job was cancelled, or has no dead frames.
@@ -236,7 +242,7 @@ def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
     if job.status == JobStatus.CANCELLED or job.dead == 0:
         raise Conflict(f"Job {job_id} is {job.status} and has {job.dead} dead frames to retry.")
     frames: int = connection.execute(
-        RETRY_FRAMES, {"id": job_id, "from_states": _from_states("retry")}
+        RETRY_FRAMES, {"id": job_id, "from_states": _from_states("retry"), "slice": RETRY_SLICE}
     ).rowcount
     connection.execute(RETRY_JOB, {"id": job_id, "from_states": list(JOB_TRANSITIONS["retry"])})
     tally(connection, "frames.retried", {job_id: Delta(dead=-frames, data={"count": frames})})

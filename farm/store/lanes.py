@@ -31,7 +31,7 @@ SELECT count(*) AS workers,
        count(*) FILTER (WHERE w.state = 'loading') AS loading,
        count(*) FILTER (WHERE w.state = 'failed') AS failed,
        min(w.problem) FILTER (WHERE w.state = 'failed') AS problem
-FROM workers w WHERE w.pipeline = :pipeline AND w.state <> 'gone'
+FROM workers w WHERE w.pipeline = :pipeline AND NOT w.gone
 """)
 
 BUSY_WITH = text("""

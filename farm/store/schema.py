@@ -125,8 +125,17 @@ jobs = Table(
         "id",
         postgresql_where=text("open"),
     ),
-    Index("jobs_fill", "pipeline", "batch_key", postgresql_where=text("open")),
+    Index(
+        "jobs_fill",
+        "pipeline",
+        "batch_key",
+        "priority",
+        "created_at",
+        "id",
+        postgresql_where=text("open"),
+    ),
     Index("jobs_newest", "tenant_id", "created_at", "id"),
+    Index("jobs_status", "tenant_id", "status", "created_at", "id"),
     Index("jobs_labels", "labels", postgresql_using="gin"),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
@@ -249,6 +258,7 @@ workers = Table(
     Column("pid", Integer, nullable=False),
     Column("state", Text, nullable=False),
     Column("draining", Boolean, nullable=False, server_default=text("false")),
+    Column("gone", Boolean, nullable=False, server_default=text("false")),
     Column("device", Text),
     Column("problem", Text, comment="why it cannot render"),
     _moment("started_at", now=True),
@@ -264,8 +274,9 @@ workers = Table(
     Column("encode_seconds", Double, nullable=False, server_default=text("0")),
     Column("put_seconds", Double, nullable=False, server_default=text("0")),
     Column("commit_seconds", Double, nullable=False, server_default=text("0")),
-    CheckConstraint(_one_of("state", ["loading", "idle", "rendering", "failed", "gone"]), "state"),
+    CheckConstraint(_one_of("state", ["loading", "idle", "rendering", "failed"]), "state"),
     Index("workers_pipeline", "pipeline"),
+    Index("workers_alive", "pipeline", "name", postgresql_where=text("NOT gone")),
 )
 
 shares = Table(

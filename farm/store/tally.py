@@ -1,7 +1,8 @@
 """The one statement that changes a job's counters, settles its status and appends the event.
 
 Every transition of frames ends here, in the same transaction. Locks are always taken in the same
-order, lease, then jobs by id, then frames, so that transitions never wait for each other in a ring.
+order, leases, then jobs by id, then frames, then workers, so that no two transactions wait for each
+other in a ring.
 """
 
 from __future__ import annotations

@@ -15,11 +15,9 @@ VALUES (:id, :name, :pipeline, :host, :pid, 'loading')
 """)
 
 # One that was stopped for a while, and counted as gone, is back.
-SEEN = text("""
-UPDATE workers SET seen_at = clock_timestamp(),
-                   state = CASE state WHEN 'gone' THEN 'idle' ELSE state END
-WHERE id = :id
-""")
+SEEN = text("UPDATE workers SET seen_at = clock_timestamp(), gone = false WHERE id = :id")
+
+LEAVE = text("UPDATE workers SET gone = true WHERE id = :id")
 
 SET_STATE = text("""
 UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device, device),
@@ -30,8 +28,8 @@ WHERE id = :id
 DRAIN = text("UPDATE workers SET draining = true WHERE id = :id")
 
 SWEEP = text("""
-UPDATE workers SET state = 'gone'
-WHERE state <> 'gone' AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
+UPDATE workers SET gone = true
+WHERE NOT gone AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
 RETURNING name
 """)
 
@@ -52,7 +50,7 @@ SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.state, w.draining, w.device, w
 FROM workers w LEFT JOIN LATERAL (
     SELECT * FROM leases l WHERE l.worker_id = w.id ORDER BY l.created_at DESC LIMIT 1
 ) l ON true
-WHERE w.state <> 'gone' ORDER BY w.pipeline, w.name
+WHERE NOT w.gone ORDER BY w.pipeline, w.name
 """)
 
 SUMS = text("""
@@ -61,7 +59,7 @@ SELECT pipeline, sum(succeeded)::bigint AS succeeded, sum(returned)::bigint AS r
        sum(expired)::bigint AS expired, sum(batches)::bigint AS batches,
        sum(denoise_seconds) AS denoise_seconds, sum(encode_seconds) AS encode_seconds,
        sum(put_seconds) AS put_seconds, sum(commit_seconds) AS commit_seconds,
-       count(*) FILTER (WHERE state <> 'gone') AS alive
+       count(*) FILTER (WHERE NOT gone) AS alive
 FROM workers GROUP BY pipeline ORDER BY pipeline
 """)
 
@@ -103,10 +101,15 @@ def set_state(
     device: str | None = None,
     problem: str | None = None,
 ) -> None:
-    """Say what a worker does now: loading, idle, rendering, failed or gone."""
+    """Say what a worker does now: loading, idle, rendering or failed."""
     connection.execute(
         SET_STATE, {"id": worker_id, "state": state, "device": device, "problem": problem}
     )
+
+
+def leave(connection: Connection, worker_id: uuid.UUID) -> None:
+    """Note that a worker has ended."""
+    connection.execute(LEAVE, {"id": worker_id})
 
 
 def drain(connection: Connection, worker_id: uuid.UUID) -> None:

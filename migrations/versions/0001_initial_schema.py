@@ -87,6 +87,7 @@ def upgrade() -> None:
         sa.Column("pid", sa.Integer(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("draining", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("gone", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("device", sa.Text(), nullable=True),
         sa.Column("problem", sa.Text(), nullable=True, comment="why it cannot render"),
         sa.Column(
@@ -112,10 +113,16 @@ def upgrade() -> None:
         sa.Column("put_seconds", sa.Double(), server_default=sa.text("0"), nullable=False),
         sa.Column("commit_seconds", sa.Double(), server_default=sa.text("0"), nullable=False),
         sa.CheckConstraint(
-            "state IN ('loading', 'idle', 'rendering', 'failed', 'gone')",
-            name=op.f("workers_state_check"),
+            "state IN ('loading', 'idle', 'rendering', 'failed')", name=op.f("workers_state_check")
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("workers_pkey")),
+    )
+    op.create_index(
+        "workers_alive",
+        "workers",
+        ["pipeline", "name"],
+        unique=False,
+        postgresql_where=sa.text("NOT gone"),
     )
     op.create_index("workers_pipeline", "workers", ["pipeline"], unique=False)
     op.create_table(
@@ -201,12 +208,15 @@ def upgrade() -> None:
     op.create_index(
         "jobs_fill",
         "jobs",
-        ["pipeline", "batch_key"],
+        ["pipeline", "batch_key", "priority", "created_at", "id"],
         unique=False,
         postgresql_where=sa.text("open"),
     )
     op.create_index("jobs_labels", "jobs", ["labels"], unique=False, postgresql_using="gin")
     op.create_index("jobs_newest", "jobs", ["tenant_id", "created_at", "id"], unique=False)
+    op.create_index(
+        "jobs_status", "jobs", ["tenant_id", "status", "created_at", "id"], unique=False
+    )
     op.create_table(
         "keys",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -357,12 +367,14 @@ def downgrade() -> None:
     op.drop_table("attempts")
     op.drop_table("shares")
     op.drop_table("keys")
+    op.drop_index("jobs_status", table_name="jobs")
     op.drop_index("jobs_newest", table_name="jobs")
     op.drop_index("jobs_labels", table_name="jobs", postgresql_using="gin")
     op.drop_index("jobs_fill", table_name="jobs", postgresql_where=sa.text("open"))
     op.drop_index("jobs_claim", table_name="jobs", postgresql_where=sa.text("open"))
     op.drop_table("jobs")
     op.drop_index("workers_pipeline", table_name="workers")
+    op.drop_index("workers_alive", table_name="workers", postgresql_where=sa.text("NOT gone"))
     op.drop_table("workers")
     op.drop_table("tenants")
     op.drop_index("leases_worker", table_name="leases")

@@ -15,7 +15,7 @@ from sqlalchemy.exc import InternalError
 from farm import jobs
 from farm.context import Farm
 from farm.errors import Conflict
-from farm.store import events, lanes, workers
+from farm.store import events, frames, lanes, workers
 from farm.store import jobs as stored
 from farm.store.claim import Lease, claim
 from farm.store.engine import transaction
@@ -274,6 +274,8 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
             fences = [fence(frame) for frame in lease.frames]
             hand.fail(lease, fences=fences[middle:])
             hand.complete(lease, fences[:middle])
+            with transaction(farm.store) as connection:
+                workers.account(connection, hand.id, workers.Account(succeeded=middle))
 
     def cancel() -> None:
         for job_id in job_ids[::2]:
@@ -282,7 +284,19 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
             except Conflict:
                 continue
 
-    work = [render, render, render, cancel, lambda: [let_leases_expire(farm) for _ in range(5)]]
+    def beat() -> None:
+        """What a worker's heart does meanwhile, in its two transactions."""
+        for worker in sql(farm, "SELECT id FROM workers") * 30:
+            with transaction(farm.store) as connection:
+                frames.renew(connection, worker.id, 60.0)
+            with transaction(farm.store) as connection:
+                workers.seen(connection, worker.id)
+
+    def expire() -> None:
+        for _ in range(5):
+            let_leases_expire(farm)
+
+    work = [render, render, render, cancel, beat, beat, expire]
     threads = [threading.Thread(target=guarded, args=(item,)) for item in work]
     for thread in threads:
         thread.start()

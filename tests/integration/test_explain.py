@@ -52,9 +52,10 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         claim.OWN_RETURNED,
         {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
     ),
-    "open jobs": (
-        claim.OPEN_JOBS,
-        {"pipeline": "demo", "batch_key": "key", "bucket": 8, "leader": uuid.UUID(int=1)},
+    "own room": (claim.OWN_ROOM, {"batch_key": "key", "leader": uuid.UUID(int=1)}),
+    "other jobs": (
+        claim.OTHER_JOBS,
+        {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
     ),
     "lock": (LOCK_JOBS, {"ids": [uuid.UUID(int=1)]}),
     "advance": (

@@ -14,9 +14,8 @@ from farm.errors import Conflict
 from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, FrameState, JobStatus, settled
 from farm.store import events
 from farm.store import jobs as stored
-from farm.store.claim import Lease
+from farm.store.claim import Fence, Lease
 from farm.store.engine import transaction
-from farm.store.frames import Fence
 from tests.farming import (
     Hand,
     attempts_of,

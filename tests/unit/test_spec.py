@@ -126,11 +126,12 @@ def test_the_bucket_chosen(priority: str, bucket: int, frames: int, expected: in
 
 def test_a_bucket_counts_the_frames_that_can_share_it() -> None:
     job = plan(images_per_prompt=2, grid={"negative_prompt": ["", "blue"], "steps": [5, 6]})
-    # for each number of steps 2 images x 2 negative prompts can share a batch
-    assert {point.bucket for point in job.points} == {4}
+    # frames that can share a batch stand two by two: no larger bucket would ever be full
+    assert {point.bucket for point in job.points} == {2}
     assert [end for end, _, _ in job.runs] == [2, 4, 6, 8]
     together = plan(images_per_prompt=2, grid={"steps": [5, 6], "negative_prompt": ["", "blue"]})
     assert [end for end, _, _ in together.runs] == [4, 8]
+    assert {point.bucket for point in together.points} == {4}
 
 
 def test_what_a_batch_shares_decides_its_key() -> None:
