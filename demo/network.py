@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -31,12 +31,19 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """How CLIP's tokenizer splits text into words."""
 
 
+Model: TypeAlias = Any
+"""A diffusers model, pipeline or scheduler; mypy sees none of the methods they inherit."""
+
+classes: Any = diffusers
+"""The library, whose constructors carry no types."""
+
+
 @dataclass
 class Parts:
     """The trainable parts of the pipeline and its tokenizer."""
 
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
+    vae: Model
+    unet: Model
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
 
@@ -80,7 +87,10 @@ def _as_clip(bpe: Tokenizer, alphabet: list[str]) -> CLIPTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         bpe.model.save(folder)
         lines = Path(folder, "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    # The tokenizer wants pairs, though its annotation says strings.
+    merges: list[Any] = [
+        tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+    ]
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     tokens += ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
@@ -95,9 +105,9 @@ def _as_clip(bpe: Tokenizer, alphabet: list[str]) -> CLIPTokenizer:
     )
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae() -> Model:
     """The autoencoder: 64x64 RGB in [-1, 1] to 4x16x16 latents and back."""
-    vae = AutoencoderKL(
+    vae = classes.AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -117,9 +127,9 @@ def build_vae() -> AutoencoderKL:
     return vae
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet() -> Model:
     """The denoiser of 4x16x16 latents; it attends to the caption at 8x8 and 4x4."""
-    return UNet2DConditionModel(
+    return classes.UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -150,9 +160,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler() -> Model:
     """The noise schedule: 1000 steps, v-prediction, nearly pure noise at the last one."""
-    return DDIMScheduler(
+    return classes.DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.02,
@@ -187,7 +197,7 @@ def save_pipeline(parts: Parts, folder: Path) -> None:
             target = folder / source.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
             source.chmod(0o644)
-            os.replace(source, target)
+            source.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -199,18 +209,18 @@ def _load_as_float32(config: Path) -> None:
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _half_pipeline(parts: Parts) -> StableDiffusionPipeline:
+def _half_pipeline(parts: Parts) -> Model:
     """A pipeline over fp16 copies of the parts."""
     vae, unet = build_vae(), build_unet()
-    text_encoder = build_text_encoder(parts.tokenizer)
+    text_encoder: Model = build_text_encoder(parts.tokenizer)
     vae.register_to_config(scaling_factor=parts.vae.config.scaling_factor)
     vae.load_state_dict(parts.vae.state_dict())
     unet.load_state_dict(parts.unet.state_dict())
     text_encoder.load_state_dict(parts.text_encoder.state_dict())
-    return StableDiffusionPipeline(
+    return classes.StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
-        tokenizer=parts.tokenizer,
+        tokenizer=build_tokenizer(),
         unet=unet.half(),
         scheduler=build_scheduler(),
         safety_checker=None,

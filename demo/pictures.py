@@ -70,6 +70,11 @@ class Combo(NamedTuple):
     ground: str
 
 
+def dice(*seed: object) -> random.Random:
+    """A generator of random numbers seeded by the words and numbers given; not for secrets."""
+    return random.Random(" ".join(str(part) for part in seed))  # noqa: S311
+
+
 def all_combos() -> list[Combo]:
     """Every combination in which the shape's colour differs from the ground's."""
     return [
@@ -100,12 +105,6 @@ def trained_combos() -> list[Combo]:
 def caption(combo: Combo, template: int = 0) -> str:
     """The caption of a combination in one of the TEMPLATES (default: the main form)."""
     return TEMPLATES[template][0].format(**combo._asdict())
-
-
-def random_caption(combo: Combo, rng: random.Random) -> str:
-    """A caption in a form drawn by the shares in TEMPLATES."""
-    weights = [share for _, share in TEMPLATES]
-    return caption(combo, rng.choices(range(len(TEMPLATES)), weights)[0])
 
 
 def _regular(corners: int, radii: tuple[float, ...] = (1.0,)) -> list[Point]:
@@ -198,9 +197,7 @@ def _mask(shape: str, size: int, centre: Point, radius: float, turn: float) -> I
 
 def _tint(colour: str, rng: random.Random) -> Rgb:
     """The colour with up to 6 of 255 added to or taken from each channel."""
-    red, green, blue = (
-        min(255, max(0, value + rng.randint(-6, 6))) for value in COLOURS[colour]
-    )
+    red, green, blue = (min(255, max(0, value + rng.randint(-6, 6))) for value in COLOURS[colour])
     return red, green, blue
 
 

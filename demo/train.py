@@ -4,7 +4,7 @@ Run from the root of the repository:
 
     python -m demo.train                      # what made the shipped weights
     python -m demo.train --minutes 15         # a shorter run
-    python -m demo.train --steps 20000        # a longer one
+    python -m demo.train --steps 10000        # a longer one, for crisper shapes
 
 First the autoencoder learns to rebuild the pictures, then the text encoder to tell the words
 of a caption apart, then the text encoder and the denoiser learn together. What has been
@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
@@ -39,7 +39,7 @@ MODEL = Path(__file__).parent.parent / "farm" / "demo" / "model"
 TOP_RATE = 1e-3
 """Highest learning rate of the joint training."""
 
-LATENT_NOISE = 0.1
+LATENT_NOISE = 0.05
 """Noise added to latents while the autoencoder learns, in parts of their spread, so that small
 errors of the denoiser do not show in the pictures."""
 
@@ -83,7 +83,7 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[..., :, 1:] - images[..., :, :-1], images[..., 1:, :] - images[..., :-1, :]
 
 
-def vae_loss(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: network.Model, images: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of rebuilding the pictures, and its plain L1 part (in [-1, 1] units)."""
     posterior = vae.encode(images).latent_dist
     latents = posterior.sample()
@@ -96,13 +96,13 @@ def vae_loss(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     return plain + sharp + 1e-5 * spread, plain
 
 
-def train_vae(run: Run, vae: AutoencoderKL, steps: int, batch: int = 16) -> None:
+def train_vae(run: Run, vae: network.Model, steps: int, batch: int = 16) -> None:
     """Trains the autoencoder, or loads it when a state file has it finished."""
     path = run.state / "vae.pt"
     vae.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     first = load_state(path, vae, optimizer)
-    rng = random.Random(f"{run.seed} vae {first}")
+    rng = pictures.dice(run.seed, "vae", first)
     torch.manual_seed(run.seed + first)
     started = time.monotonic()
     for step in range(first, steps):
@@ -112,7 +112,7 @@ def train_vae(run: Run, vae: AutoencoderKL, steps: int, batch: int = 16) -> None
         with run.autocast():
             loss, plain = vae_loss(vae, images.to(run.device))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
@@ -123,13 +123,13 @@ def train_vae(run: Run, vae: AutoencoderKL, steps: int, batch: int = 16) -> None
 
 
 @torch.no_grad()
-def centre_latents(run: Run, vae: AutoencoderKL, count: int = 1024) -> None:
+def centre_latents(run: Run, vae: network.Model, count: int = 1024) -> None:
     """Folds the latents' means into the autoencoder and sets its scaling_factor.
 
     The pipeline only knows one factor, so each channel's mean and spread go into the weights
     of the convolutions on both sides of the latents; they then have mean 0 and spread 1.
     """
-    images, _ = picture_batch(count, random.Random(f"{run.seed} centre"))
+    images, _ = picture_batch(count, pictures.dice(run.seed, "centre"))
     latents = encode(run, vae, images)
     mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     before, after = vae.quant_conv, vae.post_quant_conv
@@ -144,20 +144,21 @@ def centre_latents(run: Run, vae: AutoencoderKL, count: int = 1024) -> None:
 
 
 @torch.no_grad()
-def encode(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
+def encode(run: Run, vae: network.Model, images: Tensor) -> Tensor:
     """Latents [count, 4, 16, 16] (the posterior's means, unscaled) of pictures as tensor."""
-    chunks = images.split(64)
+    chunks = torch.split(images, 64)
     return torch.cat([vae.encode(chunk.to(run.device)).latent_dist.mean for chunk in chunks])
 
 
-def latent_set(run: Run, vae: AutoencoderKL, count: int) -> tuple[Tensor, Tensor]:
+def latent_set(run: Run, vae: network.Model, count: int) -> tuple[Tensor, Tensor]:
     """Scaled latents [count, 4, 16, 16] of drawn pictures, and each one's combination.
 
     The combination is its index in pictures.trained_combos().
     """
-    rng = random.Random(f"{run.seed} latents")
+    rng = pictures.dice(run.seed, "latents")
     number = {combo: index for index, combo in enumerate(pictures.trained_combos())}
-    latents, labels = [], []
+    latents: list[Tensor] = []
+    labels: list[int] = []
     for _ in range(count // 1024):
         images, combos = picture_batch(1024, rng)
         latents.append(encode(run, vae, images) * vae.config.scaling_factor)
@@ -245,7 +246,7 @@ def warm_text(learner: Learner, captions: Captions, steps: int = 500) -> None:
         tokens, named = captions.sample(labels)
         loss = learner.naming_loss(learner.read(tokens), named)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         if (step + 1) % 50 == 0:
             print(f"text {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
@@ -328,7 +329,8 @@ class Joint:
     @classmethod
     def start(cls, run: Run, parts: network.Parts) -> Joint:
         """From the state file where there is one, else from the start."""
-        learner = Learner(parts).to(run.device, memory_format=torch.channels_last)
+        learner = Learner(parts).to(run.device)
+        learner.unet.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
             learner.parameters(), lr=TOP_RATE, betas=(0.9, 0.99), weight_decay=0.01
         )
@@ -338,10 +340,11 @@ class Joint:
             joint._restore(torch.load(path, map_location="cpu", weights_only=True))
         return joint
 
-    def _restore(self, state: dict[str, object]) -> None:
-        for name in ("learner", "average", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step, self.seconds = int(str(state["step"])), float(str(state["seconds"]))
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self, output: Path) -> None:
         """Writes the state file, and the averaged weights as a pipeline to `output`."""
@@ -368,7 +371,7 @@ class Joint:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -379,7 +382,7 @@ def batches(labels: Tensor, batch: int) -> Iterator[Tensor]:
     """Indices of pictures in shuffled order, `batch` at a time, without end."""
     while True:
         order = torch.randperm(len(labels), device=labels.device)
-        for chunk in order.split(batch):
+        for chunk in torch.split(order, batch):
             if len(chunk) == batch:
                 yield chunk
 
@@ -401,16 +404,14 @@ def train_joint(joint: Joint, options: argparse.Namespace) -> None:
             break
         tokens, named = captions.sample(labels[chosen])
         with run.autocast():
-            loss, part = joint_loss(
-                learner, noise, latents[chosen], tokens, named, captions.empty
-            )
+            loss, part = joint_loss(learner, noise, latents[chosen], tokens, named, captions.empty)
         joint.update(loss, learning_rate(progress, TOP_RATE))
         joint.seconds += time.monotonic() - mark
         mark = time.monotonic()
         shown = part.item() if shown == 0.0 else 0.98 * shown + 0.02 * part.item()
         if joint.step % 50 == 0:
-            pace = joint.seconds / joint.step
-            print(f"joint {joint.step} {progress:.1%} loss {shown:.4f} {pace:.3f} s/step", flush=True)
+            pace = f"{joint.seconds / joint.step:.3f} s/step"
+            print(f"joint {joint.step} {progress:.1%} loss {shown:.4f} {pace}", flush=True)
         if joint.seconds - saved > 60 * options.save_every:
             joint.save(options.output)
             saved = joint.seconds
@@ -432,7 +433,7 @@ def save_state(
     write_state(path, state)
 
 
-def write_state(path: Path, state: dict[str, object]) -> None:
+def write_state(path: Path, state: dict[str, Any]) -> None:
     """Writes a state file; a run cut off meanwhile leaves the one before it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".new")
@@ -453,9 +454,9 @@ def load_state(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optim
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Train the demo model.")
-    parser.add_argument("--steps", type=int, default=8000, help="joint training steps")
+    parser.add_argument("--steps", type=int, default=2963, help="joint training steps")
     parser.add_argument("--minutes", type=float, help="length of the joint training, for --steps")
-    parser.add_argument("--vae-steps", type=int, default=2200, help="autoencoder training steps")
+    parser.add_argument("--vae-steps", type=int, default=4500, help="autoencoder training steps")
     parser.add_argument("--batch", type=int, default=48, help="pictures per joint step")
     parser.add_argument("--pictures", type=int, default=32768, help="pictures to learn from")
     parser.add_argument("--save-every", type=float, default=10, help="minutes between saves")
