@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 
@@ -63,6 +64,9 @@ def settings(servers: Servers, template: str) -> Iterator[Settings]:
 def farm(settings: Settings) -> Iterator[Farm]:
     opened = open_farm(settings)
     yield opened
+    for thread in threading.enumerate():
+        if thread.name == "lease-watch":
+            thread.join(10)  # it may be telling its last step
     opened.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,11 +25,15 @@ from farm.families.base import Checkpoint, Loaded, Params, StepHook, padded
 from farm.offers import Offer
 from farm.provenance import read_png
 from farm.spec import FrameSpec
-from farm.store import workers
+from farm.store import frames, workers
 from farm.store.engine import transaction
+from farm.store.frames import Done
 from tests.farming import (
+    Hand,
     attempts_of,
+    fence,
     frame_rows,
+    hire,
     job_row,
     let_leases_expire,
     new_tenant,
@@ -269,6 +274,36 @@ def test_a_batch_that_cannot_be_written_is_given_back(
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
     assert attempts_of(farm, job_id) == [(attempt, "render_error") for attempt in (1, 2, 3)]
     assert job_row(farm, tenant, job_id).status == "failed"
+
+
+def test_a_claim_whose_reply_was_lost_is_found_again(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """The child does not know of its lease, so it gives it back before it claims."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
+    worker_id = sql(farm, "SELECT id FROM workers")[0].id
+    forgotten = Hand(farm, worker_id, "forgetful", os.getpid()).claim("noise")
+    assert forgotten is not None
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert attempts_of(farm, job_id) == [(1, "released")]
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+
+
+def test_a_commit_whose_reply_was_lost_is_known_again(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant)
+    hand = hire(farm)
+    lease = hand.must_claim()
+    done = [Done(fence(lease.frames[0]), b"\x01" * 32, 10, 0)]
+    with transaction(farm.store) as connection:
+        assert not frames.already_complete(connection, done)
+        assert frames.complete(connection, lease.id, done)
+    with transaction(farm.store) as connection:
+        assert not frames.complete(connection, lease.id, done)
+        assert frames.already_complete(connection, done)
+        other = [Done(fence(lease.frames[0]), b"\x02" * 32, 10, 0)]
+        assert not frames.already_complete(connection, other)
+    assert job_row(farm, tenant, job_id).succeeded == 1
 
 
 def test_a_full_batch_wakes_another_worker(farm: Farm, tenant: uuid.UUID, line: RenderLine) -> None:
