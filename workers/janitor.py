@@ -16,6 +16,8 @@ from farm.store.leader import leadership
 
 log = logging.getLogger(__name__)
 
+FOLD_SECONDS = 86_400.0
+
 
 class Janitor:
     """Sweeps every `sweep_seconds` while it leads."""
@@ -49,6 +51,7 @@ class Janitor:
             expired = frames.expire(connection, settings.retry_seconds)
         with connection.begin():
             gone = workers.sweep(connection, settings.worker_timeout_seconds)
+            workers.fold(connection, FOLD_SECONDS)
             waiting = lanes.claimable_lanes(connection)
         for lane in expired:
             log.warning("Leases of lane %s expired; their frames were returned.", lane)

@@ -7,9 +7,12 @@ alone.
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
 import unicodedata
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -139,3 +142,12 @@ def size(number: float) -> str:
 def plural(number: int, noun: str) -> str:
     """Write a number of things: `1 frame`, `24 frames`."""
     return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+
+
+def program() -> str:
+    """How this command is typed here: by its name where the path has it, else by its file."""
+    file = Path(sys.argv[0])
+    if shutil.which("farm") or file.name != "farm":
+        return "farm"
+    inside = file.resolve().is_relative_to(Path.cwd())
+    return shlex.quote(str(file.resolve().relative_to(Path.cwd()) if inside else file.resolve()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.console import duration, out, plural, say
+from farm.cli.console import duration, out, plural, program, say
 from farm.cli.exits import INTERRUPTED, exit_as
 from farm.cli.host import DATA
 from farm.cli.signals import interrupted_by_signals
@@ -137,12 +137,13 @@ def _sheet(host: Host, job: Job, dest: Path) -> Path:
 def _tell_what_next(host: Host, dest: Path, *, keep_running: bool) -> None:
     stays = keep_running or not host.own
     folder = f"FARM_DATA={shlex.quote(_short(host.data))} " if host.data else ""
-    up = "farm up" if host.data is None or _short(host.data) == DATA else f"{folder}farm up"
+    here = host.data is None or _short(host.data) == DATA
+    up = f"{program()} up" if here else f"{folder}{program()} up"
     picture = shlex.quote(str(dest / f"0-{SEED}.png"))
     steps = [
         (
             "Render a picture again from its own text, and compare the pixels:",
-            f"farm replay {picture}",
+            f"{program()} replay {picture}",
         )
     ]
     if not stays:
@@ -152,7 +153,7 @@ def _tell_what_next(host: Host, dest: Path, *, keep_running: bool) -> None:
             "Render something else:"
             if stays
             else "Then, in another terminal, render something else:",
-            f'{folder}farm submit "a green star on a black background" --watch',
+            f'{folder}{program()} submit "a green star on a black background" --watch',
         )
     )
     out.print("\n[bold]What next[/]")

@@ -10,12 +10,15 @@ from types import FrameType
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end the block as Ctrl-C does: by KeyboardInterrupt."""
+    """Let SIGTERM and a closed terminal end the block as Ctrl-C does: by KeyboardInterrupt.
+
+    Ctrl-C too where it was ignored, as a shell does for what it starts in the background.
+    """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    asked = (signal.SIGTERM, signal.SIGHUP)
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(sign, interrupt) for sign in asked]
     try:
         yield

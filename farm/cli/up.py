@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from farm.cli.console import program
+from farm.cli.signals import interrupted_by_signals
 from farm.errors import InvalidRequest
 from farm.local.up import Farm, running_farm
 
@@ -37,7 +37,7 @@ def up(
 ) -> None:
     """Run the whole farm on this machine until Ctrl-C: servers, API, janitor and workers."""
     counts = dict(_count(word) for word in workers or [])
-    with _ended_by_signals():
+    with suppress(KeyboardInterrupt), interrupted_by_signals():
         console.print("Starting Postgres, Valkey, SeaweedFS and the farm …", style="dim")
         with running_farm(data, port, pipelines, counts) as farm:
             _show(farm)
@@ -58,26 +58,12 @@ def _count(word: str) -> tuple[str, int]:
 def _show(farm: Farm) -> None:
     console.print(f"Farm is ready: {farm.url}", style="bold green")
     rows = {
+        "page": f"{farm.url}/#key={farm.api_key}",
         "data": farm.data,
         "key": farm.data / "api-key",
         "logs": farm.data / "logs",
-        "elsewhere": f"FARM_DATA={shlex.quote(str(farm.data))} farm jobs",
+        "elsewhere": f"FARM_DATA={shlex.quote(str(farm.data))} {program()} jobs",
         "stop": "Ctrl-C",
     }
     for name, value in rows.items():
         console.print(f"  {name:<10}{value}", markup=False)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Leave the block in order on Ctrl-C, SIGTERM or a closed terminal."""
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, end)
-    try:
-        yield
-    except KeyboardInterrupt:
-        return

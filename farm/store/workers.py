@@ -33,6 +33,26 @@ WHERE NOT gone AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
 RETURNING name
 """)
 
+SUMMED = (
+    "succeeded", "returned", "dead", "dropped", "expired", "batches",
+    "denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds",
+)  # fmt: skip
+
+# Workers come and go; their sums stay, in one row a pipeline that has no host.
+FOLD = text(f"""
+WITH old AS (
+    DELETE FROM workers
+    WHERE gone AND host <> '' AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
+    RETURNING *
+)
+INSERT INTO workers (id, name, pipeline, host, pid, state, gone, {", ".join(SUMMED)})
+SELECT md5('former ' || pipeline)::uuid, 'former', pipeline, '', 0, 'idle', true,
+       {", ".join(f"sum({column})" for column in SUMMED)}
+FROM old GROUP BY pipeline
+ON CONFLICT (id) DO UPDATE
+SET {", ".join(f"{column} = workers.{column} + excluded.{column}" for column in SUMMED)}
+""")  # noqa: S608 - constants only
+
 ACCOUNT = text("""
 UPDATE workers
 SET batches = batches + 1, succeeded = succeeded + :succeeded, returned = returned + :returned,
@@ -53,15 +73,11 @@ FROM workers w LEFT JOIN LATERAL (
 WHERE NOT w.gone ORDER BY w.pipeline, w.name
 """)
 
-SUMS = text("""
-SELECT pipeline, sum(succeeded)::bigint AS succeeded, sum(returned)::bigint AS returned,
-       sum(dead)::bigint AS dead, sum(dropped)::bigint AS dropped,
-       sum(expired)::bigint AS expired, sum(batches)::bigint AS batches,
-       sum(denoise_seconds) AS denoise_seconds, sum(encode_seconds) AS encode_seconds,
-       sum(put_seconds) AS put_seconds, sum(commit_seconds) AS commit_seconds,
+SUMS = text(f"""
+SELECT pipeline, {", ".join(f"sum({column}) AS {column}" for column in SUMMED)},
        count(*) FILTER (WHERE NOT gone) AS alive
 FROM workers GROUP BY pipeline ORDER BY pipeline
-""")
+""")  # noqa: S608 - constants only
 
 
 @dataclass
@@ -120,6 +136,11 @@ def drain(connection: Connection, worker_id: uuid.UUID) -> None:
 def sweep(connection: Connection, timeout_seconds: float) -> list[str]:
     """Mark workers that were not heard of as gone; returns their names."""
     return list(connection.execute(SWEEP, {"seconds": timeout_seconds}).scalars())
+
+
+def fold(connection: Connection, seconds: float) -> None:
+    """Fold workers gone for so long into one row a pipeline, which keeps their sums."""
+    connection.execute(FOLD, {"seconds": seconds})
 
 
 def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> None:

@@ -70,6 +70,22 @@ def test_a_silent_worker_counts_as_gone_until_it_is_heard_again(farm: Farm) -> N
     assert sql(farm, "SELECT gone, state FROM workers") == [(False, "loading")]
 
 
+def test_workers_long_gone_leave_only_their_sums(farm: Farm) -> None:
+    for number in range(3):
+        hand = hire(farm, f"hand {number}")
+        with transaction(farm.store) as connection:
+            batch = workers.Account(succeeded=number, denoise_seconds=0.5)
+            workers.account(connection, hand.id, batch)
+    old = "UPDATE workers SET gone = true, seen_at = clock_timestamp() - interval '2 days'"
+    for names, rows in ((["hand 0", "hand 1"], 2), (["hand 2"], 1)):
+        sql(farm, f"{old} WHERE name = ANY(:names)", names=names)
+        sweep(farm)
+        assert sql(farm, "SELECT count(*) FROM workers") == [(rows,)]
+        with transaction(farm.store) as connection:
+            told = workers.sums(connection)[0]
+        assert (told.succeeded, told.batches, told.denoise_seconds) == (3, 3, 1.5)
+
+
 def test_old_events_are_pruned(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant)
     submit(farm, tenant)
