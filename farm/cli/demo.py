@@ -121,7 +121,8 @@ def _sheet(host: Host, job: Job, dest: Path) -> Path:
 
     pictures: dict[str, list[Image.Image]] = {prompt: [] for prompt in PROMPTS}
     for frame in host.client.items(f"/v1/jobs/{job['id']}/frames", {"state": "succeeded"}):
-        pictures[frame["prompt"]].append(Image.open(dest / picture_name(frame)))
+        with Image.open(dest / picture_name(frame)) as picture:
+            pictures[frame["prompt"]].append(picture.copy())
     spec = job["spec"]
     path = dest.resolve() / "contact-sheet.png"
     contact_sheet(

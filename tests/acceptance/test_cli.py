@@ -130,7 +130,7 @@ def test_replay_says_identical_and_differs(
     path.write_bytes(live.image(rendered["id"], 4))
     same = run("replay", str(path))
     assert (same.code, same.out.split()[0]) == (0, "identical"), same.out + same.err
-    picture = Image.open(path)
+    picture = read_image(path)
     text = PngImagePlugin.PngInfo()
     for name in ("farm", "parameters"):
         text.add_itxt(name, picture.info[name])
@@ -275,9 +275,14 @@ def test_demo_from_nothing(tmp_path: Path) -> None:
     assert "is `farm up` running?" in away.err
 
 
+def read_image(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
 def check_demo(folder: Path) -> None:
     """Every picture is there, and nearly all show what their prompt says."""
-    pictures = {path.name: Image.open(path) for path in folder.glob("*-*.png")}
+    pictures = {path.name: read_image(path) for path in folder.glob("*-*.png")}
     sheet = pictures.pop("contact-sheet.png")
     assert sheet.width > 600
     assert len(pictures) == len(PROMPTS) * IMAGES
