@@ -58,13 +58,17 @@ class Settings(BaseSettings):
         description="a child that shows no step for so long is ended by its parent",
     )
     retry_seconds: float = Field(
-        default=1.0, ge=0, description="back-off before a frame's second attempt"
+        default=1.0,
+        ge=0,
+        description="back-off before a frame's second attempt, doubled up to a minute",
     )
     grace_seconds: float = Field(
         default=60.0, gt=0, description="how long a worker may finish its batch"
     )
     events_days: float = Field(default=30.0, gt=0, description="how long events are kept")
-    torch_threads: int = Field(default=0, ge=0, description="torch threads a worker; 0: all cores")
+    torch_threads: int = Field(
+        default=0, ge=0, description="torch threads a worker; 0: as torch chooses"
+    )
 
     max_job_frames: int = Field(default=10_000_000, ge=1, description="frames a job may hold")
     max_job_prompts: int = Field(default=100_000, ge=1, description="prompts in one request")

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from PIL import Image
 
@@ -30,6 +31,8 @@ from workers.watch import LeaseWatch
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class RenderLine:
     """One child's pinned pipeline, and what it does with each batch."""
@@ -41,23 +44,22 @@ class RenderLine:
         self._loaded = loaded
         self._versions = library_versions()
         self._commit_seconds = 0.0
+        self._unsure = True
 
     def run(self) -> None:
-        """Render batch after batch until nothing may be claimed.
-
-        Raises:
-            Unavailable: Postgres is away; the janitor rings again when it is back.
-        """
-        with transaction(self._farm.store) as connection:
-            frames.release_forgotten(connection, self._identity.id, os.getpid())
-        while (lease := self._claim()) is not None:
+        """Render batch after batch until nothing may be claimed; an outage is waited out."""
+        while (lease := self._insist(self._claim)) is not None:
             if len(lease.frames) == lease.frames[0].spec.bucket:
                 self._farm.bells.ring(lease.pipeline)  # there may be more: wake another worker
             self._render(lease)
 
     def _claim(self) -> Lease | None:
+        if self._unsure:
+            with transaction(self._farm.store) as connection:
+                frames.release_forgotten(connection, self._identity.id, os.getpid())
+        self._unsure = True  # until the reply to this claim is here
         with transaction(self._farm.store) as connection:
-            return claim(
+            lease = claim(
                 connection,
                 pipeline=self._identity.pipeline,
                 worker_id=self._identity.id,
@@ -65,6 +67,8 @@ class RenderLine:
                 pid=os.getpid(),
                 lease_seconds=self._farm.settings.lease_seconds,
             )
+        self._unsure = False
+        return lease
 
     def _render(self, lease: Lease) -> None:
         """Render a batch. Whatever happens, its lease ends here: the parent would renew it."""
@@ -166,23 +170,24 @@ class RenderLine:
             frames.release(connection, lease.id, [_fence(frame) for frame in lease.frames])
 
     def _commit(self, write: Callable[[], None]) -> None:
-        """Write a batch's outcome, again and again while Postgres is away.
-
-        It never gives up: without Postgres there is nothing else to do, and if the lease is lost
-        meanwhile the write changes nothing.
-        """
         started = time.monotonic()
+        self._insist(write)
+        self._commit_seconds = time.monotonic() - started
+
+    def _insist(self, work: Callable[[], T]) -> T:
+        """Do it again and again while Postgres is away; it never gives up.
+
+        Without Postgres there is nothing else to do, and a write whose lease was lost meanwhile
+        changes nothing.
+        """
         pause = 0.1
         while True:
             try:
-                write()
+                return work()
             except Unavailable as error:
-                log.warning("%s waits to commit: %s", self._identity.name, error)
+                log.warning("%s waits: %s", self._identity.name, error)
                 time.sleep(pause)
                 pause = min(pause * 2, 2.0)
-            else:
-                self._commit_seconds = time.monotonic() - started
-                return
 
 
 def _fence(frame: ClaimedFrame) -> Fence:

@@ -20,7 +20,7 @@ from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable
 from farm.store import frames, workers
-from farm.store.engine import transaction
+from farm.store.engine import Connection, transaction
 from workers.identity import Identity, new_identity
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class Heart:
         with transaction(self._farm.store) as connection:
             held = frames.renew(connection, me, settings.lease_seconds)
         with transaction(self._farm.store) as connection:
-            workers.seen(connection, me)
+            if not workers.seen(connection, me):  # stopped for so long that its row was folded
+                enlist(connection, self._identity)
             if self._draining:
                 workers.drain(connection, me)
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
@@ -91,11 +92,10 @@ class Heart:
             self._return_lost(gone)
 
     def _end_hung(self, held: Sequence[Any]) -> None:
-        """End a child that shows no step for too long; one that only stores is not hung."""
+        """End a child that shows no step, and stores no picture, for too long."""
         patience = timedelta(seconds=self._farm.settings.step_timeout_seconds)
         for lease in held:
-            denoises = not lease.steps or lease.step < lease.steps
-            if denoises and lease.still > patience and is_alive(lease.pid):
+            if lease.still > patience and is_alive(lease.pid):
                 log.error("%s: child %s hangs; ended", self._identity.name, lease.pid)
                 os.kill(lease.pid, signal.SIGKILL)
 
@@ -131,6 +131,18 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def enlist(connection: Connection, identity: Identity) -> None:
+    """Add the worker to those that are alive."""
+    workers.register(
+        connection,
+        identity.id,
+        name=identity.name,
+        pipeline=identity.pipeline,
+        host=identity.host,
+        pid=identity.pid,
+    )
+
+
 def run_worker(settings: Settings, pipeline: str) -> int:
     """Be a worker of one lane until SIGTERM; returns the exit code.
 
@@ -143,14 +155,7 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     identity = new_identity(pipeline)
     identity.announce()
     with transaction(farm.store) as connection:
-        workers.register(
-            connection,
-            identity.id,
-            name=identity.name,
-            pipeline=pipeline,
-            host=identity.host,
-            pid=identity.pid,
-        )
+        enlist(connection, identity)
     heart = Heart(farm, identity)
     _connect(heart)
     heart.start()

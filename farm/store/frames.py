@@ -88,13 +88,13 @@ WITH ended AS (
                 CAST(:tracebacks AS text[]), CAST(:delays AS float[]))
          AS d (job_id, ordinal, state, spared, reason, message, traceback, delay)
     WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
-    RETURNING f.*, d.reason, d.message, d.traceback, d.delay, d.spared AS spared_now
+    RETURNING f.*, d.reason, d.message, d.traceback, d.delay
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, traceback, started_at FROM ended
 ), returned AS (
     -- A frame whose attempt failed may be why: it is rendered without neighbours from now on.
-    SELECT job_id, ordinal, delay, spared_now = 0 AS alone FROM ended WHERE state = 'ready'
+    SELECT job_id, ordinal, delay, attempt > spared AS alone FROM ended WHERE state = 'ready'
 )
 {INTO_RETURNS}""")  # noqa: S608 - constants only
 
@@ -117,7 +117,7 @@ RETURNING EXISTS (
 RENEW = text("""
 UPDATE leases SET expires_at = clock_timestamp() + make_interval(secs => :seconds)
 WHERE worker_id = :worker_id
-RETURNING id, pid, step, steps, clock_timestamp() - stepped_at AS still
+RETURNING id, pid, clock_timestamp() - stepped_at AS still
 """)
 
 EXPIRED = text("""
@@ -140,7 +140,7 @@ WHERE id = :id
 
 
 def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> Sequence[Row[Any]]:
-    """Extend every lease a worker holds; returns (id, pid, step, steps, still) of each.
+    """Extend every lease a worker holds; returns (id, pid, still) of each.
 
     `still` is the time since the lease's last denoising step, on Postgres's clock.
     """

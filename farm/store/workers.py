@@ -104,9 +104,9 @@ def register(
     )
 
 
-def seen(connection: Connection, worker_id: uuid.UUID) -> None:
-    """Note a worker's heartbeat."""
-    connection.execute(SEEN, {"id": worker_id})
+def seen(connection: Connection, worker_id: uuid.UUID) -> bool:
+    """Note a worker's heartbeat; returns whether the worker is known."""
+    return connection.execute(SEEN, {"id": worker_id}).rowcount > 0
 
 
 def set_state(
