@@ -301,7 +301,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the checkpoint")
     parser.add_argument("--count", type=int, default=142, help="pictures of each kind")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale")
+    parser.add_argument("--guidance", type=float, default=2.5, help="guidance scale")
     parser.add_argument("--scheduler", choices=sorted(SAMPLERS), default="ddim")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
     parser.add_argument("--threshold", type=float, default=0.9, help="least share on held-out")

@@ -32,7 +32,7 @@ PROMPTS = (
 IMAGES = 4
 SEED = 31
 STEPS = 25
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 2.5
 STALLED_SECONDS = 300.0
 """How long nothing may move: loading torch for the first time can take minutes."""
 

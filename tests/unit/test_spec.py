@@ -96,7 +96,7 @@ def test_every_default_is_filled_in() -> None:
         "height": 64,
         "negative_prompt": "",
         "steps": 25,
-        "guidance_scale": 4.0,
+        "guidance_scale": 2.5,
         "sampler": "ddim",
     }
 
