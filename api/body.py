@@ -24,6 +24,9 @@ async def read_body(request: Request) -> bytes:
         MalformedBody: it was cut short.
     """
     limit = farm_of(request).settings.max_body_bytes
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and (len(announced) > 18 or int(announced) > DRAINED * limit):
+        raise TooLarge(f"The body is larger than the limit of {limit} bytes.")
     chunks: list[bytes] = []
     size = 0
     try:

@@ -39,9 +39,15 @@ Visitor = Annotated[Caller, Depends(visitor)]
 
 def same_origin(request: Request) -> None:
     """Refuse what another site's page sends."""
-    origin = request.headers.get("origin")
-    if origin is None or urlsplit(origin).netloc != request.headers.get("host"):
+    if _host(request.headers.get("origin", "")) != request.headers.get("host"):
         raise Forbidden("Actions of this page are taken on this page only.")
+
+
+def _host(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def visiting_writer(caller: Visitor, _origin: Annotated[None, Depends(same_origin)]) -> Caller:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from importlib import metadata
+from typing import Literal
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +21,15 @@ from farm.errors import InvalidRequest
 from farm.spec import FrameSpec
 
 CHUNK = "farm"
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What Pillow raises for pictures that are damaged, or made to do harm."""
+
 LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "numpy")
 
 
@@ -27,7 +38,7 @@ class Provenance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: Literal[1] = 1
     frame: FrameSpec
     weights: str
     """sha256 over a local checkpoint's files, or over a hub repository's name and commit"""
@@ -61,17 +72,26 @@ def read_png(content: bytes) -> tuple[Image.Image, Provenance]:
         InvalidRequest: it is not a PNG, or was not rendered by the farm.
     """
     try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"This is not a picture that can be read: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # PNG alone: Pillow hands some other formats to programs of the machine.
+            image = Image.open(io.BytesIO(content), formats=["PNG"])
+            image.load()
+    except UnidentifiedImageError as error:
+        raise InvalidRequest("This is not a PNG, or its beginning is damaged.") from error
+    except UNREADABLE as error:
+        raise InvalidRequest(f"This is not a picture that can be read: {error}.") from error
     text = image.info.get(CHUNK)
     if not isinstance(text, str):
         raise InvalidRequest("The picture holds no text of the farm: it cannot be rendered again.")
     try:
         return image, Provenance.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidRequest(f"The picture's text of the farm is damaged: {error}") from error
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(
+            f"The picture's text of the farm is damaged: {where}: {first['msg']}."
+        ) from error
 
 
 def parameters_text(provenance: Provenance) -> str:

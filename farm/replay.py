@@ -118,7 +118,9 @@ def _checked(picture: Image.Image, recorded: Provenance, offer: Offer) -> FrameS
     try:
         params = offer.params(frame.params)
     except ValidationError as error:
-        raise damaged(error.errors()[0]["msg"]) from error
+        raise damaged(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    if params.width * params.height > offer.pipeline.max_pixels:
+        raise damaged(f"{params.width}x{params.height} pixels")
     if picture.size != (params.width, params.height):
         raise InvalidRequest(
             f"The picture differs in size: it is {picture.width}x{picture.height}, and was "

@@ -71,7 +71,7 @@ class JobSpec(BaseModel):
 
     pipeline: str = Field(min_length=1, max_length=200, description="a name of the catalog")
     prompts: list[str] = Field(min_length=1, description="what to draw")
-    images_per_prompt: int = Field(default=1, ge=1, description="pictures of each prompt")
+    images_per_prompt: int = Field(default=1, ge=1, le=10**9, description="pictures of each prompt")
     seed: int | None = Field(
         default=None,
         ge=0,

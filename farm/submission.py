@@ -179,4 +179,4 @@ def invalid(error: ErrorDetails, prefix: str = "") -> InvalidRequest:
     """Say what pydantic found wrong, in the words of whoever sent it."""
     where = prefix + ".".join(str(part) for part in error["loc"] if part != "[key]")
     reason = error["msg"].removeprefix("Value error, ").rstrip(".")
-    return InvalidRequest(f"{where}: {reason}.", param=where or None)
+    return InvalidRequest(f"{where[:200]}: {reason[:500]}.", param=where[:200] or None)

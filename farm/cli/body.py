@@ -62,6 +62,8 @@ def read_job(source: str) -> dict[str, Any]:
         raise InvalidRequest(f"{source} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise InvalidRequest(f"{source} is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise InvalidRequest(f"{source} is nested too deep.") from error
     if not isinstance(job, dict):
         raise InvalidRequest(f"{source} is not a job: a job is a JSON object.")
     return job
@@ -71,7 +73,7 @@ def value_of(text: str) -> Any:
     """Read a value as JSON; what is not JSON is the text itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -90,11 +90,14 @@ def styled_status(job: dict[str, Any]) -> str:
 
 
 def clean(text: str) -> str:
-    """Text from elsewhere, safe for a terminal: no escape sequences, however it was written."""
-    return "".join(
-        "\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
-        for char in text
-    )
+    """Text from elsewhere, safe for a terminal: no escape sequences, nothing turned around."""
+    return "".join("\ufffd" if _harmful(char) else char for char in text)
+
+
+def _harmful(char: str) -> bool:
+    if unicodedata.category(char) == "Cc":
+        return char not in "\n\t"
+    return unicodedata.bidirectional(char) in {"LRO", "RLO", "LRE", "RLE", "PDF"}
 
 
 def one_line(text: str, limit: int = 60) -> str:

@@ -58,7 +58,8 @@ def _count(word: str) -> tuple[str, int]:
 def _show(farm: Farm) -> None:
     console.print(f"Farm is ready: {farm.url}", style="bold green")
     rows = {
-        "page": f"{farm.url}/#key={farm.api_key}",
+        # With the key only where a person looks: standard output may go to a file.
+        "page": f"{farm.url}/#key={farm.api_key}" if console.is_terminal else f"{farm.url}/",
         "data": farm.data,
         "key": farm.data / "api-key",
         "logs": farm.data / "logs",

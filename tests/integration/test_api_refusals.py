@@ -223,3 +223,25 @@ def test_what_is_not_there(api: Api) -> None:
     refused = client.delete("/v1/jobs")
     check_problem(refused, 405)
     assert set(refused.headers["allow"].split(", ")) <= {"GET", "POST"}
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://[::1", "http://[zz]", "null", "", "http://evil.example"]
+)
+def test_a_foreign_or_broken_origin_is_refused(api: Api, origin: str) -> None:
+    client = api.bare(Origin=origin)
+    for path in ("/login", "/logout"):
+        response = client.post(path, data={"key": api.key()})
+        assert (path, response.status_code) == (path, 403)
+
+
+def test_a_body_announced_too_large_is_refused_before_it_comes(api: Api) -> None:
+    address = httpx.URL(api.url)
+    for announced in ("99999999999999", "9" * 30):
+        with socket.create_connection((address.host, address.port or 80), timeout=10) as connection:
+            connection.sendall(
+                f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.key()}\r\n"
+                f"Content-Length: {announced}\r\n\r\n{{}}".encode()
+            )
+            answer = connection.recv(100).decode()
+        assert answer.startswith("HTTP/1.1 4"), answer

@@ -270,7 +270,7 @@ def test_the_command_prints_json(commands: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content_of_file", "complaint"),
-    [(b"hello", "not a picture"), (None, "cannot be read: No such file")],
+    [(b"hello", "not a PNG"), (None, "cannot be read: No such file")],
 )
 def test_what_is_no_picture_is_one_line(
     commands: Path, content_of_file: bytes | None, complaint: str

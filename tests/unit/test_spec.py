@@ -159,6 +159,7 @@ def test_what_a_batch_shares_decides_its_key() -> None:
         ({"images_per_prompt": 0}, "images_per_prompt"),
         ({"images_per_prompt": 1_000_000_000}, "images_per_prompt"),
         ({"images_per_prompt": True}, "images_per_prompt"),
+        ({"images_per_prompt": 10**4299, "prompts": ["x"] * 20}, "images_per_prompt"),
         ({"seed": -1}, "seed"),
         ({"seed": MAX_SEED + 1}, "seed"),
         ({"seed": MAX_SEED, "images_per_prompt": 2}, "seed"),
