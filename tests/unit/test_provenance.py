@@ -113,7 +113,7 @@ def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="holds no text of the farm"):
         read_png(buffer.getvalue())
     for content in (b"", b"hello", encode_png(picture(), provenance("x"))[:200]):
-        with pytest.raises(InvalidRequest, match="not a (PNG|picture)"):
+        with pytest.raises(InvalidRequest, match=r"not a (PNG|picture)"):
             read_png(content)
 
 
