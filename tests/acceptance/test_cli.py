@@ -211,6 +211,8 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job(live: Live, run:
     job = live.submit(prompts=["a red star"], images_per_prompt=200, steps=25)
     ours, theirs = pty.openpty()
     env = {"FARM_DATA": str(live.farm.data), "TERM": "xterm-256color", "COLUMNS": "120"}
+    # Run in the background, this process ignores Ctrl-C, and what it starts would too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watching = subprocess.Popen(
         [sys.executable, "-m", "farm.cli", "watch", job["id"]],
         env=os.environ | env,
@@ -219,6 +221,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job(live: Live, run:
         stderr=theirs,
         process_group=0,
     )
+    signal.signal(signal.SIGINT, before)
     os.close(theirs)
     shown = b""
 
