@@ -43,7 +43,7 @@ class Child:
             if self._line is not None:
                 self._render(self._line)
         except Unavailable as error:
-            log.warning("%s stops for now: %s", self._identity.name, error)
+            log.warning("%s waits for the next bell: %s", self._identity.name, error)
 
     def _render(self, line: RenderLine) -> None:
         self._say("rendering")

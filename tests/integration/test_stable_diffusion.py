@@ -50,6 +50,20 @@ def test_neighbours_and_slot_change_nothing(loaded: Loaded) -> None:
         assert (render(loaded, *batch)[slot] == alone).all()
 
 
+def test_a_short_batch_is_padded_up_to_its_bucket(loaded: Loaded) -> None:
+    """Seen from inside: the UNet is given the bucket's frames, with and without the prompt."""
+    given: set[int] = set()
+
+    def look(_unet: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        given.add(args[0].shape[0])
+
+    hook = loaded.pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
+    render(loaded, frame(bucket=4))
+    render(loaded, frame(bucket=4), frame(bucket=4, seed=2))
+    hook.remove()
+    assert given == {2 * 4}
+
+
 def test_the_sampler_of_an_earlier_batch_changes_nothing(loaded: Loaded) -> None:
     fresh = OFFER.family.load(OFFER.pipeline)
     names = ["euler", "dpmpp_2m", None, "ddim"]
