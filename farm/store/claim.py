@@ -20,7 +20,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.spec import FrameSpec, FullSpec, frame_spec
+from farm.spec import FrameSpec
+from farm.store.specs import frame_specs
 from farm.store.tally import Delta, lock_jobs, tally
 
 
@@ -156,17 +157,6 @@ FROM (SELECT j.tenant_id, count(*) AS n
 WHERE s.pipeline = :pipeline AND s.tenant_id = t.tenant_id
 """)
 
-SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
-
-PROMPTS = text("""
-SELECT w.job_id, w.place, c.prompts[w.place - c.first + 1] AS prompt
-FROM unnest(CAST(:job_ids AS uuid[]), CAST(:places AS bigint[])) AS w (job_id, place)
-CROSS JOIN LATERAL (
-    SELECT first, prompts FROM input_chunks c
-    WHERE c.job_id = w.job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
-) c
-""")
-
 Fence = tuple[uuid.UUID, int, int]
 """(job, ordinal, attempt): what a write after a claim must match."""
 
@@ -289,17 +279,8 @@ def _open_lease(
 
 
 def _with_specs(connection: Connection, fences: list[Fence]) -> list[ClaimedFrame]:
-    rows = connection.execute(SPECS, {"ids": sorted({job_id for job_id, _, _ in fences})})
-    jobs = {row.id: (row.tenant_id, FullSpec.model_validate(row.spec)) for row in rows}
-    wanted = {(job_id, jobs[job_id][1].prompt_index(ordinal)) for job_id, ordinal, _ in fences}
-    rows = connection.execute(
-        PROMPTS,
-        {"job_ids": [job for job, _ in wanted], "places": [index for _, index in wanted]},
-    )
-    prompts = {(row.job_id, row.place): row.prompt for row in rows}
-    frames = []
-    for job_id, ordinal, attempt in fences:
-        tenant_id, job = jobs[job_id]
-        spec = frame_spec(job, ordinal, prompts[job_id, job.prompt_index(ordinal)])
-        frames.append(ClaimedFrame(job_id, tenant_id, ordinal, attempt, spec))
-    return frames
+    specs = frame_specs(connection, [(job_id, ordinal) for job_id, ordinal, _ in fences])
+    return [
+        ClaimedFrame(job_id, tenant_id, ordinal, attempt, spec)
+        for (job_id, ordinal, attempt), (tenant_id, spec) in zip(fences, specs, strict=True)
+    ]

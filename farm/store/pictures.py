@@ -8,8 +8,8 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from farm.spec import FrameSpec, FullSpec, frame_spec
-from farm.store.claim import PROMPTS, SPECS
+from farm.spec import FrameSpec
+from farm.store.specs import frame_specs
 
 # An event tells of at least one frame, so no more events are read than pictures wanted.
 NEWEST = text("""
@@ -43,19 +43,8 @@ class Picture:
 def newest_pictures(connection: Connection, tenant_id: uuid.UUID, limit: int) -> list[Picture]:
     """Read a tenant's pictures rendered last, newest first; a picture is known while events are."""
     rows = connection.execute(NEWEST, {"tenant_id": tenant_id, "limit": limit}).all()
-    specs = connection.execute(SPECS, {"ids": sorted({row.job_id for row in rows})})
-    jobs = {row.id: FullSpec.model_validate(row.spec) for row in specs}
-    places = [jobs[row.job_id].prompt_index(row.ordinal) for row in rows]
-    prompts = connection.execute(
-        PROMPTS, {"job_ids": [row.job_id for row in rows], "places": places}
-    )
-    prompt_at = {(row.job_id, row.place): row.prompt for row in prompts}
+    specs = frame_specs(connection, [(row.job_id, row.ordinal) for row in rows])
     return [
-        Picture(
-            row.job_id,
-            row.ordinal,
-            frame_spec(jobs[row.job_id], row.ordinal, prompt_at[row.job_id, place]),
-            row.finished_at,
-        )
-        for row, place in zip(rows, places, strict=True)
+        Picture(row.job_id, row.ordinal, spec, row.finished_at)
+        for row, (_, spec) in zip(rows, specs, strict=True)
     ]

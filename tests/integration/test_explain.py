@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import TextClause, text
 
 from farm.context import Farm
-from farm.store import claim, events, frames, jobs, lanes, reading
+from farm.store import claim, events, frames, jobs, lanes, reading, specs
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS, TALLY
 from tests.farming import new_tenant, submit
@@ -66,8 +66,8 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         claim.TAKE_BACK,
         {"ids": [uuid.UUID(int=1)], "ordinals": [100], "worker": "hand"},
     ),
-    "specs": (claim.SPECS, {"ids": [uuid.UUID(int=1)]}),
-    "prompts": (claim.PROMPTS, {"job_ids": [uuid.UUID(int=1)], "places": [0]}),
+    "specs": (specs.SPECS, {"ids": [uuid.UUID(int=1)]}),
+    "prompts": (specs.PROMPTS, {"job_ids": [uuid.UUID(int=1)], "places": [0]}),
     "complete": (frames.COMPLETE, {**ONE, "sha256": [b"0"], "bytes": [1], "slots": [0]}),
     "held": (frames.HELD, ONE),
     "end": (
