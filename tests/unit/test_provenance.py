@@ -154,3 +154,11 @@ def test_what_is_no_picture_of_the_farm_is_refused_in_a_line(content: bytes) -> 
     assert "\n" not in caught.value.message
     assert "object at" not in caught.value.message
     assert "pydantic" not in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "EPS"])
+def test_other_formats_are_not_even_opened(kind: str) -> None:
+    buffer = io.BytesIO()
+    picture().save(buffer, kind)
+    with pytest.raises(InvalidRequest, match="not a PNG"):
+        read_png(buffer.getvalue())
