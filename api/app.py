@@ -15,6 +15,7 @@ from api import (
     errors,
     frames,
     health,
+    images,
     jobs,
     metrics,
     openapi,
@@ -56,6 +57,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     job_calls = openapi.refusals(401, 422, 503)
     app.include_router(jobs.router, responses=job_calls)
     app.include_router(frames.router, responses=job_calls)
+    app.include_router(images.router, responses=job_calls)
     app.include_router(pipelines.router, responses=openapi.refusals(401, 503))
     app.include_router(workers.router, responses=openapi.refusals(401, 503))
     app.include_router(health.router)

@@ -17,13 +17,17 @@ instead of a broken connection."""
 
 
 async def read_body(request: Request) -> bytes:
-    """Read a body of at most `max_body_bytes` bytes.
+    """Read a body of at most `max_body_bytes` bytes; see read_within."""
+    return await read_within(request, farm_of(request).settings.max_body_bytes)
+
+
+async def read_within(request: Request, limit: int) -> bytes:
+    """Read a body of at most `limit` bytes.
 
     Raises:
         TooLarge: it is larger.
         MalformedBody: it was cut short.
     """
-    limit = farm_of(request).settings.max_body_bytes
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > DRAINED * limit):
         raise TooLarge(f"The body is larger than the limit of {limit} bytes.")

@@ -9,7 +9,7 @@ from typing import Any
 from api import wire
 from api.waiting import JobRow, Lanes
 from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
-from farm.states import TERMINAL, FrameState, JobStatus
+from farm.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import reading
 from farm.store.engine import Transaction
 
@@ -97,6 +97,7 @@ def _frame_view(
             "bytes": row.bytes if row else None,
             "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,
             "error": row.error if row else None,
+            "flagged": state is FrameState.DEAD and attempts[-1].reason == FLAGGED,
             "attempts": attempts,
         }
     )

@@ -87,7 +87,7 @@ class Frame(BaseModel):
     ordinal: int
     state: FrameState = Field(description="ready: returned for another attempt")
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None = Field(default=None, description="where its family takes one")
     seed: int
     width: int = Field(description="pixels")
     height: int = Field(description="pixels")
@@ -99,7 +99,19 @@ class Frame(BaseModel):
     bytes: int | None = Field(description="the image's length")
     image_url: str | None = Field(description="where its image is, on this API; null: none yet")
     error: str | None = Field(description="why the latest attempt failed")
+    flagged: bool = Field(description="kept out of the result by the pipeline's safety checker")
     attempts: list[Attempt] = Field(description="those that did not succeed")
+
+
+class Image(BaseModel):
+    """A control image as it is kept: an RGB PNG without metadata."""
+
+    id: str = Field(description="the sha256 of its bytes, in hex")
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    bytes: int
+    content_type: str
+    created_at: datetime
 
 
 class Limits(BaseModel):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -22,22 +23,67 @@ from farm.errors import CatalogError
 MAX_BUCKET = 64
 
 
-class Pipeline(BaseModel):
-    """One entry of the catalog: a family, its weights, how to load them."""
+class Weights(BaseModel):
+    """Where weights come from: a hub repository, or a folder beside the catalog."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(
+        min_length=1, description="a hub repository, or a folder beside the catalog"
+    )
+    revision: str | None = Field(default=None, description="the hub repository's commit")
+    variant: str | None = Field(default=None, description="the weights' variant, such as fp16")
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def checkpoint(self) -> str:
+        """A local folder's path where there is one, else the hub repository's name."""
+        local = self._folder / self.source
+        return str(local) if local.is_dir() else self.source
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the checkpoint lies in a local folder."""
+        return (self._folder / self.source).is_dir()
+
+
+def _written_short(value: object) -> object:
+    return {"source": value} if isinstance(value, str) else value
+
+
+Part = Annotated[Weights, BeforeValidator(_written_short)]
+"""Weights beside the pipeline's own; the catalog may write the source alone."""
+
+
+class Pipeline(Weights):
+    """One entry of the catalog: a family, its weights, how to load them."""
 
     family: str | None = Field(
         default=None, description="left out: found from the checkpoint's class"
     )
-    source: str = Field(description="a hub repository, or a folder beside the catalog")
-    revision: str | None = Field(default=None, description="the hub repository's commit")
-    variant: str | None = Field(default=None, description="the weights' variant, such as fp16")
+    refiner: Part | None = Field(default=None, description="the SDXL refiner's weights")
+    controlnets: list[Part] = Field(
+        default_factory=list, description="the ControlNets' weights; a job's `control` follows them"
+    )
+    prior: Part | None = Field(default=None, description="the Kandinsky 2.2 prior's weights")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="auto: float16 on cuda, float32 on the CPU"
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="auto: cuda where there is one, else the CPU"
+    )
+    offload: Literal["", "model", "sequential", "group"] = Field(
+        default="", description="on cuda: what is moved to the CPU while it is not needed"
+    )
+    channels_last: bool = Field(
+        default=False, description="convolutions' weights laid out with their channels last"
+    )
+    compile: Literal["", "default", "reduce-overhead", "max-autotune"] = Field(
+        default="", description="torch.compile's mode for the UNet or transformer and the VAE"
+    )
+    safety_checker: bool | None = Field(
+        default=None, description="left out: as the checkpoint has it"
     )
     bucket: dict[str, int] = Field(
         default_factory=lambda: {"default": 1},
@@ -50,7 +96,10 @@ class Pipeline(BaseModel):
         default=2048 * 2048, ge=64, description="width times height of the largest picture"
     )
 
-    _folder: Path = PrivateAttr(default=Path())
+    @field_validator("refiner", "prior", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
 
     @field_validator("bucket")
     @classmethod
@@ -67,15 +116,16 @@ class Pipeline(BaseModel):
         return self.bucket.get(f"{width}x{height}", self.bucket["default"])
 
     @property
-    def checkpoint(self) -> str:
-        """A local folder's path where there is one, else the hub repository's name."""
-        local = self._folder / self.source
-        return str(local) if local.is_dir() else self.source
+    def parts(self) -> dict[str, Weights]:
+        """The weights beside the pipeline's own, by where the catalog names them."""
+        named = {"refiner": self.refiner, "prior": self.prior}
+        nets = {f"controlnets.{index}": net for index, net in enumerate(self.controlnets)}
+        return {name: part for name, part in named.items() if part is not None} | nets
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the checkpoint lies in a local folder."""
-        return (self._folder / self.source).is_dir()
+    def place(self, folder: Path) -> None:
+        """Say which folder local sources are relative to."""
+        for weights in (self, *self.parts.values()):
+            weights._folder = folder
 
 
 class Catalog(BaseModel):
@@ -111,5 +161,5 @@ def load_catalog(path: Path) -> Catalog:
         where = ".".join(str(part) for part in first["loc"])
         raise CatalogError(f"The catalog {path}: {where}: {first['msg']}.") from error
     for pipeline in catalog.pipelines.values():
-        pipeline._folder = path.resolve().parent
+        pipeline.place(path.resolve().parent)
     return catalog

@@ -77,6 +77,15 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=16 * 2**20, ge=1, description="bytes a request's body may hold"
     )
+    max_image_bytes: int = Field(
+        default=16 * 2**20, ge=1, description="bytes a control image may have as it is sent"
+    )
+    max_image_pixels: int = Field(
+        default=4096 * 4096,
+        ge=64,
+        le=2**27,
+        description="width times height of a control image",
+    )
     presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
 

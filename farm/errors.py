@@ -31,10 +31,17 @@ class MalformedBody(FarmError):
 
 
 class TooLarge(FarmError):
-    """The request's body is larger than FARM_MAX_BODY_BYTES."""
+    """The request's body is larger than FARM_MAX_BODY_BYTES, or FARM_MAX_IMAGE_BYTES."""
 
     code = "body_too_large"
     status = 413
+
+
+class UnsupportedMediaType(FarmError):
+    """The request's body is of a kind that the call does not take."""
+
+    code = "unsupported_media_type"
+    status = 415
 
 
 class Unauthenticated(FarmError):
@@ -78,6 +85,13 @@ class CatalogError(FarmError):
 
     code = "catalog_error"
     status = 500
+
+
+class OutOfMemory(CatalogError):
+    """A pipeline does not fit in the memory that is free now."""
+
+    code = "out_of_memory"
+    retryable = True
 
 
 class RenderError(FarmError):

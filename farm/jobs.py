@@ -9,9 +9,12 @@ from typing import Any
 
 from farm.context import Farm
 from farm.errors import InvalidRequest
+from farm.images import missing_images
+from farm.offers import Offer
+from farm.spec import FullSpec
 from farm.store import jobs as stored
 from farm.store import reading
-from farm.store.engine import transaction
+from farm.store.engine import Transaction, transaction
 from farm.store.jobs import Idempotency
 from farm.submission import check_job, full_spec
 
@@ -38,11 +41,26 @@ def submit(
     job = check_job(body, farm.settings)
     spec = full_spec(job, farm.offer(job.pipeline), farm.settings)
     with transaction(farm.store) as connection:
+        _check_images(connection, tenant_id, farm.offer(job.pipeline), spec)
         job_id = stored.insert_job(
             connection, uuid.uuid4(), tenant_id, spec, job.prompts, idempotency
         )
     farm.bells.ring(job.pipeline)
     return job_id
+
+
+def _check_images(
+    connection: Transaction, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec
+) -> None:
+    """Refuse a job that names an image which its tenant never uploaded."""
+    params = [offer.params(point.params) for point in spec.points]
+    wanted = {image_id for point in params for image_id in point.image_ids()}
+    missing = missing_images(connection, tenant_id, wanted) if wanted else set()
+    for point in params:
+        for place, image_id in enumerate(point.image_ids()):
+            if image_id in missing:
+                where = "grid.control" if "control" in spec.grid else f"control.{place}.image"
+                raise InvalidRequest(f"{where}: there is no image {image_id}.", param=where)
 
 
 def _idempotency(key: str | None, body: Any) -> Idempotency | None:

@@ -11,10 +11,10 @@ import io
 import json
 import warnings
 from importlib import metadata
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from farm import __version__
 from farm.errors import InvalidRequest
@@ -30,7 +30,7 @@ UNREADABLE = (
 )
 """What Pillow raises for pictures that are damaged, or made to do harm."""
 
-LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "compel", "pillow", "numpy")
 
 
 class Provenance(BaseModel):
@@ -48,6 +48,8 @@ class Provenance(BaseModel):
     threads: int
     """torch threads: on a CPU they decide how sums are split, and so the last bits"""
     versions: dict[str, str]
+    options: dict[str, Any] = Field(default_factory=dict)
+    """how it was loaded, where that may show in the last bits: `compile`, `channels_last`"""
 
 
 def library_versions() -> dict[str, str]:
@@ -104,6 +106,7 @@ def parameters_text(provenance: Provenance) -> str:
         "Steps": params.get("steps"),
         "Sampler": params.get("sampler"),
         "CFG scale": params.get("guidance_scale"),
+        "Clip skip": params.get("clip_skip"),
         "Seed": frame.seed,
         "Size": f"{params['width']}x{params['height']}",
         "Model hash": provenance.weights[:10],

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageChops
 from pydantic import ValidationError
 
 from farm.catalog import MAX_BUCKET, Catalog, Pipeline
 from farm.errors import InvalidRequest
-from farm.families.loading import device_name, device_of, prepare_torch, thread_count
+from farm.families.base import Batch
+from farm.families.devices import device_name, device_of, prepare_torch, thread_count
+from farm.families.loading import OPTIONS
 from farm.offers import Offer, make_offer
 from farm.provenance import Provenance, library_versions, read_png
 from farm.spec import MAX_SEED, FrameSpec
@@ -59,8 +61,20 @@ class Replay:
         return self.difference is None
 
 
+FindImage = Callable[[str], Image.Image]
+"""Gives the control image of an id, as RGB; raises InvalidRequest where it has none."""
+
+
+def no_image(image_id: str) -> Image.Image:
+    """Find no image: for pictures that need none."""
+    raise InvalidRequest(f"The picture was steered by image {image_id}, which is not at hand.")
+
+
 def replay(
-    content: bytes, catalog: Catalog, on_step: StepHook = lambda _done, _steps: None
+    content: bytes,
+    catalog: Catalog,
+    on_step: StepHook = lambda _done, _steps: None,
+    find_image: FindImage = no_image,
 ) -> Replay:
     """Render a picture again, as it was: bucket, dtype, and on a CPU the number of threads.
 
@@ -68,6 +82,7 @@ def replay(
         content: the PNG's bytes.
         catalog: where its pipeline is looked up.
         on_step: called after every denoising step.
+        find_image: gives the control images that steered it.
 
     Raises:
         InvalidRequest: the picture holds no provenance, the catalog has no such pipeline, or the
@@ -80,9 +95,12 @@ def replay(
     entry = _entry(catalog, recorded)
     offer = make_offer(recorded.frame.pipeline, entry)
     frame = _checked(picture, recorded, offer)
+    images = {name: find_image(name) for name in offer.params(frame.params).image_ids()}
     prepare_torch(recorded.threads)
     loaded = offer.family.load(entry)
-    fresh = offer.family.denoise(loaded, [frame], on_step)[0]
+    fresh = offer.family.denoise(loaded, Batch([frame], on_step, images))[0]
+    if fresh is None:
+        raise InvalidRequest("The pipeline's safety checker flags this picture here.")
     now = _provenance(recorded, loaded)
     return Replay(
         recorded, now, picture, fresh, compare(picture, fresh), list(_notes(recorded, now))
@@ -103,7 +121,17 @@ def _entry(catalog: Catalog, recorded: Provenance) -> Pipeline:
     entry = catalog.pipelines[name]
     anywhere = entry.model_copy(update={"device": "auto"})
     device = CPU if recorded.device.startswith(CPU) else device_of(anywhere)
-    return entry.model_copy(update={"device": device, "dtype": recorded.dtype})
+    how = {"device": device, "dtype": recorded.dtype, **_options(recorded)}
+    return entry.model_copy(update=how)
+
+
+def _options(recorded: Provenance) -> dict[str, Any]:
+    """How the pipeline was loaded, checked as a catalog entry's own options are."""
+    try:
+        entry = Pipeline.model_validate({"source": "-", **recorded.options})
+    except ValidationError as error:
+        raise damaged(f"options: {error.errors()[0]['msg']}") from error
+    return {name: getattr(entry, name) for name in OPTIONS}
 
 
 def _checked(picture: Image.Image, recorded: Provenance, offer: Offer) -> FrameSpec:
@@ -142,6 +170,7 @@ def _provenance(recorded: Provenance, loaded: Loaded) -> Provenance:
         dtype=loaded.dtype,
         threads=thread_count(loaded.device),
         versions=library_versions(),
+        options=dict(loaded.options),
     )
 
 

@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+FLAGGED = "flagged"
+"""The reason of an attempt whose picture the pipeline's safety checker keeps out of the result."""
+
 
 class FrameState(StrEnum):
     """Where a frame stands; WAITING is the absence of a row."""

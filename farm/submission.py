@@ -73,6 +73,26 @@ def _check_limits(job: JobSpec, settings: Settings) -> None:
         )
 
 
+def _check_prompts(job: JobSpec, points: Sequence[Params]) -> None:
+    """Check every prompt in each syntax that the grid asks for."""
+    readings = {getattr(params, "prompt_syntax", None): params for params in points}
+    for params in readings.values():
+        for index, prompt in enumerate(job.prompts):
+            _check_syntax(params, prompt, f"prompts.{index}")
+
+
+def _check_text(params: Params, text: str, param: str, settings: Settings) -> None:
+    _check_length(text, param, settings.max_prompt_chars)
+    _check_syntax(params, text, param)
+
+
+def _check_syntax(params: Params, text: str, param: str) -> None:
+    try:
+        params.check_prompt(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{param}: {error}.", param=param) from error
+
+
 def _check_length(text: str, param: str, limit: int) -> None:
     if len(text) > limit:
         raise InvalidRequest(
@@ -88,6 +108,7 @@ def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
     """
     _check_names(job, offer)
     points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
+    _check_prompts(job, points)
     frames_per_point = len(job.prompts) * job.images_per_prompt
     keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
     longest = _longest_runs(keys)
@@ -120,7 +141,7 @@ def _longest_runs(keys: Sequence[str]) -> dict[str, int]:
 
 
 def _check_names(job: JobSpec, offer: Offer) -> None:
-    known = offer.family.params.model_fields
+    known = offer.params_type.model_fields
     for name in job.params:
         if name not in known:
             raise InvalidRequest(
@@ -146,7 +167,8 @@ def _checked_point(
         first = error.errors()[0]
         in_grid = bool(first["loc"]) and first["loc"][0] in job.grid
         raise invalid(first, prefix="grid." if in_grid else "") from error
-    _check_length(params.negative_prompt, "negative_prompt", settings.max_prompt_chars)
+    for name, text in params.texts().items():
+        _check_text(params, text, name, settings)
     if params.width * params.height > offer.pipeline.max_pixels:
         raise InvalidRequest(
             f"width x height is {params.width * params.height} pixels; the limit of pipeline "

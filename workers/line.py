@@ -16,17 +16,19 @@ from PIL import Image
 from farm.artifacts import artifact_key
 from farm.context import Farm
 from farm.errors import FarmError, Unavailable
-from farm.families.base import Loaded, StopBatch
-from farm.families.loading import device_name, thread_count
+from farm.families.base import Batch, Loaded, StopBatch
+from farm.families.devices import device_name, thread_count
 from farm.offers import Offer
 from farm.provenance import Provenance, encode_png, library_versions
-from farm.states import FrameState
+from farm.states import FLAGGED, FrameState
 from farm.store import frames, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import Connection, transaction
 from farm.store.frames import Done, Failure
 from farm.store.workers import Account
 from workers.identity import Identity
+from workers.images import ImageCache
+from workers.warming import Warmth
 from workers.watch import LeaseWatch
 
 log = logging.getLogger(__name__)
@@ -37,11 +39,20 @@ T = TypeVar("T")
 class RenderLine:
     """One child's pinned pipeline, and what it does with each batch."""
 
-    def __init__(self, farm: Farm, identity: Identity, offer: Offer, loaded: Loaded) -> None:
+    def __init__(
+        self,
+        farm: Farm,
+        identity: Identity,
+        offer: Offer,
+        loaded: Loaded,
+        warmth: Warmth | None = None,
+    ) -> None:
         self._farm = farm
         self._identity = identity
         self._offer = offer
         self._loaded = loaded
+        self._warmth = warmth or Warmth()
+        self._images = ImageCache(farm.artifacts)
         self._versions = library_versions()
         self._commit_seconds = 0.0
         self._unsure = True
@@ -86,20 +97,29 @@ class RenderLine:
             failures = _failures(lease.frames, error)
             self._commit(lambda: self._fail(lease, failures, account))
 
-    def _denoise(self, lease: Lease, watch: LeaseWatch) -> list[Image.Image]:
+    def _denoise(self, lease: Lease, watch: LeaseWatch) -> list[Image.Image | None]:
         specs = [frame.spec for frame in lease.frames]
-        return self._offer.family.denoise(self._loaded, specs, watch.on_step)
+        images = {
+            image_id: self._images.get(frame.tenant_id, image_id)
+            for frame in lease.frames
+            for image_id in self._offer.params(frame.spec.params).image_ids()
+        }
+        self._warmth.meet(self._offer.name, specs[0])
+        return self._offer.family.denoise(self._loaded, Batch(specs, watch.on_step, images))
 
     def _store(
         self,
         lease: Lease,
-        pictures: Sequence[Image.Image],
+        pictures: Sequence[Image.Image | None],
         account: Account,
         watch: LeaseWatch,
     ) -> None:
         done: list[Done] = []
         failures: list[Failure] = []
         for slot, (frame, picture) in enumerate(zip(lease.frames, pictures, strict=True)):
+            if picture is None:
+                failures.append(_flagged(frame))
+                continue
             try:
                 done.append(self._put(frame, slot, picture, account))
             except Unavailable as error:
@@ -131,6 +151,7 @@ class RenderLine:
             dtype=self._loaded.dtype,
             threads=thread_count(self._loaded.device),
             versions=self._versions,
+            options=dict(self._loaded.options),
         )
 
     def _complete(
@@ -206,6 +227,12 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
     elif type(error).__name__ == "OutOfMemoryError":
         reason = "out_of_memory"
     return [Failure(_fence(frame), reason, message, retryable, text, charged) for frame in claimed]
+
+
+def _flagged(frame: ClaimedFrame) -> Failure:
+    """What becomes of a flagged picture: another attempt would give the same one."""
+    message = "The pipeline's safety checker flagged this picture."
+    return Failure(_fence(frame), FLAGGED, message, retryable=False)
 
 
 def _named(claimed: Sequence[ClaimedFrame]) -> str:

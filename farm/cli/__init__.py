@@ -17,6 +17,7 @@ from farm.cli import (
     demo,
     doctor,
     download,
+    images,
     jobs,
     keys,
     processes,
@@ -43,6 +44,7 @@ app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("up", rich_help_panel=START)(up.up)
 app.command("doctor", rich_help_panel=START)(doctor.doctor)
 app.command("submit", rich_help_panel=RENDER, epilog=submit.EXAMPLES)(submit.submit)
+app.command("images", rich_help_panel=RENDER)(images.images)
 app.command("watch", rich_help_panel=RENDER)(jobs.watch)
 app.command("get", rich_help_panel=RENDER)(download.get)
 app.command("cancel", rich_help_panel=RENDER)(jobs.cancel)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,17 @@ import typer
 from farm.errors import InvalidRequest
 
 DEFAULT_PIPELINE = "demo"
+CONTROL_SETTINGS = frozenset({"scale", "start", "end"})
+
+
+@dataclass(frozen=True)
+class ControlWord:
+    """What a `--control` says."""
+
+    source: str
+    """a path, an address, or the id of an image"""
+    settings: Mapping[str, float]
+    """how much and when it counts"""
 
 
 def job_body(
@@ -99,6 +112,33 @@ def pair(word: str, option: str) -> tuple[str, str]:
     if not (name.strip() and equals):
         raise typer.BadParameter(f"{word!r} is not of the form name=value", param_hint=option)
     return name.strip(), value
+
+
+def control_word(word: str) -> ControlWord:
+    """Split `PATH,scale=0.8,start=0,end=0.5`.
+
+    Only a known `name=number` at the end is a setting, and each once: a path may hold commas.
+
+    Raises:
+        typer.BadParameter: it names no image.
+    """
+    source, settings = word, dict[str, float]()
+    while (parted := _last_setting(source)) and parted[1] not in settings:
+        source, name, value = parted
+        settings[name] = value
+    if not source.strip():
+        raise typer.BadParameter(f"{word!r} names no image", param_hint="--control")
+    return ControlWord(source.strip(), settings)
+
+
+def _last_setting(word: str) -> tuple[str, str, float] | None:
+    rest, _, last = word.rpartition(",")
+    name, _, number = (part.strip() for part in last.partition("="))
+    try:
+        value = float(number)
+    except ValueError:
+        return None
+    return (rest, name, value) if name in CONTROL_SETTINGS and math.isfinite(value) else None
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from farm.cli.console import duration, plural
 from farm.config import Settings
 from farm.envfile import NAME as ENV_FILE
 from farm.errors import CatalogError, FarmError, Unavailable
-from farm.families.loading import device_name, device_of
+from farm.families.devices import device_name, device_of
 from farm.offers import make_offer
 from farm.store import workers
 from farm.store.engine import Store, server_clock, transaction
@@ -164,7 +164,7 @@ def _janitor(store: Store) -> str:
 
 
 def _torch() -> str:
-    device = device_of(Pipeline(source=""))
+    device = device_of(Pipeline(source="any"))
     return f"{metadata.version('torch')} on {device_name(device)}"
 
 

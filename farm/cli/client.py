@@ -107,6 +107,11 @@ class FarmClient:
         """Read a job as it stands now."""
         return self._job(self._send("GET", f"/v1/jobs/{job_id}"))
 
+    def upload(self, content: bytes, media_type: str) -> Any:
+        """Upload a control image; sent again, it is the same image."""
+        headers = {"Content-Type": media_type}
+        return self._object(self._send("POST", "/v1/images", content=content, headers=headers))
+
     def steer(self, job_id: str, verb: str) -> Job:
         """Cancel, pause, resume or retry a job."""
         # A second `retry` is a conflict, so an answer that was lost must not be asked for again.

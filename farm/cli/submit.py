@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from farm.cli.body import DEFAULT_PIPELINE, job_body, read_job
+from farm.cli.body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
 from farm.cli.console import Json, emit, out, plural, say
+from farm.cli.fields import show_fields
 from farm.cli.find import short
+from farm.cli.images import control_field
 
 EXAMPLES = """
 Examples:
@@ -16,6 +19,10 @@ Examples:
 farm submit "a red star on a blue background" --images 4 --seed 31 --watch
 
 farm submit "a green heart" --grid guidance_scale=2,4,8 --grid steps=10,25
+
+farm submit "a lighthouse" --pipeline canny --control edges.png,scale=0.8
+
+farm submit --pipeline canny --fields
 
 farm submit --from job.json --label campaign=spring --json
 """
@@ -45,6 +52,13 @@ def submit(  # one argument an option: this is the command's own declaration
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to keep out of the picture.")
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IMAGE[,scale=N,start=N,end=N]",
+            help="A control image: a path, an address or an id; one for each net, in order.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other field; JSON, or plain text."),
@@ -73,10 +87,16 @@ def submit(  # one argument an option: this is the command's own declaration
     idempotency_key: Annotated[
         str | None, typer.Option(help="Sent twice with the same job, it makes one.")
     ] = None,
+    show: Annotated[
+        bool, typer.Option("--fields", help="Show what the pipeline takes, and submit nothing.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Stay until it has ended.")] = False,
     as_json: Json = False,
 ) -> None:
     """Submit a job: prompts x images x a grid of parameters."""
+    if show:
+        show_fields(pipeline or DEFAULT_PIPELINE, as_json=as_json)
+        return
     fields: dict[str, Any] = {
         "prompts": prompts,
         "pipeline": pipeline,
@@ -99,16 +119,28 @@ def submit(  # one argument an option: this is the command's own declaration
         grid=grid or (),
         labels=label or (),
     )
-    send(body, idempotency_key, watch=watch, as_json=as_json)
+    controls = [control_word(word) for word in control or ()]
+    send(body, idempotency_key, controls, watch=watch, as_json=as_json)
 
 
-def send(body: dict[str, Any], idempotency_key: str | None, *, watch: bool, as_json: bool) -> None:
-    """Submit a body; with `watch`, stay until the job has ended and exit as it did."""
+def send(
+    body: dict[str, Any],
+    idempotency_key: str | None,
+    controls: Sequence[ControlWord] = (),
+    *,
+    watch: bool,
+    as_json: bool,
+) -> None:
+    """Upload the control images and submit a body with them; with `watch`, stay until the job has
+    ended and exit as it did."""
     from farm.cli.client import FarmClient
     from farm.cli.jobs import watch_to_end
     from farm.config import load_settings
 
-    with FarmClient.of(load_settings()) as client:
+    settings = load_settings()
+    with FarmClient.of(settings) as client:
+        if controls:
+            body = {**body, "control": control_field(client, controls, settings.max_image_bytes)}
         job = client.submit(body, idempotency_key)
         if not as_json:
             frames = plural(job["total"], "frame")

@@ -9,7 +9,10 @@ from functools import cache
 from farm.catalog import Pipeline
 from farm.errors import CatalogError
 from farm.families.base import Checkpoint, Family
-from farm.families.loading import read_checkpoint
+from farm.families.checkpoints import read_checkpoint
+
+LAST_RESORT = "auto"
+"""The family of whatever no other family renders."""
 
 
 @cache
@@ -23,7 +26,7 @@ def all_families() -> dict[str, Family]:
     return {family.name: family for family in found}
 
 
-def family_of(name: str, pipeline: Pipeline, checkpoint: Checkpoint) -> Family:
+def family_of(pipeline: Pipeline, checkpoint: Checkpoint) -> Family:
     """Find the family of a catalog entry: the one it names, else by its checkpoint's class.
 
     Raises:
@@ -33,15 +36,13 @@ def family_of(name: str, pipeline: Pipeline, checkpoint: Checkpoint) -> Family:
     if pipeline.family is not None:
         if pipeline.family not in families:
             raise CatalogError(
-                f"Pipeline {name}: family {pipeline.family!r} is unknown; there are "
-                f"{', '.join(sorted(families))}."
+                f"family {pipeline.family!r} is unknown; there are {', '.join(sorted(families))}."
             )
         return families[pipeline.family]
-    class_name = str(checkpoint.index.get("_class_name"))
-    for family in families.values():
-        if class_name in family.pipeline_classes:
+    for family in sorted(families.values(), key=lambda family: family.name == LAST_RESORT):
+        if family.fits(pipeline, checkpoint):
             return family
-    raise CatalogError(f"Pipeline {name}: no family renders a {class_name}.")
+    raise CatalogError(f"no family renders a {checkpoint.class_name}.")
 
 
 __all__ = ["Family", "all_families", "family_of", "read_checkpoint"]

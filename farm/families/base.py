@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -29,6 +29,7 @@ class Params(BaseModel):
         extra="forbid",
         frozen=True,
         strict=True,
+        validate_default=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,  # one tenant's words must not show in another's error
     )
@@ -38,13 +39,42 @@ class Params(BaseModel):
 
     width: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
     height: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
-    negative_prompt: str = Field(default="", description="what to keep out of the picture")
-
-    _check_negative_prompt = field_validator("negative_prompt")(storable)
 
     def scalars(self) -> dict[str, Any]:
-        """The fields that a diffusers call takes once for a whole batch."""
+        """The values that a diffusers call takes once for a whole batch."""
         return self.model_dump(exclude=set(self.PER_FRAME))
+
+    def texts(self) -> dict[str, str]:
+        """The texts among the fields, by field: they are limited as prompts are."""
+        return {
+            name: value
+            for name in type(self).model_fields
+            if name in self.PER_FRAME and isinstance(value := getattr(self, name), str)
+        }
+
+    def image_ids(self) -> list[str]:
+        """The uploaded images that the frame needs."""
+        return []
+
+    def check_prompt(self, text: str) -> None:
+        """Refuse a prompt that cannot be read as these parameters say.
+
+        Raises:
+            ValueError: what is wrong, and where.
+        """
+
+
+class Negatable(Params):
+    """Parameters of a family whose pictures can be steered away from a text."""
+
+    negative_prompt: str | None = Field(
+        default="", description="what to keep out of the picture; null: as diffusers has it"
+    )
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _negative_prompt_storable(cls, value: str | None) -> str | None:
+        return None if value is None else storable(value)
 
 
 @dataclass(frozen=True)
@@ -58,38 +88,68 @@ class Loaded:
     """The checkpoint's own: each batch's sampler is built from it, whatever ran before."""
     weights: str
     """What names the weights: see loading."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """How it was loaded, where that may show in the last bits: `compile`, `channels_last`."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What else its family keeps with it, by name: a refiner, a prompt encoder."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint's own configuration, read without loading any weights."""
 
-    index: dict[str, Any]
-    """model_index.json"""
-    configs: dict[str, dict[str, Any]]
+    index: Mapping[str, Any]
+    """model_index.json, or a single model's config.json"""
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """component: its config.json or scheduler_config.json"""
+    parts: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """the catalog's other weights, as `Pipeline.parts` names them"""
+
+    @property
+    def class_name(self) -> str:
+        """The diffusers class that it says it is."""
+        return str(self.index.get("_class_name"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Frames that share a batch_key, to be denoised together."""
+
+    frames: Sequence[FrameSpec]
+    on_step: StepHook = lambda _done, _steps: None
+    images: Mapping[str, Image.Image] = field(default_factory=dict)
+    """The uploaded images that the frames need, by id."""
 
 
 class Family(Protocol):
     """One kind of pipeline. A new family is one new module with a `family` of this shape."""
 
     name: str
-    pipeline_classes: tuple[str, ...]
-    """The diffusers classes, as model_index.json names them, that this family renders."""
     params: type[Params]
+    """What its jobs take, whatever the checkpoint."""
 
-    def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Read what the checkpoint itself prefers: its size, its sampler."""
+    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
+        """Whether it renders an entry that names no family."""
+        ...
+
+    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
+        """Fit `params` to one entry: its defaults, its limits, the samplers it can use.
+
+        Raises:
+            CatalogError: the entry cannot be rendered; the message says what is missing.
+        """
         ...
 
     def load(self, pipeline: Pipeline) -> Loaded:
-        """Load the weights and pin them on the device."""
+        """Load the weights and pin them on the device.
+
+        Raises:
+            CatalogError: it cannot be loaded; the message says why.
+        """
         ...
 
-    def denoise(
-        self, loaded: Loaded, frames: Sequence[FrameSpec], on_step: StepHook
-    ) -> list[Image.Image]:
-        """Render frames that share a batch_key; returns one image a frame, in order.
+    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+        """Render a batch; returns one image a frame, in order, None where a safety checker balked.
 
         Short batches are padded up to the frames' bucket, since an image's bits depend on the
         batch's shape, though not on its neighbours or its place in it.
@@ -107,3 +167,22 @@ def padded(frames: Sequence[FrameSpec]) -> list[FrameSpec]:
     if not 1 <= len(frames) <= bucket:
         raise ValueError(f"{len(frames)} frames do not fit a bucket of {bucket}")
     return [*frames, *[frames[-1]] * (bucket - len(frames))]
+
+
+def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[str, Any]]:
+    """Make a `callback_on_step_end` for one diffusers call, or several one after another.
+
+    Args:
+        on_step: told of every step.
+        share: the first call's share of all steps.
+    """
+    done, steps = 0, 0
+
+    def callback(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done, steps
+        done += 1
+        steps = max(done, steps or round(pipe.num_timesteps / share))  # some take two for a step
+        on_step(done, steps)
+        return tensors
+
+    return callback

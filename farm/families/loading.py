@@ -1,197 +1,217 @@
-"""What loading and denoising share across families. torch is imported inside functions only."""
+"""Loading weights through diffusers and pinning them. torch is imported inside functions only."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farm.catalog import Pipeline
-from farm.errors import CatalogError
-from farm.families.base import Checkpoint, Loaded
+from farm.catalog import Pipeline, Weights
+from farm.errors import CatalogError, OutOfMemory
+from farm.families.base import Loaded
+from farm.families.checkpoints import INDEX, parameter_count, weights_hash
+from farm.families.devices import device_of, dtype_of, free_memory, is_out_of_memory
 from farm.spec import FrameSpec
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_NAMES = ("config.json", "scheduler_config.json")
-WEIGHED = {".safetensors", ".json", ".txt", ".model"}
-"""Files that decide what is drawn; a README or a preview picture does not."""
+log = logging.getLogger(__name__)
+
+AUTO = "AutoPipelineForText2Image"
+OPTIONS = ("compile", "channels_last", "offload")
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MOST_SHAPES = 1024
+"""Shapes that a compiled module may be compiled for; torch's own limit of 8 is for accidents."""
 
 
-def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
-    """Read a checkpoint's configuration, from its folder or the hub, without its weights.
+def load_pipe(pipeline: Pipeline, class_name: str = AUTO, **components: Any) -> Any:
+    """Load an entry's own weights, on the CPU, in the dtype of its device.
 
-    Raises:
-        CatalogError: there is no such checkpoint, or it is not one of diffusers.
-    """
-    folder = _folder_of_configs(pipeline)
-    index = _read_json(folder / "model_index.json")
-    configs = {}
-    for component in index:
-        for name in CONFIG_NAMES:
-            if (folder / component / name).is_file():
-                configs[component] = _read_json(folder / component / name)
-    return Checkpoint(index=index, configs=configs)
-
-
-def _folder_of_configs(pipeline: Pipeline) -> Path:
-    if pipeline.is_local:
-        return Path(pipeline.checkpoint)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(pipeline.source, revision=pipeline.revision, allow_patterns="*.json")
-        )
-    except Exception as error:
-        raise CatalogError(
-            f"{pipeline.source} is neither a folder beside the catalog nor a repository that the "
-            f"hub gives: {error}"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CatalogError(f"{path} cannot be read: {error}") from error
-    return content
-
-
-def load_pipeline(pipeline: Pipeline) -> Loaded:
-    """Load a checkpoint through the Auto class and pin it on its device.
-
-    Only safetensors are read, and nothing but what the catalog names.
+    Args:
+        pipeline: the entry.
+        class_name: the diffusers class to load through.
+        components: what to use in place of the checkpoint's own.
 
     Raises:
         CatalogError: it cannot be loaded; the message says why.
     """
-    import torch
-    from diffusers import AutoPipelineForText2Image
+    if pipeline.safety_checker is False:
+        components = {**components, "safety_checker": None, "requires_safety_checker": False}
+    return load_part(pipeline, pipeline, class_name, **components)
 
-    auto: Any = AutoPipelineForText2Image
+
+def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: Any) -> Any:
+    """Load some of an entry's weights; see load_pipe."""
+    import diffusers
+    import torch
+
+    loader: Any = getattr(diffusers, class_name)
     device = device_of(pipeline)
-    dtype = _dtype_of(pipeline, device)
-    source = pipeline.checkpoint if pipeline.is_local else str(_download(pipeline))
-    try:
-        pipe = auto.from_pretrained(
+    dtype = dtype_of(pipeline, device)
+    variant = part.variant or pipeline.variant
+    source = _source(part, variant)
+    _check_memory(pipeline, part, source, device, BYTES[dtype])
+    with _told(pipeline, part):
+        return loader.from_pretrained(
             source,
-            variant=pipeline.variant,
+            variant=variant,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
+            **components,
         )
-        pipe.to(device)
-    except (OSError, ValueError, ImportError) as error:
-        raise CatalogError(f"{pipeline.source} cannot be loaded: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
+
+
+def pin(
+    pipeline: Pipeline, pipes: Sequence[Any], extras: Mapping[str, Any] | None = None
+) -> Loaded:
+    """Put pipelines on their device, as the catalog says; the first is the one that is called.
+
+    Raises:
+        CatalogError: the device has no room for them.
+    """
+    device = device_of(pipeline)
+    for pipe in pipes:
+        with _told(pipeline, pipeline):
+            _place(pipeline, pipe, device)
     return Loaded(
-        pipe=pipe,
+        pipe=pipes[0],
         device=device,
-        dtype=dtype,
-        scheduler_config=pipe.scheduler.config,
-        weights=_weights(pipeline, Path(source)),
+        dtype=dtype_of(pipeline, device),
+        scheduler_config=getattr(getattr(pipes[0], "scheduler", None), "config", None),
+        weights=_weights(pipeline),
+        options={name: value for name in OPTIONS if (value := getattr(pipeline, name))},
+        extras=extras or {},
     )
 
 
-def _weights(pipeline: Pipeline, folder: Path) -> str:
-    """Name the weights: a folder by its content, a hub repository by its commit and variant.
+def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
+    import torch
 
-    The hub's cache may hold files of other variants beside those that were loaded.
-    """
-    if pipeline.is_local:
+    pipe.set_progress_bar_config(disable=True)
+    if pipeline.channels_last:
+        for name in ("unet", "transformer", "vae", "movq", "controlnet"):
+            module = getattr(pipe, name, None)
+            if module is not None:
+                module.to(memory_format=torch.channels_last)
+    if device == "cpu":
+        if pipeline.offload:
+            log.info("offload = %r means nothing on the CPU", pipeline.offload)
+        pipe.to(device)
+    elif pipeline.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif pipeline.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif pipeline.offload == "group":
+        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=True)
+    else:
+        pipe.to(device)
+    if pipeline.compile:
+        _compile(pipe, pipeline.compile)
+
+
+def _compile(pipe: Any, mode: str) -> None:
+    """Let torch compile what takes the time, when it is first called in each shape."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
+    for owner, name in ((pipe, "unet"), (pipe, "transformer")):
+        module = getattr(owner, name, None)
+        if module is not None:
+            module.compile(mode=mode, fullgraph=True, dynamic=False)
+    decoder = getattr(getattr(pipe, "vae", None) or getattr(pipe, "movq", None), "decoder", None)
+    if decoder is not None:
+        decoder.compile(mode=mode, fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def _told(pipeline: Pipeline, part: Weights) -> Iterator[None]:
+    """Turn what the libraries raise into one clear line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise CatalogError(f"{part.source} cannot be loaded: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise CatalogError(f"{part.source} cannot be loaded: {error}") from error
+        free_what_is_left()
+        device = device_of(pipeline)
+        raise OutOfMemory(
+            f"Out of memory while loading {part.source} on {device}; {_gib(free_memory(device))} "
+            f"are free now. {HELP}"
+        ) from error
+
+
+HELP = "A smaller dtype, `offload` on a GPU, or fewer workers on this machine may help."
+
+
+def free_what_is_left() -> None:
+    """Give back what a failed load holds: its tensors, and torch's own reserve on a GPU."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was never used
+
+
+def _check_memory(pipeline: Pipeline, part: Weights, source: str, device: str, width: int) -> None:
+    """Refuse what cannot fit before it drives the machine out of memory."""
+    needed = parameter_count(Path(source), part.variant or pipeline.variant) * width
+    for place in {"cpu"} if pipeline.offload else {"cpu", device}:
+        free = free_memory(place)
+        if needed > free:
+            raise OutOfMemory(
+                f"Out of memory: {part.source} needs {_gib(needed)} on {place} for its weights "
+                f"alone, and {_gib(free)} are free. {HELP}"
+            )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _weights(pipeline: Pipeline) -> str:
+    """Name the weights: a folder by its content, a hub repository by its commit and variant."""
+    own = _name_of_weights(pipeline, pipeline.variant)
+    if not pipeline.parts:
+        return own
+    lines = [own]
+    for name, part in pipeline.parts.items():
+        lines.append(f"{name} {_name_of_weights(part, part.variant or pipeline.variant)}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _name_of_weights(weights: Weights, variant: str | None) -> str:
+    folder = Path(_source(weights, variant))
+    if weights.is_local:
         return weights_hash(folder)
-    text = f"{pipeline.source} {folder.name} {pipeline.variant}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    # The hub's cache may hold files of other variants beside those that were loaded.
+    return hashlib.sha256(f"{weights.source} {folder.name} {variant}".encode()).hexdigest()
 
 
-def _download(pipeline: Pipeline) -> Path:
+def _source(weights: Weights, variant: str | None) -> str:
+    """The local folder of some weights, downloaded from the hub where they are not here yet."""
+    if weights.is_local:
+        return weights.checkpoint
     from diffusers import DiffusionPipeline
+    from huggingface_hub import file_exists, snapshot_download
 
-    folder = DiffusionPipeline.download(
-        pipeline.source,
-        revision=pipeline.revision,
-        variant=pipeline.variant,
-        use_safetensors=True,
-    )
-    return Path(folder)
-
-
-def device_of(pipeline: Pipeline) -> str:
-    """The device a pipeline is pinned on: cuda or cpu."""
-    import torch
-
-    if pipeline.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return pipeline.device
-
-
-def device_name(device: str) -> str:
-    """What decides a device's bits: the GPU's name, or the CPU's instruction set."""
-    import torch
-
-    if device == "cuda":
-        return str(torch.cuda.get_device_name())
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-
-
-def thread_count(device: str) -> int:
-    """Torch threads in use on a CPU, where they decide how sums are split; 0 on a GPU."""
-    import torch
-
-    return torch.get_num_threads() if device == "cpu" else 0
-
-
-def prepare_torch(threads: int) -> None:
-    """Set this process's threads (0: torch's own choice), and only kernels that repeat their bits.
-
-    Must run before anything is loaded on a device.
-    """
-    # cuBLAS reads this when it starts: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    _quieten()
-
-
-def _quieten() -> None:
-    """Keep the libraries' progress bars and hints out of the log."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    quiet: Any
-    for quiet in (diffusers_logging, transformers_logging):
-        quiet.disable_progress_bar()
-        quiet.set_verbosity_error()
-
-
-def _dtype_of(pipeline: Pipeline, device: str) -> str:
-    if pipeline.dtype == "auto":
-        return "float16" if device == "cuda" else "float32"
-    return pipeline.dtype
-
-
-def weights_hash(folder: Path) -> str:
-    """Hash every file of a checkpoint that decides what is drawn, names included (sha256, hex)."""
-    digest = hashlib.sha256()
-    for path in _weighed_files(folder):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
-    return digest.hexdigest()
-
-
-def _weighed_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.suffix in WEIGHED
-    )
+    at: dict[str, Any] = {"revision": weights.revision}
+    try:
+        if file_exists(weights.source, INDEX, **at):
+            folder = DiffusionPipeline.download(
+                weights.source, variant=variant, use_safetensors=True, **at
+            )
+        else:  # a single model, such as a ControlNet
+            mark = f"*.{variant}.safetensors" if variant else "*.safetensors"
+            folder = snapshot_download(weights.source, allow_patterns=["*.json", mark], **at)
+    except Exception as error:  # the hub's client raises those of its HTTP library too
+        raise CatalogError(f"{weights.source} cannot be downloaded: {error}") from error
+    return str(folder)
 
 
 def generators(frames: Sequence[FrameSpec]) -> list[torch.Generator]:

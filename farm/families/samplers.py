@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, WithJsonSchema
@@ -24,20 +25,55 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+"""They stand in for each other: each is built `from_config` of any other's configuration."""
 
 
-def _known(name: str) -> str:
-    if name not in SAMPLERS:
-        raise ValueError(f"no such sampler; there are {', '.join(SAMPLERS)}")
-    return name
+def sampler_field(names: Collection[str]) -> Any:
+    """Type a `sampler` field: one of `names`, or null for the checkpoint's own."""
+    known = sorted(names)
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(
+                f"this pipeline cannot use such a sampler; there are {', '.join(known)}"
+                if known
+                else "this pipeline has only its checkpoint's own sampler; leave it null"
+            )
+        return name
+
+    schema = {"type": "string", "enum": known} if known else {"type": "string", "not": {}}
+    return Annotated[str, AfterValidator(check), WithJsonSchema(schema)] | None
 
 
-SamplerName = Annotated[
-    str, AfterValidator(_known), WithJsonSchema({"type": "string", "enum": sorted(SAMPLERS)})
-]
+SamplerName = sampler_field(SAMPLERS)
 
 
-def sampler_of(scheduler_config: dict[str, Any]) -> str | None:
+def usable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
+    """Name the samplers that may replace a checkpoint's own: none where it is of another kind.
+
+    diffusers calls them `KarrasDiffusionSchedulers`; flow matching and consistency models have
+    others, which no class of this table can stand in for.
+    """
+    classes = {class_name for class_name, _options in SAMPLERS.values()}
+    return list(SAMPLERS) if scheduler_config.get("_class_name") in classes else []
+
+
+def sampler_change(scheduler_config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Fit a `sampler` field to a checkpoint; see tailoring.
+
+    Args:
+        scheduler_config: the checkpoint's scheduler_config.json.
+        names: the samplers that the family can use.
+    """
+    usable = [name for name in usable_samplers(scheduler_config) if name in names]
+    own = sampler_of(scheduler_config)
+    return {
+        "annotation": sampler_field(usable),
+        "default": own if own in usable else None,
+    }
+
+
+def sampler_of(scheduler_config: Mapping[str, Any]) -> str | None:
     """Name the sampler that a checkpoint's scheduler_config.json stands for, if it has a name."""
     for name, (class_name, options) in SAMPLERS.items():
         if class_name == scheduler_config.get("_class_name") and not options:

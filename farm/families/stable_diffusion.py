@@ -2,80 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from farm.catalog import Pipeline
-from farm.families.base import Checkpoint, Loaded, Params, StepHook, padded
-from farm.families.loading import generators, load_pipeline
-from farm.families.samplers import SamplerName, build_sampler, sampler_of
-from farm.spec import FrameSpec
+from farm.families.base import Batch, Checkpoint, Loaded, Params
+from farm.families.checkpoints import require_class
+from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups, unflagged
+from farm.families.loading import load_pipe, pin
+from farm.families.prompts import PromptEncoder
+from farm.families.samplers import build_sampler
+from farm.families.tailoring import tailored
 
 if TYPE_CHECKING:
     from PIL import Image
 
+CLASSES = ("StableDiffusionPipeline",)
 
-class StableDiffusionParams(Params):
+
+class StableDiffusionParams(ClipParams):
     """What StableDiffusionPipeline's call takes."""
 
-    steps: int = Field(default=50, ge=1, le=1000, description="denoising steps")
-    guidance_scale: float = Field(
-        default=7.5,
-        ge=0.0,
-        le=100.0,
-        description="how closely to follow the prompt; up to 1: freely",
+    guidance_rescale: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="how far to undo guidance's overexposure"
     )
-    sampler: SamplerName | None = Field(default=None, description="null: the checkpoint's own")
 
 
 class StableDiffusion:
     """The family behind `family = "stable_diffusion"`."""
 
     name = "stable_diffusion"
-    pipeline_classes: tuple[str, ...] = ("StableDiffusionPipeline",)
     params: type[Params] = StableDiffusionParams
 
-    def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Give the size that the UNet was made for, and the checkpoint's sampler."""
-        blocks = checkpoint.configs["vae"]["block_out_channels"]
-        side = checkpoint.configs["unet"]["sample_size"] * 2 ** (len(blocks) - 1)
-        return {
-            "width": side,
-            "height": side,
-            "sampler": sampler_of(checkpoint.configs["scheduler"]),
-        }
+    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
+        """Render Stable Diffusion without ControlNets."""
+        return checkpoint.class_name in CLASSES and not pipeline.controlnets
+
+    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
+        """Give the checkpoint's own size, sampler and depth of the text encoder."""
+        require_class(checkpoint, CLASSES, pipeline.source)
+        return tailored(StableDiffusionParams, clip_changes(checkpoint))
 
     def load(self, pipeline: Pipeline) -> Loaded:
         """Load through AutoPipelineForText2Image and pin the pipeline on its device."""
-        return load_pipeline(pipeline)
+        pipe = load_pipe(pipeline)
+        return pin(pipeline, [pipe], {"prompts": PromptEncoder(pipe)})
 
-    def denoise(
-        self, loaded: Loaded, frames: Sequence[FrameSpec], on_step: StepHook
-    ) -> list[Image.Image]:
-        """Render a batch, padded to its bucket; see Family.denoise."""
-        batch = padded(frames)
-        params = StableDiffusionParams.model_validate(batch[0].params)
-        pipe = loaded.pipe
-        pipe.scheduler = build_sampler(params.sampler, loaded.scheduler_config)
+    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+        """Render a batch; see Family.denoise."""
+        params = StableDiffusionParams.model_validate(batch.frames[0].params)
 
-        def hook(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(step + 1, pipe.num_timesteps)  # some samplers take two for a step
-            return tensors
+        def render(group: Group) -> list[Image.Image | None]:
+            loaded.pipe.scheduler = build_sampler(params.sampler, loaded.scheduler_config)
+            output = loaded.pipe(
+                **group.prompts[0],
+                **params.call(),
+                guidance_rescale=params.guidance_rescale,
+                generator=group.generators(),
+                callback_on_step_end=group.callback,
+            )
+            return unflagged(output)
 
-        pictures: list[Image.Image] = pipe(
-            prompt=[frame.prompt for frame in batch],
-            negative_prompt=[frame.params["negative_prompt"] for frame in batch],
-            width=params.width,
-            height=params.height,
-            num_inference_steps=params.steps,
-            guidance_scale=params.guidance_scale,
-            generator=generators(batch),
-            callback_on_step_end=hook,
-            output_type="pil",
-        ).images
-        return pictures[: len(frames)]
+        return render_in_groups(batch, params, [loaded.extras["prompts"]], render)
 
 
 family = StableDiffusion()

@@ -229,6 +229,17 @@ attempts = Table(
     _moment("ended_at", now=True),
 )
 
+images = Table(
+    "images",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("sha256", LargeBinary, primary_key=True, comment="of the PNG in S3; in hex its id"),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    _moment("created_at", now=True),
+)
+
 leases = Table(
     "leases",
     metadata,

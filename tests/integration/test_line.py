@@ -21,7 +21,7 @@ from farm.catalog import Pipeline
 from farm.config import Settings
 from farm.context import Farm
 from farm.errors import RenderError
-from farm.families.base import Checkpoint, Loaded, Params, StepHook, padded
+from farm.families.base import Batch, Checkpoint, Loaded, Negatable, Params, padded
 from farm.offers import Offer
 from farm.provenance import read_png
 from farm.spec import FrameSpec
@@ -47,32 +47,40 @@ from workers.line import RenderLine
 Disturb = Callable[[Sequence[FrameSpec], int], None]
 
 
+class NoiseParams(Negatable):
+    """Nothing but a size."""
+
+    width: int = 8
+    height: int = 8
+
+
 class Noise:
     """A family that draws seeded noise, ten steps a batch, and lets the test step in."""
 
     name = "noise"
-    pipeline_classes: tuple[str, ...] = ("NoisePipeline",)
-    params: type[Params] = Params
+    params: type[Params] = NoiseParams
 
     def __init__(self) -> None:
         self.batches: list[list[FrameSpec]] = []
         self.disturb: Disturb = lambda _frames, _step: None
 
-    def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        return {"width": 8, "height": 8}
+    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
+        return False
+
+    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
+        return NoiseParams
 
     def load(self, pipeline: Pipeline) -> Loaded:
         return Loaded(
             pipe=None, device="cpu", dtype="float32", scheduler_config=None, weights="0" * 64
         )
 
-    def denoise(
-        self, loaded: Loaded, frames: Sequence[FrameSpec], on_step: StepHook
-    ) -> list[Image.Image]:
+    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+        frames = batch.frames
         self.batches.append(list(padded(frames)))
         for step in range(10):
             self.disturb(frames, step)
-            on_step(step + 1, 10)
+            batch.on_step(step + 1, 10)
         return [
             Image.fromarray(np.random.default_rng(frame.seed).integers(0, 255, (8, 8, 3), np.uint8))
             for frame in frames
@@ -84,7 +92,7 @@ def noise(farm: Farm) -> Noise:
     family = Noise()
     pipeline = Pipeline(source="nowhere", bucket={"default": 4})
     farm.catalog.pipelines["noise"] = pipeline
-    farm._offers["noise"] = Offer("noise", pipeline, family, {"width": 8, "height": 8})
+    farm._offers["noise"] = Offer("noise", pipeline, family, NoiseParams)
     return family
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from farm.catalog import load_catalog
 from farm.config import DEMO_CATALOG
-from farm.families.base import Loaded, StopBatch
+from farm.families.base import Batch, Loaded, StopBatch
 from farm.families.samplers import SAMPLERS
 from farm.offers import Offer, make_offer
 from farm.spec import FrameSpec
@@ -37,7 +37,7 @@ def frame(seed: int = 1, bucket: int = 4, prompt: str = "a red star", **params: 
 
 
 def render(loaded: Loaded, *frames: FrameSpec, offer: Offer = OFFER) -> list[Any]:
-    pictures = offer.family.denoise(loaded, frames, lambda _step, _steps: None)
+    pictures = offer.family.denoise(loaded, Batch(frames))
     return [np.asarray(picture) for picture in pictures]
 
 
@@ -90,7 +90,7 @@ def test_the_hook_counts_steps_and_can_end_a_batch(loaded: Loaded) -> None:
             raise StopBatch
 
     with pytest.raises(StopBatch):
-        OFFER.family.denoise(loaded, [frame(steps=5)], on_step)
+        OFFER.family.denoise(loaded, Batch([frame(steps=5)], on_step))
     assert seen == [(1, 5), (2, 5)]
 
 

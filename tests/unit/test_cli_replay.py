@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
-import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ from PIL import Image, PngImagePlugin
 from farm import replay
 from farm.catalog import Catalog, load_catalog
 from farm.errors import InvalidRequest
+from farm.families.base import Batch
 from farm.offers import make_offer
 from farm.provenance import Provenance, encode_png, library_versions, read_png
 from farm.spec import FrameSpec
+from tests.checkpoints import save
 from tests.commanding import Outcome, farm
 
 SIDE = 64
@@ -26,70 +26,10 @@ PARAMS = {"steps": 2, "guidance_scale": 4.0, "sampler": "ddim"}
 SIZE = {"width": SIDE, "height": SIDE, "negative_prompt": ""}
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Save a Stable Diffusion checkpoint of a few thousand random weights, the same each time."""
-    import diffusers
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    kit: Any = diffusers
-    torch.manual_seed(0)
-    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
-    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer: Any = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=16
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-        pad_token_id=vocabulary["<|endoftext|>"],
-    )
-    blocks = (16, 16, 16, 16)
-    pipe = kit.StableDiffusionPipeline(
-        vae=kit.AutoencoderKL(
-            block_out_channels=blocks,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=4,
-            sample_size=SIDE,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=kit.UNet2DConditionModel(
-            sample_size=SIDE // 8,
-            block_out_channels=(16, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=16,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ),
-        scheduler=kit.DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder)
-    (folder / "vocab.json").unlink()
-    (folder / "merges.txt").unlink()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("catalog")
-    make_checkpoint(folder / "tiny")
+    save("stable_diffusion", folder / "tiny")
     (folder / "pipelines.toml").write_text('[pipelines.tiny]\nsource = "tiny"\ndevice = "cpu"\n')
     return folder
 
@@ -112,7 +52,7 @@ def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
     """A picture as a worker renders it, beside another frame."""
     import torch
 
-    from farm.families.loading import device_name
+    from farm.families.devices import device_name
 
     torch.set_num_threads(threads)
     offer = make_offer("tiny", catalog.pipelines["tiny"])
@@ -123,7 +63,8 @@ def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
         for prompt, seed in (("a star", 31), ("a moon", 7))[:bucket]
     ]
     loaded = offer.family.load(offer.pipeline)
-    picture = offer.family.denoise(loaded, frames, lambda _step, _steps: None)[0]
+    picture = offer.family.denoise(loaded, Batch(frames))[0]
+    assert picture is not None
     return encode_png(
         picture,
         Provenance(

@@ -97,7 +97,11 @@ def test_every_default_is_filled_in() -> None:
         "negative_prompt": "",
         "steps": 25,
         "guidance_scale": 2.5,
+        "guidance_rescale": 0.0,
         "sampler": "ddim",
+        "eta": 0.0,
+        "clip_skip": None,
+        "prompt_syntax": "plain",
     }
 
 

@@ -1,0 +1,91 @@
+"""Control images: uploaded as a raw body, and named in jobs by the id that the upload answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi.responses import RedirectResponse
+
+from api import wire
+from api.auth import FarmHere, Reader, Writer, farm_of
+from api.body import read_within
+from api.openapi import refusals
+from farm import images as use_cases
+from farm.artifacts import MEDIA_TYPE
+from farm.imagefiles import ALLOWED, IMAGE_ID, OPENERS
+from farm.images import image_key
+from farm.store.images import StoredImage
+
+router = APIRouter(prefix="/v1/images", tags=["images"])
+
+ImageId = Annotated[str, Path(pattern=IMAGE_ID, description="the image's id")]
+UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "the file itself",
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in OPENERS},
+    }
+}
+OTHER_KIND = {"model": wire.Problem, "description": f"Content-Type is not {ALLOWED}."}
+
+
+async def read_image(request: Request) -> bytes:
+    """Read a body of at most `max_image_bytes` bytes; see read_within."""
+    return await read_within(request, farm_of(request).settings.max_image_bytes)
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload a control image",
+    responses={**refusals(400, 403, 413), 415: OTHER_KIND},
+    openapi_extra=UPLOAD,
+)
+def upload(
+    request: Request,
+    farm: FarmHere,
+    caller: Writer,
+    body: Annotated[bytes, Depends(read_image)],
+    response: Response,
+) -> wire.Image:
+    """Take a PNG, JPEG or WebP as the raw body, and keep it as an RGB PNG, upright, without
+    metadata. The same content again, in whichever of these kinds, answers the same id."""
+    content_type = request.headers.get("content-type", "")
+    image = use_cases.upload(farm, caller.tenant_id, body, content_type)
+    response.headers["Location"] = f"/v1/images/{image.id}"
+    return _view(image)
+
+
+@router.get("/{image_id}", responses=refusals(404), summary="Look at a control image")
+def get_image(farm: FarmHere, caller: Reader, image_id: ImageId) -> wire.Image:
+    """Answer with an uploaded image's size and when it came."""
+    return _view(use_cases.get_image(farm, caller.tenant_id, image_id))
+
+
+@router.get(
+    "/{image_id}/content",
+    summary="Fetch a control image",
+    status_code=307,
+    response_class=RedirectResponse,
+    responses={
+        307: {"description": "its address, good for minutes, without a key"},
+        **refusals(404),
+    },
+)
+def get_content(farm: FarmHere, caller: Reader, image_id: ImageId) -> RedirectResponse:
+    """Point to an uploaded image."""
+    image = use_cases.get_image(farm, caller.tenant_id, image_id)
+    address = farm.artifacts.presigned(image_key(caller.tenant_id, image.id))
+    return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
+
+
+def _view(image: StoredImage) -> wire.Image:
+    return wire.Image(
+        id=image.id,
+        width=image.width,
+        height=image.height,
+        bytes=image.bytes,
+        content_type=MEDIA_TYPE,
+        created_at=image.created_at,
+    )

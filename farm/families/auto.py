@@ -1,0 +1,224 @@
+"""Whatever else AutoPipelineForText2Image knows, with the parameters of its own call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field, create_model
+
+from farm.catalog import Pipeline
+from farm.errors import CatalogError, RenderError
+from farm.families.base import (
+    Batch,
+    Checkpoint,
+    Loaded,
+    Params,
+    StepHook,
+    padded,
+    step_callback,
+)
+from farm.families.clip import unflagged, vae_scale
+from farm.families.loading import generators, load_pipe, pin
+from farm.families.samplers import SAMPLERS, build_sampler, sampler_change
+from farm.families.signature import Argument, Signature, read_signature, text_to_image_classes
+from farm.families.tailoring import tailored
+from farm.spec import storable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RENAMED = {"num_inference_steps": "steps", "prior_num_inference_steps": "prior_steps"}
+"""diffusers' argument: the farm's field"""
+GIVEN = frozenset(
+    {"prompt", "height", "width", "generator", "output_type", "return_dict", "callback_steps"}
+    | {"num_images_per_prompt"}
+)
+"""Arguments that the farm itself fills in, or that would change what a frame is"""
+TEXT = re.compile(r"(negative_)?prompt(_\d)?")
+SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool}
+LIMITS: dict[type, dict[str, Any]] = {
+    int: {"ge": 0, "le": 10_000},
+    float: {"ge": -1e4, "le": 1e4},
+    bool: {},
+}
+STEPS = {"ge": 1, "le": 1000}
+Text = Annotated[str, AfterValidator(storable)]
+
+
+class AutoParams(Params):
+    """Grown by the fields of one pipeline's call."""
+
+    def scalars(self) -> dict[str, Any]:
+        """Add which texts are null: a call takes one for each frame, or none at all."""
+        absent = sorted(name for name in self.PER_FRAME if getattr(self, name, None) is None)
+        return {**super().scalars(), "absent": absent}
+
+
+class Auto:
+    """The family behind `family = "auto"`."""
+
+    name = "auto"
+    params: type[Params] = AutoParams
+
+    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
+        """Render every class of the Auto class's table."""
+        return checkpoint.class_name in text_to_image_classes()
+
+    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
+        """Make fields of the call's arguments, as far as they are numbers, switches and texts."""
+        signature = _signature_of(checkpoint)
+        if pipeline.parts:
+            raise CatalogError(
+                f"{', '.join(pipeline.parts)}: no family uses them with a {checkpoint.class_name}."
+            )
+        fields: dict[str, Any] = dict(_fields(signature.arguments))
+        scheduler = checkpoint.configs.get("scheduler", {})
+        change = sampler_change(scheduler, SAMPLERS if signature.takes_any_sampler else ())
+        if change["default"] is not None:
+            described = Field(default=change["default"], description="the sampler")
+            fields["sampler"] = (change["annotation"], described)
+        made: Any = create_model(checkpoint.class_name, __base__=AutoParams, **fields)
+        made.PER_FRAME = frozenset(name for name in fields if TEXT.fullmatch(name))
+        grown: type[AutoParams] = made
+        return tailored(grown, _sizes(pipeline, checkpoint, signature))
+
+    def load(self, pipeline: Pipeline) -> Loaded:
+        """Load through AutoPipelineForText2Image."""
+        pipe = load_pipe(pipeline)
+        return pin(pipeline, [pipe])
+
+    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+        """Render a batch by the pipeline's own call; see Family.denoise."""
+        frames = padded(batch.frames)
+        pipe, params = loaded.pipe, frames[0].params
+        class_name = type(pipe).__name__
+        signature = read_signature(class_name)
+        if signature is None:
+            raise RenderError(f"The installed diffusers has no source of {class_name}.")
+        if loaded.scheduler_config is not None:
+            pipe.scheduler = build_sampler(params.get("sampler"), loaded.scheduler_config)
+        call: dict[str, Any] = {"height": params["height"], "width": params["width"]}
+        for argument in signature.arguments:
+            name = RENAMED.get(argument, argument)
+            if argument not in GIVEN and name in params:
+                is_text = TEXT.fullmatch(name) and params[name] is not None
+                call[argument] = (
+                    [frame.params[name] for frame in frames] if is_text else params[name]
+                )
+        callback = step_callback(batch.on_step)
+        for argument in ("prior_callback_on_step_end", "callback_on_step_end"):
+            if argument in signature.arguments:
+                call[argument] = callback
+        if "callback" in signature.arguments and "callback_on_step_end" not in call:
+            call["callback"] = _older_callback(batch.on_step, params["steps"])
+        try:
+            output = pipe(
+                prompt=[frame.prompt for frame in frames], generator=generators(frames), **call
+            )
+        except (ValueError, TypeError) as error:
+            raise RenderError(f"{class_name} refuses the call: {error}") from error
+        pictures = unflagged(output)[: len(batch.frames)]
+        _check_sizes(pictures, (params["width"], params["height"]), class_name)
+        return pictures
+
+
+def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, Any, Any], None]:
+    """What pipelines take that are older than `callback_on_step_end`."""
+
+    def callback(step: int, _timestep: Any, _latents: Any) -> None:
+        on_step(step + 1, max(step + 1, steps))
+
+    return callback
+
+
+def _signature_of(checkpoint: Checkpoint) -> Signature:
+    class_name = checkpoint.class_name
+    signature = read_signature(class_name)
+    if signature is None or class_name not in text_to_image_classes():
+        raise CatalogError(f"AutoPipelineForText2Image knows no {class_name}.")
+    needed = [
+        name
+        for name, argument in signature.arguments.items()
+        if argument.is_required and name != "prompt"
+    ]
+    if needed:
+        raise CatalogError(f"A {class_name} also needs {', '.join(needed)}: no family gives it.")
+    return signature
+
+
+def _fields(arguments: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name, argument in arguments.items():
+        if name in GIVEN:
+            continue
+        described = f"{name}, as diffusers has it"
+        if TEXT.fullmatch(name):
+            default = argument.default if isinstance(argument.default, str) else None
+            yield name, (Text | None, Field(default=default, description=described))
+            continue
+        kinds = {part.strip() for part in argument.annotation.split("|")}
+        kind = SCALARS.get(next(iter(kinds - {"None"}), ""))
+        if kind is None or len(kinds - {"None"}) != 1:
+            continue
+        value = argument.default
+        is_optional = "None" in kinds or value is None
+        limits = dict(LIMITS[kind])
+        if name.endswith("inference_steps"):
+            limits = STEPS
+        elif name == "max_sequence_length":
+            limits["le"] = value or 512
+        annotation: Any = kind | None if is_optional else kind
+        start: Any = float(value) if kind is float and value is not None else value
+        field = Field(default=start, description=described, **limits)
+        yield RENAMED.get(name, name), (annotation, field)
+
+
+def _sizes(
+    pipeline: Pipeline, checkpoint: Checkpoint, signature: Signature
+) -> dict[str, dict[str, Any]]:
+    """The default size and what it must be a multiple of, from the models' configurations."""
+    model = checkpoint.configs.get("transformer") or checkpoint.configs.get("unet") or {}
+    scale = _scale(checkpoint.configs.get("vae") or checkpoint.configs.get("movq") or {})
+    patch = model.get("patch_size")
+    multiple = scale * patch if isinstance(patch, int) else scale
+    own = model.get("sample_size") or signature.default_sample_size
+    changes: dict[str, dict[str, Any]] = {}
+    for name, place in (("height", 0), ("width", -1)):
+        default = signature.arguments[name].default if name in signature.arguments else None
+        if default is None and own is not None:
+            default = (own if isinstance(own, int) else own[place]) * scale
+        changes[name] = {"multiple_of": multiple, "ge": multiple}
+        if default is not None:
+            changes[name]["default"] = default
+        elif name not in pipeline.defaults:
+            raise CatalogError(
+                f"{pipeline.source} does not say how large its pictures are: put width and "
+                "height into the entry's defaults."
+            )
+    return changes
+
+
+def _scale(vae: Mapping[str, Any]) -> int:
+    """Pixels to a latent's side."""
+    if "block_out_channels" in vae:
+        return vae_scale(vae)
+    if "encoder_block_out_channels" in vae:
+        return int(2 ** (len(vae["encoder_block_out_channels"]) - 1))
+    if "temperal_downsample" in vae:  # as diffusers spells it
+        return int(2 ** len(vae["temperal_downsample"]))
+    return 8
+
+
+def _check_sizes(
+    pictures: list[Image.Image | None], size: tuple[int, int], class_name: str
+) -> None:
+    for picture in pictures:
+        if picture is not None and picture.size != size:
+            raise RenderError(
+                f"{class_name} draws {picture.width}x{picture.height} where {size[0]}x{size[1]} "
+                "is asked for; ask for a size that it draws."
+            )
+
+
+family = Auto()

@@ -1,0 +1,107 @@
+"""The device a pipeline is pinned on, and what of it decides a picture's bits."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from farm.catalog import Pipeline
+
+
+def device_of(pipeline: Pipeline) -> str:
+    """The device a pipeline is pinned on: cuda or cpu."""
+    import torch
+
+    if pipeline.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return pipeline.device
+
+
+def dtype_of(pipeline: Pipeline, device: str) -> str:
+    """The floating point type that a pipeline's weights are loaded in, as torch names it."""
+    if pipeline.dtype == "auto":
+        return "float16" if device == "cuda" else "float32"
+    return pipeline.dtype
+
+
+def device_name(device: str) -> str:
+    """What decides a device's bits: the GPU's name, or the CPU's instruction set."""
+    import torch
+
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def thread_count(device: str) -> int:
+    """Torch threads in use on a CPU, where they decide how sums are split; 0 on a GPU."""
+    import torch
+
+    return torch.get_num_threads() if device == "cpu" else 0
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device now."""
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return min(_free_of_machine(), _free_of_container())
+
+
+def _free_of_machine() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_of_container() -> int:
+    """What a control group leaves, with the page cache, which would give way."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return most - used + int(pages["file"])
+    except (OSError, ValueError, KeyError):  # no limit, or control groups of another version
+        return sys.maxsize
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine has no memory left."""
+    import torch
+
+    said = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in said
+    )
+
+
+def prepare_torch(threads: int) -> None:
+    """Set this process's threads (0: torch's own choice), and only kernels that repeat their bits.
+
+    Must run before anything is loaded on a device.
+    """
+    # cuBLAS reads this when it starts: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    _quieten()
+
+
+def _quieten() -> None:
+    """Keep the libraries' progress bars and hints out of the log."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    quiet: Any
+    for quiet in (diffusers_logging, transformers_logging):
+        quiet.disable_progress_bar()
+        quiet.set_verbosity_error()

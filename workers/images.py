@@ -1,0 +1,43 @@
+"""The control images of the last batches, decoded and kept: a job's frames often share one."""
+
+from __future__ import annotations
+
+import uuid
+from collections import OrderedDict
+
+from PIL import Image
+
+from farm.artifacts import Artifacts
+from farm.images import load_image
+
+KEPT_PIXELS = 64 * 2**20
+"""of three bytes each"""
+
+
+class ImageCache:
+    """Fetches a tenant's images from the storage, and remembers those used last."""
+
+    def __init__(self, artifacts: Artifacts, kept_pixels: int = KEPT_PIXELS) -> None:
+        self._artifacts = artifacts
+        self._limit = kept_pixels
+        self._kept: OrderedDict[tuple[uuid.UUID, str], Image.Image] = OrderedDict()
+        self._pixels = 0
+
+    def get(self, tenant_id: uuid.UUID, image_id: str) -> Image.Image:
+        """Give an image.
+
+        Raises:
+            RenderError: the storage does not hold it.
+            Unavailable: the storage does not answer.
+        """
+        key = tenant_id, image_id
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        image = load_image(self._artifacts, tenant_id, image_id)
+        self._kept[key] = image
+        self._pixels += image.width * image.height
+        while self._pixels > self._limit and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._pixels -= dropped.width * dropped.height
+        return image

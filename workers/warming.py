@@ -1,0 +1,121 @@
+"""Compiling before the first claim: every shape that the catalog's buckets can give a batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from farm.families.base import Batch, Loaded, Params
+from farm.offers import Offer
+from farm.spec import FrameSpec
+
+log = logging.getLogger(__name__)
+
+SAMPLERS = ("ddim", "euler")
+"""One that counts its steps in whole numbers, and one that does not: they compile apart."""
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides whether a batch must be compiled for."""
+
+    width: int
+    height: int
+    bucket: int
+
+
+@dataclass
+class Warmth:
+    """The shapes that are compiled, and which others were met."""
+
+    shapes: set[Shape] = field(default_factory=set)
+
+    def meet(self, name: str, frame: FrameSpec) -> None:
+        """Say once in the log that a shape was not declared, and is compiled while jobs wait."""
+        shape = Shape(frame.params["width"], frame.params["height"], frame.bucket)
+        if self.shapes and shape not in self.shapes:
+            self.shapes.add(shape)
+            log.warning(
+                "Pipeline %s compiles for %dx%d at bucket %d, which its catalog entry does not "
+                "declare: the first such batch waits for it",
+                name,
+                shape.width,
+                shape.height,
+                shape.bucket,
+            )
+
+
+def warm_up(offer: Offer, loaded: Loaded) -> Warmth:
+    """Render a picture of every declared shape, with and without guidance, and keep none.
+
+    Does nothing where the pipeline is not compiled.
+    """
+    if not offer.pipeline.compile:
+        return Warmth()
+    started = time.monotonic()
+    shapes = set(declared_shapes(offer))
+    for shape in sorted(shapes, key=lambda shape: (shape.width, shape.height, shape.bucket)):
+        for params in _variants(offer, shape):
+            offer.family.denoise(loaded, _batch(offer, shape, params))
+    seconds = time.monotonic() - started
+    log.info("%s compiled for %d shapes in %.1f s", offer.name, len(shapes), seconds)
+    return Warmth(shapes)
+
+
+def declared_shapes(offer: Offer) -> Iterator[Shape]:
+    """Every size of the bucket table, at each bucket that the farm may choose for it.
+
+    That is the table's own, and the powers of two below it, for jobs of fewer frames.
+    """
+    fields = offer.params_type.model_fields
+    for size, most in offer.pipeline.bucket.items():
+        if size == "default":
+            width, height = fields["width"].default, fields["height"].default
+        else:
+            width, height = (int(side) for side in size.split("x"))
+        most = offer.pipeline.bucket_for(width, height) if size == "default" else most
+        bucket = 1
+        while bucket < most:
+            yield Shape(width, height, bucket)
+            bucket *= 2
+        yield Shape(width, height, most)
+
+
+def _variants(offer: Offer, shape: Shape) -> Iterator[Params]:
+    """Parameters of a shape that between them reach every graph: guidance and kind of sampler."""
+    fields = offer.params_type.model_fields
+    given: dict[str, Any] = {"width": shape.width, "height": shape.height}
+    given |= {name: STEPS for name in ("steps", "prior_steps") if name in fields}
+    for name, info in fields.items():
+        if info.is_required() and name not in given:
+            given[name] = info.examples[0] if info.examples else None
+    guided = [{}, {"guidance_scale": 1.0}] if "guidance_scale" in fields else [{}]
+    for change in guided:
+        for sampler in _samplers(offer):
+            yield offer.params({**given, **change, **sampler})
+
+
+def _samplers(offer: Offer) -> list[dict[str, str]]:
+    if "sampler" not in offer.params_type.model_fields:
+        return [{}]
+    schema = offer.schema()["properties"]["sampler"]
+    known: list[str] = next((form["enum"] for form in schema["anyOf"] if "enum" in form), [])
+    return [{"sampler": name} for name in SAMPLERS if name in known] or [{}]
+
+
+def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:
+    frame = FrameSpec(
+        pipeline=offer.name,
+        prompt="",
+        seed=0,
+        bucket=shape.bucket,
+        params=params.model_dump(),
+    )
+    picture = Image.new("RGB", (shape.width, shape.height))
+    return Batch([frame], images=dict.fromkeys(params.image_ids(), picture))
