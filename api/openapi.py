@@ -100,7 +100,7 @@ def _parameters() -> dict[str, Any]:
     """Every family's parameters; where two differ, either form."""
     found: dict[str, list[dict[str, Any]]] = {}
     for family in all_families().values():
-        for name, field in family.params.model_json_schema()["properties"].items():
+        for name, field in family.params.json_schema()["properties"].items():
             forms = found.setdefault(name, [])
             if field not in forms:
                 forms.append(field)

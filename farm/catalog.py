@@ -16,6 +16,7 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from farm.errors import CatalogError
@@ -100,6 +101,12 @@ class Pipeline(Weights):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _compiled_in_place(self) -> Pipeline:
+        if self.compile and self.offload:
+            raise ValueError("compile and offload exclude each other: leave one of them empty")
+        return self
 
     @field_validator("bucket")
     @classmethod

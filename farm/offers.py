@@ -35,7 +35,7 @@ class Offer:
 
     def schema(self) -> dict[str, Any]:
         """The parameters' JSON Schema, with this pipeline's own defaults."""
-        return self.params_type.model_json_schema()
+        return self.params_type.json_schema()
 
 
 def make_offer(name: str, pipeline: Pipeline) -> Offer:

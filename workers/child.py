@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from farm.config import load_settings
-from farm.context import open_farm
+from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable
+from farm.families.checkpoints import one_line
 from farm.families.devices import prepare_torch
 from farm.families.loading import free_what_is_left
+from farm.offers import make_offer
 from farm.store import workers
 from farm.store.engine import transaction
-from workers.identity import announced_identity
+from workers.identity import Identity, announced_identity
 from workers.line import RenderLine
 from workers.warming import warm_up
 
@@ -21,17 +24,26 @@ log = logging.getLogger(__name__)
 LOAD_AGAIN_SECONDS = 10.0
 MOST_SECONDS = 300.0
 """Between tries to load a pipeline: twice as long each time, up to this."""
+MOST_CHARACTERS = 500
+"""of what a worker says is wrong"""
 
 
 class Child:
     """Everything the spawned process holds between two bells."""
 
-    def __init__(self) -> None:
-        self._identity = announced_identity()
-        self._farm = open_farm(load_settings())
+    def __init__(
+        self,
+        farm: Farm | None = None,
+        identity: Identity | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity or announced_identity()
+        self._farm = farm or open_farm(load_settings())
+        self._clock = clock
         self._line: RenderLine | None = None
-        self._tried = float("-inf")
         self._pause = LOAD_AGAIN_SECONDS
+        self._due = float("-inf")
+        """When to try to load again"""
 
     def start(self) -> None:
         """Pin the pipeline, before the first bell."""
@@ -43,7 +55,7 @@ class Child:
     def answer(self) -> None:
         """Answer a bell: render until the lane is empty."""
         try:
-            if self._line is None and time.monotonic() - self._tried > self._pause:
+            if self._line is None and self._clock() >= self._due:
                 self._load()
             if self._line is not None:
                 self._render(self._line)
@@ -58,28 +70,43 @@ class Child:
             self._say("idle")
 
     def _load(self) -> None:
-        self._tried = time.monotonic()
-        pipeline = self._identity.pipeline
+        """Try to pin the pipeline; where that fails, say why, and try later.
+
+        Who rings for later is the janitor, as long as something waits on the lane.
+        """
         self._say("loading")
+        problem = self._try()
+        if problem is None:
+            return
+        free_what_is_left()  # not before: the error held on to what it had loaded
+        self._due = self._clock() + self._pause
+        self._pause = min(2 * self._pause, MOST_SECONDS)
+        self._say("failed", problem=problem)
+
+    def _try(self) -> str | None:
+        """Load and pin; returns what kept it from that."""
+        name, pipeline, started = self._identity.name, self._identity.pipeline, self._clock()
         try:
             prepare_torch(self._farm.settings.torch_threads)
-            offer = self._farm.offer(pipeline)
+            # Read anew for each try: the checkpoint may be another one since.
+            offer = make_offer(pipeline, self._farm.entry(pipeline))
             loaded = offer.family.load(offer.pipeline)
             warmth = warm_up(offer, loaded)
+        except FarmError as error:
+            problem = one_line(error.message, MOST_CHARACTERS)
+            log.error("%s cannot load pipeline %s: %s", name, pipeline, problem)  # noqa: TRY400
+            log.debug("%s tells all of it", name, exc_info=True)
+            return problem
         except Exception as error:
-            log.exception("%s cannot load pipeline %s", self._identity.name, pipeline)
-            self._pause = min(2 * self._pause, MOST_SECONDS)
-            free_what_is_left()
+            log.exception("%s cannot load pipeline %s", name, pipeline)
             # What a library says may tell of this machine: that stays in the log.
-            told = error.message if isinstance(error, FarmError) else type(error).__name__
-            self._say("failed", problem=told)
-            return
-        seconds = time.monotonic() - self._tried
+            return type(error).__name__
         log.info(
-            "%s loaded %s on %s in %.1f s", self._identity.name, pipeline, loaded.device, seconds
+            "%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, self._clock() - started
         )
         self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth)
         self._say("idle", device=loaded.device)
+        return None
 
     def _say(self, state: str, *, device: str | None = None, problem: str | None = None) -> None:
         with transaction(self._farm.store) as connection:

@@ -10,14 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from farm.errors import CatalogError
 from farm.families.base import Batch, Loaded, Params
 from farm.offers import Offer
 from farm.spec import FrameSpec
 
 log = logging.getLogger(__name__)
 
-SAMPLERS = ("ddim", "euler")
-"""One that counts its steps in whole numbers, and one that does not: they compile apart."""
 STEPS = 2
 
 
@@ -55,6 +54,9 @@ def warm_up(offer: Offer, loaded: Loaded) -> Warmth:
     """Render a picture of every declared shape, with and without guidance, and keep none.
 
     Does nothing where the pipeline is not compiled.
+
+    Raises:
+        CatalogError: it cannot be compiled; the message says why.
     """
     if not offer.pipeline.compile:
         return Warmth()
@@ -62,7 +64,14 @@ def warm_up(offer: Offer, loaded: Loaded) -> Warmth:
     shapes = set(declared_shapes(offer))
     for shape in sorted(shapes, key=lambda shape: (shape.width, shape.height, shape.bucket)):
         for params in _variants(offer, shape):
-            offer.family.denoise(loaded, _batch(offer, shape, params))
+            try:
+                offer.family.denoise(loaded, _batch(offer, shape, params))
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise CatalogError(
+                    f"{offer.pipeline.source} cannot be compiled for {shape.width}x{shape.height} "
+                    f"at bucket {shape.bucket}: {reason}"
+                ) from error
     seconds = time.monotonic() - started
     log.info("%s compiled for %d shapes in %.1f s", offer.name, len(shapes), seconds)
     return Warmth(shapes)
@@ -88,7 +97,7 @@ def declared_shapes(offer: Offer) -> Iterator[Shape]:
 
 
 def _variants(offer: Offer, shape: Shape) -> Iterator[Params]:
-    """Parameters of a shape that between them reach every graph: guidance and kind of sampler."""
+    """Parameters of a shape that between them reach every graph: with and without guidance."""
     fields = offer.params_type.model_fields
     given: dict[str, Any] = {"width": shape.width, "height": shape.height}
     given |= {name: STEPS for name in ("steps", "prior_steps") if name in fields}
@@ -97,16 +106,7 @@ def _variants(offer: Offer, shape: Shape) -> Iterator[Params]:
             given[name] = info.examples[0] if info.examples else None
     guided = [{}, {"guidance_scale": 1.0}] if "guidance_scale" in fields else [{}]
     for change in guided:
-        for sampler in _samplers(offer):
-            yield offer.params({**given, **change, **sampler})
-
-
-def _samplers(offer: Offer) -> list[dict[str, str]]:
-    if "sampler" not in offer.params_type.model_fields:
-        return [{}]
-    schema = offer.schema()["properties"]["sampler"]
-    known: list[str] = next((form["enum"] for form in schema["anyOf"] if "enum" in form), [])
-    return [{"sampler": name} for name in SAMPLERS if name in known] or [{}]
+        yield offer.params({**given, **change})
 
 
 def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:

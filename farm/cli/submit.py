@@ -55,8 +55,9 @@ def submit(  # one argument an option: this is the command's own declaration
     control: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="IMAGE[,scale=N,start=N,end=N]",
-            help="A control image: a path, an address or an id; one for each net, in order.",
+            metavar="IMAGE[,scale=N]",
+            help="A control image: a path, address or id; ,start=N and ,end=N may follow too. "
+            "One for each net, in order.",
         ),
     ] = None,
     settings: Annotated[

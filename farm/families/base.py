@@ -40,6 +40,24 @@ class Params(BaseModel):
     width: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
     height: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
 
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The fields' JSON Schema, whole: without references to other parts of it."""
+        schema = cls.model_json_schema()
+        definitions = schema.pop("$defs", {})
+
+        def whole(part: Any) -> Any:
+            if isinstance(part, list):
+                return [whole(item) for item in part]
+            if not isinstance(part, dict):
+                return part
+            if "$ref" in part:
+                return whole(definitions[part["$ref"].rpartition("/")[2]])
+            return {name: whole(value) for name, value in part.items()}
+
+        inlined: dict[str, Any] = whole(schema)
+        return inlined
+
     def scalars(self) -> dict[str, Any]:
         """The values that a diffusers call takes once for a whole batch."""
         return self.model_dump(exclude=set(self.PER_FRAME))

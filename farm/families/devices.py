@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from farm.catalog import Pipeline
+from farm.errors import CatalogError
 
 
 def device_of(pipeline: Pipeline) -> str:
-    """The device a pipeline is pinned on: cuda or cpu."""
+    """The device a pipeline is pinned on: cuda or cpu.
+
+    Raises:
+        CatalogError: it must be cuda, and there is none.
+    """
     import torch
 
     if pipeline.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if pipeline.device == "cuda" and not torch.cuda.is_available():
+        raise CatalogError(
+            f"{pipeline.source} wants the device cuda, and torch finds no CUDA device here."
+        )
     return pipeline.device
 
 
@@ -52,10 +62,13 @@ def free_memory(device: str) -> int:
 
 
 def _free_of_machine() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):  # another system, which does not tell
+        return sys.maxsize
 
 
 def _free_of_container() -> int:
@@ -71,12 +84,27 @@ def _free_of_container() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or the machine has no memory left."""
+    """Whether an error, or one that led to it, says that there is no memory left."""
+    cause: BaseException | None = error
+    for _ in range(MOST_CAUSES):
+        if cause is None:
+            return False
+        if _says_out_of_memory(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+MOST_CAUSES = 10
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
     import torch
 
-    said = str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in said
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 

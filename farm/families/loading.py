@@ -5,15 +5,29 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farm.catalog import Pipeline, Weights
-from farm.errors import CatalogError, OutOfMemory
+from farm.errors import CatalogError, FarmError, OutOfMemory
 from farm.families.base import Loaded
-from farm.families.checkpoints import INDEX, parameter_count, weights_hash
+from farm.families.checkpoints import (
+    INDEX,
+    check_files,
+    folder_of_configs,
+    hub_says,
+    make_hub_hasty,
+    one_line,
+    parameter_count,
+    unused_in,
+    weights_hash,
+)
 from farm.families.devices import device_of, dtype_of, free_memory, is_out_of_memory
 from farm.spec import FrameSpec
 
@@ -55,6 +69,8 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     dtype = dtype_of(pipeline, device)
     variant = part.variant or pipeline.variant
     source = _source(part, variant)
+    # Once more: what lies there may have changed since the offer, or has just been fetched.
+    check_files(Path(source), variant, part.source, unused_in(pipeline))
     _check_memory(pipeline, part, source, device, BYTES[dtype])
     with _told(pipeline, part):
         return loader.from_pretrained(
@@ -116,17 +132,33 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
 
 def _compile(pipe: Any, mode: str) -> None:
     """Let torch compile what takes the time, when it is first called in each shape."""
+    import torch
     import torch._dynamo
+    import torch._inductor.config
 
+    how: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False}
+    # Of this torch, the processes that compile beside were seen to stop for good.
+    torch._inductor.config.compile_threads = 1
     torch._dynamo.config.recompile_limit = MOST_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
-    for owner, name in ((pipe, "unet"), (pipe, "transformer")):
-        module = getattr(owner, name, None)
-        if module is not None:
-            module.compile(mode=mode, fullgraph=True, dynamic=False)
+    if (unet := getattr(pipe, "unet", None)) is not None:
+        unet.forward = _timesteps_alike(torch.compile(unet.forward, **how))
     decoder = getattr(getattr(pipe, "vae", None) or getattr(pipe, "movq", None), "decoder", None)
-    if decoder is not None:
-        decoder.compile(mode=mode, fullgraph=True, dynamic=False)
+    for module in (getattr(pipe, "transformer", None), decoder):
+        if module is not None:
+            module.compile(**how)
+
+
+def _timesteps_alike(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a compiled UNet its timesteps as floats: some samplers count in whole numbers.
+
+    The UNet makes floats of them itself; here, two graphs become one.
+    """
+
+    def alike(sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(sample, timestep.float(), *args, **kwargs)
+
+    return alike
 
 
 @contextmanager
@@ -134,11 +166,12 @@ def _told(pipeline: Pipeline, part: Weights) -> Iterator[None]:
     """Turn what the libraries raise into one clear line."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise CatalogError(f"{part.source} cannot be loaded: {error}") from error
-    except (RuntimeError, MemoryError) as error:
+    except FarmError:
+        raise
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise CatalogError(f"{part.source} cannot be loaded: {error}") from error
+            raise CatalogError(f"{part.source} cannot be loaded: {_reason(error, part)}") from error
+        traceback.clear_frames(error.__traceback__)  # what was loaded so far stands in them
         free_what_is_left()
         device = device_of(pipeline)
         raise OutOfMemory(
@@ -147,15 +180,28 @@ def _told(pipeline: Pipeline, part: Weights) -> Iterator[None]:
         ) from error
 
 
+SHAPES = re.compile(r"ignore_mismatched_sizes|size mismatch|expected shape")
+
+
+def _reason(error: Exception, part: Weights) -> str:
+    """What a library says, in one line, and without where this machine keeps its checkpoints."""
+    said = one_line(str(error).replace(part.checkpoint, part.source)) or type(error).__name__
+    if not SHAPES.search(str(error)):
+        return said
+    detail = re.search(r"(\S+) expected shape .*? but got .*?\)", said)  # one_line cuts far behind
+    shown = f" ({detail[0]})" if detail else ""
+    return f"its weights are not of the shapes that its configuration says{shown}."
+
+
 HELP = "A smaller dtype, `offload` on a GPU, or fewer workers on this machine may help."
 
 
 def free_what_is_left() -> None:
     """Give back what a failed load holds: its tensors, and torch's own reserve on a GPU."""
-    import torch
-
     gc.collect()
-    torch.cuda.empty_cache()  # does nothing where CUDA was never used
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
 def _check_memory(pipeline: Pipeline, part: Weights, source: str, device: str, width: int) -> None:
@@ -198,19 +244,23 @@ def _source(weights: Weights, variant: str | None) -> str:
     if weights.is_local:
         return weights.checkpoint
     from diffusers import DiffusionPipeline
-    from huggingface_hub import file_exists, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    at: dict[str, Any] = {"revision": weights.revision}
+    make_hub_hasty()
+    fetch: Callable[..., Any]
+    if (folder_of_configs(weights) / INDEX).is_file():
+        fetch = partial(DiffusionPipeline.download, variant=variant, use_safetensors=True)
+    else:  # a single model, such as a ControlNet
+        mark = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+        fetch = partial(snapshot_download, allow_patterns=["*.json", mark])
     try:
-        if file_exists(weights.source, INDEX, **at):
-            folder = DiffusionPipeline.download(
-                weights.source, variant=variant, use_safetensors=True, **at
-            )
-        else:  # a single model, such as a ControlNet
-            mark = f"*.{variant}.safetensors" if variant else "*.safetensors"
-            folder = snapshot_download(weights.source, allow_patterns=["*.json", mark], **at)
+        folder = fetch(weights.source, revision=weights.revision)
     except Exception as error:  # the hub's client raises those of its HTTP library too
-        raise CatalogError(f"{weights.source} cannot be downloaded: {error}") from error
+        try:  # the hub is away, and all of it may be here
+            folder = fetch(weights.source, revision=weights.revision, local_files_only=True)
+        except Exception:
+            reason = hub_says(error)
+            raise CatalogError(f"{weights.source} cannot be downloaded: {reason}") from error
     return str(folder)
 
 

@@ -79,6 +79,7 @@ class PromptEncoder:
             remembered_bytes: memory that remembered embeddings may take.
         """
         self._pipe = pipe
+        _mend(getattr(pipe, "text_encoder", None))
         self._memory = _Memory(remembered_bytes)
         self._compels: dict[int | None, list[Any]] = {}
 
@@ -165,7 +166,14 @@ class PromptEncoder:
         for compel in self._compel(reading.clip_skip):
             try:
                 found = compel([text])
-            except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            except (
+                RuntimeError,
+                AssertionError,
+                ValueError,
+                IndexError,
+                AttributeError,
+                TypeError,
+            ) as error:
                 if is_out_of_memory(error):
                     raise
                 raise RenderError(f"Compel cannot weigh this prompt: {error}") from error
@@ -222,6 +230,28 @@ class PromptEncoder:
             for embeds in (positive, negative)
         )
         return first, second
+
+
+def _mend(text_encoder: Any) -> None:
+    """Let clip_skip work: diffusers 0.42 looks for a `text_model` that transformers 5.6 took away.
+
+    See https://github.com/huggingface/diffusers/issues/14124. Set past torch's own registry, in
+    which a module cannot be a part of itself.
+    """
+    if text_encoder is not None and not hasattr(text_encoder, "text_model"):
+        object.__setattr__(text_encoder, "text_model", text_encoder)
+
+
+def _show_inside(encoder: Any) -> None:
+    """Let diffusers and Compel find the layer that they need for clip_skip.
+
+    Both look for `text_encoder.text_model.final_layer_norm`; since transformers 5 a CLIPTextModel
+    is what used to be its `text_model`.
+    """
+    if encoder is not None and not hasattr(encoder, "text_model"):
+        encoder.__dict__["text_model"] = (
+            encoder  # past torch, to which it would be a part of itself
+        )
 
 
 def _decisive(reading: Reading) -> tuple[object, ...]:

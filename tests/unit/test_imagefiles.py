@@ -337,7 +337,7 @@ def test_a_side_has_eight_pixels_at_least(kind: str, size: tuple[int, int]) -> N
 
 def test_no_pixels_at_all() -> None:
     assert "each side must have at least 8" in refused(png(0, 100))
-    assert "each side must have at least 8" in refused(jpeg(24, 0), "JPEG") or True
+    assert "cannot be read" in refused(jpeg(24, 0), "JPEG")
 
 
 def test_a_jpeg_of_endless_scans_is_refused() -> None:
@@ -428,7 +428,7 @@ def test_wrong_bytes_are_taken_or_refused_and_nothing_else(kind: str) -> None:
     ],
 )
 def test_a_png_without_its_picture_is_refused(content: bytes) -> None:
-    assert "cannot be read" in refused(content) or "at least 8" in refused(content)
+    assert "cannot be read" in refused(content)
 
 
 # The rest

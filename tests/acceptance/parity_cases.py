@@ -1,0 +1,341 @@
+"""The jobs whose pictures must be those of bare diffusers, one for each thing that a call can say.
+
+They stand here as a client would send them, but that a control image goes by a name of IMAGES.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from farm.families.samplers import SAMPLERS
+
+CATALOG = """
+[pipelines.sd]
+source = "stable_diffusion_guarded"
+safety_checker = false
+
+[pipelines.guarded]
+source = "stable_diffusion_guarded"
+
+[pipelines.sdxl]
+source = "sdxl"
+
+[pipelines.refined]
+source = "sdxl"
+refiner = "sdxl_refiner"
+
+[pipelines.net]
+source = "stable_diffusion"
+controlnets = ["controlnet"]
+
+[pipelines.nets]
+source = "stable_diffusion"
+controlnets = ["controlnet", "controlnet_b"]
+
+[pipelines.sdxl_nets]
+source = "sdxl"
+controlnets = ["controlnet_sdxl", "controlnet_sdxl_b"]
+
+[pipelines.kandinsky]
+source = "kandinsky22_decoder"
+prior = "kandinsky22_prior"
+
+[pipelines.pixart]
+source = "pixart_sigma"
+defaults = { use_resolution_binning = false, clean_caption = false }
+
+[pipelines.flux]
+source = "flux"
+"""
+"""Each entry also gets OF_ALL."""
+OF_ALL = 'device = "cpu"\nbucket = { "default" = 4 }\n'
+CHECKPOINTS = (
+    "stable_diffusion",
+    "stable_diffusion_guarded",
+    "sdxl",
+    "sdxl_refiner",
+    "controlnet",
+    "controlnet_b",
+    "controlnet_sdxl",
+    "controlnet_sdxl_b",
+    "kandinsky22_decoder",
+    "kandinsky22_prior",
+    "pixart_sigma",
+    "flux",
+)
+
+PROMPTS = ["a red star", "a green heart on a white background"]
+ARABIC = "نجمة حمراء على خلفية زرقاء"
+CHINESE = "蓝色背景上的红星"
+EMOJI = "🔴⭐ on a 🟦 👩‍🚀"
+LONG = "a very long story of " + ", ".join(f"star number {number}" for number in range(20))
+"""Far more than 77 tokens, and than 154"""
+
+SMALL = {"width": 64, "height": 64}
+FIRST = {"image": "rings"}
+SECOND = {"image": "stripes", "scale": 0.6, "start": 0.25, "end": 0.75}
+
+
+def _image(width: int, height: int, mode: str) -> Image.Image:
+    image = Image.new("RGB", (width, height), "navy")
+    draw = ImageDraw.Draw(image)
+    for place in range(0, width, 12):
+        draw.line((place, 0, width - place, height), fill=(255 - place, place, 90), width=4)
+    draw.ellipse((width // 4, height // 4, width - 5, height - 5), outline="yellow", width=5)
+    return image.convert(mode)
+
+
+IMAGES = {
+    "rings": _image(64, 64, "RGB"),
+    "stripes": _image(90, 50, "RGB").transpose(Image.Transpose.ROTATE_180),
+    "grey": _image(41, 130, "L"),
+    "clear": _image(128, 128, "RGBA"),
+}
+"""Control images of several shapes and kinds, few of the size of a picture"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job, and how it is called in a test's name."""
+
+    name: str
+    pipeline: str
+    job: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def case(what: str, pipeline: str, bucket: int = 4, **fields: Any) -> Case:
+    """A job of few steps; at a bucket of four, one batch is full and one is not."""
+    several = {"prompts": PROMPTS, "images_per_prompt": 3}
+    alone = {"prompts": PROMPTS[:1]}
+    few = {"steps": 2, "prior_steps": 2} if pipeline == "kandinsky" else {"steps": 3}
+    if pipeline in ("kandinsky", "flux", *CONTROL):  # whose own sizes are large, or the image's
+        few |= SMALL
+    job = {**(several if bucket > 1 else alone), "seed": 31, **few, **fields, "bucket": bucket}
+    if pipeline in CONTROL and "control" not in job.get("grid", {}):
+        job.setdefault("control", CONTROL[pipeline])
+    return Case(f"{pipeline}-{what}-by{bucket}", pipeline, job)
+
+
+CONTROL = {"net": [FIRST], "nets": [FIRST, SECOND], "sdxl_nets": [FIRST, SECOND]}
+OF_CLIP = ("sd", "sdxl", "refined", "net", "nets", "sdxl_nets")
+OTHERS = ("kandinsky", "pixart", "flux")
+
+SIZES = {
+    **dict.fromkeys(OF_CLIP, ((64, 64), (32, 64), (96, 64), (72, 40))),
+    "kandinsky": ((64, 64), (128, 64)),
+    "pixart": ((64, 64), (32, 64), (96, 64)),
+    "flux": ((64, 64), (32, 64), (96, 64)),
+}
+GUIDANCE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys((*OF_CLIP, "kandinsky", "pixart"), {"grid": {"guidance_scale": [6.5, 1.0]}}),
+    "flux": {"grid": {"true_cfg_scale": [3.0, 1.0]}, "negative_prompt": "blue"},
+}
+
+
+def sizes_and_guidance() -> list[Case]:
+    """Every pipeline at both buckets, in several sizes, with guidance and without."""
+    return [
+        case(
+            f"{width}x{height}", pipeline, bucket, width=width, height=height, **GUIDANCE[pipeline]
+        )
+        for pipeline, sizes in SIZES.items()
+        for width, height in sizes
+        for bucket in (1, 4)
+    ]
+
+
+def defaults() -> list[Case]:
+    """Jobs that say next to nothing, so that diffusers' own defaults decide."""
+    return [
+        Case(f"{pipeline}-defaults", pipeline, {"prompts": PROMPTS[:1], "seed": 5, "bucket": 1})
+        for pipeline in ("sd", "sdxl", "refined", "pixart")
+    ] + [
+        case("defaults", "net", 1, steps=50),
+        case("defaults", "sdxl_nets", 1, steps=50),
+        case("defaults", "kandinsky", 1, steps=100, prior_steps=25),
+        case("defaults", "flux", 1, steps=28),
+    ]
+
+
+NEGATIVES = {"negative_prompt": ["blue, blurred", "", None]}
+
+
+def negatives() -> list[Case]:
+    """A negative prompt, an empty one and none, which SDXL and Kandinsky tell apart."""
+    cases = [
+        case("negatives", pipeline, bucket, grid=NEGATIVES)
+        for pipeline in ("sd", "sdxl", "refined", "net", "nets", "sdxl_nets", "kandinsky")
+        for bucket in (1, 4)
+    ]
+    cases += [case("negatives", "pixart", grid={"negative_prompt": ["blue, blurred", ""]})]
+    cases += [case("negatives", "flux", grid={"negative_prompt": ["blue", ""]}, true_cfg_scale=2.0)]
+    return cases
+
+
+def samplers() -> list[Case]:
+    """Every sampler on Stable Diffusion, some on the others."""
+    some = ("ddim", "dpmpp_2m_karras", "dpmpp_2m_sde", "euler_a", "heun", "unipc")
+    named = {
+        "sd": sorted(SAMPLERS),
+        "sdxl": (*some, "lms", "kdpm2_a"),
+        "refined": some,
+        "net": ("ddpm", "dpmpp_sde", "kdpm2"),
+        "sdxl_nets": ("euler_karras", "pndm"),
+        "pixart": ("ddim", "euler", "unipc"),
+        "kandinsky": ("ddpm",),
+    }
+    return [
+        case(f"sampler-{name}", pipeline, steps=4, images_per_prompt=2, sampler=name)
+        for pipeline, names in named.items()
+        for name in names
+    ]
+
+
+def knobs() -> list[Case]:
+    """What else a call takes, at values of its own."""
+    cases = [
+        case("clip-skip", pipeline, grid={"clip_skip": [1, 2]}, negative_prompt="blue")
+        for pipeline in ("sd", "sdxl", "refined", "net", "sdxl_nets")
+    ]
+    cases += [
+        case("eta", pipeline, sampler="ddim", grid={"eta": [0.3, 1.0]}, steps=4)
+        for pipeline in ("sd", "sdxl", "refined", "net")
+    ]
+    cases += [
+        case("rescale", pipeline, grid={"guidance_rescale": [0.4, 1.0]})
+        for pipeline in ("sd", "sdxl", "refined")
+    ]
+    cases += [
+        case("sizes-told", pipeline, bucket, **TOLD, grid={"negative_prompt": ["blue", None]})
+        for pipeline in ("sdxl", "refined", "sdxl_nets")
+        for bucket in (1, 4)
+    ]
+    cases += [
+        case("aesthetics", "refined", aesthetic_score=9.0, negative_aesthetic_score=1.0),
+        case("prior", "kandinsky", prior_guidance_scale=1.0, prior_steps=4, guidance_scale=3.0),
+        case("prior-negated", "kandinsky", prior_guidance_scale=1.0, negative_prompt="blue"),
+        case("own-size", "kandinsky", 1, width=512, height=512),
+        case("own-size", "flux", 1, steps=1, width=1024, height=1024),
+        case("guidance", "flux", grid={"guidance_scale": [1.0, 7.0]}),
+        case("sequence", "flux", grid={"max_sequence_length": [16, 256]}),
+        case(
+            "other-prompts", "flux", prompt_2="a blue ring", negative_prompt="x", true_cfg_scale=2.0
+        ),
+        case("sequence", "pixart", grid={"max_sequence_length": [8, 120]}),
+    ]
+    return cases
+
+
+TOLD: dict[str, Any] = {
+    "original_size": [512, 300],
+    "crops_coords_top_left": [8, 40],
+    "target_size": [96, 64],
+    "negative_original_size": [32, 48],
+    "negative_crops_coords_top_left": [1, 2],
+    "negative_target_size": [700, 900],
+}
+
+
+def prompts() -> list[Case]:
+    """Prompts in any script, none at all, and longer ones than the text encoder reads."""
+    texts = [ARABIC, CHINESE, EMOJI, "", LONG]
+    return [
+        case("prompts", pipeline, bucket, prompts=texts, images_per_prompt=1, negative_prompt=LONG)
+        for pipeline in ("sd", "sdxl", "refined", "kandinsky", "pixart")
+        for bucket in (1, 4)
+    ] + [case("prompts", "flux", prompts=texts, images_per_prompt=1)]
+
+
+def handovers() -> list[Case]:
+    """Where the base hands over to the refiner; at null it does not."""
+    ends = [0.01, 0.2, 0.5, 0.8, 0.99, None]
+    return [
+        case("handover", "refined", 1, steps=10, grid={"denoising_end": ends}),
+        case("handover", "refined", 4, steps=6, grid={"denoising_end": [0.34, None]}),
+    ]
+
+
+def controls() -> list[Case]:
+    """Control images of any size and kind; how much and when each net counts; guess mode."""
+    counted = [
+        [{"image": "grey", "scale": 1.7, "start": 0.0, "end": 0.4}, {"image": "clear"}],
+        [{"image": "clear", "scale": 0.0}, {"image": "stripes", "scale": 0.3, "start": 0.5}],
+    ]
+    cases = [
+        case("images", "net", steps=4, grid={"control": [[{"image": name}] for name in IMAGES]}),
+        case("counts", "net", steps=5, grid={"control": [[nets[0]] for nets in counted]}),
+    ]
+    cases += [
+        case("counts", pipeline, bucket, steps=5, grid={"control": counted})
+        for pipeline in ("nets", "sdxl_nets")
+        for bucket in (1, 4)
+    ]
+    cases += [
+        case("guess", pipeline, bucket, guess_mode=True, **GUIDANCE[pipeline])
+        for pipeline in CONTROL
+        for bucket in (1, 4)
+    ]
+    return cases
+
+
+WEIGHTED = [
+    "a (red)1.5 star",
+    "a (red)0.3 star on a blue-- (background)++",
+    '("a red star", "a green heart").blend(0.7, 0.3)',
+    '("a red star", "on a blue background").and()',
+]
+LONG_WEIGHTED = f"(a tale)1.4 of {LONG}"
+
+
+def compels() -> list[Case]:
+    """Compel's weights, blends and conjunctions, and prompts as long as one likes."""
+    told: dict[str, Any] = {"prompt_syntax": "compel", "images_per_prompt": 1}
+    cases = [
+        case("compel", pipeline, bucket, prompts=WEIGHTED, **told, negative_prompt="(blue)1.3")
+        for pipeline in ("sd", "sdxl", "refined")
+        for bucket in (1, 4)
+    ]
+    cases += [
+        case(
+            "compel-long",
+            pipeline,
+            prompts=["a (short)1.2 one", LONG_WEIGHTED],
+            **told,
+            grid={"negative_prompt": ["", LONG_WEIGHTED]},
+        )
+        for pipeline in OF_CLIP
+    ]
+    cases += [
+        case("compel-unguided", pipeline, prompts=WEIGHTED[:2], **told, guidance_scale=1.0)
+        for pipeline in ("sd", "sdxl")
+    ]
+    cases += [
+        case("compel-null", pipeline, prompts=WEIGHTED[:2], **told, negative_prompt=None)
+        for pipeline in ("sdxl", "refined")
+    ]
+    cases += [
+        case("compel-parts", "sd", prompts=['("a red star", "blue").and(1, 0.5)'], **told),
+        case(
+            "compel-skip", "sd", prompts=WEIGHTED, **told, clip_skip=1, negative_prompt="(blue)0.5"
+        ),
+    ]
+    return cases
+
+
+CASES = [
+    *defaults(),
+    *sizes_and_guidance(),
+    *negatives(),
+    *samplers(),
+    *knobs(),
+    *prompts(),
+    *handovers(),
+    *controls(),
+    *compels(),
+]

@@ -1,0 +1,101 @@
+"""A compiled pipeline: every declared shape is compiled before the first claim, and none after."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from farm.catalog import load_catalog
+from farm.context import Farm
+from farm.store import workers
+from farm.store.engine import transaction
+from tests.checkpoints import save
+from tests.farming import job_row, submit
+from workers.identity import Identity
+from workers.line import RenderLine
+from workers.warming import Shape, declared_shapes, warm_up
+
+pytestmark = [
+    pytest.mark.slow,
+    # diffusers' own samplers hand torch tensors to numpy.array.
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    # torch's compiler imports parts of torch that it itself calls deprecated.
+    pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
+]
+
+CATALOG = """
+[pipelines.tiny]
+source = "tiny"
+device = "cpu"
+compile = "default"
+bucket = { "default" = 2, "32x64" = 1 }
+"""
+
+
+@pytest.fixture
+def line(farm: Farm, tmp_path: Path) -> RenderLine:
+    save("stable_diffusion", tmp_path / "tiny")
+    (tmp_path / "pipelines.toml").write_text(CATALOG)
+    farm.catalog.pipelines.update(load_catalog(tmp_path / "pipelines.toml").pipelines)
+    offer = farm.offer("tiny")
+    identity = Identity(uuid.uuid4(), "tiny", "here", 1)
+    with transaction(farm.store) as connection:
+        workers.register(
+            connection, identity.id, name=identity.name, pipeline="tiny", host="here", pid=1
+        )
+    loaded = offer.family.load(offer.pipeline)
+    return RenderLine(farm, identity, offer, loaded, warm_up(offer, loaded))
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.compiler.set_stance("default")
+
+
+def test_nothing_is_compiled_after_the_warm_up(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.compiler.set_stance("fail_on_recompile")
+    mixed = [
+        {"images_per_prompt": 3, "sampler": "ddim"},
+        {"images_per_prompt": 2, "sampler": "euler", "negative_prompt": "b"},
+        {"priority": "interactive", "guidance_scale": 1.0, "clip_skip": 1},
+        {"width": 32, "sampler": "heun", "guidance_rescale": 0.5},
+        {"width": 32, "guidance_scale": 1.0, "images_per_prompt": 2},
+    ]
+    jobs = [
+        submit(farm, tenant, pipeline="tiny", prompts=["a"], steps=2, **fields) for fields in mixed
+    ]
+    line.run()
+    for job in jobs:
+        assert job_row(farm, tenant, job).status == "succeeded"
+    assert "does not declare" not in caplog.text
+
+    torch.compiler.set_stance("default")
+    outside = {"width": 96, "height": 64, "images_per_prompt": 3, "steps": 1}
+    with caplog.at_level(logging.WARNING, "workers.warming"):
+        job = submit(farm, tenant, pipeline="tiny", prompts=["a"], **outside)
+        line.run()
+    assert job_row(farm, tenant, job).status == "succeeded"
+    assert caplog.text.count("compiles for 96x64 at bucket 2") == 1
+
+
+def test_the_declared_shapes(farm: Farm, tmp_path: Path) -> None:
+    save("stable_diffusion", tmp_path / "tiny")
+    (tmp_path / "pipelines.toml").write_text(
+        CATALOG.replace('"32x64" = 1', '"32x64" = 6').replace('"default"\n', '""\n')
+    )
+    farm.catalog.pipelines.update(load_catalog(tmp_path / "pipelines.toml").pipelines)
+    assert set(declared_shapes(farm.offer("tiny"))) == {
+        *(Shape(64, 64, bucket) for bucket in (1, 2)),
+        *(Shape(32, 64, bucket) for bucket in (1, 2, 4, 6)),
+    }
