@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint up clean
+.PHONY: help setup demo test lint up gpu clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: setup ## Check style, types and layers
 
 test: lint ## Check everything, then run all tests
 	$(BIN)/python -m pytest
+
+gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
+	$(BIN)/python -m tests.gpu.report
 
 clean: ## Remove .venv and what tools cached; data folders stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage

@@ -134,6 +134,13 @@ def normalised(content: bytes, declared: str, *, max_pixels: int) -> NormalisedI
         return NormalisedImage(_png(picture), picture.width, picture.height)
 
 
+def decoded(content: bytes) -> Image.Image:
+    """Decode the PNG of a normalised image, as RGB."""
+    image = PngImageFile(io.BytesIO(content))
+    image.load()
+    return image.convert("RGB")
+
+
 def _picture(content: bytes, kind: str, max_pixels: int) -> Image.Image:
     _check_size(_announced_size(content, kind), max_pixels)
     with _reading(kind):

@@ -6,18 +6,16 @@ An image's id is the sha256 of the PNG that is kept, so an id means the same pic
 from __future__ import annotations
 
 import hashlib
-import io
 import uuid
 from collections.abc import Collection
 
 from botocore.exceptions import ClientError
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 
 from farm.artifacts import Artifacts
 from farm.context import Farm
 from farm.errors import RenderError, Unavailable
-from farm.imagefiles import is_image_id, normalised
+from farm.imagefiles import decoded, is_image_id, normalised
 from farm.store import images as stored
 from farm.store.engine import Transaction, transaction
 from farm.store.images import StoredImage
@@ -86,9 +84,7 @@ def load_image(artifacts: Artifacts, tenant_id: uuid.UUID, image_id: str) -> Ima
         raise
     if hashlib.sha256(content).hexdigest() != image_id:
         raise RenderError(f"What the storage holds as image {image_id} is another picture.")
-    image = PngImageFile(io.BytesIO(content))
-    image.load()
-    return image.convert("RGB")
+    return decoded(content)
 
 
 def _is_missing(error: Unavailable) -> bool:

@@ -11,14 +11,23 @@ import typer
 from farm.cli.bars import busy
 from farm.cli.console import Json, count, emit, note, out, say
 from farm.cli.exits import ERROR
-from farm.errors import InvalidRequest
+from farm.errors import FarmError, InvalidRequest
 
 if TYPE_CHECKING:
-    from farm.replay import Difference, Replay
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from farm.config import Settings
+    from farm.replay import Difference, FindImage, Replay
 
 
 def replay(
     image: Annotated[Path, typer.Argument(metavar="IMAGE.png", help="A picture of the farm.")],
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image that steered it; else the farm is asked."),
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep the new rendering as a PNG.")
     ] = None,
@@ -35,10 +44,12 @@ def replay(
     from farm.config import load_settings
 
     content = replaying.read_picture(image)
-    catalog = load_catalog(load_settings().pipelines)
+    settings = load_settings()
+    catalog = load_catalog(settings.pipelines)
+    find_image = _finder(control or [], settings)
     with busy("Loading the pipeline and rendering") as tell:
         done = replaying.replay(
-            content, catalog, lambda step, steps: tell(f"step {step} of {steps}")
+            content, catalog, lambda step, steps: tell(f"step {step} of {steps}"), find_image
         )
     if save is not None:
         _save(done, save)
@@ -48,6 +59,34 @@ def replay(
         _tell(done)
     if not done.identical:
         raise typer.Exit(ERROR)
+
+
+def _finder(files: Sequence[Path], settings: Settings) -> FindImage:
+    """Find control images among files, and else at the farm whose key this is."""
+    from farm.cli.client import FarmClient
+    from farm.cli.images import read_image
+    from farm.imagefiles import decoded, normalised
+
+    known: dict[str, bytes] = {}
+    for path in files:
+        file = read_image(str(path), settings.max_image_bytes)
+        image = normalised(file.content, file.media_type, max_pixels=settings.max_image_pixels)
+        known[image.sha256.hex()] = image.content
+
+    def find(image_id: str) -> Image.Image:
+        content = known.get(image_id)
+        if content is None:
+            try:
+                with FarmClient.of(settings) as client:
+                    content = client.content(f"/v1/images/{image_id}/content")
+            except FarmError as error:
+                raise InvalidRequest(
+                    f"The picture was steered by image {image_id}: give its file by --control. "
+                    f"The farm does not give it: {error.message}"
+                ) from error
+        return decoded(content)
+
+    return find
 
 
 def _save(done: Replay, path: Path) -> None:

@@ -43,7 +43,9 @@ WEIGHED = {SAFE, ".json", ".txt", ".model"}
 
 
 HUB_SECONDS = 10.0
-"""How long the hub may be silent, and for how long it is not asked again then"""
+"""How long the hub may be silent"""
+HUB_AWAY_SECONDS = 30.0
+"""How long nobody waits for it again then"""
 
 
 def one_line(said: object, limit: int = 300) -> str:
@@ -112,17 +114,22 @@ def folder_of_configs(weights: Weights) -> Path:
     return Path(weights.checkpoint) if weights.is_local else _from_hub(weights)
 
 
-_hub_is_left_alone_until = float("-inf")
+_hub_is_away_until = float("-inf")
+
+
+def hub_is_away() -> bool:
+    """Whether the hub kept somebody waiting in vain a moment ago."""
+    return time.monotonic() < _hub_is_away_until
 
 
 def _from_hub(weights: Weights) -> Path:
-    """Fetch the JSON files; while the hub is away, take what is here and do not wait for it."""
-    global _hub_is_left_alone_until
+    """Fetch the JSON files; while the hub is away, take what is here."""
+    global _hub_is_away_until
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     make_hub_hasty()
-    is_away = time.monotonic() < _hub_is_left_alone_until
+    started, is_away = time.monotonic(), hub_is_away()
     try:
         folder = snapshot_download(
             weights.source,
@@ -136,20 +143,22 @@ def _from_hub(weights: Weights) -> Path:
             "like this."
         ) from error
     except Exception as error:  # the hub's client raises those of its HTTP library too
-        if not is_away and not isinstance(error.__cause__ or error, HfHubHTTPError):
-            _hub_is_left_alone_until = time.monotonic() + HUB_SECONDS
-        reason = "it was not reached a moment ago." if is_away else hub_says(error)
+        reason = "It did not answer a moment ago." if is_away else hub_says(error)
         raise CatalogError(
             f"{weights.source} is no folder beside the catalog, and the hub does not give it: "
             f"{reason}"
         ) from error
+    finally:
+        if time.monotonic() - started >= HUB_SECONDS:
+            _hub_is_away_until = time.monotonic() + HUB_AWAY_SECONDS
     return Path(folder)
 
 
 def hub_says(error: BaseException) -> str:
     """Say in one line why the hub did not give something."""
     cause = error.__cause__ or error
-    return one_line(f"{type(cause).__name__}: {cause}")
+    said = str(cause).partition("For more information check:")[0]
+    return one_line(f"{type(cause).__name__}: {said}")
 
 
 @cache

@@ -21,6 +21,7 @@ from farm.families.checkpoints import (
     INDEX,
     check_files,
     folder_of_configs,
+    hub_is_away,
     hub_says,
     make_hub_hasty,
     one_line,
@@ -232,11 +233,16 @@ def _weights(pipeline: Pipeline) -> str:
 
 
 def _name_of_weights(weights: Weights, variant: str | None) -> str:
-    folder = Path(_source(weights, variant))
     if weights.is_local:
-        return weights_hash(folder)
+        return weights_hash(Path(weights.checkpoint))
+    loaded = _fetched.get((weights.source, weights.revision, variant))
+    folder = Path(loaded or _source(weights, variant))
     # The hub's cache may hold files of other variants beside those that were loaded.
     return hashlib.sha256(f"{weights.source} {folder.name} {variant}".encode()).hexdigest()
+
+
+_fetched: dict[tuple[str, str | None, str | None], str] = {}
+"""The folder of what was fetched last: a hub repository's newest commit may be another by now."""
 
 
 def _source(weights: Weights, variant: str | None) -> str:
@@ -253,15 +259,17 @@ def _source(weights: Weights, variant: str | None) -> str:
     else:  # a single model, such as a ControlNet
         mark = f"*.{variant}*.safetensors" if variant else "*.safetensors"
         fetch = partial(snapshot_download, allow_patterns=["*.json", mark])
-    try:
-        folder = fetch(weights.source, revision=weights.revision)
-    except Exception as error:  # the hub's client raises those of its HTTP library too
-        try:  # the hub is away, and all of it may be here
-            folder = fetch(weights.source, revision=weights.revision, local_files_only=True)
-        except Exception:
-            reason = hub_says(error)
-            raise CatalogError(f"{weights.source} cannot be downloaded: {reason}") from error
-    return str(folder)
+    # Where the hub is away, all of it may be here.
+    errors: dict[bool, Exception] = {}
+    for is_local in (True, False) if hub_is_away() else (False, True):
+        try:
+            folder = fetch(weights.source, revision=weights.revision, local_files_only=is_local)
+        except Exception as error:  # the hub's client raises those of its HTTP library too
+            errors[is_local] = error
+        else:
+            _fetched[weights.source, weights.revision, variant] = str(folder)
+            return str(folder)
+    raise CatalogError(f"{weights.source} cannot be downloaded: {hub_says(errors[False])}")
 
 
 def generators(frames: Sequence[FrameSpec]) -> list[torch.Generator]:

@@ -110,8 +110,8 @@ class Case:
 
 
 def case(what: str, pipeline: str, bucket: int = 4, **fields: Any) -> Case:
-    """A job of few steps; at a bucket of four, one batch is full and one is not."""
-    several = {"prompts": PROMPTS, "images_per_prompt": 3}
+    """A job of few steps; at a bucket of four, one full batch."""
+    several = {"prompts": PROMPTS, "images_per_prompt": 2}
     alone = {"prompts": PROMPTS[:1]}
     few = {"steps": 2, "prior_steps": 2} if pipeline == "kandinsky" else {"steps": 3}
     if pipeline in ("kandinsky", "flux", *CONTROL):  # whose own sizes are large, or the image's
@@ -163,6 +163,15 @@ def defaults() -> list[Case]:
     ]
 
 
+def short_batches() -> list[Case]:
+    """Jobs that do not fill their buckets."""
+    return [
+        case("short", pipeline, bucket, prompts=PROMPTS[:1], images_per_prompt=5)
+        for pipeline in SIZES
+        for bucket in (3, 4)
+    ]
+
+
 NEGATIVES = {"negative_prompt": ["blue, blurred", "", None]}
 
 
@@ -191,7 +200,7 @@ def samplers() -> list[Case]:
         "kandinsky": ("ddpm",),
     }
     return [
-        case(f"sampler-{name}", pipeline, steps=4, images_per_prompt=2, sampler=name)
+        case(f"sampler-{name}", pipeline, steps=4, sampler=name)
         for pipeline, names in named.items()
         for name in names
     ]
@@ -320,7 +329,7 @@ def compels() -> list[Case]:
         for pipeline in ("sdxl", "refined")
     ]
     cases += [
-        case("compel-parts", "sd", prompts=['("a red star", "blue").and(1, 0.5)'], **told),
+        case("compel-parts", "sd", prompts=['("a red star", "blue").and(1, 0.5)'], **told, negative_prompt=""),
         case(
             "compel-skip", "sd", prompts=WEIGHTED, **told, clip_skip=1, negative_prompt="(blue)0.5"
         ),
@@ -331,6 +340,7 @@ def compels() -> list[Case]:
 CASES = [
     *defaults(),
     *sizes_and_guidance(),
+    *short_batches(),
     *negatives(),
     *samplers(),
     *knobs(),

@@ -49,6 +49,7 @@ class Studio:
     """The farm of this module, beside bare diffusers."""
 
     live: Live
+    storage: httpx.Client
     bare: Bare
     images: dict[str, str]
     """Control images' ids, by the names that cases use"""
@@ -88,7 +89,7 @@ class Studio:
         assert row["state"] == "succeeded", row
         answer = self.live.client.get(row["image_url"], follow_redirects=False)
         assert answer.status_code == 307, answer.text
-        found = httpx.get(answer.headers["location"])
+        found = self.storage.get(answer.headers["location"])
         found.raise_for_status()
         return found.content
 
@@ -109,7 +110,7 @@ def studio(
             headers={"Authorization": f"Bearer {info['key']}"},
             timeout=60,  # DEV
         ) as client:  # DEV
-            found = Studio(Live(None, client), Bare(folder, IMAGES, 1), {}, {})  # DEV
+            found = Studio(Live(None, client), httpx.Client(), Bare(folder, IMAGES, 1), {}, {})  # DEV
             found.images = {name: upload(client, image) for name, image in IMAGES.items()}  # DEV
             _submit_all(found, request)  # DEV
             yield found  # DEV
@@ -124,9 +125,13 @@ def studio(
             patch.setenv(name, value)
         with running_farm(folder / "farm", pipelines=catalog) as farm:
             key = {"Authorization": f"Bearer {farm.api_key}"}
-            with httpx.Client(base_url=farm.url, headers=key, timeout=60) as client:
+            with (
+                httpx.Client(base_url=farm.url, headers=key, timeout=60) as client,
+                httpx.Client() as storage,
+            ):
                 threads = int(farm.children["worker sd-1"].program.env["FARM_TORCH_THREADS"])
-                found = Studio(Live(farm, client), Bare(folder, IMAGES, threads), {}, {})
+                bare = Bare(folder, IMAGES, threads)
+                found = Studio(Live(farm, client), storage, bare, {}, {})
                 found.images = {name: upload(client, image) for name, image in IMAGES.items()}
                 _submit_all(found, request)
                 yield found

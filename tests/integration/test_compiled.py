@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     farm: Farm, tenant: uuid.UUID, line: RenderLine, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.compiler.set_stance("fail_on_recompile")
-    mixed = [
+    mixed: list[dict[str, Any]] = [
         {"images_per_prompt": 3, "sampler": "ddim"},
         {"images_per_prompt": 2, "sampler": "euler", "negative_prompt": "b"},
         {"priority": "interactive", "guidance_scale": 1.0, "clip_skip": 1},
@@ -81,7 +82,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert "does not declare" not in caplog.text
 
     torch.compiler.set_stance("default")
-    outside = {"width": 96, "height": 64, "images_per_prompt": 3, "steps": 1}
+    outside: dict[str, Any] = {"width": 96, "height": 64, "images_per_prompt": 3, "steps": 1}
     with caplog.at_level(logging.WARNING, "workers.warming"):
         job = submit(farm, tenant, pipeline="tiny", prompts=["a"], **outside)
         line.run()

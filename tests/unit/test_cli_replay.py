@@ -15,6 +15,8 @@ from farm import replay
 from farm.catalog import Catalog, load_catalog
 from farm.errors import InvalidRequest
 from farm.families.base import Batch
+from farm.families.devices import device_name, prepare_torch
+from farm.imagefiles import decoded, normalised
 from farm.offers import make_offer
 from farm.provenance import Provenance, encode_png, library_versions, read_png
 from farm.spec import FrameSpec
@@ -51,8 +53,6 @@ def same_threads() -> Iterator[None]:
 def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
     """A picture as a worker renders it, beside another frame."""
     import torch
-
-    from farm.families.devices import device_name
 
     torch.set_num_threads(threads)
     offer = make_offer("tiny", catalog.pipelines["tiny"])
@@ -222,3 +222,53 @@ def test_what_is_no_picture_is_one_line(
     outcome = farm("replay", str(path))
     assert (outcome.code, outcome.out) == (1, "")
     assert complaint in outcome.err.splitlines()[-1]
+
+
+STEERED = """
+[pipelines.steered]
+source = "tiny"
+device = "cpu"
+controlnets = ["net"]
+channels_last = true
+"""
+
+
+def test_a_steered_picture_needs_the_image_that_steered_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its worker rendered it: the same image, and the weights laid out in the same way."""
+    save("stable_diffusion", tmp_path / "tiny")
+    save("controlnet", tmp_path / "net")
+    (tmp_path / "pipelines.toml").write_text(STEERED)
+    Image.effect_noise((48, 80), 80).convert("RGB").save(tmp_path / "pose.png")
+    steering = normalised((tmp_path / "pose.png").read_bytes(), "image/png", max_pixels=10**6)
+    image_id = steering.sha256.hex()
+    offer = make_offer("steered", load_catalog(tmp_path / "pipelines.toml").pipelines["steered"])
+    params = offer.params({"steps": 2, "control": [{"image": image_id, "scale": 0.7}]})
+    prepare_torch(1)
+    frame = FrameSpec(pipeline="steered", prompt="a", seed=1, bucket=1, params=params.model_dump())
+    loaded = offer.family.load(offer.pipeline)
+    images = {image_id: decoded(steering.content)}
+    picture = offer.family.denoise(loaded, Batch([frame], images=images))[0]
+    assert picture is not None
+    provenance = Provenance(
+        frame=frame,
+        weights=loaded.weights,
+        device=device_name("cpu"),
+        dtype=loaded.dtype,
+        threads=1,
+        versions=library_versions(),
+        options=dict(loaded.options),
+    )
+    assert provenance.options == {"channels_last": True}
+    (tmp_path / "steered.png").write_bytes(encode_png(picture, provenance))
+
+    for name in ("FARM_DATA", "FARM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FARM_PIPELINES", str(tmp_path / "pipelines.toml"))
+    without = farm("replay", str(tmp_path / "steered.png"))
+    assert without.code == 1
+    assert f"steered by image {image_id}: give its file by --control" in without.err
+    given = farm("replay", str(tmp_path / "steered.png"), "--control", str(tmp_path / "pose.png"))
+    assert given.code == 0, given.err
+    assert given.out.startswith("identical")

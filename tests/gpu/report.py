@@ -1,0 +1,235 @@
+"""What a GPU makes of the farm's promises: `make gpu` measures it, and writes docs/gpu.md.
+
+Random weights of the sizes of Stable Diffusion 1.5 and SDXL, built from their configurations: what
+is measured depends on shapes, not on what was learned. Every figure is a median with the smallest
+and the largest, of one run on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farm.catalog import Pipeline
+from farm.families.base import Batch, Loaded
+from farm.families.devices import device_name, prepare_torch
+from farm.offers import Offer, make_offer
+from farm.provenance import library_versions
+from farm.spec import FrameSpec
+from tests.gpu.models import SIZES, Size, save
+
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+PROMPTS = ["a red star", "نجمة حمراء", "红色的星", "🌟 on blue"]
+RUNS = 5
+LOADINGS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "channels_last": {"channels_last": True},
+    "compiled, default": {"compile": "default"},
+    "compiled, reduce-overhead": {"compile": "reduce-overhead"},
+    "compiled, reduce-overhead, channels_last": {
+        "compile": "reduce-overhead",
+        "channels_last": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint on a device."""
+
+    size: Size
+    folder: Path
+    device: str
+    steps: int
+
+    def offer(self, **loading: Any) -> Offer:
+        """The catalog entry that loads it so."""
+        dtype = "float16" if self.device == "cuda" else "float32"
+        entry = Pipeline(source=str(self.folder), device=self.device, dtype=dtype, **loading)
+        return make_offer(self.size.name, entry)
+
+    def frames(self, offer: Offer, bucket: int, seeds: Sequence[int]) -> list[FrameSpec]:
+        """Frames of different prompts and seeds, at the checkpoint's own size."""
+        params = offer.params({"steps": self.steps, "sampler": "ddim"}).model_dump()
+        return [
+            FrameSpec(
+                pipeline=self.size.name,
+                prompt=PROMPTS[seed % len(PROMPTS)],
+                seed=seed,
+                bucket=bucket,
+                params=params,
+            )
+            for seed in seeds
+        ]
+
+
+def drawn(offer: Offer, loaded: Loaded, frames: Sequence[FrameSpec]) -> list[np.ndarray[Any, Any]]:
+    """Render frames; refuses pictures of one colour, of which any two are alike."""
+    pictures = [np.asarray(picture) for picture in offer.family.denoise(loaded, Batch(frames))]
+    if any(picture.std() < 1 for picture in pictures):
+        raise SystemExit(f"{offer.name} draws flat pictures: they would prove nothing.")
+    return pictures
+
+
+def parity(case: Case) -> Iterator[str]:
+    """Compare with bare diffusers, in the same dtype and batch."""
+    import torch
+    from diffusers import AutoPipelineForText2Image, DDIMScheduler
+
+    auto: Any = AutoPipelineForText2Image
+    scheduler: Any = DDIMScheduler
+    offer = case.offer()
+    loaded = offer.family.load(offer.pipeline)
+    dtype = getattr(torch, offer.pipeline.dtype)
+    bare = auto.from_pretrained(str(case.folder), dtype=dtype).to(case.device)
+    bare.set_progress_bar_config(disable=True)
+    config = bare.scheduler.config
+    for bucket in case.size.buckets:
+        frames = case.frames(offer, bucket, range(bucket))
+        ours = drawn(offer, loaded, frames)
+        bare.scheduler = scheduler.from_config(config)
+        theirs = bare(
+            prompt=[frame.prompt for frame in frames],
+            num_inference_steps=case.steps,
+            guidance_scale=frames[0].params["guidance_scale"],
+            height=case.size.side,
+            width=case.size.side,
+            generator=[torch.Generator("cpu").manual_seed(frame.seed) for frame in frames],
+        ).images
+        differ = sum(
+            not np.array_equal(a, np.asarray(b)) for a, b in zip(ours, theirs, strict=True)
+        )
+        yield _row(case, f"bare diffusers, batch {bucket}", differ, bucket)
+
+
+def places(case: Case) -> Iterator[str]:
+    """Compare a frame in every slot, beside other neighbours, and alone, at a fixed bucket."""
+    offer = case.offer()
+    loaded = offer.family.load(offer.pipeline)
+    for bucket in case.size.buckets:
+        (mine,) = case.frames(offer, bucket, [7])
+        alone = drawn(offer, loaded, [mine])[0]
+        differ = 0
+        for slot in range(bucket):
+            others = case.frames(offer, bucket, range(100 + slot, 100 + slot + bucket - 1))
+            batch = [*others[:slot], mine, *others[slot:]]
+            differ += not np.array_equal(drawn(offer, loaded, batch)[slot], alone)
+        yield _row(case, f"every slot of a bucket of {bucket}, other neighbours", differ, bucket)
+
+
+def _row(case: Case, what: str, differ: int, pictures: int) -> str:
+    found = "equal bytes" if not differ else f"**{differ} of {pictures} differ**"
+    return f"| {case.size.name} | {what} | {found} |"
+
+
+def pace(case: Case) -> Iterator[str]:
+    """Time each way of loading, one after another."""
+    for name, loading in LOADINGS.items():
+        offer = case.offer(**loading, bucket={"default": max(case.size.buckets)})
+        loaded = offer.family.load(offer.pipeline)
+        for bucket in case.size.buckets:
+            frames = case.frames(offer, bucket, range(bucket))
+            started = time.monotonic()
+            drawn(offer, loaded, frames)
+            first = time.monotonic() - started
+            seconds = sorted(_timed(case, offer, loaded, frames) / bucket for _ in range(RUNS))
+            spread = f"{seconds[0]:.3f} to {seconds[-1]:.3f}"
+            yield (
+                f"| {case.size.name} | {name} | {bucket} | {statistics.median(seconds):.3f} "
+                f"| {spread} | {first:.1f} |"
+            )
+        del loaded
+        _forget(case.device)
+
+
+def _timed(case: Case, offer: Offer, loaded: Loaded, frames: Sequence[FrameSpec]) -> float:
+    import torch
+
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    started = time.monotonic()
+    offer.family.denoise(loaded, Batch(frames))  # the pictures end on the CPU: nothing is pending
+    return time.monotonic() - started
+
+
+def _forget(device: str) -> None:
+    import torch
+
+    from farm.families.loading import free_what_is_left
+
+    torch._dynamo.reset()
+    if device == "cuda":
+        free_what_is_left()
+
+
+def page(device: str, steps: int, rows: dict[str, list[str]]) -> str:
+    """Lay out docs/gpu.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    dtype = "float16" if device == "cuda" else "float32"
+    return "\n".join(
+        [
+            "# On a GPU",
+            "",
+            "Written by `make gpu`, which anyone with a GPU can run; not edited by hand.",
+            "",
+            f"Device: {device_name(device)}. Date: {datetime.now(UTC):%Y-%m-%d}. {dtype}, {steps} "
+            "steps of the sampler ddim, random weights of each size.",
+            f"Versions: {versions}.",
+            "",
+            "## The same bytes",
+            "",
+            "| size | compared with | pictures |",
+            "| --- | --- | --- |",
+            *rows["bytes"],
+            "",
+            "## Pace",
+            "",
+            f"Seconds an image: the median of {RUNS} batches, and the range. The first batch "
+            "includes compiling.",
+            "",
+            "| size | loaded | bucket | seconds an image | range | first batch, s |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *rows["pace"],
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--sizes", nargs="*", default=["sd15", "sdxl"], choices=list(SIZES))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("No CUDA device is here. `make gpu` measures one; nothing was written.")
+    prepare_torch(0)
+    rows: dict[str, list[str]] = {"bytes": [], "pace": []}
+    with tempfile.TemporaryDirectory() as name:
+        for size in (SIZES[size] for size in given.sizes):
+            case = Case(size, save(size, Path(name) / size.name), given.device, given.steps)
+            for part, measured in (("bytes", parity), ("bytes", places), ("pace", pace)):
+                for row in measured(case):
+                    print(row, flush=True)
+                    rows[part].append(row)
+                _forget(given.device)
+    given.page.write_text(page(given.device, given.steps, rows), encoding="utf-8")
+    print(f"Written: {given.page}")
+
+
+if __name__ == "__main__":
+    main()
