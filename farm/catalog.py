@@ -129,6 +129,10 @@ class Pipeline(Weights):
         nets = {f"controlnets.{index}": net for index, net in enumerate(self.controlnets)}
         return {name: part for name, part in named.items() if part is not None} | nets
 
+    def variant_of(self, part: Weights) -> str | None:
+        """The variant of some of its weights: the entry's own, unless the part names another."""
+        return (self.variant if part.variant is None else part.variant) or None
+
     def place(self, folder: Path) -> None:
         """Say which folder local sources are relative to."""
         for weights in (self, *self.parts.values()):

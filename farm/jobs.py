@@ -53,11 +53,11 @@ def _check_images(
     connection: Transaction, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec
 ) -> None:
     """Refuse a job that names an image which its tenant never uploaded."""
-    params = [offer.params(point.params) for point in spec.points]
-    wanted = {image_id for point in params for image_id in point.image_ids()}
+    named = [offer.params_type.image_ids(point.params) for point in spec.points]
+    wanted = {image_id for image_ids in named for image_id in image_ids}
     missing = missing_images(connection, tenant_id, wanted) if wanted else set()
-    for point in params:
-        for place, image_id in enumerate(point.image_ids()):
+    for image_ids in named:
+        for place, image_id in enumerate(image_ids):
             if image_id in missing:
                 where = "grid.control" if "control" in spec.grid else f"control.{place}.image"
                 raise InvalidRequest(f"{where}: there is no image {image_id}.", param=where)

@@ -48,34 +48,66 @@ def make_offer(name: str, pipeline: Pipeline) -> Offer:
     try:
         checkpoint = read_checkpoint(pipeline)
         family = family_of(pipeline, checkpoint)
+        _refuse_unused_parts(pipeline, family)
         params_type = family.tailor(pipeline, checkpoint)
+        offer = Offer(name, pipeline, family, _with_defaults(params_type, pipeline.defaults))
+        _check_buckets(offer)
     except CatalogError as error:
         raise CatalogError(f"Pipeline {name}: {error.message}") from error
-    return Offer(name, pipeline, family, _with_defaults(name, params_type, pipeline.defaults))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CatalogError(
+            f"Pipeline {name}: its configuration is not of the form that diffusers writes: "
+            f"{type(error).__name__} {error}."
+        ) from error
+    return offer
 
 
-def _with_defaults(
-    name: str, params_type: type[Params], defaults: Mapping[str, Any]
-) -> type[Params]:
+def _refuse_unused_parts(pipeline: Pipeline, family: Family) -> None:
+    for part in pipeline.parts:
+        field = part.partition(".")[0]
+        if field not in family.parts:
+            raise CatalogError(f"{field}: family {family.name} has no use for it; leave it out.")
+
+
+def _check_buckets(offer: Offer) -> None:
+    """Refuse a bucket for a size of picture that no job could ask for."""
+    needed = sample(offer.params_type)
+    for size in offer.pipeline.bucket:
+        if size != "default":
+            width, height = map(int, size.split("x"))
+            try:
+                offer.params({**needed, "width": width, "height": height})
+            except ValidationError as error:
+                raise CatalogError(f"bucket.{size}: {_first(error)}.") from error
+
+
+def sample(params_type: type[Params]) -> dict[str, Any]:
+    """Give examples of the fields that have no default."""
+    return {
+        field: info.examples[0]
+        for field, info in params_type.model_fields.items()
+        if info.is_required() and info.examples
+    }
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def _with_defaults(params_type: type[Params], defaults: Mapping[str, Any]) -> type[Params]:
     for field in defaults:
         if field not in params_type.model_fields:
             raise CatalogError(
-                f"Pipeline {name}: defaults.{field}: there is no such parameter; there are "
+                f"defaults.{field}: there is no such parameter; there are "
                 f"{', '.join(params_type.model_fields)}."
             )
     changed = tailored(
         params_type, {field: {"default": value} for field, value in defaults.items()}
     )
-    needed = {
-        field: info.examples[0]
-        for field, info in changed.model_fields.items()
-        if info.is_required() and info.examples
-    }
     try:
-        changed.model_validate({**needed, **defaults})
+        changed.model_validate({**sample(changed), **defaults})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise CatalogError(f"Pipeline {name}: defaults.{where}: {reason}.") from error
+        raise CatalogError(f"defaults.{_first(error)}.") from error
     return changed

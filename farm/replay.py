@@ -95,7 +95,7 @@ def replay(
     entry = _entry(catalog, recorded)
     offer = make_offer(recorded.frame.pipeline, entry)
     frame = _checked(picture, recorded, offer)
-    images = {name: find_image(name) for name in offer.params(frame.params).image_ids()}
+    images = {name: find_image(name) for name in offer.params_type.image_ids(frame.params)}
     prepare_torch(recorded.threads)
     loaded = offer.family.load(entry)
     fresh = offer.family.denoise(loaded, Batch([frame], on_step, images))[0]

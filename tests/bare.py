@@ -75,7 +75,7 @@ class Bare:
         """
         self._folder = folder
         self._images = images
-        self._threads = threads
+        self.threads = threads
         self._pipes: dict[str, Any] = {}
         self._schedulers: dict[str, Any] = {}
 
@@ -102,16 +102,16 @@ class Bare:
 
         filled = frames + [frames[-1]] * (bucket - len(frames))
         seeded = [torch.Generator("cpu").manual_seed(frame.seed) for frame in filled]
-        draw = self._kinds[pipeline]
-        with _threads(self._threads):
+        draw = self.kinds[pipeline]
+        with _threads(self.threads):
             output = draw(filled, {"generator": seeded})
         flags = getattr(output, "nsfw_content_detected", None) or [False] * bucket
         pairs = zip(output.images, flags, strict=True)
         return [None if flagged else picture for picture, flagged in pairs][: len(frames)]
 
     @cached_property
-    def _kinds(self) -> dict[str, Callable[[list[Frame], dict[str, Any]], Any]]:
-        """How to draw with each pipeline of the test's catalog."""
+    def kinds(self) -> dict[str, Callable[[list[Frame], dict[str, Any]], Any]]:
+        """How to draw with each pipeline of the test's catalog, and Kandinsky in both ways."""
 
         def plainly(source: str, nets: tuple[str, ...] = (), **components: Any) -> Any:
             return lambda frames, given: self._plain(
@@ -127,6 +127,8 @@ class Bare:
             "nets": plainly("stable_diffusion", ("controlnet", "controlnet_b")),
             "sdxl_nets": plainly("sdxl", ("controlnet_sdxl", "controlnet_sdxl_b")),
             "kandinsky": self._kandinsky,
+            "kandinsky combined": self._combined,
+            "kandinsky apart": self._apart,
             "pixart": lambda frames, given: self._plain(
                 self._auto("pixart_sigma"), frames, OF_PIXART | given
             ),
@@ -163,7 +165,7 @@ class Bare:
             ),
         )
 
-    def _combined(self) -> str:
+    def _connected(self) -> str:
         """Kandinsky's prior and decoder in the pipeline that the Auto class would combine."""
         from diffusers import (
             KandinskyV22CombinedPipeline,
@@ -237,30 +239,41 @@ class Bare:
         )
 
     def _kandinsky(self, frames: list[Frame], given: dict[str, Any]) -> Any:
-        pipe = self._ready(self._combined(), frames)
-        pipe.decoder_pipe.scheduler = pipe.scheduler
-        arguments, prompts = _arguments(frames), _prompts(pipe, frames)
-        if len(frames) == 1 or "negative_prompt" not in prompts:
-            return pipe(**prompts, **arguments, **given)
-        return self.kandinsky_apart(pipe, prompts | arguments, given["generator"])
+        is_negated = frames[0].negative is not None
+        draw = self._apart if is_negated and len(frames) > 1 else self._combined
+        return draw(frames, given)
 
-    def kandinsky_apart(self, pipe: Any, call: dict[str, Any], seeded: list[Any]) -> Any:
-        """Call the prior, then the decoder, as the combined pipeline does.
+    def _combined(self, frames: list[Frame], given: dict[str, Any]) -> Any:
+        """Kandinsky's combined pipeline."""
+        pipe = self._kandinsky_pipe(frames)
+        return pipe(**_prompts(pipe, frames), **_arguments(frames), **given)
 
-        The prior draws noise for the prompts and then for the negative prompts, from one
-        generator where that is one frame. The combined pipeline cannot pass it one for each of
-        both; see test_diffusers_itself_cannot_negate_several_frames_of_kandinsky.
+    def _apart(self, frames: list[Frame], given: dict[str, Any]) -> Any:
+        """Kandinsky's prior, then its decoder, called as the combined pipeline calls them.
+
+        The prior draws noise for the prompts and then for the negative prompts. The combined
+        pipeline cannot pass it a generator for each of both.
         """
-        of_prior = {
-            name.removeprefix("prior_"): call.pop(name)
-            for name in ("prompt", "negative_prompt", *(n for n in call if n.startswith("prior_")))
-        }
+        pipe = self._kandinsky_pipe(frames)
+        arguments, seeded = _arguments(frames), given["generator"]
+        of_prior = {name: arguments.pop(name) for name in list(arguments) if "prior_" in name}
         embeds, negative_embeds = pipe.prior_pipe(
-            **of_prior, generator=[*seeded, *seeded], return_dict=False
+            **_prompts(pipe, frames),
+            **{name.removeprefix("prior_"): value for name, value in of_prior.items()},
+            generator=[*seeded, *seeded],
+            return_dict=False,
         )
         return pipe.decoder_pipe(
-            image_embeds=embeds, negative_image_embeds=negative_embeds, generator=seeded, **call
+            image_embeds=embeds,
+            negative_image_embeds=negative_embeds,
+            generator=seeded,
+            **arguments,
         )
+
+    def _kandinsky_pipe(self, frames: list[Frame]) -> Any:
+        pipe = self._ready(self._connected(), frames)
+        pipe.decoder_pipe.scheduler = pipe.scheduler
+        return pipe
 
     def _control(self, frames: list[Frame]) -> dict[str, Any]:
         """The arguments for ControlNets: one value for one net, else lists in their order."""

@@ -146,7 +146,7 @@ def stable_diffusion_guarded() -> Any:
     checker: Any = StableDiffusionSafetyChecker(config)
     with torch.no_grad():
         checker.concept_embeds.normal_()
-        checker.concept_embeds_weights.fill_(0.4)
+        checker.concept_embeds_weights.fill_(0.2785)
         checker.special_care_embeds_weights.fill_(2.0)
     processor: Any = CLIPImageProcessor
     return stable_diffusion(
@@ -253,7 +253,8 @@ def kandinsky22_decoder() -> Any:
 
 
 def kandinsky22_prior() -> Any:
-    """Kandinsky 2.2's prior."""
+    """Kandinsky 2.2's prior, with the spread of real embeddings: a fresh one gives nothing but 0."""
+    import torch
     from transformers import (
         CLIPImageProcessor,
         CLIPTextModelWithProjection,
@@ -272,10 +273,14 @@ def kandinsky22_prior() -> Any:
         projection_dim=32,
     )
     processor: Any = CLIPImageProcessor
+    prior = kit.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, embedding_dim=32, num_layers=1
+    )
+    with torch.no_grad():
+        prior.clip_mean.normal_()
+        prior.clip_std.fill_(2.0)
     return kit.KandinskyV22PriorPipeline(
-        prior=kit.PriorTransformer(
-            num_attention_heads=2, attention_head_dim=8, embedding_dim=32, num_layers=1
-        ),
+        prior=prior,
         image_encoder=CLIPVisionModelWithProjection(vision),
         text_encoder=CLIPTextModelWithProjection(_text_config()),
         tokenizer=clip_tokenizer(),

@@ -17,7 +17,7 @@ from farm.artifacts import artifact_key
 from farm.context import Farm
 from farm.errors import FarmError, Unavailable
 from farm.families.base import Batch, Loaded, StopBatch
-from farm.families.devices import device_name, thread_count
+from farm.families.devices import device_name, is_out_of_memory, thread_count
 from farm.offers import Offer
 from farm.provenance import Provenance, encode_png, library_versions
 from farm.states import FLAGGED, FrameState
@@ -102,7 +102,7 @@ class RenderLine:
         images = {
             image_id: self._images.get(frame.tenant_id, image_id)
             for frame in lease.frames
-            for image_id in self._offer.params(frame.spec.params).image_ids()
+            for image_id in self._offer.params_type.image_ids(frame.spec.params)
         }
         self._warmth.meet(self._offer.name, specs[0])
         return self._offer.family.denoise(self._loaded, Batch(specs, watch.on_step, images))
@@ -223,8 +223,9 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
     if isinstance(error, Unavailable):
         reason, charged = "storage_unavailable", False
     elif isinstance(error, FarmError):
-        message, retryable = error.message, error.retryable
-    elif type(error).__name__ == "OutOfMemoryError":
+        # One frame's fault must not end its neighbours: each is tried again, alone.
+        message, retryable = error.message, error.retryable or len(claimed) > 1
+    elif is_out_of_memory(error):
         reason = "out_of_memory"
     return [Failure(_fence(frame), reason, message, retryable, text, charged) for frame in claimed]
 

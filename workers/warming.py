@@ -12,12 +12,13 @@ from PIL import Image
 
 from farm.errors import CatalogError
 from farm.families.base import Batch, Loaded, Params
-from farm.offers import Offer
+from farm.offers import Offer, sample
 from farm.spec import FrameSpec
 
 log = logging.getLogger(__name__)
 
-STEPS = 2
+STEPS = 5
+"""Enough for a refiner, which takes a fifth of them, to have one."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ def _variants(offer: Offer, shape: Shape) -> Iterator[Params]:
     fields = offer.params_type.model_fields
     given: dict[str, Any] = {"width": shape.width, "height": shape.height}
     given |= {name: STEPS for name in ("steps", "prior_steps") if name in fields}
-    for name, info in fields.items():
-        if info.is_required() and name not in given:
-            given[name] = info.examples[0] if info.examples else None
+    given |= sample(offer.params_type)
     guided = [{}, {"guidance_scale": 1.0}] if "guidance_scale" in fields else [{}]
     for change in guided:
         yield offer.params({**given, **change})
@@ -118,4 +117,4 @@ def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:
         params=params.model_dump(),
     )
     picture = Image.new("RGB", (shape.width, shape.height))
-    return Batch([frame], images=dict.fromkeys(params.image_ids(), picture))
+    return Batch([frame], images=dict.fromkeys(offer.params_type.image_ids(frame.params), picture))

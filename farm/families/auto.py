@@ -61,6 +61,7 @@ class Auto:
 
     name = "auto"
     params: type[Params] = AutoParams
+    parts: tuple[str, ...] = ()
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         """Render every class of the Auto class's table."""
@@ -69,10 +70,6 @@ class Auto:
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
         """Make fields of the call's arguments, as far as they are numbers, switches and texts."""
         signature = _signature_of(checkpoint)
-        if pipeline.parts:
-            raise CatalogError(
-                f"{', '.join(pipeline.parts)}: no family uses them with a {checkpoint.class_name}."
-            )
         fields: dict[str, Any] = dict(_fields(signature.arguments))
         scheduler = checkpoint.configs.get("scheduler", {})
         change = sampler_change(scheduler, SAMPLERS if signature.takes_any_sampler else ())
@@ -143,6 +140,8 @@ def _signature_of(checkpoint: Checkpoint) -> Signature:
         for name, argument in signature.arguments.items()
         if argument.is_required and name != "prompt"
     ]
+    if "Control" in class_name:
+        needed.append("an image")
     if needed:
         raise CatalogError(f"A {class_name} also needs {', '.join(needed)}: no family gives it.")
     return signature
@@ -182,6 +181,8 @@ def _sizes(
     scale = _scale(checkpoint.configs.get("vae") or checkpoint.configs.get("movq") or {})
     patch = model.get("patch_size")
     multiple = scale * patch if isinstance(patch, int) else scale
+    if signature.packs_latents:
+        multiple = scale * 2
     own = model.get("sample_size") or signature.default_sample_size
     changes: dict[str, dict[str, Any]] = {}
     for name, place in (("height", 0), ("width", -1)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -22,17 +22,24 @@ class StopBatch(Exception):
     """Raised by the step hook: nothing of this batch is wanted any more."""
 
 
+STRICT = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    strict=True,
+    validate_default=True,
+    allow_inf_nan=False,
+    hide_input_in_errors=True,  # one tenant's words must not show in another's error
+)
+"""For everything that a client sends."""
+
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
+
+
 class Params(BaseModel):
     """Parameters every family takes. A family adds its own by deriving from this."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        hide_input_in_errors=True,  # one tenant's words must not show in another's error
-    )
+    model_config = STRICT
 
     PER_FRAME: ClassVar[frozenset[str]] = frozenset({"negative_prompt"})
     """Fields that may differ between the frames of a batch; all others belong to batch_key."""
@@ -70,8 +77,9 @@ class Params(BaseModel):
             if name in self.PER_FRAME and isinstance(value := getattr(self, name), str)
         }
 
-    def image_ids(self) -> list[str]:
-        """The uploaded images that the frame needs."""
+    @staticmethod
+    def image_ids(params: Mapping[str, Any]) -> list[str]:
+        """The uploaded images that a frame of these parameters needs."""
         return []
 
     def check_prompt(self, text: str) -> None:
@@ -145,6 +153,8 @@ class Family(Protocol):
     name: str
     params: type[Params]
     """What its jobs take, whatever the checkpoint."""
+    parts: tuple[str, ...]
+    """The other weights that it uses, by the catalog's fields: refiner, controlnets, prior."""
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         """Whether it renders an entry that names no family."""

@@ -62,10 +62,10 @@ def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
             the farm does not load its like: pickles, code of its own, a variant that is not there.
     """
     parts = {
-        name: _read(part, part.variant or pipeline.variant, f"{name} {part.source}")
+        name: _read(part, pipeline.variant_of(part), f"{name} {part.source}")
         for name, part in pipeline.parts.items()
     }
-    whole = _read(pipeline, pipeline.variant, pipeline.source, unused_in(pipeline))
+    whole = _read(pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline))
     if pipeline.safety_checker and not _component(whole.index, "safety_checker"):
         raise CatalogError(f"{pipeline.source} has no safety checker; safety_checker is true.")
     return Checkpoint(whole.index, whole.configs, parts)

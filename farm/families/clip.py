@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from farm.families.base import Batch, Checkpoint, Negatable, padded, step_callback
+from farm.families.base import Batch, Checkpoint, Guidance, Negatable, Steps, padded, step_callback
 from farm.families.checkpoints import config_of
 from farm.families.compel_syntax import check_compel
 from farm.families.loading import generators
@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 class ClipParams(Negatable):
     """What the calls of these pipelines have in common."""
 
-    steps: int = Field(default=50, ge=1, le=1000, description="denoising steps")
-    guidance_scale: float = Field(
-        default=7.5,
-        ge=0.0,
-        le=100.0,
-        description="how closely to follow the prompt; up to 1: freely",
+    steps: Steps = Field(default=50, description="denoising steps")
+    guidance_scale: Guidance = Field(
+        default=7.5, description="how closely to follow the prompt; up to 1: freely"
     )
     sampler: SamplerName = Field(default=None, description="null: the checkpoint's own")
     prompt_syntax: Literal["plain", "compel"] = Field(

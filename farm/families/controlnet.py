@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from farm.catalog import Pipeline
 from farm.errors import CatalogError
-from farm.families.base import Batch, Checkpoint, Loaded, Params
+from farm.families.base import STRICT, Batch, Checkpoint, Loaded, Params
 from farm.families.checkpoints import config_of, require_class
 from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups, unflagged
 from farm.families.loading import load_part, load_pipe, pin
@@ -30,14 +31,7 @@ SAMPLE_ID = "0" * 64
 class Control(BaseModel):
     """One net's picture, and how much and when it counts."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        hide_input_in_errors=True,
-    )
+    model_config = STRICT
 
     image: str = Field(pattern="^[0-9a-f]{64}$", description="an uploaded image's id")
     scale: float = Field(default=1.0, ge=0.0, le=10.0, description="how much it counts")
@@ -75,9 +69,10 @@ class Controlled(ClipParams):
         counts = [net.model_dump(exclude={"image"}) for net in self.control]
         return {**super().scalars(), "control": counts}
 
-    def image_ids(self) -> list[str]:
+    @staticmethod
+    def image_ids(params: Mapping[str, Any]) -> list[str]:
         """The images in the order of the nets."""
-        return [net.image for net in self.control]
+        return [net["image"] for net in params["control"]]
 
 
 class StableDiffusionControlNetParams(Controlled):
@@ -93,6 +88,7 @@ class ControlNet:
 
     name = "controlnet"
     params: type[Params] = StableDiffusionControlNetParams
+    parts: tuple[str, ...] = ("controlnets",)
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         """Render whatever base the catalog gives ControlNets to."""

@@ -8,7 +8,17 @@ from pydantic import Field
 
 from farm.catalog import Pipeline
 from farm.errors import CatalogError
-from farm.families.base import Batch, Checkpoint, Loaded, Negatable, Params, padded, step_callback
+from farm.families.base import (
+    Batch,
+    Checkpoint,
+    Guidance,
+    Loaded,
+    Negatable,
+    Params,
+    Steps,
+    padded,
+    step_callback,
+)
 from farm.families.checkpoints import config_of, require_class
 from farm.families.clip import vae_scale
 from farm.families.loading import generators, load_part, load_pipe, pin
@@ -30,19 +40,13 @@ class KandinskyParams(Negatable):
     negative_prompt: str | None = Field(
         default=None, description="what to keep out of the picture; null: nothing in particular"
     )
-    steps: int = Field(default=100, ge=1, le=1000, description="the decoder's denoising steps")
-    guidance_scale: float = Field(
-        default=4.0,
-        ge=0.0,
-        le=100.0,
-        description="how closely the decoder follows the prior; up to 1: freely",
+    steps: Steps = Field(default=100, description="the decoder's denoising steps")
+    guidance_scale: Guidance = Field(
+        default=4.0, description="how closely the decoder follows the prior; up to 1: freely"
     )
-    prior_steps: int = Field(default=25, ge=1, le=1000, description="the prior's denoising steps")
-    prior_guidance_scale: float = Field(
-        default=4.0,
-        ge=0.0,
-        le=100.0,
-        description="how closely the prior follows the prompt; up to 1: freely",
+    prior_steps: Steps = Field(default=25, description="the prior's denoising steps")
+    prior_guidance_scale: Guidance = Field(
+        default=4.0, description="how closely the prior follows the prompt; up to 1: freely"
     )
     sampler: SamplerName = Field(default=None, description="null: the decoder's own")
 
@@ -56,6 +60,7 @@ class Kandinsky22:
 
     name = "kandinsky22"
     params: type[Params] = KandinskyParams
+    parts: tuple[str, ...] = ("prior",)
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         """Render Kandinsky 2.2's decoder."""

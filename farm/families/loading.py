@@ -68,7 +68,7 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     loader: Any = getattr(diffusers, class_name)
     device = device_of(pipeline)
     dtype = dtype_of(pipeline, device)
-    variant = part.variant or pipeline.variant
+    variant = pipeline.variant_of(part)
     source = _source(part, variant)
     # Once more: what lies there may have changed since the offer, or has just been fetched.
     check_files(Path(source), variant, part.source, unused_in(pipeline))
@@ -101,9 +101,17 @@ def pin(
         dtype=dtype_of(pipeline, device),
         scheduler_config=getattr(getattr(pipes[0], "scheduler", None), "config", None),
         weights=_weights(pipeline),
-        options={name: value for name in OPTIONS if (value := getattr(pipeline, name))},
+        options=_options(pipeline, device),
         extras=extras or {},
     )
+
+
+def _options(pipeline: Pipeline, device: str) -> dict[str, Any]:
+    """The options that are set, and that do something on this device."""
+    given = {name: value for name in OPTIONS if (value := getattr(pipeline, name))}
+    if device == "cpu":
+        given.pop("offload", None)
+    return given
 
 
 def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
@@ -143,11 +151,28 @@ def _compile(pipe: Any, mode: str) -> None:
     torch._dynamo.config.recompile_limit = MOST_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
     if (unet := getattr(pipe, "unet", None)) is not None:
-        unet.forward = _timesteps_alike(torch.compile(unet.forward, **how))
+        unet.forward = _timesteps_alike(_outputs_kept(torch.compile(unet.forward, **how), mode))
+    if (transformer := getattr(pipe, "transformer", None)) is not None:
+        transformer.forward = _outputs_kept(torch.compile(transformer.forward, **how), mode)
     decoder = getattr(getattr(pipe, "vae", None) or getattr(pipe, "movq", None), "decoder", None)
-    for module in (getattr(pipe, "transformer", None), decoder):
-        if module is not None:
-            module.compile(**how)
+    if decoder is not None:
+        decoder.compile(**how)
+
+
+def _outputs_kept(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """Copy what CUDA graphs give out: their next call writes over it, and samplers look back."""
+    if mode == "default":
+        return forward
+    import torch
+
+    compiler: Any = torch.compiler
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        compiler.cudagraph_mark_step_begin()
+        output = forward(*args, **kwargs)
+        return tuple(tensor.clone() for tensor in output)
+
+    return kept
 
 
 def _timesteps_alike(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,7 +232,7 @@ def free_what_is_left() -> None:
 
 def _check_memory(pipeline: Pipeline, part: Weights, source: str, device: str, width: int) -> None:
     """Refuse what cannot fit before it drives the machine out of memory."""
-    needed = parameter_count(Path(source), part.variant or pipeline.variant) * width
+    needed = parameter_count(Path(source), pipeline.variant_of(part)) * width
     for place in {"cpu"} if pipeline.offload else {"cpu", device}:
         free = free_memory(place)
         if needed > free:
@@ -223,18 +248,19 @@ def _gib(size: int) -> str:
 
 def _weights(pipeline: Pipeline) -> str:
     """Name the weights: a folder by its content, a hub repository by its commit and variant."""
-    own = _name_of_weights(pipeline, pipeline.variant)
+    own = _name_of_weights(pipeline, pipeline.variant_of(pipeline))
     if not pipeline.parts:
         return own
     lines = [own]
     for name, part in pipeline.parts.items():
-        lines.append(f"{name} {_name_of_weights(part, part.variant or pipeline.variant)}")
+        lines.append(f"{name} {_name_of_weights(part, pipeline.variant_of(part))}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _name_of_weights(weights: Weights, variant: str | None) -> str:
     if weights.is_local:
-        return weights_hash(Path(weights.checkpoint))
+        content = weights_hash(Path(weights.checkpoint))
+        return hashlib.sha256(f"{content} {variant}".encode()).hexdigest() if variant else content
     loaded = _fetched.get((weights.source, weights.revision, variant))
     folder = Path(loaded or _source(weights, variant))
     # The hub's cache may hold files of other variants beside those that were loaded.

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from farm.catalog import Pipeline
 from farm.errors import CatalogError
-from farm.families.base import Batch, Checkpoint, Loaded, Params
+from farm.families.base import Batch, Checkpoint, Guidance, Loaded, Params
 from farm.families.checkpoints import require_class
 from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups, unflagged
 from farm.families.loading import load_part, load_pipe, pin
@@ -31,11 +31,8 @@ Pixels = Annotated[list[Annotated[int, Field(ge=0, le=16384)]], Field(min_length
 class MicroConditioned(ClipParams):
     """The sizes and crops that SDXL's training pictures were labelled with."""
 
-    guidance_scale: float = Field(
-        default=5.0,
-        ge=0.0,
-        le=100.0,
-        description="how closely to follow the prompt; up to 1: freely",
+    guidance_scale: Guidance = Field(
+        default=5.0, description="how closely to follow the prompt; up to 1: freely"
     )
     negative_prompt: str | None = Field(
         default=None, description="what to keep out of the picture; null: nothing in particular"
@@ -121,6 +118,7 @@ class SDXL:
 
     name = "sdxl"
     params: type[Params] = SDXLParams
+    parts: tuple[str, ...] = ("refiner",)
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         """Render SDXL without ControlNets."""

@@ -31,6 +31,8 @@ class Signature:
     arguments: Mapping[str, Argument]
     default_sample_size: int | None
     """the latents' side that the class falls back on, where its source names one"""
+    packs_latents: bool
+    """whether it denoises squares of two by two latents"""
     takes_any_sampler: bool
     """whether its loop leaves to the sampler what the sampler's step takes"""
 
@@ -69,7 +71,9 @@ def _signature(module: ast.Module, class_name: str) -> Signature | None:
             if call is not None:
                 names = {item.attr for item in ast.walk(call) if isinstance(item, ast.Attribute)}
                 is_open = {"prepare_extra_step_kwargs", "scale_model_input"} <= names
-                return Signature(dict(_arguments(call)), _default_sample_size(node), is_open)
+                packs = "vae_scale_factor * 2" in ast.unparse(node)
+                side = _default_sample_size(node)
+                return Signature(dict(_arguments(call)), side, packs, is_open)
     return None
 
 

@@ -34,6 +34,7 @@ class StableDiffusion:
 
     name = "stable_diffusion"
     params: type[Params] = StableDiffusionParams
+    parts: tuple[str, ...] = ()
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         """Render Stable Diffusion without ControlNets."""

@@ -75,8 +75,8 @@ LONG = "a very long story of " + ", ".join(f"star number {number}" for number in
 """Far more than 77 tokens, and than 154"""
 
 SMALL = {"width": 64, "height": 64}
-FIRST = {"image": "rings"}
-SECOND = {"image": "stripes", "scale": 0.6, "start": 0.25, "end": 0.75}
+FIRST: dict[str, Any] = {"image": "rings"}
+SECOND: dict[str, Any] = {"image": "stripes", "scale": 0.6, "start": 0.25, "end": 0.75}
 
 
 def _image(width: int, height: int, mode: str) -> Image.Image:
@@ -110,19 +110,25 @@ class Case:
 
 
 def case(what: str, pipeline: str, bucket: int = 4, **fields: Any) -> Case:
-    """A job of few steps; at a bucket of four, one full batch."""
-    several = {"prompts": PROMPTS, "images_per_prompt": 2}
+    """A job of few steps; at a bucket of four, one full batch unless it names its prompts."""
+    several: dict[str, Any] = {"prompts": PROMPTS, "images_per_prompt": 2}
     alone = {"prompts": PROMPTS[:1]}
     few = {"steps": 2, "prior_steps": 2} if pipeline == "kandinsky" else {"steps": 3}
     if pipeline in ("kandinsky", "flux", *CONTROL):  # whose own sizes are large, or the image's
         few |= SMALL
+    if "prompts" in fields:
+        several = alone
     job = {**(several if bucket > 1 else alone), "seed": 31, **few, **fields, "bucket": bucket}
     if pipeline in CONTROL and "control" not in job.get("grid", {}):
         job.setdefault("control", CONTROL[pipeline])
     return Case(f"{pipeline}-{what}-by{bucket}", pipeline, job)
 
 
-CONTROL = {"net": [FIRST], "nets": [FIRST, SECOND], "sdxl_nets": [FIRST, SECOND]}
+CONTROL: dict[str, list[dict[str, Any]]] = {
+    "net": [FIRST],
+    "nets": [FIRST, SECOND],
+    "sdxl_nets": [FIRST, SECOND],
+}
 OF_CLIP = ("sd", "sdxl", "refined", "net", "nets", "sdxl_nets")
 OTHERS = ("kandinsky", "pixart", "flux")
 
@@ -133,7 +139,9 @@ SIZES = {
     "flux": ((64, 64), (32, 64), (96, 64)),
 }
 GUIDANCE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys((*OF_CLIP, "kandinsky", "pixart"), {"grid": {"guidance_scale": [6.5, 1.0]}}),
+    **{
+        name: {"grid": {"guidance_scale": [6.5, 1.0]}} for name in (*OF_CLIP, "kandinsky", "pixart")
+    },
     "flux": {"grid": {"true_cfg_scale": [3.0, 1.0]}, "negative_prompt": "blue"},
 }
 
@@ -255,10 +263,10 @@ def prompts() -> list[Case]:
     """Prompts in any script, none at all, and longer ones than the text encoder reads."""
     texts = [ARABIC, CHINESE, EMOJI, "", LONG]
     return [
-        case("prompts", pipeline, bucket, prompts=texts, images_per_prompt=1, negative_prompt=LONG)
+        case("prompts", pipeline, bucket, prompts=texts, negative_prompt=LONG)
         for pipeline in ("sd", "sdxl", "refined", "kandinsky", "pixart")
         for bucket in (1, 4)
-    ] + [case("prompts", "flux", prompts=texts, images_per_prompt=1)]
+    ] + [case("prompts", "flux", prompts=texts)]
 
 
 def handovers() -> list[Case]:
@@ -272,7 +280,7 @@ def handovers() -> list[Case]:
 
 def controls() -> list[Case]:
     """Control images of any size and kind; how much and when each net counts; guess mode."""
-    counted = [
+    counted: list[list[dict[str, Any]]] = [
         [{"image": "grey", "scale": 1.7, "start": 0.0, "end": 0.4}, {"image": "clear"}],
         [{"image": "clear", "scale": 0.0}, {"image": "stripes", "scale": 0.3, "start": 0.5}],
     ]
@@ -304,7 +312,7 @@ LONG_WEIGHTED = f"(a tale)1.4 of {LONG}"
 
 def compels() -> list[Case]:
     """Compel's weights, blends and conjunctions, and prompts as long as one likes."""
-    told: dict[str, Any] = {"prompt_syntax": "compel", "images_per_prompt": 1}
+    told: dict[str, Any] = {"prompt_syntax": "compel"}
     cases = [
         case("compel", pipeline, bucket, prompts=WEIGHTED, **told, negative_prompt="(blue)1.3")
         for pipeline in ("sd", "sdxl", "refined")
@@ -329,12 +337,110 @@ def compels() -> list[Case]:
         for pipeline in ("sdxl", "refined")
     ]
     cases += [
-        case("compel-parts", "sd", prompts=['("a red star", "blue").and(1, 0.5)'], **told, negative_prompt=""),
+        case(
+            "compel-parts",
+            "sd",
+            prompts=['("a red star", "blue").and(1, 0.5)'],
+            **told,
+            negative_prompt="",
+        ),
         case(
             "compel-skip", "sd", prompts=WEIGHTED, **told, clip_skip=1, negative_prompt="(blue)0.5"
         ),
     ]
     return cases
+
+
+def _knob(pipeline: str, change: dict[str, Any], **base: Any) -> tuple[Case, Case]:
+    """A job, and the same but for one field: their pictures must not be the same."""
+    name = next(iter(change))
+    return case("base", pipeline, 1, **base), case(name, pipeline, 1, **{**base, **change})
+
+
+def _each(pipeline: str, changes: dict[str, Any], **base: Any) -> list[tuple[Case, Case]]:
+    return [_knob(pipeline, {name: value}, **base) for name, value in changes.items()]
+
+
+OF_EACH: dict[str, Any] = {
+    "prompts": ["a blue ring"],
+    "seed": 32,
+    "negative_prompt": "blue, blurred",
+    "guidance_scale": 1.0,
+    "steps": 4,
+}
+
+
+def knob_pairs() -> list[tuple[Case, Case]]:
+    """Every field that a case sets, each on its own."""
+    ddim: dict[str, Any] = {"sampler": "ddim"}
+    compel: dict[str, Any] = {"prompts": [WEIGHTED[0]]}
+    told = {"negative_original_size": [64, 64], "negative_target_size": [64, 64]}
+    pairs = [pair for pipeline in OF_CLIP for pair in _each(pipeline, OF_EACH)]
+    pairs += [
+        pair
+        for pipeline in OF_CLIP
+        for pair in _each(
+            pipeline, {"clip_skip": 2 if pipeline == "sd" else 1, "sampler": "dpmpp_2m_sde"}
+        )
+        + _each(pipeline, {"eta": 0.7}, **ddim)
+        + _each(pipeline, {"prompt_syntax": "compel"}, **compel)
+    ]
+    for pipeline in ("sd", "sdxl", "refined"):
+        pairs += _each(pipeline, {"guidance_rescale": 0.7})
+    for pipeline in ("sdxl", "refined", "sdxl_nets"):
+        pairs += _each(pipeline, TOLD, **told)
+        pairs += _each(pipeline, {"negative_prompt": ""})
+    pairs += _each("refined", {"denoising_end": 0.4}, steps=6)
+    pairs += _each("refined", {"denoising_end": None}, steps=6)
+    pairs += _each("refined", {"aesthetic_score": 1.0, "negative_aesthetic_score": 9.0})
+    for pipeline in CONTROL:
+        others = CONTROL[pipeline][1:]
+        for change in ({"image": "grey"}, {"scale": 0.4}, {"start": 0.5}, {"end": 0.5}):
+            pairs += [_knob(pipeline, {"control": [FIRST | change, *others]})]
+        pairs += [_knob(pipeline, {"guess_mode": True})]
+    pairs += _each("kandinsky", {**OF_EACH, "prior_steps": 3, "prior_guidance_scale": 1.0})
+    pairs += _each("kandinsky", {"negative_prompt": ""})
+    pairs += _each("pixart", {**OF_EACH, "sampler": "ddim", "max_sequence_length": 5})
+    flux = {name: value for name, value in OF_EACH.items() if name != "guidance_scale"}
+    pairs += _each("flux", {**flux, "true_cfg_scale": 1.0}, negative_prompt="x", true_cfg_scale=3.0)
+    pairs += _each("flux", {"prompt_2": "a blue ring", "max_sequence_length": 5})
+    return pairs
+
+
+def mixtures() -> list[tuple[str, list[dict[str, Any]]]]:
+    """Jobs of one frame each that may ride in one batch, and differ in whatever they may."""
+    texts: list[dict[str, Any]] = [
+        {"prompts": [PROMPTS[0]], "seed": 1, "negative_prompt": "blue"},
+        {"prompts": [ARABIC], "seed": 2, "negative_prompt": ""},
+        {"prompts": [LONG], "seed": 3, "negative_prompt": EMOJI},
+        {"prompts": [PROMPTS[1]], "seed": 1, "negative_prompt": LONG},
+    ]
+    nothing = {"negative_prompt": None}
+    of_clip = [*texts[:3], texts[3] | nothing]
+    compel: dict[str, Any] = {"prompt_syntax": "compel"}
+    weighted: list[dict[str, Any]] = [
+        {"prompts": [WEIGHTED[0]], "seed": 1, "negative_prompt": "", **compel},
+        {"prompts": [LONG_WEIGHTED], "seed": 2, "negative_prompt": "(blue)1.3", **compel},
+        {"prompts": [WEIGHTED[2]], "seed": 3, "negative_prompt": "", **compel},
+        {"prompts": ["a red star"], "seed": 1, "negative_prompt": LONG_WEIGHTED, **compel},
+    ]
+    images = ("stripes", "grey", "clear", "rings")
+    two: list[Any] = [[{**FIRST, "image": name}, {**SECOND, "image": name}] for name in images]
+    one: list[Any] = [[{**FIRST, "image": name}] for name in images]
+    steered = {"net": one, "nets": two, "sdxl_nets": two}
+    found = [(pipeline, of_clip) for pipeline in ("sd", "sdxl", "refined")]
+    found += [
+        (pipeline, [text | {"control": nets} for text, nets in zip(kind, each, strict=True)])
+        for pipeline, each in steered.items()
+        for kind in (of_clip, weighted)
+    ]
+    found += [(pipeline, weighted) for pipeline in ("sd", "sdxl", "refined")]
+    found += [("kandinsky", texts), ("kandinsky", [text | nothing for text in texts])]
+    found += [("pixart", texts), ("flux", [text | {"true_cfg_scale": 2.0} for text in texts])]
+    return [
+        (pipeline, [case("mixed", pipeline, **frame).job for frame in frames])
+        for pipeline, frames in found
+    ]
 
 
 CASES = [

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +18,7 @@ import pytest
 from PIL import Image
 
 from farm.local import running_farm
+from farm.provenance import read_png
 from tests.acceptance.conftest import Live
 from tests.acceptance.parity_cases import (
     CASES,
@@ -28,9 +27,13 @@ from tests.acceptance.parity_cases import (
     IMAGES,
     OF_ALL,
     Case,
+    case,
+    knob_pairs,
+    mixtures,
 )
-from tests.bare import Bare, Picture
+from tests.bare import Bare, Picture, frames_of
 from tests.checkpoints import save
+from tests.waiting import wait_until
 
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array,
@@ -54,7 +57,7 @@ class Studio:
     images: dict[str, str]
     """Control images' ids, by the names that cases use"""
     submitted: dict[str, str]
-    """Jobs' ids, by the names of their cases"""
+    """Jobs' ids, by what they ask for"""
 
     def submit(self, pipeline: str, job: dict[str, Any]) -> str:
         body = {"pipeline": pipeline, **self._with_ids(job)}
@@ -75,9 +78,10 @@ class Studio:
 
     def job_of(self, case: Case) -> str:
         """The case's job, submitted when the farm started."""
-        if case.name not in self.submitted:
-            self.submitted[case.name] = self.submit(case.pipeline, case.job)
-        return self.submitted[case.name]
+        content = json.dumps([case.pipeline, case.job])
+        if content not in self.submitted:
+            self.submitted[content] = self.submit(case.pipeline, case.job)
+        return self.submitted[content]
 
     def rows(self, job_id: str) -> list[dict[str, Any]]:
         """Wait for a job's end; gives its frames."""
@@ -102,19 +106,6 @@ class Studio:
 def studio(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Studio]:
-    if "PARITY_DEV" in os.environ:  # DEV
-        folder = Path(os.environ["PARITY_DEV"])  # DEV
-        info = json.loads((folder / "info.json").read_text())  # DEV
-        with httpx.Client(  # DEV
-            base_url=info["url"],
-            headers={"Authorization": f"Bearer {info['key']}"},
-            timeout=60,  # DEV
-        ) as client:  # DEV
-            found = Studio(Live(None, client), httpx.Client(), Bare(folder, IMAGES, 1), {}, {})  # DEV
-            found.images = {name: upload(client, image) for name, image in IMAGES.items()}  # DEV
-            _submit_all(found, request)  # DEV
-            yield found  # DEV
-        return  # DEV
     folder = tmp_path_factory.mktemp("parity")
     for kind in CHECKPOINTS:
         save(kind, folder / kind)
@@ -138,10 +129,13 @@ def studio(
 
 
 def _submit_all(studio: Studio, request: pytest.FixtureRequest) -> None:
+    """Submit the cases of every test that will run."""
     for item in request.session.items:
         call = getattr(item, "callspec", None)
-        if call is not None and isinstance(case := call.params.get("case"), Case):
-            studio.job_of(case)
+        if item.fspath == request.node.fspath and call is not None:
+            for case in call.params.get("cases", [call.params.get("case")]):
+                if case is not None:
+                    studio.job_of(case)
 
 
 def upload(client: httpx.Client, image: Image.Image) -> str:
@@ -179,3 +173,97 @@ def test_pictures_are_those_of_bare_diffusers(studio: Studio, case: Case) -> Non
     ours = studio.pixels(studio.job_of(case))
     assert not differing(ours, expected)
     assert all(picture.std() > 1.0 for picture in ours), "flat pictures prove nothing"
+
+
+def test_torch_has_as_many_threads_here_as_there(studio: Studio) -> None:
+    """Else the comparisons would compare two ways of splitting sums."""
+    row = studio.rows(studio.job_of(CASES[0]))[0]
+    assert read_png(studio.stored(row))[1].threads == studio.bare.threads
+
+
+@pytest.mark.parametrize("cases", knob_pairs(), ids=lambda pair: pair[1].name)
+def test_every_knob_changes_the_picture(studio: Studio, cases: tuple[Case, Case]) -> None:
+    """So that parity is not between pictures that no argument reaches."""
+    without, turned = (studio.pixels(studio.job_of(case))[0] for case in cases)
+    assert without.shape == turned.shape
+    assert (without != turned).any()
+
+
+def _mixture_name(value: str | list[dict[str, Any]]) -> str:
+    return value if isinstance(value, str) else str(value[0].get("prompt_syntax", "plain"))
+
+
+@pytest.mark.parametrize(("pipeline", "jobs"), mixtures(), ids=_mixture_name)
+def test_jobs_that_share_a_batch_come_out_as_if_alone(
+    studio: Studio, pipeline: str, jobs: list[dict[str, Any]]
+) -> None:
+    job_ids = claimed_together(studio, pipeline, jobs)
+    rows = [studio.rows(job_id)[0] for job_id in job_ids]
+    # Alone in its batch each would have the first slot.
+    assert sorted(row["slot"] for row in rows) == list(range(len(jobs)))
+    assert len({row["worker"] for row in rows}) == 1
+    ours = [pixels(studio.stored(row)) for row in rows]
+    frames = [frames_of(job)[0] for job in jobs]
+    expected = [pixels(studio.bare.alone(pipeline, frame, len(jobs))) for frame in frames]
+    assert not differing(ours, expected)
+
+
+def claimed_together(studio: Studio, pipeline: str, jobs: list[dict[str, Any]]) -> list[str]:
+    """Submit jobs while the worker is held up by another, so that it claims them at once."""
+    plug = case("plug", pipeline, 1, steps=500).job
+    plug_id = studio.submit(pipeline, plug)
+    wait_until(
+        lambda: studio.live.get(f"/v1/jobs/{plug_id}")["counts"]["running"],
+        SECONDS,
+        f"the worker of {pipeline} is held up",
+    )
+    job_ids = [studio.submit(pipeline, job) for job in jobs]
+    studio.live.client.post(f"/v1/jobs/{plug_id}/cancel").raise_for_status()
+    assert studio.live.ended(plug_id)["status"] == "cancelled"
+    return job_ids
+
+
+GUARDED = case("flags", "guarded", prompts=["a red star"], images_per_prompt=8)
+
+
+@pytest.mark.parametrize("case", [GUARDED], ids=str)
+def test_what_the_safety_checker_flags_is_dead_and_has_no_picture(
+    studio: Studio, case: Case
+) -> None:
+    expected = studio.bare.pictures("guarded", case.job)
+    flagged = [ordinal for ordinal, picture in enumerate(expected) if picture is None]
+    assert 2 <= len(flagged) <= 6, "tests/checkpoints.py: about half should be flagged"
+    job = studio.live.ended(studio.job_of(case), SECONDS)
+    assert job["status"] == "partial"
+    assert job["counts"]["dead"] == len(flagged)
+    for row, picture in zip(studio.rows(job["id"]), expected, strict=True):
+        if picture is not None:
+            assert not row["flagged"]
+            assert (pixels(studio.stored(row)) == pixels(picture)).all(), row["ordinal"]
+            continue
+        assert (row["state"], row["flagged"], row["image_url"]) == ("dead", True, None)
+        assert [attempt["reason"] for attempt in row["attempts"]] == ["flagged"]
+        answer = studio.live.client.get(f"/v1/jobs/{job['id']}/frames/{row['ordinal']}/image")
+        assert answer.status_code == 404
+
+
+UNGUARDED = Case("sd-without-checker", "sd", GUARDED.job)
+
+
+@pytest.mark.parametrize("case", [UNGUARDED], ids=str)
+def test_without_its_safety_checker_the_same_checkpoint_draws_everything(
+    studio: Studio, case: Case
+) -> None:
+    expected = [pixels(picture) for picture in studio.bare.pictures("sd", case.job)]
+    assert not differing(studio.pixels(studio.job_of(case)), expected)
+
+
+def test_diffusers_itself_cannot_negate_several_frames_of_kandinsky(studio: Studio) -> None:
+    """Why such batches are compared with the prior's and the decoder's own calls."""
+    job = case("", "kandinsky", 1, negative_prompt="blue").job
+    one = frames_of(job)[0]
+    combined = studio.bare.alone("kandinsky combined", one, 1)
+    apart = studio.bare.alone("kandinsky apart", one, 1)
+    assert (pixels(combined) == pixels(apart)).all()
+    with pytest.raises(IndexError):
+        studio.bare.alone("kandinsky combined", one, 2)

@@ -59,6 +59,7 @@ class Noise:
 
     name = "noise"
     params: type[Params] = NoiseParams
+    parts: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.batches: list[list[FrameSpec]] = []

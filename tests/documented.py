@@ -1,0 +1,52 @@
+"""docs/pipelines.md as tests read it: its blocks of code and its tables."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "pipelines.md"
+CONTROL = "0" * 64
+"""Some uploaded image's id"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code."""
+
+    language: str
+    text: str
+    line: int
+    """where it begins"""
+
+    def __str__(self) -> str:
+        return f"{self.language}-line-{self.line}"
+
+
+def blocks(language: str, page: Path = PAGE) -> list[Block]:
+    """Every block of a language, in the page's order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(language, found[1], text.count("\n", 0, found.start(1)) + 1)
+        for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def table_after(mark: str, page: Path = PAGE) -> list[list[str]]:
+    """The rows of the table that stands behind a comment, without its header."""
+    lines = page.read_text(encoding="utf-8").partition(f"{mark}\n")[2].splitlines()
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[2:]
+
+
+def _example_family() -> Block:
+    return next(block for block in blocks("python") if "\nfamily = " in block.text)
+
+
+EXAMPLE_FAMILY = _example_family()
+"""The module of a whole family that the page shows"""
