@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Any
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
@@ -41,6 +42,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
+        app.state.decoding = CapacityLimiter(images.AT_ONCE)
         yield
         app.state.farm.close()
 

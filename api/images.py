@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import RedirectResponse
 
@@ -13,6 +14,7 @@ from api.body import read_within
 from api.openapi import refusals
 from farm import images as use_cases
 from farm.artifacts import MEDIA_TYPE
+from farm.errors import Unavailable
 from farm.imagefiles import ALLOWED, IMAGE_ID, OPENERS
 from farm.images import image_key
 from farm.store.images import StoredImage
@@ -27,6 +29,10 @@ UPLOAD: dict[str, Any] = {
         "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in OPENERS},
     }
 }
+AT_ONCE = 2
+"""Images that a process decodes at the same time: a large one takes some 200 MB meanwhile."""
+MOST_WAITING = 32
+"""Uploads that wait for it; they hold no thread, but their bodies"""
 OTHER_KIND = {"model": wire.Problem, "description": f"Content-Type is not {ALLOWED}."}
 
 
@@ -42,7 +48,7 @@ async def read_image(request: Request) -> bytes:
     responses={**refusals(400, 403, 413), 415: OTHER_KIND},
     openapi_extra=UPLOAD,
 )
-def upload(
+async def upload(
     request: Request,
     farm: FarmHere,
     caller: Writer,
@@ -52,7 +58,12 @@ def upload(
     """Take a PNG, JPEG or WebP as the raw body, and keep it as an RGB PNG, upright, without
     metadata. The same content again, in whichever of these kinds, answers the same id."""
     content_type = request.headers.get("content-type", "")
-    image = use_cases.upload(farm, caller.tenant_id, body, content_type)
+    decoding: CapacityLimiter = request.app.state.decoding
+    if decoding.statistics().tasks_waiting >= MOST_WAITING:
+        raise Unavailable("Too many images are being uploaded; send it again in a moment.")
+    image = await to_thread.run_sync(
+        use_cases.upload, farm, caller.tenant_id, body, content_type, limiter=decoding
+    )
     response.headers["Location"] = f"/v1/images/{image.id}"
     return _view(image)
 

@@ -11,7 +11,6 @@ import io
 import itertools
 import re
 import struct
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,9 +46,6 @@ MAX_SCANS = 100
 MAX_PARTS = 1_000
 """A file's parts, but for a PNG's pixels: each costs time whatever it holds, and more if packed."""
 
-AT_ONCE = 2
-"""Images that a process decodes at the same time: a large one takes some 200 MB meanwhile."""
-
 EIGHT_BITS = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"})
 """Pillow's modes of 8 bits a channel or fewer."""
 
@@ -67,8 +63,6 @@ TURNS: Mapping[object, Image.Transpose] = {
 # The next marker of a JPEG that has a length; FF 00 is data, FF D0 to D7 and FF 01 stand alone.
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
 START_OF_SCAN, END_OF_IMAGE = b"\xda", b"\xd9"
-
-_decoding = threading.BoundedSemaphore(AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -129,9 +123,8 @@ def normalised(content: bytes, declared: str, *, max_pixels: int) -> NormalisedI
             f"Content-Type says {kind}, and the image is {found or f'not {ALLOWED}'}.",
             param="Content-Type",
         )
-    with _decoding:
-        picture = _picture(content, kind, max_pixels)
-        return NormalisedImage(_png(picture), picture.width, picture.height)
+    picture = _picture(content, kind, max_pixels)
+    return NormalisedImage(_png(picture), picture.width, picture.height)
 
 
 def decoded(content: bytes) -> Image.Image:

@@ -22,8 +22,10 @@ class Offer:
     name: str
     pipeline: Pipeline
     family: Family
+    family_params: type[Params]
+    """The family's parameters, fitted to the checkpoint"""
     params_type: type[Params]
-    """The family's parameters with this pipeline's own defaults and limits"""
+    """The same, with the catalog's defaults"""
 
     def params(self, given: Mapping[str, Any]) -> Params:
         """Check a grid point's parameters, with every default filled in.
@@ -50,11 +52,12 @@ def make_offer(name: str, pipeline: Pipeline) -> Offer:
         family = family_of(pipeline, checkpoint)
         _refuse_unused_parts(pipeline, family)
         params_type = family.tailor(pipeline, checkpoint)
-        offer = Offer(name, pipeline, family, _with_defaults(params_type, pipeline.defaults))
+        with_defaults = _with_defaults(params_type, pipeline.defaults)
+        offer = Offer(name, pipeline, family, params_type, with_defaults)
         _check_buckets(offer)
     except CatalogError as error:
         raise CatalogError(f"Pipeline {name}: {error.message}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except Exception as error:  # whatever a strange configuration leads to
         raise CatalogError(
             f"Pipeline {name}: its configuration is not of the form that diffusers writes: "
             f"{type(error).__name__} {error}."

@@ -106,7 +106,7 @@ def parameters_text(provenance: Provenance) -> str:
         "Steps": params.get("steps"),
         "Sampler": params.get("sampler"),
         "CFG scale": params.get("guidance_scale"),
-        "Clip skip": params.get("clip_skip"),
+        "Clip skip": _a1111_clip_skip(params.get("clip_skip")),
         "Seed": frame.seed,
         "Size": f"{params['width']}x{params['height']}",
         "Model hash": provenance.weights[:10],
@@ -116,6 +116,11 @@ def parameters_text(provenance: Provenance) -> str:
     shown = (f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
     lines.append(", ".join(shown))
     return "\n".join(lines)
+
+
+def _a1111_clip_skip(clip_skip: int | None) -> int | None:
+    """Count as AUTOMATIC1111 does: there 1 leaves out no layer."""
+    return None if clip_skip is None else clip_skip + 1
 
 
 def _quoted(value: object) -> str:

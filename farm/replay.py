@@ -19,6 +19,7 @@ from farm.families.loading import OPTIONS
 from farm.offers import Offer, make_offer
 from farm.provenance import Provenance, library_versions, read_png
 from farm.spec import MAX_SEED, FrameSpec
+from farm.warming import warm_up
 
 if TYPE_CHECKING:
     from farm.families.base import Loaded, StepHook
@@ -98,6 +99,7 @@ def replay(
     images = {name: find_image(name) for name in offer.params_type.image_ids(frame.params)}
     prepare_torch(recorded.threads)
     loaded = offer.family.load(entry)
+    warm_up(offer, loaded, only=frame)
     fresh = offer.family.denoise(loaded, Batch([frame], on_step, images))[0]
     if fresh is None:
         raise InvalidRequest("The pipeline's safety checker flags this picture here.")
@@ -144,7 +146,8 @@ def _checked(picture: Image.Image, recorded: Provenance, offer: Offer) -> FrameS
     if not 0 <= recorded.threads <= MAX_THREADS:
         raise damaged(f"{recorded.threads} threads")
     try:
-        params = offer.params(frame.params)
+        # Not with the catalog's defaults: what an older PNG leaves out, its worker left out.
+        params = offer.family_params.model_validate(frame.params)
     except ValidationError as error:
         raise damaged(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     if params.width * params.height > offer.pipeline.max_pixels:

@@ -15,9 +15,9 @@ from farm.families.loading import free_what_is_left
 from farm.offers import make_offer
 from farm.store import workers
 from farm.store.engine import transaction
+from farm.warming import warm_up
 from workers.identity import Identity, announced_identity
 from workers.line import RenderLine
-from workers.warming import warm_up
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 
 from PIL import Image
 
@@ -41,3 +42,29 @@ class ImageCache:
             _, dropped = self._kept.popitem(last=False)
             self._pixels -= dropped.width * dropped.height
         return image
+
+
+class BatchImages(Mapping[str, Image.Image]):
+    """The images of a batch by id, each fetched when it is asked for: all at once may not fit."""
+
+    def __init__(self, cache: ImageCache, tenants: Mapping[str, uuid.UUID]) -> None:
+        """Look images up in a cache.
+
+        Args:
+            cache: where they are.
+            tenants: whose each image is, by its id.
+        """
+        self._cache = cache
+        self._tenants = tenants
+
+    def __getitem__(self, image_id: str) -> Image.Image:
+        """Give an image; see ImageCache.get."""
+        return self._cache.get(self._tenants[image_id], image_id)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the ids."""
+        return iter(self._tenants)
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self._tenants)

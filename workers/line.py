@@ -7,6 +7,7 @@ import logging
 import os
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,7 +16,7 @@ from PIL import Image
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
-from farm.errors import FarmError, Unavailable
+from farm.errors import FarmError, RenderError, Unavailable
 from farm.families.base import Batch, Loaded, StopBatch
 from farm.families.devices import device_name, is_out_of_memory, thread_count
 from farm.offers import Offer
@@ -26,14 +27,17 @@ from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import Connection, transaction
 from farm.store.frames import Done, Failure
 from farm.store.workers import Account
+from farm.warming import Warmth
 from workers.identity import Identity
-from workers.images import ImageCache
-from workers.warming import Warmth
+from workers.images import BatchImages, ImageCache
 from workers.watch import LeaseWatch
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+"""What diffusers raises where a call cannot be; it would again."""
 
 
 class RenderLine:
@@ -99,13 +103,23 @@ class RenderLine:
 
     def _denoise(self, lease: Lease, watch: LeaseWatch) -> list[Image.Image | None]:
         specs = [frame.spec for frame in lease.frames]
-        images = {
-            image_id: self._images.get(frame.tenant_id, image_id)
-            for frame in lease.frames
-            for image_id in self._offer.params_type.image_ids(frame.spec.params)
-        }
+        images = BatchImages(self._images, self._owners(lease.frames))
         self._warmth.meet(self._offer.name, specs[0])
-        return self._offer.family.denoise(self._loaded, Batch(specs, watch.on_step, images))
+        try:
+            return self._offer.family.denoise(self._loaded, Batch(specs, watch.on_step, images))
+        except REFUSALS as error:
+            raise RenderError(f"{self._offer.name} refuses it: {error}") from error
+        finally:
+            self._loaded.rest()
+
+    def _owners(self, claimed: Sequence[ClaimedFrame]) -> dict[str, uuid.UUID]:
+        """Tell whose each image of a batch is."""
+        image_ids = self._offer.params_type.image_ids
+        return {
+            image_id: frame.tenant_id
+            for frame in claimed
+            for image_id in image_ids(frame.spec.params)
+        }
 
     def _store(
         self,
@@ -219,15 +233,24 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
     """Map what went wrong to what becomes of the frames: the one place that decides it."""
     text = "".join(traceback.format_exception(error)).replace("\x00", "")
     message = f"{type(error).__name__}: {error}".replace("\x00", "")
-    reason, retryable, charged = "render_error", True, True
+    reason, retryable, charged, alone = "render_error", True, True, False
     if isinstance(error, Unavailable):
         reason, charged = "storage_unavailable", False
+    elif len(claimed) > 1:
+        # Any one of them may be why, and they may be of several tenants: each is tried alone.
+        message, charged, alone = (
+            "Its batch failed; it is tried again without the others.",
+            False,
+            True,
+        )
     elif isinstance(error, FarmError):
-        # One frame's fault must not end its neighbours: each is tried again, alone.
-        message, retryable = error.message, error.retryable or len(claimed) > 1
+        message, retryable = error.message, error.retryable
     elif is_out_of_memory(error):
         reason = "out_of_memory"
-    return [Failure(_fence(frame), reason, message, retryable, text, charged) for frame in claimed]
+    return [
+        Failure(_fence(frame), reason, message, retryable, text, charged, alone=alone)
+        for frame in claimed
+    ]
 
 
 def _flagged(frame: ClaimedFrame) -> Failure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, create_model
@@ -22,9 +22,14 @@ from farm.families.base import (
 from farm.families.clip import unflagged, vae_scale
 from farm.families.loading import generators, load_pipe, pin
 from farm.families.samplers import SAMPLERS, build_sampler, sampler_change
-from farm.families.signature import Argument, Signature, read_signature, text_to_image_classes
+from farm.families.signature import (
+    Argument,
+    Signature,
+    read_signature,
+    text_to_image_class,
+)
 from farm.families.tailoring import tailored
-from farm.spec import storable
+from farm.spec import FrameSpec, storable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +38,7 @@ RENAMED = {"num_inference_steps": "steps", "prior_num_inference_steps": "prior_s
 """diffusers' argument: the farm's field"""
 GIVEN = frozenset(
     {"prompt", "height", "width", "generator", "output_type", "return_dict", "callback_steps"}
-    | {"num_images_per_prompt"}
+    | {"num_images_per_prompt", "num_videos_per_prompt"}
 )
 """Arguments that the farm itself fills in, or that would change what a frame is"""
 TEXT = re.compile(r"(negative_)?prompt(_\d)?")
@@ -44,6 +49,8 @@ LIMITS: dict[type, dict[str, Any]] = {
     bool: {},
 }
 STEPS = {"ge": 1, "le": 1000}
+MOST_TOKENS = 512
+"""as many as the T5 encoders of these pipelines take"""
 Text = Annotated[str, AfterValidator(storable)]
 
 
@@ -65,7 +72,7 @@ class Auto:
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         """Render every class of the Auto class's table."""
-        return checkpoint.class_name in text_to_image_classes()
+        return text_to_image_class(checkpoint.class_name) == checkpoint.class_name
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
         """Make fields of the call's arguments, as far as they are numbers, switches and texts."""
@@ -88,37 +95,63 @@ class Auto:
 
     def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
         """Render a batch by the pipeline's own call; see Family.denoise."""
-        frames = padded(batch.frames)
-        pipe, params = loaded.pipe, frames[0].params
-        class_name = type(pipe).__name__
+        class_name = type(loaded.pipe).__name__
         signature = read_signature(class_name)
         if signature is None:
             raise RenderError(f"The installed diffusers has no source of {class_name}.")
-        if loaded.scheduler_config is not None:
-            pipe.scheduler = build_sampler(params.get("sampler"), loaded.scheduler_config)
-        call: dict[str, Any] = {"height": params["height"], "width": params["width"]}
-        for argument in signature.arguments:
-            name = RENAMED.get(argument, argument)
-            if argument not in GIVEN and name in params:
-                is_text = TEXT.fullmatch(name) and params[name] is not None
-                call[argument] = (
-                    [frame.params[name] for frame in frames] if is_text else params[name]
-                )
-        callback = step_callback(batch.on_step)
-        for argument in ("prior_callback_on_step_end", "callback_on_step_end"):
-            if argument in signature.arguments:
-                call[argument] = callback
-        if "callback" in signature.arguments and "callback_on_step_end" not in call:
-            call["callback"] = _older_callback(batch.on_step, params["steps"])
-        try:
-            output = pipe(
-                prompt=[frame.prompt for frame in frames], generator=generators(frames), **call
-            )
-        except (ValueError, TypeError) as error:
-            raise RenderError(f"{class_name} refuses the call: {error}") from error
-        pictures = unflagged(output)[: len(batch.frames)]
-        _check_sizes(pictures, (params["width"], params["height"]), class_name)
-        return pictures
+        groups = _groups(batch.frames, signature)
+        callback = step_callback(batch.on_step, 1 / len(groups))
+        pictures: dict[int, Image.Image | None] = {}
+        for places in groups:
+            frames = padded([batch.frames[place] for place in places])
+            call = _call(signature, frames, callback, batch.on_step)
+            if loaded.scheduler_config is not None:
+                sampler = frames[0].params.get("sampler")
+                loaded.pipe.scheduler = build_sampler(sampler, loaded.scheduler_config)
+            output = loaded.pipe(**call)
+            pictures.update(zip(places, unflagged(output), strict=False))
+        found = [pictures[place] for place in range(len(batch.frames))]
+        _check_sizes(found, batch.frames[0], class_name)
+        return found
+
+
+def _groups(frames: Sequence[FrameSpec], signature: Signature) -> list[list[int]]:
+    """The places of the frames that may share a call.
+
+    Some classes pad or cut every prompt to the longest one of the call: there, only frames with
+    the same texts may share one, or a neighbour's words would change a picture.
+    """
+    if signature.prompts_stand_alone:
+        return [list(range(len(frames)))]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, frame in enumerate(frames):
+        texts = [value for name, value in sorted(frame.params.items()) if TEXT.fullmatch(name)]
+        groups.setdefault((frame.prompt, *texts), []).append(place)
+    return list(groups.values())
+
+
+def _call(
+    signature: Signature, frames: Sequence[FrameSpec], callback: Any, on_step: StepHook
+) -> dict[str, Any]:
+    """The arguments of a call for frames that share everything but texts and seeds."""
+    params = frames[0].params
+    call: dict[str, Any] = {
+        "prompt": [frame.prompt for frame in frames],
+        "generator": generators(frames),
+        "height": params["height"],
+        "width": params["width"],
+    }
+    for argument in signature.arguments:
+        name = RENAMED.get(argument, argument)
+        if argument not in GIVEN and name in params:
+            is_text = TEXT.fullmatch(name) and params[name] is not None
+            call[argument] = [frame.params[name] for frame in frames] if is_text else params[name]
+    for argument in ("prior_callback_on_step_end", "callback_on_step_end"):
+        if argument in signature.arguments:
+            call[argument] = callback
+    if "callback" in signature.arguments and "callback_on_step_end" not in call:
+        call["callback"] = _older_callback(on_step, params["steps"])
+    return call
 
 
 def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, Any, Any], None]:
@@ -133,7 +166,7 @@ def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, Any, Any], 
 def _signature_of(checkpoint: Checkpoint) -> Signature:
     class_name = checkpoint.class_name
     signature = read_signature(class_name)
-    if signature is None or class_name not in text_to_image_classes():
+    if signature is None or text_to_image_class(class_name) != class_name:
         raise CatalogError(f"AutoPipelineForText2Image knows no {class_name}.")
     needed = [
         name
@@ -144,33 +177,40 @@ def _signature_of(checkpoint: Checkpoint) -> Signature:
         needed.append("an image")
     if needed:
         raise CatalogError(f"A {class_name} also needs {', '.join(needed)}: no family gives it.")
+    if "num_frames" in signature.arguments:
+        raise CatalogError(f"A {class_name} renders films; the farm renders pictures.")
     return signature
 
 
 def _fields(arguments: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[Any, Any]]]:
     for name, argument in arguments.items():
-        if name in GIVEN:
+        if name in GIVEN or name.startswith("_") or not argument.is_known:
             continue
         described = f"{name}, as diffusers has it"
-        if TEXT.fullmatch(name):
-            default = argument.default if isinstance(argument.default, str) else None
-            yield name, (Text | None, Field(default=default, description=described))
-            continue
         kinds = {part.strip() for part in argument.annotation.split("|")}
+        is_optional = "None" in kinds or argument.default is None
+        if TEXT.fullmatch(name):
+            field = Field(default=argument.default, description=described)
+            yield name, (Text | None if is_optional else Text, field)
+            continue
         kind = SCALARS.get(next(iter(kinds - {"None"}), ""))
         if kind is None or len(kinds - {"None"}) != 1:
             continue
-        value = argument.default
-        is_optional = "None" in kinds or value is None
-        limits = dict(LIMITS[kind])
-        if name.endswith("inference_steps"):
-            limits = STEPS
-        elif name == "max_sequence_length":
-            limits["le"] = value or 512
+        default = argument.default
+        if kind is float and default is not None:
+            default = float(default)
         annotation: Any = kind | None if is_optional else kind
-        start: Any = float(value) if kind is float and value is not None else value
-        field = Field(default=start, description=described, **limits)
+        limits = _limits(name, kind, default)
+        field = Field(default=default, description=described, **limits)
         yield RENAMED.get(name, name), (annotation, field)
+
+
+def _limits(name: str, kind: type, default: Any) -> dict[str, Any]:
+    if name.endswith("inference_steps"):
+        return STEPS
+    if name == "max_sequence_length":
+        return {"ge": 1, "le": max(default or 0, MOST_TOKENS)}
+    return LIMITS[kind]
 
 
 def _sizes(
@@ -178,18 +218,20 @@ def _sizes(
 ) -> dict[str, dict[str, Any]]:
     """The default size and what it must be a multiple of, from the models' configurations."""
     model = checkpoint.configs.get("transformer") or checkpoint.configs.get("unet") or {}
-    scale = _scale(checkpoint.configs.get("vae") or checkpoint.configs.get("movq") or {})
+    vae = checkpoint.configs.get("vae") or checkpoint.configs.get("movq")
+    scale = _scale(vae) if vae else 1
     patch = model.get("patch_size")
     multiple = scale * patch if isinstance(patch, int) else scale
     if signature.packs_latents:
         multiple = scale * 2
     own = model.get("sample_size") or signature.default_sample_size
+    side = signature.default_side
     changes: dict[str, dict[str, Any]] = {}
     for name, place in (("height", 0), ("width", -1)):
         default = signature.arguments[name].default if name in signature.arguments else None
-        if default is None and own is not None:
-            default = (own if isinstance(own, int) else own[place]) * scale
-        changes[name] = {"multiple_of": multiple, "ge": multiple}
+        if default is None and (own or side):
+            default = side or _side(own, place) * scale
+        changes[name] = {"multiple_of": max(multiple, 8), "ge": max(multiple, 8)}
         if default is not None:
             changes[name]["default"] = default
         elif name not in pipeline.defaults:
@@ -200,8 +242,12 @@ def _sizes(
     return changes
 
 
+def _side(sample_size: Any, place: int) -> int:
+    return int(sample_size if isinstance(sample_size, int) else sample_size[place])
+
+
 def _scale(vae: Mapping[str, Any]) -> int:
-    """Pixels to a latent's side."""
+    """Pixels to a latent's side; without a VAE, the pixels themselves are denoised."""
     if "block_out_channels" in vae:
         return vae_scale(vae)
     if "encoder_block_out_channels" in vae:
@@ -211,9 +257,8 @@ def _scale(vae: Mapping[str, Any]) -> int:
     return 8
 
 
-def _check_sizes(
-    pictures: list[Image.Image | None], size: tuple[int, int], class_name: str
-) -> None:
+def _check_sizes(pictures: list[Image.Image | None], frame: FrameSpec, class_name: str) -> None:
+    size = frame.params["width"], frame.params["height"]
     for picture in pictures:
         if picture is not None and picture.size != size:
             raise RenderError(

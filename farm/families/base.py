@@ -118,6 +118,13 @@ class Loaded:
     """How it was loaded, where that may show in the last bits: `compile`, `channels_last`."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """What else its family keeps with it, by name: a refiner, a prompt encoder."""
+    pipes: tuple[Any, ...] = ()
+    """All that was pinned, `pipe` first"""
+
+    def rest(self) -> None:
+        """Move what is offloaded back to the CPU: a diffusers call that was stopped does not."""
+        for pipe in self.pipes:
+            pipe.maybe_free_model_hooks()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ torch nor any weight is needed to say so.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import time
@@ -20,6 +19,7 @@ from typing import Any
 from farm.catalog import Pipeline, Weights
 from farm.errors import CatalogError
 from farm.families.base import Checkpoint
+from farm.families.signature import diffusers_folder, text_to_image_class
 
 INDEX = "model_index.json"
 CONFIG_NAMES = ("config.json", "scheduler_config.json")
@@ -68,7 +68,8 @@ def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
     whole = _read(pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline))
     if pipeline.safety_checker and not _component(whole.index, "safety_checker"):
         raise CatalogError(f"{pipeline.source} has no safety checker; safety_checker is true.")
-    return Checkpoint(whole.index, whole.configs, parts)
+    class_name = text_to_image_class(whole.class_name) or whole.class_name  # as the Auto class does
+    return Checkpoint({**whole.index, "_class_name": class_name}, whole.configs, parts)
 
 
 def unused_in(pipeline: Pipeline) -> Collection[str]:
@@ -220,18 +221,6 @@ def _refuse_own_code(checkpoint: Checkpoint, folder: Path, where: str) -> None:
                 f"{where}: its {one_line(name, 50)} is a {one_line(f'{library}.{class_name}', 100)}"
                 " with code of its own, which is never run."
             )
-
-
-def diffusers_folder() -> Path:
-    """Where diffusers is installed, found without importing it.
-
-    Raises:
-        CatalogError: it is not installed.
-    """
-    spec = importlib.util.find_spec("diffusers")
-    if spec is None or not spec.submodule_search_locations:
-        raise CatalogError("diffusers is not installed.")
-    return Path(spec.submodule_search_locations[0])
 
 
 def _is_of_diffusers(library: str) -> bool:

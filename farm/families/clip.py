@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from farm.catalog import Pipeline
 from farm.families.base import Batch, Checkpoint, Guidance, Negatable, Steps, padded, step_callback
 from farm.families.checkpoints import config_of
 from farm.families.compel_syntax import check_compel
@@ -72,8 +73,8 @@ class ClipParams(Negatable):
         }
 
 
-def clip_changes(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Fit the shared fields to a checkpoint: its size, its samplers, its text encoders' depth.
+def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Fit the shared fields to an entry: its size, its samplers, its text encoders' depth.
 
     Raises:
         CatalogError: the checkpoint lacks a component.
@@ -89,6 +90,8 @@ def clip_changes(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     encoders = [config for name, config in checkpoint.configs.items() if "text_encoder" in name]
     layers = min((config.get("num_hidden_layers", 12) for config in encoders), default=12)
     change["clip_skip"] = {"le": max(layers - 1, 1)}
+    if pipeline.offload == "sequential":  # Compel looks for its encoders where they are not
+        change["prompt_syntax"] = {"annotation": Literal["plain"]}
     return change
 
 

@@ -33,12 +33,13 @@ QUOTATION = r'"(?:[^"\\\r\n]|\\"?)*+"'
 MARKS = re.compile(r'\\[()",.+\-=]|[()"]')
 """What opens or closes, and what a backslash makes plain"""
 SIGNS = re.compile(rf"\+{{{MAX_SIGNS + 1},}}")
-SIGNED = re.compile(r'(?<=[^\s()"+\-])[+-]++(?=[\s(),.="]|$)')
+SIGNED = re.compile(r'(?<=[^ \t\r\n()"+\-])(?:[+-]{2,}+|[+-](?=[\s(),.="]|$))')
 STRANGE_SPACE = re.compile(r"[\v\f]")
 LONE_SPACE = re.compile(r'(?<![^ \t\r\n(),."+\-=])[^\S \t\r\n]++(?=[ \t\r\n(),."+\-=]|$)')
 """A space that Compel takes for a word, and its tokenizer for nothing: it fails at their weights"""
 UNSUPPORTED = re.compile(rf"\.(swap){SPACE}\(|\b(withLora|useLora){SPACE}\(")
 WEIGHT = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
+OPERATOR = re.compile(rf"\.(?:blend|and|add|attend){SPACE}\(")
 ATTEND = re.compile(rf"\.attend{SPACE}\(")
 ATTENTION = re.compile(rf"\.attend{SPACE}\({SPACE}(?:\++|-+|({NUMBER})){SPACE}\)")
 MIX = re.compile(rf"\.(blend|and|add){SPACE}\(")
@@ -60,7 +61,8 @@ def check_compel(text: str) -> None:
     if found := SIGNS.search(text):
         raise _wrong(text, found.start(), f"at most {MAX_SIGNS} plus signs may stand in a row")
     mixture = MIX.search(text)
-    _check_marks(text, is_mixed=mixture is not None)
+    arguments = frozenset(operator.end() - 1 for operator in OPERATOR.finditer(text))
+    _check_marks(text, _Opened(arguments, is_mixed=mixture is not None))
     if found := UNSUPPORTED.search(text):
         raise _wrong(text, found.start(), f"{found[1] or found[2]} cannot be used here")
     for operator in ATTEND.finditer(text):
@@ -77,8 +79,10 @@ def check_compel(text: str) -> None:
 class _Opened:
     """What was opened and is not closed yet, on the way through a text."""
 
+    arguments: frozenset[int]
+    """Where an operator's brackets open: they may be empty"""
     is_mixed: bool
-    """whether parts may be empty"""
+    """Whether the text's parts may be empty"""
     places: list[int] = field(default_factory=list)
     brackets: int = 0
     is_quoted: bool = False
@@ -86,8 +90,7 @@ class _Opened:
     """Where the last mark stood"""
 
 
-def _check_marks(text: str, *, is_mixed: bool) -> None:
-    opened = _Opened(is_mixed)
+def _check_marks(text: str, opened: _Opened) -> None:
     pieces = sum(1 for _ in SIGNED.finditer(text))
     for mark in MARKS.finditer(text):
         place = mark.start()
@@ -126,7 +129,7 @@ def _close(text: str, place: int, opened: _Opened) -> None:
     if text[place] == ")":
         if start is None or text[start] == '"':
             raise _wrong(text, place, "this bracket was never opened; a plain one is \\)")
-        if is_empty:
+        if is_empty and start not in opened.arguments:
             raise _wrong(text, start, "these brackets hold nothing; plain ones are \\(\\)")
         opened.brackets -= 1
     else:
@@ -163,7 +166,7 @@ def _check_mixture(text: str, operator: re.Match[str]) -> None:
         given.pop()
     weights = [_weight(text, mixture.start(3), weight) for weight in given]
     if weights and len(weights) != parts:
-        raise _wrong(text, place, f"{name} has {parts} parts and {len(weights)} weights")
+        raise _wrong(text, place, f"it has {parts} parts, and weights for {len(weights)}")
     if weights and is_normalised and abs(sum(weights)) < 1e-6:
         reason = f"its weights add up to nothing; {UNNORMALISED} after them leaves them as they are"
         raise _wrong(text, place, reason)

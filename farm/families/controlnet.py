@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from farm.catalog import Pipeline
-from farm.errors import CatalogError
+from farm.errors import CatalogError, RenderError
 from farm.families.base import STRICT, Batch, Checkpoint, Loaded, Params
 from farm.families.checkpoints import config_of, require_class
 from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups, unflagged
@@ -108,19 +108,21 @@ class ControlNet:
         base = SDXLControlNetParams if of_sdxl else StableDiffusionControlNetParams
         example = [{"image": SAMPLE_ID, "scale": 1.0, "start": 0.0, "end": 1.0}] * len(nets)
         count = {"min_length": len(nets), "max_length": len(nets), "examples": [example]}
-        return tailored(base, clip_changes(checkpoint) | {"control": count})
+        return tailored(base, clip_changes(pipeline, checkpoint) | {"control": count})
 
     def load(self, pipeline: Pipeline) -> Loaded:
         """Load the nets, then the base through AutoPipelineForText2Image with them."""
         nets = [load_part(pipeline, net, NET) for net in pipeline.controlnets]
         pipe = load_pipe(pipeline, controlnet=nets[0] if len(nets) == 1 else nets)
-        return pin(pipeline, [pipe], {"prompts": PromptEncoder(pipe)})
+        return pin(pipeline, [pipe], {"prompts": PromptEncoder(pipe), "nets": len(nets)})
 
     def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
         """Render a batch; see Family.denoise."""
         of_sdxl = hasattr(loaded.pipe, "text_encoder_2")
         family_params = SDXLControlNetParams if of_sdxl else StableDiffusionControlNetParams
         params = family_params.model_validate(batch.frames[0].params)
+        if len(params.control) != loaded.extras["nets"]:
+            raise RenderError("This pipeline no longer has as many ControlNets as the job names.")
 
         def render(group: Group) -> list[Image.Image | None]:
             loaded.pipe.scheduler = build_sampler(params.sampler, loaded.scheduler_config)
@@ -159,11 +161,18 @@ def _steering(
     The images are made ready by the pipeline's own processor, and passed as one tensor a net:
     the form in which every ControlNet pipeline takes another image for each frame.
     """
+    import torch
+
     processor = loaded.pipe.control_image_processor
     images, scales, starts, ends = [], [], [], []
     for place, net in enumerate(params.control):
-        pictures = [batch.images[frame.params["control"][place]["image"]] for frame in frames]
-        images.append(processor.preprocess(pictures, height=params.height, width=params.width))
+        pictures = (batch.images[frame.params["control"][place]["image"]] for frame in frames)
+        # One by one: uploads may be large, and what is kept of each is the frame's size.
+        sized = [
+            processor.preprocess(picture, height=params.height, width=params.width)
+            for picture in pictures
+        ]
+        images.append(torch.cat(sized))
         scales.append(net.scale)
         starts.append(net.start)
         ends.append(net.end)

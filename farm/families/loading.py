@@ -74,13 +74,25 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     check_files(Path(source), variant, part.source, unused_in(pipeline))
     _check_memory(pipeline, part, source, device, BYTES[dtype])
     with _told(pipeline, part):
-        return loader.from_pretrained(
+        loaded = loader.from_pretrained(
             source,
             variant=variant,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             **components,
         )
+    _mend(getattr(loaded, "text_encoder", None))
+    return loaded
+
+
+def _mend(text_encoder: Any) -> None:
+    """Let clip_skip work: diffusers 0.42 looks for a `text_model` that transformers 5.6 took away.
+
+    See https://github.com/huggingface/diffusers/issues/14124. Set past torch's own registry, in
+    which a module cannot be a part of itself.
+    """
+    if text_encoder is not None and not hasattr(text_encoder, "text_model"):
+        object.__setattr__(text_encoder, "text_model", text_encoder)
 
 
 def pin(
@@ -103,6 +115,7 @@ def pin(
         weights=_weights(pipeline),
         options=_options(pipeline, device),
         extras=extras or {},
+        pipes=tuple(pipes),
     )
 
 
@@ -132,7 +145,13 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
     elif pipeline.offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     elif pipeline.offload == "group":
-        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=True)
+        pipe.enable_group_offload(
+            torch.device(device),
+            offload_type="leaf_level",
+            use_stream=True,
+            # SDXL's is cast to float32 to decode, which the copy that comes back would undo.
+            exclude_modules=[name for name in ("vae", "movq") if hasattr(pipe, name)],
+        )
     else:
         pipe.to(device)
     if pipeline.compile:
@@ -159,18 +178,27 @@ def _compile(pipe: Any, mode: str) -> None:
         decoder.compile(**how)
 
 
+def compile_no_more(*, is_anything_compiled: bool) -> None:
+    """From now on, run what is not compiled yet as it is."""
+    import torch
+
+    compiler: Any = torch.compiler
+    compiler.set_stance("eager_on_recompile" if is_anything_compiled else "force_eager")
+
+
 def _outputs_kept(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
     """Copy what CUDA graphs give out: their next call writes over it, and samplers look back."""
     if mode == "default":
         return forward
     import torch
+    from torch.utils._pytree import tree_map_only
 
     compiler: Any = torch.compiler
 
     def kept(*args: Any, **kwargs: Any) -> Any:
         compiler.cudagraph_mark_step_begin()
         output = forward(*args, **kwargs)
-        return tuple(tensor.clone() for tensor in output)
+        return tree_map_only(torch.Tensor, torch.clone, output)
 
     return kept
 
@@ -206,12 +234,15 @@ def _told(pipeline: Pipeline, part: Weights) -> Iterator[None]:
         ) from error
 
 
+OWN_CODE = re.compile(r"contains custom code in (\S+)")
 SHAPES = re.compile(r"ignore_mismatched_sizes|size mismatch|expected shape")
 
 
 def _reason(error: Exception, part: Weights) -> str:
     """What a library says, in one line, and without where this machine keeps its checkpoints."""
     said = one_line(str(error).replace(part.checkpoint, part.source)) or type(error).__name__
+    if code := OWN_CODE.search(said):
+        return f"{code[1]} is code of its own, which is never run."
     if not SHAPES.search(str(error)):
         return said
     detail = re.search(r"(\S+) expected shape .*? but got .*?\)", said)  # one_line cuts far behind

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 REMEMBERED_BYTES = 64 * 2**20
+FIRST, SECOND = "text_encoder", "text_encoder_2"
+UNREADABLE = (RuntimeError, AssertionError, ValueError, IndexError, AttributeError, TypeError)
+"""What Compel raises where it cannot follow a prompt"""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,8 @@ class PromptEncoder:
             remembered_bytes: memory that remembered embeddings may take.
         """
         self._pipe = pipe
-        _mend(getattr(pipe, "text_encoder", None))
         self._memory = _Memory(remembered_bytes)
-        self._compels: dict[int | None, list[Any]] = {}
+        self._compels: dict[int | None, dict[str, Any]] = {}
 
     def arguments(
         self, prompts: Sequence[str], negatives: Sequence[str | None] | None, reading: Reading
@@ -163,57 +165,52 @@ class PromptEncoder:
 
         encoded = []
         pooled = None
-        for compel in self._compel(reading.clip_skip):
-            try:
-                found = compel([text])
-            except (
-                RuntimeError,
-                AssertionError,
-                ValueError,
-                IndexError,
-                AttributeError,
-                TypeError,
-            ) as error:
-                if is_out_of_memory(error):
-                    raise
-                raise RenderError(f"Compel cannot weigh this prompt: {error}") from error
-            tokens, pooled = found if compel.requires_pooled else (found, pooled)
-            encoded.append(tokens)
+        try:
+            for name, compel in self._compel(reading.clip_skip).items():
+                encoded.append(compel([text]))
+                if name == SECOND:  # not by Compel's own call, which fails at weights of parts
+                    provider = compel.conditioning_provider
+                    pooled = provider.get_pooled_embeddings([text], device=compel.device)
+        except UNREADABLE as error:
+            if is_out_of_memory(error):
+                raise
+            raise RenderError(f"Compel cannot weigh this prompt: {error}") from error
         longest = max(tokens.shape[1] for tokens in encoded)
         empty = self._empty(reading.clip_skip)
         filled = [_filled(*pair, longest) for pair in zip(encoded, empty, strict=True)]
         return Embeds(torch.cat(filled, dim=-1), pooled)
 
-    def _compel(self, clip_skip: int | None) -> list[Any]:
+    def _compel(self, clip_skip: int | None) -> dict[str, Any]:
         """Compel for each text encoder, in the order in which their features stand."""
         from compel import Compel, ReturnedEmbeddingsType
 
         if clip_skip in self._compels:
             return self._compels[clip_skip]
         pipe = self._pipe
-        names = [name for name in ("", "_2") if getattr(pipe, f"text_encoder{name}", None)]
-        if hasattr(pipe, "text_encoder_2"):
+        names = [name for name in (FIRST, SECOND) if getattr(pipe, name, None) is not None]
+        if hasattr(pipe, SECOND):
             kind = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
         elif clip_skip:
             kind = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NORMALIZED
         else:
             kind = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
-        self._compels[clip_skip] = [
-            Compel(
-                tokenizer=getattr(pipe, f"tokenizer{name}"),
-                text_encoder=getattr(pipe, f"text_encoder{name}"),
+        self._compels[clip_skip] = {
+            name: Compel(
+                tokenizer=getattr(pipe, name.replace("text_encoder", "tokenizer")),
+                text_encoder=getattr(pipe, name),
                 returned_embeddings_type=kind,
                 truncate_long_prompts=False,
-                requires_pooled=name == "_2",
                 device=pipe._execution_device,
             )
             for name in names
-        ]
+        }
         return self._compels[clip_skip]
 
     def _empty(self, clip_skip: int | None) -> list[torch.Tensor]:
         """What fills up a text that is shorter, for each text encoder: an empty one."""
-        empty = [compel.conditioning_provider.empty_z for compel in self._compel(clip_skip)]
+        empty = [
+            compel.conditioning_provider.empty_z for compel in self._compel(clip_skip).values()
+        ]
         return [tokens if tokens.ndim == 3 else tokens.unsqueeze(0) for tokens in empty]
 
     def _equally_long(
@@ -230,28 +227,6 @@ class PromptEncoder:
             for embeds in (positive, negative)
         )
         return first, second
-
-
-def _mend(text_encoder: Any) -> None:
-    """Let clip_skip work: diffusers 0.42 looks for a `text_model` that transformers 5.6 took away.
-
-    See https://github.com/huggingface/diffusers/issues/14124. Set past torch's own registry, in
-    which a module cannot be a part of itself.
-    """
-    if text_encoder is not None and not hasattr(text_encoder, "text_model"):
-        object.__setattr__(text_encoder, "text_model", text_encoder)
-
-
-def _show_inside(encoder: Any) -> None:
-    """Let diffusers and Compel find the layer that they need for clip_skip.
-
-    Both look for `text_encoder.text_model.final_layer_norm`; since transformers 5 a CLIPTextModel
-    is what used to be its `text_model`.
-    """
-    if encoder is not None and not hasattr(encoder, "text_model"):
-        encoder.__dict__["text_model"] = (
-            encoder  # past torch, to which it would be a part of itself
-        )
 
 
 def _decisive(reading: Reading) -> tuple[object, ...]:

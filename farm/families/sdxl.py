@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from farm.catalog import Pipeline
-from farm.errors import CatalogError
+from farm.errors import CatalogError, RenderError
 from farm.families.base import Batch, Checkpoint, Guidance, Loaded, Params
 from farm.families.checkpoints import require_class
 from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups, unflagged
@@ -127,10 +127,12 @@ class SDXL:
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
         """Give the checkpoint's size and sampler; with a refiner, hand over to it by default."""
         require_class(checkpoint, CLASSES, pipeline.source)
-        changes = clip_changes(checkpoint)
+        changes = clip_changes(pipeline, checkpoint)
         if "refiner" not in checkpoint.parts:
             return tailored(RefinerlessParams, changes)
         require_class(checkpoint.parts["refiner"], (REFINER,), "The refiner")
+        if pipeline.offload == "group":
+            raise CatalogError("offload = group cannot move what base and refiner share.")
         return tailored(SDXLParams, changes | {"denoising_end": {"default": HANDOVER}})
 
     def load(self, pipeline: Pipeline) -> Loaded:
@@ -160,6 +162,8 @@ class SDXL:
         params = SDXLParams.model_validate(batch.frames[0].params)
         encoders = [loaded.extras["prompts"]]
         if params.denoising_end is not None:
+            if "refiner" not in loaded.extras:
+                raise RenderError("This pipeline no longer has the refiner that the job asks for.")
             encoders.append(loaded.extras["refiner_prompts"])
 
         def render(group: Group) -> list[Image.Image | None]:
@@ -179,7 +183,8 @@ class SDXL:
                 return unflagged(base)
             return _refined(loaded, params, group, base.images, generators)
 
-        return render_in_groups(batch, params, encoders, render, share=params.denoising_end or 1.0)
+        share = max(params.denoising_end or 1.0, 1 / params.steps)  # the base takes one at least
+        return render_in_groups(batch, params, encoders, render, share=share)
 
 
 def _refined(

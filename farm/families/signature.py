@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from farm.families.checkpoints import diffusers_folder
+from farm.errors import CatalogError
+
+TABLES = ("AUTO_TEXT2IMAGE", "AUTO_IMAGE2IMAGE", "AUTO_INPAINT")
+"""of auto_pipeline.py; a key stands for the same checkpoints in each"""
 
 
 @dataclass(frozen=True)
@@ -20,21 +24,39 @@ class Argument:
     annotation: str
     """as the source has it"""
     default: Any
-    """its value where it is a constant, else None"""
+    """its value where the source has it as a constant, else None"""
+    is_known: bool
+    """whether that is its default"""
     is_required: bool
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A pipeline class's call."""
+    """A pipeline class's call, and what its source tells of how it works."""
 
     arguments: Mapping[str, Argument]
     default_sample_size: int | None
     """the latents' side that the class falls back on, where its source names one"""
+    default_side: int | None
+    """the picture's side that its call falls back on, where its source names one"""
     packs_latents: bool
     """whether it denoises squares of two by two latents"""
     takes_any_sampler: bool
     """whether its loop leaves to the sampler what the sampler's step takes"""
+    prompts_stand_alone: bool
+    """whether it pads each prompt to a fixed length, whatever stands beside it in the batch"""
+
+
+def diffusers_folder() -> Path:
+    """Where diffusers is installed, found without importing it.
+
+    Raises:
+        CatalogError: it is not installed.
+    """
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or not spec.submodule_search_locations:
+        raise CatalogError("diffusers is not installed.")
+    return Path(spec.submodule_search_locations[0])
 
 
 @cache
@@ -51,29 +73,53 @@ def read_signature(class_name: str) -> Signature | None:
 
 
 @cache
-def text_to_image_classes() -> frozenset[str]:
-    """The classes that AutoPipelineForText2Image may load: those in its table of the source."""
-    path: Path = diffusers_folder() / "pipelines" / "auto_pipeline.py"
-    found = set()
+def _tables() -> dict[str, dict[str, str]]:
+    """The tables of AutoPipeline: by name, the class of each key."""
+    path = diffusers_folder() / "pipelines" / "auto_pipeline.py"
+    found: dict[str, dict[str, str]] = {name: {} for name in TABLES}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "AUTO_TEXT2IMAGE_PIPELINES_MAPPING"
-            for target in node.targets
-        ):
-            found |= {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
-    return frozenset(name for name in found if name.endswith("Pipeline"))
+        if not isinstance(node, ast.Assign):
+            continue
+        for name in TABLES:
+            found[name] |= dict(_entries(node, f"{name}_PIPELINES_MAPPING"))
+    return found
+
+
+def _entries(node: ast.Assign, table: str) -> Iterator[tuple[str, str]]:
+    target = ast.unparse(node.targets[0])
+    if target == table:
+        for pair in ast.walk(node.value):
+            if isinstance(pair, ast.Tuple) and len(pair.elts) == 2:
+                yield ast.literal_eval(pair.elts[0]), ast.unparse(pair.elts[1])
+    elif target.startswith(f"{table}["):
+        yield ast.literal_eval(target[len(table) + 1 : -1]), ast.unparse(node.value)
+
+
+def text_to_image_class(class_name: str) -> str | None:
+    """The class that AutoPipelineForText2Image takes for a checkpoint of another; None: none."""
+    tables = _tables()
+    for name in TABLES:
+        for key, known in tables[name].items():
+            if known == class_name and key in tables[TABLES[0]]:
+                return tables[TABLES[0]][key]
+    return None
 
 
 def _signature(module: ast.Module, class_name: str) -> Signature | None:
     for node in module.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             call = _method(node, "__call__")
-            if call is not None:
-                names = {item.attr for item in ast.walk(call) if isinstance(item, ast.Attribute)}
-                is_open = {"prepare_extra_step_kwargs", "scale_model_input"} <= names
-                packs = "vae_scale_factor * 2" in ast.unparse(node)
-                side = _default_sample_size(node)
-                return Signature(dict(_arguments(call)), side, packs, is_open)
+            if call is None:
+                return None
+            used = {item.attr for item in ast.walk(call) if isinstance(item, ast.Attribute)}
+            return Signature(
+                arguments=dict(_arguments(call)),
+                default_sample_size=_default_sample_size(node),
+                default_side=_default_side(call),
+                packs_latents="vae_scale_factor * 2" in ast.unparse(node),
+                takes_any_sampler={"prepare_extra_step_kwargs", "scale_model_input"} <= used,
+                prompts_stand_alone=_prompts_stand_alone(node),
+            )
     return None
 
 
@@ -94,14 +140,15 @@ def _arguments(call: ast.FunctionDef) -> Iterator[tuple[str, Argument]]:
     ]
     for argument, default in pairs:
         annotation = ast.unparse(argument.annotation) if argument.annotation else ""
-        yield argument.arg, Argument(annotation, _constant(default), default is None)
+        value, is_known = _constant(default)
+        yield argument.arg, Argument(annotation, value, is_known, default is None)
 
 
-def _constant(node: ast.expr | None) -> Any:
+def _constant(node: ast.expr | None) -> tuple[Any, bool]:
     try:
-        return None if node is None else ast.literal_eval(node)
+        return (None if node is None else ast.literal_eval(node)), True
     except ValueError:
-        return None
+        return None, False
 
 
 def _default_sample_size(node: ast.ClassDef) -> int | None:
@@ -115,3 +162,34 @@ def _default_sample_size(node: ast.ClassDef) -> int | None:
             numbers = [value for value in values if type(value) is int]
             return numbers[-1] if numbers else None
     return None
+
+
+def _default_side(call: ast.FunctionDef) -> int | None:
+    """Find `height = height or 1024`."""
+    found = re.search(r"\bheight = height or (\d+)$", ast.unparse(call), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _prompts_stand_alone(node: ast.ClassDef) -> bool:
+    """Whether every tokenizer's call of a class pads to a fixed length.
+
+    Many also tokenize once more, unpadded, to warn of what is cut off: nothing is made of that.
+    """
+    fixed = 0
+    cuts_to_the_longest = re.search(r"\.sum\(-1\)\.max\(", ast.unparse(node))
+    takes_lists = re.search(r"prompt_embeds: list\[torch", ast.unparse(node))
+    if cuts_to_the_longest or takes_lists:
+        return False
+    for item in ast.walk(node):
+        if not isinstance(item, ast.Assign) or "untruncated" in ast.unparse(item.targets[0]):
+            continue
+        for call in ast.walk(item.value):
+            if isinstance(call, ast.Call):
+                padding = {word.arg: ast.unparse(word.value) for word in call.keywords}.get(
+                    "padding"
+                )
+                if padding == "'max_length'":
+                    fixed += 1
+                elif padding is not None:
+                    return False
+    return fixed > 0

@@ -43,7 +43,7 @@ class StableDiffusion:
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
         """Give the checkpoint's own size, sampler and depth of the text encoder."""
         require_class(checkpoint, CLASSES, pipeline.source)
-        return tailored(StableDiffusionParams, clip_changes(checkpoint))
+        return tailored(StableDiffusionParams, clip_changes(pipeline, checkpoint))
 
     def load(self, pipeline: Pipeline) -> Loaded:
         """Load through AutoPipelineForText2Image and pin the pipeline on its device."""

@@ -41,6 +41,8 @@ class Failure:
     traceback: str | None = None
     charged: bool = True
     """Whether the attempt counts towards max_attempts."""
+    alone: bool = False
+    """Whether the frame is rendered alone from now on; one whose attempt is charged always is."""
     delay_seconds: float | None = None
     """Before the frame may be claimed again; None: longer with each attempt."""
 
@@ -85,16 +87,17 @@ WITH ended AS (
         error = d.message
     FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:states AS text[]),
                 CAST(:spared AS smallint[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
-                CAST(:tracebacks AS text[]), CAST(:delays AS float[]))
-         AS d (job_id, ordinal, state, spared, reason, message, traceback, delay)
+                CAST(:tracebacks AS text[]), CAST(:delays AS float[]), CAST(:alone AS bool[]))
+         AS d (job_id, ordinal, state, spared, reason, message, traceback, delay, alone)
     WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
-    RETURNING f.*, d.reason, d.message, d.traceback, d.delay
+    RETURNING f.*, d.reason, d.message, d.traceback, d.delay, d.alone
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, traceback, started_at FROM ended
 ), returned AS (
     -- A frame whose attempt failed may be why: it is rendered without neighbours from now on.
-    SELECT job_id, ordinal, delay, attempt > spared AS alone FROM ended WHERE state = 'ready'
+    SELECT job_id, ordinal, delay, alone OR attempt > spared AS alone
+    FROM ended WHERE state = 'ready'
 )
 {INTO_RETURNS}""")  # noqa: S608 - constants only
 
@@ -322,6 +325,7 @@ def _columns(endings: Sequence[_Ending], failures: Sequence[Failure]) -> dict[st
         "states": [ending.state for ending in endings],
         "delays": [ending.delay_seconds for ending in endings],
         "spared": [0 if failure.charged else 1 for failure in failures],
+        "alone": [failure.alone for failure in failures],
         "reasons": [failure.reason for failure in failures],
         "messages": [failure.message for failure in failures],
         "tracebacks": [failure.traceback for failure in failures],

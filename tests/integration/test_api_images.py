@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from api.images import AT_ONCE, MOST_WAITING
 from farm import imagefiles, images
 from farm.artifacts import Artifacts
 from farm.config import Settings
@@ -26,6 +28,7 @@ from tests.farming import new_tenant, sql
 from tests.integration.test_api_health import without
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, serving
+from tests.waiting import wait_until
 
 UNKNOWN = "0" * 64
 MAX_BYTES, MAX_PIXELS = 50_000, 256 * 128
@@ -309,3 +312,37 @@ def test_missing_images_are_told(farm: Farm, tenant: uuid.UUID) -> None:
         assert images.missing_images(connection, tenant, asked) == set(asked) - {mine}
         assert images.missing_images(connection, tenant, {mine}) == set()
         assert images.missing_images(connection, tenant, ()) == set()
+
+
+def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are decoded at a time; the others wait without a thread, and too many are sent away."""
+    counting, go_on = threading.Lock(), threading.Event()
+    inside, most = 0, 0
+
+    def slow(*_given: object) -> Image.Image:
+        nonlocal inside, most
+        with counting:
+            inside += 1
+            most = max(most, inside)
+        go_on.wait(60)
+        with counting:
+            inside -= 1
+        return picture()
+
+    monkeypatch.setattr("farm.imagefiles._picture", slow)
+    client, content = api.client(), file()
+    crowd = AT_ONCE + MOST_WAITING + 5
+    limits = httpx.Limits(max_connections=crowd + 1)
+    headers = {**client.headers, "Content-Type": "image/png"}
+    with (
+        httpx.Client(base_url=api.url, headers=headers, timeout=60, limits=limits) as sender,
+        ThreadPoolExecutor(crowd) as threads,
+    ):
+        sent = [threads.submit(sender.post, "/v1/images", content=content) for _ in range(crowd)]
+        wait_until(lambda: sum(one.done() for one in sent) == 5, 30, "the last five are sent away")
+        assert client.get("/v1/images/" + UNKNOWN).status_code == 404
+        assert client.get("/v1/jobs").status_code == 200
+        go_on.set()
+        codes = sorted(one.result().status_code for one in sent)
+    assert codes == [201] * (AT_ONCE + MOST_WAITING) + [503] * 5
+    assert most == AT_ONCE

@@ -93,7 +93,7 @@ def noise(farm: Farm) -> Noise:
     family = Noise()
     pipeline = Pipeline(source="nowhere", bucket={"default": 4})
     farm.catalog.pipelines["noise"] = pipeline
-    farm._offers["noise"] = Offer("noise", pipeline, family, NoiseParams)
+    farm._offers["noise"] = Offer("noise", pipeline, family, NoiseParams, NoiseParams)
     return family
 
 
@@ -276,13 +276,40 @@ def test_postgres_away_at_the_commit_loses_nothing(
 def test_a_batch_that_cannot_be_written_is_given_back(
     farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
 ) -> None:
-    """Postgres refuses the row itself: the attempts fail, and no lease is left to be renewed."""
+    """Postgres refuses the row itself: the attempts fail, and no lease is left to be renewed.
+
+    The first is not charged: another frame of the batch might have been why.
+    """
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2)
     sql(farm, "ALTER TABLE frames ADD CHECK (bytes < 10)")
     line.run()
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
-    assert attempts_of(farm, job_id) == [(attempt, "render_error") for attempt in (1, 2, 3)]
+    assert attempts_of(farm, job_id) == [(attempt, "render_error") for attempt in (1, 2, 3, 4)]
     assert job_row(farm, tenant, job_id).status == "failed"
+
+
+def test_a_frame_that_fails_costs_its_neighbours_nothing(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """Two tenants share a batch: what is wrong with one's frame is the other's neither to bear
+    nor to read."""
+    other = new_tenant(farm, "other")
+    guilty = submit(farm, tenant, pipeline="noise", prompts=["guilty"], max_attempts=1, bucket=4)
+    healthy = submit(farm, other, pipeline="noise", prompts=["a"], max_attempts=1, bucket=4)
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if any(frame.prompt == "guilty" for frame in frames):
+            raise RenderError("A secret of the guilty.")
+
+    noise.disturb = disturb
+    line.run()
+    assert len({frame.prompt for frame in noise.batches[0]}) == 2
+    assert job_row(farm, other, healthy).status == "succeeded"
+    assert frame_rows(farm, healthy)[0].error is None
+    told = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=healthy)
+    assert told == [("Its batch failed; it is tried again without the others.",)]
+    assert job_row(farm, tenant, guilty).status == "failed"
+    assert frame_rows(farm, guilty)[0].error == "A secret of the guilty."
 
 
 def test_a_claim_whose_reply_was_lost_is_found_again(

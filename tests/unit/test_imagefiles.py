@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from PIL.ImageCms import ImageCmsProfile, createProfile
 
 from farm.errors import FarmError, InvalidRequest, UnsupportedMediaType
-from farm.imagefiles import AT_ONCE, NormalisedImage, is_image_id, media_type_of, normalised
+from farm.imagefiles import NormalisedImage, is_image_id, media_type_of, normalised
 
 MAX_PIXELS = 4096 * 4096
 SIZE = (24, 16)
@@ -438,30 +437,3 @@ def test_ids_have_their_form() -> None:
     assert is_image_id("0123456789abcdef" * 4)
     for word in ("", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "0" * 64 + "\n", " " + "0" * 63):
         assert not is_image_id(word)
-
-
-def test_no_more_are_decoded_at_once_than_memory_has_room_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    inside, most = 0, 0
-    counting = threading.Lock()
-    enough = threading.Barrier(AT_ONCE)
-
-    def slow(content: bytes, kind: str, max_pixels: int) -> Image.Image:
-        nonlocal inside, most
-        with counting:
-            inside += 1
-            most = max(most, inside)
-        enough.wait(20)  # none goes on until as many as may be are here
-        with counting:
-            inside -= 1
-        return picture()
-
-    monkeypatch.setattr("farm.imagefiles._picture", slow)
-    content = file(picture())
-    threads = [threading.Thread(target=taken, args=(content,)) for _ in range(3 * AT_ONCE)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert most == AT_ONCE

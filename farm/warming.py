@@ -12,6 +12,7 @@ from PIL import Image
 
 from farm.errors import CatalogError
 from farm.families.base import Batch, Loaded, Params
+from farm.families.loading import compile_no_more
 from farm.offers import Offer, sample
 from farm.spec import FrameSpec
 
@@ -30,6 +31,11 @@ class Shape:
     bucket: int
 
 
+def shape_of(frame: FrameSpec) -> Shape:
+    """Tell a frame's shape."""
+    return Shape(frame.params["width"], frame.params["height"], frame.bucket)
+
+
 @dataclass
 class Warmth:
     """The shapes that are compiled, and which others were met."""
@@ -37,13 +43,13 @@ class Warmth:
     shapes: set[Shape] = field(default_factory=set)
 
     def meet(self, name: str, frame: FrameSpec) -> None:
-        """Say once in the log that a shape was not declared, and is compiled while jobs wait."""
-        shape = Shape(frame.params["width"], frame.params["height"], frame.bucket)
+        """Say once in the log that a shape was not declared, and is rendered without compiling."""
+        shape = shape_of(frame)
         if self.shapes and shape not in self.shapes:
             self.shapes.add(shape)
             log.warning(
-                "Pipeline %s compiles for %dx%d at bucket %d, which its catalog entry does not "
-                "declare: the first such batch waits for it",
+                "Pipeline %s is not compiled for %dx%d at bucket %d, which its catalog entry does "
+                "not declare: such batches are rendered slower",
                 name,
                 shape.width,
                 shape.height,
@@ -51,10 +57,17 @@ class Warmth:
             )
 
 
-def warm_up(offer: Offer, loaded: Loaded) -> Warmth:
+def warm_up(offer: Offer, loaded: Loaded, only: FrameSpec | None = None) -> Warmth:
     """Render a picture of every declared shape, with and without guidance, and keep none.
 
-    Does nothing where the pipeline is not compiled.
+    Afterwards this process compiles nothing more: what a client asks for beyond the declared
+    shapes is rendered as it is, so that a picture's bits depend on its spec alone. Does nothing
+    where the pipeline is not compiled.
+
+    Args:
+        offer: the pipeline.
+        loaded: the same, pinned.
+        only: compile for this frame's shape alone, where it is a declared one.
 
     Raises:
         CatalogError: it cannot be compiled; the message says why.
@@ -63,6 +76,8 @@ def warm_up(offer: Offer, loaded: Loaded) -> Warmth:
         return Warmth()
     started = time.monotonic()
     shapes = set(declared_shapes(offer))
+    if only is not None:
+        shapes &= {shape_of(only)}
     for shape in sorted(shapes, key=lambda shape: (shape.width, shape.height, shape.bucket)):
         for params in _variants(offer, shape):
             try:
@@ -73,6 +88,7 @@ def warm_up(offer: Offer, loaded: Loaded) -> Warmth:
                     f"{offer.pipeline.source} cannot be compiled for {shape.width}x{shape.height} "
                     f"at bucket {shape.bucket}: {reason}"
                 ) from error
+    compile_no_more(is_anything_compiled=bool(shapes))
     seconds = time.monotonic() - started
     log.info("%s compiled for %d shapes in %.1f s", offer.name, len(shapes), seconds)
     return Warmth(shapes)

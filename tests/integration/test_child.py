@@ -1,0 +1,360 @@
+"""A worker whose pipeline cannot be loaded: it says why everywhere, tries again, and goes on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farm.bells import lane
+from farm.config import Settings
+from farm.context import Farm, open_farm
+from farm.errors import CatalogError
+from farm.families import loading
+from farm.store.engine import transaction
+from farm.store.leader import leadership
+from tests.bench import Bench
+from tests.commanding import farm as farm_command
+from tests.farming import job_row, sql, submit
+from tests.serving import Api, serving
+from tests.waiting import wait_until
+from workers import child as module
+from workers.child import LOAD_AGAIN_SECONDS, Child
+from workers.identity import Identity
+from workers.janitor import Janitor
+from workers.parent import enlist
+
+# diffusers' own samplers hand torch tensors to numpy.array.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+ENTRIES = {
+    "sd": 'source = "stable_diffusion"',
+    "kandinsky": 'source = "kandinsky22_decoder"\nprior = "kandinsky22_prior"',
+}
+SMALL: dict[str, Any] = {"steps": 1, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("good")
+
+
+@pytest.fixture
+def bench(good: Path, tmp_path: Path) -> Bench:
+    bench = Bench(good, tmp_path)
+    bench.take("stable_diffusion", "kandinsky22_decoder", "kandinsky22_prior")
+    bench.write_catalog(**ENTRIES)
+    return bench
+
+
+@pytest.fixture
+def settings(settings: Settings, bench: Bench) -> Settings:
+    return settings.model_copy(update={"pipelines": bench.catalog, "torch_threads": 1})
+
+
+@pytest.fixture
+def api(farm: Farm) -> Iterator[Api]:
+    with serving(farm) as running:
+        yield running
+
+
+class Clock:
+    """One that stands still until it is told to go on."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def hire(farm: Farm, pipeline: str, clock: Clock | None = None) -> Child:
+    """A worker's child, enlisted as its parent does."""
+    identity = Identity(uuid.uuid4(), pipeline, "here", os.getpid())
+    with transaction(farm.store) as connection:
+        enlist(connection, identity)
+    return Child(farm, identity, clock or Clock())
+
+
+@contextmanager
+def reopened(farm: Farm) -> Iterator[Farm]:
+    """The farm as a worker opens it that starts now."""
+    opened = open_farm(farm.settings)
+    yield opened
+    opened.close()
+
+
+def worker(farm: Farm) -> Any:
+    """The state and the problem of the only worker."""
+    [row] = sql(farm, "SELECT state, problem FROM workers")
+    return row
+
+
+@contextmanager
+def told_of(settings: Settings, api: Api) -> Iterator[None]:
+    """Let commands of this process find the farm."""
+    env = variables(settings) | {"FARM_API_URL": api.url, "FARM_API_KEY": api.key()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        yield
+
+
+def variables(settings: Settings) -> dict[str, str]:
+    return {
+        "FARM_DATABASE_URL": settings.database_url.get_secret_value(),
+        "FARM_REDIS_URL": settings.redis_url.get_secret_value(),
+        "FARM_S3_ENDPOINT_URL": settings.s3_endpoint_url or "",
+        "FARM_S3_BUCKET": settings.s3_bucket,
+        "FARM_PIPELINES": str(settings.pipelines),
+        "FARM_TORCH_THREADS": "1",
+    }
+
+
+@contextmanager
+def pickle(bench: Bench) -> Iterator[None]:
+    bench.rename("stable_diffusion/unet/diffusion_pytorch_model", ".bin")
+    yield
+    bench.take("stable_diffusion")
+
+
+@contextmanager
+def no_prior(bench: Bench) -> Iterator[None]:
+    bench.write_catalog(sd=ENTRIES["sd"], kandinsky='source = "kandinsky22_decoder"')
+    yield
+    bench.write_catalog(**ENTRIES)
+
+
+@contextmanager
+def no_memory(bench: Bench) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "free_memory", lambda _device: 1000)
+        yield
+
+
+PICKLE = (
+    "Pipeline sd: stable_diffusion: unet/diffusion_pytorch_model.bin is a pickle, which can run "
+    "any code; only safetensors are loaded."
+)
+NO_PRIOR = (
+    "Pipeline kandinsky: kandinsky22_decoder draws from the embeddings of a prior: name one as "
+    "`prior`, such as kandinsky-community/kandinsky-2-2-prior."
+)
+NO_MEMORY = (
+    "Out of memory: stable_diffusion needs 0.0 GiB on cpu for its weights alone, and 0.0 GiB are "
+    f"free. {loading.HELP}"
+)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "spoiled", "reason"),
+    [("sd", pickle, PICKLE), ("kandinsky", no_prior, NO_PRIOR), ("sd", no_memory, NO_MEMORY)],
+    ids=["a pickle", "no prior", "no memory"],
+)
+def test_a_failed_load_is_told_everywhere(
+    farm: Farm,
+    api: Api,
+    bench: Bench,
+    caplog: pytest.LogCaptureFixture,
+    pipeline: str,
+    spoiled: Callable[[Bench], AbstractContextManager[None]],
+    reason: str,
+) -> None:
+    """The job was taken while all was well."""
+    client = api.client()
+    job = api.submit(client, pipeline=pipeline, **SMALL)
+    with spoiled(bench):
+        with reopened(farm) as started, caplog.at_level(logging.INFO):
+            child = hire(started, pipeline)
+            child.start()
+            assert worker(farm) == ("failed", reason)
+            child.answer()  # too early to try again
+        [logged] = [record for record in caplog.records if record.name == module.__name__]
+        assert logged.levelname == "ERROR"
+        assert logged.getMessage().endswith(f" cannot load pipeline {pipeline}: {reason}")
+        assert logged.exc_info is None
+        waiting = client.get(f"/v1/jobs/{job['id']}").json()
+        assert waiting["status"] == "queued"
+        expected = f"The workers failed to load pipeline {pipeline}: {reason}"
+        assert waiting["waiting_because"] == expected
+        listed = api.client(role="operator").get("/v1/workers").json()["data"]
+        assert [(row["state"], row["problem"]) for row in listed] == [("failed", reason)]
+        check_doctor(farm, api, pipeline, reason)
+    with reopened(farm) as started:
+        hire(started, pipeline).start()
+        waiting = client.get(f"/v1/jobs/{job['id']}").json()
+        assert waiting["waiting_because"] == "A worker is about to take it."
+
+
+def check_doctor(farm: Farm, api: Api, pipeline: str, reason: str) -> None:
+    """The doctor says it of the workers, and of the pipeline where its files show it."""
+    with told_of(farm.settings, api):
+        outcome, plain = farm_command("doctor", "--json"), farm_command("doctor")
+    assert (outcome.code, plain.code) == (1, 1)
+    checks = {check["name"]: check for check in outcome.json["checks"]}
+    assert checks[f"workers {pipeline}"]["ok"] is False
+    assert checks[f"workers {pipeline}"]["detail"] == f"1 worker failed to load it: {reason}"
+    is_in_files = reason != NO_MEMORY
+    assert checks[f"pipeline {pipeline}"]["ok"] is not is_in_files
+    assert (checks[f"pipeline {pipeline}"]["detail"] == reason) is is_in_files
+    assert any(
+        line.endswith(f"1 worker failed to load it: {reason}") for line in plain.out.splitlines()
+    )
+    assert "Traceback" not in plain.out + plain.err
+
+
+@pytest.mark.parametrize("spoiled", [pickle, no_memory])
+def test_a_mended_checkpoint_is_loaded_and_what_waits_rendered(
+    farm: Farm,
+    bench: Bench,
+    tenant: uuid.UUID,
+    spoiled: Callable[[Bench], AbstractContextManager[None]],
+) -> None:
+    clock = Clock()
+    child = hire(farm, "sd", clock)
+    job_id = submit(farm, tenant, pipeline="sd", **SMALL)
+    with spoiled(bench):
+        child.start()
+        clock.now += LOAD_AGAIN_SECONDS
+        child.answer()
+        assert worker(farm).state == "failed"
+    clock.now += 2 * LOAD_AGAIN_SECONDS - 1
+    child.answer()
+    assert worker(farm).state == "failed", "not before its time"
+    clock.now += 1
+    child.answer()
+    assert worker(farm) == ("idle", None)
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_another_checkpoint_in_its_place_is_taken_as_what_it_is(
+    farm: Farm, bench: Bench, tenant: uuid.UUID
+) -> None:
+    """Offers are remembered; a worker that tries again looks anew."""
+    clock = Clock()
+    child = hire(farm, "sd", clock)
+    bench.change("stable_diffusion/unet/config.json", block_out_channels=[32, 32])
+    child.start()
+    assert "are not of the shapes" in worker(farm).problem
+    bench.take("sdxl")
+    shutil.rmtree(bench.folder / "stable_diffusion")
+    (bench.folder / "sdxl").rename(bench.folder / "stable_diffusion")
+    clock.now += LOAD_AGAIN_SECONDS
+    child.answer()
+    assert worker(farm) == ("idle", None)
+    job_id = submit(farm, tenant, pipeline="sd", **SMALL, target_size=[64, 64])
+    child.answer()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_tries_are_further_and_further_apart(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, tries = Clock(), list[float]()
+
+    def fail(_name: str, _entry: object) -> None:
+        tries.append(clock.now)
+        clock.now += 7  # a failing load takes its time, too
+        raise CatalogError("It is broken.")
+
+    monkeypatch.setattr(module, "make_offer", fail)
+    child = hire(farm, "sd", clock)
+    child.start()
+    while clock.now < 3000:
+        child.answer()
+        clock.now += 1
+    pauses = [after - before - 7 for before, after in itertools.pairwise(tries)]
+    assert pauses[:7] == [10, 20, 40, 80, 160, 300, 300]
+
+
+def test_what_nobody_foresaw_is_named_and_the_rest_stays_in_the_log(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_name: str, _entry: object) -> None:
+        raise ZeroDivisionError("/a/path/of/this/machine")
+
+    monkeypatch.setattr(module, "make_offer", fail)
+    hire(farm, "sd").start()
+    assert worker(farm) == ("failed", "ZeroDivisionError")
+    assert "/a/path/of/this/machine" in caplog.text
+
+
+def test_a_long_message_is_cut(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_name: str, _entry: object) -> None:
+        raise CatalogError("It is broken:\n" + "in many ways, " * 1000)
+
+    monkeypatch.setattr(module, "make_offer", fail)
+    hire(farm, "sd").start()
+    problem = worker(farm).problem
+    assert len(problem) == module.MOST_CHARACTERS
+    assert problem.startswith("It is broken: in many ways")
+
+
+def test_the_janitor_rings_for_a_lane_whose_worker_failed(
+    farm: Farm, bench: Bench, tenant: uuid.UUID
+) -> None:
+    submit(farm, tenant, pipeline="sd", **SMALL)
+    with pickle(bench):
+        hire(farm, "sd").start()
+    bells = farm.bells._redis
+    bells.flushdb()  # the first bell is lost, or was answered in vain
+    with leadership(farm.store, 5.0) as connection:
+        assert connection is not None
+        Janitor(farm).sweep(connection)
+    assert bells.llen(lane("sd")) == 1
+
+
+@pytest.mark.slow
+def test_a_lane_s_only_worker_comes_back_without_anyone_s_help(
+    farm: Farm, bench: Bench, tenant: uuid.UUID
+) -> None:
+    """The real worker and a janitor; the first pause passes in real time."""
+    job_id = submit(farm, tenant, pipeline="sd", **SMALL)
+    farm.bells._redis.flushdb()  # nobody but the janitor rings
+    with pickle(bench), worker_process(farm.settings) as process:
+        wait_until(lambda: failed(farm, process), 120, "the worker has failed to load")
+        with janitor(farm):
+            bench.take("stable_diffusion")
+            wait_until(
+                lambda: job_row(farm, tenant, job_id).status == "succeeded",
+                120,
+                "the worker has loaded the mended checkpoint and rendered the job",
+            )
+        assert process.poll() is None, "it is the same process"
+
+
+def failed(farm: Farm, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "the worker ended"
+    return bool(sql(farm, "SELECT 1 FROM workers WHERE state = 'failed'"))
+
+
+@contextmanager
+def worker_process(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    env = {**os.environ, **variables(settings)}
+    process = subprocess.Popen([sys.executable, "-m", "farm.cli", "worker", "sd"], env=env)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@contextmanager
+def janitor(farm: Farm) -> Iterator[None]:
+    over = threading.Event()
+    thread = threading.Thread(target=Janitor(farm).run, args=[over])
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
