@@ -253,7 +253,7 @@ def kandinsky22_decoder() -> Any:
 
 
 def kandinsky22_prior() -> Any:
-    """Kandinsky 2.2's prior, with the spread of real embeddings: a fresh one gives nothing but 0."""
+    """Kandinsky 2.2's prior, with the spread of real embeddings: a fresh one gives only 0."""
     import torch
     from transformers import (
         CLIPImageProcessor,
@@ -379,7 +379,45 @@ def flux() -> Any:
     )
 
 
+def cogview4() -> Any:
+    """CogView4: its prompts are padded to the longest of the call, and the padding is seen."""
+    from transformers import GlmConfig, GlmModel
+
+    kit = _kit()
+    config = GlmConfig(
+        vocab_size=200,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    return kit.CogView4Pipeline(
+        tokenizer=_t5()["tokenizer"],
+        text_encoder=GlmModel(config),
+        vae=_vae(),
+        transformer=kit.CogView4Transformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            out_channels=4,
+            text_embed_dim=32,
+            time_embed_dim=8,
+            condition_dim=4,
+            sample_size=SIDE // 8,
+        ),
+        scheduler=kit.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 MAKERS: dict[str, Callable[[], Any]] = {
+    "cogview4": cogview4,
     "stable_diffusion": stable_diffusion,
     "stable_diffusion_guarded": stable_diffusion_guarded,
     "sdxl": sdxl,

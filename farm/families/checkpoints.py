@@ -68,8 +68,21 @@ def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
     whole = _read(pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline))
     if pipeline.safety_checker and not _component(whole.index, "safety_checker"):
         raise CatalogError(f"{pipeline.source} has no safety checker; safety_checker is true.")
+    _refuse_without_picture(whole, pipeline.source)
     class_name = text_to_image_class(whole.class_name) or whole.class_name  # as the Auto class does
     return Checkpoint({**whole.index, "_class_name": class_name}, whole.configs, parts)
+
+
+def _refuse_without_picture(checkpoint: Checkpoint, where: str) -> None:
+    """Refuse what was trained to go on from another picture, though the Auto class would load it.
+
+    Its UNet takes that picture beside the latents, as for inpainting, or it is SDXL's refiner.
+    """
+    unet, vae = checkpoint.configs.get("unet", {}), checkpoint.configs.get("vae", {})
+    channels, latents = unet.get("in_channels"), vae.get("latent_channels")
+    takes_more = channels is not None and latents is not None and channels != latents
+    if takes_more or checkpoint.index.get("requires_aesthetics_score"):
+        raise CatalogError(f"{where} cannot begin a picture: it was made to go on from another.")
 
 
 def unused_in(pipeline: Pipeline) -> Collection[str]:

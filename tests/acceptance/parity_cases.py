@@ -111,15 +111,13 @@ class Case:
 
 
 def case(what: str, pipeline: str, bucket: int = 4, **fields: Any) -> Case:
-    """A job of few steps; at a bucket of four, one full batch unless it names its prompts."""
-    several: dict[str, Any] = {"prompts": PROMPTS, "images_per_prompt": 2}
-    alone = {"prompts": PROMPTS[:1]}
-    few = {"steps": 2, "prior_steps": 2} if pipeline == "kandinsky" else {"steps": 3}
+    """A job of few steps, of one frame or, where its bucket has room, of two."""
+    own: dict[str, Any] = {"prompts": PROMPTS[: min(bucket, 2)], "seed": 31, "steps": 3}
+    if pipeline == "kandinsky":
+        own |= {"steps": 2, "prior_steps": 2}
     if pipeline in ("kandinsky", "flux", *CONTROL):  # whose own sizes are large, or the image's
-        few |= SMALL
-    if "prompts" in fields:
-        several = alone
-    job = {**(several if bucket > 1 else alone), "seed": 31, **few, **fields, "bucket": bucket}
+        own |= SMALL
+    job = {**own, **fields, "bucket": bucket}
     if pipeline in CONTROL and "control" not in job.get("grid", {}):
         job.setdefault("control", CONTROL[pipeline])
     return Case(f"{pipeline}-{what}-by{bucket}", pipeline, job)
@@ -151,9 +149,9 @@ GUIDANCE: dict[str, dict[str, Any]] = {
 def guidance() -> list[Case]:
     """Every pipeline at both buckets, with guidance and without."""
     return [
-        case("guidance", pipeline, bucket, **GUIDANCE[pipeline], **SMALL)
+        case("guidance", pipeline, bucket, images_per_prompt=images, **GUIDANCE[pipeline], **SMALL)
         for pipeline in SIZES
-        for bucket in (1, 4)
+        for bucket, images in ((1, 1), (4, 2))
     ]
 
 
@@ -428,12 +426,11 @@ def mixtures() -> list[tuple[str, list[dict[str, Any]]]]:
     images = ("stripes", "grey", "clear", "rings")
     two: list[Any] = [[{**FIRST, "image": name}, {**SECOND, "image": name}] for name in images]
     one: list[Any] = [[{**FIRST, "image": name}] for name in images]
-    steered = {"net": one, "nets": two, "sdxl_nets": two}
+    steered = (("net", one, of_clip), ("nets", two, weighted), ("sdxl_nets", two, of_clip))
     found = [(pipeline, of_clip) for pipeline in ("sd", "sdxl", "refined")]
     found += [
         (pipeline, [text | {"control": nets} for text, nets in zip(kind, each, strict=True)])
-        for pipeline, each in steered.items()
-        for kind in (of_clip, weighted)
+        for pipeline, each, kind in steered
     ]
     found += [(pipeline, weighted) for pipeline in ("sd", "sdxl", "refined")]
     found += [("kandinsky", texts), ("kandinsky", [text | nothing for text in texts])]

@@ -8,6 +8,7 @@ and the largest, of one run on one machine.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -26,11 +27,13 @@ from farm.families.devices import device_name, prepare_torch
 from farm.offers import Offer, make_offer
 from farm.provenance import library_versions
 from farm.spec import FrameSpec
+from farm.warming import warm_up
 from tests.gpu.models import SIZES, Size, save
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 PROMPTS = ["a red star", "نجمة حمراء", "红色的星", "🌟 on blue"]
 RUNS = 5
+DIFFERS = "differ"
 LOADINGS: dict[str, dict[str, Any]] = {
     "eager": {},
     "channels_last": {"channels_last": True},
@@ -58,9 +61,11 @@ class Case:
         entry = Pipeline(source=str(self.folder), device=self.device, dtype=dtype, **loading)
         return make_offer(self.size.name, entry)
 
-    def frames(self, offer: Offer, bucket: int, seeds: Sequence[int]) -> list[FrameSpec]:
+    def frames(
+        self, offer: Offer, bucket: int, seeds: Sequence[int], **given: Any
+    ) -> list[FrameSpec]:
         """Frames of different prompts and seeds, at the checkpoint's own size."""
-        params = offer.params({"steps": self.steps, "sampler": "ddim"}).model_dump()
+        params = offer.params({"steps": self.steps, **given}).model_dump()
         return [
             FrameSpec(
                 pipeline=self.size.name,
@@ -84,24 +89,23 @@ def drawn(offer: Offer, loaded: Loaded, frames: Sequence[FrameSpec]) -> list[np.
 def parity(case: Case) -> Iterator[str]:
     """Compare with bare diffusers, in the same dtype and batch."""
     import torch
-    from diffusers import AutoPipelineForText2Image, DDIMScheduler
+    from diffusers import AutoPipelineForText2Image
 
     auto: Any = AutoPipelineForText2Image
-    scheduler: Any = DDIMScheduler
     offer = case.offer()
     loaded = offer.family.load(offer.pipeline)
     dtype = getattr(torch, offer.pipeline.dtype)
     bare = auto.from_pretrained(str(case.folder), dtype=dtype).to(case.device)
     bare.set_progress_bar_config(disable=True)
-    config = bare.scheduler.config
-    for bucket in case.size.buckets:
-        frames = case.frames(offer, bucket, range(bucket))
+    kind, config = type(bare.scheduler), bare.scheduler.config
+    for bucket, guidance in itertools.product(case.size.buckets, (7.5, 1.0)):
+        frames = case.frames(offer, bucket, range(bucket), guidance_scale=guidance)
         ours = drawn(offer, loaded, frames)
-        bare.scheduler = scheduler.from_config(config)
+        bare.scheduler = kind.from_config(config)
         theirs = bare(
             prompt=[frame.prompt for frame in frames],
             num_inference_steps=case.steps,
-            guidance_scale=frames[0].params["guidance_scale"],
+            guidance_scale=guidance,
             height=case.size.side,
             width=case.size.side,
             generator=[torch.Generator("cpu").manual_seed(frame.seed) for frame in frames],
@@ -109,7 +113,8 @@ def parity(case: Case) -> Iterator[str]:
         differ = sum(
             not np.array_equal(a, np.asarray(b)) for a, b in zip(ours, theirs, strict=True)
         )
-        yield _row(case, f"bare diffusers, batch {bucket}", differ, bucket)
+        what = f"bare diffusers, batch {bucket}, guidance {guidance}"
+        yield _row(case, what, differ, bucket)
 
 
 def places(case: Case) -> Iterator[str]:
@@ -128,7 +133,7 @@ def places(case: Case) -> Iterator[str]:
 
 
 def _row(case: Case, what: str, differ: int, pictures: int) -> str:
-    found = "equal bytes" if not differ else f"**{differ} of {pictures} differ**"
+    found = "equal bytes" if not differ else f"**{differ} of {pictures} {DIFFERS}**"
     return f"| {case.size.name} | {what} | {found} |"
 
 
@@ -137,16 +142,17 @@ def pace(case: Case) -> Iterator[str]:
     for name, loading in LOADINGS.items():
         offer = case.offer(**loading, bucket={"default": max(case.size.buckets)})
         loaded = offer.family.load(offer.pipeline)
+        started = time.monotonic()
+        warm_up(offer, loaded)
+        warm = time.monotonic() - started
         for bucket in case.size.buckets:
             frames = case.frames(offer, bucket, range(bucket))
-            started = time.monotonic()
             drawn(offer, loaded, frames)
-            first = time.monotonic() - started
             seconds = sorted(_timed(case, offer, loaded, frames) / bucket for _ in range(RUNS))
             spread = f"{seconds[0]:.3f} to {seconds[-1]:.3f}"
             yield (
                 f"| {case.size.name} | {name} | {bucket} | {statistics.median(seconds):.3f} "
-                f"| {spread} | {first:.1f} |"
+                f"| {spread} | {warm:.1f} |"
             )
         del loaded
         _forget(case.device)
@@ -168,6 +174,8 @@ def _forget(device: str) -> None:
     from farm.families.loading import free_what_is_left
 
     torch._dynamo.reset()
+    compiler: Any = torch.compiler
+    compiler.set_stance("default")
     if device == "cuda":
         free_what_is_left()
 
@@ -183,7 +191,7 @@ def page(device: str, steps: int, rows: dict[str, list[str]]) -> str:
             "Written by `make gpu`, which anyone with a GPU can run; not edited by hand.",
             "",
             f"Device: {device_name(device)}. Date: {datetime.now(UTC):%Y-%m-%d}. {dtype}, {steps} "
-            "steps of the sampler ddim, random weights of each size.",
+            "steps, random weights of each size.",
             f"Versions: {versions}.",
             "",
             "## The same bytes",
@@ -194,10 +202,10 @@ def page(device: str, steps: int, rows: dict[str, list[str]]) -> str:
             "",
             "## Pace",
             "",
-            f"Seconds an image: the median of {RUNS} batches, and the range. The first batch "
-            "includes compiling.",
+            f"Seconds an image: the median of {RUNS} batches, and the range. Warming up is "
+            "compiling, for every declared shape.",
             "",
-            "| size | loaded | bucket | seconds an image | range | first batch, s |",
+            "| size | loaded | bucket | seconds an image | range | warming up, s |",
             "| --- | --- | --- | --- | --- | --- |",
             *rows["pace"],
             "",
@@ -229,6 +237,8 @@ def main() -> None:
                 _forget(given.device)
     given.page.write_text(page(given.device, given.steps, rows), encoding="utf-8")
     print(f"Written: {given.page}")
+    if any(DIFFERS in row for row in rows["bytes"]):
+        sys.exit("Some pictures are not what they should be: see the page.")
 
 
 if __name__ == "__main__":

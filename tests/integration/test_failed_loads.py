@@ -67,7 +67,7 @@ SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
         r"weights are not of the shapes that its configuration says \(\S+ expected shape",
     ),
     "a VAE of other shapes": (
-        lambda bench: bench.change("stable_diffusion/vae/config.json", latent_channels=8),
+        lambda bench: bench.change("stable_diffusion/vae/config.json", block_out_channels=[32] * 4),
         "weights are not of the shapes that its configuration says",
     ),
     "a text encoder of other shapes": (

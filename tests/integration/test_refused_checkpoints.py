@@ -128,6 +128,16 @@ SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
         ),
         "its configuration is not of the form that diffusers writes",
     ),
+    "a UNet for inpainting": (
+        lambda bench: bench.change("stable_diffusion/unet/config.json", in_channels=9),
+        "stable_diffusion cannot begin a picture: it was made to go on from another",
+    ),
+    "a class that takes a picture": (
+        lambda bench: bench.change(
+            "stable_diffusion/model_index.json", _class_name="StableDiffusionUpscalePipeline"
+        ),
+        "no family renders a StableDiffusionUpscalePipeline",
+    ),
     "no UNet": (
         lambda bench: shutil.rmtree(bench.folder / "stable_diffusion/unet"),
         "has no unet/config.json",
@@ -250,6 +260,11 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("stable_diffusion", "sdxl_refiner"),
         f'{SD}\nrefiner = "sdxl_refiner"',
         "refiner: family stable_diffusion has no use for it",
+    ),
+    "a refiner as the pipeline": (
+        ("sdxl_refiner",),
+        'source = "sdxl_refiner"',
+        "sdxl_refiner cannot begin a picture: it was made to go on from another",
     ),
     "a prior as the pipeline": (
         ("kandinsky22_prior",),
