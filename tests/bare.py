@@ -69,7 +69,7 @@ class Bare:
         """Prepare to draw.
 
         Args:
-            folder: holds the checkpoints, each named for its kind; see checkpoints.KINDS.
+            folder: holds the checkpoints, each named for its kind; see checkpoints.MAKERS.
             images: control images, by the names that jobs use here.
             threads: torch's, as the farm's workers have them.
         """
@@ -277,11 +277,14 @@ class Bare:
 
     def _control(self, frames: list[Frame]) -> dict[str, Any]:
         """The arguments for ControlNets: one value for one net, else lists in their order."""
+        from diffusers.utils.loading_utils import load_image
+
         nets = frames[0].params.get("control")
         if nets is None:
             return {}
         asked = {
-            "image": [self._images[net["image"]] for net in nets],
+            # As diffusers' guides load pictures; given RGBA itself, it would resize it otherwise.
+            "image": [load_image(self._images[net["image"]]) for net in nets],
             "controlnet_conditioning_scale": [net.get("scale", 1.0) for net in nets],
             "control_guidance_start": [net.get("start", 0.0) for net in nets],
             "control_guidance_end": [net.get("end", 1.0) for net in nets],

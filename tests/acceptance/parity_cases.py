@@ -86,7 +86,10 @@ def _image(width: int, height: int, mode: str) -> Image.Image:
     for place in range(0, width, 12):
         draw.line((place, 0, width - place, height), fill=(255 - place, place, 90), width=4)
     draw.ellipse((width // 4, height // 4, width - 5, height - 5), outline="yellow", width=5)
-    return image.convert(mode)
+    image = image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
 
 
 IMAGES = {
@@ -129,7 +132,6 @@ CONTROL: dict[str, list[dict[str, Any]]] = {
     "sdxl_nets": [FIRST, SECOND],
 }
 OF_CLIP = ("sd", "sdxl", "refined", "net", "nets", "sdxl_nets")
-OTHERS = ("kandinsky", "pixart", "flux")
 
 SIZES = {
     **{name: {(32, 64): 4, (96, 64): 1, (72, 40): 4} for name in OF_CLIP},
@@ -193,9 +195,9 @@ NEGATIVES = {"negative_prompt": ["blue, blurred", "", None]}
 def negatives() -> list[Case]:
     """A negative prompt, an empty one and none, which SDXL and Kandinsky tell apart."""
     cases = [
-        case("negatives", pipeline, bucket, grid=NEGATIVES)
+        case("negatives", pipeline, bucket, prompts=PROMPTS[:1], **seeds, grid=NEGATIVES)
         for pipeline in ("sd", "sdxl", "refined", "net", "nets", "sdxl_nets", "kandinsky")
-        for bucket in (1, 4)
+        for bucket, seeds in ((1, {}), (4, {"images_per_prompt": 2}))
     ]
     cases += [case("negatives", "pixart", grid={"negative_prompt": ["blue, blurred", ""]})]
     cases += [case("negatives", "flux", grid={"negative_prompt": ["blue", ""]}, true_cfg_scale=2.0)]
@@ -214,8 +216,9 @@ def samplers() -> list[Case]:
         "pixart": ("ddim", "euler", "unipc"),
         "kandinsky": ("ddpm",),
     }
+    early: dict[str, Any] = {"refined": {"denoising_end": 0.5}}  # several steps on either side
     return [
-        case(f"sampler-{name}", pipeline, steps=4, sampler=name)
+        case(f"sampler-{name}", pipeline, steps=4, sampler=name, **early.get(pipeline, {}))
         for pipeline, names in named.items()
         for name in names
     ]
