@@ -168,14 +168,19 @@ def _checked_point(
         in_grid = bool(first["loc"]) and first["loc"][0] in job.grid
         raise invalid(first, prefix="grid." if in_grid else "") from error
     for name, text in params.texts().items():
-        _check_text(params, text, name, settings)
+        _check_text(params, text, _where(job, name), settings)
     if params.width * params.height > offer.pipeline.max_pixels:
         raise InvalidRequest(
             f"width x height is {params.width * params.height} pixels; the limit of pipeline "
             f"{offer.name} is {offer.pipeline.max_pixels}.",
-            param="width",
+            param=_where(job, "width"),
         )
     return params
+
+
+def _where(job: JobSpec, field: str) -> str:
+    """Name a field as whoever sent it did: in the grid, or beside it."""
+    return f"grid.{field}" if field in job.grid else field
 
 
 def _base_params(job: JobSpec, offer: Offer) -> dict[str, Any]:

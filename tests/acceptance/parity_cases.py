@@ -134,7 +134,8 @@ CONTROL: dict[str, list[dict[str, Any]]] = {
 OF_CLIP = ("sd", "sdxl", "refined", "net", "nets", "sdxl_nets")
 
 SIZES = {
-    **{name: {(32, 64): 4, (96, 64): 1, (72, 40): 4} for name in OF_CLIP},
+    **{name: {(96, 64): 1, (72, 40): 4} for name in ("sd", "sdxl", "refined")},
+    **{name: {(32, 64): 4, (72, 40): 1} for name in ("net", "nets", "sdxl_nets")},
     "kandinsky": {(128, 64): 1, (64, 192): 4},
     "pixart": {(32, 64): 4, (96, 64): 1},
     "flux": {(32, 64): 4, (96, 64): 1},
@@ -206,14 +207,14 @@ def negatives() -> list[Case]:
 
 def samplers() -> list[Case]:
     """Every sampler on Stable Diffusion, some on the others."""
-    some = ("ddim", "dpmpp_2m_karras", "dpmpp_2m_sde", "euler_a", "heun", "unipc")
+    some = ("dpmpp_2m_sde", "euler_a", "heun", "unipc")
     named = {
         "sd": sorted(SAMPLERS),
-        "sdxl": (*some, "lms", "kdpm2_a"),
+        "sdxl": ("ddim", "dpmpp_2m_karras", "euler_a", "kdpm2_a"),
         "refined": some,
         "net": ("ddpm", "dpmpp_sde", "kdpm2"),
         "sdxl_nets": ("euler_karras", "pndm"),
-        "pixart": ("ddim", "euler", "unipc"),
+        "pixart": ("ddim", "euler"),
         "kandinsky": ("ddpm",),
     }
     early: dict[str, Any] = {"refined": {"denoising_end": 0.5}}  # several steps on either side
@@ -273,7 +274,7 @@ def prompts() -> list[Case]:
     return [
         case("prompts", pipeline, prompts=texts, negative_prompt=LONG)
         for pipeline in ("sd", "sdxl", "refined", "kandinsky", "pixart")
-    ] + [case("prompts", pipeline, 1, prompts=texts) for pipeline in ("sd", "sdxl", "flux")]
+    ] + [case("prompts", pipeline, 1, prompts=texts) for pipeline in ("sd", "flux")]
 
 
 def handovers() -> list[Case]:
@@ -302,8 +303,7 @@ def controls() -> list[Case]:
     ]
     cases += [
         case("guess", pipeline, bucket, guess_mode=True, **GUIDANCE[pipeline])
-        for pipeline in CONTROL
-        for bucket in (1, 4)
+        for pipeline, bucket in (("net", 1), ("net", 4), ("nets", 4), ("sdxl_nets", 1))
     ]
     return cases
 
@@ -382,9 +382,11 @@ def knob_pairs() -> list[tuple[Case, Case]]:
     compel: dict[str, Any] = {"prompts": [WEIGHTED[0]]}
     told = {"negative_original_size": [64, 64], "negative_target_size": [64, 64]}
     pairs = []
+    for pipeline in ("sd", "sdxl"):
+        pairs += _each(pipeline, OF_EACH)
     for pipeline in ("sd", "sdxl", "refined", "net"):
         skip = 2 if pipeline == "sd" else 1
-        pairs += _each(pipeline, {**OF_EACH, "clip_skip": skip, "sampler": "dpmpp_2m_sde"})
+        pairs += _each(pipeline, {"clip_skip": skip, "sampler": "dpmpp_2m_sde"})
         pairs += _each(pipeline, {"eta": 0.7}, sampler="ddim")
         pairs += _each(pipeline, {"prompt_syntax": "compel"}, **compel)
     for pipeline in ("sd", "sdxl", "refined"):
