@@ -36,6 +36,7 @@ from tests.checkpoints import save
 from tests.waiting import wait_until
 
 pytestmark = [
+    pytest.mark.timeout(600),  # the first test also waits until all workers have loaded
     # diffusers' own samplers hand torch tensors to numpy.array,
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     # and its combined pipeline of Kandinsky calls the decoder as it should no longer be called.
