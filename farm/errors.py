@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def one_line(said: object, limit: int = 300) -> str:
+    """Write what a library says, mostly over several lines, on one line of a sensible length."""
+    line = " ".join(str(said).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
 class FarmError(Exception):
     """Base of every error the farm raises on purpose; its message is written for the user."""
 

@@ -22,7 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from farm.errors import InvalidRequest, UnsupportedMediaType
+from farm.errors import InvalidRequest, RenderError, UnsupportedMediaType
 
 PNG, JPEG, WEBP = "image/png", "image/jpeg", "image/webp"
 
@@ -127,8 +127,14 @@ def normalised(content: bytes, declared: str, *, max_pixels: int) -> NormalisedI
     return NormalisedImage(_png(picture), picture.width, picture.height)
 
 
-def decoded(content: bytes) -> Image.Image:
-    """Decode the PNG of a normalised image, as RGB."""
+def decoded(content: bytes, image_id: str) -> Image.Image:
+    """Decode the PNG of a normalised image, as RGB.
+
+    Raises:
+        RenderError: it is not the image of this id.
+    """
+    if hashlib.sha256(content).hexdigest() != image_id:
+        raise RenderError(f"What is kept as image {image_id} is another picture.")
     image = PngImageFile(io.BytesIO(content))
     image.load()
     return image.convert("RGB")

@@ -39,9 +39,10 @@ def submit(
         if found is not None:
             return found
     job = check_job(body, farm.settings)
-    spec = full_spec(job, farm.offer(job.pipeline), farm.settings)
+    offer = farm.offer(job.pipeline)
+    spec = full_spec(job, offer, farm.settings)
     with transaction(farm.store) as connection:
-        _check_images(connection, tenant_id, farm.offer(job.pipeline), spec)
+        _check_images(connection, tenant_id, offer, spec)
         job_id = stored.insert_job(
             connection, uuid.uuid4(), tenant_id, spec, job.prompts, idempotency
         )

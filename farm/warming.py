@@ -12,7 +12,7 @@ from PIL import Image
 
 from farm.errors import CatalogError
 from farm.families.base import Batch, Loaded, Params
-from farm.families.loading import compile_no_more
+from farm.families.compiling import compile_no_more
 from farm.offers import Offer, sample
 from farm.spec import FrameSpec
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from farm.config import load_settings
 from farm.context import Farm, open_farm
-from farm.errors import FarmError, Unavailable
-from farm.families.checkpoints import one_line
+from farm.errors import FarmError, Unavailable, one_line
 from farm.families.devices import prepare_torch
 from farm.families.loading import free_what_is_left
 from farm.offers import make_offer

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
+from cachetools import LRUCache
 from PIL import Image
 
 from farm.artifacts import Artifacts
@@ -20,9 +21,9 @@ class ImageCache:
 
     def __init__(self, artifacts: Artifacts, kept_pixels: int = KEPT_PIXELS) -> None:
         self._artifacts = artifacts
-        self._limit = kept_pixels
-        self._kept: OrderedDict[tuple[uuid.UUID, str], Image.Image] = OrderedDict()
-        self._pixels = 0
+        self._kept: LRUCache[tuple[uuid.UUID, str], Image.Image] = LRUCache(
+            kept_pixels, getsizeof=lambda image: image.width * image.height
+        )
 
     def get(self, tenant_id: uuid.UUID, image_id: str) -> Image.Image:
         """Give an image.
@@ -32,15 +33,11 @@ class ImageCache:
             Unavailable: the storage does not answer.
         """
         key = tenant_id, image_id
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        image = load_image(self._artifacts, tenant_id, image_id)
-        self._kept[key] = image
-        self._pixels += image.width * image.height
-        while self._pixels > self._limit and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
-            self._pixels -= dropped.width * dropped.height
+        image = self._kept.get(key)
+        if image is None:
+            image = load_image(self._artifacts, tenant_id, image_id)
+            with suppress(ValueError):  # larger than all that may be kept
+                self._kept[key] = image
         return image
 
 

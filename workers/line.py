@@ -107,10 +107,11 @@ class RenderLine:
         self._warmth.meet(self._offer.name, specs[0])
         try:
             return self._offer.family.denoise(self._loaded, Batch(specs, watch.on_step, images))
-        except REFUSALS as error:
-            raise RenderError(f"{self._offer.name} refuses it: {error}") from error
-        finally:
+        except BaseException as error:
             self._loaded.rest()
+            if isinstance(error, REFUSALS):
+                raise RenderError(f"{self._offer.name} refuses it: {error}") from error
+            raise
 
     def _owners(self, claimed: Sequence[ClaimedFrame]) -> dict[str, uuid.UUID]:
         """Tell whose each image of a batch is."""
@@ -238,11 +239,8 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
         reason, charged = "storage_unavailable", False
     elif len(claimed) > 1:
         # Any one of them may be why, and they may be of several tenants: each is tried alone.
-        message, charged, alone = (
-            "Its batch failed; it is tried again without the others.",
-            False,
-            True,
-        )
+        message = "Its batch failed; it is tried again without the others."
+        charged, alone = False, True
     elif isinstance(error, FarmError):
         message, retryable = error.message, error.retryable
     elif is_out_of_memory(error):

@@ -84,7 +84,7 @@ def _finder(files: Sequence[Path], settings: Settings) -> FindImage:
                     f"The picture was steered by image {image_id}: give its file by --control. "
                     f"The farm does not give it: {error.message}"
                 ) from error
-        return decoded(content)
+        return decoded(content, image_id)
 
     return find
 

@@ -16,11 +16,13 @@ from farm.families.base import (
     Loaded,
     Params,
     StepHook,
+    generators,
     padded,
     step_callback,
+    unflagged,
 )
-from farm.families.clip import unflagged, vae_scale
-from farm.families.loading import generators, load_pipe, pin
+from farm.families.checkpoints import vae_scale
+from farm.families.loading import load_pipe, pin
 from farm.families.samplers import SAMPLERS, build_sampler, sampler_change
 from farm.families.signature import (
     Argument,

@@ -12,6 +12,7 @@ from farm.catalog import Pipeline
 from farm.spec import FrameSpec, storable
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 StepHook = Callable[[int, int], None]
@@ -204,6 +205,13 @@ def padded(frames: Sequence[FrameSpec]) -> list[FrameSpec]:
     return [*frames, *[frames[-1]] * (bucket - len(frames))]
 
 
+def generators(frames: Sequence[FrameSpec]) -> list[torch.Generator]:
+    """Seed one generator a frame, on the CPU so that a seed means the same on every device."""
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(frame.seed) for frame in frames]
+
+
 def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[str, Any]]:
     """Make a `callback_on_step_end` for one diffusers call, or several one after another.
 
@@ -221,3 +229,11 @@ def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[s
         return tensors
 
     return callback
+
+
+def unflagged(output: Any) -> list[Image.Image | None]:
+    """Take a pipeline's pictures, without those that its safety checker flagged."""
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
+    return [
+        None if flagged else picture for picture, flagged in zip(output.images, flags, strict=True)
+    ]

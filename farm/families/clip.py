@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from farm.catalog import Pipeline
-from farm.families.base import Batch, Checkpoint, Guidance, Negatable, Steps, padded, step_callback
-from farm.families.checkpoints import config_of
+from farm.families.base import (
+    Batch,
+    Checkpoint,
+    Guidance,
+    Negatable,
+    Steps,
+    generators,
+    padded,
+    step_callback,
+)
+from farm.families.checkpoints import config_of, vae_scale
 from farm.families.compel_syntax import check_compel
-from farm.families.loading import generators
 from farm.families.prompts import PromptEncoder, Reading
 from farm.families.samplers import SAMPLERS, SamplerName, sampler_change
 from farm.spec import FrameSpec
@@ -95,11 +103,6 @@ def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[s
     return change
 
 
-def vae_scale(vae: Mapping[str, Any]) -> int:
-    """Pixels to a latent's side, as diffusers derives it from a VAE's configuration."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
-
-
 def _sides(sample_size: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(sample_size, int):
         return sample_size, sample_size
@@ -170,11 +173,3 @@ def _together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     import torch
 
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-def unflagged(output: Any) -> list[Image.Image | None]:
-    """Take a pipeline's pictures, without those that its safety checker flagged."""
-    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
-    return [
-        None if flagged else picture for picture, flagged in zip(output.images, flags, strict=True)
-    ]

@@ -16,12 +16,12 @@ from farm.families.base import (
     Negatable,
     Params,
     Steps,
+    generators,
     padded,
     step_callback,
 )
-from farm.families.checkpoints import config_of, require_class
-from farm.families.clip import vae_scale
-from farm.families.loading import generators, load_part, load_pipe, pin
+from farm.families.checkpoints import config_of, require_class, vae_scale
+from farm.families.loading import load_part, load_pipe, pin
 from farm.families.samplers import SamplerName, build_sampler, sampler_change
 from farm.families.tailoring import tailored
 
@@ -128,6 +128,7 @@ class Kandinsky22:
             generator=seeded,
             callback_on_step_end=callback,
         ).images
+        loaded.rest()  # as the combined pipeline's own call ends
         return list(pictures[: len(batch.frames)])
 
 

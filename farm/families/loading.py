@@ -8,40 +8,28 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farm.catalog import Pipeline, Weights
-from farm.errors import CatalogError, FarmError, OutOfMemory
+from farm.errors import CatalogError, FarmError, OutOfMemory, one_line
 from farm.families.base import Loaded
-from farm.families.checkpoints import (
-    INDEX,
-    check_files,
-    folder_of_configs,
-    hub_is_away,
-    hub_says,
-    make_hub_hasty,
-    one_line,
-    parameter_count,
-    unused_in,
-    weights_hash,
-)
+from farm.families.checkpoints import unused_in
+from farm.families.compiling import compile_pipe
 from farm.families.devices import device_of, dtype_of, free_memory, is_out_of_memory
-from farm.spec import FrameSpec
+from farm.families.hub import fetched, fetched_before
+from farm.families.weightfiles import check_files, parameter_count, weights_hash
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 log = logging.getLogger(__name__)
 
 AUTO = "AutoPipelineForText2Image"
 OPTIONS = ("compile", "channels_last", "offload")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-MOST_SHAPES = 1024
-"""Shapes that a compiled module may be compiled for; torch's own limit of 8 is for accidents."""
 
 
 def load_pipe(pipeline: Pipeline, class_name: str = AUTO, **components: Any) -> Any:
@@ -69,7 +57,7 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     device = device_of(pipeline)
     dtype = dtype_of(pipeline, device)
     variant = pipeline.variant_of(part)
-    source = _source(part, variant)
+    source = fetched(part, variant)
     # Once more: what lies there may have changed since the offer, or has just been fetched.
     check_files(Path(source), variant, part.source, unused_in(pipeline))
     _check_memory(pipeline, part, source, device, BYTES[dtype])
@@ -155,64 +143,7 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
     else:
         pipe.to(device)
     if pipeline.compile:
-        _compile(pipe, pipeline.compile)
-
-
-def _compile(pipe: Any, mode: str) -> None:
-    """Let torch compile what takes the time, when it is first called in each shape."""
-    import torch
-    import torch._dynamo
-    import torch._inductor.config
-
-    how: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False}
-    # Of this torch, the processes that compile beside were seen to stop for good.
-    torch._inductor.config.compile_threads = 1
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
-    if (unet := getattr(pipe, "unet", None)) is not None:
-        unet.forward = _timesteps_alike(_outputs_kept(torch.compile(unet.forward, **how), mode))
-    if (transformer := getattr(pipe, "transformer", None)) is not None:
-        transformer.forward = _outputs_kept(torch.compile(transformer.forward, **how), mode)
-    decoder = getattr(getattr(pipe, "vae", None) or getattr(pipe, "movq", None), "decoder", None)
-    if decoder is not None:
-        decoder.compile(**how)
-
-
-def compile_no_more(*, is_anything_compiled: bool) -> None:
-    """From now on, run what is not compiled yet as it is."""
-    import torch
-
-    compiler: Any = torch.compiler
-    compiler.set_stance("eager_on_recompile" if is_anything_compiled else "force_eager")
-
-
-def _outputs_kept(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
-    """Copy what CUDA graphs give out: their next call writes over it, and samplers look back."""
-    if mode == "default":
-        return forward
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    compiler: Any = torch.compiler
-
-    def kept(*args: Any, **kwargs: Any) -> Any:
-        compiler.cudagraph_mark_step_begin()
-        output = forward(*args, **kwargs)
-        return tree_map_only(torch.Tensor, torch.clone, output)
-
-    return kept
-
-
-def _timesteps_alike(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a compiled UNet its timesteps as floats: some samplers count in whole numbers.
-
-    The UNet makes floats of them itself; here, two graphs become one.
-    """
-
-    def alike(sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(sample, timestep.float(), *args, **kwargs)
-
-    return alike
+        compile_pipe(pipe, pipeline.compile)
 
 
 @contextmanager
@@ -292,45 +223,6 @@ def _name_of_weights(weights: Weights, variant: str | None) -> str:
     if weights.is_local:
         content = weights_hash(Path(weights.checkpoint))
         return hashlib.sha256(f"{content} {variant}".encode()).hexdigest() if variant else content
-    loaded = _fetched.get((weights.source, weights.revision, variant))
-    folder = Path(loaded or _source(weights, variant))
+    folder = Path(fetched_before(weights, variant) or fetched(weights, variant))
     # The hub's cache may hold files of other variants beside those that were loaded.
     return hashlib.sha256(f"{weights.source} {folder.name} {variant}".encode()).hexdigest()
-
-
-_fetched: dict[tuple[str, str | None, str | None], str] = {}
-"""The folder of what was fetched last: a hub repository's newest commit may be another by now."""
-
-
-def _source(weights: Weights, variant: str | None) -> str:
-    """The local folder of some weights, downloaded from the hub where they are not here yet."""
-    if weights.is_local:
-        return weights.checkpoint
-    from diffusers import DiffusionPipeline
-    from huggingface_hub import snapshot_download
-
-    make_hub_hasty()
-    fetch: Callable[..., Any]
-    if (folder_of_configs(weights) / INDEX).is_file():
-        fetch = partial(DiffusionPipeline.download, variant=variant, use_safetensors=True)
-    else:  # a single model, such as a ControlNet
-        mark = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-        fetch = partial(snapshot_download, allow_patterns=["*.json", mark])
-    # Where the hub is away, all of it may be here.
-    errors: dict[bool, Exception] = {}
-    for is_local in (True, False) if hub_is_away() else (False, True):
-        try:
-            folder = fetch(weights.source, revision=weights.revision, local_files_only=is_local)
-        except Exception as error:  # the hub's client raises those of its HTTP library too
-            errors[is_local] = error
-        else:
-            _fetched[weights.source, weights.revision, variant] = str(folder)
-            return str(folder)
-    raise CatalogError(f"{weights.source} cannot be downloaded: {hub_says(errors[False])}")
-
-
-def generators(frames: Sequence[FrameSpec]) -> list[torch.Generator]:
-    """Seed one generator a frame, on the CPU so that a seed means the same on every device."""
-    import torch
-
-    return [torch.Generator("cpu").manual_seed(frame.seed) for frame in frames]

@@ -7,10 +7,12 @@ a remembered embedding has the very bits that encoding again would give.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
 
 from farm.errors import RenderError
 from farm.families.devices import is_out_of_memory
@@ -51,26 +53,6 @@ class Reading:
     """prompts in the diffusers call"""
 
 
-@dataclass
-class _Memory:
-    """The embeddings used last, by text and reading, within a number of bytes."""
-
-    limit: int
-    known: OrderedDict[tuple[object, ...], Embeds] = field(default_factory=OrderedDict)
-    size: int = 0
-
-    def get(self, key: tuple[object, ...]) -> Embeds | None:
-        if key in self.known:
-            self.known.move_to_end(key)
-        return self.known.get(key)
-
-    def put(self, key: tuple[object, ...], embeds: Embeds) -> None:
-        self.known[key] = embeds
-        self.size += embeds.size
-        while self.size > self.limit and len(self.known) > 1:
-            self.size -= self.known.popitem(last=False)[1].size
-
-
 class PromptEncoder:
     """The text encoders of one pinned pipeline."""
 
@@ -82,7 +64,9 @@ class PromptEncoder:
             remembered_bytes: memory that remembered embeddings may take.
         """
         self._pipe = pipe
-        self._memory = _Memory(remembered_bytes)
+        self._known: LRUCache[tuple[object, ...], Embeds] = LRUCache(
+            remembered_bytes, getsizeof=lambda embeds: embeds.size
+        )
         self._compels: dict[int | None, dict[str, Any]] = {}
 
     def arguments(
@@ -118,7 +102,7 @@ class PromptEncoder:
         diffusers leaves clip_skip out for them, Compel does not.
         """
         if reading.syntax == "plain":
-            reading = Reading(reading.syntax, None, reading.bucket)
+            reading = replace(reading, clip_skip=None)
         zeros = getattr(self._pipe.config, "force_zeros_for_empty_prompt", False)
         found = self._encode([text or "" for text in texts], reading)
         for text, embeds, beside in zip(texts, found, positive, strict=True):
@@ -126,11 +110,12 @@ class PromptEncoder:
 
     def _encode(self, texts: Sequence[str], reading: Reading) -> list[Embeds]:
         keys = {text: (text, *_decisive(reading)) for text in texts}
-        found = {text: self._memory.get(key) for text, key in keys.items()}
+        found = {text: self._known.get(key) for text, key in keys.items()}
         missing = [text for text, embeds in found.items() if embeds is None]
         for text, fresh in self._encoded(missing, reading):
             found[text] = fresh
-            self._memory.put(keys[text], fresh)
+            with suppress(ValueError):  # larger than all that may be remembered
+                self._known[keys[text]] = fresh
         return [embeds for text in texts if (embeds := found[text]) is not None]
 
     def _encoded(self, texts: Sequence[str], reading: Reading) -> Iterator[tuple[str, Embeds]]:

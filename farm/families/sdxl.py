@@ -8,9 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from farm.catalog import Pipeline
 from farm.errors import CatalogError, RenderError
-from farm.families.base import Batch, Checkpoint, Guidance, Loaded, Params
+from farm.families.base import Batch, Checkpoint, Guidance, Loaded, Params, unflagged
 from farm.families.checkpoints import require_class
-from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups, unflagged
+from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups
 from farm.families.loading import load_part, load_pipe, pin
 from farm.families.prompts import PromptEncoder
 from farm.families.samplers import build_sampler

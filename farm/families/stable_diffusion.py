@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from farm.catalog import Pipeline
-from farm.families.base import Batch, Checkpoint, Loaded, Params
+from farm.families.base import Batch, Checkpoint, Loaded, Params, unflagged
 from farm.families.checkpoints import require_class
-from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups, unflagged
+from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups
 from farm.families.loading import load_pipe, pin
 from farm.families.prompts import PromptEncoder
 from farm.families.samplers import build_sampler

@@ -20,8 +20,8 @@ from farm.catalog import Pipeline
 from farm.errors import CatalogError, OutOfMemory
 from farm.families import loading
 from farm.families.base import Loaded
-from farm.families.checkpoints import parameter_count
 from farm.families.devices import is_out_of_memory
+from farm.families.weightfiles import parameter_count
 from farm.offers import make_offer
 from tests.bench import RUN, SAFE, Bench, clear
 
@@ -284,10 +284,10 @@ import sys, time
 from pathlib import Path
 from farm.catalog import Pipeline
 from farm.errors import CatalogError
-from farm.families import checkpoints
+from farm.families import hub
 from farm.offers import make_offer
 
-checkpoints.HUB_SECONDS = float(sys.argv[2])
+hub.HUB_SECONDS = float(sys.argv[2])
 for source in sys.argv[3:]:
     entry = Pipeline(source=source, device="cpu")
     entry.place(Path(sys.argv[1]))

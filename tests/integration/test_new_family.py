@@ -42,7 +42,7 @@ from pydantic import Field
 
 from farm.catalog import Pipeline
 from farm.families.base import Batch, Checkpoint, Loaded, Params, padded
-from farm.families.checkpoints import weights_hash
+from farm.families.weightfiles import weights_hash
 from farm.families.tailoring import tailored
 
 

@@ -248,7 +248,7 @@ def test_a_steered_picture_needs_the_image_that_steered_it(
     prepare_torch(1)
     frame = FrameSpec(pipeline="steered", prompt="a", seed=1, bucket=1, params=params.model_dump())
     loaded = offer.family.load(offer.pipeline)
-    images = {image_id: decoded(steering.content)}
+    images = {image_id: decoded(steering.content, image_id)}
     picture = offer.family.denoise(loaded, Batch([frame], images=images))[0]
     assert picture is not None
     provenance = Provenance(

@@ -1,0 +1,162 @@
+"""The files of a checkpoint's weights: whether they can be loaded, how much they hold, their hash.
+
+Only safetensors are loaded, never pickles. No weight is read to say so, only the files' headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from farm.errors import CatalogError, one_line
+from farm.families.layout import INDEX, components, read_json
+
+SAFE = ".safetensors"
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
+MOST_HEADER_BYTES = 100_000_000
+"""of a safetensors file, as its library has it"""
+NOT_A_VOCABULARY = frozenset(
+    {
+        "added_tokens.json",
+        "config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    }
+)
+"""With these files alone a tokenizer loads, and reads every prompt as unknown words."""
+WEIGHED = {SAFE, ".json", ".txt", ".model"}
+"""Files that decide what is drawn; a README or a preview picture does not."""
+
+
+def check_files(
+    folder: Path, variant: str | None, where: str, unused: Collection[str] = ()
+) -> None:
+    """Refuse a folder whose files cannot be loaded, or not as they should.
+
+    Raises:
+        CatalogError: it has pickles in place of safetensors, no file of the variant, a damaged
+            one, or a tokenizer without its vocabulary.
+    """
+    try:
+        places = [place for place in _places(folder) if place.name not in unused]
+        for place in places:
+            _refuse_pickles(place, folder, where)
+        files = [path for place in places for path in _loaded_files(place, variant)]
+        if not any(True for place in places for _ in place.glob(f"*{SAFE}")):
+            raise CatalogError(f"{where} holds no weights as safetensors.")
+        if variant and not any(_is_variant(path.name, variant) for path in files):
+            raise CatalogError(f"{where} has no variant {variant!r}: no file is named so.")
+        for path in files:
+            _refuse_damaged(path, folder, where)
+        _refuse_empty_tokenizers(folder, where)
+    except OSError as error:
+        raise CatalogError(f"{where} cannot be read: {one_line(error)}") from error
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders that weights are loaded from: its components', or a single model's own."""
+    if not (folder / INDEX).is_file():
+        return [folder]
+    index = read_json(folder, INDEX, folder.name)
+    places = [folder / name for name, _library, _class_name in components(index)]
+    return [place for place in places if place.is_dir()]
+
+
+def _refuse_pickles(place: Path, folder: Path, where: str) -> None:
+    names = sorted(path.name for path in place.iterdir() if path.is_file())
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    if pickled and not any(name.endswith(SAFE) for name in names):
+        shown = (place / pickled[0]).relative_to(folder)
+        raise CatalogError(
+            f"{where}: {shown} is a pickle, which can run any code; only safetensors are loaded."
+        )
+
+
+def _loaded_files(place: Path, variant: str | None) -> list[Path]:
+    """The weights that diffusers loads from a folder: those of the variant, else the plain ones."""
+    files = sorted(place.glob(f"*{SAFE}"))
+    wanted = [path for path in files if variant and _is_variant(path.name, variant)]
+    return wanted or [path for path in files if path.name.count(".") == 1]
+
+
+def _is_variant(name: str, variant: str) -> bool:
+    """Whether a file is named for a variant, whole or one of several."""
+    pattern = rf"[^.]+\.{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?{re.escape(SAFE)}"
+    return re.fullmatch(pattern, name) is not None
+
+
+def _refuse_damaged(path: Path, folder: Path, where: str) -> None:
+    try:
+        _read_header(path)
+    except (ValueError, RecursionError) as error:
+        shown = path.relative_to(folder)
+        raise CatalogError(f"{where}: {shown} is damaged: {one_line(error)}") from error
+
+
+def _refuse_empty_tokenizers(folder: Path, where: str) -> None:
+    if not (folder / INDEX).is_file():
+        return
+    for name, _library, class_name in components(read_json(folder, INDEX, where)):
+        if "Tokenizer" in class_name:
+            names = {path.name for path in (folder / name).glob("*")}
+            if not names - NOT_A_VOCABULARY:
+                raise CatalogError(f"{where}: its {name} has no vocabulary; a file is missing.")
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash every file of a checkpoint that decides what is drawn, names included (sha256, hex)."""
+    digest = hashlib.sha256()
+    for path in _weighed_files(folder):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _weighed_files(folder: Path) -> Iterator[Path]:
+    yield from sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in WEIGHED
+    )
+
+
+def parameter_count(folder: Path, variant: str | None) -> int:
+    """Count the parameters that loading a folder would bring into memory."""
+    return sum(
+        prod(tensor["shape"])
+        for place in _places(folder)
+        for path in _loaded_files(place, variant)
+        for tensor in _read_header(path).values()
+    )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Read which tensors a safetensors file holds: eight bytes of length, then JSON.
+
+    See https://huggingface.co/docs/safetensors#format
+
+    Raises:
+        ValueError: it is none, or it is cut off.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, MOST_HEADER_BYTES):
+            raise ValueError("it does not begin as safetensors do, or is cut off")
+        header = json.loads(file.read(length))
+    try:
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        shapes = [side for tensor in tensors.values() for side in tensor["shape"]]
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError("its header is not that of safetensors") from error
+    if not all(isinstance(number, int) for number in (end, *shapes)):
+        raise ValueError("its header is not that of safetensors")
+    if size != 8 + length + end:
+        raise ValueError(f"it holds {size} bytes in place of {8 + length + end}")
+    return tensors
