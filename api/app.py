@@ -43,6 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
         app.state.decoding = CapacityLimiter(images.AT_ONCE)
+        app.state.admitted = CapacityLimiter(images.AT_ONCE + images.MOST_WAITING)
         yield
         app.state.farm.close()
 

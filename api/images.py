@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, WouldBlock, to_thread
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import RedirectResponse
 
@@ -58,12 +58,20 @@ async def upload(
     """Take a PNG, JPEG or WebP as the raw body, and keep it as an RGB PNG, upright, without
     metadata. The same content again, in whichever of these kinds, answers the same id."""
     content_type = request.headers.get("content-type", "")
-    decoding: CapacityLimiter = request.app.state.decoding
-    if decoding.statistics().tasks_waiting >= MOST_WAITING:
-        raise Unavailable("Too many images are being uploaded; send it again in a moment.")
-    image = await to_thread.run_sync(
-        use_cases.upload, farm, caller.tenant_id, body, content_type, limiter=decoding
-    )
+    admitted: CapacityLimiter = request.app.state.admitted
+    try:
+        admitted.acquire_nowait()
+    except WouldBlock:
+        raise Unavailable(
+            "Too many images are being uploaded; send it again in a moment."
+        ) from None
+    try:
+        decoding: CapacityLimiter = request.app.state.decoding
+        image = await to_thread.run_sync(
+            use_cases.upload, farm, caller.tenant_id, body, content_type, limiter=decoding
+        )
+    finally:
+        admitted.release()
     response.headers["Location"] = f"/v1/images/{image.id}"
     return _view(image)
 

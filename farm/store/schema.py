@@ -108,6 +108,7 @@ jobs = Table(
     _moment("created_at", now=True),
     _moment("started_at"),
     _moment("finished_at"),
+    _moment("removed_at"),
     UniqueConstraint("tenant_id", "idempotency_key"),
     CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
     CheckConstraint("cursor BETWEEN 0 AND total", name="cursor"),
@@ -137,6 +138,12 @@ jobs = Table(
     Index("jobs_newest", "tenant_id", "created_at", "id"),
     Index("jobs_status", "tenant_id", "status", "created_at", "id"),
     Index("jobs_labels", "labels", postgresql_using="gin"),
+    Index(
+        "jobs_finished",
+        "finished_at",
+        postgresql_where=text("finished_at IS NOT NULL AND removed_at IS NULL"),
+    ),
+    Index("jobs_removed", "removed_at", postgresql_where=text("removed_at IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
 )
@@ -164,6 +171,7 @@ frames = Table(
         comment="attempts that do not count towards max_attempts",
     ),
     Column("worker", Text, nullable=False, comment="who claimed the latest attempt"),
+    Column("bucket", SmallInteger, comment="its own, where memory did not suffice for its spec's"),
     _moment("started_at", null=False),
     _moment("finished_at"),
     Column("slot", SmallInteger, comment="place in the batch, from 0"),
@@ -272,6 +280,15 @@ workers = Table(
     Column("gone", Boolean, nullable=False, server_default=text("false")),
     Column("device", Text),
     Column("problem", Text, comment="why it cannot render"),
+    Column(
+        "failing",
+        ARRAY(Text),
+        nullable=False,
+        server_default="{}",
+        comment="different frames that failed since one last succeeded",
+    ),
+    Column("rests", SmallInteger, nullable=False, server_default=text("0")),
+    _moment("resting_until"),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
     # What it did since it started: summed by pipeline for /metrics.

@@ -345,5 +345,6 @@ def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.Monkey
         go_on.set()
         codes = [one.result().status_code for one in sent]
     assert set(codes) == {201, 503}
-    assert codes.count(201) <= AT_ONCE + MOST_WAITING  # a busy database may send more away
+    # The pool of connections may send away more, where all of them ask for one at the same moment.
+    assert codes.count(201) <= AT_ONCE + MOST_WAITING
     assert most == AT_ONCE

@@ -81,6 +81,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "messages": [""],
             "tracebacks": [None],
             "delays": [0.0],
+            "alone": [False],
         },
     ),
     "touch": (frames.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2}),

@@ -26,7 +26,7 @@ def test_down_and_up_again(farm: Farm) -> None:
 
 def test_upgrading_twice_is_upgrading_once(farm: Farm) -> None:
     migrate.upgrade(farm.store)
-    assert sql(farm, "SELECT version_num FROM alembic_version") == [("0002",)]
+    assert sql(farm, "SELECT version_num FROM alembic_version") == [("0003",)]
 
 
 def test_a_forgotten_migration_is_noticed(farm: Farm) -> None:
