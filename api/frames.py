@@ -44,9 +44,8 @@ def list_frames(
         first = 0 if after is None else after + 1
         rows, ordinals = _window(connection, job, first, limit + 1, state)
         shown = ordinals[:limit]
-        frames = frame_views(
-            connection, job, {at: row for at, row in rows.items() if at in shown}, shown
-        )
+        kept = {at: row for at, row in rows.items() if at in shown}
+        frames = frame_views(connection, job, kept, shown, caller)
     return wire.Page(data=frames, next=str(shown[-1]) if len(ordinals) > limit else None)
 
 
@@ -86,7 +85,7 @@ def get_frame(farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal) -
     """Answer with a frame, its whole spec and every attempt at it."""
     with transaction(farm.store) as connection:
         job, row = frame_row(connection, caller.tenant_id, job_id, ordinal)
-        return frame_views(connection, job, {ordinal: row} if row else {}, [ordinal])[0]
+        return frame_views(connection, job, {ordinal: row} if row else {}, [ordinal], caller)[0]
 
 
 @router.get(

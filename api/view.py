@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from api import wire
+from api.auth import OPERATOR
 from api.waiting import JobRow, Lanes
 from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
 from farm.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import reading
 from farm.store.engine import Transaction
+from farm.store.keys import Caller
 
 INSIDE = frozenset({"points", "job_seed", "params"})
 """What a stored spec holds beside the fields that a client sent."""
@@ -56,7 +58,11 @@ def _eta_seconds(row: JobRow) -> float | None:
 
 
 def frame_views(
-    connection: Transaction, job: JobRow, rows: dict[int, Any], ordinals: Sequence[int]
+    connection: Transaction,
+    job: JobRow,
+    rows: dict[int, Any],
+    ordinals: Sequence[int],
+    caller: Caller,
 ) -> list[wire.Frame]:
     """Show some frames of a job; `rows` holds those that have one, by ordinal."""
     spec = FullSpec.model_validate(job.spec)
@@ -65,6 +71,8 @@ def frame_views(
     attempts: dict[int, list[wire.Attempt]] = {}
     for row in reading.frame_attempts(connection, job.id, list(rows)):
         attempt = wire.Attempt.model_validate(row, from_attributes=True)
+        if caller.role != OPERATOR:
+            attempt.log = None
         attempts.setdefault(row.ordinal, []).append(attempt)
     return [
         _frame_view(
@@ -89,7 +97,7 @@ def _frame_view(
             "state": state,
             "prompt": spec.prompt,
             "seed": spec.seed,
-            "bucket": spec.bucket,
+            "bucket": (row.bucket if row else None) or spec.bucket,
             "attempt": row.attempt if row else 0,
             "worker": row.worker if row else None,
             "slot": row.slot if row else None,

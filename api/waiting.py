@@ -58,9 +58,7 @@ def lane_sentence(pipeline: str, lane: Any) -> str | None:
     if lane.loading:
         return f"The workers are loading pipeline {pipeline}."
     if lane.failed:
-        return (
-            f"The workers failed to load pipeline {pipeline}: {lane.problem or 'no reason given'}"
-        )
+        return f"The workers cannot render pipeline {pipeline}: {lane.problem or 'no reason given'}"
     return f"Every worker of pipeline {pipeline} is draining."
 
 

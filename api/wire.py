@@ -75,6 +75,7 @@ class Attempt(BaseModel):
     worker: str
     reason: str
     message: str
+    log: str | None = Field(description="what its process said last; for an operator's key only")
     started_at: datetime
     ended_at: datetime
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from farm import failpoints
 from farm.envfile import load_env
 
 DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
@@ -62,10 +65,29 @@ class Settings(BaseSettings):
         ge=0,
         description="back-off before a frame's second attempt, doubled up to a minute",
     )
+    rest_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="how long a worker rests after three different frames failed in a row; doubled"
+        " while they go on failing, up to five minutes",
+    )
+    scratch_dir: Path = Field(
+        default_factory=lambda: Path(tempfile.gettempdir()) / f"farm-{os.getuid()}",
+        description="where a worker keeps pictures while the storage is away",
+    )
+    spool_bytes: int = Field(
+        default=2 * 2**30, ge=0, description="bytes of pictures that a worker keeps so at most"
+    )
     grace_seconds: float = Field(
         default=60.0, gt=0, description="how long a worker may finish its batch"
     )
     events_days: float = Field(default=30.0, gt=0, description="how long events are kept")
+    retention_days: float = Field(
+        default=0.0, ge=0, description="how long a job is kept after its end; 0: for ever"
+    )
+    orphan_seconds: float = Field(
+        default=86_400.0, ge=0, description="objects that no frame names are deleted when older"
+    )
     torch_threads: int = Field(
         default=0, ge=0, description="torch threads a worker; 0: as torch chooses"
     )
@@ -88,6 +110,16 @@ class Settings(BaseSettings):
     )
     presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
+    environment: Literal["production", "development"] = Field(
+        default="production", description="failpoints are refused in production"
+    )
+    failpoints: str = Field(default="", description="where to fail on purpose: point=action:text")
+
+    @model_validator(mode="after")
+    def _failpoints_in_development(self) -> Settings:
+        if failpoints.parse(self.failpoints) and self.environment == "production":
+            raise ValueError("FARM_FAILPOINTS is set: FARM_ENVIRONMENT must then be development")
+        return self
 
 
 def load_settings() -> Settings:

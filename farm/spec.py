@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import cached_property
 from typing import Annotated, Any
@@ -122,6 +122,10 @@ class JobSpec(BaseModel):
             yield {**self.params, **dict(zip(self.grid, values, strict=True))}
 
 
+Run = tuple[int, str, int]
+"""A stretch of a job's ordinals that share a batch_key: (end, batch_key, bucket)."""
+
+
 class Point(BaseModel):
     """One combination of a job's grid."""
 
@@ -162,9 +166,9 @@ class FullSpec(BaseModel):
         return len(self.points) * self.frames_per_point
 
     @cached_property
-    def runs(self) -> list[tuple[int, str, int]]:
-        """Stretches of ordinals that share a batch_key, as (end, batch_key, bucket)."""
-        runs: list[tuple[int, str, int]] = []
+    def runs(self) -> list[Run]:
+        """Its stretches, in order."""
+        runs: list[Run] = []
         for index, point in enumerate(self.points):
             end = (index + 1) * self.frames_per_point
             if runs and runs[-1][1] == point.batch_key:
@@ -224,6 +228,20 @@ def batch_key(pipeline: str, bucket: int, scalars: dict[str, Any]) -> str:
     """
     text = json.dumps([pipeline, bucket, scalars], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def shrunk(runs: Sequence[Run], ordinal: int, bucket: int) -> list[Run]:
+    """Give the runs that share a frame's batch_key a smaller bucket, and so another batch_key.
+
+    Runs that are as small already stay as they are.
+    """
+    _, key, before = next(run for run in runs if ordinal < run[0])
+    if before <= bucket:
+        return [*runs]
+    smaller = f"{key.partition('/')[0]}/{bucket}"
+    return [
+        (end, smaller, bucket) if name == key else (end, name, size) for end, name, size in runs
+    ]
 
 
 def chosen_bucket(priority: Priority, catalog_bucket: int, frames: int) -> int:

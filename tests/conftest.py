@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
@@ -44,7 +45,7 @@ def template(servers: Servers) -> str:
 
 
 @pytest.fixture
-def settings(servers: Servers, template: str) -> Iterator[Settings]:
+def settings(servers: Servers, template: str, tmp_path: Path) -> Iterator[Settings]:
     number = next(_numbers)
     name = f"farm_test_{number}"
     _run(servers, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -56,6 +57,7 @@ def settings(servers: Servers, template: str) -> Iterator[Settings]:
         retry_seconds=0.0,
         touch_seconds=0.05,
         transaction_seconds=2.0,
+        scratch_dir=tmp_path / "scratch",
     )
     _run(servers, f"DROP DATABASE {name} WITH (FORCE)")
 

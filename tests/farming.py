@@ -102,6 +102,11 @@ class Hand:
         with transaction(self.farm.store) as connection:
             return frames.fail(connection, lease.id, failures, 0.0)
 
+    def lose(self, message: str = "The child ended.", log: str | None = None) -> None:
+        """Let this worker's child be gone, as its parent would tell it."""
+        with transaction(self.farm.store) as connection:
+            frames.lose(connection, self.id, self.pid, message, 0.0, log)
+
     def release(self, lease: Lease) -> set[Fence]:
         with transaction(self.farm.store) as connection:
             return frames.release(connection, lease.id, [fence(frame) for frame in lease.frames])

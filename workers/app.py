@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -11,6 +12,9 @@ from farm.bells import RENDER_TASK, make_app
 from farm.config import load_settings
 from farm.logs import set_up_logs
 from workers.child import Child
+from workers.identity import announced_identity
+from workers.scratch import Scratch
+from workers.words import Words
 
 settings = load_settings()
 app = make_app(settings)
@@ -28,7 +32,9 @@ def _set_up_logs(**_: Any) -> None:
 def _start_child(**_: Any) -> None:
     # SIGTERM to the whole group is the parent's to answer: the batch is finished first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    child = Child()
+    words = Words(Scratch(settings.scratch_dir, announced_identity().pid).words(os.getpid()))
+    words.listen()
+    child = Child(words=words)
     child.start()
     _child[:] = [child]
 
@@ -36,4 +42,5 @@ def _start_child(**_: Any) -> None:
 @app.task(name=RENDER_TASK, ignore_result=True)
 def render() -> None:
     """Answer a bell."""
-    _child[0].answer()
+    if not _child[0].answer():
+        os._exit(os.EX_TEMPFAIL)  # the pool starts another child in its place

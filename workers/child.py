@@ -17,6 +17,8 @@ from farm.store.engine import transaction
 from farm.warming import warm_up
 from workers.identity import Identity, announced_identity
 from workers.line import RenderLine
+from workers.scratch import Scratch
+from workers.words import Words
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +37,38 @@ class Child:
         farm: Farm | None = None,
         identity: Identity | None = None,
         clock: Callable[[], float] = time.monotonic,
+        words: Words | None = None,
     ) -> None:
         self._identity = identity or announced_identity()
         self._farm = farm or open_farm(load_settings())
+        self._scratch = Scratch(self._farm.settings.scratch_dir, self._identity.pid)
         self._clock = clock
+        self._words = words
         self._line: RenderLine | None = None
         self._pause = LOAD_AGAIN_SECONDS
         self._due = float("-inf")
         """When to try to load again"""
 
     def start(self) -> None:
-        """Pin the pipeline, before the first bell."""
+        """Pin the pipeline, before the first bell.
+
+        Where the child before this one ended while it loaded, so might this one: it waits first.
+        """
         try:
-            self._load()
+            ended = self._scratch.unfinished_loads()
+            if ended:
+                self._pause = min(LOAD_AGAIN_SECONDS * 2.0 ** min(ended - 1, 30), MOST_SECONDS)
+                self._fail_to_load("Its process ended while it loaded the pipeline.")
+            else:
+                self._load()
         except Unavailable as error:
             log.warning("%s: %s", self._identity.name, error)
 
-    def answer(self) -> None:
-        """Answer a bell: render until the lane is empty."""
+    def answer(self) -> bool:
+        """Answer a bell: render until the lane is empty.
+
+        Returns whether this process may go on; a fresh one should where memory ran out.
+        """
         try:
             if self._line is None and self._clock() >= self._due:
                 self._load()
@@ -60,6 +76,7 @@ class Child:
                 self._render(self._line)
         except Unavailable as error:
             log.warning("%s waits for the next bell: %s", self._identity.name, error)
+        return self._line is None or not self._line.out_of_memory
 
     def _render(self, line: RenderLine) -> None:
         self._say("rendering")
@@ -74,10 +91,14 @@ class Child:
         Who rings for later is the janitor, as long as something waits on the lane.
         """
         self._say("loading")
+        self._scratch.begin_load()
         problem = self._try()
-        if problem is None:
-            return
-        free_what_is_left()  # not before: the error held on to what it had loaded
+        self._scratch.end_load()
+        if problem is not None:
+            free_what_is_left()  # not before: the error held on to what it had loaded
+            self._fail_to_load(problem)
+
+    def _fail_to_load(self, problem: str) -> None:
         self._due = self._clock() + self._pause
         self._pause = min(2 * self._pause, MOST_SECONDS)
         self._say("failed", problem=problem)
@@ -103,7 +124,7 @@ class Child:
         log.info(
             "%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, self._clock() - started
         )
-        self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth)
+        self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._words)
         self._say("idle", device=loaded.device)
         return None
 

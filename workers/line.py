@@ -1,7 +1,11 @@
-"""The render line, straight: claim, denoise, encode, put, complete; until the lane is empty."""
+"""The render line, straight: claim, denoise, encode, put, complete; until the lane is empty.
+
+While the storage is away, finished batches wait in the spool, and the line goes on.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -13,6 +17,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from PIL import Image
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
@@ -26,11 +31,15 @@ from farm.store import frames, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import Connection, transaction
 from farm.store.frames import Done, Failure
+from farm.store.resting import note_failure
 from farm.store.workers import Account
 from farm.warming import Warmth
 from workers.identity import Identity
 from workers.images import BatchImages, ImageCache
+from workers.scratch import Scratch
+from workers.spool import Finished, Picture, Spool
 from workers.watch import LeaseWatch
+from workers.words import Words
 
 log = logging.getLogger(__name__)
 
@@ -50,35 +59,51 @@ class RenderLine:
         offer: Offer,
         loaded: Loaded,
         warmth: Warmth | None = None,
+        words: Words | None = None,
     ) -> None:
         self._farm = farm
         self._identity = identity
         self._offer = offer
         self._loaded = loaded
         self._warmth = warmth or Warmth()
+        self._words = words
         self._images = ImageCache(farm.artifacts)
         self._versions = library_versions()
+        settings = farm.settings
+        scratch = Scratch(settings.scratch_dir, identity.pid)
+        self._spool = Spool(scratch.pictures(os.getpid()), settings.spool_bytes)
         self._commit_seconds = 0.0
         self._unsure = True
+        self.out_of_memory = False
+        """Whether memory ran out: then nothing more is claimed, and a fresh process should go on"""
 
     def run(self) -> None:
         """Render batch after batch until nothing may be claimed; an outage is waited out."""
-        while (lease := self._insist(self._claim)) is not None:
-            if len(lease.frames) == lease.frames[0].spec.bucket:
-                self._farm.bells.ring(lease.pipeline)  # there may be more: wake another worker
-            self._render(lease)
+        while True:
+            self._store_kept()
+            may_claim = not (self._spool.full or self.out_of_memory)
+            lease = self._insist(self._claim) if may_claim else None
+            if lease is not None:
+                if len(lease.frames) == lease.frames[0].spec.bucket:
+                    self._farm.bells.ring(lease.pipeline)  # there may be more: wake another worker
+                self._render(lease)
+            elif self._spool:
+                self._spool.wait()
+            else:
+                return
 
     def _claim(self) -> Lease | None:
+        me = self._identity
         if self._unsure:
             with transaction(self._farm.store) as connection:
-                frames.release_forgotten(connection, self._identity.id, os.getpid())
+                frames.release_forgotten(connection, me.id, os.getpid(), self._spool.leases)
         self._unsure = True  # until the reply to this claim is here
         with transaction(self._farm.store) as connection:
             lease = claim(
                 connection,
-                pipeline=self._identity.pipeline,
-                worker_id=self._identity.id,
-                worker=self._identity.name,
+                pipeline=me.pipeline,
+                worker_id=me.id,
+                worker=me.name,
                 pid=os.getpid(),
                 lease_seconds=self._farm.settings.lease_seconds,
             )
@@ -86,20 +111,32 @@ class RenderLine:
         return lease
 
     def _render(self, lease: Lease) -> None:
-        """Render a batch. Whatever happens, its lease ends here: the parent would renew it."""
-        account = Account(commit_seconds=self._commit_seconds)
+        """Render a batch. Its lease ends here, or lives on in the spool: the parent renews it."""
+        if self._words is not None:
+            self._words.begin()
+        batch = Finished(lease, Account(commit_seconds=self._commit_seconds))
         try:
             with LeaseWatch(self._farm.store, lease, self._farm.settings.touch_seconds) as watch:
-                with _timed(account, "denoise_seconds"):
+                with _timed(batch.account, "denoise_seconds"):
                     pictures = self._denoise(lease, watch)
-                self._store(lease, pictures, account, watch)
+                self._encode(batch, pictures)
+                batch.step = watch.step
+                # While older ones wait, the storage is known to be away.
+                kept = bool(self._spool) or not self._put(batch, lambda _: watch.on_stored())
+            if kept:
+                log.warning("%s keeps %s", self._identity.name, _named(lease.frames))
+                self._spool.keep(batch)
+            else:
+                self._commit(lambda: self._complete(batch))
         except StopBatch:
             log.info("%s stopped: %s", self._identity.name, _named(lease.frames))
             self._commit(lambda: self._release(lease))
         except Exception as error:
             log.exception("%s failed at %s", self._identity.name, _named(lease.frames))
-            failures = _failures(lease.frames, error)
-            self._commit(lambda: self._fail(lease, failures, account))
+            self.out_of_memory = is_out_of_memory(error)
+            batch.failures = _failures(lease.frames, error)
+            counts = _counts(error)
+            self._commit(lambda: self._fail(batch, counts))
 
     def _denoise(self, lease: Lease, watch: LeaseWatch) -> list[Image.Image | None]:
         specs = [frame.spec for frame in lease.frames]
@@ -122,41 +159,58 @@ class RenderLine:
             for image_id in image_ids(frame.spec.params)
         }
 
-    def _store(
-        self,
-        lease: Lease,
-        pictures: Sequence[Image.Image | None],
-        account: Account,
-        watch: LeaseWatch,
-    ) -> None:
-        done: list[Done] = []
-        failures: list[Failure] = []
-        for slot, (frame, picture) in enumerate(zip(lease.frames, pictures, strict=True)):
+    def _encode(self, batch: Finished, pictures: Sequence[Image.Image | None]) -> None:
+        for slot, (frame, picture) in enumerate(zip(batch.lease.frames, pictures, strict=True)):
             if picture is None:
-                failures.append(_flagged(frame))
+                batch.failures.append(_flagged(frame))
                 continue
             try:
-                done.append(self._put(frame, slot, picture, account))
-            except Unavailable as error:
-                # The storage is away: the others would only wait for it as long, one by one.
-                log.warning("%s could not store %s: %s", self._identity.name, frame, error)
-                failures += _failures(lease.frames[slot:], error)
-                break
+                with _timed(batch.account, "encode_seconds"):
+                    content = encode_png(picture, self._provenance(frame))
             except Exception as error:
-                log.exception("%s could not store %s", self._identity.name, frame)
-                failures += _failures([frame], error)
-            finally:
-                watch.on_stored()
-        self._commit(lambda: self._complete(lease, done, failures, account))
+                log.exception("%s could not encode %s", self._identity.name, frame)
+                batch.failures += _failures([frame], error)
+                continue
+            digest = hashlib.sha256(content).digest()
+            key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest)
+            done = Done(_fence(frame), digest, len(content), slot)
+            batch.unstored.append(Picture(frame, key, done, content))
 
-    def _put(self, frame: ClaimedFrame, slot: int, picture: Image.Image, account: Account) -> Done:
-        with _timed(account, "encode_seconds"):
-            content = encode_png(picture, self._provenance(frame))
-        digest = hashlib.sha256(content).digest()
-        key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest)
-        with _timed(account, "put_seconds"):
-            self._farm.artifacts.put(key, content)
-        return Done(_fence(frame), digest, len(content), slot)
+    def _put(self, batch: Finished, on_stored: Callable[[Picture], None]) -> bool:
+        """Store what is not stored yet; returns whether the storage took all of it."""
+        while batch.unstored:
+            picture = batch.unstored[0]
+            try:
+                with _timed(batch.account, "put_seconds"):
+                    self._farm.artifacts.put(picture.key, picture.content())
+                batch.done.append(picture.done)
+            except Unavailable as error:
+                log.warning("%s could not store %s: %s", self._identity.name, picture.frame, error)
+                return False
+            except Exception as error:
+                log.exception("%s could not store %s", self._identity.name, picture.frame)
+                batch.failures += _failures([picture.frame], error)
+            del batch.unstored[0]
+            on_stored(picture)
+        return True
+
+    def _store_kept(self) -> None:
+        """Store the batches that wait in the spool, as far as the storage takes them."""
+        while (batch := self._spool.oldest()) is not None:
+            if not self._insist(functools.partial(self._wanted, batch)):
+                log.info("%s lost %s", self._identity.name, _named(batch.lease.frames))
+                self._commit(functools.partial(self._release, batch.lease))
+            elif self._put(batch, self._spool.stored):
+                self._commit(functools.partial(self._complete, batch))
+            else:
+                self._spool.postpone()
+                return
+            self._spool.end()
+
+    def _wanted(self, batch: Finished) -> bool:
+        """Ask whether a kept batch is still wanted; the parent sees that it is looked after."""
+        with transaction(self._farm.store) as connection:
+            return frames.touch(connection, batch.lease.id, *batch.step)
 
     def _provenance(self, frame: ClaimedFrame) -> Provenance:
         return Provenance(
@@ -169,17 +223,15 @@ class RenderLine:
             options=dict(self._loaded.options),
         )
 
-    def _complete(
-        self, lease: Lease, done: list[Done], failures: list[Failure], account: Account
-    ) -> None:
+    def _complete(self, batch: Finished) -> None:
+        done, account = batch.done, batch.account
         with transaction(self._farm.store) as connection:
-            accepted = frames.complete(connection, lease.id, done)
+            accepted = frames.complete(connection, batch.lease.id, done)
             if not accepted and done and frames.already_complete(connection, done):
                 return  # the reply to an earlier COMMIT was lost
             account.succeeded = len(accepted)
             account.dropped = len(done) - len(accepted)
-            self._end(connection, lease, failures, account)
-            workers.account(connection, self._identity.id, account)
+            self._end(connection, batch)
         for item in done:
             if item.fence not in accepted:
                 log.warning(
@@ -188,18 +240,24 @@ class RenderLine:
                     *item.fence,
                 )
 
-    def _fail(self, lease: Lease, failures: list[Failure], account: Account) -> None:
+    def _fail(self, batch: Finished, counts: bool) -> None:
+        """End a batch that failed as a whole; where it `counts`, the worker may have to rest."""
+        first, me, until = batch.lease.frames[0], self._identity, None
+        rest_seconds = self._farm.settings.rest_seconds
         with transaction(self._farm.store) as connection:
-            self._end(connection, lease, failures, account)
-            workers.account(connection, self._identity.id, account)
+            self._end(connection, batch)
+            if counts:
+                until = note_failure(connection, me.id, first.job_id, first.ordinal, rest_seconds)
+        if until is not None:
+            log.error("%s rests until %s: one frame after another fails", me.name, until)
 
-    def _end(
-        self, connection: Connection, lease: Lease, failures: list[Failure], account: Account
-    ) -> None:
-        retry_seconds = self._farm.settings.retry_seconds
-        states = list(frames.fail(connection, lease.id, failures, retry_seconds).values())
+    def _end(self, connection: Connection, batch: Finished) -> None:
+        settings, account = self._farm.settings, batch.account
+        ended = frames.fail(connection, batch.lease.id, batch.failures, settings.retry_seconds)
+        states = list(ended.values())
         account.dead = states.count(FrameState.DEAD)
         account.returned = states.count(FrameState.READY)
+        workers.account(connection, self._identity.id, account)
 
     def _release(self, lease: Lease) -> None:
         with transaction(self._farm.store) as connection:
@@ -216,14 +274,17 @@ class RenderLine:
         Without Postgres there is nothing else to do, and a write whose lease was lost meanwhile
         changes nothing.
         """
-        pause = 0.1
-        while True:
-            try:
-                return work()
-            except Unavailable as error:
-                log.warning("%s waits: %s", self._identity.name, error)
-                time.sleep(pause)
-                pause = min(pause * 2, 2.0)
+        tries = Retrying(
+            retry=retry_if_exception_type(Unavailable),
+            wait=wait_random_exponential(multiplier=0.2, max=2.0),
+            before_sleep=self._tell,
+        )
+        return tries(work)
+
+    def _tell(self, state: RetryCallState) -> None:
+        outcome = state.outcome
+        assert outcome is not None
+        log.warning("%s waits: %s", self._identity.name, outcome.exception())
 
 
 def _fence(frame: ClaimedFrame) -> Fence:
@@ -234,21 +295,35 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
     """Map what went wrong to what becomes of the frames: the one place that decides it."""
     text = "".join(traceback.format_exception(error)).replace("\x00", "")
     message = f"{type(error).__name__}: {error}".replace("\x00", "")
-    reason, retryable, charged, alone = "render_error", True, True, False
+    several = len(claimed) > 1
+    reason, retryable, charged, smaller = "render_error", True, not several, False
     if isinstance(error, Unavailable):
-        reason, charged = "storage_unavailable", False
-    elif len(claimed) > 1:
+        reason, charged, several = "storage_unavailable", False, False
+    elif is_out_of_memory(error):
+        reason, message, smaller = "out_of_memory", "Memory ran out.", True
+    elif several:
         # Any one of them may be why, and they may be of several tenants: each is tried alone.
         message = "Its batch failed; it is tried again without the others."
-        charged, alone = False, True
     elif isinstance(error, FarmError):
         message, retryable = error.message, error.retryable
-    elif is_out_of_memory(error):
-        reason = "out_of_memory"
     return [
-        Failure(_fence(frame), reason, message, retryable, text, charged, alone=alone)
+        Failure(
+            _fence(frame),
+            reason,
+            message,
+            retryable,
+            text,
+            charged=charged,
+            alone=several,
+            smaller=smaller,
+        )
         for frame in claimed
     ]
+
+
+def _counts(error: Exception) -> bool:
+    """Whether an error may be the worker's own fault, rather than a server's or the frame's."""
+    return not isinstance(error, FarmError)
 
 
 def _flagged(frame: ClaimedFrame) -> Failure:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import billiard
 from celery.exceptions import SecurityWarning, WorkerLostError
 from celery.signals import task_failure, worker_shutting_down
 
@@ -21,9 +22,14 @@ from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable
 from farm.store import frames, workers
 from farm.store.engine import Connection, transaction
+from farm.store.resting import note_failure
 from workers.identity import Identity, new_identity
+from workers.scratch import Scratch, is_alive
 
 log = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 5.0
+"""What giving a batch back and ending a child may take."""
 
 OUTAGE_PATIENCE_SECONDS = 60.0
 """After Postgres was away no step may have been told for long, though all went well."""
@@ -32,12 +38,14 @@ OUTAGE_PATIENCE_SECONDS = 60.0
 class Heart:
     """Renews the worker's leases, ends a hung child, and returns what a dead child held."""
 
-    def __init__(self, farm: Farm, identity: Identity) -> None:
+    def __init__(self, farm: Farm, identity: Identity, scratch: Scratch) -> None:
         self._farm = farm
         self._identity = identity
+        self._scratch = scratch
         self._wake = threading.Event()
         self._over = threading.Event()
         self._draining = False
+        self._give_up_at = float("inf")
         self._outage = float("-inf")
         self._last_words = "The worker's child ended."
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
@@ -47,7 +55,14 @@ class Heart:
         self._thread.start()
 
     def drain(self) -> None:
-        """Let the worker claim nothing more; returns at once."""
+        """Let the worker claim nothing more; returns at once.
+
+        Its batch may be finished within `grace_seconds`, less what it takes to give it back. Asked
+        a second time, it is given back now.
+        """
+        now = time.monotonic()
+        grace = self._farm.settings.grace_seconds
+        self._give_up_at = now if self._draining else now + grace - min(LEAVE_SECONDS, grace / 2)
         self._draining = True
         self._wake.set()
 
@@ -72,7 +87,10 @@ class Heart:
                 log.warning("%s: heartbeat missed: %s", self._identity.name, error)
             except Exception:
                 log.exception("%s: heartbeat failed", self._identity.name)
-            self._wake.wait(self._farm.settings.heartbeat_seconds)
+            left = self._give_up_at - time.monotonic()
+            if left <= 0:
+                self._give_up()
+            self._wake.wait(min(self._farm.settings.heartbeat_seconds, max(left, 0.0)))
 
     def _beat(self) -> None:
         settings, me = self._farm.settings, self._identity.id
@@ -81,15 +99,18 @@ class Heart:
         with transaction(self._farm.store) as connection:
             held = frames.renew(connection, me, settings.lease_seconds)
         with transaction(self._farm.store) as connection:
-            if not workers.seen(connection, me):  # stopped for so long that its row was folded
+            draining = workers.seen(connection, me)
+            if draining is None:  # stopped for so long that its row was folded
                 enlist(connection, self._identity)
             if self._draining:
                 workers.drain(connection, me)
+        if draining and not self._draining:
+            log.info("%s was asked to drain.", self._identity.name)
+            os.kill(os.getpid(), signal.SIGTERM)
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
             self._end_hung(held)
-        gone = [lease.pid for lease in held if not is_alive(lease.pid)]
-        if gone:
-            self._return_lost(gone)
+        for pid in {lease.pid for lease in held if not is_alive(lease.pid)}:
+            self._return_lost(pid)
 
     def _end_hung(self, held: Sequence[Any]) -> None:
         """End a child that shows no step, and stores no picture, for too long."""
@@ -97,20 +118,54 @@ class Heart:
         for lease in held:
             if lease.still > patience and is_alive(lease.pid):
                 log.error("%s: child %s hangs; ended", self._identity.name, lease.pid)
+                self._last_words = f"It showed no step for {lease.still.seconds} s, and was ended."
                 os.kill(lease.pid, signal.SIGKILL)
 
-    def _return_lost(self, pids: list[int]) -> None:
+    def _return_lost(self, pid: int) -> None:
+        settings, me = self._farm.settings, self._identity.id
+        log_lines = self._scratch.last_words(pid)
         with transaction(self._farm.store) as connection:
-            lanes = frames.lose(
-                connection,
-                self._identity.id,
-                pids,
-                self._last_words,
-                self._farm.settings.retry_seconds,
+            lost = frames.lose(
+                connection, me, pid, self._last_words, settings.retry_seconds, log_lines
             )
-        for pipeline in lanes:
-            log.warning("%s: %s Its batch was returned.", self._identity.name, self._last_words)
+            for _, (job_id, ordinal, _) in lost:
+                note_failure(connection, me, job_id, ordinal, settings.rest_seconds)
+        self._scratch.forget(pid)
+        for pipeline, (job_id, ordinal, attempt) in lost:
+            log.warning(
+                "%s: %s The batch of job %s frame %s attempt %s was returned.",
+                self._identity.name,
+                self._last_words,
+                job_id,
+                ordinal,
+                attempt,
+            )
             self._farm.bells.ring(pipeline)
+
+    def _give_up(self) -> None:
+        """Give the batch back unfinished, at no charge, end the child, and so let Celery stop."""
+        log.warning("%s gives its batch back and leaves", self._identity.name)
+        self._give_up_at = float("inf")
+        lanes: set[str] = set()
+        try:
+            with transaction(self._farm.store) as connection:
+                lanes = frames.release_all(connection, self._identity.id)
+        except Unavailable as error:
+            log.warning("%s: its leases must expire: %s", self._identity.name, error)
+        for pipeline in lanes:
+            self._farm.bells.ring(pipeline)
+        for pid in [child.pid for child in billiard.active_children()]:
+            if pid is not None and is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        # Celery may wait for a Redis that does not answer.
+        abandon = threading.Timer(LEAVE_SECONDS / 2, self._abandon)
+        abandon.daemon = True
+        abandon.start()
+
+    def _abandon(self) -> None:
+        log.warning("%s ends: Celery did not stop in time", self._identity.name)
+        self.leave()
+        os._exit(0)
 
     def leave(self) -> None:
         """Return what a child that ended still held, and say that the worker is gone."""
@@ -120,15 +175,6 @@ class Heart:
                 workers.leave(connection, self._identity.id)
         except FarmError as error:
             log.warning("%s left without saying so: %s", self._identity.name, error)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this host exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def enlist(connection: Connection, identity: Identity) -> None:
@@ -154,9 +200,11 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     farm.entry(pipeline)
     identity = new_identity(pipeline)
     identity.announce()
+    scratch = Scratch(settings.scratch_dir, identity.pid)
+    scratch.make()
     with transaction(farm.store) as connection:
         enlist(connection, identity)
-    heart = Heart(farm, identity)
+    heart = Heart(farm, identity, scratch)
     _connect(heart)
     heart.start()
     try:
@@ -164,6 +212,7 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     finally:
         heart.stop()
         heart.leave()
+        scratch.remove()
         farm.close()
 
 

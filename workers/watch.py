@@ -26,7 +26,7 @@ class LeaseWatch:
         self._store = store
         self._lease = lease
         self._seconds = seconds
-        self._step = (0, 0)
+        self.step = (0, 0)
         self._stored = 0
         self._unwanted = threading.Event()
         self._over = threading.Event()
@@ -50,7 +50,7 @@ class LeaseWatch:
         Raises:
             StopBatch: the lease is lost, or every frame of it was cancelled.
         """
-        self._step = (step, steps)
+        self.step = (step, steps)
         if self._unwanted.is_set():
             raise StopBatch
 
@@ -61,8 +61,8 @@ class LeaseWatch:
     def _talk(self) -> None:
         reported = (0, 0), 0
         while not self._over.wait(self._seconds):
-            now = self._step, self._stored
-            if now != reported and not self._report(*self._step):
+            now = self.step, self._stored
+            if now != reported and not self._report(*self.step):
                 self._unwanted.set()
                 return
             reported = now

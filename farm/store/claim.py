@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row, RowMapping, text
 
 from farm.spec import FrameSpec
 from farm.store.specs import frame_specs
@@ -54,7 +54,10 @@ CHOICES = 5
 
 LOCK_LANE = text("SELECT pg_advisory_xact_lock(hashtextextended('lane ' || :pipeline, 0))")
 
-MAY_CLAIM = text("SELECT true FROM workers WHERE id = :worker_id AND NOT draining")
+MAY_CLAIM = text("""
+SELECT failing FROM workers
+WHERE id = :worker_id AND NOT draining AND coalesce(resting_until <= clock_timestamp(), true)
+""")
 
 LEADER = text("""
 SELECT head.job_id, head.ordinal, head.alone, head.batch_key, head.bucket
@@ -72,6 +75,7 @@ FROM shares s CROSS JOIN LATERAL (
      FROM returns r
      WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
        AND NOT r.paused AND r.not_before <= clock_timestamp()
+       AND format('%s/%s', r.job_id, r.ordinal) <> ALL(:but)
      ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
 ) head
 WHERE s.pipeline = :pipeline
@@ -121,8 +125,8 @@ WITH take AS (
     WHERE j.id = t.id AND j.open
     RETURNING j.id, j.cursor - t.n AS first, j.cursor AS stop
 )
-INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at)
-SELECT id, ordinal, 'running', 1, :worker, clock_timestamp()
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at)
+SELECT id, ordinal, 'running', 1, :worker, :bucket, clock_timestamp()
 FROM advanced CROSS JOIN generate_series(first, stop - 1) AS ordinal
 RETURNING job_id, ordinal, attempt
 """)
@@ -135,7 +139,7 @@ WITH taken AS (
     RETURNING r.job_id, r.ordinal
 )
 UPDATE frames f
-SET state = 'running', attempt = f.attempt + 1, worker = :worker, error = NULL,
+SET state = 'running', attempt = f.attempt + 1, worker = :worker, bucket = :bucket, error = NULL,
     started_at = clock_timestamp(), finished_at = NULL
 FROM taken t
 WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
@@ -172,22 +176,34 @@ def claim(
 ) -> Lease | None:
     """Claim the next batch of a lane, or None where nothing may be claimed.
 
-    A draining or unknown worker claims nothing.
+    A worker that drains or rests, or is unknown, claims nothing.
     """
     connection.execute(LOCK_LANE, {"pipeline": pipeline})
-    if connection.execute(MAY_CLAIM, {"worker_id": worker_id}).first() is None:
+    may_claim = connection.execute(MAY_CLAIM, {"worker_id": worker_id}).first()
+    if may_claim is None:
         return None
     # What was chosen may be cancelled or paused before it is locked: then choose again.
     for _ in range(CHOICES):
-        leader = connection.execute(LEADER, {"pipeline": pipeline}).mappings().first()
+        leader = _leader(connection, pipeline, may_claim.failing)
         if leader is None:
             return None
         fill = _fill(connection, pipeline, leader)
         lock_jobs(connection, [job_id for job_id, _ in fill.returned] + list(fill.new))
-        fences = _take_back(connection, fill.returned, worker)
-        fences += _advance(connection, fill.new, worker)
+        by = {"worker": worker, "bucket": leader["bucket"]}
+        fences = _take_back(connection, fill.returned, by) + _advance(connection, fill.new, by)
         if fences:
-            return _open_lease(connection, pipeline, worker_id, pid, lease_seconds, sorted(fences))
+            holder = _Holder(pipeline, worker_id, pid, lease_seconds)
+            return _open_lease(connection, holder, leader["bucket"], sorted(fences))
+    return None
+
+
+def _leader(connection: Connection, pipeline: str, failing: list[str]) -> RowMapping | None:
+    """Choose the first frame of a batch; one that failed on this very worker only for want of
+    another."""
+    for but in (failing, []) if failing else ([],):
+        found = connection.execute(LEADER, {"pipeline": pipeline, "but": but}).mappings().first()
+        if found is not None:
+            return found
     return None
 
 
@@ -211,7 +227,7 @@ class _Fill:
                 self.free -= self.new[row.id]
 
 
-def _fill(connection: Connection, pipeline: str, leader: Any) -> _Fill:
+def _fill(connection: Connection, pipeline: str, leader: RowMapping) -> _Fill:
     if leader["alone"]:
         return _Fill(0, [(leader["job_id"], leader["ordinal"])], {})
     fill = _Fill(leader["bucket"], [], {})
@@ -226,61 +242,66 @@ def _fill(connection: Connection, pipeline: str, leader: Any) -> _Fill:
 
 
 def _take_back(
-    connection: Connection, returned: list[tuple[uuid.UUID, int]], worker: str
+    connection: Connection, returned: list[tuple[uuid.UUID, int]], by: dict[str, Any]
 ) -> list[Fence]:
     if not returned:
         return []
     ids, ordinals = [job_id for job_id, _ in returned], [ordinal for _, ordinal in returned]
-    rows = connection.execute(TAKE_BACK, {"ids": ids, "ordinals": ordinals, "worker": worker})
+    rows = connection.execute(TAKE_BACK, {"ids": ids, "ordinals": ordinals, **by})
     return [(row.job_id, row.ordinal, row.attempt) for row in rows]
 
 
-def _advance(connection: Connection, counts: dict[uuid.UUID, int], worker: str) -> list[Fence]:
+def _advance(
+    connection: Connection, counts: dict[uuid.UUID, int], by: dict[str, Any]
+) -> list[Fence]:
     if not counts:
         return []
-    rows = connection.execute(
-        ADVANCE, {"ids": list(counts), "counts": list(counts.values()), "worker": worker}
-    )
+    rows = connection.execute(ADVANCE, {"ids": list(counts), "counts": list(counts.values()), **by})
     return [(row.job_id, row.ordinal, row.attempt) for row in rows]
 
 
-def _open_lease(
-    connection: Connection,
-    pipeline: str,
-    worker_id: uuid.UUID,
-    pid: int,
-    lease_seconds: float,
-    fences: list[Fence],
-) -> Lease:
+@dataclass(frozen=True)
+class _Holder:
+    """Who a lease is for, and how long."""
+
+    pipeline: str
+    worker_id: uuid.UUID
+    pid: int
+    seconds: float
+
+
+def _open_lease(connection: Connection, holder: _Holder, bucket: int, fences: list[Fence]) -> Lease:
     lease_id = uuid.uuid4()
     job_ids = [job_id for job_id, _, _ in fences]
     expires_at = connection.execute(
         OPEN_LEASE,
         {
             "id": lease_id,
-            "worker_id": worker_id,
-            "pid": pid,
-            "pipeline": pipeline,
-            "seconds": lease_seconds,
+            "worker_id": holder.worker_id,
+            "pid": holder.pid,
+            "pipeline": holder.pipeline,
+            "seconds": holder.seconds,
             "job_ids": job_ids,
             "ordinals": [ordinal for _, ordinal, _ in fences],
             "attempts": [attempt for _, _, attempt in fences],
         },
     ).scalar_one()
-    connection.execute(SERVE, {"pipeline": pipeline, "job_ids": job_ids})
+    connection.execute(SERVE, {"pipeline": holder.pipeline, "job_ids": job_ids})
     deltas: dict[uuid.UUID, Delta] = {}
     for job_id, ordinal, attempt in fences:
         delta = deltas.setdefault(job_id, Delta(data={"frames": []}))
         delta.running += 1
         delta.data["frames"].append([ordinal, attempt])
     tally(connection, "frames.claimed", deltas)
-    frames = _with_specs(connection, fences)
-    return Lease(lease_id, worker_id, pipeline, expires_at, tuple(frames))
+    frames = tuple(_with_specs(connection, bucket, fences))
+    return Lease(lease_id, holder.worker_id, holder.pipeline, expires_at, frames)
 
 
-def _with_specs(connection: Connection, fences: list[Fence]) -> list[ClaimedFrame]:
+def _with_specs(connection: Connection, bucket: int, fences: list[Fence]) -> list[ClaimedFrame]:
     specs = frame_specs(connection, [(job_id, ordinal) for job_id, ordinal, _ in fences])
+    # The bucket is what the frame was claimed in: it may have been halved since it was submitted.
+    here = {"bucket": bucket}
     return [
-        ClaimedFrame(job_id, tenant_id, ordinal, attempt, spec)
+        ClaimedFrame(job_id, tenant_id, ordinal, attempt, spec.model_copy(update=here))
         for (job_id, ordinal, attempt), (tenant_id, spec) in zip(fences, specs, strict=True)
     ]

@@ -6,15 +6,18 @@ lost: the result is dropped, and the caller is told which were accepted.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.spec import Run, shrunk
 from farm.states import FrameState, after_failure, retry_delay
 from farm.store.claim import Fence
+from farm.store.resting import SPARED_AT_MOST, on_trial
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
 
@@ -38,16 +41,19 @@ class Failure:
     """A word: render_error, worker_lost, lease_expired, released, …"""
     message: str
     retryable: bool = True
-    traceback: str | None = None
+    log: str | None = None
+    """What the process said last, for an operator: a traceback, or lines of its log."""
     charged: bool = True
     """Whether the attempt counts towards max_attempts."""
     alone: bool = False
     """Whether the frame is rendered alone from now on; one whose attempt is charged always is."""
+    smaller: bool = False
+    """Whether a smaller bucket may help: then, where the job left it open, the next one is half."""
     delay_seconds: float | None = None
     """Before the frame may be claimed again; None: longer with each attempt."""
 
 
-LOCK_LEASE = text("SELECT job_ids FROM leases WHERE id = :id FOR UPDATE")
+LOCK_LEASE = text("SELECT job_ids, worker_id FROM leases WHERE id = :id FOR UPDATE")
 
 COMPLETE = text("""
 UPDATE frames f
@@ -87,13 +93,13 @@ WITH ended AS (
         error = d.message
     FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:states AS text[]),
                 CAST(:spared AS smallint[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
-                CAST(:tracebacks AS text[]), CAST(:delays AS float[]), CAST(:alone AS bool[]))
-         AS d (job_id, ordinal, state, spared, reason, message, traceback, delay, alone)
+                CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:alone AS bool[]))
+         AS d (job_id, ordinal, state, spared, reason, message, log, delay, alone)
     WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
-    RETURNING f.*, d.reason, d.message, d.traceback, d.delay, d.alone
+    RETURNING f.*, d.reason, d.message, d.log, d.delay, d.alone
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
-    SELECT job_id, ordinal, attempt, worker, reason, message, traceback, started_at FROM ended
+    SELECT job_id, ordinal, attempt, worker, reason, message, log, started_at FROM ended
 ), returned AS (
     -- A frame whose attempt failed may be why: it is rendered without neighbours from now on.
     SELECT job_id, ordinal, delay, alone OR attempt > spared AS alone
@@ -130,7 +136,27 @@ WHERE expires_at < clock_timestamp() ORDER BY expires_at LIMIT 100 FOR UPDATE SK
 
 LEASES_OF = text("""
 SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
-WHERE worker_id = :worker_id AND pid = ANY(:pids) FOR UPDATE
+WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) FOR UPDATE
+""")
+
+ALL_LEASES_OF = text("""
+SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
+WHERE worker_id = :worker_id FOR UPDATE
+""")
+
+# Where the job left its bucket open: what a frame was claimed in, and the job's runs.
+ROOM = text("""
+SELECT j.id, j.runs, f.ordinal, f.bucket
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[])) AS d (job_id, ordinal)
+JOIN frames f USING (job_id, ordinal) JOIN jobs j ON j.id = f.job_id
+WHERE f.state = 'running' AND f.bucket > 1 AND j.spec ->> 'bucket' IS NULL
+ORDER BY j.id, f.ordinal
+""")
+
+SHRINK = text("""
+UPDATE jobs SET runs = CAST(:runs AS jsonb), batch_key = CAST(:runs AS jsonb) -> run ->> 1,
+                bucket = (CAST(:runs AS jsonb) -> run ->> 2)::smallint
+WHERE id = :id
 """)
 
 DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
@@ -193,8 +219,8 @@ def fail(
     retry_seconds: float,
 ) -> dict[Fence, FrameState]:
     """End attempts that did not succeed; returns where each accepted frame went: ready or dead."""
-    _lock(connection, lease_id, [failure.fence for failure in failures])
-    ended = _end(connection, "frames.failed", failures, retry_seconds)
+    worker_id = _lock(connection, lease_id, [failure.fence for failure in failures])
+    ended = _end(connection, "frames.failed", failures, retry_seconds, worker_id)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
     return ended
 
@@ -207,17 +233,31 @@ def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]
     return released
 
 
-def release_forgotten(connection: Connection, worker_id: uuid.UUID, pid: int) -> None:
+def release_forgotten(
+    connection: Connection, worker_id: uuid.UUID, pid: int, known: Sequence[uuid.UUID] = ()
+) -> None:
     """Return, uncharged, what a child holds without knowing: the reply to its claim was lost.
 
-    Called by the child itself, when it holds nothing that it knows of.
+    Called by the child itself; `known` are the leases that it knows of.
     """
-    leases = connection.execute(LEASES_OF, {"worker_id": worker_id, "pids": [pid]}).all()
+    values = {"worker_id": worker_id, "pid": pid, "known": list(known)}
+    _release_leases(connection, connection.execute(LEASES_OF, values).all())
+
+
+def release_all(connection: Connection, worker_id: uuid.UUID) -> set[str]:
+    """Return, uncharged, all that a worker holds; returns the lanes to ring."""
+    leases = connection.execute(ALL_LEASES_OF, {"worker_id": worker_id}).all()
+    _release_leases(connection, leases)
+    return {lease.pipeline for lease in leases}
+
+
+def _release_leases(connection: Connection, leases: Sequence[Row[Any]]) -> None:
+    if not leases:
+        return
     fences = [fence for lease in leases for fence in _held_by(lease)]
-    if leases:
-        lock_jobs(connection, [job_id for job_id, _, _ in fences])
-        _release(connection, fences)
-        connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
+    lock_jobs(connection, [job_id for job_id, _, _ in fences])
+    _release(connection, fences)
+    connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
 
 
 def _release(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
@@ -228,49 +268,71 @@ def _release(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
     return set(_end(connection, "frames.released", failures, 0.0))
 
 
-def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> None:
-    """Lock a lease and every job of it, also those that a later write of the transaction needs."""
-    held = connection.execute(LOCK_LEASE, {"id": lease_id}).scalar()
-    lock_jobs(connection, [*(held or []), *(job_id for job_id, _, _ in fences)])
+def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> uuid.UUID | None:
+    """Lock a lease and every job of it, also those that a later write of the transaction needs.
+
+    Returns whose lease it is; None where it is gone.
+    """
+    lease = connection.execute(LOCK_LEASE, {"id": lease_id}).first()
+    lock_jobs(connection, [*(lease.job_ids if lease else []), *(job_id for job_id, _, _ in fences)])
+    return lease.worker_id if lease else None
 
 
 def expire(connection: Connection, retry_seconds: float) -> set[str]:
     """End the leases whose time is up, on Postgres's clock; returns the lanes to ring."""
     leases = connection.execute(EXPIRED).all()
-    return _drop(connection, leases, "lease_expired", "The worker was not heard of.", retry_seconds)
+    for lease in leases:
+        _drop(connection, lease, "lease_expired", "The worker was not heard of.", retry_seconds)
+    return {lease.pipeline for lease in leases}
 
 
 def lose(
     connection: Connection,
     worker_id: uuid.UUID,
-    pids: Sequence[int],
+    pid: int,
     message: str,
     retry_seconds: float,
-) -> set[str]:
-    """End the leases of a worker's children that are gone, by pid; returns the lanes to ring."""
-    leases = connection.execute(LEASES_OF, {"worker_id": worker_id, "pids": list(pids)}).all()
-    return _drop(connection, leases, "worker_lost", message, retry_seconds)
+    log: str | None = None,
+) -> list[tuple[str, Fence]]:
+    """End the leases of a worker's child that is gone, by pid.
+
+    Returns:
+        The lane of each, to ring, and the first of its frames.
+    """
+    values = {"worker_id": worker_id, "pid": pid, "known": []}
+    leases = connection.execute(LEASES_OF, values).all()
+    for lease in leases:
+        _drop(connection, lease, "worker_lost", message, retry_seconds, log)
+    return [(lease.pipeline, _held_by(lease)[0]) for lease in leases]
 
 
 def _drop(
     connection: Connection,
-    leases: Sequence[Row[Any]],
+    lease: Row[Any],
     reason: str,
     message: str,
     retry_seconds: float,
-) -> set[str]:
-    lock_jobs(connection, [job_id for lease in leases for job_id in lease.job_ids])
-    for lease in leases:
-        failures = [Failure(fence, reason, message) for fence in _held_by(lease)]
-        states = list(_end(connection, "frames.failed", failures, retry_seconds).values())
-        lost = {
-            "returned": states.count(FrameState.READY),
-            "dead": states.count(FrameState.DEAD),
-            "expired": int(reason == "lease_expired"),
-        }
-        connection.execute(COUNT_LOST, {"id": lease.worker_id, **lost})
-    connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
-    return {lease.pipeline for lease in leases}
+    log: str | None = None,
+) -> None:
+    held = _held_by(lease)
+    several = len(held) > 1
+    if several:
+        # Any one of them may be why: nobody is charged, and each is tried alone.
+        message += " Its batch is tried again frame by frame."
+    failures = [
+        Failure(fence, reason, message, log=log, charged=not several, alone=several)
+        for fence in held
+    ]
+    lock_jobs(connection, lease.job_ids)
+    ended = _end(connection, "frames.failed", failures, retry_seconds, lease.worker_id)
+    states = list(ended.values())
+    lost = {
+        "returned": states.count(FrameState.READY),
+        "dead": states.count(FrameState.DEAD),
+        "expired": int(reason == "lease_expired"),
+    }
+    connection.execute(COUNT_LOST, {"id": lease.worker_id, **lost})
+    connection.execute(DROP_LEASES, {"ids": [lease.id]})
 
 
 def _held_by(lease: Row[Any]) -> list[Fence]:
@@ -278,57 +340,90 @@ def _held_by(lease: Row[Any]) -> list[Fence]:
 
 
 def _end(
-    connection: Connection, kind: str, failures: Sequence[Failure], retry_seconds: float
+    connection: Connection,
+    kind: str,
+    failures: Sequence[Failure],
+    retry_seconds: float,
+    worker_id: uuid.UUID | None = None,
 ) -> dict[Fence, FrameState]:
     if not failures:
         return {}
     of = {failure.fence: failure for failure in failures}
+    held = connection.execute(HELD, _fences(list(of))).all()
+    for fence in _shrink(connection, [failure for failure in failures if failure.smaller]):
+        of[fence] = replace(of[fence], charged=False, alone=False)
+    spare = worker_id is not None and on_trial(connection, worker_id)
     endings = [
-        _ending(row, of[row.job_id, row.ordinal, row.attempt], retry_seconds)
-        for row in connection.execute(HELD, _fences(list(of)))
+        _ending(row, of[row.job_id, row.ordinal, row.attempt], retry_seconds, spare) for row in held
     ]
     deltas: dict[uuid.UUID, Delta] = {}
     for ending in endings:
-        failure = of[ending.fence]
-        job_id, ordinal, attempt = ending.fence
-        delta = deltas.setdefault(job_id, Delta(data={"frames": [], "reason": failure.reason}))
+        job_id, ordinal, attempt = ending.failure.fence
+        reason = ending.failure.reason
+        delta = deltas.setdefault(job_id, Delta(data={"frames": [], "reason": reason}))
         delta.running -= 1
         delta.dead += ending.state is FrameState.DEAD
         delta.data["frames"].append([ordinal, attempt, ending.state])
     if endings:
-        connection.execute(END, _columns(endings, [of[ending.fence] for ending in endings]))
+        connection.execute(END, _columns(endings))
     tally(connection, kind, deltas)
-    return {ending.fence: ending.state for ending in endings}
+    return {ending.failure.fence: ending.state for ending in endings}
+
+
+def _shrink(connection: Connection, failures: Sequence[Failure]) -> list[Fence]:
+    """Halve the bucket of what did not fit in memory, for the rest of its job too.
+
+    Returns those whose job had left the bucket open, so that it could be halved.
+    """
+    if not failures:
+        return []
+    fences = {
+        (job_id, ordinal): failure.fence
+        for failure in failures
+        for job_id, ordinal, _ in [failure.fence]
+    }
+    runs: dict[uuid.UUID, list[Run]] = {}
+    rows = connection.execute(ROOM, _fences(list(fences.values()))).all()
+    for row in rows:
+        runs[row.id] = shrunk(runs.get(row.id, row.runs), row.ordinal, row.bucket // 2)
+    for job_id, smaller in runs.items():
+        connection.execute(SHRINK, {"id": job_id, "runs": json.dumps(smaller)})
+    return [fences[row.id, row.ordinal] for row in rows]
 
 
 @dataclass(frozen=True)
 class _Ending:
-    fence: Fence
+    failure: Failure
     state: FrameState
+    charged: bool
     delay_seconds: float
 
 
-def _ending(row: Row[Any], failure: Failure, retry_seconds: float) -> _Ending:
-    charged = row.attempt - row.spared
-    state = after_failure(failure.retryable, charged, row.max_attempts)
+def _ending(row: Row[Any], failure: Failure, retry_seconds: float, spare: bool) -> _Ending:
+    """Say what becomes of a frame; `spare`: its worker may be the cause, so it is not charged."""
+    spare = spare and failure.retryable and row.spared < SPARED_AT_MOST
+    charged = failure.charged and not spare
+    state = after_failure(failure.retryable, row.attempt - row.spared, row.max_attempts)
     delay = failure.delay_seconds
     return _Ending(
-        failure.fence,
-        state if failure.charged else FrameState.READY,
+        failure,
+        state if charged else FrameState.READY,
+        charged,
         retry_delay(row.attempt, retry_seconds) if delay is None else delay,
     )
 
 
-def _columns(endings: Sequence[_Ending], failures: Sequence[Failure]) -> dict[str, list[Any]]:
+def _columns(endings: Sequence[_Ending]) -> dict[str, list[Any]]:
+    failures = [ending.failure for ending in endings]
     return {
-        **_fences([ending.fence for ending in endings]),
+        **_fences([failure.fence for failure in failures]),
         "states": [ending.state for ending in endings],
         "delays": [ending.delay_seconds for ending in endings],
-        "spared": [0 if failure.charged else 1 for failure in failures],
+        "spared": [0 if ending.charged else 1 for ending in endings],
         "alone": [failure.alone for failure in failures],
         "reasons": [failure.reason for failure in failures],
         "messages": [failure.message for failure in failures],
-        "tracebacks": [failure.traceback for failure in failures],
+        "logs": [failure.log for failure in failures],
     }
 
 

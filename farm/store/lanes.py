@@ -8,6 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.store.workers import PROBLEM_NOW, STATE_NOW
+
 CLAIMABLE = text("""
 SELECT DISTINCT pipeline FROM (
     SELECT pipeline FROM jobs WHERE open
@@ -24,15 +26,18 @@ SELECT pipeline, priority, sum(waiting)::bigint AS waiting FROM (
 ) lane GROUP BY pipeline, priority ORDER BY pipeline, priority
 """)
 
-LANE_NOW = text("""
+LANE_NOW = text(f"""
 SELECT count(*) AS workers,
-       count(*) FILTER (WHERE w.draining) AS draining,
-       count(*) FILTER (WHERE w.state IN ('idle', 'rendering') AND NOT w.draining) AS able,
-       count(*) FILTER (WHERE w.state = 'loading') AS loading,
-       count(*) FILTER (WHERE w.state = 'failed') AS failed,
-       min(w.problem) FILTER (WHERE w.state = 'failed') AS problem
-FROM workers w WHERE w.pipeline = :pipeline AND NOT w.gone
-""")
+       count(*) FILTER (WHERE draining) AS draining,
+       count(*) FILTER (WHERE state IN ('idle', 'rendering') AND NOT draining) AS able,
+       count(*) FILTER (WHERE state = 'loading') AS loading,
+       count(*) FILTER (WHERE state = 'failed') AS failed,
+       min(problem) FILTER (WHERE state = 'failed') AS problem
+FROM (
+    SELECT w.draining, {STATE_NOW} AS state, {PROBLEM_NOW} AS problem
+    FROM workers w WHERE w.pipeline = :pipeline AND NOT w.gone
+) lane
+""")  # noqa: S608 - constants only
 
 BUSY_WITH = text("""
 SELECT DISTINCT j.priority, j.tenant_id = :tenant_id AS own

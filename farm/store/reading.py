@@ -17,11 +17,15 @@ j.running, j.succeeded, j.dead, j.cancelled, j.spec, j.labels,
 j.created_at, j.started_at, j.finished_at, clock_timestamp() AS now
 """
 
-ONE_JOB = text(f"SELECT {JOB_COLUMNS} FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id")  # noqa: S608 - constants only
+# A removed job is gone for everybody, though it is deleted piece by piece.
+ONE_JOB = text(f"""
+SELECT {JOB_COLUMNS} FROM jobs j
+WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL
+""")  # noqa: S608 - constants only
 
 LIST_JOBS = text(f"""
 SELECT {JOB_COLUMNS} FROM jobs j
-WHERE j.tenant_id = :tenant_id
+WHERE j.tenant_id = :tenant_id AND j.removed_at IS NULL
   AND (CAST(:after AS uuid) IS NULL OR (j.created_at, j.id) <
        (SELECT a.created_at, a.id FROM jobs a WHERE a.id = :after AND a.tenant_id = :tenant_id))
   AND (CAST(:status AS text) IS NULL OR j.status = :status)
@@ -67,7 +71,9 @@ def list_jobs(
     ).all()
 
 
-OWN_JOBS = text("SELECT id FROM jobs WHERE tenant_id = :tenant_id AND id = ANY(:ids)")
+OWN_JOBS = text("""
+SELECT id FROM jobs WHERE tenant_id = :tenant_id AND id = ANY(:ids) AND removed_at IS NULL
+""")
 
 
 def own_jobs(
@@ -79,7 +85,7 @@ def own_jobs(
 
 
 LIST_FRAMES = text("""
-SELECT f.ordinal, f.state, f.attempt, f.worker, f.sha256, f.bytes, f.slot, f.error,
+SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
        f.started_at, f.finished_at
 FROM frames f
 WHERE f.job_id = :job_id AND f.ordinal > :after
@@ -88,7 +94,8 @@ ORDER BY f.ordinal LIMIT :limit
 """)
 
 FRAME_ATTEMPTS = text("""
-SELECT ordinal, attempt, worker, reason, message, started_at, ended_at FROM attempts
+SELECT ordinal, attempt, worker, reason, message, traceback AS log, started_at, ended_at
+FROM attempts
 WHERE job_id = :job_id AND ordinal = ANY(:ordinals) ORDER BY ordinal, attempt
 """)
 

@@ -15,7 +15,9 @@ VALUES (:id, :name, :pipeline, :host, :pid, 'loading')
 """)
 
 # One that was stopped for a while, and counted as gone, is back.
-SEEN = text("UPDATE workers SET seen_at = clock_timestamp(), gone = false WHERE id = :id")
+SEEN = text("""
+UPDATE workers SET seen_at = clock_timestamp(), gone = false WHERE id = :id RETURNING draining
+""")
 
 LEAVE = text("UPDATE workers SET gone = true WHERE id = :id")
 
@@ -25,7 +27,7 @@ UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device
 WHERE id = :id
 """)
 
-DRAIN = text("UPDATE workers SET draining = true WHERE id = :id")
+DRAIN = text("UPDATE workers SET draining = true WHERE id = :id AND NOT gone")
 
 SWEEP = text("""
 UPDATE workers SET gone = true
@@ -59,19 +61,30 @@ SET batches = batches + 1, succeeded = succeeded + :succeeded, returned = return
     dead = dead + :dead, dropped = dropped + :dropped,
     denoise_seconds = denoise_seconds + :denoise_seconds,
     encode_seconds = encode_seconds + :encode_seconds,
-    put_seconds = put_seconds + :put_seconds, commit_seconds = commit_seconds + :commit_seconds
+    put_seconds = put_seconds + :put_seconds, commit_seconds = commit_seconds + :commit_seconds,
+    failing = CASE WHEN :succeeded > 0 THEN '{}' ELSE failing END,
+    rests = CASE WHEN :succeeded > 0 THEN 0 ELSE rests END,
+    resting_until = CASE WHEN :succeeded > 0 THEN NULL ELSE resting_until END
 WHERE id = :id
 """)
 
-LIST = text("""
-SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.state, w.draining, w.device, w.problem,
+# `w.state` and `w.problem` as they are shown: a worker that rests cannot render either.
+STATE_NOW = "CASE WHEN w.resting_until > clock_timestamp() THEN 'failed' ELSE w.state END"
+PROBLEM_NOW = """CASE WHEN w.resting_until > clock_timestamp()
+     THEN format('Different frames failed in a row (%s); it tries again at %s UTC.',
+                 cardinality(w.failing), to_char(w.resting_until, 'HH24:MI:SS'))
+     ELSE w.problem END"""
+
+LIST = text(f"""
+SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device,
+       {STATE_NOW} AS state, {PROBLEM_NOW} AS problem,
        w.started_at, w.seen_at, w.succeeded,
        l.step, l.steps, l.job_ids, l.ordinals, l.stepped_at
 FROM workers w LEFT JOIN LATERAL (
     SELECT * FROM leases l WHERE l.worker_id = w.id ORDER BY l.created_at DESC LIMIT 1
 ) l ON true
 WHERE NOT w.gone ORDER BY w.pipeline, w.name
-""")
+""")  # noqa: S608 - constants only
 
 SUMS = text(f"""
 SELECT pipeline, {", ".join(f"sum({column}) AS {column}" for column in SUMMED)},
@@ -104,9 +117,10 @@ def register(
     )
 
 
-def seen(connection: Connection, worker_id: uuid.UUID) -> bool:
-    """Note a worker's heartbeat; returns whether the worker is known."""
-    return connection.execute(SEEN, {"id": worker_id}).rowcount > 0
+def seen(connection: Connection, worker_id: uuid.UUID) -> bool | None:
+    """Note a worker's heartbeat; returns whether it is to drain, None where it is unknown."""
+    draining: bool | None = connection.execute(SEEN, {"id": worker_id}).scalar()
+    return draining
 
 
 def set_state(
@@ -128,9 +142,12 @@ def leave(connection: Connection, worker_id: uuid.UUID) -> None:
     connection.execute(LEAVE, {"id": worker_id})
 
 
-def drain(connection: Connection, worker_id: uuid.UUID) -> None:
-    """Let a worker claim nothing more."""
-    connection.execute(DRAIN, {"id": worker_id})
+def drain(connection: Connection, worker_id: uuid.UUID) -> bool:
+    """Let a worker claim nothing more; its parent sees it, and leaves.
+
+    Returns whether the worker is alive.
+    """
+    return connection.execute(DRAIN, {"id": worker_id}).rowcount > 0
 
 
 def sweep(connection: Connection, timeout_seconds: float) -> list[str]:

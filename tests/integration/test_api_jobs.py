@@ -228,7 +228,7 @@ def test_waiting_because_tells_why(api: Api, client: httpx.Client) -> None:
     hand = hire(api.farm)
     assert because() == "The workers are loading pipeline demo."
     tell("failed", "no such file")
-    assert because() == "The workers failed to load pipeline demo: no such file"
+    assert because() == "The workers cannot render pipeline demo: no such file"
     tell("idle")
     assert because() == "A worker is about to take it."
     api.submit(other, priority="interactive")

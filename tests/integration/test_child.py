@@ -186,7 +186,7 @@ def test_a_failed_load_is_told_everywhere(
         assert logged.exc_info is None
         waiting = client.get(f"/v1/jobs/{job['id']}").json()
         assert waiting["status"] == "queued"
-        expected = f"The workers failed to load pipeline {pipeline}: {reason}"
+        expected = f"The workers cannot render pipeline {pipeline}: {reason}"
         assert waiting["waiting_because"] == expected
         listed = api.client(role="operator").get("/v1/workers").json()["data"]
         assert [(row["state"], row["problem"]) for row in listed] == [("failed", reason)]

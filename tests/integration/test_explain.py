@@ -43,7 +43,7 @@ SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
 ONE = {"job_ids": [uuid.UUID(int=1)], "ordinals": [100], "attempts": [1]}
 
 HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
-    "leader": (claim.LEADER, {"pipeline": "demo"}),
+    "leader": (claim.LEADER, {"pipeline": "demo", "but": ["a/1"]}),
     "returned": (
         claim.OTHER_RETURNED,
         {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
@@ -60,11 +60,11 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "lock": (LOCK_JOBS, {"ids": [uuid.UUID(int=1)]}),
     "advance": (
         claim.ADVANCE,
-        {"ids": [uuid.UUID(int=1)], "counts": [8], "worker": "hand"},
+        {"ids": [uuid.UUID(int=1)], "counts": [8], "worker": "hand", "bucket": 8},
     ),
     "take back": (
         claim.TAKE_BACK,
-        {"ids": [uuid.UUID(int=1)], "ordinals": [100], "worker": "hand"},
+        {"ids": [uuid.UUID(int=1)], "ordinals": [100], "worker": "hand", "bucket": 8},
     ),
     "specs": (specs.SPECS, {"ids": [uuid.UUID(int=1)]}),
     "prompts": (specs.PROMPTS, {"job_ids": [uuid.UUID(int=1)], "places": [0]}),
@@ -79,7 +79,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "spared": [0],
             "reasons": ["render_error"],
             "messages": [""],
-            "tracebacks": [None],
+            "logs": [None],
             "delays": [0.0],
             "alone": [False],
         },

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,9 @@ import pytest
 from PIL import Image
 
 from farm import jobs
-from farm.artifacts import Artifacts, artifact_key
-from farm.catalog import Pipeline
-from farm.config import Settings
+from farm.artifacts import artifact_key
 from farm.context import Farm
 from farm.errors import RenderError
-from farm.families.base import Batch, Checkpoint, Loaded, Negatable, Params, padded
-from farm.offers import Offer
 from farm.provenance import read_png
 from farm.spec import FrameSpec
 from farm.store import frames, workers
@@ -40,72 +36,9 @@ from tests.farming import (
     sql,
     submit,
 )
+from tests.noise import Noise
 from tests.waiting import wait_until
-from workers.identity import Identity
 from workers.line import RenderLine
-
-Disturb = Callable[[Sequence[FrameSpec], int], None]
-
-
-class NoiseParams(Negatable):
-    """Nothing but a size."""
-
-    width: int = 8
-    height: int = 8
-
-
-class Noise:
-    """A family that draws seeded noise, ten steps a batch, and lets the test step in."""
-
-    name = "noise"
-    params: type[Params] = NoiseParams
-    parts: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        self.batches: list[list[FrameSpec]] = []
-        self.disturb: Disturb = lambda _frames, _step: None
-
-    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        return False
-
-    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        return NoiseParams
-
-    def load(self, pipeline: Pipeline) -> Loaded:
-        return Loaded(
-            pipe=None, device="cpu", dtype="float32", scheduler_config=None, weights="0" * 64
-        )
-
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
-        frames = batch.frames
-        self.batches.append(list(padded(frames)))
-        for step in range(10):
-            self.disturb(frames, step)
-            batch.on_step(step + 1, 10)
-        return [
-            Image.fromarray(np.random.default_rng(frame.seed).integers(0, 255, (8, 8, 3), np.uint8))
-            for frame in frames
-        ]
-
-
-@pytest.fixture
-def noise(farm: Farm) -> Noise:
-    family = Noise()
-    pipeline = Pipeline(source="nowhere", bucket={"default": 4})
-    farm.catalog.pipelines["noise"] = pipeline
-    farm._offers["noise"] = Offer("noise", pipeline, family, NoiseParams, NoiseParams)
-    return family
-
-
-@pytest.fixture
-def line(farm: Farm, noise: Noise) -> RenderLine:
-    identity = Identity(uuid.uuid4(), "noise", "here", 1)
-    with transaction(farm.store) as connection:
-        workers.register(
-            connection, identity.id, name=identity.name, pipeline="noise", host="here", pid=1
-        )
-    offer = farm.offer("noise")
-    return RenderLine(farm, identity, offer, offer.family.load(offer.pipeline))
 
 
 def sums(farm: Farm) -> dict[str, Any]:
@@ -229,28 +162,6 @@ def test_an_error_that_no_retry_can_help_is_dead_at_once(
     line.run()
     assert attempts_of(farm, job_id) == [(1, "render_error")]
     assert frame_rows(farm, job_id)[0].error == "This cannot be drawn."
-
-
-def test_the_storage_s_absence_is_not_charged_to_the_frame(
-    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, line: RenderLine
-) -> None:
-    job_id = submit(farm, tenant, pipeline="noise", max_attempts=1)
-    here = farm.artifacts
-    absent = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
-    farm.artifacts = Artifacts(absent)
-    tries: list[int] = []
-
-    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
-        if step == 0:
-            tries.append(step)
-            if len(tries) == 3:
-                farm.artifacts = here
-
-    noise.disturb = disturb
-    line.run()
-    assert job_row(farm, tenant, job_id).status == "succeeded"
-    reasons = [reason for _, reason in attempts_of(farm, job_id)]
-    assert reasons == ["storage_unavailable"] * 2
 
 
 def test_postgres_away_at_the_commit_loses_nothing(

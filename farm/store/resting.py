@@ -1,0 +1,70 @@
+"""A worker whose different frames fail in a row rests: a circuit breaker, one a worker.
+
+After THREE_FRAMES it claims nothing for a while. Then it is on trial: it claims once more; a
+success ends the matter (workers.account), a failure lets it rest twice as long. What failed on it
+is what it claims last (claim.LEADER), so that a trial is another frame's where there is one; and
+what fails on trial is not charged to its frame, since the worker may be why. But a frame is spared
+SPARED_AT_MOST times: no job waits for ever.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+
+from sqlalchemy import Connection, text
+
+THREE_FRAMES = 3
+MOST_SECONDS = 300.0
+SPARED_AT_MOST = 10
+REMEMBERED = 100
+"""Frames that failed on a worker; older ones it may claim again like any other."""
+
+ON_TRIAL = text("SELECT rests > 0 FROM workers WHERE id = :id")
+
+FAILING = text("SELECT failing, rests FROM workers WHERE id = :id")
+
+NOTE = text("UPDATE workers SET failing = :failing WHERE id = :id")
+
+REST = text("""
+UPDATE workers SET failing = :failing, rests = rests + 1,
+                   resting_until = clock_timestamp() + make_interval(secs => :seconds)
+WHERE id = :id RETURNING resting_until
+""")
+
+
+def on_trial(connection: Connection, worker_id: uuid.UUID) -> bool:
+    """Whether a worker has rested since a frame of it last succeeded."""
+    return bool(connection.execute(ON_TRIAL, {"id": worker_id}).scalar())
+
+
+def note_failure(
+    connection: Connection,
+    worker_id: uuid.UUID,
+    job_id: uuid.UUID,
+    ordinal: int,
+    rest_seconds: float,
+) -> datetime | None:
+    """Note that a frame, or the batch that it was the first of, failed on a worker.
+
+    Args:
+        connection: where the frame's attempt was ended, before this.
+        worker_id: whose it was.
+        job_id: the frame's job.
+        ordinal: its place there.
+        rest_seconds: how long the first rest is.
+
+    Returns:
+        Until when the worker rests; None where it goes on.
+    """
+    row = connection.execute(FAILING, {"id": worker_id}).first()
+    if row is None:
+        return None
+    failing = [*dict.fromkeys([*row.failing, f"{job_id}/{ordinal}"])][-REMEMBERED:]
+    if len(failing) < THREE_FRAMES:
+        connection.execute(NOTE, {"id": worker_id, "failing": failing})
+        return None
+    seconds = min(rest_seconds * 2.0 ** min(row.rests, 30), MOST_SECONDS)
+    values = {"id": worker_id, "failing": failing, "seconds": seconds}
+    until: datetime = connection.execute(REST, values).scalar_one()
+    return until

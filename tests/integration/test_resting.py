@@ -1,0 +1,206 @@
+"""A worker on which one frame after another fails rests; no frame is burnt, and it comes back."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+import pytest
+
+from farm.context import Farm
+from farm.errors import RenderError
+from farm.spec import FrameSpec
+from farm.store.engine import transaction
+from farm.store.resting import MOST_SECONDS, SPARED_AT_MOST, THREE_FRAMES, note_failure
+from tests.farming import frame_rows, hire, job_row, new_tenant, sql, submit
+from tests.noise import Noise
+from tests.serving import serving
+from workers.line import RenderLine
+
+
+def broken(frames: Sequence[FrameSpec], step: int) -> None:
+    raise RuntimeError("The device fell off the bus.")
+
+
+def well(frames: Sequence[FrameSpec], step: int) -> None:
+    pass
+
+
+def rest_ends(farm: Farm) -> None:
+    """Let the time of a rest, and what waits for it, be over."""
+    sql(farm, "UPDATE workers SET resting_until = clock_timestamp() - interval '1 second'")
+
+
+def all_due(farm: Farm) -> None:
+    sql(farm, "UPDATE returns SET not_before = clock_timestamp() - interval '1 second'")
+
+
+def rests(farm: Farm) -> tuple[int, int, float]:
+    """How many frames failed in a row, how many rests, and how long the latest still is."""
+    [row] = sql(
+        farm,
+        "SELECT cardinality(failing), rests,"
+        " coalesce(extract(epoch FROM resting_until - clock_timestamp()), 0)::float FROM workers",
+    )
+    return row[0], row[1], row[2]
+
+
+def charged(farm: Farm, job_id: uuid.UUID) -> int:
+    """How many attempts of a job's frames were charged."""
+    [row] = sql(farm, "SELECT sum(attempt - spared)::int FROM frames WHERE job_id = :id", id=job_id)
+    return int(row[0])
+
+
+def test_after_three_different_frames_a_worker_claims_nothing(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1)
+    noise.disturb = broken
+    line.run()
+    failing, count, seconds = rests(farm)
+    assert (failing, count) == (THREE_FRAMES, 1)
+    assert 0 < seconds <= farm.settings.rest_seconds
+    batches = len(noise.batches)
+    line.run()
+    assert len(noise.batches) == batches
+    assert job_row(farm, tenant, job_id).dead == 0
+
+
+def test_on_trial_nothing_is_charged_and_rests_grow(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1)
+    noise.disturb = broken
+    line.run()
+    before = charged(farm, job_id)
+    lengths = []
+    for trial in range(8):
+        rest_ends(farm)
+        all_due(farm)
+        batches = len(noise.batches)
+        line.run()
+        assert len(noise.batches) == batches + 1, trial  # one, and it rests again
+        lengths.append(rests(farm)[2])
+    assert charged(farm, job_id) == before
+    assert job_row(farm, tenant, job_id).dead == 0
+    base = farm.settings.rest_seconds
+    wanted = [min(base * 2.0**n, MOST_SECONDS) for n in range(1, 9)]
+    assert lengths == pytest.approx(wanted, abs=2.0)
+
+
+def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, bucket=1)
+    noise.disturb = broken
+    line.run()
+    noise.disturb = well
+    rest_ends(farm)
+    all_due(farm)
+    line.run()
+    assert rests(farm) == (0, 0, 0.0)
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_the_next_trial_is_another_frame_s(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """Three frames of one tenant are at fault: between two rests the other's go on, and no frame
+    needs more than its attempts."""
+    other = new_tenant(farm, "other")
+    guilty = submit(
+        farm, tenant, pipeline="noise", prompts=["guilty"], images_per_prompt=3, bucket=1
+    )
+    healthy = submit(farm, other, pipeline="noise", images_per_prompt=4, bucket=2)
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if any(frame.prompt == "guilty" for frame in frames):
+            raise RuntimeError("It is the frame.")
+
+    sql(farm, "UPDATE shares SET served = 1000 WHERE tenant_id = :id", id=other)
+    noise.disturb = disturb
+    line.run()
+    assert rests(farm)[:2] == (3, 1)
+    assert job_row(farm, other, healthy).succeeded == 0
+    rest_ends(farm)
+    line.run()
+    assert job_row(farm, other, healthy).succeeded == 2
+    rested = 2
+    while job_row(farm, tenant, guilty).status == "running":
+        rest_ends(farm)
+        all_due(farm)
+        line.run()
+        rested += 1
+    assert rested <= 4
+    assert job_row(farm, tenant, guilty).status == "failed"
+    line.run()
+    assert job_row(farm, other, healthy).status == "succeeded"
+
+
+def test_one_frame_that_fails_again_and_again_is_no_reason(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", max_attempts=10)
+    noise.disturb = broken
+    line.run()
+    assert job_row(farm, tenant, job_id).dead == 1
+    assert rests(farm)[1] == 0
+
+
+def test_a_job_of_nothing_else_ends_all_the_same(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """A frame is spared so often, and then charged: the job is over some day."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=3, bucket=1, max_attempts=2)
+    noise.disturb = broken
+    trials = 0
+    while job_row(farm, tenant, job_id).status != "failed":
+        rest_ends(farm)
+        all_due(farm)
+        line.run()
+        trials += 1
+        assert trials < 100
+    spared = {row.spared for row in sql(farm, "SELECT spared FROM frames")}
+    assert spared == {SPARED_AT_MOST}
+
+
+def test_a_frame_that_cannot_be_is_no_reason_either(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """It is dead at once, and so is the next: whoever submitted them hears of it soon."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1)
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        raise RenderError("This cannot be drawn.")
+
+    noise.disturb = disturb
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "failed"
+    assert rests(farm) == (0, 0, 0.0)
+
+
+def test_it_is_said_to_all(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine) -> None:
+    noise.disturb = broken
+    with serving(farm) as api:
+        client = api.client("default")
+        job = submit(farm, tenant, pipeline="noise", images_per_prompt=9, bucket=1)
+        line.run()
+        [worker] = client.get("/v1/workers").json()["data"]
+        assert worker["state"] == "failed"
+        assert worker["problem"].startswith("Different frames failed in a row (3); it tries again")
+        because = client.get(f"/v1/jobs/{job}").json()["waiting_because"]
+        assert because == f"The workers cannot render pipeline noise: {worker['problem']}"
+
+
+def test_an_unknown_worker_rests_from_nothing(farm: Farm, tenant: uuid.UUID) -> None:
+    with transaction(farm.store) as connection:
+        assert note_failure(connection, uuid.uuid4(), uuid.uuid4(), 0, 1.0) is None
+
+
+def test_a_resting_worker_claims_nothing_while_another_does(farm: Farm, tenant: uuid.UUID) -> None:
+    resting, other = hire(farm, "resting"), hire(farm, "other")
+    submit(farm, tenant, images_per_prompt=8)
+    with transaction(farm.store) as connection:
+        for ordinal in range(THREE_FRAMES):
+            until = note_failure(connection, resting.id, uuid.uuid4(), ordinal, 60.0)
+    assert until is not None
+    assert resting.claim() is None
+    assert other.claim() is not None

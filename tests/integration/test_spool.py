@@ -1,0 +1,204 @@
+"""While the storage is away, finished pictures wait on disk; nothing of them is rendered again."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from farm import jobs
+from farm.artifacts import Artifacts, artifact_key
+from farm.config import Settings
+from farm.context import Farm
+from farm.spec import FrameSpec
+from farm.store import frames
+from farm.store.engine import transaction
+from tests.farming import attempts_of, frame_rows, job_row, sql, submit
+from tests.noise import Noise
+from workers.line import RenderLine
+from workers.spool import FIRST_SECONDS, MOST_SECONDS, Spool
+
+
+class Outage:
+    """The storage is away until the spool has waited `waits` times."""
+
+    def __init__(self, farm: Farm, line: RenderLine, waits: int = 1) -> None:
+        self.farm, self.here, self.waits = farm, farm.artifacts, waits
+        self.spool = line._spool
+        self.kept: list[int] = []
+        """Files on disk each time it waited"""
+        nowhere = farm.settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
+        self.away = farm.artifacts = Artifacts(nowhere)
+        line._spool.wait = self.wait  # type: ignore[method-assign]
+
+    def wait(self) -> None:
+        self.kept.append(len(list(self.spool._folder.glob("*.png"))))
+        if len(self.kept) == self.waits:
+            self.farm.artifacts = self.here
+            self.away.close()
+        Spool.wait(self.spool)
+
+
+@pytest.fixture(autouse=True)
+def _quick_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 itself waits between its tries; here each one fails at once."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+
+def whole(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
+    """Check that a job succeeded, at the first attempt, with what its rows say in the storage."""
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    for ordinal, row in frame_rows(farm, job_id).items():
+        assert row.attempt == 1
+        assert attempts_of(farm, job_id, ordinal) == []
+        content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
+        assert (hashlib.sha256(content).digest(), len(content)) == (row.sha256, row.bytes)
+
+
+def test_what_is_finished_meanwhile_is_stored_when_the_storage_is_back(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12, max_attempts=1)
+    outage = Outage(farm, line, waits=2)
+    line.run()
+    whole(farm, tenant, job_id)
+    assert [len(batch) for batch in noise.batches] == [4, 4, 4]
+    assert outage.kept == [12, 12]
+    assert list(outage.spool._folder.iterdir()) == []
+    assert outage.spool._bytes == 0
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+    assert sql(farm, "SELECT succeeded, batches FROM workers") == [(12, 3)]
+
+
+def test_a_full_spool_holds_the_line_back(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12)
+    outage = Outage(farm, line)
+    outage.spool._max_bytes = 1000  # some three of these pictures
+    line.run()
+    whole(farm, tenant, job_id)
+    assert outage.kept == [4]  # it waited with one batch, though two more could be claimed
+
+
+def test_a_disk_that_refuses_holds_the_line_back(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8)
+    outage = Outage(farm, line)
+    outage.spool._folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    outage.spool._folder.parent.write_text("a file where the folder should be")
+    line.run()
+    whole(farm, tenant, job_id)
+    assert outage.kept == [0]
+    assert [len(batch) for batch in noise.batches] == [4, 4]
+
+
+def test_a_kept_batch_that_is_cancelled_is_let_go(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    gone = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
+    stays = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
+    outage = Outage(farm, line)
+
+    def disturb(claimed: Sequence[FrameSpec], step: int) -> None:
+        if len(noise.batches) == 2 and step == 0:
+            jobs.cancel(farm, tenant, gone)
+
+    noise.disturb = disturb
+    line.run()
+    assert job_row(farm, tenant, gone).status == "cancelled"
+    whole(farm, tenant, stays)
+    assert list(outage.spool._folder.iterdir()) == []
+
+
+def test_a_kept_batch_is_known_of_when_a_claim_s_reply_was_lost(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the child does not know of is given back; what waits in its spool is not."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8)
+    Outage(farm, line)
+
+    def disturb(claimed: Sequence[FrameSpec], step: int) -> None:
+        line._unsure = True
+
+    noise.disturb = disturb
+    line.run()
+    whole(farm, tenant, job_id)
+
+
+def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(farm, tenant, pipeline="noise", images_per_prompt=4)
+    Outage(farm, line, waits=3)
+    touched: list[tuple[int, int]] = []
+
+    def touch(connection: object, lease: uuid.UUID, step: int, steps: int) -> bool:
+        touched.append((step, steps))
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frames, "touch", touch)
+        line.run()
+    assert touched.count((10, 10)) >= 3  # at every try; the hook's own come in between
+
+
+def test_tries_are_further_and_further_apart(tmp_path: Path) -> None:
+    now = 0.0
+    spool = Spool(tmp_path, 1, lambda: now)
+    pauses = []
+    for _ in range(200):
+        spool.postpone()
+        pauses.append(spool._due - now)
+        assert spool.oldest() is None
+        now = spool._due
+    assert max(pauses[:1]) <= FIRST_SECONDS
+    assert MOST_SECONDS / 2 < max(pauses) <= MOST_SECONDS
+    assert min(pauses[10:]) < MOST_SECONDS / 2  # full jitter: anywhere below
+
+
+def test_pictures_that_were_taken_away_are_rendered_again(
+    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, line: RenderLine
+) -> None:
+    """Someone empties the folder: the attempt ends like any other that failed."""
+    job_id = submit(farm, tenant, pipeline="noise")
+    outage = Outage(farm, line)
+    wait = outage.wait
+
+    def emptied() -> None:
+        for path in outage.spool._folder.glob("*.png"):
+            path.unlink()
+        wait()
+
+    line._spool.wait = emptied  # type: ignore[method-assign]
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert attempts_of(farm, job_id) == [(1, "render_error")]
+
+
+def test_all_that_a_worker_holds_is_given_back_at_once(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """As its parent does when its time is up: the child stops, and nobody is charged."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, max_attempts=1)
+    outage = Outage(farm, line, waits=99)
+    [worker_id] = sql(farm, "SELECT id FROM workers")[0]
+    waits = outage.wait
+
+    def give_up() -> None:
+        with transaction(farm.store) as connection:
+            frames.release_all(connection, worker_id)
+            sql(farm, "UPDATE workers SET draining = true")
+        waits()
+
+    line._spool.wait = give_up  # type: ignore[method-assign]
+    line.run()
+    rows = frame_rows(farm, job_id)
+    assert {row.state for row in rows.values()} == {"ready"}
+    assert {attempts_of(farm, job_id, ordinal)[0] for ordinal in rows} == {(1, "released")}
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+    assert sql(farm, "SELECT DISTINCT spared FROM frames") == [(1,)]

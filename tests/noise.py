@@ -1,0 +1,55 @@
+"""A family of the tests' own: seeded noise, ten steps a batch, into which a test may step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from farm.catalog import Pipeline
+from farm.families.base import Batch, Checkpoint, Loaded, Negatable, Params, padded
+from farm.spec import FrameSpec
+
+Disturb = Callable[[Sequence[FrameSpec], int], None]
+
+
+class NoiseParams(Negatable):
+    """Nothing but a size."""
+
+    width: int = 8
+    height: int = 8
+
+
+class Noise:
+    """A family that draws seeded noise, ten steps a batch, and lets the test step in."""
+
+    name = "noise"
+    params: type[Params] = NoiseParams
+    parts: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.batches: list[list[FrameSpec]] = []
+        self.disturb: Disturb = lambda _frames, _step: None
+
+    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
+        return False
+
+    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
+        return NoiseParams
+
+    def load(self, pipeline: Pipeline) -> Loaded:
+        return Loaded(
+            pipe=None, device="cpu", dtype="float32", scheduler_config=None, weights="0" * 64
+        )
+
+    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+        frames = batch.frames
+        self.batches.append(list(padded(frames)))
+        for step in range(10):
+            self.disturb(frames, step)
+            batch.on_step(step + 1, 10)
+        return [
+            Image.fromarray(np.random.default_rng(frame.seed).integers(0, 255, (8, 8, 3), np.uint8))
+            for frame in frames
+        ]

@@ -1,0 +1,123 @@
+"""Finished batches that the storage did not take yet: on disk, oldest first, up to a limit.
+
+Their leases live on, so nothing of them is rendered again when the storage is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from farm.store.claim import ClaimedFrame, Lease
+from farm.store.frames import Done, Failure
+from farm.store.workers import Account
+
+log = logging.getLogger(__name__)
+
+FIRST_SECONDS = 0.5
+MOST_SECONDS = 5.0
+"""Between two tries to store what is kept: full jitter below twice as long each time."""
+
+
+@dataclass
+class Picture:
+    """A frame's picture, encoded: in memory, or in a file."""
+
+    frame: ClaimedFrame
+    key: str
+    done: Done
+    held: bytes | Path
+
+    def content(self) -> bytes:
+        """Give its bytes."""
+        return self.held.read_bytes() if isinstance(self.held, Path) else self.held
+
+
+@dataclass
+class Finished:
+    """A batch that was rendered, and what became of its frames so far."""
+
+    lease: Lease
+    account: Account
+    step: tuple[int, int] = (0, 0)
+    unstored: list[Picture] = field(default_factory=list)
+    done: list[Done] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Spool:
+    """One child's; at most `max_bytes` and one batch more."""
+
+    def __init__(
+        self, folder: Path, max_bytes: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._batches: deque[Finished] = deque()
+        self._bytes = 0
+        self._disk_refused = False
+        self._pause = FIRST_SECONDS
+        self._due = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def leases(self) -> list[uuid.UUID]:
+        """Of the batches that are kept."""
+        return [batch.lease.id for batch in self._batches]
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more should be rendered before something is stored."""
+        return self._bytes >= self._max_bytes or self._disk_refused
+
+    def keep(self, batch: Finished) -> None:
+        """Put a batch last. Where the disk refuses, it stays in memory, and the spool is full."""
+        self._batches.append(batch)
+        self._bytes += sum(picture.done.bytes for picture in batch.unstored)
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for picture in batch.unstored:
+                path = self._folder / f"{batch.lease.id}-{picture.done.slot}.png"
+                path.write_bytes(picture.content())
+                picture.held = path
+        except OSError as error:
+            log.warning("Finished pictures cannot be kept on disk: %s", error)
+            self._disk_refused = True
+
+    def oldest(self) -> Finished | None:
+        """The batch to store next, where it is time to try."""
+        return self._batches[0] if self._batches and self._clock() >= self._due else None
+
+    def stored(self, picture: Picture) -> None:
+        """Note that the storage took a picture of the oldest batch: it is well again."""
+        self._pause, self._due = FIRST_SECONDS, float("-inf")
+        self._forget(picture)
+
+    def end(self) -> None:
+        """Forget the oldest batch: it is stored, or nobody wants it any more."""
+        for picture in self._batches.popleft().unstored:
+            self._forget(picture)
+
+    def _forget(self, picture: Picture) -> None:
+        self._bytes -= picture.done.bytes
+        self._disk_refused = False
+        if isinstance(picture.held, Path):
+            picture.held.unlink(missing_ok=True)
+
+    def postpone(self) -> None:
+        """Note that the storage is still away."""
+        self._due = self._clock() + random.uniform(0.1, self._pause)  # noqa: S311 - jitter
+        self._pause = min(2 * self._pause, MOST_SECONDS)
+
+    def wait(self) -> None:
+        """Sleep until it is time to try again."""
+        time.sleep(max(0.0, self._due - self._clock()))
