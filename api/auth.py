@@ -61,3 +61,13 @@ def writer(caller: Reader) -> Caller:
 
 
 Writer = Annotated[Caller, Depends(writer)]
+
+
+def operator(caller: Reader) -> Caller:
+    """Let in whoever looks after the farm's own processes."""
+    if caller.role != OPERATOR:
+        raise Forbidden(f"A {caller.role} key may not steer workers: that takes an operator's.")
+    return caller
+
+
+Operator = Annotated[Caller, Depends(operator)]

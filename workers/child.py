@@ -121,13 +121,26 @@ class Child:
             log.exception("%s cannot load pipeline %s", name, pipeline)
             # What a library says may tell of this machine: that stays in the log.
             return type(error).__name__
-        log.info(
-            "%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, self._clock() - started
-        )
+        seconds = self._clock() - started
+        log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
         self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._words)
-        self._say("idle", device=loaded.device)
+        self._say("idle", device=loaded.device, load_seconds=seconds)
         return None
 
-    def _say(self, state: str, *, device: str | None = None, problem: str | None = None) -> None:
+    def _say(
+        self,
+        state: str,
+        *,
+        device: str | None = None,
+        problem: str | None = None,
+        load_seconds: float | None = None,
+    ) -> None:
         with transaction(self._farm.store) as connection:
-            workers.set_state(connection, self._identity.id, state, device=device, problem=problem)
+            workers.set_state(
+                connection,
+                self._identity.id,
+                state,
+                device=device,
+                problem=problem,
+                load_seconds=load_seconds,
+            )

@@ -34,3 +34,8 @@ class Words(logging.Handler):
             self._file.write(f"{self.format(record)}\n".encode(errors="replace"))
         except Exception:
             self.handleError(record)
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._file.close()
+        super().close()

@@ -118,6 +118,10 @@ class FarmClient:
         again = verb != "retry"
         return self._job(self._send("POST", f"/v1/jobs/{job_id}/{verb}", again=again))
 
+    def drain(self, worker_id: str) -> Any:
+        """Let a worker finish its batch and leave."""
+        return self._object(self._send("POST", f"/v1/workers/{worker_id}/drain"))
+
     def _send(
         self, method: str, path: str, *, again: bool = True, **request: Any
     ) -> httpx.Response:

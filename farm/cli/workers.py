@@ -1,22 +1,29 @@
-"""`farm workers`: who renders, and what each does now."""
+"""`farm workers`: who renders, and what each does now; and letting one leave."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.markup import escape
 
 from farm.cli.console import Json, ago, clean, columns, count, emit, one_line, say, show_table, tail
+from farm.errors import InvalidRequest, NotFound
+
+if TYPE_CHECKING:
+    from farm.cli.client import FarmClient
 
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
 
+app = typer.Typer(help="Workers: who renders, and what each does now.")
 
-def workers(as_json: Json = False) -> None:
+
+@app.callback(invoke_without_command=True)
+def workers(context: typer.Context, as_json: Json = False) -> None:
     """List the workers that are alive."""
-    from farm.cli.client import FarmClient
-    from farm.config import load_settings
-
-    with FarmClient.of(load_settings()) as client:
+    if context.invoked_subcommand is not None:
+        return
+    with _client() as client:
         page = client.get("/v1/workers")
     if as_json:
         emit(page)
@@ -37,6 +44,38 @@ def workers(as_json: Json = False) -> None:
             tail(doing(each)),
         )
     show_table(table)
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name or id.")],
+    as_json: Json = False,
+) -> None:
+    """Let a worker finish its batch and leave; whoever runs it decides whether it comes back."""
+    with _client() as client:
+        found = client.drain(_find(client, worker))
+    if as_json:
+        emit(found)
+    else:
+        say(f"{found['name']} claims nothing more, and leaves when its batch is done.")
+
+
+def _client() -> FarmClient:
+    from farm.cli.client import FarmClient
+    from farm.config import load_settings
+
+    return FarmClient.of(load_settings())
+
+
+def _find(client: FarmClient, word: str) -> str:
+    word = word.strip()
+    alive = client.get("/v1/workers")["data"]
+    found = [each["id"] for each in alive if word in (each["name"], each["id"])]
+    if not word:
+        raise InvalidRequest("Which worker? `farm workers` lists them.", param="worker")
+    if not found:
+        raise NotFound(f"No worker {word[:60]!r} is alive; `farm workers` lists them.")
+    return str(found[0])
 
 
 def doing(worker: dict[str, Any]) -> str:

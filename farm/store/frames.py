@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, text
 from farm.spec import Run, shrunk
 from farm.states import FrameState, after_failure, retry_delay
 from farm.store.claim import Fence
-from farm.store.resting import SPARED_AT_MOST, on_trial
+from farm.store.resting import MOST_SECONDS, SPARED_AT_MOST, on_trial
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
 
@@ -52,6 +52,9 @@ class Failure:
     delay_seconds: float | None = None
     """Before the frame may be claimed again; None: longer with each attempt."""
 
+
+LOADS_BETWEEN = 8.0
+"""A frame that took its child down waits for so many times what loading takes."""
 
 LOCK_LEASE = text("SELECT job_ids, worker_id FROM leases WHERE id = :id FOR UPDATE")
 
@@ -139,6 +142,8 @@ SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
 WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) FOR UPDATE
 """)
 
+LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
+
 ALL_LEASES_OF = text("""
 SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
 WHERE worker_id = :worker_id FOR UPDATE
@@ -157,6 +162,12 @@ SHRINK = text("""
 UPDATE jobs SET runs = CAST(:runs AS jsonb), batch_key = CAST(:runs AS jsonb) -> run ->> 1,
                 bucket = (CAST(:runs AS jsonb) -> run ->> 2)::smallint
 WHERE id = :id
+""")
+
+SHRINK_RETURNS = text("""
+UPDATE returns SET batch_key = :batch_key, bucket = :bucket
+WHERE job_id = :id AND bucket > :bucket
+  AND split_part(batch_key, '/', 1) = split_part(:batch_key, '/', 1)
 """)
 
 DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
@@ -301,8 +312,14 @@ def lose(
     """
     values = {"worker_id": worker_id, "pid": pid, "known": []}
     leases = connection.execute(LEASES_OF, values).all()
+    load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
     for lease in leases:
-        _drop(connection, lease, "worker_lost", message, retry_seconds, log)
+        delay = None
+        if load_seconds is not None and len(lease.job_ids) == 1:
+            # Alone it may be what killed the child, and will kill the next: most of a worker's
+            # time must stay for others, so what loading anew costs is paid rarely.
+            delay = min(LOADS_BETWEEN * load_seconds, MOST_SECONDS)
+        _drop(connection, lease, "worker_lost", message, retry_seconds, log, delay)
     return [(lease.pipeline, _held_by(lease)[0]) for lease in leases]
 
 
@@ -313,6 +330,7 @@ def _drop(
     message: str,
     retry_seconds: float,
     log: str | None = None,
+    delay_seconds: float | None = None,
 ) -> None:
     held = _held_by(lease)
     several = len(held) > 1
@@ -320,7 +338,15 @@ def _drop(
         # Any one of them may be why: nobody is charged, and each is tried alone.
         message += " Its batch is tried again frame by frame."
     failures = [
-        Failure(fence, reason, message, log=log, charged=not several, alone=several)
+        Failure(
+            fence,
+            reason,
+            message,
+            log=log,
+            charged=not several,
+            alone=several,
+            delay_seconds=delay_seconds,
+        )
         for fence in held
     ]
     lock_jobs(connection, lease.job_ids)
@@ -377,15 +403,14 @@ def _shrink(connection: Connection, failures: Sequence[Failure]) -> list[Fence]:
     """
     if not failures:
         return []
-    fences = {
-        (job_id, ordinal): failure.fence
-        for failure in failures
-        for job_id, ordinal, _ in [failure.fence]
-    }
-    runs: dict[uuid.UUID, list[Run]] = {}
+    fences = {failure.fence[:2]: failure.fence for failure in failures}
     rows = connection.execute(ROOM, _fences(list(fences.values()))).all()
+    runs: dict[uuid.UUID, list[Run]] = {}
     for row in rows:
         runs[row.id] = shrunk(runs.get(row.id, row.runs), row.ordinal, row.bucket // 2)
+        _, batch_key, bucket = next(run for run in runs[row.id] if row.ordinal < run[0])
+        values = {"id": row.id, "batch_key": batch_key, "bucket": bucket}
+        connection.execute(SHRINK_RETURNS, values)
     for job_id, smaller in runs.items():
         connection.execute(SHRINK, {"id": job_id, "runs": json.dumps(smaller)})
     return [fences[row.id, row.ordinal] for row in rows]

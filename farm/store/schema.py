@@ -171,7 +171,7 @@ frames = Table(
         comment="attempts that do not count towards max_attempts",
     ),
     Column("worker", Text, nullable=False, comment="who claimed the latest attempt"),
-    Column("bucket", SmallInteger, comment="its own, where memory did not suffice for its spec's"),
+    Column("bucket", SmallInteger, comment="what its latest attempt was claimed in"),
     _moment("started_at", null=False),
     _moment("finished_at"),
     Column("slot", SmallInteger, comment="place in the batch, from 0"),
@@ -289,6 +289,7 @@ workers = Table(
     ),
     Column("rests", SmallInteger, nullable=False, server_default=text("0")),
     _moment("resting_until"),
+    Column("load_seconds", Double, comment="what its child took to load the pipeline"),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
     # What it did since it started: summed by pipeline for /metrics.

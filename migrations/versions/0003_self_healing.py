@@ -9,6 +9,7 @@ revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
+stage = "pre"
 
 
 def upgrade() -> None:
@@ -28,12 +29,21 @@ def upgrade() -> None:
     )
     op.add_column("workers", sa.Column("resting_until", sa.DateTime(timezone=True), nullable=True))
     op.add_column(
+        "workers",
+        sa.Column(
+            "load_seconds",
+            sa.Double(),
+            nullable=True,
+            comment="what its child took to load the pipeline",
+        ),
+    )
+    op.add_column(
         "frames",
         sa.Column(
             "bucket",
             sa.SmallInteger(),
             nullable=True,
-            comment="its own, where memory did not suffice for its spec's",
+            comment="what its latest attempt was claimed in",
         ),
     )
     op.add_column("jobs", sa.Column("removed_at", sa.DateTime(timezone=True), nullable=True))
@@ -58,6 +68,7 @@ def downgrade() -> None:
     op.drop_index("jobs_finished", table_name="jobs")
     op.drop_column("jobs", "removed_at")
     op.drop_column("frames", "bucket")
+    op.drop_column("workers", "load_seconds")
     op.drop_column("workers", "resting_until")
     op.drop_column("workers", "rests")
     op.drop_column("workers", "failing")

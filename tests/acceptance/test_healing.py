@@ -1,0 +1,194 @@
+"""Workers that are asked to leave do, and in time; a farm that was killed whole goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from farm.cli.exits import OK
+from farm.envfile import load_env
+from tests.acceptance.conftest import ENDED, QUICK, Live
+from tests.commanding import farm_process
+from tests.waiting import wait_until
+
+ENDLESS: dict[str, Any] = {"prompts": ["a red star"], "bucket": 8}
+
+
+@contextmanager
+def worker_process(live: Live, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run another worker of the demo's lane; gives its process and its id."""
+    one = {"OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "farm.cli", "worker", "demo"],
+        env={**os.environ, **live.farm.env, **one, **env},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+
+        def idle() -> str | None:
+            found = [row for row in listed(live) if row["pid"] == process.pid]
+            return str(found[0]["id"]) if found and found[0]["state"] == "idle" else None
+
+        worker_id = wait_until(idle, 60.0, "the second worker was ready")
+        assert worker_id is not None
+        yield process, worker_id
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def listed(live: Live) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = live.get("/v1/workers")["data"]
+    return rows
+
+
+def renders(live: Live, worker_id: str) -> bool:
+    found = [row for row in listed(live) if row["id"] == worker_id]
+    return bool(found and found[0]["batch"] and found[0]["batch"]["step"])
+
+
+def both_busy(live: Live, worker_id: str) -> list[str]:
+    """Give every worker of the lane a batch that would take minutes; returns the jobs."""
+    # Not the same steps: else both would ride in one batch.
+    jobs = [live.submit(**ENDLESS, steps=steps, max_attempts=1)["id"] for steps in (1000, 999)]
+    wait_until(lambda: renders(live, worker_id), 60.0, "the second worker rendered")
+    return jobs
+
+
+def over(live: Live, jobs: list[str]) -> None:
+    for job_id in jobs:
+        live.client.post(f"/v1/jobs/{job_id}/cancel")
+
+
+def test_a_worker_drained_from_afar_finishes_and_leaves(live: Live) -> None:
+    with worker_process(live) as (process, worker_id):
+        job = live.submit(
+            prompts=["a red star"], images_per_prompt=48, steps=20, bucket=4, max_attempts=1
+        )
+        wait_until(lambda: renders(live, worker_id), 60.0, "the second worker rendered")
+        name = next(row["name"] for row in listed(live) if row["id"] == worker_id)
+        drained = farm_process("workers", "drain", name, "--json", env=live.farm.env | key(live))
+        assert drained.code == OK
+        assert drained.json["draining"] is True
+        assert process.wait(60) == 0
+        assert worker_id not in [row["id"] for row in listed(live)]
+    assert live.ended(job["id"])["status"] == "succeeded"
+    frames = live.frames(job["id"])
+    assert {frame["attempt"] for frame in frames} == {1}
+    assert name in {frame["worker"] for frame in frames}  # its last batch was finished
+    refused = live.client.post(f"/v1/workers/{worker_id}/drain")
+    assert refused.status_code == 404
+    assert worker_id in refused.json()["detail"]
+
+
+def key(live: Live) -> dict[str, str]:
+    return {"FARM_API_KEY": live.farm.api_key}
+
+
+def test_a_second_sigterm_gives_the_batch_back_at_once(live: Live) -> None:
+    with worker_process(live) as (process, worker_id):
+        jobs = both_busy(live, worker_id)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: draining(live, worker_id), 30.0, "it drained")
+        assert process.poll() is None  # it would finish its batch
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(30) == 0
+        assert time.monotonic() - started < 10
+    given_back(live, jobs)
+
+
+def draining(live: Live, worker_id: str) -> bool:
+    return any(row["draining"] for row in listed(live) if row["id"] == worker_id)
+
+
+def given_back(live: Live, jobs: list[str]) -> None:
+    """Check that one frame was returned, at no charge, and that another worker may take it."""
+    frames = [frame for job_id in jobs for frame in live.frames(job_id)]
+    reasons = [attempt["reason"] for frame in frames for attempt in frame["attempts"]]
+    over(live, jobs)
+    assert reasons == ["released"]
+    assert {frame["state"] for frame in frames} <= {"ready", "running"}  # none is dead
+
+
+def test_a_grace_that_ends_gives_the_batch_back(live: Live) -> None:
+    with worker_process(live, FARM_GRACE_SECONDS="4") as (process, worker_id):
+        jobs = both_busy(live, worker_id)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert 1.5 < time.monotonic() - started < 4.5
+    given_back(live, jobs)
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below one, itself first."""
+    listing = subprocess.run(
+        ["ps", "--no-headers", "-e", "-o", "pid,ppid"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    parents = dict(zip(map(int, listing[::2]), map(int, listing[1::2]), strict=True))
+    found = [pid]
+    for parent in found:
+        found += [child for child, of in parents.items() if of == parent]
+    return found
+
+
+@contextmanager
+def farm_up(data: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """Run `farm up` on a folder, in a process of its own, until it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "farm.cli", "up", "--data", str(data), "--port", "0"],
+        env={**os.environ, **QUICK},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdout is not None
+        assert any(b"Farm is ready" in line for line in process.stdout)
+        headers = {"Authorization": f"Bearer {(data / 'api-key').read_text().strip()}"}
+        with httpx.Client(
+            base_url=load_env(data)["FARM_API_URL"], headers=headers, timeout=30
+        ) as client:
+            yield process, client
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_a_farm_killed_whole_goes_on_where_it_was(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    body = {"pipeline": "demo", "prompts": ["a red star"], "images_per_prompt": 8}
+    with farm_up(data) as (process, client):
+        answers = [client.post("/v1/jobs", json=body).raise_for_status() for _ in range(4)]
+        jobs = [answer.json()["id"] for answer in answers]
+
+        def some_done() -> bool:
+            found = [client.get(f"/v1/jobs/{job_id}").json() for job_id in jobs]
+            return any(job["counts"]["succeeded"] for job in found)
+
+        wait_until(some_done, 120.0, "some frames were done")
+        for pid in descendants(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    with farm_up(data) as (_, client):
+        listed_now = client.get("/v1/jobs", params={"limit": 200}).json()["data"]
+        assert {job["id"] for job in listed_now} >= set(jobs)
+
+        def all_ended() -> bool:
+            found = [client.get(f"/v1/jobs/{job_id}").json() for job_id in jobs]
+            return all(job["status"] in ENDED for job in found)
+
+        wait_until(all_ended, 180.0, "every job ended")
+        for job_id in jobs:
+            assert client.get(f"/v1/jobs/{job_id}").json()["status"] == "succeeded"

@@ -1,0 +1,184 @@
+"""A batch whose process is gone: who is charged, what is kept of its last words, who waits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from farm.context import Farm
+from farm.store import frames, workers
+from farm.store.engine import transaction
+from tests.farming import (
+    attempts_of,
+    frame_rows,
+    hire,
+    job_row,
+    let_leases_expire,
+    sql,
+    submit,
+)
+from tests.serving import serving
+from workers.scratch import SHOWN_BYTES, Scratch
+from workers.words import Words
+
+
+def all_due(farm: Farm) -> None:
+    sql(farm, "UPDATE returns SET not_before = clock_timestamp() - interval '1 second'")
+
+
+@pytest.mark.parametrize("reason", ["worker_lost", "lease_expired"])
+def test_a_lost_batch_charges_nobody_and_a_lost_frame_its_own(
+    farm: Farm, tenant: uuid.UUID, reason: str
+) -> None:
+    hand = hire(farm)
+    job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=3)
+
+    def lose() -> None:
+        if reason == "worker_lost":
+            hand.lose()
+        else:
+            let_leases_expire(farm)
+
+    assert len(hand.must_claim().frames) == 8
+    lose()
+    assert {(row.state, row.attempt) for row in frame_rows(farm, job_id).values()} == {("ready", 1)}
+    assert sql(farm, "SELECT DISTINCT spared FROM frames") == [(1,)]
+    deaths = 1
+    while job_row(farm, tenant, job_id).status == "running":
+        all_due(farm)
+        lease = hand.must_claim()
+        [frame] = lease.frames
+        if frame.ordinal == 5:
+            deaths += 1
+            lose()
+        else:
+            hand.complete(lease)
+    rows = frame_rows(farm, job_id)
+    assert [row.state for row in rows.values()].count("succeeded") == 7
+    assert rows[5].state == "dead"
+    assert attempts_of(farm, job_id, 5) == [(attempt, reason) for attempt in (1, 2, 3, 4)]
+    assert deaths == 4  # the batch's, and its own three
+
+
+def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    hand = hire(farm)
+    with transaction(farm.store) as connection:
+        workers.set_state(connection, hand.id, "idle", load_seconds=5.0)
+    submit(farm, tenant)
+    hand.must_claim()
+    hand.lose()
+    [row] = sql(
+        farm, "SELECT extract(epoch FROM not_before - clock_timestamp())::float FROM returns"
+    )
+    assert 0.9 * frames.LOADS_BETWEEN * 5.0 < row[0] <= frames.LOADS_BETWEEN * 5.0
+
+
+def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    hand = hire(farm)
+    job_id = submit(farm, tenant)
+    hand.must_claim()
+    hand.lose("The child ended: signal 11.", "Fatal Python error: Segmentation fault")
+    told = {"operator": "Fatal Python error: Segmentation fault", "client": None, "viewer": None}
+    with serving(farm) as api:
+        for role, log in told.items():
+            client = api.client("default", role)
+            for frame in (
+                client.get(f"/v1/jobs/{job_id}/frames/0").json(),
+                client.get(f"/v1/jobs/{job_id}/frames").json()["data"][0],
+            ):
+                [attempt] = frame["attempts"]
+                assert attempt["message"] == "The child ended: signal 11."
+                assert attempt["log"] == log
+
+
+SPEAK = """
+import ctypes, logging, sys
+from pathlib import Path
+from workers.words import Words
+words = Words(Path(sys.argv[1]))
+words.listen()
+logging.getLogger("a").warning("of the batch before")
+words.begin()
+logging.getLogger("b").warning("of this \\ud800 batch")
+ctypes.string_at(0)
+"""
+
+
+def test_words_outlive_a_crash(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path, os.getpid())
+    scratch.make()
+    run = subprocess.run(
+        [sys.executable, "-c", SPEAK, str(scratch.words(7))], check=False, capture_output=True
+    )
+    assert run.returncode == -11
+    said = scratch.last_words(7)
+    assert said is not None
+    assert "of the batch before" not in said
+    assert "WARNING b: of this ? batch" in said
+    assert "Segmentation fault" in said
+    assert "ctypes" in said  # the Python stack
+    scratch.forget(7)
+    assert scratch.last_words(7) is None
+
+
+def test_words_are_shown_from_their_end(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path, os.getpid())
+    scratch.make()
+    words = Words(scratch.words(7))
+    for number in range(2000):
+        words.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": 20}))
+    said = scratch.last_words(7)
+    assert said is not None
+    assert len(said) <= SHOWN_BYTES
+    assert said.endswith("line 1999")
+    words.close()
+
+
+def test_folders_of_workers_that_were_killed_are_swept(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = Scratch(tmp_path, ended.pid)
+    left.folder.mkdir(parents=True)
+    (left.folder / "5.log").write_text("old")
+    alive = Scratch(tmp_path, os.getppid())
+    alive.folder.mkdir()
+    mine = Scratch(tmp_path, os.getpid())
+    mine.make()
+    assert sorted(tmp_path.iterdir()) == sorted([alive.folder, mine.folder])
+    assert mine.folder.stat().st_mode & 0o777 == 0o700
+    mine.remove()
+    assert not mine.folder.exists()
+
+
+def test_unfinished_loads_are_counted(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path, os.getpid())
+    scratch.make()
+    assert scratch.unfinished_loads() == 0
+    assert [scratch.begin_load(), scratch.begin_load()] == [0, 1]
+    assert scratch.unfinished_loads() == 2
+    scratch.end_load()
+    assert scratch.unfinished_loads() == 0
+
+
+def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) -> None:
+    mine, other = hire(farm, "mine"), hire(farm, "other")
+    job_id = submit(farm, tenant, images_per_prompt=24, bucket=8, max_attempts=1)
+    leases = [mine.must_claim(), mine.must_claim(), other.must_claim()]
+    with transaction(farm.store) as connection:
+        assert frames.release_all(connection, mine.id) == {"demo"}
+        assert frames.release_all(connection, mine.id) == set()
+    assert mine.complete(leases[0]) == set()
+    assert len(other.complete(leases[2])) == 8
+    states = [row.state for row in frame_rows(farm, job_id).values()]
+    assert (states.count("ready"), states.count("succeeded")) == (16, 8)
+    assert len(mine.must_claim().frames) == 8  # together again: nobody was at fault

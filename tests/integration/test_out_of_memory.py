@@ -1,0 +1,149 @@
+"""Memory runs out: an automatic bucket is halved for the rest of its job, and that is recorded."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+
+import pytest
+
+from farm.artifacts import artifact_key
+from farm.context import Farm
+from farm.provenance import read_png
+from farm.spec import FrameSpec, shrunk
+from tests.farming import attempts_of, frame_rows, job_row, sql, submit
+from tests.noise import Noise
+from tests.serving import serving
+from workers.line import RenderLine
+
+
+class Memory:
+    """Room for so many pictures at once."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.buckets: list[int] = []
+
+    def __call__(self, frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 0:
+            self.buckets.append(frames[0].bucket)
+        if frames[0].bucket > self.room:
+            raise MemoryError
+
+
+def run(line: RenderLine) -> int:
+    """Answer bells until nothing may be claimed; returns how many fresh children that took."""
+    children = 0
+    while True:
+        line.run()
+        if not line.out_of_memory:
+            return children
+        line.out_of_memory = False  # as in a fresh child
+        children += 1
+
+
+def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=10, max_attempts=1)
+    noise.disturb = memory = Memory(room=2)
+    assert run(line) == 1
+    assert memory.buckets == [4, 2, 2, 2, 2, 2]
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    rows = frame_rows(farm, job_id)
+    assert {row.bucket for row in rows.values()} == {2}
+    for ordinal, row in rows.items():
+        expected = [(1, "out_of_memory")] if ordinal < 4 else []
+        assert attempts_of(farm, job_id, ordinal) == expected
+        content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
+        assert read_png(content)[1].frame.bucket == 2
+    with serving(farm) as api:
+        frame = api.client("default").get(f"/v1/jobs/{job_id}/frames/9").json()
+    assert frame["bucket"] == 2
+
+
+def test_it_is_halved_until_it_fits(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, max_attempts=1)
+    noise.disturb = memory = Memory(room=1)
+    assert run(line) == 2
+    assert memory.buckets == [4, 2] + [1] * 8
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_a_bucket_that_was_asked_for_stays(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2, bucket=4, max_attempts=2)
+    noise.disturb = memory = Memory(room=2)
+    run(line)
+    assert set(memory.buckets) == {4}
+    assert job_row(farm, tenant, job_id).status == "failed"
+    assert attempts_of(farm, job_id) == [(attempt, "out_of_memory") for attempt in (1, 2, 3)]
+
+
+def test_where_not_even_one_fits_the_frame_is_dead(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", max_attempts=2)
+    noise.disturb = Memory(room=0)
+    run(line)
+    assert job_row(farm, tenant, job_id).status == "failed"
+    assert attempts_of(farm, job_id) == [(attempt, "out_of_memory") for attempt in (1, 2)]
+
+
+def test_two_workers_that_run_out_at_once_halve_it_once(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12)
+    second = RenderLine(farm, line._identity, line._offer, line._loaded)
+    second._unsure = False
+    met: list[int] = []
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if frames[0].bucket == 4:
+            met.append(step)
+            if len(met) == 1:
+                second.run()  # it claims while the first still denoises
+            raise MemoryError
+
+    noise.disturb = disturb
+    run(line)
+    assert len(met) == 2
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert {row.bucket for row in frame_rows(farm, job_id).values()} == {2}
+
+
+def test_the_line_asks_for_a_fresh_process(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    submit(farm, tenant, pipeline="noise", images_per_prompt=12)
+    noise.disturb = memory = Memory(room=2)
+    line.run()
+    assert line.out_of_memory
+    assert memory.buckets == [4]  # nothing more was claimed by this process
+    assert sql(farm, "SELECT count(*) FROM leases WHERE pid = :pid", pid=os.getpid())[0][0] == 0
+
+
+RUNS = [(4, "a", 8), (8, "b", 8), (12, "a", 8), (16, "c", 2)]
+
+
+@pytest.mark.parametrize(
+    ("ordinal", "bucket", "after"),
+    [
+        (0, 4, [(4, "a/4", 4), (8, "b", 8), (12, "a/4", 4), (16, "c", 2)]),
+        (5, 2, [(4, "a", 8), (8, "b/2", 2), (12, "a", 8), (16, "c", 2)]),
+        (15, 2, RUNS),
+        (15, 4, RUNS),
+    ],
+)
+def test_runs_of_the_same_key_shrink_together(
+    ordinal: int, bucket: int, after: list[tuple[int, str, int]]
+) -> None:
+    assert shrunk(RUNS, ordinal, bucket) == after
+
+
+def test_a_run_that_shrinks_again_keeps_one_name() -> None:
+    assert shrunk(shrunk(RUNS, 0, 4), 9, 2)[0] == (4, "a/2", 2)
