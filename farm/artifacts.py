@@ -6,9 +6,14 @@ row points at.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import boto3
 from botocore.config import Config
@@ -21,11 +26,73 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 MEDIA_TYPE = "image/png"
+NO_SUCH_KEY = "NoSuchKey"
+CHUNK_BYTES = 2**18
+PAGE_KEYS = 1000
+"""Keys in a page of a listing, and in one call that deletes: the most that S3 takes."""
+
+KEY = re.compile(r"([0-9a-f-]{36})/([0-9a-f-]{36})/([0-9]{9,18})-([0-9a-f]{64})\.png")
+
+
+class NotStored(Unavailable):
+    """The storage answers, and holds no such image."""
+
+    retryable = False
 
 
 def artifact_key(tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int, sha256: bytes) -> str:
     """Name an artifact: its tenant, job and frame, and the hash of its bytes."""
-    return f"{tenant_id}/{job_id}/{ordinal:09d}-{sha256.hex()}.png"
+    return f"{job_prefix(tenant_id, job_id)}{ordinal:09d}-{sha256.hex()}.png"
+
+
+def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
+    """What the keys of a job's artifacts begin with."""
+    return f"{tenant_id}/{job_id}/"
+
+
+class ArtifactName(NamedTuple):
+    """What an artifact's key says."""
+
+    tenant_id: uuid.UUID
+    job_id: uuid.UUID
+    ordinal: int
+    sha256: bytes
+
+    @property
+    def key(self) -> str:
+        """The key itself."""
+        return artifact_key(self.tenant_id, self.job_id, self.ordinal, self.sha256)
+
+
+def parse_key(key: str) -> ArtifactName | None:
+    """Read an artifact's key; None for any other key."""
+    found = KEY.fullmatch(key)
+    if found is None:
+        return None
+    try:
+        tenant_id, job_id = uuid.UUID(found[1]), uuid.UUID(found[2])
+    except ValueError:
+        return None
+    name = ArtifactName(tenant_id, job_id, int(found[3]), bytes.fromhex(found[4]))
+    return name if name.key == key else None
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One line of a listing."""
+
+    key: str
+    age_seconds: float
+    """Since it was stored, by the storage's own clock."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A part of a listing."""
+
+    objects: Sequence[StoredObject]
+    last: str | None
+    """The key after which the next page begins; None where there is none."""
 
 
 class Artifacts:
@@ -37,7 +104,7 @@ class Artifacts:
         self._settings = settings
         self._s3 = self._client(timeout=30, attempts=3)
 
-    def _client(self, timeout: int, attempts: int) -> S3Client:
+    def _client(self, timeout: float, attempts: int) -> S3Client:
         return boto3.client(
             "s3",
             endpoint_url=self._settings.s3_endpoint_url,
@@ -55,8 +122,8 @@ class Artifacts:
         )
 
     @cached_property
-    def _probe(self) -> S3Client:
-        """For readiness, which must be told soon."""
+    def _hasty(self) -> S3Client:
+        """For what must not wait: readiness, and deleting under a lock."""
         return self._client(timeout=2, attempts=1)
 
     def put(self, key: str, content: bytes) -> None:
@@ -74,12 +141,50 @@ class Artifacts:
         """Read an image.
 
         Raises:
-            Unavailable: the storage does not answer, or holds no such image.
+            NotStored: the storage holds no such image.
+            Unavailable: the storage does not answer.
         """
         try:
             return self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
         except (BotoCoreError, ClientError) as error:
-            raise Unavailable(f"The image storage did not give {key}: {error}") from error
+            raise _not_given(key, error) from error
+
+    def measure(self, key: str) -> tuple[int, bytes]:
+        """Read an image piece by piece; returns its length in bytes and its sha256.
+
+        Raises:
+            NotStored: the storage holds no such image.
+            Unavailable: the storage does not answer, or stopped in the middle.
+        """
+        length, digest = 0, hashlib.sha256()
+        try:
+            body = self._s3.get_object(Bucket=self.bucket, Key=key)["Body"]
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                length += len(chunk)
+                digest.update(chunk)
+        except (BotoCoreError, ClientError) as error:
+            raise _not_given(key, error) from error
+        return length, digest.digest()
+
+    def list_page(self, *, prefix: str = "", after: str = "") -> Page:
+        """List the first PAGE_KEYS objects behind the key `after`, by key.
+
+        Raises:
+            Unavailable: the storage does not answer or refuses.
+        """
+        try:
+            answer = self._s3.list_objects_v2(
+                Bucket=self.bucket, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_KEYS
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise Unavailable(f"The image storage did not list its objects: {error}") from error
+        # Its own clock tells both moments, so that no machine's clock makes an object old.
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        objects = [
+            StoredObject(item["Key"], (now - item["LastModified"]).total_seconds())
+            for item in answer.get("Contents", [])
+        ]
+        return Page(objects, objects[-1].key if answer["IsTruncated"] else None)
 
     def delete(self, key: str) -> None:
         """Remove an image; one that is not there is no error.
@@ -92,6 +197,28 @@ class Artifacts:
         except (BotoCoreError, ClientError) as error:
             raise Unavailable(f"The image storage did not delete {key}: {error}") from error
 
+    def delete_all(self, keys: Sequence[str], *, hasty: bool = False) -> None:
+        """Remove PAGE_KEYS images at most; one that is not there is no error.
+
+        `hasty` gives up within four seconds, for whoever holds a lock meanwhile.
+
+        Raises:
+            Unavailable: the storage does not answer, or refused some of them.
+        """
+        s3 = self._hasty if hasty else self._s3
+        try:
+            answer = s3.delete_objects(
+                Bucket=self.bucket,
+                Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise Unavailable(f"The image storage did not delete its objects: {error}") from error
+        if refused := answer.get("Errors"):
+            first = refused[0]
+            raise Unavailable(
+                f"The image storage did not delete {first.get('Key')}: {first.get('Message')}"
+            )
+
     def presigned(self, key: str) -> str:
         """Make an address that gives the image to whoever holds it, for `presign_seconds`."""
         return self._s3.generate_presigned_url(
@@ -103,7 +230,7 @@ class Artifacts:
     def answers(self) -> bool:
         """Whether the storage answers and the bucket is there."""
         try:
-            self._probe.head_bucket(Bucket=self.bucket)
+            self._hasty.head_bucket(Bucket=self.bucket)
         except (BotoCoreError, ClientError):
             return False
         return True
@@ -111,3 +238,9 @@ class Artifacts:
     def close(self) -> None:
         """Give back the connections."""
         self._s3.close()
+
+
+def _not_given(key: str, error: BotoCoreError | ClientError) -> Unavailable:
+    if isinstance(error, ClientError) and error.response["Error"]["Code"] == NO_SUCH_KEY:
+        return NotStored(f"The image storage holds no {key}.")
+    return Unavailable(f"The image storage did not give {key}: {error}")

@@ -1,4 +1,4 @@
-"""The janitor: it expires leases, rings again for lanes where something waits, and prunes.
+"""The janitor: it expires leases, rings again for lanes where something waits, and tidies up.
 
 Any number run; the one that holds a lock in Postgres works, another takes over when it ends.
 """
@@ -6,17 +6,26 @@ Any number run; the one that holds a lock in Postgres works, another takes over 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import events, frames, lanes, workers
+from farm.store import events, frames, lanes, retention, workers
 from farm.store.engine import Connection
 from farm.store.leader import leadership
+from workers.storage import StorageWork
 
 log = logging.getLogger(__name__)
 
 FOLD_SECONDS = 86_400.0
+ROWS_A_SWEEP = 5000
+"""Rows of removed jobs that a sweep deletes from each table, at most."""
+
+LONGEST_REST_SECONDS = 10.0
+"""Between two tries while Postgres is away."""
+
+END_SECONDS = 5.0
 
 
 class Janitor:
@@ -29,20 +38,36 @@ class Janitor:
 
     def run(self, stop: threading.Event) -> None:
         """Sweep until `stop` is set; an outage of Postgres is logged and outlived."""
+        storage = StorageWork(self._farm, stop)
+        storage.start()
+        failures = 0
         while not stop.is_set():
             try:
                 with leadership(self._farm.store, self._patience) as connection:
+                    failures = 0
                     if connection is not None:
                         log.info("This janitor leads.")
-                        self._lead(connection, stop)
+                        self._lead(connection, storage, stop)
             except Unavailable as error:
+                failures += 1
                 log.warning("The janitor waits: %s", error)
-            stop.wait(self._farm.settings.sweep_seconds)
+            stop.wait(self._rest(failures))
+        storage.join(END_SECONDS)
 
-    def _lead(self, connection: Connection, stop: threading.Event) -> None:
-        while not stop.is_set():
-            self.sweep(connection)
-            stop.wait(self._farm.settings.sweep_seconds)
+    def _rest(self, failures: int) -> float:
+        """Seconds before the next try, drawn so that not all janitors try at once."""
+        pace = self._farm.settings.sweep_seconds
+        longest = min(pace * 2 ** min(failures, 10), LONGEST_REST_SECONDS)
+        return random.uniform(0, longest) if failures else pace  # noqa: S311 - no secret
+
+    def _lead(self, connection: Connection, storage: StorageWork, stop: threading.Event) -> None:
+        storage.lead(True)
+        try:
+            while not stop.is_set():
+                self.sweep(connection)
+                stop.wait(self._farm.settings.sweep_seconds)
+        finally:
+            storage.lead(False)
 
     def sweep(self, connection: Connection) -> None:
         """Do everything that is due once."""
@@ -62,3 +87,9 @@ class Janitor:
         for pipeline in waiting:
             if not self._farm.bells.ring(pipeline):
                 break
+        with connection.begin():
+            removed = retention.remove_due(connection, settings.retention_days)
+        with connection.begin():
+            retention.delete_rows(connection, ROWS_A_SWEEP)
+        if removed:
+            log.info("Removed %d jobs that ended long ago.", len(removed))

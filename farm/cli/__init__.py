@@ -14,6 +14,7 @@ from rich.text import Text
 
 from farm import __version__
 from farm.cli import (
+    audit,
     demo,
     doctor,
     download,
@@ -53,12 +54,13 @@ app.command("resume", rich_help_panel=RENDER)(jobs.resume)
 app.command("retry", rich_help_panel=RENDER)(jobs.retry)
 app.command("jobs", rich_help_panel=LOOK)(jobs.jobs)
 app.command("job", rich_help_panel=LOOK)(jobs.job)
-app.command("workers", rich_help_panel=LOOK)(workers.workers)
+app.add_typer(workers.app, name="workers", rich_help_panel=LOOK)
 app.command("replay", rich_help_panel=LOOK)(replay.replay)
 app.command("api", rich_help_panel=RUN)(processes.api)
 app.command("worker", rich_help_panel=RUN)(processes.worker)
 app.command("janitor", rich_help_panel=RUN)(processes.janitor)
 app.command("migrate", rich_help_panel=RUN)(processes.migrate)
+app.command("audit", rich_help_panel=RUN)(audit.audit)
 app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
 
 

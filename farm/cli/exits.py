@@ -11,11 +11,14 @@ OK = 0
 ERROR = 1
 USAGE = 2
 NOT_SUCCEEDED = 3
+WRONG = 4
+AWAY = 5
 INTERRUPTED = 130
 
 EPILOG = (
     "Exit codes: 0 done; 1 an error, in one line on standard error; 2 the command was misused; "
-    "3 the job did not succeed (watch, get, submit --watch); 130 Ctrl-C."
+    "3 the job did not succeed (watch, get, submit --watch); 4 something does not hold that must "
+    "(audit); 5 a server is away (audit); 130 Ctrl-C."
 )
 
 

@@ -145,7 +145,8 @@ def same_job(
 
 
 LOCK_JOB = text(f"""
-SELECT {JOB_COLUMNS} FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id FOR UPDATE
+SELECT {JOB_COLUMNS} FROM jobs j
+WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDATE
 """)  # noqa: S608 - constants only
 
 SET_PAUSED = text("""

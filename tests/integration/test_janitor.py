@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 
 from farm.bells import lane
 from farm.context import Farm, open_farm
@@ -137,3 +146,66 @@ def test_a_janitor_takes_over_from_one_whose_connection_died(farm: Farm, tenant:
             thread.join()
         for rival in rivals:
             rival.close()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_standby_takes_over_from_a_leader_that_is_killed_or_stopped(
+    farm: Farm, tenant: uuid.UUID, end: signal.Signals
+) -> None:
+    with janitor_process(farm) as first:
+        wait_until(lambda: leads(farm), 60, "the first janitor leads")
+        leader = leads(farm)
+        with janitor_process(farm):
+            before = sessions(farm)
+            wait_until(lambda: sessions(farm) > before + 2, 60, "the standby tries to lead")
+            assert leads(farm) == leader
+            first.send_signal(end)
+            began = time.monotonic()
+            wait_until(lambda: leads(farm) not in (None, leader), 30, "the standby leads")
+            patience = max(farm.settings.transaction_seconds, 3 * farm.settings.sweep_seconds)
+            assert time.monotonic() - began < patience + 5
+            farm.bells._redis.flushdb()
+            submit(farm, tenant)
+            farm.bells._redis.flushdb()
+            wait_until(lambda: bells(farm), 20, "it rings")
+
+
+def sessions(farm: Farm) -> int:
+    """How often somebody has connected to the database."""
+    where = "FROM pg_stat_database WHERE datname = current_database()"
+    return int(sql(farm, f"SELECT sessions {where}")[0][0])
+
+
+def leads(farm: Farm) -> int | None:
+    """The backend that holds the janitors' lock."""
+    rows = sql(
+        farm,
+        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " AND (classid::bigint << 32 | objid::bigint) = hashtextextended('janitor', 0)",
+    )
+    return int(rows[0][0]) if rows else None
+
+
+@contextmanager
+def janitor_process(farm: Farm) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `farm janitor` as a process of its own."""
+    settings = farm.settings
+    env = {
+        "FARM_DATABASE_URL": settings.database_url.get_secret_value(),
+        "FARM_REDIS_URL": settings.redis_url.get_secret_value(),
+        "FARM_S3_ENDPOINT_URL": str(settings.s3_endpoint_url),
+        "FARM_S3_BUCKET": settings.s3_bucket,
+        "FARM_TRANSACTION_SECONDS": str(settings.transaction_seconds),
+        "FARM_SWEEP_SECONDS": str(settings.sweep_seconds),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "farm.cli", "janitor"],
+        env=os.environ | env,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()

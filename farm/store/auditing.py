@@ -1,0 +1,170 @@
+"""What an audit reads: each answer is one statement, so one snapshot of a farm that is alive.
+
+Jobs and frames are walked in the order of their primary keys, events in the order of their ids.
+A job that is being removed is left out: its rows go piece by piece.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+STATEMENT_MILLISECONDS = 900_000
+"""A job of ten million frames is counted in one statement."""
+
+ONLY_READ = text("SET TRANSACTION READ ONLY")
+
+TAKE_LONG = text(f"SET LOCAL statement_timeout = {STATEMENT_MILLISECONDS}")
+
+SIZES = text("""
+SELECT (SELECT count(*) FROM jobs) AS jobs, (SELECT count(*) FROM frames) AS frames,
+       (SELECT count(*) FROM events) AS events,
+       (SELECT coalesce(max(id), 0) FROM events) AS last_event
+""")
+
+# Events are pruned oldest first: a job older than the oldest may have lost its own.
+JOBS = text("""
+SELECT j.id, j.status, j.paused, j.open, j.total, j.cursor, j.running, j.succeeded, j.dead,
+       j.cancelled, j.finished_at, f.*, r.returns, q.queued,
+       j.created_at < coalesce((SELECT min(at) FROM events), clock_timestamp()) AS maybe_pruned
+FROM (SELECT * FROM jobs WHERE id > :after AND removed_at IS NULL ORDER BY id LIMIT :limit) j
+CROSS JOIN LATERAL (
+    SELECT count(*) AS rows, coalesce(max(ordinal), -1) AS last,
+           count(*) FILTER (WHERE state = 'running') AS rows_running,
+           count(*) FILTER (WHERE state = 'ready') AS rows_ready,
+           count(*) FILTER (WHERE state = 'succeeded') AS rows_succeeded,
+           count(*) FILTER (WHERE state = 'dead') AS rows_dead,
+           count(*) FILTER (WHERE state = 'cancelled') AS rows_cancelled
+    FROM frames WHERE job_id = j.id
+) f
+CROSS JOIN LATERAL (SELECT count(*) AS returns FROM returns WHERE job_id = j.id) r
+CROSS JOIN LATERAL (
+    SELECT count(*) AS queued FROM events WHERE job_id = j.id AND kind = 'job.queued'
+) q
+ORDER BY j.id
+""")
+
+# Once succeeded a frame stays so: an event that tells of it must agree with its row.
+WINNERS = text("""
+SELECT t.job_id, t.ordinal, t.attempts, f.state, f.attempt
+FROM (
+    SELECT e.job_id, (fence ->> 0)::bigint AS ordinal,
+           array_agg((fence ->> 1)::int ORDER BY e.id) AS attempts
+    FROM events e CROSS JOIN LATERAL jsonb_array_elements(e.data -> 'frames') AS d (fence)
+    WHERE e.job_id = ANY(:ids) AND e.kind = 'frames.succeeded'
+    GROUP BY 1, 2
+) t
+JOIN jobs j ON j.id = t.job_id AND j.removed_at IS NULL
+LEFT JOIN frames f ON f.job_id = t.job_id AND f.ordinal = t.ordinal
+WHERE cardinality(t.attempts) > 1
+   OR f.state IS DISTINCT FROM 'succeeded' OR f.attempt <> t.attempts[1]
+ORDER BY t.job_id, t.ordinal LIMIT :limit
+""")
+
+LEASES = text("""
+SELECT l.id AS lease_id, d.job_id, d.ordinal, d.attempt, f.attempt AS latest
+FROM leases l
+CROSS JOIN LATERAL unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
+JOIN jobs j ON j.id = d.job_id AND j.removed_at IS NULL
+LEFT JOIN frames f ON f.job_id = d.job_id AND f.ordinal = d.ordinal
+WHERE f.attempt IS NULL OR f.attempt < d.attempt
+ORDER BY d.job_id, d.ordinal LIMIT :limit
+""")
+
+FRAMES = text("""
+WITH chunk AS MATERIALIZED (
+    SELECT * FROM frames WHERE (job_id, ordinal) > (:job_id, :ordinal)
+    ORDER BY job_id, ordinal LIMIT :limit
+), held AS MATERIALIZED (
+    SELECT d.job_id, d.ordinal, d.attempt, count(*) AS leases
+    FROM leases l
+    CROSS JOIN LATERAL unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
+    GROUP BY 1, 2, 3
+)
+SELECT c.job_id, c.ordinal, c.state, c.attempt, c.spared, c.sha256, c.bytes,
+       j.tenant_id, j.max_attempts, j.removed_at IS NOT NULL AS removed, a.*,
+       coalesce(h.leases, 0) AS leases, r.job_id IS NOT NULL AS returned
+FROM chunk c
+JOIN jobs j ON j.id = c.job_id
+CROSS JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE attempt < c.attempt AND attempt > 0) AS earlier,
+           count(*) FILTER (WHERE attempt = c.attempt) AS latest,
+           count(*) FILTER (WHERE attempt > c.attempt OR attempt < 1) AS outside,
+           count(*) FILTER (WHERE reason = '') AS without_reason
+    FROM attempts WHERE job_id = c.job_id AND ordinal = c.ordinal
+) a
+LEFT JOIN held h ON h.job_id = c.job_id AND h.ordinal = c.ordinal AND h.attempt = c.attempt
+LEFT JOIN returns r ON r.job_id = c.job_id AND r.ordinal = c.ordinal
+ORDER BY c.job_id, c.ordinal
+""")
+
+SUCCEEDED = text("""
+SELECT f.sha256, f.bytes FROM frames f JOIN jobs j ON j.id = f.job_id
+WHERE f.job_id = :job_id AND f.ordinal = :ordinal AND f.state = 'succeeded'
+  AND j.removed_at IS NULL
+""")
+
+# Removing a job says so in an event of its own; the event of its beginning may outlive its row.
+QUEUED = text("""
+WITH chunk AS MATERIALIZED (
+    SELECT id, job_id, kind FROM events WHERE id > :after AND id <= :last
+    ORDER BY id LIMIT :limit
+)
+SELECT count(*) AS read, max(id) AS last, count(*) FILTER (WHERE c.kind = 'job.queued') AS queued,
+       array_agg(c.job_id) FILTER (
+           WHERE c.kind = 'job.queued'
+             AND NOT EXISTS (SELECT FROM jobs j WHERE j.id = c.job_id)
+             AND NOT EXISTS (SELECT FROM events e
+                             WHERE e.job_id = c.job_id AND e.kind = 'job.removed')
+       ) AS lost
+FROM chunk c
+""")
+
+
+def only_read(connection: Connection) -> None:
+    """Let a transaction that has just begun read, for as long as it takes, and never write."""
+    connection.execute(ONLY_READ)
+    connection.execute(TAKE_LONG)
+
+
+def sizes(connection: Connection) -> Row[Any]:
+    """Count jobs, frames and events, and name the last event."""
+    return connection.execute(SIZES).one()
+
+
+def jobs_after(connection: Connection, after: uuid.UUID, limit: int) -> Sequence[Row[Any]]:
+    """Read the next jobs: counters, and frames, returns and events counted one by one."""
+    return connection.execute(JOBS, {"after": after, "limit": limit}).all()
+
+
+def wrong_winners(
+    connection: Connection, job_ids: Sequence[uuid.UUID], limit: int
+) -> Sequence[Row[Any]]:
+    """Find frames of some jobs whose success events do not agree with their rows."""
+    return connection.execute(WINNERS, {"ids": list(job_ids), "limit": limit}).all()
+
+
+def wrong_leases(connection: Connection, limit: int) -> Sequence[Row[Any]]:
+    """Find what leases hold that is no attempt of any frame."""
+    return connection.execute(LEASES, {"limit": limit}).all()
+
+
+def frames_after(
+    connection: Connection, job_id: uuid.UUID, ordinal: int, limit: int
+) -> Sequence[Row[Any]]:
+    """Read the next frames, with their attempts counted, who holds them, and whether returned."""
+    values = {"job_id": job_id, "ordinal": ordinal, "limit": limit}
+    return connection.execute(FRAMES, values).all()
+
+
+def succeeded_frame(connection: Connection, job_id: uuid.UUID, ordinal: int) -> Row[Any] | None:
+    """Read what a frame's artifact must be; None where it has none any more."""
+    return connection.execute(SUCCEEDED, {"job_id": job_id, "ordinal": ordinal}).first()
+
+
+def queued_after(connection: Connection, after: int, last: int, limit: int) -> Row[Any]:
+    """Read the next events up to `last`; gives the jobs that they began and that are lost."""
+    return connection.execute(QUEUED, {"after": after, "last": last, "limit": limit}).one()

@@ -1,0 +1,140 @@
+"""What goes: jobs kept long enough, piece by piece, and the artifacts that no frame names.
+
+A job that is removed is gone for everybody at once. Then its rows are deleted, then its objects,
+and its own row last: whoever takes over finds there what is left to do.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+from farm.states import TERMINAL
+
+AT_ONCE = 1000
+"""Jobs that are being removed at the same time, at most."""
+
+DAY_SECONDS = 86_400.0
+
+ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes]
+"""(tenant, job, ordinal, sha256): what an artifact's key says."""
+
+# now(), not clock_timestamp(): an index takes only what stays the same for a statement.
+REMOVE = text("""
+WITH due AS (
+    SELECT id FROM jobs
+    WHERE finished_at < now() - make_interval(secs => :seconds)
+      AND removed_at IS NULL AND status = ANY(:terminal)
+    ORDER BY finished_at
+    LIMIT greatest(0, :at_once - (SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL))
+    FOR UPDATE SKIP LOCKED
+), removed AS (
+    -- its idempotency key may be used anew
+    UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL
+    FROM due WHERE j.id = due.id
+    RETURNING j.id, j.tenant_id
+)
+INSERT INTO events (job_id, tenant_id, kind, data)
+SELECT id, tenant_id, 'job.removed', '{}' FROM removed
+RETURNING job_id
+""")
+
+# A row that somebody looks at under a lock waits for the next sweep.
+DELETE_ROWS = {
+    table: text(f"""
+WITH old AS (
+    SELECT t.job_id, {", ".join(f"t.{column}" for column in key)}
+    FROM jobs j CROSS JOIN LATERAL (
+        SELECT * FROM {table} r WHERE r.job_id = j.id LIMIT :limit FOR UPDATE SKIP LOCKED
+    ) t
+    WHERE j.removed_at IS NOT NULL LIMIT :limit
+)
+DELETE FROM {table} d USING old
+WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for column in key)}
+""")  # noqa: S608 - constants only
+    for table, key in {
+        "returns": ["ordinal"],
+        "attempts": ["ordinal", "attempt"],
+        "frames": ["ordinal"],
+    }.items()
+}
+
+EMPTY = text("""
+SELECT j.id, j.tenant_id FROM jobs j
+WHERE j.removed_at IS NOT NULL
+  AND NOT EXISTS (SELECT FROM frames f WHERE f.job_id = j.id)
+  AND NOT EXISTS (SELECT FROM attempts a WHERE a.job_id = j.id)
+ORDER BY j.removed_at LIMIT :limit
+""")
+
+FORGET = text("DELETE FROM jobs WHERE id = :id AND removed_at IS NOT NULL")
+
+NAMED = """
+unnest(CAST(:tenant_ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]),
+       CAST(:hashes AS bytea[])) WITH ORDINALITY AS d (tenant_id, job_id, ordinal, sha256, place)
+"""
+
+# A tenant that is not known here may be another farm's, in the same bucket.
+OF_NO_JOB = text(f"""
+SELECT d.place FROM {NAMED} JOIN tenants t ON t.id = d.tenant_id
+WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = d.job_id) LIMIT :limit
+""")  # noqa: S608 - constants only
+
+# A dead frame may be retried and succeed with these very bytes: not while its row is locked.
+OF_NO_FRAME = text(f"""
+SELECT d.place FROM {NAMED}
+JOIN jobs j ON j.id = d.job_id AND j.tenant_id = d.tenant_id AND j.removed_at IS NULL
+JOIN frames f ON f.job_id = d.job_id AND f.ordinal = d.ordinal
+WHERE f.state IN ('dead', 'cancelled') OR (f.state = 'succeeded' AND f.sha256 <> d.sha256)
+LIMIT :limit
+FOR SHARE OF f
+""")  # noqa: S608 - constants only
+
+
+def remove_due(connection: Connection, days: float) -> list[uuid.UUID]:
+    """Remove the jobs that ended more than `days` ago; returns which. 0 days removes none."""
+    if days == 0:
+        return []
+    values = {"seconds": days * DAY_SECONDS, "terminal": list(TERMINAL), "at_once": AT_ONCE}
+    return list(connection.execute(REMOVE, values).scalars())
+
+
+def delete_rows(connection: Connection, limit: int) -> int:
+    """Delete up to `limit` rows of each table that belong to removed jobs; returns how many."""
+    return sum(
+        connection.execute(statement, {"limit": limit}).rowcount
+        for statement in DELETE_ROWS.values()
+    )
+
+
+def empty_jobs(connection: Connection, limit: int) -> list[tuple[uuid.UUID, uuid.UUID]]:
+    """Name removed jobs whose frames are deleted, as (tenant, job): their objects may go."""
+    rows = connection.execute(EMPTY, {"limit": limit})
+    return [(row.tenant_id, row.id) for row in rows]
+
+
+def forget(connection: Connection, job_id: uuid.UUID) -> None:
+    """Delete a removed job's own row, with its prompts: nothing is left of it."""
+    connection.execute(FORGET, {"id": job_id})
+
+
+def lock_orphans(connection: Connection, names: Sequence[ArtifactName], limit: int) -> list[int]:
+    """Choose, of some artifacts, up to `limit` that no frame names, nor ever will.
+
+    Their frames are locked until the transaction ends, so that none is retried meanwhile.
+
+    Returns:
+        Their places among `names`.
+    """
+    values = {
+        "tenant_ids": [name[0] for name in names],
+        "job_ids": [name[1] for name in names],
+        "ordinals": [name[2] for name in names],
+        "hashes": [name[3] for name in names],
+    }
+    places = list(connection.execute(OF_NO_JOB, {**values, "limit": limit}).scalars())
+    free = limit - len(places)
+    places += connection.execute(OF_NO_FRAME, {**values, "limit": free}).scalars()
+    return [place - 1 for place in places]

@@ -1,0 +1,123 @@
+"""What the janitor does in the image storage: it deletes what no frame names any more.
+
+At a pace of its own, beside the sweep: a storage that is slow or away never delays a lease.
+Nothing here needs to be done by one janitor alone, it would only be done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+
+from farm.artifacts import ArtifactName, job_prefix, parse_key
+from farm.context import Farm
+from farm.errors import Unavailable
+from farm.store import retention
+from farm.store.engine import transaction
+
+log = logging.getLogger(__name__)
+
+PASS_SECONDS = 3600.0
+"""Between two passes over the whole storage, at most; a page a step, so never all at once."""
+
+DELETED_AT_ONCE = 100
+"""Orphans: their frames are locked while they are deleted, so it must be quick."""
+
+LONGEST_REST_SECONDS = 60.0
+
+
+class StorageWork:
+    """Empties removed jobs and deletes orphans, in a thread, while its janitor leads."""
+
+    def __init__(self, farm: Farm, stop: threading.Event) -> None:
+        self._farm = farm
+        self._stop = stop
+        self._leads = threading.Event()
+        self._after = ""
+        self._pass_due_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="storage-work", daemon=True)
+
+    def start(self) -> None:
+        """Begin, in a thread of its own, which ends once `stop` is set."""
+        self._thread.start()
+
+    def lead(self, leads: bool) -> None:
+        """Say whether the janitor leads: only then anything is done."""
+        if leads:
+            self._leads.set()
+        else:
+            self._leads.clear()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread's end; one that waits for the storage is left to its process's."""
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        pace, failures = self._farm.settings.sweep_seconds, 0
+        while not self._stop.is_set():
+            if self._leads.wait(pace):
+                try:
+                    self.step()
+                    failures = 0
+                except Unavailable as error:
+                    failures += 1
+                    log.warning("What is left in the storage stays for now: %s", error)
+                except Exception:
+                    failures += 1
+                    log.exception("What is left in the storage stays for now")
+            rest = min(pace * 2 ** min(failures, 10), LONGEST_REST_SECONDS)
+            self._stop.wait(random.uniform(rest / 2, rest) if failures else pace)  # noqa: S311
+
+    def step(self) -> None:
+        """Empty the jobs that are being removed, and look through one page for orphans.
+
+        Raises:
+            Unavailable: the storage or Postgres is away; the next step goes on from there.
+        """
+        with transaction(self._farm.store) as connection:
+            empty = retention.empty_jobs(connection, retention.AT_ONCE)
+        for tenant_id, job_id in empty:
+            if self._delete_below(job_prefix(tenant_id, job_id)):
+                with transaction(self._farm.store) as connection:
+                    retention.forget(connection, job_id)
+        if time.monotonic() >= self._pass_due_at:
+            self._look_through_page()
+
+    def _goes_on(self) -> bool:
+        return self._leads.is_set() and not self._stop.is_set()
+
+    def _delete_below(self, prefix: str) -> bool:
+        """Delete every object whose key begins so; returns whether none is left."""
+        artifacts = self._farm.artifacts
+        while self._goes_on():
+            found = artifacts.list_page(prefix=prefix).objects
+            if not found:
+                return True
+            artifacts.delete_all([stored.key for stored in found])
+        return False
+
+    def _look_through_page(self) -> None:
+        orphan_seconds = self._farm.settings.orphan_seconds
+        page = self._farm.artifacts.list_page(after=self._after)
+        names = [
+            name
+            for stored in page.objects
+            if stored.age_seconds >= orphan_seconds and (name := parse_key(stored.key))
+        ]
+        while (deleted := self._delete_orphans(names)) and self._goes_on():
+            names = [name for name in names if name not in deleted]
+        self._after = page.last or ""
+        if page.last is None:
+            self._pass_due_at = time.monotonic() + min(PASS_SECONDS, orphan_seconds)
+
+    def _delete_orphans(self, names: list[ArtifactName]) -> set[ArtifactName]:
+        with transaction(self._farm.store) as connection:
+            places = retention.lock_orphans(connection, names, DELETED_AT_ONCE)
+            orphans = {names[place] for place in places}
+            if orphans:
+                keys = [name.key for name in orphans]
+                self._farm.artifacts.delete_all(keys, hasty=True)
+                log.info("Deleted %d objects that no frame names.", len(keys))
+        return orphans
