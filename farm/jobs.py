@@ -7,6 +7,7 @@ import json
 import uuid
 from typing import Any
 
+from farm import failpoints
 from farm.context import Farm
 from farm.errors import InvalidRequest
 from farm.images import missing_images
@@ -46,6 +47,7 @@ def submit(
         job_id = stored.insert_job(
             connection, uuid.uuid4(), tenant_id, spec, job.prompts, idempotency
         )
+    failpoints.reach(farm.settings.failpoints, "submit.committed", job.prompts)
     farm.bells.ring(job.pipeline)
     return job_id
 

@@ -53,6 +53,7 @@ class Scratch:
     def begin_load(self) -> int:
         """Note that a child begins to load; returns how many before it did and never ended it."""
         begun = self.unfinished_loads()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._loading.write_text(str(begun + 1))
         return begun
 

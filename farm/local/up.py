@@ -106,10 +106,13 @@ def _start_farm(
 ) -> None:
     api = supervisor.start(commands.api(folder, env, port), lasting=False)
     supervisor.start(commands.janitor(folder, env))
-    threads = _thread_settings(sum(counts.values()))
+    own = {
+        **_thread_settings(sum(counts.values())),
+        "FARM_SCRATCH_DIR": str(folder.path / "scratch"),
+    }
     for pipeline, count in counts.items():
         for number in range(1, count + 1):
-            program = commands.worker(folder, {**env, **threads}, pipeline, number, grace)
+            program = commands.worker(folder, {**env, **own}, pipeline, number, grace)
             supervisor.start(program)
     supervisor.ready(api, READY_SECONDS)
 

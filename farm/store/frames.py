@@ -265,9 +265,8 @@ def release_all(connection: Connection, worker_id: uuid.UUID) -> set[str]:
 def _release_leases(connection: Connection, leases: Sequence[Row[Any]]) -> None:
     if not leases:
         return
-    fences = [fence for lease in leases for fence in _held_by(lease)]
-    lock_jobs(connection, [job_id for job_id, _, _ in fences])
-    _release(connection, fences)
+    _lock_all(connection, leases)
+    _release(connection, [fence for lease in leases for fence in _held_by(lease)])
     connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
 
 
@@ -292,6 +291,7 @@ def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) 
 def expire(connection: Connection, retry_seconds: float) -> set[str]:
     """End the leases whose time is up, on Postgres's clock; returns the lanes to ring."""
     leases = connection.execute(EXPIRED).all()
+    _lock_all(connection, leases)
     for lease in leases:
         _drop(connection, lease, "lease_expired", "The worker was not heard of.", retry_seconds)
     return {lease.pipeline for lease in leases}
@@ -312,6 +312,7 @@ def lose(
     """
     values = {"worker_id": worker_id, "pid": pid, "known": []}
     leases = connection.execute(LEASES_OF, values).all()
+    _lock_all(connection, leases)
     load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
     for lease in leases:
         delay = None
@@ -349,7 +350,6 @@ def _drop(
         )
         for fence in held
     ]
-    lock_jobs(connection, lease.job_ids)
     ended = _end(connection, "frames.failed", failures, retry_seconds, lease.worker_id)
     states = list(ended.values())
     lost = {
@@ -359,6 +359,11 @@ def _drop(
     }
     connection.execute(COUNT_LOST, {"id": lease.worker_id, **lost})
     connection.execute(DROP_LEASES, {"ids": [lease.id]})
+
+
+def _lock_all(connection: Connection, leases: Sequence[Row[Any]]) -> None:
+    """Lock the jobs of all leases at once: one after the other would break the order of locks."""
+    lock_jobs(connection, [job_id for lease in leases for job_id in lease.job_ids])
 
 
 def _held_by(lease: Row[Any]) -> list[Fence]:

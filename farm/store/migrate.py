@@ -1,59 +1,140 @@
-"""Migrations: bring the database to the schema that this version knows."""
+"""Migrations: bring the database to the schema that this version knows, and refuse a strange one.
+
+Steps form one chain. A `pre` step only adds, so that the version before it works on; a `post` step
+removes or tightens, so that only code that knows it may work. The newest post step that was applied
+stands in the database as its floor, in the comment of alembic's table.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import alembic.command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import Connection, MetaData, Table, text
+from sqlalchemy.schema import DropTableComment, SetTableComment
 
 import migrations
+from farm.errors import FarmError
 from farm.store.engine import Store, transaction
+
+FOLDER = Path(migrations.__file__).parent
 
 # A step may take long, and so may waiting for another's.
 NO_LIMIT = text(
     "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"
 )
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
+FLOOR = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
 
 
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    return config
+class SchemaRefused(FarmError):
+    """This version cannot work on the database as it is; the message says what to do."""
+
+    code = "schema_refused"
+    status = 503
 
 
-def upgrade(store: Store, revision: str = "head") -> None:
-    """Apply every step up to `revision`, in one transaction; two callers take turns."""
+class Stage(StrEnum):
+    """When a step is applied: before new code starts, or after the last old process has ended."""
+
+    PRE = "pre"
+    POST = "post"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One file of migrations/versions."""
+
+    revision: str
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """What an upgrade came to: the steps applied, and those left for later, by revision."""
+
+    applied: list[str]
+    left: list[str]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a database stands: its last step, and the newest post step among all it has."""
+
+    at: str | None
+    floor: str | None
+
+
+@cache
+def steps(folder: Path = FOLDER) -> tuple[Step, ...]:
+    """Read this version's steps, the oldest first."""
+    scripts = [*ScriptDirectory.from_config(_config(folder)).walk_revisions()]
+    return tuple(Step(script.revision, Stage(script.module.stage)) for script in scripts[::-1])
+
+
+def require_schema(store: Store, folder: Path = FOLDER) -> None:
+    """Return if this version may work on the database: no pre step lacks, no post step is strange.
+
+    Raises:
+        SchemaRefused: the database is older than this version needs, or a newer version changed it
+            too far.
+        Unavailable: Postgres cannot be reached.
+    """
     with transaction(store) as connection:
-        connection.execute(NO_LIMIT)
-        connection.execute(LOCK)
-        config = _config()
-        config.attributes["connection"] = connection
-        alembic.command.upgrade(config, revision)
-
-
-def downgrade(store: Store, revision: str = "base") -> None:
-    """Take steps back down to `revision`; what they added is lost."""
-    with transaction(store) as connection:
-        config = _config()
-        config.attributes["connection"] = connection
-        alembic.command.downgrade(config, revision)
+        place = _place(connection)
+    missing = _missing(steps(folder), place)
+    while missing and missing[-1].stage is Stage.POST:
+        missing.pop()
+    if missing:
+        raise SchemaRefused(_older(missing))
 
 
 def is_current(store: Store) -> bool:
-    """Whether the database has every step that this version knows.
+    """Whether this version may work on the database; see require_schema."""
+    try:
+        require_schema(store)
+    except SchemaRefused:
+        return False
+    return True
 
-    One that is ahead, since a newer version migrated it, has them too.
+
+def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> Upgrade:
+    """Apply the steps that are missing, in one transaction; two callers take turns.
+
+    `pre_only` stops before the first post step, so that an older version may run on; an empty
+    database, on which nothing runs, gets every step all the same.
+
+    Raises:
+        SchemaRefused: a newer version changed the database too far for this one.
+        Unavailable: Postgres cannot be reached.
     """
-    script = ScriptDirectory.from_config(_config())
-    with transaction(store) as connection:
-        found = MigrationContext.configure(connection).get_current_revision()
-    known = {step.revision for step in script.walk_revisions()}
-    return found is not None and (found not in known or found == script.get_current_head())
+    chain = steps(folder)
+    with _alone(store, folder) as (connection, config):
+        place = _place(connection)
+        missing = wanted = _missing(chain, place)
+        if pre_only and place.at is not None:
+            wanted = list(takewhile(lambda step: step.stage is Stage.PRE, missing))
+        if wanted:
+            alembic.command.upgrade(config, wanted[-1].revision)
+            _write_floor(connection, chain)
+    revisions = [step.revision for step in missing]
+    return Upgrade(revisions[: len(wanted)], revisions[len(wanted) :])
+
+
+def downgrade(store: Store, revision: str = "base", *, folder: Path = FOLDER) -> None:
+    """Take steps back down to `revision`; what they added is lost."""
+    with _alone(store, folder) as (connection, config):
+        alembic.command.downgrade(config, revision)
+        _write_floor(connection, steps(folder))
 
 
 def check(store: Store) -> None:
@@ -62,15 +143,69 @@ def check(store: Store) -> None:
     Raises:
         alembic.util.AutogenerateDiffsDetected: they differ.
     """
-    with transaction(store) as connection:
-        config = _config()
-        config.attributes["connection"] = connection
+    with _alone(store, FOLDER) as (_, config):
         alembic.command.check(config)
 
 
 def new_step(store: Store, message: str) -> None:
     """Write the migration that takes the database to the tables of farm.store.schema."""
-    with transaction(store) as connection:
-        config = _config()
-        config.attributes["connection"] = connection
+    with _alone(store, FOLDER) as (_, config):
         alembic.command.revision(config, message, autogenerate=True)
+
+
+@contextmanager
+def _alone(store: Store, folder: Path) -> Iterator[tuple[Connection, Config]]:
+    """Run a block of alembic's commands in one transaction, when no other migrates."""
+    with transaction(store) as connection:
+        connection.execute(NO_LIMIT)
+        connection.execute(LOCK)
+        config = _config(folder)
+        config.attributes["connection"] = connection
+        yield connection, config
+
+
+def _config(folder: Path) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    return config
+
+
+def _place(connection: Connection) -> _Place:
+    at = MigrationContext.configure(connection).get_current_revision()
+    return _Place(at, connection.execute(FLOOR).scalar_one())
+
+
+def _write_floor(connection: Connection, chain: Sequence[Step]) -> None:
+    missing = _missing(chain, _place(connection))
+    applied = chain[: len(chain) - len(missing)]
+    floor = [step.revision for step in applied if step.stage is Stage.POST][-1:]
+    table = Table("alembic_version", MetaData(), comment="".join(floor))
+    connection.execute(SetTableComment(table) if floor else DropTableComment(table))
+
+
+def _missing(chain: Sequence[Step], place: _Place) -> list[Step]:
+    """List the steps that a database lacks: none where a newer version went further.
+
+    Raises:
+        SchemaRefused: that version applied a post step.
+    """
+    known = [step.revision for step in chain]
+    if place.floor is not None and place.floor not in known:
+        raise SchemaRefused(
+            f"The database has step {place.floor}, made for newer versions of the farm only: "
+            "run one that knows it."
+        )
+    if place.at is None:
+        return list(chain)
+    return list(chain[known.index(place.at) + 1 :]) if place.at in known else []
+
+
+def _older(missing: Sequence[Step]) -> str:
+    lacks = f"The database lacks step {missing[-1].revision}, which this version of the farm needs"
+    between = [step.revision for step in missing if step.stage is Stage.POST]
+    if between:
+        return (
+            f"{lacks}, and step {between[-1]} before it is not for older versions: "
+            "once no process of theirs runs, run `farm migrate`."
+        )
+    return f"{lacks}: run `farm migrate`, or `farm migrate --pre` while an older version runs."

@@ -18,7 +18,7 @@ FROM (
     SELECT id, job_id, data FROM events
     WHERE tenant_id = :tenant_id AND kind = 'frames.succeeded'
     ORDER BY id DESC LIMIT :limit
-) e CROSS JOIN LATERAL (
+) e JOIN jobs j ON j.id = e.job_id AND j.removed_at IS NULL CROSS JOIN LATERAL (
     SELECT (fence ->> 0)::bigint AS ordinal
     FROM jsonb_array_elements(e.data -> 'frames') AS t (fence) LIMIT :limit
 ) done

@@ -47,7 +47,8 @@ DELETE_ROWS = {
 WITH old AS (
     SELECT t.job_id, {", ".join(f"t.{column}" for column in key)}
     FROM jobs j CROSS JOIN LATERAL (
-        SELECT * FROM {table} r WHERE r.job_id = j.id LIMIT :limit FOR UPDATE SKIP LOCKED
+        SELECT * FROM {table} r WHERE r.job_id = j.id
+        ORDER BY {", ".join(key)} LIMIT :limit FOR UPDATE SKIP LOCKED
     ) t
     WHERE j.removed_at IS NOT NULL LIMIT :limit
 )
@@ -61,11 +62,16 @@ WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for c
     }.items()
 }
 
+# Ordered as the index is: one probe of it for each job, however large the planner thinks a job is.
 EMPTY = text("""
 SELECT j.id, j.tenant_id FROM jobs j
-WHERE j.removed_at IS NOT NULL
-  AND NOT EXISTS (SELECT FROM frames f WHERE f.job_id = j.id)
-  AND NOT EXISTS (SELECT FROM attempts a WHERE a.job_id = j.id)
+LEFT JOIN LATERAL (
+    SELECT ordinal FROM frames WHERE job_id = j.id ORDER BY ordinal LIMIT 1
+) f ON true
+LEFT JOIN LATERAL (
+    SELECT ordinal FROM attempts WHERE job_id = j.id ORDER BY ordinal, attempt LIMIT 1
+) a ON true
+WHERE j.removed_at IS NOT NULL AND f.ordinal IS NULL AND a.ordinal IS NULL
 ORDER BY j.removed_at LIMIT :limit
 """)
 

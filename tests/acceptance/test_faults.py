@@ -16,12 +16,12 @@ import pytest
 from tests.acceptance.conftest import Live
 from tests.waiting import wait_until
 
-FRAMES = 24
+FRAMES = 16
 LONG: dict[str, Any] = {
     "prompts": ["a red star on a blue background"],
     "images_per_prompt": FRAMES,
     "seed": 5,
-    "steps": 20,
+    "steps": 12,
     "bucket": 4,
 }
 

@@ -11,7 +11,7 @@ import pytest
 from farm.context import Farm
 from farm.store import frames, keys, workers
 from farm.store.engine import transaction
-from tests.farming import hire
+from tests.farming import hire, submit
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import JOB, Api, render, serving
 
@@ -116,3 +116,21 @@ def test_metrics_name_no_tenant(api: Api) -> None:
     assert 'farm_queue_frames{pipeline="demo",priority="normal"} 3.0' in text
     for secret in ("ann", "secret", job["id"]):
         assert secret not in text
+
+
+def test_only_an_operator_drains_a_worker(api: Api, tenant: uuid.UUID) -> None:
+    hand = hire(api.farm)
+    submit(api.farm, tenant, images_per_prompt=8)
+    path = f"/v1/workers/{hand.id}/drain"
+    for role in ("client", "viewer"):
+        refused = api.client(role=role).post(path)
+        assert refused.status_code == 403
+        assert refused.json()["error"]["code"] == "forbidden"
+    operator = api.client(role="operator")
+    drained = operator.post(path)
+    assert (drained.status_code, drained.json()["draining"]) == (202, True)
+    assert hand.claim() is None
+    assert operator.post(path).status_code == 202  # asked again, it drains as before
+    unknown = operator.post(f"/v1/workers/{uuid.uuid4()}/drain")
+    assert unknown.status_code == 404
+    assert operator.post("/v1/workers/x/drain").json()["error"]["param"] == "worker_id"

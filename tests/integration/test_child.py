@@ -35,6 +35,7 @@ from workers.child import LOAD_AGAIN_SECONDS, Child
 from workers.identity import Identity
 from workers.janitor import Janitor
 from workers.parent import enlist
+from workers.scratch import Scratch
 
 # diffusers' own samplers hand torch tensors to numpy.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -358,3 +359,26 @@ def janitor(farm: Farm) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def test_a_child_that_ended_while_it_loaded_makes_the_next_one_wait(
+    farm: Farm, tenant: uuid.UUID, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after the kernel ended it for its memory: the pool starts the next one at once."""
+    clock = Clock()
+    child = hire(farm, "sd", clock)
+    scratch = Scratch(farm.settings.scratch_dir, os.getpid())
+    scratch.make()
+    scratch.begin_load()
+    scratch.begin_load()
+    child.start()
+    problem = "Its process ended while it loaded the pipeline."
+    assert worker(farm) == ("failed", problem)
+    job_id = submit(farm, tenant, pipeline="sd", **SMALL)
+    clock.now += 2 * LOAD_AGAIN_SECONDS - 1
+    child.answer()
+    assert worker(farm) == ("failed", problem)
+    clock.now += 1
+    child.answer()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert scratch.unfinished_loads() == 0

@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy import TextClause, text
 
 from farm.context import Farm
-from farm.store import claim, events, frames, jobs, lanes, reading, specs
+from farm.states import TERMINAL
+from farm.store import claim, events, frames, jobs, lanes, reading, retention, specs
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS, TALLY
 from tests.farming import new_tenant, submit
@@ -127,6 +128,13 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         {"tenant_id": uuid.UUID(int=2), "idempotency_key": "once"},
     ),
     "events": (events.OF_JOB, {"job_id": uuid.UUID(int=1), "after": 0, "limit": 100}),
+    "prune": (events.PRUNE, {"seconds": 86_400.0 * 365}),
+    "remove": (
+        retention.REMOVE,
+        {"seconds": 86_400.0 * 365, "terminal": list(TERMINAL), "at_once": 1000},
+    ),
+    "empty jobs": (retention.EMPTY, {"limit": 100}),
+    **{f"delete {name}": (q, {"limit": 100}) for name, q in retention.DELETE_ROWS.items()},
     "back-off": (lanes.BACKING_OFF, {"job_id": uuid.UUID(int=1)}),
 }
 

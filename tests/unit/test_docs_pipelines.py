@@ -100,6 +100,7 @@ PIPELINES: Mapping[str, tuple[str, Configs]] = {
             "scheduler": ("FlowMatchEulerDiscreteScheduler", {}),
         },
     ),
+    "null": ("NullPipeline", {"noise": ("Noise", {})}),
 }
 NETS = {
     "lllyasviel/control_v11p_sd15_openpose": SD_UNET,

@@ -1,0 +1,86 @@
+"""A family that renders nothing: it waits for each step and gives noise. For benches and chaos."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from farm import failpoints
+from farm.catalog import Pipeline
+from farm.config import load_settings
+from farm.families.base import Batch, Checkpoint, Loaded, Params, padded
+from farm.families.weightfiles import weights_hash
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CLASS = "NullPipeline"
+
+
+class NullParams(Params):
+    """How large the noise is, and how long it takes."""
+
+    width: int = Field(default=64, ge=8, le=8192, multiple_of=8, description="pixels")
+    height: int = Field(default=64, ge=8, le=8192, multiple_of=8, description="pixels")
+    steps: int = Field(default=4, ge=1, le=1000, description="steps, with nothing done in them")
+    step_seconds: float = Field(default=0.01, ge=0.0, le=10.0, description="how long a step waits")
+
+
+class Null:
+    """The family behind `family = "null"`."""
+
+    name = "null"
+    params: type[Params] = NullParams
+    parts: tuple[str, ...] = ()
+
+    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
+        """Render what `write_checkpoint` writes."""
+        return checkpoint.class_name == CLASS
+
+    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
+        """Every checkpoint is the same."""
+        return NullParams
+
+    def load(self, pipeline: Pipeline) -> Loaded:
+        """Pin nothing."""
+        weights = weights_hash(Path(pipeline.checkpoint))
+        extras = {"failpoints": load_settings().failpoints}
+        return Loaded(None, "cpu", "float32", None, weights, extras=extras)
+
+    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+        """Wait as long as the frames say, and draw noise from each one's seed."""
+        params = NullParams.model_validate(batch.frames[0].params)
+        prompts = [frame.prompt for frame in batch.frames]
+        for step in range(1, params.steps + 1):
+            time.sleep(params.step_seconds)
+            failpoints.reach(loaded.extras["failpoints"], "render.step", prompts)
+            batch.on_step(step, params.steps)
+        pictures = [
+            noise(frame.seed, params.width, params.height) for frame in padded(batch.frames)
+        ]
+        return [*pictures[: len(batch.frames)]]
+
+
+def noise(seed: int, width: int, height: int) -> Image.Image:
+    """Draw a picture of random colours, always the same for a seed and a size."""
+    from PIL import Image
+
+    content = random.Random(seed).randbytes(width * height * 3)  # noqa: S311 - pictures, no secrets
+    return Image.frombytes("RGB", (width, height), content)
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Make the folder that a catalog entry of this family names as its source; 50 bytes in all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS}))
+    empty = b"{}"
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(empty)) + empty)
+
+
+family = Null()
