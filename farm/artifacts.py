@@ -102,7 +102,7 @@ class Artifacts:
         self.bucket = settings.s3_bucket
         self._presign_seconds = settings.presign_seconds
         self._settings = settings
-        self._s3 = self._client(timeout=30, attempts=3)
+        self._s3 = self._client(timeout=15, attempts=2)
 
     def _client(self, timeout: float, attempts: int) -> S3Client:
         return boto3.client(

@@ -124,7 +124,8 @@ class Child:
         seconds = self._clock() - started
         log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
         self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._words)
-        self._say("idle", device=loaded.device, load_seconds=seconds)
+        # A fresh process costs more: it starts, and imports what it needs.
+        self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
         return None
 
     def _say(

@@ -12,7 +12,7 @@ from farm.errors import RenderError
 from farm.spec import FrameSpec
 from farm.store.engine import transaction
 from farm.store.resting import MOST_SECONDS, SPARED_AT_MOST, THREE_FRAMES, note_failure
-from tests.farming import frame_rows, hire, job_row, new_tenant, sql, submit
+from tests.farming import hire, job_row, new_tenant, sql, submit
 from tests.noise import Noise
 from tests.serving import serving
 from workers.line import RenderLine
