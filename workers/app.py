@@ -32,11 +32,10 @@ def _set_up_logs(**_: Any) -> None:
 def _start_child(**_: Any) -> None:
     # SIGTERM to the whole group is the parent's to answer: the batch is finished first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    words = Words(Scratch(settings.scratch_dir, announced_identity().pid).words(os.getpid()))
+    words = Words(Scratch(settings.scratch_dir, announced_identity().id).words(os.getpid()))
     words.listen()
-    child = Child(words=words)
-    child.start()
-    _child[:] = [child]
+    _child[:] = [Child(words=words)]
+    _child[0].start()
 
 
 @app.task(name=RENDER_TASK, ignore_result=True)

@@ -41,7 +41,7 @@ class Child:
     ) -> None:
         self._identity = identity or announced_identity()
         self._farm = farm or open_farm(load_settings())
-        self._scratch = Scratch(self._farm.settings.scratch_dir, self._identity.pid)
+        self._scratch = Scratch(self._farm.settings.scratch_dir, self._identity.id)
         self._clock = clock
         self._words = words
         self._line: RenderLine | None = None

@@ -70,7 +70,7 @@ class RenderLine:
         self._images = ImageCache(farm.artifacts)
         self._versions = library_versions()
         settings = farm.settings
-        scratch = Scratch(settings.scratch_dir, identity.pid)
+        scratch = Scratch(settings.scratch_dir, identity.id)
         self._spool = Spool(scratch.pictures(os.getpid()), settings.spool_bytes)
         self._commit_seconds = 0.0
         self._unsure = True
@@ -86,7 +86,9 @@ class RenderLine:
             if lease is not None:
                 if len(lease.frames) == lease.frames[0].spec.bucket:
                     self._farm.bells.ring(lease.pipeline)  # there may be more: wake another worker
+                self._unsure = True  # until its lease is ended, or known to the spool
                 self._render(lease)
+                self._unsure = False
             elif self._spool:
                 self._spool.wait()
             else:
@@ -125,7 +127,9 @@ class RenderLine:
                 kept = bool(self._spool) or not self._put(batch, lambda _: watch.on_stored())
             if kept:
                 log.warning("%s keeps %s", self._identity.name, _named(lease.frames))
+                batch.account.kept = True
                 self._spool.keep(batch)
+                self._commit(lambda: self._keep(lease))
             else:
                 self._commit(lambda: self._complete(batch))
         except StopBatch:
@@ -259,6 +263,10 @@ class RenderLine:
         account.returned = states.count(FrameState.READY)
         workers.account(connection, self._identity.id, account)
 
+    def _keep(self, lease: Lease) -> None:
+        with transaction(self._farm.store) as connection:
+            frames.keep(connection, lease.id)
+
     def _release(self, lease: Lease) -> None:
         with transaction(self._farm.store) as connection:
             frames.release(connection, lease.id, [_fence(frame) for frame in lease.frames])
@@ -312,7 +320,7 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
             reason,
             message,
             retryable,
-            text,
+            None if several else text,  # it may tell of other tenants' frames
             charged=charged,
             alone=several,
             smaller=smaller,

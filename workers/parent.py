@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -24,12 +26,14 @@ from farm.store import frames, workers
 from farm.store.engine import Connection, transaction
 from farm.store.resting import note_failure
 from workers.identity import Identity, new_identity
-from workers.scratch import Scratch, is_alive
+from workers.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 5.0
 """What giving a batch back and ending a child may take."""
+
+ENDED = "The worker's child ended."
 
 OUTAGE_PATIENCE_SECONDS = 60.0
 """After Postgres was away no step may have been told for long, though all went well."""
@@ -45,9 +49,12 @@ class Heart:
         self._wake = threading.Event()
         self._over = threading.Event()
         self._draining = False
+        self._own_signal = False
         self._give_up_at = float("inf")
+        self._given_up = False
         self._outage = float("-inf")
-        self._last_words = "The worker's child ended."
+        self._last_words = ENDED
+        self._hung: dict[int, str] = {}
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
 
     def start(self) -> None:
@@ -60,6 +67,9 @@ class Heart:
         Its batch may be finished within `grace_seconds`, less what it takes to give it back. Asked
         a second time, it is given back now.
         """
+        if self._own_signal:  # what was asked from afar, come back from Celery
+            self._own_signal = False
+            return
         now = time.monotonic()
         grace = self._farm.settings.grace_seconds
         self._give_up_at = now if self._draining else now + grace - min(LEAVE_SECONDS, grace / 2)
@@ -81,19 +91,22 @@ class Heart:
         while not self._over.is_set():
             self._wake.clear()
             try:
+                if time.monotonic() >= self._give_up_at:
+                    self._give_up()
                 self._beat()
             except Unavailable as error:
                 self._outage = time.monotonic()
                 log.warning("%s: heartbeat missed: %s", self._identity.name, error)
             except Exception:
                 log.exception("%s: heartbeat failed", self._identity.name)
-            left = self._give_up_at - time.monotonic()
-            if left <= 0:
-                self._give_up()
-            self._wake.wait(min(self._farm.settings.heartbeat_seconds, max(left, 0.0)))
+            left = max(0.0, self._give_up_at - time.monotonic())
+            self._wake.wait(min(self._farm.settings.heartbeat_seconds, left))
 
     def _beat(self) -> None:
         settings, me = self._farm.settings, self._identity.id
+        if self._given_up:
+            self._give_back()
+            return
         # Two transactions: a commit locks the lease before the worker's row, so this must not
         # hold the one while it waits for the other.
         with transaction(self._farm.store) as connection:
@@ -106,6 +119,8 @@ class Heart:
                 workers.drain(connection, me)
         if draining and not self._draining:
             log.info("%s was asked to drain.", self._identity.name)
+            self.drain()
+            self._own_signal = True
             os.kill(os.getpid(), signal.SIGTERM)
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
             self._end_hung(held)
@@ -113,58 +128,60 @@ class Heart:
             self._return_lost(pid)
 
     def _end_hung(self, held: Sequence[Any]) -> None:
-        """End a child that shows no step, and stores no picture, for too long."""
+        """End a child that shows no step, and stores no picture, for too long.
+
+        One that hangs does so in all its leases; of those that wait for the storage only the first
+        is looked after again and again.
+        """
         patience = timedelta(seconds=self._farm.settings.step_timeout_seconds)
-        for lease in held:
-            if lease.still > patience and is_alive(lease.pid):
-                log.error("%s: child %s hangs; ended", self._identity.name, lease.pid)
-                self._last_words = f"It showed no step for {lease.still.seconds} s, and was ended."
-                os.kill(lease.pid, signal.SIGKILL)
+        for pid in {lease.pid for lease in held if is_alive(lease.pid)}:
+            still = min(lease.still for lease in held if lease.pid == pid)
+            if still > patience:
+                log.error("%s: child %s hangs; ended", self._identity.name, pid)
+                seconds = still.total_seconds()
+                self._hung[pid] = f"It showed no step for {seconds:.0f} s, and was ended."
+                os.kill(pid, signal.SIGKILL)
 
     def _return_lost(self, pid: int) -> None:
         settings, me = self._farm.settings, self._identity.id
-        log_lines = self._scratch.last_words(pid)
+        said, words = self._scratch.last_words(pid), self._hung.get(pid, self._last_words)
         with transaction(self._farm.store) as connection:
-            lost = frames.lose(
-                connection, me, pid, self._last_words, settings.retry_seconds, log_lines
-            )
-            for _, (job_id, ordinal, _) in lost:
-                note_failure(connection, me, job_id, ordinal, settings.rest_seconds)
+            lost = frames.lose(connection, me, pid, words, settings.retry_seconds, said)
+            for _, fence in lost:
+                if fence is not None:
+                    note_failure(connection, me, fence[0], fence[1], settings.rest_seconds)
         self._scratch.forget(pid)
-        for pipeline, (job_id, ordinal, attempt) in lost:
-            log.warning(
-                "%s: %s The batch of job %s frame %s attempt %s was returned.",
-                self._identity.name,
-                self._last_words,
-                job_id,
-                ordinal,
-                attempt,
-            )
+        self._hung.pop(pid, None)
+        self._last_words = ENDED
+        for pipeline, fence in lost:
+            which = "it kept" if fence is None else "of job {} frame {} attempt {}".format(*fence)
+            log.warning("%s: %s The batch %s was returned.", self._identity.name, words, which)
             self._farm.bells.ring(pipeline)
 
     def _give_up(self) -> None:
-        """Give the batch back unfinished, at no charge, end the child, and so let Celery stop."""
+        """End the child, and so let Celery stop; what it held is given back with the next beat."""
         log.warning("%s gives its batch back and leaves", self._identity.name)
-        self._give_up_at = float("inf")
-        lanes: set[str] = set()
-        try:
-            with transaction(self._farm.store) as connection:
-                lanes = frames.release_all(connection, self._identity.id)
-        except Unavailable as error:
-            log.warning("%s: its leases must expire: %s", self._identity.name, error)
-        for pipeline in lanes:
-            self._farm.bells.ring(pipeline)
-        for pid in [child.pid for child in billiard.active_children()]:
-            if pid is not None and is_alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        self._give_up_at, self._given_up = float("inf"), True
         # Celery may wait for a Redis that does not answer.
         abandon = threading.Timer(LEAVE_SECONDS / 2, self._abandon)
         abandon.daemon = True
         abandon.start()
+        for pid in [child.pid for child in billiard.active_children()]:
+            if pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _give_back(self) -> None:
+        with transaction(self._farm.store) as connection:
+            lanes = frames.release_all(connection, self._identity.id)
+        for pipeline in lanes:
+            self._farm.bells.ring(pipeline)
 
     def _abandon(self) -> None:
         log.warning("%s ends: Celery did not stop in time", self._identity.name)
-        self.leave()
+        goodbye = threading.Thread(target=self.leave, daemon=True)
+        goodbye.start()
+        goodbye.join(LEAVE_SECONDS / 2 - 0.5)
         os._exit(0)
 
     def leave(self) -> None:
@@ -175,6 +192,17 @@ class Heart:
                 workers.leave(connection, self._identity.id)
         except FarmError as error:
             log.warning("%s left without saying so: %s", self._identity.name, error)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def enlist(connection: Connection, identity: Identity) -> None:
@@ -198,22 +226,23 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     """
     farm = open_farm(settings)
     farm.entry(pipeline)
+    # Until Celery answers it: leave in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     identity = new_identity(pipeline)
     identity.announce()
-    scratch = Scratch(settings.scratch_dir, identity.pid)
-    scratch.make()
-    with transaction(farm.store) as connection:
-        enlist(connection, identity)
-    heart = Heart(farm, identity, scratch)
-    _connect(heart)
-    heart.start()
-    try:
-        return _serve(pipeline, identity)
-    finally:
-        heart.stop()
-        heart.leave()
-        scratch.remove()
-        farm.close()
+    scratch = Scratch(settings.scratch_dir, identity.id)
+    with scratch.held():
+        with transaction(farm.store) as connection:
+            enlist(connection, identity)
+        heart = Heart(farm, identity, scratch)
+        _connect(heart)
+        heart.start()
+        try:
+            return _serve(pipeline, identity)
+        finally:
+            heart.stop()
+            heart.leave()
+            farm.close()
 
 
 def _connect(heart: Heart) -> None:

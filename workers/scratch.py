@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
+
+from farm.errors import FarmError
+
+log = logging.getLogger(__name__)
 
 PREFIX = "worker-"
 SHOWN_BYTES = 8_000
 
 
 class Scratch:
-    """The folder of the worker whose parent is process `pid`; gone when the worker is."""
+    """The folder of a worker; gone when the worker is."""
 
-    def __init__(self, root: Path, pid: int) -> None:
-        self.folder = root / f"{PREFIX}{pid}"
+    def __init__(self, root: Path, worker_id: uuid.UUID) -> None:
+        self.folder = root / f"{PREFIX}{worker_id}"
 
-    def make(self) -> None:
-        """Make the folder, and remove those of workers that were killed."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, hold it in the block, and remove it after.
+
+        Those of workers that were killed are removed first: nobody holds their locks.
+
+        Raises:
+            FarmError: the folder around it is somebody else's, or cannot be written.
+        """
         root = self.folder.parent
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in root.glob(f"{PREFIX}*"):
-            if not is_alive(int(left.name.removeprefix(PREFIX))):
-                shutil.rmtree(left, ignore_errors=True)
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-
-    def remove(self) -> None:
-        """Remove it, with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            _make_private(root)
+            with _locked(root / "lock"):
+                for left in root.glob(f"{PREFIX}*"):
+                    _sweep(left)
+                self.folder.mkdir(mode=0o700)
+                lock = _lock(self.folder / "lock")
+        except OSError as error:
+            raise FarmError(
+                f"FARM_SCRATCH_DIR: {root} cannot be used: {error.strerror}."
+            ) from error
+        assert lock is not None  # nobody else knows of this folder
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            lock.close()
 
     def pictures(self, pid: int) -> Path:
         """Where child `pid` keeps pictures that the storage did not take yet."""
@@ -47,19 +71,22 @@ class Scratch:
 
     def forget(self, pid: int) -> None:
         """Remove what a child left that is gone."""
-        self.words(pid).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.words(pid).unlink(missing_ok=True)
         shutil.rmtree(self.pictures(pid), ignore_errors=True)
 
-    def begin_load(self) -> int:
-        """Note that a child begins to load; returns how many before it did and never ended it."""
+    def begin_load(self) -> None:
+        """Note that a child begins to load."""
         begun = self.unfinished_loads()
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._loading.write_text(str(begun + 1))
-        return begun
+        try:
+            self._loading.write_text(str(begun + 1))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._loading, error)
 
     def end_load(self) -> None:
         """Note that loading ended, well or not."""
-        self._loading.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._loading.unlink(missing_ok=True)
 
     def unfinished_loads(self) -> int:
         """How many children in a row ended while they loaded."""
@@ -72,12 +99,36 @@ class Scratch:
         return self.folder / "loading"
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this host exists."""
+def _make_private(root: Path) -> None:
+    """Make a folder that nobody else may write to; whoever could, could exchange pictures."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = root.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise FarmError(f"FARM_SCRATCH_DIR: {root} can be written by others; choose another.")
+
+
+def _lock(path: Path) -> TextIO | None:
+    """Open a file and lock it; None where somebody else holds it."""
+    file = path.open("a")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock for the block, as soon as it is free."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sweep(folder: Path) -> None:
+    """Remove a worker's folder, unless the worker lives."""
+    lock = _lock(folder / "lock")
+    if lock is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()

@@ -62,7 +62,6 @@ class Spool:
         self._clock = clock
         self._batches: deque[Finished] = deque()
         self._bytes = 0
-        self._disk_refused = False
         self._pause = FIRST_SECONDS
         self._due = float("-inf")
 
@@ -77,7 +76,10 @@ class Spool:
     @property
     def full(self) -> bool:
         """Whether nothing more should be rendered before something is stored."""
-        return self._bytes >= self._max_bytes or self._disk_refused
+        in_memory = any(
+            isinstance(picture.held, bytes) for batch in self._batches for picture in batch.unstored
+        )
+        return in_memory or (bool(self._batches) and self._bytes >= self._max_bytes)
 
     def keep(self, batch: Finished) -> None:
         """Put a batch last. Where the disk refuses, it stays in memory, and the spool is full."""
@@ -91,7 +93,6 @@ class Spool:
                 picture.held = path
         except OSError as error:
             log.warning("Finished pictures cannot be kept on disk: %s", error)
-            self._disk_refused = True
 
     def oldest(self) -> Finished | None:
         """The batch to store next, where it is time to try."""
@@ -109,7 +110,6 @@ class Spool:
 
     def _forget(self, picture: Picture) -> None:
         self._bytes -= picture.done.bytes
-        self._disk_refused = False
         if isinstance(picture.held, Path):
             picture.held.unlink(missing_ok=True)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -16,7 +20,11 @@ class Words(logging.Handler):
         super().__init__()
         # Unbuffered and appending: a line stands there whatever comes next, and after a truncation
         # the next one stands at the beginning.
-        self._file = path.open("ab", buffering=0)
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
+            self._file = Path(os.devnull).open("ab", buffering=0)  # noqa: SIM115 - see close
         self.setFormatter(logging.Formatter(FORMAT))
 
     def listen(self) -> None:
@@ -26,14 +34,13 @@ class Words(logging.Handler):
 
     def begin(self) -> None:
         """Forget what was said of the batch before."""
-        self._file.truncate(0)
+        with suppress(OSError):  # a device has no length
+            self._file.truncate(0)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
-        try:
+        with suppress(OSError, ValueError):  # a full disk must not add a line about each line
             self._file.write(f"{self.format(record)}\n".encode(errors="replace"))
-        except Exception:
-            self.handleError(record)
 
     def close(self) -> None:
         """Give the file back."""

@@ -69,10 +69,10 @@ def _client() -> FarmClient:
 
 def _find(client: FarmClient, word: str) -> str:
     word = word.strip()
-    alive = client.get("/v1/workers")["data"]
-    found = [each["id"] for each in alive if word in (each["name"], each["id"])]
     if not word:
         raise InvalidRequest("Which worker? `farm workers` lists them.", param="worker")
+    alive = client.get("/v1/workers")["data"]
+    found = [each["id"] for each in alive if word in (each["name"], each["id"])]
     if not found:
         raise NotFound(f"No worker {word[:60]!r} is alive; `farm workers` lists them.")
     return str(found[0])

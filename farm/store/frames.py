@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, text
 from farm.spec import Run, shrunk
 from farm.states import FrameState, after_failure, retry_delay
 from farm.store.claim import Fence
-from farm.store.resting import MOST_SECONDS, SPARED_AT_MOST, on_trial
+from farm.store.resting import SPARED_AT_MOST, on_trial
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
 
@@ -46,15 +46,18 @@ class Failure:
     charged: bool = True
     """Whether the attempt counts towards max_attempts."""
     alone: bool = False
-    """Whether the frame is rendered alone from now on; one whose attempt is charged always is."""
+    """Whether the frame is rendered alone from now on; one that is charged always is."""
     smaller: bool = False
     """Whether a smaller bucket may help: then, where the job left it open, the next one is half."""
     delay_seconds: float | None = None
     """Before the frame may be claimed again; None: longer with each attempt."""
+    wait_seconds: float = 0.0
+    """The least that it waits, where it is longer with each attempt."""
 
 
 LOADS_BETWEEN = 8.0
-"""A frame that took its child down waits for so many times what loading takes."""
+"""A frame that took its child down waits for so many times what loading takes, an hour at most."""
+MOST_SECONDS = 3600.0
 
 LOCK_LEASE = text("SELECT job_ids, worker_id FROM leases WHERE id = :id FOR UPDATE")
 
@@ -93,20 +96,18 @@ END = text(f"""
 WITH ended AS (
     UPDATE frames f
     SET state = d.state, spared = f.spared + d.spared, finished_at = clock_timestamp(),
-        error = d.message
+        error = d.message, alone = f.alone OR d.alone
     FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:states AS text[]),
                 CAST(:spared AS smallint[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
                 CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:alone AS bool[]))
          AS d (job_id, ordinal, state, spared, reason, message, log, delay, alone)
     WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
-    RETURNING f.*, d.reason, d.message, d.log, d.delay, d.alone
+    RETURNING f.*, d.reason, d.message, d.log, d.delay
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, log, started_at FROM ended
 ), returned AS (
-    -- A frame whose attempt failed may be why: it is rendered without neighbours from now on.
-    SELECT job_id, ordinal, delay, alone OR attempt > spared AS alone
-    FROM ended WHERE state = 'ready'
+    SELECT job_id, ordinal, delay, alone FROM ended WHERE state = 'ready'
 )
 {INTO_RETURNS}""")  # noqa: S608 - constants only
 
@@ -133,14 +134,16 @@ RETURNING id, pid, clock_timestamp() - stepped_at AS still
 """)
 
 EXPIRED = text("""
-SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
+SELECT id, worker_id, pipeline, kept, job_ids, ordinals, attempts FROM leases
 WHERE expires_at < clock_timestamp() ORDER BY expires_at LIMIT 100 FOR UPDATE SKIP LOCKED
 """)
 
 LEASES_OF = text("""
-SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
+SELECT id, worker_id, pipeline, kept, job_ids, ordinals, attempts FROM leases
 WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) FOR UPDATE
 """)
+
+KEEP = text("UPDATE leases SET kept = true WHERE id = :id")
 
 LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
 
@@ -152,15 +155,18 @@ WHERE worker_id = :worker_id FOR UPDATE
 # Where the job left its bucket open: what a frame was claimed in, and the job's runs.
 ROOM = text("""
 SELECT j.id, j.runs, f.ordinal, f.bucket
-FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[])) AS d (job_id, ordinal)
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
+     AS d (job_id, ordinal, attempt)
 JOIN frames f USING (job_id, ordinal) JOIN jobs j ON j.id = f.job_id
-WHERE f.state = 'running' AND f.bucket > 1 AND j.spec ->> 'bucket' IS NULL
+WHERE f.attempt = d.attempt AND f.state = 'running' AND f.bucket > 1 AND j.spec ->> 'bucket' IS NULL
 ORDER BY j.id, f.ordinal
 """)
 
+# A job that is claimed whole stands behind its last run.
 SHRINK = text("""
-UPDATE jobs SET runs = CAST(:runs AS jsonb), batch_key = CAST(:runs AS jsonb) -> run ->> 1,
-                bucket = (CAST(:runs AS jsonb) -> run ->> 2)::smallint
+UPDATE jobs SET runs = CAST(:runs AS jsonb),
+                batch_key = coalesce(CAST(:runs AS jsonb) -> run ->> 1, batch_key),
+                bucket = coalesce((CAST(:runs AS jsonb) -> run ->> 2)::smallint, bucket)
 WHERE id = :id
 """)
 
@@ -191,6 +197,11 @@ def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) ->
     """Report a denoising step; returns whether any frame of the lease is still wanted."""
     row = connection.execute(TOUCH, {"id": lease_id, "step": step, "steps": steps}).first()
     return row is not None and bool(row[0])
+
+
+def keep(connection: Connection, lease_id: uuid.UUID) -> None:
+    """Note that a lease's batch is rendered, and waits for the storage."""
+    connection.execute(KEEP, {"id": lease_id})
 
 
 def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) -> set[Fence]:
@@ -304,24 +315,25 @@ def lose(
     message: str,
     retry_seconds: float,
     log: str | None = None,
-) -> list[tuple[str, Fence]]:
+) -> list[tuple[str, Fence | None]]:
     """End the leases of a worker's child that is gone, by pid.
 
     Returns:
-        The lane of each, to ring, and the first of its frames.
+        The lane of each, to ring, and the first frame of what it was rendering; None for what it
+        had rendered and only kept.
     """
     values = {"worker_id": worker_id, "pid": pid, "known": []}
     leases = connection.execute(LEASES_OF, values).all()
     _lock_all(connection, leases)
     load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
     for lease in leases:
-        delay = None
-        if load_seconds is not None and len(lease.job_ids) == 1:
+        wait_seconds = 0.0
+        if load_seconds is not None and len(lease.job_ids) == 1 and not lease.kept:
             # Alone it may be what killed the child, and will kill the next: most of a worker's
             # time must stay for others, so what loading anew costs is paid rarely.
-            delay = min(LOADS_BETWEEN * load_seconds, MOST_SECONDS)
-        _drop(connection, lease, "worker_lost", message, retry_seconds, log, delay)
-    return [(lease.pipeline, _held_by(lease)[0]) for lease in leases]
+            wait_seconds = min(LOADS_BETWEEN * load_seconds, MOST_SECONDS)
+        _drop(connection, lease, "worker_lost", message, retry_seconds, log, wait_seconds)
+    return [(lease.pipeline, None if lease.kept else _held_by(lease)[0]) for lease in leases]
 
 
 def _drop(
@@ -331,26 +343,29 @@ def _drop(
     message: str,
     retry_seconds: float,
     log: str | None = None,
-    delay_seconds: float | None = None,
+    wait_seconds: float = 0.0,
 ) -> None:
     held = _held_by(lease)
     several = len(held) > 1
-    if several:
-        # Any one of them may be why: nobody is charged, and each is tried alone.
+    if lease.kept:
+        message += " Its picture waited for the storage, and is lost."
+    elif several:
+        # Any one of them may be why: nobody is charged, and each is tried alone. The log may tell
+        # of other tenants' frames.
         message += " Its batch is tried again frame by frame."
     failures = [
         Failure(
             fence,
             reason,
             message,
-            log=log,
-            charged=not several,
-            alone=several,
-            delay_seconds=delay_seconds,
+            log=None if several else log,
+            charged=not (several or lease.kept),
+            alone=not lease.kept,
+            wait_seconds=wait_seconds,
         )
         for fence in held
     ]
-    ended = _end(connection, "frames.failed", failures, retry_seconds, lease.worker_id)
+    ended = _end(connection, "frames.failed", failures, retry_seconds)
     states = list(ended.values())
     lost = {
         "returned": states.count(FrameState.READY),
@@ -382,6 +397,7 @@ def _end(
     of = {failure.fence: failure for failure in failures}
     held = connection.execute(HELD, _fences(list(of))).all()
     for fence in _shrink(connection, [failure for failure in failures if failure.smaller]):
+        # A smaller bucket is tried next, with neighbours.
         of[fence] = replace(of[fence], charged=False, alone=False)
     spare = worker_id is not None and on_trial(connection, worker_id)
     endings = [
@@ -435,12 +451,9 @@ def _ending(row: Row[Any], failure: Failure, retry_seconds: float, spare: bool) 
     charged = failure.charged and not spare
     state = after_failure(failure.retryable, row.attempt - row.spared, row.max_attempts)
     delay = failure.delay_seconds
-    return _Ending(
-        failure,
-        state if charged else FrameState.READY,
-        charged,
-        retry_delay(row.attempt, retry_seconds) if delay is None else delay,
-    )
+    if delay is None:
+        delay = max(failure.wait_seconds, retry_delay(row.attempt, retry_seconds))
+    return _Ending(failure, state if charged else FrameState.READY, charged, delay)
 
 
 def _columns(endings: Sequence[_Ending]) -> dict[str, list[Any]]:
@@ -450,7 +463,8 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, list[Any]]:
         "states": [ending.state for ending in endings],
         "delays": [ending.delay_seconds for ending in endings],
         "spared": [0 if ending.charged else 1 for ending in endings],
-        "alone": [failure.alone for failure in failures],
+        # What may be to blame goes alone from now on, whether it is charged or spared.
+        "alone": [failure.alone or failure.charged for failure in failures],
         "reasons": [failure.reason for failure in failures],
         "messages": [failure.message for failure in failures],
         "logs": [failure.log for failure in failures],

@@ -185,7 +185,7 @@ WITH chosen AS (
     SELECT ordinal FROM frames WHERE job_id = :id AND state = ANY(:from_states)
     ORDER BY ordinal LIMIT :slice
 ), returned AS (
-    UPDATE frames f SET state = 'ready', spared = attempt
+    UPDATE frames f SET state = 'ready', spared = attempt, alone = false
     FROM chosen c WHERE f.job_id = :id AND f.ordinal = c.ordinal
     RETURNING f.job_id, f.ordinal, 0.0 AS delay, false AS alone
 )

@@ -62,9 +62,9 @@ SET batches = batches + 1, succeeded = succeeded + :succeeded, returned = return
     denoise_seconds = denoise_seconds + :denoise_seconds,
     encode_seconds = encode_seconds + :encode_seconds,
     put_seconds = put_seconds + :put_seconds, commit_seconds = commit_seconds + :commit_seconds,
-    failing = CASE WHEN :succeeded > 0 THEN '{}' ELSE failing END,
-    rests = CASE WHEN :succeeded > 0 THEN 0 ELSE rests END,
-    resting_until = CASE WHEN :succeeded > 0 THEN NULL ELSE resting_until END
+    failing = CASE WHEN :well THEN '{}' ELSE failing END,
+    rests = CASE WHEN :well THEN 0 ELSE rests END,
+    resting_until = CASE WHEN :well THEN NULL ELSE resting_until END
 WHERE id = :id
 """)
 
@@ -97,6 +97,8 @@ FROM workers GROUP BY pipeline ORDER BY pipeline
 class Account:
     """What one batch came to, added to its worker's sums. Times are in seconds."""
 
+    kept: bool = False
+    """Whether it waited for the storage: then it says nothing of how the worker does now."""
     succeeded: int = 0
     returned: int = 0
     dead: int = 0
@@ -163,7 +165,8 @@ def fold(connection: Connection, seconds: float) -> None:
 def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> None:
     """Add a batch to its worker's sums."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    connection.execute(ACCOUNT, {"id": worker_id, **values})
+    well = batch.succeeded > 0 and not batch.kept
+    connection.execute(ACCOUNT, {"id": worker_id, "well": well, **values})
 
 
 def list_workers(connection: Connection) -> Sequence[Row[Any]]:

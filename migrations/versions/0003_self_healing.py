@@ -46,6 +46,26 @@ def upgrade() -> None:
             comment="what its latest attempt was claimed in",
         ),
     )
+    op.add_column(
+        "frames",
+        sa.Column(
+            "alone",
+            sa.Boolean(),
+            server_default=sa.text("false"),
+            nullable=False,
+            comment="an attempt at it failed: no neighbours again",
+        ),
+    )
+    op.add_column(
+        "leases",
+        sa.Column(
+            "kept",
+            sa.Boolean(),
+            server_default=sa.text("false"),
+            nullable=False,
+            comment="its batch is rendered, and waits for the storage",
+        ),
+    )
     op.add_column("jobs", sa.Column("removed_at", sa.DateTime(timezone=True), nullable=True))
     op.create_index(
         "jobs_finished",
@@ -67,6 +87,8 @@ def downgrade() -> None:
     op.drop_index("jobs_removed", table_name="jobs")
     op.drop_index("jobs_finished", table_name="jobs")
     op.drop_column("jobs", "removed_at")
+    op.drop_column("leases", "kept")
+    op.drop_column("frames", "alone")
     op.drop_column("frames", "bucket")
     op.drop_column("workers", "load_seconds")
     op.drop_column("workers", "resting_until")

@@ -35,7 +35,6 @@ from workers.child import LOAD_AGAIN_SECONDS, Child
 from workers.identity import Identity
 from workers.janitor import Janitor
 from workers.parent import enlist
-from workers.scratch import Scratch
 
 # diffusers' own samplers hand torch tensors to numpy.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -367,8 +366,8 @@ def test_a_child_that_ended_while_it_loaded_makes_the_next_one_wait(
     """As after the kernel ended it for its memory: the pool starts the next one at once."""
     clock = Clock()
     child = hire(farm, "sd", clock)
-    scratch = Scratch(farm.settings.scratch_dir, os.getpid())
-    scratch.make()
+    scratch = child._scratch
+    scratch.folder.mkdir(parents=True)
     scratch.begin_load()
     scratch.begin_load()
     child.start()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from farm.context import Farm
-from farm.store import frames, workers
+from farm.errors import FarmError
+from farm.store import frames, jobs, workers
 from farm.store.engine import transaction
 from tests.farming import (
     attempts_of,
@@ -86,7 +87,7 @@ def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
 ) -> None:
     hand = hire(farm)
     job_id = submit(farm, tenant)
-    hand.must_claim()
+    assert len(hand.must_claim().frames) == 1
     hand.lose("The child ended: signal 11.", "Fatal Python error: Segmentation fault")
     told = {"operator": "Fatal Python error: Segmentation fault", "client": None, "viewer": None}
     with serving(farm) as api:
@@ -114,9 +115,14 @@ ctypes.string_at(0)
 """
 
 
-def test_words_outlive_a_crash(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path, os.getpid())
-    scratch.make()
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Scratch]:
+    scratch = Scratch(tmp_path / "scratch", uuid.uuid4())
+    with scratch.held():
+        yield scratch
+
+
+def test_words_outlive_a_crash(scratch: Scratch) -> None:
     run = subprocess.run(
         [sys.executable, "-c", SPEAK, str(scratch.words(7))], check=False, capture_output=True
     )
@@ -131,9 +137,7 @@ def test_words_outlive_a_crash(tmp_path: Path) -> None:
     assert scratch.last_words(7) is None
 
 
-def test_words_are_shown_from_their_end(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path, os.getpid())
-    scratch.make()
+def test_words_are_shown_from_their_end(scratch: Scratch) -> None:
     words = Words(scratch.words(7))
     for number in range(2000):
         words.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": 20}))
@@ -144,30 +148,79 @@ def test_words_are_shown_from_their_end(tmp_path: Path) -> None:
     words.close()
 
 
+HOLD = """
+import sys, uuid
+from pathlib import Path
+from workers.scratch import Scratch
+with Scratch(Path(sys.argv[1]), uuid.UUID(int=int(sys.argv[2]))).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_folders_of_workers_that_were_killed_are_swept(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    left = Scratch(tmp_path, ended.pid)
-    left.folder.mkdir(parents=True)
-    (left.folder / "5.log").write_text("old")
-    alive = Scratch(tmp_path, os.getppid())
-    alive.folder.mkdir()
-    mine = Scratch(tmp_path, os.getpid())
-    mine.make()
-    assert sorted(tmp_path.iterdir()) == sorted([alive.folder, mine.folder])
-    assert mine.folder.stat().st_mode & 0o777 == 0o700
-    mine.remove()
-    assert not mine.folder.exists()
+    root = tmp_path / "scratch"
+
+    def hold(number: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(root), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        return process
+
+    def folders() -> set[str]:
+        return {path.name for path in root.iterdir() if path.is_dir()}
+
+    killed, alive = hold(1), hold(2)
+    killed.kill()
+    killed.communicate()
+    assert len(folders()) == 2
+    mine = Scratch(root, uuid.UUID(int=3))
+    with mine.held():
+        assert folders() == {f"worker-{uuid.UUID(int=number)}" for number in (2, 3)}
+        assert mine.folder.stat().st_mode & 0o777 == 0o700
+    assert folders() == {f"worker-{uuid.UUID(int=2)}"}
+    alive.communicate(b"")
+    assert alive.returncode == 0
+    assert folders() == set()
 
 
-def test_unfinished_loads_are_counted(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path, os.getpid())
-    scratch.make()
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with (
+        pytest.raises(FarmError, match=r"FARM_SCRATCH_DIR: .* can be written by others"),
+        Scratch(tmp_path, uuid.uuid4()).held(),
+    ):
+        raise AssertionError
+    with (
+        pytest.raises(FarmError, match=r"FARM_SCRATCH_DIR: .* cannot be used"),
+        Scratch(Path("/proc/none"), uuid.uuid4()).held(),
+    ):
+        raise AssertionError
+
+
+def test_unfinished_loads_are_counted(scratch: Scratch) -> None:
     assert scratch.unfinished_loads() == 0
-    assert [scratch.begin_load(), scratch.begin_load()] == [0, 1]
+    scratch.begin_load()
+    scratch.begin_load()
     assert scratch.unfinished_loads() == 2
     scratch.end_load()
     assert scratch.unfinished_loads() == 0
+
+
+def test_a_folder_that_is_gone_stops_nobody(tmp_path: Path) -> None:
+    gone = Scratch(tmp_path / "gone", uuid.uuid4())
+    gone.begin_load()
+    gone.end_load()
+    gone.forget(1)
+    words = Words(gone.words(1))
+    words.begin()
+    words.handle(logging.makeLogRecord({"msg": "into the void", "levelno": 20}))
+    words.close()
+    assert gone.last_words(1) is None
 
 
 def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) -> None:
@@ -182,3 +235,38 @@ def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) ->
     states = [row.state for row in frame_rows(farm, job_id).values()]
     assert (states.count("ready"), states.count("succeeded")) == (16, 8)
     assert len(mine.must_claim().frames) == 8  # together again: nobody was at fault
+
+
+def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.UUID) -> None:
+    """Twenty pictures wait for the storage; the next frame takes the process down."""
+    hand = hire(farm)
+    job_id = submit(farm, tenant, images_per_prompt=21, bucket=1, max_attempts=1)
+    for _ in range(20):
+        lease = hand.must_claim()
+        with transaction(farm.store) as connection:
+            frames.keep(connection, lease.id)
+    hand.must_claim()
+    with transaction(farm.store) as connection:
+        lost = frames.lose(connection, hand.id, hand.pid, "It ended.", 0.0)
+    assert [fence for _, fence in lost if fence is not None] == [(job_id, 20, 1)]
+    rows = frame_rows(farm, job_id)
+    assert [rows[ordinal].state for ordinal in range(21)] == ["ready"] * 20 + ["dead"]
+    assert sql(farm, "SELECT count(*) FROM returns WHERE alone") == [(0,)]
+
+
+def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) -> None:
+    """Given back uncharged, a suspect still gets no neighbours; a retry of the dead clears it."""
+    hand = hire(farm)
+    job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=1)
+    hand.must_claim()
+    hand.lose()
+    all_due(farm)
+    hand.release(hand.must_claim())
+    for _ in range(8):
+        lease = hand.must_claim()
+        assert len(lease.frames) == 1
+        hand.fail(lease)
+    assert job_row(farm, tenant, job_id).status == "failed"
+    with transaction(farm.store) as connection:
+        assert jobs.retry_job(connection, tenant, job_id) == 8
+    assert len(hand.must_claim().frames) == 8

@@ -12,7 +12,19 @@ from farm.artifacts import artifact_key
 from farm.context import Farm
 from farm.provenance import read_png
 from farm.spec import FrameSpec, shrunk
-from tests.farming import attempts_of, frame_rows, job_row, sql, submit
+from farm.store import frames
+from farm.store.engine import transaction
+from farm.store.frames import Failure
+from tests.farming import (
+    attempts_of,
+    fence,
+    frame_rows,
+    hire,
+    job_row,
+    let_leases_expire,
+    sql,
+    submit,
+)
 from tests.noise import Noise
 from tests.serving import serving
 from workers.line import RenderLine
@@ -71,6 +83,34 @@ def test_it_is_halved_until_it_fits(
     assert run(line) == 2
     assert memory.buckets == [4, 2] + [1] * 8
     assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_a_job_that_is_claimed_whole_is_halved_too(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=4, max_attempts=1)
+    noise.disturb = memory = Memory(room=1)
+    assert run(line) == 2
+    assert memory.buckets == [4, 2, 1, 1, 1, 1]
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_a_late_failure_halves_nothing(farm: Farm, tenant: uuid.UUID) -> None:
+    """The lease is lost, and another worker holds the frames: their bucket stays."""
+    late, other = hire(farm, "late"), hire(farm, "other")
+    job_id = submit(farm, tenant, images_per_prompt=8)
+    lease = late.must_claim()
+    let_leases_expire(farm)
+    again = other.must_claim()
+    failures = [
+        Failure(fence(frame), "out_of_memory", "", charged=False, smaller=True)
+        for frame in lease.frames
+    ]
+    with transaction(farm.store) as connection:
+        assert frames.fail(connection, lease.id, failures, 0.0) == {}
+    assert sql(farm, "SELECT DISTINCT bucket FROM returns") == [(8,)]
+    assert other.complete(again)
+    assert sql(farm, "SELECT runs -> 0 -> 2 FROM jobs WHERE id = :id", id=job_id) == [(8,)]
 
 
 def test_a_bucket_that_was_asked_for_stays(

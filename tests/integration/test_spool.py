@@ -84,6 +84,17 @@ def test_a_full_spool_holds_the_line_back(
     assert outage.kept == [4]  # it waited with one batch, though two more could be claimed
 
 
+def test_a_spool_of_no_bytes_keeps_one_batch(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8)
+    outage = Outage(farm, line)
+    outage.spool._max_bytes = 0
+    line.run()
+    whole(farm, tenant, job_id)
+    assert outage.kept == [4]
+
+
 def test_a_disk_that_refuses_holds_the_line_back(
     farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
 ) -> None:
