@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint up gpu clean
+.PHONY: help setup demo test lint up gpu chaos clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: lint ## Check everything, then run all tests
 
 gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
 	$(BIN)/python -m tests.gpu.report
+
+chaos: setup ## Inject every fault again and again, and write docs/reliability.md
+	$(BIN)/python -m tests.chaos --report docs/reliability.md
 
 clean: ## Remove .venv and what tools cached; data folders stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage

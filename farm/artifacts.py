@@ -20,13 +20,15 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from farm.config import Settings
-from farm.errors import Unavailable
+from farm.errors import StorageRefused, Unavailable
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 MEDIA_TYPE = "image/png"
 NO_SUCH_KEY = "NoSuchKey"
+REFUSED = {400, 401, 403}
+"""Statuses that waiting does not change: the credentials or the clock are wrong."""
 CHUNK_BYTES = 2**18
 PAGE_KEYS = 1000
 """Keys in a page of a listing, and in one call that deletes: the most that S3 takes."""
@@ -130,12 +132,14 @@ class Artifacts:
         """Store an image. Storing it again, even cut short in between, changes nothing.
 
         Raises:
-            Unavailable: the storage does not answer or refuses.
+            StorageRefused: the storage does not take anything from this process.
+            Unavailable: the storage does not answer, or cannot.
         """
         try:
             self._s3.put_object(Bucket=self.bucket, Key=key, Body=content, ContentType=MEDIA_TYPE)
         except (BotoCoreError, ClientError) as error:
-            raise Unavailable(f"The image storage did not take {key}: {error}") from error
+            kind = StorageRefused if _status(error) in REFUSED else Unavailable
+            raise kind(f"The image storage did not take {key}: {error}") from error
 
     def get(self, key: str) -> bytes:
         """Read an image.
@@ -238,6 +242,13 @@ class Artifacts:
     def close(self) -> None:
         """Give back the connections."""
         self._s3.close()
+
+
+def _status(error: BotoCoreError | ClientError) -> int | None:
+    """The HTTP status of an answer; None where there was none."""
+    if not isinstance(error, ClientError):
+        return None
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
 
 def _not_given(key: str, error: BotoCoreError | ClientError) -> Unavailable:

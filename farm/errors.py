@@ -86,6 +86,14 @@ class Unavailable(FarmError):
     retryable = True
 
 
+class StorageRefused(FarmError):
+    """The storage answers, and refuses: this process's clock or credentials are wrong."""
+
+    code = "storage_refused"
+    status = 503
+    retryable = True
+
+
 class CatalogError(FarmError):
     """pipelines.toml, or what it names, cannot be used; the message says what to do."""
 

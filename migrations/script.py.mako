@@ -9,6 +9,8 @@ revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
+# pre: only adds, and the version before works on. post: removes or tightens, once it has ended.
+stage = "pre"
 
 
 def upgrade() -> None:

@@ -21,7 +21,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
-from farm.errors import FarmError, RenderError, Unavailable
+from farm.errors import FarmError, RenderError, StorageRefused, Unavailable
 from farm.families.base import Batch, Loaded, StopBatch
 from farm.families.devices import device_name, is_out_of_memory, thread_count
 from farm.offers import Offer
@@ -29,7 +29,7 @@ from farm.provenance import Provenance, encode_png, library_versions
 from farm.states import FLAGGED, FrameState
 from farm.store import frames, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
-from farm.store.engine import Connection, transaction
+from farm.store.engine import transaction
 from farm.store.frames import Done, Failure
 from farm.store.resting import note_failure
 from farm.store.workers import Account
@@ -131,16 +131,29 @@ class RenderLine:
                 self._spool.keep(batch)
                 self._commit(lambda: self._keep(lease))
             else:
-                self._commit(lambda: self._complete(batch))
+                self._finish(batch)
         except StopBatch:
             log.info("%s stopped: %s", self._identity.name, _named(lease.frames))
             self._commit(lambda: self._release(lease))
         except Exception as error:
-            log.exception("%s failed at %s", self._identity.name, _named(lease.frames))
             self.out_of_memory = is_out_of_memory(error)
-            batch.failures = _failures(lease.frames, error)
-            counts = _counts(error)
-            self._commit(lambda: self._fail(batch, counts))
+            self._fail(batch, error)
+
+    def _finish(self, batch: Finished) -> None:
+        """End a batch whose pictures are stored."""
+        try:
+            self._commit(lambda: self._complete(batch))
+        except Exception as error:  # the database refuses what it should take
+            self._fail(batch, error)
+
+    def _fail(self, batch: Finished, error: Exception) -> None:
+        """End a batch that failed as a whole."""
+        log.error(
+            "%s failed at %s", self._identity.name, _named(batch.lease.frames), exc_info=error
+        )
+        batch.done, batch.failures = [], _failures(batch.lease.frames, error)
+        batch.suspicious = _is_suspicious(error)
+        self._commit(lambda: self._complete(batch))
 
     def _denoise(self, lease: Lease, watch: LeaseWatch) -> list[Image.Image | None]:
         specs = [frame.spec for frame in lease.frames]
@@ -194,6 +207,7 @@ class RenderLine:
             except Exception as error:
                 log.exception("%s could not store %s", self._identity.name, picture.frame)
                 batch.failures += _failures([picture.frame], error)
+                batch.suspicious = _is_suspicious(error)
             del batch.unstored[0]
             on_stored(picture)
         return True
@@ -205,7 +219,7 @@ class RenderLine:
                 log.info("%s lost %s", self._identity.name, _named(batch.lease.frames))
                 self._commit(functools.partial(self._release, batch.lease))
             elif self._put(batch, self._spool.stored):
-                self._commit(functools.partial(self._complete, batch))
+                self._finish(batch)
             else:
                 self._spool.postpone()
                 return
@@ -228,40 +242,33 @@ class RenderLine:
         )
 
     def _complete(self, batch: Finished) -> None:
-        done, account = batch.done, batch.account
+        done, account, me, until = batch.done, batch.account, self._identity, None
+        settings, first = self._farm.settings, batch.lease.frames[0]
         with transaction(self._farm.store) as connection:
             accepted = frames.complete(connection, batch.lease.id, done)
             if not accepted and done and frames.already_complete(connection, done):
                 return  # the reply to an earlier COMMIT was lost
+            ended = frames.fail(
+                connection, batch.lease.id, batch.failures, settings.retry_seconds
+            ).values()
             account.succeeded = len(accepted)
             account.dropped = len(done) - len(accepted)
-            self._end(connection, batch)
+            account.dead = [*ended].count(FrameState.DEAD)
+            account.returned = [*ended].count(FrameState.READY)
+            workers.account(connection, me.id, account)
+            if batch.suspicious and not done:
+                until = note_failure(
+                    connection, me.id, first.job_id, first.ordinal, settings.rest_seconds
+                )
+        if until is not None:
+            log.error("%s rests until %s: one frame after another fails", me.name, until)
         for item in done:
             if item.fence not in accepted:
                 log.warning(
                     "%s: job %s frame %s attempt %s was dropped: its lease was lost",
-                    self._identity.name,
+                    me.name,
                     *item.fence,
                 )
-
-    def _fail(self, batch: Finished, counts: bool) -> None:
-        """End a batch that failed as a whole; where it `counts`, the worker may have to rest."""
-        first, me, until = batch.lease.frames[0], self._identity, None
-        rest_seconds = self._farm.settings.rest_seconds
-        with transaction(self._farm.store) as connection:
-            self._end(connection, batch)
-            if counts:
-                until = note_failure(connection, me.id, first.job_id, first.ordinal, rest_seconds)
-        if until is not None:
-            log.error("%s rests until %s: one frame after another fails", me.name, until)
-
-    def _end(self, connection: Connection, batch: Finished) -> None:
-        settings, account = self._farm.settings, batch.account
-        ended = frames.fail(connection, batch.lease.id, batch.failures, settings.retry_seconds)
-        states = list(ended.values())
-        account.dead = states.count(FrameState.DEAD)
-        account.returned = states.count(FrameState.READY)
-        workers.account(connection, self._identity.id, account)
 
     def _keep(self, lease: Lease) -> None:
         with transaction(self._farm.store) as connection:
@@ -305,8 +312,9 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
     message = f"{type(error).__name__}: {error}".replace("\x00", "")
     several = len(claimed) > 1
     reason, retryable, charged, smaller = "render_error", True, not several, False
-    if isinstance(error, Unavailable):
-        reason, charged, several = "storage_unavailable", False, False
+    if isinstance(error, Unavailable | StorageRefused):
+        reason = "storage_unavailable" if isinstance(error, Unavailable) else "storage_refused"
+        charged, several = False, False
     elif is_out_of_memory(error):
         reason, message, smaller = "out_of_memory", "Memory ran out.", True
     elif several:
@@ -329,9 +337,9 @@ def _failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure
     ]
 
 
-def _counts(error: Exception) -> bool:
+def _is_suspicious(error: Exception) -> bool:
     """Whether an error may be the worker's own fault, rather than a server's or the frame's."""
-    return not isinstance(error, FarmError)
+    return isinstance(error, StorageRefused) or not isinstance(error, FarmError)
 
 
 def _flagged(frame: ClaimedFrame) -> Failure:

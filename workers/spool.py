@@ -49,6 +49,8 @@ class Finished:
     unstored: list[Picture] = field(default_factory=list)
     done: list[Done] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    suspicious: bool = False
+    """Whether the worker itself may be why it failed"""
 
 
 class Spool:

@@ -9,6 +9,7 @@ import importlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm.cli.exits import ERROR
-from farm.errors import FarmError
+from farm.errors import FarmError, Unavailable
 from farm.logs import set_up_logs
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def api(
     """Serve the HTTP API and the dashboard."""
     import uvicorn
 
-    with _logged():
+    with _process():
         uvicorn.run(
             "api.app:create_app",
             factory=True,
@@ -50,9 +51,9 @@ def janitor() -> None:
     from farm.context import open_farm
 
     stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
-    with _logged() as settings:
+    with _process() as settings:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: stop.set())
         farm = open_farm(settings)
         try:
             importlib.import_module("workers.janitor").Janitor(farm).run(stop)
@@ -62,19 +63,20 @@ def janitor() -> None:
 
 def worker(pipeline: Annotated[str, typer.Argument(help="A pipeline of the catalog.")]) -> None:
     """Render one pipeline's frames until SIGTERM, which lets it finish its batch."""
-    with _logged() as settings:
+    with _process() as settings:
         code = importlib.import_module("workers.parent").run_worker(settings, pipeline)
     raise typer.Exit(code)
 
 
 @contextmanager
-def _logged() -> Iterator[Settings]:
-    """Set up the log of a process; what ends it unexpectedly stands there whole."""
+def _process() -> Iterator[Settings]:
+    """Start a process: its log, in which an unexpected end stands whole, and a schema it knows."""
     from farm.config import load_settings
 
     settings = load_settings()
     set_up_logs(settings.log_level)
     try:
+        _require_schema(settings)
         yield settings
     except FarmError:
         raise
@@ -83,15 +85,42 @@ def _logged() -> Iterator[Settings]:
         raise typer.Exit(ERROR) from error
 
 
-def migrate() -> None:
+def _require_schema(settings: Settings) -> None:
+    """Refuse a schema that this version cannot work on; while Postgres is away, wait for it."""
+    from farm.store.engine import open_store
+    from farm.store.migrate import require_schema
+
+    store = open_store(settings)
+    try:
+        while True:
+            try:
+                return require_schema(store)
+            except Unavailable as error:
+                log.warning("Waiting to see the database's schema: %s", error)
+                time.sleep(settings.sweep_seconds)
+    finally:
+        store.dispose()
+
+
+def migrate(
+    pre: Annotated[
+        bool, typer.Option("--pre", help="Only what an older version that still runs can bear.")
+    ] = False,
+) -> None:
     """Bring the database to the schema that this version knows."""
     from farm.config import load_settings
-    from farm.store import migrate as steps
     from farm.store.engine import open_store
+    from farm.store.migrate import require_schema, upgrade
 
     store = open_store(load_settings())
     try:
-        steps.upgrade(store)
+        done = upgrade(store, pre_only=pre)
+        require_schema(store)
     finally:
         store.dispose()
-    typer.echo("The database is up to date.")
+    typer.echo(f"Applied: {', '.join(done.applied) or 'nothing'}.")
+    if done.left:
+        left = ", ".join(done.left)
+        typer.echo(f"Left: {left}. Once no older version runs, run `farm migrate`.")
+    else:
+        typer.echo("The database is up to date.")

@@ -121,10 +121,9 @@ def prepare_torch(threads: int) -> None:
         torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    _quieten()
 
 
-def _quieten() -> None:
+def quieten_libraries() -> None:
     """Keep the libraries' progress bars and hints out of the log."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

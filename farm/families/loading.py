@@ -11,19 +11,22 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from farm.catalog import Pipeline, Weights
 from farm.errors import CatalogError, FarmError, OutOfMemory, one_line
 from farm.families.base import Loaded
 from farm.families.checkpoints import unused_in
 from farm.families.compiling import compile_pipe
-from farm.families.devices import device_of, dtype_of, free_memory, is_out_of_memory
+from farm.families.devices import (
+    device_of,
+    dtype_of,
+    free_memory,
+    is_out_of_memory,
+    quieten_libraries,
+)
 from farm.families.hub import fetched, fetched_before
 from farm.families.weightfiles import check_files, parameter_count, weights_hash
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     import diffusers
     import torch
 
+    quieten_libraries()
     loader: Any = getattr(diffusers, class_name)
     device = device_of(pipeline)
     dtype = dtype_of(pipeline, device)

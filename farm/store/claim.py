@@ -88,6 +88,7 @@ SELECT r.job_id, r.ordinal
 FROM returns r
 WHERE r.pipeline = :pipeline AND r.batch_key = :batch_key
   AND NOT r.paused AND NOT r.alone AND r.not_before <= clock_timestamp()
+  AND format('%s/%s', r.job_id, r.ordinal) <> ALL(:but)
 """
 
 OWN_RETURNED = text(f"{RETURNED} AND r.job_id = :leader ORDER BY r.ordinal LIMIT :free")
@@ -184,10 +185,10 @@ def claim(
         return None
     # What was chosen may be cancelled or paused before it is locked: then choose again.
     for _ in range(CHOICES):
-        leader = _leader(connection, pipeline, may_claim.failing)
+        leader, but = _leader(connection, pipeline, may_claim.failing)
         if leader is None:
             return None
-        fill = _fill(connection, pipeline, leader)
+        fill = _fill(connection, pipeline, leader, but)
         lock_jobs(connection, [job_id for job_id, _ in fill.returned] + list(fill.new))
         by = {"worker": worker, "bucket": leader["bucket"]}
         fences = _take_back(connection, fill.returned, by) + _advance(connection, fill.new, by)
@@ -197,14 +198,18 @@ def claim(
     return None
 
 
-def _leader(connection: Connection, pipeline: str, failing: list[str]) -> RowMapping | None:
-    """Choose the first frame of a batch; one that failed on this very worker only for want of
-    another."""
+def _leader(
+    connection: Connection, pipeline: str, failing: list[str]
+) -> tuple[RowMapping | None, list[str]]:
+    """Choose the first frame of a batch, and say which frames are left out of it.
+
+    Those that failed on this very worker are, unless nothing else is there.
+    """
     for but in (failing, []) if failing else ([],):
         found = connection.execute(LEADER, {"pipeline": pipeline, "but": but}).mappings().first()
         if found is not None:
-            return found
-    return None
+            return found, but
+    return None, []
 
 
 @dataclass
@@ -227,11 +232,12 @@ class _Fill:
                 self.free -= self.new[row.id]
 
 
-def _fill(connection: Connection, pipeline: str, leader: RowMapping) -> _Fill:
+def _fill(connection: Connection, pipeline: str, leader: RowMapping, but: list[str]) -> _Fill:
     if leader["alone"]:
         return _Fill(0, [(leader["job_id"], leader["ordinal"])], {})
     fill = _Fill(leader["bucket"], [], {})
-    where = {"pipeline": pipeline, "batch_key": leader["batch_key"], "leader": leader["job_id"]}
+    job_id = leader["job_id"]
+    where = {"pipeline": pipeline, "batch_key": leader["batch_key"], "leader": job_id, "but": but}
     fill.take_returned(connection.execute(OWN_RETURNED, {**where, "free": fill.free}))
     fill.take_new(connection.execute(OWN_ROOM, where))
     if fill.free > 0:

@@ -41,22 +41,36 @@ INSERT INTO input_chunks (job_id, first, prompts)
 SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
 """
 
+FILL = {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)}
+
 ONE = {"job_ids": [uuid.UUID(int=1)], "ordinals": [100], "attempts": [1]}
 
 HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "leader": (claim.LEADER, {"pipeline": "demo", "but": ["a/1"]}),
     "returned": (
         claim.OTHER_RETURNED,
-        {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
+        {
+            "pipeline": "demo",
+            "batch_key": "key",
+            "free": 8,
+            "leader": uuid.UUID(int=1),
+            "but": ["a/1"],
+        },
     ),
     "own returned": (
         claim.OWN_RETURNED,
-        {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
+        {
+            "pipeline": "demo",
+            "batch_key": "key",
+            "free": 8,
+            "leader": uuid.UUID(int=1),
+            "but": ["a/1"],
+        },
     ),
     "own room": (claim.OWN_ROOM, {"batch_key": "key", "leader": uuid.UUID(int=1)}),
     "other jobs": (
         claim.OTHER_JOBS,
-        {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)},
+        FILL,
     ),
     "lock": (LOCK_JOBS, {"ids": [uuid.UUID(int=1)]}),
     "advance": (

@@ -16,6 +16,7 @@ from farm.context import Farm
 from farm.spec import FrameSpec
 from farm.store import frames
 from farm.store.engine import transaction
+from farm.store.resting import THREE_FRAMES
 from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
 from workers.line import RenderLine
@@ -213,3 +214,34 @@ def test_all_that_a_worker_holds_is_given_back_at_once(
     assert {attempts_of(farm, job_id, ordinal)[0] for ordinal in rows} == {(1, "released")}
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
     assert sql(farm, "SELECT DISTINCT spared FROM frames") == [(1,)]
+
+
+def test_a_storage_that_refuses_this_worker_is_left_to_others(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clock or its credentials are wrong: waiting would not help, and no frame is to blame."""
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1, max_attempts=1)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the right one
+    here, farm.artifacts = farm.artifacts, Artifacts(farm.settings)
+    line.run()
+    farm.artifacts.close()
+    assert len(noise.batches) == THREE_FRAMES
+    assert sql(farm, "SELECT DISTINCT reason FROM attempts") == [("storage_refused",)]
+    assert sql(farm, "SELECT DISTINCT attempt - spared FROM frames") == [(0,)]
+    farm.artifacts = here
+    sql(farm, "UPDATE workers SET resting_until = clock_timestamp()")
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_a_kept_batch_that_the_database_refuses_is_not_kept_for_ever(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2, max_attempts=1)
+    outage = Outage(farm, line)
+    sql(farm, "ALTER TABLE frames ADD CHECK (bytes < 10)")
+    line.run()
+    assert len(outage.spool) == 0
+    assert job_row(farm, tenant, job_id).status == "failed"
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0

@@ -1,0 +1,91 @@
+"""`python -m tests.chaos`: every fault of the table, injected again and again into a whole farm.
+
+The exit code is 0 where every row is ok and the audit holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from typer import echo
+
+from farm.local import commands
+from tests.chaos import report
+from tests.chaos.rows import ROWS
+from tests.chaos.run import BULK, Chaos, Result, chaos
+
+LEAST_BULK = 500
+SHORT = "1,3,4,8,9,12,15,16"
+
+
+def main() -> int:
+    options = parsed()
+    started = time.monotonic()
+    results: list[Result] = []
+    echo(report.HEADER)
+    with tempfile.TemporaryDirectory(prefix="farm-chaos-", ignore_cleanup_errors=True) as folder:
+        data = Path(options.data or folder)
+        with chaos(data, options.seed, options.short) as running:
+            for number in options.rows:
+                left = options.frames - sum(result.findings.frames for result in results)
+                bulk = max(LEAST_BULK, left if options.rows == full() else 0)
+                results.append(running.run(number, options.times, bulk))
+                echo(report.line(results[-1]))
+                echo(f"{results[-1].seconds:.0f} s", err=True)
+            held, audit = audited(running)
+    echo(audit)
+    text = report.page(results, audit, options.seed, time.monotonic() - started)
+    if options.report:
+        report.write(options.report, text)
+    return 0 if held and all(result.ok for result in results) else 1
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="repeats a run's random choices")
+    parser.add_argument("--rows", type=numbers, default=full(), help="such as 1,2,8")
+    parser.add_argument("--times", type=int, default=20, help="how often each fault is injected")
+    parser.add_argument("--frames", type=int, default=10_000, help="frames in all, at least")
+    parser.add_argument("--short", action="store_true", help="a few rows, once or twice each")
+    parser.add_argument("--report", type=Path, help="the page to write the table into")
+    parser.add_argument("--data", help="a folder to keep, with every process's log")
+    options = parser.parse_args()
+    if options.short:
+        options.rows, options.times = numbers(SHORT), min(options.times, 2)
+    logging.getLogger("farm").setLevel(logging.ERROR)
+    return options
+
+
+def full() -> list[int]:
+    """Every row; the one with the bulk job last."""
+    return sorted(ROWS, key=lambda number: (number == BULK, number))
+
+
+def numbers(text: str) -> list[int]:
+    chosen = [int(word) for word in text.split(",")]
+    if unknown := [number for number in chosen if number not in ROWS]:
+        raise argparse.ArgumentTypeError(f"there is no row {unknown[0]}")
+    return chosen
+
+
+def audited(running: Chaos) -> tuple[bool, str]:
+    """Run `farm audit` on the farm; returns whether all holds, and a line about it."""
+    env = commands.environment(running.stack.folder, running.stack.env)
+    done = subprocess.run(
+        commands.farm("audit", "--json"), env=env, capture_output=True, text=True, check=False
+    )
+    said = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    line = "`farm audit`: " + ("all holds" if done.returncode == 0 else f"exit {done.returncode}")
+    if done.returncode:
+        echo("\n".join(said[-10:]), err=True)
+    return done.returncode == 0, line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""A TCP proxy that misbehaves as it is told: one link for each process and server.
+
+All links live in one thread with an event loop. A link's fault may be changed at any moment, from
+any thread, and holds for the connections that are there as well as for new ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+CHUNK = 2**16
+BUSY = b"<Error><Code>ServiceUnavailable</Code><Message>Try again later.</Message></Error>"
+UNAVAILABLE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/xml\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(BUSY), BUSY)
+)
+
+
+class Cut(Exception):
+    """Raised by a fault: both sides of the connection are reset."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """One client's connection, and its other half to the server."""
+
+    client: asyncio.StreamWriter
+    server: asyncio.StreamWriter | None = None
+    sent: int = 0
+    """Bytes from the client that were let through"""
+    muted: bool = False
+    """Whether the server's next answer is swallowed"""
+    frozen: bool = False
+    """Whether nothing moves on it any more, though new connections are served"""
+
+    @property
+    def port(self) -> int | None:
+        """The port by which the server knows it."""
+        return self.server.get_extra_info("sockname")[1] if self.server else None
+
+    def reset(self) -> None:
+        for writer in (self.client, self.server):
+            if writer is not None:
+                writer.transport.abort()
+
+
+class Fault:
+    """What a link does to the bytes; this one does nothing."""
+
+    resets = False
+    """Whether the connections that are there when it begins are reset"""
+    freezes = False
+    """Whether they are frozen"""
+    stalls = False
+    """Whether nothing moves, in either direction, until it is over"""
+
+    async def connect(self) -> None:
+        """Called before the server is connected to."""
+
+    async def request(self, connection: Connection, data: bytes) -> bytes:
+        return data
+
+    async def reply(self, connection: Connection, data: bytes) -> bytes:
+        return data
+
+
+class Stall(Fault):
+    """Nothing moves, and nobody is told; what was held back goes on when it is over."""
+
+    stalls = True
+
+
+class Freeze(Fault):
+    """The connections that are there never move again; new ones are as good as any."""
+
+    freezes = True
+
+
+class Reset(Fault):
+    """Every connection is reset, and so is each new one."""
+
+    resets = True
+
+    async def connect(self) -> None:
+        raise Cut
+
+
+@dataclass
+class Truncate(Fault):
+    """A connection is cut once the client has sent so many bytes."""
+
+    limit: int
+
+    async def request(self, connection: Connection, data: bytes) -> bytes:
+        room = self.limit - connection.sent
+        if len(data) <= room:
+            return data
+        if connection.server is not None:
+            connection.server.write(data[: max(room, 0)])
+            await connection.server.drain()
+        raise Cut
+
+
+@dataclass
+class Swallow(Fault):
+    """The request reaches the server, its answer is dropped, and the connection is cut."""
+
+    trigger: bytes
+    times: int = 1
+    skip: int = 0
+    """Requests that are answered before"""
+
+    async def request(self, connection: Connection, data: bytes) -> bytes:
+        if self.trigger in data:
+            self.skip -= 1
+            if -self.times <= self.skip < 0:
+                connection.muted = True
+        return data
+
+    async def reply(self, connection: Connection, data: bytes) -> bytes:
+        if connection.muted and not data.startswith(b"HTTP/1.1 100"):
+            raise Cut
+        return data
+
+
+@dataclass
+class Slow(Fault):
+    """Every piece of data comes later."""
+
+    seconds: float
+
+    async def request(self, connection: Connection, data: bytes) -> bytes:
+        await asyncio.sleep(self.seconds)
+        return data
+
+    async def reply(self, connection: Connection, data: bytes) -> bytes:
+        await asyncio.sleep(self.seconds)
+        return data
+
+
+class Refuse(Fault):
+    """Every request over HTTP is answered with a 503."""
+
+    async def request(self, connection: Connection, data: bytes) -> bytes:
+        connection.client.write(UNAVAILABLE)
+        await connection.client.drain()
+        connection.client.close()
+        return b""
+
+
+HEALTHY = Fault()
+
+
+@dataclass(eq=False)
+class Link:
+    """A port of this machine that leads to a server."""
+
+    owner: str
+    """The process that it is for"""
+    server: str
+    target: tuple[str, int]
+    loop: asyncio.AbstractEventLoop
+    port: int = 0
+    fault: Fault = HEALTHY
+    connections: set[Connection] = field(default_factory=set)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _watched: tuple[bytes, threading.Event] | None = None
+
+    def begin(self, fault: Fault) -> None:
+        """Misbehave from now on; returns when that is so."""
+        asyncio.run_coroutine_threadsafe(self.set(fault), self.loop).result()
+
+    def heal(self) -> None:
+        """Behave again."""
+        self.begin(HEALTHY)
+
+    def watch(self, trigger: bytes) -> threading.Event:
+        """Tell, by the event, when a client has sent this."""
+        seen = threading.Event()
+        self._watched = (trigger, seen)
+        return seen
+
+    async def set(self, fault: Fault) -> None:
+        """Misbehave from now on; called in the loop's thread."""
+        self.fault = fault
+        for connection in self.connections:
+            connection.sent = 0
+            connection.frozen = fault.freezes or (connection.frozen and not fault.resets)
+            if fault.resets:
+                connection.reset()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def serve(self, client: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(writer)
+        self.connections.add(connection)
+        try:
+            await self._flowing(connection)
+            await self.fault.connect()
+            server, connection.server = await asyncio.open_connection(*self.target)
+            pumps = [
+                asyncio.create_task(self._pump(connection, client, connection.server, True)),
+                asyncio.create_task(self._pump(connection, server, writer, False)),
+            ]
+            try:
+                # Either side may close: what the other still had to say is said by then.
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+        except (Cut, OSError):
+            connection.reset()
+        finally:
+            self.connections.discard(connection)
+            for side in (connection.client, connection.server):
+                if side is not None:
+                    side.close()
+
+    async def _pump(
+        self,
+        connection: Connection,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        is_request: bool,
+    ) -> None:
+        try:
+            while data := await reader.read(CHUNK):
+                await self._flowing(connection)
+                through = self.fault.request if is_request else self.fault.reply
+                passed = await through(connection, data)
+                await self._flowing(connection)
+                writer.write(passed)
+                await writer.drain()
+                if is_request:
+                    connection.sent += len(passed)
+                    self._tell(passed)
+            await self._flowing(connection)  # nor does the end of a connection get through
+        except (Cut, OSError):
+            connection.reset()
+
+    def _tell(self, data: bytes) -> None:
+        if self._watched is not None and self._watched[0] in data:
+            self._watched[1].set()
+
+    async def _flowing(self, connection: Connection) -> None:
+        while self.fault.stalls or connection.frozen:
+            await self._changed.wait()
+
+
+class Proxies:
+    """The thread that all links live in."""
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self._listeners: list[asyncio.Server] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxies", daemon=True)
+
+    def __enter__(self) -> Proxies:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._do(self._close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def link(self, owner: str, server: str, host: str, port: int) -> Link:
+        """Open a link from `owner` to a server on a port of its own."""
+        link = Link(owner, server, (host, port), self._loop)
+        link.port = self._do(lambda: self._listen(link))
+        self.links.append(link)
+        return link
+
+    def _do(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return asyncio.run_coroutine_threadsafe(work(), self._loop).result()
+
+    async def _listen(self, link: Link) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        self._listeners.append(await asyncio.start_server(link.serve, sock=listener))
+        return int(listener.getsockname()[1])
+
+    async def _close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        for link in self.links:
+            await link.set(Reset())
+        while any(link.connections for link in self.links):
+            await asyncio.sleep(0.01)

@@ -1,0 +1,322 @@
+"""The faults: each row of the table is a function that injects one once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import redis
+from pydantic import SecretStr
+
+from farm.bells import RENDER_TASK, lane, make_app
+from farm.config import Settings
+from tests.chaos import clock, release
+from tests.chaos.load import NULL
+from tests.chaos.proxy import Fault, Freeze, Refuse, Slow, Stall, Swallow, Truncate
+from tests.chaos.scene import Scene, Skipped
+
+Around = Callable[[Scene], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault, and how it is injected."""
+
+    number: int
+    fault: str
+    inject: Callable[[Scene], None]
+    around: Around
+    """What stands around all injections: a worker of another kind, a check at the end"""
+    steady: bool
+    """Whether jobs are submitted beside the fault; else each injection submits one to a quiet lane,
+    where only a bell can wake a worker"""
+    most: int
+    """How often it is injected at most: it takes long"""
+    mixes: bool
+    """Whether it may be one of many at random"""
+
+
+ROWS: dict[int, Row] = {}
+
+
+def row(
+    number: int,
+    fault: str,
+    *,
+    around: Around = lambda _scene: nullcontext(),
+    steady: bool = True,
+    most: int = 1000,
+    mixes: bool = True,
+) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
+    """Enter a function into the table."""
+
+    def enter(inject: Callable[[Scene], None]) -> Callable[[Scene], None]:
+        ROWS[number] = Row(number, fault, inject, around, steady, most, mixes)
+        return inject
+
+    return enter
+
+
+@contextmanager
+def late_results(scene: Scene) -> Iterator[None]:
+    """Check that a result came too late at least once: else nothing was tried."""
+    before = scene.truth.dropped()
+    yield
+    if scene.truth.dropped() == before:
+        scene.problems.append("no worker came back with a late result")
+
+
+def valkey(scene: Scene) -> redis.Redis:
+    return redis.Redis.from_url(scene.stack.servers.redis_url, socket_timeout=5)
+
+
+@row(1, "A worker is killed in the middle of a batch")
+def worker_killed(scene: Scene) -> None:
+    nulls = scene.stack.workers("null")
+    scene.rendering([*nulls, *nulls, *scene.stack.workers("demo")]).restart()
+
+
+@row(2, "Workers are killed with a bell in their sockets", steady=False)
+def killed_with_a_bell(scene: Scene) -> None:
+    workers = scene.stack.workers("null")
+    for worker in workers:
+        worker.signal(signal.SIGSTOP)
+    scene.load.null(scene.random.randint(4, 16))
+    scene.pause(0.1, 0.5)
+    for worker in workers:
+        worker.restart()
+
+
+@row(3, "A worker is stopped for longer than its lease, then goes on", around=late_results)
+def zombie(scene: Scene) -> None:
+    worker = scene.storing(scene.stack.workers("null"))
+    worker.signal(signal.SIGSTOP)
+    try:
+        scene.wait(lambda: worker.pid not in scene.truth.holders(), "its lease expired")
+        scene.pause(0.3, 0.8)  # another worker claims the frames meanwhile
+    finally:
+        worker.signal(signal.SIGCONT)
+
+
+@row(4, "Redis is wiped, again and again")
+def redis_wiped(scene: Scene) -> None:
+    with valkey(scene) as client:
+        client.flushall()
+    scene.pause(0.3, 0.8)
+
+
+@row(5, "Redis is killed, and a job submitted before it is back", steady=False)
+def redis_killed(scene: Scene) -> None:
+    server = scene.stack.processes["valkey"]
+    server.end()
+    scene.load.null(scene.random.randint(4, 16))
+    server.start()
+
+
+@row(6, "Redis is full", steady=False)
+def redis_full(scene: Scene) -> None:
+    with valkey(scene) as client:
+        client.config_set("maxmemory", 1)
+        try:
+            scene.load.null(scene.random.randint(4, 16))
+            scene.pause(0.1, 0.5)
+        finally:
+            client.config_set("maxmemory", 0)
+
+
+@row(7, "Every connection to Redis is half-open", steady=False, most=20)
+def redis_half_open(scene: Scene) -> None:
+    links = scene.stack.links("valkey")
+    for link in links:
+        link.begin(Freeze())
+        link.heal()
+    scene.load.null(scene.random.randint(4, 16))
+
+
+@row(8, "Postgres crashes")
+def postgres_crashes(scene: Scene) -> None:
+    scene.stack.processes["postgres"].restart(signal.SIGQUIT)
+    scene.stack.processes["postgres"].ready()
+
+
+@row(9, "The reply to a COMMIT is lost")
+def commit_unanswered(scene: Scene) -> None:
+    kind = scene.random.choice(["worker", "worker", "api", "janitor"])
+    owners = [name for name in scene.stack.processes if name.startswith(kind)]
+    links = scene.stack.links("postgres", *owners)
+    times, skip = scene.random.randint(1, 3), scene.random.randint(0, 3)
+    scene.faulty(links, Swallow(b"COMMIT", times, skip), 0.4, 1.0)
+
+
+@row(10, "The API dies between a job's commit and its bell", steady=False)
+def api_exits(scene: Scene) -> None:
+    name = scene.random.choice(sorted(scene.stack.apis))
+    api = scene.stack.processes[name]
+    api.ready()
+    api.leave_ended()
+    prompts = ["EXIT"] * scene.random.randint(4, 16)
+    scene.load.submit({**NULL, "prompts": prompts}, first=name)
+    api.ended()
+    api.start()
+
+
+@row(11, "S3 answers 503, is slow, or hangs")
+def storage_away(scene: Scene) -> None:
+    owners = [worker.name for worker in scene.stack.processes.values() if "worker" in worker.name]
+    faults: list[Fault] = [Refuse(), Slow(0.1), Stall()]
+    scene.faulty(scene.stack.links("seaweedfs", *owners), scene.random.choice(faults), 0.5, 2.0)
+
+
+@row(12, "An upload is cut, or its reply is lost")
+def upload_cut(scene: Scene) -> None:
+    owners = [worker.name for worker in scene.stack.workers("null")]
+    faults: list[Fault] = [Truncate(scene.random.randint(50, 4000)), Swallow(b"PUT ", 3)]
+    scene.faulty(scene.stack.links("seaweedfs", *owners), scene.random.choice(faults), 0.3, 0.8)
+
+
+@row(13, "The same bell fifty times")
+def many_bells(scene: Scene) -> None:
+    url = scene.stack.servers.redis_url
+    app = make_app(Settings(redis_url=SecretStr(url), environment="development"))
+    try:
+        for _ in range(50):
+            app.send_task(RENDER_TASK, queue=lane("null"), ignore_result=True)
+    finally:
+        app.close()
+    scene.pause(0.3, 0.8)
+
+
+SHORT = {"FARM_LEASE_SECONDS": "0.5", "FARM_HEARTBEAT_SECONDS": "3", "FARM_TOUCH_SECONDS": "60"}
+
+
+@contextmanager
+def short_leases(scene: Scene) -> Iterator[None]:
+    """One more worker, whose lease is shorter than a batch and renewed too late."""
+    worker = scene.stack.add_worker("null", "short", SHORT)
+    scene.load.step_seconds = 0.25
+    try:
+        scene.idle([worker])
+        with late_results(scene):
+            yield
+    finally:
+        scene.stack.remove(worker)
+
+
+@row(14, "Leases shorter than a batch", around=short_leases, mixes=False)
+def lease_too_short(scene: Scene) -> None:
+    pid = scene.stack.processes["worker null-short"].pid
+
+    def expired() -> int:
+        return sum(worker["expired"] for worker in scene.truth.workers([pid]))
+
+    before = expired()
+    scene.wait(lambda: expired() > before, "a short lease expired")
+
+
+@row(15, "A worker is cut off from Postgres alone", around=late_results)
+def cut_off(scene: Scene) -> None:
+    worker = scene.storing(scene.stack.workers("null"))
+    links = scene.stack.links("postgres", worker.name)
+    for link in links:
+        link.begin(Stall())
+    try:
+        scene.wait(lambda: worker.pid not in scene.truth.holders(), "its lease expired")
+        scene.pause(0.3, 0.8)
+    finally:
+        for link in links:
+            link.heal()
+
+
+def poisoned(scene: Scene, word: str) -> None:
+    """Submit a job of which one frame fails for ever, and wait until it has done so once."""
+    job = scene.load.poison(word)
+    [ordinal] = job.poison
+    scene.wait(lambda: scene.truth.reasons(job.id, ordinal), "the poison frame had failed")
+
+
+@row(16, "A frame that ends its process by a segmentation fault")
+def segfault(scene: Scene) -> None:
+    poisoned(scene, "SEGFAULT")
+
+
+@row(17, "A frame that runs out of memory")
+def out_of_memory(scene: Scene) -> None:
+    poisoned(scene, "MEMORY")
+
+
+@row(18, "A frame that hangs")
+def hang(scene: Scene) -> None:
+    poisoned(scene, "HANG")
+
+
+@contextmanager
+def wrong_clocks(scene: Scene) -> Iterator[None]:
+    """Two more workers, one an hour ahead and one an hour behind."""
+    ahead, behind = (clock.shifted(scene.stack.folder.path, hour) for hour in (3600, -3600))
+    if ahead is None or behind is None:
+        raise Skipped("neither a C compiler nor libfaketime is on this machine")
+    early = scene.stack.add_worker("null", "ahead", ahead)
+    late = scene.stack.add_worker("null", "behind", behind)
+    try:
+        scene.idle([early, late])
+        yield
+        [told] = scene.truth.workers([late.pid])
+        if told["expired"]:
+            scene.problems.append("leases of the worker an hour behind expired, though renewed")
+    finally:
+        scene.stack.remove(early)
+        scene.stack.remove(late)
+
+
+@row(19, "A worker's clock is an hour off", around=wrong_clocks, mixes=False)
+def wrong_clock(scene: Scene) -> None:
+    worker = scene.stack.processes["worker null-ahead"]
+    scene.rendering([scene.stack.processes["worker null-behind"]])
+    scene.rendering([worker])
+    pid = worker.pid
+    worker.end()
+    scene.wait(lambda: pid not in scene.truth.holders(), "its lease expired")
+    worker.start()
+
+
+@row(20, "All of these at random, under a bulk job", mixes=False)
+def anything(scene: Scene) -> None:
+    mixed = [ROWS[number] for number in sorted(ROWS) if ROWS[number].mixes]
+    scene.random.choice(mixed).inject(scene)
+
+
+@row(21, "Of two janitors the leading one is killed")
+def leader_killed(scene: Scene) -> None:
+    leading: list[str] = []
+
+    def found() -> bool:
+        port = scene.truth.leader_port()
+        leading[:] = [
+            link.owner
+            for link in scene.stack.links("postgres")
+            if port in {connection.port for connection in set(link.connections)}
+        ]
+        return bool(leading)
+
+    scene.wait(found, "a janitor led")
+    scene.stack.processes[leading[0]].restart()
+
+
+@row(22, "A rolling deploy: the version before renders beside this one", most=3, mixes=False)
+def rolling_deploy(scene: Scene) -> None:
+    tree = release.earlier(scene.stack.folder.path)
+    [current] = scene.stack.workers("demo")
+    scene.load.demo(8)
+    old = scene.stack.add_worker("demo", "old", {"PYTHONPATH": str(tree)}, cwd=tree)
+    try:
+        scene.idle([old])
+        current.end(signal.SIGTERM)
+        scene.load.demo(8)
+        scene.wait(lambda: scene.truth.workers([old.pid])[-1]["succeeded"], "the old one rendered")
+        current.start()
+        scene.idle([current])
+        scene.load.demo(8)
+    finally:
+        scene.stack.remove(old)

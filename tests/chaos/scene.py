@@ -1,0 +1,90 @@
+"""What a row of the table has at hand while it is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+from tests.chaos.load import Load
+from tests.chaos.proxy import Fault, Link
+from tests.chaos.stack import LEASE_SECONDS, Process, Stack
+from tests.chaos.truth import Truth
+from tests.waiting import wait_until
+
+PATIENCE_SECONDS = 180.0
+
+
+class Skipped(Exception):
+    """Raised where a row cannot be run on this machine; the message says why."""
+
+
+@dataclass
+class Scene:
+    """One row being run: the farm, its load, and the random choices."""
+
+    stack: Stack
+    truth: Truth
+    load: Load
+    random: Random
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noting_errors(self) -> Iterator[None]:
+        """Let whatever goes wrong in the block fail the row, and go on."""
+        try:
+            yield
+        except Skipped:
+            raise
+        except Exception as error:
+            self.problems.append(f"{type(error).__name__}: {error}")
+
+    def wait(self, condition: Callable[[], object], what: str) -> None:
+        wait_until(condition, PATIENCE_SECONDS, what)
+
+    def pause(self, least: float, most: float) -> None:
+        """Let the fault last for a random while."""
+        time.sleep(self.random.uniform(least, most))
+
+    def rendering(self, processes: Sequence[Process]) -> Process:
+        """Wait until some of these workers hold leases, and choose one of them."""
+        chosen: list[Process] = []
+
+        def found() -> bool:
+            holders = self.truth.holders()
+            chosen[:] = [process for process in processes if process.pid in holders]
+            return bool(chosen)
+
+        self.wait(found, "a worker held a lease")
+        return self.random.choice(chosen)
+
+    def storing(self, processes: Sequence[Process]) -> Process:
+        """Wait until a worker is storing a picture, and give it: its batch is all but done."""
+        process = self.rendering(processes)
+        [link] = self.stack.links("seaweedfs", process.name)
+        link.watch(b"PUT ").wait(LEASE_SECONDS)
+        return process
+
+    def idle(self, processes: Sequence[Process]) -> None:
+        """Wait until workers have loaded their pipeline and have nothing to do."""
+
+        def ready() -> bool:
+            states = {
+                row["pid"]: row["state"]
+                for row in self.truth.workers([process.pid for process in processes])
+            }
+            return all(states.get(process.pid) == "idle" for process in processes)
+
+        self.wait(ready, "the workers were idle")
+
+    def faulty(self, links: Sequence[Link], fault: Fault, least: float, most: float) -> None:
+        """Let links misbehave for a random while."""
+        for link in links:
+            link.begin(fault)
+        try:
+            self.pause(least, most)
+        finally:
+            for link in links:
+                link.heal()

@@ -1,0 +1,119 @@
+"""Failpoints are read from one line, act where a prompt says so, and never in production."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from farm.catalog import Pipeline, load_catalog
+from farm.config import Settings
+from farm.failpoints import Failpoint, parse, reach
+from farm.families.base import Batch, StopBatch
+from farm.families.null import write_checkpoint
+from farm.offers import Offer, make_offer
+from farm.spec import FrameSpec
+
+TWO = "submit.committed=exit:EXIT; render.step=oom:BIG"
+
+
+def test_they_are_read() -> None:
+    assert parse(TWO) == [
+        Failpoint("submit.committed", "exit", "EXIT"),
+        Failpoint("render.step", "oom", "BIG"),
+    ]
+    assert parse("") == parse(" ; ") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["render.step", "render.step=oom", "render.step=oom:", "nowhere=oom:x", "render.step=x:y"],
+)
+def test_what_is_unknown_or_incomplete_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write point=action:text"):
+        parse(text)
+    with pytest.raises(ValidationError, match="write point=action:text"):
+        Settings(environment="development", failpoints=text)
+
+
+def test_production_has_none() -> None:
+    with pytest.raises(ValidationError, match="FARM_ENVIRONMENT must then be development"):
+        Settings(failpoints=TWO)
+    assert Settings(environment="development", failpoints=TWO).failpoints == TWO
+
+
+def test_one_acts_at_its_point_and_for_its_text_alone() -> None:
+    reach(TWO, "render.step", ["a small star", "EXIT"])
+    reach(TWO, "submit.committed", ["a BIG star"])
+    reach("", "render.step", ["a BIG star"])
+    with pytest.raises(MemoryError):
+        reach(TWO, "render.step", ["a small star", "a BIG star"])
+
+
+@pytest.mark.parametrize(("action", "code"), [("exit", 1), ("segfault", -signal.SIGSEGV)])
+def test_some_end_the_process(action: str, code: int) -> None:
+    program = (
+        "from farm.failpoints import reach\n"
+        f"reach('render.step={action}:X', 'render.step', ['X'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == code
+
+
+def test_a_hang_lasts() -> None:
+    program = "from farm.failpoints import reach; reach('render.step=hang:X', 'render.step', 'X')"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", program], timeout=2, check=False)
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> Pipeline:
+    write_checkpoint(tmp_path / "null")
+    (tmp_path / "pipelines.toml").write_text('[pipelines.null]\nsource = "null"\n')
+    return load_catalog(tmp_path / "pipelines.toml").pipelines["null"]
+
+
+@pytest.fixture
+def offer(entry: Pipeline) -> Offer:
+    return make_offer("null", entry)
+
+
+def frame(offer: Offer, seed: int, prompt: str = "noise", **params: object) -> FrameSpec:
+    whole = offer.params({"step_seconds": 0.0, **params}).model_dump()
+    return FrameSpec(pipeline="null", prompt=prompt, seed=seed, bucket=4, params=whole)
+
+
+def test_the_family_null_gives_the_same_noise_for_a_seed(offer: Offer, entry: Pipeline) -> None:
+    assert offer.family.name == "null"
+    loaded = offer.family.load(entry)
+    steps: list[tuple[int, int]] = []
+    batch = Batch([frame(offer, 1), frame(offer, 2)], lambda *step: steps.append(step))
+    first, second = offer.family.denoise(loaded, batch)
+    [again] = offer.family.denoise(loaded, Batch([frame(offer, 2)]))
+    assert first is not None
+    assert second is not None
+    assert again is not None
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert (first.size, first.mode) == ((64, 64), "RGB")
+    assert second.tobytes() == again.tobytes() != first.tobytes()
+
+
+def test_the_family_null_stops_and_fails_at_a_step(
+    offer: Offer, entry: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(done: int, _steps: int) -> None:
+        if done == 2:
+            raise StopBatch
+
+    with pytest.raises(StopBatch):
+        offer.family.denoise(offer.family.load(entry), Batch([frame(offer, 1)], stop))
+    monkeypatch.setenv("FARM_ENVIRONMENT", "development")
+    monkeypatch.setenv("FARM_FAILPOINTS", TWO)
+    loaded = offer.family.load(entry)
+    offer.family.denoise(loaded, Batch([frame(offer, 1)]))
+    with pytest.raises(MemoryError):
+        offer.family.denoise(loaded, Batch([frame(offer, 1), frame(offer, 2, "a BIG star")]))
