@@ -25,8 +25,9 @@ RENDER_TASK = "farm.render"
 MAX_BELLS = 2
 """Bells left waiting on a lane: more would wake nobody else, and Redis stays small."""
 
-PATIENT = {"socket_timeout": 10, "socket_connect_timeout": 5, "health_check_interval": 10}
-"""For a worker, which waits for bells: a half-open connection is noticed within these seconds."""
+PATIENT = {"socket_timeout": 5, "socket_connect_timeout": 5, "health_check_interval": 5}
+"""For a worker, which waits for bells: a half-open connection is noticed within these seconds, one
+after the other."""
 
 HASTY = {"socket_timeout": 1, "socket_connect_timeout": 1}
 """For whoever rings: nobody waits long for a hint."""

@@ -17,6 +17,7 @@ from typer import echo
 
 from farm.local import commands
 from tests.chaos import report
+from tests.chaos.figures import figures
 from tests.chaos.rows import ROWS
 from tests.chaos.run import BULK, Chaos, Result, chaos
 
@@ -38,12 +39,14 @@ def main() -> int:
                 results.append(running.run(number, options.times, bulk))
                 echo(report.line(results[-1]))
                 echo(f"{results[-1].seconds:.0f} s", err=True)
+            measured = list(figures(running)) if options.figures else []
             held, audit = audited(running)
-    echo(audit)
-    text = report.page(results, audit, options.seed, time.monotonic() - started)
+    echo("\n".join([*map(str, measured), audit]))
+    text = report.page(results, measured, audit, options.seed, time.monotonic() - started)
     if options.report:
         report.write(options.report, text)
-    return 0 if held and all(result.ok for result in results) else 1
+    well = all(result.ok for result in results) and all(figure.ok for figure in measured)
+    return 0 if held and well else 1
 
 
 def parsed() -> argparse.Namespace:
@@ -53,11 +56,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=20, help="how often each fault is injected")
     parser.add_argument("--frames", type=int, default=10_000, help="frames in all, at least")
     parser.add_argument("--short", action="store_true", help="a few rows, once or twice each")
+    parser.add_argument(
+        "--figures", action="store_true", help="measure pace and memory too, as a full run does"
+    )
     parser.add_argument("--report", type=Path, help="the page to write the table into")
     parser.add_argument("--data", help="a folder to keep, with every process's log")
     options = parser.parse_args()
     if options.short:
         options.rows, options.times = numbers(SHORT), min(options.times, 2)
+    options.figures |= options.rows == full()
     logging.getLogger("farm").setLevel(logging.ERROR)
     return options
 
@@ -68,7 +75,7 @@ def full() -> list[int]:
 
 
 def numbers(text: str) -> list[int]:
-    chosen = [int(word) for word in text.split(",")]
+    chosen = [int(word) for word in text.split(",") if word]
     if unknown := [number for number in chosen if number not in ROWS]:
         raise argparse.ArgumentTypeError(f"there is no row {unknown[0]}")
     return chosen

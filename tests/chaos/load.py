@@ -46,7 +46,7 @@ class Accepted:
 class Load:
     """What one row submits, and all that was accepted of it."""
 
-    def __init__(self, stack: Stack, name: str, seed: str) -> None:
+    def __init__(self, stack: Stack, name: str, seed: str, api_key: str | None = None) -> None:
         self.accepted: list[Accepted] = []
         self.problems: list[str] = []
         self.name = name
@@ -56,7 +56,9 @@ class Load:
         self._random = Random(seed)
         self._truth = Truth(stack.servers.database_url)
         self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {stack.api_key}"}, timeout=5, trust_env=False
+            headers={"Authorization": f"Bearer {api_key or stack.api_key}"},
+            timeout=5,
+            trust_env=False,
         )
         self._numbers = 0
         self._lock = threading.Lock()

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from farm.local import wheels
+from tests.chaos.figures import Figure
 from tests.chaos.run import Result
 
 BEGIN = "<!-- what chaos found: begin -->"
@@ -48,7 +49,9 @@ def verdict(result: Result) -> str:
     return "**not ok**: " + "; ".join(" ".join(problem.split()) for problem in problems)
 
 
-def page(results: Sequence[Result], audit: str, seed: int, seconds: float) -> str:
+def page(
+    results: Sequence[Result], measured: Sequence[Figure], audit: str, seed: int, seconds: float
+) -> str:
     """All that a run found, with where and when."""
     ordered = sorted(results, key=lambda result: result.number)
     frames = sum(result.findings.frames for result in results)
@@ -61,7 +64,9 @@ def page(results: Sequence[Result], audit: str, seed: int, seconds: float) -> st
         f"Machine: {machine()}.",
         f"Versions: {versions()}.",
     ]
-    return "\n".join(["\n".join(told), "", HEADER, *(line(result) for result in ordered), total])
+    table = [HEADER, *(line(result) for result in ordered), total]
+    figures = [f"- {figure}" for figure in measured]
+    return "\n".join([*told, "", *table, *([""] if figures else []), *figures])
 
 
 def write(path: Path, text: str) -> None:

@@ -185,6 +185,12 @@ class Stack:
         process.forget()
         del self.processes[process.name]
 
+    def key(self, tenant: str) -> str:
+        """Make an operator's key of a tenant."""
+        words = ("keys", "create", "--tenant", tenant, "--role", "operator", "--json")
+        key: str = json.loads(self.command(*words).splitlines()[-1])["key"]
+        return key
+
     def command(self, *words: str) -> str:
         """Run one of the farm's commands; raises StackError where it fails."""
         env = commands.environment(self.folder, self.env)
@@ -205,8 +211,7 @@ def running_stack(data: Path, rng: Random, demo_workers: int) -> Iterator[Stack]
         for name in VARIABLES:
             stack.processes[name] = Process(supervisor, getattr(servers, name))
         stack.command("migrate")
-        words = ("keys", "create", "--tenant", "chaos", "--role", "operator", "--json")
-        stack.api_key = json.loads(stack.command(*words).splitlines()[-1])["key"]
+        stack.api_key = stack.key("chaos")
         for number in (1, 2):
             stack.add_worker("null", number)
         for number in range(1, demo_workers + 1):
