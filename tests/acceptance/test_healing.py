@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +178,10 @@ def test_a_farm_killed_whole_goes_on_where_it_was(tmp_path: Path) -> None:
             return any(job["counts"]["succeeded"] for job in found)
 
         wait_until(some_done, 120.0, "some frames were done")
-        for pid in descendants(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        process.send_signal(signal.SIGSTOP)  # it is to start nothing again meanwhile
+        for pid in reversed(descendants(process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
     with farm_up(data) as (_, client):
         listed_now = client.get("/v1/jobs", params={"limit": 200}).json()["data"]
