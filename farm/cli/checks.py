@@ -25,7 +25,7 @@ from farm.offers import make_offer
 from farm.store import workers
 from farm.store.engine import Store, server_clock, transaction
 from farm.store.leader import leadership
-from farm.store.migrate import is_current
+from farm.store.migrate import require_schema
 
 SKEW_SECONDS = 5.0
 """How far the clocks may differ: leases run on Postgres's, signatures and people on this one."""
@@ -112,8 +112,7 @@ def _postgres(store: Store) -> str:
 
 
 def _schema(store: Store) -> str:
-    if not is_current(store):
-        raise FarmError("The database's schema is older than this version.")
+    require_schema(store)
     return "at this version's"
 
 

@@ -98,15 +98,6 @@ def require_schema(store: Store, folder: Path = FOLDER) -> None:
         raise SchemaRefused(_older(missing))
 
 
-def is_current(store: Store) -> bool:
-    """Whether this version may work on the database; see require_schema."""
-    try:
-        require_schema(store)
-    except SchemaRefused:
-        return False
-    return True
-
-
 def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> Upgrade:
     """Apply the steps that are missing, in one transaction; two callers take turns.
 

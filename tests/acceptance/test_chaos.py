@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,13 +14,8 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
-    saved = dict(os.environ)
-    try:
-        with chaos(tmp_path_factory.mktemp("chaos"), SEED, short=True) as farm:
-            yield farm
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
+    with chaos(tmp_path_factory.mktemp("chaos"), SEED, short=True) as farm:
+        yield farm
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from unittest import mock
 
+import boto3
 from pydantic import SecretStr
 
 from farm.artifacts import Artifacts
@@ -141,11 +143,11 @@ def chaos(data: Path, seed: int, short: bool = False) -> Iterator[Chaos]:
     A `short` one has no worker for the demo's lane, and a poison frame gets one attempt: a frame
     that ended its process waits for several times what loading takes before the next.
     """
-    with running_stack(data, Random(seed), demo_workers=0 if short else 1) as stack:
+    with (
+        running_stack(data, Random(seed), demo_workers=0 if short else 1) as stack,
+        credentials(stack.servers.env),
+    ):
         servers = stack.servers
-        os.environ.update(
-            {name: value for name, value in servers.env.items() if name.startswith("AWS_")}
-        )
         truth = Truth(servers.database_url)
         settings = Settings(
             database_url=SecretStr(servers.database_url),
@@ -160,3 +162,11 @@ def chaos(data: Path, seed: int, short: bool = False) -> Iterator[Chaos]:
         finally:
             artifacts.close()
             truth.close()
+
+
+@contextmanager
+def credentials(env: Mapping[str, str]) -> Iterator[None]:
+    """Let boto3 use a farm's keys in the block; it remembers the first ones that it meets."""
+    variables = {name: value for name, value in env.items() if name.startswith("AWS_")}
+    with mock.patch.dict(os.environ, variables), mock.patch.object(boto3, "DEFAULT_SESSION", None):
+        yield

@@ -53,6 +53,7 @@ EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "50"))
 LEASE_SECONDS = 600.0
 WRITTEN = ("jobs", "frames", "attempts", "returns", "events")
 
+# What is listed twice is drawn twice as often.
 WISHES = ["retry", "resume", "pause", "resume", "retry", "retry", "resume", "cancel"]
 DEEDS = [
     "complete",
@@ -67,6 +68,7 @@ DEEDS = [
     "release first",
     "touch",
     "keep",
+    "keep",
     "lapse",
     "renew",
     "lose",
@@ -75,6 +77,7 @@ DEEDS = [
     "forget_older",
     "wish pause",
     "wish resume",
+    "wish cancel",
     "wish cancel",
     "wish retry",
 ]
