@@ -159,10 +159,10 @@ def test_it_answers_in_the_server_s_place(client: socket.socket, link: Link, ech
     assert echo.heard == b""
 
 
-def test_a_server_that_is_away_ends_the_connection(echo: Echo) -> None:
-    echo.socket.close()
-    with Proxies() as proxies:
-        link = proxies.link("test", "echo", "127.0.0.1", echo.port)
+def test_a_server_that_is_away_ends_the_connection() -> None:
+    with socket.socket() as silent, Proxies() as proxies:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        link = proxies.link("test", "nobody", "127.0.0.1", silent.getsockname()[1])
         assert link.fault.__class__ is Fault
         with connect(link) as client:
             assert ended(client)
