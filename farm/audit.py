@@ -8,7 +8,6 @@ its report says after each chunk where it stands, so that it can go on from ther
 from __future__ import annotations
 
 import random
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from farm.artifacts import NotStored, artifact_key
 from farm.context import Farm
@@ -286,11 +286,10 @@ def _patiently(ask: Callable[[], T]) -> T:
     Raises:
         Unavailable: it did not answer TRIES times.
     """
-    for tried in range(1, TRIES):
-        try:
-            return ask()
-        except NotStored:
-            raise
-        except Unavailable:
-            time.sleep(random.uniform(0.5, 1.0) * 2 ** (tried - 1) / 2)  # noqa: S311 - no secret
-    return ask()
+    tries = Retrying(
+        retry=retry_if_exception(lambda error: isinstance(error, Unavailable) and error.retryable),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential_jitter(multiplier=0.5, jitter=0.5),
+        reraise=True,
+    )
+    return tries(ask)

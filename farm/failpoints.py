@@ -5,8 +5,8 @@ a prompt contains its text, so whoever submits a job chooses what fails:
 
     submit.committed=exit:EXIT; render.step=segfault:SEGFAULT; render.step=oom:BIG
 
-Points: `submit.committed`, in the API between a job's commit and its bell; `render.step`, in the
-family `null` at every step. They are refused unless `FARM_ENVIRONMENT` is `development`.
+Points: `submit.committed`, in the API between a job's commit and its bell; `render.step`, in a
+worker at every step of a batch. They are refused unless `FARM_ENVIRONMENT` is `development`.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from celery.signals import setup_logging, worker_process_init
 from farm.bells import RENDER_TASK, make_app
 from farm.config import load_settings
 from farm.logs import set_up_logs
+from workers.batchlog import BatchLog
 from workers.child import Child
 from workers.identity import announced_identity
 from workers.scratch import Scratch
-from workers.words import Words
 
 settings = load_settings()
 app = make_app(settings)
@@ -32,9 +32,10 @@ def _set_up_logs(**_: Any) -> None:
 def _start_child(**_: Any) -> None:
     # SIGTERM to the whole group is the parent's to answer: the batch is finished first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    words = Words(Scratch(settings.scratch_dir, announced_identity().id).words(os.getpid()))
-    words.listen()
-    _child[:] = [Child(words=words)]
+    scratch = Scratch(settings.scratch_dir, announced_identity().id)
+    batch_log = BatchLog(scratch.log(os.getpid()))
+    batch_log.listen()
+    _child[:] = [Child(batch_log=batch_log)]
     _child[0].start()
 
 

@@ -15,10 +15,10 @@ from farm.offers import make_offer
 from farm.store import workers
 from farm.store.engine import transaction
 from farm.warming import warm_up
+from workers.batchlog import BatchLog
 from workers.identity import Identity, announced_identity
 from workers.line import RenderLine
 from workers.scratch import Scratch
-from workers.words import Words
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ class Child:
         farm: Farm | None = None,
         identity: Identity | None = None,
         clock: Callable[[], float] = time.monotonic,
-        words: Words | None = None,
+        batch_log: BatchLog | None = None,
     ) -> None:
         self._identity = identity or announced_identity()
         self._farm = farm or open_farm(load_settings())
         self._scratch = Scratch(self._farm.settings.scratch_dir, self._identity.id)
         self._clock = clock
-        self._words = words
+        self._batch_log = batch_log
         self._line: RenderLine | None = None
         self._pause = LOAD_AGAIN_SECONDS
         self._due = float("-inf")
@@ -123,7 +123,7 @@ class Child:
             return type(error).__name__
         seconds = self._clock() - started
         log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
-        self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._words)
+        self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._batch_log)
         # A fresh process costs more: it starts, and imports what it needs.
         self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
         return None

@@ -19,6 +19,7 @@ from typing import TypeVar
 from PIL import Image
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
+from farm import failpoints
 from farm.artifacts import artifact_key
 from farm.context import Farm
 from farm.errors import FarmError, RenderError, StorageRefused, Unavailable
@@ -34,12 +35,12 @@ from farm.store.frames import Done, Failure
 from farm.store.resting import note_failure
 from farm.store.workers import Account
 from farm.warming import Warmth
+from workers.batchlog import BatchLog
 from workers.identity import Identity
 from workers.images import BatchImages, ImageCache
 from workers.scratch import Scratch
 from workers.spool import Finished, Picture, Spool
 from workers.watch import LeaseWatch
-from workers.words import Words
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +60,14 @@ class RenderLine:
         offer: Offer,
         loaded: Loaded,
         warmth: Warmth | None = None,
-        words: Words | None = None,
+        batch_log: BatchLog | None = None,
     ) -> None:
         self._farm = farm
         self._identity = identity
         self._offer = offer
         self._loaded = loaded
         self._warmth = warmth or Warmth()
-        self._words = words
+        self._batch_log = batch_log
         self._images = ImageCache(farm.artifacts)
         self._versions = library_versions()
         settings = farm.settings
@@ -114,8 +115,8 @@ class RenderLine:
 
     def _render(self, lease: Lease) -> None:
         """Render a batch. Its lease ends here, or lives on in the spool: the parent renews it."""
-        if self._words is not None:
-            self._words.begin()
+        if self._batch_log is not None:
+            self._batch_log.begin()
         batch = Finished(lease, Account(commit_seconds=self._commit_seconds))
         try:
             with LeaseWatch(self._farm.store, lease, self._farm.settings.touch_seconds) as watch:
@@ -158,9 +159,15 @@ class RenderLine:
     def _denoise(self, lease: Lease, watch: LeaseWatch) -> list[Image.Image | None]:
         specs = [frame.spec for frame in lease.frames]
         images = BatchImages(self._images, self._owners(lease.frames))
+        prompts = [spec.prompt for spec in specs]
+
+        def on_step(step: int, steps: int) -> None:
+            failpoints.reach(self._farm.settings.failpoints, "render.step", prompts)
+            watch.on_step(step, steps)
+
         self._warmth.meet(self._offer.name, specs[0])
         try:
-            return self._offer.family.denoise(self._loaded, Batch(specs, watch.on_step, images))
+            return self._offer.family.denoise(self._loaded, Batch(specs, on_step, images))
         except BaseException as error:
             self._loaded.rest()
             if isinstance(error, REFUSALS):

@@ -144,9 +144,9 @@ class Heart:
 
     def _return_lost(self, pid: int) -> None:
         settings, me = self._farm.settings, self._identity.id
-        said, words = self._scratch.last_words(pid), self._hung.get(pid, self._last_words)
+        message, tail = self._hung.get(pid, self._last_words), self._scratch.log_tail(pid)
         with transaction(self._farm.store) as connection:
-            lost = frames.lose(connection, me, pid, words, settings.retry_seconds, said)
+            lost = frames.lose(connection, me, pid, message, settings.retry_seconds, tail)
             for _, fence in lost:
                 if fence is not None:
                     note_failure(connection, me, fence[0], fence[1], settings.rest_seconds)
@@ -155,7 +155,7 @@ class Heart:
         self._last_words = ENDED
         for pipeline, fence in lost:
             which = "it kept" if fence is None else "of job {} frame {} attempt {}".format(*fence)
-            log.warning("%s: %s The batch %s was returned.", self._identity.name, words, which)
+            log.warning("%s: %s The batch %s was returned.", self._identity.name, message, which)
             self._farm.bells.ring(pipeline)
 
     def _give_up(self) -> None:
@@ -201,7 +201,7 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # somebody else's, but there
     return True
 
 

@@ -58,13 +58,13 @@ class Scratch:
         """Where child `pid` keeps pictures that the storage did not take yet."""
         return self.folder / f"{pid}"
 
-    def words(self, pid: int) -> Path:
-        """Where child `pid` says what it does."""
+    def log(self, pid: int) -> Path:
+        """Where child `pid` logs what it does with its batch."""
         return self.folder / f"{pid}.log"
 
-    def last_words(self, pid: int) -> str | None:
-        """Read the end of what a child said; None where it said nothing."""
-        with suppress(OSError), self.words(pid).open("rb") as file:
+    def log_tail(self, pid: int) -> str | None:
+        """Read the end of what a child logged; None where it logged nothing."""
+        with suppress(OSError), self.log(pid).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
             return file.read().decode(errors="replace").replace("\x00", "").strip() or None
         return None
@@ -72,7 +72,7 @@ class Scratch:
     def forget(self, pid: int) -> None:
         """Remove what a child left that is gone."""
         with suppress(OSError):
-            self.words(pid).unlink(missing_ok=True)
+            self.log(pid).unlink(missing_ok=True)
         shutil.rmtree(self.pictures(pid), ignore_errors=True)
 
     def begin_load(self) -> None:

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from farm import failpoints
 from farm.catalog import Pipeline
-from farm.config import load_settings
 from farm.families.base import Batch, Checkpoint, Loaded, Params, padded
 from farm.families.weightfiles import weights_hash
 
@@ -50,16 +48,13 @@ class Null:
     def load(self, pipeline: Pipeline) -> Loaded:
         """Pin nothing."""
         weights = weights_hash(Path(pipeline.checkpoint))
-        extras = {"failpoints": load_settings().failpoints}
-        return Loaded(None, "cpu", "float32", None, weights, extras=extras)
+        return Loaded(None, "cpu", "float32", None, weights)
 
     def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
         """Wait as long as the frames say, and draw noise from each one's seed."""
         params = NullParams.model_validate(batch.frames[0].params)
-        prompts = [frame.prompt for frame in batch.frames]
         for step in range(1, params.steps + 1):
             time.sleep(params.step_seconds)
-            failpoints.reach(loaded.extras["failpoints"], "render.step", prompts)
             batch.on_step(step, params.steps)
         pictures = [
             noise(frame.seed, params.width, params.height) for frame in padded(batch.frames)

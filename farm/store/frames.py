@@ -170,10 +170,15 @@ UPDATE jobs SET runs = CAST(:runs AS jsonb),
 WHERE id = :id
 """)
 
+# What waits among the returned follows the job's runs.
 SHRINK_RETURNS = text("""
-UPDATE returns SET batch_key = :batch_key, bucket = :bucket
-WHERE job_id = :id AND bucket > :bucket
-  AND split_part(batch_key, '/', 1) = split_part(:batch_key, '/', 1)
+UPDATE returns t SET batch_key = run.key, bucket = run.bucket
+FROM jobs j CROSS JOIN LATERAL (
+    SELECT DISTINCT run ->> 1 AS key, (run ->> 2)::smallint AS bucket
+    FROM jsonb_array_elements(j.runs) AS e (run)
+) run
+WHERE t.job_id = j.id AND j.id = ANY(:ids) AND t.bucket > run.bucket
+  AND split_part(t.batch_key, '/', 1) = split_part(run.key, '/', 1)
 """)
 
 DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
@@ -206,6 +211,8 @@ def keep(connection: Connection, lease_id: uuid.UUID) -> None:
 
 def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) -> set[Fence]:
     """Make frames `succeeded`; returns the fences accepted, the others lost their lease."""
+    if not done:
+        return set()
     _lock(connection, lease_id, [item.fence for item in done])
     rows = connection.execute(
         COMPLETE,
@@ -241,6 +248,8 @@ def fail(
     retry_seconds: float,
 ) -> dict[Fence, FrameState]:
     """End attempts that did not succeed; returns where each accepted frame went: ready or dead."""
+    if not failures:
+        return {}
     worker_id = _lock(connection, lease_id, [failure.fence for failure in failures])
     ended = _end(connection, "frames.failed", failures, retry_seconds, worker_id)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
@@ -429,11 +438,10 @@ def _shrink(connection: Connection, failures: Sequence[Failure]) -> list[Fence]:
     runs: dict[uuid.UUID, list[Run]] = {}
     for row in rows:
         runs[row.id] = shrunk(runs.get(row.id, row.runs), row.ordinal, row.bucket // 2)
-        _, batch_key, bucket = next(run for run in runs[row.id] if row.ordinal < run[0])
-        values = {"id": row.id, "batch_key": batch_key, "bucket": bucket}
-        connection.execute(SHRINK_RETURNS, values)
     for job_id, smaller in runs.items():
         connection.execute(SHRINK, {"id": job_id, "runs": json.dumps(smaller)})
+    if runs:
+        connection.execute(SHRINK_RETURNS, {"ids": list(runs)})
     return [fences[row.id, row.ordinal] for row in rows]
 
 

@@ -441,7 +441,7 @@ def test_a_job_removed_while_its_image_is_read_is_no_finding(
 def test_a_server_that_is_away_for_a_moment_is_asked_again(
     farm: Farm, filled: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farm.audit.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     measure, tries = farm.artifacts.measure, iter(range(1000))
 
     def now_and_then(key: str) -> tuple[int, bytes]:
@@ -458,7 +458,7 @@ def test_a_server_that_is_away_for_a_moment_is_asked_again(
 def test_a_storage_that_stays_away_is_no_finding(
     settings: Settings, filled: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farm.audit.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     lost = open_farm(settings.model_copy(update={"s3_bucket": "no-such-bucket"}))
     report = Report()
     with pytest.raises(Unavailable):
@@ -567,7 +567,7 @@ def test_the_command_keeps_where_it_is_and_goes_on(
 ) -> None:
     file = tmp_path / "audit.json"
     monkeypatch.setattr(auditing, "FRAMES_A_CHUNK", 5)
-    monkeypatch.setattr("farm.audit.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     bucket = commanded.settings.s3_bucket
     whole = command("audit", "--json").json
     monkeypatch.setenv("FARM_S3_BUCKET", "no-such-bucket")

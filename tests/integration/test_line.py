@@ -150,6 +150,20 @@ def test_an_error_ends_in_attempts_and_then_dead(
     assert sums(farm)["dead"] == 1
 
 
+def test_a_failpoint_acts_on_the_frames_that_name_it(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine
+) -> None:
+    development = {"environment": "development", "failpoints": "render.step=oom:BIG"}
+    farm.settings = farm.settings.model_copy(update=development)
+    prompts = ["a BIG star", "a star"]
+    job_id = submit(farm, tenant, pipeline="noise", prompts=prompts, bucket=1, max_attempts=1)
+    line.run()
+    line.out_of_memory = False  # as in a fresh child
+    line.run()
+    assert [row.state for row in frame_rows(farm, job_id).values()] == ["dead", "succeeded"]
+    assert attempts_of(farm, job_id) == [(1, "out_of_memory")]
+
+
 def test_an_error_that_no_retry_can_help_is_dead_at_once(
     farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
 ) -> None:

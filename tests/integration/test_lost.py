@@ -25,8 +25,8 @@ from tests.farming import (
     submit,
 )
 from tests.serving import serving
+from workers.batchlog import BatchLog
 from workers.scratch import SHOWN_BYTES, Scratch
-from workers.words import Words
 
 
 def all_due(farm: Farm) -> None:
@@ -105,8 +105,8 @@ def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
 SPEAK = """
 import ctypes, logging, sys
 from pathlib import Path
-from workers.words import Words
-words = Words(Path(sys.argv[1]))
+from workers.batchlog import BatchLog
+words = BatchLog(Path(sys.argv[1]))
 words.listen()
 logging.getLogger("a").warning("of the batch before")
 words.begin()
@@ -124,24 +124,24 @@ def scratch(tmp_path: Path) -> Iterator[Scratch]:
 
 def test_words_outlive_a_crash(scratch: Scratch) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SPEAK, str(scratch.words(7))], check=False, capture_output=True
+        [sys.executable, "-c", SPEAK, str(scratch.log(7))], check=False, capture_output=True
     )
     assert run.returncode == -11
-    said = scratch.last_words(7)
+    said = scratch.log_tail(7)
     assert said is not None
     assert "of the batch before" not in said
     assert "WARNING b: of this ? batch" in said
     assert "Segmentation fault" in said
     assert "ctypes" in said  # the Python stack
     scratch.forget(7)
-    assert scratch.last_words(7) is None
+    assert scratch.log_tail(7) is None
 
 
 def test_words_are_shown_from_their_end(scratch: Scratch) -> None:
-    words = Words(scratch.words(7))
+    words = BatchLog(scratch.log(7))
     for number in range(2000):
         words.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": 20}))
-    said = scratch.last_words(7)
+    said = scratch.log_tail(7)
     assert said is not None
     assert len(said) <= SHOWN_BYTES
     assert said.endswith("line 1999")
@@ -216,11 +216,11 @@ def test_a_folder_that_is_gone_stops_nobody(tmp_path: Path) -> None:
     gone.begin_load()
     gone.end_load()
     gone.forget(1)
-    words = Words(gone.words(1))
+    words = BatchLog(gone.log(1))
     words.begin()
     words.handle(logging.makeLogRecord({"msg": "into the void", "levelno": 20}))
     words.close()
-    assert gone.last_words(1) is None
+    assert gone.log_tail(1) is None
 
 
 def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) -> None:

@@ -17,7 +17,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith("FARM_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("FARM_DATABASE_URL", f"postgresql://farm@127.0.0.1:{free_port()}/farm")
-    monkeypatch.setattr("farm.audit.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a child says of its batch, kept where its parent finds it when the child is gone."""
+"""What a child logs of its batch, kept where its parent finds it when the child is gone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class Words(logging.Handler):
+class BatchLog(logging.Handler):
     """A log of the batch in hand; a crash adds the Python stack of every thread."""
 
     def __init__(self, path: Path) -> None:
