@@ -13,7 +13,7 @@ from sqlalchemy import text
 from farm import jobs
 from farm.context import Farm
 from farm.states import FrameState
-from farm.store import frames, keys, reading, workers
+from farm.store import frames, keys, leases, reading, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import transaction
 from farm.store.frames import Done, Failure
@@ -105,7 +105,7 @@ class Hand:
     def lose(self, message: str = "The child ended.", log: str | None = None) -> None:
         """Let this worker's child be gone, as its parent would tell it."""
         with transaction(self.farm.store) as connection:
-            frames.lose(connection, self.id, self.pid, message, 0.0, log)
+            leases.lose(connection, self.id, self.pid, message, 0.0, log)
 
     def release(self, lease: Lease) -> set[Fence]:
         with transaction(self.farm.store) as connection:
@@ -123,7 +123,7 @@ def let_leases_expire(farm: Farm) -> set[str]:
     """Move every lease's end into the past, and expire."""
     sql(farm, "UPDATE leases SET expires_at = clock_timestamp() - interval '1 second'")
     with transaction(farm.store) as connection:
-        return frames.expire(connection, 0.0)
+        return leases.expire(connection, 0.0)
 
 
 def counts_add_up(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:

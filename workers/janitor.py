@@ -11,7 +11,7 @@ import threading
 
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import events, frames, lanes, retention, workers
+from farm.store import events, lanes, leases, retention, workers
 from farm.store.engine import Connection
 from farm.store.leader import leadership
 from workers.storage import StorageWork
@@ -73,7 +73,7 @@ class Janitor:
         """Do everything that is due once."""
         settings = self._farm.settings
         with connection.begin():
-            expired = frames.expire(connection, settings.retry_seconds)
+            expired = leases.expire(connection, settings.retry_seconds)
         with connection.begin():
             gone = workers.sweep(connection, settings.worker_timeout_seconds)
             workers.fold(connection, FOLD_SECONDS)

@@ -28,7 +28,7 @@ from farm.families.devices import device_name, is_out_of_memory, thread_count
 from farm.offers import Offer
 from farm.provenance import Provenance, encode_png, library_versions
 from farm.states import FLAGGED, FrameState
-from farm.store import frames, workers
+from farm.store import frames, leases, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import transaction
 from farm.store.frames import Done, Failure
@@ -99,7 +99,7 @@ class RenderLine:
         me = self._identity
         if self._unsure:
             with transaction(self._farm.store) as connection:
-                frames.release_forgotten(connection, me.id, os.getpid(), self._spool.leases)
+                leases.release_forgotten(connection, me.id, os.getpid(), self._spool.leases)
         self._unsure = True  # until the reply to this claim is here
         with transaction(self._farm.store) as connection:
             lease = claim(
@@ -235,7 +235,7 @@ class RenderLine:
     def _wanted(self, batch: Finished) -> bool:
         """Ask whether a kept batch is still wanted; the parent sees that it is looked after."""
         with transaction(self._farm.store) as connection:
-            return frames.touch(connection, batch.lease.id, *batch.step)
+            return leases.touch(connection, batch.lease.id, *batch.step)
 
     def _provenance(self, frame: ClaimedFrame) -> Provenance:
         return Provenance(
@@ -279,7 +279,7 @@ class RenderLine:
 
     def _keep(self, lease: Lease) -> None:
         with transaction(self._farm.store) as connection:
-            frames.keep(connection, lease.id)
+            leases.keep(connection, lease.id)
 
     def _release(self, lease: Lease) -> None:
         with transaction(self._farm.store) as connection:

@@ -22,7 +22,7 @@ from farm.bells import lane
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable
-from farm.store import frames, workers
+from farm.store import leases, workers
 from farm.store.engine import Connection, transaction
 from farm.store.resting import note_failure
 from workers.identity import Identity, new_identity
@@ -110,7 +110,7 @@ class Heart:
         # Two transactions: a commit locks the lease before the worker's row, so this must not
         # hold the one while it waits for the other.
         with transaction(self._farm.store) as connection:
-            held = frames.renew(connection, me, settings.lease_seconds)
+            held = leases.renew(connection, me, settings.lease_seconds)
         with transaction(self._farm.store) as connection:
             draining = workers.seen(connection, me)
             if draining is None:  # stopped for so long that its row was folded
@@ -146,7 +146,7 @@ class Heart:
         settings, me = self._farm.settings, self._identity.id
         message, tail = self._hung.get(pid, self._last_words), self._scratch.log_tail(pid)
         with transaction(self._farm.store) as connection:
-            lost = frames.lose(connection, me, pid, message, settings.retry_seconds, tail)
+            lost = leases.lose(connection, me, pid, message, settings.retry_seconds, tail)
             for _, fence in lost:
                 if fence is not None:
                     note_failure(connection, me, fence[0], fence[1], settings.rest_seconds)
@@ -173,7 +173,7 @@ class Heart:
 
     def _give_back(self) -> None:
         with transaction(self._farm.store) as connection:
-            lanes = frames.release_all(connection, self._identity.id)
+            lanes = leases.release_all(connection, self._identity.id)
         for pipeline in lanes:
             self._farm.bells.ring(pipeline)
 

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from farm.errors import Unavailable
 from farm.families.base import StopBatch
-from farm.store import frames
+from farm.store import leases
 from farm.store.claim import Lease
 from farm.store.engine import Store, transaction
 
@@ -70,7 +70,7 @@ class LeaseWatch:
     def _report(self, step: int, steps: int) -> bool:
         try:
             with transaction(self._store) as connection:
-                return frames.touch(connection, self._lease.id, step, steps)
+                return leases.touch(connection, self._lease.id, step, steps)
         except Unavailable as error:
             # The lease decides when the batch is done; until then it may still be wanted.
             log.warning("lease %s: progress was not reported: %s", self._lease.id, error)

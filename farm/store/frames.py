@@ -1,4 +1,4 @@
-"""What happens to frames after their claim: complete, fail, release, expire, and the lease's life.
+"""What happens to frames after their claim: complete, fail, release.
 
 Every write is fenced by (job, ordinal, attempt, running). No row matched means that the lease was
 lost: the result is dropped, and the caller is told which were accepted.
@@ -54,10 +54,6 @@ class Failure:
     wait_seconds: float = 0.0
     """The least that it waits, where it is longer with each attempt."""
 
-
-LOADS_BETWEEN = 8.0
-"""A frame that took its child down waits for so many times what loading takes, an hour at most."""
-MOST_SECONDS = 3600.0
 
 LOCK_LEASE = text("SELECT job_ids, worker_id FROM leases WHERE id = :id FOR UPDATE")
 
@@ -118,40 +114,6 @@ DELETE FROM leases l WHERE l.id = :id AND NOT EXISTS (
     WHERE f.attempt = d.attempt AND f.state = 'running')
 """)
 
-TOUCH = text("""
-UPDATE leases l SET step = :step, steps = :steps, stepped_at = clock_timestamp()
-WHERE l.id = :id
-RETURNING EXISTS (
-    SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
-    JOIN frames f USING (job_id, ordinal)
-    WHERE f.attempt = d.attempt AND f.state = 'running')
-""")
-
-RENEW = text("""
-UPDATE leases SET expires_at = clock_timestamp() + make_interval(secs => :seconds)
-WHERE worker_id = :worker_id
-RETURNING id, pid, clock_timestamp() - stepped_at AS still
-""")
-
-EXPIRED = text("""
-SELECT id, worker_id, pipeline, kept, job_ids, ordinals, attempts FROM leases
-WHERE expires_at < clock_timestamp() ORDER BY expires_at LIMIT 100 FOR UPDATE SKIP LOCKED
-""")
-
-LEASES_OF = text("""
-SELECT id, worker_id, pipeline, kept, job_ids, ordinals, attempts FROM leases
-WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) FOR UPDATE
-""")
-
-KEEP = text("UPDATE leases SET kept = true WHERE id = :id")
-
-LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
-
-ALL_LEASES_OF = text("""
-SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
-WHERE worker_id = :worker_id FOR UPDATE
-""")
-
 # Where the job left its bucket open: what a frame was claimed in, and the job's runs.
 ROOM = text("""
 SELECT j.id, j.runs, f.ordinal, f.bucket
@@ -180,33 +142,6 @@ FROM jobs j CROSS JOIN LATERAL (
 WHERE t.job_id = j.id AND j.id = ANY(:ids) AND t.bucket > run.bucket
   AND split_part(t.batch_key, '/', 1) = split_part(run.key, '/', 1)
 """)
-
-DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
-
-COUNT_LOST = text("""
-UPDATE workers SET returned = returned + :returned, dead = dead + :dead,
-                   expired = expired + :expired
-WHERE id = :id
-""")
-
-
-def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> Sequence[Row[Any]]:
-    """Extend every lease a worker holds; returns (id, pid, still) of each.
-
-    `still` is the time since the lease's last denoising step, on Postgres's clock.
-    """
-    return connection.execute(RENEW, {"worker_id": worker_id, "seconds": lease_seconds}).all()
-
-
-def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> bool:
-    """Report a denoising step; returns whether any frame of the lease is still wanted."""
-    row = connection.execute(TOUCH, {"id": lease_id, "step": step, "steps": steps}).first()
-    return row is not None and bool(row[0])
-
-
-def keep(connection: Connection, lease_id: uuid.UUID) -> None:
-    """Note that a lease's batch is rendered, and waits for the storage."""
-    connection.execute(KEEP, {"id": lease_id})
 
 
 def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) -> set[Fence]:
@@ -251,7 +186,7 @@ def fail(
     if not failures:
         return {}
     worker_id = _lock(connection, lease_id, [failure.fence for failure in failures])
-    ended = _end(connection, "frames.failed", failures, retry_seconds, worker_id)
+    ended = end_attempts(connection, "frames.failed", failures, retry_seconds, worker_id)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
     return ended
 
@@ -259,43 +194,18 @@ def fail(
 def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> set[Fence]:
     """Return frames that were claimed but not rendered, at no charge to their attempts."""
     _lock(connection, lease_id, fences)
-    released = _release(connection, fences)
+    released = give_back(connection, fences)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
     return released
 
 
-def release_forgotten(
-    connection: Connection, worker_id: uuid.UUID, pid: int, known: Sequence[uuid.UUID] = ()
-) -> None:
-    """Return, uncharged, what a child holds without knowing: the reply to its claim was lost.
-
-    Called by the child itself; `known` are the leases that it knows of.
-    """
-    values = {"worker_id": worker_id, "pid": pid, "known": list(known)}
-    _release_leases(connection, connection.execute(LEASES_OF, values).all())
-
-
-def release_all(connection: Connection, worker_id: uuid.UUID) -> set[str]:
-    """Return, uncharged, all that a worker holds; returns the lanes to ring."""
-    leases = connection.execute(ALL_LEASES_OF, {"worker_id": worker_id}).all()
-    _release_leases(connection, leases)
-    return {lease.pipeline for lease in leases}
-
-
-def _release_leases(connection: Connection, leases: Sequence[Row[Any]]) -> None:
-    if not leases:
-        return
-    _lock_all(connection, leases)
-    _release(connection, [fence for lease in leases for fence in _held_by(lease)])
-    connection.execute(DROP_LEASES, {"ids": [lease.id for lease in leases]})
-
-
-def _release(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
+def give_back(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
+    """Return frames, uncharged and due at once; their jobs must be locked."""
     failures = [
         Failure(fence, "released", "The worker gave it back.", charged=False, delay_seconds=0.0)
         for fence in fences
     ]
-    return set(_end(connection, "frames.released", failures, 0.0))
+    return set(end_attempts(connection, "frames.released", failures, 0.0))
 
 
 def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> uuid.UUID | None:
@@ -308,99 +218,25 @@ def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) 
     return lease.worker_id if lease else None
 
 
-def expire(connection: Connection, retry_seconds: float) -> set[str]:
-    """End the leases whose time is up, on Postgres's clock; returns the lanes to ring."""
-    leases = connection.execute(EXPIRED).all()
-    _lock_all(connection, leases)
-    for lease in leases:
-        _drop(connection, lease, "lease_expired", "The worker was not heard of.", retry_seconds)
-    return {lease.pipeline for lease in leases}
-
-
-def lose(
-    connection: Connection,
-    worker_id: uuid.UUID,
-    pid: int,
-    message: str,
-    retry_seconds: float,
-    log: str | None = None,
-) -> list[tuple[str, Fence | None]]:
-    """End the leases of a worker's child that is gone, by pid.
-
-    Returns:
-        The lane of each, to ring, and the first frame of what it was rendering; None for what it
-        had rendered and only kept.
-    """
-    values = {"worker_id": worker_id, "pid": pid, "known": []}
-    leases = connection.execute(LEASES_OF, values).all()
-    _lock_all(connection, leases)
-    load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
-    for lease in leases:
-        wait_seconds = 0.0
-        if load_seconds is not None and len(lease.job_ids) == 1 and not lease.kept:
-            # Alone it may be what killed the child, and will kill the next: most of a worker's
-            # time must stay for others, so what loading anew costs is paid rarely.
-            wait_seconds = min(LOADS_BETWEEN * load_seconds, MOST_SECONDS)
-        _drop(connection, lease, "worker_lost", message, retry_seconds, log, wait_seconds)
-    return [(lease.pipeline, None if lease.kept else _held_by(lease)[0]) for lease in leases]
-
-
-def _drop(
-    connection: Connection,
-    lease: Row[Any],
-    reason: str,
-    message: str,
-    retry_seconds: float,
-    log: str | None = None,
-    wait_seconds: float = 0.0,
-) -> None:
-    held = _held_by(lease)
-    several = len(held) > 1
-    if lease.kept:
-        message += " Its picture waited for the storage, and is lost."
-    elif several:
-        # Any one of them may be why: nobody is charged, and each is tried alone. The log may tell
-        # of other tenants' frames.
-        message += " Its batch is tried again frame by frame."
-    failures = [
-        Failure(
-            fence,
-            reason,
-            message,
-            log=None if several else log,
-            charged=not (several or lease.kept),
-            alone=not lease.kept,
-            wait_seconds=wait_seconds,
-        )
-        for fence in held
-    ]
-    ended = _end(connection, "frames.failed", failures, retry_seconds)
-    states = list(ended.values())
-    lost = {
-        "returned": states.count(FrameState.READY),
-        "dead": states.count(FrameState.DEAD),
-        "expired": int(reason == "lease_expired"),
-    }
-    connection.execute(COUNT_LOST, {"id": lease.worker_id, **lost})
-    connection.execute(DROP_LEASES, {"ids": [lease.id]})
-
-
-def _lock_all(connection: Connection, leases: Sequence[Row[Any]]) -> None:
-    """Lock the jobs of all leases at once: one after the other would break the order of locks."""
-    lock_jobs(connection, [job_id for lease in leases for job_id in lease.job_ids])
-
-
-def _held_by(lease: Row[Any]) -> list[Fence]:
-    return list(zip(lease.job_ids, lease.ordinals, lease.attempts, strict=True))
-
-
-def _end(
+def end_attempts(
     connection: Connection,
     kind: str,
     failures: Sequence[Failure],
     retry_seconds: float,
     worker_id: uuid.UUID | None = None,
 ) -> dict[Fence, FrameState]:
+    """End attempts, as far as they still run; their jobs must be locked.
+
+    Args:
+        connection: in a transaction.
+        kind: the event's.
+        failures: why each ended.
+        retry_seconds: the back-off before a second attempt.
+        worker_id: whose they were, where its being on trial spares them.
+
+    Returns:
+        Where each went: ready or dead.
+    """
     if not failures:
         return {}
     of = {failure.fence: failure for failure in failures}

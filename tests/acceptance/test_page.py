@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.command import Command
 
 from farm.context import Farm
-from farm.store import frames, workers
+from farm.store import leases, workers
 from farm.store.engine import transaction
 from tests.farming import hire
 from tests.serving import Api, render, serving
@@ -180,7 +180,7 @@ def test_the_page_is_live_and_keeps_its_place(api: Api, browser: Chrome) -> None
     lease = hand.must_claim()
     with transaction(api.farm.store) as connection:
         workers.set_state(connection, hand.id, "rendering", device="cpu")
-        frames.touch(connection, lease.id, 12, 25)
+        leases.touch(connection, lease.id, 12, 25)
     wait_for(browser, ".workers", "step 12 of 25")
     wait_for(browser, card, "1 running")
     wait_for(browser, ".pulse", "1 of 1 worker rendering")

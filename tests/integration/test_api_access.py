@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from farm.context import Farm
-from farm.store import frames, keys, workers
+from farm.store import keys, leases, workers
 from farm.store.engine import transaction
 from tests.farming import hire, submit
 from tests.integration.test_api_refusals import check_problem
@@ -78,7 +78,7 @@ def test_workers_show_a_caller_their_own_jobs_only(api: Api) -> None:
     assert len(lease.frames) == 2
     with transaction(api.farm.store) as connection:
         workers.set_state(connection, hand.id, "rendering", device="cpu")
-        frames.touch(connection, lease.id, 12, 25)
+        leases.touch(connection, lease.id, 12, 25)
     for client, own in ((ann, mine), (bob, theirs), (boss, theirs)):
         [worker] = client.get("/v1/workers").json()["data"]
         assert worker["batch"] == {"frames": 2, "step": 12, "steps": 25, "jobs": [own["id"]]}

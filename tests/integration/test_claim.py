@@ -15,7 +15,7 @@ from sqlalchemy.exc import InternalError
 from farm import jobs
 from farm.context import Farm
 from farm.errors import Conflict
-from farm.store import events, frames, lanes, workers
+from farm.store import events, lanes, leases, workers
 from farm.store import jobs as stored
 from farm.store.claim import Lease, claim
 from farm.store.engine import transaction
@@ -288,7 +288,7 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
         """What a worker's heart does meanwhile, in its two transactions."""
         for worker in sql(farm, "SELECT id FROM workers") * 30:
             with transaction(farm.store) as connection:
-                frames.renew(connection, worker.id, 60.0)
+                leases.renew(connection, worker.id, 60.0)
             with transaction(farm.store) as connection:
                 workers.seen(connection, worker.id)
 

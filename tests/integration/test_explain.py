@@ -12,7 +12,7 @@ from sqlalchemy import TextClause, text
 
 from farm.context import Farm
 from farm.states import TERMINAL
-from farm.store import claim, events, frames, jobs, lanes, reading, retention, specs
+from farm.store import claim, events, frames, jobs, lanes, leases, reading, retention, specs
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS, TALLY
 from tests.farming import new_tenant, submit
@@ -99,7 +99,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "alone": [False],
         },
     ),
-    "touch": (frames.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2}),
+    "touch": (leases.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2}),
     "close": (frames.CLOSE_LEASE, {"id": uuid.UUID(int=1)}),
     "tally": (
         TALLY,

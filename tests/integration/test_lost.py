@@ -13,7 +13,7 @@ import pytest
 
 from farm.context import Farm
 from farm.errors import FarmError
-from farm.store import frames, jobs, workers
+from farm.store import jobs, leases, workers
 from farm.store.engine import transaction
 from tests.farming import (
     attempts_of,
@@ -79,7 +79,7 @@ def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
     [row] = sql(
         farm, "SELECT extract(epoch FROM not_before - clock_timestamp())::float FROM returns"
     )
-    assert 0.9 * frames.LOADS_BETWEEN * 5.0 < row[0] <= frames.LOADS_BETWEEN * 5.0
+    assert 0.9 * leases.LOADS_BETWEEN * 5.0 < row[0] <= leases.LOADS_BETWEEN * 5.0
 
 
 def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
@@ -226,12 +226,12 @@ def test_a_folder_that_is_gone_stops_nobody(tmp_path: Path) -> None:
 def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) -> None:
     mine, other = hire(farm, "mine"), hire(farm, "other")
     job_id = submit(farm, tenant, images_per_prompt=24, bucket=8, max_attempts=1)
-    leases = [mine.must_claim(), mine.must_claim(), other.must_claim()]
+    held = [mine.must_claim(), mine.must_claim(), other.must_claim()]
     with transaction(farm.store) as connection:
-        assert frames.release_all(connection, mine.id) == {"demo"}
-        assert frames.release_all(connection, mine.id) == set()
-    assert mine.complete(leases[0]) == set()
-    assert len(other.complete(leases[2])) == 8
+        assert leases.release_all(connection, mine.id) == {"demo"}
+        assert leases.release_all(connection, mine.id) == set()
+    assert mine.complete(held[0]) == set()
+    assert len(other.complete(held[2])) == 8
     states = [row.state for row in frame_rows(farm, job_id).values()]
     assert (states.count("ready"), states.count("succeeded")) == (16, 8)
     assert len(mine.must_claim().frames) == 8  # together again: nobody was at fault
@@ -244,10 +244,10 @@ def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.
     for _ in range(20):
         lease = hand.must_claim()
         with transaction(farm.store) as connection:
-            frames.keep(connection, lease.id)
+            leases.keep(connection, lease.id)
     hand.must_claim()
     with transaction(farm.store) as connection:
-        lost = frames.lose(connection, hand.id, hand.pid, "It ended.", 0.0)
+        lost = leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0)
     assert [fence for _, fence in lost if fence is not None] == [(job_id, 20, 1)]
     rows = frame_rows(farm, job_id)
     assert [rows[ordinal].state for ordinal in range(21)] == ["ready"] * 20 + ["dead"]

@@ -42,7 +42,7 @@ from farm import jobs
 from farm.context import Farm
 from farm.errors import Conflict
 from farm.states import TERMINAL, FrameState, JobStatus, settled
-from farm.store import frames
+from farm.store import frames, leases
 from farm.store.claim import ClaimedFrame, Fence, Lease
 from farm.store.engine import transaction
 from farm.store.frames import Done, Failure
@@ -404,19 +404,19 @@ class StoreMachine(RuleBasedStateMachine):
     def touch(self, lease: Lease) -> None:
         fences = parted(lease, "all")
         with self.untouched_unless([]), transaction(self.farm.store) as connection:
-            assert frames.touch(connection, lease.id, 1, 2) == any(self.holding(fences))
+            assert leases.touch(connection, lease.id, 1, 2) == any(self.holding(fences))
 
     def keep(self, lease: Lease) -> None:
         """Say that it is rendered, and waits for the storage."""
         with self.untouched_unless([]), transaction(self.farm.store) as connection:
-            frames.keep(connection, lease.id)
+            leases.keep(connection, lease.id)
         self.kept.add(lease.id)
 
     # The same for all that its worker holds
 
     def renew(self, lease: Lease) -> None:
         with skewed(self.who(lease)), transaction(self.farm.store) as connection:
-            renewed = frames.renew(connection, lease.worker_id, LEASE_SECONDS)
+            renewed = leases.renew(connection, lease.worker_id, LEASE_SECONDS)
         ids = {row.id for row in renewed}
         assert {other.id for other in self.beside(lease) if self.is_open(other)} <= ids
         assert ids <= {other.id for other in self.beside(lease)}
@@ -430,7 +430,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def leave(self, lease: Lease) -> None:
         with transaction(self.farm.store) as connection:
-            frames.release_all(connection, lease.worker_id)
+            leases.release_all(connection, lease.worker_id)
         self.give_back(self.beside(lease))
 
     def forget(self, lease: Lease) -> None:
@@ -443,7 +443,7 @@ class StoreMachine(RuleBasedStateMachine):
     def forget_all_but(self, lease: Lease, known: list[Lease]) -> None:
         pid, ids = self.hands[self.who(lease)].pid, [other.id for other in known]
         with transaction(self.farm.store) as connection:
-            frames.release_forgotten(connection, lease.worker_id, pid, ids)
+            leases.release_forgotten(connection, lease.worker_id, pid, ids)
         self.give_back([other for other in self.beside(lease) if other not in known])
 
     # Time's moves
@@ -456,7 +456,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def expire(self) -> None:
         with transaction(self.farm.store) as connection:
-            frames.expire(connection, 0.0)
+            leases.expire(connection, 0.0)
         self.model_expires()
 
     @precondition(lambda self: self.lapsed)

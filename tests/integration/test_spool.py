@@ -14,7 +14,7 @@ from farm.artifacts import Artifacts, artifact_key
 from farm.config import Settings
 from farm.context import Farm
 from farm.spec import FrameSpec
-from farm.store import frames
+from farm.store import leases
 from farm.store.engine import transaction
 from farm.store.resting import THREE_FRAMES
 from tests.farming import attempts_of, frame_rows, job_row, sql, submit
@@ -154,7 +154,7 @@ def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
         return True
 
     with monkeypatch.context() as patch:
-        patch.setattr(frames, "touch", touch)
+        patch.setattr(leases, "touch", touch)
         line.run()
     assert touched.count((10, 10)) >= 3  # at every try; the hook's own come in between
 
@@ -203,7 +203,7 @@ def test_all_that_a_worker_holds_is_given_back_at_once(
 
     def give_up() -> None:
         with transaction(farm.store) as connection:
-            frames.release_all(connection, worker_id)
+            leases.release_all(connection, worker_id)
             sql(farm, "UPDATE workers SET draining = true")
         waits()
 
