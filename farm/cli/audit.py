@@ -85,11 +85,10 @@ def _walk(farm: Farm, report: Report, sample: float, keep: Callable[[], None]) -
     for phase, of_phase in groupby(steps, key=lambda step: step.phase):
         first = next(of_phase)
         shown = before[phase]
-        with counted(f"Checking {phase}", first.total - shown) as one_more:
+        with counted(f"Checking {phase}", first.total - shown) as count_more:
             for step in chain([first], of_phase):
                 keep()
-                for _ in range(shown, step.done):
-                    one_more()
+                count_more(step.done - shown)
                 shown = step.done
 
 
@@ -119,10 +118,11 @@ def _kept(report: Report, file: Path | None) -> Iterator[Callable[[], None]]:
     def keep() -> None:
         nonlocal content, saved_at
         # Here the report is whole: a signal may come in the middle of a step.
-        content = report.model_dump_json()
-        if file and time.monotonic() - saved_at > SAVE_SECONDS:
-            saved_at = time.monotonic()
-            _save(content, file)
+        if file is not None:
+            content = report.model_dump_json()
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                saved_at = time.monotonic()
+                _save(content, file)
 
     with interrupted_by_signals():
         try:

@@ -12,8 +12,8 @@ from farm.cli.console import SPINNER, count, err, note
 
 
 @contextmanager
-def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show how far something is, on standard error; gives the function that counts one more."""
+def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far something is, on standard error; gives the function that counts so many more."""
     if not err.is_terminal:
         yield _lines(what, total)
         return
@@ -25,19 +25,19 @@ def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda more: progress.advance(task, more)
 
 
-def _lines(what: str, total: int) -> Callable[[], None]:
+def _lines(what: str, total: int) -> Callable[[int], None]:
     done = 0
 
-    def one_more() -> None:
+    def count_more(more: int) -> None:
         nonlocal done
-        done += 1
-        if total >= 10 and done * 10 // total > (done - 1) * 10 // total:
+        before, done = done, done + more
+        if total >= 10 and done * 10 // total > before * 10 // total:
             note(f"{what} {count(done)}/{count(total)}", None)
 
-    return one_more
+    return count_more
 
 
 @contextmanager

@@ -90,12 +90,12 @@ def download(client: FarmClient, job: Job, dest: Path) -> Haul:
     frames = client.items(f"/v1/jobs/{job['id']}/frames", {"state": "succeeded"})
     try:
         dest.mkdir(parents=True, exist_ok=True)
-        with counted("Downloading", job["counts"]["succeeded"]) as one_more:
+        with counted("Downloading", job["counts"]["succeeded"]) as count_more:
             for fetched_bytes in _all(lambda frame: _fetch(client, frame, dest), frames):
                 haul.kept += fetched_bytes == 0
                 haul.fetched += fetched_bytes > 0
                 haul.fetched_bytes += fetched_bytes
-                one_more()
+                count_more(1)
     except OSError as error:
         raise FarmError(f"{dest} cannot be written: {error.strerror or error}.") from error
     return haul

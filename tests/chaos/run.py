@@ -25,7 +25,7 @@ from tests.chaos.truth import Truth
 from tests.waiting import wait_until
 
 RECOVERY_SECONDS = 180.0
-SETTLE_SECONDS = 400.0
+SETTLE_SECONDS = 900.0
 DEMO_FRAMES = 12
 BULK = 20
 """The row under whose bulk job everything happens"""

@@ -31,12 +31,15 @@ class Outage:
         self.spool = line._spool
         self.kept: list[int] = []
         """Files on disk each time it waited"""
+        self.waiting: list[int] = []
+        """Batches that waited then"""
         nowhere = farm.settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
         self.away = farm.artifacts = Artifacts(nowhere)
         line._spool.wait = self.wait  # type: ignore[method-assign]
 
     def wait(self) -> None:
         self.kept.append(len(list(self.spool._folder.glob("*.png"))))
+        self.waiting.append(len(self.spool))
         if len(self.kept) == self.waits:
             self.farm.artifacts = self.here
             self.away.close()
@@ -105,7 +108,7 @@ def test_a_disk_that_refuses_holds_the_line_back(
     outage.spool._folder.parent.write_text("a file where the folder should be")
     line.run()
     whole(farm, tenant, job_id)
-    assert outage.kept == [0]
+    assert (outage.kept, outage.waiting) == ([0], [1])  # memory holds one batch, and no more
     assert [len(batch) for batch in noise.batches] == [4, 4]
 
 
