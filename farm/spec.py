@@ -193,8 +193,10 @@ class FrameSpec(BaseModel):
     params: dict[str, Any]
 
 
-def frame_spec(job: FullSpec, ordinal: int, prompt: str) -> FrameSpec:
+def frame_spec(job: FullSpec, ordinal: int, prompt: str, bucket: int | None = None) -> FrameSpec:
     """Derive a frame from its job; `prompt` is the job's prompt number `prompt_index(ordinal)`.
+
+    `bucket` is what it was claimed in, where that is another than was submitted.
 
     Raises:
         IndexError: the job has no such ordinal.
@@ -208,7 +210,11 @@ def frame_spec(job: FullSpec, ordinal: int, prompt: str) -> FrameSpec:
         else job.seed + ordinal % job.images_per_prompt
     )
     return FrameSpec(
-        pipeline=job.pipeline, prompt=prompt, seed=seed, bucket=point.bucket, params=point.params
+        pipeline=job.pipeline,
+        prompt=prompt,
+        seed=seed,
+        bucket=bucket or point.bucket,
+        params=point.params,
     )
 
 

@@ -15,7 +15,7 @@ from farm.context import Farm
 from farm.states import FrameState
 from farm.store import frames, keys, leases, reading, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
-from farm.store.engine import transaction
+from farm.store.engine import Connection, transaction
 from farm.store.frames import Done, Failure
 
 
@@ -71,14 +71,19 @@ class Hand:
 
     def claim(self, pipeline: str = "demo", lease_seconds: float = 60.0) -> Lease | None:
         with transaction(self.farm.store) as connection:
-            return claim(
-                connection,
-                pipeline=pipeline,
-                worker_id=self.id,
-                worker=self.name,
-                pid=self.pid,
-                lease_seconds=lease_seconds,
-            )
+            return self.claim_in(connection, pipeline, lease_seconds)
+
+    def claim_in(
+        self, connection: Connection, pipeline: str = "demo", lease_seconds: float = 60.0
+    ) -> Lease | None:
+        return claim(
+            connection,
+            pipeline=pipeline,
+            worker_id=self.id,
+            worker=self.name,
+            pid=self.pid,
+            lease_seconds=lease_seconds,
+        )
 
     def must_claim(self) -> Lease:
         lease = self.claim()
@@ -86,13 +91,18 @@ class Hand:
         return lease
 
     def complete(self, lease: Lease, fences: Sequence[Fence] | None = None) -> set[Fence]:
+        with transaction(self.farm.store) as connection:
+            return self.complete_in(connection, lease, fences)
+
+    def complete_in(
+        self, connection: Connection, lease: Lease, fences: Sequence[Fence] | None = None
+    ) -> set[Fence]:
         wanted = [fence(frame) for frame in lease.frames] if fences is None else fences
         done = [
             Done(item, hashlib.sha256(repr(item).encode()).digest(), 100 + slot, slot)
             for slot, item in enumerate(wanted)
         ]
-        with transaction(self.farm.store) as connection:
-            return frames.complete(connection, lease.id, done)
+        return frames.complete(connection, lease.id, done)
 
     def fail(
         self, lease: Lease, *, retryable: bool = True, fences: Sequence[Fence] | None = None

@@ -20,6 +20,7 @@ from farm.store.claim import Fence
 from farm.store.resting import SPARED_AT_MOST, on_trial
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
+from farm.store.workers import ADD, Account
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,19 @@ class Failure:
 
 LOCK_LEASE = text("SELECT job_ids, worker_id FROM leases WHERE id = :id FOR UPDATE")
 
-COMPLETE = text("""
-UPDATE frames f
-SET state = 'succeeded', finished_at = clock_timestamp(), error = NULL,
-    sha256 = d.sha256, bytes = d.bytes, slot = d.slot
-FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]),
-            CAST(:sha256 AS bytea[]), CAST(:bytes AS int[]), CAST(:slots AS smallint[]))
-     AS d (job_id, ordinal, attempt, sha256, bytes, slot)
-WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal
-  AND f.attempt = d.attempt AND f.state = 'running'
-RETURNING f.job_id, f.ordinal, f.attempt
-""")
+COMPLETE = """
+SELECT * FROM pg_temp.complete(
+    CAST(:lease_ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]),
+    CAST(:attempts AS smallint[]), CAST(:sha256 AS bytea[]), CAST(:bytes AS int[]),
+    CAST(:slots AS smallint[]))
+"""
+
+FINISH = text(f"""
+WITH accepted AS MATERIALIZED ({COMPLETE}), come AS (
+    SELECT count(*) AS succeeded, :done - count(*) AS dropped FROM accepted HAVING count(*) > 0
+), accounted AS ({ADD})
+SELECT * FROM accepted
+""")  # noqa: S608 - constants only
 
 ALREADY = text("""
 SELECT count(*)
@@ -148,26 +151,34 @@ def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) 
     """Make frames `succeeded`; returns the fences accepted, the others lost their lease."""
     if not done:
         return set()
-    _lock(connection, lease_id, [item.fence for item in done])
-    rows = connection.execute(
-        COMPLETE,
-        {
-            **_fences([item.fence for item in done]),
-            "sha256": [item.sha256 for item in done],
-            "bytes": [item.bytes for item in done],
-            "slots": [item.slot for item in done],
-        },
-    )
-    accepted = {(row.job_id, row.ordinal, row.attempt) for row in rows}
-    deltas: dict[uuid.UUID, Delta] = {}
-    for job_id, ordinal, attempt in sorted(accepted):
-        delta = deltas.setdefault(job_id, Delta(data={"frames": []}))
-        delta.running -= 1
-        delta.succeeded += 1
-        delta.data["frames"].append([ordinal, attempt])
-    tally(connection, "frames.succeeded", deltas)
-    connection.execute(CLOSE_LEASE, {"id": lease_id})
-    return accepted
+    rows = connection.execute(text(COMPLETE), _results([lease_id], done))
+    return {(row.job_id, row.ordinal, row.attempt) for row in rows}
+
+
+def finish(
+    connection: Connection,
+    lease_ids: Sequence[uuid.UUID],
+    done: Sequence[Done],
+    worker_id: uuid.UUID,
+    account: Account,
+) -> set[Fence]:
+    """Complete batches of which every frame is done, and add them to their worker's sums.
+
+    Where none is accepted nothing is added: see already_complete. One statement.
+    """
+    values = {**_results(lease_ids, done), "done": len(done), **account.values(worker_id)}
+    rows = connection.execute(FINISH, values)
+    return {(row.job_id, row.ordinal, row.attempt) for row in rows}
+
+
+def _results(lease_ids: Sequence[uuid.UUID], done: Sequence[Done]) -> dict[str, list[Any]]:
+    return {
+        **_fences([item.fence for item in done]),
+        "lease_ids": list(lease_ids),
+        "sha256": [item.sha256 for item in done],
+        "bytes": [item.bytes for item in done],
+        "slots": [item.slot for item in done],
+    }
 
 
 def already_complete(connection: Connection, done: Sequence[Done]) -> bool:

@@ -29,10 +29,12 @@ RETURNING EXISTS (
     WHERE f.attempt = d.attempt AND f.state = 'running')
 """)
 
+# Whoever locks several leases and waits for them does so by id.
 RENEW = text("""
-UPDATE leases SET expires_at = clock_timestamp() + make_interval(secs => :seconds)
-WHERE worker_id = :worker_id
-RETURNING id, pid, clock_timestamp() - stepped_at AS still
+WITH mine AS (SELECT id FROM leases WHERE worker_id = :worker_id ORDER BY id FOR UPDATE)
+UPDATE leases l SET expires_at = clock_timestamp() + make_interval(secs => :seconds)
+FROM mine WHERE l.id = mine.id
+RETURNING l.id, pid, clock_timestamp() - stepped_at AS still
 """)
 
 EXPIRED = text("""
@@ -42,7 +44,7 @@ WHERE expires_at < clock_timestamp() ORDER BY expires_at LIMIT 100 FOR UPDATE SK
 
 LEASES_OF = text("""
 SELECT id, worker_id, pipeline, kept, job_ids, ordinals, attempts FROM leases
-WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) FOR UPDATE
+WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) ORDER BY id FOR UPDATE
 """)
 
 KEEP = text("UPDATE leases SET kept = true WHERE id = :id")
@@ -51,7 +53,7 @@ LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
 
 ALL_LEASES_OF = text("""
 SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
-WHERE worker_id = :worker_id FOR UPDATE
+WHERE worker_id = :worker_id ORDER BY id FOR UPDATE
 """)
 
 DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")

@@ -317,6 +317,13 @@ workers = Table(
     Column("encode_seconds", Double, nullable=False, server_default=text("0")),
     Column("put_seconds", Double, nullable=False, server_default=text("0")),
     Column("commit_seconds", Double, nullable=False, server_default=text("0")),
+    Column(
+        "work_seconds",
+        Double,
+        nullable=False,
+        server_default=text("0"),
+        comment="on the wall, while there was something to render",
+    ),
     CheckConstraint(_one_of("state", ["loading", "idle", "rendering", "failed"]), "state"),
     Index("workers_pipeline", "pipeline"),
     Index("workers_alive", "pipeline", "name", postgresql_where=text("NOT gone")),

@@ -34,43 +34,10 @@ def lock_jobs(connection: Connection, job_ids: Iterable[uuid.UUID]) -> None:
     connection.execute(LOCK_JOBS, {"ids": sorted(set(job_ids))})
 
 
-# A job settles when its last frame does: `states.settled`, said in SQL, where it is atomic.
 TALLY = text("""
-WITH delta AS (
-    SELECT * FROM unnest(
-        CAST(:ids AS uuid[]), CAST(:running AS bigint[]), CAST(:succeeded AS bigint[]),
-        CAST(:dead AS bigint[]), CAST(:cancelled AS bigint[]), CAST(:data AS jsonb[])
-    ) AS d (id, running, succeeded, dead, cancelled, data)
-), counted AS (
-    SELECT j.id, j.status AS before,
-           j.running + d.running AS running, j.succeeded + d.succeeded AS succeeded,
-           j.dead + d.dead AS dead, j.cancelled + d.cancelled AS cancelled, d.data,
-           CASE
-             WHEN j.status = 'queued' AND d.running > 0 THEN 'running'
-             WHEN j.status <> 'running' THEN j.status
-             WHEN j.succeeded + d.succeeded + j.dead + d.dead + j.cancelled + d.cancelled < j.total
-               THEN 'running'
-             WHEN j.succeeded + d.succeeded = j.total THEN 'succeeded'
-             WHEN j.succeeded + d.succeeded > 0 THEN 'partial'
-             ELSE 'failed'
-           END AS status
-    FROM delta d JOIN jobs j USING (id)
-), written AS (
-    UPDATE jobs j
-    SET running = c.running, succeeded = c.succeeded, dead = c.dead, cancelled = c.cancelled,
-        status = c.status,
-        paused = j.paused AND c.status IN ('queued', 'running'),
-        started_at = CASE WHEN c.status = 'running' THEN coalesce(j.started_at, clock_timestamp())
-                          ELSE j.started_at END,
-        finished_at = CASE WHEN c.status IN ('succeeded', 'partial', 'failed')
-                           THEN coalesce(j.finished_at, clock_timestamp()) ELSE j.finished_at END
-    FROM counted c WHERE j.id = c.id
-    RETURNING j.id, j.tenant_id, j.status, c.before, c.data
-)
-INSERT INTO events (job_id, tenant_id, kind, data)
-SELECT id, tenant_id, :kind, data FROM written
-UNION ALL
-SELECT id, tenant_id, 'job.' || status, '{}' FROM written WHERE status <> before
+SELECT pg_temp.tally(
+    :kind, CAST(:ids AS uuid[]), CAST(:running AS bigint[]), CAST(:succeeded AS bigint[]),
+    CAST(:dead AS bigint[]), CAST(:cancelled AS bigint[]), CAST(:data AS jsonb[]))
 """)
 
 

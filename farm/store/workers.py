@@ -35,10 +35,8 @@ WHERE NOT gone AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
 RETURNING name
 """)
 
-SUMMED = (
-    "succeeded", "returned", "dead", "dropped", "expired", "batches",
-    "denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds",
-)  # fmt: skip
+SECONDS = ("denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds", "work_seconds")
+SUMMED = ("succeeded", "returned", "dead", "dropped", "expired", "batches", *SECONDS)
 
 # Workers come and go; their sums stay, in one row a pipeline that has no host.
 FOLD = text(f"""
@@ -55,18 +53,20 @@ ON CONFLICT (id) DO UPDATE
 SET {", ".join(f"{column} = workers.{column} + excluded.{column}" for column in SUMMED)}
 """)  # noqa: S608 - constants only
 
-ACCOUNT = text("""
-UPDATE workers
-SET batches = batches + 1, succeeded = succeeded + :succeeded, returned = returned + :returned,
-    dead = dead + :dead, dropped = dropped + :dropped,
-    denoise_seconds = denoise_seconds + :denoise_seconds,
-    encode_seconds = encode_seconds + :encode_seconds,
-    put_seconds = put_seconds + :put_seconds, commit_seconds = commit_seconds + :commit_seconds,
-    failing = CASE WHEN :well THEN '{}' ELSE failing END,
-    rests = CASE WHEN :well THEN 0 ELSE rests END,
-    resting_until = CASE WHEN :well THEN NULL ELSE resting_until END
-WHERE id = :id
-""")
+# Ends a statement whose CTE `come` has a row: how many frames of the batches succeeded, how many
+# were dropped. A worker on which one succeeds now is well.
+ADD = f"""
+UPDATE workers w
+SET batches = w.batches + :batches, succeeded = w.succeeded + come.succeeded,
+    dropped = w.dropped + come.dropped, returned = w.returned + :returned, dead = w.dead + :dead,
+    {", ".join(f"{column} = w.{column} + :{column}" for column in SECONDS)},
+    failing = CASE WHEN :well AND come.succeeded > 0 THEN '{{}}' ELSE w.failing END,
+    rests = CASE WHEN :well AND come.succeeded > 0 THEN 0 ELSE w.rests END,
+    resting_until = CASE WHEN :well AND come.succeeded > 0 THEN NULL ELSE w.resting_until END
+FROM come WHERE w.id = :worker_id
+"""  # noqa: S608 - constants only
+
+ACCOUNT = text(f"WITH come AS (SELECT :succeeded AS succeeded, :dropped AS dropped) {ADD}")
 
 # `w.state` and `w.problem` as they are shown: a worker that rests cannot render either.
 STATE_NOW = "CASE WHEN w.resting_until > clock_timestamp() THEN 'failed' ELSE w.state END"
@@ -95,10 +95,11 @@ FROM workers GROUP BY pipeline ORDER BY pipeline
 
 @dataclass
 class Account:
-    """What one batch came to, added to its worker's sums. Times are in seconds."""
+    """What batches came to, added to their worker's sums. Times are in seconds."""
 
+    batches: int = 1
     kept: bool = False
-    """Whether it waited for the storage: then it says nothing of how the worker does now."""
+    """Whether one waited for the storage: then it says nothing of how the worker does now."""
     succeeded: int = 0
     returned: int = 0
     dead: int = 0
@@ -107,6 +108,21 @@ class Account:
     encode_seconds: float = 0.0
     put_seconds: float = 0.0
     commit_seconds: float = 0.0
+    work_seconds: float = 0.0
+    """Of the clock on the wall, while there was something to render"""
+
+    def __add__(self, other: Account) -> Account:
+        """Add up several batches."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ADDED}
+        return Account(**sums, kept=self.kept or other.kept)
+
+    def values(self, worker_id: uuid.UUID) -> dict[str, Any]:
+        """Give what `ADD` and `ACCOUNT` take."""
+        sums = {name: getattr(self, name) for name in ADDED}
+        return {"worker_id": worker_id, "well": not self.kept, **sums}
+
+
+ADDED = [field.name for field in fields(Account) if field.name != "kept"]
 
 
 def register(
@@ -163,10 +179,8 @@ def fold(connection: Connection, seconds: float) -> None:
 
 
 def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> None:
-    """Add a batch to its worker's sums."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    well = batch.succeeded > 0 and not batch.kept
-    connection.execute(ACCOUNT, {"id": worker_id, "well": well, **values})
+    """Add batches to their worker's sums."""
+    connection.execute(ACCOUNT, batch.values(worker_id))
 
 
 def list_workers(connection: Connection) -> Sequence[Row[Any]]:

@@ -1,0 +1,260 @@
+-- Claiming a batch, in one call: the one place where a frame starts to run.
+--
+-- Four functions choose and only read, so that their plans can be looked at; `claim` writes.
+
+-- The first frame of the next batch: the highest priority, then the tenant served least, then a
+-- returned frame before a new one, then the oldest job. `_but`: frames, as job/ordinal, left out.
+CREATE FUNCTION pg_temp.leader(_pipeline text, _but text[], _priority smallint)
+RETURNS TABLE (
+    job_id uuid, ordinal bigint, alone bool, batch_key text, bucket smallint, priority smallint
+) LANGUAGE sql STABLE AS $$
+    SELECT head.job_id, head.ordinal, head.alone, head.batch_key, head.bucket, head.priority
+    FROM shares s CROSS JOIN LATERAL (
+        -- the tenant's first open job: one probe of jobs_claim
+        (SELECT j.id AS job_id, NULL::bigint AS ordinal, false AS alone,
+                j.batch_key, j.bucket, j.priority, j.created_at, 1 AS kind
+         FROM jobs j
+         WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+         ORDER BY j.priority, j.created_at, j.id LIMIT 1)
+        UNION ALL
+        -- the tenant's first frame that is due again: one probe of returns_claim
+        (SELECT r.job_id, r.ordinal, r.alone,
+                r.batch_key, r.bucket, r.priority, r.job_created_at, 0
+         FROM returns r
+         WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
+           AND NOT r.paused AND r.not_before <= statement_timestamp()
+           AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
+         ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
+    ) head
+    WHERE s.pipeline = _pipeline AND head.priority <= _priority
+    ORDER BY head.priority, s.served, head.kind, head.created_at, head.job_id
+    LIMIT 1
+$$;
+
+-- Returned frames of the leader's own job that may fill its batch.
+CREATE FUNCTION pg_temp.own_returned(
+    _pipeline text, _batch_key text, _leader uuid, _but text[], _free int
+) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
+    SELECT r.job_id, r.ordinal FROM returns r
+    WHERE r.job_id = _leader AND r.pipeline = _pipeline AND r.batch_key = _batch_key
+      AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+      AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
+    ORDER BY r.ordinal LIMIT _free
+$$;
+
+-- Those of other jobs.
+CREATE FUNCTION pg_temp.other_returned(
+    _pipeline text, _batch_key text, _leader uuid, _but text[], _free int
+) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
+    SELECT r.job_id, r.ordinal FROM returns r
+    WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.job_id <> _leader
+      AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+      AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
+    ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT _free
+$$;
+
+-- Other open jobs whose next frames may fill it, each with how many of them it gives.
+CREATE FUNCTION pg_temp.other_jobs(_pipeline text, _batch_key text, _leader uuid, _free int)
+RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
+    SELECT o.id, least(o.room, _free - o.before) FROM (
+        SELECT j.id, j.room, coalesce(sum(j.room) OVER (
+                   ORDER BY j.priority, j.created_at, j.id
+                   ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::bigint AS before
+        FROM (
+            SELECT id, run_end - cursor AS room, priority, created_at FROM jobs
+            WHERE open AND pipeline = _pipeline AND batch_key = _batch_key AND id <> _leader
+            ORDER BY priority, created_at, id LIMIT _free
+        ) j
+    ) o WHERE o.before < _free
+$$;
+
+-- The batch, a row a frame, in the order of its slots; none where nothing may be claimed.
+-- `_priority`: what is less urgent is left alone. `_known`: jobs whose specs are not needed again.
+CREATE FUNCTION pg_temp.claim(
+    _pipeline text, _worker_id uuid, _worker text, _pid int, _lease_id uuid, _seconds float,
+    _priority smallint, _known uuid[]
+) RETURNS TABLE (
+    job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
+    bucket smallint, priority smallint, expires_at timestamptz
+) LANGUAGE plpgsql SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    failing text[];
+    but text[];
+    leader record;
+    free int;
+    n bigint;
+    some_ids uuid[];
+    some_ordinals bigint[];
+    returned_ids uuid[];
+    returned_ordinals bigint[];
+    new_ids uuid[];
+    new_counts bigint[];
+    ids uuid[];
+    ordinals bigint[];
+    attempts smallint[];
+    until timestamptz;
+BEGIN
+    -- Claims of a lane happen one at a time, so that order and fairness are exact.
+    PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
+    SELECT w.failing INTO failing FROM workers w
+    WHERE w.id = _worker_id AND NOT w.draining
+      AND coalesce(w.resting_until <= clock_timestamp(), true);
+    IF NOT FOUND THEN RETURN; END IF;
+
+    -- What was chosen may be cancelled or paused before it is locked: then choose again.
+    FOR choice IN 1..5 LOOP
+        -- 1. The leader. What failed on this very worker leads only where nothing else is there.
+        but := failing;
+        SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority);
+        IF NOT FOUND AND but <> '{}' THEN
+            but := '{}';
+            SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority);
+        END IF;
+        IF NOT FOUND THEN RETURN; END IF;
+
+        -- 2. The fill, until the bucket is full; but a frame whose attempt failed goes alone.
+        returned_ids := '{}'; returned_ordinals := '{}'; new_ids := '{}'; new_counts := '{}';
+        IF leader.alone THEN
+            returned_ids := ARRAY[leader.job_id]; returned_ordinals := ARRAY[leader.ordinal];
+        ELSE
+            free := leader.bucket;
+            SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
+            INTO returned_ids, returned_ordinals
+            FROM pg_temp.own_returned(_pipeline, leader.batch_key, leader.job_id, but, free) r;
+            free := free - cardinality(returned_ids);
+            IF free > 0 THEN
+                SELECT least(j.run_end - j.cursor, free) INTO n FROM jobs j
+                WHERE j.id = leader.job_id AND j.open AND j.batch_key = leader.batch_key;
+                IF FOUND THEN
+                    new_ids := ARRAY[leader.job_id]; new_counts := ARRAY[n]; free := free - n;
+                END IF;
+            END IF;
+            IF free > 0 THEN
+                SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
+                INTO some_ids, some_ordinals
+                FROM pg_temp.other_returned(
+                    _pipeline, leader.batch_key, leader.job_id, but, free) r;
+                returned_ids := returned_ids || some_ids;
+                returned_ordinals := returned_ordinals || some_ordinals;
+                free := free - cardinality(some_ids);
+            END IF;
+            IF free > 0 THEN
+                SELECT new_ids || coalesce(array_agg(o.id), '{}'),
+                       new_counts || coalesce(array_agg(o.n), '{}') INTO new_ids, new_counts
+                FROM pg_temp.other_jobs(_pipeline, leader.batch_key, leader.job_id, free) o;
+            END IF;
+        END IF;
+
+        -- 3. The jobs' locks, by id.
+        PERFORM FROM jobs j WHERE j.id = ANY(returned_ids || new_ids) ORDER BY j.id FOR UPDATE;
+
+        -- 4. Returned frames run again, with the next attempt.
+        ids := '{}'; ordinals := '{}'; attempts := '{}';
+        IF returned_ids <> '{}' THEN
+            WITH taken AS (
+                DELETE FROM returns r USING unnest(returned_ids, returned_ordinals) AS t (id, ordinal)
+                WHERE r.job_id = t.id AND r.ordinal = t.ordinal AND NOT r.paused
+                RETURNING r.job_id, r.ordinal
+            ), again AS (
+                UPDATE frames f
+                SET state = 'running', attempt = f.attempt + 1, worker = _worker,
+                    bucket = leader.bucket, error = NULL,
+                    started_at = clock_timestamp(), finished_at = NULL
+                FROM taken t
+                WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
+                RETURNING f.job_id, f.ordinal, f.attempt
+            )
+            SELECT coalesce(array_agg(a.job_id), '{}'), coalesce(array_agg(a.ordinal), '{}'),
+                   coalesce(array_agg(a.attempt), '{}')
+            INTO ids, ordinals, attempts FROM again a;
+        END IF;
+
+        -- 5. Cursors advance, and frames come into being. The cursor moves only here, under the
+        -- lane's lock; a cancel or a pause in between closes the job.
+        IF new_ids <> '{}' THEN
+            WITH take AS (
+                SELECT * FROM unnest(new_ids, new_counts) AS t (id, n)
+            ), advanced AS (
+                UPDATE jobs j
+                SET cursor = j.cursor + t.n,
+                    open = j.cursor + t.n < j.total,
+                    run = j.run + ended.by_one,
+                    run_end = coalesce(
+                        (j.runs -> (j.run + ended.by_one) ->> 0)::bigint, j.run_end),
+                    batch_key = coalesce(j.runs -> (j.run + ended.by_one) ->> 1, j.batch_key),
+                    bucket = coalesce(
+                        (j.runs -> (j.run + ended.by_one) ->> 2)::smallint, j.bucket)
+                FROM take t CROSS JOIN LATERAL (
+                    SELECT (b.cursor + t.n = b.run_end)::int AS by_one FROM jobs b WHERE b.id = t.id
+                ) ended
+                WHERE j.id = t.id AND j.open
+                RETURNING j.id, j.cursor - t.n AS first, j.cursor AS stop
+            ), born AS (
+                INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at)
+                SELECT a.id, o, 'running', 1, _worker, leader.bucket, clock_timestamp()
+                FROM advanced a CROSS JOIN generate_series(a.first, a.stop - 1) AS o
+                RETURNING job_id, ordinal, attempt
+            )
+            SELECT ids || coalesce(array_agg(b.job_id), '{}'),
+                   ordinals || coalesce(array_agg(b.ordinal), '{}'),
+                   attempts || coalesce(array_agg(b.attempt), '{}')
+            INTO ids, ordinals, attempts FROM born b;
+        END IF;
+        EXIT WHEN ids <> '{}';
+    END LOOP;
+    IF ids = '{}' THEN RETURN; END IF;
+
+    -- 6. The lease, the shares and the books.
+    SELECT array_agg(f.id ORDER BY f.id, f.ordinal),
+           array_agg(f.ordinal ORDER BY f.id, f.ordinal),
+           array_agg(f.attempt ORDER BY f.id, f.ordinal)
+    INTO ids, ordinals, attempts
+    FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt);
+
+    INSERT INTO leases AS l (
+        id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts)
+    VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
+            ids, ordinals, attempts)
+    RETURNING l.expires_at INTO until;
+
+    UPDATE shares s SET served = s.served + t.n
+    FROM (SELECT j.tenant_id, count(*) AS n
+          FROM unnest(ids) AS f (id) JOIN jobs j ON j.id = f.id GROUP BY j.tenant_id) t
+    WHERE s.pipeline = _pipeline AND s.tenant_id = t.tenant_id;
+
+    PERFORM pg_temp.tally('frames.claimed', array_agg(d.id), array_agg(d.n),
+                          array_agg(0::bigint), array_agg(0::bigint), array_agg(0::bigint),
+                          array_agg(d.data))
+    FROM (SELECT f.id, count(*) AS n, jsonb_build_object('frames',
+                 jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
+          FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
+
+    -- 7. What each frame draws. A chunk of prompts is unpacked once, whatever it is needed for.
+    RETURN QUERY
+    WITH f AS (
+        SELECT * FROM unnest(ids, ordinals, attempts)
+        WITH ORDINALITY AS f (id, ordinal, attempt, slot)
+    ), j AS MATERIALIZED (
+        SELECT j.id, j.tenant_id, j.spec, (j.spec ->> 'images_per_prompt')::bigint AS images,
+               (j.spec ->> 'prompt_count')::bigint AS prompts
+        FROM jobs j WHERE j.id = ANY(ids)
+    ), placed AS MATERIALIZED (
+        SELECT f.*, j.tenant_id, f.ordinal / j.images % j.prompts AS place, CASE
+                 WHEN j.id <> ALL(_known) AND f.slot = min(f.slot) OVER (PARTITION BY f.id)
+                 THEN j.spec END AS spec
+        FROM f JOIN j USING (id)
+    ), chunks AS MATERIALIZED (
+        SELECT DISTINCT p.id, c.first FROM placed p CROSS JOIN LATERAL (
+            SELECT c.first FROM input_chunks c
+            WHERE c.job_id = p.id AND c.first <= p.place ORDER BY c.first DESC LIMIT 1
+        ) c
+    ), texts AS MATERIALIZED (
+        SELECT c.job_id AS id, c.first + t.n - 1 AS place, t.prompt
+        FROM chunks JOIN input_chunks c ON c.job_id = chunks.id AND c.first = chunks.first
+        CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
+    )
+    SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
+           leader.bucket, leader.priority, until
+    FROM placed p JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
+END $$;

@@ -1,0 +1,46 @@
+-- Every transition of frames ends here, in its own transaction: it changes the jobs' counters,
+-- settles their status and appends the events. The jobs must be locked.
+--
+-- A job settles when its last frame does: `states.settled`, said in SQL, where it is atomic.
+-- Postgres refuses, by constraint, counters that do not add up.
+CREATE FUNCTION pg_temp.tally(
+    _kind text, _ids uuid[], _running bigint[], _succeeded bigint[], _dead bigint[],
+    _cancelled bigint[], _data jsonb[]
+) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+BEGIN
+    WITH delta AS (
+        SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data)
+        AS d (id, running, succeeded, dead, cancelled, data)
+    ), counted AS (
+        SELECT j.id, j.status AS before,
+               j.running + d.running AS running, j.succeeded + d.succeeded AS succeeded,
+               j.dead + d.dead AS dead, j.cancelled + d.cancelled AS cancelled, d.data,
+               CASE
+                 WHEN j.status = 'queued' AND d.running > 0 THEN 'running'
+                 WHEN j.status <> 'running' THEN j.status
+                 WHEN j.succeeded + d.succeeded + j.dead + d.dead + j.cancelled + d.cancelled
+                      < j.total THEN 'running'
+                 WHEN j.succeeded + d.succeeded = j.total THEN 'succeeded'
+                 WHEN j.succeeded + d.succeeded > 0 THEN 'partial'
+                 ELSE 'failed'
+               END AS status
+        FROM delta d JOIN jobs j USING (id)
+    ), written AS (
+        UPDATE jobs j
+        SET running = c.running, succeeded = c.succeeded, dead = c.dead, cancelled = c.cancelled,
+            status = c.status,
+            paused = j.paused AND c.status IN ('queued', 'running'),
+            started_at = CASE WHEN c.status = 'running'
+                              THEN coalesce(j.started_at, clock_timestamp())
+                              ELSE j.started_at END,
+            finished_at = CASE WHEN c.status IN ('succeeded', 'partial', 'failed')
+                               THEN coalesce(j.finished_at, clock_timestamp())
+                               ELSE j.finished_at END
+        FROM counted c WHERE j.id = c.id
+        RETURNING j.id, j.tenant_id, j.status, c.before, c.data
+    )
+    INSERT INTO events (job_id, tenant_id, kind, data)
+    SELECT id, tenant_id, _kind, data FROM written
+    UNION ALL
+    SELECT id, tenant_id, 'job.' || status, '{}' FROM written WHERE status <> before;
+END $$;
