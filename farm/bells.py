@@ -16,6 +16,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from farm.config import Settings
+from farm.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ after the other."""
 HASTY = {"socket_timeout": 1, "socket_connect_timeout": 1}
 """For whoever rings: nobody waits long for a hint."""
 
+HEARING_SECONDS = 0.25
+"""How long a bell is waited for at a time: less than the socket's patience"""
+
 SILENT_SECONDS = 3.0
 """How long nothing is rung after Redis did not answer."""
 
@@ -39,6 +43,11 @@ SILENT_SECONDS = 3.0
 def lane(pipeline: str) -> str:
     """Name the Celery queue of a pipeline."""
     return f"render.{pipeline}"
+
+
+def urgent_lane(pipeline: str) -> str:
+    """Name the list of bells that a worker listens to while it renders something else."""
+    return f"urgent.{pipeline}"
 
 
 def make_app(settings: Settings, socket: Mapping[str, int] = PATIENT) -> Celery:
@@ -75,14 +84,21 @@ class Bells:
         self._redis: Any = redis.Redis.from_url(settings.redis_url.get_secret_value(), **HASTY)
         self._silent_until = float("-inf")
 
-    def ring(self, pipeline: str) -> bool:
+    def ring(self, pipeline: str, *, urgent: bool = False) -> bool:
         """Wake one worker of a lane; returns whether Redis took the bell.
 
         An outage is logged and no more: the janitor rings again.
+
+        Args:
+            pipeline: the lane's.
+            urgent: wake also one that renders something less urgent. Should that bell be lost: it
+                asks Postgres, now and then.
         """
         if time.monotonic() < self._silent_until:
             return False
         try:
+            if urgent and self._redis.llen(urgent_lane(pipeline)) < MAX_BELLS:
+                self._redis.rpush(urgent_lane(pipeline), b"")
             if self._redis.llen(lane(pipeline)) < MAX_BELLS:
                 self.app.send_task(
                     RENDER_TASK, queue=lane(pipeline), ignore_result=True, retry=False
@@ -92,6 +108,17 @@ class Bells:
             self._silent_until = time.monotonic() + SILENT_SECONDS
             return False
         return True
+
+    def await_urgent(self, pipeline: str) -> bool:
+        """Wait a little for a bell that was rung as urgent; returns whether there was one.
+
+        Raises:
+            Unavailable: Redis does not answer.
+        """
+        try:
+            return self._redis.blpop([urgent_lane(pipeline)], timeout=HEARING_SECONDS) is not None
+        except (redis.RedisError, OSError) as error:
+            raise Unavailable(f"Redis does not answer: {error}") from error
 
     def answers(self) -> bool:
         """Whether Redis answers."""

@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         default=0, ge=0, description="torch threads a worker; 0: as torch chooses"
     )
 
+    preempt: bool = Field(
+        default=True,
+        description="whether an interactive batch is rendered in the middle of another one",
+    )
+
     max_job_frames: int = Field(default=10_000_000, ge=1, description="frames a job may hold")
     max_job_prompts: int = Field(default=100_000, ge=1, description="prompts in one request")
     max_prompt_chars: int = Field(default=8_000, ge=1, description="characters a prompt may hold")

@@ -48,7 +48,7 @@ def submit(
             connection, uuid.uuid4(), tenant_id, spec, job.prompts, idempotency
         )
     failpoints.reach(farm.settings.failpoints, "submit.committed", job.prompts)
-    farm.bells.ring(job.pipeline)
+    farm.bells.ring(job.pipeline, urgent=job.priority == "interactive")
     return job_id
 
 

@@ -145,8 +145,11 @@ class Heart:
     def _return_lost(self, pid: int) -> None:
         settings, me = self._farm.settings, self._identity.id
         message, tail = self._hung.get(pid, self._last_words), self._scratch.log_tail(pid)
+        on_device = self._scratch.held_by(pid)
         with transaction(self._farm.store) as connection:
-            lost = leases.lose(connection, me, pid, message, settings.retry_seconds, tail)
+            lost = leases.lose(
+                connection, me, pid, message, settings.retry_seconds, tail, on_device
+            )
             for _, fence in lost:
                 if fence is not None:
                     note_failure(connection, me, fence[0], fence[1], settings.rest_seconds)
@@ -154,7 +157,7 @@ class Heart:
         self._hung.pop(pid, None)
         self._last_words = ENDED
         for pipeline, fence in lost:
-            which = "it kept" if fence is None else "of job {} frame {} attempt {}".format(*fence)
+            which = "beside it" if fence is None else "of job {} frame {} attempt {}".format(*fence)
             log.warning("%s: %s The batch %s was returned.", self._identity.name, message, which)
             self._farm.bells.ring(pipeline)
 

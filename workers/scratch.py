@@ -69,10 +69,22 @@ class Scratch:
             return file.read().decode(errors="replace").replace("\x00", "").strip() or None
         return None
 
+    def hold(self, pid: int, lease_id: uuid.UUID) -> None:
+        """Note the lease whose batch child `pid` has on its device."""
+        with suppress(OSError):
+            self._held(pid).write_text(str(lease_id))
+
+    def held_by(self, pid: int) -> uuid.UUID | None:
+        """Which lease's batch child `pid` had on its device; None where that is not known."""
+        with suppress(OSError, ValueError):
+            return uuid.UUID(self._held(pid).read_text())
+        return None
+
     def forget(self, pid: int) -> None:
         """Remove what a child left that is gone."""
         with suppress(OSError):
             self.log(pid).unlink(missing_ok=True)
+            self._held(pid).unlink(missing_ok=True)
         shutil.rmtree(self.pictures(pid), ignore_errors=True)
 
     def begin_load(self) -> None:
@@ -93,6 +105,9 @@ class Scratch:
         with suppress(OSError, ValueError):
             return int(self._loading.read_text())
         return 0
+
+    def _held(self, pid: int) -> Path:
+        return self.folder / f"{pid}.lease"
 
     @property
     def _loading(self) -> Path:

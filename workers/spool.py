@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,18 +39,26 @@ class Picture:
         return self.held.read_bytes() if isinstance(self.held, Path) else self.held
 
 
-@dataclass
+@dataclass(eq=False)
 class Finished:
     """A batch that was rendered, and what became of its frames so far."""
 
     lease: Lease
-    account: Account
+    account: Account = field(default_factory=Account)
+    pixels: int = 0
     step: tuple[int, int] = (0, 0)
     unstored: list[Picture] = field(default_factory=list)
     done: list[Done] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     suspicious: bool = False
     """Whether the worker itself may be why it failed"""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def spent(self, stage: str, started: float) -> None:
+        """Add to a stage's seconds what has passed since `started`; several threads do."""
+        with self._lock:
+            seconds = getattr(self.account, stage) + time.monotonic() - started
+            setattr(self.account, stage, seconds)
 
 
 class Spool:
@@ -64,6 +72,8 @@ class Spool:
         self._clock = clock
         self._batches: deque[Finished] = deque()
         self._bytes = 0
+        self._in_memory: Finished | None = None
+        """What the disk refused; nothing is rendered beside it"""
         self._pause = FIRST_SECONDS
         self._due = float("-inf")
 
@@ -71,17 +81,10 @@ class Spool:
         return len(self._batches)
 
     @property
-    def leases(self) -> list[uuid.UUID]:
-        """Of the batches that are kept."""
-        return [batch.lease.id for batch in self._batches]
-
-    @property
     def full(self) -> bool:
         """Whether nothing more should be rendered before something is stored."""
-        in_memory = any(
-            isinstance(picture.held, bytes) for batch in self._batches for picture in batch.unstored
-        )
-        return in_memory or (bool(self._batches) and self._bytes >= self._max_bytes)
+        kept = len(self._batches) > 0
+        return kept and (self._in_memory is not None or self._bytes >= self._max_bytes)
 
     def keep(self, batch: Finished) -> None:
         """Put a batch last. Where the disk refuses, it stays in memory, and the spool is full."""
@@ -94,6 +97,7 @@ class Spool:
                 path.write_bytes(picture.content())
                 picture.held = path
         except OSError as error:
+            self._in_memory = batch
             log.warning("Finished pictures cannot be kept on disk: %s", error)
 
     def oldest(self) -> Finished | None:
@@ -107,7 +111,10 @@ class Spool:
 
     def end(self) -> None:
         """Forget the oldest batch: it is stored, or nobody wants it any more."""
-        for picture in self._batches.popleft().unstored:
+        batch = self._batches.popleft()
+        if batch is self._in_memory:
+            self._in_memory = None
+        for picture in batch.unstored:
             self._forget(picture)
 
     def _forget(self, picture: Picture) -> None:
@@ -120,6 +127,7 @@ class Spool:
         self._due = self._clock() + random.uniform(0.1, self._pause)  # noqa: S311 - jitter
         self._pause = min(2 * self._pause, MOST_SECONDS)
 
-    def wait(self) -> None:
-        """Sleep until it is time to try again."""
-        time.sleep(max(0.0, self._due - self._clock()))
+    @property
+    def pause(self) -> float | None:
+        """Seconds until it is time to try again; None where nothing is kept."""
+        return max(0.0, self._due - self._clock()) if self._batches else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -122,10 +123,39 @@ class Loaded:
     pipes: tuple[Any, ...] = ()
     """All that was pinned, `pipe` first"""
 
+    def twin(self) -> Loaded:
+        """The same weights behind pipeline objects of their own.
+
+        What a diffusers call keeps between its steps stands in the pipeline's object and in its
+        sampler. With a twin, a batch can be denoised in the middle of another.
+        """
+        known = [(pipe, _twin_of(pipe)) for pipe in self.pipes]
+
+        def swapped(value: Any) -> Any:
+            return next((twin for pipe, twin in known if pipe is value), value)
+
+        return replace(
+            self,
+            pipe=swapped(self.pipe),
+            extras={name: swapped(value) for name, value in self.extras.items()},
+            pipes=tuple(twin for _, twin in known),
+        )
+
     def rest(self) -> None:
         """Move what is offloaded back to the CPU: a diffusers call that was stopped does not."""
         for pipe in self.pipes:
             pipe.maybe_free_model_hooks()
+
+
+def _twin_of(pipe: Any) -> Any:
+    """Copy a pipeline's object, and those of which it is combined; never a weight."""
+    from diffusers import DiffusionPipeline
+
+    twin = copy(pipe)
+    for name, part in vars(pipe).items():
+        if isinstance(part, DiffusionPipeline):
+            vars(twin)[name] = _twin_of(part)
+    return twin
 
 
 @dataclass(frozen=True)
@@ -232,8 +262,26 @@ def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[s
 
 
 def unflagged(output: Any) -> list[Image.Image | None]:
-    """Take a pipeline's pictures, without those that its safety checker flagged."""
-    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
-    return [
-        None if flagged else picture for picture, flagged in zip(output.images, flags, strict=True)
-    ]
+    """Take a pipeline's pictures, without those that its safety checker flagged.
+
+    `output` holds PIL pictures or, asked for with `output_type="pt"`, one tensor of them: on a fast
+    device diffusers' own way from there to PIL, on the CPU, takes longer than a step.
+    """
+    images = output.images
+    pictures = images if isinstance(images, list) else to_pictures(images)
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
+    return [None if flagged else picture for picture, flagged in zip(pictures, flags, strict=True)]
+
+
+def to_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """Make 8-bit pictures, with the very values of diffusers' `numpy_to_pil`.
+
+    Args:
+        images: (batch, 3, height, width), from 0 to 1, on any device.
+    """
+    import torch
+    from PIL import Image
+
+    # Both round half to even, in float32.
+    values = (images.float() * 255).round().to(torch.uint8)
+    return [Image.fromarray(one) for one in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]

@@ -134,6 +134,7 @@ class ControlNet:
                 **_steering(loaded, params, group.frames, batch),
                 guess_mode=params.guess_mode,
                 generator=group.generators(),
+                output_type="pt",
                 callback_on_step_end=group.callback,
             )
             return unflagged(output)

@@ -176,7 +176,7 @@ class SDXL:
                 guidance_rescale=params.guidance_rescale,
                 denoising_end=params.denoising_end,
                 generator=generators,
-                output_type="pil" if params.denoising_end is None else "latent",
+                output_type="pt" if params.denoising_end is None else "latent",
                 callback_on_step_end=group.callback,
             )
             if params.denoising_end is None:
@@ -204,6 +204,7 @@ def _refined(
         aesthetic_score=params.aesthetic_score,
         negative_aesthetic_score=params.negative_aesthetic_score,
         generator=generators,
+        output_type="pt",
         callback_on_step_end=group.callback,
     )
     return unflagged(output)

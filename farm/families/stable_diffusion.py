@@ -61,6 +61,7 @@ class StableDiffusion:
                 **params.call(),
                 guidance_rescale=params.guidance_rescale,
                 generator=group.generators(),
+                output_type="pt",
                 callback_on_step_end=group.callback,
             )
             return unflagged(output)

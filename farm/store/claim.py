@@ -12,6 +12,9 @@ from sqlalchemy import Connection, Row, text
 
 from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
 
+Fence = tuple[uuid.UUID, int, int]
+"""(job, ordinal, attempt): what a write after a claim must match."""
+
 
 @dataclass(frozen=True)
 class ClaimedFrame:
@@ -22,6 +25,11 @@ class ClaimedFrame:
     ordinal: int
     attempt: int
     spec: FrameSpec
+
+    @property
+    def fence(self) -> Fence:
+        """What a write after the claim must match."""
+        return self.job_id, self.ordinal, self.attempt
 
     def __str__(self) -> str:
         return f"job {self.job_id} frame {self.ordinal} attempt {self.attempt}"
@@ -45,9 +53,6 @@ SELECT * FROM pg_temp.claim(
     :pipeline, CAST(:worker_id AS uuid), :worker, CAST(:pid AS int), CAST(:lease_id AS uuid),
     CAST(:seconds AS float), CAST(:priority AS smallint), CAST(:known AS uuid[]))
 """)
-
-Fence = tuple[uuid.UUID, int, int]
-"""(job, ordinal, attempt): what a write after a claim must match."""
 
 
 def claim(

@@ -22,6 +22,9 @@ from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
 from farm.store.workers import ADD, Account
 
+WORKER_LOST = "worker_lost"
+"""Why an attempt ended whose process did"""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -304,6 +307,8 @@ def _ending(row: Row[Any], failure: Failure, retry_seconds: float, spare: bool) 
     """Say what becomes of a frame; `spare`: its worker may be the cause, so it is not charged."""
     spare = spare and failure.retryable and row.spared < SPARED_AT_MOST
     charged = failure.charged and not spare
+    if failure.reason == WORKER_LOST and row.spared >= SPARED_AT_MOST:
+        charged = True  # whatever it is, it is never there when a process does not end
     state = after_failure(failure.retryable, row.attempt - row.spared, row.max_attempts)
     delay = failure.delay_seconds
     if delay is None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.spec import Priority
 from farm.states import FrameState
 from farm.store.claim import Fence
-from farm.store.frames import Failure, end_attempts, give_back
+from farm.store.frames import WORKER_LOST, Failure, end_attempts, give_back
 from farm.store.tally import lock_jobs
 
 LOADS_BETWEEN = 8.0
@@ -26,7 +28,10 @@ WHERE l.id = :id
 RETURNING EXISTS (
     SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
     JOIN frames f USING (job_id, ordinal)
-    WHERE f.attempt = d.attempt AND f.state = 'running')
+    WHERE f.attempt = d.attempt AND f.state = 'running') AS wanted,
+    EXISTS (SELECT FROM workers w WHERE w.id = l.worker_id AND w.draining) AS draining,
+    EXISTS (SELECT FROM pg_temp.leader(
+        l.pipeline, '{}', CAST(:urgent_priority AS smallint))) AS urgent
 """)
 
 # Whoever locks several leases and waits for them does so by id.
@@ -73,10 +78,23 @@ def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) ->
     return connection.execute(RENEW, {"worker_id": worker_id, "seconds": lease_seconds}).all()
 
 
-def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> bool:
-    """Report a denoising step; returns whether any frame of the lease is still wanted."""
-    row = connection.execute(TOUCH, {"id": lease_id, "step": step, "steps": steps}).first()
-    return row is not None and bool(row[0])
+@dataclass(frozen=True)
+class News:
+    """What a worker learns when it reports a step."""
+
+    wanted: bool = False
+    """Whether any frame of the lease is still wanted"""
+    draining: bool = False
+    """Whether the worker is to claim nothing more"""
+    urgent: bool = False
+    """Whether interactive work waits on the lane"""
+
+
+def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> News:
+    """Report a denoising step, and learn what is new."""
+    values = {"id": lease_id, "step": step, "steps": steps}
+    row = connection.execute(TOUCH, {**values, "urgent_priority": Priority.INTERACTIVE}).first()
+    return News() if row is None else News(*row)
 
 
 def keep(connection: Connection, lease_id: uuid.UUID) -> None:
@@ -115,7 +133,8 @@ def expire(connection: Connection, retry_seconds: float) -> set[str]:
     leases = connection.execute(EXPIRED).all()
     _lock_all(connection, leases)
     for lease in leases:
-        _drop(connection, lease, "lease_expired", "The worker was not heard of.", retry_seconds)
+        message = "The worker was not heard of."
+        _drop(connection, lease, "lease_expired", message, retry_seconds, not lease.kept)
     return {lease.pipeline for lease in leases}
 
 
@@ -126,25 +145,50 @@ def lose(
     message: str,
     retry_seconds: float,
     log: str | None = None,
+    on_device: uuid.UUID | None = None,
 ) -> list[tuple[str, Fence | None]]:
     """End the leases of a worker's child that is gone, by pid.
 
+    Args:
+        connection: in a transaction.
+        worker_id: whose child it was.
+        pid: the child's.
+        message: why it is gone.
+        retry_seconds: the back-off before a second attempt.
+        log: what it said last.
+        on_device: the lease whose batch it was denoising; the others had no part in its end. None:
+            any of them may be why.
+
     Returns:
-        The lane of each, to ring, and the first frame of what it was rendering; None for what it
-        had rendered and only kept.
+        The lane of each, to ring, and the first frame of what it was rendering; None for what had
+        no part in it.
     """
     values = {"worker_id": worker_id, "pid": pid, "known": []}
     leases = connection.execute(LEASES_OF, values).all()
     _lock_all(connection, leases)
     load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
+    known = {lease.id for lease in leases if not lease.kept}
+    suspects = {on_device} if on_device in known else known
     for lease in leases:
-        wait_seconds = 0.0
-        if load_seconds is not None and len(lease.job_ids) == 1 and not lease.kept:
+        wait_seconds, suspect = 0.0, lease.id in suspects
+        if load_seconds is not None and len(lease.job_ids) == 1 and suspect:
             # Alone it may be what killed the child, and will kill the next: most of a worker's
             # time must stay for others, so what loading anew costs is paid rarely.
             wait_seconds = min(LOADS_BETWEEN * load_seconds, MOST_SECONDS)
-        _drop(connection, lease, "worker_lost", message, retry_seconds, log, wait_seconds)
-    return [(lease.pipeline, None if lease.kept else _held_by(lease)[0]) for lease in leases]
+        last_words = log if suspect else None
+        _drop(
+            connection,
+            lease,
+            WORKER_LOST,
+            message,
+            retry_seconds,
+            suspect,
+            last_words,
+            wait_seconds,
+        )
+    return [
+        (lease.pipeline, _held_by(lease)[0] if lease.id in suspects else None) for lease in leases
+    ]
 
 
 def _drop(
@@ -153,6 +197,7 @@ def _drop(
     reason: str,
     message: str,
     retry_seconds: float,
+    suspect: bool,
     log: str | None = None,
     wait_seconds: float = 0.0,
 ) -> None:
@@ -160,6 +205,8 @@ def _drop(
     several = len(held) > 1
     if lease.kept:
         message += " Its picture waited for the storage, and is lost."
+    elif not suspect:
+        message += " It was not being denoised then."
     elif several:
         # Any one of them may be why: nobody is charged, and each is tried alone. The log may tell
         # of other tenants' frames.
@@ -170,8 +217,8 @@ def _drop(
             reason,
             message,
             log=None if several else log,
-            charged=not (several or lease.kept),
-            alone=not lease.kept,
+            charged=suspect and not several,
+            alone=suspect,
             wait_seconds=wait_seconds,
         )
         for fence in held

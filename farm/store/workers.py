@@ -81,7 +81,9 @@ SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device,
        w.started_at, w.seen_at, w.succeeded,
        l.step, l.steps, l.job_ids, l.ordinals, l.stepped_at
 FROM workers w LEFT JOIN LATERAL (
-    SELECT * FROM leases l WHERE l.worker_id = w.id ORDER BY l.created_at DESC LIMIT 1
+    -- the batch that it denoises, rather than one that it stores or has claimed ahead
+    SELECT * FROM leases l WHERE l.worker_id = w.id
+    ORDER BY (l.step > 0 AND l.step < l.steps) DESC, l.stepped_at DESC LIMIT 1
 ) l ON true
 WHERE NOT w.gone ORDER BY w.pipeline, w.name
 """)  # noqa: S608 - constants only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,11 +27,13 @@ def noise(farm: Farm) -> Noise:
 
 
 @pytest.fixture
-def line(farm: Farm, noise: Noise) -> RenderLine:
+def line(farm: Farm, noise: Noise) -> Iterator[RenderLine]:
     identity = Identity(uuid.uuid4(), "noise", "here", 1)
     with transaction(farm.store) as connection:
         workers.register(
             connection, identity.id, name=identity.name, pipeline="noise", host="here", pid=1
         )
     offer = farm.offer("noise")
-    return RenderLine(farm, identity, offer, offer.family.load(offer.pipeline))
+    line = RenderLine(farm, identity, offer, offer.family.load(offer.pipeline))
+    yield line
+    line.close()

@@ -81,7 +81,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "alone": [False],
         },
     ),
-    "touch": (leases.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2}),
+    "touch": (leases.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2, "urgent_priority": 0}),
     "close": (frames.CLOSE_LEASE, {"id": uuid.UUID(int=1)}),
     "cancel": (
         jobs.CANCEL_FRAMES,
