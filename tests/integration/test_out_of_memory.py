@@ -61,7 +61,8 @@ def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=10, max_attempts=1)
     noise.disturb = memory = Memory(room=2)
     assert run(line) == 1
-    assert memory.buckets == [4, 2, 2, 2, 2, 2]
+    assert (memory.buckets[0], set(memory.buckets[1:])) == (4, {2})
+    assert len(memory.buckets) <= 7  # the first frame is claimed when another one has succeeded
     assert job_row(farm, tenant, job_id).status == "succeeded"
     rows = frame_rows(farm, job_id)
     assert {row.bucket for row in rows.values()} == {2}

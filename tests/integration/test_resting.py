@@ -109,7 +109,7 @@ def test_the_next_trial_is_another_frame_s(
     guilty = submit(
         farm, tenant, pipeline="noise", prompts=["guilty"], images_per_prompt=3, bucket=1
     )
-    healthy = submit(farm, other, pipeline="noise", images_per_prompt=8, bucket=2)
+    healthy = submit(farm, other, pipeline="noise", images_per_prompt=4, bucket=2)
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
         if any(frame.prompt == "guilty" for frame in frames):
@@ -122,8 +122,7 @@ def test_the_next_trial_is_another_frame_s(
     assert job_row(farm, other, healthy).succeeded == 0
     rest_ends(farm)
     line.run()
-    # The trial, and what was claimed ahead while it was denoised, before anything else was known.
-    assert job_row(farm, other, healthy).succeeded == 4
+    assert job_row(farm, other, healthy).succeeded == 2
     rested = 2
     while job_row(farm, tenant, guilty).status == "running":
         rest_ends(farm)

@@ -99,7 +99,9 @@ BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
     SELECT w.failing INTO failing FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
-      AND coalesce(w.resting_until <= clock_timestamp(), true);
+      AND coalesce(w.resting_until <= clock_timestamp(), true)
+      -- on trial it has one batch at a time
+      AND (w.rests = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
     IF NOT FOUND THEN RETURN; END IF;
 
     -- What was chosen may be cancelled or paused before it is locked: then choose again.

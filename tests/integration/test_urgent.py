@@ -1,0 +1,204 @@
+"""An interactive batch is let in between two steps of another one, and touches nothing of it."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+
+import pytest
+from redis import Redis
+
+from farm import jobs
+from farm.context import Farm
+from farm.spec import FrameSpec
+from tests.farming import attempts_of, frame_rows, job_row, sql, submit
+from tests.noise import Noise
+from workers.line import RenderLine
+
+Steps = list[tuple[str, int]]
+
+
+class Story:
+    """Tells what was denoised when; an interactive job comes at a step of the first batch."""
+
+    def __init__(self, farm: Farm, tenant: uuid.UUID, line: RenderLine, at: int = 2) -> None:
+        self.farm, self.tenant, self.line, self.at = farm, tenant, line, at
+        self.steps: Steps = []
+        self.urgent: list[uuid.UUID] = []
+        self.come = 1
+        """How many interactive jobs come"""
+        self.also: Callable[[str, int], None] = lambda _prompt, _step: None
+
+    def __call__(self, frames: Sequence[FrameSpec], step: int) -> None:
+        prompt = frames[0].prompt
+        self.steps.append((prompt, step))
+        if (prompt, step) == ("bulk", self.at) and not self.urgent:
+            for _ in range(self.come):
+                self.urgent.append(self.submit("interactive"))
+        if prompt == "bulk" and self.urgent:
+            # A step takes its time: long enough to hear the bell, and to claim.
+            wait_for(lambda: self.line._urgent._lease is not None, 0.5)
+        self.also(prompt, step)
+
+    def submit(self, priority: str, images: int = 1) -> uuid.UUID:
+        return submit(
+            self.farm,
+            self.tenant,
+            pipeline="noise",
+            prompts=["urgent" if priority == "interactive" else priority],
+            priority=priority,
+            images_per_prompt=images,
+            seed=7,
+            max_attempts=1,
+        )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until something holds, at most for so long."""
+    pause = threading.Event()
+    for _ in range(round(seconds / 0.01)):
+        if condition():
+            return True
+        pause.wait(0.01)
+    return False
+
+
+@pytest.fixture
+def story(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine) -> Story:
+    noise.disturb = told = Story(farm, tenant, line)
+    return told
+
+
+def test_it_waits_for_one_step(story: Story, farm: Farm, line: RenderLine) -> None:
+    bulk = story.submit("bulk", images=8)
+    line.run()
+    first = [prompt for prompt, _ in story.steps].index("urgent")
+    assert story.steps[first - 1] == ("bulk", 2)
+    assert story.steps[first : first + 10] == [("urgent", step) for step in range(10)]
+    assert story.steps[first + 10 :][:7] == [("bulk", step) for step in range(3, 10)]
+    for job_id in [bulk, *story.urgent]:
+        assert job_row(farm, story.tenant, job_id).status == "succeeded"
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+    assert sql(farm, "SELECT succeeded, batches FROM workers") == [(9, 3)]
+
+
+def test_the_bytes_are_those_of_running_alone(story: Story, farm: Farm, line: RenderLine) -> None:
+    def bytes_of(job_id: uuid.UUID) -> list[bytes]:
+        return [row.sha256 for _, row in sorted(frame_rows(farm, job_id).items())]
+
+    bulk = story.submit("bulk", images=4)
+    line.run()
+    alone = [story.submit("bulk", images=4), story.submit("interactive")]
+    line.run()
+    assert [bytes_of(job_id) for job_id in (bulk, *story.urgent)] == [
+        bytes_of(job_id) for job_id in alone
+    ]
+
+
+def test_several_come_one_after_another_with_a_step_between(
+    story: Story, farm: Farm, line: RenderLine
+) -> None:
+    story.come = 3
+    story.submit("bulk", images=4)
+    line.run()
+    told = [prompt for prompt, _ in story.steps]
+    starts = [place for place, step in enumerate(story.steps) if step == ("urgent", 0)]
+    assert len(starts) == 3
+    assert all(told[start - 1] == "bulk" for start in starts)
+    assert told[-1] == "bulk"  # all three were rendered within the one batch
+
+
+def test_its_failure_is_its_own(story: Story, farm: Farm, line: RenderLine) -> None:
+    bulk = story.submit("bulk", images=4)
+
+    def break_it(prompt: str, step: int) -> None:
+        if (prompt, step) == ("urgent", 4):
+            raise RuntimeError("It broke.")
+
+    story.also = break_it
+    line.run()
+    assert job_row(farm, story.tenant, story.urgent[0]).status == "failed"
+    assert job_row(farm, story.tenant, bulk).status == "succeeded"
+    assert {row.attempt for row in frame_rows(farm, bulk).values()} == {1}
+
+
+def test_its_cancel_is_its_own(story: Story, farm: Farm, line: RenderLine) -> None:
+    bulk = story.submit("bulk", images=4)
+
+    def cancel_it(prompt: str, step: int) -> None:
+        if prompt == "urgent":
+            if step == 1:
+                jobs.cancel(farm, story.tenant, story.urgent[0])
+            threading.Event().wait(0.1 if step > 1 else 0)
+
+    story.also = cancel_it
+    line.run()
+    assert ("urgent", 9) not in story.steps
+    assert job_row(farm, story.tenant, story.urgent[0]).status == "cancelled"
+    assert job_row(farm, story.tenant, bulk).status == "succeeded"
+
+
+def test_where_there_is_no_memory_it_waits_for_the_batch(
+    story: Story, farm: Farm, line: RenderLine
+) -> None:
+    story.come = 2
+    bulk = story.submit("bulk", images=4)
+
+    def no_room(prompt: str, step: int) -> None:
+        if prompt == "urgent" and story.steps[-1] != ("bulk", 9) and ("bulk", 9) not in story.steps:
+            raise MemoryError
+
+    story.also = no_room
+    line.run()
+    assert not line.out_of_memory
+    told = [prompt for prompt, _ in story.steps]
+    assert told.count("urgent") == 1 + 2 * 10  # one try, then both after the batch
+    assert job_row(farm, story.tenant, bulk).status == "succeeded"
+    for job_id in story.urgent:
+        assert job_row(farm, story.tenant, job_id).status == "succeeded"
+        assert {reason for _, reason in attempts_of(farm, job_id)} <= {"released"}
+
+
+def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, line: RenderLine) -> None:
+    """Nothing could be let in while it is rendered, so it must not stand in the way."""
+    story.submit("bulk", images=4)
+    normal: list[uuid.UUID] = []
+
+    def come(prompt: str, step: int) -> None:
+        if (prompt, step) == ("bulk", 1) and not normal:
+            normal.append(story.submit("normal"))
+
+    story.at, story.also = 99, come
+    line.run()
+    told = [prompt for prompt, _ in story.steps]
+    assert told == ["bulk"] * 10 + ["normal"] * 10
+
+
+def test_it_can_be_turned_off(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    line._may_interrupt = False
+    noise.disturb = story = Story(farm, tenant, line)
+    story.submit("bulk", images=4)
+    line.run()
+    told = [prompt for prompt, _ in story.steps]
+    assert told == ["bulk"] * 10 + ["urgent"] * 10
+
+
+def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, line: RenderLine) -> None:
+    story.submit("bulk", images=4)
+
+    def lose(prompt: str, step: int) -> None:
+        if (prompt, step) == ("bulk", 1):
+            url = farm.settings.redis_url.get_secret_value()
+            farm.bells._redis.close()
+            with Redis.from_url(url) as client:
+                client.config_set("maxmemory", "1")
+        if (prompt, step) == ("bulk", 8):
+            with Redis.from_url(farm.settings.redis_url.get_secret_value()) as client:
+                client.config_set("maxmemory", "0")
+
+    story.also = lose
+    line.run()
+    assert story.steps.index(("urgent", 0)) < story.steps.index(("bulk", 9))
