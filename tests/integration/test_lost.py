@@ -15,6 +15,7 @@ from farm.context import Farm
 from farm.errors import FarmError
 from farm.store import jobs, leases, workers
 from farm.store.engine import transaction
+from farm.store.resting import SPARED_AT_MOST
 from tests.farming import (
     attempts_of,
     frame_rows,
@@ -22,6 +23,7 @@ from tests.farming import (
     job_row,
     let_leases_expire,
     sql,
+    state_of,
     submit,
 )
 from tests.serving import serving
@@ -271,3 +273,43 @@ def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) ->
     with transaction(farm.store) as connection:
         assert jobs.retry_job(connection, tenant, job_id) == 8
     assert len(hand.must_claim().frames) == 8
+
+
+def test_only_what_was_on_the_device_is_suspected(farm: Farm, tenant: uuid.UUID) -> None:
+    """What the child stored, or had claimed ahead, had no part in its end."""
+    submit(farm, tenant, images_per_prompt=3, bucket=1, max_attempts=1)
+    hand = hire(farm)
+    stored, denoised, ahead = [hand.must_claim() for _ in range(3)]
+    with transaction(farm.store) as connection:
+        lost = leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0, "words", denoised.id)
+    [guilty] = denoised.frames
+    assert [fence for _, fence in lost if fence] == [guilty.fence]
+    assert state_of(farm, guilty.job_id, guilty.ordinal) == "dead"
+    for lease in (stored, ahead):
+        [frame] = lease.frames
+        assert state_of(farm, frame.job_id, frame.ordinal) == "ready"
+        [row] = sql(farm, "SELECT spared, alone FROM frames WHERE ordinal = :n", n=frame.ordinal)
+        assert row == (1, False)
+    told = sql(farm, "SELECT ordinal, traceback FROM attempts ORDER BY ordinal")
+    assert [(row.ordinal, row.traceback) for row in told if row.traceback] == [
+        (guilty.ordinal, "words")
+    ]
+
+
+def test_a_frame_that_is_never_suspected_is_charged_in_the_end(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    job_id = submit(farm, tenant, images_per_prompt=1, max_attempts=2)
+    hand = hire(farm)
+    losses = SPARED_AT_MOST + 2
+    other = submit(farm, tenant, images_per_prompt=losses, bucket=1, priority="bulk")
+    for _ in range(losses):
+        lease = hand.must_claim()
+        assert lease.frames[0].job_id == job_id
+        innocent = hand.must_claim()
+        with transaction(farm.store) as connection:
+            leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0, None, innocent.id)
+        sql(farm, "UPDATE returns SET not_before = clock_timestamp()")
+        sql(farm, "UPDATE workers SET failing = '{}', rests = 0, resting_until = NULL")
+    assert state_of(farm, job_id) == "dead"
+    assert job_row(farm, tenant, other).status == "running"

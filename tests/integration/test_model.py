@@ -404,7 +404,7 @@ class StoreMachine(RuleBasedStateMachine):
     def touch(self, lease: Lease) -> None:
         fences = parted(lease, "all")
         with self.untouched_unless([]), transaction(self.farm.store) as connection:
-            assert leases.touch(connection, lease.id, 1, 2) == any(self.holding(fences))
+            assert leases.touch(connection, lease.id, 1, 2).wanted == any(self.holding(fences))
 
     def keep(self, lease: Lease) -> None:
         """Say that it is rendered, and waits for the storage."""

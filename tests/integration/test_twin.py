@@ -1,0 +1,91 @@
+"""A batch denoised in the middle of another, through a twin: both are as if they ran alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from farm.catalog import load_catalog
+from farm.families.base import Batch, Loaded
+from farm.offers import Offer, make_offer, sample
+from farm.spec import FrameSpec
+from tests.acceptance.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
+from tests.checkpoints import save
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`callback_steps`:FutureWarning"),
+]
+
+STEPS = 6
+KINDS = [line[len("[pipelines.") : -1] for line in CATALOG.splitlines() if line.startswith("[pipe")]
+SAMPLERS = ("dpmpp_2m", "euler_a", "heun")
+"""With a memory, with noise of their own, with two calls a step"""
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind in CHECKPOINTS:
+        save(kind, folder / kind)
+    path = folder / "pipelines.toml"
+    path.write_text(CATALOG.replace("]\nsource", f"]\n{OF_ALL}source"))
+    return path
+
+
+def frames(offer: Offer, seeds: Sequence[int], bucket: int, **asked: Any) -> list[FrameSpec]:
+    fields = offer.params_type.model_fields
+    given = {name: value for name, value in asked.items() if name in fields}
+    params = offer.params({**sample(offer.params_type), **given}).model_dump()
+    return [
+        FrameSpec(
+            pipeline=offer.name, prompt=f"star {seed}", seed=seed, bucket=bucket, params=params
+        )
+        for seed in seeds
+    ]
+
+
+def pixels(offer: Offer, loaded: Loaded, some: Sequence[FrameSpec], on_step: Any = None) -> Any:
+    params = some[0].params
+    picture = Image.effect_noise((params["width"], params["height"]), 64).convert("RGB")
+    images = dict.fromkeys(offer.params_type.image_ids(params), picture)
+    hook = on_step or (lambda _done, _steps: None)
+    drawn = offer.family.denoise(loaded, Batch(some, hook, images))
+    return [None if one is None else np.asarray(one) for one in drawn]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_are_as_if_they_ran_alone(
+    catalog: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = make_offer(kind, load_catalog(catalog).pipelines[kind])
+    loaded = offer.family.load(offer.pipeline)
+    twin = loaded.twin()
+    same = Image.effect_noise((64, 64), 64)
+    monkeypatch.setattr(Image, "effect_noise", lambda size, _sigma: same.resize(size))
+    own_alone = kind in ("kandinsky", "pixart", "flux")  # they know their own sampler only
+    samplers = (None,) if own_alone else SAMPLERS if kind == "sd" else SAMPLERS[:1]
+    for place, sampler in enumerate(samplers):
+        more = {} if sampler is None else {"sampler": sampler}
+        few = {"steps": STEPS, "prior_steps": STEPS, "width": 64, "height": 64, **more}
+        bulk = frames(offer, [1, 2, 3], 4, **few)
+        urgent = frames(offer, [9], 1, **{**few, "steps": 4, "guidance_scale": 3.0})
+        alone, urgent_alone = pixels(offer, loaded, bulk), pixels(offer, loaded, urgent)
+        nested: list[Any] = []
+
+        def let_in(step: int, steps: int) -> None:
+            if step == 1 + place or step == steps - 1:  # noqa: B023 - called within this turn
+                nested.append(pixels(offer, twin, urgent))  # noqa: B023
+
+        interrupted = pixels(offer, loaded, bulk, let_in)
+        assert len(nested) == 2
+        for pictures, expected in [(interrupted, alone), *((one, urgent_alone) for one in nested)]:
+            for one, other in zip(pictures, expected, strict=True):
+                assert (one is None) == (other is None)
+                assert one is None or (one == other).all()
+        assert all(one is not None for one in alone) or kind == "guarded"
