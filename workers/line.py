@@ -22,11 +22,12 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 from farm import failpoints
 from farm.artifacts import artifact_key
 from farm.context import Farm
+from farm.encoding import Encoder
 from farm.errors import FarmError, RenderError, StorageRefused, Unavailable
 from farm.families.base import Batch, Loaded, StopBatch
-from farm.families.devices import device_name, is_out_of_memory, thread_count
+from farm.families.devices import is_out_of_memory
 from farm.offers import Offer
-from farm.provenance import Provenance, encode_png, library_versions
+from farm.provenance import circumstances_of
 from farm.states import FLAGGED, FrameState
 from farm.store import frames, leases, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
@@ -69,7 +70,7 @@ class RenderLine:
         self._warmth = warmth or Warmth()
         self._batch_log = batch_log
         self._images = ImageCache(farm.artifacts)
-        self._versions = library_versions()
+        self._encoder = Encoder(circumstances_of(loaded))
         settings = farm.settings
         scratch = Scratch(settings.scratch_dir, identity.id)
         self._spool = Spool(scratch.pictures(os.getpid()), settings.spool_bytes)
@@ -190,13 +191,15 @@ class RenderLine:
                 continue
             try:
                 with _timed(batch.account, "encode_seconds"):
-                    content = encode_png(picture, self._provenance(frame))
+                    content = self._encoder.encode(picture, frame.spec)
             except Exception as error:
                 log.exception("%s could not encode %s", self._identity.name, frame)
                 batch.failures += _failures([frame], error)
                 continue
             digest = hashlib.sha256(content).digest()
-            key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest)
+            key = artifact_key(
+                frame.tenant_id, frame.job_id, frame.ordinal, digest, frame.spec.format
+            )
             done = Done(_fence(frame), digest, len(content), slot)
             batch.unstored.append(Picture(frame, key, done, content))
 
@@ -236,17 +239,6 @@ class RenderLine:
         """Ask whether a kept batch is still wanted; the parent sees that it is looked after."""
         with transaction(self._farm.store) as connection:
             return leases.touch(connection, batch.lease.id, *batch.step)
-
-    def _provenance(self, frame: ClaimedFrame) -> Provenance:
-        return Provenance(
-            frame=frame.spec,
-            weights=self._loaded.weights,
-            device=device_name(self._loaded.device),
-            dtype=self._loaded.dtype,
-            threads=thread_count(self._loaded.device),
-            versions=self._versions,
-            options=dict(self._loaded.options),
-        )
 
     def _complete(self, batch: Finished) -> None:
         done, account, me, until = batch.done, batch.account, self._identity, None

@@ -18,8 +18,8 @@ from PIL import Image
 from farm import jobs
 from farm.artifacts import artifact_key
 from farm.context import Farm
+from farm.encoding import read
 from farm.errors import RenderError
-from farm.provenance import read_png
 from farm.spec import FrameSpec
 from farm.store import frames, workers
 from farm.store.engine import transaction
@@ -56,7 +56,7 @@ def test_a_batch_is_rendered_stored_and_completed(
     for ordinal, row in frame_rows(farm, job_id).items():
         content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
         assert (hashlib.sha256(content).digest(), len(content)) == (row.sha256, row.bytes)
-        image, provenance = read_png(content)
+        image, provenance, _ = read(content)
         expected = np.random.default_rng(1 + ordinal).integers(0, 255, (8, 8, 3), np.uint8)
         assert (np.asarray(image) == expected).all()
         assert provenance.frame.seed == 1 + ordinal
@@ -304,7 +304,7 @@ def test_an_unreadable_picture_is_refused(farm: Farm) -> None:
 
     for content in (b"", b"not a picture", _bare_png()):
         with pytest.raises(InvalidRequest):
-            read_png(content)
+            read(content)
 
 
 def _bare_png() -> bytes:
