@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
@@ -18,9 +17,7 @@ from farm.formats import Format
 from farm.metadata import exif, provenance_of, xmp
 from farm.png import png
 from farm.provenance import Circumstances, Provenance, Scribe
-
-if TYPE_CHECKING:
-    from farm.spec import FrameSpec
+from farm.spec import FrameSpec
 
 KEYWORD = "farm"
 """of the PNG's chunk that holds the farm's own JSON"""

@@ -110,7 +110,9 @@ def _best(rows: Bytes, above: Bytes, pixel_bytes: int) -> Bytes:
 
 def _cost(differences: Bytes) -> NDArray[np.uint32]:
     """Sum each row's differences as if they were signed, without their signs."""
-    return np.minimum(differences, np.negative(differences)).sum(axis=1, dtype=np.uint32)
+    signless = np.minimum(differences, np.negative(differences))
+    cost: NDArray[np.uint32] = signless.sum(axis=1, dtype=np.uint32)
+    return cost
 
 
 def _average(left: Bytes, above: Bytes) -> Bytes:

@@ -118,14 +118,12 @@ def _tell(done: Replay) -> None:
     frame, pixels = done.recorded.frame, count(done.picture.width * done.picture.height)
     if done.difference is None:
         out.print("[bold green]identical[/]", end="  ")
-        say(
-            f"all {pixels} {done.compared}, rendered again by {frame.pipeline} with seed {frame.seed}"
-        )
+        by = f"rendered again by {frame.pipeline} with seed {frame.seed}"
+        say(f"all {pixels} {done.compared}, {by}")
     else:
         out.print("[bold red]differs[/]", end="  ")
-        say(
-            f"{count(done.difference.pixels)} of {pixels} {done.compared}, {_where(done.difference)}"
-        )
+        some = count(done.difference.pixels)
+        say(f"{some} of {pixels} {done.compared}, {_where(done.difference)}")
     for line in done.notes:
         note(f"  {line}", "yellow")
 

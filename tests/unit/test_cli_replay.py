@@ -17,6 +17,7 @@ from farm.encoding import encode, read
 from farm.errors import InvalidRequest
 from farm.families.base import Batch
 from farm.families.devices import device_name, prepare_torch
+from farm.formats import Format
 from farm.imagefiles import decoded, normalised
 from farm.offers import make_offer
 from farm.provenance import Provenance, library_versions
@@ -51,7 +52,7 @@ def same_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
+def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2, form: Format = "png") -> bytes:
     """A picture as a worker renders it, beside another frame."""
     import torch
 
@@ -59,7 +60,12 @@ def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
     offer = make_offer("tiny", catalog.pipelines["tiny"])
     frames = [
         FrameSpec(
-            pipeline="tiny", prompt=prompt, seed=seed, bucket=bucket, params={**SIZE, **PARAMS}
+            pipeline="tiny",
+            prompt=prompt,
+            seed=seed,
+            bucket=bucket,
+            params={**SIZE, **PARAMS},
+            format=form,
         )
         for prompt, seed in (("a star", 31), ("a moon", 7))[:bucket]
     ]
@@ -118,6 +124,23 @@ def test_a_picture_is_rendered_again_to_the_same_bytes(catalog: Catalog, threads
     assert again.notes == []
     assert encode(again.fresh, again.now) == content
     assert steps == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("form", "compared"), [("jpeg", "pixels of the JPEG, encoded again"), ("webp", "pixels")]
+)
+def test_jpeg_and_webp_are_rendered_again_too(
+    catalog: Catalog, form: Format, compared: str
+) -> None:
+    content = rendered(catalog, form=form)
+    again = replay.replay(content, catalog)
+    assert (again.identical, again.compared, again.notes) == (True, compared, [])
+    assert encode(again.fresh, again.now) == content
+    picture, provenance, _ = read(content)
+    picture.paste((0, 0, 0), (0, 0, 16, 16))
+    again = replay.replay(encode(picture, provenance), catalog)
+    assert again.difference is not None
+    assert again.difference.first[1] < 16
 
 
 def test_a_changed_pixel_is_found(catalog: Catalog, content: bytes) -> None:
