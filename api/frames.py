@@ -105,7 +105,7 @@ def get_image(farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal) -
 
 
 def image_key(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int) -> str:
-    """Name the artifact of a frame.
+    """Name the artifact of a frame; its extension tells its format.
 
     Raises:
         NotFound: no such frame, or it has no image.
@@ -115,7 +115,7 @@ def image_key(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int)
     if row is None or row.sha256 is None:
         state = row.state if row else unborn_state(job)
         raise NotFound(f"Frame {ordinal} of job {job_id} is {state}: it has no image.")
-    return artifact_key(tenant_id, job_id, ordinal, row.sha256)
+    return artifact_key(tenant_id, job_id, ordinal, row.sha256, job.spec.get("format", "png"))
 
 
 def frame_row(

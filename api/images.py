@@ -13,9 +13,8 @@ from api.auth import FarmHere, Reader, Writer, farm_of
 from api.body import read_within
 from api.openapi import refusals
 from farm import images as use_cases
-from farm.artifacts import MEDIA_TYPE
 from farm.errors import Unavailable
-from farm.imagefiles import ALLOWED, IMAGE_ID, OPENERS
+from farm.imagefiles import ALLOWED, IMAGE_ID, OPENERS, PNG
 from farm.images import image_key
 from farm.store.images import StoredImage
 
@@ -105,6 +104,6 @@ def _view(image: StoredImage) -> wire.Image:
         width=image.width,
         height=image.height,
         bytes=image.bytes,
-        content_type=MEDIA_TYPE,
+        content_type=PNG,
         created_at=image.created_at,
     )

@@ -97,6 +97,7 @@ def _frame_view(
             "state": state,
             "prompt": spec.prompt,
             "seed": spec.seed,
+            "format": spec.format,
             "bucket": (row.bucket if row else None) or spec.bucket,
             "attempt": row.attempt if row else 0,
             "worker": row.worker if row else None,

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from farm.formats import Format
 from farm.spec import PROMPTS_SHOWN
 from farm.states import FrameState, JobStatus
 
@@ -45,6 +46,7 @@ class Submitted(BaseModel):
     priority: str
     bucket: int | None
     max_attempts: int
+    format: Format = "png"
     labels: dict[str, str]
 
 
@@ -93,6 +95,7 @@ class Frame(BaseModel):
     width: int = Field(description="pixels")
     height: int = Field(description="pixels")
     bucket: int = Field(description="the batch size it is denoised in")
+    format: Format = Field(description="of its image")
     attempt: int = Field(description="the latest attempt's number; 0: not yet claimed")
     worker: str | None = Field(description="who claimed the latest attempt")
     slot: int | None = Field(description="its place in the batch, from 0; null: none yet")

@@ -21,11 +21,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from farm.config import Settings
 from farm.errors import StorageRefused, Unavailable
+from farm.formats import BY_EXTENSION, FORMATS, Format
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-MEDIA_TYPE = "image/png"
 NO_SUCH_KEY = "NoSuchKey"
 REFUSED = {400, 401, 403}
 """Statuses that waiting does not change: the credentials or the clock are wrong."""
@@ -33,7 +33,7 @@ CHUNK_BYTES = 2**18
 PAGE_KEYS = 1000
 """Keys in a page of a listing, and in one call that deletes: the most that S3 takes."""
 
-KEY = re.compile(r"([0-9a-f-]{36})/([0-9a-f-]{36})/([0-9]{9,18})-([0-9a-f]{64})\.png")
+KEY = re.compile(r"([0-9a-f-]{36})/([0-9a-f-]{36})/([0-9]{9,18})-([0-9a-f]{64})\.([a-z]+)")
 
 
 class NotStored(Unavailable):
@@ -42,9 +42,17 @@ class NotStored(Unavailable):
     retryable = False
 
 
-def artifact_key(tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int, sha256: bytes) -> str:
-    """Name an artifact: its tenant, job and frame, and the hash of its bytes."""
-    return f"{job_prefix(tenant_id, job_id)}{ordinal:09d}-{sha256.hex()}.png"
+def artifact_key(
+    tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int, sha256: bytes, form: Format = "png"
+) -> str:
+    """Name an artifact: its tenant, job and frame, the hash of its bytes, and its format."""
+    name = f"{ordinal:09d}-{sha256.hex()}.{FORMATS[form].extension}"
+    return job_prefix(tenant_id, job_id) + name
+
+
+def media_type_of(key: str) -> str:
+    """Tell the media type of a picture by its key."""
+    return FORMATS[BY_EXTENSION.get(key.rpartition(".")[2], "png")].media_type
 
 
 def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
@@ -59,23 +67,25 @@ class ArtifactName(NamedTuple):
     job_id: uuid.UUID
     ordinal: int
     sha256: bytes
+    form: Format
 
     @property
     def key(self) -> str:
         """The key itself."""
-        return artifact_key(self.tenant_id, self.job_id, self.ordinal, self.sha256)
+        return artifact_key(self.tenant_id, self.job_id, self.ordinal, self.sha256, self.form)
 
 
 def parse_key(key: str) -> ArtifactName | None:
     """Read an artifact's key; None for any other key."""
     found = KEY.fullmatch(key)
-    if found is None:
+    if found is None or found[5] not in BY_EXTENSION:
         return None
     try:
         tenant_id, job_id = uuid.UUID(found[1]), uuid.UUID(found[2])
     except ValueError:
         return None
-    name = ArtifactName(tenant_id, job_id, int(found[3]), bytes.fromhex(found[4]))
+    form = BY_EXTENSION[found[5]]
+    name = ArtifactName(tenant_id, job_id, int(found[3]), bytes.fromhex(found[4]), form)
     return name if name.key == key else None
 
 
@@ -136,7 +146,9 @@ class Artifacts:
             Unavailable: the storage does not answer, or cannot.
         """
         try:
-            self._s3.put_object(Bucket=self.bucket, Key=key, Body=content, ContentType=MEDIA_TYPE)
+            self._s3.put_object(
+                Bucket=self.bucket, Key=key, Body=content, ContentType=media_type_of(key)
+            )
         except (BotoCoreError, ClientError) as error:
             kind = StorageRefused if _status(error) in REFUSED else Unavailable
             raise kind(f"The image storage did not take {key}: {error}") from error

@@ -230,7 +230,7 @@ def _wrong_artifacts(farm: Farm, frames: list[Any]) -> list[Finding]:
 
 
 def _wrong_artifact(farm: Farm, frame: Any) -> Finding | None:
-    key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, frame.sha256)
+    key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, frame.sha256, frame.format)
     try:
         length, digest = _patiently(lambda: farm.artifacts.measure(key))
     except NotStored:

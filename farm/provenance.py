@@ -1,45 +1,33 @@
-"""What a PNG says of itself: enough to render it again, to the same bytes.
+"""What a picture's file says of itself: enough to render it again, to the same bytes.
 
-Two iTXt chunks: `farm`, the farm's own JSON, and `parameters`, the text of AUTOMATIC1111's web UI
-that many viewers show. Only what decides the pixels stands there: no job, no time, no worker, no
-slot; so the same frame gives the same file wherever and whenever it is rendered.
+The farm's own JSON, and `parameters`, the text of AUTOMATIC1111's web UI that many viewers show.
+Only what decides the pixels stands there: no job, no time, no worker, no slot; so the same frame
+gives the same file wherever and whenever it is rendered. `farm.encoding` puts both into a file.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
+import re
 from importlib import metadata
 from typing import Any, Literal
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from farm import __version__
-from farm.errors import InvalidRequest
+from farm.families.base import Loaded
+from farm.families.devices import device_name, thread_count
 from farm.spec import FrameSpec
 
-CHUNK = "farm"
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-"""What Pillow raises for pictures that are damaged, or made to do harm."""
-
-LIBRARIES = ("torch", "diffusers", "transformers", "compel", "pillow", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "compel", "pillow", "numpy", "zlib-ng")
+TO_QUOTE = re.compile(r'[,:\n"]')
 
 
-class Provenance(BaseModel):
-    """How a picture came to be."""
+class Circumstances(BaseModel):
+    """What all frames have in common that one loaded pipeline renders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
-    frame: FrameSpec
     weights: str
     """sha256 over a local checkpoint's files, or over a hub repository's name and commit"""
     device: str
@@ -52,70 +40,66 @@ class Provenance(BaseModel):
     """how it was loaded, where that may show in the last bits: `compile`, `channels_last`"""
 
 
+class Provenance(Circumstances):
+    """How a picture came to be."""
+
+    format: Literal[1] = 1
+    frame: FrameSpec
+
+
+def circumstances_of(loaded: Loaded) -> Circumstances:
+    """Tell the circumstances that a loaded pipeline renders in, in this process."""
+    return Circumstances(
+        weights=loaded.weights,
+        device=device_name(loaded.device),
+        dtype=loaded.dtype,
+        threads=thread_count(loaded.device),
+        versions=library_versions(),
+        options=dict(loaded.options),
+    )
+
+
 def library_versions() -> dict[str, str]:
     """Tell the version of every library that has a part in a picture's bytes."""
     return {"farm": __version__, **{name: metadata.version(name) for name in LIBRARIES}}
 
 
-def encode_png(image: Image.Image, provenance: Provenance) -> bytes:
-    """Encode a picture losslessly, with its provenance."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(CHUNK, provenance.model_dump_json(), zip=False)
-    info.add_itxt("parameters", parameters_text(provenance), zip=False)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info, compress_level=1, compress_type=3)
-    return buffer.getvalue()
+class Scribe:
+    """Writes frames' texts; what they have in common is written once."""
 
+    def __init__(self, circumstances: Circumstances) -> None:
+        common = Circumstances.model_validate(
+            {name: getattr(circumstances, name) for name in Circumstances.model_fields}
+        )
+        self._common = common.model_dump_json().removesuffix("}") + ',"format":1,"frame":'
+        self._model_hash = circumstances.weights[:10]
+        self._version = _quoted(f"farm {circumstances.versions['farm']}")
 
-def read_png(content: bytes) -> tuple[Image.Image, Provenance]:
-    """Read a picture and its provenance.
+    def json(self, frame: FrameSpec) -> str:
+        """Write a frame's provenance: the very text of `Provenance.model_dump_json()`."""
+        return f"{self._common}{frame.model_dump_json()}}}"
 
-    Raises:
-        InvalidRequest: it is not a PNG, or was not rendered by the farm.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # PNG alone: Pillow hands some other formats to programs of the machine.
-            image = Image.open(io.BytesIO(content), formats=["PNG"])
-            image.load()
-    except UnidentifiedImageError as error:
-        raise InvalidRequest("This is not a PNG, or its beginning is damaged.") from error
-    except UNREADABLE as error:
-        raise InvalidRequest(f"This is not a picture that can be read: {error}.") from error
-    text = image.info.get(CHUNK)
-    if not isinstance(text, str):
-        raise InvalidRequest("The picture holds no text of the farm: it cannot be rendered again.")
-    try:
-        return image, Provenance.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(
-            f"The picture's text of the farm is damaged: {where}: {first['msg']}."
-        ) from error
-
-
-def parameters_text(provenance: Provenance) -> str:
-    """Write the text of AUTOMATIC1111's web UI: prompt, negative prompt, then `Key: value, …`."""
-    frame, params = provenance.frame, provenance.frame.params
-    lines = [frame.prompt]
-    if params.get("negative_prompt"):
-        lines.append(f"Negative prompt: {params['negative_prompt']}")
-    settings = {
-        "Steps": params.get("steps"),
-        "Sampler": params.get("sampler"),
-        "CFG scale": params.get("guidance_scale"),
-        "Clip skip": _a1111_clip_skip(params.get("clip_skip")),
-        "Seed": frame.seed,
-        "Size": f"{params['width']}x{params['height']}",
-        "Model hash": provenance.weights[:10],
-        "Model": frame.pipeline,
-        "Version": f"farm {provenance.versions['farm']}",
-    }
-    shown = (f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
-    lines.append(", ".join(shown))
-    return "\n".join(lines)
+    def parameters(self, frame: FrameSpec) -> str:
+        """Write the text of AUTOMATIC1111's web UI: prompt, negative prompt, `Key: value, …`."""
+        params = frame.params
+        lines = [frame.prompt]
+        if params.get("negative_prompt"):
+            lines.append(f"Negative prompt: {params['negative_prompt']}")
+        settings = {
+            "Steps": params.get("steps"),
+            "Sampler": params.get("sampler"),
+            "CFG scale": params.get("guidance_scale"),
+            "Clip skip": _a1111_clip_skip(params.get("clip_skip")),
+            "Seed": frame.seed,
+            "Size": f"{params['width']}x{params['height']}",
+            "Model hash": self._model_hash,
+            "Model": frame.pipeline,
+        }
+        shown = [
+            f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None
+        ]
+        lines.append(", ".join((*shown, f"Version: {self._version}")))
+        return "\n".join(lines)
 
 
 def _a1111_clip_skip(clip_skip: int | None) -> int | None:
@@ -125,4 +109,4 @@ def _a1111_clip_skip(clip_skip: int | None) -> int | None:
 
 def _quoted(value: object) -> str:
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
+    return json.dumps(text, ensure_ascii=False) if TO_QUOTE.search(text) else text

@@ -1,4 +1,8 @@
-"""Rendering a picture again from its own text, and comparing the pixels."""
+"""Rendering a picture again from its own text, and comparing the pixels.
+
+A JPEG's pixels are not those that were rendered: the new rendering is made a JPEG too, and what
+comes back from both is compared.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,14 @@ from PIL import Image, ImageChops
 from pydantic import ValidationError
 
 from farm.catalog import MAX_BUCKET, Catalog, Pipeline
+from farm.encoding import pixels_as_stored, read
 from farm.errors import InvalidRequest
 from farm.families.base import Batch
-from farm.families.devices import device_name, device_of, prepare_torch, thread_count
+from farm.families.devices import device_of, prepare_torch
 from farm.families.loading import OPTIONS
+from farm.formats import FORMATS, Format
 from farm.offers import Offer, make_offer
-from farm.provenance import Provenance, library_versions, read_png
+from farm.provenance import Provenance, circumstances_of
 from farm.spec import MAX_SEED, FrameSpec
 from farm.warming import warm_up
 
@@ -51,10 +57,18 @@ class Replay:
     now: Provenance
     picture: Image.Image
     fresh: Image.Image
+    """as it was rendered, whatever the format"""
+    form: Format
+    """the picture's; of a JPEG what was compared are the pixels of two JPEGs"""
     difference: Difference | None
     """None: every pixel is the same"""
     notes: list[str]
     """What is not as it was when the picture was rendered, a sentence each"""
+
+    @property
+    def compared(self) -> str:
+        """What was compared, in words."""
+        return "pixels" if FORMATS[self.form].lossless else "pixels of the JPEG, encoded again"
 
     @property
     def identical(self) -> bool:
@@ -80,7 +94,7 @@ def replay(
     """Render a picture again, as it was: bucket, dtype, and on a CPU the number of threads.
 
     Args:
-        content: the PNG's bytes.
+        content: the bytes of a PNG, a JPEG or a WebP.
         catalog: where its pipeline is looked up.
         on_step: called after every denoising step.
         find_image: gives the control images that steered it.
@@ -90,7 +104,7 @@ def replay(
             sizes differ.
         CatalogError: the pipeline cannot be loaded.
     """
-    picture, recorded = read_png(content)
+    picture, recorded, form = read(content)
     # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     entry = _entry(catalog, recorded)
@@ -104,9 +118,8 @@ def replay(
     if fresh is None:
         raise InvalidRequest("The pipeline's safety checker flags this picture here.")
     now = _provenance(recorded, loaded)
-    return Replay(
-        recorded, now, picture, fresh, compare(picture, fresh), list(_notes(recorded, now))
-    )
+    difference = compare(picture, pixels_as_stored(fresh, form))
+    return Replay(recorded, now, picture, fresh, form, difference, list(_notes(recorded, now)))
 
 
 def _entry(catalog: Catalog, recorded: Provenance) -> Pipeline:
@@ -166,15 +179,7 @@ def damaged(what: str) -> InvalidRequest:
 
 
 def _provenance(recorded: Provenance, loaded: Loaded) -> Provenance:
-    return Provenance(
-        frame=recorded.frame,
-        weights=loaded.weights,
-        device=device_name(loaded.device),
-        dtype=loaded.dtype,
-        threads=thread_count(loaded.device),
-        versions=library_versions(),
-        options=dict(loaded.options),
-    )
+    return Provenance(**dict(circumstances_of(loaded)), frame=recorded.frame)
 
 
 def _notes(recorded: Provenance, now: Provenance) -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from farm.catalog import MAX_BUCKET
+from farm.formats import Format
 
 MAX_SEED = 2**63 - 1
 PROMPTS_SHOWN = 20
@@ -86,6 +87,7 @@ class JobSpec(BaseModel):
         default=None, ge=1, le=MAX_BUCKET, description="frames in a batch; null: chosen by the farm"
     )
     max_attempts: int = Field(default=3, ge=1, le=10, description="attempts before a frame is dead")
+    format: Format = Field(default="png", description="of the pictures' files; webp is lossless")
     labels: dict[Label, Label] = Field(
         default_factory=dict, max_length=32, description="your own words, to find the job by"
     )
@@ -153,6 +155,7 @@ class FullSpec(BaseModel):
     priority: str
     bucket: int | None
     max_attempts: int
+    format: Format = "png"
     labels: dict[str, str]
 
     @property
@@ -191,6 +194,8 @@ class FrameSpec(BaseModel):
     seed: int
     bucket: int
     params: dict[str, Any]
+    format: Format = "png"
+    """of its file"""
 
 
 def frame_spec(job: FullSpec, ordinal: int, prompt: str, bucket: int | None = None) -> FrameSpec:
@@ -215,6 +220,7 @@ def frame_spec(job: FullSpec, ordinal: int, prompt: str, bucket: int | None = No
         seed=seed,
         bucket=bucket or point.bucket,
         params=point.params,
+        format=job.format,
     )
 
 

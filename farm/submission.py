@@ -14,6 +14,8 @@ from pydantic_core import ErrorDetails
 from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.families.base import Params
+from farm.formats import FORMATS
+from farm.metadata import text_bytes
 from farm.offers import Offer
 from farm.spec import (
     MAX_SEED,
@@ -27,6 +29,9 @@ from farm.spec import (
 )
 
 JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
+
+JPEG_TEXT_BYTES = 60_000
+"""Of a frame's prompts, in a JPEG: a block of metadata ends at 64 KiB (ITU T.81, B.1.1.4)."""
 
 
 def check_job(body: Any, settings: Settings) -> JobSpec:
@@ -81,6 +86,21 @@ def _check_prompts(job: JobSpec, points: Sequence[Params]) -> None:
             _check_syntax(params, prompt, f"prompts.{index}")
 
 
+def _check_jpeg_texts(job: JobSpec, points: Sequence[Params]) -> None:
+    """Refuse prompts that a JPEG has no room for, each with the longest negative prompt."""
+    if job.format != "jpeg":
+        return
+    beside = max(text_bytes(*params.texts().values()) for params in points)
+    for index, prompt in enumerate(job.prompts):
+        size = text_bytes(prompt) + beside
+        if size > JPEG_TEXT_BYTES:
+            raise InvalidRequest(
+                f"prompts.{index} takes {size} bytes with the texts beside it; the limit of format "
+                f"jpeg is {JPEG_TEXT_BYTES}.",
+                param=f"prompts.{index}",
+            )
+
+
 def _check_text(params: Params, text: str, param: str, settings: Settings) -> None:
     _check_length(text, param, settings.max_prompt_chars)
     _check_syntax(params, text, param)
@@ -109,6 +129,7 @@ def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
     _check_names(job, offer)
     points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
     _check_prompts(job, points)
+    _check_jpeg_texts(job, points)
     frames_per_point = len(job.prompts) * job.images_per_prompt
     keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
     longest = _longest_runs(keys)
@@ -128,6 +149,7 @@ def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
         priority=job.priority,
         bucket=job.bucket,
         max_attempts=job.max_attempts,
+        format=job.format,
         labels=job.labels,
     )
 
@@ -175,7 +197,18 @@ def _checked_point(
             f"{offer.name} is {offer.pipeline.max_pixels}.",
             param=_where(job, "width"),
         )
+    for side in ("width", "height"):
+        _check_side(job, side, getattr(params, side))
     return params
+
+
+def _check_side(job: JobSpec, field: str, pixels: int) -> None:
+    limit = FORMATS[job.format].max_side
+    if pixels > limit:
+        raise InvalidRequest(
+            f"{field} is {pixels} pixels; the limit of format {job.format} is {limit}.",
+            param=_where(job, field),
+        )
 
 
 def _where(job: JobSpec, field: str) -> str:

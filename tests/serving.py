@@ -88,11 +88,12 @@ def render(hand: Hand, lease: Lease, *ordinals: int) -> None:
     for slot, frame in enumerate(lease.frames):
         if ordinals and frame.ordinal not in ordinals:
             continue
-        png = picture(frame)
-        digest = hashlib.sha256(png).digest()
-        key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest)
-        hand.farm.artifacts.put(key, png)
-        done.append(frames.Done(fence(frame), digest, len(png), slot))
+        content = picture(frame)
+        digest = hashlib.sha256(content).digest()
+        form = frame.spec.format
+        key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
+        hand.farm.artifacts.put(key, content)
+        done.append(frames.Done(fence(frame), digest, len(content), slot))
     with transaction(hand.farm.store) as connection:
         assert len(frames.complete(connection, lease.id, done)) == len(done)
 
@@ -105,5 +106,5 @@ def picture(frame: ClaimedFrame) -> bytes:
     box = (width * 0.2, height * 0.2, width * 0.8, height * 0.8)
     ImageDraw.Draw(image).ellipse(box, fill=f"hsl({(hue + 150) % 360}, 60%, 45%)")
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format=frame.spec.format.upper())
     return buffer.getvalue()

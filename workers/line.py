@@ -17,12 +17,13 @@ from PIL import Image
 
 from farm import failpoints
 from farm.context import Farm
+from farm.encoding import Encoder
 from farm.errors import RenderError
 from farm.families.base import Batch, Loaded, StopBatch
-from farm.families.devices import device_name, is_out_of_memory, thread_count
+from farm.families.devices import is_out_of_memory
 from farm.families.loading import free_what_is_left
 from farm.offers import Offer
-from farm.provenance import Provenance, encode_png, library_versions
+from farm.provenance import circumstances_of
 from farm.spec import Priority
 from farm.store.claim import ClaimedFrame, Lease
 from farm.warming import Warmth
@@ -62,12 +63,12 @@ class RenderLine:
         self._warmth = warmth or Warmth()
         self._batch_log = batch_log
         self._images = ImageCache(farm.artifacts)
-        self._versions = library_versions()
         self._scratch = Scratch(farm.settings.scratch_dir, identity.id)
         self._claims = Claims(farm, identity)
         self._urgent = Urgent(farm, identity, self._claims)
         spool = Spool(self._scratch.pictures(os.getpid()), farm.settings.spool_bytes)
-        self._tail = Tail(farm, identity, self._encode, spool, self._claims)
+        encoder = Encoder(circumstances_of(loaded))
+        self._tail = Tail(farm, identity, encoder, spool, self._claims)
         # What is offloaded moves between devices with hooks that know of one call at a time.
         self._may_interrupt = farm.settings.preempt and not offer.pipeline.offload
         self._twin: Loaded | None = None
@@ -225,17 +226,3 @@ class RenderLine:
             for frame in claimed
             for image_id in image_ids(frame.spec.params)
         }
-
-    def _encode(self, picture: Image.Image, frame: ClaimedFrame) -> bytes:
-        return encode_png(picture, self._provenance(frame))
-
-    def _provenance(self, frame: ClaimedFrame) -> Provenance:
-        return Provenance(
-            frame=frame.spec,
-            weights=self._loaded.weights,
-            device=device_name(self._loaded.device),
-            dtype=self._loaded.dtype,
-            threads=thread_count(self._loaded.device),
-            versions=self._versions,
-            options=dict(self._loaded.options),
-        )

@@ -19,6 +19,7 @@ from PIL import Image
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
+from farm.encoding import Encoder
 from farm.errors import Unavailable
 from farm.store import leases
 from farm.store.claim import ClaimedFrame
@@ -40,18 +41,16 @@ MOST_BATCHES = 4
 MOST_PIXELS = 128 * 2**20
 """In the tail at once, of three bytes each and what they are encoded to: then the device waits"""
 
-Encode = Callable[[Image.Image, ClaimedFrame], bytes]
-
 
 class Tail:
     """One child's: takes what was denoised, and sees to its end."""
 
     def __init__(
-        self, farm: Farm, identity: Identity, encode: Encode, spool: Spool, claims: Claims
+        self, farm: Farm, identity: Identity, encoder: Encoder, spool: Spool, claims: Claims
     ) -> None:
         self._farm = farm
         self._identity = identity
-        self._encode = encode
+        self._encoder = encoder
         self._spool = spool
         self._claims = claims
         self._ending = Ending(farm, identity)
@@ -182,10 +181,11 @@ class Tail:
             batch.failures.append(flagged(frame))
             return
         started = time.monotonic()
-        content = self._encode(picture, frame)
+        content = self._encoder.encode(picture, frame.spec)
         batch.spent("encode_seconds", started)
         digest = hashlib.sha256(content).digest()
-        key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest)
+        form = frame.spec.format
+        key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
         kept = Picture(frame, key, Done(frame.fence, digest, len(content), slot), content)
         # While older ones wait, the storage is known to be away.
         if len(self._spool) > 0 or not self._put(batch, kept):

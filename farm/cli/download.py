@@ -16,6 +16,7 @@ from farm.cli.console import Json, count, emit, note, plural, say, size
 from farm.cli.exits import exit_as
 from farm.cli.find import JobWord, find_job, short
 from farm.errors import FarmError
+from farm.formats import FORMATS
 from farm.states import TERMINAL
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def get(
     dest: Annotated[Path, typer.Option(help="The folder to fill; made if missing.")],
     as_json: Json = False,
 ) -> None:
-    """Download the pictures of a job's succeeded frames as ORDINAL-SEED.png.
+    """Download the pictures of a job's succeeded frames as ORDINAL-SEED.png, .jpg or
+    .webp.
 
     Each is checked against its sha256; those that are there already, whole, are not fetched
     again. Exit code 3 unless the job has succeeded, so that no script takes a part for the whole.
@@ -120,7 +122,8 @@ def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]
 
 def picture_name(frame: dict[str, Any]) -> str:
     """The file's name of a frame's picture."""
-    return f"{int(frame['ordinal'])}-{int(frame['seed'])}.png"
+    kind = FORMATS[frame.get("format", "png")]  # an older farm says nothing of it
+    return f"{int(frame['ordinal'])}-{int(frame['seed'])}.{kind.extension}"
 
 
 def _fetch(client: FarmClient, frame: dict[str, Any], dest: Path) -> int:

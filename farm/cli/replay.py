@@ -23,17 +23,21 @@ if TYPE_CHECKING:
 
 
 def replay(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE.png", help="A picture of the farm.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture of the farm.")],
     control: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="An image that steered it; else the farm is asked."),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep the new rendering as a PNG.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the new rendering, in the same format."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Render a picture again from its own text, and compare every pixel.
+
+    A JPEG does not hold the rendered pixels: the new rendering is encoded as it was, and the pixels
+    of the two JPEGs are compared.
 
     Prints `identical`, or `differs` with exit code 1. A picture repeats its bits on the same kind
     of device with the same libraries; what is not as it was is noted. The pipeline is looked up in
@@ -90,10 +94,10 @@ def _finder(files: Sequence[Path], settings: Settings) -> FindImage:
 
 
 def _save(done: Replay, path: Path) -> None:
-    from farm.provenance import encode_png
+    from farm.encoding import encode
 
     try:
-        path.write_bytes(encode_png(done.fresh, done.now))
+        path.write_bytes(encode(done.fresh, done.now))
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}.") from error
 
@@ -102,6 +106,7 @@ def _object(done: Replay) -> dict[str, Any]:
     difference = asdict(done.difference) if done.difference else None
     return {
         "identical": done.identical,
+        "compared": done.compared,
         "difference": difference,
         "notes": done.notes,
         "recorded": done.recorded.model_dump(),
@@ -113,10 +118,12 @@ def _tell(done: Replay) -> None:
     frame, pixels = done.recorded.frame, count(done.picture.width * done.picture.height)
     if done.difference is None:
         out.print("[bold green]identical[/]", end="  ")
-        say(f"all {pixels} pixels, rendered again by {frame.pipeline} with seed {frame.seed}")
+        by = f"rendered again by {frame.pipeline} with seed {frame.seed}"
+        say(f"all {pixels} {done.compared}, {by}")
     else:
         out.print("[bold red]differs[/]", end="  ")
-        say(f"{count(done.difference.pixels)} of {pixels} pixels, {_where(done.difference)}")
+        some = count(done.difference.pixels)
+        say(f"{some} of {pixels} {done.compared}, {_where(done.difference)}")
     for line in done.notes:
         note(f"  {line}", "yellow")
 

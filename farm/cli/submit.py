@@ -77,6 +77,10 @@ def submit(  # one argument an option: this is the command's own declaration
     max_attempts: Annotated[
         int | None, typer.Option(help="Attempts before a frame is dead.", show_default="3")
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="png, jpeg or webp (lossless).", show_default="png"),
+    ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Your own words, to find the job by."),
@@ -112,6 +116,7 @@ def submit(  # one argument an option: this is the command's own declaration
         "priority": priority,
         "bucket": bucket,
         "max_attempts": max_attempts,
+        "format": form,
     }
     body = job_body(
         read_job(source) if source else {},

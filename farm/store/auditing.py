@@ -83,12 +83,17 @@ WITH chunk AS MATERIALIZED (
     FROM leases l
     CROSS JOIN LATERAL unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
     GROUP BY 1, 2, 3
+), formats AS MATERIALIZED (
+    -- once a job: a spec may be long; one that says nothing is older than formats
+    SELECT id, coalesce(spec ->> 'format', 'png') AS format
+    FROM jobs WHERE id IN (SELECT job_id FROM chunk)
 )
-SELECT c.job_id, c.ordinal, c.state, c.attempt, c.spared, c.sha256, c.bytes,
+SELECT c.job_id, c.ordinal, c.state, c.attempt, c.spared, c.sha256, c.bytes, s.format,
        j.tenant_id, j.max_attempts, j.removed_at IS NOT NULL AS removed, a.*,
        coalesce(h.leases, 0) AS leases, r.job_id IS NOT NULL AS returned
 FROM chunk c
 JOIN jobs j ON j.id = c.job_id
+JOIN formats s ON s.id = c.job_id
 CROSS JOIN LATERAL (
     SELECT count(*) FILTER (WHERE attempt < c.attempt AND attempt > 0) AS earlier,
            count(*) FILTER (WHERE attempt = c.attempt) AS latest,

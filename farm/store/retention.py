@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, text
 
+from farm.formats import Format
 from farm.states import TERMINAL
 
 AT_ONCE = 1000
@@ -18,7 +19,7 @@ AT_ONCE = 1000
 
 DAY_SECONDS = 86_400.0
 
-ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes]
+ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes, Format]
 """(tenant, job, ordinal, sha256): what an artifact's key says."""
 
 # now(), not clock_timestamp(): an index takes only what stays the same for a statement.

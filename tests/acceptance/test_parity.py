@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from farm.encoding import read
 from farm.local import running_farm
-from farm.provenance import read_png
 from tests.acceptance.conftest import Live
 from tests.acceptance.parity_cases import (
     CASES,
@@ -179,7 +179,7 @@ def test_pictures_are_those_of_bare_diffusers(studio: Studio, case: Case) -> Non
 def test_torch_has_as_many_threads_here_as_there(studio: Studio) -> None:
     """Else the comparisons would compare two ways of splitting sums."""
     row = studio.rows(studio.job_of(CASES[0]))[0]
-    assert read_png(studio.stored(row))[1].threads == studio.bare.threads
+    assert read(studio.stored(row))[1].threads == studio.bare.threads
 
 
 @pytest.mark.parametrize("cases", knob_pairs(), ids=lambda pair: pair[1].name)

@@ -13,7 +13,7 @@ import pytest
 from farm.context import Farm
 from farm.store import frames, workers
 from farm.store.engine import transaction
-from tests.farming import fence, hire
+from tests.farming import fence, hire, sql
 from tests.serving import JOB, Api, render, serving
 
 JOB_FIELDS = {
@@ -92,6 +92,38 @@ def test_a_frame_leads_to_its_stored_bytes(api: Api, client: httpx.Client) -> No
         assert image.headers["content-type"] == "image/png"
         assert len(image.content) == frame["bytes"]
         assert hashlib.sha256(image.content).hexdigest() == frame["sha256"]
+
+
+@pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("webp", "webp")])
+def test_a_jobs_format_is_that_of_its_images(
+    api: Api, client: httpx.Client, form: str, extension: str
+) -> None:
+    job = api.submit(client, format=form)
+    assert job["spec"]["format"] == form
+    hand = hire(api.farm)
+    render(hand, hand.must_claim())
+    (frame,) = frames_of(client, job)
+    assert frame["format"] == form
+    address = client.get(frame["image_url"]).headers["location"]
+    assert address.partition("?")[0].endswith(f".{extension}")
+    image = httpx.get(address)
+    assert image.headers["content-type"] == f"image/{form}"
+    assert hashlib.sha256(image.content).hexdigest() == frame["sha256"]
+
+
+def test_a_stored_spec_that_names_no_format_means_png(api: Api, client: httpx.Client) -> None:
+    job = api.submit(client)
+    hand = hire(api.farm)
+    render(hand, hand.must_claim())
+    sql(
+        api.farm,
+        "UPDATE jobs SET spec = (spec::jsonb - 'format')::json WHERE id = :id",
+        id=job["id"],
+    )
+    (frame,) = frames_of(client, job)
+    assert frame["format"] == client.get(f"/v1/jobs/{job['id']}").json()["spec"]["format"] == "png"
+    address = client.get(frame["image_url"]).headers["location"]
+    assert httpx.get(address).headers["content-type"] == "image/png"
 
 
 def test_frames_are_listed_whole_at_every_moment(api: Api, client: httpx.Client) -> None:

@@ -73,6 +73,12 @@ WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no images": ({"images_per_prompt": 0}, "images_per_prompt"),
     "a billion frames": ({"images_per_prompt": 1_000_000_000}, "images_per_prompt"),
     "unknown priority": ({"priority": "at once"}, "priority"),
+    "unknown format": ({"format": "gif"}, "format"),
+    "a format that is no text": ({"format": 1}, "format"),
+    "more text than a JPEG holds": (
+        {"format": "jpeg", "prompts": ["🌟" * 8_000], "negative_prompt": "🌟" * 8_000},
+        "prompts.0",
+    ),
     "bucket 0": ({"bucket": 0}, "bucket"),
     "bucket 1000": ({"bucket": 1000}, "bucket"),
     "no attempts": ({"max_attempts": 0}, "max_attempts"),

@@ -21,6 +21,7 @@ from farm.audit import Phase, Progress, Report, audit, audited
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import Conflict, NotFound, Unavailable
+from farm.formats import Format
 from farm.invariants import Invariant
 from farm.store import auditing as questions
 from farm.store import retention
@@ -240,6 +241,17 @@ def test_each_damage_is_found(farm: Farm, filled: Jobs, what: str) -> None:
     assert len(told) == 1, report.findings
     assert {finding.job_id for finding in report.findings} == {job_id}
     assert (report.ok, sum(report.wrong.values())) == (False, len(report.findings))
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_images_of_every_format_are_read(farm: Farm, tenant: uuid.UUID, form: Format) -> None:
+    job_id = submit(farm, tenant, format=form)
+    hand = hire(farm)
+    render(hand, hand.must_claim())
+    assert audited(farm).ok
+    [(digest,)] = sql(farm, "SELECT sha256 FROM frames WHERE job_id = :id", id=job_id)
+    farm.artifacts.delete(artifact_key(tenant, job_id, 0, bytes(digest), form))
+    assert [finding.detail for finding in audited(farm).findings] == ["its image is not stored"]
 
 
 def test_an_image_with_other_bytes_is_found(farm: Farm, filled: Jobs, tenant: uuid.UUID) -> None:

@@ -18,8 +18,9 @@ from PIL import Image
 from farm import jobs
 from farm.artifacts import artifact_key
 from farm.context import Farm
+from farm.encoding import pixels_as_stored, read
 from farm.errors import RenderError
-from farm.provenance import read_png
+from farm.formats import Format
 from farm.spec import FrameSpec
 from farm.store import frames, workers
 from farm.store.engine import transaction
@@ -56,7 +57,7 @@ def test_a_batch_is_rendered_stored_and_completed(
     for ordinal, row in frame_rows(farm, job_id).items():
         content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
         assert (hashlib.sha256(content).digest(), len(content)) == (row.sha256, row.bytes)
-        image, provenance = read_png(content)
+        image, provenance, _ = read(content)
         expected = np.random.default_rng(1 + ordinal).integers(0, 255, (8, 8, 3), np.uint8)
         assert (np.asarray(image) == expected).all()
         assert provenance.frame.seed == 1 + ordinal
@@ -66,6 +67,36 @@ def test_a_batch_is_rendered_stored_and_completed(
     assert (told["succeeded"], told["batches"]) == (6, 2)
     assert told["denoise_seconds"] > 0 < told["encode_seconds"]
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+
+
+@pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("webp", "webp")])
+def test_pictures_are_stored_in_the_jobs_format(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine, form: Format, extension: str
+) -> None:
+    job_id = submit(farm, tenant, pipeline="noise", seed=1, format=form)
+    line.run()
+    row = frame_rows(farm, job_id)[0]
+    key = artifact_key(tenant, job_id, 0, row.sha256, form)
+    assert key.endswith(f".{extension}")
+    content = farm.artifacts.get(key)
+    assert (hashlib.sha256(content).digest(), len(content)) == (row.sha256, row.bytes)
+    image, provenance, found = read(content)
+    assert (found, provenance.frame.format, provenance.frame.seed) == (form, form, 1)
+    drawn = Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 8, 3), np.uint8))
+    assert image.tobytes() == pixels_as_stored(drawn, form).tobytes()
+
+
+def test_jobs_of_different_formats_share_a_batch(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    jobs_of = {
+        form: submit(farm, tenant, pipeline="noise", bucket=4, images_per_prompt=2, format=form)
+        for form in ("png", "webp")
+    }
+    line.run()
+    assert len(noise.batches) == 1
+    for job_id in jobs_of.values():
+        assert job_row(farm, tenant, job_id).status == "succeeded"
 
 
 def test_a_cancelled_batch_stops_between_two_steps(
@@ -304,7 +335,7 @@ def test_an_unreadable_picture_is_refused(farm: Farm) -> None:
 
     for content in (b"", b"not a picture", _bare_png()):
         with pytest.raises(InvalidRequest):
-            read_png(content)
+            read(content)
 
 
 def _bare_png() -> bytes:

@@ -18,11 +18,11 @@ from farm.artifacts import artifact_key
 from farm.catalog import load_catalog
 from farm.config import Settings
 from farm.context import Farm
+from farm.encoding import read
 from farm.errors import CatalogError
 from farm.families import all_families
 from farm.families.base import Batch
 from farm.offers import make_offer
-from farm.provenance import read_png
 from farm.spec import FrameSpec
 from tests.farming import frame_rows, job_row, submit
 from tests.integration.test_api_refusals import check_problem
@@ -168,7 +168,7 @@ def test_from_a_client_to_the_storage(farm: Farm, tenant: uuid.UUID) -> None:
     assert len(rows) == 6
     for ordinal, row in rows.items():
         content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
-        image, provenance = read_png(content)
+        image, provenance, _ = read(content)
         grey = 0 if ordinal < 3 else 99
         assert provenance.frame.params["grey"] == grey
         assert np.abs(np.asarray(image).astype(int) - expected(24, 24, grey)).max() <= 1

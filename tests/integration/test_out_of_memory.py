@@ -10,7 +10,7 @@ import pytest
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
-from farm.provenance import read_png
+from farm.encoding import read
 from farm.spec import FrameSpec, shrunk
 from farm.store import frames
 from farm.store.engine import transaction
@@ -70,7 +70,7 @@ def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
         expected = [(1, "out_of_memory")] if ordinal < 4 else []
         assert attempts_of(farm, job_id, ordinal) == expected
         content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
-        assert read_png(content)[1].frame.bucket == 2
+        assert read(content)[1].frame.bucket == 2
     with serving(farm) as api:
         frame = api.client("default").get(f"/v1/jobs/{job_id}/frames/9").json()
     assert frame["bucket"] == 2

@@ -11,16 +11,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from sqlalchemy import text
 
 from farm import jobs
-from farm.artifacts import Artifacts, artifact_key, job_prefix, parse_key
+from farm.artifacts import ArtifactName, Artifacts, artifact_key, job_prefix, parse_key
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import NotFound, Unavailable
+from farm.formats import Format
 from farm.images import image_key
 from farm.store import retention
 from farm.store.engine import transaction
@@ -217,12 +218,18 @@ def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> 
 def test_an_artifacts_key_is_read_back_and_no_other_key_is() -> None:
     tenant, job_id, digest = uuid.uuid4(), uuid.uuid4(), hashlib.sha256(LATE).digest()
     key = artifact_key(tenant, job_id, 12, digest)
-    assert parse_key(key) == (tenant, job_id, 12, digest)
+    assert parse_key(key) == (tenant, job_id, 12, digest, "png")
+    for form, extension in zip(get_args(Format), ("png", "jpg", "webp"), strict=True):
+        name = ArtifactName(tenant, job_id, 12, digest, form)
+        assert name.key == key.removesuffix("png") + extension
+        assert parse_key(name.key) == name
     assert parse_key(artifact_key(tenant, job_id, 12_345_678_901, digest)) is not None
     for other in (
         image_key(tenant, digest.hex()),
         f"doctor/{digest.hex()}",
         key.upper(),
+        key.replace(".png", ".gif"),
+        key.replace(".png", ".jpeg"),
         key + "x",
         key.replace("000000012", "0000000012"),
         key.replace(str(tenant), "-" * 36),
@@ -255,6 +262,10 @@ def test_only_what_no_frame_will_ever_name_is_deleted(
     kept += [put(farm, uuid.uuid4(), gone, 0, LATE), put(farm, uuid.uuid4(), done, 0, LATE)]
     kept += [image_key(tenant, hashlib.sha256(LATE).hexdigest()), f"{tenant}/{gone}/notes.png"]
     for key in kept[-2:]:
+        farm.artifacts.put(key, LATE)
+    orphans.append(orphans[1].replace(".png", ".jpg"))
+    kept.append(kept[0].replace(".png", ".webp"))
+    for key in (orphans[-1], kept[-1]):
         farm.artifacts.put(key, LATE)
     look_through(farm, work)
     assert [key for key in orphans if is_stored(farm, key)] == []

@@ -143,6 +143,8 @@ def test_marks_without_unicode() -> None:
 
 def test_a_picture_is_named_by_its_frame() -> None:
     assert picture_name({"ordinal": 12, "seed": 31}) == "12-31.png"
+    assert picture_name({"ordinal": 12, "seed": 31, "format": "jpeg"}) == "12-31.jpg"
+    assert picture_name({"ordinal": 12, "seed": 31, "format": "webp"}) == "12-31.webp"
 
 
 def test_the_contact_sheet_holds_every_picture() -> None:

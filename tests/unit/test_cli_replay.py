@@ -13,12 +13,14 @@ from PIL import Image, PngImagePlugin
 
 from farm import replay
 from farm.catalog import Catalog, load_catalog
+from farm.encoding import encode, read
 from farm.errors import InvalidRequest
 from farm.families.base import Batch
 from farm.families.devices import device_name, prepare_torch
+from farm.formats import Format
 from farm.imagefiles import decoded, normalised
 from farm.offers import make_offer
-from farm.provenance import Provenance, encode_png, library_versions, read_png
+from farm.provenance import Provenance, library_versions
 from farm.spec import FrameSpec
 from tests.checkpoints import save
 from tests.commanding import Outcome, farm
@@ -50,7 +52,7 @@ def same_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
+def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2, form: Format = "png") -> bytes:
     """A picture as a worker renders it, beside another frame."""
     import torch
 
@@ -58,14 +60,19 @@ def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2) -> bytes:
     offer = make_offer("tiny", catalog.pipelines["tiny"])
     frames = [
         FrameSpec(
-            pipeline="tiny", prompt=prompt, seed=seed, bucket=bucket, params={**SIZE, **PARAMS}
+            pipeline="tiny",
+            prompt=prompt,
+            seed=seed,
+            bucket=bucket,
+            params={**SIZE, **PARAMS},
+            format=form,
         )
         for prompt, seed in (("a star", 31), ("a moon", 7))[:bucket]
     ]
     loaded = offer.family.load(offer.pipeline)
     picture = offer.family.denoise(loaded, Batch(frames))[0]
     assert picture is not None
-    return encode_png(
+    return encode(
         picture,
         Provenance(
             frame=frames[0],
@@ -85,9 +92,9 @@ def content(catalog: Catalog) -> bytes:
 
 def altered(content: bytes, **changes: Any) -> bytes:
     """The same picture, whose text claims something else."""
-    picture, provenance = read_png(content)
+    picture, provenance, _ = read(content)
     frame = provenance.frame.model_copy(update=changes.pop("frame", {}))
-    return encode_png(picture, provenance.model_copy(update={**changes, "frame": frame}))
+    return encode(picture, provenance.model_copy(update={**changes, "frame": frame}))
 
 
 def repainted(content: bytes, *places: tuple[int, int]) -> bytes:
@@ -115,8 +122,25 @@ def test_a_picture_is_rendered_again_to_the_same_bytes(catalog: Catalog, threads
     )
     assert again.identical
     assert again.notes == []
-    assert encode_png(again.fresh, again.now) == content
+    assert encode(again.fresh, again.now) == content
     assert steps == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("form", "compared"), [("jpeg", "pixels of the JPEG, encoded again"), ("webp", "pixels")]
+)
+def test_jpeg_and_webp_are_rendered_again_too(
+    catalog: Catalog, form: Format, compared: str
+) -> None:
+    content = rendered(catalog, form=form)
+    again = replay.replay(content, catalog)
+    assert (again.identical, again.compared, again.notes) == (True, compared, [])
+    assert encode(again.fresh, again.now) == content
+    picture, provenance, _ = read(content)
+    picture.paste((0, 0, 0), (0, 0, 16, 16))
+    again = replay.replay(encode(picture, provenance), catalog)
+    assert again.difference is not None
+    assert again.difference.first[1] < 16
 
 
 def test_a_changed_pixel_is_found(catalog: Catalog, content: bytes) -> None:
@@ -145,7 +169,7 @@ def test_other_weights_are_said_so(folder: Path, content: bytes, tmp_path: Path)
 
 
 def test_everything_that_differs_is_noted(catalog: Catalog, content: bytes) -> None:
-    _picture, provenance = read_png(content)
+    _picture, provenance, _ = read(content)
     versions = {**provenance.versions, "torch": "1.0", "xformers": "0.1"}
     again = replay.replay(altered(content, device="cpu SPARC", versions=versions), catalog)
     assert again.identical
@@ -261,7 +285,7 @@ def test_a_steered_picture_needs_the_image_that_steered_it(
         options=dict(loaded.options),
     )
     assert provenance.options == {"channels_last": True}
-    (tmp_path / "steered.png").write_bytes(encode_png(picture, provenance))
+    (tmp_path / "steered.png").write_bytes(encode(picture, provenance))
 
     for name in ("FARM_DATA", "FARM_API_KEY"):
         monkeypatch.delenv(name, raising=False)

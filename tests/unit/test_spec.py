@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from farm.catalog import load_catalog
 from farm.config import DEMO_CATALOG, Settings
 from farm.errors import CatalogError, InvalidRequest
+from farm.families.base import Params
 from farm.offers import make_offer
 from farm.spec import (
     MAX_SEED,
@@ -252,3 +255,46 @@ def test_a_missing_family_or_checkpoint_is_said(tmp_path: Path) -> None:
         make_offer("c", pipelines["c"])
     with pytest.raises(CatalogError, match=r"defaults\.steps"):
         make_offer("d", pipelines["d"])
+
+
+class Wide(Params):
+    """Of a family without a limit of its own."""
+
+    width: int = Field(default=64)
+    height: int = Field(default=64)
+
+
+@pytest.mark.parametrize(("form", "limit"), [("jpeg", 65_535), ("webp", 16_383)])
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_a_picture_that_its_format_cannot_hold_is_refused(form: str, limit: int, side: str) -> None:
+    pipeline = OFFER.pipeline.model_copy(update={"max_pixels": 10**9})
+    offer = replace(OFFER, pipeline=pipeline, family_params=Wide, params_type=Wide)
+
+    def submitted(**fields: Any) -> FullSpec:
+        body = {"pipeline": OFFER.name, "prompts": ["a star"], "format": form, **fields}
+        return full_spec(check_job(body, SETTINGS), offer, SETTINGS)
+
+    assert submitted(**{side: limit}).format == form
+    words = f"{side} is {limit + 1} pixels; the limit of format {form} is {limit}"
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        submitted(**{side: limit + 1})
+    assert caught.value.param == side
+    with pytest.raises(InvalidRequest) as caught:
+        submitted(grid={side: [64, limit + 1]})
+    assert caught.value.param == f"grid.{side}"
+
+
+def test_the_format_is_the_frames_and_not_the_batchs() -> None:
+    given = {"pipeline": OFFER.name, "prompts": ["a star"]}
+    specs = {
+        form: full_spec(check_job({**given, "format": form}, SETTINGS), OFFER, SETTINGS)
+        for form in ("png", "jpeg", "webp")
+    }
+    assert len({spec.points[0].batch_key for spec in specs.values()}) == 1
+    assert {form: frame_spec(spec, 0, "x").format for form, spec in specs.items()} == {
+        form: form for form in specs
+    }
+    stored = specs["png"].model_dump(exclude={"format"})
+    assert FullSpec.model_validate(stored).format == "png"
+    with pytest.raises(InvalidRequest, match="format: Input should be 'png', 'jpeg' or 'webp'"):
+        check_job({**given, "format": "tiff"}, SETTINGS)
