@@ -69,7 +69,7 @@ def write_buckets(path: Path, name: str, table: Mapping[str, int]) -> None:
 
 def _changed(text: str, name: str, table: Mapping[str, int]) -> str:
     document = tomlkit.parse(text)
-    entry: Any = document["pipelines"][name]  # type: ignore[index]
+    entry: Any = document["pipelines"][name]
     old = entry.get("bucket")
     if isinstance(old, Table):  # under a header of its own
         for size in [size for size in old if size not in table]:
