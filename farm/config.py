@@ -16,6 +16,17 @@ from farm.envfile import load_env
 DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
 
 
+def _user_cache() -> Path:
+    """Where a user's caches lie: https://specifications.freedesktop.org/basedir-spec/latest/"""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():
+        return given
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+
+
 class Settings(BaseSettings):
     """Everything a process of the farm can be told; every field has the variable FARM_<NAME>."""
 
@@ -74,6 +85,10 @@ class Settings(BaseSettings):
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / f"farm-{os.getuid()}",
         description="where a worker keeps pictures while the storage is away",
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: _user_cache() / "farm",
+        description="where workers keep compiled graphs and weights' hashes between starts",
     )
     spool_bytes: int = Field(
         default=2 * 2**30, ge=0, description="bytes of pictures that a worker keeps so at most"

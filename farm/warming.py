@@ -13,6 +13,7 @@ from PIL import Image
 from farm.errors import CatalogError
 from farm.families.base import Batch, Loaded, Params
 from farm.families.compiling import compile_no_more
+from farm.families.graphs import graphs_kept
 from farm.offers import Offer, sample
 from farm.spec import FrameSpec
 
@@ -78,20 +79,25 @@ def warm_up(offer: Offer, loaded: Loaded, only: FrameSpec | None = None) -> Warm
     shapes = set(declared_shapes(offer))
     if only is not None:
         shapes &= {shape_of(only)}
-    for shape in sorted(shapes, key=lambda shape: (shape.width, shape.height, shape.bucket)):
-        for params in _variants(offer, shape):
-            try:
-                offer.family.denoise(loaded, _batch(offer, shape, params))
-            except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise CatalogError(
-                    f"{offer.pipeline.source} cannot be compiled for {shape.width}x{shape.height} "
-                    f"at bucket {shape.bucket}: {reason}"
-                ) from error
+    with graphs_kept(offer.name, offer.pipeline):
+        for shape in sorted(shapes, key=lambda shape: (shape.width, shape.height, shape.bucket)):
+            _compile_for(offer, loaded, shape)
     compile_no_more(is_anything_compiled=bool(shapes))
     seconds = time.monotonic() - started
     log.info("%s compiled for %d shapes in %.1f s", offer.name, len(shapes), seconds)
     return Warmth(shapes)
+
+
+def _compile_for(offer: Offer, loaded: Loaded, shape: Shape) -> None:
+    for params in _variants(offer, shape):
+        try:
+            offer.family.denoise(loaded, _batch(offer, shape, params))
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CatalogError(
+                f"{offer.pipeline.source} cannot be compiled for {shape.width}x{shape.height} "
+                f"at bucket {shape.bucket}: {reason}"
+            ) from error
 
 
 def declared_shapes(offer: Offer) -> Iterator[Shape]:

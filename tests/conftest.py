@@ -58,6 +58,7 @@ def settings(servers: Servers, template: str, tmp_path: Path) -> Iterator[Settin
         touch_seconds=0.05,
         transaction_seconds=2.0,
         scratch_dir=tmp_path / "scratch",
+        cache_dir=tmp_path / "cache",
     )
     _run(servers, f"DROP DATABASE {name} WITH (FORCE)")
 

@@ -10,6 +10,7 @@ from farm.config import load_settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
 from farm.families.devices import prepare_torch
+from farm.families.kept import keep_in
 from farm.families.loading import free_what_is_left
 from farm.offers import make_offer
 from farm.store import workers
@@ -107,6 +108,7 @@ class Child:
         """Load and pin; returns what kept it from that."""
         name, pipeline, started = self._identity.name, self._identity.pipeline, self._clock()
         try:
+            keep_in(self._farm.settings.cache_dir)
             prepare_torch(self._farm.settings.torch_threads)
             # Read anew for each try: the checkpoint may be another one since.
             offer = make_offer(pipeline, self._farm.entry(pipeline))

@@ -15,6 +15,7 @@ from rich.text import Text
 from farm import __version__
 from farm.cli import (
     audit,
+    calibrate,
     demo,
     doctor,
     download,
@@ -60,6 +61,7 @@ app.command("api", rich_help_panel=RUN)(processes.api)
 app.command("worker", rich_help_panel=RUN)(processes.worker)
 app.command("janitor", rich_help_panel=RUN)(processes.janitor)
 app.command("migrate", rich_help_panel=RUN)(processes.migrate)
+app.command("calibrate", rich_help_panel=RUN)(calibrate.calibrate)
 app.command("audit", rich_help_panel=RUN)(audit.audit)
 app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
 

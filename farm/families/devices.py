@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,38 @@ def quieten_libraries() -> None:
     for quiet in (diffusers_logging, transformers_logging):
         quiet.disable_progress_bar()
         quiet.set_verbosity_error()
+
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def watch_peak_memory(device: str) -> None:
+    """Begin anew to note the most memory in use; see peak_memory."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    # 5 resets the peak: https://docs.kernel.org/filesystems/proc.html
+    with suppress(OSError):  # another system: the peak is that since the process began
+        CLEAR_REFS.write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes in use since watch_peak_memory.
+
+    On a GPU those that torch had allocated. On the CPU those of the whole process, its libraries
+    and weights included; where the system cannot begin anew, the most since the process began.
+    """
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from farm.errors import CatalogError, one_line
+from farm.families.kept import file_hash
 from farm.families.layout import INDEX, components, read_json
 
 SAFE = ".safetensors"
@@ -113,9 +114,7 @@ def weights_hash(folder: Path) -> str:
     """Hash every file of a checkpoint that decides what is drawn, names included (sha256, hex)."""
     digest = hashlib.sha256()
     for path in _weighed_files(folder):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 

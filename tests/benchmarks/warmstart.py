@@ -1,0 +1,129 @@
+"""From a worker's start to its first picture: with an empty cache, and with what that one kept.
+
+Each start is a process of its own, on a tiny compiled Stable Diffusion. Run as a module with a
+catalog's folder and a cache's, it is such a start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.checkpoints import save
+
+CATALOG = """
+[pipelines.tiny]
+source = "tiny"
+device = "cpu"
+compile = "default"
+"""
+SECONDS = 600.0
+"""that a start may take"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start, and what it spent its seconds on."""
+
+    imports: float
+    loading: float
+    compiling: float
+    picture: float
+    """the first picture that is kept"""
+    pixels: str
+    """its sha256"""
+
+    @property
+    def seconds(self) -> float:
+        """From the first import to the first picture."""
+        return self.imports + self.loading + self.compiling + self.picture
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cold start beside a warm one."""
+
+    cold: Start
+    warm: Start
+
+    @property
+    def share(self) -> float:
+        """Of the cold start's time, what the warm one takes."""
+        return self.warm.seconds / self.cold.seconds
+
+    @property
+    def is_same_picture(self) -> bool:
+        """Whether both gave the same pixels."""
+        return self.warm.pixels == self.cold.pixels
+
+
+def measure(repeats: int = 1) -> list[Row]:
+    """Start cold and then warm, so often, each pair with a cache of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save("stable_diffusion", folder / "tiny")
+        (folder / "pipelines.toml").write_text(CATALOG)
+        return [
+            Row(
+                start(folder, folder / f"cache-{number}"), start(folder, folder / f"cache-{number}")
+            )
+            for number in range(repeats)
+        ]
+
+
+def start(folder: Path, cache: Path) -> Start:
+    """Start a process that renders one picture of the catalog's `tiny`."""
+    inherited = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.warmstart", str(folder), str(cache)],
+        env=inherited | {"OMP_WAIT_POLICY": "PASSIVE"},
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=SECONDS,
+        check=True,
+    )
+    return Start(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _render(folder: Path, cache: Path) -> Start:
+    began = time.perf_counter()
+    import diffusers  # noqa: F401 - what loading would import first of all
+    import transformers  # noqa: F401
+
+    from farm.catalog import load_catalog
+    from farm.families.base import Batch
+    from farm.families.devices import prepare_torch
+    from farm.families.kept import keep_in
+    from farm.offers import make_offer
+    from farm.spec import FrameSpec
+    from farm.warming import warm_up
+
+    prepare_torch(1)
+    imported = time.perf_counter()
+    keep_in(cache)
+    offer = make_offer("tiny", load_catalog(folder / "pipelines.toml").pipelines["tiny"])
+    loaded = offer.family.load(offer.pipeline)
+    pinned = time.perf_counter()
+    warm_up(offer, loaded)
+    compiled = time.perf_counter()
+    params = offer.params({"steps": 4}).model_dump()
+    frame = FrameSpec(pipeline="tiny", prompt="a star", seed=31, bucket=1, params=params)
+    picture = offer.family.denoise(loaded, Batch([frame]))[0]
+    rendered = time.perf_counter()
+    assert picture is not None
+    pixels = hashlib.sha256(picture.tobytes()).hexdigest()
+    return Start(
+        imported - began, pinned - imported, compiled - pinned, rendered - compiled, pixels
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(asdict(_render(Path(sys.argv[1]), Path(sys.argv[2])))) + "\n")

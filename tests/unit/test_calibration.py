@@ -1,0 +1,277 @@
+"""Which bucket is chosen, when a sweep ends, and what is left of the catalog's file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import farm.families as farm_families
+from farm.calibration import Point, best_bucket, buckets, has_stopped_growing
+from farm.catalog import load_catalog
+from farm.catalogfile import write_buckets
+from farm.cli.exits import ERROR, OK, USAGE
+from farm.config import DEMO_CATALOG
+from farm.errors import CatalogError
+from farm.families import all_families
+from farm.families.null import write_checkpoint
+from tests.commanding import Outcome, farm, farm_process
+
+
+def point(bucket: int, images_per_second: float, *noise: float) -> Point:
+    seconds = bucket / images_per_second
+    return Point(bucket, (seconds, *(seconds * share for share in noise)), 0)
+
+
+RISING = [point(1, 1.0), point(2, 1.9), point(4, 3.4), point(8, 3.5), point(16, 3.45)]
+
+
+@pytest.mark.parametrize(("share", "bucket"), [(1.0, 8), (0.97, 4), (0.9, 4), (0.5, 2), (0.1, 1)])
+def test_the_smallest_bucket_that_is_fast_enough(share: float, bucket: int) -> None:
+    assert best_bucket(RISING, share).bucket == bucket
+    assert best_bucket(RISING[::-1], share).bucket == bucket
+
+
+def test_one_disturbed_batch_decides_nothing() -> None:
+    disturbed = [point(1, 1.0, 1.0, 9.0), point(2, 1.9, 1.0, 9.0)]
+    assert [round(item.images_per_second, 6) for item in disturbed] == [1.0, 1.9]
+    assert disturbed[0].spread == pytest.approx(8.0)
+    assert best_bucket(disturbed, 0.97).bucket == 2
+
+
+def test_two_buckets_without_growth_end_a_sweep() -> None:
+    assert not any(has_stopped_growing(RISING[:count]) for count in range(5))
+    flat = [*RISING[:3], point(8, 3.4), point(16, 3.46)]
+    assert has_stopped_growing(flat)
+    assert not has_stopped_growing(flat[:4])
+    assert not has_stopped_growing([*RISING[:3], point(8, 3.0), point(16, 4.0)])
+
+
+def test_the_buckets_that_are_tried() -> None:
+    assert [buckets(most) for most in (1, 2, 6, 16)] == [
+        [1],
+        [1, 2],
+        [1, 2, 4, 6],
+        [1, 2, 4, 8, 16],
+    ]
+    assert buckets(64)[-2:] == [32, 64]
+
+
+CATALOG = """\
+# What we render.
+[pipelines.other]        # not this one
+source  =   "x"
+bucket = { "default" = 1 }
+
+[pipelines.tiny]
+source     = "y"   # beside this file
+{bucket}
+defaults   = { "steps" = 2 }   # quick
+
+# The end.
+"""
+CHANGED = 'bucket     = { "default" = 2, "64x64" = 8 }'
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('bucket     = { "default" = 4 }', CHANGED),
+        ('bucket     = { "default" = 4, "8x8" = 1 }   # measured', f"{CHANGED}   # measured"),
+        ("bucket     = {default=4} # measured", f"{CHANGED} # measured"),
+    ],
+)
+def test_only_the_bucket_line_changes(tmp_path: Path, before: str, after: str) -> None:
+    path = tmp_path / "pipelines.toml"
+    path.write_text(CATALOG.replace("{bucket}", before))
+    path.chmod(0o640)
+    write_buckets(path, "tiny", {"default": 2, "64x64": 8})
+    assert path.read_text() == CATALOG.replace("{bucket}", after)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert [file.name for file in tmp_path.iterdir()] == ["pipelines.toml"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CATALOG.replace("{bucket}\n", ""),
+        '[pipelines.tiny]\nsource = "y"\n\n[pipelines.tiny.bucket]  # it was\ndefault = 4 # four\n'
+        '"8x8" = 2\n\n[pipelines.other]\nsource = "z"\n',
+        'pipelines.tiny.source = "y"\npipelines.tiny.bucket.default = 4\n',
+        'pipelines = { tiny = { source = "y" } }\n',
+        '[pipelines]\ntiny = { source = "y", bucket = { default = 3 } }  # short\n',
+        '[pipelines.tiny]\r\nsource = "y"  # Windows\r\nbucket = { default = 3 }\r\n',
+    ],
+)
+def test_however_it_is_written_the_rest_stays(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "pipelines.toml"
+    path.write_bytes(text.encode())
+    before = load_catalog(path).model_dump()
+    write_buckets(path, "tiny", {"default": 2, "64x64": 8})
+    after = load_catalog(path).model_dump()
+    assert after["pipelines"]["tiny"].pop("bucket") == {"default": 2, "64x64": 8}
+    before["pipelines"]["tiny"].pop("bucket")
+    assert after == before
+    changed = path.read_bytes().decode()
+    for line in text.splitlines(keepends=True):
+        assert (
+            "bucket" in line
+            or "8x8" in line
+            or "default" in line
+            or "{" in line
+            or (line in changed)
+        )
+    assert [part for part in text.split() if part.startswith("#")] == [
+        part for part in changed.split() if part.startswith("#")
+    ]
+
+
+def test_a_link_to_the_catalog_stays_one(tmp_path: Path) -> None:
+    real = tmp_path / "real.toml"
+    real.write_text('[pipelines.tiny]\nsource = "y"\n')
+    link = tmp_path / "pipelines.toml"
+    link.symlink_to(real)
+    write_buckets(link, "tiny", {"default": 2})
+    assert link.is_symlink()
+    assert load_catalog(real).pipelines["tiny"].bucket == {"default": 2}
+
+
+def test_the_programs_own_catalog_is_not_changed() -> None:
+    before = DEMO_CATALOG.read_bytes()
+    with pytest.raises(CatalogError, match="copy it"):
+        write_buckets(DEMO_CATALOG, "demo", {"default": 2})
+    assert DEMO_CATALOG.read_bytes() == before
+
+
+FAMILY = '''
+"""The null family, on a device with room for four pictures of 64x64."""
+
+from farm.families.base import Batch, Checkpoint, padded
+from farm.families.null import Null
+
+
+class Narrow(Null):
+    name = "narrow"
+
+    def fits(self, pipeline, checkpoint):
+        return False
+
+    def denoise(self, loaded, batch):
+        params = batch.frames[0].params
+        if params["width"] * params["height"] * len(padded(batch.frames)) > 4 * 64 * 64:
+            raise MemoryError
+        return super().denoise(loaded, batch)
+
+
+family = Narrow()
+'''
+TABLE = 'bucket = { "default" = 1, "128x128" = 3, "256x256" = 7 }'
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A catalog whose one pipeline runs out of memory."""
+    folder = tmp_path / "families"
+    folder.mkdir()
+    (folder / "narrow.py").write_text(FAMILY)
+    monkeypatch.setattr(farm_families, "__path__", [*farm_families.__path__, str(folder)])
+    all_families.cache_clear()
+    write_checkpoint(tmp_path / "null")
+    path = tmp_path / "pipelines.toml"
+    path.write_text(
+        f'# Ours.\n[pipelines.x]\nfamily = "narrow"\nsource = "null"\n{TABLE}\n# End.\n'
+    )
+    monkeypatch.setenv("FARM_PIPELINES", str(path))
+    yield path
+    all_families.cache_clear()
+    sys.modules.pop("farm.families.narrow", None)
+
+
+def calibrate(*words: str) -> Outcome:
+    return farm("calibrate", "x", "--batches", "1", "--steps", "1", *words)
+
+
+def test_memory_that_runs_out_ends_the_sweep_of_its_size(catalog: Path) -> None:
+    done = calibrate("--write", "--json", "--share", "1")
+    assert done.code == OK, done.err
+    said = done.json
+    assert [(item["names"], item["ended"]) for item in said["sizes"]] == [
+        (["default"], "out_of_memory"),
+        (["128x128"], "out_of_memory"),
+        (["256x256"], "out_of_memory"),
+    ]
+    tried = [[at["bucket"] for at in item["points"]] for item in said["sizes"]]
+    assert tried == [[1, 2, 4], [1], []]
+    assert said["bucket"] == {"default": 4, "128x128": 1, "256x256": 7}
+    # Steps wait as long whatever the bucket: the largest that fits is by far the fastest.
+    text = catalog.read_text()
+    table = 'bucket = { "default" = 4, "128x128" = 1, "256x256" = 7 }'
+    assert text.replace(table, TABLE) == (
+        f'# Ours.\n[pipelines.x]\nfamily = "narrow"\nsource = "null"\n{TABLE}\n# End.\n'
+    )
+
+
+def test_it_tells_people_what_to_paste(catalog: Path) -> None:
+    before = catalog.read_text()
+    done = calibrate("--share", "1")
+    assert done.code == OK, done.err
+    assert done.out.splitlines()[-1].startswith('bucket = { "default" = 4,')
+    assert "Memory ran out beyond bucket 4." in done.out
+    assert "Memory runs out for a single picture of this size" in done.out
+    assert "recommended" in done.out
+    assert catalog.read_text() == before
+
+
+def test_where_no_picture_fits_that_is_an_error(catalog: Path) -> None:
+    catalog.write_text(
+        '[pipelines.x]\nfamily = "narrow"\nsource = "null"\n'
+        "defaults = { width = 256, height = 256 }\n"
+    )
+    done = calibrate("--write")
+    assert done.code == ERROR
+    assert "Memory runs out for a single picture" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--size", "64"], ERROR, "size '64': write it as 768x512"),
+        (["--size", "0x64"], ERROR, "write it as 768x512"),
+        (["--size", "60x64"], ERROR, "width"),
+        (["--size", "8192x8192"], ERROR, "at most 4194304 pixels"),
+        (["--most", "65"], USAGE, "--most"),
+        (["--share", "0"], USAGE, "--share"),
+        (["--batches", "0"], USAGE, "--batches"),
+    ],
+)
+def test_bad_input_is_named(catalog: Path, words: list[str], code: int, said: str) -> None:
+    done = calibrate(*words)
+    assert (done.code, "Traceback" in done.err) == (code, False)
+    assert said in done.err
+
+
+def test_an_unknown_pipeline_is_named(catalog: Path) -> None:
+    done = farm("calibrate", "y")
+    assert done.code == ERROR
+    assert "There is no pipeline 'y'; there are x." in done.err
+
+
+def test_the_demo_is_swept(tmp_path: Path) -> None:
+    """The real pipeline, in a process of its own, as a user has it."""
+    words = ("--most", "2", "--batches", "2", "--steps", "1", "--size", "32x32", "--json")
+    done = farm_process("calibrate", "demo", *words, env={"FARM_TORCH_THREADS": "1"})
+    assert done.code == OK, done.err
+    said = json.loads(done.out.splitlines()[-1])
+    assert [item["names"] for item in said["sizes"]] == [["default", "64x64"], ["32x32"]]
+    for item in said["sizes"]:
+        assert [at["bucket"] for at in item["points"]] == [1, 2]
+        assert item["ended"] == "most"
+        for at in item["points"]:
+            assert len(at["seconds"]) == 2
+            assert at["images_per_second"] * at["seconds_per_image"] == pytest.approx(1)
+            assert 2**27 < at["peak_bytes"] < 2**33  # the process has torch in it
+    assert set(said["bucket"]) == {"default", "64x64", "32x32"}
+    assert not said["written"]

@@ -1,0 +1,189 @@
+"""What is kept between starts: found again while nothing changed, made anew when anything did."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from farm.families import kept
+from farm.families.kept import LARGE, file_hash, keep_in, kept_folder
+from tests.benchmarks.warmstart import measure
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(kept, "SETTLED_SECONDS", -1.0)
+    keep_in(tmp_path / "cache")
+    yield tmp_path / "cache"
+    keep_in(None)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"a" * 2 * LARGE)
+    return path
+
+
+def truth(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def entry(cache: Path) -> Path:
+    [found] = (cache / "hashes").iterdir()
+    return found
+
+
+def forged(cache: Path, key_of: Path) -> str:
+    """Put another hash into the entry, rightly checked, so that a hit can be told."""
+    status = key_of.stat()
+    key: kept.Key = [
+        str(key_of.resolve()),
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    ]
+    kept._write(entry(cache), key, "0" * 64)
+    return "0" * 64
+
+
+def test_an_unchanged_file_is_not_read_again(cache: Path, weights: Path) -> None:
+    assert file_hash(weights) == truth(weights)
+    mark = forged(cache, weights)
+    assert file_hash(weights) == mark
+    link = weights.with_name("link.safetensors")
+    link.symlink_to(weights)
+    assert file_hash(link) == mark
+
+
+def test_a_changed_file_is_read_again(cache: Path, weights: Path) -> None:
+    file_hash(weights)
+    mark = forged(cache, weights)
+    before = weights.stat()
+    with weights.open("r+b") as file:
+        file.write(b"b")
+    # The size and the time of writing are as they were, as some tools leave them.
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file_hash(weights) == truth(weights) != mark
+    assert file_hash(weights) == truth(weights)
+
+
+def test_a_replaced_file_is_read_again(cache: Path, weights: Path) -> None:
+    file_hash(weights)
+    forged(cache, weights)
+    other = weights.with_name("other")
+    other.write_bytes(b"c" * 2 * LARGE)
+    other.replace(weights)
+    assert file_hash(weights) == truth(weights)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\xff\xfe", b"[]", b"null", b'{"sha256": 1}', b'{"sha256": "0", "check": "0"}']
+)
+def test_a_damaged_entry_is_made_anew(cache: Path, weights: Path, damage: bytes) -> None:
+    file_hash(weights)
+    good = entry(cache).read_bytes()
+    entry(cache).write_bytes(damage)
+    assert file_hash(weights) == truth(weights)
+    assert entry(cache).read_bytes() == good
+
+
+def test_a_hash_that_is_changed_in_place_is_not_believed(cache: Path, weights: Path) -> None:
+    file_hash(weights)
+    content = json.loads(entry(cache).read_bytes())
+    entry(cache).write_text(json.dumps(content | {"sha256": "0" * 64}))
+    assert file_hash(weights) == truth(weights)
+
+
+def test_a_file_that_was_just_written_is_hashed_and_not_remembered(
+    cache: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SETTLED_SECONDS", 3600.0)
+    assert file_hash(weights) == truth(weights)
+    assert [*(cache / "hashes").iterdir()] == []
+
+
+def test_others_may_not_write_there(cache: Path, weights: Path) -> None:
+    assert kept_folder("hashes") is not None
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    assert kept_folder("hashes") is None
+    assert file_hash(weights) == truth(weights)
+    assert [*(cache / "hashes").iterdir()] == []
+
+
+def test_a_cache_that_cannot_be_made_is_done_without(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "file").write_text("")
+    keep_in(tmp_path / "file")
+    assert file_hash(weights) == truth(weights)
+    keep_in(None)
+    assert file_hash(weights) == truth(weights)
+
+
+COMPILE = """
+import sys
+from pathlib import Path
+import torch
+import torch._inductor.config
+from torch._dynamo.utils import counters
+from farm.catalog import Pipeline
+from farm.families.graphs import graphs_kept
+from farm.families.kept import keep_in
+keep_in(Path(sys.argv[1]))
+torch._inductor.config.compile_threads = 1
+torch.set_num_threads(1)
+with graphs_kept("x", Pipeline(source="x")), torch.no_grad():
+    x = torch.linspace(-3, 3, 4096)
+    y = torch.compile(lambda x: (torch.sin(x) * torch.exp(x)).cumsum(0) + x.relu())(x)
+found = counters["aot_autograd"]["autograd_cache_hit"]
+print(found, y.numpy().tobytes().hex()[:4096])
+"""
+
+
+def compiled(cache: Path, *, cwd: Path) -> tuple[int, str]:
+    """Compile in a process of its own: how many graphs were found, and what they computed."""
+    inherited = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(cache)],
+        env=inherited | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found, content = done.stdout.split()
+    return int(found), content
+
+
+@pytest.mark.slow
+def test_kept_graphs_are_found_and_damaged_ones_made_anew(cache: Path, tmp_path: Path) -> None:
+    cold, content = compiled(cache, cwd=tmp_path)
+    assert cold == 0
+    assert compiled(cache, cwd=tmp_path) == (1, content)
+    [folder] = [path for path in (cache / "compiled").iterdir() if path.is_dir()]
+    for library in folder.rglob("*.so"):
+        library.write_bytes(library.read_bytes()[:5000])  # as a full disk leaves it
+    assert compiled(cache, cwd=tmp_path) == (0, content)
+    (folder / "from-elsewhere.py").write_text("raise SystemExit(3)")
+    assert compiled(cache, cwd=tmp_path) == (0, content)
+    folder.with_name(f"{folder.name}.json").write_text("{")
+    assert compiled(cache, cwd=tmp_path) == (0, content)
+    assert compiled(cache, cwd=tmp_path) == (1, content)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # compilers are slow on busy machines
+def test_a_second_start_takes_a_fifth_of_the_first_and_gives_the_same_picture() -> None:
+    [row] = measure()
+    assert row.is_same_picture
+    assert row.share <= 0.2, row
