@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,8 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from farm.config import Settings
 from farm.errors import Unavailable
@@ -19,6 +21,8 @@ from farm.errors import Unavailable
 CONNECT_SECONDS = 5
 POOL_SIZE = 5
 STATEMENT_MILLISECONDS = 30_000
+IDLE_SECONDS = 1.0
+"""A connection left alone for longer is tried before it is used: one more round trip."""
 IDLE_IN_TRANSACTION = "25P03"
 TRY_AGAIN = {"08", "40", "53", "57"}
 """SQLSTATE classes: connection, rollback (a deadlock's victim), resources, operator."""
@@ -45,7 +49,6 @@ def open_store(settings: Settings) -> Store:
         url,
         pool_size=POOL_SIZE,
         max_overflow=2 * POOL_SIZE,
-        pool_pre_ping=True,
         pool_timeout=CONNECT_SECONDS,
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
@@ -61,12 +64,30 @@ def open_store(settings: Settings) -> Store:
         },
     )
     event.listen(store, "connect", _add_routines)
+    _try_idle_ones(store)
     return store
 
 
 def _add_routines(connection: Any, _record: Any) -> None:
     connection.execute(ROUTINES)
     connection.commit()
+
+
+def _try_idle_ones(store: Engine) -> None:
+    def before(connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+        used = record.info.pop("used", None)
+        if used is None or time.monotonic() - used < IDLE_SECONDS:
+            return
+        try:
+            store.dialect.do_ping(connection)
+        except Exception as error:
+            raise InvalidatePoolError from error
+
+    def after(_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["used"] = time.monotonic()
+
+    event.listen(store, "checkout", before)
+    event.listen(store, "checkin", after)
 
 
 @contextmanager
