@@ -11,6 +11,7 @@ from farm.catalog import Pipeline
 from farm.families.base import Batch, Checkpoint, Loaded, Negatable, Params, padded
 from farm.spec import FrameSpec
 
+STEPS = 10
 Disturb = Callable[[Sequence[FrameSpec], int], None]
 
 
@@ -31,6 +32,7 @@ class Noise:
     def __init__(self) -> None:
         self.batches: list[list[FrameSpec]] = []
         self.disturb: Disturb = lambda _frames, _step: None
+        self.steps = STEPS
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
         return False
@@ -46,9 +48,9 @@ class Noise:
     def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
         frames = batch.frames
         self.batches.append(list(padded(frames)))
-        for step in range(10):
+        for step in range(self.steps):
             self.disturb(frames, step)
-            batch.on_step(step + 1, 10)
+            batch.on_step(step + 1, self.steps)
         return [
             Image.fromarray(np.random.default_rng(frame.seed).integers(0, 255, (8, 8, 3), np.uint8))
             for frame in frames
