@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 import uuid
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.environment_variables import OTEL_BSP_SCHEDULE_DELAY
 from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -53,7 +55,8 @@ class Traces:
             id_generator=self._ids,
         )
         exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")
-        sender = BatchSpanProcessor(exporter, schedule_delay_millis=SEND_MILLISECONDS)
+        delay = None if OTEL_BSP_SCHEDULE_DELAY in os.environ else SEND_MILLISECONDS
+        sender = BatchSpanProcessor(exporter, schedule_delay_millis=delay)
         self._provider.add_span_processor(sender)
         self._tracer = self._provider.get_tracer("farm", __version__)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from tests.farming import job_row, new_tenant, submit
 from tests.noise import Noise
 from tests.receiving import Received, Receiver, receiving
 from tests.serving import serving
+from tests.waiting import wait_until
 from workers.identity import Identity
 from workers.line import RenderLine
 
@@ -44,6 +47,15 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture
 def settings(settings: Settings, receiver: Receiver) -> Settings:
     return settings.model_copy(update={"otlp_endpoint": receiver.url})
+
+
+@pytest.fixture
+def still(settings: Settings, tmp_path: Path) -> Settings:
+    """With a catalog of one pipeline, which renders nothing."""
+    write_checkpoint(tmp_path / "null")
+    catalog = tmp_path / "pipelines.toml"
+    catalog.write_text('[pipelines.still]\nsource = "null"\nbucket = { "default" = 4 }\n')
+    return settings.model_copy(update={"pipelines": catalog})
 
 
 def trace_of(job_id: uuid.UUID | str) -> str:
@@ -77,14 +89,9 @@ def line_of(farm: Farm, pipeline: str) -> RenderLine:
     return RenderLine(farm, identity, offer, offer.family.load(offer.pipeline))
 
 
-def test_a_trace_leads_from_the_call_to_the_commit(
-    settings: Settings, receiver: Receiver, tmp_path: Path
-) -> None:
+def test_a_trace_leads_from_the_call_to_the_commit(still: Settings, receiver: Receiver) -> None:
     """The API and the worker know the job's id and nothing else of each other."""
-    write_checkpoint(tmp_path / "null")
-    catalog = tmp_path / "pipelines.toml"
-    catalog.write_text('[pipelines.still]\nsource = "null"\nbucket = { "default" = 4 }\n')
-    farm = open_farm(settings.model_copy(update={"pipelines": catalog}))
+    farm = open_farm(still)
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     before = time.time_ns()
     with serving(farm) as api:
@@ -112,6 +119,48 @@ def test_a_trace_leads_from_the_call_to_the_commit(
     assert batch[1].ended - batch[1].started >= 2 * 10**7  # two steps of 10 ms each
     assert receiver.paths == {"/v1/traces"}
     assert len(receiver.spans) == 6
+
+
+@contextmanager
+def worker_process(settings: Settings, pipeline: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `farm worker`, which sends its spans at its end and no sooner."""
+    env = {
+        "FARM_DATABASE_URL": settings.database_url.get_secret_value(),
+        "FARM_REDIS_URL": settings.redis_url.get_secret_value(),
+        "FARM_S3_ENDPOINT_URL": str(settings.s3_endpoint_url),
+        "FARM_S3_BUCKET": settings.s3_bucket,
+        "FARM_PIPELINES": str(settings.pipelines),
+        "FARM_SCRATCH_DIR": str(settings.scratch_dir),
+        "FARM_CACHE_DIR": str(settings.cache_dir),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": settings.otlp_endpoint,
+        "OTEL_BSP_SCHEDULE_DELAY": "3600000",
+        "OTEL_SERVICE_NAME": "renderers",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "farm.cli", "worker", pipeline], env=os.environ | env
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_worker_sends_its_last_spans_before_it_ends(still: Settings, receiver: Receiver) -> None:
+    farm = open_farm(still)
+    tenant = new_tenant(farm, "ann")
+    job_id = submit(farm, tenant, pipeline="still")
+    with worker_process(still, "still") as process:
+        wait_until(
+            lambda: job_row(farm, tenant, job_id).status == "succeeded", 120, "it is rendered"
+        )
+        assert [span.name for span in receiver.spans if span.service == "renderers"] == []
+        process.terminate()
+        assert process.wait(60) == 0
+    root, *batch = receiver.await_spans(trace_of(job_id), 6)
+    check_batch(batch, root.id, frames=1, succeeded=1)
+    assert {span.service for span in batch} == {"renderers"}
+    farm.close()
 
 
 def test_a_batch_of_two_jobs_stands_in_both_traces(
