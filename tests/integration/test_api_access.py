@@ -106,11 +106,14 @@ def test_workers_tell_how_busy_their_device_was(api: Api, monkeypatch: pytest.Mo
         [card] = [card for card in cards if f"<bdi>{name}</bdi>" in card]
         assert share in card
     monkeypatch.setenv("FARM_API_URL", api.url)
-    monkeypatch.setenv("FARM_API_KEY", api.key())
+    monkeypatch.setenv("FARM_API_KEY", client.headers["Authorization"].split()[1])
     lines = {words[0]: words for words in map(str.split, command("workers").out.splitlines())}
     assert "busy" in lines["worker"]
     assert "97%" in lines["hand"]
     assert "—" in lines["fresh"]
+    job = api.submit(client)
+    assert client.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200
+    assert "  busy: hand 97%\n" in command("watch", job["id"]).err
 
 
 def test_a_viewer_looks_and_changes_nothing(api: Api) -> None:
