@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
 	  echo "Python's venv module is missing: on Debian, apt-get install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,traces,dev]' -c constraints.txt
 	touch $@
 
 demo: setup ## Start the whole stack, render, show where the pictures are

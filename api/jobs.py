@@ -49,9 +49,17 @@ def submit(
             description="the same key and body: the same job, however often it is sent",
         ),
     ] = None,
+    traceparent: Annotated[
+        str | None,
+        Header(
+            description="a client's trace, as W3C's Trace Context has it; the job's links to it"
+        ),
+    ] = None,
 ) -> wire.Job:
     """Check a job whole, store it, and answer with it as it stands; it renders when claimed."""
-    job_id = use_cases.submit(farm, caller.tenant_id, parse_json(body), idempotency_key)
+    job_id = use_cases.submit(
+        farm, caller.tenant_id, parse_json(body), idempotency_key, traceparent
+    )
     response.headers["Location"] = f"/v1/jobs/{job_id}"
     return one_job(farm, caller.tenant_id, job_id)
 

@@ -57,6 +57,7 @@ class LaneCollector(Collector):
         yield _queue(pipelines, {(row.pipeline, row.priority): row.waiting for row in depths})
         yield _counter(sums, "farm_frames", "Attempts by what became of them", "outcome", OUTCOMES)
         yield _counter(sums, "farm_stage_seconds", "Seconds spent on batches", "stage", STAGES)
+        yield _counter(sums, "farm_work_seconds", "Seconds with something to render")
         yield _counter(sums, "farm_batches", "Batches rendered")
         yield _counter(sums, "farm_lease_expiries", "Leases that ran out")
         alive = GaugeMetricFamily("farm_workers_alive", "Workers alive", labels=["pipeline"])
@@ -78,6 +79,7 @@ def _queue(pipelines: list[str], waiting: dict[tuple[str, int], int]) -> Metric:
 COLUMNS = {
     **{outcome: outcome for outcome in OUTCOMES},
     **{stage: f"{stage}_seconds" for stage in STAGES},
+    "farm_work_seconds": "work_seconds",
     "farm_batches": "batches",
     "farm_lease_expiries": "expired",
 }

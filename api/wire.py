@@ -163,6 +163,12 @@ class Worker(BaseModel):
     started_at: datetime
     seen_at: datetime
     succeeded: int = Field(description="frames since it started")
+    busy: float | None = Field(
+        ge=0,
+        le=1,
+        description="the share of the time with work that its device denoised, since it started; "
+        "null: no work yet",
+    )
     batch: Batch | None
     host: str | None = Field(description="for an operator's key only")
     pid: int | None = Field(description="for an operator's key only")

@@ -25,6 +25,11 @@ def ago(moment: datetime, now: datetime) -> str:
     return "just now" if seconds < 2 else f"{duration(seconds)} ago"
 
 
+def percent(share: float | None) -> str:
+    """Write a share of 1: `97%`; a dash where it is unknown."""
+    return "—" if share is None else f"{share:.0%}"
+
+
 def count(number: int) -> str:
     """Write a number with its thousands apart: `1 000 000`, by narrow no-break spaces."""
     return f"{number:,}".replace(",", "\u202f")

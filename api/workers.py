@@ -60,6 +60,7 @@ def _view(row: Any, own: set[uuid.UUID], operator: bool) -> wire.Worker:
         started_at=row.started_at,
         seen_at=row.seen_at,
         succeeded=row.succeeded,
+        busy=row.busy,
         batch=_batch(row, own) if row.job_ids else None,
         host=row.host if operator else None,
         pid=row.pid if operator else None,

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from farm import failpoints
@@ -129,11 +129,24 @@ class Settings(BaseSettings):
         description="width times height of a control image",
     )
     presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
+    otlp_endpoint: str = Field(
+        default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
+        description="the OTLP/HTTP receiver that traces are sent to; none are where it is empty",
+    )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
     environment: Literal["production", "development"] = Field(
         default="production", description="failpoints are refused in production"
     )
     failpoints: str = Field(default="", description="where to fail on purpose: point=action:text")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _endpoint_is_http(cls, endpoint: str) -> str:
+        if endpoint and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(
+                "it, or else OTEL_EXPORTER_OTLP_ENDPOINT, must begin with http:// or https://"
+            )
+        return endpoint
 
     @model_validator(mode="after")
     def _failpoints_in_development(self) -> Settings:

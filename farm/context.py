@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from farm.artifacts import Artifacts
 from farm.bells import Bells
@@ -11,6 +13,11 @@ from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.offers import Offer, make_offer
 from farm.store.engine import Store, open_store
+
+if TYPE_CHECKING:
+    from farm.traces import Traces
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -22,6 +29,8 @@ class Farm:
     store: Store
     bells: Bells
     artifacts: Artifacts
+    traces: Traces | None = None
+    """None where no endpoint is set"""
     _offers: dict[str, Offer] = field(default_factory=dict)
 
     def entry(self, name: str) -> Pipeline:
@@ -54,6 +63,12 @@ class Farm:
         self.store.dispose()
         self.bells.close()
         self.artifacts.close()
+        self.close_traces()
+
+    def close_traces(self) -> None:
+        """Send the last spans; nothing more is recorded."""
+        if self.traces is not None:
+            self.traces.close()
 
 
 def open_farm(settings: Settings) -> Farm:
@@ -64,4 +79,17 @@ def open_farm(settings: Settings) -> Farm:
         store=open_store(settings),
         bells=Bells(settings),
         artifacts=Artifacts(settings),
+        traces=_open_traces(settings.otlp_endpoint),
     )
+
+
+def _open_traces(endpoint: str) -> Traces | None:
+    if not endpoint:
+        return None
+    try:
+        from farm.traces import Traces
+    except ImportError:
+        # The variable may be meant for other programs: no reason not to start.
+        log.warning("No traces are sent: run pip install 'farm[traces]'.")
+        return None
+    return Traces(endpoint)

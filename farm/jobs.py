@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import uuid
 from typing import Any
 
@@ -21,9 +22,20 @@ from farm.submission import check_job, full_spec
 
 
 def submit(
-    farm: Farm, tenant_id: uuid.UUID, body: Any, idempotency_key: str | None = None
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    body: Any,
+    idempotency_key: str | None = None,
+    traceparent: str | None = None,
 ) -> uuid.UUID:
     """Check a job, store it whole in one transaction, and ring its lane.
+
+    Args:
+        farm: where.
+        tenant_id: whose the job is.
+        body: the job, as it was sent.
+        idempotency_key: names the submission, so that it may be repeated.
+        traceparent: the client's own trace, which the job's is linked to.
 
     Returns:
         The job's id; for a repeated idempotency key, that of the job it made before.
@@ -32,6 +44,7 @@ def submit(
         InvalidRequest: a field is wrong; the error names it and its limit. Nothing is stored.
         Conflict: the idempotency key was used with another body.
     """
+    started = time.monotonic()
     idempotency = _idempotency(idempotency_key, body)
     if idempotency is not None:
         # Before the checks: the same body was accepted then, whatever the catalog says now.
@@ -44,12 +57,22 @@ def submit(
     spec = full_spec(job, offer, farm.settings)
     with transaction(farm.store) as connection:
         _check_images(connection, tenant_id, offer, spec)
-        job_id = stored.insert_job(
-            connection, uuid.uuid4(), tenant_id, spec, job.prompts, idempotency
-        )
+        new_id = uuid.uuid4()
+        job_id = stored.insert_job(connection, new_id, tenant_id, spec, job.prompts, idempotency)
     failpoints.reach(farm.settings.failpoints, "submit.committed", job.prompts)
     farm.bells.ring(job.pipeline, urgent=job.priority == "interactive")
+    if farm.traces is not None and job_id == new_id:
+        farm.traces.submitted(job_id, started, traceparent, _attributes(job_id, spec))
     return job_id
+
+
+def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
+    return {
+        "farm.job": str(job_id),
+        "farm.pipeline": spec.pipeline,
+        "farm.priority": spec.priority,
+        "farm.frames": spec.total,
+    }
 
 
 def _check_images(

@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-from celery.signals import setup_logging, worker_process_init
+from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
 
 from farm.bells import RENDER_TASK, make_app
 from farm.config import load_settings
@@ -39,8 +39,15 @@ def _start_child(**_: Any) -> None:
     _child[0].start()
 
 
+@worker_process_shutdown.connect
+def _end_child(**_: Any) -> None:
+    for child in _child:
+        child.close()
+
+
 @app.task(name=RENDER_TASK, ignore_result=True)
 def render() -> None:
     """Answer a bell."""
     if not _child[0].answer():
+        _child[0].close()
         os._exit(os.EX_TEMPFAIL)  # the pool starts another child in its place

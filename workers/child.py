@@ -79,6 +79,10 @@ class Child:
             log.warning("%s waits for the next bell: %s", self._identity.name, error)
         return self._line is None or not self._line.out_of_memory
 
+    def close(self) -> None:
+        """Send the last spans of its traces."""
+        self._farm.close_traces()
+
     def _render(self, line: RenderLine) -> None:
         self._say("rendering")
         try:

@@ -34,7 +34,8 @@ class Claims:
         self._farm = farm
         self._identity = identity
         self._specs: LRUCache[uuid.UUID, FullSpec] = LRUCache(REMEMBERED_JOBS)
-        self._in_hand: set[uuid.UUID] = set()
+        self._in_hand: dict[uuid.UUID, tuple[float, float]] = {}
+        """When each lease's claim began and ended"""
         self._lock = threading.Lock()
         self._unsure = True
         """Whether a lease may be ours that we do not know of: the reply to its claim was lost"""
@@ -75,7 +76,11 @@ class Claims:
     def over(self, lease: Lease) -> None:
         """Note that a lease has ended."""
         with self._lock:
-            self._in_hand.discard(lease.id)
+            self._in_hand.pop(lease.id, None)
+
+    def window(self, lease: Lease) -> tuple[float, float]:
+        """Tell when the claim of a lease in hand began and ended, on the monotonic clock."""
+        return self._in_hand[lease.id]  # without the lock: a claim may hold it for long
 
     def doubt(self) -> None:
         """Note that something may have gone wrong: what is not in hand is given back first."""
@@ -100,9 +105,10 @@ class Claims:
                     known=self._specs,
                 )
             self._unsure = False
+            ended = time.monotonic()
             if lease is not None:
-                self._in_hand.add(lease.id)
-            self._seconds = time.monotonic() - started
+                self._in_hand[lease.id] = started, ended
+            self._seconds = ended - started
         if lease is not None and len(lease.frames) == lease.frames[0].spec.bucket:
             # There may be more, for another worker.
             self._farm.bells.ring(lease.pipeline, urgent=priority is Priority.INTERACTIVE)

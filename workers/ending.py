@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 from farm.context import Farm
 from farm.states import FrameState
 from farm.store import frames, workers
-from farm.store.claim import Fence
+from farm.store.claim import ClaimedFrame, Fence
 from farm.store.engine import one_statement, transaction
 from farm.store.frames import Done
 from farm.store.resting import note_failure
@@ -59,26 +61,31 @@ class Ending:
         self._commit_seconds = time.monotonic() - started
         if accepted:
             self._tell_dropped(done, accepted)
+            for batch in batches:
+                self._trace(batch, started, accepted)
         return bool(accepted)
 
     def _end_alone(self, batch: Finished) -> None:
+        started = time.monotonic()
         try:
-            insist(self._identity.name, lambda: self._complete(batch))
+            accepted = insist(self._identity.name, lambda: self._complete(batch))
         except Exception as error:
             log.error(  # noqa: TRY400 - the traceback is in exc_info
                 "%s failed at %s", self._identity.name, named(batch.lease.frames), exc_info=error
             )
             batch.done, batch.failures = [], failures(batch.lease.frames, error)
             batch.suspicious = is_suspicious(error)
-            insist(self._identity.name, lambda: self._complete(batch))
+            accepted = insist(self._identity.name, lambda: self._complete(batch))
+        self._trace(batch, started, accepted)
 
-    def _complete(self, batch: Finished) -> None:
+    def _complete(self, batch: Finished) -> Collection[Fence]:
+        """Returns the frames that succeeded."""
         done, account, me, until = batch.done, batch.account, self._identity, None
         settings, first = self._farm.settings, batch.lease.frames[0]
         with transaction(self._farm.store) as connection:
             accepted = frames.complete(connection, batch.lease.id, done)
             if not accepted and done and frames.already_complete(connection, done):
-                return  # the reply to an earlier COMMIT was lost
+                return [item.fence for item in done]  # the reply to an earlier COMMIT was lost
             ended = frames.fail(
                 connection, batch.lease.id, batch.failures, settings.retry_seconds
             ).values()
@@ -94,6 +101,33 @@ class Ending:
         if until is not None:
             log.error("%s rests until %s: one frame after another fails", me.name, until)
         self._tell_dropped(done, accepted)
+        return accepted
+
+    def _trace(self, batch: Finished, started: float, accepted: Collection[Fence]) -> None:
+        """Add a batch that was committed to the traces of its jobs."""
+        if self._farm.traces is None:
+            return
+        lease = batch.lease
+        batch.stages["complete"] = started, time.monotonic()
+        jobs: dict[uuid.UUID, list[ClaimedFrame]] = defaultdict(list)
+        for frame in lease.frames:
+            jobs[frame.job_id].append(frame)
+        self._farm.traces.batch(
+            {
+                job_id: {
+                    "farm.job": str(job_id),
+                    "farm.pipeline": lease.pipeline,
+                    "farm.worker": self._identity.name,
+                    "farm.lease": str(lease.id),
+                    "farm.batch": len(lease.frames),
+                    "farm.frames": len(own),
+                    "farm.succeeded": sum(frame.fence in accepted for frame in own),
+                    "farm.attempt": max(frame.attempt for frame in own),
+                }
+                for job_id, own in jobs.items()
+            },
+            batch.stages,
+        )
 
     def _tell_dropped(self, done: Sequence[Done], accepted: Collection[Fence]) -> None:
         for item in done:

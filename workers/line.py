@@ -118,7 +118,7 @@ class RenderLine:
         """Denoise a batch, and see that its lease ends: in the tail, or here."""
         if self._batch_log is not None:
             self._batch_log.begin()
-        batch, watch = Finished(lease), self._watch(lease)
+        batch, watch = self._begin(lease)
         interruptible = self._may_interrupt and lease.priority is not Priority.INTERACTIVE
         started, self._lent_seconds = time.monotonic(), 0.0
 
@@ -134,6 +134,7 @@ class RenderLine:
             with self._urgent.listening() if interruptible else nullcontext():
                 pictures = self._denoise(self._loaded, lease, on_step)
             now = time.monotonic()
+            batch.stages["denoise"] = started, now
             batch.account.denoise_seconds = now - started - self._lent_seconds
             batch.account.work_seconds, self._since = now - self._since, now
             self._tail.take(batch, pictures, watch)
@@ -157,11 +158,12 @@ class RenderLine:
         self._lent_seconds += time.monotonic() - started
 
     def _render_within(self, lease: Lease) -> None:
-        batch, watch, started = Finished(lease), self._watch(lease), time.monotonic()
+        batch, watch = self._begin(lease)
+        started = time.monotonic()
         try:
             self._twin = self._twin or self._loaded.twin()
             pictures = self._denoise(self._twin, lease, watch.on_step)
-            batch.account.denoise_seconds = time.monotonic() - started
+            batch.spent("denoise", started)
             self._tail.take(batch, pictures, watch, hasty=True)
         except StopBatch:
             self._stop(lease, watch)
@@ -185,13 +187,13 @@ class RenderLine:
         )
         self._claims.release(lease)
 
-    def _watch(self, lease: Lease) -> LeaseWatch:
+    def _begin(self, lease: Lease) -> tuple[Finished, LeaseWatch]:
         """Begin to watch a lease, and note that its batch is on the device."""
         self._scratch.hold(os.getpid(), lease.id)
         seconds = self._farm.settings.touch_seconds
         watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
         watch.start()
-        return watch
+        return Finished(lease, {"claim": self._claims.window(lease)}), watch
 
     def _stop(self, lease: Lease, watch: LeaseWatch) -> None:
         watch.close()

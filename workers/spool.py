@@ -44,6 +44,8 @@ class Finished:
     """A batch that was rendered, and what became of its frames so far."""
 
     lease: Lease
+    stages: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """When each stage began and ended, on the monotonic clock"""
     account: Account = field(default_factory=Account)
     pixels: int = 0
     step: tuple[int, int] = (0, 0)
@@ -56,9 +58,11 @@ class Finished:
 
     def spent(self, stage: str, started: float) -> None:
         """Add to a stage's seconds what has passed since `started`; several threads do."""
+        name, now = f"{stage}_seconds", time.monotonic()
         with self._lock:
-            seconds = getattr(self.account, stage) + time.monotonic() - started
-            setattr(self.account, stage, seconds)
+            setattr(self.account, name, getattr(self.account, name) + now - started)
+            first, last = self.stages.get(stage, (started, now))
+            self.stages[stage] = min(first, started), max(last, now)
 
 
 class Spool:

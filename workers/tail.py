@@ -182,7 +182,7 @@ class Tail:
             return
         started = time.monotonic()
         content = self._encoder.encode(picture, frame.spec)
-        batch.spent("encode_seconds", started)
+        batch.spent("encode", started)
         digest = hashlib.sha256(content).digest()
         form = frame.spec.format
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
@@ -198,7 +198,7 @@ class Tail:
         try:
             started = time.monotonic()
             self._farm.artifacts.put(picture.key, picture.content())
-            batch.spent("put_seconds", started)
+            batch.spent("put", started)
             batch.done.append(picture.done)
         except Unavailable as error:
             log.warning("%s could not store %s: %s", self._identity.name, picture.frame, error)

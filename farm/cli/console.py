@@ -142,6 +142,11 @@ def size(number: float) -> str:
     return f"{number / 1024:.1f} TiB"
 
 
+def percent(share: float | None) -> str:
+    """Write a share of 1: `97%`; a dash where it is unknown."""
+    return "—" if share is None else f"{share:.0%}"
+
+
 def plural(number: int, noun: str) -> str:
     """Write a number of things: `1 frame`, `24 frames`."""
     return f"{count(number)} {noun}" + ("" if number == 1 else "s")

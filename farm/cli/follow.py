@@ -20,6 +20,7 @@ from rich.text import Text
 from farm.cli.console import SPINNER, STATUS_STYLES, clean, count, duration, err, note, plural
 from farm.cli.exits import INTERRUPTED
 from farm.cli.find import short
+from farm.cli.workers import busyness
 from farm.errors import FarmError
 from farm.states import TERMINAL
 
@@ -56,8 +57,8 @@ class Pace:
 class View(Protocol):
     """Shows a job as it stands."""
 
-    def show(self, job: Job, pace: float | None) -> None:
-        """Show it; `pace` is in frames a second."""
+    def show(self, job: Job, pace: float | None, busy: str = "") -> None:
+        """Show it; `pace` is in frames a second, `busy` the workers' share of work."""
         ...
 
 
@@ -89,7 +90,8 @@ def _watch(client: FarmClient, job: Job, view: View, stalled_seconds: float | No
         now = time.monotonic()
         if job["counts"] != seen:
             moved, seen = now, job["counts"]
-        view.show(job, pace.mark(now, finished(job)))
+        workers = client.get("/v1/workers")["data"]
+        view.show(job, pace.mark(now, finished(job)), busyness(workers, job["pipeline"]))
         if job["status"] in TERMINAL:
             return job
         if stalled_seconds is not None and now - moved > stalled_seconds:
@@ -116,13 +118,14 @@ class Lines:
     def __init__(self) -> None:
         self._shown: tuple[Any, ...] = ()
 
-    def show(self, job: Job, pace: float | None) -> None:
+    def show(self, job: Job, pace: float | None, busy: str = "") -> None:
         """Print a line if there is something new."""
         why = job["waiting_because"]
         news = (job["status"], job["paused"], int(job["progress"] * 10), why)
         if news != self._shown:
             self._shown = news
-            note(f"{short(job['id'])} {headline(job, pace)}" + (f"  {why}" if why else ""), None)
+            parts = (f"{short(job['id'])} {headline(job, pace)}", why, busy)
+            note("  ".join(part for part in parts if part), None)
 
 
 class Bar:
@@ -131,11 +134,12 @@ class Bar:
     def __init__(self) -> None:
         self._job: Job | None = None
         self._pace: float | None = None
+        self._busy = ""
         self._spinner = Spinner(SPINNER, style="blue")
 
-    def show(self, job: Job, pace: float | None) -> None:
+    def show(self, job: Job, pace: float | None, busy: str = "") -> None:
         """Take the job's newest state."""
-        self._job, self._pace = job, pace
+        self._job, self._pace, self._busy = job, pace, busy
 
     def __rich__(self) -> Group | Text:
         """Draw it."""
@@ -151,7 +155,9 @@ class Bar:
         )
         line = Table.grid(padding=(0, 1))
         line.add_row(self._spinner, Text(short(job["id"]), "bold"), bar, headline(job, self._pace))
-        return Group(line, Text(f"  {detail(job)}", "dim", no_wrap=True, overflow="ellipsis"))
+        below = [text for text in (detail(job), self._busy) if text]
+        lines = [Text(f"  {text}", "dim", no_wrap=True, overflow="ellipsis") for text in below]
+        return Group(line, *lines)
 
 
 def finished(job: Job) -> int:

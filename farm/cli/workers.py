@@ -7,13 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from farm.cli.console import Json, ago, clean, columns, count, emit, one_line, say, show_table, tail
+from farm.cli.console import (
+    Json,
+    ago,
+    clean,
+    columns,
+    count,
+    emit,
+    one_line,
+    percent,
+    say,
+    show_table,
+    tail,
+)
 from farm.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient
 
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
+
+SHOWN = 4
+"""Workers whose busy share is told beside a job"""
 
 app = typer.Typer(help="Workers: who renders, and what each does now.")
 
@@ -31,7 +46,8 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
     if not page["data"]:
         say("No worker is alive: `farm worker PIPELINE` starts one.", "yellow")
         return
-    table = columns("worker", "state", "device", "frames", "seen", "doing", right=("frames",))
+    names = ("worker", "state", "device", "frames", "busy", "seen", "doing")
+    table = columns(*names, right=("frames", "busy"))
     for each in page["data"]:
         style = STYLES.get(each["state"], "default")
         state = each["state"] + (", draining" if each["draining"] else "")
@@ -40,6 +56,7 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
             f"[{style}]{state}[/]",
             escape(clean(each["device"] or "")),
             count(each["succeeded"]),
+            percent(each.get("busy")),
             ago(each["seen_at"]),
             tail(doing(each)),
         )
@@ -76,6 +93,17 @@ def _find(client: FarmClient, word: str) -> str:
     if not found:
         raise NotFound(f"No worker {word[:60]!r} is alive; `farm workers` lists them.")
     return str(found[0])
+
+
+def busyness(workers: list[dict[str, Any]], pipeline: str) -> str:
+    """Write how busy the devices of a pipeline's workers were: `busy: demo-1f3a9c02 97%`."""
+    known = [
+        f"{clean(each['name'])} {percent(each['busy'])}"
+        for each in workers
+        if each["pipeline"] == pipeline and each.get("busy") is not None
+    ]
+    more = [f"{count(len(known) - SHOWN)} more"] if len(known) > SHOWN else []
+    return f"busy: {', '.join(known[:SHOWN] + more)}" if known else ""
 
 
 def doing(worker: dict[str, Any]) -> str:

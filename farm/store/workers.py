@@ -79,6 +79,7 @@ LIST = text(f"""
 SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device,
        {STATE_NOW} AS state, {PROBLEM_NOW} AS problem,
        w.started_at, w.seen_at, w.succeeded,
+       least(w.denoise_seconds, w.work_seconds) / nullif(w.work_seconds, 0) AS busy,
        l.step, l.steps, l.job_ids, l.ordinals, l.stepped_at
 FROM workers w LEFT JOIN LATERAL (
     -- the batch that it denoises, rather than one that it stores or has claimed ahead

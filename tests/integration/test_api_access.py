@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ import pytest
 from farm.context import Farm
 from farm.store import keys, leases, workers
 from farm.store.engine import transaction
+from tests.commanding import farm as command
 from tests.farming import hire, submit
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import JOB, Api, render, serving
@@ -84,6 +86,34 @@ def test_workers_show_a_caller_their_own_jobs_only(api: Api) -> None:
         assert worker["batch"] == {"frames": 2, "step": 12, "steps": 25, "jobs": [own["id"]]}
         assert (worker["name"], worker["state"], worker["device"]) == ("hand", "rendering", "cpu")
         assert (worker["host"], worker["pid"]) == (("here", 1) if client is boss else (None, None))
+
+
+def test_workers_tell_how_busy_their_device_was(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand, fresh = hire(api.farm, "hand"), hire(api.farm, "fresh")
+    with transaction(api.farm.store) as connection:
+        for denoise_seconds in (1.0, 2.88):
+            batch = workers.Account(denoise_seconds=denoise_seconds, work_seconds=2.0)
+            workers.account(connection, hand.id, batch)
+    client = api.client()
+    told = {each["name"]: each["busy"] for each in client.get("/v1/workers").json()["data"]}
+    assert told == {hand.name: pytest.approx(3.88 / 4.0), fresh.name: None}
+    visitor = api.bare(Origin=api.url)
+    assert visitor.post("/login", data={"key": api.key()}).status_code == 204
+    page = visitor.get("/").text
+    cards = re.findall(r"<article class=\"panel worker\".*?</article>", page, re.DOTALL)
+    assert len(cards) == 2
+    for name, share in (("hand", "97% busy"), ("fresh", "— busy")):
+        [card] = [card for card in cards if f"<bdi>{name}</bdi>" in card]
+        assert share in card
+    monkeypatch.setenv("FARM_API_URL", api.url)
+    monkeypatch.setenv("FARM_API_KEY", client.headers["Authorization"].split()[1])
+    lines = {words[0]: words for words in map(str.split, command("workers").out.splitlines())}
+    assert "busy" in lines["worker"]
+    assert "97%" in lines["hand"]
+    assert "—" in lines["fresh"]
+    job = api.submit(client)
+    assert client.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200
+    assert "  busy: hand 97%\n" in command("watch", job["id"]).err
 
 
 def test_a_viewer_looks_and_changes_nothing(api: Api) -> None:

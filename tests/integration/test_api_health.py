@@ -110,7 +110,13 @@ def test_metrics_count_what_happened(api: Api) -> None:
     lease = hand.must_claim()
     render(hand, lease)
     with transaction(api.farm.store) as connection:
-        batch = Account(succeeded=2, denoise_seconds=1.5, encode_seconds=0.25, put_seconds=0.5)
+        batch = Account(
+            succeeded=2,
+            denoise_seconds=1.5,
+            encode_seconds=0.25,
+            put_seconds=0.5,
+            work_seconds=1.6,
+        )
         workers.account(connection, hand.id, batch)
     hand.must_claim()
     let_leases_expire(api.farm)
@@ -121,6 +127,7 @@ def test_metrics_count_what_happened(api: Api) -> None:
     assert seen["farm_frames_total", "demo", "succeeded"] == 2
     assert seen["farm_stage_seconds_total", "demo", "denoise"] == 1.5
     assert seen["farm_stage_seconds_total", "demo", "put"] == 0.5
+    assert seen["farm_work_seconds_total", "demo"] == 1.6
     assert seen["farm_batches_total", "demo"] == 1
     assert seen["farm_lease_expiries_total", "demo"] == 1
     assert seen["farm_workers_alive", "demo"] == 1

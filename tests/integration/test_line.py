@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +68,31 @@ def test_a_batch_is_rendered_stored_and_completed(
     assert (told["succeeded"], told["batches"]) == (6, 2)
     assert told["denoise_seconds"] > 0 < told["encode_seconds"]
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+
+
+def test_the_busy_share_is_that_of_the_clock(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """Against a stopwatch of the test's own, around every denoise and around the whole run."""
+    denoised: list[float] = []
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 0:
+            denoised.append(-time.monotonic())
+        threading.Event().wait(0.01)
+        if step == 9:
+            denoised[-1] += time.monotonic()
+
+    noise.disturb = disturb
+    submit(farm, tenant, pipeline="noise", images_per_prompt=12)
+    started = time.monotonic()
+    line.run()
+    whole = time.monotonic() - started
+    with transaction(farm.store) as connection:
+        [worker] = workers.list_workers(connection)
+    assert len(denoised) == 3
+    assert sum(denoised) / whole <= worker.busy <= 1
+    assert sums(farm)["work_seconds"] <= whole
 
 
 @pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("webp", "webp")])

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from api.words import ago, count, duration
+from api.words import ago, count, duration, percent
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -41,3 +41,7 @@ def test_thousands_stand_apart() -> None:
         "1\u202f000",
         "1\u202f234\u202f567",
     ]
+
+
+def test_shares() -> None:
+    assert [percent(share) for share in (None, 0.0, 0.974, 1.0)] == ["—", "0%", "97%", "100%"]

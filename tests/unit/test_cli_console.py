@@ -9,12 +9,23 @@ import pytest
 from PIL import Image, ImageFont
 from rich.console import Console
 
-from farm.cli.console import ago, clean, columns, count, duration, one_line, plural, size, tail
+from farm.cli.console import (
+    ago,
+    clean,
+    columns,
+    count,
+    duration,
+    one_line,
+    percent,
+    plural,
+    size,
+    tail,
+)
 from farm.cli.doctor import marks
 from farm.cli.download import picture_name
 from farm.cli.follow import Bar, Lines, Pace, detail, finished, headline, summary
 from farm.cli.sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
-from farm.cli.workers import doing
+from farm.cli.workers import busyness, doing
 
 JOB: dict[str, Any] = {
     "id": "4f2a81c3-0000-4000-8000-000000000000",
@@ -124,6 +135,24 @@ def test_the_bar_draws_a_job() -> None:
     assert "4f2a81c3" in drawn
     assert "2.0 frames/s" in drawn
     assert "\x1b[2J" not in drawn
+
+
+def test_how_busy_the_workers_of_a_job_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [percent(share) for share in (None, 0.0, 0.974, 1.0)] == ["—", "0%", "97%", "100%"]
+    workers = [
+        {"name": f"w{number}", "pipeline": "demo", "busy": share}
+        for number, share in enumerate((0.974, None, 0.5, 1.0, 0.0, 0.1, 0.2))
+    ]
+    assert busyness(workers, "demo") == "busy: w0 97%, w2 50%, w3 100%, w4 0%, 2 more"
+    assert busyness(workers[:2], "demo") == "busy: w0 97%"
+    assert busyness(workers, "other") == busyness(workers[1:2], "demo") == ""
+    Lines().show(JOB, None, "busy: w0 97%")
+    assert capsys.readouterr().err.endswith("  busy: w0 97%\n")
+    bar, console = Bar(), Console(width=100, force_terminal=True, color_system=None)
+    bar.show(JOB, None, "busy: w0 97%")
+    with console.capture() as capture:
+        console.print(bar)
+    assert "\n  busy: w0 97%" in capture.get()
 
 
 def test_what_a_worker_does() -> None:
