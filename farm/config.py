@@ -131,14 +131,22 @@ class Settings(BaseSettings):
     presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
     environment: Literal["production", "development"] = Field(
-        default="production", description="failpoints are refused in production"
+        default="production", description="failpoints and discarding pictures are refused in production"
     )
     failpoints: str = Field(default="", description="where to fail on purpose: point=action:text")
+    discard_pictures: bool = Field(
+        default=False, description="store no picture, for measuring what all the rest takes"
+    )
 
     @model_validator(mode="after")
-    def _failpoints_in_development(self) -> Settings:
-        if failpoints.parse(self.failpoints) and self.environment == "production":
-            raise ValueError("FARM_FAILPOINTS is set: FARM_ENVIRONMENT must then be development")
+    def _only_in_development(self) -> Settings:
+        unsafe = {
+            "FARM_FAILPOINTS": failpoints.parse(self.failpoints),
+            "FARM_DISCARD_PICTURES": self.discard_pictures,
+        }
+        for name, given in unsafe.items():
+            if given and self.environment == "production":
+                raise ValueError(f"{name} is set: FARM_ENVIRONMENT must then be development")
         return self
 
 
