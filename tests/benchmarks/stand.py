@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from PIL import Image
 from psycopg import sql
 from pydantic import SecretStr
 
@@ -40,6 +41,7 @@ GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.005
 ROOT = Path(__file__).parents[2]
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FARM_ENVIRONMENT": "development"}
+SMALL_SIDE = 32
 PHOTOS = 8
 """Different pictures that the lane `photo` gives"""
 
@@ -199,8 +201,8 @@ def running_stand(data: Path) -> Iterator[Stand]:
 
 
 def _write_catalog(folder: Path) -> None:
-    """Three lanes: noise at once, the demo's, and one that gives pictures like photographs."""
-    write_checkpoint(folder / "null")
+    """Three lanes: a fixed small picture at once, pictures like photographs, and the demo's."""
+    write_checkpoint(folder / "null", [small_picture()])
     pictures = [photo_like(1024, seed) for seed in range(PHOTOS)]
     write_checkpoint(folder / "photo", pictures)
     demo = json.dumps(str(DEMO_CATALOG.with_name("model")))
@@ -210,6 +212,11 @@ def _write_catalog(folder: Path) -> None:
         f"[pipelines.demo]\nsource = {demo}\n"
         'bucket = { "default" = 8 }\ndefaults = { "steps" = 25, "guidance_scale" = 2.5 }\n'
     )
+
+
+def small_picture() -> Image.Image:
+    """The picture of null renders."""
+    return photo_like(SMALL_SIDE)
 
 
 def wait_closely(condition: Callable[[], bool], what: str) -> None:

@@ -31,9 +31,10 @@ def queue(stand: Stand, short: bool) -> Row:
     row = Row(
         "b",
         "Null renders, without the storage",
-        "A lane that draws 32x32 noise at once. The farm: one job with a prompt a frame, one "
-        "worker, pictures encoded and then discarded. The others: a task a frame that writes one "
-        "row, with workers for every core.",
+        "A pipeline that gives a fixed picture of 32x32 at once. The farm: one job with a prompt a "
+        "frame, one worker; pictures are encoded and discarded. The others: a task a frame that "
+        "writes a row, with workers for every core; Celery and dramatiq on Redis, procrastinate on "
+        "Postgres. From submitting until the last frame is succeeded, or the last row written.",
     )
     _measure(row, stand, counts, 1 if short else TURNS, discard=True)
     _compare(row, counts, LEAST, short)

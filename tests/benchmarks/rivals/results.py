@@ -9,13 +9,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL import Image
     from mypy_boto3_s3 import S3Client
 
 DATABASE = os.environ.get("BENCH_DATABASE_URL", "")
 REDIS = os.environ.get("BENCH_REDIS_URL", "")
-SIDE = 32
-"""pixels"""
-
 CREATE = """
 CREATE TABLE results (
     run int, number int, sha256 bytea NOT NULL, bytes int NOT NULL,
@@ -31,15 +29,20 @@ def nothing(run: int, number: int) -> tuple[int, int, bytes, int]:
 
 
 def picture(run: int, number: int) -> tuple[int, int, bytes, int]:
-    """Draw noise as the farm's null family does, encode it by Pillow and store it."""
-    from farm.families.null import noise
-
+    """Encode the picture of the farm's null renders by Pillow, and store it."""
     buffer = io.BytesIO()
-    noise(number, SIDE, SIDE).save(buffer, "PNG")
+    _picture().save(buffer, "PNG")
     content = buffer.getvalue()
     key = f"rival/{run}/{number}.png"
     _s3().put_object(Bucket=os.environ["FARM_S3_BUCKET"], Key=key, Body=content)
     return run, number, hashlib.sha256(content).digest(), len(content)
+
+
+@cache
+def _picture() -> Image.Image:
+    from tests.benchmarks.encoding import photo_like
+
+    return photo_like(32)
 
 
 @cache
