@@ -131,7 +131,8 @@ class Settings(BaseSettings):
     presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
     environment: Literal["production", "development"] = Field(
-        default="production", description="failpoints and discarding pictures are refused in production"
+        default="production",
+        description="failpoints and discarding pictures are refused in production",
     )
     failpoints: str = Field(default="", description="where to fail on purpose: point=action:text")
     discard_pictures: bool = Field(

@@ -35,9 +35,7 @@ def main(host: str, port: int, key: str, clients: int, seconds: float) -> dict[s
     found: list[tuple[float, str]] = []
     started = time.monotonic()
     threads = [
-        threading.Thread(
-            target=submit_on, args=(host, port, key, started + seconds, number, found)
-        )
+        threading.Thread(target=submit_on, args=(host, port, key, started + seconds, number, found))
         for number in range(clients)
     ]
     for thread in threads:

@@ -148,16 +148,16 @@ def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) ->
         (beside - by_itself) / taken
         for beside, by_itself in zip(lanes["on"].bulk_seconds, alone, strict=True)
     ]
-    row.ratios.append(
-        Ratio("bulk's loss ÷ the time of the interactive pictures", lost, most=goal)
-    )
+    row.ratios.append(Ratio("bulk's loss ÷ the time of the interactive pictures", lost, most=goal))
     row.notes.append(
         f"A bulk job alone took {alone[0]:.2f} s in the first turn, beside interactive pictures "
         f"{lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
         f"{lanes['off'].bulk_seconds[0]:.2f} s without; their steps take {taken:.2f} s."
     )
     if lanes["on"].digests == lanes["off"].digests:
-        row.notes.append(f"{len(lanes['on'].digests)} jobs: equal bytes with preemption on and off.")
+        row.notes.append(
+            f"{len(lanes['on'].digests)} jobs: equal bytes with preemption on and off."
+        )
     else:
         row.problems.append("The bytes with preemption on and off differ.")
     quick = {name: found for name, found in lanes["on"].digests.items() if "bulk" not in name}

@@ -120,9 +120,7 @@ def device(stand: Stand, short: bool) -> Row:
         }
         row.series = in_turn(ways, turns, "s")
         after = site.rows(BOOKS)[0]
-    row.add_ratio(
-        "alone", "farm", what="busy (alone ÷ farm)", least=None if short else LEAST_BUSY
-    )
+    row.add_ratio("alone", "farm", what="busy (alone ÷ farm)", least=None if short else LEAST_BUSY)
     share = (after[0] - before[0]) / (after[1] - before[1])
     row.notes.append(f"The worker's own books say that the device was busy for {share:.1%}.")
     return row

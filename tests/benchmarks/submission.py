@@ -172,5 +172,3 @@ def copy_rate(site: Site, job: int, prompts: int) -> float:
             number = ordinal // IMAGES
             copy.write_row((job, ordinal, ordinal, f"a red star, number {number}"))
     return prompts * IMAGES / (time.monotonic() - started)
-
-

@@ -85,9 +85,7 @@ def running_rival(stand: Stand, name: str, task: str = "nothing") -> Iterator[Ri
         "BENCH_REDIS_URL": stand.redis(number),
     }
     with ExitStack() as stack:
-        database = stack.enter_context(
-            psycopg.connect(env["BENCH_DATABASE_URL"], autocommit=True)
-        )
+        database = stack.enter_context(psycopg.connect(env["BENCH_DATABASE_URL"], autocommit=True))
         database.execute(results.CREATE)
         whole = commands.environment(stand.folder, {**stand.servers.env, **QUIET, **env})
         whole["PYTHONPATH"] = str(ROOT)
@@ -119,5 +117,3 @@ def _submitting(name: str, task: str, env: Mapping[str, str]) -> Iterator[subpro
             yield process
         finally:
             process.kill()
-
-

@@ -28,9 +28,7 @@ def celery(task: str) -> Submit:
 def procrastinate(task: str) -> Submit:
     from tests.benchmarks.rivals import procrastinate_app
 
-    app = procrastinate_app.app.with_connector(
-        procrastinate_app.app.connector.get_sync_connector()
-    )
+    app = procrastinate_app.app.with_connector(procrastinate_app.app.connector.get_sync_connector())
     app.open()
     chosen = app.configure_task(task)
 
