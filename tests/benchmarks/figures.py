@@ -95,7 +95,7 @@ def in_turn(ways: Mapping[str, Way], turns: int, unit: str) -> list[Series]:
     machine favours one of them."""
     values: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns):
-        names = list(ways) if turn % 2 == 0 else list(reversed(ways))
+        names = list(ways) if turn % 2 == 0 else [*ways][::-1]
         for name in names:
             values[name].append(ways[name]())
     return [Series(name, found, unit) for name, found in values.items()]

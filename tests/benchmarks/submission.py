@@ -106,8 +106,8 @@ def over_http(stand: Stand, site: Site, short: bool) -> Row:
     if not short:
         well = rate >= LEAST_RATE and p99 <= MOST_P99_MS
         line = (
-            f"{rate:.0f} jobs/s and a p99 of {p99:.0f} ms; the goal on two cores is {LEAST_RATE:.0f} "
-            f"and {MOST_P99_MS:.0f} ms."
+            f"{rate:.0f} jobs/s and a p99 of {p99:.0f} ms; the goal on two cores is at least "
+            f"{LEAST_RATE:.0f} and at most {MOST_P99_MS:.0f} ms."
         )
         (row.notes if well else row.problems).append(line)
     return row

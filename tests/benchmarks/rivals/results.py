@@ -9,8 +9,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from PIL import Image
     from mypy_boto3_s3 import S3Client
+    from PIL import Image
 
 DATABASE = os.environ.get("BENCH_DATABASE_URL", "")
 REDIS = os.environ.get("BENCH_REDIS_URL", "")

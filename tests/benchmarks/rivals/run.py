@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,20 +18,24 @@ from tests.benchmarks.rivals import results
 from tests.benchmarks.stand import QUIET, ROOT, Stand, cores, wait_closely
 
 MODULES = "tests.benchmarks.rivals"
+
+
+def _words(line: str) -> list[str]:
+    return line.format(modules=MODULES, cores=cores()).split()
+
+
 WORKERS: Mapping[str, list[list[str]]] = {
     "celery": [
-        ["celery", "-A", f"{MODULES}.celery_app", "worker", "--pool", "prefork"]
-        + ["--concurrency", str(cores()), "--without-gossip", "--without-mingle"]
-        + ["--without-heartbeat", "--loglevel", "WARNING"]
+        _words(
+            "celery -A {modules}.celery_app worker --pool prefork --concurrency {cores} "
+            "--without-gossip --without-mingle --without-heartbeat --loglevel WARNING"
+        )
     ],
     "procrastinate": [
-        ["procrastinate", "--app", f"{MODULES}.procrastinate_app.app", "worker"]
-        + ["--concurrency", "20"]
-    ]
-    * cores(),
-    "dramatiq": [
-        ["dramatiq", f"{MODULES}.dramatiq_app", "--processes", str(cores()), "--threads", "8"]
+        _words("procrastinate --app {modules}.procrastinate_app.app worker --concurrency 20")
+        for _ in range(cores())
     ],
+    "dramatiq": [_words("dramatiq {modules}.dramatiq_app --processes {cores} --threads 8")],
 }
 WARM_UP = 50
 """Tasks before any is counted"""
