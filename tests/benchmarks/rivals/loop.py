@@ -76,5 +76,5 @@ def upload() -> Keep:
 
 
 if __name__ == "__main__":
-    numbers = [int(word) for word in sys.argv[1:4]]
-    sys.stdout.write(f"{main(*numbers, serial='serial' in sys.argv)}\n")
+    batch, frames, threads = map(int, sys.argv[1:4])
+    sys.stdout.write(f"{main(batch, frames, threads, 'serial' in sys.argv)}\n")
