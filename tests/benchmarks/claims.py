@@ -93,7 +93,8 @@ def age(site: Site, finished: int, waiting: int) -> int:
     """Give a farm a past and a backlog; returns the number of jobs of the past."""
     total = min(A_JOB, finished)
     first = _submit(site, total, "bulk")
-    values = {"id": first, "total": total, "jobs": finished // total}
+    jobs = finished // total
+    values = {"id": first, "total": total, "jobs": jobs}
     # Each row's foreign keys are right: checking ten million of them takes minutes.
     site.connection.execute("SET session_replication_role = replica")
     for statement in (JOBS, CHUNKS, FRAMES, EVENTS):
@@ -103,7 +104,7 @@ def age(site: Site, finished: int, waiting: int) -> int:
         _submit(site, total, "bulk")
     site.connection.execute("VACUUM (ANALYZE)")
     site.connection.execute("CHECKPOINT")
-    return int(values["jobs"])
+    return jobs
 
 
 def rate(hand: Hand, seconds: float) -> float:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from farm.png import png
-from tests.benchmarks.figures import Ratio, Row, in_turn
+from tests.benchmarks.figures import Ratio, Row, Way, in_turn
 
 if TYPE_CHECKING:
     from tests.benchmarks.stand import Stand
@@ -132,7 +132,7 @@ def store(stand: Stand, puts: int) -> Row:
                 put(f"bench/{next(stand.numbers)}.png")
             return puts / (time.monotonic() - started)
 
-        ways = {
+        ways: dict[str, Way] = {
             "farm": lambda: rate(lambda key: site.farm.artifacts.put(key, content)),
             "boto3": lambda: rate(by_boto3),
         }

@@ -36,6 +36,8 @@ def ratio(row: Row, start: str) -> float:
     return next(found.median for found in row.ratios if found.what.startswith(start))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # it loads torch again and again, on however busy a machine
 def test_real_pictures_and_a_simulated_device(stand: Stand) -> None:
     check(pictures.rows(stand, short=True))
 
