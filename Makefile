@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint up gpu chaos clean
+.PHONY: help setup demo test lint up gpu chaos bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
 
 chaos: setup ## Inject every fault again and again, and write docs/reliability.md
 	$(BIN)/python -m tests.chaos --report docs/reliability.md
+
+bench: setup ## Measure the farm beside what is like it, and write docs/benchmarks.md
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,dev,bench]' -c constraints.txt
+	$(BIN)/python -m tests.benchmarks --report docs/benchmarks.md
 
 clean: ## Remove .venv and what tools cached; data folders stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Any
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
@@ -30,6 +30,10 @@ from api.html import STATIC
 from farm.config import Settings, load_settings
 from farm.context import open_farm
 
+THREADS = 8
+"""For calls at work at once. Each waits for Postgres again and again, and then for its turn in the
+interpreter: with more of them, each answer comes later, and fewer come in a second."""
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the app.
@@ -42,6 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
         app.state.decoding = CapacityLimiter(images.AT_ONCE)
         app.state.admitted = CapacityLimiter(images.AT_ONCE + images.MOST_WAITING)
         yield

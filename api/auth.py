@@ -9,7 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from farm.context import Farm
 from farm.errors import Forbidden, Unauthenticated
-from farm.store.engine import transaction
+from farm.store.engine import reads
 from farm.store.keys import Caller, find_caller
 
 OPERATOR = "operator"
@@ -34,7 +34,7 @@ def caller_of(farm: Farm, key: str) -> Caller:
     Raises:
         Unauthenticated: it is unknown or revoked.
     """
-    with transaction(farm.store) as connection:
+    with reads(farm.store) as connection:
         caller = find_caller(connection, key)
     if caller is None:
         raise Unauthenticated("This API key is unknown or revoked.")

@@ -19,7 +19,7 @@ from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.states import JobStatus
 from farm.store import reading
-from farm.store.engine import Transaction, transaction
+from farm.store.engine import Transaction, reads, transaction
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -169,7 +169,7 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> wire.Job:
     Raises:
         NotFound: there is none, or it is another tenant's.
     """
-    with transaction(farm.store) as connection:
+    with reads(farm.store) as connection:
         row = reading.get_job(connection, tenant_id, job_id)
         return job_view(row, Lanes(connection, tenant_id))
 

@@ -113,6 +113,7 @@ class Artifacts:
     def __init__(self, settings: Settings) -> None:
         self.bucket = settings.s3_bucket
         self._presign_seconds = settings.presign_seconds
+        self._discard = settings.discard_pictures
         self._settings = settings
         self._s3 = self._client(timeout=15, attempts=2)
 
@@ -141,10 +142,14 @@ class Artifacts:
     def put(self, key: str, content: bytes) -> None:
         """Store an image. Storing it again, even cut short in between, changes nothing.
 
+        With `discard_pictures` nothing is stored.
+
         Raises:
             StorageRefused: the storage does not take anything from this process.
             Unavailable: the storage does not answer, or cannot.
         """
+        if self._discard:
+            return
         try:
             self._s3.put_object(
                 Bucket=self.bucket, Key=key, Body=content, ContentType=media_type_of(key)

@@ -135,9 +135,13 @@ class Settings(BaseSettings):
     )
     log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
     environment: Literal["production", "development"] = Field(
-        default="production", description="failpoints are refused in production"
+        default="production",
+        description="failpoints and discarding pictures are refused in production",
     )
     failpoints: str = Field(default="", description="where to fail on purpose: point=action:text")
+    discard_pictures: bool = Field(
+        default=False, description="store no picture, for measuring what all the rest takes"
+    )
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -149,9 +153,14 @@ class Settings(BaseSettings):
         return endpoint
 
     @model_validator(mode="after")
-    def _failpoints_in_development(self) -> Settings:
-        if failpoints.parse(self.failpoints) and self.environment == "production":
-            raise ValueError("FARM_FAILPOINTS is set: FARM_ENVIRONMENT must then be development")
+    def _only_in_development(self) -> Settings:
+        unsafe = {
+            "FARM_FAILPOINTS": failpoints.parse(self.failpoints),
+            "FARM_DISCARD_PICTURES": self.discard_pictures,
+        }
+        for name, given in unsafe.items():
+            if given and self.environment == "production":
+                raise ValueError(f"{name} is set: FARM_ENVIRONMENT must then be development")
         return self
 
 

@@ -1,4 +1,5 @@
-"""A family that renders nothing: it waits for each step and gives noise. For benches and chaos."""
+"""A family that renders nothing: it waits for each step and gives noise, or pictures that lie in
+its checkpoint. For benches and chaos."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import random
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,19 +48,22 @@ class Null:
         return NullParams
 
     def load(self, pipeline: Pipeline) -> Loaded:
-        """Pin nothing."""
-        weights = weights_hash(Path(pipeline.checkpoint))
-        return Loaded(None, "cpu", "float32", None, weights)
+        """Pin nothing but the checkpoint's pictures, if there are any."""
+        folder = Path(pipeline.checkpoint)
+        pictures = {"pictures": _pictures(folder)}
+        return Loaded(None, "cpu", "float32", None, weights_hash(folder), extras=pictures)
 
     def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
-        """Wait as long as the frames say, and draw noise from each one's seed."""
+        """Wait as long as the frames say, and give each what belongs to its seed and size."""
         params = NullParams.model_validate(batch.frames[0].params)
         for step in range(1, params.steps + 1):
             time.sleep(params.step_seconds)
             batch.on_step(step, params.steps)
-        pictures = [
-            noise(frame.seed, params.width, params.height) for frame in padded(batch.frames)
-        ]
+        size = (params.width, params.height)
+        there = [picture for picture in loaded.extras["pictures"] if picture.size == size]
+        if there:
+            return [there[frame.seed % len(there)] for frame in batch.frames]
+        pictures = [noise(frame.seed, *size) for frame in padded(batch.frames)]
         return [*pictures[: len(batch.frames)]]
 
 
@@ -70,12 +75,25 @@ def noise(seed: int, width: int, height: int) -> Image.Image:
     return Image.frombytes("RGB", (width, height), content)
 
 
-def write_checkpoint(folder: Path) -> None:
-    """Make the folder that a catalog entry of this family names as its source; 50 bytes in all."""
+def _pictures(folder: Path) -> list[Image.Image]:
+    from PIL import Image
+
+    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+
+
+def write_checkpoint(folder: Path, pictures: Sequence[Image.Image] = ()) -> None:
+    """Make the folder that a catalog entry of this family names as its source; 50 bytes in all.
+
+    Args:
+        folder: made if missing.
+        pictures: what is given instead of noise to frames of their size, chosen by the seed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": CLASS}))
     empty = b"{}"
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(empty)) + empty)
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number:03}.png")
 
 
 family = Null()

@@ -115,6 +115,19 @@ def one_statement(store: Store) -> Iterator[Connection]:
 
 
 @contextmanager
+def reads(store: Store) -> Iterator[Connection]:
+    """Run a block that only reads; each statement sees what is committed when it begins.
+
+    A transaction would see no more, and cost two round trips.
+
+    Raises:
+        Unavailable: as `transaction` does.
+    """
+    with one_statement(store) as connection:
+        yield connection
+
+
+@contextmanager
 def _telling_outages() -> Iterator[None]:
     try:
         yield

@@ -40,14 +40,24 @@ WHERE NOT EXISTS (
       AND j.id <> :job_id)
 """)
 
+# The job with its first prompts and its event: most jobs have no more.
 INSERT_JOB = text("""
-INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket, runs,
-                  max_attempts, spec, labels, idempotency_key, idempotency_digest)
-VALUES (:id, :tenant_id, :pipeline, :priority, true, :total, :run_end, :batch_key, :bucket,
-        CAST(:runs AS jsonb), :max_attempts, CAST(:spec AS json), CAST(:labels AS jsonb),
-        :idempotency_key, :idempotency_digest)
-ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
-RETURNING id
+WITH job AS (
+    INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
+                      runs, max_attempts, spec, labels, idempotency_key, idempotency_digest)
+    VALUES (:id, :tenant_id, :pipeline, :priority, true, :total, :run_end, :batch_key, :bucket,
+            CAST(:runs AS jsonb), :max_attempts, CAST(:spec AS json), CAST(:labels AS jsonb),
+            :idempotency_key, :idempotency_digest)
+    ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
+    RETURNING id, tenant_id
+), chunk AS (
+    INSERT INTO input_chunks (job_id, first, prompts)
+    SELECT id, 0, CAST(:prompts AS text[]) FROM job
+), event AS (
+    INSERT INTO events (job_id, tenant_id, kind, data)
+    SELECT id, tenant_id, 'job.queued', '{}' FROM job
+)
+SELECT id FROM job
 """)
 
 INSERT_CHUNK = text(
@@ -105,6 +115,7 @@ def insert_job(
             "labels": _json(spec.labels),
             "idempotency_key": idempotency.key if idempotency else None,
             "idempotency_digest": idempotency.digest if idempotency else None,
+            "prompts": list(prompts[:PROMPTS_A_CHUNK]),
         },
     ).first()
     if inserted is None:
@@ -113,10 +124,16 @@ def insert_job(
         same = same_job(connection, tenant_id, idempotency)
         assert same is not None
         return same
-    for first in range(0, len(prompts), PROMPTS_A_CHUNK):
-        chunk = list(prompts[first : first + PROMPTS_A_CHUNK])
-        connection.execute(INSERT_CHUNK, {"job_id": job_id, "first": first, "prompts": chunk})
-    _append(connection, job_id, "job.queued")
+    chunks = [
+        {
+            "job_id": job_id,
+            "first": first,
+            "prompts": list(prompts[first : first + PROMPTS_A_CHUNK]),
+        }
+        for first in range(PROMPTS_A_CHUNK, len(prompts), PROMPTS_A_CHUNK)
+    ]
+    if chunks:
+        connection.execute(INSERT_CHUNK, chunks)
     # Last, since it locks the row that claims of this lane write.
     _join_lane(connection, spec.pipeline, tenant_id, job_id)
     return job_id

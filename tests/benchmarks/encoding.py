@@ -1,6 +1,5 @@
-"""How long a picture's file takes and how long it is, beside Pillow's default and the way before.
-
-    python -m tests.benchmarks.encoding
+"""Row f: how long a picture's file takes and how long it is, beside Pillow's default and the way
+before; and how fast it is stored.
 
 The pictures are drawn here, from a seed: soft shapes of every size, each octave half as strong as
 the one before, mostly without colour, and a grain that is stronger where it is light. Pillow's
@@ -11,42 +10,30 @@ same time; the record of the decision (ADR 20) compares the two.
 from __future__ import annotations
 
 import io
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
+import boto3
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from farm.png import png
+from tests.benchmarks.figures import Ratio, Row, Way, in_turn
+
+if TYPE_CHECKING:
+    from tests.benchmarks.stand import Stand
 
 SIDES = (512, 1024)
 RUNS = 9
+PUTS = 40
+MOST_MS = 0.25
+MOST_BYTES = 1.0
 TEXTS = {"farm": "{}", "parameters": "a star\nSteps: 25"}
 
 Write = Callable[[Image.Image], bytes]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way of encoding, on one picture."""
-
-    side: int
-    """pixels"""
-    way: str
-    ms: float
-    """median"""
-    spread_ms: float
-    """from the first quartile to the third"""
-    bytes: int
-    raw_ratio: float
-    """bytes / the pixels' own"""
-    ms_ratio: float
-    """ms / Pillow's default, which was timed in turn with it"""
-    bytes_ratio: float
-    """bytes / Pillow's default"""
 
 
 def photo_like(side: int, seed: int = 1) -> Image.Image:
@@ -86,52 +73,71 @@ WAYS: dict[str, Write] = {
     "Pillow, level 1, runs only (before)": _pillow(compress_level=1, compress_type=3),
     "farm.png (now)": lambda image: png(image, TEXTS),
 }
+OURS = "farm.png (now)"
 BASE = "Pillow's default"
 
 
-def measure(runs: int = RUNS) -> list[Row]:
+def rows(stand: Stand, short: bool) -> list[Row]:
+    """Measure encoding, and storing what was encoded."""
+    return [encode(3 if short else RUNS), store(stand, 4 if short else PUTS)]
+
+
+def encode(runs: int = RUNS) -> Row:
     """Time every way on every picture, in turn, in one thread."""
-    return [row for side in SIDES for row in _measured(photo_like(side), runs)]
-
-
-def _measured(image: Image.Image, runs: int) -> list[Row]:
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    sizes = {way: len(write(image)) for way, write in WAYS.items()}
-    for _ in range(runs):
-        for way, write in WAYS.items():
-            started = time.perf_counter()
-            write(image)
-            times[way].append((time.perf_counter() - started) * 1000)
-    medians = {way: statistics.median(taken) for way, taken in times.items()}
-    rows = []
-    for way, taken in times.items():
-        first, _, third = statistics.quantiles(taken, n=4)
-        rows.append(
-            Row(
-                side=image.width,
-                way=way,
-                ms=medians[way],
-                spread_ms=third - first,
-                bytes=sizes[way],
-                raw_ratio=sizes[way] / (3 * image.width * image.height),
-                ms_ratio=medians[way] / medians[BASE],
-                bytes_ratio=sizes[way] / sizes[BASE],
-            )
-        )
-    return rows
-
-
-def main() -> None:
-    """Print the rows as a table."""
-    print(
-        f"{'side':>5} {'way':36} {'ms':>8} {'spread':>7} {'of raw':>7} {'ms /':>6} {'bytes /':>7}"
+    row = Row(
+        "f",
+        "Encoding a picture",
+        "Pictures drawn from a seed, which pack as photographs do; one thread.",
     )
-    for row in measure():
-        print(
-            f"{row.side:5} {row.way:36} {row.ms:8.1f} {row.spread_ms:7.1f} {row.raw_ratio:7.3f} "
-            f"{row.ms_ratio:6.3f} {row.bytes_ratio:7.3f}"
-        )
+    for side in SIDES:
+        image = photo_like(side)
+        sizes = {way: len(write(image)) for way, write in WAYS.items()}
+        ways = {f"{way}, {side}²": partial(_ms, write, image) for way, write in WAYS.items()}
+        row.series += in_turn(ways, runs, "ms")
+        for way in list(WAYS)[1:]:
+            row.add_ratio(
+                f"{way}, {side}²", f"{BASE}, {side}²", most=MOST_MS if way == OURS else None
+            )
+            most = MOST_BYTES if way == OURS else None
+            what = f"bytes: {way}, {side}² ÷ {BASE}"
+            row.ratios.append(Ratio(what, [sizes[way] / sizes[BASE]], most=most))
+    return row
 
 
-if __name__ == "__main__":
-    main()
+def _ms(write: Write, image: Image.Image) -> float:
+    started = time.perf_counter()
+    write(image)
+    return (time.perf_counter() - started) * 1000
+
+
+def store(stand: Stand, puts: int) -> Row:
+    """Time putting one encoded picture after another, by the farm and by boto3 as it comes."""
+    row = Row(
+        "f2",
+        "Storing a picture",
+        f"{puts} puts of one encoded picture of 1024x1024, one after the other, each under a key "
+        "of its own, into the same storage.",
+    )
+    content, settings = png(photo_like(1024), TEXTS), stand.servers
+    plain = boto3.client("s3", endpoint_url=settings.s3_endpoint_url)
+
+    def by_boto3(key: str) -> None:
+        plain.put_object(Bucket=settings.s3_bucket, Key=key, Body=content)
+
+    with stand.site() as site:
+
+        def rate(put: Callable[[str], None]) -> float:
+            started = time.monotonic()
+            for _ in range(puts):
+                put(f"bench/{next(stand.numbers)}.png")
+            return puts / (time.monotonic() - started)
+
+        ways: dict[str, Way] = {
+            "farm": lambda: rate(lambda key: site.farm.artifacts.put(key, content)),
+            "boto3": lambda: rate(by_boto3),
+        }
+        for way in ways.values():
+            way()  # connects
+        row.series = in_turn(ways, 3, "puts/s")
+    row.add_ratio("farm", "boto3")
+    return row

@@ -46,6 +46,12 @@ def test_production_has_none() -> None:
     assert Settings(environment="development", failpoints=TWO).failpoints == TWO
 
 
+def test_production_stores_its_pictures() -> None:
+    with pytest.raises(ValidationError, match="FARM_DISCARD_PICTURES is set"):
+        Settings(discard_pictures=True)
+    assert Settings(environment="development", discard_pictures=True).discard_pictures
+
+
 def test_one_acts_at_its_point_and_for_its_text_alone() -> None:
     reach(TWO, "render.step", ["a small star", "EXIT"])
     reach(TWO, "submit.committed", ["a BIG star"])

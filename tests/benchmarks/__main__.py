@@ -1,0 +1,66 @@
+"""`python -m tests.benchmarks`: every figure a ratio of two things measured in turn, in one run.
+
+The exit code is 0 where every goal is met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from typer import echo
+
+from tests.benchmarks import claims, encoding, latency, pictures, report, submission, throughput
+from tests.benchmarks.figures import Row
+from tests.benchmarks.stand import Stand, running_stand
+
+ROWS: Mapping[str, Callable[[Stand, bool], list[Row]]] = {
+    "a": pictures.rows,
+    "b": throughput.rows,
+    "c": submission.rows,
+    "d": latency.rows,
+    "e": claims.rows,
+    "f": encoding.rows,
+}
+
+
+def main() -> int:
+    options = parsed()
+    started, found = time.monotonic(), list[Row]()
+    with tempfile.TemporaryDirectory(prefix="farm-bench-", ignore_cleanup_errors=True) as folder:
+        for letter in options.rows:
+            # Fresh servers for each: what one leaves behind slows the next down.
+            with running_stand(Path(options.data or folder) / letter) as stand:
+                rows = ROWS[letter](stand, options.short)
+            echo("\n\n".join(report.section(row) for row in rows) + "\n")
+            found += rows
+    if options.report:
+        report.write(options.report, report.page(found, time.monotonic() - started))
+    return 0 if all(row.ok for row in found) else 1
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("--rows", type=letters, default=list(ROWS), help="such as a,b")
+    parser.add_argument("--short", action="store_true", help="seconds a row, without goals")
+    parser.add_argument("--report", type=Path, help="the page to write what was found into")
+    parser.add_argument("--data", help="a folder to keep, with every process's log")
+    options = parser.parse_args()
+    logging.getLogger("farm").setLevel(logging.ERROR)
+    return options
+
+
+def letters(text: str) -> Sequence[str]:
+    chosen = [word for word in text.split(",") if word]
+    if unknown := [letter for letter in chosen if letter not in ROWS]:
+        raise argparse.ArgumentTypeError(f"there is no row {unknown[0]}")
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Row d: how long an interactive picture takes on a lane saturated by bulk, and what bulk pays."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from tests.benchmarks.figures import Ratio, Row, Series, percentile
+from tests.benchmarks.stand import Site, Stand, wait_closely
+
+STEP_SECONDS = 0.05
+BULK_STEPS = 20
+BULK_BUCKET = 4
+STEPS = 4
+TURNS = 4
+BATCHES = 20
+"""Of bulk, in a turn"""
+PICTURES = 15
+"""Interactive ones, in a turn"""
+PAUSE_SECONDS = 0.6
+"""Between two of them, at most: so that each meets bulk at another moment"""
+MOST = 1.2
+"""Times the idle latency, plus one step of bulk"""
+UNDER_WAY = "SELECT count(*) FROM leases WHERE step > 0"
+DIGESTS = "SELECT sha256 FROM frames WHERE job_id = %s ORDER BY ordinal"
+
+
+@dataclass
+class Lane:
+    """A site of its own, and what was seen of it."""
+
+    site: Site
+    latencies: list[list[float]] = field(default_factory=list)
+    """Seconds, by turn"""
+    bulk_seconds: list[float] = field(default_factory=list)
+    digests: dict[str, list[bytes]] = field(default_factory=dict)
+
+    def bulk(self, batches: int) -> uuid.UUID:
+        return self.site.submit(
+            pipeline="null",
+            prompts=["bulk"],
+            images_per_prompt=batches * BULK_BUCKET,
+            seed=1,
+            width=64,
+            height=64,
+            steps=BULK_STEPS,
+            step_seconds=STEP_SECONDS,
+            bucket=BULK_BUCKET,
+            priority="bulk",
+        )
+
+    def saturated(self, batches: int, pictures: int, turn: int) -> None:
+        """Let interactive pictures come while a bulk job is rendered, and see both to their end."""
+        started = time.monotonic()
+        job_id = self.bulk(batches)
+        wait_closely(lambda: self.site.rows(UNDER_WAY)[0][0] > 0, "bulk was under way")
+        self.interactive(pictures, turn)
+        self.site.done(job_id, batches * BULK_BUCKET)
+        self.bulk_seconds.append(time.monotonic() - started)
+        self.digests[f"bulk {turn}"] = self._digests(job_id)
+
+    def interactive(self, pictures: int, turn: int) -> None:
+        """Submit one picture after another, with pauses between."""
+        pauses, seen = random.Random(turn), list[float]()
+        for number in range(pictures):
+            time.sleep(pauses.uniform(0, PAUSE_SECONDS))
+            started = time.monotonic()
+            job_id = self.site.submit(
+                pipeline="null",
+                prompts=["interactive"],
+                seed=1000 * turn + number,
+                width=64,
+                height=64,
+                steps=STEPS,
+                step_seconds=STEP_SECONDS,
+                priority="interactive",
+            )
+            self.site.done(job_id, 1)
+            seen.append(time.monotonic() - started)
+            self.digests[f"interactive {turn} {number}"] = self._digests(job_id)
+        self.latencies.append(seen)
+
+    def alone(self, batches: int) -> float:
+        """Seconds of the same bulk job with nothing beside it."""
+        started = time.monotonic()
+        self.site.done(self.bulk(batches), batches * BULK_BUCKET)
+        return time.monotonic() - started
+
+    def _digests(self, job_id: uuid.UUID) -> list[bytes]:
+        return [bytes(row[0]) for row in self.site.rows(DIGESTS, job_id)]
+
+
+def rows(stand: Stand, short: bool) -> list[Row]:
+    """Measure an idle lane, and one saturated by bulk, with preemption and without, in turn."""
+    turns, batches, pictures = (1, 4, 2) if short else (TURNS, BATCHES, PICTURES)
+    with ExitStack() as stack:
+        lanes = {
+            name: Lane(stack.enter_context(stand.site(preempt=preempt)))
+            for name, preempt in (("idle", True), ("on", True), ("off", False))
+        }
+        for lane in lanes.values():
+            stack.enter_context(lane.site.worker("null"))
+            lane.alone(1)
+        alone = []
+        for turn in range(turns):
+            lanes["idle"].interactive(pictures, turn)
+            alone.append(lanes["idle"].alone(batches))
+            for name in ("on", "off") if turn % 2 == 0 else ("off", "on"):
+                lanes[name].saturated(batches, pictures, turn)
+    row = Row(
+        "d",
+        "Interactive pictures on a lane saturated by bulk",
+        f"A simulated device: a step waits {STEP_SECONDS * 1000:.0f} ms. Bulk: batches of "
+        f"{BULK_BUCKET} in {BULK_STEPS} steps; an interactive picture has {STEPS}, and {pictures} "
+        f"of them come in a turn, each from 0 to {PAUSE_SECONDS} s after the one before. A latency "
+        "is from submitting until Postgres says that it succeeded.",
+    )
+    for name, lane in lanes.items():
+        for percent in (50, 95):
+            values = [percentile(seen, percent) * 1000 for seen in lane.latencies]
+            title = "idle lane" if name == "idle" else f"saturated, preemption {name}"
+            row.series.append(Series(f"p{percent}, {title}", values, "ms"))
+    _judge(row, lanes, alone, short)
+    return [row]
+
+
+def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) -> None:
+    every = {
+        name: percentile([value for turn in lane.latencies for value in turn], 95)
+        for name, lane in lanes.items()
+    }
+    goal = None if short else 1.0
+    bound = MOST * every["idle"] + STEP_SECONDS
+    row.ratios = [
+        Ratio(
+            f"p95 with preemption ÷ ({MOST} x idle p95 + one step), all turns together",
+            [every["on"] / bound],
+            most=goal,
+        ),
+        Ratio("p95 with preemption ÷ idle p95, all turns together", [every["on"] / every["idle"]]),
+        Ratio("p95 without preemption ÷ idle p95", [every["off"] / every["idle"]]),
+    ]
+    taken = len(lanes["on"].latencies[0]) * STEPS * STEP_SECONDS
+    lost = [
+        (beside - by_itself) / taken
+        for beside, by_itself in zip(lanes["on"].bulk_seconds, alone, strict=True)
+    ]
+    row.ratios.append(Ratio("bulk's loss ÷ the time of the interactive pictures", lost, most=goal))
+    row.notes.append(
+        f"A bulk job alone took {alone[0]:.2f} s in the first turn, beside interactive pictures "
+        f"{lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
+        f"{lanes['off'].bulk_seconds[0]:.2f} s without; their steps take {taken:.2f} s."
+    )
+    if lanes["on"].digests == lanes["off"].digests:
+        row.notes.append(
+            f"{len(lanes['on'].digests)} jobs: equal bytes with preemption on and off."
+        )
+    else:
+        row.problems.append("The bytes with preemption on and off differ.")
+    quick = {name: found for name, found in lanes["on"].digests.items() if "bulk" not in name}
+    if quick != lanes["idle"].digests:
+        row.problems.append("The bytes on an idle and on a saturated lane differ.")

@@ -1,0 +1,157 @@
+"""Row a: real pictures a second beside bare diffusers loops, and how busy a device is kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from functools import partial
+
+from farm.local import commands
+from tests.benchmarks.figures import Row, in_turn
+from tests.benchmarks.rivals import loop
+from tests.benchmarks.stand import QUIET, ROOT, Site, Stand, cores
+
+FRAMES = 512
+BATCHES = (4, 8, 16, 32)
+"""That the bare loop tries, to find its best"""
+LEAST = 0.95
+STEPS = 20
+STEP_SECONDS = 0.015
+SIDE = 1024
+BUCKET = 4
+DEVICE_BATCHES = 100
+LEAST_BUSY = 0.97
+TURNS = 3
+BOOKS = "SELECT sum(denoise_seconds), sum(work_seconds) FROM workers"
+
+
+def rows(stand: Stand, short: bool) -> list[Row]:
+    """Measure on the demo's pipeline, and on a simulated device."""
+    return [demo(stand, short), device(stand, short)]
+
+
+def demo(stand: Stand, short: bool) -> Row:
+    """The demo's pipeline on the CPU, every core."""
+    frames, turns, threads = (8, 1, 1) if short else (FRAMES, TURNS, cores())
+    batches = (8,) if short else BATCHES
+    best = batches[0] if short else best_batch(stand, frames // 4, threads)
+    row = Row(
+        "a",
+        "Pictures of the demo's pipeline",
+        f"{frames} pictures of 64x64, 25 steps, {threads} torch threads each. The best loop is of "
+        f"batches of {best}, which was the fastest of {', '.join(map(str, batches))}, and writes "
+        "nowhere; the plain one renders one by one, encodes by Pillow's default and puts each "
+        "picture before the next. The farm's job has the bucket of the best loop; its time is "
+        "from submitting until the last picture is durable.",
+    )
+    settings = {"FARM_TORCH_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    with stand.site() as site, site.worker("demo", **settings):
+        of_farm = partial(farm_rate, site, best)
+        of_farm(best)
+        ways = {
+            "farm": partial(of_farm, frames),
+            "best loop": partial(bare, stand, best, frames, threads),
+            "plain loop": partial(bare, stand, 1, frames // 4, threads, "serial"),
+        }
+        row.series = in_turn(ways, turns, "pictures/s")
+    row.add_ratio("farm", "best loop", least=None if short else LEAST)
+    row.add_ratio("farm", "plain loop")
+    return row
+
+
+def best_batch(stand: Stand, frames: int, threads: int) -> int:
+    """Find the batch in which a bare loop is fastest."""
+    rates = {batch: bare(stand, batch, frames, threads) for batch in BATCHES}
+    return max(rates, key=lambda batch: rates[batch])
+
+
+def bare(stand: Stand, batch: int, frames: int, threads: int, *words: str) -> float:
+    """Pictures a second of a bare loop; whole batches."""
+    frames = -(-frames // batch) * batch
+    env = {
+        **commands.environment(stand.folder, {**stand.servers.env, **QUIET}),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    numbers = [str(number) for number in (batch, frames, threads)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.rivals.loop", *numbers, *words],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
+    return frames / float(done.stdout.splitlines()[-1])
+
+
+def farm_rate(site: Site, bucket: int, frames: int) -> float:
+    started = time.monotonic()
+    job_id = site.submit(
+        pipeline="demo",
+        prompts=[loop.PROMPT],
+        images_per_prompt=frames,
+        seed=0,
+        width=loop.SIDE,
+        height=loop.SIDE,
+        steps=loop.STEPS,
+        guidance_scale=loop.GUIDANCE,
+        bucket=bucket,
+        priority="bulk",
+    )
+    site.done(job_id, frames)
+    return frames / (time.monotonic() - started)
+
+
+def device(stand: Stand, short: bool) -> Row:
+    """A device that is simulated: its steps wait, and use no CPU."""
+    batches, turns = (4, 1) if short else (DEVICE_BATCHES, TURNS)
+    row = Row(
+        "a2",
+        "A simulated device",
+        f"{batches} batches of {BUCKET} pictures of {SIDE}x{SIDE}, like photographs; a batch is "
+        f"{STEPS} steps that wait {STEP_SECONDS * 1000:.0f} ms each. Alone, the steps wait in a "
+        "loop with nothing around; the farm encodes and stores every picture, and its time is "
+        "from submitting until the last one is durable.",
+    )
+    with stand.site() as site, site.worker("photo"):
+        device_seconds(site, 1)
+        before = site.rows(BOOKS)[0]
+        ways = {
+            "alone": partial(alone, batches),
+            "farm": partial(device_seconds, site, batches),
+        }
+        row.series = in_turn(ways, turns, "s")
+        after = site.rows(BOOKS)[0]
+    row.add_ratio("alone", "farm", what="busy (alone ÷ farm)", least=None if short else LEAST_BUSY)
+    share = (after[0] - before[0]) / (after[1] - before[1])
+    row.notes.append(f"The worker's own books say that the device was busy for {share:.1%}.")
+    return row
+
+
+def alone(batches: int) -> float:
+    """Seconds of the steps with nothing around."""
+    started = time.monotonic()
+    for _ in range(batches * STEPS):
+        time.sleep(STEP_SECONDS)
+    return time.monotonic() - started
+
+
+def device_seconds(site: Site, batches: int) -> float:
+    """Seconds from submitting so many batches to the last one's commit."""
+    started, frames = time.monotonic(), batches * BUCKET
+    job_id = site.submit(
+        pipeline="photo",
+        prompts=["a photograph"],
+        images_per_prompt=frames,
+        width=SIDE,
+        height=SIDE,
+        steps=STEPS,
+        step_seconds=STEP_SECONDS,
+        priority="bulk",
+        bucket=BUCKET,
+    )
+    site.done(job_id, frames)
+    return time.monotonic() - started

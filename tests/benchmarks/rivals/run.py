@@ -1,0 +1,123 @@
+"""Rivals as the suite runs them: workers on the same servers, and a process that submits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import psycopg
+
+from farm.local import commands
+from tests.benchmarks.rivals import results
+from tests.benchmarks.stand import QUIET, ROOT, Stand, cores, wait_closely
+
+MODULES = "tests.benchmarks.rivals"
+
+
+def _words(line: str) -> list[str]:
+    return line.format(modules=MODULES, cores=cores()).split()
+
+
+WORKERS: Mapping[str, list[list[str]]] = {
+    "celery": [
+        _words(
+            "celery -A {modules}.celery_app worker --pool prefork --concurrency {cores} "
+            "--without-gossip --without-mingle --without-heartbeat --loglevel WARNING"
+        )
+    ],
+    "procrastinate": [
+        _words("procrastinate --app {modules}.procrastinate_app.app worker --concurrency 20")
+        for _ in range(cores())
+    ],
+    "dramatiq": [_words("dramatiq {modules}.dramatiq_app --processes {cores} --threads 8")],
+}
+WARM_UP = 50
+"""Tasks before any is counted"""
+
+
+@dataclass
+class Rival:
+    """One whose workers run; `rate` does so many tasks, and gives tasks a second."""
+
+    name: str
+    database: psycopg.Connection[Any]
+    _submitter: subprocess.Popen[str]
+    _runs: int = 0
+
+    def rate(self, count: int) -> float:
+        """Submit so many tasks, and wait until each has its row."""
+        self._runs += 1
+        started = time.monotonic()
+        self._say(f"{self._runs} {count}")
+        wait_closely(lambda: self._done() == count, f"{self.name} did {count} tasks")
+        seconds = time.monotonic() - started
+        self.heard("submitted")
+        return count / seconds
+
+    def heard(self, word: str) -> None:
+        assert self._submitter.stdout is not None
+        told = self._submitter.stdout.readline().strip()
+        assert told == word, f"{self.name} said {told!r}"
+
+    def _say(self, line: str) -> None:
+        assert self._submitter.stdin is not None
+        self._submitter.stdin.write(f"{line}\n")
+        self._submitter.stdin.flush()
+
+    def _done(self) -> int:
+        time.sleep(0.02)  # counting takes its share of what is measured
+        return int(self.database.execute(results.COUNT, (self._runs,)).fetchone()[0])  # type: ignore[index]
+
+
+def installed(name: str) -> bool:
+    """Whether a rival can be run here: the extra `bench` installs those that the farm has not."""
+    return find_spec(name) is not None
+
+
+@contextmanager
+def running_rival(stand: Stand, name: str, task: str = "nothing") -> Iterator[Rival]:
+    """Run a rival on a database of its own, warmed up."""
+    number = next(stand.numbers)
+    env = {
+        "BENCH_DATABASE_URL": stand.database(f"rival_{number}"),
+        "BENCH_REDIS_URL": stand.redis(number),
+    }
+    with ExitStack() as stack:
+        database = stack.enter_context(psycopg.connect(env["BENCH_DATABASE_URL"], autocommit=True))
+        database.execute(results.CREATE)
+        whole = commands.environment(stand.folder, {**stand.servers.env, **QUIET, **env})
+        whole["PYTHONPATH"] = str(ROOT)
+        if name == "procrastinate":
+            schema = ["procrastinate", "--app", f"{MODULES}.procrastinate_app.app", "schema"]
+            subprocess.run(
+                [sys.executable, "-m", *schema, "--apply"],
+                env=whole,
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+            )
+        for argv in WORKERS[name]:
+            stack.enter_context(stand.python(name, [sys.executable, "-m", *argv], env))
+        submitter = stack.enter_context(_submitting(name, task, whole))
+        rival = Rival(name, database, submitter)
+        rival.heard("ready")
+        rival.rate(WARM_UP)
+        yield rival
+
+
+@contextmanager
+def _submitting(name: str, task: str, env: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    argv = [sys.executable, "-m", f"{MODULES}.submit", name, task]
+    with subprocess.Popen(
+        argv, env=dict(env), cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

@@ -1,0 +1,64 @@
+"""Submits many tasks of one rival: `python -m tests.benchmarks.rivals.submit RIVAL TASK`.
+
+Reads lines of `RUN COUNT` and answers each, once all are submitted; a process of its own, so that
+the suite's own modules stay out of the way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+Submit = Callable[[int, int], None]
+
+
+def celery(task: str) -> Submit:
+    from tests.benchmarks.rivals import celery_app
+
+    chosen = getattr(celery_app, task)
+
+    def submit(run: int, count: int) -> None:
+        with celery_app.app.producer_pool.acquire(block=True) as producer:
+            for number in range(count):
+                chosen.apply_async((run, number), producer=producer)
+
+    return submit
+
+
+def procrastinate(task: str) -> Submit:
+    from tests.benchmarks.rivals import procrastinate_app
+
+    app = procrastinate_app.app.with_connector(procrastinate_app.app.connector.get_sync_connector())
+    app.open()
+    chosen = app.configure_task(task)
+
+    def submit(run: int, count: int) -> None:
+        for first in range(0, count, 1000):
+            numbers = range(first, min(first + 1000, count))
+            chosen.batch_defer(*({"run": run, "number": number} for number in numbers))
+
+    return submit
+
+
+def dramatiq(task: str) -> Submit:
+    from tests.benchmarks.rivals import dramatiq_app
+
+    chosen = getattr(dramatiq_app, task)
+
+    def submit(run: int, count: int) -> None:
+        for number in range(count):
+            chosen.send(run, number)
+
+    return submit
+
+
+RIVALS = {"celery": celery, "procrastinate": procrastinate, "dramatiq": dramatiq}
+
+if __name__ == "__main__":
+    submit_all = RIVALS[sys.argv[1]](sys.argv[2])
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        submit_all(*map(int, line.split()))
+        sys.stdout.write("submitted\n")
+        sys.stdout.flush()

@@ -1,0 +1,236 @@
+"""What the rows are measured on: the embedded servers, and farms with processes of their own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from PIL import Image
+from psycopg import sql
+from pydantic import SecretStr
+
+from farm import jobs
+from farm.config import DEMO_CATALOG, Settings
+from farm.context import Farm, open_farm
+from farm.families.null import write_checkpoint
+from farm.local import commands
+from farm.local.child import Child, Program, Stage
+from farm.local.folder import Folder
+from farm.local.ports import HOST, free_port
+from farm.local.servers import Servers, start_servers, supervised
+from farm.local.supervisor import Supervisor
+from farm.store import keys
+from farm.store.engine import transaction
+from tests.benchmarks.encoding import photo_like
+from tests.chaos.run import credentials
+from tests.waiting import wait_until
+
+TENANT = "bench"
+READY_SECONDS = 120.0
+DONE_SECONDS = 600.0
+GRACE_SECONDS = 10.0
+POLL_SECONDS = 0.005
+ROOT = Path(__file__).parents[2]
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FARM_ENVIRONMENT": "development"}
+SMALL_SIDE = 32
+PHOTOS = 8
+"""Different pictures that the lane `photo` gives"""
+
+IDLE = "SELECT count(*) FROM workers WHERE state = 'idle' AND NOT gone AND pid = %s"
+SUCCEEDED = "SELECT succeeded, dead, cancelled FROM jobs WHERE id = %s"
+
+
+@dataclass
+class Site:
+    """One farm: a database and a Redis database of its own, on servers that all share."""
+
+    stand: Stand
+    farm: Farm
+    tenant: uuid.UUID
+    env: dict[str, str]
+    connection: psycopg.Connection[Any]
+
+    def submit(self, **body: Any) -> uuid.UUID:
+        return jobs.submit(self.farm, self.tenant, body)
+
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        return self.connection.execute(statement, values).fetchall()
+
+    def done(self, job_id: uuid.UUID, frames: int) -> None:
+        """Wait until every frame of a job has succeeded, as Postgres says.
+
+        Raises:
+            AssertionError: one did not, or it takes too long.
+        """
+
+        def all_succeeded() -> bool:
+            succeeded, dead, cancelled = self.rows(SUCCEEDED, job_id)[0]
+            assert not dead + cancelled, f"{dead} frames are dead, {cancelled} cancelled"
+            return bool(succeeded == frames)
+
+        wait_closely(all_succeeded, f"{frames} frames succeeded")
+
+    @contextmanager
+    def worker(self, pipeline: str, **settings: str) -> Iterator[Child]:
+        """Run a worker, parent and child, as users do; it is idle when the block begins."""
+        folder = self.stand.folder
+        env = commands.environment(folder, {**self.env, **settings})
+        program = commands.worker(folder, env, pipeline, next(self.stand.numbers), GRACE_SECONDS)
+        with self.stand.running(program) as child:
+            wait_until(
+                lambda: self.rows(IDLE, child.pid)[0][0] == 1, READY_SECONDS, "a worker was idle"
+            )
+            yield child
+
+    @contextmanager
+    def api(self) -> Iterator[tuple[str, str]]:
+        """Run the API, as `farm api` does; gives its address, and an API key."""
+        port = free_port()
+        env = commands.environment(self.stand.folder, self.env)
+        program = commands.api(self.stand.folder, env, port)
+        with transaction(self.farm.store) as connection:
+            _, key = keys.create_key(connection, TENANT, "client")
+        with self.stand.running(program) as child:
+            self.stand.supervisor.ready(child, READY_SECONDS)
+            yield f"http://{HOST}:{port}", key
+
+
+@dataclass
+class Stand:
+    """The servers, and what starts processes beside them."""
+
+    folder: Folder
+    servers: Servers
+    supervisor: Supervisor
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @contextmanager
+    def site(self, **settings: Any) -> Iterator[Site]:
+        """Make a farm with an empty database.
+
+        Args:
+            settings: fields of Settings.
+        """
+        number = next(self.numbers)
+        database_url = self.database(f"bench_{number}")
+        redis_url = self.redis(number)
+        own = {"database_url": database_url, "redis_url": redis_url, "environment": "development"}
+        places = {
+            "pipelines": str(self.folder.path / "pipelines.toml"),
+            "scratch_dir": str(self.folder.path / "scratch"),
+            "cache_dir": str(self.folder.path / "cache"),
+        }
+        given = {**own, **places, **settings}
+        named = {f"FARM_{name.upper()}": str(value) for name, value in given.items()}
+        env = {**self.servers.env, **QUIET, **named}
+        commands.run(
+            ["migrate"], commands.environment(self.folder, env), self.folder.logs / "migrate.log"
+        )
+        farm = open_farm(
+            Settings(
+                **{
+                    **given,
+                    "database_url": SecretStr(database_url),
+                    "redis_url": SecretStr(redis_url),
+                    "s3_endpoint_url": self.servers.s3_endpoint_url,
+                    "s3_bucket": self.servers.s3_bucket,
+                }
+            )
+        )
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            with transaction(farm.store) as begun:
+                tenant = keys.ensure_tenant(begun, TENANT)
+            yield Site(self, farm, tenant, env, connection)
+        farm.close()
+
+    def database(self, name: str) -> str:
+        """Make an empty database; returns its address."""
+        with psycopg.connect(self.servers.database_url, autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return f"{self.servers.database_url.rpartition('/')[0]}/{name}"
+
+    def redis(self, number: int) -> str:
+        """The address of one of Redis's databases."""
+        return f"{self.servers.redis_url.rpartition('/')[0]}/{number % 15 + 1}"
+
+    @contextmanager
+    def running(self, program: Program) -> Iterator[Child]:
+        """Run a program in the block."""
+        name = f"{program.name} {next(self.numbers)}"
+        log = self.folder.logs / f"{name.replace(' ', '-')}.log"
+        child = self.supervisor.start(replace(program, name=name, log=log))
+        try:
+            yield child
+        finally:
+            self.supervisor.forget(child)
+
+    @contextmanager
+    def python(self, name: str, argv: list[str], env: Mapping[str, str]) -> Iterator[Child]:
+        """Run a program of the suite's own in the block."""
+        path = {"PYTHONPATH": str(ROOT), **QUIET}
+        program = Program(
+            name=name,
+            argv=argv,
+            env={**commands.environment(self.folder, self.servers.env), **path, **env},
+            log=self.folder.logs / "unused.log",
+            stage=Stage.WORKER,
+            cwd=ROOT,
+            grace=GRACE_SECONDS,
+        )
+        with self.running(program) as child:
+            yield child
+
+
+@contextmanager
+def running_stand(data: Path) -> Iterator[Stand]:
+    """Run the servers on the folder `data` until the block is left."""
+    with supervised(data) as (folder, supervisor):
+        servers = start_servers(folder, supervisor)
+        _write_catalog(folder.path)
+        with credentials(servers.env):
+            yield Stand(folder, servers, supervisor)
+
+
+def _write_catalog(folder: Path) -> None:
+    """Three lanes: a fixed small picture at once, pictures like photographs, and the demo's."""
+    write_checkpoint(folder / "null", [small_picture()])
+    pictures = [photo_like(1024, seed) for seed in range(PHOTOS)]
+    write_checkpoint(folder / "photo", pictures)
+    demo = json.dumps(str(DEMO_CATALOG.with_name("model")))
+    (folder / "pipelines.toml").write_text(
+        '[pipelines.null]\nsource = "null"\nbucket = { "default" = 64 }\n\n'
+        '[pipelines.photo]\nsource = "photo"\nbucket = { "default" = 4 }\n\n'
+        f"[pipelines.demo]\nsource = {demo}\n"
+        'bucket = { "default" = 8 }\ndefaults = { "steps" = 25, "guidance_scale" = 2.5 }\n'
+    )
+
+
+def small_picture() -> Image.Image:
+    """The picture of null renders."""
+    return photo_like(SMALL_SIDE)
+
+
+def wait_closely(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition; seen within 5 ms.
+
+    Raises:
+        AssertionError: it did not come, in ten minutes.
+    """
+    deadline = time.monotonic() + DONE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(POLL_SECONDS)
+
+
+def cores() -> int:
+    """Cores that may be used."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,99 @@
+"""Row b: null renders a second, from submitting them to each being durably done in Postgres."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+
+from tests.benchmarks.figures import Row, Way, in_turn
+from tests.benchmarks.rivals.run import installed, running_rival
+from tests.benchmarks.stand import Site, Stand
+
+FRAMES = {"farm": 40_000, "celery": 2_000, "procrastinate": 2_000, "dramatiq": 3_000}
+STORED = {"farm": 3_000, "celery": 1_000}
+SHORT = {"farm": 640, "celery": 64}
+"""How many each does in a turn"""
+TURNS = 3
+LEAST = 20.0
+LEAST_STORED = 3.0
+
+
+def rows(stand: Stand, short: bool) -> list[Row]:
+    """Measure without the storage, and then with it."""
+    return [queue(stand, short), stored(stand, short)]
+
+
+def queue(stand: Stand, short: bool) -> Row:
+    """Without the storage on either side: the queue itself."""
+    counts = SHORT if short else {name: n for name, n in FRAMES.items() if _there(name)}
+    row = Row(
+        "b",
+        "Null renders, without the storage",
+        "A pipeline that gives a fixed picture of 32x32 at once. The farm: one job with a prompt a "
+        "frame, one worker; pictures are encoded and discarded. The others: a task a frame that "
+        "writes a row, with workers for every core; Celery and dramatiq on Redis, procrastinate on "
+        "Postgres. From submitting until the last frame is succeeded, or the last row written.",
+    )
+    _measure(row, stand, counts, 1 if short else TURNS, discard=True)
+    _compare(row, counts, LEAST, short)
+    return row
+
+
+def stored(stand: Stand, short: bool) -> Row:
+    """With pictures in S3 on both sides."""
+    counts = SHORT if short else STORED
+    row = Row(
+        "b2",
+        "Null renders, with the storage",
+        "The same, but each picture is stored in S3 before its row says so; Celery's task encodes "
+        "by Pillow and puts by boto3.",
+    )
+    _measure(row, stand, counts, 1 if short else TURNS, discard=False)
+    _compare(row, counts, LEAST_STORED, short)
+    return row
+
+
+def _there(name: str) -> bool:
+    return name == "farm" or installed(name)
+
+
+def _compare(row: Row, counts: Mapping[str, int], least: float, short: bool) -> None:
+    for rival in [name for name in counts if name != "farm"]:
+        goal = least if rival == "celery" and not short else None
+        row.add_ratio("farm", rival, least=goal)
+    if not short and (missing := [name for name in FRAMES if not _there(name)]):
+        row.notes.append(f"Not installed: {', '.join(missing)}.")
+
+
+def _measure(
+    row: Row, stand: Stand, counts: Mapping[str, int], turns: int, *, discard: bool
+) -> None:
+    with ExitStack() as stack:
+        site = stack.enter_context(stand.site(discard_pictures=discard))
+        stack.enter_context(site.worker("null"))
+        farm_rate(site, 64)  # what is slow once: connections, the first import
+        ways: dict[str, Way] = {"farm": partial(farm_rate, site, counts["farm"])}
+        for name in [name for name in counts if name != "farm"]:
+            task = "nothing" if discard else "picture"
+            rival = stack.enter_context(running_rival(stand, name, task))
+            ways[name] = partial(rival.rate, counts[name])
+        row.series = in_turn(ways, turns, "frames/s")
+
+
+def farm_rate(site: Site, frames: int) -> float:
+    """Submit one job of so many prompts, and wait until all its frames have succeeded."""
+    prompts = [f"noise {number}" for number in range(frames)]
+    started = time.monotonic()
+    job_id = site.submit(
+        pipeline="null",
+        prompts=prompts,
+        priority="bulk",
+        width=32,
+        height=32,
+        steps=1,
+        step_seconds=0.0,
+    )
+    site.done(job_id, frames)
+    return frames / (time.monotonic() - started)

@@ -1,0 +1,68 @@
+"""A short version of every row of `make bench`: it runs, loses nothing and gives figures.
+
+How fast things are is a matter of the machine, and is not judged here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from tests.benchmarks import claims, encoding, latency, pictures, report, submission, throughput
+from tests.benchmarks.figures import Row
+from tests.benchmarks.stand import Stand, running_stand
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    with running_stand(tmp_path_factory.mktemp("bench")) as running:
+        yield running
+
+
+def check(rows: list[Row]) -> None:
+    for row in rows:
+        assert row.problems == []
+        assert row.ratios
+        for values in [series.values for series in row.series]:
+            assert values
+            assert all(math.isfinite(value) and value > 0 for value in values)
+        assert all(math.isfinite(value) for ratio in row.ratios for value in ratio.values)
+        assert report.section(row).startswith(f"### {row.letter}: ")
+
+
+def ratio(row: Row, start: str) -> float:
+    return next(found.median for found in row.ratios if found.what.startswith(start))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # it loads torch again and again, on however busy a machine
+def test_real_pictures_and_a_simulated_device(stand: Stand) -> None:
+    check(pictures.rows(stand, short=True))
+
+
+def test_null_renders_beside_another_queue(stand: Stand) -> None:
+    rows = throughput.rows(stand, short=True)
+    check(rows)
+    assert ratio(rows[0], "farm ÷ celery") > 1
+
+
+def test_submitting(stand: Stand) -> None:
+    check(submission.rows(stand, short=True))
+
+
+def test_interactive_pictures_beside_bulk(stand: Stand) -> None:
+    [row] = latency.rows(stand, short=True)
+    check([row])
+    assert ratio(row, "p95 with preemption ÷ idle") < ratio(row, "p95 without preemption ÷ idle")
+
+
+def test_claims_with_a_history(stand: Stand) -> None:
+    rows = claims.rows(stand, short=True)
+    check(rows)
+    assert ratio(rows[0], "old ÷ fresh") > 0.2
+
+
+def test_encoding_and_storing(stand: Stand) -> None:
+    check(encoding.rows(stand, short=True))
