@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import create_engine, make_url, text
@@ -21,6 +22,10 @@ from farm.store.engine import open_store, transaction
 
 TEMPLATE = "farm_template"
 _numbers = itertools.count(1)
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile("farm", deadline=None)
+hypothesis.settings.load_profile("farm")
 
 
 @pytest.fixture(scope="session")

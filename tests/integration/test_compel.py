@@ -103,7 +103,7 @@ def is_taken(text: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["stable_diffusion", "sdxl"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=loose | weighted | mixtures)
 def test_what_the_checker_takes_compel_encodes(kind: str, text: str) -> None:
     assume(is_taken(text))
@@ -141,7 +141,7 @@ def nothing_remembered() -> Iterator[None]:
         pyparsing.ParserElement.enable_packrat()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=weighted | mixtures)
 def test_the_parser_s_memory_changes_no_result(text: str) -> None:
     from compel.prompt_parser import PromptParser

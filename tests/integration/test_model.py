@@ -722,7 +722,6 @@ def test_the_store_does_what_the_model_does(farm: Farm) -> None:
             stateful_step_count=50,
             derandomize="MODEL_EXAMPLES" not in os.environ,
             database=None,
-            deadline=None,
             phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
         ),

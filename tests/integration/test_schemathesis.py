@@ -78,7 +78,6 @@ def _try(operation: Any, mode: GenerationMode, job_id: str, headers: dict[str, s
 
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),

@@ -67,7 +67,7 @@ def test_every_format_gives_back_what_was_written(form: Format, prompt: str) -> 
 
 @pytest.mark.parametrize("form", ALL)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_prompt_comes_back(form: Format, prompt: str) -> None:
     assert read(encode(PICTURE, provenance(form, prompt)))[1].frame.prompt == prompt
 

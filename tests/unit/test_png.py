@@ -88,7 +88,7 @@ def drawn(mode: str, width: int, height: int, seed: int, levels: int) -> Image.I
     seed=st.integers(0, 2**32),
     levels=st.sampled_from([2, 3, 17, 256]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_small_picture_comes_back(
     mode: str, width: int, height: int, seed: int, levels: int
 ) -> None:
