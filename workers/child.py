@@ -68,7 +68,8 @@ class Child:
     def answer(self) -> bool:
         """Answer a bell: render until the lane is empty.
 
-        Returns whether this process may go on; a fresh one should where memory ran out.
+        Returns whether this process may go on; a fresh one should where memory ran out, or where
+        something broke that no batch is to blame for.
         """
         try:
             if self._line is None and self._clock() >= self._due:
@@ -77,6 +78,9 @@ class Child:
                 self._render(self._line)
         except Unavailable as error:
             log.warning("%s waits for the next bell: %s", self._identity.name, error)
+        except Exception:
+            log.exception("%s broke; another process goes on", self._identity.name)
+            return False
         return self._line is None or not self._line.out_of_memory
 
     def close(self) -> None:

@@ -26,6 +26,9 @@ LONGER = 3.0
 LEAST_SECONDS = 0.02
 """… and this: as late as it can be, since what is claimed can no longer be anybody else's."""
 
+MOST_SECONDS = 1.0
+"""That a claim is taken to last: one that waited for an outage says nothing of the next"""
+
 
 class Claims:
     """Claims one batch after another, and knows which leases this child has in hand."""
@@ -49,7 +52,8 @@ class Claims:
 
     def ahead(self, left_seconds: float) -> None:
         """Begin to claim the next batch where the one in hand will be done in so many seconds."""
-        if self._ahead is None and left_seconds <= LEAST_SECONDS + LONGER * self._seconds:
+        early = LEAST_SECONDS + LONGER * min(self._seconds, MOST_SECONDS)
+        if self._ahead is None and left_seconds <= early:
             self._ahead = self._thread.submit(self.now)
 
     def next(self) -> Lease | None:
@@ -75,12 +79,11 @@ class Claims:
 
     def over(self, lease: Lease) -> None:
         """Note that a lease has ended."""
-        with self._lock:
-            self._in_hand.pop(lease.id, None)
+        self._in_hand.pop(lease.id, None)  # without the lock: a claim may hold it for long
 
     def window(self, lease: Lease) -> tuple[float, float]:
         """Tell when the claim of a lease in hand began and ended, on the monotonic clock."""
-        return self._in_hand[lease.id]  # without the lock: a claim may hold it for long
+        return self._in_hand[lease.id]
 
     def doubt(self) -> None:
         """Note that something may have gone wrong: what is not in hand is given back first."""

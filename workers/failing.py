@@ -5,6 +5,8 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from farm.errors import FarmError, StorageRefused, Unavailable
 from farm.families.devices import is_out_of_memory
 from farm.states import FLAGGED
@@ -15,7 +17,9 @@ from farm.store.frames import Failure
 def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure]:
     """Map what went wrong to what becomes of the frames."""
     text = "".join(traceback.format_exception(error)).replace("\x00", "")
-    message = f"{type(error).__name__}: {error}".replace("\x00", "")
+    message = type(error).__name__
+    if not isinstance(error, SQLAlchemyError):  # which tells statements and their parameters
+        message = f"{message}: {error}".replace("\x00", "")
     several = len(claimed) > 1
     reason, retryable, charged, smaller = "render_error", True, not several, False
     if isinstance(error, Unavailable | StorageRefused):

@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 """What diffusers raises where a call cannot be; it would again."""
 
+LOOK_SECONDS = 1.0
+"""Between looks for work while only the tail is busy"""
+
 
 class RenderLine:
     """One child's pinned pipeline, and what it does with each batch."""
@@ -76,6 +79,7 @@ class RenderLine:
         """That the batch in hand lent the device to others"""
         self._since = 0.0
         """When there was something to render, and was not accounted yet"""
+        self._broken: Exception | None = None
         self.out_of_memory = False
         """Whether memory ran out: then nothing more is claimed, and a fresh process should go on"""
 
@@ -88,8 +92,11 @@ class RenderLine:
                 lease = self._next()
                 if lease is not None:
                     self._render(lease)
+                    if self._broken is not None:
+                        raise self._broken
                 elif self._tail.busy:
-                    self._tail.wait()
+                    self._give_back()
+                    self._tail.wait(seconds=LOOK_SECONDS)
                     self._since = time.monotonic()
                 else:
                     return
@@ -125,14 +132,16 @@ class RenderLine:
         def on_step(step: int, steps: int) -> None:
             watch.on_step(step, steps)
             passed = time.monotonic() - started - self._lent_seconds
-            if not self._tail.full:
-                self._claims.ahead(passed / step * (steps - step))
+            if self._tail.full:
+                return
+            self._claims.ahead(passed / step * (steps - step))
             if interruptible and self._may_interrupt and (urgent := self._urgent.take()):
                 self._interrupt(urgent, lease)
 
         try:
             with self._urgent.listening() if interruptible else nullcontext():
                 pictures = self._denoise(self._loaded, lease, on_step)
+            self._scratch.hold(os.getpid(), None)
             now = time.monotonic()
             batch.stages["denoise"] = started, now
             batch.account.denoise_seconds = now - started - self._lent_seconds
@@ -152,8 +161,12 @@ class RenderLine:
     def _interrupt(self, lease: Lease, interrupted: Lease) -> None:
         """Denoise an urgent batch between two steps of another one, which it never touches."""
         started = time.monotonic()
-        with self._urgent.interrupting():
-            self._render_within(lease)
+        try:
+            with self._urgent.interrupting(lambda: self._may_interrupt):
+                self._render_within(lease)
+        except Exception as error:  # the interrupted batch is not to blame
+            self._broken = error
+            raise StopBatch from error
         self._scratch.hold(os.getpid(), interrupted.id)
         self._lent_seconds += time.monotonic() - started
 

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 PREFIX = "worker-"
 SHOWN_BYTES = 8_000
+NO_LEASE = uuid.UUID(int=0)
 
 
 class Scratch:
@@ -69,13 +70,16 @@ class Scratch:
             return file.read().decode(errors="replace").replace("\x00", "").strip() or None
         return None
 
-    def hold(self, pid: int, lease_id: uuid.UUID) -> None:
-        """Note the lease whose batch child `pid` has on its device."""
+    def hold(self, pid: int, lease_id: uuid.UUID | None) -> None:
+        """Note the lease whose batch child `pid` has on its device; None: it has none there."""
         with suppress(OSError):
-            self._held(pid).write_text(str(lease_id))
+            self._held(pid).write_text(str(lease_id or NO_LEASE))
 
     def held_by(self, pid: int) -> uuid.UUID | None:
-        """Which lease's batch child `pid` had on its device; None where that is not known."""
+        """Which lease's batch child `pid` had on its device; None where that is not known.
+
+        NO_LEASE where it had none there.
+        """
         with suppress(OSError, ValueError):
             return uuid.UUID(self._held(pid).read_text())
         return None

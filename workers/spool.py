@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from farm.store.workers import Account
 
 log = logging.getLogger(__name__)
 
+MOST_BATCHES = 1000
+"""Kept at once: their leases are renewed together"""
 FIRST_SECONDS = 0.5
 MOST_SECONDS = 5.0
 """Between two tries to store what is kept: full jitter below twice as long each time."""
@@ -66,7 +69,7 @@ class Finished:
 
 
 class Spool:
-    """One child's; at most `max_bytes` and one batch more."""
+    """One child's; at most `max_bytes` and MOST_BATCHES, and what the tail holds then."""
 
     def __init__(
         self, folder: Path, max_bytes: int, clock: Callable[[], float] = time.monotonic
@@ -85,10 +88,15 @@ class Spool:
         return len(self._batches)
 
     @property
+    def away(self) -> bool:
+        """Whether the storage did not take what was tried last."""
+        return len(self._batches) > 0 and self._due > float("-inf")
+
+    @property
     def full(self) -> bool:
         """Whether nothing more should be rendered before something is stored."""
-        kept = len(self._batches) > 0
-        return kept and (self._in_memory is not None or self._bytes >= self._max_bytes)
+        much = self._bytes >= self._max_bytes or len(self._batches) >= MOST_BATCHES
+        return len(self._batches) > 0 and (self._in_memory is not None or much)
 
     def keep(self, batch: Finished) -> None:
         """Put a batch last. Where the disk refuses, it stays in memory, and the spool is full."""
@@ -103,6 +111,8 @@ class Spool:
         except OSError as error:
             self._in_memory = batch
             log.warning("Finished pictures cannot be kept on disk: %s", error)
+        if not self.away:
+            self.postpone()
 
     def oldest(self) -> Finished | None:
         """The batch to store next, where it is time to try."""
@@ -124,7 +134,8 @@ class Spool:
     def _forget(self, picture: Picture) -> None:
         self._bytes -= picture.done.bytes
         if isinstance(picture.held, Path):
-            picture.held.unlink(missing_ok=True)
+            with suppress(OSError):
+                picture.held.unlink(missing_ok=True)
 
     def postpone(self) -> None:
         """Note that the storage is still away."""

@@ -67,7 +67,7 @@ class Tail:
     @property
     def full(self) -> bool:
         """Whether nothing more should be claimed before something is stored."""
-        return self._spool.full
+        return self._spool.full or self._batches >= 2 * MOST_BATCHES
 
     @property
     def busy(self) -> bool:
@@ -90,9 +90,9 @@ class Tail:
             watch: watches the lease; closed at the end.
             hasty: do not wait for room.
         """
+        items = list(enumerate(zip(batch.lease.frames, pictures, strict=True)))
         batch.pixels = sum(picture.width * picture.height for picture in pictures if picture)
         self._enter(batch, hasty)
-        items = list(enumerate(zip(batch.lease.frames, pictures, strict=True)))
         shares = [items[start::THREADS] for start in range(min(THREADS, len(items)))]
         left, lock = len(shares), threading.Lock()
 
@@ -123,8 +123,10 @@ class Tail:
         self._enter(batch, hasty=True)
         self._ready.put(batch)
 
-    def wait(self, condition: Callable[[], bool] | None = None) -> None:
-        """Wait until something has changed, or until `condition` holds.
+    def wait(
+        self, condition: Callable[[], bool] | None = None, seconds: float | None = None
+    ) -> None:
+        """Wait until something has changed, or until `condition` holds; at most for `seconds`.
 
         Raises:
             Exception: what broke the tail itself.
@@ -132,7 +134,7 @@ class Tail:
         with self._changed:
             before = self._changes
             met = condition or (lambda: self._changes > before or not self.busy)
-            self._changed.wait_for(lambda: self._broken is not None or met())
+            self._changed.wait_for(lambda: self._broken is not None or met(), seconds)
         if self._broken is not None:
             raise self._broken
 
@@ -149,8 +151,9 @@ class Tail:
 
     def _enter(self, batch: Finished, hasty: bool) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="tail-end", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="tail-end", daemon=True)
+            thread.start()
+            self._thread = thread
 
         def room() -> bool:
             few = self._batches < MOST_BATCHES and self._pixels + batch.pixels <= MOST_PIXELS
@@ -187,8 +190,7 @@ class Tail:
         form = frame.spec.format
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
         kept = Picture(frame, key, Done(frame.fence, digest, len(content), slot), content)
-        # While older ones wait, the storage is known to be away.
-        if len(self._spool) > 0 or not self._put(batch, kept):
+        if self._spool.away or not self._put(batch, kept):
             batch.unstored.append(kept)
         else:
             watch.on_stored()
@@ -206,7 +208,7 @@ class Tail:
         except Exception as error:
             log.exception("%s could not store %s", self._identity.name, picture.frame)
             batch.failures += failures([picture.frame], error)
-            batch.suspicious = is_suspicious(error)
+            batch.suspicious |= is_suspicious(error)
         return True
 
     def _run(self) -> None:
@@ -259,20 +261,21 @@ class Tail:
         insist(self._identity.name, tell)
 
     def _store_kept(self) -> None:
-        """Store the batches that wait in the spool, as far as the storage takes them."""
-        while (batch := self._spool.oldest()) is not None:
-            if not insist(self._identity.name, partial(self._wanted, batch)):
-                log.info("%s lost %s", self._identity.name, named(batch.lease.frames))
-                self._claims.release(batch.lease)
-            elif self._put_kept(batch):
-                self._ending.end([batch])
-                self._claims.over(batch.lease)
-            else:
-                self._spool.postpone()
-                self._leave()
-                return
+        """Store the batch that has waited longest in the spool, where it is time to try."""
+        batch = self._spool.oldest()
+        if batch is None:
+            return
+        if not insist(self._identity.name, partial(self._wanted, batch)):
+            log.info("%s lost %s", self._identity.name, named(batch.lease.frames))
+            self._claims.release(batch.lease)
             self._spool.end()
-            self._leave()
+        elif self._put_kept(batch):
+            self._ending.end([batch])
+            self._claims.over(batch.lease)
+            self._spool.end()
+        else:
+            self._spool.postpone()
+        self._leave()
 
     def _put_kept(self, batch: Finished) -> bool:
         while batch.unstored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from farm.context import Farm
@@ -48,14 +48,18 @@ class Urgent:
             self._listening.clear()
 
     @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Claim nothing in the block, where urgent work is denoised; look for more after it."""
+    def interrupting(self, again: Callable[[], bool]) -> Iterator[None]:
+        """Claim nothing in the block, where urgent work is denoised.
+
+        Look for more after it, if `again` says so then.
+        """
         self._listening.clear()
         try:
             yield
         finally:
-            self._told.set()
-            self._listening.set()
+            if again():
+                self._told.set()
+                self._listening.set()
 
     def close(self) -> None:
         """End the thread."""

@@ -78,6 +78,8 @@ class LeaseWatch:
             now = self.step, self._stored
             if now != reported:
                 news = self._report(*self.step)
+                if news is None:
+                    continue
                 self.draining |= news.draining
                 if news.urgent:
                     self._on_urgent()
@@ -86,11 +88,13 @@ class LeaseWatch:
                     return
             reported = now
 
-    def _report(self, step: int, steps: int) -> News:
+    def _report(self, step: int, steps: int) -> News | None:
         try:
             with one_statement(self._store) as connection:
                 return leases.touch(connection, self._lease.id, step, steps)
         except Unavailable as error:
             # The lease decides when the batch is done; until then it may still be wanted.
             log.warning("lease %s: progress was not reported: %s", self._lease.id, error)
-            return News(wanted=True)
+        except Exception:
+            log.exception("lease %s: progress was not reported", self._lease.id)
+        return None

@@ -122,6 +122,10 @@ class Loaded:
     """What else its family keeps with it, by name: a refiner, a prompt encoder."""
     pipes: tuple[Any, ...] = ()
     """All that was pinned, `pipe` first"""
+    vae_dtypes: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vae_dtypes", tuple(_vae_dtype(pipe) for pipe in self.pipes))
 
     def twin(self) -> Loaded:
         """The same weights behind pipeline objects of their own.
@@ -142,9 +146,18 @@ class Loaded:
         )
 
     def rest(self) -> None:
-        """Move what is offloaded back to the CPU: a diffusers call that was stopped does not."""
-        for pipe in self.pipes:
+        """Put right what a diffusers call leaves behind that was stopped or failed.
+
+        What is offloaded goes back to the CPU, and a VAE that was widened to decode is narrowed.
+        """
+        for pipe, dtype in zip(self.pipes, self.vae_dtypes, strict=True):
             pipe.maybe_free_model_hooks()
+            if _vae_dtype(pipe) != dtype:
+                pipe.vae.to(dtype)
+
+
+def _vae_dtype(pipe: Any) -> Any:
+    return getattr(getattr(pipe, "vae", None), "dtype", None)
 
 
 def _twin_of(pipe: Any) -> Any:

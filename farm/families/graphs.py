@@ -101,7 +101,11 @@ def _enter(folder: Path) -> None:
     except BlockingIOError:
         pass  # it was checked by those who use it
     else:
-        _check(folder)
+        try:
+            _check(folder)
+        finally:  # whoever comes next must not wait for this process
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        return
     fcntl.flock(lock, fcntl.LOCK_SH)
 
 

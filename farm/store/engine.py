@@ -19,13 +19,15 @@ from farm.config import Settings
 from farm.errors import Unavailable
 
 CONNECT_SECONDS = 5
-POOL_SIZE = 5
+POOL_SIZE = 10
 STATEMENT_MILLISECONDS = 30_000
 IDLE_SECONDS = 1.0
 """A connection left alone for longer is tried before it is used: one more round trip."""
 IDLE_IN_TRANSACTION = "25P03"
-TRY_AGAIN = {"08", "40", "53", "57"}
-"""SQLSTATE classes: connection, rollback (a deadlock's victim), resources, operator."""
+TRY_AGAIN = {"08", "40", "53", "57", "58"}
+"""SQLSTATE classes: connection, rollback (a deadlock's victim), resources, operator, its system."""
+READ_ONLY = "25006"
+"""Postgres writes nothing for now: a standby before a failover, or a full disk."""
 
 ROUTINES = "SET LOCAL check_function_bodies = off;\n" + "".join(  # the tables may not be there yet
     (Path(__file__).parent / "sql" / f"{name}.sql").read_text(encoding="utf-8")
@@ -48,7 +50,7 @@ def open_store(settings: Settings) -> Store:
     store = create_engine(
         url,
         pool_size=POOL_SIZE,
-        max_overflow=2 * POOL_SIZE,
+        max_overflow=POOL_SIZE,
         pool_timeout=CONNECT_SECONDS,
         connect_args={
             "connect_timeout": CONNECT_SECONDS,
@@ -142,7 +144,9 @@ def _telling_outages() -> Iterator[None]:
 def is_outage(error: DBAPIError) -> bool:
     """Whether an error means that Postgres was away, rather than that the statement was wrong."""
     state = getattr(error.orig, "sqlstate", None)
-    if state == IDLE_IN_TRANSACTION:
+    if state in (IDLE_IN_TRANSACTION, READ_ONLY):
+        return True
+    if state is not None and state[:2] == "58":  # psycopg has no class of its own for these
         return True
     if not isinstance(error, OperationalError | InterfaceError):
         return False

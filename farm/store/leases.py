@@ -156,8 +156,8 @@ def lose(
         message: why it is gone.
         retry_seconds: the back-off before a second attempt.
         log: what it said last.
-        on_device: the lease whose batch it was denoising; the others had no part in its end. None:
-            any of them may be why.
+        on_device: the lease whose batch it was denoising, or any other id where it had none there;
+            the others had no part in its end. None: any of them may be why.
 
     Returns:
         The lane of each, to ring, and the first frame of what it was rendering; None for what had
@@ -168,7 +168,7 @@ def lose(
     _lock_all(connection, leases)
     load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
     known = {lease.id for lease in leases if not lease.kept}
-    suspects = {on_device} if on_device in known else known
+    suspects = known if on_device is None else known & {on_device}
     for lease in leases:
         wait_seconds, suspect = 0.0, lease.id in suspects
         if load_seconds is not None and len(lease.job_ids) == 1 and suspect:

@@ -58,11 +58,11 @@ def _quick_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def whole(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Check that a job succeeded, at the first attempt, with what its rows say in the storage."""
+    """Check that a job succeeded, none of it rendered twice, with what its rows say stored."""
     assert job_row(farm, tenant, job_id).status == "succeeded"
     for ordinal, row in frame_rows(farm, job_id).items():
-        assert row.attempt == 1
-        assert attempts_of(farm, job_id, ordinal) == []
+        # What was claimed ahead is given back when the spool is full: nobody rendered that.
+        assert {reason for _, reason in attempts_of(farm, job_id, ordinal)} <= {"released"}
         content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
         assert (hashlib.sha256(content).digest(), len(content)) == (row.sha256, row.bytes)
 
