@@ -2,7 +2,7 @@
 
 After THREE_FRAMES it claims nothing for a while. Then it is on trial: it claims once more; a
 success ends the matter (workers.account), a failure lets it rest twice as long. What failed on it
-is what it claims last (claim.LEADER), so that a trial is another frame's where there is one; and
+is what it claims last (sql/claim.sql), so that a trial is another frame's where there is one; and
 an error on trial is not charged to its frame, since the worker may be why. But a frame is spared
 SPARED_AT_MOST times, and the death of a process is charged: no job waits for ever.
 """

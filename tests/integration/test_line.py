@@ -23,7 +23,7 @@ from farm.encoding import pixels_as_stored, read
 from farm.errors import RenderError
 from farm.formats import Format
 from farm.spec import FrameSpec
-from farm.store import frames, workers
+from farm.store import frames, leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import Done
 from tests.farming import (
@@ -40,7 +40,9 @@ from tests.farming import (
 )
 from tests.noise import Noise
 from tests.waiting import wait_until
+from workers.child import Child
 from workers.line import RenderLine
+from workers.scratch import NO_LEASE
 
 
 def sums(farm: Farm) -> dict[str, Any]:
@@ -368,3 +370,28 @@ def _bare_png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_a_broken_tail_ends_its_process_and_claims_nothing_more(
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    line: RenderLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("It broke.")
+
+    monkeypatch.setattr(line._tail._ending, "end", broken)
+    submit(farm, tenant, pipeline="noise", images_per_prompt=40)
+    child = Child(farm, line._identity)
+    child._line = line
+    assert child.answer() is False
+    assert 1 <= len(noise.batches) < 10
+    with transaction(farm.store) as connection:
+        for _, suspected in leases.lose(
+            connection, line._identity.id, os.getpid(), "It ended.", 0.0, None, NO_LEASE
+        ):
+            assert suspected is None
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+    assert sql(farm, "SELECT sum(spared), count(*) FROM frames WHERE state = 'ready'")[0][0] > 0

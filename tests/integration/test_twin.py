@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from farm.catalog import load_catalog
@@ -89,3 +90,15 @@ def test_both_are_as_if_they_ran_alone(
                 assert (one is None) == (other is None)
                 assert one is None or (one == other).all()
         assert all(one is not None for one in alone) or kind == "guarded"
+
+
+def test_a_vae_that_a_failed_call_left_widened_is_as_before(catalog: Path) -> None:
+    """SDXL decodes in float32, and narrows its VAE only where decoding went well."""
+    offer = make_offer("sdxl", load_catalog(catalog).pipelines["sdxl"])
+    loaded = offer.family.load(offer.pipeline)
+    twin = loaded.twin()
+    pinned = loaded.pipe.vae.dtype
+    twin.pipe.vae.to(torch.float64)
+    assert loaded.pipe.vae.dtype == torch.float64 != pinned  # they share it
+    twin.rest()
+    assert loaded.pipe.vae.dtype == pinned
