@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 LOAD_AGAIN_SECONDS = 10.0
 MOST_SECONDS = 300.0
 """Between tries to load a pipeline: twice as long each time, up to this."""
+SWITCH_SECONDS = 0.0005
+"""How long the device's thread waits for the interpreter, at most, while the tail is busy in it"""
 MOST_CHARACTERS = 500
 """of what a worker says is wrong"""
 
@@ -55,6 +58,7 @@ class Child:
 
         Where the child before this one ended while it loaded, so might this one: it waits first.
         """
+        sys.setswitchinterval(SWITCH_SECONDS)
         try:
             ended = self._scratch.unfinished_loads()
             if ended:
