@@ -130,12 +130,14 @@ class Heart:
     def _end_hung(self, held: Sequence[Any]) -> None:
         """End a child that shows no step, and stores no picture, for too long.
 
-        One that hangs does so in all its leases; of those that wait for the storage only the first
-        is looked after again and again.
+        What is on its device tells; where nothing is, all that its tail has in hand: of what waits
+        for the storage only the first is looked after again and again.
         """
         patience = timedelta(seconds=self._farm.settings.step_timeout_seconds)
         for pid in {lease.pid for lease in held if is_alive(lease.pid)}:
-            still = min(lease.still for lease in held if lease.pid == pid)
+            own, device = [lease for lease in held if lease.pid == pid], self._scratch.held_by(pid)
+            judged = [lease for lease in own if lease.id == device] or own
+            still = min(lease.still for lease in judged)
             if still > patience:
                 log.error("%s: child %s hangs; ended", self._identity.name, pid)
                 seconds = still.total_seconds()

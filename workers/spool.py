@@ -118,6 +118,10 @@ class Spool:
         """The batch to store next, where it is time to try."""
         return self._batches[0] if self._batches and self._clock() >= self._due else None
 
+    def following(self) -> Finished | None:
+        """The one behind the oldest."""
+        return self._batches[1] if len(self._batches) > 1 else None
+
     def stored(self, picture: Picture) -> None:
         """Note that the storage took a picture of the oldest batch: it is well again."""
         self._pause, self._due = FIRST_SECONDS, float("-inf")

@@ -270,6 +270,9 @@ class Tail:
             self._claims.release(batch.lease)
             self._spool.end()
         elif self._put_kept(batch):
+            if (following := self._spool.following()) is not None:
+                # Before this lease ends: the parent must see one that is looked after.
+                insist(self._identity.name, partial(self._wanted, following))
             self._ending.end([batch])
             self._claims.over(batch.lease)
             self._spool.end()
