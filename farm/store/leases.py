@@ -18,7 +18,7 @@ from farm.store.claim import Fence
 from farm.store.frames import WORKER_LOST, Failure, end_attempts, give_back
 from farm.store.tally import lock_jobs
 
-LOADS_BETWEEN = 8.0
+LOADS_BETWEEN = 12.0
 """A frame that took its child down waits for so many times what loading takes, an hour at most."""
 MOST_SECONDS = 3600.0
 
