@@ -104,7 +104,7 @@ class RenderLine:
             self._give_back()
 
     def close(self) -> None:
-        """End the threads beside it, once `run` has returned."""
+        """End the threads beside it, once `run` has returned; a child just ends."""
         self._urgent.close()
         self._claims.close()
         self._tail.close()
@@ -136,7 +136,7 @@ class RenderLine:
                 return
             self._claims.ahead(passed / step * (steps - step))
             if interruptible and self._may_interrupt and (urgent := self._urgent.take()):
-                self._interrupt(urgent, lease)
+                self._interrupt(urgent, lease, watch)
 
         try:
             with self._urgent.listening() if interruptible else nullcontext():
@@ -158,24 +158,29 @@ class RenderLine:
         if watch.draining:
             self._claims.give_back()
 
-    def _interrupt(self, lease: Lease, interrupted: Lease) -> None:
+    def _interrupt(self, lease: Lease, interrupted: Lease, watch: LeaseWatch) -> None:
         """Denoise an urgent batch between two steps of another one, which it never touches."""
         started = time.monotonic()
         try:
             with self._urgent.interrupting(lambda: self._may_interrupt):
-                self._render_within(lease)
+                self._render_within(lease, watch)
         except Exception as error:  # the interrupted batch is not to blame
             self._broken = error
             raise StopBatch from error
         self._scratch.hold(os.getpid(), interrupted.id)
         self._lent_seconds += time.monotonic() - started
 
-    def _render_within(self, lease: Lease) -> None:
+    def _render_within(self, lease: Lease, outer: LeaseWatch) -> None:
         batch, watch = self._begin(lease)
         started = time.monotonic()
+
+        def on_step(step: int, steps: int) -> None:
+            watch.on_step(step, steps)
+            outer.on_other()
+
         try:
             self._twin = self._twin or self._loaded.twin()
-            pictures = self._denoise(self._twin, lease, watch.on_step)
+            pictures = self._denoise(self._twin, lease, on_step)
             batch.spent("denoise", started)
             self._tail.take(batch, pictures, watch, hasty=True)
         except StopBatch:

@@ -193,7 +193,7 @@ class Tail:
         if self._spool.away or not self._put(batch, kept):
             batch.unstored.append(kept)
         else:
-            watch.on_stored()
+            watch.on_other()
 
     def _put(self, batch: Finished, picture: Picture) -> bool:
         """Store a picture; returns whether the storage took or refused it for good."""

@@ -45,7 +45,7 @@ class LeaseWatch:
         self.step = (0, 0)
         self.draining = False
         """Whether the worker was seen to drain"""
-        self._stored = 0
+        self._other = 0
         self._unwanted = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="lease-watch", daemon=True)
@@ -68,14 +68,17 @@ class LeaseWatch:
         if self._unwanted.is_set():
             raise StopBatch
 
-    def on_stored(self) -> None:
-        """Note that another picture is stored: the batch moves on, however slow the storage is."""
-        self._stored += 1
+    def on_other(self) -> None:
+        """Note that the child gets on with something that is no step of this batch.
+
+        Another picture is stored, or what was let in between two steps is a step further.
+        """
+        self._other += 1
 
     def _talk(self) -> None:
         reported = (0, 0), 0
         while not self._over.wait(self._seconds):
-            now = self.step, self._stored
+            now = self.step, self._other
             if now != reported:
                 news = self._report(*self.step)
                 if news is None:

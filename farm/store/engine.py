@@ -146,8 +146,6 @@ def is_outage(error: DBAPIError) -> bool:
     state = getattr(error.orig, "sqlstate", None)
     if state in (IDLE_IN_TRANSACTION, READ_ONLY):
         return True
-    if state is not None and state[:2] == "58":  # psycopg has no class of its own for these
-        return True
     if not isinstance(error, OperationalError | InterfaceError):
         return False
     return error.connection_invalidated or state is None or state[:2] in TRY_AGAIN

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,8 @@ from tests.farming import (
 )
 from tests.serving import serving
 from workers.batchlog import BatchLog
+from workers.identity import Identity
+from workers.parent import Heart
 from workers.scratch import SHOWN_BYTES, Scratch
 
 
@@ -313,3 +317,25 @@ def test_a_frame_that_is_never_suspected_is_charged_in_the_end(
         sql(farm, "UPDATE workers SET failing = '{}', rests = 0, resting_until = NULL")
     assert state_of(farm, job_id) == "dead"
     assert job_row(farm, tenant, other).status == "running"
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_child_is_judged_by_what_is_on_its_device(
+    farm: Farm, tenant: uuid.UUID, hangs: bool
+) -> None:
+    """What waits for the storage is looked after, however long a batch hangs beside it."""
+    submit(farm, tenant, images_per_prompt=2, bucket=1)
+    hand = hire(farm)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        hand = replace(hand, pid=child.pid)
+        old, fresh = hand.must_claim(), hand.must_claim()
+        ago = "clock_timestamp() - interval '1 hour'"
+        sql(farm, f"UPDATE leases SET stepped_at = {ago} WHERE id = :id", id=old.id)
+        scratch = Scratch(farm.settings.scratch_dir, hand.id)
+        scratch.folder.mkdir(parents=True)
+        scratch.hold(child.pid, old.id if hangs else fresh.id)
+        Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)._beat()
+        if not hangs:
+            assert child.poll() is None
+            child.kill()
+        assert child.wait(30) == -signal.SIGKILL

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 import pytest
 from redis import Redis
@@ -218,3 +219,24 @@ def test_the_hook_costs_less_than_a_hundredth_of_a_step(
     # The quickest of many rounds: the machine may be busy with something else.
     rounds = [(began[at + 100] - began[at]) / 100 for at in range(0, noise.steps - 100, 100)]
     assert min(rounds) < 0.01 * 0.005, min(rounds)
+
+
+def test_the_interrupted_batch_is_seen_to_be_looked_after(
+    story: Story, farm: Farm, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its worker would count as hung once it goes on, where the urgent one took its time."""
+    monkeypatch.setattr(farm.settings, "touch_seconds", 0.02)
+    bulk = story.submit("bulk", images=4)
+    seen: list[datetime] = []
+
+    def look(prompt: str, step: int) -> None:
+        if prompt == "urgent":
+            query = "SELECT stepped_at FROM leases WHERE :id = ANY(job_ids)"
+            before = seen[-1] if seen else sql(farm, query, id=bulk)[0][0]
+            wait_for(lambda: sql(farm, query, id=bulk)[0][0] > before, 2.0 if step > 1 else 0.1)
+            seen.append(sql(farm, query, id=bulk)[0][0])
+
+    story.also = look
+    line.run()
+    assert len(seen) == 10
+    assert sorted(set(seen[1:])) == seen[1:]
