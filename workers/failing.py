@@ -5,12 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from farm.errors import FarmError, StorageRefused, Unavailable
 from farm.families.devices import is_out_of_memory
 from farm.states import FLAGGED
 from farm.store.claim import ClaimedFrame
+from farm.store.engine import tells_statements
 from farm.store.frames import Failure
 
 
@@ -18,7 +17,7 @@ def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure]
     """Map what went wrong to what becomes of the frames."""
     text = "".join(traceback.format_exception(error)).replace("\x00", "")
     message = type(error).__name__
-    if not isinstance(error, SQLAlchemyError):  # which tells statements and their parameters
+    if not tells_statements(error):
         message = f"{message}: {error}".replace("\x00", "")
     several = len(claimed) > 1
     reason, retryable, charged, smaller = "render_error", True, not several, False

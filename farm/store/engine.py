@@ -11,7 +11,13 @@ from typing import Any
 
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    InvalidatePoolError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -149,6 +155,11 @@ def is_outage(error: DBAPIError) -> bool:
     if not isinstance(error, OperationalError | InterfaceError):
         return False
     return error.connection_invalidated or state is None or state[:2] in TRY_AGAIN
+
+
+def tells_statements(error: Exception) -> bool:
+    """Whether an error's text holds SQL and its parameters: for operators alone."""
+    return isinstance(error, SQLAlchemyError)
 
 
 def server_clock(store: Store) -> datetime:

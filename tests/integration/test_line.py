@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy.exc import DataError
 
 from farm import jobs
 from farm.artifacts import artifact_key
@@ -395,3 +396,16 @@ def test_a_broken_tail_ends_its_process_and_claims_nothing_more(
             assert suspected is None
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
     assert sql(farm, "SELECT sum(spared), count(*) FROM frames WHERE state = 'ready'")[0][0] > 0
+
+
+def test_a_tenant_is_not_told_what_is_asked_of_the_database(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    def refuse(_frames: Sequence[FrameSpec], _step: int) -> None:
+        raise DataError("SELECT a_secret", {}, Exception("no"))
+
+    noise.disturb = refuse
+    job_id = submit(farm, tenant, pipeline="noise", max_attempts=1)
+    line.run()
+    [message] = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=job_id)
+    assert message == ("DataError",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,16 @@ from farm import jobs
 from farm.artifacts import Artifacts, artifact_key
 from farm.config import Settings
 from farm.context import Farm
-from farm.spec import FrameSpec
+from farm.spec import FrameSpec, Priority
 from farm.store import leases
+from farm.store.claim import Lease
 from farm.store.engine import transaction
 from farm.store.leases import News
 from farm.store.resting import THREE_FRAMES
 from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
 from workers.line import RenderLine
-from workers.spool import FIRST_SECONDS, MOST_SECONDS, Spool
+from workers.spool import FIRST_SECONDS, MOST_SECONDS, Finished, Spool
 from workers.tail import MOST_BATCHES
 
 
@@ -95,8 +97,15 @@ def test_a_full_spool_holds_the_line_back(
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=24)
     outage = Outage(farm, line, tries=4)
     outage.spool._max_bytes = most_bytes
+    in_hand: list[int] = []
+
+    def count() -> None:
+        in_hand.append(sql(farm, "SELECT count(*) FROM leases WHERE NOT kept")[0][0])
+
+    outage.then = count
     line.run()
     whole(farm, tenant, job_id)
+    assert min(in_hand) == 0  # what was claimed ahead is for others meanwhile
     # The one that was kept, and the one that was denoised meanwhile; four more could be claimed.
     assert max(outage.kept) <= 8
 
@@ -164,6 +173,51 @@ def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
         patch.setattr(leases, "touch", touch)
         line.run()
     assert touched.count((10, 10)) >= 3  # at every try; the hook's own come in between
+
+
+def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent must not take a child that stores one batch after another for one that hangs."""
+    submit(farm, tenant, pipeline="noise", images_per_prompt=24)
+    Outage(farm, line, tries=1, files=24)
+    put, end = line._tail._put_kept, line._tail._ending.end
+    fresh: list[bool] = []
+
+    def put_late(batch: Finished) -> bool:
+        stored = put(batch)
+        sql(farm, "UPDATE leases SET stepped_at = stepped_at - interval '1 hour'")
+        return stored
+
+    def look(batches: Sequence[Finished]) -> None:
+        if any(batch.account.kept for batch in batches):
+            others = "SELECT clock_timestamp() - max(stepped_at) FROM leases WHERE id <> :id"
+            still = sql(farm, others, id=batches[0].lease.id)[0][0]
+            if still is not None:
+                fresh.append(still < timedelta(minutes=1))
+        end(batches)
+
+    monkeypatch.setattr(line._tail, "_put_kept", put_late)
+    monkeypatch.setattr(line._tail._ending, "end", look)
+    line.run()
+    assert len(fresh) == 5
+    assert all(fresh)
+
+
+def test_what_is_kept_is_not_tried_at_once(tmp_path: Path) -> None:
+    """Nor is any other picture: the storage has just refused one."""
+    now = 0.0
+    spool = Spool(tmp_path, 1, lambda: now)
+    lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", datetime.now(UTC), Priority.BULK, ())
+    batch = Finished(lease)
+    assert not spool.away
+    spool.keep(batch)
+    assert spool.away
+    assert spool.oldest() is None
+    now = FIRST_SECONDS
+    assert spool.oldest() is batch
+    spool.end()
+    assert not spool.away
 
 
 def test_tries_are_further_and_further_apart(tmp_path: Path) -> None:

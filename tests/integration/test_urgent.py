@@ -146,14 +146,19 @@ def test_where_there_is_no_memory_it_waits_for_the_batch(
 ) -> None:
     story.come = 2
     bulk = story.submit("bulk", images=4)
+    held: list[bool] = []
 
     def no_room(prompt: str, step: int) -> None:
+        if prompt == "bulk" and ("urgent", 0) in story.steps:
+            held.append(line._urgent._lease is not None)
         if prompt == "urgent" and story.steps[-1] != ("bulk", 9) and ("bulk", 9) not in story.steps:
             raise MemoryError
 
     story.also = no_room
     line.run()
     assert not line.out_of_memory
+    assert held
+    assert not any(held)  # another worker may have it meanwhile
     told = [prompt for prompt, _ in story.steps]
     assert told.count("urgent") == 1 + 2 * 10  # one try, then both after the batch
     assert job_row(farm, story.tenant, bulk).status == "succeeded"
