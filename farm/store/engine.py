@@ -32,8 +32,6 @@ IDLE_SECONDS = 1.0
 IDLE_IN_TRANSACTION = "25P03"
 TRY_AGAIN = {"08", "40", "53", "57", "58"}
 """SQLSTATE classes: connection, rollback (a deadlock's victim), resources, operator, its system."""
-READ_ONLY = "25006"
-"""Postgres writes nothing for now: a standby before a failover, or a full disk."""
 
 ROUTINES = "SET LOCAL check_function_bodies = off;\n" + "".join(  # the tables may not be there yet
     (Path(__file__).parent / "sql" / f"{name}.sql").read_text(encoding="utf-8")
@@ -150,7 +148,7 @@ def _telling_outages() -> Iterator[None]:
 def is_outage(error: DBAPIError) -> bool:
     """Whether an error means that Postgres was away, rather than that the statement was wrong."""
     state = getattr(error.orig, "sqlstate", None)
-    if state in (IDLE_IN_TRANSACTION, READ_ONLY):
+    if state == IDLE_IN_TRANSACTION:
         return True
     if not isinstance(error, OperationalError | InterfaceError):
         return False

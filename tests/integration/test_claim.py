@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 from sqlalchemy.exc import InternalError
 
 from farm import jobs
 from farm.context import Farm
-from farm.errors import Conflict, Unavailable
+from farm.errors import Conflict
 from farm.store import events, lanes, leases, workers
 from farm.store import jobs as stored
 from farm.store.claim import Lease, claim
@@ -424,17 +423,3 @@ def test_a_worker_stopped_in_the_middle_of_its_claim_holds_up_nobody(
     connection.invalidate()
     connection.close()
     assert hire(farm).complete(again) == {fence(again.frames[0])}
-
-
-def test_a_postgres_that_writes_nothing_is_an_outage(farm: Farm, tenant: uuid.UUID) -> None:
-    """A standby before a failover, or a full disk: what waits for Postgres waits for this too."""
-    job_id = submit(farm, tenant)
-
-    def write() -> None:
-        with transaction(farm.store) as connection:
-            connection.execute(text("SET TRANSACTION READ ONLY"))
-            stored.cancel_job(connection, tenant, job_id)
-
-    with pytest.raises(Unavailable):
-        write()
-    assert job_row(farm, tenant, job_id).status == "queued"
