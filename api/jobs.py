@@ -32,6 +32,7 @@ STEERING = refusals(403, 404, 409)
 @router.post(
     "",
     status_code=202,
+    response_model=wire.Job,
     summary="Submit a job",
     responses=refusals(400, 403, 409, 413),
 )
@@ -39,7 +40,6 @@ def submit(
     farm: FarmHere,
     caller: Writer,
     body: Annotated[bytes, Depends(read_body)],
-    response: Response,
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -55,13 +55,18 @@ def submit(
             description="a client's trace, as W3C's Trace Context has it; the job's links to it"
         ),
     ] = None,
-) -> wire.Job:
+) -> Response:
     """Check a job whole, store it, and answer with it as it stands; it renders when claimed."""
-    job_id = use_cases.submit(
-        farm, caller.tenant_id, parse_json(body), idempotency_key, traceparent
+    row = use_cases.submit(farm, caller.tenant_id, parse_json(body), idempotency_key, traceparent)
+    with reads(farm.store) as connection:
+        job = job_view(row, Lanes(connection, caller.tenant_id))
+    # Written here, rather than by FastAPI in one more thread.
+    return Response(
+        job.model_dump_json(),
+        status_code=202,
+        headers={"Location": f"/v1/jobs/{row.id}"},
+        media_type="application/json",
     )
-    response.headers["Location"] = f"/v1/jobs/{job_id}"
-    return one_job(farm, caller.tenant_id, job_id)
 
 
 @router.get("", summary="List jobs, newest first")

@@ -16,7 +16,7 @@ from farm.offers import Offer
 from farm.spec import FullSpec
 from farm.store import jobs as stored
 from farm.store import reading
-from farm.store.engine import Transaction, transaction
+from farm.store.engine import Row, Transaction, one_statement, reads, transaction
 from farm.store.jobs import Idempotency
 from farm.submission import check_job, full_spec
 
@@ -27,7 +27,7 @@ def submit(
     body: Any,
     idempotency_key: str | None = None,
     traceparent: str | None = None,
-) -> uuid.UUID:
+) -> Row[Any]:
     """Check a job, store it whole in one transaction, and ring its lane.
 
     Args:
@@ -38,7 +38,8 @@ def submit(
         traceparent: the client's own trace, which the job's is linked to.
 
     Returns:
-        The job's id; for a repeated idempotency key, that of the job it made before.
+        The job's row, as store.reading.get_job reads it; for a repeated idempotency key, that of
+        the job it made before.
 
     Raises:
         InvalidRequest: a field is wrong; the error names it and its limit. Nothing is stored.
@@ -48,22 +49,22 @@ def submit(
     idempotency = _idempotency(idempotency_key, body)
     if idempotency is not None:
         # Before the checks: the same body was accepted then, whatever the catalog says now.
-        with transaction(farm.store) as connection:
+        with reads(farm.store) as connection:
             found = stored.same_job(connection, tenant_id, idempotency)
         if found is not None:
             return found
     job = check_job(body, farm.settings)
     offer = farm.offer(job.pipeline)
     spec = full_spec(job, offer, farm.settings)
-    with transaction(farm.store) as connection:
+    with one_statement(farm.store) as connection:
         _check_images(connection, tenant_id, offer, spec)
         new_id = uuid.uuid4()
-        job_id = stored.insert_job(connection, new_id, tenant_id, spec, job.prompts, idempotency)
+        row = stored.insert_job(connection, new_id, tenant_id, spec, job.prompts, idempotency)
     failpoints.reach(farm.settings.failpoints, "submit.committed", job.prompts)
     farm.bells.ring(job.pipeline, urgent=job.priority == "interactive")
-    if farm.traces is not None and job_id == new_id:
-        farm.traces.submitted(job_id, started, traceparent, _attributes(job_id, spec))
-    return job_id
+    if farm.traces is not None and row.id == new_id:
+        farm.traces.submitted(new_id, started, traceparent, _attributes(new_id, spec))
+    return row
 
 
 def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:

@@ -60,7 +60,8 @@ class Site:
     connection: psycopg.Connection[Any]
 
     def submit(self, **body: Any) -> uuid.UUID:
-        return jobs.submit(self.farm, self.tenant, body)
+        job_id: uuid.UUID = jobs.submit(self.farm, self.tenant, body).id
+        return job_id
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
         return self.connection.execute(statement, values).fetchall()
