@@ -21,7 +21,7 @@ from pydantic import (
 
 from farm.errors import CatalogError
 
-MAX_BUCKET = 64
+MAX_BUCKET = 256
 
 
 class Weights(BaseModel):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
 from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
+from farm.store import arrays
 
 Fence = tuple[uuid.UUID, int, int]
 """(job, ordinal, attempt): what a write after a claim must match."""
@@ -37,12 +37,11 @@ class ClaimedFrame:
 
 @dataclass(frozen=True)
 class Lease:
-    """A worker's right to a batch, until `expires_at` on Postgres's clock."""
+    """A worker's right to a batch, until it expires on Postgres's clock."""
 
     id: uuid.UUID
     worker_id: uuid.UUID
     pipeline: str
-    expires_at: datetime
     priority: Priority
     """The most urgent of its frames'"""
     frames: tuple[ClaimedFrame, ...]
@@ -93,7 +92,7 @@ def claim(
             "lease_id": lease_id,
             "seconds": lease_seconds,
             "priority": priority,
-            "known": list(before),
+            "known": arrays.ids(before),
         },
     ).all()
     if not rows:
@@ -103,7 +102,7 @@ def claim(
     jobs = before | found
     frames = tuple(_claimed(row, jobs[row.job_id]) for row in rows)
     first = rows[0]
-    return Lease(lease_id, worker_id, pipeline, first.expires_at, Priority(first.priority), frames)
+    return Lease(lease_id, worker_id, pipeline, Priority(first.priority), frames)
 
 
 def _claimed(row: Row[Any], job: FullSpec) -> ClaimedFrame:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, text
 
 from farm.spec import Run, shrunk
 from farm.states import FrameState, after_failure, retry_delay
+from farm.store import arrays
 from farm.store.claim import Fence
 from farm.store.resting import SPARED_AT_MOST, on_trial
 from farm.store.returns import INTO_RETURNS
@@ -174,19 +175,20 @@ def finish(
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
-def _results(lease_ids: Sequence[uuid.UUID], done: Sequence[Done]) -> dict[str, list[Any]]:
+def _results(lease_ids: Sequence[uuid.UUID], done: Sequence[Done]) -> dict[str, str]:
     return {
         **_fences([item.fence for item in done]),
-        "lease_ids": list(lease_ids),
-        "sha256": [item.sha256 for item in done],
-        "bytes": [item.bytes for item in done],
-        "slots": [item.slot for item in done],
+        "lease_ids": arrays.ids(lease_ids),
+        "sha256": arrays.byte_strings(item.sha256 for item in done),
+        "bytes": arrays.numbers(item.bytes for item in done),
+        "slots": arrays.numbers(item.slot for item in done),
     }
 
 
 def already_complete(connection: Connection, done: Sequence[Done]) -> bool:
     """Whether these very results are what the frames hold: the reply to a COMMIT was lost."""
-    values = {**_fences([item.fence for item in done]), "sha256": [item.sha256 for item in done]}
+    sha256 = arrays.byte_strings(item.sha256 for item in done)
+    values = {**_fences([item.fence for item in done]), "sha256": sha256}
     return bool(connection.execute(ALREADY, values).scalar_one() == len(done))
 
 
@@ -316,7 +318,7 @@ def _ending(row: Row[Any], failure: Failure, retry_seconds: float, spare: bool) 
     return _Ending(failure, state if charged else FrameState.READY, charged, delay)
 
 
-def _columns(endings: Sequence[_Ending]) -> dict[str, list[Any]]:
+def _columns(endings: Sequence[_Ending]) -> dict[str, Any]:
     failures = [ending.failure for ending in endings]
     return {
         **_fences([failure.fence for failure in failures]),
@@ -331,9 +333,9 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, list[Any]]:
     }
 
 
-def _fences(fences: Sequence[Fence]) -> dict[str, list[Any]]:
+def _fences(fences: Sequence[Fence]) -> dict[str, str]:
     return {
-        "job_ids": [job_id for job_id, _, _ in fences],
-        "ordinals": [ordinal for _, ordinal, _ in fences],
-        "attempts": [attempt for _, _, attempt in fences],
+        "job_ids": arrays.ids(job_id for job_id, _, _ in fences),
+        "ordinals": arrays.numbers(ordinal for _, ordinal, _ in fences),
+        "attempts": arrays.numbers(attempt for _, _, attempt in fences),
     }

@@ -208,7 +208,7 @@ def _write_catalog(folder: Path) -> None:
     write_checkpoint(folder / "photo", pictures)
     demo = json.dumps(str(DEMO_CATALOG.with_name("model")))
     (folder / "pipelines.toml").write_text(
-        '[pipelines.null]\nsource = "null"\nbucket = { "default" = 64 }\n\n'
+        '[pipelines.null]\nsource = "null"\nbucket = { "default" = 256 }\n\n'
         '[pipelines.photo]\nsource = "photo"\nbucket = { "default" = 4 }\n\n'
         f"[pipelines.demo]\nsource = {demo}\n"
         'bucket = { "default" = 8 }\ndefaults = { "steps" = 25, "guidance_scale" = 2.5 }\n'

@@ -75,7 +75,7 @@ CREATE FUNCTION pg_temp.claim(
     _priority smallint, _known uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
-    bucket smallint, priority smallint, expires_at timestamptz
+    bucket smallint, priority smallint
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -93,7 +93,6 @@ DECLARE
     ids uuid[];
     ordinals bigint[];
     attempts smallint[];
-    until timestamptz;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
@@ -214,11 +213,10 @@ BEGIN
     INTO ids, ordinals, attempts
     FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt);
 
-    INSERT INTO leases AS l (
+    INSERT INTO leases (
         id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts)
     VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
-            ids, ordinals, attempts)
-    RETURNING l.expires_at INTO until;
+            ids, ordinals, attempts);
 
     UPDATE shares s SET served = s.served + t.n
     FROM (SELECT j.tenant_id, count(*) AS n
@@ -257,6 +255,6 @@ BEGIN
         CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
     )
     SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
-           leader.bucket, leader.priority, until
+           leader.bucket, leader.priority
     FROM placed p JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;
