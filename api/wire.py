@@ -39,6 +39,7 @@ class Submitted(BaseModel):
 
     pipeline: str
     prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
+    input: uuid.UUID | None = Field(default=None, description="whose lines the prompts are")
     prompt_count: int
     images_per_prompt: int
     seed: int | None
@@ -89,6 +90,7 @@ class Frame(BaseModel):
 
     ordinal: int
     state: FrameState = Field(description="ready: returned for another attempt")
+    key: str | None = Field(description="its line's, where its job draws an input")
     prompt: str
     negative_prompt: str | None = Field(default=None, description="where its family takes one")
     seed: int
@@ -104,6 +106,7 @@ class Frame(BaseModel):
     image_url: str | None = Field(description="where its image is, on this API; null: none yet")
     error: str | None = Field(description="why the latest attempt failed")
     flagged: bool = Field(description="kept out of the result by the pipeline's safety checker")
+    labels: dict[str, str] = Field(description="its line's, where its job draws an input")
     attempts: list[Attempt] = Field(description="those that did not succeed")
 
 
@@ -115,6 +118,18 @@ class Image(BaseModel):
     height: int = Field(description="pixels")
     bytes: int
     content_type: str
+    created_at: datetime
+
+
+class Input(BaseModel):
+    """An uploaded input: prompts, one a line."""
+
+    id: uuid.UUID
+    lines: int
+    bytes: int = Field(description="unpacked")
+    sha256: str = Field(description="of the lines as they were sent, unpacked; in hex")
+    prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
+    keys: bool = Field(description="whether any line has a key")
     created_at: datetime
 
 

@@ -119,6 +119,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=16 * 2**20, ge=1, description="bytes a request's body may hold"
     )
+    max_input_bytes: int = Field(
+        default=4 * 2**30, ge=1, description="bytes an input may hold, unpacked"
+    )
     max_image_bytes: int = Field(
         default=16 * 2**20, ge=1, description="bytes a control image may have as it is sent"
     )

@@ -10,15 +10,17 @@ from typing import Any
 
 from farm import failpoints
 from farm.context import Farm
-from farm.errors import InvalidRequest
+from farm.errors import InvalidRequest, NotFound
 from farm.images import missing_images
+from farm.inputs import Source
 from farm.offers import Offer
-from farm.spec import FullSpec
+from farm.spec import FullSpec, JobSpec
+from farm.store import inputs, reading
 from farm.store import jobs as stored
-from farm.store import reading
 from farm.store.engine import Row, Transaction, one_statement, reads, transaction
 from farm.store.jobs import Idempotency
-from farm.submission import check_job, full_spec
+from farm.store.lines import all_lines
+from farm.submission import check_job, full_spec, readings
 
 
 def submit(
@@ -55,16 +57,43 @@ def submit(
             return found
     job = check_job(body, farm.settings)
     offer = farm.offer(job.pipeline)
-    spec = full_spec(job, offer, farm.settings)
+    source = _source(farm, tenant_id, job)
+    spec = full_spec(job, offer, farm.settings, source)
+    if source is not None:
+        _check_syntax(farm, spec, offer, source)
     with one_statement(farm.store) as connection:
         _check_images(connection, tenant_id, offer, spec)
-        new_id = uuid.uuid4()
-        row = stored.insert_job(connection, new_id, tenant_id, spec, job.prompts, idempotency)
-    failpoints.reach(farm.settings.failpoints, "submit.committed", job.prompts)
+        new_id, prompts = uuid.uuid4(), job.prompts or ()
+        row = stored.insert_job(connection, new_id, tenant_id, spec, prompts, idempotency)
+    failpoints.reach(farm.settings.failpoints, "submit.committed", prompts)
     farm.bells.ring(job.pipeline, urgent=job.priority == "interactive")
     if farm.traces is not None and row.id == new_id:
         farm.traces.submitted(new_id, started, traceparent, _attributes(new_id, spec))
     return row
+
+
+def _source(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> Source | None:
+    if job.input is None:
+        return None
+    try:
+        with reads(farm.store) as connection:
+            return inputs.get_input(connection, tenant_id, uuid.UUID(job.input))
+    except NotFound as error:
+        raise InvalidRequest(f"input: {error.message}", param="input") from error
+
+
+def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, source: Source) -> None:
+    """Check an input's prompts where a pipeline reads more in them than words."""
+    points = readings([offer.params(point.params) for point in spec.points])
+    for params in [params for params in points if params.reads_syntax]:
+        with reads(farm.store) as connection:
+            for index, line in all_lines(connection, source):
+                for text in (line.prompt, line.negative_prompt or ""):
+                    try:
+                        params.check_prompt(text)
+                    except ValueError as error:
+                        where = f"input: its line with index {index}"
+                        raise InvalidRequest(f"{where}: {error}.", param="input") from error
 
 
 def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:

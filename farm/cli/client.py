@@ -163,6 +163,9 @@ class FarmClient:
         try:
             problem = response.json()
             code, param = problem["error"]["code"], problem["error"]["param"]
+            if lines := problem.get("lines"):
+                told = [f"line {line['line']}: {line['message']}" for line in lines]
+                return InvalidRequest("\n".join(["The input is not stored.", *told]), param=param)
             kind = ERRORS.get(code, FarmError)
             return kind(str(problem["detail"]), param=param)
         except (ValueError, KeyError, TypeError):

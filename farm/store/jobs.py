@@ -47,10 +47,11 @@ JOIN_AGAIN = text(f"WITH joins AS (SELECT) {JOIN_LANE}")
 INSERT_JOB = text(f"""
 WITH j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
-                      runs, max_attempts, spec, labels, idempotency_key, idempotency_digest)
+                      runs, max_attempts, spec, labels, input_id, idempotency_key,
+                      idempotency_digest)
     VALUES (:id, :tenant_id, :pipeline, :priority, true, :total, :run_end, :batch_key, :bucket,
             CAST(:runs AS jsonb), :max_attempts, CAST(:spec AS json), CAST(:labels AS jsonb),
-            :idempotency_key, :idempotency_digest)
+            :input_id, :idempotency_key, :idempotency_digest)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
     RETURNING *
 ), joins AS (
@@ -118,6 +119,7 @@ def insert_job(
             "max_attempts": spec.max_attempts,
             "spec": spec.model_dump_json(),
             "labels": _json(spec.labels),
+            "input_id": spec.input,
             "idempotency_key": idempotency.key if idempotency else None,
             "idempotency_digest": idempotency.digest if idempotency else None,
             "prompts": list(prompts),

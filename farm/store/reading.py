@@ -99,14 +99,6 @@ FROM attempts
 WHERE job_id = :job_id AND ordinal = ANY(:ordinals) ORDER BY ordinal, attempt
 """)
 
-PROMPTS_AT = text("""
-SELECT w.place, c.prompts[w.place - c.first + 1] AS prompt
-FROM unnest(CAST(:places AS bigint[])) AS w (place) CROSS JOIN LATERAL (
-    SELECT first, prompts FROM input_chunks c
-    WHERE c.job_id = :job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
-) c
-""")
-
 
 def list_frames(
     connection: Connection,
@@ -127,9 +119,3 @@ def frame_attempts(
 ) -> Sequence[Row[Any]]:
     """Read the attempts that did not succeed, of some frames of a job."""
     return connection.execute(FRAME_ATTEMPTS, {"job_id": job_id, "ordinals": list(ordinals)}).all()
-
-
-def prompts_at(connection: Connection, job_id: uuid.UUID, indexes: Sequence[int]) -> dict[int, str]:
-    """Read some of a job's prompts, by index."""
-    rows = connection.execute(PROMPTS_AT, {"job_id": job_id, "places": sorted(set(indexes))})
-    return {row.place: row.prompt for row in rows}

@@ -103,6 +103,7 @@ jobs = Table(
     Column("max_attempts", SmallInteger, nullable=False),
     Column("spec", JSON, nullable=False, comment="FullSpec; JSON, since a grid's order matters"),
     Column("labels", JSONB, nullable=False),
+    Column("input_id", ForeignKey("inputs.id")),
     Column("idempotency_key", Text),
     Column("idempotency_digest", LargeBinary),
     _moment("created_at", now=True),
@@ -146,6 +147,31 @@ jobs = Table(
     Index("jobs_removed", "removed_at", postgresql_where=text("removed_at IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
+)
+
+inputs = Table(
+    "inputs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("sha256", LargeBinary, nullable=False, comment="of its lines as they were sent"),
+    Column("lines", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("shown", ARRAY(Text), nullable=False, comment="its first prompts"),
+    Column("top_seed", BigInteger),
+    Column("text_bytes", Integer, nullable=False, comment="of a line's prompts, at most"),
+    Column("keys", Boolean, nullable=False),
+    Column("negatives", Boolean, nullable=False),
+    _moment("created_at", now=True),
+    UniqueConstraint("tenant_id", "sha256"),
+)
+
+input_parts = Table(
+    "input_parts",
+    metadata,
+    Column("input_id", ForeignKey("inputs.id", ondelete="CASCADE"), primary_key=True),
+    Column("first", BigInteger, primary_key=True, comment="index of the part's first line"),
+    Column("content", LargeBinary, nullable=False, comment="lines of JSON, by zlib"),
 )
 
 input_chunks = Table(

@@ -231,6 +231,7 @@ BEGIN
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
     -- 7. What each frame draws. A chunk of prompts is unpacked once, whatever it is needed for.
+    -- Lines of an input are not here: whoever claims keeps its parts, which serve many batches.
     RETURN QUERY
     WITH f AS (
         SELECT * FROM unnest(ids, ordinals, attempts)
@@ -256,5 +257,5 @@ BEGIN
     )
     SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
            leader.bucket, leader.priority
-    FROM placed p JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
+    FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;
