@@ -14,6 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from api import (
     docs,
     errors,
+    exports,
     frames,
     health,
     images,
@@ -69,6 +70,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(frames.router, responses=job_calls)
     app.include_router(images.router, responses=job_calls)
     app.include_router(inputs.router, responses=job_calls)
+    app.include_router(exports.router, responses=job_calls)
     app.include_router(pipelines.router, responses=openapi.refusals(401, 503))
     app.include_router(workers.router, responses=openapi.refusals(401, 503))
     app.include_router(health.router)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from farm.exports import MOST_JOBS, SHARD_FRAMES
 from farm.formats import Format
 from farm.spec import PROMPTS_SHOWN
 from farm.states import FrameState, JobStatus
@@ -131,6 +132,70 @@ class Input(BaseModel):
     prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
     keys: bool = Field(description="whether any line has a key")
     created_at: datetime
+
+
+class ExportAsked(BaseModel):
+    """An export as it is asked for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    to: Literal["webdataset", "parquet", "imagefolder"] = Field(description="the dataset's form")
+    dest: str | None = Field(
+        default=None, description="s3://BUCKET/PREFIX; null: the farm's own storage"
+    )
+    shard_frames: int = Field(
+        default=SHARD_FRAMES, ge=1, le=100_000, description="frames of a shard, at most"
+    )
+
+
+class ExportOfJobs(ExportAsked):
+    """An export of several jobs as it is asked for: they are named, or bear labels."""
+
+    jobs: list[str] = Field(default_factory=list, max_length=MOST_JOBS, description="their ids")
+    labels: dict[str, str] = Field(default_factory=dict, description="or what they all bear")
+
+
+class Export(BaseModel):
+    """A dataset in the making, or made."""
+
+    id: uuid.UUID
+    status: Literal["running", "succeeded", "failed"]
+    to: str
+    dest: str
+    jobs: list[uuid.UUID]
+    shard_frames: int
+    shards: int
+    shards_done: int
+    pictures: int = Field(description="in the shards that are done")
+    missing: int = Field(description="frames of those shards that have no picture")
+    bytes: int
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class ExportFile(BaseModel):
+    """A file of a dataset."""
+
+    name: str
+    bytes: int
+    sha256: str
+    url: str = Field(description="where it is, on this API")
+
+
+class Shard(BaseModel):
+    """A shard of an export; the last is its cover: manifest, card and the like."""
+
+    number: int
+    job: uuid.UUID | None = Field(description="null: the cover")
+    first: int = Field(description="ordinal of its first frame")
+    stop: int = Field(description="and of the one after its last")
+    done: bool
+    attempt: int
+    error: str | None
+    pictures: int | None
+    missing: int | None
+    files: list[ExportFile]
 
 
 class Limits(BaseModel):

@@ -84,6 +84,14 @@ def own_jobs(
     return set(rows.scalars())
 
 
+FRAMES_OF = text("SELECT coalesce(sum(total), 0)::bigint FROM jobs WHERE id = ANY(:ids)")
+
+
+def frames_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> int:
+    """Add up the frames of some jobs."""
+    return int(connection.execute(FRAMES_OF, {"ids": list(job_ids)}).scalar_one())
+
+
 LIST_FRAMES = text("""
 SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
        f.started_at, f.finished_at

@@ -182,6 +182,52 @@ input_chunks = Table(
     Column("prompts", ARRAY(Text), nullable=False),
 )
 
+exports = Table(
+    "exports",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("job_ids", ARRAY(Uuid), nullable=False),
+    Column("shard_frames", Integer, nullable=False),
+    Column("bucket", Text, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="running"),
+    Column("error", Text),
+    Column("shards", Integer, nullable=False),
+    Column("shards_done", Integer, nullable=False, server_default=text("0")),
+    Column("pictures", BigInteger, nullable=False, server_default=text("0")),
+    Column("missing", BigInteger, nullable=False, server_default=text("0")),
+    Column("bytes", BigInteger, nullable=False, server_default=text("0")),
+    _moment("created_at", now=True),
+    _moment("finished_at"),
+    CheckConstraint(_one_of("kind", ["webdataset", "parquet", "imagefolder"]), "kind"),
+    CheckConstraint(_one_of("state", ["running", "succeeded", "failed"]), "state"),
+    Index("exports_newest", "tenant_id", "created_at", "id"),
+    Index("exports_running", "created_at", postgresql_where=text("state = 'running'")),
+)
+
+export_shards = Table(
+    "export_shards",
+    metadata,
+    Column("export_id", ForeignKey("exports.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("job_id", Uuid, comment="null: the cover, which comes last"),
+    Column("first", BigInteger, nullable=False, comment="ordinal of its first frame"),
+    Column("stop", BigInteger, nullable=False),
+    Column("base", BigInteger, nullable=False, comment="added to an ordinal it names a picture"),
+    Column("attempt", SmallInteger, nullable=False, server_default=text("0")),
+    Column("failures", SmallInteger, nullable=False, server_default=text("0")),
+    Column("worker", Text),
+    _moment("due_at", now=True),
+    _moment("done_at"),
+    Column("rows", Integer),
+    Column("missing", Integer),
+    Column("files", JSONB),
+    Column("error", Text),
+    Index("export_shards_due", "export_id", "number", postgresql_where=text("done_at IS NULL")),
+)
+
 frames = Table(
     "frames",
     metadata,
