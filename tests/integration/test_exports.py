@@ -70,6 +70,10 @@ def submit(client: httpx.Client, **fields: Any) -> str:
     return str(response.json()["id"])
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def rendered(farm: Farm, *, dead: int | None = None) -> None:
     """Render all that waits; one frame may end without a picture."""
     hand = hire(farm)
@@ -108,6 +112,7 @@ def fetched(client: httpx.Client, found: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its reader's files
 def test_webdataset_opens_in_public_readers(farm: Farm, api: Api, tmp_path: Path) -> None:
     ann = api.client()
     job_id = submit(ann)
@@ -147,7 +152,7 @@ def test_webdataset_opens_in_public_readers(farm: Farm, api: Api, tmp_path: Path
     assert list(table["key"]) == [line["key"] for line in LINES]
     assert list(table["status"]) == ["success"] * 6 + ["dead"] + ["success"] * 3
     assert table["error_message"].iloc[6] == "It broke."
-    missing = [json.loads(line) for line in (folder / "missing.jsonl").open()]
+    missing = json_lines(folder / "missing.jsonl")
     assert [(row["key"], row["error_message"]) for row in missing] == [("k6", "It broke.")]
 
 
@@ -197,6 +202,8 @@ def test_an_image_folder_has_its_metadata(
     assert victim.read_bytes() == whole
 
 
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # its reader's own, as the next
+@pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")
 def test_the_cover_tells_all_and_is_valid(farm: Farm, api: Api, tmp_path: Path) -> None:
     ann = api.client()
     job_id = submit(ann)
@@ -240,7 +247,7 @@ def test_a_cancelled_job_lists_what_it_never_rendered(farm: Farm, api: Api, tmp_
     found = written(farm, ann, export(ann, job_id, to="webdataset"))
     assert (found["pictures"], found["missing"]) == (4, 6)
     folder = fetched(ann, found, tmp_path)
-    missing = [json.loads(line) for line in (folder / "missing.jsonl").open()]
+    missing = json_lines(folder / "missing.jsonl")
     assert [row["key"] for row in missing] == [f"k{number}" for number in range(4, 10)]
     assert {row["status"] for row in missing} == {"cancelled"}
 
