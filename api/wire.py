@@ -72,6 +72,26 @@ class Job(BaseModel):
     spec: Submitted
 
 
+class Quote(BaseModel):
+    """What a job would take; null: never measured on this farm."""
+
+    pipeline: str
+    frames: int
+    batches: int
+    bytes: int | None = Field(description="of all pictures, as expected")
+    device_seconds: float | None = Field(description="of all devices together, as expected")
+    seconds_a_frame: float | None
+    alike: bool = Field(
+        description="whether that was measured on your own frames of the same shape; else on all "
+        "frames of the pipeline"
+    )
+    workers: int = Field(description="that could render it now")
+    frames_ahead: int = Field(description="that wait on its lane, and are as urgent or more")
+    ends_at: datetime | None = Field(description="were it submitted now")
+    first: dict[str, Any] = Field(description="the first frame's whole spec")
+    last: dict[str, Any] = Field(description="the last frame's")
+
+
 class Attempt(BaseModel):
     """An attempt at a frame that did not succeed."""
 

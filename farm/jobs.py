@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from farm import failpoints
@@ -17,10 +18,35 @@ from farm.offers import Offer
 from farm.spec import FullSpec, JobSpec
 from farm.store import inputs, reading
 from farm.store import jobs as stored
-from farm.store.engine import Row, Transaction, one_statement, reads, transaction
+from farm.store.engine import Row, one_statement, reads, transaction
 from farm.store.jobs import Idempotency
 from farm.store.lines import all_lines
 from farm.submission import check_job, full_spec, readings
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job that may be submitted."""
+
+    job: JobSpec
+    offer: Offer
+    spec: FullSpec
+
+
+def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
+    """Check a job whole, and fill in every default.
+
+    Raises:
+        InvalidRequest: a field is wrong; the error names it and its limit.
+    """
+    job = check_job(body, farm.settings)
+    offer = farm.offer(job.pipeline)
+    source = _source(farm, tenant_id, job)
+    spec = full_spec(job, offer, farm.settings, source)
+    if source is not None:
+        _check_syntax(farm, spec, offer, source)
+    _check_images(farm, tenant_id, offer, spec)
+    return Checked(job, offer, spec)
 
 
 def submit(
@@ -55,14 +81,9 @@ def submit(
             found = stored.same_job(connection, tenant_id, idempotency)
         if found is not None:
             return found
-    job = check_job(body, farm.settings)
-    offer = farm.offer(job.pipeline)
-    source = _source(farm, tenant_id, job)
-    spec = full_spec(job, offer, farm.settings, source)
-    if source is not None:
-        _check_syntax(farm, spec, offer, source)
+    checked = check(farm, tenant_id, body)
+    job, spec = checked.job, checked.spec
     with one_statement(farm.store) as connection:
-        _check_images(connection, tenant_id, offer, spec)
         new_id, prompts = uuid.uuid4(), job.prompts or ()
         row = stored.insert_job(connection, new_id, tenant_id, spec, prompts, idempotency)
     failpoints.reach(farm.settings.failpoints, "submit.committed", prompts)
@@ -105,13 +126,14 @@ def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
     }
 
 
-def _check_images(
-    connection: Transaction, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec
-) -> None:
+def _check_images(farm: Farm, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec) -> None:
     """Refuse a job that names an image which its tenant never uploaded."""
     named = [offer.params_type.image_ids(point.params) for point in spec.points]
     wanted = {image_id for image_ids in named for image_id in image_ids}
-    missing = missing_images(connection, tenant_id, wanted) if wanted else set()
+    if not wanted:
+        return
+    with reads(farm.store) as connection:
+        missing = missing_images(connection, tenant_id, wanted)
     for image_ids in named:
         for place, image_id in enumerate(image_ids):
             if image_id in missing:

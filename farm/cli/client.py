@@ -106,6 +106,11 @@ class FarmClient:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return self._job(self._send("POST", "/v1/jobs", json=body, headers=headers))
 
+    def quote(self, body: Mapping[str, Any]) -> Any:
+        """Ask what a job would take."""
+        params = {"dry_run": "true"}
+        return self._object(self._send("POST", "/v1/jobs", json=body, params=params))
+
     def job(self, job_id: str) -> Job:
         """Read a job as it stands now."""
         return self._job(self._send("GET", f"/v1/jobs/{job_id}"))

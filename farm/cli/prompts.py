@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class PromptFile:
                 yield from self._as_it_is(told)
             else:
                 yield from _joined(self.lines(told))
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise InvalidRequest(f"{self._path} cannot be read: {error}.") from error
 
     def lines(self, told: Told = lambda _: None) -> Iterator[Fields]:

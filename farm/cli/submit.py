@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from farm.cli.bars import counted
 from farm.cli.body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
-from farm.cli.console import Json, emit, out, plural, say
+from farm.cli.console import Json, count, duration, emit, out, plural, say, size
 from farm.cli.fields import show_fields
 from farm.cli.find import short
 from farm.cli.images import control_field
@@ -151,6 +152,9 @@ def submit(  # one argument an option: this is the command's own declaration
     show: Annotated[
         bool, typer.Option("--fields", help="Show what the pipeline takes, and submit nothing.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and submit nothing.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Stay until it has ended.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -196,7 +200,7 @@ def submit(  # one argument an option: this is the command's own declaration
     controls = [control_word(word) for word in control or ()]
     if file is not None:
         idempotency_key = idempotency_key or name or Path(source or "").name
-    send(body, idempotency_key, controls, file=file, watch=watch, as_json=as_json)
+    send(body, idempotency_key, controls, file=file, dry_run=dry_run, watch=watch, as_json=as_json)
 
 
 def send(
@@ -205,6 +209,7 @@ def send(
     controls: Sequence[ControlWord] = (),
     *,
     file: PromptFile | None = None,
+    dry_run: bool = False,
     watch: bool,
     as_json: bool,
 ) -> None:
@@ -223,6 +228,9 @@ def send(
             body = {**body, "input": uploaded["id"]}
             # The same file under the same name is the same job, though it was stopped half-way.
             idempotency_key = f"{(idempotency_key or '')[:150]} {uploaded['id']}"
+        if dry_run:
+            _show_quote(client.quote(body), as_json=as_json)
+            return
         job = client.submit(body, idempotency_key)
         if not as_json:
             frames = plural(job["total"], "frame")
@@ -235,6 +243,28 @@ def send(
             emit(job)
         else:
             out.print(f"[dim]Follow it:[/] farm watch {short(job['id'])}")
+
+
+def _show_quote(quote: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        emit(quote)
+        return
+    frames = plural(quote["frames"], "frame")
+    say(f"{frames} of {quote['pipeline']}; batches: {count(quote['batches'])}.")
+    if quote["device_seconds"] is None:
+        say("None of this pipeline was rendered here before: what it takes is not known.")
+    else:
+        whose = "frames of yours that are alike" if quote["alike"] else "all of its frames so far"
+        pace = f"{quote['seconds_a_frame']:.3g} s a frame, as {whose} took"
+        say(f"About {duration(quote['device_seconds'])} of a device ({pace}).")
+    if quote["bytes"] is not None:
+        say(f"About {size(quote['bytes'])} of pictures.")
+    workers = plural(quote["workers"], "worker")
+    say(f"{plural(quote['frames_ahead'], 'frame')} before it, for {workers} that can render it.")
+    if quote["ends_at"]:
+        say(f"It would end at about {quote['ends_at'][:16].replace('T', ' ')} UTC.")
+    for name in ("first", "last"):
+        say(f"The {name} frame: {json.dumps(quote[name], ensure_ascii=False)}", "dim")
 
 
 def _upload(client: FarmClient, file: PromptFile) -> Any:

@@ -66,7 +66,7 @@ COMPLETE = """
 SELECT * FROM pg_temp.complete(
     CAST(:lease_ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]),
     CAST(:attempts AS smallint[]), CAST(:sha256 AS bytea[]), CAST(:bytes AS int[]),
-    CAST(:slots AS smallint[]))
+    CAST(:slots AS smallint[]), CAST(:seconds AS float))
 """
 
 FINISH = text(f"""
@@ -151,11 +151,16 @@ WHERE t.job_id = j.id AND j.id = ANY(:ids) AND t.bucket > run.bucket
 """)
 
 
-def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) -> set[Fence]:
-    """Make frames `succeeded`; returns the fences accepted, the others lost their lease."""
+def complete(
+    connection: Connection, lease_id: uuid.UUID, done: Sequence[Done], seconds: float = 0.0
+) -> set[Fence]:
+    """Make frames `succeeded`; returns the fences accepted, the others lost their lease.
+
+    `seconds` is how long a device denoised them, all together.
+    """
     if not done:
         return set()
-    rows = connection.execute(text(COMPLETE), _results([lease_id], done))
+    rows = connection.execute(text(COMPLETE), _results([lease_id], done, seconds))
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
@@ -170,13 +175,17 @@ def finish(
 
     Where none is accepted nothing is added: see already_complete. One statement.
     """
-    values = {**_results(lease_ids, done), "done": len(done), **account.values(worker_id)}
+    results = _results(lease_ids, done, account.denoise_seconds)
+    values = {**results, "done": len(done), **account.values(worker_id)}
     rows = connection.execute(FINISH, values)
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
-def _results(lease_ids: Sequence[uuid.UUID], done: Sequence[Done]) -> dict[str, str]:
+def _results(
+    lease_ids: Sequence[uuid.UUID], done: Sequence[Done], seconds: float
+) -> dict[str, str | float]:
     return {
+        "seconds": seconds,
         **_fences([item.fence for item in done]),
         "lease_ids": arrays.ids(lease_ids),
         "sha256": arrays.byte_strings(item.sha256 for item in done),

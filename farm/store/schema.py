@@ -100,6 +100,13 @@ jobs = Table(
     Column("succeeded", BigInteger, nullable=False, server_default=text("0")),
     Column("dead", BigInteger, nullable=False, server_default=text("0")),
     Column("cancelled", BigInteger, nullable=False, server_default=text("0")),
+    Column(
+        "device_seconds",
+        Double,
+        nullable=False,
+        server_default=text("0"),
+        comment="that its succeeded frames were denoised for",
+    ),
     Column("max_attempts", SmallInteger, nullable=False),
     Column("spec", JSON, nullable=False, comment="FullSpec; JSON, since a grid's order matters"),
     Column("labels", JSONB, nullable=False),

@@ -1,9 +1,11 @@
 -- Ends batches whose pictures are stored, in one call; gives the frames that were accepted.
 --
+-- `_seconds`: of a device, for all of them; each frame had the same share.
+--
 -- Fenced: a frame that is not `running` with this attempt was lost meanwhile, and is left alone.
 CREATE FUNCTION pg_temp.complete(
     _lease_ids uuid[], _job_ids uuid[], _ordinals bigint[], _attempts smallint[],
-    _sha256 bytea[], _bytes int[], _slots smallint[]
+    _sha256 bytea[], _bytes int[], _slots smallint[], _seconds float
 ) RETURNS TABLE (job_id uuid, ordinal bigint, attempt smallint)
 LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
@@ -32,7 +34,8 @@ BEGIN
     INTO ids, ordinals, attempts FROM accepted a;
 
     PERFORM pg_temp.tally('frames.succeeded', array_agg(d.id), array_agg(-d.n), array_agg(d.n),
-                          array_agg(0::bigint), array_agg(0::bigint), array_agg(d.data))
+                          array_agg(0::bigint), array_agg(0::bigint), array_agg(d.data),
+                          array_agg(_seconds * d.n / cardinality(_ordinals)))
     FROM (SELECT f.id, count(*) AS n, jsonb_build_object('frames',
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
