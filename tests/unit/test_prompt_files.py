@@ -16,6 +16,7 @@ from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.inputs import Intake
 
+AS_IT_IS = Columns()
 NAMED = Columns("caption", "id", "number", "not", ("set",))
 
 
@@ -25,7 +26,7 @@ def file(tmp_path: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def lines(path: Path, columns: Columns = Columns(), **options: Any) -> list[dict[str, Any]]:
+def lines(path: Path, columns: Columns = AS_IT_IS, **options: Any) -> list[dict[str, Any]]:
     """What is sent, as the farm reads it."""
     blocks = [*PromptFile(path, columns, **options).blocks()]
     with Intake(Settings()) as intake:
@@ -156,6 +157,7 @@ def test_there_is_no_such_file(tmp_path: Path) -> None:
         PromptFile(tmp_path / "nowhere.csv")
 
 
+@pytest.mark.filterwarnings("ignore:'delimited_list' deprecated")  # dynamicprompts' own
 def test_templates_give_every_combination(tmp_path: Path) -> None:
     (tmp_path / "animal.txt").write_text("cat\ndog\n")
     path = file(tmp_path, "p.csv", b"key,prompt\nk,a {red|blue} __animal__\n")
@@ -167,6 +169,7 @@ def test_templates_give_every_combination(tmp_path: Path) -> None:
     assert len(lines(path, templates=Templates("combinatorial", 3, wildcards=tmp_path))) == 3
 
 
+@pytest.mark.filterwarnings("ignore:'delimited_list' deprecated")  # dynamicprompts' own
 def test_templates_are_drawn_the_same_for_a_seed(tmp_path: Path) -> None:
     path = file(tmp_path, "p.txt", b"a {red|blue|green|white|black} {star|moon|sun}\n")
     drawn = [lines(path, templates=Templates("random", 20, seed)) for seed in (1, 1, 2)]
