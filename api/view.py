@@ -41,6 +41,8 @@ def job_view(row: JobRow, lanes: Lanes) -> wire.Job:
         progress=finished / row.total,
         eta_seconds=_eta_seconds(row),
         waiting_because=lanes.waiting_because(row),
+        reused=row.reused,
+        device_seconds=row.device_seconds,
         labels=row.labels,
         created_at=row.created_at,
         started_at=row.started_at,
@@ -95,7 +97,8 @@ def _frame_view(
     row: Any | None,
     attempts: list[wire.Attempt],
 ) -> wire.Frame:
-    spec = frame_spec(full, ordinal, line)
+    redraws = row.redraws if row else 0
+    spec = frame_spec(full, ordinal, line, redraws=redraws)
     state = FrameState(row.state) if row else unborn_state(job)
     return wire.Frame.model_validate(
         {
@@ -113,6 +116,8 @@ def _frame_view(
             "sha256": row.sha256.hex() if row and row.sha256 else None,
             "bytes": row.bytes if row else None,
             "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,
+            "redraws": redraws,
+            "reused": bool(row and row.reused),
             "error": row.error if row else None,
             "flagged": state is FrameState.DEAD and attempts[-1].reason == FLAGGED,
             "labels": line.labels or {},

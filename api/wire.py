@@ -49,6 +49,8 @@ class Submitted(BaseModel):
     bucket: int | None
     max_attempts: int
     format: Format = "png"
+    top_up: int = 0
+    reuse: bool = False
     labels: dict[str, str]
 
 
@@ -65,6 +67,8 @@ class Job(BaseModel):
     progress: float = Field(ge=0, le=1, description="the share of frames that are done with")
     eta_seconds: float | None = Field(description="at the job's pace so far; null: unknown or over")
     waiting_because: str | None = Field(description="why nothing of it runs; null: something does")
+    reused: int = Field(description="frames whose picture is that of another frame")
+    device_seconds: float = Field(description="that its succeeded frames were denoised for")
     labels: dict[str, str]
     created_at: datetime
     started_at: datetime | None
@@ -125,6 +129,8 @@ class Frame(BaseModel):
     sha256: str | None = Field(description="of the image's bytes, in hex")
     bytes: int | None = Field(description="the image's length")
     image_url: str | None = Field(description="where its image is, on this API; null: none yet")
+    redraws: int = Field(description="how often a filter rejected its picture")
+    reused: bool = Field(description="its picture is that of another frame")
     error: str | None = Field(description="why the latest attempt failed")
     flagged: bool = Field(description="kept out of the result by the pipeline's safety checker")
     labels: dict[str, str] = Field(description="its line's, where its job draws an input")

@@ -175,6 +175,22 @@ class Artifacts:
             kind = StorageRefused if status in {*REFUSED, 404} else Unavailable
             raise kind(f"The storage did not take {key} in {bucket}: {error}") from error
 
+    def copy(self, source: str, target: str) -> None:
+        """Copy an image within the storage. With `discard_pictures` nothing is copied.
+
+        Raises:
+            NotStored: the storage holds no such image.
+            Unavailable: the storage does not answer, or cannot.
+        """
+        if self._discard:
+            return
+        try:
+            self._s3.copy_object(
+                Bucket=self.bucket, Key=target, CopySource={"Bucket": self.bucket, "Key": source}
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise _not_given(source, error) from error
+
     def get(self, key: str) -> bytes:
         """Read an image.
 

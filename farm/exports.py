@@ -201,7 +201,15 @@ class ShardWriter:
                     sha256=row.sha256 if row else None,
                     bytes=row.bytes if row else None,
                     error=row.error if row else NEVER_CLAIMED,
-                    spec=frame_spec(full, ordinal, line, row.bucket if row else None),
+                    redraws=row.redraws if row else 0,
+                    reused=bool(row and row.reused),
+                    spec=frame_spec(
+                        full,
+                        ordinal,
+                        line,
+                        row.bucket if row else None,
+                        row.redraws if row else 0,
+                    ),
                     line=line,
                 )
 

@@ -94,6 +94,16 @@ class JobSpec(BaseModel):
     )
     max_attempts: int = Field(default=3, ge=1, le=10, description="attempts before a frame is dead")
     format: Format = Field(default="png", description="of the pictures' files; webp is lossless")
+    top_up: int = Field(
+        default=10,
+        ge=0,
+        le=1000,
+        description="how often a picture that a filter rejects is drawn again, with another seed",
+    )
+    reuse: bool = Field(
+        default=False,
+        description="take stored pictures of such jobs of yours, where they would be the same",
+    )
     labels: dict[LabelText, LabelText] = Field(
         default_factory=dict, max_length=MAX_LABELS, description="your own words, to find it by"
     )
@@ -181,6 +191,8 @@ class FullSpec(BaseModel):
     bucket: int | None
     max_attempts: int
     format: Format = "png"
+    top_up: int = 0
+    reuse: bool = False
     labels: dict[str, str]
 
     @property
@@ -223,10 +235,17 @@ class FrameSpec(BaseModel):
     """of its file"""
 
 
-def frame_spec(job: FullSpec, ordinal: int, line: Line, bucket: int | None = None) -> FrameSpec:
-    """Derive a frame from its job; `line` is the job's, number `prompt_index(ordinal)`.
+def frame_spec(
+    job: FullSpec, ordinal: int, line: Line, bucket: int | None = None, redraws: int = 0
+) -> FrameSpec:
+    """Derive a frame from its job.
 
-    `bucket` is what it was claimed in, where that is another than was submitted.
+    Args:
+        job: the frame's.
+        ordinal: its place.
+        line: the job's, number `prompt_index(ordinal)`.
+        bucket: what it was claimed in, where that is another than was submitted.
+        redraws: how often a filter rejected its picture: each time another seed follows.
 
     Raises:
         IndexError: the job has no such ordinal.
@@ -240,6 +259,8 @@ def frame_spec(job: FullSpec, ordinal: int, line: Line, bucket: int | None = Non
         if first is None
         else first + ordinal % job.images_per_prompt
     )
+    if redraws:
+        seed = derived_seed(seed, redraws)
     params = point.params
     if line.negative_prompt is not None:
         params = {**params, "negative_prompt": line.negative_prompt}

@@ -190,6 +190,8 @@ def full_spec(
         bucket=job.bucket,
         max_attempts=job.max_attempts,
         format=job.format,
+        top_up=job.top_up,
+        reuse=job.reuse,
         labels=job.labels,
     )
 

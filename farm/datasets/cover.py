@@ -54,7 +54,7 @@ CONTEXT: Mapping[str, Any] = {
     "subField": "cr:subField",
     "transform": "cr:transform",
 }
-TYPES = {"string": "sc:Text", "double": "sc:Float"}
+TYPES = {"string": "sc:Text", "double": "sc:Float", "bool": "sc:Boolean"}
 """Croissant's by Arrow's; the rest are whole numbers"""
 
 MEDIA_TYPES = {

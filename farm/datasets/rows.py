@@ -38,6 +38,8 @@ SCHEMA = pa.schema(
         ("job", pa.string()),
         ("ordinal", pa.int64()),
         ("attempt", pa.int16()),
+        ("redraws", pa.int16()),
+        ("reused", pa.bool_()),
         ("labels", pa.string()),
         ("spec", pa.string()),
     ]
@@ -64,6 +66,8 @@ DESCRIPTIONS = {
     "job": "The job's id.",
     "ordinal": "The frame's place in its job.",
     "attempt": "Which attempt succeeded, or failed last.",
+    "redraws": "How often a filter rejected its picture, and another seed was drawn.",
+    "reused": "Whether the picture is that of another frame that would be the same.",
     "labels": "The line's labels, as a JSON object.",
     "spec": "The frame's whole spec, as JSON: what renders it again.",
 }
@@ -82,6 +86,8 @@ class Frame:
     sha256: bytes | None
     bytes: int | None
     error: str | None
+    redraws: int
+    reused: bool
     spec: FrameSpec
     line: Line
 
@@ -113,6 +119,8 @@ class Frame:
             "job": str(self.job_id),
             "ordinal": self.ordinal,
             "attempt": self.attempt,
+            "redraws": self.redraws,
+            "reused": self.reused,
             "labels": json.dumps(self.line.labels or {}, ensure_ascii=False),
             "spec": self.spec.model_dump_json(),
         }

@@ -16,6 +16,7 @@ def ids(items: Iterable[uuid.UUID]) -> str:
     return "{" + ",".join([item.hex for item in items]) + "}"
 
 
-def byte_strings(items: Iterable[bytes]) -> str:
-    """Write an array of byte strings."""
-    return "{" + ",".join(['"\\\\x' + item.hex() + '"' for item in items]) + "}"
+def byte_strings(items: Iterable[bytes | None]) -> str:
+    """Write an array of byte strings, or nulls."""
+    texts = ["NULL" if item is None else f'"\\\\x{item.hex()}"' for item in items]
+    return "{" + ",".join(texts) + "}"

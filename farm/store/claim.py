@@ -26,6 +26,8 @@ class ClaimedFrame:
     ordinal: int
     attempt: int
     spec: FrameSpec
+    reuse: bool = False
+    """Whether a stored picture will do, where it would be the same"""
 
     @property
     def fence(self) -> Fence:
@@ -116,5 +118,5 @@ def _claimed(
     place = row.job_id, job.prompt_index(row.ordinal)
     line = Line(row.prompt) if job.input is None else lines[place]
     # The bucket is what the frame was claimed in: it may have been halved since it was submitted.
-    spec = frame_spec(job, row.ordinal, line, row.bucket)
-    return ClaimedFrame(row.job_id, row.tenant_id, row.ordinal, row.attempt, spec)
+    spec = frame_spec(job, row.ordinal, line, row.bucket, row.redraws)
+    return ClaimedFrame(row.job_id, row.tenant_id, row.ordinal, row.attempt, spec, job.reuse)

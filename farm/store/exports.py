@@ -153,7 +153,7 @@ SELECT EXISTS (
 """)
 
 FRAMES = text("""
-SELECT ordinal, state, attempt, bucket, sha256, bytes, error FROM frames
+SELECT ordinal, state, attempt, bucket, sha256, bytes, error, redraws, reused FROM frames
 WHERE job_id = :job_id AND ordinal >= :first AND ordinal < :stop ORDER BY ordinal
 """)
 

@@ -196,7 +196,8 @@ WITH chosen AS (
     SELECT ordinal FROM frames WHERE job_id = :id AND state = ANY(:from_states)
     ORDER BY ordinal LIMIT :slice
 ), returned AS (
-    UPDATE frames f SET state = 'ready', spared = attempt, alone = false
+    UPDATE frames f SET state = 'ready', spared = attempt, alone = false,
+                        redraws = f.redraws + (f.redraws > 0)::int  -- another seed
     FROM chosen c WHERE f.job_id = :id AND f.ordinal = c.ordinal
     RETURNING f.job_id, f.ordinal, 0.0 AS delay, false AS alone
 )

@@ -13,7 +13,7 @@ from farm.errors import NotFound
 
 JOB_COLUMNS = """
 j.id, j.tenant_id, j.pipeline, j.status, j.paused, j.open, j.priority, j.total, j.cursor,
-j.running, j.succeeded, j.dead, j.cancelled, j.spec, j.labels,
+j.running, j.succeeded, j.dead, j.cancelled, j.reused, j.device_seconds, j.spec, j.labels,
 j.created_at, j.started_at, j.finished_at, clock_timestamp() AS now
 """
 
@@ -94,7 +94,7 @@ def frames_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> int:
 
 LIST_FRAMES = text("""
 SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
-       f.started_at, f.finished_at
+       f.started_at, f.finished_at, f.redraws, f.reused
 FROM frames f
 WHERE f.job_id = :job_id AND f.ordinal > :after
   AND (CAST(:state AS text) IS NULL OR f.state = :state)

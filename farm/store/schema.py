@@ -107,6 +107,7 @@ jobs = Table(
         server_default=text("0"),
         comment="that its succeeded frames were denoised for",
     ),
+    Column("reused", BigInteger, nullable=False, server_default=text("0")),
     Column("max_attempts", SmallInteger, nullable=False),
     Column("spec", JSON, nullable=False, comment="FullSpec; JSON, since a grid's order matters"),
     Column("labels", JSONB, nullable=False),
@@ -249,6 +250,20 @@ frames = Table(
         server_default=text("0"),
         comment="attempts that do not count towards max_attempts",
     ),
+    Column(
+        "redraws",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="how often a filter rejected its picture",
+    ),
+    Column(
+        "reused",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="its picture is that of another frame",
+    ),
     Column("worker", Text, nullable=False, comment="who claimed the latest attempt"),
     Column("bucket", SmallInteger, comment="what its latest attempt was claimed in"),
     _moment("started_at", null=False),
@@ -270,6 +285,24 @@ frames = Table(
     ),
     # Room on each page for the one update that most frames get.
     postgresql_with={"fillfactor": "75"},
+)
+
+prints = Table(
+    "prints",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", BigInteger, primary_key=True),
+    Column("print", BigInteger, nullable=False, comment="a perceptual hash, as 64 bits"),
+)
+
+renders = Table(
+    "renders",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("digest", LargeBinary, primary_key=True, comment="of all that decides its bytes"),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("ordinal", BigInteger, nullable=False),
+    Index("renders_job", "job_id"),
 )
 
 returns = Table(

@@ -75,7 +75,7 @@ CREATE FUNCTION pg_temp.claim(
     _priority smallint, _known uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
-    bucket smallint, priority smallint
+    bucket smallint, priority smallint, redraws smallint
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -256,6 +256,9 @@ BEGIN
         CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
     )
     SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
-           leader.bucket, leader.priority
+           leader.bucket, leader.priority,
+           CASE WHEN p.attempt = 1 THEN 0::smallint ELSE (
+               SELECT r.redraws FROM frames r WHERE r.job_id = p.id AND r.ordinal = p.ordinal
+           ) END
     FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;
