@@ -209,7 +209,7 @@ def test_what_is_kept_is_not_tried_at_once(tmp_path: Path) -> None:
     now = 0.0
     spool = Spool(tmp_path, 1, lambda: now)
     lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", Priority.BULK, ())
-    batch = Finished(lease)
+    batch = Finished(lease, lease.frames)
     assert not spool.away
     spool.keep(batch)
     assert spool.away
