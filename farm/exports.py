@@ -239,6 +239,7 @@ class ShardWriter:
                 reading.get_job(connection, shard.tenant_id, job_id) for job_id in export.job_ids
             ]
             rows = stored.shards_of(connection, shard.export_id, limit=MOST_SHARDS)
+            rejected = stored.rejected(connection, shard.export_id)
         return Cover(
             export_id=str(export.id),
             kind=export.kind,
@@ -259,6 +260,7 @@ class ShardWriter:
                     "stop": row.stop,
                     "pictures": row.rows,
                     "missing": row.missing,
+                    "rejected": rejected.get(row.number, 0),
                     "files": row.files,
                 }
                 for row in rows

@@ -86,7 +86,8 @@ class Cover:
     jobs: Sequence[Mapping[str, Any]]
     """id, pipeline, total, created_at of each"""
     shards: Sequence[Mapping[str, Any]]
-    """number, job, first, stop, pictures, missing, and files with name, bytes, sha256"""
+    """number, job, first, stop, pictures, missing, pictures rejected by filters, and files with
+    name, bytes, sha256"""
     pictures: int
     missing: int
     bytes: int
@@ -105,6 +106,7 @@ def manifest(cover: Cover) -> bytes:
         "jobs": list(cover.jobs),
         "pictures": cover.pictures,
         "missing": cover.missing,
+        "rejected": sum(shard["rejected"] for shard in cover.shards),
         "bytes": cover.bytes,
         "shards": list(cover.shards),
     }

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from farm.errors import NotFound
+from farm.states import REJECTED
 
 MOST_FAILURES = 5
 """Of a shard; then the export has failed"""
@@ -138,6 +139,13 @@ SELECT s.export_id, s.number, s.job_id, s.first, s.stop, s.base, s.attempt, e.te
        e.bucket, e.prefix
 FROM export_shards s JOIN exports e ON e.id = s.export_id
 WHERE s.export_id = :export_id AND s.job_id IS NOT NULL AND s.missing > 0 ORDER BY s.number
+""")
+
+REJECTED_OF = text("""
+SELECT s.number, count(*) AS pictures
+FROM export_shards s JOIN attempts a
+  ON a.job_id = s.job_id AND a.ordinal >= s.first AND a.ordinal < s.stop
+WHERE s.export_id = :export_id AND a.reason = :reason GROUP BY s.number
 """)
 
 LISTED = text("""
@@ -290,6 +298,12 @@ def has_file(connection: Connection, export_id: uuid.UUID, name: str) -> bool:
     listed = json.dumps([{"name": name}])
     values = {"export_id": export_id, "listed": listed}
     return bool(connection.execute(LISTED, values).scalar_one())
+
+
+def rejected(connection: Connection, export_id: uuid.UUID) -> dict[int, int]:
+    """Count the pictures that filters rejected, by shard."""
+    rows = connection.execute(REJECTED_OF, {"export_id": export_id, "reason": REJECTED})
+    return {row.number: row.pictures for row in rows}
 
 
 def any_due(connection: Connection) -> bool:
