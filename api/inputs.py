@@ -32,8 +32,7 @@ LINES: dict[str, Any] = {
         "description": 'lines of `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, '
         '"labels": …?}`, plain or gzip',
         "content": {
-            "application/jsonl": {"schema": {"type": "string"}},
-            "application/gzip": {"schema": {"type": "string", "format": "binary"}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }
 }

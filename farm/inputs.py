@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import TypedDict
@@ -293,6 +292,8 @@ class Intake:
 
     def _check_keys(self) -> None:
         """Find lines that share a key: by hashes, which are few bytes, and then by the keys."""
+        import numpy as np
+
         hashes = np.frombuffer(self._key_hashes, np.int64)
         lines = np.frombuffer(self._key_lines, np.int64)
         order = np.argsort(hashes, kind="stable")
