@@ -104,9 +104,9 @@ def submission(
         "g",
         "A million prompts from a file",
         f"{prompts:,} distinct prompts of about 100 characters, a line of JSON each, by `farm "
-        "submit --from`: until the job is accepted, the command's own start included. And a row a frame - "
-        "job, ordinal, state, seed, prompt, time; indexed by job and state - by COPY into the same "
-        "Postgres.",
+        "submit --from`: until the job is accepted, the command's own start included. And a row a "
+        "frame - job, ordinal, state, seed, prompt, time; indexed by job and state - by COPY into "
+        "the same Postgres.",
     )
     url, key = api
     env = {**site.env, "FARM_API_URL": url, "FARM_API_KEY": key}

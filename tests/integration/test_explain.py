@@ -74,6 +74,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "ordinals": [100],
             "states": ["ready"],
             "spared": [0],
+            "redraws": [0],
             "reasons": ["render_error"],
             "messages": [""],
             "logs": [None],
