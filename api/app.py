@@ -14,9 +14,11 @@ from fastapi.staticfiles import StaticFiles
 from api import (
     docs,
     errors,
+    exports,
     frames,
     health,
     images,
+    inputs,
     jobs,
     metrics,
     openapi,
@@ -47,6 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
+        app.state.intakes = CapacityLimiter(inputs.AT_ONCE)
         app.state.decoding = CapacityLimiter(images.AT_ONCE)
         app.state.admitted = CapacityLimiter(images.AT_ONCE + images.MOST_WAITING)
         yield
@@ -66,6 +69,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(jobs.router, responses=job_calls)
     app.include_router(frames.router, responses=job_calls)
     app.include_router(images.router, responses=job_calls)
+    app.include_router(inputs.router, responses=job_calls)
+    app.include_router(exports.router, responses=job_calls)
     app.include_router(pipelines.router, responses=openapi.refusals(401, 503))
     app.include_router(workers.router, responses=openapi.refusals(401, 503))
     app.include_router(health.router)

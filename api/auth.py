@@ -25,7 +25,12 @@ def farm_of(request: Request) -> Farm:
     return farm
 
 
-FarmHere = Annotated[Farm, Depends(farm_of)]
+async def _here(request: Request) -> Farm:
+    return farm_of(request)
+
+
+# Async where nothing is waited for: FastAPI calls that right there, the rest in a thread.
+FarmHere = Annotated[Farm, Depends(_here)]
 
 
 def caller_of(farm: Farm, key: str) -> Caller:
@@ -53,7 +58,7 @@ def reader(
 Reader = Annotated[Caller, Depends(reader)]
 
 
-def writer(caller: Reader) -> Caller:
+async def writer(caller: Reader) -> Caller:
     """Let in whoever may submit and steer jobs."""
     if caller.role not in WRITERS:
         raise Forbidden(f"A {caller.role} key may look, but not change anything.")
@@ -63,7 +68,7 @@ def writer(caller: Reader) -> Caller:
 Writer = Annotated[Caller, Depends(writer)]
 
 
-def operator(caller: Reader) -> Caller:
+async def operator(caller: Reader) -> Caller:
     """Let in whoever looks after the farm's own processes."""
     if caller.role != OPERATOR:
         raise Forbidden(f"A {caller.role} key may not steer workers: that takes an operator's.")

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.html import PAGE_HEADERS, render
 from farm.errors import FarmError, InvalidRequest, TooLarge, Unauthenticated, Unavailable
+from farm.inputs import BadLines
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,9 @@ class ProblemResponse(JSONResponse):
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def problem(status: int, code: str, detail: str, param: str | None = None) -> dict[str, Any]:
+def problem(
+    status: int, code: str, detail: str, param: str | None = None, **more: Any
+) -> dict[str, Any]:
     """Lay out a problem, with the `error` object that public clients show beside it."""
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {
@@ -46,6 +49,7 @@ def problem(status: int, code: str, detail: str, param: str | None = None) -> di
         "status": status,
         "detail": detail,
         "error": {"message": detail, "type": kind, "code": code, "param": param},
+        **more,
     }
 
 
@@ -70,7 +74,8 @@ def _farm_error(request: Request, error: Exception) -> Response:
         headers["Connection"] = "close"  # else the server reads on, however much is sent
     if error.status >= 500:
         log.error("Request %s: %s", request_id(request), error.message)
-    content = problem(error.status, error.code, error.message, error.param)
+    more = {"lines": error.problems} if isinstance(error, BadLines) else {}
+    content = problem(error.status, error.code, error.message, error.param, **more)
     return _answer(request, content, headers)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from pydantic import BaseModel
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer
@@ -15,6 +17,7 @@ from api.openapi import refusals
 from api.view import job_view
 from api.waiting import Lanes
 from farm import jobs as use_cases
+from farm import quotes as use_quotes
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.states import JobStatus
@@ -32,14 +35,17 @@ STEERING = refusals(403, 404, 409)
 @router.post(
     "",
     status_code=202,
+    response_model=wire.Job,
     summary="Submit a job",
-    responses=refusals(400, 403, 409, 413),
+    responses={
+        200: {"model": wire.Quote, "description": "what it would take, with dry_run"},
+        **refusals(400, 403, 409, 413),
+    },
 )
 def submit(
     farm: FarmHere,
     caller: Writer,
     body: Annotated[bytes, Depends(read_body)],
-    response: Response,
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -55,13 +61,24 @@ def submit(
             description="a client's trace, as W3C's Trace Context has it; the job's links to it"
         ),
     ] = None,
-) -> wire.Job:
+    dry_run: Annotated[
+        bool, Query(description="store nothing, and answer with what the job would take")
+    ] = False,
+) -> Response:
     """Check a job whole, store it, and answer with it as it stands; it renders when claimed."""
-    job_id = use_cases.submit(
-        farm, caller.tenant_id, parse_json(body), idempotency_key, traceparent
-    )
-    response.headers["Location"] = f"/v1/jobs/{job_id}"
-    return one_job(farm, caller.tenant_id, job_id)
+    if dry_run:
+        quote = asdict(use_quotes.quote(farm, caller.tenant_id, parse_json(body)))
+        quote |= {name: quote[name].model_dump() for name in ("first", "last")}
+        return _answer(wire.Quote(**quote), 200)
+    row = use_cases.submit(farm, caller.tenant_id, parse_json(body), idempotency_key, traceparent)
+    with reads(farm.store) as connection:
+        job = job_view(row, Lanes(connection, caller.tenant_id))
+    return _answer(job, 202, {"Location": f"/v1/jobs/{row.id}"})
+
+
+def _answer(content: BaseModel, status: int, headers: Mapping[str, str] | None = None) -> Response:
+    """Write an answer here, rather than let FastAPI do it in one more thread."""
+    return Response(content.model_dump_json(), status, headers, "application/json")
 
 
 @router.get("", summary="List jobs, newest first")

@@ -78,8 +78,13 @@ def job_schema(pipelines: list[str], settings: Settings) -> dict[str, Any]:
     fields, parameters = schema["properties"], _parameters()
     fields.pop("params")
     fields["pipeline"]["enum"] = pipelines
+    for name in ("prompts", "input"):  # null is as good as leaving it out, and no use
+        fields[name] |= fields[name].pop("anyOf")[0]
+        fields[name].pop("default")
+    schema["oneOf"] = [{"required": ["prompts"]}, {"required": ["input"]}]
     fields["prompts"]["maxItems"] = settings.max_job_prompts
     fields["prompts"]["items"]["maxLength"] = settings.max_prompt_chars
+    fields["input"]["format"] = "uuid"
     fields["images_per_prompt"]["maximum"] = settings.max_job_frames
     fields["priority"]["enum"] = [priority.wire for priority in Priority]
     parameters["negative_prompt"]["maxLength"] = settings.max_prompt_chars

@@ -9,11 +9,12 @@ from typing import Any
 from api import wire
 from api.auth import OPERATOR
 from api.waiting import JobRow, Lanes
-from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
+from farm.spec import FullSpec, Line, Priority, frame_spec
 from farm.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import reading
 from farm.store.engine import Transaction
 from farm.store.keys import Caller
+from farm.store.lines import lines_of
 
 INSIDE = frozenset({"points", "job_seed", "params"})
 """What a stored spec holds beside the fields that a client sent."""
@@ -40,6 +41,8 @@ def job_view(row: JobRow, lanes: Lanes) -> wire.Job:
         progress=finished / row.total,
         eta_seconds=_eta_seconds(row),
         waiting_because=lanes.waiting_because(row),
+        reused=row.reused,
+        device_seconds=row.device_seconds,
         labels=row.labels,
         created_at=row.created_at,
         started_at=row.started_at,
@@ -66,8 +69,7 @@ def frame_views(
 ) -> list[wire.Frame]:
     """Show some frames of a job; `rows` holds those that have one, by ordinal."""
     spec = FullSpec.model_validate(job.spec)
-    places = {ordinal: spec.prompt_index(ordinal) for ordinal in ordinals}
-    prompts = reading.prompts_at(connection, job.id, list(places.values()))
+    lines = lines_of(connection, {job.id: spec}, [(job.id, ordinal) for ordinal in ordinals])
     attempts: dict[int, list[wire.Attempt]] = {}
     for row in reading.frame_attempts(connection, job.id, list(rows)):
         attempt = wire.Attempt.model_validate(row, from_attributes=True)
@@ -78,7 +80,8 @@ def frame_views(
         _frame_view(
             job,
             ordinal,
-            frame_spec(spec, ordinal, prompts[places[ordinal]]),
+            spec,
+            lines[job.id, spec.prompt_index(ordinal)],
             rows.get(ordinal),
             attempts.get(ordinal, []),
         )
@@ -87,14 +90,22 @@ def frame_views(
 
 
 def _frame_view(
-    job: JobRow, ordinal: int, spec: FrameSpec, row: Any | None, attempts: list[wire.Attempt]
+    job: JobRow,
+    ordinal: int,
+    full: FullSpec,
+    line: Line,
+    row: Any | None,
+    attempts: list[wire.Attempt],
 ) -> wire.Frame:
+    redraws = row.redraws if row else 0
+    spec = frame_spec(full, ordinal, line, redraws=redraws)
     state = FrameState(row.state) if row else unborn_state(job)
     return wire.Frame.model_validate(
         {
             **spec.params,
             "ordinal": ordinal,
             "state": state,
+            "key": line.key,
             "prompt": spec.prompt,
             "seed": spec.seed,
             "format": spec.format,
@@ -105,8 +116,11 @@ def _frame_view(
             "sha256": row.sha256.hex() if row and row.sha256 else None,
             "bytes": row.bytes if row else None,
             "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,
+            "redraws": redraws,
+            "reused": bool(row and row.reused),
             "error": row.error if row else None,
             "flagged": state is FrameState.DEAD and attempts[-1].reason == FLAGGED,
+            "labels": line.labels or {},
             "attempts": attempts,
         }
     )

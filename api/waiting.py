@@ -21,7 +21,7 @@ class Lanes:
 
     connection: Transaction
     tenant_id: uuid.UUID
-    _facts: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _facts: dict[str, Any] = field(default_factory=dict)
 
     def waiting_because(self, job: JobRow) -> str | None:
         """Say why nothing of a job runs; None where something does, or where it is over."""
@@ -29,15 +29,12 @@ class Lanes:
             return None
         if job.paused:
             return "It is paused."
-        lane, busy = self._lane(job.pipeline)
-        return lane_sentence(job.pipeline, lane) or self._backing_off(job) or _busy_sentence(busy)
+        lane = self._lane(job.pipeline)
+        return lane_sentence(job.pipeline, lane) or self._backing_off(job) or _busy_sentence(lane)
 
-    def _lane(self, pipeline: str) -> tuple[Any, Any]:
+    def _lane(self, pipeline: str) -> Any:
         if pipeline not in self._facts:
-            self._facts[pipeline] = (
-                stored.lane_now(self.connection, pipeline),
-                stored.busy_with(self.connection, pipeline, self.tenant_id),
-            )
+            self._facts[pipeline] = stored.lane_now(self.connection, pipeline, self.tenant_id)
         return self._facts[pipeline]
 
     def _backing_off(self, job: JobRow) -> str | None:
@@ -62,8 +59,10 @@ def lane_sentence(pipeline: str, lane: Any) -> str | None:
     return f"Every worker of pipeline {pipeline} is draining."
 
 
-def _busy_sentence(busy: Any) -> str:
-    if busy is None:
+def _busy_sentence(lane: Any) -> str:
+    if lane.busy_priority is None:
         return "A worker is about to take it."
-    work = f"{Priority(busy.priority).wire} jobs"
-    return f"The workers are busy with {f'your other {work}' if busy.own else f'other {work}'}."
+    work = f"{Priority(lane.busy_priority).wire} jobs"
+    return (
+        f"The workers are busy with {f'your other {work}' if lane.busy_own else f'other {work}'}."
+    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from farm.exports import MOST_JOBS, SHARD_FRAMES
 from farm.formats import Format
 from farm.spec import PROMPTS_SHOWN
 from farm.states import FrameState, JobStatus
@@ -39,6 +40,7 @@ class Submitted(BaseModel):
 
     pipeline: str
     prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
+    input: uuid.UUID | None = Field(default=None, description="whose lines the prompts are")
     prompt_count: int
     images_per_prompt: int
     seed: int | None
@@ -47,6 +49,8 @@ class Submitted(BaseModel):
     bucket: int | None
     max_attempts: int
     format: Format = "png"
+    top_up: int = 0
+    reuse: bool = False
     labels: dict[str, str]
 
 
@@ -63,11 +67,33 @@ class Job(BaseModel):
     progress: float = Field(ge=0, le=1, description="the share of frames that are done with")
     eta_seconds: float | None = Field(description="at the job's pace so far; null: unknown or over")
     waiting_because: str | None = Field(description="why nothing of it runs; null: something does")
+    reused: int = Field(description="frames whose picture is that of another frame")
+    device_seconds: float = Field(description="that its succeeded frames were denoised for")
     labels: dict[str, str]
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     spec: Submitted
+
+
+class Quote(BaseModel):
+    """What a job would take; null: never measured on this farm."""
+
+    pipeline: str
+    frames: int
+    batches: int
+    bytes: int | None = Field(description="of all pictures, as expected")
+    device_seconds: float | None = Field(description="of all devices together, as expected")
+    seconds_a_frame: float | None
+    alike: bool = Field(
+        description="whether that was measured on your own frames of the same shape; else on all "
+        "frames of the pipeline"
+    )
+    workers: int = Field(description="that could render it now")
+    frames_ahead: int = Field(description="that wait on its lane, and are as urgent or more")
+    ends_at: datetime | None = Field(description="were it submitted now")
+    first: dict[str, Any] = Field(description="the first frame's whole spec")
+    last: dict[str, Any] = Field(description="the last frame's")
 
 
 class Attempt(BaseModel):
@@ -89,6 +115,7 @@ class Frame(BaseModel):
 
     ordinal: int
     state: FrameState = Field(description="ready: returned for another attempt")
+    key: str | None = Field(description="its line's, where its job draws an input")
     prompt: str
     negative_prompt: str | None = Field(default=None, description="where its family takes one")
     seed: int
@@ -102,8 +129,11 @@ class Frame(BaseModel):
     sha256: str | None = Field(description="of the image's bytes, in hex")
     bytes: int | None = Field(description="the image's length")
     image_url: str | None = Field(description="where its image is, on this API; null: none yet")
+    redraws: int = Field(description="how often a filter rejected its picture")
+    reused: bool = Field(description="its picture is that of another frame")
     error: str | None = Field(description="why the latest attempt failed")
     flagged: bool = Field(description="kept out of the result by the pipeline's safety checker")
+    labels: dict[str, str] = Field(description="its line's, where its job draws an input")
     attempts: list[Attempt] = Field(description="those that did not succeed")
 
 
@@ -116,6 +146,82 @@ class Image(BaseModel):
     bytes: int
     content_type: str
     created_at: datetime
+
+
+class Input(BaseModel):
+    """An uploaded input: prompts, one a line."""
+
+    id: uuid.UUID
+    lines: int
+    bytes: int = Field(description="unpacked")
+    sha256: str = Field(description="of the lines as they were sent, unpacked; in hex")
+    prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
+    keys: bool = Field(description="whether any line has a key")
+    created_at: datetime
+
+
+class ExportAsked(BaseModel):
+    """An export as it is asked for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    to: Literal["webdataset", "parquet", "imagefolder"] = Field(description="the dataset's form")
+    dest: str | None = Field(
+        default=None, description="s3://BUCKET/PREFIX; null: the farm's own storage"
+    )
+    shard_frames: int = Field(
+        default=SHARD_FRAMES, ge=1, le=100_000, description="frames of a shard, at most"
+    )
+
+
+class ExportOfJobs(ExportAsked):
+    """An export of several jobs as it is asked for: they are named, or bear labels."""
+
+    jobs: list[str] = Field(default_factory=list, max_length=MOST_JOBS, description="their ids")
+    labels: dict[str, str] = Field(default_factory=dict, description="or what they all bear")
+
+
+class Export(BaseModel):
+    """A dataset in the making, or made."""
+
+    id: uuid.UUID
+    status: Literal["running", "succeeded", "failed"]
+    to: str
+    dest: str
+    jobs: list[uuid.UUID]
+    shard_frames: int
+    shards: int
+    shards_done: int
+    pictures: int = Field(description="in the shards that are done")
+    missing: int = Field(description="frames of those shards that have no picture")
+    bytes: int
+    error: str | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class ExportFile(BaseModel):
+    """A file of a dataset."""
+
+    name: str
+    bytes: int
+    sha256: str
+    url: str = Field(description="where it is, on this API")
+
+
+class Shard(BaseModel):
+    """A shard of an export; the last is its cover: manifest, card and the like."""
+
+    number: int
+    job: uuid.UUID | None = Field(description="null: the cover")
+    first: int = Field(description="ordinal of its first frame")
+    stop: int = Field(description="and of the one after its last")
+    done: bool
+    attempt: int
+    error: str | None
+    pictures: int | None
+    missing: int | None
+    files: list[ExportFile]
 
 
 class Limits(BaseModel):

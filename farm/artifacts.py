@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -158,6 +160,37 @@ class Artifacts:
             kind = StorageRefused if _status(error) in REFUSED else Unavailable
             raise kind(f"The image storage did not take {key}: {error}") from error
 
+    def put_file(self, bucket: str, key: str, path: Path) -> None:
+        """Store a file, in parts where it is large, in this bucket or another.
+
+        Raises:
+            StorageRefused: the storage does not take anything from this process, or not there.
+            Unavailable: the storage does not answer, or cannot.
+        """
+        try:
+            self._s3.upload_file(str(path), bucket, key)
+        except (BotoCoreError, ClientError, S3UploadFailedError) as error:
+            cause = error.__context__ if isinstance(error, S3UploadFailedError) else error
+            status = _status(cause) if isinstance(cause, BotoCoreError | ClientError) else None
+            kind = StorageRefused if status in {*REFUSED, 404} else Unavailable
+            raise kind(f"The storage did not take {key} in {bucket}: {error}") from error
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an image within the storage. With `discard_pictures` nothing is copied.
+
+        Raises:
+            NotStored: the storage holds no such image.
+            Unavailable: the storage does not answer, or cannot.
+        """
+        if self._discard:
+            return
+        try:
+            self._s3.copy_object(
+                Bucket=self.bucket, Key=target, CopySource={"Bucket": self.bucket, "Key": source}
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise _not_given(source, error) from error
+
     def get(self, key: str) -> bytes:
         """Read an image.
 
@@ -240,11 +273,11 @@ class Artifacts:
                 f"The image storage did not delete {first.get('Key')}: {first.get('Message')}"
             )
 
-    def presigned(self, key: str) -> str:
-        """Make an address that gives the image to whoever holds it, for `presign_seconds`."""
+    def presigned(self, key: str, bucket: str | None = None) -> str:
+        """Make an address that gives the object to whoever holds it, for `presign_seconds`."""
         return self._s3.generate_presigned_url(
             "get_object",
-            Params={"Bucket": self.bucket, "Key": key},
+            Params={"Bucket": bucket or self.bucket, "Key": key},
             ExpiresIn=self._presign_seconds,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import redis
@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 
 RENDER_TASK = "farm.render"
 """Never renamed in one step: a worker discards a task that it does not know."""
+
+CHORES_TASK = "farm.chores"
+CHORES_LANE = "chores"
+"""Of what needs no device: writing datasets"""
 
 MAX_BELLS = 2
 """Bells left waiting on a lane: more would wake nobody else, and Redis stays small."""
@@ -94,17 +98,32 @@ class Bells:
             urgent: wake also one that renders something less urgent. Should that bell be lost: it
                 asks Postgres, now and then.
         """
+        if urgent and not self._ring_urgent(pipeline):
+            return False
+        return self._ring(RENDER_TASK, lane(pipeline))
+
+    def ring_chores(self) -> bool:
+        """Wake one worker of chores; returns whether Redis took the bell."""
+        return self._ring(CHORES_TASK, CHORES_LANE)
+
+    def _ring_urgent(self, pipeline: str) -> bool:
+        return self._add(urgent_lane(pipeline), lambda queue: self._redis.rpush(queue, b""))
+
+    def _ring(self, task: str, lane: str) -> bool:
+        return self._add(
+            lane,
+            lambda queue: self.app.send_task(task, queue=queue, ignore_result=True, retry=False),
+        )
+
+    def _add(self, queue: str, add: Callable[[str], object]) -> bool:
+        """Add a bell to a queue that has few; returns whether Redis answered."""
         if time.monotonic() < self._silent_until:
             return False
         try:
-            if urgent and self._redis.llen(urgent_lane(pipeline)) < MAX_BELLS:
-                self._redis.rpush(urgent_lane(pipeline), b"")
-            if self._redis.llen(lane(pipeline)) < MAX_BELLS:
-                self.app.send_task(
-                    RENDER_TASK, queue=lane(pipeline), ignore_result=True, retry=False
-                )
+            if self._redis.llen(queue) < MAX_BELLS:
+                add(queue)
         except (redis.RedisError, OperationalError, OSError) as error:
-            log.warning("The bell of lane %s was not rung: %s", pipeline, error)
+            log.warning("A bell of %s was not rung: %s", queue, error)
             self._silent_until = time.monotonic() + SILENT_SECONDS
             return False
         return True

@@ -21,7 +21,7 @@ from pydantic import (
 
 from farm.errors import CatalogError
 
-MAX_BUCKET = 64
+MAX_BUCKET = 256
 
 
 class Weights(BaseModel):
@@ -93,6 +93,10 @@ class Pipeline(Weights):
     defaults: dict[str, JsonValue] = Field(
         default_factory=dict, description="parameters' values where a job leaves them out"
     )
+    filters: list[str] = Field(
+        default_factory=list,
+        description="what may reject a picture: blank, near_duplicate, or MODULE:FUNCTION",
+    )
     max_pixels: int = Field(
         default=2048 * 2048, ge=64, description="width times height of the largest picture"
     )
@@ -107,6 +111,14 @@ class Pipeline(Weights):
         if self.compile and self.offload:
             raise ValueError("compile and offload exclude each other: leave one of them empty")
         return self
+
+    @field_validator("filters")
+    @classmethod
+    def _filters_named(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"\w+|[\w.]+:\w+", name):
+                raise ValueError(f"filter {name!r}: write its name, or MODULE:FUNCTION")
+        return value
 
     @field_validator("bucket")
     @classmethod

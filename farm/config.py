@@ -119,6 +119,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=16 * 2**20, ge=1, description="bytes a request's body may hold"
     )
+    max_input_bytes: int = Field(
+        default=4 * 2**30, ge=1, description="bytes an input may hold, unpacked"
+    )
     max_image_bytes: int = Field(
         default=16 * 2**20, ge=1, description="bytes a control image may have as it is sent"
     )
@@ -127,6 +130,10 @@ class Settings(BaseSettings):
         ge=64,
         le=2**27,
         description="width times height of a control image",
+    )
+    export_buckets: str = Field(
+        default="",
+        description="other buckets that datasets may be exported to, with commas between",
     )
     presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
     otlp_endpoint: str = Field(

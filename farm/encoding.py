@@ -39,6 +39,10 @@ class Encoder:
     def __init__(self, circumstances: Circumstances) -> None:
         self._scribe = Scribe(circumstances)
 
+    def provenance(self, frame: FrameSpec) -> str:
+        """All that decides the bytes of a frame's file, as JSON."""
+        return self._scribe.json(frame)
+
     def encode(self, image: Image.Image, frame: FrameSpec) -> bytes:
         """Encode a frame's picture in the format that the frame asks for.
 

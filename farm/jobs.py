@@ -6,19 +6,47 @@ import hashlib
 import json
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from farm import failpoints
 from farm.context import Farm
-from farm.errors import InvalidRequest
+from farm.errors import InvalidRequest, NotFound
 from farm.images import missing_images
+from farm.inputs import Source
 from farm.offers import Offer
-from farm.spec import FullSpec
+from farm.spec import FullSpec, JobSpec
+from farm.store import inputs, reading
 from farm.store import jobs as stored
-from farm.store import reading
-from farm.store.engine import Transaction, transaction
+from farm.store.engine import Row, one_statement, reads, transaction
 from farm.store.jobs import Idempotency
-from farm.submission import check_job, full_spec
+from farm.store.lines import all_lines
+from farm.submission import check_job, full_spec, readings
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job that may be submitted."""
+
+    job: JobSpec
+    offer: Offer
+    spec: FullSpec
+
+
+def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
+    """Check a job whole, and fill in every default.
+
+    Raises:
+        InvalidRequest: a field is wrong; the error names it and its limit.
+    """
+    job = check_job(body, farm.settings)
+    offer = farm.offer(job.pipeline)
+    source = _source(farm, tenant_id, job)
+    spec = full_spec(job, offer, farm.settings, source)
+    if source is not None:
+        _check_syntax(farm, spec, offer, source)
+    _check_images(farm, tenant_id, offer, spec)
+    return Checked(job, offer, spec)
 
 
 def submit(
@@ -27,7 +55,7 @@ def submit(
     body: Any,
     idempotency_key: str | None = None,
     traceparent: str | None = None,
-) -> uuid.UUID:
+) -> Row[Any]:
     """Check a job, store it whole in one transaction, and ring its lane.
 
     Args:
@@ -38,7 +66,8 @@ def submit(
         traceparent: the client's own trace, which the job's is linked to.
 
     Returns:
-        The job's id; for a repeated idempotency key, that of the job it made before.
+        The job's row, as store.reading.get_job reads it; for a repeated idempotency key, that of
+        the job it made before.
 
     Raises:
         InvalidRequest: a field is wrong; the error names it and its limit. Nothing is stored.
@@ -48,22 +77,44 @@ def submit(
     idempotency = _idempotency(idempotency_key, body)
     if idempotency is not None:
         # Before the checks: the same body was accepted then, whatever the catalog says now.
-        with transaction(farm.store) as connection:
+        with reads(farm.store) as connection:
             found = stored.same_job(connection, tenant_id, idempotency)
         if found is not None:
             return found
-    job = check_job(body, farm.settings)
-    offer = farm.offer(job.pipeline)
-    spec = full_spec(job, offer, farm.settings)
-    with transaction(farm.store) as connection:
-        _check_images(connection, tenant_id, offer, spec)
-        new_id = uuid.uuid4()
-        job_id = stored.insert_job(connection, new_id, tenant_id, spec, job.prompts, idempotency)
-    failpoints.reach(farm.settings.failpoints, "submit.committed", job.prompts)
+    checked = check(farm, tenant_id, body)
+    job, spec = checked.job, checked.spec
+    with one_statement(farm.store) as connection:
+        new_id, prompts = uuid.uuid4(), job.prompts or ()
+        row = stored.insert_job(connection, new_id, tenant_id, spec, prompts, idempotency)
+    failpoints.reach(farm.settings.failpoints, "submit.committed", prompts)
     farm.bells.ring(job.pipeline, urgent=job.priority == "interactive")
-    if farm.traces is not None and job_id == new_id:
-        farm.traces.submitted(job_id, started, traceparent, _attributes(job_id, spec))
-    return job_id
+    if farm.traces is not None and row.id == new_id:
+        farm.traces.submitted(new_id, started, traceparent, _attributes(new_id, spec))
+    return row
+
+
+def _source(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> Source | None:
+    if job.input is None:
+        return None
+    try:
+        with reads(farm.store) as connection:
+            return inputs.get_input(connection, tenant_id, uuid.UUID(job.input))
+    except NotFound as error:
+        raise InvalidRequest(f"input: {error.message}", param="input") from error
+
+
+def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, source: Source) -> None:
+    """Check an input's prompts where a pipeline reads more in them than words."""
+    points = readings([offer.params(point.params) for point in spec.points])
+    for params in [params for params in points if params.reads_syntax]:
+        with reads(farm.store) as connection:
+            for index, line in all_lines(connection, source):
+                for text in (line.prompt, line.negative_prompt or ""):
+                    try:
+                        params.check_prompt(text)
+                    except ValueError as error:
+                        where = f"input: its line with index {index}"
+                        raise InvalidRequest(f"{where}: {error}.", param="input") from error
 
 
 def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
@@ -75,13 +126,14 @@ def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
     }
 
 
-def _check_images(
-    connection: Transaction, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec
-) -> None:
+def _check_images(farm: Farm, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec) -> None:
     """Refuse a job that names an image which its tenant never uploaded."""
     named = [offer.params_type.image_ids(point.params) for point in spec.points]
     wanted = {image_id for image_ids in named for image_id in image_ids}
-    missing = missing_images(connection, tenant_id, wanted) if wanted else set()
+    if not wanted:
+        return
+    with reads(farm.store) as connection:
+        missing = missing_images(connection, tenant_id, wanted)
     for image_ids in named:
         for place, image_id in enumerate(image_ids):
             if image_id in missing:

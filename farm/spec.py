@@ -4,7 +4,8 @@
 
 `JobSpec` is a job as submitted. `FullSpec` is what is stored: every default filled in, the grid
 laid out as points, each with its bucket and batch_key, so that a frame never depends on what the
-catalog says later. The prompts stand beside it, in input chunks.
+catalog says later. The prompts stand beside it, in input chunks; or it names an input, of which
+each line is one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
@@ -62,7 +64,8 @@ def _priority_name(value: str) -> str:
     return value
 
 
-Label = Annotated[str, Field(max_length=200)]
+LabelText = Annotated[str, Field(max_length=200)]
+MAX_LABELS = 32
 
 
 class JobSpec(BaseModel):
@@ -71,7 +74,10 @@ class JobSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     pipeline: str = Field(min_length=1, max_length=200, description="a name of the catalog")
-    prompts: list[str] = Field(min_length=1, description="what to draw")
+    prompts: list[str] | None = Field(default=None, min_length=1, description="what to draw")
+    input: str | None = Field(
+        default=None, description="in place of prompts: the id of an uploaded input"
+    )
     images_per_prompt: int = Field(default=1, ge=1, le=10**9, description="pictures of each prompt")
     seed: int | None = Field(
         default=None,
@@ -88,8 +94,18 @@ class JobSpec(BaseModel):
     )
     max_attempts: int = Field(default=3, ge=1, le=10, description="attempts before a frame is dead")
     format: Format = Field(default="png", description="of the pictures' files; webp is lossless")
-    labels: dict[Label, Label] = Field(
-        default_factory=dict, max_length=32, description="your own words, to find the job by"
+    top_up: int = Field(
+        default=10,
+        ge=0,
+        le=1000,
+        description="how often a picture that a filter rejects is drawn again, with another seed",
+    )
+    reuse: bool = Field(
+        default=False,
+        description="take stored pictures of such jobs of yours, where they would be the same",
+    )
+    labels: dict[LabelText, LabelText] = Field(
+        default_factory=dict, max_length=MAX_LABELS, description="your own words, to find it by"
     )
     params: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -97,8 +113,18 @@ class JobSpec(BaseModel):
 
     @field_validator("prompts")
     @classmethod
-    def _prompts_storable(cls, value: list[str]) -> list[str]:
-        return [storable(prompt) for prompt in value]
+    def _prompts_storable(cls, value: list[str] | None) -> list[str] | None:
+        return None if value is None else [storable(prompt) for prompt in value]
+
+    @field_validator("input")
+    @classmethod
+    def _input_is_an_id(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            return str(UUID(value))
+        except ValueError as error:
+            raise ValueError("this has not the form of an input's id") from error
 
     @field_validator("labels")
     @classmethod
@@ -113,11 +139,6 @@ class JobSpec(BaseModel):
             points *= len(values)
         return points
 
-    @property
-    def total(self) -> int:
-        """How many frames the job holds."""
-        return self.grid_points * len(self.prompts) * self.images_per_prompt
-
     def combinations(self) -> Iterator[dict[str, JsonValue]]:
         """Yield the parameters of each grid point; the last key of the grid varies fastest."""
         for values in itertools.product(*self.grid.values()):
@@ -126,6 +147,19 @@ class JobSpec(BaseModel):
 
 Run = tuple[int, str, int]
 """A stretch of a job's ordinals that share a batch_key: (end, batch_key, bucket)."""
+
+
+class Line(NamedTuple):
+    """What a frame draws: one of its job's prompts, or a line of its input."""
+
+    prompt: str
+    key: str | None = None
+    """its client's own name for it"""
+    seed: int | None = None
+    """of its first image; None: as the job says"""
+    negative_prompt: str | None = None
+    """None: the job's"""
+    labels: dict[str, str] | None = None
 
 
 class Point(BaseModel):
@@ -146,6 +180,7 @@ class FullSpec(BaseModel):
     pipeline: str
     prompt_count: int
     prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}, for people")
+    input: UUID | None = None
     images_per_prompt: int
     seed: int | None
     job_seed: int = Field(description="the seed, or the one drawn for the job")
@@ -156,6 +191,8 @@ class FullSpec(BaseModel):
     bucket: int | None
     max_attempts: int
     format: Format = "png"
+    top_up: int = 0
+    reuse: bool = False
     labels: dict[str, str]
 
     @property
@@ -198,10 +235,17 @@ class FrameSpec(BaseModel):
     """of its file"""
 
 
-def frame_spec(job: FullSpec, ordinal: int, prompt: str, bucket: int | None = None) -> FrameSpec:
-    """Derive a frame from its job; `prompt` is the job's prompt number `prompt_index(ordinal)`.
+def frame_spec(
+    job: FullSpec, ordinal: int, line: Line, bucket: int | None = None, redraws: int = 0
+) -> FrameSpec:
+    """Derive a frame from its job.
 
-    `bucket` is what it was claimed in, where that is another than was submitted.
+    Args:
+        job: the frame's.
+        ordinal: its place.
+        line: the job's, number `prompt_index(ordinal)`.
+        bucket: what it was claimed in, where that is another than was submitted.
+        redraws: how often a filter rejected its picture: each time another seed follows.
 
     Raises:
         IndexError: the job has no such ordinal.
@@ -209,17 +253,23 @@ def frame_spec(job: FullSpec, ordinal: int, prompt: str, bucket: int | None = No
     if not 0 <= ordinal < job.total:
         raise IndexError(f"ordinal {ordinal} is outside 0 to {job.total - 1}")
     point = job.points[ordinal // job.frames_per_point]
+    first = job.seed if line.seed is None else line.seed
     seed = (
         derived_seed(job.job_seed, ordinal)
-        if job.seed is None
-        else job.seed + ordinal % job.images_per_prompt
+        if first is None
+        else first + ordinal % job.images_per_prompt
     )
+    if redraws:
+        seed = derived_seed(seed, redraws)
+    params = point.params
+    if line.negative_prompt is not None:
+        params = {**params, "negative_prompt": line.negative_prompt}
     return FrameSpec(
         pipeline=job.pipeline,
-        prompt=prompt,
+        prompt=line.prompt,
         seed=seed,
         bucket=bucket or point.bucket,
-        params=point.params,
+        params=params,
         format=job.format,
     )
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 FLAGGED = "flagged"
+REJECTED = "rejected"
 """The reason of an attempt whose picture the pipeline's safety checker keeps out of the result."""
 
 

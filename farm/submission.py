@@ -15,6 +15,7 @@ from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.families.base import Params
 from farm.formats import FORMATS
+from farm.inputs import Source
 from farm.metadata import text_bytes
 from farm.offers import Offer
 from farm.spec import (
@@ -54,44 +55,69 @@ def check_job(body: Any, settings: Settings) -> JobSpec:
 
 
 def _check_limits(job: JobSpec, settings: Settings) -> None:
-    if len(job.prompts) > settings.max_job_prompts:
+    if job.prompts is None and job.input is None:
+        raise InvalidRequest("prompts: give some, or as input the id of some.", param="prompts")
+    if job.prompts is not None and job.input is not None:
+        raise InvalidRequest("input: it stands in place of prompts; leave one out.", param="input")
+    if job.prompts and len(job.prompts) > settings.max_job_prompts:
         raise InvalidRequest(
-            f"prompts holds {len(job.prompts)} prompts; the limit is {settings.max_job_prompts}.",
+            f"prompts holds {len(job.prompts)} prompts; the limit is {settings.max_job_prompts}. "
+            "Upload more of them as an input.",
             param="prompts",
         )
-    for index, prompt in enumerate(job.prompts):
+    for index, prompt in enumerate(job.prompts or ()):
         _check_length(prompt, f"prompts.{index}", settings.max_prompt_chars)
     if job.grid_points > settings.max_grid_points:
         raise InvalidRequest(
             f"grid spans {job.grid_points} combinations; the limit is {settings.max_grid_points}.",
             param="grid",
         )
-    if job.total > settings.max_job_frames:
+
+
+def _check_total(job: JobSpec, prompts: int, settings: Settings) -> None:
+    total = job.grid_points * prompts * job.images_per_prompt
+    if total > settings.max_job_frames:
         raise InvalidRequest(
-            f"grid x prompts x images_per_prompt is {job.total} frames; the limit is "
+            f"grid x prompts x images_per_prompt is {total} frames; the limit is "
             f"{settings.max_job_frames}.",
             param="images_per_prompt",
         )
-    if job.seed is not None and job.seed + job.images_per_prompt - 1 > MAX_SEED:
-        raise InvalidRequest(
-            f"seed + images_per_prompt - 1 is above the largest seed, {MAX_SEED}.", param="seed"
-        )
+
+
+def _check_seeds(job: JobSpec, source: Source | None) -> None:
+    seeds = {"seed": job.seed, "input": source.top_seed if source else None}
+    for where, seed in seeds.items():
+        if seed is not None and seed + job.images_per_prompt - 1 > MAX_SEED:
+            raise InvalidRequest(
+                f"{where}: the largest seed + images_per_prompt - 1 is above {MAX_SEED}.",
+                param=where,
+            )
 
 
 def _check_prompts(job: JobSpec, points: Sequence[Params]) -> None:
     """Check every prompt in each syntax that the grid asks for."""
-    readings = {getattr(params, "prompt_syntax", None): params for params in points}
-    for params in readings.values():
-        for index, prompt in enumerate(job.prompts):
+    for params in readings(points):
+        for index, prompt in enumerate(job.prompts or ()):
             _check_syntax(params, prompt, f"prompts.{index}")
 
 
-def _check_jpeg_texts(job: JobSpec, points: Sequence[Params]) -> None:
+def readings(points: Sequence[Params]) -> list[Params]:
+    """Give one point for each prompt syntax that there is among them."""
+    return [*{getattr(params, "prompt_syntax", None): params for params in points}.values()]
+
+
+def _check_jpeg_texts(job: JobSpec, points: Sequence[Params], source: Source | None) -> None:
     """Refuse prompts that a JPEG has no room for, each with the longest negative prompt."""
     if job.format != "jpeg":
         return
     beside = max(text_bytes(*params.texts().values()) for params in points)
-    for index, prompt in enumerate(job.prompts):
+    if source is not None and source.text_bytes + beside > JPEG_TEXT_BYTES:
+        raise InvalidRequest(
+            f"input: with the job's, a line's texts take {source.text_bytes + beside} bytes; "
+            f"the limit of format jpeg is {JPEG_TEXT_BYTES}.",
+            param="input",
+        )
+    for index, prompt in enumerate(job.prompts or ()):
         size = text_bytes(prompt) + beside
         if size > JPEG_TEXT_BYTES:
             raise InvalidRequest(
@@ -120,23 +146,37 @@ def _check_length(text: str, param: str, limit: int) -> None:
         )
 
 
-def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
+def full_spec(
+    job: JobSpec, offer: Offer, settings: Settings, source: Source | None = None
+) -> FullSpec:
     """Fill in every default, lay out the grid, and decide each point's bucket and batch_key.
+
+    Args:
+        job: checked by check_job.
+        offer: its pipeline's.
+        settings: hold the limits.
+        source: what is known of the input that it names.
 
     Raises:
         InvalidRequest: a parameter is unknown to the family, or outside what it allows.
     """
+    prompts = source.lines if source else len(job.prompts or ())
+    _check_total(job, prompts, settings)
+    _check_seeds(job, source)
     _check_names(job, offer)
     points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
     _check_prompts(job, points)
-    _check_jpeg_texts(job, points)
-    frames_per_point = len(job.prompts) * job.images_per_prompt
+    _check_jpeg_texts(job, points, source)
+    if source is not None and source.negatives:
+        _check_takes_negatives(offer)
+    frames_per_point = prompts * job.images_per_prompt
     keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
     longest = _longest_runs(keys)
     return FullSpec(
         pipeline=job.pipeline,
-        prompt_count=len(job.prompts),
-        prompts=job.prompts[:PROMPTS_SHOWN],
+        prompt_count=prompts,
+        prompts=[*(source.shown if source else job.prompts or ())][:PROMPTS_SHOWN],
+        input=source.id if source else None,
         images_per_prompt=job.images_per_prompt,
         seed=job.seed,
         job_seed=secrets.randbits(63) if job.seed is None else job.seed,
@@ -150,8 +190,19 @@ def full_spec(job: JobSpec, offer: Offer, settings: Settings) -> FullSpec:
         bucket=job.bucket,
         max_attempts=job.max_attempts,
         format=job.format,
+        top_up=job.top_up,
+        reuse=job.reuse,
         labels=job.labels,
     )
+
+
+def _check_takes_negatives(offer: Offer) -> None:
+    if "negative_prompt" not in offer.params_type.model_fields:
+        raise InvalidRequest(
+            f"input: some of its lines have a negative_prompt, and pipeline {offer.name} takes "
+            "none.",
+            param="input",
+        )
 
 
 def _longest_runs(keys: Sequence[str]) -> dict[str, int]:

@@ -21,7 +21,8 @@ from farm.store.frames import Done, Failure
 
 def submit(farm: Farm, tenant: uuid.UUID, **fields: Any) -> uuid.UUID:
     body = {"pipeline": "demo", "prompts": ["a red star on a blue background"], **fields}
-    return jobs.submit(farm, tenant, body)
+    job_id: uuid.UUID = jobs.submit(farm, tenant, body).id
+    return job_id
 
 
 def new_tenant(farm: Farm, name: str) -> uuid.UUID:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cachetools import LRUCache
 
 from farm.context import Farm
-from farm.spec import FullSpec, Priority
+from farm.spec import FullSpec, Line, Priority
 from farm.store import frames, leases
 from farm.store.claim import Lease, claim
 from farm.store.engine import one_statement, transaction
@@ -20,6 +20,8 @@ from workers.insist import insist
 
 REMEMBERED_JOBS = 64
 """Whose specs are not read again"""
+REMEMBERED_PARTS = 16
+"""Of inputs: a thousand lines each"""
 
 LONGER = 3.0
 """A claim is begun when the batch before has so many times left as the last claim took …"""
@@ -37,6 +39,7 @@ class Claims:
         self._farm = farm
         self._identity = identity
         self._specs: LRUCache[uuid.UUID, FullSpec] = LRUCache(REMEMBERED_JOBS)
+        self._parts: LRUCache[tuple[uuid.UUID, int], list[Line]] = LRUCache(REMEMBERED_PARTS)
         self._in_hand: dict[uuid.UUID, tuple[float, float]] = {}
         """When each lease's claim began and ended"""
         self._lock = threading.Lock()
@@ -106,6 +109,7 @@ class Claims:
                     lease_seconds=self._farm.settings.lease_seconds,
                     priority=priority,
                     known=self._specs,
+                    parts=self._parts,
                 )
             self._unsure = False
             ended = time.monotonic()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from farm.errors import FarmError, StorageRefused, Unavailable
 from farm.families.devices import is_out_of_memory
-from farm.states import FLAGGED
+from farm.filters import Verdict
+from farm.states import FLAGGED, REJECTED
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import tells_statements
 from farm.store.frames import Failure
@@ -55,6 +56,12 @@ def flagged(frame: ClaimedFrame) -> Failure:
     """What becomes of a flagged picture: another attempt would give the same one."""
     message = "The pipeline's safety checker flagged this picture."
     return Failure(frame.fence, FLAGGED, message, retryable=False)
+
+
+def rejected(frame: ClaimedFrame, name: str, verdict: Verdict) -> Failure:
+    """What becomes of a picture that a filter rejects: it is drawn again, with another seed."""
+    message = f"Filter {name}, score {verdict.score:.4g}: {verdict.why or 'rejected'}."
+    return Failure(frame.fence, REJECTED, message, charged=False, redraw=True)
 
 
 def named(claimed: Sequence[ClaimedFrame]) -> str:

@@ -11,7 +11,7 @@ import threading
 
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import events, lanes, leases, retention, workers
+from farm.store import events, exports, lanes, leases, retention, workers
 from farm.store.engine import Connection
 from farm.store.leader import leadership
 from workers.storage import StorageWork
@@ -78,6 +78,7 @@ class Janitor:
             gone = workers.sweep(connection, settings.worker_timeout_seconds)
             workers.fold(connection, FOLD_SECONDS)
             waiting = lanes.claimable_lanes(connection)
+            chores = exports.any_due(connection)
         for lane in expired:
             log.warning("Leases of lane %s expired; their frames were returned.", lane)
         for name in gone:
@@ -87,6 +88,8 @@ class Janitor:
         for pipeline in waiting:
             if not self._farm.bells.ring(pipeline):
                 break
+        if chores:
+            self._farm.bells.ring_chores()
         with connection.begin():
             removed = retention.remove_due(connection, settings.retention_days)
         with connection.begin():

@@ -22,6 +22,7 @@ from farm.errors import RenderError
 from farm.families.base import Batch, Loaded, StopBatch
 from farm.families.devices import is_out_of_memory
 from farm.families.loading import free_what_is_left
+from farm.filters import load_filters
 from farm.offers import Offer
 from farm.provenance import circumstances_of
 from farm.spec import Priority
@@ -32,7 +33,9 @@ from workers.claims import Claims
 from workers.failing import named
 from workers.identity import Identity
 from workers.images import BatchImages, ImageCache
+from workers.reuse import Reuse
 from workers.scratch import Scratch
+from workers.sieve import Sieve
 from workers.spool import Finished, Spool
 from workers.tail import Tail
 from workers.urgent import Urgent
@@ -71,7 +74,9 @@ class RenderLine:
         self._urgent = Urgent(farm, identity, self._claims)
         spool = Spool(self._scratch.pictures(os.getpid()), farm.settings.spool_bytes)
         encoder = Encoder(circumstances_of(loaded))
-        self._tail = Tail(farm, identity, encoder, spool, self._claims)
+        self._reuse = Reuse(farm, identity, encoder)
+        sieve = Sieve(farm, identity, load_filters(offer.pipeline.filters))
+        self._tail = Tail(farm, identity, encoder, spool, self._claims, sieve, self._reuse)
         # What is offloaded moves between devices with hooks that know of one call at a time.
         self._may_interrupt = farm.settings.preempt and not offer.pipeline.offload
         self._twin: Loaded | None = None
@@ -126,6 +131,9 @@ class RenderLine:
         if self._batch_log is not None:
             self._batch_log.begin()
         batch, watch = self._begin(lease)
+        if not batch.frames:
+            self._tail.pass_on(batch, watch)
+            return
         interruptible = self._may_interrupt and lease.priority is not Priority.INTERACTIVE
         started, self._lent_seconds = time.monotonic(), 0.0
 
@@ -140,7 +148,7 @@ class RenderLine:
 
         try:
             with self._urgent.listening() if interruptible else nullcontext():
-                pictures = self._denoise(self._loaded, lease, on_step)
+                pictures = self._denoise(self._loaded, batch.frames, on_step)
             self._scratch.hold(os.getpid(), None)
             now = time.monotonic()
             batch.stages["denoise"] = started, now
@@ -172,6 +180,9 @@ class RenderLine:
 
     def _render_within(self, lease: Lease, outer: LeaseWatch) -> None:
         batch, watch = self._begin(lease)
+        if not batch.frames:
+            self._tail.pass_on(batch, watch)
+            return
         started = time.monotonic()
 
         def on_step(step: int, steps: int) -> None:
@@ -180,7 +191,7 @@ class RenderLine:
 
         try:
             self._twin = self._twin or self._loaded.twin()
-            pictures = self._denoise(self._twin, lease, on_step)
+            pictures = self._denoise(self._twin, batch.frames, on_step)
             batch.spent("denoise", started)
             self._tail.take(batch, pictures, watch, hasty=True)
         except StopBatch:
@@ -207,11 +218,13 @@ class RenderLine:
 
     def _begin(self, lease: Lease) -> tuple[Finished, LeaseWatch]:
         """Begin to watch a lease, and note that its batch is on the device."""
+        frames, done = self._reuse.split(lease.frames)
         self._scratch.hold(os.getpid(), lease.id)
         seconds = self._farm.settings.touch_seconds
         watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
         watch.start()
-        return Finished(lease, {"claim": self._claims.window(lease)}), watch
+        stages = {"claim": self._claims.window(lease)}
+        return Finished(lease, frames, stages, done=done), watch
 
     def _stop(self, lease: Lease, watch: LeaseWatch) -> None:
         watch.close()
@@ -219,10 +232,10 @@ class RenderLine:
         self._claims.release(lease)
 
     def _denoise(
-        self, loaded: Loaded, lease: Lease, on_step: Callable[[int, int], None]
+        self, loaded: Loaded, frames: Sequence[ClaimedFrame], on_step: Callable[[int, int], None]
     ) -> list[Image.Image | None]:
-        specs = [frame.spec for frame in lease.frames]
-        images = BatchImages(self._images, self._owners(lease.frames))
+        specs = [frame.spec for frame in frames]
+        images = BatchImages(self._images, self._owners(frames))
         prompts = [spec.prompt for spec in specs]
 
         def hook(step: int, steps: int) -> None:

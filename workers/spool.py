@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,8 @@ class Finished:
     """A batch that was rendered, and what became of its frames so far."""
 
     lease: Lease
+    frames: Sequence[ClaimedFrame]
+    """Those of the lease that are rendered"""
     stages: dict[str, tuple[float, float]] = field(default_factory=dict)
     """When each stage began and ended, on the monotonic clock"""
     account: Account = field(default_factory=Account)

@@ -30,6 +30,8 @@ from workers.ending import Ending
 from workers.failing import failures, flagged, is_suspicious, named
 from workers.identity import Identity
 from workers.insist import insist
+from workers.reuse import Reuse
+from workers.sieve import Sieve
 from workers.spool import Finished, Picture, Spool
 from workers.watch import LeaseWatch
 
@@ -46,13 +48,22 @@ class Tail:
     """One child's: takes what was denoised, and sees to its end."""
 
     def __init__(
-        self, farm: Farm, identity: Identity, encoder: Encoder, spool: Spool, claims: Claims
+        self,
+        farm: Farm,
+        identity: Identity,
+        encoder: Encoder,
+        spool: Spool,
+        claims: Claims,
+        sieve: Sieve,
+        reuse: Reuse,
     ) -> None:
         self._farm = farm
         self._identity = identity
         self._encoder = encoder
         self._spool = spool
         self._claims = claims
+        self._sieve = sieve
+        self._reuse = reuse
         self._ending = Ending(farm, identity)
         self._pool = ThreadPoolExecutor(THREADS, "tail")
         self._ready: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
@@ -90,7 +101,7 @@ class Tail:
             watch: watches the lease; closed at the end.
             hasty: do not wait for room.
         """
-        items = list(enumerate(zip(batch.lease.frames, pictures, strict=True)))
+        items = list(enumerate(zip(batch.frames, pictures, strict=True)))
         batch.pixels = sum(picture.width * picture.height for picture in pictures if picture)
         self._enter(batch, hasty)
         shares = [items[start::THREADS] for start in range(min(THREADS, len(items)))]
@@ -115,10 +126,16 @@ class Tail:
         for share in shares:
             self._pool.submit(store, share)
 
+    def pass_on(self, batch: Finished, watch: LeaseWatch) -> None:
+        """End a batch of which nothing is rendered."""
+        watch.close()
+        self._enter(batch, hasty=True)
+        self._ready.put(batch)
+
     def fail(self, batch: Finished, error: Exception) -> None:
         """End a batch that failed as a whole, after all that came before it."""
-        log.error("%s failed at %s", self._identity.name, named(batch.lease.frames), exc_info=error)
-        batch.failures = failures(batch.lease.frames, error)
+        log.error("%s failed at %s", self._identity.name, named(batch.frames), exc_info=error)
+        batch.failures = failures(batch.frames, error)
         batch.suspicious = is_suspicious(error)
         self._enter(batch, hasty=True)
         self._ready.put(batch)
@@ -183,13 +200,17 @@ class Tail:
         if picture is None:
             batch.failures.append(flagged(frame))
             return
+        if (failure := self._sieve.rejection(frame, picture)) is not None:
+            batch.failures.append(failure)
+            return
         started = time.monotonic()
         content = self._encoder.encode(picture, frame.spec)
         batch.spent("encode", started)
         digest = hashlib.sha256(content).digest()
         form = frame.spec.format
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
-        kept = Picture(frame, key, Done(frame.fence, digest, len(content), slot), content)
+        done = Done(frame.fence, digest, len(content), slot, self._reuse.digest(frame))
+        kept = Picture(frame, key, done, content)
         if self._spool.away or not self._put(batch, kept):
             batch.unstored.append(kept)
         else:

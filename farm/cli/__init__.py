@@ -19,6 +19,7 @@ from farm.cli import (
     demo,
     doctor,
     download,
+    export,
     images,
     jobs,
     keys,
@@ -49,6 +50,7 @@ app.command("submit", rich_help_panel=RENDER, epilog=submit.EXAMPLES)(submit.sub
 app.command("images", rich_help_panel=RENDER)(images.images)
 app.command("watch", rich_help_panel=RENDER)(jobs.watch)
 app.command("get", rich_help_panel=RENDER)(download.get)
+app.command("export", rich_help_panel=RENDER)(export.export)
 app.command("cancel", rich_help_panel=RENDER)(jobs.cancel)
 app.command("pause", rich_help_panel=RENDER)(jobs.pause)
 app.command("resume", rich_help_panel=RENDER)(jobs.resume)
@@ -60,6 +62,7 @@ app.command("replay", rich_help_panel=LOOK)(replay.replay)
 app.command("api", rich_help_panel=RUN)(processes.api)
 app.command("worker", rich_help_panel=RUN)(processes.worker)
 app.command("janitor", rich_help_panel=RUN)(processes.janitor)
+app.command("chores", rich_help_panel=RUN)(processes.chores)
 app.command("migrate", rich_help_panel=RUN)(processes.migrate)
 app.command("calibrate", rich_help_panel=RUN)(calibrate.calibrate)
 app.command("audit", rich_help_panel=RUN)(audit.audit)

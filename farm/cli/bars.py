@@ -6,21 +6,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from farm.cli.console import SPINNER, count, err, note
 
 
 @contextmanager
-def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far something is, on standard error; gives the function that counts so many more."""
+def counted(what: str, total: int, *, size: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show how far something is, on standard error; gives the function that counts so many more.
+
+    Args:
+        what: is done.
+        total: to be counted.
+        size: what is counted are bytes.
+    """
     if not err.is_terminal:
         yield _lines(what, total)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(complete_style="green", finished_style="green"),
-        MofNCompleteColumn(),
+        DownloadColumn() if size else MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=err, transient=True) as progress:

@@ -57,7 +57,7 @@ def job_body(
     words = dict(_pairs(labels, "--label"))
     if words:
         body["labels"] = {**_object(body.get("labels")), **words}
-    if "prompts" not in body:
+    if "prompts" not in body and "input" not in body:
         raise typer.BadParameter("give at least one prompt, or a job with --from FILE")
     return {"pipeline": DEFAULT_PIPELINE, **body}
 

@@ -30,7 +30,7 @@ def calibrate(
         list[str] | None,
         typer.Option("--size", metavar="WxH", help="Measure this size of picture too; repeatable."),
     ] = None,
-    most: Annotated[int, typer.Option(min=1, max=64, help="The largest bucket to try.")] = 16,
+    most: Annotated[int, typer.Option(min=1, max=256, help="The largest bucket to try.")] = 16,
     batches: Annotated[
         int, typer.Option(min=1, max=100, help="Batches that are timed for each bucket.")
     ] = 3,

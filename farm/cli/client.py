@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +25,8 @@ FIRST_CONTACT_SECONDS = 1.0
 PATIENCE_SECONDS = 6.0
 """How long a farm that is away, or answers 503, is tried again."""
 TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+UPLOAD = httpx.Timeout(600.0, connect=5.0)
+"""For millions of lines, which are stored before they are answered"""
 
 ERRORS: dict[str, type[FarmError]] = {
     kind.code: kind
@@ -103,6 +106,11 @@ class FarmClient:
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return self._job(self._send("POST", "/v1/jobs", json=body, headers=headers))
 
+    def quote(self, body: Mapping[str, Any]) -> Any:
+        """Ask what a job would take."""
+        params = {"dry_run": "true"}
+        return self._object(self._send("POST", "/v1/jobs", json=body, params=params))
+
     def job(self, job_id: str) -> Job:
         """Read a job as it stands now."""
         return self._job(self._send("GET", f"/v1/jobs/{job_id}"))
@@ -111,6 +119,40 @@ class FarmClient:
         """Upload a control image; sent again, it is the same image."""
         headers = {"Content-Type": media_type}
         return self._object(self._send("POST", "/v1/images", content=content, headers=headers))
+
+    def upload_input(self, lines: Callable[[], Iterable[bytes]]) -> Any:
+        """Upload an input; sent again, it is the same input.
+
+        Args:
+            lines: gives what is sent, from the beginning, whenever it is called.
+        """
+        headers = {"Content-Type": "application/jsonl"}
+        response = self._send("POST", "/v1/inputs", stream=lines, headers=headers, timeout=UPLOAD)
+        return self._object(response)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Ask for something; tried once, since a repeat would be another."""
+        return self._object(self._send("POST", path, json=body, again=False))
+
+    def download(self, path: str, file: Path) -> None:
+        """Read a file, however large, wherever its address leads.
+
+        Raises:
+            FarmError: the farm does not give it.
+        """
+        address = self._send("GET", path, follow_redirects=False).headers["Location"]
+        try:
+            # Without the key: the address may be another server's, and holds its own right.
+            with httpx.stream(
+                "GET", address, timeout=TIMEOUT, trust_env=not self.address.is_local
+            ) as response:
+                if not response.is_success:
+                    raise self.address.refused(response)
+                with file.open("wb") as out:
+                    for block in response.iter_bytes(2**20):
+                        out.write(block)
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{path} was cut short: {error}.") from error
 
     def steer(self, job_id: str, verb: str) -> Job:
         """Cancel, pause, resume or retry a job."""
@@ -123,7 +165,13 @@ class FarmClient:
         return self._object(self._send("POST", f"/v1/workers/{worker_id}/drain"))
 
     def _send(
-        self, method: str, path: str, *, again: bool = True, **request: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        again: bool = True,
+        stream: Callable[[], Iterable[bytes]] | None = None,
+        **request: Any,
     ) -> httpx.Response:
         """Send until it is answered, as long as patience lasts; `again`: a repeat does no harm."""
         started = time.monotonic()
@@ -131,6 +179,8 @@ class FarmClient:
         while True:
             failure: FarmError
             try:
+                if stream is not None:
+                    request["content"] = stream()
                 response = self._http.request(method, path, **request)
             except httpx.TransportError as error:
                 failure = self.address.unreachable(error)
@@ -142,7 +192,7 @@ class FarmClient:
                 raise InvalidRequest(f"This cannot be sent as JSON: {error}.") from error
             else:
                 self._reached = True
-                if response.is_success:
+                if response.is_success or response.is_redirect:
                     return response
                 failure = self._failure(response)
                 if not (again and isinstance(failure, Unavailable)):
@@ -163,6 +213,9 @@ class FarmClient:
         try:
             problem = response.json()
             code, param = problem["error"]["code"], problem["error"]["param"]
+            if lines := problem.get("lines"):
+                told = [f"line {line['line']}: {line['message']}" for line in lines]
+                return InvalidRequest("\n".join(["The input is not stored.", *told]), param=param)
             kind = ERRORS.get(code, FarmError)
             return kind(str(problem["detail"]), param=param)
         except (ValueError, KeyError, TypeError):

@@ -68,6 +68,13 @@ def worker(pipeline: Annotated[str, typer.Argument(help="A pipeline of the catal
     raise typer.Exit(code)
 
 
+def chores() -> None:
+    """Write the datasets that are asked for, until SIGTERM."""
+    with _process() as settings:
+        code = importlib.import_module("workers.chores").run_chores(settings)
+    raise typer.Exit(code)
+
+
 @contextmanager
 def _process() -> Iterator[Settings]:
     """Start a process: its log, in which an unexpected end stands whole, and a schema it knows."""

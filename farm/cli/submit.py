@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farm.cli.bars import counted
 from farm.cli.body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
-from farm.cli.console import Json, emit, out, plural, say
+from farm.cli.console import Json, count, duration, emit, out, plural, say, size
 from farm.cli.fields import show_fields
 from farm.cli.find import short
 from farm.cli.images import control_field
+from farm.cli.prompts import Columns, PromptFile, Templates
+
+if TYPE_CHECKING:
+    from farm.cli.client import FarmClient
 
 EXAMPLES = """
 Examples:
@@ -25,7 +33,16 @@ farm submit "a lighthouse" --pipeline canny --control edges.png,scale=0.8
 farm submit --pipeline canny --fields
 
 farm submit --from job.json --label campaign=spring --json
+
+farm submit --from prompts.csv --prompt-column caption --pipeline sdxl --priority bulk --watch
 """
+
+
+class TemplateWay(StrEnum):
+    """How a template becomes prompts."""
+
+    COMBINATORIAL = "combinatorial"
+    RANDOM = "random"
 
 
 def submit(  # one argument an option: this is the command's own declaration
@@ -87,13 +104,56 @@ def submit(  # one argument an option: this is the command's own declaration
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="FILE", help="A job as JSON, '-' for standard input."),
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Prompts: .jsonl, .csv, .tsv, .parquet or .txt; or a job: .json, '-' for standard "
+            "input.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a job from a file of prompts: the same file and name are the same job.",
+            show_default="the file's",
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        str, typer.Option(help="The column of the file that holds the prompts.")
+    ] = "prompt",
+    key_column: Annotated[
+        str | None, typer.Option(help="That with your own name for each.", show_default="key")
+    ] = None,
+    seed_column: Annotated[
+        str | None, typer.Option(help="That with each one's seed.", show_default="seed")
+    ] = None,
+    negative_column: Annotated[
+        str | None,
+        typer.Option(help="That with negative prompts.", show_default="negative_prompt"),
+    ] = None,
+    label_column: Annotated[
+        list[str] | None, typer.Option(help="One to keep as a label; repeatable.")
+    ] = None,
+    templates: Annotated[
+        TemplateWay | None,
+        typer.Option(help="The prompts are templates, as dynamicprompts has them."),
+    ] = None,
+    template_count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts of each: 1 at random, at most 1000 combinations."),
+    ] = None,
+    template_seed: Annotated[int, typer.Option(help="What templates are drawn by.")] = 0,
+    wildcards: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of NAME.txt, for __NAME__.")
     ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Sent twice with the same job, it makes one.")
     ] = None,
     show: Annotated[
         bool, typer.Option("--fields", help="Show what the pipeline takes, and submit nothing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and submit nothing.")
     ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Stay until it has ended.")] = False,
     as_json: Json = False,
@@ -118,15 +178,29 @@ def submit(  # one argument an option: this is the command's own declaration
         "max_attempts": max_attempts,
         "format": form,
     }
+    if source and source != "-" and not source.lower().endswith(".json"):
+        columns = Columns(
+            prompt_column, key_column, seed_column, negative_column, tuple(label_column or ())
+        )
+        ways = (
+            Templates(templates.value, template_count, template_seed, wildcards)
+            if templates
+            else None
+        )
+        file, base = PromptFile(Path(source), columns, ways), {"input": None}
+    else:
+        file, base = None, read_job(source) if source else {}
     body = job_body(
-        read_job(source) if source else {},
+        base,
         fields,
         settings=settings or (),
         grid=grid or (),
         labels=label or (),
     )
     controls = [control_word(word) for word in control or ()]
-    send(body, idempotency_key, controls, watch=watch, as_json=as_json)
+    if file is not None:
+        idempotency_key = idempotency_key or name or Path(source or "").name
+    send(body, idempotency_key, controls, file=file, dry_run=dry_run, watch=watch, as_json=as_json)
 
 
 def send(
@@ -134,11 +208,13 @@ def send(
     idempotency_key: str | None,
     controls: Sequence[ControlWord] = (),
     *,
+    file: PromptFile | None = None,
+    dry_run: bool = False,
     watch: bool,
     as_json: bool,
 ) -> None:
-    """Upload the control images and submit a body with them; with `watch`, stay until the job has
-    ended and exit as it did."""
+    """Upload the control images and the prompts, and submit a body with them; with `watch`, stay
+    until the job has ended and exit as it did."""
     from farm.cli.client import FarmClient
     from farm.cli.jobs import watch_to_end
     from farm.config import load_settings
@@ -147,13 +223,50 @@ def send(
     with FarmClient.of(settings) as client:
         if controls:
             body = {**body, "control": control_field(client, controls, settings.max_image_bytes)}
+        if file is not None:
+            uploaded = _upload(client, file)
+            body = {**body, "input": uploaded["id"]}
+            # The same file under the same name is the same job, though it was stopped half-way.
+            idempotency_key = f"{(idempotency_key or '')[:150]} {uploaded['id']}"
+        if dry_run:
+            _show_quote(client.quote(body), as_json=as_json)
+            return
         job = client.submit(body, idempotency_key)
         if not as_json:
             frames = plural(job["total"], "frame")
             say(f"Job {job['id']}: {frames} of {job['pipeline']}, {job['priority']} priority.")
+            if file is not None and job["status"] != "queued":
+                say(f"It was submitted before, and is {job['status']}.", "dim")
         if watch:
             watch_to_end(client, job, as_json=as_json)
         elif as_json:
             emit(job)
         else:
             out.print(f"[dim]Follow it:[/] farm watch {short(job['id'])}")
+
+
+def _show_quote(quote: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        emit(quote)
+        return
+    frames = plural(quote["frames"], "frame")
+    say(f"{frames} of {quote['pipeline']}; batches: {count(quote['batches'])}.")
+    if quote["device_seconds"] is None:
+        say("None of this pipeline was rendered here before: what it takes is not known.")
+    else:
+        whose = "frames of yours that are alike" if quote["alike"] else "all of its frames so far"
+        pace = f"{quote['seconds_a_frame']:.3g} s a frame, as {whose} took"
+        say(f"About {duration(quote['device_seconds'])} of a device ({pace}).")
+    if quote["bytes"] is not None:
+        say(f"About {size(quote['bytes'])} of pictures.")
+    workers = plural(quote["workers"], "worker")
+    say(f"{plural(quote['frames_ahead'], 'frame')} before it, for {workers} that can render it.")
+    if quote["ends_at"]:
+        say(f"It would end at about {quote['ends_at'][:16].replace('T', ' ')} UTC.")
+    for name in ("first", "last"):
+        say(f"The {name} frame: {json.dumps(quote[name], ensure_ascii=False)}", "dim")
+
+
+def _upload(client: FarmClient, file: PromptFile) -> Any:
+    with counted("Uploading", file.size, size=True) as count_more:
+        return client.upload_input(lambda: file.blocks(count_more))

@@ -84,6 +84,11 @@ class Params(BaseModel):
         """The uploaded images that a frame of these parameters needs."""
         return []
 
+    @property
+    def reads_syntax(self) -> bool:
+        """Whether a prompt may be one that cannot be read."""
+        return False
+
     def check_prompt(self, text: str) -> None:
         """Refuse a prompt that cannot be read as these parameters say.
 

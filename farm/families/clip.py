@@ -59,9 +59,14 @@ class ClipParams(Negatable):
         """The values of clip_skip that Compel knows for this pipeline."""
         return None, 1
 
+    @property
+    def reads_syntax(self) -> bool:
+        """Whether a prompt may be one that cannot be read."""
+        return self.prompt_syntax == "compel"
+
     def check_prompt(self, text: str) -> None:
         """Refuse what is not Compel's syntax, where it was asked for."""
-        if self.prompt_syntax == "compel":
+        if self.reads_syntax:
             check_compel(text)
 
     @property

@@ -71,6 +71,12 @@ def janitor(folder: Folder, env: Mapping[str, str]) -> Program:
     return Program("janitor", farm("janitor"), env, log, Stage.FRONT)
 
 
+def chores(folder: Folder, env: Mapping[str, str]) -> Program:
+    """What writes datasets."""
+    log = folder.logs / "chores.log"
+    return Program("chores", farm("chores"), env, log, Stage.WORKER)
+
+
 def worker(
     folder: Folder, env: Mapping[str, str], pipeline: str, number: int, grace: float
 ) -> Program:

@@ -106,6 +106,7 @@ def _start_farm(
 ) -> None:
     api = supervisor.start(commands.api(folder, env, port), lasting=False)
     supervisor.start(commands.janitor(folder, env))
+    supervisor.start(commands.chores(folder, env))
     own = {
         **_thread_settings(sum(counts.values())),
         "FARM_SCRATCH_DIR": str(folder.path / "scratch"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.spec import FrameSpec, FullSpec, Priority, frame_spec
+from farm.spec import FrameSpec, FullSpec, Line, Priority, frame_spec
+from farm.store import arrays
+from farm.store.lines import Parts, lines_of
 
 Fence = tuple[uuid.UUID, int, int]
 """(job, ordinal, attempt): what a write after a claim must match."""
@@ -25,6 +26,8 @@ class ClaimedFrame:
     ordinal: int
     attempt: int
     spec: FrameSpec
+    reuse: bool = False
+    """Whether a stored picture will do, where it would be the same"""
 
     @property
     def fence(self) -> Fence:
@@ -37,12 +40,11 @@ class ClaimedFrame:
 
 @dataclass(frozen=True)
 class Lease:
-    """A worker's right to a batch, until `expires_at` on Postgres's clock."""
+    """A worker's right to a batch, until it expires on Postgres's clock."""
 
     id: uuid.UUID
     worker_id: uuid.UUID
     pipeline: str
-    expires_at: datetime
     priority: Priority
     """The most urgent of its frames'"""
     frames: tuple[ClaimedFrame, ...]
@@ -65,6 +67,7 @@ def claim(
     lease_seconds: float,
     priority: Priority = Priority.BULK,
     known: MutableMapping[uuid.UUID, FullSpec] | None = None,
+    parts: Parts | None = None,
 ) -> Lease | None:
     """Claim the next batch of a lane, or None where nothing may be claimed.
 
@@ -79,6 +82,7 @@ def claim(
         lease_seconds: how long the lease lasts unless it is renewed.
         priority: the least urgent work that is wanted.
         known: specs of jobs that were met before; those met now are added.
+        parts: parts of inputs that were met before; those met now are added.
     """
     specs: MutableMapping[uuid.UUID, FullSpec] = {} if known is None else known
     before = dict(specs)  # what a cache forgets meanwhile is still here
@@ -93,7 +97,7 @@ def claim(
             "lease_id": lease_id,
             "seconds": lease_seconds,
             "priority": priority,
-            "known": list(before),
+            "known": arrays.ids(before),
         },
     ).all()
     if not rows:
@@ -101,12 +105,18 @@ def claim(
     found = {row.job_id: FullSpec.model_validate(row.spec) for row in rows if row.spec is not None}
     specs.update(found)
     jobs = before | found
-    frames = tuple(_claimed(row, jobs[row.job_id]) for row in rows)
+    named = [(row.job_id, row.ordinal) for row in rows if jobs[row.job_id].input is not None]
+    lines = lines_of(connection, jobs, named, parts) if named else {}
+    frames = tuple(_claimed(row, jobs[row.job_id], lines) for row in rows)
     first = rows[0]
-    return Lease(lease_id, worker_id, pipeline, first.expires_at, Priority(first.priority), frames)
+    return Lease(lease_id, worker_id, pipeline, Priority(first.priority), frames)
 
 
-def _claimed(row: Row[Any], job: FullSpec) -> ClaimedFrame:
+def _claimed(
+    row: Row[Any], job: FullSpec, lines: Mapping[tuple[uuid.UUID, int], Line]
+) -> ClaimedFrame:
+    place = row.job_id, job.prompt_index(row.ordinal)
+    line = Line(row.prompt) if job.input is None else lines[place]
     # The bucket is what the frame was claimed in: it may have been halved since it was submitted.
-    spec = frame_spec(job, row.ordinal, row.prompt, row.bucket)
-    return ClaimedFrame(row.job_id, row.tenant_id, row.ordinal, row.attempt, spec)
+    spec = frame_spec(job, row.ordinal, line, row.bucket, row.redraws)
+    return ClaimedFrame(row.job_id, row.tenant_id, row.ordinal, row.attempt, spec, job.reuse)

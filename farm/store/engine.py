@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import Row as Row
 from sqlalchemy.exc import (
     DBAPIError,
     InterfaceError,

@@ -6,6 +6,7 @@ lost: the result is dropped, and the caller is told which were accepted.
 
 from __future__ import annotations
 
+import builtins
 import json
 import uuid
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from sqlalchemy import Connection, Row, text
 
 from farm.spec import Run, shrunk
 from farm.states import FrameState, after_failure, retry_delay
+from farm.store import arrays
 from farm.store.claim import Fence
 from farm.store.resting import SPARED_AT_MOST, on_trial
 from farm.store.returns import INTO_RETURNS
@@ -34,6 +36,10 @@ class Done:
     sha256: bytes
     bytes: int
     slot: int
+    digest: builtins.bytes | None = None
+    """Of all that decides its bytes, where it may be used again"""
+    reused: bool = False
+    """Whether it is the picture of another frame"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Failure:
     """Whether a smaller bucket may help: then, where the job left it open, the next one is half."""
     delay_seconds: float | None = None
     """Before the frame may be claimed again; None: longer with each attempt."""
+    redraw: bool = False
+    """Whether its picture was rejected: it is drawn again with another seed, until `top_up`"""
     wait_seconds: float = 0.0
     """The least that it waits, where it is longer with each attempt."""
 
@@ -65,7 +73,8 @@ COMPLETE = """
 SELECT * FROM pg_temp.complete(
     CAST(:lease_ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]),
     CAST(:attempts AS smallint[]), CAST(:sha256 AS bytea[]), CAST(:bytes AS int[]),
-    CAST(:slots AS smallint[]))
+    CAST(:slots AS smallint[]), CAST(:seconds AS float), CAST(:digests AS bytea[]),
+    CAST(:reused AS bool[]))
 """
 
 FINISH = text(f"""
@@ -84,7 +93,8 @@ WHERE f.attempt = d.attempt AND f.state = 'succeeded' AND f.sha256 = d.sha256
 """)
 
 HELD = text("""
-SELECT f.job_id, f.ordinal, f.attempt, f.spared, j.max_attempts
+SELECT f.job_id, f.ordinal, f.attempt, f.spared, f.redraws, j.max_attempts,
+       coalesce((j.spec ->> 'top_up')::int, 0) AS top_up
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
      AS d (job_id, ordinal, attempt)
 JOIN frames f USING (job_id, ordinal) JOIN jobs j ON j.id = f.job_id
@@ -97,12 +107,14 @@ FOR UPDATE OF f
 END = text(f"""
 WITH ended AS (
     UPDATE frames f
-    SET state = d.state, spared = f.spared + d.spared, finished_at = clock_timestamp(),
+    SET state = d.state, spared = f.spared + d.spared, redraws = f.redraws + d.redraw,
+        finished_at = clock_timestamp(),
         error = d.message, alone = f.alone OR d.alone
     FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:states AS text[]),
-                CAST(:spared AS smallint[]), CAST(:reasons AS text[]), CAST(:messages AS text[]),
+                CAST(:spared AS smallint[]), CAST(:redraws AS smallint[]),
+                CAST(:reasons AS text[]), CAST(:messages AS text[]),
                 CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:alone AS bool[]))
-         AS d (job_id, ordinal, state, spared, reason, message, log, delay, alone)
+         AS d (job_id, ordinal, state, spared, redraw, reason, message, log, delay, alone)
     WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
     RETURNING f.*, d.reason, d.message, d.log, d.delay
 ), recorded AS (
@@ -150,11 +162,16 @@ WHERE t.job_id = j.id AND j.id = ANY(:ids) AND t.bucket > run.bucket
 """)
 
 
-def complete(connection: Connection, lease_id: uuid.UUID, done: Sequence[Done]) -> set[Fence]:
-    """Make frames `succeeded`; returns the fences accepted, the others lost their lease."""
+def complete(
+    connection: Connection, lease_id: uuid.UUID, done: Sequence[Done], seconds: float = 0.0
+) -> set[Fence]:
+    """Make frames `succeeded`; returns the fences accepted, the others lost their lease.
+
+    `seconds` is how long a device denoised them, all together.
+    """
     if not done:
         return set()
-    rows = connection.execute(text(COMPLETE), _results([lease_id], done))
+    rows = connection.execute(text(COMPLETE), _results([lease_id], done, seconds))
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
@@ -169,24 +186,40 @@ def finish(
 
     Where none is accepted nothing is added: see already_complete. One statement.
     """
-    values = {**_results(lease_ids, done), "done": len(done), **account.values(worker_id)}
+    results = _results(lease_ids, done, account.denoise_seconds)
+    values = {**results, "done": len(done), **account.values(worker_id)}
     rows = connection.execute(FINISH, values)
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
-def _results(lease_ids: Sequence[uuid.UUID], done: Sequence[Done]) -> dict[str, list[Any]]:
+def _results(
+    lease_ids: Sequence[uuid.UUID], done: Sequence[Done], seconds: float
+) -> dict[str, str | float | None]:
     return {
+        "seconds": seconds,
+        **_reuse(done),
         **_fences([item.fence for item in done]),
-        "lease_ids": list(lease_ids),
-        "sha256": [item.sha256 for item in done],
-        "bytes": [item.bytes for item in done],
-        "slots": [item.slot for item in done],
+        "lease_ids": arrays.ids(lease_ids),
+        "sha256": arrays.byte_strings(item.sha256 for item in done),
+        "bytes": arrays.numbers(item.bytes for item in done),
+        "slots": arrays.numbers(item.slot for item in done),
+    }
+
+
+def _reuse(done: Sequence[Done]) -> dict[str, str | None]:
+    """Both are null where no job of a batch asks for it."""
+    if not any(item.digest for item in done):
+        return {"digests": None, "reused": None}
+    return {
+        "digests": arrays.byte_strings(item.digest for item in done),
+        "reused": "{" + ",".join("t" if item.reused else "f" for item in done) + "}",
     }
 
 
 def already_complete(connection: Connection, done: Sequence[Done]) -> bool:
     """Whether these very results are what the frames hold: the reply to a COMMIT was lost."""
-    values = {**_fences([item.fence for item in done]), "sha256": [item.sha256 for item in done]}
+    sha256 = arrays.byte_strings(item.sha256 for item in done)
+    values = {**_fences([item.fence for item in done]), "sha256": sha256}
     return bool(connection.execute(ALREADY, values).scalar_one() == len(done))
 
 
@@ -305,6 +338,8 @@ class _Ending:
 
 def _ending(row: Row[Any], failure: Failure, retry_seconds: float, spare: bool) -> _Ending:
     """Say what becomes of a frame; `spare`: its worker may be the cause, so it is not charged."""
+    if failure.redraw:
+        return _redraw(row, failure)
     spare = spare and failure.retryable and row.spared < SPARED_AT_MOST
     charged = failure.charged and not spare
     if failure.reason == WORKER_LOST and row.spared >= SPARED_AT_MOST:
@@ -316,7 +351,14 @@ def _ending(row: Row[Any], failure: Failure, retry_seconds: float, spare: bool) 
     return _Ending(failure, state if charged else FrameState.READY, charged, delay)
 
 
-def _columns(endings: Sequence[_Ending]) -> dict[str, list[Any]]:
+def _redraw(row: Row[Any], failure: Failure) -> _Ending:
+    """Say what becomes of a frame whose picture was rejected: retried by hand, it may go on."""
+    again = row.redraws % (row.top_up + 1) < row.top_up
+    state = FrameState.READY if again else FrameState.DEAD
+    return _Ending(failure, state, charged=not again, delay_seconds=0.0)
+
+
+def _columns(endings: Sequence[_Ending]) -> dict[str, Any]:
     failures = [ending.failure for ending in endings]
     return {
         **_fences([failure.fence for failure in failures]),
@@ -325,15 +367,18 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, list[Any]]:
         "spared": [0 if ending.charged else 1 for ending in endings],
         # What may be to blame goes alone from now on, whether it is charged or spared.
         "alone": [failure.alone or failure.charged for failure in failures],
+        "redraws": [
+            int(ending.failure.redraw and ending.state is FrameState.READY) for ending in endings
+        ],
         "reasons": [failure.reason for failure in failures],
         "messages": [failure.message for failure in failures],
         "logs": [failure.log for failure in failures],
     }
 
 
-def _fences(fences: Sequence[Fence]) -> dict[str, list[Any]]:
+def _fences(fences: Sequence[Fence]) -> dict[str, str]:
     return {
-        "job_ids": [job_id for job_id, _, _ in fences],
-        "ordinals": [ordinal for _, ordinal, _ in fences],
-        "attempts": [attempt for _, _, attempt in fences],
+        "job_ids": arrays.ids(job_id for job_id, _, _ in fences),
+        "ordinals": arrays.numbers(ordinal for _, ordinal, _ in fences),
+        "attempts": arrays.numbers(attempt for _, _, attempt in fences),
     }

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, text
 from farm.errors import Conflict, NotFound
 from farm.spec import FullSpec, Priority
 from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
-from farm.store.reading import JOB_COLUMNS
+from farm.store.reading import JOB_COLUMNS, get_job
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, tally
 
@@ -22,47 +22,51 @@ RETRY_SLICE = 5000
 
 # Who comes to a lane starts level with those who wait there, or with whoever was served most:
 # no credit for absence, and no debt for work done while nobody else asked.
-JOIN_LANE = text("""
+JOIN_LANE = """
 INSERT INTO shares (pipeline, tenant_id, served)
 SELECT :pipeline, :tenant_id, coalesce(min(s.served) FILTER (WHERE busy), max(s.served), 0)
 FROM shares s CROSS JOIN LATERAL (
     SELECT EXISTS (
         SELECT FROM jobs j
         WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
-          AND j.id <> :job_id) AS busy
+          AND j.id <> :id) AS busy
 ) now
 WHERE s.pipeline = :pipeline
+HAVING EXISTS (SELECT FROM joins)
 ON CONFLICT (pipeline, tenant_id) DO UPDATE
 SET served = greatest(shares.served, excluded.served)
 WHERE NOT EXISTS (
     SELECT FROM jobs j
     WHERE j.open AND j.pipeline = shares.pipeline AND j.tenant_id = shares.tenant_id
-      AND j.id <> :job_id)
-""")
+      AND j.id <> :id)
+"""
 
-# The job with its first prompts and its event: most jobs have no more.
-INSERT_JOB = text("""
-WITH job AS (
+JOIN_AGAIN = text(f"WITH joins AS (SELECT) {JOIN_LANE}")
+
+# The job with its prompts and its event. The lane comes last: claims of it write that row too.
+INSERT_JOB = text(f"""
+WITH j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
-                      runs, max_attempts, spec, labels, idempotency_key, idempotency_digest)
+                      runs, max_attempts, spec, labels, input_id, idempotency_key,
+                      idempotency_digest)
     VALUES (:id, :tenant_id, :pipeline, :priority, true, :total, :run_end, :batch_key, :bucket,
             CAST(:runs AS jsonb), :max_attempts, CAST(:spec AS json), CAST(:labels AS jsonb),
-            :idempotency_key, :idempotency_digest)
+            :input_id, :idempotency_key, :idempotency_digest)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
-    RETURNING id, tenant_id
+    RETURNING *
+), joins AS (
+    SELECT FROM j
 ), chunk AS (
     INSERT INTO input_chunks (job_id, first, prompts)
-    SELECT id, 0, CAST(:prompts AS text[]) FROM job
+    SELECT j.id, min(p.n) - 1, array_agg(p.prompt ORDER BY p.n)
+    FROM j CROSS JOIN unnest(CAST(:prompts AS text[])) WITH ORDINALITY AS p (prompt, n)
+    GROUP BY j.id, (p.n - 1) / {PROMPTS_A_CHUNK}
 ), event AS (
     INSERT INTO events (job_id, tenant_id, kind, data)
-    SELECT id, tenant_id, 'job.queued', '{}' FROM job
-)
-SELECT id FROM job
-""")
-
-INSERT_CHUNK = text(
-    "INSERT INTO input_chunks (job_id, first, prompts) VALUES (:job_id, :first, :prompts)"
-)
+    SELECT id, tenant_id, 'job.queued', '{{}}' FROM j
+), lane AS ({JOIN_LANE})
+SELECT {JOB_COLUMNS} FROM j
+""")  # noqa: S608 - constants only
 
 INSERT_EVENT = text("""
 INSERT INTO events (job_id, tenant_id, kind, data)
@@ -91,14 +95,16 @@ def insert_job(
     spec: FullSpec,
     prompts: Sequence[str],
     idempotency: Idempotency | None,
-) -> uuid.UUID:
-    """Store a job with its prompts; returns its id, or that of the same job submitted before.
+) -> Row[Any]:
+    """Store a job with its prompts; returns its row, or that of the same job submitted before.
+
+    It is one statement.
 
     Raises:
         Conflict: the idempotency key was used with another body.
     """
     run_end, batch_key, bucket = spec.runs[0]
-    inserted = connection.execute(
+    inserted: Row[Any] | None = connection.execute(
         INSERT_JOB,
         {
             "id": job_id,
@@ -113,35 +119,24 @@ def insert_job(
             "max_attempts": spec.max_attempts,
             "spec": spec.model_dump_json(),
             "labels": _json(spec.labels),
+            "input_id": spec.input,
             "idempotency_key": idempotency.key if idempotency else None,
             "idempotency_digest": idempotency.digest if idempotency else None,
-            "prompts": list(prompts[:PROMPTS_A_CHUNK]),
+            "prompts": list(prompts),
         },
     ).first()
-    if inserted is None:
-        # Only an idempotency key collides: the same job came in at the same moment.
-        assert idempotency is not None
-        same = same_job(connection, tenant_id, idempotency)
-        assert same is not None
-        return same
-    chunks = [
-        {
-            "job_id": job_id,
-            "first": first,
-            "prompts": list(prompts[first : first + PROMPTS_A_CHUNK]),
-        }
-        for first in range(PROMPTS_A_CHUNK, len(prompts), PROMPTS_A_CHUNK)
-    ]
-    if chunks:
-        connection.execute(INSERT_CHUNK, chunks)
-    # Last, since it locks the row that claims of this lane write.
-    _join_lane(connection, spec.pipeline, tenant_id, job_id)
-    return job_id
+    if inserted is not None:
+        return inserted
+    # Only an idempotency key collides: the same job came in at the same moment.
+    assert idempotency is not None
+    same = same_job(connection, tenant_id, idempotency)
+    assert same is not None
+    return same
 
 
 def same_job(
     connection: Connection, tenant_id: uuid.UUID, idempotency: Idempotency
-) -> uuid.UUID | None:
+) -> Row[Any] | None:
     """Find the job that a tenant submitted before under the same idempotency key.
 
     Raises:
@@ -157,8 +152,7 @@ def same_job(
             f"Idempotency-Key {idempotency.key!r} was used for job {row.id} with another body.",
             param="Idempotency-Key",
         )
-    found: uuid.UUID = row.id
-    return found
+    return get_job(connection, tenant_id, row.id)
 
 
 LOCK_JOB = text(f"""
@@ -202,7 +196,8 @@ WITH chosen AS (
     SELECT ordinal FROM frames WHERE job_id = :id AND state = ANY(:from_states)
     ORDER BY ordinal LIMIT :slice
 ), returned AS (
-    UPDATE frames f SET state = 'ready', spared = attempt, alone = false
+    UPDATE frames f SET state = 'ready', spared = attempt, alone = false,
+                        redraws = f.redraws + (f.redraws > 0)::int  -- another seed
     FROM chosen c WHERE f.job_id = :id AND f.ordinal = c.ordinal
     RETURNING f.job_id, f.ordinal, 0.0 AS delay, false AS alone
 )
@@ -273,7 +268,7 @@ def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
 def _join_lane(
     connection: Connection, pipeline: str, tenant_id: uuid.UUID, job_id: uuid.UUID
 ) -> None:
-    connection.execute(JOIN_LANE, {"pipeline": pipeline, "tenant_id": tenant_id, "job_id": job_id})
+    connection.execute(JOIN_AGAIN, {"pipeline": pipeline, "tenant_id": tenant_id, "id": job_id})
 
 
 def _from_states(transition: str) -> list[FrameState]:

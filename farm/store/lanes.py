@@ -27,23 +27,25 @@ SELECT pipeline, priority, sum(waiting)::bigint AS waiting FROM (
 """)
 
 LANE_NOW = text(f"""
-SELECT count(*) AS workers,
-       count(*) FILTER (WHERE draining) AS draining,
-       count(*) FILTER (WHERE state IN ('idle', 'rendering') AND NOT draining) AS able,
-       count(*) FILTER (WHERE state = 'loading') AS loading,
-       count(*) FILTER (WHERE state = 'failed') AS failed,
-       min(problem) FILTER (WHERE state = 'failed') AS problem
+SELECT lane.*, busy.priority AS busy_priority, busy.own AS busy_own
 FROM (
-    SELECT w.draining, {STATE_NOW} AS state, {PROBLEM_NOW} AS problem
-    FROM workers w WHERE w.pipeline = :pipeline AND NOT w.gone
-) lane
+    SELECT count(*) AS workers,
+           count(*) FILTER (WHERE draining) AS draining,
+           count(*) FILTER (WHERE state IN ('idle', 'rendering') AND NOT draining) AS able,
+           count(*) FILTER (WHERE state = 'loading') AS loading,
+           count(*) FILTER (WHERE state = 'failed') AS failed,
+           min(problem) FILTER (WHERE state = 'failed') AS problem
+    FROM (
+        SELECT w.draining, {STATE_NOW} AS state, {PROBLEM_NOW} AS problem
+        FROM workers w WHERE w.pipeline = :pipeline AND NOT w.gone
+    ) worker
+) lane LEFT JOIN (
+    SELECT j.priority, j.tenant_id = :tenant_id AS own
+    FROM leases l CROSS JOIN LATERAL (SELECT DISTINCT unnest(l.job_ids) AS job_id) d
+    JOIN jobs j ON j.id = d.job_id
+    WHERE l.pipeline = :pipeline ORDER BY j.priority, own LIMIT 1
+) busy ON true
 """)  # noqa: S608 - constants only
-
-BUSY_WITH = text("""
-SELECT DISTINCT j.priority, j.tenant_id = :tenant_id AS own
-FROM leases l, unnest(l.job_ids) AS d (job_id) JOIN jobs j ON j.id = d.job_id
-WHERE l.pipeline = :pipeline ORDER BY j.priority LIMIT 1
-""")
 
 BACKING_OFF = text("SELECT min(not_before) FROM returns WHERE job_id = :job_id")
 
@@ -58,14 +60,13 @@ def depths(connection: Connection) -> Sequence[Row[Any]]:
     return connection.execute(DEPTH).all()
 
 
-def lane_now(connection: Connection, pipeline: str) -> Row[Any]:
-    """Count a lane's workers: all, able, draining, loading, failed; and say why one failed."""
-    return connection.execute(LANE_NOW, {"pipeline": pipeline}).one()
+def lane_now(connection: Connection, pipeline: str, tenant_id: uuid.UUID | None = None) -> Row[Any]:
+    """Count a lane's workers: all, able, draining, loading, failed; and say why one failed.
 
-
-def busy_with(connection: Connection, pipeline: str, tenant_id: uuid.UUID) -> Row[Any] | None:
-    """Tell the priority of what a lane's workers render, and whether it is the tenant's own."""
-    return connection.execute(BUSY_WITH, {"pipeline": pipeline, "tenant_id": tenant_id}).first()
+    `busy_priority` is that of the most urgent work that they render, None where there is none;
+    `busy_own` whether it is the tenant's.
+    """
+    return connection.execute(LANE_NOW, {"pipeline": pipeline, "tenant_id": tenant_id}).one()
 
 
 def backing_off_until(connection: Connection, job_id: uuid.UUID) -> Any | None:

@@ -13,7 +13,7 @@ from farm.errors import NotFound
 
 JOB_COLUMNS = """
 j.id, j.tenant_id, j.pipeline, j.status, j.paused, j.open, j.priority, j.total, j.cursor,
-j.running, j.succeeded, j.dead, j.cancelled, j.spec, j.labels,
+j.running, j.succeeded, j.dead, j.cancelled, j.reused, j.device_seconds, j.spec, j.labels,
 j.created_at, j.started_at, j.finished_at, clock_timestamp() AS now
 """
 
@@ -84,9 +84,17 @@ def own_jobs(
     return set(rows.scalars())
 
 
+FRAMES_OF = text("SELECT coalesce(sum(total), 0)::bigint FROM jobs WHERE id = ANY(:ids)")
+
+
+def frames_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> int:
+    """Add up the frames of some jobs."""
+    return int(connection.execute(FRAMES_OF, {"ids": list(job_ids)}).scalar_one())
+
+
 LIST_FRAMES = text("""
 SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
-       f.started_at, f.finished_at
+       f.started_at, f.finished_at, f.redraws, f.reused
 FROM frames f
 WHERE f.job_id = :job_id AND f.ordinal > :after
   AND (CAST(:state AS text) IS NULL OR f.state = :state)
@@ -97,14 +105,6 @@ FRAME_ATTEMPTS = text("""
 SELECT ordinal, attempt, worker, reason, message, traceback AS log, started_at, ended_at
 FROM attempts
 WHERE job_id = :job_id AND ordinal = ANY(:ordinals) ORDER BY ordinal, attempt
-""")
-
-PROMPTS_AT = text("""
-SELECT w.place, c.prompts[w.place - c.first + 1] AS prompt
-FROM unnest(CAST(:places AS bigint[])) AS w (place) CROSS JOIN LATERAL (
-    SELECT first, prompts FROM input_chunks c
-    WHERE c.job_id = :job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
-) c
 """)
 
 
@@ -127,9 +127,3 @@ def frame_attempts(
 ) -> Sequence[Row[Any]]:
     """Read the attempts that did not succeed, of some frames of a job."""
     return connection.execute(FRAME_ATTEMPTS, {"job_id": job_id, "ordinals": list(ordinals)}).all()
-
-
-def prompts_at(connection: Connection, job_id: uuid.UUID, indexes: Sequence[int]) -> dict[int, str]:
-    """Read some of a job's prompts, by index."""
-    rows = connection.execute(PROMPTS_AT, {"job_id": job_id, "places": sorted(set(indexes))})
-    return {row.place: row.prompt for row in rows}

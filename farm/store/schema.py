@@ -100,9 +100,18 @@ jobs = Table(
     Column("succeeded", BigInteger, nullable=False, server_default=text("0")),
     Column("dead", BigInteger, nullable=False, server_default=text("0")),
     Column("cancelled", BigInteger, nullable=False, server_default=text("0")),
+    Column(
+        "device_seconds",
+        Double,
+        nullable=False,
+        server_default=text("0"),
+        comment="that its succeeded frames were denoised for",
+    ),
+    Column("reused", BigInteger, nullable=False, server_default=text("0")),
     Column("max_attempts", SmallInteger, nullable=False),
     Column("spec", JSON, nullable=False, comment="FullSpec; JSON, since a grid's order matters"),
     Column("labels", JSONB, nullable=False),
+    Column("input_id", ForeignKey("inputs.id")),
     Column("idempotency_key", Text),
     Column("idempotency_digest", LargeBinary),
     _moment("created_at", now=True),
@@ -148,12 +157,83 @@ jobs = Table(
     postgresql_with={"fillfactor": "50"},
 )
 
+inputs = Table(
+    "inputs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("sha256", LargeBinary, nullable=False, comment="of its lines as they were sent"),
+    Column("lines", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("shown", ARRAY(Text), nullable=False, comment="its first prompts"),
+    Column("top_seed", BigInteger),
+    Column("text_bytes", Integer, nullable=False, comment="of a line's prompts, at most"),
+    Column("keys", Boolean, nullable=False),
+    Column("negatives", Boolean, nullable=False),
+    _moment("created_at", now=True),
+    UniqueConstraint("tenant_id", "sha256"),
+)
+
+input_parts = Table(
+    "input_parts",
+    metadata,
+    Column("input_id", ForeignKey("inputs.id", ondelete="CASCADE"), primary_key=True),
+    Column("first", BigInteger, primary_key=True, comment="index of the part's first line"),
+    Column("content", LargeBinary, nullable=False, comment="lines of JSON, by zlib"),
+)
+
 input_chunks = Table(
     "input_chunks",
     metadata,
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("first", BigInteger, primary_key=True, comment="index of the chunk's first prompt"),
     Column("prompts", ARRAY(Text), nullable=False),
+)
+
+exports = Table(
+    "exports",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("job_ids", ARRAY(Uuid), nullable=False),
+    Column("shard_frames", Integer, nullable=False),
+    Column("bucket", Text, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="running"),
+    Column("error", Text),
+    Column("shards", Integer, nullable=False),
+    Column("shards_done", Integer, nullable=False, server_default=text("0")),
+    Column("pictures", BigInteger, nullable=False, server_default=text("0")),
+    Column("missing", BigInteger, nullable=False, server_default=text("0")),
+    Column("bytes", BigInteger, nullable=False, server_default=text("0")),
+    _moment("created_at", now=True),
+    _moment("finished_at"),
+    CheckConstraint(_one_of("kind", ["webdataset", "parquet", "imagefolder"]), "kind"),
+    CheckConstraint(_one_of("state", ["running", "succeeded", "failed"]), "state"),
+    Index("exports_newest", "tenant_id", "created_at", "id"),
+    Index("exports_running", "created_at", postgresql_where=text("state = 'running'")),
+)
+
+export_shards = Table(
+    "export_shards",
+    metadata,
+    Column("export_id", ForeignKey("exports.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("job_id", Uuid, comment="null: the cover, which comes last"),
+    Column("first", BigInteger, nullable=False, comment="ordinal of its first frame"),
+    Column("stop", BigInteger, nullable=False),
+    Column("base", BigInteger, nullable=False, comment="added to an ordinal it names a picture"),
+    Column("attempt", SmallInteger, nullable=False, server_default=text("0")),
+    Column("failures", SmallInteger, nullable=False, server_default=text("0")),
+    Column("worker", Text),
+    _moment("due_at", now=True),
+    _moment("done_at"),
+    Column("rows", Integer),
+    Column("missing", Integer),
+    Column("files", JSONB),
+    Column("error", Text),
+    Index("export_shards_due", "export_id", "number", postgresql_where=text("done_at IS NULL")),
 )
 
 frames = Table(
@@ -169,6 +249,20 @@ frames = Table(
         nullable=False,
         server_default=text("0"),
         comment="attempts that do not count towards max_attempts",
+    ),
+    Column(
+        "redraws",
+        SmallInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="how often a filter rejected its picture",
+    ),
+    Column(
+        "reused",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="its picture is that of another frame",
     ),
     Column("worker", Text, nullable=False, comment="who claimed the latest attempt"),
     Column("bucket", SmallInteger, comment="what its latest attempt was claimed in"),
@@ -191,6 +285,24 @@ frames = Table(
     ),
     # Room on each page for the one update that most frames get.
     postgresql_with={"fillfactor": "75"},
+)
+
+prints = Table(
+    "prints",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", BigInteger, primary_key=True),
+    Column("print", BigInteger, nullable=False, comment="a perceptual hash, as 64 bits"),
+)
+
+renders = Table(
+    "renders",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("digest", LargeBinary, primary_key=True, comment="of all that decides its bytes"),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("ordinal", BigInteger, nullable=False),
+    Index("renders_job", "job_id"),
 )
 
 returns = Table(

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from farm.spec import FrameSpec, FullSpec, frame_spec
+from farm.store import arrays
+from farm.store.lines import lines_of
 
 SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
 
-PROMPTS = text("""
-SELECT w.job_id, w.place, c.prompts[w.place - c.first + 1] AS prompt
-FROM unnest(CAST(:job_ids AS uuid[]), CAST(:places AS bigint[])) AS w (job_id, place)
-CROSS JOIN LATERAL (
-    SELECT first, prompts FROM input_chunks c
-    WHERE c.job_id = w.job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
-) c
+
+REDRAWN = text("""
+SELECT f.job_id, f.ordinal, f.redraws
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[])) AS d (job_id, ordinal)
+JOIN frames f USING (job_id, ordinal) WHERE f.redraws > 0
 """)
 
 
@@ -27,15 +27,18 @@ def frame_specs(
     """Derive the specs of some frames, given as (job, ordinal); returns (tenant, spec) of each."""
     rows = connection.execute(SPECS, {"ids": sorted({job_id for job_id, _ in frames})})
     jobs = {row.id: (row.tenant_id, FullSpec.model_validate(row.spec)) for row in rows}
-    wanted = {(job_id, jobs[job_id][1].prompt_index(ordinal)) for job_id, ordinal in frames}
-    rows = connection.execute(
-        PROMPTS,
-        {"job_ids": [job for job, _ in wanted], "places": [place for _, place in wanted]},
-    )
-    prompts = {(row.job_id, row.place): row.prompt for row in rows}
+    values = {
+        "job_ids": arrays.ids(job_id for job_id, _ in frames),
+        "ordinals": arrays.numbers(ordinal for _, ordinal in frames),
+    }
+    lines = lines_of(connection, {job_id: job for job_id, (_, job) in jobs.items()}, frames)
+    rows = connection.execute(REDRAWN, values)
+    redraws = {(row.job_id, row.ordinal): row.redraws for row in rows}
     found = []
     for job_id, ordinal in frames:
         tenant_id, job = jobs[job_id]
-        prompt = prompts[job_id, job.prompt_index(ordinal)]
-        found.append((tenant_id, frame_spec(job, ordinal, prompt)))
+        line = lines[job_id, job.prompt_index(ordinal)]
+        found.append(
+            (tenant_id, frame_spec(job, ordinal, line, redraws=redraws.get((job_id, ordinal), 0)))
+        )
     return found

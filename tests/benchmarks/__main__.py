@@ -15,7 +15,16 @@ from pathlib import Path
 
 from typer import echo
 
-from tests.benchmarks import claims, encoding, latency, pictures, report, submission, throughput
+from tests.benchmarks import (
+    bulk,
+    claims,
+    encoding,
+    latency,
+    pictures,
+    report,
+    submission,
+    throughput,
+)
 from tests.benchmarks.figures import Row
 from tests.benchmarks.stand import Stand, running_stand
 
@@ -26,6 +35,7 @@ ROWS: Mapping[str, Callable[[Stand, bool], list[Row]]] = {
     "d": latency.rows,
     "e": claims.rows,
     "f": encoding.rows,
+    "g": bulk.rows,
 }
 
 

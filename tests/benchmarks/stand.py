@@ -60,7 +60,8 @@ class Site:
     connection: psycopg.Connection[Any]
 
     def submit(self, **body: Any) -> uuid.UUID:
-        return jobs.submit(self.farm, self.tenant, body)
+        job_id: uuid.UUID = jobs.submit(self.farm, self.tenant, body).id
+        return job_id
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
         return self.connection.execute(statement, values).fetchall()
@@ -207,7 +208,7 @@ def _write_catalog(folder: Path) -> None:
     write_checkpoint(folder / "photo", pictures)
     demo = json.dumps(str(DEMO_CATALOG.with_name("model")))
     (folder / "pipelines.toml").write_text(
-        '[pipelines.null]\nsource = "null"\nbucket = { "default" = 64 }\n\n'
+        '[pipelines.null]\nsource = "null"\nbucket = { "default" = 256 }\n\n'
         '[pipelines.photo]\nsource = "photo"\nbucket = { "default" = 4 }\n\n'
         f"[pipelines.demo]\nsource = {demo}\n"
         'bucket = { "default" = 8 }\ndefaults = { "steps" = 25, "guidance_scale" = 2.5 }\n'

@@ -159,16 +159,17 @@ def test_openapi_tells_the_whole_job(api: Api) -> None:
     document = httpx.get(f"{api.url}/openapi.json").json()
     job = document["components"]["schemas"]["JobSpec"]
     assert job["additionalProperties"] is False
-    assert set(job["required"]) == {"pipeline", "prompts"}
+    assert job["required"] == ["pipeline"]
+    assert job["oneOf"] == [{"required": ["prompts"]}, {"required": ["input"]}]
     assert {"pipeline", "prompts", "seed", "grid", "width", "steps", "sampler"} <= set(
         job["properties"]
     )
     assert "params" not in job["properties"]
     submit = document["paths"]["/v1/jobs"]["post"]
-    statuses = {"202", "400", "401", "403", "409", "413", "422", "503"}
+    statuses = {"200", "202", "400", "401", "403", "409", "413", "422", "503"}
     assert set(submit["responses"]) == statuses
     for status, response in submit["responses"].items():
-        media = "application/json" if status == "202" else "application/problem+json"
+        media = "application/json" if status in {"200", "202"} else "application/problem+json"
         assert list(response["content"]) == [media]
     assert "HTTPValidationError" not in document["components"]["schemas"]
 

@@ -17,8 +17,8 @@ from tests.farming import submit
 
 def test_a_lane_holds_two_bells_at_most(settings: Settings) -> None:
     bells = Bells(settings)
-    assert all(bells.ring("demo") for _ in range(10))
-    assert bells._redis.llen(lane("demo")) == 2
+    assert all(bells.ring("two") for _ in range(10))
+    assert bells._redis.llen(lane("two")) == 2
     bells.close()
 
 

@@ -10,7 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.benchmarks import claims, encoding, latency, pictures, report, submission, throughput
+from tests.benchmarks import (
+    bulk,
+    claims,
+    encoding,
+    latency,
+    pictures,
+    report,
+    submission,
+    throughput,
+)
 from tests.benchmarks.figures import Row
 from tests.benchmarks.stand import Stand, running_stand
 
@@ -50,6 +59,10 @@ def test_null_renders_beside_another_queue(stand: Stand) -> None:
 
 def test_submitting(stand: Stand) -> None:
     check(submission.rows(stand, short=True))
+
+
+def test_a_file_of_prompts_to_the_end(stand: Stand) -> None:
+    check(bulk.rows(stand, short=True))
 
 
 def test_interactive_pictures_beside_bulk(stand: Stand) -> None:

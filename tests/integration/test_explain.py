@@ -12,7 +12,7 @@ from sqlalchemy import TextClause, text
 
 from farm.context import Farm
 from farm.states import TERMINAL
-from farm.store import events, frames, jobs, lanes, leases, reading, retention, specs
+from farm.store import events, frames, jobs, lanes, leases, lines, reading, retention, specs
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS
 from tests.farming import hire, new_tenant, submit
@@ -65,7 +65,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "lock": (LOCK_JOBS, {"ids": [uuid.UUID(int=1)]}),
     "specs": (specs.SPECS, {"ids": [uuid.UUID(int=1)]}),
-    "prompts": (specs.PROMPTS, {"job_ids": [uuid.UUID(int=1)], "places": [0]}),
+    "prompts": (lines.PROMPTS, {"job_ids": [uuid.UUID(int=1)], "places": [0]}),
     "held": (frames.HELD, ONE),
     "end": (
         frames.END,
@@ -74,6 +74,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "ordinals": [100],
             "states": ["ready"],
             "spared": [0],
+            "redraws": [0],
             "reasons": ["render_error"],
             "messages": [""],
             "logs": [None],

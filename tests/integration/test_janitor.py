@@ -52,6 +52,7 @@ def test_an_expired_lease_is_returned_and_its_lane_rung(farm: Farm, tenant: uuid
 
 
 def test_a_lost_bell_is_rung_again_and_bells_do_not_pile_up(farm: Farm, tenant: uuid.UUID) -> None:
+    farm.bells._redis.flushdb()
     for _ in range(20):
         submit(farm, tenant)
     assert bells(farm) == 2

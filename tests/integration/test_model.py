@@ -227,9 +227,9 @@ class StoreMachine(RuleBasedStateMachine):
                 with pytest.raises(Conflict):
                     jobs.submit(self.farm, owner, body, key)
                 return multiple()
-            assert jobs.submit(self.farm, owner, body, key) == same
+            assert jobs.submit(self.farm, owner, body, key).id == same
             return multiple()
-        job_id = jobs.submit(self.farm, owner, body, key)
+        job_id = jobs.submit(self.farm, owner, body, key).id
         born = [ModelFrame() for _ in range(images * len(guidance))]
         self.jobs[job_id] = ModelJob(owner, born, max_attempts, bucket is None)
         if key:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -208,8 +208,8 @@ def test_what_is_kept_is_not_tried_at_once(tmp_path: Path) -> None:
     """Nor is any other picture: the storage has just refused one."""
     now = 0.0
     spool = Spool(tmp_path, 1, lambda: now)
-    lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", datetime.now(UTC), Priority.BULK, ())
-    batch = Finished(lease)
+    lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", Priority.BULK, ())
+    batch = Finished(lease, lease.frames)
     assert not spool.away
     spool.keep(batch)
     assert spool.away

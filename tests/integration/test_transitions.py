@@ -145,7 +145,7 @@ def test_a_frame_takes_the_transitions_of_the_table_and_no_others(
 ) -> None:
     if state is FrameState.WAITING and transition in FENCED:
         made_up = (scene.job_id, 0, 1)
-        lease = Lease(uuid.uuid4(), scene.hand.id, "demo", None, Priority.BULK, ())  # type: ignore[arg-type]
+        lease = Lease(uuid.uuid4(), scene.hand.id, "demo", Priority.BULK, ())
         assert scene.hand.complete(lease, [made_up]) == set()
         assert scene.hand.fail(lease, fences=[made_up]) == {}
         assert state_of(scene.farm, scene.job_id) is FrameState.WAITING

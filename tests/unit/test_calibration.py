@@ -242,7 +242,7 @@ def test_where_no_picture_fits_that_is_an_error(catalog: Path) -> None:
         (["--size", "0x64"], ERROR, "write it as 768x512"),
         (["--size", "60x64"], ERROR, "width"),
         (["--size", "8192x8192"], ERROR, "at most 4194304 pixels"),
-        (["--most", "65"], USAGE, "--most"),
+        (["--most", "257"], USAGE, "--most"),
         (["--share", "0"], USAGE, "--share"),
         (["--batches", "0"], USAGE, "--batches"),
     ],

@@ -19,6 +19,7 @@ from farm.offers import make_offer
 from farm.spec import (
     MAX_SEED,
     FullSpec,
+    Line,
     Priority,
     batch_key,
     chosen_bucket,
@@ -64,7 +65,7 @@ def test_an_ordinal_is_grid_then_prompt_then_image(
         for p in range(prompts):
             for k in range(images):
                 ordinal = (g * prompts + p) * images + k
-                frame = frame_spec(job, ordinal, texts[job.prompt_index(ordinal)])
+                frame = frame_spec(job, ordinal, Line(texts[job.prompt_index(ordinal)]))
                 assert frame.prompt == f"prompt {p}"
                 assert frame.params["steps"] == 10 + g
                 if seed is not None:
@@ -78,7 +79,7 @@ def test_ordinals_outside_the_job_are_refused() -> None:
     job = plan(images_per_prompt=3)
     for ordinal in (-1, 3):
         with pytest.raises(IndexError):
-            frame_spec(job, ordinal, "")
+            frame_spec(job, ordinal, Line(""))
 
 
 def test_a_derived_seed_never_changes() -> None:
@@ -188,7 +189,7 @@ def test_what_a_batch_shares_decides_its_key() -> None:
         ({"grid": {"steps": [5] * 2000}}, "grid"),
         ({"priority": "now"}, "priority"),
         ({"bucket": 0}, "bucket"),
-        ({"bucket": 65}, "bucket"),
+        ({"bucket": 257}, "bucket"),
         ({"max_attempts": 11}, "max_attempts"),
         ({"labels": {"a": 5}}, "labels.a"),
         ({"labels": {"a": "\x00"}}, "labels"),
@@ -291,7 +292,7 @@ def test_the_format_is_the_frames_and_not_the_batchs() -> None:
         for form in ("png", "jpeg", "webp")
     }
     assert len({spec.points[0].batch_key for spec in specs.values()}) == 1
-    assert {form: frame_spec(spec, 0, "x").format for form, spec in specs.items()} == {
+    assert {form: frame_spec(spec, 0, Line("x")).format for form, spec in specs.items()} == {
         form: form for form in specs
     }
     stored = specs["png"].model_dump(exclude={"format"})

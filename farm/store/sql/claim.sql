@@ -75,7 +75,7 @@ CREATE FUNCTION pg_temp.claim(
     _priority smallint, _known uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
-    bucket smallint, priority smallint, expires_at timestamptz
+    bucket smallint, priority smallint, redraws smallint
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -93,7 +93,6 @@ DECLARE
     ids uuid[];
     ordinals bigint[];
     attempts smallint[];
-    until timestamptz;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
@@ -214,11 +213,10 @@ BEGIN
     INTO ids, ordinals, attempts
     FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt);
 
-    INSERT INTO leases AS l (
+    INSERT INTO leases (
         id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts)
     VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
-            ids, ordinals, attempts)
-    RETURNING l.expires_at INTO until;
+            ids, ordinals, attempts);
 
     UPDATE shares s SET served = s.served + t.n
     FROM (SELECT j.tenant_id, count(*) AS n
@@ -233,6 +231,7 @@ BEGIN
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
     -- 7. What each frame draws. A chunk of prompts is unpacked once, whatever it is needed for.
+    -- Lines of an input are not here: whoever claims keeps its parts, which serve many batches.
     RETURN QUERY
     WITH f AS (
         SELECT * FROM unnest(ids, ordinals, attempts)
@@ -257,6 +256,9 @@ BEGIN
         CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
     )
     SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
-           leader.bucket, leader.priority, until
-    FROM placed p JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
+           leader.bucket, leader.priority,
+           CASE WHEN p.attempt = 1 THEN 0::smallint ELSE (
+               SELECT r.redraws FROM frames r WHERE r.job_id = p.id AND r.ordinal = p.ordinal
+           ) END
+    FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;

@@ -1,9 +1,35 @@
+-- Remembers succeeded frames by all that decides their bytes, and counts what was used again.
+CREATE FUNCTION pg_temp.remember(_job_ids uuid[], _ordinals bigint[], _digests bytea[])
+RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+BEGIN
+    WITH ended AS (
+        SELECT j.tenant_id, d.digest, f.job_id, f.ordinal, f.reused
+        FROM unnest(_job_ids, _ordinals, _digests) AS d (job_id, ordinal, digest)
+        JOIN frames f ON f.job_id = d.job_id AND f.ordinal = d.ordinal
+        JOIN jobs j ON j.id = d.job_id
+        WHERE d.digest IS NOT NULL AND f.state = 'succeeded'
+    ), counted AS (
+        UPDATE jobs j SET reused = j.reused + n.frames
+        FROM (SELECT job_id, count(*) AS frames FROM ended WHERE reused GROUP BY job_id) n
+        WHERE j.id = n.job_id
+    )
+    INSERT INTO renders AS r (tenant_id, digest, job_id, ordinal)
+    SELECT DISTINCT ON (tenant_id, digest) tenant_id, digest, job_id, ordinal
+    FROM ended WHERE NOT reused ORDER BY tenant_id, digest
+    ON CONFLICT (tenant_id, digest) DO UPDATE
+    SET job_id = excluded.job_id, ordinal = excluded.ordinal;
+END $$;
+
 -- Ends batches whose pictures are stored, in one call; gives the frames that were accepted.
+--
+-- `_digests`, `_reused`: null, but for jobs that use pictures again.
+-- `_seconds`: of a device, for all of them; each frame had the same share.
 --
 -- Fenced: a frame that is not `running` with this attempt was lost meanwhile, and is left alone.
 CREATE FUNCTION pg_temp.complete(
     _lease_ids uuid[], _job_ids uuid[], _ordinals bigint[], _attempts smallint[],
-    _sha256 bytea[], _bytes int[], _slots smallint[]
+    _sha256 bytea[], _bytes int[], _slots smallint[], _seconds float, _digests bytea[],
+    _reused bool[]
 ) RETURNS TABLE (job_id uuid, ordinal bigint, attempt smallint)
 LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
@@ -21,9 +47,9 @@ BEGIN
     WITH accepted AS (
         UPDATE frames f
         SET state = 'succeeded', finished_at = clock_timestamp(), error = NULL,
-            sha256 = d.sha256, bytes = d.bytes, slot = d.slot
-        FROM unnest(_job_ids, _ordinals, _attempts, _sha256, _bytes, _slots)
-             AS d (job_id, ordinal, attempt, sha256, bytes, slot)
+            sha256 = d.sha256, bytes = d.bytes, slot = d.slot, reused = coalesce(d.reused, false)
+        FROM unnest(_job_ids, _ordinals, _attempts, _sha256, _bytes, _slots, _reused)
+             AS d (job_id, ordinal, attempt, sha256, bytes, slot, reused)
         WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal
           AND f.attempt = d.attempt AND f.state = 'running'
         RETURNING f.job_id, f.ordinal, f.attempt
@@ -32,10 +58,13 @@ BEGIN
     INTO ids, ordinals, attempts FROM accepted a;
 
     PERFORM pg_temp.tally('frames.succeeded', array_agg(d.id), array_agg(-d.n), array_agg(d.n),
-                          array_agg(0::bigint), array_agg(0::bigint), array_agg(d.data))
+                          array_agg(0::bigint), array_agg(0::bigint), array_agg(d.data),
+                          array_agg(_seconds * d.n / cardinality(_ordinals)))
     FROM (SELECT f.id, count(*) AS n, jsonb_build_object('frames',
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
+
+    IF _digests IS NOT NULL THEN PERFORM pg_temp.remember(_job_ids, _ordinals, _digests); END IF;
 
     DELETE FROM leases l WHERE l.id = ANY(_lease_ids) AND NOT EXISTS (
         SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)

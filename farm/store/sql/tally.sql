@@ -5,16 +5,17 @@
 -- Postgres refuses, by constraint, counters that do not add up.
 CREATE FUNCTION pg_temp.tally(
     _kind text, _ids uuid[], _running bigint[], _succeeded bigint[], _dead bigint[],
-    _cancelled bigint[], _data jsonb[]
+    _cancelled bigint[], _data jsonb[], _seconds float[] DEFAULT NULL
 ) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
 BEGIN
     WITH delta AS (
-        SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data)
-        AS d (id, running, succeeded, dead, cancelled, data)
+        SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data, _seconds)
+        AS d (id, running, succeeded, dead, cancelled, data, seconds)
     ), counted AS (
         SELECT j.id, j.status AS before,
                j.running + d.running AS running, j.succeeded + d.succeeded AS succeeded,
                j.dead + d.dead AS dead, j.cancelled + d.cancelled AS cancelled, d.data,
+               j.device_seconds + coalesce(d.seconds, 0) AS device_seconds,
                CASE
                  WHEN j.status = 'queued' AND d.running > 0 THEN 'running'
                  WHEN j.status <> 'running' THEN j.status
@@ -28,7 +29,7 @@ BEGIN
     ), written AS (
         UPDATE jobs j
         SET running = c.running, succeeded = c.succeeded, dead = c.dead, cancelled = c.cancelled,
-            status = c.status,
+            status = c.status, device_seconds = c.device_seconds,
             paused = j.paused AND c.status IN ('queued', 'running'),
             started_at = CASE WHEN c.status = 'running'
                               THEN coalesce(j.started_at, clock_timestamp())

@@ -21,6 +21,10 @@ CREATE TABLE results (
 """
 INSERT = "INSERT INTO results (run, number, sha256, bytes) VALUES (%s, %s, %s, %s)"
 COUNT = "SELECT count(*) FROM results WHERE run = %s"
+COUNT_OF_CELERY = """
+SELECT count(*) FROM celery_taskmeta
+WHERE status = 'SUCCESS' AND starts_with(task_id, format('%%s-', %s::int))
+"""
 
 
 def nothing(run: int, number: int) -> tuple[int, int, bytes, int]:

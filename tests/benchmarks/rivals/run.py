@@ -24,13 +24,13 @@ def _words(line: str) -> list[str]:
     return line.format(modules=MODULES, cores=cores()).split()
 
 
+CELERY = (
+    " worker --pool prefork --concurrency {cores} --without-gossip --without-mingle "
+    "--without-heartbeat --loglevel WARNING"
+)
 WORKERS: Mapping[str, list[list[str]]] = {
-    "celery": [
-        _words(
-            "celery -A {modules}.celery_app worker --pool prefork --concurrency {cores} "
-            "--without-gossip --without-mingle --without-heartbeat --loglevel WARNING"
-        )
-    ],
+    "celery": [_words("celery -A {modules}.celery_plain_app" + CELERY)],
+    "celery by hand": [_words("celery -A {modules}.celery_app" + CELERY)],
     "procrastinate": [
         _words("procrastinate --app {modules}.procrastinate_app.app worker --concurrency 20")
         for _ in range(cores())
@@ -72,12 +72,13 @@ class Rival:
 
     def _done(self) -> int:
         time.sleep(0.02)  # counting takes its share of what is measured
-        return int(self.database.execute(results.COUNT, (self._runs,)).fetchone()[0])  # type: ignore[index]
+        count = results.COUNT_OF_CELERY if self.name == "celery" else results.COUNT
+        return int(self.database.execute(count, (self._runs,)).fetchone()[0])  # type: ignore[index]
 
 
 def installed(name: str) -> bool:
     """Whether a rival can be run here: the extra `bench` installs those that the farm has not."""
-    return find_spec(name) is not None
+    return find_spec(name.split()[0]) is not None
 
 
 @contextmanager
@@ -107,8 +108,15 @@ def running_rival(stand: Stand, name: str, task: str = "nothing") -> Iterator[Ri
         submitter = stack.enter_context(_submitting(name, task, whole))
         rival = Rival(name, database, submitter)
         rival.heard("ready")
+        if name == "celery":
+            wait_closely(lambda: _has_results(database), "Celery made its table")
         rival.rate(WARM_UP)
         yield rival
+
+
+def _has_results(database: psycopg.Connection[Any]) -> bool:
+    found = database.execute("SELECT to_regclass('celery_taskmeta') IS NOT NULL").fetchone()
+    return bool(found and found[0])
 
 
 @contextmanager

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
+
+from celery import Celery, Task
 
 Submit = Callable[[int, int], None]
 
 
 def celery(task: str) -> Submit:
+    from tests.benchmarks.rivals import celery_plain_app
+
+    return _through(celery_plain_app.app, getattr(celery_plain_app, task))
+
+
+def celery_by_hand(task: str) -> Submit:
     from tests.benchmarks.rivals import celery_app
 
-    chosen = getattr(celery_app, task)
+    return _through(celery_app.app, getattr(celery_app, task))
 
+
+def _through(app: Celery, task: Task[Any, Any]) -> Submit:
     def submit(run: int, count: int) -> None:
-        with celery_app.app.producer_pool.acquire(block=True) as producer:
+        with app.producer_pool.acquire(block=True) as producer:
             for number in range(count):
-                chosen.apply_async((run, number), producer=producer)
+                task.apply_async((run, number), producer=producer, task_id=f"{run}-{number}")
 
     return submit
 
@@ -52,7 +63,12 @@ def dramatiq(task: str) -> Submit:
     return submit
 
 
-RIVALS = {"celery": celery, "procrastinate": procrastinate, "dramatiq": dramatiq}
+RIVALS = {
+    "celery": celery,
+    "celery by hand": celery_by_hand,
+    "procrastinate": procrastinate,
+    "dramatiq": dramatiq,
+}
 
 if __name__ == "__main__":
     submit_all = RIVALS[sys.argv[1]](sys.argv[2])

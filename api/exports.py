@@ -1,0 +1,181 @@
+"""Exports: jobs' pictures as datasets, written beside the farm's work, a shard at a time."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import RedirectResponse
+
+from api import wire
+from api.auth import FarmHere, Reader, Writer
+from api.jobs import JobId, Limit
+from api.openapi import refusals
+from farm import exports as use_cases
+from farm.context import Farm
+from farm.errors import InvalidRequest, NotFound
+from farm.store import exports, reading
+from farm.store.engine import reads
+from farm.store.exports import Export
+
+router = APIRouter(prefix="/v1", tags=["exports"])
+
+ExportId = Annotated[uuid.UUID, Path(description="the export's id")]
+PICTURE = re.compile(r"(data/[0-9]{5})/[0-9]{9,}\.(?:png|jpg|webp)")
+FileName = Annotated[str, Path(description="the file's name within the dataset")]
+
+
+@router.post(
+    "/jobs/{job_id}/exports",
+    status_code=202,
+    summary="Export a job",
+    responses=refusals(400, 403, 404),
+)
+def export_job(
+    farm: FarmHere, caller: Writer, job_id: JobId, asked: wire.ExportAsked
+) -> wire.Export:
+    """Begin to write a job's pictures as a dataset; shards follow as they become whole."""
+    with reads(farm.store) as connection:
+        reading.get_job(connection, caller.tenant_id, job_id)
+    return _create(farm, caller.tenant_id, asked, [job_id], {})
+
+
+@router.post(
+    "/exports", status_code=202, summary="Export several jobs", responses=refusals(400, 403)
+)
+def export_jobs(farm: FarmHere, caller: Writer, asked: wire.ExportOfJobs) -> wire.Export:
+    """Begin to write several jobs' pictures as one dataset: they are named, or bear labels."""
+    if bool(asked.jobs) == bool(asked.labels):
+        raise InvalidRequest("jobs: name jobs, or give labels that they bear.", param="jobs")
+    return _create(farm, caller.tenant_id, asked, [_id(word) for word in asked.jobs], asked.labels)
+
+
+@router.get("/exports", summary="List exports, newest first")
+def list_exports(
+    farm: FarmHere,
+    caller: Reader,
+    limit: Limit = 50,
+    after: Annotated[uuid.UUID | None, Query(description="the `next` of the page before")] = None,
+) -> wire.Page[wire.Export]:
+    """List a tenant's exports."""
+    with reads(farm.store) as connection:
+        found = exports.list_exports(connection, caller.tenant_id, limit=limit + 1, after=after)
+    data = [_view(export) for export in found[:limit]]
+    return wire.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+
+
+@router.get("/exports/{export_id}", responses=refusals(404), summary="Look at an export")
+def get_export(farm: FarmHere, caller: Reader, export_id: ExportId) -> wire.Export:
+    """Answer with how far an export is."""
+    with reads(farm.store) as connection:
+        return _view(exports.get_export(connection, caller.tenant_id, export_id))
+
+
+@router.get(
+    "/exports/{export_id}/shards", responses=refusals(404), summary="List an export's shards"
+)
+def list_shards(
+    farm: FarmHere,
+    caller: Reader,
+    export_id: ExportId,
+    limit: Limit = 50,
+    after: Annotated[int, Query(ge=-1, description="the `next` of the page before")] = -1,
+) -> wire.Page[wire.Shard]:
+    """List shards by number, each with its files once it is done."""
+    with reads(farm.store) as connection:
+        exports.get_export(connection, caller.tenant_id, export_id)
+        found = exports.shards_of(connection, export_id, limit=limit + 1, after=after)
+    data = [_shard(export_id, row) for row in found[:limit]]
+    return wire.Page(data=data, next=str(data[-1].number) if len(found) > limit else None)
+
+
+@router.get(
+    "/exports/{export_id}/files/{name:path}",
+    summary="Fetch a file of an export",
+    status_code=307,
+    response_class=RedirectResponse,
+    responses={
+        307: {"description": "its address, good for minutes, without a key"},
+        **refusals(404),
+    },
+)
+def get_file(
+    farm: FarmHere, caller: Reader, export_id: ExportId, name: FileName
+) -> RedirectResponse:
+    """Point to a file of a shard that is done."""
+    with reads(farm.store) as connection:
+        export = exports.get_export(connection, caller.tenant_id, export_id)
+        picture = PICTURE.fullmatch(name)
+        # A picture stands in its shard's metadata, which the manifest lists.
+        listed = f"{picture[1]}/metadata.jsonl" if picture else name
+        if "\x00" in name or not exports.has_file(connection, export_id, listed):
+            raise NotFound(f"Export {export_id} has no such file, or not yet.")
+    address = farm.artifacts.presigned(export.prefix + name, export.bucket)
+    return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
+
+
+def _create(
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    asked: wire.ExportAsked,
+    job_ids: Sequence[uuid.UUID],
+    labels: Mapping[str, str],
+) -> wire.Export:
+    return _view(
+        use_cases.create(
+            farm,
+            tenant_id,
+            kind=asked.to,
+            job_ids=job_ids,
+            labels=labels,
+            shard_frames=asked.shard_frames,
+            dest=asked.dest,
+        )
+    )
+
+
+def _id(word: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(word)
+    except ValueError as error:
+        raise InvalidRequest(f"jobs: {word[:60]!r} is no job's id.", param="jobs") from error
+
+
+def _view(export: Export) -> wire.Export:
+    return wire.Export(
+        id=export.id,
+        status=export.state,
+        to=export.kind,
+        dest=f"s3://{export.bucket}/{export.prefix}",
+        jobs=[*export.job_ids],
+        shard_frames=export.shard_frames,
+        shards=export.shards,
+        shards_done=export.shards_done,
+        pictures=export.pictures,
+        missing=export.missing,
+        bytes=export.bytes,
+        error=export.error,
+        created_at=export.created_at,
+        finished_at=export.finished_at,
+    )
+
+
+def _shard(export_id: uuid.UUID, row: Any) -> wire.Shard:
+    return wire.Shard(
+        number=row.number,
+        job=row.job_id,
+        first=row.first,
+        stop=row.stop,
+        done=row.done,
+        attempt=row.attempt,
+        error=row.error,
+        pictures=row.rows,
+        missing=row.missing,
+        files=[
+            wire.ExportFile(**file, url=f"/v1/exports/{export_id}/files/{file['name']}")
+            for file in row.files or ()
+        ],
+    )

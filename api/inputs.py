@@ -1,0 +1,124 @@
+"""Inputs: prompts by the million, streamed in as lines of JSON, and named in jobs by their id."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter, WouldBlock, to_thread
+from fastapi import APIRouter, Path, Request, Response
+from starlette.requests import ClientDisconnect
+
+from api import wire
+from api.auth import FarmHere, Reader, Writer
+from api.openapi import refusals
+from farm.context import Farm
+from farm.errors import FarmError, MalformedBody, Unavailable
+from farm.inputs import Intake, Source
+from farm.store import inputs
+from farm.store.engine import reads, transaction
+
+router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
+
+InputId = Annotated[uuid.UUID, Path(description="the input's id")]
+AT_ONCE = 4
+"""Uploads that a process takes at the same time"""
+BLOCK_BYTES = 2**20
+"""That are read in one go, in a thread"""
+LINES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": 'lines of `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, '
+        '"labels": …?}`, plain or gzip',
+        "content": {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload an input",
+    responses=refusals(400, 403),
+    openapi_extra=LINES,
+)
+async def upload(
+    request: Request, farm: FarmHere, caller: Writer, response: Response
+) -> wire.Input:
+    """Take prompts, a line of JSON each, and keep all of them or none.
+
+    Wrong lines are told by their numbers, up to a hundred at once. The same lines again are the
+    same input.
+    """
+    limiter: CapacityLimiter = request.app.state.intakes
+    try:
+        limiter.acquire_nowait()
+    except WouldBlock:
+        raise Unavailable(
+            "Too many inputs are being uploaded; send it again in a moment."
+        ) from None
+    try:
+        with Intake(farm.settings) as intake:
+            await _read(request, intake)
+            found = await to_thread.run_sync(_store, farm, caller.tenant_id, intake)
+    finally:
+        limiter.release()
+    response.headers["Location"] = f"/v1/inputs/{found.id}"
+    return _view(found)
+
+
+@router.get("/{input_id}", responses=refusals(404), summary="Look at an input")
+def get_input(farm: FarmHere, caller: Reader, input_id: InputId) -> wire.Input:
+    """Answer with what is known of an input."""
+    with reads(farm.store) as connection:
+        return _view(inputs.get_input(connection, caller.tenant_id, input_id))
+
+
+async def _read(request: Request, intake: Intake) -> None:
+    """Read the body through; to its end even when it is refused, so that its sender hears why."""
+    refused: FarmError | None = None
+    async for block in _blocks(request):
+        if refused is None:
+            try:
+                await to_thread.run_sync(intake.feed, block)
+            except FarmError as error:
+                refused = error
+    if refused is not None:
+        raise refused
+    await to_thread.run_sync(intake.end)
+
+
+async def _blocks(request: Request) -> AsyncIterator[bytes]:
+    held = bytearray()
+    try:
+        async for chunk in request.stream():
+            held += chunk
+            if len(held) >= BLOCK_BYTES:
+                yield bytes(held)
+                held.clear()
+    except ClientDisconnect as error:
+        raise MalformedBody("The body was cut short.") from error
+    if held:
+        yield bytes(held)
+
+
+def _store(farm: Farm, tenant_id: uuid.UUID, intake: Intake) -> Source:
+    with transaction(farm.store) as connection:
+        return inputs.insert_input(
+            connection, tenant_id, intake.sha256, intake.facts, intake.parts()
+        )
+
+
+def _view(source: Source) -> wire.Input:
+    return wire.Input(
+        id=source.id,
+        lines=source.lines,
+        bytes=source.bytes,
+        sha256=source.sha256.hex(),
+        prompts=[*source.shown],
+        keys=source.keys,
+        created_at=source.created_at,
+    )

@@ -1,0 +1,297 @@
+"""What people do with exports: make one, and what a worker does for each of its shards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farm.artifacts import artifact_key
+from farm.context import Farm
+from farm.errors import InvalidRequest
+from farm.spec import FullSpec, frame_spec
+from farm.states import FrameState
+from farm.store import exports as stored
+from farm.store import reading
+from farm.store.engine import reads, transaction
+from farm.store.exports import Export, Shard
+from farm.store.lines import Parts, lines_of
+
+if TYPE_CHECKING:
+    from farm.datasets.rows import Frame
+    from farm.datasets.shards import Pictured, Written
+
+KINDS = ("webdataset", "parquet", "imagefolder")
+SHARD_FRAMES = 10_000
+"""As img2dataset has it"""
+MOST_SHARDS = 10_000
+MOST_JOBS = 100
+PAGE = 500
+"""Frames whose rows and lines are read together"""
+FETCHES = 8
+"""Pictures fetched from the storage at the same time, and held in memory"""
+ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w.=/-]*))?", re.ASCII)
+NEVER_CLAIMED = "The job was cancelled."
+
+
+def create(
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    *,
+    kind: str,
+    job_ids: Sequence[uuid.UUID],
+    labels: Mapping[str, str],
+    shard_frames: int = SHARD_FRAMES,
+    dest: str | None = None,
+) -> Export:
+    """Lay out an export of jobs, and ring for whoever writes it.
+
+    Args:
+        farm: where.
+        tenant_id: whose the jobs are.
+        kind: one of KINDS.
+        job_ids: which jobs, in this order.
+        labels: or those that bear all of these.
+        shard_frames: of a shard, at most.
+        dest: `s3://BUCKET/PREFIX`, a bucket that the operator allows; None: the farm's own.
+
+    Raises:
+        InvalidRequest: there is no such job, or no such place may be written to.
+    """
+    bucket, prefix = _place(farm, tenant_id, dest)
+    with transaction(farm.store) as connection:
+        chosen = list(job_ids) or stored.jobs_with(connection, tenant_id, labels)
+        _check_jobs(reading.own_jobs(connection, tenant_id, chosen), chosen)
+        total = reading.frames_of(connection, chosen)
+        if total > MOST_SHARDS * shard_frames:
+            raise InvalidRequest(
+                f"shard_frames: {total} frames in shards of {shard_frames} are more than "
+                f"{MOST_SHARDS} shards.",
+                param="shard_frames",
+            )
+        export = stored.insert_export(
+            connection,
+            tenant_id,
+            kind=kind,
+            job_ids=chosen,
+            shard_frames=shard_frames,
+            bucket=bucket,
+            prefix=prefix,
+        )
+    farm.bells.ring_chores()
+    return export
+
+
+def _place(farm: Farm, tenant_id: uuid.UUID, dest: str | None) -> tuple[str, str]:
+    if dest is None:
+        return farm.settings.s3_bucket, f"exports/{tenant_id}/{{id}}/"
+    found = ADDRESS.fullmatch(dest)
+    if found is None:
+        raise InvalidRequest("dest: it has not the form s3://BUCKET/PREFIX.", param="dest")
+    if found[1] not in farm.settings.export_buckets.split(","):
+        raise InvalidRequest(
+            f"dest: bucket {found[1]} is none of those in FARM_EXPORT_BUCKETS.", param="dest"
+        )
+    prefix = (found[2] or "").strip("/")
+    return found[1], f"{prefix}/" if prefix else ""
+
+
+def _check_jobs(own: set[uuid.UUID], chosen: Sequence[uuid.UUID]) -> None:
+    if missing := [job_id for job_id in chosen if job_id not in own]:
+        raise InvalidRequest(f"jobs: there is no job {missing[0]}.", param="jobs")
+    if not chosen:
+        raise InvalidRequest("labels: no job bears them.", param="labels")
+    if len(chosen) > MOST_JOBS or len(set(chosen)) < len(chosen):
+        raise InvalidRequest(
+            f"jobs: there are {len(chosen)}; different ones, and {MOST_JOBS} at most, may be "
+            "exported together.",
+            param="jobs",
+        )
+
+
+@dataclass
+class ShardWriter:
+    """Writes shards: reads frames and pictures, and puts files, always of one shard at a time."""
+
+    farm: Farm
+    wanted: Callable[[], bool] = lambda: True
+    """Whether to go on"""
+
+    def write(self, shard: Shard) -> tuple[list[dict[str, Any]], int, int]:
+        """Write a shard, or the cover, and put its files where they belong.
+
+        Returns:
+            What the manifest lists, the pictures and the frames that have none.
+
+        Raises:
+            Unavailable: the storage or Postgres is away.
+            NotFound: its job was removed.
+            Stopped: it is not wanted any more.
+        """
+        with tempfile.TemporaryDirectory(prefix="farm-export-") as folder:
+            if shard.job_id is None:
+                return self._put(shard, self._cover(shard, Path(folder))), 0, 0
+            return self._write(shard, shard.job_id, Path(folder))
+
+    def _write(
+        self, shard: Shard, job_id: uuid.UUID, folder: Path
+    ) -> tuple[list[dict[str, Any]], int, int]:
+        from farm.datasets.shards import WRITERS
+
+        pictures = missing = 0
+
+        def counted(found: Iterable[Pictured]) -> Iterator[Pictured]:
+            nonlocal pictures, missing
+            for frame, picture in found:
+                if not self.wanted():
+                    raise Stopped
+                pictures += picture is not None
+                missing += picture is None
+                yield frame, picture
+
+        frames = counted(self._pictured(shard, job_id))
+        files = WRITERS[shard.kind](shard.number, frames, folder)
+        return self._put(shard, files), pictures, missing
+
+    def _pictured(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Pictured]:
+        """Give each frame with its picture; the next few are fetched meanwhile."""
+        frames = self.frames(shard, job_id)
+        with ThreadPoolExecutor(FETCHES, "fetch") as pool:
+            while some := list(itertools.islice(frames, 4 * FETCHES)):
+                pictures = pool.map(lambda frame: self._picture(shard, frame), some)
+                yield from zip(some, pictures, strict=True)
+
+    def _picture(self, shard: Shard, frame: Frame) -> bytes | None:
+        if frame.sha256 is None:
+            return None
+        key = artifact_key(
+            shard.tenant_id, frame.job_id, frame.ordinal, frame.sha256, frame.spec.format
+        )
+        return self.farm.artifacts.get(key)
+
+    def frames(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Frame]:
+        """Give the frames of a shard, whether they have a picture or not."""
+        from farm.datasets.rows import Frame
+
+        parts: Parts = {}
+        for first in range(shard.first, shard.stop, PAGE):
+            stop = min(first + PAGE, shard.stop)
+            with reads(self.farm.store) as connection:
+                job = reading.get_job(connection, shard.tenant_id, job_id)
+                full = FullSpec.model_validate(job.spec)
+                rows = stored.ended_frames(connection, job_id, first, stop)
+                wanted = [(job_id, ordinal) for ordinal in range(first, stop)]
+                lines = lines_of(connection, {job_id: full}, wanted, parts)
+            for ordinal in range(first, stop):
+                row = rows.get(ordinal)
+                line = lines[job_id, full.prompt_index(ordinal)]
+                yield Frame(
+                    name=f"{shard.base + ordinal:09d}",
+                    job_id=job_id,
+                    ordinal=ordinal,
+                    state=row.state if row else FrameState.CANCELLED,
+                    attempt=row.attempt if row else 0,
+                    sha256=row.sha256 if row else None,
+                    bytes=row.bytes if row else None,
+                    error=row.error if row else NEVER_CLAIMED,
+                    redraws=row.redraws if row else 0,
+                    reused=bool(row and row.reused),
+                    spec=frame_spec(
+                        full,
+                        ordinal,
+                        line,
+                        row.bucket if row else None,
+                        row.redraws if row else 0,
+                    ),
+                    line=line,
+                )
+
+    def _cover(self, shard: Shard, folder: Path) -> list[Written]:
+        from farm.datasets.cover import card, croissant, manifest
+        from farm.datasets.shards import Written
+
+        cover = self._known(shard)
+        contents = {
+            "manifest.json": manifest(cover),
+            "README.md": card(cover),
+            "croissant.json": croissant(cover),
+        }
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        with (folder / "missing.jsonl").open("wb") as file:
+            for line in self._missing(shard):
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        return [Written(name, folder / name) for name in (*contents, "missing.jsonl")]
+
+    def _known(self, shard: Shard) -> Any:
+        from farm.datasets.cover import Cover
+
+        with reads(self.farm.store) as connection:
+            export = stored.get_export(connection, shard.tenant_id, shard.export_id)
+            jobs = [
+                reading.get_job(connection, shard.tenant_id, job_id) for job_id in export.job_ids
+            ]
+            rows = stored.shards_of(connection, shard.export_id, limit=MOST_SHARDS)
+            rejected = stored.rejected(connection, shard.export_id)
+        return Cover(
+            export_id=str(export.id),
+            kind=export.kind,
+            jobs=[
+                {
+                    "id": str(job.id),
+                    "pipeline": job.pipeline,
+                    "total": job.total,
+                    "created_at": job.created_at.isoformat(),
+                }
+                for job in jobs
+            ],
+            shards=[
+                {
+                    "number": row.number,
+                    "job": str(row.job_id),
+                    "first": row.first,
+                    "stop": row.stop,
+                    "pictures": row.rows,
+                    "missing": row.missing,
+                    "rejected": rejected.get(row.number, 0),
+                    "files": row.files,
+                }
+                for row in rows
+                if row.job_id is not None
+            ],
+            pictures=export.pictures,
+            missing=export.missing,
+            bytes=export.bytes,
+        )
+
+    def _missing(self, cover: Shard) -> Iterator[dict[str, Any]]:
+        """Tell every frame that has no picture, and why."""
+        with reads(self.farm.store) as connection:
+            rows = stored.shards_to_look_at(connection, cover.export_id)
+        for shard, job_id in [(shard, shard.job_id) for shard in rows if shard.job_id]:
+            for frame in self.frames(shard, job_id):
+                if not frame.succeeded:
+                    row = frame.row()
+                    names = ("key", "status", "error_message", "prompt", "seed", "job", "ordinal")
+                    yield {name: row[name] for name in names}
+
+    def _put(self, shard: Shard, files: Sequence[Written]) -> list[dict[str, Any]]:
+        listed = []
+        for file in files:
+            if not self.wanted():
+                raise Stopped
+            self.farm.artifacts.put_file(shard.bucket, shard.prefix + file.name, file.path)
+            if file.listed:
+                listed.append({"name": file.name, "bytes": file.bytes, "sha256": file.sha256()})
+        return listed
+
+
+class Stopped(Exception):
+    """A shard is not written on: its lease is lost, or its worker leaves."""

@@ -1,0 +1,376 @@
+"""Exports: datasets in the making, a row a shard; a worker's right to a shard is a lease too.
+
+A shard is a range of a job's frames. It may be written once every frame of it has come to its end,
+so an export of a job that still renders goes on with it. The last row has no job: it is the
+dataset's cover, written once all the others are.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from farm.errors import NotFound
+from farm.states import REJECTED
+
+MOST_FAILURES = 5
+"""Of a shard; then the export has failed"""
+LONGEST_REST_SECONDS = 60.0
+
+INSERT = text("""
+INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, shards)
+VALUES (:id, :tenant_id, :kind, :job_ids, :shard_frames, :bucket, :prefix, :shards)
+""")
+
+# Shards are numbered through, job after job; `base` is what a job's frames are named from.
+INSERT_SHARDS = text("""
+WITH job AS (
+    SELECT j.id, j.total, d.place,
+           coalesce(sum(j.total) OVER (ORDER BY d.place ROWS BETWEEN UNBOUNDED PRECEDING
+                                       AND 1 PRECEDING), 0)::bigint AS base
+    FROM unnest(CAST(:job_ids AS uuid[])) WITH ORDINALITY AS d (id, place) JOIN jobs j USING (id)
+), shard AS (
+    SELECT row_number() OVER (ORDER BY job.place, first) - 1 AS number, job.id, first,
+           least(first + :shard_frames, job.total) AS stop, job.base
+    FROM job CROSS JOIN LATERAL generate_series(0, job.total - 1, :shard_frames) AS first
+), rows AS (
+    INSERT INTO export_shards (export_id, number, job_id, first, stop, base)
+    SELECT :id, number, id, first, stop, base FROM shard
+    UNION ALL
+    SELECT :id, (SELECT count(*) FROM shard), NULL, 0, 0, 0
+    RETURNING job_id
+)
+SELECT count(job_id) FROM rows
+""")
+
+SET_SHARDS = text("UPDATE exports SET shards = :shards WHERE id = :id")
+
+CLAIM = text("""
+WITH chosen AS (
+    SELECT s.export_id, s.number FROM export_shards s
+    JOIN exports e ON e.id = s.export_id LEFT JOIN jobs j ON j.id = s.job_id
+    WHERE s.done_at IS NULL AND e.state = 'running' AND s.due_at <= clock_timestamp()
+      AND CASE
+        WHEN s.job_id IS NULL THEN NOT EXISTS (
+            SELECT FROM export_shards o
+            WHERE o.export_id = s.export_id AND o.done_at IS NULL AND o.job_id IS NOT NULL)
+        WHEN j.id IS NULL OR j.removed_at IS NOT NULL OR j.status = 'cancelled' THEN true
+        ELSE j.cursor >= s.stop AND NOT EXISTS (
+            SELECT FROM frames f
+            WHERE f.job_id = s.job_id AND f.ordinal >= s.first AND f.ordinal < s.stop
+              AND f.state IN ('running', 'ready'))
+      END
+    ORDER BY e.created_at, e.id, s.number LIMIT 1 FOR UPDATE OF s SKIP LOCKED
+)
+UPDATE export_shards s
+SET attempt = s.attempt + 1, worker = :worker,
+    due_at = clock_timestamp() + make_interval(secs => :seconds)
+FROM chosen c JOIN exports e ON e.id = c.export_id
+WHERE s.export_id = c.export_id AND s.number = c.number
+RETURNING s.export_id, s.number, s.job_id, s.first, s.stop, s.base, s.attempt, e.tenant_id, e.kind,
+          e.bucket, e.prefix
+""")
+
+# A shard that waits is due; one that is being written is due again when its lease ends.
+RENEW = text("""
+UPDATE export_shards SET due_at = clock_timestamp() + make_interval(secs => :seconds)
+WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND done_at IS NULL
+RETURNING number
+""")
+
+FINISH = text("""
+WITH done AS (
+    UPDATE export_shards SET done_at = clock_timestamp(), error = NULL,
+                             files = CAST(:files AS jsonb), rows = :rows, missing = :missing
+    WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND done_at IS NULL
+    RETURNING export_id, job_id, rows, missing
+)
+UPDATE exports e
+SET shards_done = e.shards_done + (d.job_id IS NOT NULL)::int,
+    pictures = e.pictures + d.rows, missing = e.missing + d.missing,
+    bytes = e.bytes + :bytes,
+    state = CASE WHEN d.job_id IS NULL THEN 'succeeded' ELSE e.state END,
+    finished_at = CASE WHEN d.job_id IS NULL THEN clock_timestamp() ELSE e.finished_at END
+FROM done d WHERE e.id = d.export_id AND e.state = 'running' RETURNING e.id
+""")
+
+FAIL = text("""
+WITH failed AS (
+    UPDATE export_shards
+    SET error = :error, failures = failures + :counts,
+        due_at = clock_timestamp() + make_interval(secs => :seconds)
+    WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND done_at IS NULL
+    RETURNING export_id, failures
+)
+UPDATE exports e
+SET state = 'failed', error = :error, finished_at = clock_timestamp()
+FROM failed f WHERE e.id = f.export_id AND e.state = 'running' AND f.failures >= :most
+""")
+
+COLUMNS = """
+id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, state, error, shards, shards_done,
+pictures, missing, bytes, created_at, finished_at
+"""
+
+ONE = text(f"SELECT {COLUMNS} FROM exports WHERE id = :id AND tenant_id = :tenant_id")  # noqa: S608
+
+LIST = text(f"""
+SELECT {COLUMNS} FROM exports
+WHERE tenant_id = :tenant_id AND (CAST(:after AS uuid) IS NULL OR (created_at, id) <
+      (SELECT a.created_at, a.id FROM exports a WHERE a.id = :after))
+ORDER BY created_at DESC, id DESC LIMIT :limit
+""")  # noqa: S608 - constants only
+
+SHARDS = text("""
+SELECT number, job_id, first, stop, done_at IS NOT NULL AS done, attempt, error, files, rows,
+       missing
+FROM export_shards
+WHERE export_id = :export_id AND number > :after ORDER BY number LIMIT :limit
+""")
+
+LACKING = text("""
+SELECT s.export_id, s.number, s.job_id, s.first, s.stop, s.base, s.attempt, e.tenant_id, e.kind,
+       e.bucket, e.prefix
+FROM export_shards s JOIN exports e ON e.id = s.export_id
+WHERE s.export_id = :export_id AND s.job_id IS NOT NULL AND s.missing > 0 ORDER BY s.number
+""")
+
+REJECTED_OF = text("""
+SELECT s.number, count(*) AS pictures
+FROM export_shards s JOIN attempts a
+  ON a.job_id = s.job_id AND a.ordinal >= s.first AND a.ordinal < s.stop
+WHERE s.export_id = :export_id AND a.reason = :reason GROUP BY s.number
+""")
+
+LISTED = text("""
+SELECT EXISTS (
+    SELECT FROM export_shards
+    WHERE export_id = :export_id AND files @> CAST(:listed AS jsonb))
+""")
+
+DUE = text("""
+SELECT EXISTS (
+    SELECT FROM export_shards s JOIN exports e ON e.id = s.export_id
+    WHERE s.done_at IS NULL AND e.state = 'running' AND s.due_at <= clock_timestamp())
+""")
+
+FRAMES = text("""
+SELECT ordinal, state, attempt, bucket, sha256, bytes, error, redraws, reused FROM frames
+WHERE job_id = :job_id AND ordinal >= :first AND ordinal < :stop ORDER BY ordinal
+""")
+
+BY_LABEL = text("""
+SELECT id FROM jobs
+WHERE tenant_id = :tenant_id AND removed_at IS NULL AND labels @> CAST(:labels AS jsonb)
+ORDER BY created_at, id
+""")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that a worker may write; its fence is (export_id, number, attempt)."""
+
+    export_id: uuid.UUID
+    number: int
+    job_id: uuid.UUID | None
+    """None: the cover"""
+    first: int
+    stop: int
+    base: int
+    attempt: int
+    tenant_id: uuid.UUID
+    kind: str
+    bucket: str
+    prefix: str
+
+    @property
+    def fence(self) -> dict[str, Any]:
+        """What a write after the claim must match."""
+        return {"export_id": self.export_id, "number": self.number, "attempt": self.attempt}
+
+    def __str__(self) -> str:
+        return f"export {self.export_id} shard {self.number} attempt {self.attempt}"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export as it stands."""
+
+    id: uuid.UUID
+    tenant_id: uuid.UUID
+    kind: str
+    job_ids: Sequence[uuid.UUID]
+    shard_frames: int
+    bucket: str
+    prefix: str
+    state: str
+    error: str | None
+    shards: int
+    shards_done: int
+    pictures: int
+    missing: int
+    bytes: int
+    created_at: datetime
+    finished_at: datetime | None
+
+
+def insert_export(
+    connection: Connection,
+    tenant_id: uuid.UUID,
+    *,
+    kind: str,
+    job_ids: Sequence[uuid.UUID],
+    shard_frames: int,
+    bucket: str,
+    prefix: str,
+) -> Export:
+    """Store an export and lay out its shards.
+
+    Args:
+        connection: in a transaction.
+        tenant_id: whose it and its jobs are.
+        kind: webdataset, parquet or imagefolder.
+        job_ids: in the order in which they are written.
+        shard_frames: of a shard, at most.
+        bucket: where it goes.
+        prefix: of its objects' keys; `{id}` in it becomes the export's id.
+    """
+    export_id = uuid.uuid4()
+    values = {
+        "id": export_id,
+        "tenant_id": tenant_id,
+        "kind": kind,
+        "job_ids": list(job_ids),
+        "shard_frames": shard_frames,
+        "bucket": bucket,
+        "prefix": prefix.replace("{id}", str(export_id)),
+        "shards": 0,
+    }
+    connection.execute(INSERT, values)
+    shards = connection.execute(INSERT_SHARDS, values).scalar_one()
+    connection.execute(SET_SHARDS, {"id": export_id, "shards": shards})
+    return get_export(connection, tenant_id, export_id)
+
+
+def get_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.UUID) -> Export:
+    """Read one export.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    row = connection.execute(ONE, {"id": export_id, "tenant_id": tenant_id}).first()
+    if row is None:
+        raise NotFound(f"There is no export {export_id}.")
+    return Export(**row._mapping)
+
+
+def list_exports(
+    connection: Connection, tenant_id: uuid.UUID, *, limit: int, after: uuid.UUID | None = None
+) -> list[Export]:
+    """Read a page of a tenant's exports, newest first."""
+    values = {"tenant_id": tenant_id, "limit": limit, "after": after}
+    return [Export(**row._mapping) for row in connection.execute(LIST, values)]
+
+
+def shards_of(
+    connection: Connection, export_id: uuid.UUID, *, limit: int, after: int = -1
+) -> Sequence[Row[Any]]:
+    """Read a page of an export's shards, its cover last."""
+    return connection.execute(
+        SHARDS, {"export_id": export_id, "limit": limit, "after": after}
+    ).all()
+
+
+def shards_to_look_at(connection: Connection, export_id: uuid.UUID) -> list[Shard]:
+    """Give the shards that lack pictures."""
+    rows = connection.execute(LACKING, {"export_id": export_id})
+    return [Shard(**row._mapping) for row in rows]
+
+
+def has_file(connection: Connection, export_id: uuid.UUID, name: str) -> bool:
+    """Whether a shard that is done lists such a file."""
+    listed = json.dumps([{"name": name}])
+    values = {"export_id": export_id, "listed": listed}
+    return bool(connection.execute(LISTED, values).scalar_one())
+
+
+def rejected(connection: Connection, export_id: uuid.UUID) -> dict[int, int]:
+    """Count the pictures that filters rejected, by shard."""
+    rows = connection.execute(REJECTED_OF, {"export_id": export_id, "reason": REJECTED})
+    return {row.number: row.pictures for row in rows}
+
+
+def any_due(connection: Connection) -> bool:
+    """Whether a shard may wait for a worker."""
+    return bool(connection.execute(DUE).scalar_one())
+
+
+def claim_shard(connection: Connection, worker: str, seconds: float) -> Shard | None:
+    """Claim the next shard of the oldest export that has one to write; one statement."""
+    row = connection.execute(CLAIM, {"worker": worker, "seconds": seconds}).first()
+    return Shard(**row._mapping) if row else None
+
+
+def renew(connection: Connection, shard: Shard, seconds: float) -> bool:
+    """Renew a shard's lease; returns whether it still holds."""
+    return connection.execute(RENEW, {**shard.fence, "seconds": seconds}).first() is not None
+
+
+def finish(
+    connection: Connection,
+    shard: Shard,
+    files: Sequence[Mapping[str, Any]],
+    *,
+    rows: int,
+    missing: int,
+) -> bool:
+    """Note that a shard is written; returns whether its lease still held."""
+    values = {
+        **shard.fence,
+        "files": json.dumps(list(files)),
+        "bytes": sum(file["bytes"] for file in files),
+        "rows": rows,
+        "missing": missing,
+    }
+    return connection.execute(FINISH, values).first() is not None
+
+
+def fail(connection: Connection, shard: Shard, error: str, *, counts: bool) -> None:
+    """Note why a shard was not written; it is tried again, later each time.
+
+    Args:
+        connection: in a transaction, or in none: it is one statement.
+        shard: the shard.
+        error: why.
+        counts: after MOST_FAILURES of these the export has failed.
+    """
+    rest = min(2.0**shard.attempt, LONGEST_REST_SECONDS)
+    values = {**shard.fence, "error": error, "seconds": rest, "most": MOST_FAILURES}
+    connection.execute(FAIL, {**values, "counts": int(counts)})
+
+
+def give_back(connection: Connection, shard: Shard) -> None:
+    """Let another write a shard, at once."""
+    connection.execute(RENEW, {**shard.fence, "seconds": 0.0})
+
+
+def ended_frames(
+    connection: Connection, job_id: uuid.UUID, first: int, stop: int
+) -> dict[int, Row[Any]]:
+    """Read the frames of a range that have a row, by ordinal."""
+    rows = connection.execute(FRAMES, {"job_id": job_id, "first": first, "stop": stop})
+    return {row.ordinal: row for row in rows}
+
+
+def jobs_with(
+    connection: Connection, tenant_id: uuid.UUID, labels: Mapping[str, str]
+) -> list[uuid.UUID]:
+    """Name a tenant's jobs that bear some labels, the oldest first."""
+    values = {"tenant_id": tenant_id, "labels": json.dumps(labels)}
+    return list(connection.execute(BY_LABEL, values).scalars())

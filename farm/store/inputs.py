@@ -1,0 +1,111 @@
+"""Inputs: rows that say what is known of each, and their lines, packed, a thousand a part."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from farm.errors import NotFound
+from farm.inputs import Facts, Source
+
+PARTS_AT_ONCE = 32
+
+# The same lines again are the same input.
+INSERT = text("""
+INSERT INTO inputs (id, tenant_id, sha256, lines, bytes, shown, top_seed, text_bytes, keys,
+                    negatives)
+VALUES (:id, :tenant_id, :sha256, :lines, :bytes, :shown, :top_seed, :text_bytes, :keys, :negatives)
+ON CONFLICT (tenant_id, sha256) DO NOTHING RETURNING *
+""")
+
+INSERT_PART = text(
+    "INSERT INTO input_parts (input_id, first, content) VALUES (:input_id, :first, :content)"
+)
+
+SAME = text("SELECT * FROM inputs WHERE tenant_id = :tenant_id AND sha256 = :sha256")
+
+ONE = text("SELECT * FROM inputs WHERE id = :id AND tenant_id = :tenant_id")
+
+PARTS = text("""
+SELECT p.input_id, p.first, p.content
+FROM unnest(CAST(:ids AS uuid[]), CAST(:firsts AS bigint[])) AS w (id, first)
+JOIN input_parts p ON p.input_id = w.id AND p.first = w.first
+""")
+
+
+def insert_input(
+    connection: Connection,
+    tenant_id: uuid.UUID,
+    sha256: bytes,
+    facts: Facts,
+    parts: Iterable[tuple[int, bytes]],
+) -> Source:
+    """Store an input with its parts; returns it, or the same one stored before."""
+    values = {
+        "id": uuid.uuid4(),
+        "tenant_id": tenant_id,
+        "sha256": sha256,
+        "lines": facts.lines,
+        "bytes": facts.bytes,
+        "shown": facts.shown,
+        "top_seed": facts.top_seed,
+        "text_bytes": facts.prompt_bytes + facts.negative_bytes,
+        "keys": facts.keys,
+        "negatives": facts.negatives,
+    }
+    row = connection.execute(INSERT, values).first()
+    if row is None:
+        return _source(connection.execute(SAME, values).one())
+    for some in _batched(parts):
+        connection.execute(
+            INSERT_PART,
+            [{"input_id": row.id, "first": first, "content": content} for first, content in some],
+        )
+    return _source(row)
+
+
+def get_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID) -> Source:
+    """Read one input.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    row = connection.execute(ONE, {"id": input_id, "tenant_id": tenant_id}).first()
+    if row is None:
+        raise NotFound(f"There is no input {input_id}.")
+    return _source(row)
+
+
+def read_parts(
+    connection: Connection, wanted: Sequence[tuple[uuid.UUID, int]]
+) -> dict[tuple[uuid.UUID, int], bytes]:
+    """Read parts, named by their input and the index of their first line."""
+    rows = connection.execute(
+        PARTS, {"ids": [part[0] for part in wanted], "firsts": [part[1] for part in wanted]}
+    )
+    return {(row.input_id, row.first): bytes(row.content) for row in rows}
+
+
+def _batched(parts: Iterable[tuple[int, bytes]]) -> Iterable[list[tuple[int, bytes]]]:
+    left = iter(parts)
+    while some := list(itertools.islice(left, PARTS_AT_ONCE)):
+        yield some
+
+
+def _source(row: Row[Any]) -> Source:
+    return Source(
+        id=row.id,
+        sha256=row.sha256,
+        lines=row.lines,
+        bytes=row.bytes,
+        shown=row.shown,
+        top_seed=row.top_seed,
+        text_bytes=row.text_bytes,
+        keys=row.keys,
+        negatives=row.negatives,
+        created_at=row.created_at,
+    )

@@ -1,0 +1,92 @@
+"""From frames to what they draw: a prompt of their job, or a line of its input."""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+
+from sqlalchemy import Connection, text
+
+from farm.inputs import LINES_A_PART, Source, unpack
+from farm.spec import FullSpec, Line
+from farm.store import arrays
+from farm.store.inputs import read_parts
+
+Parts = MutableMapping[tuple[uuid.UUID, int], list[Line]]
+"""Parts of inputs that were read before, by input and index of the first line"""
+
+PROMPTS = text("""
+SELECT w.job_id, w.place, c.prompts[w.place - c.first + 1] AS prompt
+FROM unnest(CAST(:job_ids AS uuid[]), CAST(:places AS bigint[])) AS w (job_id, place)
+CROSS JOIN LATERAL (
+    SELECT first, prompts FROM input_chunks c
+    WHERE c.job_id = w.job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
+) c
+""")
+
+
+def lines_of(
+    connection: Connection,
+    jobs: Mapping[uuid.UUID, FullSpec],
+    frames: Iterable[tuple[uuid.UUID, int]],
+    known: Parts | None = None,
+) -> dict[tuple[uuid.UUID, int], Line]:
+    """Read what some frames draw.
+
+    Args:
+        connection: where they are.
+        jobs: the frames' jobs.
+        frames: (job, ordinal) of each.
+        known: parts of inputs that were met before; those met now are added.
+
+    Returns:
+        By job and `prompt_index` of the ordinal.
+    """
+    own: list[tuple[uuid.UUID, int]] = []
+    named: defaultdict[tuple[uuid.UUID, int], list[tuple[uuid.UUID, int]]] = defaultdict(list)
+    for job_id, ordinal in frames:
+        place = jobs[job_id].prompt_index(ordinal)
+        source = jobs[job_id].input
+        if source is None:
+            own.append((job_id, place))
+        else:
+            named[source, place - place % LINES_A_PART].append((job_id, place))
+    found = _prompts(connection, own) if own else {}
+    if named:
+        parts = _parts(connection, [*named], {} if known is None else known)
+        for (source, first), places in named.items():
+            lines = parts[source, first]
+            found.update({place: lines[place[1] - first] for place in places})
+    return found
+
+
+def all_lines(connection: Connection, source: Source) -> Iterator[tuple[int, Line]]:
+    """Read an input through, a few parts at a time; gives each line with its index."""
+    for first in range(0, source.lines, LINES_A_PART):
+        [part] = read_parts(connection, [(source.id, first)]).values()
+        yield from enumerate(unpack(part), first)
+
+
+def _prompts(
+    connection: Connection, wanted: Iterable[tuple[uuid.UUID, int]]
+) -> dict[tuple[uuid.UUID, int], Line]:
+    places = sorted(set(wanted))
+    values = {
+        "job_ids": arrays.ids(job_id for job_id, _ in places),
+        "places": arrays.numbers(place for _, place in places),
+    }
+    rows = connection.execute(PROMPTS, values)
+    return {(row.job_id, row.place): Line(row.prompt) for row in rows}
+
+
+def _parts(
+    connection: Connection, wanted: list[tuple[uuid.UUID, int]], known: Parts
+) -> dict[tuple[uuid.UUID, int], list[Line]]:
+    here = {part: lines for part in wanted if (lines := known.get(part)) is not None}
+    missing = [part for part in wanted if part not in here]
+    if missing:
+        read = {part: unpack(content) for part, content in read_parts(connection, missing).items()}
+        known.update(read)
+        here.update(read)
+    return here

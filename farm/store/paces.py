@@ -1,0 +1,75 @@
+"""Paces: how long a frame takes on this farm, and how much waits ahead of another job."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+RECENT_JOBS = 50
+SAMPLED_FRAMES = 100
+"""Of each job, for the size of their pictures"""
+
+OWN = text("""
+WITH job AS (
+    SELECT j.id, j.device_seconds, j.succeeded FROM (
+        SELECT id, pipeline, batch_key, runs, device_seconds, succeeded FROM jobs
+        WHERE tenant_id = :tenant_id AND removed_at IS NULL
+        ORDER BY created_at DESC, id DESC LIMIT :jobs
+    ) j
+    WHERE j.pipeline = :pipeline AND j.batch_key = :batch_key AND j.succeeded > 0
+      AND jsonb_array_length(j.runs) = 1
+)
+SELECT sum(device_seconds) / sum(succeeded) AS seconds, (
+    SELECT avg(f.bytes) FROM job CROSS JOIN LATERAL (
+        SELECT bytes FROM frames
+        WHERE job_id = job.id AND state = 'succeeded' ORDER BY ordinal LIMIT :frames
+    ) f
+)::float AS bytes
+FROM job
+""")
+
+OF_ALL = text("""
+SELECT (sum(denoise_seconds) / nullif(sum(succeeded), 0))::float AS seconds
+FROM workers WHERE pipeline = :pipeline
+""")
+
+AHEAD = text("""
+SELECT coalesce(sum(waiting), 0)::bigint FROM (
+    SELECT total - cursor AS waiting FROM jobs
+    WHERE open AND pipeline = :pipeline AND priority <= :priority
+    UNION ALL
+    SELECT 1 FROM returns WHERE pipeline = :pipeline AND priority <= :priority
+) lane
+""")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a frame takes, as far as it is known."""
+
+    seconds: float | None
+    """of a device"""
+    bytes: float | None
+    """of its picture's file"""
+    alike: bool
+    """Whether it was measured on the tenant's own frames of the same shape"""
+
+
+def pace_of(connection: Connection, tenant_id: uuid.UUID, pipeline: str, batch_key: str) -> Pace:
+    """Tell the pace of frames like these: by the tenant's recent ones, or else by all."""
+    values: dict[str, Any] = {"tenant_id": tenant_id, "pipeline": pipeline, "batch_key": batch_key}
+    limits = {"jobs": RECENT_JOBS, "frames": SAMPLED_FRAMES}
+    own = connection.execute(OWN, {**values, **limits}).one()
+    if own.seconds is not None:
+        return Pace(own.seconds, own.bytes, alike=True)
+    seconds = connection.execute(OF_ALL, {"pipeline": pipeline}).scalar_one()
+    return Pace(seconds, own.bytes, alike=False)
+
+
+def frames_ahead(connection: Connection, pipeline: str, priority: int) -> int:
+    """Count the frames of a lane that wait and are as urgent, or more."""
+    values = {"pipeline": pipeline, "priority": priority}
+    return int(connection.execute(AHEAD, values).scalar_one())

@@ -1,0 +1,27 @@
+"""Renders: succeeded frames by all that decides their bytes, for jobs that use pictures again."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from farm.store import arrays
+
+FIND = text("""
+SELECT d.digest, r.job_id, r.ordinal, f.sha256, f.bytes
+FROM (SELECT DISTINCT unnest(CAST(:digests AS bytea[])) AS digest) d
+JOIN renders r ON r.tenant_id = :tenant_id AND r.digest = d.digest
+JOIN frames f ON f.job_id = r.job_id AND f.ordinal = r.ordinal AND f.state = 'succeeded'
+JOIN jobs j ON j.id = r.job_id AND j.removed_at IS NULL
+""")
+
+
+def find_renders(
+    connection: Connection, tenant_id: uuid.UUID, digests: Sequence[bytes]
+) -> dict[bytes, Row[Any]]:
+    """Find a tenant's stored pictures: job_id, ordinal, sha256 and bytes of each, by digest."""
+    values = {"tenant_id": tenant_id, "digests": arrays.byte_strings(digests)}
+    return {bytes(row.digest): row for row in connection.execute(FIND, values)}

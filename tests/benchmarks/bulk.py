@@ -1,0 +1,320 @@
+"""Row g: a million distinct prompts from a file, and a million frames to the end.
+
+Prompts are submitted by `farm submit --from`, beside copying one realistic row a frame into the
+same Postgres. Frames are null renders, whose pictures are discarded but for the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from farm.local import commands
+from tests.benchmarks.figures import Row, Series, in_turn, percentile
+from tests.benchmarks.stand import Site, Stand, cores, wait_closely
+
+PROMPTS = 1_000_000
+STORED = 50_000
+SHORT = 4_000
+SHORT_STORED = 1_000
+BATCH = 256
+LEAST = 2.0
+MOST_MEMORY = 300.0
+"""MB"""
+MOST_CALL_MS = 100.0
+LEAST_CLAIM = 0.9
+LOOK_SECONDS = 0.5
+WORDS = ("old", "small", "bright", "dark", "red", "green", "blue", "castle", "harbour", "forest")
+"""A prompt is drawn from"""
+
+CREATE = """
+CREATE TABLE copied (
+    job_id int NOT NULL, ordinal bigint NOT NULL, state text NOT NULL, seed bigint NOT NULL,
+    prompt text NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (job_id, ordinal));
+CREATE INDEX copied_state ON copied (job_id, state)
+"""
+SIZES = """
+SELECT pg_total_relation_size('frames') + pg_total_relation_size('events')
+       + pg_total_relation_size('input_parts') + pg_total_relation_size('returns')
+"""
+
+
+def rows(stand: Stand, short: bool) -> list[Row]:
+    """Measure the submission, and then the run."""
+    prompts = SHORT if short else PROMPTS
+    path = stand.folder.path / "prompts.jsonl"
+    write_prompts(path, prompts)
+    with stand.site() as site, site.api() as (url, key), memory_of(url) as api_memory:
+        submitted = submission(stand, site, path, prompts, (url, key), short)
+        submitted.series.append(Series("API's memory", [api_memory.most()], "MB"))
+    if api_memory.most() > MOST_MEMORY:
+        submitted.problems.append(f"the API took {api_memory.most():.0f} MB")
+    return [submitted, run(stand, path, prompts, short)]
+
+
+def write_prompts(path: Path, count: int) -> None:
+    """Write a file of distinct prompts of about a hundred characters."""
+    drawn = random.Random(7)
+    with path.open("w") as file:
+        for number in range(count):
+            words = " ".join(drawn.choices(WORDS, k=16))
+            file.write(json.dumps({"prompt": f"{words}, number {number}"}) + "\n")
+
+
+@dataclass
+class Command:
+    """`farm submit --from` as users run it, and the memory that it took at most."""
+
+    env: dict[str, str]
+    memory: list[float] = field(default_factory=list)
+
+    def submit(self, path: Path, name: str) -> str:
+        words = ["submit", "--from", str(path), "--name", name, "--pipeline", "null"]
+        words += ["--priority", "bulk", "--set", "width=32", "--set", "height=32"]
+        words += ["--steps", "1", "--set", "step_seconds=0.0", "--json"]
+        argv = ["/usr/bin/env", sys.executable, "-m", "farm.cli", *words]
+        with subprocess.Popen(argv, env=self.env, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            out = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0, out
+        self.memory.append(usage.ru_maxrss / 1000)
+        return str(json.loads(out.splitlines()[-1])["id"])
+
+
+def submission(
+    stand: Stand, site: Site, path: Path, prompts: int, api: tuple[str, str], short: bool
+) -> Row:
+    """Distinct prompts by the command line, and by COPY."""
+    row = Row(
+        "g",
+        "A million prompts from a file",
+        f"{prompts:,} distinct prompts of about 100 characters, a line of JSON each, by `farm "
+        "submit --from`: until the job is accepted, the command's own start included. And a row a "
+        "frame - job, ordinal, state, seed, prompt, time; indexed by job and state - by COPY into "
+        "the same Postgres.",
+    )
+    url, key = api
+    env = {**site.env, "FARM_API_URL": url, "FARM_API_KEY": key}
+    command = Command(commands.environment(stand.folder, env))
+    site.connection.execute(CREATE)
+    turns = iter(range(10))
+
+    def submit() -> float:
+        started = time.monotonic()
+        job_id = command.submit(_another(path, next(turns)), "bench")
+        seconds = time.monotonic() - started
+        assert site.rows("SELECT total FROM jobs WHERE id = %s", job_id) == [(prompts,)]
+        site.connection.execute("UPDATE jobs SET open = false WHERE id = %s", (job_id,))
+        return prompts / seconds
+
+    def copy() -> float:
+        job, started = next(turns), time.monotonic()
+        with (
+            site.connection.cursor() as cursor,
+            cursor.copy("COPY copied (job_id, ordinal, state, seed, prompt) FROM STDIN") as copied,
+            path.open() as file,
+        ):
+            for ordinal, line in enumerate(file):
+                prompt = json.loads(line)["prompt"]
+                copied.write_row((job, ordinal, "waiting", 7 * ordinal, prompt))
+        return prompts / (time.monotonic() - started)
+
+    row.series = in_turn({"farm submit": submit, "COPY": copy}, 1 if short else 3, "prompts/s")
+    row.add_ratio("farm submit", "COPY", least=None if short else LEAST)
+    most = max(command.memory)
+    row.series.append(Series("the command's memory", command.memory, "MB"))
+    if most > MOST_MEMORY:
+        row.problems.append(f"the command took {most:.0f} MB")
+    return row
+
+
+def _another(path: Path, number: int) -> Path:
+    """The same file but for its first line: the same lines would be the same input."""
+    other = path.with_name(f"prompts-{number}.jsonl")
+    with path.open() as source, other.open("w") as target:
+        next(source)
+        target.write(json.dumps({"prompt": f"the first of {number}"}) + "\n")
+        for line in source:
+            target.write(line)
+    return other
+
+
+@dataclass
+class Memory:
+    """What the process that listens at an address took at most."""
+
+    pid: int
+
+    def most(self) -> float:
+        """In MB; 0 where the machine does not tell."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return self.last
+        found = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        self.last = int(found.split()[1]) / 1000
+        return self.last
+
+    last: float = 0.0
+
+
+@contextmanager
+def memory_of(url: str) -> Iterator[Memory]:
+    """Watch the API of an address."""
+    port = url.rpartition(":")[2]
+    found = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if _words(path)[-3:] == ["api", "--host", "127.0.0.1"][-3:] or _words(path)[-1:] == [port]
+    ]
+    memory = Memory(min(found) if found else 0)
+    yield memory
+    memory.most()
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().strip("\0").split("\0")
+    except OSError:
+        return []
+
+
+@dataclass
+class Looks:
+    """What somebody who watches waits for, all the while."""
+
+    url: str
+    key: str
+    job_id: str
+    page: list[float] = field(default_factory=list)
+    job: list[float] = field(default_factory=list)
+    frames: list[float] = field(default_factory=list)
+    """ms"""
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._look)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+
+    def _look(self) -> None:
+        at = f"/v1/jobs/{self.job_id}"
+        name = f"farm_key_{self.url.rpartition(':')[2]}"
+        headers = {"Authorization": f"Bearer {self.key}", "Cookie": f"{name}={self.key}"}
+        with httpx.Client(base_url=self.url, headers=headers, timeout=30) as client:
+            while not self._over.wait(LOOK_SECONDS):
+                for path, times in (
+                    ("/", self.page),
+                    (at, self.job),
+                    (f"{at}/frames?state=succeeded&limit=50", self.frames),
+                ):
+                    started = time.monotonic()
+                    assert client.get(path).status_code == 200
+                    times.append((time.monotonic() - started) * 1000)
+
+
+def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
+    """All frames of the job to the end; the last are stored."""
+    stored = SHORT_STORED if short else STORED
+    row = Row(
+        "g2",
+        "A million frames to the end",
+        f"The same prompts as null renders, by a worker for every core, with somebody who looks at "
+        f"the page, the job and its frames twice a second. The pictures of all but the last "
+        f"{stored:,} are discarded. Claims are timed by the events' own times, in the first and in "
+        "the last tenth of what is discarded.",
+    )
+    with ExitStack() as stack:
+        site = stack.enter_context(stand.site(discard_pictures=True))
+        url, key = stack.enter_context(site.api())
+        env = {**site.env, "FARM_API_URL": url, "FARM_API_KEY": key}
+        job_id = Command(commands.environment(stand.folder, env)).submit(path, "run")
+        before = site.rows(SIZES)[0][0]
+        looks = Looks(url, key, job_id)
+        stack.enter_context(looks.watching())
+        started = time.monotonic()
+        with ExitStack() as workers:
+            for _ in range(cores()):
+                workers.enter_context(site.worker("null"))
+            wait_closely(lambda: _done(site, job_id) >= prompts - stored, "most are done")
+        discarded = _done(site, job_id)
+        row.series.append(
+            Series("discarded", [discarded / (time.monotonic() - started)], "frames/s")
+        )
+        again = time.monotonic()
+        for _ in range(cores()):
+            stack.enter_context(site.worker("null", FARM_DISCARD_PICTURES="false"))
+        wait_closely(lambda: _done(site, job_id) == prompts, "all are done")
+        row.series.append(
+            Series("stored", [(prompts - discarded) / (time.monotonic() - again)], "frames/s")
+        )
+        bytes_a_frame = (site.rows(SIZES)[0][0] - before) / prompts
+        row.series.append(Series("Postgres", [bytes_a_frame], "bytes/frame"))
+        _judge_claims(row, site, job_id, discarded)
+        for name in ("page", "job", "frames"):
+            times = getattr(looks, name)
+            row.series.append(Series(f"p99 of a call: {name}", [percentile(times, 99)], "ms"))
+            if not short and percentile(times, 99) > MOST_CALL_MS:
+                row.problems.append(f"{name}: p99 {percentile(times, 99):.0f} ms")
+        _audit(row, stand, site, discarded)
+    return row
+
+
+def _done(site: Site, job_id: str) -> int:
+    time.sleep(0.05)
+    return int(site.rows("SELECT succeeded FROM jobs WHERE id = %s", job_id)[0][0])
+
+
+CLAIMS = """
+SELECT extract(epoch FROM max(at) - min(at))::float / (count(*) - 1)
+FROM events WHERE job_id = %s AND kind = 'frames.claimed'
+  AND (data -> 'frames' -> 0 ->> 0)::bigint BETWEEN %s AND %s
+"""
+
+
+def _judge_claims(row: Row, site: Site, job_id: str, frames: int) -> None:
+    tenth = frames // 10
+    first = site.rows(CLAIMS, job_id, tenth // 2, tenth + tenth // 2)[0][0]
+    last = site.rows(CLAIMS, job_id, frames - tenth - tenth // 2, frames - tenth // 2)[0][0]
+    row.series += [
+        Series("claims, first tenth", [1 / first], "claims/s"),
+        Series("claims, last tenth", [1 / last], "claims/s"),
+    ]
+    short = frames < PROMPTS // 2
+    row.add_ratio("claims, last tenth", "claims, first tenth", least=None if short else LEAST_CLAIM)
+
+
+def _audit(row: Row, stand: Stand, site: Site, discarded: int) -> None:
+    env = commands.environment(stand.folder, site.env)
+    done = subprocess.run(
+        commands.farm("audit", "--json", "--no-artifacts"),
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told: Any = done.stdout.strip().splitlines()[-1:] or done.stderr
+    line = f"`farm audit --no-artifacts`: exit {done.returncode}"
+    (row.problems if done.returncode else row.notes).append(
+        f"{line}; {discarded:,} frames were discarded" + (f": {told}" if done.returncode else "")
+    )

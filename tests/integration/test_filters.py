@@ -1,0 +1,194 @@
+"""Filters: a picture that is rejected is drawn again with another seed, so that a request for so
+many pictures yields so many."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from farm import exports as use_cases
+from farm import jobs
+from farm.artifacts import artifact_key
+from farm.catalog import Pipeline
+from farm.context import Farm
+from farm.encoding import read
+from farm.errors import CatalogError
+from farm.filters import NEAR, Verdict, blank, load_filters, near_duplicate
+from farm.offers import Offer
+from farm.spec import FrameSpec, derived_seed
+from farm.store import prints, workers
+from farm.store.engine import transaction
+from tests.benchmarks.encoding import photo_like
+from tests.farming import attempts_of, frame_rows, job_row, sql, submit
+from tests.noise import Noise, NoiseParams
+from workers.chores import Chores
+from workers.identity import Identity
+from workers.line import RenderLine
+
+HERE = "tests.integration.test_filters"
+Make = Callable[..., RenderLine]
+
+
+def every_third(_image: Image.Image, spec: FrameSpec) -> Verdict:
+    return Verdict(spec.seed % 3 != 0, spec.seed % 3, "its seed is a multiple of three")
+
+
+def everything(_image: Image.Image, _spec: FrameSpec) -> Verdict:
+    return Verdict(False, 0.25)
+
+
+@pytest.fixture
+def line_with(farm: Farm) -> Iterator[Make]:
+    """Make the render line of a pipeline with some filters."""
+    with ExitStack() as stack:
+
+        def make(*filters: str, family: Noise | None = None) -> RenderLine:
+            family = family or Noise()
+            pipeline = Pipeline(source="nowhere", bucket={"default": 4}, filters=list(filters))
+            farm.catalog.pipelines["noise"] = pipeline
+            offer = Offer("noise", pipeline, family, NoiseParams, NoiseParams)
+            farm._offers["noise"] = offer
+            identity = Identity(uuid.uuid4(), "noise", "here", 1)
+            with transaction(farm.store) as connection:
+                workers.register(
+                    connection, identity.id, name="noise", pipeline="noise", host="here", pid=1
+                )
+            line = RenderLine(farm, identity, offer, family.load(pipeline))
+            stack.callback(line.close)
+            return line
+
+        yield make
+
+
+def specs_stored(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> dict[int, FrameSpec]:
+    """What each picture's own file says."""
+    found = {}
+    for ordinal, row in frame_rows(farm, job_id).items():
+        content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
+        found[ordinal] = read(content)[1].frame
+    return found
+
+
+def test_a_job_keeps_as_many_as_it_asked_for(
+    farm: Farm, tenant: uuid.UUID, line_with: Make
+) -> None:
+    line = line_with(f"{HERE}:every_third")
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=300, seed=0, bucket=16)
+    line.run()
+    job = job_row(farm, tenant, job_id)
+    assert (job.status, job.succeeded) == ("succeeded", 300)
+    rows, stored = frame_rows(farm, job_id), specs_stored(farm, tenant, job_id)
+    for ordinal, spec in stored.items():
+        redraws = rows[ordinal].redraws
+        assert spec.seed % 3 != 0
+        assert spec.seed == (derived_seed(ordinal, redraws) if redraws else ordinal)
+        assert (redraws > 0) == (ordinal % 3 == 0)
+        reasons = [reason for _, reason in attempts_of(farm, job_id, ordinal)]
+        assert reasons == ["rejected"] * redraws
+    assert len({spec.seed for spec in stored.values()}) == 300
+    messages = {row.message for row in sql(farm, "SELECT DISTINCT message FROM attempts")}
+    assert messages == {f"Filter {HERE}:every_third, score 0: its seed is a multiple of three."}
+
+
+def test_the_manifest_tells_what_was_rejected(
+    farm: Farm, tenant: uuid.UUID, line_with: Make
+) -> None:
+    line = line_with(f"{HERE}:every_third")
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12, seed=0)
+    line.run()
+    export = use_cases.create(
+        farm, tenant, kind="webdataset", job_ids=[job_id], labels={}, shard_frames=5
+    )
+    Chores(farm, "chores").answer()
+    manifest = json.loads(farm.artifacts.get(f"{export.prefix}manifest.json"))
+    rejected = [int(row.n) for row in sql(farm, "SELECT count(*) AS n FROM attempts")]
+    assert [manifest["rejected"]] == rejected
+    assert sum(shard["rejected"] for shard in manifest["shards"]) == manifest["rejected"] >= 4
+    assert manifest["pictures"] == 12
+
+
+def test_a_frame_that_is_always_rejected_is_dead_in_the_end(
+    farm: Farm, tenant: uuid.UUID, line_with: Make
+) -> None:
+    line = line_with(f"{HERE}:everything")
+    job_id = submit(farm, tenant, pipeline="noise", top_up=2, max_attempts=1)
+    line.run()
+    job = job_row(farm, tenant, job_id)
+    assert (job.status, job.dead) == ("failed", 1)
+    assert attempts_of(farm, job_id) == [(attempt, "rejected") for attempt in (1, 2, 3)]
+    assert "everything, score 0.25" in frame_rows(farm, job_id)[0].error
+    jobs.retry(farm, tenant, job_id)
+    line.run()
+    seeds = [row.redraws for row in frame_rows(farm, job_id).values()]
+    assert seeds == [5]  # three more seeds, none of them again
+    assert len(attempts_of(farm, job_id)) == 6
+
+
+def test_no_two_pictures_of_a_job_look_alike(
+    farm: Farm, tenant: uuid.UUID, line_with: Make
+) -> None:
+    class Alike(Noise):
+        """Five pictures in all, whatever the seed."""
+
+        def denoise(self, loaded: Any, batch: Any) -> list[Image.Image | None]:
+            super().denoise(loaded, batch)
+            return [
+                Image.fromarray(
+                    np.random.default_rng(frame.seed % 5).integers(0, 255, (64, 64, 3), np.uint8)
+                )
+                for frame in batch.frames
+            ]
+
+    line = line_with("near_duplicate", family=Alike())
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=5, seed=0, top_up=200)
+    other = submit(farm, tenant, pipeline="noise", images_per_prompt=2, seed=0)
+    more = submit(farm, tenant, pipeline="noise", images_per_prompt=6, seed=0, top_up=5)
+    line.run()
+    kept = specs_stored(farm, tenant, job_id)
+    assert len({spec.seed % 5 for spec in kept.values()}) == 5
+    assert job_row(farm, tenant, other).status == "succeeded"  # another job's are not looked at
+    job = job_row(farm, tenant, more)
+    assert (job.status, job.succeeded, job.dead) == ("partial", 5, 1)
+    assert "it looks like frame" in sql(farm, "SELECT message FROM attempts LIMIT 1")[0].message
+
+
+def test_prints_are_near_within_six_bits(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant)
+    with transaction(farm.store) as connection:
+        assert prints.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None
+        assert prints.keep_print(connection, job_id, 1, 2**64 - 64, NEAR) == (0, 6)
+        assert prints.keep_print(connection, job_id, 1, 2**64 - 128, NEAR) is None
+        assert prints.keep_print(connection, job_id, 1, 2**64 - 1, NEAR) == (0, 0)
+        assert prints.keep_print(connection, job_id, 0, 0, NEAR) is None  # its own again
+
+
+def test_the_built_in_filters_judge_real_pictures() -> None:
+    spec = FrameSpec(pipeline="p", prompt="", seed=0, bucket=1, params={})
+    flat = Image.new("RGB", (64, 64), "navy")
+    photo, other = photo_like(256, 1), photo_like(256, 2)
+    assert not blank(flat, spec).keep
+    assert blank(photo, spec).keep
+    prints_of = [
+        near_duplicate(each, spec).print for each in (photo, photo.resize((200, 200)), other)
+    ]
+    first, smaller, another = [each for each in prints_of if each is not None]
+    assert (first ^ smaller).bit_count() <= NEAR
+    assert (first ^ another).bit_count() > NEAR
+
+
+@pytest.mark.parametrize("name", ["nothing", "farm.nothing:blank", "farm.filters:nothing"])
+def test_an_unknown_filter_is_refused(name: str) -> None:
+    with pytest.raises(CatalogError, match="filters: "):
+        load_filters([name])
+
+
+def test_a_filter_s_name_is_checked_in_the_catalog() -> None:
+    with pytest.raises(ValueError, match="write its name"):
+        Pipeline(source="x", filters=["not a name"])

@@ -1,0 +1,116 @@
+"""Pictures used again: a job that asks for it renders nothing that its tenant has stored."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+
+from farm.artifacts import artifact_key
+from farm.context import Farm
+from farm.store import workers
+from farm.store.engine import transaction
+from tests.farming import frame_rows, job_row, new_tenant, sql, submit
+from tests.noise import Noise
+from workers.line import RenderLine
+
+JOB: dict[str, Any] = {"pipeline": "noise", "images_per_prompt": 6, "seed": 1, "reuse": True}
+
+
+def pictures(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> list[bytes]:
+    return [
+        farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
+        for ordinal, row in sorted(frame_rows(farm, job_id).items())
+    ]
+
+
+def test_a_repeated_job_renders_nothing(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    first = submit(farm, tenant, **JOB)
+    line.run()
+    rendered = len(noise.batches)
+    again = submit(farm, tenant, **JOB)
+    line.run()
+    assert len(noise.batches) == rendered
+    job = job_row(farm, tenant, again)
+    assert (job.status, job.succeeded, job.reused) == ("succeeded", 6, 6)
+    assert job_row(farm, tenant, first).reused == 0
+    assert pictures(farm, tenant, again) == pictures(farm, tenant, first)
+    assert all(row.reused for row in frame_rows(farm, again).values())
+    assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+    with transaction(farm.store) as connection:
+        assert workers.sums(connection)[0].succeeded == 12
+
+
+def test_only_what_is_new_is_rendered(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    first = submit(farm, tenant, **JOB)
+    line.run()
+    noise.batches.clear()
+    more = submit(farm, tenant, **{**JOB, "images_per_prompt": 8, "seed": 3})
+    line.run()
+    seeds = {frame.seed for batch in noise.batches for frame in batch}
+    assert seeds == {7, 8, 9, 10}
+    assert job_row(farm, tenant, more).reused == 4
+    assert pictures(farm, tenant, more)[:4] == pictures(farm, tenant, first)[2:]
+
+
+@pytest.mark.parametrize(
+    "other", [{"reuse": False}, {"bucket": 2}, {"negative_prompt": "blurred"}, {"format": "webp"}]
+)
+def test_what_would_not_be_the_same_is_rendered(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, other: dict[str, Any]
+) -> None:
+    submit(farm, tenant, **JOB)
+    line.run()
+    noise.batches.clear()
+    job_id = submit(farm, tenant, **{**JOB, **other})
+    line.run()
+    assert noise.batches
+    assert job_row(farm, tenant, job_id).reused == 0
+
+
+def test_another_tenant_does_not_profit(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    submit(farm, tenant, **JOB)
+    line.run()
+    noise.batches.clear()
+    other = new_tenant(farm, "other")
+    job_id = submit(farm, other, **JOB)
+    line.run()
+    assert noise.batches
+    assert job_row(farm, other, job_id).reused == 0
+
+
+def test_a_picture_that_is_gone_from_the_storage_is_rendered(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    first = submit(farm, tenant, **JOB)
+    line.run()
+    row = frame_rows(farm, first)[2]
+    farm.artifacts.delete(artifact_key(tenant, first, 2, row.sha256))
+    noise.batches.clear()
+    again = submit(farm, tenant, **JOB)
+    line.run()
+    assert {frame.seed for batch in noise.batches for frame in batch} == {3}
+    assert job_row(farm, tenant, again).reused == 5
+    third = submit(farm, tenant, **JOB)
+    line.run()
+    assert job_row(farm, tenant, third).reused == 6  # it is known by its newest place
+
+
+def test_a_removed_job_s_pictures_are_not_used(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    first = submit(farm, tenant, **JOB)
+    line.run()
+    sql(farm, "UPDATE jobs SET removed_at = clock_timestamp() WHERE id = :id", id=first)
+    noise.batches.clear()
+    again = submit(farm, tenant, **JOB)
+    line.run()
+    assert noise.batches
+    assert job_row(farm, tenant, again).status == "succeeded"

@@ -1,0 +1,178 @@
+"""Files of prompts, in every form that they come in, and each thing wrong with one by its row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from farm.cli.prompts import Columns, PromptFile, Templates
+from farm.config import Settings
+from farm.errors import InvalidRequest
+from farm.inputs import Intake
+
+AS_IT_IS = Columns()
+NAMED = Columns("caption", "id", "number", "not", ("set",))
+
+
+def file(tmp_path: Path, name: str, content: bytes) -> Path:
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def lines(path: Path, columns: Columns = AS_IT_IS, **options: Any) -> list[dict[str, Any]]:
+    """What is sent, as the farm reads it."""
+    blocks = [*PromptFile(path, columns, **options).blocks()]
+    with Intake(Settings()) as intake:
+        for block in blocks:
+            intake.feed(block)
+        intake.end()
+    content = b"".join(blocks)
+    text = gzip.decompress(content) if path.suffix == ".gz" and content[:1] == b"\x1f" else content
+    return [json.loads(line) for line in text.decode("utf-8-sig").split("\n") if line.strip()]
+
+
+def test_csv_with_quoted_newlines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    content = (
+        "\ufeffid,caption,number,not,set,more\r\n"
+        'a,"two lines,\nof a star",7,blurred,train,x\r\n'
+        'b,"a ""quoted"" one",,,,y\r\n'
+    )
+    assert lines(file(tmp_path, "p.csv", content.encode()), NAMED) == [
+        {
+            "prompt": "two lines,\nof a star",
+            "key": "a",
+            "seed": 7,
+            "negative_prompt": "blurred",
+            "labels": {"set": "train"},
+        },
+        {"prompt": 'a "quoted" one', "key": "b"},
+    ]
+
+
+def test_tsv_and_its_own_columns(tmp_path: Path) -> None:
+    content = b"prompt\tkey\tseed\nred star\tk\t5\n\nblue star\tl\t6\n"
+    assert lines(file(tmp_path, "p.tsv", content)) == [
+        {"prompt": "red star", "key": "k", "seed": 5},
+        {"prompt": "blue star", "key": "l", "seed": 6},
+    ]
+
+
+def test_text_has_a_prompt_a_line(tmp_path: Path) -> None:
+    path = file(tmp_path, "p.txt", "\ufeffa red star\r\n\n  ein grüner  \n".encode())
+    assert lines(path) == [{"prompt": "a red star"}, {"prompt": "ein grüner"}]
+
+
+def test_json_lines_go_as_they_are_unless_columns_are_named(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"prompt": "a", "seed": 3}\r\n{"prompt": "b"}\r\n'
+    path = file(tmp_path, "p.jsonl", content)
+    assert b"".join(PromptFile(path).blocks()) == content
+    assert lines(path) == [{"prompt": "a", "seed": 3}, {"prompt": "b"}]
+    packed = file(tmp_path, "p.jsonl.gz", gzip.compress(content))
+    assert b"".join(PromptFile(packed).blocks()) == packed.read_bytes()
+    other = file(tmp_path, "q.jsonl", b'{"caption": "a", "id": 5, "labels": {"x": "y"}}\n')
+    assert lines(other, Columns("caption", "id")) == [
+        {"prompt": "a", "key": "5", "labels": {"x": "y"}}
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_parquet_with_large_strings_and_nulls(tmp_path: Path, text: pa.DataType) -> None:
+    table = pa.table(
+        {
+            "caption": pa.array(["a star", "a moon"]).cast(text),
+            "id": pa.array([1, 2]),
+            "number": pa.array([None, 2**62], pa.int64()),
+            "not": pa.array([None, "blurred"], pa.large_string()),
+            "set": pa.array(["train", None]),
+            "more": pa.array([0.5, None]),
+        }
+    )
+    pq.write_table(table, tmp_path / "p.parquet")
+    assert lines(tmp_path / "p.parquet", NAMED) == [
+        {"prompt": "a star", "key": "1", "labels": {"set": "train"}},
+        {"prompt": "a moon", "key": "2", "seed": 2**62, "negative_prompt": "blurred"},
+    ]
+
+
+def test_all_of_the_file_is_counted(tmp_path: Path) -> None:
+    rows = "".join(f"{n},a star\n" for n in range(5000))
+    path = file(tmp_path, "p.csv", b"key,prompt\n" + rows.encode())
+    told: list[int] = []
+    assert sum(1 for _ in PromptFile(path).lines(told.append)) == 5000
+    assert sum(told) == path.stat().st_size
+    assert len(told) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.csv", b"caption\na\n", "line 2: there is no column 'prompt'; there are caption"),
+        ("p.csv", b"prompt,key\na\n", "line 2: it has 1 columns, and the first line 2"),
+        ("p.csv", b"prompt\n\xff\n", "line 2: byte 1 is not UTF-8"),
+        ("p.csv", b'prompt\n"a\n', "line 2: unexpected end of data"),
+        ("p.csv", b"prompt,key\n,k\n", "line 2: the column 'prompt' is empty"),
+        ("p.csv", b"prompt,seed\na,x\n", "line 2: seed 'x' is not a whole number"),
+        ("p.tsv", b"prompt\tseed\na\t1.5\n", "line 2: seed '1.5' is not a whole number"),
+        ("p.jsonl", b"", None),
+        ("p.txt", b"\xff", "line 1: byte 1 is not UTF-8"),
+        ("p.txt.gz", gzip.compress(b"a\nb\n")[:-9], "cannot be read"),
+        ("p.parquet", b"nonsense", "not Parquet that can be read"),
+        ("p.png", b"", "prompts are read from .jsonl"),
+        ("p.parquet.gz", b"", "prompts are read from .jsonl"),
+    ],
+)
+def test_what_is_wrong_is_told_by_its_row(
+    tmp_path: Path, name: str, content: bytes, said: str | None
+) -> None:
+    with pytest.raises(InvalidRequest, match=said or "holds no line"):
+        lines(file(tmp_path, name, content))
+
+
+def test_a_parquet_file_without_the_column_names_those_that_there_are(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "x": [1]}), tmp_path / "p.parquet")
+    with pytest.raises(InvalidRequest, match="no column 'prompt'; there are text, x"):
+        lines(tmp_path / "p.parquet")
+    pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
+    with pytest.raises(InvalidRequest, match="row 2: the column 'prompt' is empty"):
+        lines(tmp_path / "p.parquet")
+
+
+def test_a_wrong_line_of_json_with_named_columns(tmp_path: Path) -> None:
+    for content in (b'{"caption": "a"}\nnonsense\n', b'{"caption": "a"}\n[1]\n'):
+        with pytest.raises(InvalidRequest, match="line 2: it is not"):
+            lines(file(tmp_path, "p.jsonl", content), Columns("caption"))
+
+
+def test_there_is_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"nowhere\.csv cannot be read: No such file"):
+        PromptFile(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.filterwarnings("ignore:'delimited_list' deprecated")  # dynamicprompts' own
+def test_templates_give_every_combination(tmp_path: Path) -> None:
+    (tmp_path / "animal.txt").write_text("cat\ndog\n")
+    path = file(tmp_path, "p.csv", b"key,prompt\nk,a {red|blue} __animal__\n")
+    every = Templates("combinatorial", wildcards=tmp_path)
+    assert lines(path, templates=every) == [
+        {"key": f"k-{number}", "prompt": prompt}
+        for number, prompt in enumerate(["a red cat", "a red dog", "a blue cat", "a blue dog"])
+    ]
+    assert len(lines(path, templates=Templates("combinatorial", 3, wildcards=tmp_path))) == 3
+
+
+@pytest.mark.filterwarnings("ignore:'delimited_list' deprecated")  # dynamicprompts' own
+def test_templates_are_drawn_the_same_for_a_seed(tmp_path: Path) -> None:
+    path = file(tmp_path, "p.txt", b"a {red|blue|green|white|black} {star|moon|sun}\n")
+    drawn = [lines(path, templates=Templates("random", 20, seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 20
+    assert len(lines(path, templates=Templates("random"))) == 1

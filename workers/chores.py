@@ -1,0 +1,140 @@
+"""Chores: what needs no device. A worker of its own lane writes datasets, a shard at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from celery.exceptions import SecurityWarning
+from celery.signals import setup_logging, worker_shutting_down
+
+from farm.bells import CHORES_LANE, CHORES_TASK, make_app
+from farm.config import Settings
+from farm.context import Farm, open_farm
+from farm.errors import FarmError, Unavailable, one_line
+from farm.exports import ShardWriter, Stopped
+from farm.logs import set_up_logs
+from farm.store import exports
+from farm.store.engine import one_statement
+from farm.store.exports import Shard
+
+log = logging.getLogger(__name__)
+
+MOST_CHARACTERS = 500
+"""of why a shard was not written"""
+
+
+class Chores:
+    """Writes the shards that are due, one after the other."""
+
+    def __init__(self, farm: Farm, name: str) -> None:
+        self._farm = farm
+        self._name = name
+        self._leaves = threading.Event()
+
+    def leave(self) -> None:
+        """Let it end soon: the shard in hand is given up, and written again by another."""
+        self._leaves.set()
+
+    def answer(self) -> None:
+        """Answer a bell: write until nothing is due."""
+        try:
+            while not self._leaves.is_set() and (shard := self._claim()) is not None:
+                self._write(shard)
+        except Unavailable as error:
+            log.warning("%s waits for the next bell: %s", self._name, error)
+
+    def _claim(self) -> Shard | None:
+        with one_statement(self._farm.store) as connection:
+            return exports.claim_shard(connection, self._name, self._farm.settings.lease_seconds)
+
+    def _write(self, shard: Shard) -> None:
+        try:
+            with self._held(shard) as lost:
+                writer = ShardWriter(
+                    self._farm, lambda: not (self._leaves.is_set() or lost.is_set())
+                )
+                files, pictures, missing = writer.write(shard)
+            with one_statement(self._farm.store) as connection:
+                held = exports.finish(connection, shard, files, rows=pictures, missing=missing)
+            if not held:
+                log.warning("%s lost %s: another writes it", self._name, shard)
+        except Stopped:
+            log.info("%s left %s", self._name, shard)
+            with one_statement(self._farm.store) as connection:
+                exports.give_back(connection, shard)
+        except Exception as error:
+            log.exception("%s could not write %s", self._name, shard)
+            said = error.message if isinstance(error, FarmError) else type(error).__name__
+            why, counts = one_line(said, MOST_CHARACTERS), not isinstance(error, Unavailable)
+            with one_statement(self._farm.store) as connection:
+                exports.fail(connection, shard, why, counts=counts)
+
+    @contextmanager
+    def _held(self, shard: Shard) -> Iterator[threading.Event]:
+        """Renew a shard's lease in the block; gives what is set once it is lost."""
+        over, lost = threading.Event(), threading.Event()
+        seconds = self._farm.settings.lease_seconds
+
+        def renew() -> None:
+            while not over.wait(seconds / 4):
+                try:
+                    with one_statement(self._farm.store) as connection:
+                        if not exports.renew(connection, shard, seconds):
+                            lost.set()
+                            return
+                except Unavailable as error:
+                    log.warning("%s: the lease of %s was not renewed: %s", self._name, shard, error)
+
+        thread = threading.Thread(target=renew, name="shard-lease", daemon=True)
+        thread.start()
+        try:
+            yield lost
+        finally:
+            over.set()
+            thread.join()
+
+
+def run_chores(settings: Settings) -> int:
+    """Be a worker of chores until SIGTERM; returns the exit code."""
+    farm = open_farm(settings)
+    host = socket.gethostname()
+    chores = Chores(farm, f"chores-{os.getpid()}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery answers it
+    app = make_app(settings)
+
+    @setup_logging.connect(weak=False)
+    def set_up(**_: Any) -> None:
+        set_up_logs(settings.log_level)
+
+    @worker_shutting_down.connect(weak=False)
+    def shutting_down(**_: Any) -> None:
+        chores.leave()
+
+    @app.task(name=CHORES_TASK, ignore_result=True)
+    def answer() -> None:
+        chores.answer()
+
+    warnings.simplefilter("ignore", SecurityWarning)  # of pickled messages: there are none
+    worker = app.Worker(
+        hostname=f"chores-{os.getpid()}@{host}",
+        queues=[CHORES_LANE],
+        pool="threads",
+        concurrency=1,
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    )
+    try:
+        worker.start()
+        return int(worker.exitcode or 0)
+    finally:
+        farm.close()
