@@ -172,7 +172,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self, farm: Farm, tenants: list[uuid.UUID]) -> None:
         super().__init__()
-        sql(farm, f"TRUNCATE {', '.join(WRITTEN)}, leases, workers, shares, input_chunks")
+        sql(
+            farm,
+            f"TRUNCATE {', '.join(WRITTEN)}, leases, workers, shares, input_chunks, prints, renders",
+        )
         self.farm = farm
         self.tenants = tenants
         self.hands = [hire(farm, name) for name in ("hand", "slow", "fast")]
