@@ -172,10 +172,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self, farm: Farm, tenants: list[uuid.UUID]) -> None:
         super().__init__()
-        sql(
-            farm,
-            f"TRUNCATE {', '.join(WRITTEN)}, leases, workers, shares, input_chunks, prints, renders",
-        )
+        more = "leases, workers, shares, input_chunks, prints, renders"
+        sql(farm, f"TRUNCATE {', '.join(WRITTEN)}, {more}")
         self.farm = farm
         self.tenants = tenants
         self.hands = [hire(farm, name) for name in ("hand", "slow", "fast")]
