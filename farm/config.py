@@ -84,7 +84,8 @@ class Settings(BaseSettings):
     )
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / f"farm-{os.getuid()}",
-        description="where a worker keeps pictures while the storage is away",
+        description="where a worker keeps pictures while the storage is away, and `farm chores` a "
+        "shard while it writes it",
     )
     cache_dir: Path = Field(
         default_factory=lambda: _user_cache() / "farm",

@@ -135,7 +135,9 @@ class ShardWriter:
             NotFound: its job was removed.
             Stopped: it is not wanted any more.
         """
-        with tempfile.TemporaryDirectory(prefix="farm-export-") as folder:
+        scratch = self.farm.settings.scratch_dir  # a shard may have many GB
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="farm-export-", dir=scratch) as folder:
             if shard.job_id is None:
                 return self._put(shard, self._cover(shard, Path(folder))), 0, 0
             return self._write(shard, shard.job_id, Path(folder))

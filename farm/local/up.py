@@ -106,11 +106,9 @@ def _start_farm(
 ) -> None:
     api = supervisor.start(commands.api(folder, env, port), lasting=False)
     supervisor.start(commands.janitor(folder, env))
-    supervisor.start(commands.chores(folder, env))
-    own = {
-        **_thread_settings(sum(counts.values())),
-        "FARM_SCRATCH_DIR": str(folder.path / "scratch"),
-    }
+    scratch = {"FARM_SCRATCH_DIR": str(folder.path / "scratch")}
+    supervisor.start(commands.chores(folder, {**env, **scratch}))
+    own = {**_thread_settings(sum(counts.values())), **scratch}
     for pipeline, count in counts.items():
         for number in range(1, count + 1):
             program = commands.worker(folder, {**env, **own}, pipeline, number, grace)
