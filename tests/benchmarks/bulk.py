@@ -254,7 +254,7 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
         started = time.monotonic()
         with ExitStack() as workers:
             for _ in range(cores()):
-                workers.enter_context(site.worker("null"))
+                workers.enter_context(site.worker("null", idle=False))
             wait_closely(lambda: _done(site, job_id) >= prompts - stored, "most are done")
         discarded = _done(site, job_id)
         row.series.append(
@@ -262,7 +262,7 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
         )
         again = time.monotonic()
         for _ in range(cores()):
-            stack.enter_context(site.worker("null", FARM_DISCARD_PICTURES="false"))
+            stack.enter_context(site.worker("null", idle=False, FARM_DISCARD_PICTURES="false"))
         wait_closely(lambda: _done(site, job_id) == prompts, "all are done")
         if discarded < prompts:  # a short run may be over before it is seen
             rate = (prompts - discarded) / (time.monotonic() - again)
