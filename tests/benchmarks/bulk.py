@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,13 +39,19 @@ LOOK_SECONDS = 0.5
 WORDS = ("old", "small", "bright", "dark", "red", "green", "blue", "castle", "harbour", "forest")
 """A prompt is drawn from"""
 
+# As farms do that keep a row for each frame from the start.
 CREATE = """
 CREATE TABLE copied (
-    job_id int NOT NULL, ordinal bigint NOT NULL, state text NOT NULL, seed bigint NOT NULL,
-    prompt text NOT NULL, created_at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (job_id, ordinal));
-CREATE INDEX copied_state ON copied (job_id, state)
+    id uuid PRIMARY KEY, job_id uuid NOT NULL, ordinal bigint NOT NULL, state text NOT NULL,
+    priority smallint NOT NULL, prompt text NOT NULL, negative_prompt text NOT NULL,
+    seed bigint NOT NULL, params jsonb NOT NULL, attempts smallint NOT NULL DEFAULT 0,
+    created_at timestamptz NOT NULL DEFAULT now());
+CREATE INDEX copied_job ON copied (job_id, state)
 """
+COPY = "COPY copied (id, job_id, ordinal, state, priority, prompt, negative_prompt, seed, params) FROM STDIN"
+PARAMS = json.dumps(
+    {"width": 32, "height": 32, "steps": 1, "guidance_scale": 7.5, "sampler": "ddim"}
+)
 SIZES = """
 SELECT pg_total_relation_size('frames') + pg_total_relation_size('events')
        + pg_total_relation_size('input_parts') + pg_total_relation_size('returns')
@@ -123,8 +130,8 @@ def submission(
         "A million prompts from a file",
         f"{prompts:,} distinct prompts of about 100 characters, a line of JSON each, by `farm "
         "submit --from`: until the job is accepted, the command's own start included. And a row a "
-        "frame - job, ordinal, state, seed, prompt, time; indexed by job and state - by COPY into "
-        "the same Postgres.",
+        "frame - id, job, ordinal, state, priority, prompts, seed, parameters, time; indexed by id, "
+        "and by job and state - by COPY into the same Postgres.",
     )
     url, key = api
     env = {**site.env, "FARM_API_URL": url, "FARM_API_KEY": key}
@@ -141,15 +148,16 @@ def submission(
         return prompts / seconds
 
     def copy() -> float:
-        job, started = next(turns), time.monotonic()
+        job, started = uuid.uuid4(), time.monotonic()
         with (
             site.connection.cursor() as cursor,
-            cursor.copy("COPY copied (job_id, ordinal, state, seed, prompt) FROM STDIN") as copied,
+            cursor.copy(COPY) as copied,
             path.open() as file,
         ):
             for ordinal, line in enumerate(file):
                 prompt = json.loads(line)["prompt"]
-                copied.write_row((job, ordinal, "waiting", 7 * ordinal, prompt))
+                row_id = uuid.uuid4()
+                copied.write_row((row_id, job, ordinal, "waiting", 2, prompt, "", ordinal, PARAMS))
         return prompts / (time.monotonic() - started)
 
     row.series = in_turn({"farm submit": submit, "COPY": copy}, 1 if short else 3, "prompts/s")
@@ -254,7 +262,7 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
         started = time.monotonic()
         with ExitStack() as workers:
             for _ in range(cores()):
-                workers.enter_context(site.worker("null", idle=False))
+                workers.enter_context(site.worker_at_work("null"))
             wait_closely(lambda: _done(site, job_id) >= prompts - stored, "most are done")
         discarded = _done(site, job_id)
         row.series.append(
@@ -262,7 +270,7 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
         )
         again = time.monotonic()
         for _ in range(cores()):
-            stack.enter_context(site.worker("null", idle=False, FARM_DISCARD_PICTURES="false"))
+            stack.enter_context(site.worker_at_work("null", FARM_DISCARD_PICTURES="false"))
         wait_closely(lambda: _done(site, job_id) == prompts, "all are done")
         if discarded < prompts:  # a short run may be over before it is seen
             rate = (prompts - discarded) / (time.monotonic() - again)

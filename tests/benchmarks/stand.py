@@ -81,19 +81,21 @@ class Site:
         wait_closely(all_succeeded, f"{frames} frames succeeded")
 
     @contextmanager
-    def worker(self, pipeline: str, *, idle: bool = True, **settings: str) -> Iterator[Child]:
-        """Run a worker, parent and child, as users do; it is idle when the block begins, unless
-        there is work already."""
+    def worker(self, pipeline: str, **settings: str) -> Iterator[Child]:
+        """Run a worker, parent and child, as users do; it is idle when the block begins."""
+        with self.worker_at_work(pipeline, **settings) as child:
+            wait_until(
+                lambda: self.rows(IDLE, child.pid)[0][0] == 1, READY_SECONDS, "a worker was idle"
+            )
+            yield child
+
+    @contextmanager
+    def worker_at_work(self, pipeline: str, **settings: str) -> Iterator[Child]:
+        """Run a worker that finds work, and so is never idle."""
         folder = self.stand.folder
         env = commands.environment(folder, {**self.env, **settings})
         program = commands.worker(folder, env, pipeline, next(self.stand.numbers), GRACE_SECONDS)
         with self.stand.running(program) as child:
-            if idle:
-                wait_until(
-                    lambda: self.rows(IDLE, child.pid)[0][0] == 1,
-                    READY_SECONDS,
-                    "a worker was idle",
-                )
             yield child
 
     @contextmanager
