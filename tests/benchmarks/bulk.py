@@ -48,10 +48,10 @@ CREATE TABLE copied (
     created_at timestamptz NOT NULL DEFAULT now());
 CREATE INDEX copied_job ON copied (job_id, state)
 """
-COPY = "COPY copied (id, job_id, ordinal, state, priority, prompt, negative_prompt, seed, params) FROM STDIN"
-PARAMS = json.dumps(
-    {"width": 32, "height": 32, "steps": 1, "guidance_scale": 7.5, "sampler": "ddim"}
-)
+COPY = """
+COPY copied (id, job_id, ordinal, state, priority, prompt, negative_prompt, seed, params) FROM STDIN
+"""
+PARAMS = json.dumps({"width": 32, "height": 32, "steps": 1, "cfg": 7.5, "sampler": "ddim"})
 SIZES = """
 SELECT pg_total_relation_size('frames') + pg_total_relation_size('events')
        + pg_total_relation_size('input_parts') + pg_total_relation_size('returns')
@@ -130,8 +130,8 @@ def submission(
         "A million prompts from a file",
         f"{prompts:,} distinct prompts of about 100 characters, a line of JSON each, by `farm "
         "submit --from`: until the job is accepted, the command's own start included. And a row a "
-        "frame - id, job, ordinal, state, priority, prompts, seed, parameters, time; indexed by id, "
-        "and by job and state - by COPY into the same Postgres.",
+        "frame - id, job, ordinal, state, priority, prompts, seed, parameters, time; indexed by "
+        "id, and by job and state - by COPY into the same Postgres.",
     )
     url, key = api
     env = {**site.env, "FARM_API_URL": url, "FARM_API_KEY": key}
