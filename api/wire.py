@@ -6,11 +6,11 @@ import uuid
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from farm.exports import MOST_JOBS, SHARD_FRAMES
 from farm.formats import Format
-from farm.spec import PROMPTS_SHOWN
+from farm.spec import PROMPTS_SHOWN, LabelText, storable
 from farm.states import FrameState, JobStatus
 
 Item = TypeVar("Item")
@@ -178,7 +178,14 @@ class ExportOfJobs(ExportAsked):
     """An export of several jobs as it is asked for: they are named, or bear labels."""
 
     jobs: list[str] = Field(default_factory=list, max_length=MOST_JOBS, description="their ids")
-    labels: dict[str, str] = Field(default_factory=dict, description="or what they all bear")
+    labels: dict[LabelText, LabelText] = Field(
+        default_factory=dict, description="or what they all bear"
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_storable(cls, value: dict[str, str]) -> dict[str, str]:
+        return {storable(key): storable(label) for key, label in value.items()}
 
 
 class Export(BaseModel):

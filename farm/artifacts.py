@@ -191,15 +191,15 @@ class Artifacts:
         except (BotoCoreError, ClientError) as error:
             raise _not_given(source, error) from error
 
-    def get(self, key: str) -> bytes:
-        """Read an image.
+    def get(self, key: str, bucket: str | None = None) -> bytes:
+        """Read an object, of this bucket unless another is named.
 
         Raises:
             NotStored: the storage holds no such image.
             Unavailable: the storage does not answer.
         """
         try:
-            return self._s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+            return self._s3.get_object(Bucket=bucket or self.bucket, Key=key)["Body"].read()
         except (BotoCoreError, ClientError) as error:
             raise _not_given(key, error) from error
 

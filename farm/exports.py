@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
-from farm.errors import InvalidRequest
+from farm.errors import InvalidRequest, Unavailable
 from farm.spec import FullSpec, frame_spec
 from farm.states import FrameState
 from farm.store import exports as stored
@@ -69,11 +69,11 @@ def create(
     with transaction(farm.store) as connection:
         chosen = list(job_ids) or stored.jobs_with(connection, tenant_id, labels)
         _check_jobs(reading.own_jobs(connection, tenant_id, chosen), chosen)
-        total = reading.frames_of(connection, chosen)
-        if total > MOST_SHARDS * shard_frames:
+        shards = reading.shards_of(connection, chosen, shard_frames)
+        if shards > MOST_SHARDS:
             raise InvalidRequest(
-                f"shard_frames: {total} frames in shards of {shard_frames} are more than "
-                f"{MOST_SHARDS} shards.",
+                f"shard_frames: with {shard_frames} frames each there are {shards} shards; the "
+                f"limit is {MOST_SHARDS}.",
                 param="shard_frames",
             )
         export = stored.insert_export(
@@ -136,7 +136,7 @@ class ShardWriter:
             Stopped: it is not wanted any more.
         """
         scratch = self.farm.settings.scratch_dir  # a shard may have many GB
-        scratch.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="farm-export-", dir=scratch) as folder:
             if shard.job_id is None:
                 return self._put(shard, self._cover(shard, Path(folder))), 0, 0
@@ -145,21 +145,27 @@ class ShardWriter:
     def _write(
         self, shard: Shard, job_id: uuid.UUID, folder: Path
     ) -> tuple[list[dict[str, Any]], int, int]:
-        from farm.datasets.shards import WRITERS
+        from farm.datasets.shards import WRITERS, Written
 
         pictures = missing = 0
+        lacking = folder / "missing.jsonl"
 
         def counted(found: Iterable[Pictured]) -> Iterator[Pictured]:
             nonlocal pictures, missing
-            for frame, picture in found:
-                if not self.wanted():
-                    raise Stopped
-                pictures += picture is not None
-                missing += picture is None
-                yield frame, picture
+            with lacking.open("wb") as lines:
+                for frame, picture in found:
+                    if not self.wanted():
+                        raise Stopped
+                    pictures += picture is not None
+                    missing += picture is None
+                    if picture is None:
+                        lines.write(_missing_line(frame))
+                    yield frame, picture
 
         frames = counted(self._pictured(shard, job_id))
         files = WRITERS[shard.kind](shard.number, frames, folder)
+        if missing:
+            files = [*files, Written(_missing_name(shard.number), lacking)]
         return self._put(shard, files), pictures, missing
 
     def _pictured(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Pictured]:
@@ -193,6 +199,8 @@ class ShardWriter:
                 lines = lines_of(connection, {job_id: full}, wanted, parts)
             for ordinal in range(first, stop):
                 row = rows.get(ordinal)
+                if row is not None and row.state in (FrameState.RUNNING, FrameState.READY):
+                    raise Unavailable(f"Frame {ordinal} of job {job_id} was retried meanwhile.")
                 line = lines[job_id, full.prompt_index(ordinal)]
                 yield Frame(
                     name=f"{shard.base + ordinal:09d}",
@@ -228,8 +236,10 @@ class ShardWriter:
         for name, content in contents.items():
             (folder / name).write_bytes(content)
         with (folder / "missing.jsonl").open("wb") as file:
-            for line in self._missing(shard):
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            for number in [shard["number"] for shard in cover.shards if shard["missing"]]:
+                # As the shard has it: what was retried since is in no shard.
+                key = shard.prefix + _missing_name(number)
+                file.write(self.farm.artifacts.get(key, shard.bucket))
         return [Written(name, folder / name) for name in (*contents, "missing.jsonl")]
 
     def _known(self, shard: Shard) -> Any:
@@ -240,7 +250,7 @@ class ShardWriter:
             jobs = [
                 reading.get_job(connection, shard.tenant_id, job_id) for job_id in export.job_ids
             ]
-            rows = stored.shards_of(connection, shard.export_id, limit=MOST_SHARDS)
+            rows = stored.shards_of(connection, shard.export_id, limit=MOST_SHARDS + 1)
             rejected = stored.rejected(connection, shard.export_id)
         return Cover(
             export_id=str(export.id),
@@ -273,17 +283,6 @@ class ShardWriter:
             bytes=export.bytes,
         )
 
-    def _missing(self, cover: Shard) -> Iterator[dict[str, Any]]:
-        """Tell every frame that has no picture, and why."""
-        with reads(self.farm.store) as connection:
-            rows = stored.shards_to_look_at(connection, cover.export_id)
-        for shard, job_id in [(shard, shard.job_id) for shard in rows if shard.job_id]:
-            for frame in self.frames(shard, job_id):
-                if not frame.succeeded:
-                    row = frame.row()
-                    names = ("key", "status", "error_message", "prompt", "seed", "job", "ordinal")
-                    yield {name: row[name] for name in names}
-
     def _put(self, shard: Shard, files: Sequence[Written]) -> list[dict[str, Any]]:
         listed = []
         for file in files:
@@ -293,6 +292,18 @@ class ShardWriter:
             if file.listed:
                 listed.append({"name": file.name, "bytes": file.bytes, "sha256": file.sha256()})
         return listed
+
+
+def _missing_name(number: int) -> str:
+    return f"missing/{number:05d}.jsonl"
+
+
+def _missing_line(frame: Frame) -> bytes:
+    """Tell a frame that has no picture, and why."""
+    row = frame.row()
+    names = ("key", "status", "error_message", "prompt", "seed", "job", "ordinal")
+    line = {name: row[name] for name in names}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
 class Stopped(Exception):

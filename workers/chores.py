@@ -74,7 +74,9 @@ class Chores:
         except Exception as error:
             log.exception("%s could not write %s", self._name, shard)
             said = error.message if isinstance(error, FarmError) else type(error).__name__
-            why, counts = one_line(said, MOST_CHARACTERS), not isinstance(error, Unavailable)
+            why = one_line(said, MOST_CHARACTERS)
+            # A server that is away comes back; a picture that is gone does not.
+            counts = not (isinstance(error, Unavailable) and error.retryable)
             with one_statement(self._farm.store) as connection:
                 exports.fail(connection, shard, why, counts=counts)
 

@@ -218,7 +218,9 @@ class RenderLine:
 
     def _begin(self, lease: Lease) -> tuple[Finished, LeaseWatch]:
         """Begin to watch a lease, and note that its batch is on the device."""
-        frames, done = self._reuse.split(lease.frames)
+        # What filters have not seen is not used again.
+        filtered = self._offer.pipeline.filters
+        frames, done = (lease.frames, []) if filtered else self._reuse.split(lease.frames)
         self._scratch.hold(os.getpid(), lease.id)
         seconds = self._farm.settings.touch_seconds
         watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)

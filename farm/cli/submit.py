@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from enum import StrEnum
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from farm.cli.fields import show_fields
 from farm.cli.find import short
 from farm.cli.images import control_field
 from farm.cli.prompts import Columns, PromptFile, Templates
+from farm.errors import Conflict
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient
@@ -227,11 +229,20 @@ def send(
             uploaded = _upload(client, file)
             body = {**body, "input": uploaded["id"]}
             # The same file under the same name is the same job, though it was stopped half-way.
-            idempotency_key = f"{(idempotency_key or '')[:150]} {uploaded['id']}"
+            word = f"{idempotency_key} {uploaded['id']}".encode("utf-8", "surrogateescape")
+            idempotency_key = sha256(word).hexdigest()
         if dry_run:
             _show_quote(client.quote(body), as_json=as_json)
             return
-        job = client.submit(body, idempotency_key)
+        try:
+            job = client.submit(body, idempotency_key)
+        except Conflict as error:
+            if file is None:
+                raise
+            raise Conflict(
+                "This file was submitted under this name before, with other options: choose "
+                "another --name."
+            ) from error
         if not as_json:
             frames = plural(job["total"], "frame")
             say(f"Job {job['id']}: {frames} of {job['pipeline']}, {job['priority']} priority.")

@@ -134,13 +134,6 @@ FROM export_shards
 WHERE export_id = :export_id AND number > :after ORDER BY number LIMIT :limit
 """)
 
-LACKING = text("""
-SELECT s.export_id, s.number, s.job_id, s.first, s.stop, s.base, s.attempt, e.tenant_id, e.kind,
-       e.bucket, e.prefix
-FROM export_shards s JOIN exports e ON e.id = s.export_id
-WHERE s.export_id = :export_id AND s.job_id IS NOT NULL AND s.missing > 0 ORDER BY s.number
-""")
-
 REJECTED_OF = text("""
 SELECT s.number, count(*) AS pictures
 FROM export_shards s JOIN attempts a
@@ -287,12 +280,6 @@ def shards_of(
     ).all()
 
 
-def shards_to_look_at(connection: Connection, export_id: uuid.UUID) -> list[Shard]:
-    """Give the shards that lack pictures."""
-    rows = connection.execute(LACKING, {"export_id": export_id})
-    return [Shard(**row._mapping) for row in rows]
-
-
 def has_file(connection: Connection, export_id: uuid.UUID, name: str) -> bool:
     """Whether a shard that is done lists such a file."""
     listed = json.dumps([{"name": name}])
@@ -350,7 +337,7 @@ def fail(connection: Connection, shard: Shard, error: str, *, counts: bool) -> N
         error: why.
         counts: after MOST_FAILURES of these the export has failed.
     """
-    rest = min(2.0**shard.attempt, LONGEST_REST_SECONDS)
+    rest = min(2.0 ** min(shard.attempt, 10), LONGEST_REST_SECONDS)
     values = {**shard.fence, "error": error, "seconds": rest, "most": MOST_FAILURES}
     connection.execute(FAIL, {**values, "counts": int(counts)})
 

@@ -14,15 +14,15 @@ SAMPLED_FRAMES = 100
 
 OWN = text("""
 WITH job AS (
-    SELECT j.id, j.device_seconds, j.succeeded FROM (
-        SELECT id, pipeline, batch_key, runs, device_seconds, succeeded FROM jobs
+    SELECT j.id, j.device_seconds, j.succeeded - j.reused AS rendered FROM (
+        SELECT id, pipeline, batch_key, runs, device_seconds, succeeded, reused FROM jobs
         WHERE tenant_id = :tenant_id AND removed_at IS NULL
         ORDER BY created_at DESC, id DESC LIMIT :jobs
     ) j
-    WHERE j.pipeline = :pipeline AND j.batch_key = :batch_key AND j.succeeded > 0
-      AND jsonb_array_length(j.runs) = 1
+    WHERE j.pipeline = :pipeline AND j.batch_key = :batch_key AND j.succeeded > j.reused
+      AND j.device_seconds > 0 AND jsonb_array_length(j.runs) = 1
 )
-SELECT sum(device_seconds) / sum(succeeded) AS seconds, (
+SELECT sum(device_seconds) / sum(rendered) AS seconds, (
     SELECT avg(f.bytes) FROM job CROSS JOIN LATERAL (
         SELECT bytes FROM frames
         WHERE job_id = job.id AND state = 'succeeded' ORDER BY ordinal LIMIT :frames

@@ -84,12 +84,15 @@ def own_jobs(
     return set(rows.scalars())
 
 
-FRAMES_OF = text("SELECT coalesce(sum(total), 0)::bigint FROM jobs WHERE id = ANY(:ids)")
+SHARDS_OF = text("""
+SELECT coalesce(sum((total + :frames - 1) / :frames), 0)::bigint FROM jobs WHERE id = ANY(:ids)
+""")
 
 
-def frames_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> int:
-    """Add up the frames of some jobs."""
-    return int(connection.execute(FRAMES_OF, {"ids": list(job_ids)}).scalar_one())
+def shards_of(connection: Connection, job_ids: Sequence[uuid.UUID], frames: int) -> int:
+    """Count the shards of so many frames that some jobs make."""
+    values = {"ids": list(job_ids), "frames": frames}
+    return int(connection.execute(SHARDS_OF, values).scalar_one())
 
 
 LIST_FRAMES = text("""

@@ -20,11 +20,11 @@ import webdataset
 from datasets import load_dataset
 from PIL import Image
 
-from farm import exports as use_cases
-from farm.artifacts import Artifacts
+from farm.artifacts import Artifacts, artifact_key
 from farm.config import Settings
 from farm.context import Farm
 from farm.errors import Unavailable
+from farm.exports import ShardWriter
 from farm.store import exports as stored
 from farm.store.engine import one_statement
 from tests.commanding import Outcome
@@ -239,6 +239,27 @@ def test_whole_shards_come_while_the_job_renders(farm: Farm, api: Api) -> None:
     assert written(farm, ann, found)["status"] == "succeeded"
 
 
+def test_what_is_retried_after_its_shard_stays_missing(
+    farm: Farm, api: Api, tmp_path: Path
+) -> None:
+    ann = api.client()
+    job_id = submit(ann)
+    rendered(farm, dead=2)
+    found = export(ann, job_id, to="parquet")
+    with one_statement(farm.store) as connection:
+        shard = stored.claim_shard(connection, "first", 60.0)
+    assert shard is not None
+    files, pictures, missing = ShardWriter(farm).write(shard)
+    with one_statement(farm.store) as connection:
+        assert stored.finish(connection, shard, files, rows=pictures, missing=missing)
+    ann.post(f"/v1/jobs/{job_id}/retry")
+    rendered(farm)
+    found = written(farm, ann, found)
+    assert (found["status"], found["pictures"], found["missing"]) == ("succeeded", 9, 1)
+    folder = fetched(ann, found, tmp_path)
+    assert [row["key"] for row in json_lines(folder / "missing.jsonl")] == ["k2"]
+
+
 def test_a_cancelled_job_lists_what_it_never_rendered(farm: Farm, api: Api, tmp_path: Path) -> None:
     ann, hand = api.client(), hire(farm)
     job_id = submit(ann)
@@ -288,12 +309,17 @@ def test_an_export_waits_for_the_storage_and_fails_where_a_picture_is_gone(
         for _ in range(stored.MOST_FAILURES + 1):
             sql(farm, "UPDATE export_shards SET due_at = clock_timestamp()")
             assert written(farm, ann, found)["status"] == "running"
-    with monkeypatch.context() as patched:
-        patched.setattr(use_cases.ShardWriter, "frames", lambda *_: 1 / 0)
-        for _ in range(stored.MOST_FAILURES):
-            sql(farm, "UPDATE export_shards SET due_at = clock_timestamp()")
-            failed = written(farm, ann, found)
-    assert (failed["status"], failed["error"]) == ("failed", "ZeroDivisionError")
+    tenant, sha256 = sql(
+        farm,
+        "SELECT j.tenant_id, f.sha256 FROM frames f JOIN jobs j ON j.id = f.job_id "
+        "WHERE f.ordinal = 0",
+    )[0]
+    farm.artifacts.delete(artifact_key(tenant, uuid.UUID(job_id), 0, sha256))
+    for _ in range(stored.MOST_FAILURES):
+        sql(farm, "UPDATE export_shards SET due_at = clock_timestamp()")
+        failed = written(farm, ann, found)
+    assert failed["status"] == "failed"
+    assert "The image storage holds no " in failed["error"]
 
 
 def test_several_jobs_go_into_one_dataset(farm: Farm, api: Api, tmp_path: Path) -> None:
@@ -347,6 +373,7 @@ def test_a_wrong_export_is_refused(api: Api, wrong: dict[str, Any]) -> None:
     job_id = submit(ann)
     check_problem(ann.post(f"/v1/jobs/{job_id}/exports", json=wrong), 422)
     both = {"to": "parquet", "jobs": [job_id], "labels": {"a": "b"}}
-    for asked in (both, {"to": "parquet"}, {"to": "parquet", "labels": {"no": "job"}}):
+    nul = {"to": "parquet", "labels": {"a": "\x00"}}
+    for asked in (both, {"to": "parquet"}, {"to": "parquet", "labels": {"no": "job"}}, nul):
         check_problem(ann.post("/v1/exports", json=asked), 422)
     assert sql(api.farm, "SELECT count(*) FROM exports") == [(0,)]

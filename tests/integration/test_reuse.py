@@ -9,9 +9,10 @@ import pytest
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
-from farm.store import workers
+from farm.store import frames, workers
 from farm.store.engine import transaction
-from tests.farming import frame_rows, job_row, new_tenant, sql, submit
+from farm.store.frames import Done
+from tests.farming import frame_rows, hire, job_row, let_leases_expire, new_tenant, sql, submit
 from tests.noise import Noise
 from workers.line import RenderLine
 
@@ -114,3 +115,32 @@ def test_a_removed_job_s_pictures_are_not_used(
     line.run()
     assert noise.batches
     assert job_row(farm, tenant, again).status == "succeeded"
+
+
+def test_a_late_result_says_nothing_of_the_picture_that_won(
+    farm: Farm, tenant: uuid.UUID, noise: Noise
+) -> None:
+    submit(farm, tenant, **{**JOB, "images_per_prompt": 1})
+    late, other = hire(farm, "late", "noise"), hire(farm, "other", "noise")
+    first = late.claim("noise")
+    assert first is not None
+    let_leases_expire(farm)
+    second = other.claim("noise")
+    assert second is not None
+    with transaction(farm.store) as connection:
+        for lease, digest in ((second, b"b" * 32), (first, b"a" * 32)):
+            done = [Done(lease.frames[0].fence, digest, 9, 0, digest)]
+            frames.complete(connection, lease.id, done)
+    assert [bytes(row.digest) for row in sql(farm, "SELECT digest FROM renders")] == [b"b" * 32]
+
+
+def test_a_result_told_twice_is_counted_once(farm: Farm, tenant: uuid.UUID, noise: Noise) -> None:
+    job_id = submit(farm, tenant, **{**JOB, "images_per_prompt": 1})
+    hand = hire(farm, "hand", "noise")
+    lease = hand.claim("noise")
+    assert lease is not None
+    done = [Done(lease.frames[0].fence, b"a" * 32, 9, 0, b"d" * 32, reused=True)]
+    for _ in range(2):
+        with transaction(farm.store) as connection:
+            frames.complete(connection, lease.id, done)
+    assert job_row(farm, tenant, job_id).reused == 1

@@ -64,7 +64,13 @@ BEGIN
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
-    IF _digests IS NOT NULL THEN PERFORM pg_temp.remember(_job_ids, _ordinals, _digests); END IF;
+    IF _digests IS NOT NULL THEN
+        -- of what was accepted: a late result says nothing of the picture that won
+        PERFORM pg_temp.remember(array_agg(d.id), array_agg(d.ordinal), array_agg(d.digest))
+        FROM unnest(_job_ids, _ordinals, _attempts, _digests) AS d (id, ordinal, attempt, digest)
+        JOIN unnest(ids, ordinals, attempts) AS a (id, ordinal, attempt)
+          ON a.id = d.id AND a.ordinal = d.ordinal AND a.attempt = d.attempt;
+    END IF;
 
     DELETE FROM leases l WHERE l.id = ANY(_lease_ids) AND NOT EXISTS (
         SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
