@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import time
+import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,7 @@ from farm.store import leases, workers
 from farm.store.engine import Connection, transaction
 from farm.store.resting import note_failure
 from workers.identity import Identity, new_identity
-from workers.scratch import Scratch
+from workers.scratch import NO_LEASE, Scratch
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Heart:
         self._outage = float("-inf")
         self._last_words = ENDED
         self._hung: dict[int, str] = {}
+        self._adrift: dict[int, tuple[uuid.UUID, float]] = {}
+        """Children at a batch whose lease is gone: which, and since when"""
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
 
     def start(self) -> None:
@@ -124,6 +127,7 @@ class Heart:
             os.kill(os.getpid(), signal.SIGTERM)
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
             self._end_hung(held)
+            self._end_adrift({lease.id for lease in held})
         for pid in {lease.pid for lease in held if not is_alive(lease.pid)}:
             self._return_lost(pid)
 
@@ -142,6 +146,31 @@ class Heart:
                 log.error("%s: child %s hangs; ended", self._identity.name, pid)
                 seconds = still.total_seconds()
                 self._hung[pid] = f"It showed no step for {seconds:.0f} s, and was ended."
+                os.kill(pid, signal.SIGKILL)
+
+    def _end_adrift(self, held: Collection[uuid.UUID]) -> None:
+        """End a child that stays at a batch whose lease is lost.
+
+        Between two steps it would have seen that nobody wants it; no lease tells of it any more.
+        """
+        before, self._adrift = self._adrift, {}
+        now = time.monotonic()
+        for pid in [child.pid for child in billiard.active_children() if child.pid is not None]:
+            device = self._scratch.held_by(pid)
+            if device in (None, NO_LEASE) or device in held:
+                continue
+            assert device is not None
+            known, since = before.get(pid, (device, now))
+            self._adrift[pid] = device, since if known == device else now
+            seconds = now - self._adrift[pid][1]
+            if seconds > self._farm.settings.step_timeout_seconds:
+                log.error(
+                    "%s: child %s has stayed at lease %s for %.0f s since it was lost; ended",
+                    self._identity.name,
+                    pid,
+                    device,
+                    seconds,
+                )
                 os.kill(pid, signal.SIGKILL)
 
     def _return_lost(self, pid: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from tests.farming import (
     submit,
 )
 from tests.serving import serving
+from tests.waiting import wait_until
 from workers.batchlog import BatchLog
 from workers.identity import Identity
 from workers.parent import Heart
@@ -336,6 +338,40 @@ def test_a_child_is_judged_by_what_is_on_its_device(
         scratch.hold(child.pid, old.id if hangs else fresh.id)
         Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)._beat()
         if not hangs:
+            assert child.poll() is None
+            child.kill()
+        assert child.wait(30) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
+    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """It hung while Postgres was away: no lease is left by which the watchdog could see it."""
+    submit(farm, tenant)
+    hand = hire(farm)
+    farm.settings.step_timeout_seconds = 0.2
+    with subprocess.Popen(["sleep", "60"]) as child:
+        monkeypatch.setattr("billiard.active_children", lambda: [child])
+        hand = replace(hand, pid=child.pid)
+        lease = hand.must_claim()
+        scratch = Scratch(farm.settings.scratch_dir, hand.id)
+        scratch.folder.mkdir(parents=True)
+        scratch.hold(child.pid, lease.id if lost else None)
+        heart = Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)
+        let_leases_expire(farm)
+        heart._beat()
+        assert child.poll() is None  # it may still see for itself
+
+        def ended() -> bool:
+            heart._beat()
+            return child.poll() is not None
+
+        if lost:
+            wait_until(ended, 30, "it was ended")
+        else:
+            started = time.monotonic()
+            wait_until(lambda: ended() or time.monotonic() - started > 1.0, 30, "a second passed")
             assert child.poll() is None
             child.kill()
         assert child.wait(30) == -signal.SIGKILL
