@@ -69,6 +69,8 @@ def create(
     with transaction(farm.store) as connection:
         chosen = list(job_ids) or stored.jobs_with(connection, tenant_id, labels)
         _check_jobs(reading.own_jobs(connection, tenant_id, chosen), chosen)
+        if dest is not None and stored.is_taken(connection, bucket, prefix):
+            raise InvalidRequest(f"dest: another export lies at or below {dest}.", param="dest")
         shards = reading.shards_of(connection, chosen, shard_frames)
         if shards > MOST_SHARDS:
             raise InvalidRequest(

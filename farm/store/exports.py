@@ -22,6 +22,10 @@ from farm.states import REJECTED
 MOST_FAILURES = 5
 """Of a shard; then the export has failed"""
 LONGEST_REST_SECONDS = 60.0
+CANDIDATES = 20
+"""Shards that a claim looks at"""
+LATER_SECONDS = 1.0
+"""Before one that is not whole is looked at again"""
 
 INSERT = text("""
 INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, shards)
@@ -51,22 +55,36 @@ SELECT count(job_id) FROM rows
 
 SET_SHARDS = text("UPDATE exports SET shards = :shards WHERE id = :id")
 
+# A few candidates at a time, in order; what is not whole yet is looked at again a little later. A
+# frame that has not come to its end stands in a lease or among the returned, and both are small.
 CLAIM = text("""
-WITH chosen AS (
-    SELECT s.export_id, s.number FROM export_shards s
-    JOIN exports e ON e.id = s.export_id LEFT JOIN jobs j ON j.id = s.job_id
+WITH candidate AS (
+    SELECT s.export_id, s.number, s.job_id, s.first, s.stop
+    FROM export_shards s JOIN exports e ON e.id = s.export_id
     WHERE s.done_at IS NULL AND e.state = 'running' AND s.due_at <= clock_timestamp()
-      AND CASE
-        WHEN s.job_id IS NULL THEN NOT EXISTS (
+    ORDER BY e.created_at, e.id, s.number LIMIT :candidates FOR UPDATE OF s SKIP LOCKED
+), judged AS (
+    SELECT c.export_id, c.number, c.job_id, CASE
+        WHEN c.job_id IS NULL THEN NOT EXISTS (
             SELECT FROM export_shards o
-            WHERE o.export_id = s.export_id AND o.done_at IS NULL AND o.job_id IS NOT NULL)
+            WHERE o.export_id = c.export_id AND o.done_at IS NULL AND o.job_id IS NOT NULL)
         WHEN j.id IS NULL OR j.removed_at IS NOT NULL OR j.status = 'cancelled' THEN true
-        ELSE j.cursor >= s.stop AND NOT EXISTS (
-            SELECT FROM frames f
-            WHERE f.job_id = s.job_id AND f.ordinal >= s.first AND f.ordinal < s.stop
-              AND f.state IN ('running', 'ready'))
-      END
-    ORDER BY e.created_at, e.id, s.number LIMIT 1 FOR UPDATE OF s SKIP LOCKED
+        ELSE j.cursor >= c.stop AND NOT EXISTS (
+            SELECT FROM returns r
+            WHERE r.job_id = c.job_id AND r.ordinal >= c.first AND r.ordinal < c.stop
+        ) AND NOT EXISTS (
+            SELECT FROM leases l
+            CROSS JOIN LATERAL unnest(l.job_ids, l.ordinals) AS d (job_id, ordinal)
+            WHERE l.pipeline = j.pipeline AND d.job_id = c.job_id
+              AND d.ordinal >= c.first AND d.ordinal < c.stop)
+        END AS whole
+    FROM candidate c LEFT JOIN jobs j ON j.id = c.job_id
+), later AS (
+    UPDATE export_shards s SET due_at = clock_timestamp() + make_interval(secs => :later)
+    FROM judged c WHERE s.export_id = c.export_id AND s.number = c.number AND NOT c.whole
+      AND c.job_id IS NOT NULL
+), chosen AS (
+    SELECT export_id, number FROM judged WHERE whole ORDER BY number LIMIT 1
 )
 UPDATE export_shards s
 SET attempt = s.attempt + 1, worker = :worker,
@@ -139,6 +157,12 @@ SELECT s.number, count(*) AS pictures
 FROM export_shards s JOIN attempts a
   ON a.job_id = s.job_id AND a.ordinal >= s.first AND a.ordinal < s.stop
 WHERE s.export_id = :export_id AND a.reason = :reason GROUP BY s.number
+""")
+
+TAKEN = text("""
+SELECT EXISTS (
+    SELECT FROM exports
+    WHERE bucket = :bucket AND (starts_with(prefix, :prefix) OR starts_with(:prefix, prefix)))
 """)
 
 LISTED = text("""
@@ -293,6 +317,11 @@ def rejected(connection: Connection, export_id: uuid.UUID) -> dict[int, int]:
     return {row.number: row.pictures for row in rows}
 
 
+def is_taken(connection: Connection, bucket: str, prefix: str) -> bool:
+    """Whether an export, of whichever tenant, lies at a place, below it or above it."""
+    return bool(connection.execute(TAKEN, {"bucket": bucket, "prefix": prefix}).scalar_one())
+
+
 def any_due(connection: Connection) -> bool:
     """Whether a shard may wait for a worker."""
     return bool(connection.execute(DUE).scalar_one())
@@ -300,7 +329,13 @@ def any_due(connection: Connection) -> bool:
 
 def claim_shard(connection: Connection, worker: str, seconds: float) -> Shard | None:
     """Claim the next shard of the oldest export that has one to write; one statement."""
-    row = connection.execute(CLAIM, {"worker": worker, "seconds": seconds}).first()
+    values = {
+        "worker": worker,
+        "seconds": seconds,
+        "candidates": CANDIDATES,
+        "later": LATER_SECONDS,
+    }
+    row = connection.execute(CLAIM, values).first()
     return Shard(**row._mapping) if row else None
 
 

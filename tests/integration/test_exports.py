@@ -234,8 +234,16 @@ def test_whole_shards_come_while_the_job_renders(farm: Farm, api: Api) -> None:
     found = export(ann, job_id, to="webdataset")
     assert written(farm, ann, found)["shards_done"] == 0
     render(hand, lease)
+    look_again = "UPDATE export_shards SET due_at = clock_timestamp() WHERE done_at IS NULL"
+    sql(farm, look_again)
+    assert written(farm, ann, found)["shards_done"] == 1
+    hand.release(hand.must_claim())  # returned: not come to its end
+    sql(farm, look_again)
     assert written(farm, ann, found)["shards_done"] == 1
     rendered(farm)
+    sql(farm, look_again)
+    assert written(farm, ann, found)["shards_done"] == 3
+    sql(farm, look_again)
     assert written(farm, ann, found)["status"] == "succeeded"
 
 
@@ -342,6 +350,9 @@ def test_another_bucket_is_written_to_where_it_is_allowed(farm: Farm, api: Api) 
     listed = farm.artifacts._s3.list_objects_v2(Bucket=bucket, Prefix="a/b/")["Contents"]
     assert found["dest"] == f"s3://{bucket}/a/b/"
     assert len(listed) == 3 + 4
+    for taken in ("a/b", "a", "a/b/c", ""):
+        asked = {"to": "parquet", "dest": f"s3://{bucket}/{taken}"}
+        check_problem(ann.post(f"/v1/jobs/{job_id}/exports", json=asked), 422)
     for dest in ("s3://elsewhere/a", f"s3://{farm.settings.s3_bucket}/a", "nonsense", "s3://"):
         asked = {"to": "parquet", "dest": dest}
         check_problem(ann.post(f"/v1/jobs/{job_id}/exports", json=asked), 422)
