@@ -126,6 +126,7 @@ class Child:
             offer = make_offer(pipeline, self._farm.entry(pipeline))
             loaded = offer.family.load(offer.pipeline)
             warmth = warm_up(offer, loaded)
+            line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._batch_log)
         except FarmError as error:
             problem = one_line(error.message, MOST_CHARACTERS)
             log.error("%s cannot load pipeline %s: %s", name, pipeline, problem)  # noqa: TRY400
@@ -137,7 +138,7 @@ class Child:
             return type(error).__name__
         seconds = self._clock() - started
         log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
-        self._line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._batch_log)
+        self._line = line
         # A fresh process costs more: it starts, and imports what it needs.
         self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
         return None

@@ -148,8 +148,7 @@ class RenderLine:
 
         try:
             with self._urgent.listening() if interruptible else nullcontext():
-                pictures = self._denoise(self._loaded, batch.frames, on_step)
-            self._scratch.hold(os.getpid(), None)
+                pictures = self._denoise(self._loaded, batch, on_step)
             now = time.monotonic()
             batch.stages["denoise"] = started, now
             batch.account.denoise_seconds = now - started - self._lent_seconds
@@ -191,7 +190,7 @@ class RenderLine:
 
         try:
             self._twin = self._twin or self._loaded.twin()
-            pictures = self._denoise(self._twin, batch.frames, on_step)
+            pictures = self._denoise(self._twin, batch, on_step)
             batch.spent("denoise", started)
             self._tail.take(batch, pictures, watch, hasty=True)
         except StopBatch:
@@ -217,11 +216,10 @@ class RenderLine:
         self._claims.release(lease)
 
     def _begin(self, lease: Lease) -> tuple[Finished, LeaseWatch]:
-        """Begin to watch a lease, and note that its batch is on the device."""
+        """Begin to watch a lease, and see what of it must be rendered."""
         # What filters have not seen is not used again.
         filtered = self._offer.pipeline.filters
         frames, done = (lease.frames, []) if filtered else self._reuse.split(lease.frames)
-        self._scratch.hold(os.getpid(), lease.id)
         seconds = self._farm.settings.touch_seconds
         watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
         watch.start()
@@ -234,10 +232,11 @@ class RenderLine:
         self._claims.release(lease)
 
     def _denoise(
-        self, loaded: Loaded, frames: Sequence[ClaimedFrame], on_step: Callable[[int, int], None]
+        self, loaded: Loaded, batch: Finished, on_step: Callable[[int, int], None]
     ) -> list[Image.Image | None]:
-        specs = [frame.spec for frame in frames]
-        images = BatchImages(self._images, self._owners(frames))
+        """Denoise a batch, noting meanwhile that it is on the device."""
+        specs = [frame.spec for frame in batch.frames]
+        images = BatchImages(self._images, self._owners(batch.frames))
         prompts = [spec.prompt for spec in specs]
 
         def hook(step: int, steps: int) -> None:
@@ -245,6 +244,7 @@ class RenderLine:
             on_step(step, steps)
 
         self._warmth.meet(self._offer.name, specs[0])
+        self._scratch.hold(os.getpid(), batch.lease.id)
         try:
             return self._offer.family.denoise(loaded, Batch(specs, hook, images))
         except BaseException as error:
@@ -252,6 +252,9 @@ class RenderLine:
             if isinstance(error, REFUSALS):
                 raise RenderError(f"{self._offer.name} refuses it: {error}") from error
             raise
+        finally:
+            # However it ended: the parent ends a child that stays at a batch nobody wants.
+            self._scratch.hold(os.getpid(), None)
 
     def _owners(self, claimed: Sequence[ClaimedFrame]) -> dict[str, uuid.UUID]:
         """Tell whose each image of a batch is."""

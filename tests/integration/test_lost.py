@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from farm.context import Farm
 from farm.errors import FarmError
+from farm.families.base import StopBatch
 from farm.store import jobs, leases, workers
 from farm.store.engine import transaction
 from farm.store.resting import SPARED_AT_MOST
@@ -29,12 +31,14 @@ from tests.farming import (
     state_of,
     submit,
 )
+from tests.noise import Noise
 from tests.serving import serving
 from tests.waiting import wait_until
 from workers.batchlog import BatchLog
 from workers.identity import Identity
+from workers.line import RenderLine
 from workers.parent import Heart
-from workers.scratch import SHOWN_BYTES, Scratch
+from workers.scratch import NO_LEASE, SHOWN_BYTES, Scratch
 
 
 def all_due(farm: Farm) -> None:
@@ -375,3 +379,31 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
             assert child.poll() is None
             child.kill()
         assert child.wait(30) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("ends", ["well", "badly", "stopped"])
+def test_nothing_is_on_the_device_after_a_batch_however_it_ended(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, ends: str
+) -> None:
+    """Else an idle child would be taken for one that stays at a lost batch."""
+    scratch = Scratch(farm.settings.scratch_dir, line._identity.id)
+    seen: list[uuid.UUID | None] = []
+
+    def disturb(_frames: object, _step: int) -> None:
+        seen.append(scratch.held_by(os.getpid()))
+        if ends == "badly":
+            raise FarmError("It breaks.")
+        if ends == "stopped":
+            raise StopBatch
+
+    noise.disturb = disturb
+    submit(farm, tenant, pipeline="noise", max_attempts=1)
+    with scratch.held():
+        if ends == "stopped":
+            lease = line._claims.now()
+            assert lease is not None
+            line._render(lease)
+        else:
+            line.run()
+        assert seen[0] not in (None, NO_LEASE)
+        assert scratch.held_by(os.getpid()) == NO_LEASE
