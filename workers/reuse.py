@@ -61,11 +61,12 @@ class Reuse:
 
         stored = insist(self._identity.name, find)
         done = []
-        for slot, frame in enumerate(frames):
+        for frame in frames:
             digest = digests[frame.fence]
             if digest in stored and self._copied(stored[digest], frame):
                 row = stored[digest]
-                done.append(Done(frame.fence, row.sha256, row.bytes, slot, digest, reused=True))
+                same = Done(frame.fence, row.sha256, row.bytes, row.slot, digest, reused=True)
+                done.append(same)
         return done
 
     def _copied(self, row: Any, frame: ClaimedFrame) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, text
 from farm.store import arrays
 
 FIND = text("""
-SELECT d.digest, r.job_id, r.ordinal, f.sha256, f.bytes
+SELECT d.digest, r.job_id, r.ordinal, f.sha256, f.bytes, f.slot
 FROM (SELECT DISTINCT unnest(CAST(:digests AS bytea[])) AS digest) d
 JOIN renders r ON r.tenant_id = :tenant_id AND r.digest = d.digest
 JOIN frames f ON f.job_id = r.job_id AND f.ordinal = r.ordinal AND f.state = 'succeeded'
@@ -22,6 +22,6 @@ JOIN jobs j ON j.id = r.job_id AND j.removed_at IS NULL
 def find_renders(
     connection: Connection, tenant_id: uuid.UUID, digests: Sequence[bytes]
 ) -> dict[bytes, Row[Any]]:
-    """Find a tenant's stored pictures: job_id, ordinal, sha256 and bytes of each, by digest."""
+    """Find a tenant's stored pictures by digest: job_id, ordinal, sha256, bytes and slot."""
     values = {"tenant_id": tenant_id, "digests": arrays.byte_strings(digests)}
     return {bytes(row.digest): row for row in connection.execute(FIND, values)}

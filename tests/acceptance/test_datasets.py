@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Farm, tmp_
     words = ["submit", "--from", str(path), "--pipeline", "null", "--steps", "1", "--json"]
     words += ["--set", "width=16", "--set", "height=16", "--set", "step_seconds=0.01"]
     submitter = start(words, env)
-    time.sleep(drawn.uniform(0.3, 1.5))  # a moment, not a condition
-    submitter.kill()
-    submitter.wait()
+    kill_at(submitter, drawn.uniform(0.3, 1.5))
     job_id = finished(words, env)["id"]
     assert finished(words, env)["id"] == job_id
 
@@ -137,9 +135,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Farm, tmp_
     try:
         for _ in range(3):
             exporter = start(export, env)
-            time.sleep(drawn.uniform(0.5, 4.0))  # a moment, not a condition
-            exporter.kill()
-            exporter.wait()
+            kill_at(exporter, drawn.uniform(0.5, 4.0))
         wait_until(lambda: {*killed} == {"api", "chores", "worker null-1"}, 300, "all were killed")
     finally:
         over.set()
@@ -157,6 +153,14 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Farm, tmp_
     assert sorted(keys) == sorted(f"k{number}" for number in range(frames))
     audit = farm_process("audit", "--json", env=env)
     assert audit.code == 0, audit.out
+
+
+def kill_at(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Kill a process after so long, unless it has ended by itself."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    process.wait()
 
 
 def start(words: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
