@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from anyio import CapacityLimiter, WouldBlock
 from fastapi import Request
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from api.auth import farm_of
-from farm.errors import MalformedBody, TooLarge
+from farm.errors import MalformedBody, TooLarge, Unavailable
 
 DRAINED = 4
 """How many times its limit a body is read on, kept nowhere, so that its sender hears the refusal
@@ -45,6 +48,25 @@ async def read_within(request: Request, limit: int) -> bytes:
     if size > limit:
         raise TooLarge(f"The body is larger than the limit of {limit} bytes.")
     return b"".join(chunks)
+
+
+@contextmanager
+def admitted(limiter: CapacityLimiter, what: str) -> Iterator[None]:
+    """Hold a place in the block, which somebody else may want.
+
+    Raises:
+        Unavailable: all are taken.
+    """
+    try:
+        limiter.acquire_nowait()
+    except WouldBlock:
+        raise Unavailable(
+            f"Too many {what} are being uploaded; send it again in a moment."
+        ) from None
+    try:
+        yield
+    finally:
+        limiter.release()
 
 
 def parse_json(body: bytes) -> Any:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from anyio import CapacityLimiter, WouldBlock, to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import RedirectResponse
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer, farm_of
-from api.body import read_within
+from api.body import admitted, read_within
 from api.openapi import refusals
 from farm import images as use_cases
-from farm.errors import Unavailable
 from farm.imagefiles import ALLOWED, IMAGE_ID, OPENERS, PNG
 from farm.images import image_key
 from farm.store.images import StoredImage
@@ -57,20 +56,11 @@ async def upload(
     """Take a PNG, JPEG or WebP as the raw body, and keep it as an RGB PNG, upright, without
     metadata. The same content again, in whichever of these kinds, answers the same id."""
     content_type = request.headers.get("content-type", "")
-    admitted: CapacityLimiter = request.app.state.admitted
-    try:
-        admitted.acquire_nowait()
-    except WouldBlock:
-        raise Unavailable(
-            "Too many images are being uploaded; send it again in a moment."
-        ) from None
-    try:
-        decoding: CapacityLimiter = request.app.state.decoding
+    decoding: CapacityLimiter = request.app.state.decoding
+    with admitted(request.app.state.admitted, "images"):
         image = await to_thread.run_sync(
             use_cases.upload, farm, caller.tenant_id, body, content_type, limiter=decoding
         )
-    finally:
-        admitted.release()
     response.headers["Location"] = f"/v1/images/{image.id}"
     return _view(image)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
-from anyio import CapacityLimiter, WouldBlock, to_thread
+from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from api import wire
-from api.auth import FarmHere, Reader, Writer
+from api.auth import FarmHere, Reader, Writer, farm_of
+from api.body import admitted
 from api.openapi import refusals
 from farm.context import Farm
-from farm.errors import FarmError, MalformedBody, Unavailable
-from farm.inputs import Intake, Source
+from farm.errors import FarmError, MalformedBody
+from farm.inputs import Intake, StoredInput
 from farm.store import inputs
 from farm.store.engine import reads, transaction
 
@@ -24,6 +25,8 @@ router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
 InputId = Annotated[uuid.UUID, Path(description="the input's id")]
 AT_ONCE = 4
 """Uploads that a process takes at the same time"""
+IDLE_SECONDS = 60.0
+"""How long more of one is waited for"""
 BLOCK_BYTES = 2**20
 """That are read in one go, in a thread"""
 LINES: dict[str, Any] = {
@@ -54,18 +57,9 @@ async def upload(
     same input.
     """
     limiter: CapacityLimiter = request.app.state.intakes
-    try:
-        limiter.acquire_nowait()
-    except WouldBlock:
-        raise Unavailable(
-            "Too many inputs are being uploaded; send it again in a moment."
-        ) from None
-    try:
-        with Intake(farm.settings) as intake:
-            await _read(request, intake)
-            found = await to_thread.run_sync(_store, farm, caller.tenant_id, intake)
-    finally:
-        limiter.release()
+    with admitted(limiter, "inputs"), Intake(farm.settings) as intake:
+        await _read(request, intake)
+        found = await to_thread.run_sync(_store, farm, caller.tenant_id, intake)
     response.headers["Location"] = f"/v1/inputs/{found.id}"
     return _view(found)
 
@@ -80,7 +74,11 @@ def get_input(farm: FarmHere, caller: Reader, input_id: InputId) -> wire.Input:
 async def _read(request: Request, intake: Intake) -> None:
     """Read the body through; to its end even when it is refused, so that its sender hears why."""
     refused: FarmError | None = None
+    left = farm_of(request).settings.max_input_bytes
     async for block in _blocks(request):
+        left -= len(block)
+        if refused is not None and left < 0:
+            break
         if refused is None:
             try:
                 await to_thread.run_sync(intake.feed, block)
@@ -94,7 +92,8 @@ async def _read(request: Request, intake: Intake) -> None:
 async def _blocks(request: Request) -> AsyncIterator[bytes]:
     held = bytearray()
     try:
-        async for chunk in request.stream():
+        stream = request.stream()
+        while (chunk := await _next(stream)) is not None:
             held += chunk
             if len(held) >= BLOCK_BYTES:
                 yield bytes(held)
@@ -105,20 +104,33 @@ async def _blocks(request: Request) -> AsyncIterator[bytes]:
         yield bytes(held)
 
 
-def _store(farm: Farm, tenant_id: uuid.UUID, intake: Intake) -> Source:
+async def _next(stream: AsyncGenerator[bytes]) -> bytes | None:
+    """Wait for more of a body; None at its end.
+
+    Raises:
+        MalformedBody: nothing came for too long, and others may want the place.
+    """
+    try:
+        with fail_after(IDLE_SECONDS):
+            return await anext(stream, None)
+    except TimeoutError as error:
+        raise MalformedBody(f"Nothing more of the body came for {IDLE_SECONDS:g} s.") from error
+
+
+def _store(farm: Farm, tenant_id: uuid.UUID, intake: Intake) -> StoredInput:
     with transaction(farm.store) as connection:
         return inputs.insert_input(
             connection, tenant_id, intake.sha256, intake.facts, intake.parts()
         )
 
 
-def _view(source: Source) -> wire.Input:
+def _view(stored_input: StoredInput) -> wire.Input:
     return wire.Input(
-        id=source.id,
-        lines=source.lines,
-        bytes=source.bytes,
-        sha256=source.sha256.hex(),
-        prompts=[*source.shown],
-        keys=source.keys,
-        created_at=source.created_at,
+        id=stored_input.id,
+        lines=stored_input.lines,
+        bytes=stored_input.bytes,
+        sha256=stored_input.sha256.hex(),
+        prompts=[*stored_input.shown],
+        keys=stored_input.keys,
+        created_at=stored_input.created_at,
     )

@@ -98,7 +98,9 @@ class Bells:
             urgent: wake also one that renders something less urgent. Should that bell be lost: it
                 asks Postgres, now and then.
         """
-        if urgent and not self._ring_urgent(pipeline):
+        if urgent and not self._add(
+            urgent_lane(pipeline), lambda queue: self._redis.rpush(queue, b"")
+        ):
             return False
         return self._ring(RENDER_TASK, lane(pipeline))
 
@@ -106,12 +108,9 @@ class Bells:
         """Wake one worker of chores; returns whether Redis took the bell."""
         return self._ring(CHORES_TASK, CHORES_LANE)
 
-    def _ring_urgent(self, pipeline: str) -> bool:
-        return self._add(urgent_lane(pipeline), lambda queue: self._redis.rpush(queue, b""))
-
-    def _ring(self, task: str, lane: str) -> bool:
+    def _ring(self, task: str, queue: str) -> bool:
         return self._add(
-            lane,
+            queue,
             lambda queue: self.app.send_task(task, queue=queue, ignore_result=True, retry=False),
         )
 

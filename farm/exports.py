@@ -20,7 +20,7 @@ from farm.spec import FullSpec, frame_spec
 from farm.states import FrameState
 from farm.store import exports as stored
 from farm.store import reading
-from farm.store.engine import reads, transaction
+from farm.store.engine import Transaction, reads, transaction
 from farm.store.exports import Export, Shard
 from farm.store.lines import Parts, lines_of
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from farm.datasets.rows import Frame
     from farm.datasets.shards import Pictured, Written
 
-KINDS = ("webdataset", "parquet", "imagefolder")
 SHARD_FRAMES = 10_000
 """As img2dataset has it"""
 MOST_SHARDS = 10_000
@@ -56,7 +55,7 @@ def create(
     Args:
         farm: where.
         tenant_id: whose the jobs are.
-        kind: one of KINDS.
+        kind: webdataset, parquet or imagefolder.
         job_ids: which jobs, in this order.
         labels: or those that bear all of these.
         shard_frames: of a shard, at most.
@@ -65,13 +64,17 @@ def create(
     Raises:
         InvalidRequest: there is no such job, or no such place may be written to.
     """
-    bucket, prefix = _place(farm, tenant_id, dest)
+    export_id = uuid.uuid4()
+    if dest is None:
+        bucket, prefix = farm.settings.s3_bucket, f"exports/{tenant_id}/{export_id}/"
+    else:
+        bucket, prefix = _place(farm, dest)
     with transaction(farm.store) as connection:
-        chosen = list(job_ids) or stored.jobs_with(connection, tenant_id, labels)
+        chosen = list(job_ids) or _bearing(connection, tenant_id, labels)
         _check_jobs(reading.own_jobs(connection, tenant_id, chosen), chosen)
         if dest is not None and stored.is_taken(connection, bucket, prefix):
             raise InvalidRequest(f"dest: another export lies at or below {dest}.", param="dest")
-        shards = reading.shards_of(connection, chosen, shard_frames)
+        shards = stored.count_shards(connection, chosen, shard_frames)
         if shards > MOST_SHARDS:
             raise InvalidRequest(
                 f"shard_frames: with {shard_frames} frames each there are {shards} shards; the "
@@ -80,10 +83,12 @@ def create(
             )
         export = stored.insert_export(
             connection,
+            export_id,
             tenant_id,
             kind=kind,
             job_ids=chosen,
             shard_frames=shard_frames,
+            shards=shards,
             bucket=bucket,
             prefix=prefix,
         )
@@ -91,9 +96,15 @@ def create(
     return export
 
 
-def _place(farm: Farm, tenant_id: uuid.UUID, dest: str | None) -> tuple[str, str]:
-    if dest is None:
-        return farm.settings.s3_bucket, f"exports/{tenant_id}/{{id}}/"
+def _bearing(
+    connection: Transaction, tenant_id: uuid.UUID, labels: Mapping[str, str]
+) -> list[uuid.UUID]:
+    """Name the jobs that bear some labels, the oldest first; one more than may be, at most."""
+    newest = reading.list_jobs(connection, tenant_id, limit=MOST_JOBS + 1, labels=dict(labels))
+    return [job.id for job in reversed(newest)]
+
+
+def _place(farm: Farm, dest: str) -> tuple[str, str]:
     found = ADDRESS.fullmatch(dest)
     if found is None:
         raise InvalidRequest("dest: it has not the form s3://BUCKET/PREFIX.", param="dest")
@@ -112,8 +123,7 @@ def _check_jobs(own: set[uuid.UUID], chosen: Sequence[uuid.UUID]) -> None:
         raise InvalidRequest("labels: no job bears them.", param="labels")
     if len(chosen) > MOST_JOBS or len(set(chosen)) < len(chosen):
         raise InvalidRequest(
-            f"jobs: there are {len(chosen)}; different ones, and {MOST_JOBS} at most, may be "
-            "exported together.",
+            f"jobs: different ones, and {MOST_JOBS} at most, may be exported together.",
             param="jobs",
         )
 
@@ -196,9 +206,10 @@ class ShardWriter:
             with reads(self.farm.store) as connection:
                 job = reading.get_job(connection, shard.tenant_id, job_id)
                 full = FullSpec.model_validate(job.spec)
-                rows = stored.ended_frames(connection, job_id, first, stop)
+                page = reading.list_frames(connection, job_id, after=first - 1, limit=stop - first)
                 wanted = [(job_id, ordinal) for ordinal in range(first, stop)]
                 lines = lines_of(connection, {job_id: full}, wanted, parts)
+            rows = {row.ordinal: row for row in page}
             for ordinal in range(first, stop):
                 row = rows.get(ordinal)
                 if row is not None and row.state in (FrameState.RUNNING, FrameState.READY):

@@ -15,10 +15,10 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Required
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails, from_json
 from typing_extensions import TypedDict
 from zlib_ng import zlib_ng
 
@@ -37,12 +37,11 @@ DOUBTFUL = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
 """What a NUL or a lone surrogate would show as: such lines are looked at one by one"""
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
 class LineFields(TypedDict, total=False):
     """A line as it is sent."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
-
-    prompt: Annotated[str, Field(min_length=0)]
+    prompt: Required[str]
     key: Annotated[str, Field(min_length=1, max_length=MOST_KEY_CHARS)] | None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None
     negative_prompt: str | None
@@ -54,7 +53,7 @@ MANY = TypeAdapter(list[LineFields])
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredInput:
     """An input as it is kept."""
 
     id: uuid.UUID
@@ -220,6 +219,12 @@ class Intake:
 
     def _line(self, line: bytes) -> None:
         self._number += 1
+        if self._number > self._settings.max_job_frames:  # blank ones too: they cost as much
+            raise InvalidRequest(
+                f"input: it holds more lines than a job may have frames, which is "
+                f"{self._settings.max_job_frames}.",
+                param="input",
+            )
         if not line or line.isspace():
             return
         self._pending.append((self._number, line))
@@ -241,12 +246,6 @@ class Intake:
             raise BadLines(self._problems[:MOST_BAD_LINES])
         if self._problems:  # nothing will be stored
             return
-        if self.facts.lines + len(pending) > self._settings.max_job_frames:
-            raise InvalidRequest(
-                f"input: it holds more lines than a job may have frames, which is "
-                f"{self._settings.max_job_frames}.",
-                param="input",
-            )
         self.facts.lines += len(pending)
         self._keep(pack([line for _, line in pending]))
 
@@ -297,7 +296,7 @@ class Intake:
         hashes = np.frombuffer(self._key_hashes, np.int64)
         lines = np.frombuffer(self._key_lines, np.int64)
         order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])[: 10 * MOST_BAD_LINES]
         if self._problems or not same.size:
             return
         suspects = {*lines[order[same]].tolist(), *lines[order[same + 1]].tolist()}
@@ -332,7 +331,7 @@ def _together(lines: Sequence[bytes]) -> list[LineFields] | None:
     except ValidationError:
         return None
     # Two lines that are no JSON may be some together.
-    return found if len(found) == len(lines) and all("prompt" in each for each in found) else None
+    return found if len(found) == len(lines) else None
 
 
 def _checked(line: bytes) -> LineFields:
@@ -344,8 +343,6 @@ def _checked(line: bytes) -> LineFields:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
     from_json(line, allow_inf_nan=False)  # its errors tell the column
     fields = ONE.validate_json(line)
-    if "prompt" not in fields:
-        raise ValueError("it has no prompt")
     for text in (fields["prompt"], fields.get("negative_prompt"), fields.get("key")):
         storable(text or "")
     for label in (fields.get("labels") or {}).items():
@@ -355,10 +352,13 @@ def _checked(line: bytes) -> LineFields:
 
 def _why(error: ValueError) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        return f"{where}: {first['msg']}".removeprefix(": ").rstrip(".")[:300]
+        return "; ".join(map(_told, error.errors()))[:300].rstrip(".")
     return str(error).rstrip(".")[:300]
+
+
+def _told(error: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    return f"{where}: {error['msg']}".removeprefix(": ")
 
 
 def pack(lines: Sequence[bytes]) -> bytes:

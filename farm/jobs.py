@@ -13,7 +13,7 @@ from farm import failpoints
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.images import missing_images
-from farm.inputs import Source
+from farm.inputs import StoredInput
 from farm.offers import Offer
 from farm.spec import FullSpec, JobSpec
 from farm.store import inputs, reading
@@ -21,7 +21,7 @@ from farm.store import jobs as stored
 from farm.store.engine import Row, one_statement, reads, transaction
 from farm.store.jobs import Idempotency
 from farm.store.lines import all_lines
-from farm.submission import check_job, full_spec, readings
+from farm.submission import check_job, full_spec, syntax_among
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Checked:
     """A job that may be submitted."""
 
     job: JobSpec
-    offer: Offer
     spec: FullSpec
 
 
@@ -41,12 +40,12 @@ def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
     """
     job = check_job(body, farm.settings)
     offer = farm.offer(job.pipeline)
-    source = _source(farm, tenant_id, job)
-    spec = full_spec(job, offer, farm.settings, source)
-    if source is not None:
-        _check_syntax(farm, spec, offer, source)
+    stored_input = _stored_input(farm, tenant_id, job)
+    spec = full_spec(job, offer, farm.settings, stored_input)
+    if stored_input is not None:
+        _check_syntax(farm, spec, offer, stored_input)
     _check_images(farm, tenant_id, offer, spec)
-    return Checked(job, offer, spec)
+    return Checked(job, spec)
 
 
 def submit(
@@ -93,7 +92,7 @@ def submit(
     return row
 
 
-def _source(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> Source | None:
+def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput | None:
     if job.input is None:
         return None
     try:
@@ -103,18 +102,19 @@ def _source(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> Source | None:
         raise InvalidRequest(f"input: {error.message}", param="input") from error
 
 
-def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, source: Source) -> None:
+def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, stored_input: StoredInput) -> None:
     """Check an input's prompts where a pipeline reads more in them than words."""
-    points = readings([offer.params(point.params) for point in spec.points])
-    for params in [params for params in points if params.reads_syntax]:
-        with reads(farm.store) as connection:
-            for index, line in all_lines(connection, source):
-                for text in (line.prompt, line.negative_prompt or ""):
-                    try:
-                        params.check_prompt(text)
-                    except ValueError as error:
-                        where = f"input: its line with index {index}"
-                        raise InvalidRequest(f"{where}: {error}.", param="input") from error
+    params = syntax_among([offer.params(point.params) for point in spec.points])
+    if params is None:
+        return
+    with reads(farm.store) as connection:
+        for index, line in all_lines(connection, stored_input):
+            for text in (line.prompt, line.negative_prompt or ""):
+                try:
+                    params.check_prompt(text)
+                except ValueError as error:
+                    where = f"input: its line with index {index}"
+                    raise InvalidRequest(f"{where}: {error}.", param="input") from error
 
 
 def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:

@@ -58,7 +58,12 @@ def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
             (frames, bucket, paces.pace_of(connection, tenant_id, spec.pipeline, key))
             for frames, key, bucket in _runs(spec)
         ]
-        ahead = paces.frames_ahead(connection, spec.pipeline, Priority.parse(spec.priority))
+        urgency = Priority.parse(spec.priority)
+        ahead = sum(
+            lane.waiting
+            for lane in lanes.depths(connection)
+            if lane.pipeline == spec.pipeline and lane.priority <= urgency
+        )
         workers = lanes.lane_now(connection, spec.pipeline).able
         first, last = _ends(connection, checked)
     seconds = _sum(runs, "seconds")

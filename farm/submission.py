@@ -15,7 +15,7 @@ from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.families.base import Params
 from farm.formats import FORMATS
-from farm.inputs import Source
+from farm.inputs import StoredInput
 from farm.metadata import text_bytes
 from farm.offers import Offer
 from farm.spec import (
@@ -84,8 +84,8 @@ def _check_total(job: JobSpec, prompts: int, settings: Settings) -> None:
         )
 
 
-def _check_seeds(job: JobSpec, source: Source | None) -> None:
-    seeds = {"seed": job.seed, "input": source.top_seed if source else None}
+def _check_seeds(job: JobSpec, stored_input: StoredInput | None) -> None:
+    seeds = {"seed": job.seed, "input": stored_input.top_seed if stored_input else None}
     for where, seed in seeds.items():
         if seed is not None and seed + job.images_per_prompt - 1 > MAX_SEED:
             raise InvalidRequest(
@@ -96,24 +96,27 @@ def _check_seeds(job: JobSpec, source: Source | None) -> None:
 
 def _check_prompts(job: JobSpec, points: Sequence[Params]) -> None:
     """Check every prompt in each syntax that the grid asks for."""
-    for params in readings(points):
+    reader = syntax_among(points)
+    if reader is not None:
         for index, prompt in enumerate(job.prompts or ()):
-            _check_syntax(params, prompt, f"prompts.{index}")
+            _check_syntax(reader, prompt, f"prompts.{index}")
 
 
-def readings(points: Sequence[Params]) -> list[Params]:
-    """Give one point for each prompt syntax that there is among them."""
-    return [*{getattr(params, "prompt_syntax", None): params for params in points}.values()]
+def syntax_among(points: Sequence[Params]) -> Params | None:
+    """Give a point whose prompts may be such that they cannot be read; None where none is."""
+    return next((params for params in points if params.reads_syntax), None)
 
 
-def _check_jpeg_texts(job: JobSpec, points: Sequence[Params], source: Source | None) -> None:
+def _check_jpeg_texts(
+    job: JobSpec, points: Sequence[Params], stored_input: StoredInput | None
+) -> None:
     """Refuse prompts that a JPEG has no room for, each with the longest negative prompt."""
     if job.format != "jpeg":
         return
     beside = max(text_bytes(*params.texts().values()) for params in points)
-    if source is not None and source.text_bytes + beside > JPEG_TEXT_BYTES:
+    if stored_input is not None and stored_input.text_bytes + beside > JPEG_TEXT_BYTES:
         raise InvalidRequest(
-            f"input: with the job's, a line's texts take {source.text_bytes + beside} bytes; "
+            f"input: with the job's, a line's texts take {stored_input.text_bytes + beside} bytes; "
             f"the limit of format jpeg is {JPEG_TEXT_BYTES}.",
             param="input",
         )
@@ -147,7 +150,7 @@ def _check_length(text: str, param: str, limit: int) -> None:
 
 
 def full_spec(
-    job: JobSpec, offer: Offer, settings: Settings, source: Source | None = None
+    job: JobSpec, offer: Offer, settings: Settings, stored_input: StoredInput | None = None
 ) -> FullSpec:
     """Fill in every default, lay out the grid, and decide each point's bucket and batch_key.
 
@@ -155,19 +158,19 @@ def full_spec(
         job: checked by check_job.
         offer: its pipeline's.
         settings: hold the limits.
-        source: what is known of the input that it names.
+        stored_input: what is known of the input that it names.
 
     Raises:
         InvalidRequest: a parameter is unknown to the family, or outside what it allows.
     """
-    prompts = source.lines if source else len(job.prompts or ())
+    prompts = stored_input.lines if stored_input else len(job.prompts or ())
     _check_total(job, prompts, settings)
-    _check_seeds(job, source)
+    _check_seeds(job, stored_input)
     _check_names(job, offer)
     points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
     _check_prompts(job, points)
-    _check_jpeg_texts(job, points, source)
-    if source is not None and source.negatives:
+    _check_jpeg_texts(job, points, stored_input)
+    if stored_input is not None and stored_input.negatives:
         _check_takes_negatives(offer)
     frames_per_point = prompts * job.images_per_prompt
     keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
@@ -175,8 +178,8 @@ def full_spec(
     return FullSpec(
         pipeline=job.pipeline,
         prompt_count=prompts,
-        prompts=[*(source.shown if source else job.prompts or ())][:PROMPTS_SHOWN],
-        input=source.id if source else None,
+        prompts=[*(stored_input.shown if stored_input else job.prompts or ())][:PROMPTS_SHOWN],
+        input=stored_input.id if stored_input else None,
         images_per_prompt=job.images_per_prompt,
         seed=job.seed,
         job_seed=secrets.randbits(63) if job.seed is None else job.seed,

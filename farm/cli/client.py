@@ -135,24 +135,8 @@ class FarmClient:
         return self._object(self._send("POST", path, json=body, again=False))
 
     def download(self, path: str, file: Path) -> None:
-        """Read a file, however large, wherever its address leads.
-
-        Raises:
-            FarmError: the farm does not give it.
-        """
-        address = self._send("GET", path, follow_redirects=False).headers["Location"]
-        try:
-            # Without the key: the address may be another server's, and holds its own right.
-            with httpx.stream(
-                "GET", address, timeout=TIMEOUT, trust_env=not self.address.is_local
-            ) as response:
-                if not response.is_success:
-                    raise self.address.refused(response)
-                with file.open("wb") as out:
-                    for block in response.iter_bytes(2**20):
-                        out.write(block)
-        except httpx.HTTPError as error:
-            raise Unavailable(f"{path} was cut short: {error}.") from error
+        """Read a file, however large, wherever its address leads."""
+        self._send("GET", path, into=file)
 
     def steer(self, job_id: str, verb: str) -> Job:
         """Cancel, pause, resume or retry a job."""
@@ -171,9 +155,19 @@ class FarmClient:
         *,
         again: bool = True,
         stream: Callable[[], Iterable[bytes]] | None = None,
+        into: Path | None = None,
         **request: Any,
     ) -> httpx.Response:
-        """Send until it is answered, as long as patience lasts; `again`: a repeat does no harm."""
+        """Send until it is answered, as long as patience lasts.
+
+        Args:
+            method: HTTP's.
+            path: on the farm.
+            again: a repeat does no harm.
+            stream: gives the body, from its beginning, for each try.
+            into: the file that a good answer's body is written into.
+            request: what else httpx takes.
+        """
         started = time.monotonic()
         pause = 0.2
         while True:
@@ -181,7 +175,7 @@ class FarmClient:
             try:
                 if stream is not None:
                     request["content"] = stream()
-                response = self._http.request(method, path, **request)
+                response = self._once(method, path, into, request)
             except httpx.TransportError as error:
                 failure = self.address.unreachable(error)
                 if not (again or isinstance(error, httpx.ConnectError)):
@@ -192,7 +186,7 @@ class FarmClient:
                 raise InvalidRequest(f"This cannot be sent as JSON: {error}.") from error
             else:
                 self._reached = True
-                if response.is_success or response.is_redirect:
+                if response.is_success:
                     return response
                 failure = self._failure(response)
                 if not (again and isinstance(failure, Unavailable)):
@@ -202,6 +196,20 @@ class FarmClient:
                 raise failure
             time.sleep(pause)
             pause = min(pause * 2, 2.0)
+
+    def _once(
+        self, method: str, path: str, into: Path | None, request: Mapping[str, Any]
+    ) -> httpx.Response:
+        if into is None:
+            return self._http.request(method, path, **request)
+        with self._http.stream(method, path, **request) as response:
+            if not response.is_success:
+                response.read()
+                return response
+            with into.open("wb") as file:
+                for block in response.iter_bytes(2**20):
+                    file.write(block)
+        return response
 
     @property
     def _patience(self) -> float:

@@ -90,7 +90,7 @@ class Params(BaseModel):
         return False
 
     def check_prompt(self, text: str) -> None:
-        """Refuse a prompt that cannot be read as these parameters say.
+        """Refuse a prompt that cannot be read as these parameters say; asked where `reads_syntax`.
 
         Raises:
             ValueError: what is wrong, and where.

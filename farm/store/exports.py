@@ -43,17 +43,16 @@ WITH job AS (
     SELECT row_number() OVER (ORDER BY job.place, first) - 1 AS number, job.id, first,
            least(first + :shard_frames, job.total) AS stop, job.base
     FROM job CROSS JOIN LATERAL generate_series(0, job.total - 1, :shard_frames) AS first
-), rows AS (
-    INSERT INTO export_shards (export_id, number, job_id, first, stop, base)
-    SELECT :id, number, id, first, stop, base FROM shard
-    UNION ALL
-    SELECT :id, (SELECT count(*) FROM shard), NULL, 0, 0, 0
-    RETURNING job_id
 )
-SELECT count(job_id) FROM rows
+INSERT INTO export_shards (export_id, number, job_id, first, stop, base)
+SELECT :id, number, id, first, stop, base FROM shard
+UNION ALL
+SELECT :id, :shards, NULL, 0, 0, 0
 """)
 
-SET_SHARDS = text("UPDATE exports SET shards = :shards WHERE id = :id")
+COUNT_SHARDS = text("""
+SELECT coalesce(sum((total + :frames - 1) / :frames), 0)::bigint FROM jobs WHERE id = ANY(:ids)
+""")
 
 # A few candidates at a time, in order; what is not whole yet is looked at again a little later. A
 # frame that has not come to its end stands in a lease or among the returned, and both are small.
@@ -159,6 +158,9 @@ FROM export_shards s JOIN attempts a
 WHERE s.export_id = :export_id AND a.reason = :reason GROUP BY s.number
 """)
 
+# Of two that ask for one place, one comes first.
+LOCK_BUCKET = text("SELECT pg_advisory_xact_lock(hashtextextended('exports ' || :bucket, 0))")
+
 TAKEN = text("""
 SELECT EXISTS (
     SELECT FROM exports
@@ -175,17 +177,6 @@ DUE = text("""
 SELECT EXISTS (
     SELECT FROM export_shards s JOIN exports e ON e.id = s.export_id
     WHERE s.done_at IS NULL AND e.state = 'running' AND s.due_at <= clock_timestamp())
-""")
-
-FRAMES = text("""
-SELECT ordinal, state, attempt, bucket, sha256, bytes, error, redraws, reused FROM frames
-WHERE job_id = :job_id AND ordinal >= :first AND ordinal < :stop ORDER BY ordinal
-""")
-
-BY_LABEL = text("""
-SELECT id FROM jobs
-WHERE tenant_id = :tenant_id AND removed_at IS NULL AND labels @> CAST(:labels AS jsonb)
-ORDER BY created_at, id
 """)
 
 
@@ -237,13 +228,21 @@ class Export:
     finished_at: datetime | None
 
 
+def count_shards(connection: Connection, job_ids: Sequence[uuid.UUID], frames: int) -> int:
+    """Count the shards of so many frames that some jobs make."""
+    values = {"ids": list(job_ids), "frames": frames}
+    return int(connection.execute(COUNT_SHARDS, values).scalar_one())
+
+
 def insert_export(
     connection: Connection,
+    export_id: uuid.UUID,
     tenant_id: uuid.UUID,
     *,
     kind: str,
     job_ids: Sequence[uuid.UUID],
     shard_frames: int,
+    shards: int,
     bucket: str,
     prefix: str,
 ) -> Export:
@@ -251,27 +250,27 @@ def insert_export(
 
     Args:
         connection: in a transaction.
+        export_id: a new one.
         tenant_id: whose it and its jobs are.
         kind: webdataset, parquet or imagefolder.
         job_ids: in the order in which they are written.
         shard_frames: of a shard, at most.
+        shards: how many that makes: see count_shards.
         bucket: where it goes.
-        prefix: of its objects' keys; `{id}` in it becomes the export's id.
+        prefix: of its objects' keys.
     """
-    export_id = uuid.uuid4()
     values = {
         "id": export_id,
         "tenant_id": tenant_id,
         "kind": kind,
         "job_ids": list(job_ids),
         "shard_frames": shard_frames,
+        "shards": shards,
         "bucket": bucket,
-        "prefix": prefix.replace("{id}", str(export_id)),
-        "shards": 0,
+        "prefix": prefix,
     }
     connection.execute(INSERT, values)
-    shards = connection.execute(INSERT_SHARDS, values).scalar_one()
-    connection.execute(SET_SHARDS, {"id": export_id, "shards": shards})
+    connection.execute(INSERT_SHARDS, values)
     return get_export(connection, tenant_id, export_id)
 
 
@@ -318,7 +317,11 @@ def rejected(connection: Connection, export_id: uuid.UUID) -> dict[int, int]:
 
 
 def is_taken(connection: Connection, bucket: str, prefix: str) -> bool:
-    """Whether an export, of whichever tenant, lies at a place, below it or above it."""
+    """Whether an export, of whichever tenant, lies at a place, below it or above it.
+
+    Nobody else finds out until the transaction ends.
+    """
+    connection.execute(LOCK_BUCKET, {"bucket": bucket})
     return bool(connection.execute(TAKEN, {"bucket": bucket, "prefix": prefix}).scalar_one())
 
 
@@ -380,19 +383,3 @@ def fail(connection: Connection, shard: Shard, error: str, *, counts: bool) -> N
 def give_back(connection: Connection, shard: Shard) -> None:
     """Let another write a shard, at once."""
     connection.execute(RENEW, {**shard.fence, "seconds": 0.0})
-
-
-def ended_frames(
-    connection: Connection, job_id: uuid.UUID, first: int, stop: int
-) -> dict[int, Row[Any]]:
-    """Read the frames of a range that have a row, by ordinal."""
-    rows = connection.execute(FRAMES, {"job_id": job_id, "first": first, "stop": stop})
-    return {row.ordinal: row for row in rows}
-
-
-def jobs_with(
-    connection: Connection, tenant_id: uuid.UUID, labels: Mapping[str, str]
-) -> list[uuid.UUID]:
-    """Name a tenant's jobs that bear some labels, the oldest first."""
-    values = {"tenant_id": tenant_id, "labels": json.dumps(labels)}
-    return list(connection.execute(BY_LABEL, values).scalars())

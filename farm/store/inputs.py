@@ -5,30 +5,35 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.errors import NotFound
-from farm.inputs import Facts, Source
+from farm.inputs import Facts, StoredInput
 
 PARTS_AT_ONCE = 32
 
+COLUMNS = "id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at"
+
 # The same lines again are the same input.
-INSERT = text("""
+INSERT = text(f"""
 INSERT INTO inputs (id, tenant_id, sha256, lines, bytes, shown, top_seed, text_bytes, keys,
                     negatives)
 VALUES (:id, :tenant_id, :sha256, :lines, :bytes, :shown, :top_seed, :text_bytes, :keys, :negatives)
-ON CONFLICT (tenant_id, sha256) DO NOTHING RETURNING *
-""")
+ON CONFLICT (tenant_id, sha256) DO NOTHING RETURNING {COLUMNS}
+""")  # noqa: S608 - constants only
 
 INSERT_PART = text(
     "INSERT INTO input_parts (input_id, first, content) VALUES (:input_id, :first, :content)"
 )
 
-SAME = text("SELECT * FROM inputs WHERE tenant_id = :tenant_id AND sha256 = :sha256")
+SAME = text(f"""
+SELECT {COLUMNS} FROM inputs WHERE tenant_id = :tenant_id AND sha256 = :sha256
+""")  # noqa: S608 - constants only
 
-ONE = text("SELECT * FROM inputs WHERE id = :id AND tenant_id = :tenant_id")
+ONE = text(f"""
+SELECT {COLUMNS} FROM inputs WHERE id = :id AND tenant_id = :tenant_id
+""")  # noqa: S608 - constants only
 
 PARTS = text("""
 SELECT p.input_id, p.first, p.content
@@ -43,7 +48,7 @@ def insert_input(
     sha256: bytes,
     facts: Facts,
     parts: Iterable[tuple[int, bytes]],
-) -> Source:
+) -> StoredInput:
     """Store an input with its parts; returns it, or the same one stored before."""
     values = {
         "id": uuid.uuid4(),
@@ -59,16 +64,16 @@ def insert_input(
     }
     row = connection.execute(INSERT, values).first()
     if row is None:
-        return _source(connection.execute(SAME, values).one())
+        return StoredInput(**connection.execute(SAME, values).one()._mapping)
     for some in _batched(parts):
         connection.execute(
             INSERT_PART,
             [{"input_id": row.id, "first": first, "content": content} for first, content in some],
         )
-    return _source(row)
+    return StoredInput(**row._mapping)
 
 
-def get_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID) -> Source:
+def get_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID) -> StoredInput:
     """Read one input.
 
     Raises:
@@ -77,7 +82,7 @@ def get_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID)
     row = connection.execute(ONE, {"id": input_id, "tenant_id": tenant_id}).first()
     if row is None:
         raise NotFound(f"There is no input {input_id}.")
-    return _source(row)
+    return StoredInput(**row._mapping)
 
 
 def read_parts(
@@ -94,18 +99,3 @@ def _batched(parts: Iterable[tuple[int, bytes]]) -> Iterable[list[tuple[int, byt
     left = iter(parts)
     while some := list(itertools.islice(left, PARTS_AT_ONCE)):
         yield some
-
-
-def _source(row: Row[Any]) -> Source:
-    return Source(
-        id=row.id,
-        sha256=row.sha256,
-        lines=row.lines,
-        bytes=row.bytes,
-        shown=row.shown,
-        top_seed=row.top_seed,
-        text_bytes=row.text_bytes,
-        keys=row.keys,
-        negatives=row.negatives,
-        created_at=row.created_at,
-    )

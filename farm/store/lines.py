@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from sqlalchemy import Connection, text
 
-from farm.inputs import LINES_A_PART, Source, unpack
+from farm.inputs import LINES_A_PART, StoredInput, unpack
 from farm.spec import FullSpec, Line
 from farm.store import arrays
 from farm.store.inputs import read_parts
@@ -47,24 +47,24 @@ def lines_of(
     named: defaultdict[tuple[uuid.UUID, int], list[tuple[uuid.UUID, int]]] = defaultdict(list)
     for job_id, ordinal in frames:
         place = jobs[job_id].prompt_index(ordinal)
-        source = jobs[job_id].input
-        if source is None:
+        input_id = jobs[job_id].input
+        if input_id is None:
             own.append((job_id, place))
         else:
-            named[source, place - place % LINES_A_PART].append((job_id, place))
+            named[input_id, place - place % LINES_A_PART].append((job_id, place))
     found = _prompts(connection, own) if own else {}
     if named:
         parts = _parts(connection, [*named], {} if known is None else known)
-        for (source, first), places in named.items():
-            lines = parts[source, first]
+        for (input_id, first), places in named.items():
+            lines = parts[input_id, first]
             found.update({place: lines[place[1] - first] for place in places})
     return found
 
 
-def all_lines(connection: Connection, source: Source) -> Iterator[tuple[int, Line]]:
+def all_lines(connection: Connection, stored_input: StoredInput) -> Iterator[tuple[int, Line]]:
     """Read an input through, a few parts at a time; gives each line with its index."""
-    for first in range(0, source.lines, LINES_A_PART):
-        [part] = read_parts(connection, [(source.id, first)]).values()
+    for first in range(0, stored_input.lines, LINES_A_PART):
+        [part] = read_parts(connection, [(stored_input.id, first)]).values()
         yield from enumerate(unpack(part), first)
 
 

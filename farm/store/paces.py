@@ -1,4 +1,4 @@
-"""Paces: how long a frame takes on this farm, and how much waits ahead of another job."""
+"""Paces: how long a frame takes on this farm, and how large its picture is."""
 
 from __future__ import annotations
 
@@ -36,15 +36,6 @@ SELECT (sum(denoise_seconds) / nullif(sum(succeeded), 0))::float AS seconds
 FROM workers WHERE pipeline = :pipeline
 """)
 
-AHEAD = text("""
-SELECT coalesce(sum(waiting), 0)::bigint FROM (
-    SELECT total - cursor AS waiting FROM jobs
-    WHERE open AND pipeline = :pipeline AND priority <= :priority
-    UNION ALL
-    SELECT 1 FROM returns WHERE pipeline = :pipeline AND priority <= :priority
-) lane
-""")
-
 
 @dataclass(frozen=True)
 class Pace:
@@ -67,9 +58,3 @@ def pace_of(connection: Connection, tenant_id: uuid.UUID, pipeline: str, batch_k
         return Pace(own.seconds, own.bytes, alike=True)
     seconds = connection.execute(OF_ALL, {"pipeline": pipeline}).scalar_one()
     return Pace(seconds, own.bytes, alike=False)
-
-
-def frames_ahead(connection: Connection, pipeline: str, priority: int) -> int:
-    """Count the frames of a lane that wait and are as urgent, or more."""
-    values = {"pipeline": pipeline, "priority": priority}
-    return int(connection.execute(AHEAD, values).scalar_one())

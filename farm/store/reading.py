@@ -84,17 +84,6 @@ def own_jobs(
     return set(rows.scalars())
 
 
-SHARDS_OF = text("""
-SELECT coalesce(sum((total + :frames - 1) / :frames), 0)::bigint FROM jobs WHERE id = ANY(:ids)
-""")
-
-
-def shards_of(connection: Connection, job_ids: Sequence[uuid.UUID], frames: int) -> int:
-    """Count the shards of so many frames that some jobs make."""
-    values = {"ids": list(job_ids), "frames": frames}
-    return int(connection.execute(SHARDS_OF, values).scalar_one())
-
-
 LIST_FRAMES = text("""
 SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
        f.started_at, f.finished_at, f.redraws, f.reused

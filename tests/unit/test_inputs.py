@@ -106,7 +106,7 @@ def test_wrong_lines_are_told_by_their_numbers_and_why(read: Read) -> None:
     assert sorted(told) == [number for number in lines if number > 2]
     for number, word in {4: "prompts", 5: "prompt", 6: "seed", 8: "byte 13", 9: "NUL"}.items():
         assert word in told[number]
-    assert told[13] == "it has no prompt."
+    assert told[13] == "prompt: Field required."
 
 
 def test_two_halves_of_an_object_are_not_one_line(read: Read) -> None:
@@ -152,6 +152,12 @@ def test_keys_are_different(read: Read) -> None:
     assert told == {3002: "key is that of line 9.", 3003: "key is that of line 9."}
 
 
+def test_however_many_share_a_key_few_are_looked_at(read: Read) -> None:
+    told = problems(read, b'{"prompt": "a", "key": "k"}\n' * 20_000, block=2**16)
+    assert sorted(told) == [*range(2, MOST_BAD_LINES + 2)]
+    assert set(told.values()) == {"key is that of line 1."}
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", gzip.compress(b"")])
 def test_what_holds_no_line_is_refused(read: Read, content: bytes) -> None:
     with pytest.raises(InvalidRequest, match="it holds no line"):
@@ -172,8 +178,12 @@ def test_limits_of_bytes_and_lines(read: Read) -> None:
     content = jsonl(*({"prompt": str(n)} for n in range(100)))
     with pytest.raises(InvalidRequest, match="larger than the limit of 500 bytes"):
         read(gzip.compress(content), settings=SETTINGS.model_copy(update={"max_input_bytes": 500}))
-    with pytest.raises(InvalidRequest, match="more lines than a job may have frames, which is 99"):
-        read(content, settings=SETTINGS.model_copy(update={"max_job_frames": 99}))
+    few = SETTINGS.model_copy(update={"max_job_frames": 99})
+    for lines in (content, b"\n" * 100):
+        with pytest.raises(
+            InvalidRequest, match="more lines than a job may have frames, which is 99"
+        ):
+            read(lines, settings=few)
 
 
 def test_memory_stays_flat() -> None:
