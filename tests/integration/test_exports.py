@@ -240,6 +240,7 @@ def test_whole_shards_come_while_the_job_renders(farm: Farm, api: Api) -> None:
     hand.release(hand.must_claim())  # returned: not come to its end
     sql(farm, look_again)
     assert written(farm, ann, found)["shards_done"] == 1
+    assert sql(farm, "SELECT sum(attempt) FROM export_shards") == [(1,)]  # nor was it tried
     rendered(farm)
     sql(farm, look_again)
     assert written(farm, ann, found)["shards_done"] == 3
@@ -292,10 +293,22 @@ def test_a_shard_whose_writer_died_is_written_by_another_and_no_other_again(
         first = stored.claim_shard(connection, "dies", 60.0)
     assert first is not None
     assert written(farm, ann, found)["shards_done"] == 2
-    sql(farm, "UPDATE export_shards SET due_at = clock_timestamp() WHERE done_at IS NULL")
+    look_again = "UPDATE export_shards SET due_at = clock_timestamp() WHERE done_at IS NULL"
+    sql(farm, look_again)
+    with one_statement(farm.store) as connection:
+        second = stored.claim_shard(connection, "goes on", 60.0)
+        assert second is not None
+        assert (second.number, second.attempt) == (first.number, 2)
+        # What was lost is not renewed, finished nor failed by whoever lost it.
+        assert not stored.renew(connection, first, 0.0)
+        assert not stored.finish(connection, first, [], rows=9, missing=0)
+        for _ in range(stored.MOST_FAILURES):
+            stored.fail(connection, first, "late", counts=True)
+        stored.give_back(connection, second)
+    assert ann.get(f"/v1/exports/{found['id']}").json()["status"] == "running"
     assert written(farm, ann, found)["status"] == "succeeded"
     attempts = sql(farm, "SELECT attempt FROM export_shards ORDER BY number")
-    assert attempts == [(2,), (1,), (1,), (1,)]
+    assert attempts == [(3,), (1,), (1,), (1,)]
     with one_statement(farm.store) as connection:
         assert not stored.finish(connection, first, [], rows=9, missing=0)
     assert written(farm, ann, found)["pictures"] == 10

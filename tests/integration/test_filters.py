@@ -166,7 +166,7 @@ def test_prints_are_near_within_six_bits(farm: Farm, tenant: uuid.UUID) -> None:
         assert prints.keep_print(connection, job_id, 1, 2**64 - 64, NEAR) == (0, 6)
         assert prints.keep_print(connection, job_id, 1, 2**64 - 128, NEAR) is None
         assert prints.keep_print(connection, job_id, 1, 2**64 - 1, NEAR) == (0, 0)
-        assert prints.keep_print(connection, job_id, 0, 0, NEAR) is None  # its own again
+        assert prints.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None  # its own again
 
 
 def test_the_built_in_filters_judge_real_pictures() -> None:

@@ -78,6 +78,15 @@ def test_a_quote_follows_from_frames_that_are_alike(farm: Farm, api: Api) -> Non
     assert sql(farm, "SELECT device_seconds FROM jobs ORDER BY created_at LIMIT 1") == [(4.0,)]
 
 
+def test_a_batch_of_several_jobs_is_shared_out(farm: Farm, api: Api) -> None:
+    ann = api.client()
+    for images in (1, 3):
+        api.submit(ann, **JOB, images_per_prompt=images)
+    render(hire(farm), seconds=2.0, size=1000)
+    seconds = sql(farm, "SELECT total, device_seconds FROM jobs ORDER BY total")
+    assert seconds == [(1, 0.5), (3, 1.5)]
+
+
 def test_a_grid_is_quoted_run_by_run(farm: Farm, api: Api) -> None:
     ann, hand = api.client(), hire(farm)
     for steps, seconds in ((2, 1.0), (3, 3.0)):

@@ -12,6 +12,7 @@ from farm.context import Farm
 from farm.store import frames, workers
 from farm.store.engine import transaction
 from farm.store.frames import Done
+from farm.store.renders import find_renders
 from tests.farming import frame_rows, hire, job_row, let_leases_expire, new_tenant, sql, submit
 from tests.noise import Noise
 from workers.line import RenderLine
@@ -85,6 +86,12 @@ def test_another_tenant_does_not_profit(
     line.run()
     assert noise.batches
     assert job_row(farm, other, job_id).reused == 0
+    digests = [bytes(row.digest) for row in sql(farm, "SELECT DISTINCT digest FROM renders")]
+    with transaction(farm.store) as connection:
+        for owner in (tenant, other):
+            found = find_renders(connection, owner, digests)
+            assert len(found) == 6
+            assert {row.job_id == job_id for row in found.values()} == {owner == other}
 
 
 def test_a_picture_that_is_gone_from_the_storage_is_rendered(
@@ -127,10 +134,11 @@ def test_a_late_result_says_nothing_of_the_picture_that_won(
     let_leases_expire(farm)
     second = other.claim("noise")
     assert second is not None
+    late_one = Done(first.frames[0].fence, b"a" * 32, 9, 0, b"a" * 32)
+    won = Done(second.frames[0].fence, b"b" * 32, 9, 0, b"b" * 32)
     with transaction(farm.store) as connection:
-        for lease, digest in ((second, b"b" * 32), (first, b"a" * 32)):
-            done = [Done(lease.frames[0].fence, digest, 9, 0, digest)]
-            frames.complete(connection, lease.id, done)
+        frames.complete(connection, second.id, [won, late_one])  # one worker's, ended together
+        frames.complete(connection, first.id, [late_one])
     assert [bytes(row.digest) for row in sql(farm, "SELECT digest FROM renders")] == [b"b" * 32]
 
 

@@ -109,6 +109,13 @@ def test_wrong_lines_are_told_by_their_numbers_and_why(read: Read) -> None:
     assert told[13] == "prompt: Field required."
 
 
+@pytest.mark.parametrize("text", ["\\u0000", "\\ud800", "\\uDFFF"])
+def test_one_text_that_cannot_be_stored_is_found_among_good_lines(read: Read, text: str) -> None:
+    lines = [b'{"prompt": "%d"}' % number for number in range(1500)]
+    lines[1200] = b'{"prompt": "a star", "labels": {"a": "' + text.encode() + b'"}}'
+    assert [*problems(read, b"\n".join(lines), block=2**16)] == [1201]
+
+
 def test_two_halves_of_an_object_are_not_one_line(read: Read) -> None:
     told = problems(read, b'{"prompt": "a"\n"key": "b"}\n{"prompt": "good"}\n', block=10_000)
     assert sorted(told) == [1, 2]
