@@ -36,6 +36,9 @@ LEAVE_SECONDS = 5.0
 
 ENDED = "The worker's child ended."
 
+EXPLAIN_SECONDS = 1.0
+"""How long a child may be gone before Celery says how it ended."""
+
 OUTAGE_PATIENCE_SECONDS = 60.0
 """After Postgres was away no step may have been told for long, though all went well."""
 
@@ -53,8 +56,11 @@ class Heart:
         self._own_signal = False
         self._give_up_at = float("inf")
         self._given_up = False
+        self._leaving = False
         self._outage = float("-inf")
-        self._last_words = ENDED
+        self._last_words: str | None = None
+        self._unexplained: set[int] = set()
+        """Children that are gone, and nobody said yet how they ended"""
         self._hung: dict[int, str] = {}
         self._adrift: dict[int, tuple[uuid.UUID, float]] = {}
         """Children at a batch whose lease is gone: which, and since when"""
@@ -102,8 +108,11 @@ class Heart:
                 log.warning("%s: heartbeat missed: %s", self._identity.name, error)
             except Exception:
                 log.exception("%s: heartbeat failed", self._identity.name)
+            pause = self._farm.settings.heartbeat_seconds
+            if self._unexplained:
+                pause = min(pause, EXPLAIN_SECONDS)
             left = max(0.0, self._give_up_at - time.monotonic())
-            self._wake.wait(min(self._farm.settings.heartbeat_seconds, left))
+            self._wake.wait(min(pause, left))
 
     def _beat(self) -> None:
         settings, me = self._farm.settings, self._identity.id
@@ -128,8 +137,19 @@ class Heart:
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
             self._end_hung(held)
             self._end_adrift({lease.id for lease in held})
-        for pid in {lease.pid for lease in held if not is_alive(lease.pid)}:
-            self._return_lost(pid)
+        gone = {lease.pid for lease in held if not is_alive(lease.pid)}
+        for pid in gone:
+            if self._is_explained(pid):
+                self._return_lost(pid)
+        self._unexplained &= gone
+
+    def _is_explained(self, pid: int) -> bool:
+        """Whether it is known how a child ended, or nobody will say it any more."""
+        if self._last_words or pid in self._hung or pid in self._unexplained or self._leaving:
+            self._unexplained.discard(pid)
+            return True
+        self._unexplained.add(pid)
+        return False
 
     def _end_hung(self, held: Sequence[Any]) -> None:
         """End a child that shows no step, and stores no picture, for too long.
@@ -175,7 +195,7 @@ class Heart:
 
     def _return_lost(self, pid: int) -> None:
         settings, me = self._farm.settings, self._identity.id
-        message, tail = self._hung.get(pid, self._last_words), self._scratch.log_tail(pid)
+        message, tail = self._hung.get(pid, self._last_words or ENDED), self._scratch.log_tail(pid)
         on_device = self._scratch.held_by(pid)
         with transaction(self._farm.store) as connection:
             lost = leases.lose(
@@ -186,7 +206,7 @@ class Heart:
                     note_failure(connection, me, fence[0], fence[1], settings.rest_seconds)
         self._scratch.forget(pid)
         self._hung.pop(pid, None)
-        self._last_words = ENDED
+        self._last_words = None
         for pipeline, fence in lost:
             which = "beside it" if fence is None else "of job {} frame {} attempt {}".format(*fence)
             log.warning("%s: %s The batch %s was returned.", self._identity.name, message, which)
@@ -220,6 +240,7 @@ class Heart:
 
     def leave(self) -> None:
         """Return what a child that ended still held, and say that the worker is gone."""
+        self._leaving = True
         try:
             self._beat()
             with transaction(self._farm.store) as connection:

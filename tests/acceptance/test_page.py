@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -258,7 +259,8 @@ def test_the_page_says_when_the_farm_is_away(api: Api, browser: Chrome) -> None:
 def test_docs_need_nothing_from_elsewhere(api: Api, browser: Chrome) -> None:
     browser.get(f"{api.url}/docs")
     assert "/v1/jobs/{job_id}/frames" in text_of(browser, "main")
-    assert "//" not in httpx.get(f"{api.url}/docs").text.replace("http://www.w3.org", "")
+    page = httpx.get(f"{api.url}/docs").text
+    assert set(re.findall(r"[\w.:-]*//[\w.-]*", page)) <= {"http://www.w3.org", "s3://BUCKET"}
 
 
 def test_a_browser_gets_problems_as_pages(api: Api, browser: Chrome) -> None:

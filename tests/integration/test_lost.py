@@ -37,7 +37,7 @@ from tests.waiting import wait_until
 from workers.batchlog import BatchLog
 from workers.identity import Identity
 from workers.line import RenderLine
-from workers.parent import Heart
+from workers.parent import ENDED, Heart
 from workers.scratch import NO_LEASE, SHOWN_BYTES, Scratch
 
 
@@ -379,6 +379,27 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
             assert child.poll() is None
             child.kill()
         assert child.wait(30) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("words", ["It ended: SIGKILL.", None])
+def test_how_a_child_ended_is_waited_for_a_moment(
+    farm: Farm, tenant: uuid.UUID, words: str | None
+) -> None:
+    """The heart may miss the child before Celery does; where nothing is said, it goes on."""
+    job_id = submit(farm, tenant)
+    hand = hire(farm)
+    with subprocess.Popen(["true"]) as child:
+        child.wait(30)
+    replace(hand, pid=child.pid).must_claim()
+    scratch = Scratch(farm.settings.scratch_dir, hand.id)
+    heart = Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)
+    heart._beat()
+    assert sql(farm, "SELECT FROM attempts WHERE reason IS NOT NULL") == []
+    if words is not None:
+        heart.child_lost(words)
+    heart._beat()
+    told = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=job_id)
+    assert {row.message for row in told} == {words or ENDED}
 
 
 @pytest.mark.parametrize("ends", ["well", "badly", "stopped"])
