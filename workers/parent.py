@@ -175,7 +175,7 @@ class Heart:
         """
         before, self._adrift = self._adrift, {}
         now = time.monotonic()
-        for pid in [child.pid for child in billiard.active_children() if child.pid is not None]:
+        for pid in filter(is_running_child, self._scratch.noted()):
             device = self._scratch.held_by(pid)
             if device in (None, NO_LEASE) or device in held:
                 continue
@@ -258,6 +258,14 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         pass  # somebody else's, but there
     return True
+
+
+def is_running_child(pid: int) -> bool:
+    """Whether a process is this one's child and runs; its exit code is left for Celery to read."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def enlist(connection: Connection, identity: Identity) -> None:

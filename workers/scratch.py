@@ -84,6 +84,10 @@ class Scratch:
             return uuid.UUID(self._held(pid).read_text())
         return None
 
+    def noted(self) -> list[int]:
+        """The children that noted what they had on their device."""
+        return [int(path.stem) for path in self.folder.glob("*.lease")]
+
     def forget(self, pid: int) -> None:
         """Remove what a child left that is gone."""
         with suppress(OSError):

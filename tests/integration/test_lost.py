@@ -37,7 +37,7 @@ from tests.waiting import wait_until
 from workers.batchlog import BatchLog
 from workers.identity import Identity
 from workers.line import RenderLine
-from workers.parent import ENDED, Heart
+from workers.parent import ENDED, Heart, is_running_child
 from workers.scratch import NO_LEASE, SHOWN_BYTES, Scratch
 
 
@@ -349,14 +349,13 @@ def test_a_child_is_judged_by_what_is_on_its_device(
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
-    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch, lost: bool
+    farm: Farm, tenant: uuid.UUID, lost: bool
 ) -> None:
     """It hung while Postgres was away: no lease is left by which the watchdog could see it."""
     submit(farm, tenant)
     hand = hire(farm)
     farm.settings.step_timeout_seconds = 0.2
     with subprocess.Popen(["sleep", "60"]) as child:
-        monkeypatch.setattr("billiard.active_children", lambda: [child])
         hand = replace(hand, pid=child.pid)
         lease = hand.must_claim()
         scratch = Scratch(farm.settings.scratch_dir, hand.id)
@@ -400,6 +399,16 @@ def test_how_a_child_ended_is_waited_for_a_moment(
     heart._beat()
     told = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=job_id)
     assert {row.message for row in told} == {words or ENDED}
+
+
+def test_to_look_after_a_child_leaves_its_exit_code_to_celery() -> None:
+    with subprocess.Popen(["sh", "-c", "read wait; exit 7"], stdin=subprocess.PIPE) as child:
+        assert is_running_child(child.pid)
+        assert child.stdin is not None
+        child.stdin.close()
+        wait_until(lambda: not is_running_child(child.pid), 30, "it ended")
+        assert child.wait(30) == 7
+    assert not is_running_child(child.pid)
 
 
 @pytest.mark.parametrize("ends", ["well", "badly", "stopped"])
