@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from api.words import ago, count, duration, percent
+from farm.words import pace, size
 
 STATIC = Path(__file__).parent / "static"
 
@@ -29,7 +30,9 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_templates.filters.update(ago=ago, count=count, duration=duration, percent=percent)
+_templates.filters.update(
+    ago=ago, count=count, duration=duration, pace=pace, percent=percent, size=size
+)
 # Part of the static files' addresses, so that a browser never mixes two versions.
 _templates.globals["version"] = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(STATIC.iterdir()))

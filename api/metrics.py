@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from api.auth import FarmHere
 from farm.context import Farm
 from farm.spec import Priority
-from farm.store import lanes, workers
+from farm.store import lanes, reading, workers
 from farm.store.engine import transaction
 
 router = APIRouter(tags=["health"])
@@ -53,6 +53,7 @@ class LaneCollector(Collector):
         with transaction(self.farm.store) as connection:
             depths = lanes.depths(connection)
             sums = {row.pipeline: row for row in workers.sums(connection)}
+            database = reading.database_bytes(connection)
         pipelines = sorted({*self.farm.catalog.pipelines, *sums, *(row.pipeline for row in depths)})
         yield _queue(pipelines, {(row.pipeline, row.priority): row.waiting for row in depths})
         yield _counter(sums, "farm_frames", "Attempts by what became of them", "outcome", OUTCOMES)
@@ -64,6 +65,9 @@ class LaneCollector(Collector):
         for pipeline in pipelines:
             alive.add_metric([pipeline], sums[pipeline].alive if pipeline in sums else 0)
         yield alive
+        yield GaugeMetricFamily(
+            "farm_database_bytes", "Disk that the farm's tables take up", value=database
+        )
 
 
 def _queue(pipelines: list[str], waiting: dict[tuple[str, int], int]) -> Metric:

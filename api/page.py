@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
 from api import wire
-from api.auth import WRITERS, FarmHere
+from api.auth import OPERATOR, WRITERS, FarmHere
 from api.html import PAGE_HEADERS, render
 from api.jobs import job_page
 from api.session import VisitingWriter, Visitor, done, sign_in_page, visitor
@@ -21,6 +21,7 @@ from farm import jobs as use_cases
 from farm.context import Farm
 from farm.errors import Unauthenticated
 from farm.states import TERMINAL, JobStatus
+from farm.store import reading
 from farm.store.engine import transaction
 from farm.store.keys import Caller
 from farm.store.pictures import newest_pictures
@@ -90,6 +91,7 @@ def contents(
     with transaction(farm.store) as connection:
         pictures = newest_pictures(connection, caller.tenant_id, PICTURES_SHOWN)
         workers = worker_views(connection, caller)
+        database = reading.database_bytes(connection) if caller.role == OPERATOR else None
     return {
         "caller": caller,
         "now": datetime.now(UTC),
@@ -100,6 +102,7 @@ def contents(
         "statuses": list(JobStatus),
         "pictures": pictures,
         "workers": workers,
+        "database_bytes": database,
         "rendering": sum(worker.batch is not None for worker in workers),
         "unserved": sorted(set(farm.catalog.pipelines) - {each.pipeline for each in workers}),
     }

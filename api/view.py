@@ -39,10 +39,13 @@ def job_view(row: JobRow, lanes: Lanes) -> wire.Job:
             cancelled=row.cancelled,
         ),
         progress=finished / row.total,
+        pace=_pace(row),
         eta_seconds=_eta_seconds(row),
         waiting_because=lanes.waiting_because(row),
         reused=row.reused,
         device_seconds=row.device_seconds,
+        bytes=row.bytes,
+        failures=row.failures,
         labels=row.labels,
         created_at=row.created_at,
         started_at=row.started_at,
@@ -51,13 +54,18 @@ def job_view(row: JobRow, lanes: Lanes) -> wire.Job:
     )
 
 
-def _eta_seconds(row: JobRow) -> float | None:
-    rendered: int = row.succeeded + row.dead
-    if row.status in TERMINAL or row.started_at is None or not rendered:
+def _pace(row: JobRow) -> float | None:
+    if row.status in TERMINAL or row.pace_since is None:
         return None
-    elapsed: float = (row.now - row.started_at).total_seconds()
-    left: int = row.total - rendered - row.cancelled
-    return round(elapsed / rendered * left, 3)
+    seconds: float = (row.now - row.pace_since).total_seconds()
+    frames: int = row.succeeded - row.pace_since_frames
+    return frames / seconds if frames and seconds > 0 else None
+
+
+def _eta_seconds(row: JobRow) -> float | None:
+    pace = _pace(row)
+    left: int = row.total - row.succeeded - row.dead - row.cancelled
+    return None if pace is None else round(left / pace, 3)
 
 
 def frame_views(

@@ -65,10 +65,15 @@ class Job(BaseModel):
     total: int = Field(description="frames")
     counts: Counts
     progress: float = Field(ge=0, le=1, description="the share of frames that are done with")
-    eta_seconds: float | None = Field(description="at the job's pace so far; null: unknown or over")
+    pace: float | None = Field(
+        description="frames a second, over the last half minute or more; null: unknown or over"
+    )
+    eta_seconds: float | None = Field(description="at that pace; null: unknown or over")
     waiting_because: str | None = Field(description="why nothing of it runs; null: something does")
     reused: int = Field(description="frames whose picture is that of another frame")
     device_seconds: float = Field(description="that its succeeded frames were denoised for")
+    bytes: int = Field(description="of its pictures")
+    failures: dict[str, int] = Field(description="attempts that did not succeed, by reason")
     labels: dict[str, str]
     created_at: datetime
     started_at: datetime | None

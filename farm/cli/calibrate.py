@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farm.cli.bars import busy, counted
-from farm.cli.console import Json, columns, emit, note, out, say, show_table, size, tail
+from farm.cli.console import Json, columns, emit, note, out, say, show_table, tail
 from farm.errors import InvalidRequest, OutOfMemory
+from farm.words import size
 
 if TYPE_CHECKING:
     from farm.calibration import Effort, Point, Sweep

@@ -131,15 +131,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def size(number: float) -> str:
-    """Write a number of bytes: `812 bytes`, `4.1 KiB`, `2.0 GiB`."""
-    if number < 1024:
-        return f"{number:.0f} bytes"
-    for unit in ("KiB", "MiB", "GiB"):
-        number /= 1024
-        if number < 1024:
-            return f"{number:.1f} {unit}"
-    return f"{number / 1024:.1f} TiB"
+def numbered(counts: dict[str, int]) -> str:
+    """Write counts by word, without those that are nought: `12 waiting, 3 worker lost`."""
+    return ", ".join(
+        f"{count(number)} {name.replace('_', ' ')}" for name, number in counts.items() if number
+    )
 
 
 def percent(share: float | None) -> str:

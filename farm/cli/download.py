@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farm.cli.bars import counted
-from farm.cli.console import Json, count, emit, note, plural, say, size
+from farm.cli.console import Json, count, emit, note, plural, say
 from farm.cli.exits import exit_as
 from farm.cli.find import JobWord, find_job, short
 from farm.errors import FarmError
 from farm.formats import FORMATS
 from farm.states import TERMINAL
+from farm.words import size
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient, Job

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farm.cli.bars import counted
-from farm.cli.console import Json, count, emit, note, plural, say, size
+from farm.cli.console import Json, count, emit, note, plural, say
 from farm.cli.find import JobWord, find_job
 from farm.errors import FarmError, NotFound
+from farm.words import size
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,20 +16,29 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from farm.cli.console import SPINNER, STATUS_STYLES, clean, count, duration, err, note, plural
+from farm.cli.console import (
+    SPINNER,
+    STATUS_STYLES,
+    clean,
+    count,
+    duration,
+    err,
+    note,
+    numbered,
+    plural,
+)
 from farm.cli.exits import INTERRUPTED
 from farm.cli.find import short
 from farm.cli.workers import busyness
 from farm.errors import FarmError
 from farm.states import TERMINAL
+from farm.words import pace, size
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient, Job
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 1.0
 """Seconds between two looks at a job."""
-
-PACE_SECONDS = 20.0
 
 
 class Stalled(FarmError):
@@ -39,26 +47,11 @@ class Stalled(FarmError):
     code = "stalled"
 
 
-class Pace:
-    """Frames a second over the last 20 seconds."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[float, int]] = deque()
-
-    def mark(self, now: float, done: int) -> float | None:
-        """Note how many frames are done; returns the pace, None while it is unknown."""
-        self._marks.append((now, done))
-        while len(self._marks) > 2 and now - self._marks[1][0] >= PACE_SECONDS:
-            self._marks.popleft()
-        (since, before) = self._marks[0]
-        return (done - before) / (now - since) if now > since and done > before else None
-
-
 class View(Protocol):
     """Shows a job as it stands."""
 
-    def show(self, job: Job, pace: float | None, busy: str = "") -> None:
-        """Show it; `pace` is in frames a second, `busy` the workers' share of work."""
+    def show(self, job: Job, busy: str = "") -> None:
+        """Show it; `busy` is the workers' share of work."""
         ...
 
 
@@ -84,14 +77,14 @@ def follow(client: FarmClient, job: Job, stalled_seconds: float | None = None) -
 
 
 def _watch(client: FarmClient, job: Job, view: View, stalled_seconds: float | None) -> Job:
-    pace, pause = Pace(), FIRST_PAUSE
+    pause = FIRST_PAUSE
     moved, seen = time.monotonic(), job["counts"]
     while True:
         now = time.monotonic()
         if job["counts"] != seen:
             moved, seen = now, job["counts"]
         workers = client.get("/v1/workers")["data"]
-        view.show(job, pace.mark(now, finished(job)), busyness(workers, job["pipeline"]))
+        view.show(job, busyness(workers, job["pipeline"]))
         if job["status"] in TERMINAL:
             return job
         if stalled_seconds is not None and now - moved > stalled_seconds:
@@ -118,13 +111,13 @@ class Lines:
     def __init__(self) -> None:
         self._shown: tuple[Any, ...] = ()
 
-    def show(self, job: Job, pace: float | None, busy: str = "") -> None:
+    def show(self, job: Job, busy: str = "") -> None:
         """Print a line if there is something new."""
         why = job["waiting_because"]
         news = (job["status"], job["paused"], int(job["progress"] * 10), why)
         if news != self._shown:
             self._shown = news
-            parts = (f"{short(job['id'])} {headline(job, pace)}", why, busy)
+            parts = (f"{short(job['id'])} {headline(job)}", why, busy)
             note("  ".join(part for part in parts if part), None)
 
 
@@ -133,13 +126,12 @@ class Bar:
 
     def __init__(self) -> None:
         self._job: Job | None = None
-        self._pace: float | None = None
         self._busy = ""
         self._spinner = Spinner(SPINNER, style="blue")
 
-    def show(self, job: Job, pace: float | None, busy: str = "") -> None:
+    def show(self, job: Job, busy: str = "") -> None:
         """Take the job's newest state."""
-        self._job, self._pace, self._busy = job, pace, busy
+        self._job, self._busy = job, busy
 
     def __rich__(self) -> Group | Text:
         """Draw it."""
@@ -154,7 +146,7 @@ class Bar:
             finished_style="green",
         )
         line = Table.grid(padding=(0, 1))
-        line.add_row(self._spinner, Text(short(job["id"]), "bold"), bar, headline(job, self._pace))
+        line.add_row(self._spinner, Text(short(job["id"]), "bold"), bar, headline(job))
         below = [text for text in (detail(job), self._busy) if text]
         lines = [Text(f"  {text}", "dim", no_wrap=True, overflow="ellipsis") for text in below]
         return Group(line, *lines)
@@ -166,28 +158,27 @@ def finished(job: Job) -> int:
     return int(counts["succeeded"] + counts["dead"] + counts["cancelled"])
 
 
-def headline(job: Job, pace: float | None) -> Text:
+def headline(job: Job) -> Text:
     """Write `running  12/24  3.1 frames/s  4.2 s left`."""
     status = "paused" if job["paused"] and job["status"] not in TERMINAL else job["status"]
     words = Text(status, STATUS_STYLES.get(status, ""))
     words.append(f"  {count(finished(job))}/{count(job['total'])}", "default")
     if job["status"] in TERMINAL:
         return words
-    left = job["total"] - finished(job)
-    if pace is not None:
-        words.append(f"  {pace:.1f} frames/s  {duration(left / pace)} left", "default")
-    elif job["eta_seconds"] is not None:
-        words.append(f"  {duration(job['eta_seconds'])} left", "default")
+    if job["pace"] is not None:
+        left = duration(job["eta_seconds"])
+        words.append(f"  {pace(job['pace'])}  {left} left", "default")
     return words
 
 
 def detail(job: Job) -> str:
-    """Write the counts that are not nought, and why nothing runs."""
-    counts = ", ".join(
-        f"{count(number)} {name}" for name, number in job["counts"].items() if number
-    )
-    why = job["waiting_because"]
-    return clean(f"{counts}. {why}" if why else counts)
+    """Write the counts that are not nought, what is stored, what failed, and why nothing runs."""
+    parts = [numbered(job["counts"])]
+    if job["bytes"]:
+        parts[0] += f", {size(job['bytes'])}"
+    if job["failures"]:
+        parts.append(f"failed attempts: {numbered(job['failures'])}")
+    return clean(". ".join([*parts, job["waiting_because"] or ""]).removesuffix(". "))
 
 
 def summary(job: Job) -> str:

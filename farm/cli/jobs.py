@@ -15,8 +15,10 @@ from farm.cli.console import (
     clean,
     columns,
     count,
+    duration,
     emit,
     note,
+    numbered,
     one_line,
     out,
     say,
@@ -26,6 +28,7 @@ from farm.cli.console import (
 )
 from farm.cli.exits import exit_as
 from farm.cli.find import JobWord, find_job, short
+from farm.words import pace, size
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient, Job
@@ -113,10 +116,15 @@ def job(job_word: JobWord, as_json: Json = False) -> None:
 def _describe(found: Job) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim")
-    counts = ", ".join(f"{count(n)} {name}" for name, n in found["counts"].items() if n)
     table.add_row("job", found["id"])
     table.add_row("status", styled_status(found))
-    table.add_row("frames", f"{count(found['total'])}: {counts}")
+    table.add_row("frames", f"{count(found['total'])}: {numbered(found['counts'])}")
+    if found["pace"] is not None:
+        table.add_row("pace", f"{pace(found['pace'])}, {duration(found['eta_seconds'])} left")
+    if found["bytes"]:
+        table.add_row("pictures", size(found["bytes"]))
+    if found["failures"]:
+        table.add_row("failed", f"attempts: {numbered(found['failures'])}")
     if found["waiting_because"]:
         table.add_row("waits", _plain(clean(found["waiting_because"])))
     for name in ("created_at", "started_at", "finished_at"):

@@ -13,12 +13,13 @@ import typer
 
 from farm.cli.bars import counted
 from farm.cli.body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
-from farm.cli.console import Json, count, duration, emit, out, plural, say, size
+from farm.cli.console import Json, count, duration, emit, out, plural, say
 from farm.cli.fields import show_fields
 from farm.cli.find import short
 from farm.cli.images import control_field
 from farm.cli.prompts import Columns, PromptFile, Templates
 from farm.errors import Conflict
+from farm.words import size
 
 if TYPE_CHECKING:
     from farm.cli.client import FarmClient

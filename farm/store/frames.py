@@ -24,6 +24,9 @@ from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
 from farm.store.workers import ADD, Account
 
+FAILED = "frames.failed"
+"""The event of attempts that did not succeed, whoever is to blame"""
+
 WORKER_LOST = "worker_lost"
 """Why an attempt ended whose process did"""
 
@@ -233,7 +236,7 @@ def fail(
     if not failures:
         return {}
     worker_id = _lock(connection, lease_id, [failure.fence for failure in failures])
-    ended = end_attempts(connection, "frames.failed", failures, retry_seconds, worker_id)
+    ended = end_attempts(connection, FAILED, failures, retry_seconds, worker_id)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
     return ended
 
@@ -302,6 +305,8 @@ def end_attempts(
         delta = deltas.setdefault(job_id, Delta(data={"frames": [], "reason": reason}))
         delta.running -= 1
         delta.dead += ending.state is FrameState.DEAD
+        if kind == FAILED:
+            delta.failures[reason] += 1
         delta.data["frames"].append([ordinal, attempt, ending.state])
     if endings:
         connection.execute(END, _columns(endings))

@@ -160,10 +160,17 @@ SELECT {JOB_COLUMNS} FROM jobs j
 WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDATE
 """)  # noqa: S608 - constants only
 
-SET_PAUSED = text("""
+# What stood still says nothing of the pace when it goes on.
+PACE_ANEW = """
+    pace_since = CASE WHEN pace_since IS NOT NULL THEN clock_timestamp() END,
+    pace_next = CASE WHEN pace_next IS NOT NULL THEN clock_timestamp() END,
+    pace_since_frames = succeeded, pace_next_frames = succeeded
+"""
+
+SET_PAUSED = text(f"""
 WITH held AS (UPDATE returns SET paused = :paused WHERE job_id = :id)
-UPDATE jobs SET paused = :paused, open = cursor < total AND NOT :paused WHERE id = :id
-""")
+UPDATE jobs SET paused = :paused, open = cursor < total AND NOT :paused, {PACE_ANEW} WHERE id = :id
+""")  # noqa: S608 - constants only
 
 CANCEL_FRAMES = text("""
 WITH held AS (
@@ -203,9 +210,10 @@ WITH chosen AS (
 )
 {INTO_RETURNS}""")  # noqa: S608 - constants only
 
-RETRY_JOB = text("""
-UPDATE jobs SET status = 'running', finished_at = NULL WHERE id = :id AND status = ANY(:from_states)
-""")
+RETRY_JOB = text(f"""
+UPDATE jobs SET status = 'running', finished_at = NULL, {PACE_ANEW}
+WHERE id = :id AND status = ANY(:from_states)
+""")  # noqa: S608 - constants only
 
 
 def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:

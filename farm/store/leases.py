@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, text
 from farm.spec import Priority
 from farm.states import FrameState
 from farm.store.claim import Fence
-from farm.store.frames import WORKER_LOST, Failure, end_attempts, give_back
+from farm.store.frames import FAILED, WORKER_LOST, Failure, end_attempts, give_back
 from farm.store.tally import lock_jobs
 
 LOADS_BETWEEN = 12.0
@@ -223,7 +223,7 @@ def _drop(
         )
         for fence in held
     ]
-    ended = end_attempts(connection, "frames.failed", failures, retry_seconds)
+    ended = end_attempts(connection, FAILED, failures, retry_seconds)
     states = list(ended.values())
     lost = {
         "returned": states.count(FrameState.READY),

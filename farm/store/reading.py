@@ -13,7 +13,8 @@ from farm.errors import NotFound
 
 JOB_COLUMNS = """
 j.id, j.tenant_id, j.pipeline, j.status, j.paused, j.open, j.priority, j.total, j.cursor,
-j.running, j.succeeded, j.dead, j.cancelled, j.reused, j.device_seconds, j.spec, j.labels,
+j.running, j.succeeded, j.dead, j.cancelled, j.reused, j.device_seconds, j.bytes, j.failures,
+j.pace_since, j.pace_since_frames, j.spec, j.labels,
 j.created_at, j.started_at, j.finished_at, clock_timestamp() AS now
 """
 
@@ -69,6 +70,12 @@ def list_jobs(
             "labels": json.dumps(labels or {}),
         },
     ).all()
+
+
+def database_bytes(connection: Connection) -> int:
+    """How much of a disk the farm's tables and indexes take up."""
+    size: int = connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one()
+    return size
 
 
 OWN_JOBS = text("""

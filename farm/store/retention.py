@@ -49,18 +49,20 @@ WITH old AS (
     SELECT t.job_id, {", ".join(f"t.{column}" for column in key)}
     FROM jobs j CROSS JOIN LATERAL (
         SELECT * FROM {table} r WHERE r.job_id = j.id
-        ORDER BY {", ".join(key)} LIMIT :limit FOR UPDATE SKIP LOCKED
+        ORDER BY {order} LIMIT :limit FOR UPDATE SKIP LOCKED
     ) t
     WHERE j.removed_at IS NOT NULL LIMIT :limit
 )
 DELETE FROM {table} d USING old
 WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for column in key)}
 """)  # noqa: S608 - constants only
-    for table, key in {
-        "returns": ["ordinal"],
-        "attempts": ["ordinal", "attempt"],
-        "frames": ["ordinal"],
-    }.items()
+    for table, key, order in (  # as an index has it
+        ("returns", ["ordinal"], "ordinal"),
+        ("prints", ["ordinal"], "ordinal"),
+        ("renders", ["tenant_id", "digest"], "job_id"),
+        ("attempts", ["ordinal", "attempt"], "ordinal, attempt"),
+        ("frames", ["ordinal"], "ordinal"),
+    )
 }
 
 # Ordered as the index is: one probe of it for each job, however large the planner thinks a job is.
@@ -73,6 +75,8 @@ LEFT JOIN LATERAL (
     SELECT ordinal FROM attempts WHERE job_id = j.id ORDER BY ordinal, attempt LIMIT 1
 ) a ON true
 WHERE j.removed_at IS NOT NULL AND f.ordinal IS NULL AND a.ordinal IS NULL
+  AND NOT EXISTS (SELECT FROM prints WHERE job_id = j.id)
+  AND NOT EXISTS (SELECT FROM renders WHERE job_id = j.id)
 ORDER BY j.removed_at LIMIT :limit
 """)
 

@@ -108,6 +108,20 @@ jobs = Table(
         comment="that its succeeded frames were denoised for",
     ),
     Column("reused", BigInteger, nullable=False, server_default=text("0")),
+    Column(
+        "bytes", BigInteger, nullable=False, server_default=text("0"), comment="of its pictures"
+    ),
+    Column(
+        "failures",
+        JSONB,
+        nullable=False,
+        server_default="{}",
+        comment="attempts that did not succeed, by reason",
+    ),
+    _moment("pace_since"),
+    Column("pace_since_frames", BigInteger, nullable=False, server_default=text("0")),
+    _moment("pace_next"),
+    Column("pace_next_frames", BigInteger, nullable=False, server_default=text("0")),
     Column("max_attempts", SmallInteger, nullable=False),
     Column("spec", JSON, nullable=False, comment="FullSpec; JSON, since a grid's order matters"),
     Column("labels", JSONB, nullable=False),

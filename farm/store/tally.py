@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ class Delta:
     succeeded: int = 0
     dead: int = 0
     cancelled: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """Attempts that did not succeed, by reason"""
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -37,7 +40,8 @@ def lock_jobs(connection: Connection, job_ids: Iterable[uuid.UUID]) -> None:
 TALLY = text("""
 SELECT pg_temp.tally(
     :kind, CAST(:ids AS uuid[]), CAST(:running AS bigint[]), CAST(:succeeded AS bigint[]),
-    CAST(:dead AS bigint[]), CAST(:cancelled AS bigint[]), CAST(:data AS jsonb[]))
+    CAST(:dead AS bigint[]), CAST(:cancelled AS bigint[]), CAST(:data AS jsonb[]),
+    _failures => CAST(:failures AS jsonb[]))
 """)
 
 
@@ -58,6 +62,7 @@ def tally(connection: Connection, kind: str, deltas: Mapping[uuid.UUID, Delta]) 
             "succeeded": [delta.succeeded for delta in columns],
             "dead": [delta.dead for delta in columns],
             "cancelled": [delta.cancelled for delta in columns],
+            "failures": [json.dumps(delta.failures) for delta in columns],
             "data": [json.dumps(delta.data) for delta in columns],
         },
     )

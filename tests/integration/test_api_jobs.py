@@ -18,8 +18,8 @@ from tests.serving import JOB, Api, render, serving
 
 JOB_FIELDS = {
     "id", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
-    "eta_seconds", "waiting_because", "reused", "device_seconds", "labels", "created_at",
-    "started_at", "finished_at", "spec",
+    "pace", "eta_seconds", "waiting_because", "reused", "device_seconds", "bytes", "failures",
+    "labels", "created_at", "started_at", "finished_at", "spec",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -83,12 +84,16 @@ def keys_of(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> list[str]:
     return [stored.key for stored in page.objects]
 
 
-def rows_of(farm: Farm, job_id: uuid.UUID) -> dict[str, int]:
-    tables = {"jobs": "id", "frames": "job_id", "attempts": "job_id", "input_chunks": "job_id"}
-    return {
-        table: sql(farm, f"SELECT count(*) FROM {table} WHERE {key} = :id", id=job_id)[0][0]
-        for table, key in tables.items()
-    }
+def rows_of(farm: Farm, job_id: uuid.UUID) -> Counter[str]:
+    tables = {"jobs": "id"} | dict.fromkeys(
+        ("frames", "attempts", "input_chunks", "prints", "renders"), "job_id"
+    )
+    return Counter(
+        {
+            table: sql(farm, f"SELECT count(*) FROM {table} WHERE {key} = :id", id=job_id)[0][0]
+            for table, key in tables.items()
+        }
+    )
 
 
 def put(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID, ordinal: int, content: bytes) -> str:
@@ -126,7 +131,7 @@ def test_a_job_past_its_time_is_gone_at_once_and_then_altogether(
     assert rows_of(farm, job_id)["frames"] == 3
     assert len(keys_of(farm, tenant, job_id)) == 3
     sweep(farm)
-    assert rows_of(farm, job_id) == {"jobs": 1, "frames": 0, "attempts": 0, "input_chunks": 1}
+    assert rows_of(farm, job_id) == Counter(jobs=1, input_chunks=1)
     assert len(keys_of(farm, tenant, job_id)) == 3
     work.step()
     assert sum(rows_of(farm, job_id).values()) == 0
@@ -199,12 +204,27 @@ def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> 
     lease = hand.must_claim()
     hand.fail(lease, fences=[fence(frame) for frame in lease.frames[:3]])
     hand.complete(lease, [fence(frame) for frame in lease.frames[3:]])
+    sql(
+        farm,
+        "INSERT INTO prints SELECT :job_id, ordinal, 0 FROM frames WHERE state = 'succeeded'",
+        job_id=job_id,
+    )
+    sql(
+        farm,
+        "INSERT INTO renders SELECT :tenant_id, sha256, :job_id, ordinal FROM frames"
+        " WHERE state = 'succeeded'",
+        tenant_id=tenant,
+        job_id=job_id,
+    )
     grow_old(farm, job_id)
     with transaction(farm.store) as connection:
         retention.remove_due(connection, 10.0)
         retention.delete_rows(connection, 3)
     rows = rows_of(farm, job_id)
-    assert (rows["frames"], rows["attempts"]) == (5, 0)
+    assert (rows["frames"], rows["attempts"], rows["prints"], rows["renders"]) == (5, 0, 2, 2)
+    sql(farm, "DELETE FROM frames")
+    with transaction(farm.store) as connection:
+        assert retention.empty_jobs(connection, 10) == []
     with transaction(farm.store) as connection:
         assert retention.empty_jobs(connection, 10) == []
         while retention.delete_rows(connection, 3):

@@ -18,14 +18,14 @@ from farm.cli.console import (
     one_line,
     percent,
     plural,
-    size,
     tail,
 )
 from farm.cli.doctor import marks
 from farm.cli.download import picture_name
-from farm.cli.follow import Bar, Lines, Pace, detail, finished, headline, summary
+from farm.cli.follow import Bar, Lines, detail, finished, headline, summary
 from farm.cli.sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
 from farm.cli.workers import busyness, doing
+from farm.words import pace, size
 
 JOB: dict[str, Any] = {
     "id": "4f2a81c3-0000-4000-8000-000000000000",
@@ -34,7 +34,10 @@ JOB: dict[str, Any] = {
     "total": 1200,
     "counts": {"waiting": 1180, "running": 8, "succeeded": 11, "dead": 1, "cancelled": 0},
     "progress": 0.01,
+    "pace": 0.5,
     "eta_seconds": 90.0,
+    "bytes": 0,
+    "failures": {},
     "waiting_because": None,
     "started_at": "2026-01-01T00:00:00Z",
     "finished_at": None,
@@ -94,10 +97,14 @@ def test_the_last_column_alone_gives_way() -> None:
 
 def test_a_job_in_words() -> None:
     assert finished(JOB) == 12
-    assert headline(JOB, None).plain == "running  12/1,200  1 min 30 s left"
-    assert headline(JOB, 4.0).plain == "running  12/1,200  4.0 frames/s  4 min 57 s left"
-    assert headline({**JOB, "paused": True, "eta_seconds": None}, None).plain == "paused  12/1,200"
+    assert headline(JOB).plain == "running  12/1,200  30.0 frames/min  1 min 30 s left"
+    unknown = {"pace": None, "eta_seconds": None}
+    assert headline({**JOB, "paused": True, **unknown}).plain == "paused  12/1,200"
     assert detail(JOB) == "1,180 waiting, 8 running, 11 succeeded, 1 dead"
+    stored = {"bytes": 4096, "failures": {"worker_lost": 3, "render_error": 1}}
+    assert detail({**JOB, **stored}).endswith(
+        "1 dead, 4.0 KiB. failed attempts: 3 worker lost, 1 render error"
+    )
     assert detail({**JOB, "waiting_because": "It is paused."}).endswith("1 dead. It is paused.")
     ended = {**JOB, "status": "partial", "finished_at": "2026-01-01T00:00:12Z"}
     assert summary(ended) == "partial: 11 of 1,200 frames in 12 s (1 dead)"
@@ -106,19 +113,20 @@ def test_a_job_in_words() -> None:
     )
 
 
-def test_the_pace_is_that_of_the_last_seconds() -> None:
-    pace = Pace()
-    assert pace.mark(0.0, 0) is None
-    assert pace.mark(10.0, 0) is None
-    assert pace.mark(20.0, 100) == 5.0
-    assert pace.mark(30.0, 200) == 10.0
-    assert pace.mark(60.0, 200) is None
+def test_a_pace_has_something_before_the_point() -> None:
+    paces = (6783.0, 1.0, 0.07, 0.001)
+    assert [pace(each) for each in paces] == [
+        "6,783.0 frames/s",
+        "1.0 frames/s",
+        "4.2 frames/min",
+        "3.6 frames/h",
+    ]
 
 
 def test_lines_tell_only_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines()
     for progress, why in ((0.0, "No worker."), (0.0, "No worker."), (0.04, None), (0.2, None)):
-        lines.show({**JOB, "progress": progress, "waiting_because": why}, None)
+        lines.show({**JOB, "progress": progress, "waiting_because": why})
     told = capsys.readouterr()
     assert told.out == ""
     assert [line.endswith("No worker.") for line in told.err.splitlines()] == [True, False, False]
@@ -129,11 +137,11 @@ def test_the_bar_draws_a_job() -> None:
     console = Console(width=100, force_terminal=True, color_system=None)
     with console.capture() as capture:
         console.print(bar)
-        bar.show({**JOB, "waiting_because": "why \x1b[2J not"}, 2.0)
+        bar.show({**JOB, "waiting_because": "why \x1b[2J not"})
         console.print(bar)
     drawn = capture.get()
     assert "4f2a81c3" in drawn
-    assert "2.0 frames/s" in drawn
+    assert "30.0 frames/min" in drawn
     assert "\x1b[2J" not in drawn
 
 
@@ -146,10 +154,10 @@ def test_how_busy_the_workers_of_a_job_are(capsys: pytest.CaptureFixture[str]) -
     assert busyness(workers, "demo") == "busy: w0 97%, w2 50%, w3 100%, w4 0%, 2 more"
     assert busyness(workers[:2], "demo") == "busy: w0 97%"
     assert busyness(workers, "other") == busyness(workers[1:2], "demo") == ""
-    Lines().show(JOB, None, "busy: w0 97%")
+    Lines().show(JOB, "busy: w0 97%")
     assert capsys.readouterr().err.endswith("  busy: w0 97%\n")
     bar, console = Bar(), Console(width=100, force_terminal=True, color_system=None)
-    bar.show(JOB, None, "busy: w0 97%")
+    bar.show(JOB, "busy: w0 97%")
     with console.capture() as capture:
         console.print(bar)
     assert "\n  busy: w0 97%" in capture.get()

@@ -38,6 +38,7 @@ DECLARE
     ids uuid[];
     ordinals bigint[];
     attempts smallint[];
+    bytes int[];
 BEGIN
     SELECT coalesce(array_agg(held.id), '{}') INTO jobs_held FROM (
         SELECT l.job_ids FROM leases l WHERE l.id = ANY(_lease_ids) ORDER BY l.id FOR UPDATE
@@ -52,17 +53,18 @@ BEGIN
              AS d (job_id, ordinal, attempt, sha256, bytes, slot, reused)
         WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal
           AND f.attempt = d.attempt AND f.state = 'running'
-        RETURNING f.job_id, f.ordinal, f.attempt
+        RETURNING f.job_id, f.ordinal, f.attempt, f.bytes
     )
-    SELECT array_agg(a.job_id), array_agg(a.ordinal), array_agg(a.attempt)
-    INTO ids, ordinals, attempts FROM accepted a;
+    SELECT array_agg(a.job_id), array_agg(a.ordinal), array_agg(a.attempt), array_agg(a.bytes)
+    INTO ids, ordinals, attempts, bytes FROM accepted a;
 
     PERFORM pg_temp.tally('frames.succeeded', array_agg(d.id), array_agg(-d.n), array_agg(d.n),
                           array_agg(0::bigint), array_agg(0::bigint), array_agg(d.data),
-                          array_agg(_seconds * d.n / cardinality(_ordinals)))
-    FROM (SELECT f.id, count(*) AS n, jsonb_build_object('frames',
+                          array_agg(_seconds * d.n / cardinality(_ordinals)), array_agg(d.bytes))
+    FROM (SELECT f.id, count(*) AS n, sum(f.bytes)::bigint AS bytes, jsonb_build_object('frames',
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
-          FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
+          FROM unnest(ids, ordinals, attempts, bytes) AS f (id, ordinal, attempt, bytes)
+          GROUP BY f.id) d;
 
     IF _digests IS NOT NULL THEN
         -- of what was accepted: a late result says nothing of the picture that won

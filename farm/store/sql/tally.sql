@@ -3,19 +3,37 @@
 --
 -- A job settles when its last frame does: `states.settled`, said in SQL, where it is atomic.
 -- Postgres refuses, by constraint, counters that do not add up.
+--
+-- A job's pace is told from the mark `pace_since` on: half a minute and eight batches behind the
+-- present, or more, so that it neither jumps with each batch nor remembers yesterday.
+
+-- Two counts by word, put together.
+CREATE FUNCTION pg_temp.added(_some jsonb, _more jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE AS $$
+    SELECT _some || coalesce(jsonb_object_agg(
+        word, n::bigint + coalesce((_some ->> word)::bigint, 0)), '{}')
+    FROM jsonb_each_text(_more) AS m (word, n)
+$$;
+
 CREATE FUNCTION pg_temp.tally(
     _kind text, _ids uuid[], _running bigint[], _succeeded bigint[], _dead bigint[],
-    _cancelled bigint[], _data jsonb[], _seconds float[] DEFAULT NULL
+    _cancelled bigint[], _data jsonb[], _seconds float[] DEFAULT NULL,
+    _bytes bigint[] DEFAULT NULL, _failures jsonb[] DEFAULT NULL
 ) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
 BEGIN
     WITH delta AS (
-        SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data, _seconds)
-        AS d (id, running, succeeded, dead, cancelled, data, seconds)
+        SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data, _seconds,
+                             _bytes, _failures)
+        AS d (id, running, succeeded, dead, cancelled, data, seconds, bytes, failures)
     ), counted AS (
         SELECT j.id, j.status AS before,
                j.running + d.running AS running, j.succeeded + d.succeeded AS succeeded,
                j.dead + d.dead AS dead, j.cancelled + d.cancelled AS cancelled, d.data,
                j.device_seconds + coalesce(d.seconds, 0) AS device_seconds,
+               j.bytes + coalesce(d.bytes, 0) AS bytes,
+               CASE WHEN d.failures IS NULL THEN j.failures
+                    ELSE pg_temp.added(j.failures, d.failures) END AS failures,
+               j.succeeded - j.pace_next_frames >= 8 * j.bucket
+                 AND j.pace_next < clock_timestamp() - interval '30 seconds' AS marks,
                CASE
                  WHEN j.status = 'queued' AND d.running > 0 THEN 'running'
                  WHEN j.status <> 'running' THEN j.status
@@ -30,6 +48,15 @@ BEGIN
         UPDATE jobs j
         SET running = c.running, succeeded = c.succeeded, dead = c.dead, cancelled = c.cancelled,
             status = c.status, device_seconds = c.device_seconds,
+            bytes = c.bytes, failures = c.failures,
+            pace_since = CASE WHEN c.marks THEN j.pace_next
+                              ELSE coalesce(j.pace_since, clock_timestamp()) END,
+            pace_since_frames = CASE WHEN c.marks THEN j.pace_next_frames
+                                     ELSE j.pace_since_frames END,
+            pace_next = CASE WHEN c.marks THEN clock_timestamp()
+                             ELSE coalesce(j.pace_next, clock_timestamp()) END,
+            pace_next_frames = CASE WHEN c.marks THEN j.succeeded
+                                    ELSE j.pace_next_frames END,
             paused = j.paused AND c.status IN ('queued', 'running'),
             started_at = CASE WHEN c.status = 'running'
                               THEN coalesce(j.started_at, clock_timestamp())
