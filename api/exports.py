@@ -18,7 +18,7 @@ from farm import exports as use_cases
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.store import exports, reading
-from farm.store.engine import reads
+from farm.store.engine import reads, transaction
 from farm.store.exports import Export
 
 router = APIRouter(prefix="/v1", tags=["exports"])
@@ -72,6 +72,18 @@ def get_export(farm: FarmHere, caller: Reader, export_id: ExportId) -> wire.Expo
     """Answer with how far an export is."""
     with reads(farm.store) as connection:
         return _view(exports.get_export(connection, caller.tenant_id, export_id))
+
+
+@router.delete(
+    "/exports/{export_id}",
+    status_code=204,
+    responses=refusals(403, 404),
+    summary="Delete an export",
+)
+def delete_export(farm: FarmHere, caller: Writer, export_id: ExportId) -> None:
+    """Delete an export, ended or not. Files in the farm's own storage go, those elsewhere stay."""
+    with transaction(farm.store) as connection:
+        exports.remove_export(connection, caller.tenant_id, export_id)
 
 
 @router.get(

@@ -7,12 +7,13 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, fail_after, to_thread
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer, farm_of
 from api.body import admitted
+from api.jobs import Limit
 from api.openapi import refusals
 from farm.context import Farm
 from farm.errors import FarmError, MalformedBody
@@ -69,6 +70,29 @@ def get_input(farm: FarmHere, caller: Reader, input_id: InputId) -> wire.Input:
     """Answer with what is known of an input."""
     with reads(farm.store) as connection:
         return _view(inputs.get_input(connection, caller.tenant_id, input_id))
+
+
+@router.get("", summary="List inputs, the one sent last first")
+def list_inputs(
+    farm: FarmHere,
+    caller: Reader,
+    limit: Limit = 50,
+    after: Annotated[uuid.UUID | None, Query(description="the `next` of the page before")] = None,
+) -> wire.Page[wire.Input]:
+    """List a tenant's inputs."""
+    with reads(farm.store) as connection:
+        found = inputs.list_inputs(connection, caller.tenant_id, limit=limit + 1, after=after)
+    data = [_view(each) for each in found[:limit]]
+    return wire.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+
+
+@router.delete(
+    "/{input_id}", status_code=204, responses=refusals(403, 404, 409), summary="Delete an input"
+)
+def delete_input(farm: FarmHere, caller: Writer, input_id: InputId) -> None:
+    """Delete an input that no job draws."""
+    with transaction(farm.store) as connection:
+        inputs.delete_input(connection, caller.tenant_id, input_id)
 
 
 async def _read(request: Request, intake: Intake) -> None:

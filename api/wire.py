@@ -162,7 +162,7 @@ class Input(BaseModel):
     sha256: str = Field(description="of the lines as they were sent, unpacked; in hex")
     prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
     keys: bool = Field(description="whether any line has a key")
-    created_at: datetime
+    created_at: datetime = Field(description="when it was sent, last")
 
 
 class ExportAsked(BaseModel):

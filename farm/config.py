@@ -99,7 +99,10 @@ class Settings(BaseSettings):
     )
     events_days: float = Field(default=30.0, gt=0, description="how long events are kept")
     retention_days: float = Field(
-        default=0.0, ge=0, description="how long a job is kept after its end; 0: for ever"
+        default=0.0,
+        ge=0,
+        description="how long a job or an export is kept after its end, and an input that no job "
+        "draws; 0: for ever",
     )
     orphan_seconds: float = Field(
         default=86_400.0, ge=0, description="objects that no frame names are deleted when older"

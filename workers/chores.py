@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,19 +83,26 @@ class Chores:
 
     @contextmanager
     def _held(self, shard: Shard) -> Iterator[threading.Event]:
-        """Renew a shard's lease in the block; gives what is set once it is lost."""
+        """Renew a shard's lease in the block; gives what is set once it is lost, or may be."""
         over, lost = threading.Event(), threading.Event()
         seconds = self._farm.settings.lease_seconds
+        ends_at = time.monotonic() + seconds
 
         def renew() -> None:
+            nonlocal ends_at
             while not over.wait(seconds / 4):
+                asked = time.monotonic()
                 try:
                     with one_statement(self._farm.store) as connection:
                         if not exports.renew(connection, shard, seconds):
                             lost.set()
                             return
+                    ends_at = asked + seconds
                 except Unavailable as error:
                     log.warning("%s: the lease of %s was not renewed: %s", self._name, shard, error)
+                    if time.monotonic() >= ends_at:  # another may write it by now
+                        lost.set()
+                        return
 
         thread = threading.Thread(target=renew, name="shard-lease", daemon=True)
         thread.start()

@@ -14,7 +14,7 @@ import time
 from farm.artifacts import ArtifactName, job_prefix, parse_key
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import retention
+from farm.store import exports, retention
 from farm.store.engine import transaction
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ LONGEST_REST_SECONDS = 60.0
 
 
 class StorageWork:
-    """Empties removed jobs and deletes orphans, in a thread, while its janitor leads."""
+    """Empties removed jobs and exports, deletes orphans, in a thread, while its janitor leads."""
 
     def __init__(self, farm: Farm, stop: threading.Event) -> None:
         self._farm = farm
@@ -71,7 +71,7 @@ class StorageWork:
             self._stop.wait(random.uniform(rest / 2, rest) if failures else pace)  # noqa: S311
 
     def step(self) -> None:
-        """Empty the jobs that are being removed, and look through one page for orphans.
+        """Empty the jobs and exports that are being removed, and look through one page for orphans.
 
         Raises:
             Unavailable: the storage or Postgres is away; the next step goes on from there.
@@ -82,8 +82,18 @@ class StorageWork:
             if self._delete_below(job_prefix(tenant_id, job_id)):
                 with transaction(self._farm.store) as connection:
                     retention.forget(connection, job_id)
+        self._empty_exports()
         if time.monotonic() >= self._pass_due_at:
             self._look_through_page()
+
+    def _empty_exports(self) -> None:
+        """Delete the files of removed exports; what went to a bucket of others' is theirs."""
+        with transaction(self._farm.store) as connection:
+            removed = exports.removed_exports(connection, retention.AT_ONCE)
+        for export_id, bucket, prefix in removed:
+            if bucket != self._farm.artifacts.bucket or self._delete_below(prefix):
+                with transaction(self._farm.store) as connection:
+                    exports.forget(connection, export_id)
 
     def _goes_on(self) -> bool:
         return self._leads.is_set() and not self._stop.is_set()

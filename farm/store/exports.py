@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Row, text
 from farm.errors import NotFound
 from farm.states import REJECTED
 
+DAY_SECONDS = 86_400.0
 MOST_FAILURES = 5
 """Of a shard; then the export has failed"""
 LONGEST_REST_SECONDS = 60.0
@@ -60,7 +61,8 @@ CLAIM = text("""
 WITH candidate AS (
     SELECT s.export_id, s.number, s.job_id, s.first, s.stop
     FROM export_shards s JOIN exports e ON e.id = s.export_id
-    WHERE s.done_at IS NULL AND e.state = 'running' AND s.due_at <= clock_timestamp()
+    WHERE s.done_at IS NULL AND e.state = 'running' AND e.removed_at IS NULL
+      AND s.due_at <= clock_timestamp()
     ORDER BY e.created_at, e.id, s.number LIMIT :candidates FOR UPDATE OF s SKIP LOCKED
 ), judged AS (
     SELECT c.export_id, c.number, c.job_id, CASE
@@ -98,6 +100,7 @@ RETURNING s.export_id, s.number, s.job_id, s.first, s.stop, s.base, s.attempt, e
 RENEW = text("""
 UPDATE export_shards SET due_at = clock_timestamp() + make_interval(secs => :seconds)
 WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND done_at IS NULL
+  AND EXISTS (SELECT FROM exports WHERE id = :export_id AND removed_at IS NULL)
 RETURNING number
 """)
 
@@ -135,12 +138,16 @@ id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, state, error, shards
 pictures, missing, bytes, created_at, finished_at
 """
 
-ONE = text(f"SELECT {COLUMNS} FROM exports WHERE id = :id AND tenant_id = :tenant_id")  # noqa: S608
+ONE = text(f"""
+SELECT {COLUMNS} FROM exports
+WHERE id = :id AND tenant_id = :tenant_id AND removed_at IS NULL
+""")  # noqa: S608 - constants only
 
 LIST = text(f"""
 SELECT {COLUMNS} FROM exports
-WHERE tenant_id = :tenant_id AND (CAST(:after AS uuid) IS NULL OR (created_at, id) <
-      (SELECT a.created_at, a.id FROM exports a WHERE a.id = :after))
+WHERE tenant_id = :tenant_id AND removed_at IS NULL
+  AND (CAST(:after AS uuid) IS NULL OR (created_at, id) <
+       (SELECT a.created_at, a.id FROM exports a WHERE a.id = :after AND a.tenant_id = :tenant_id))
 ORDER BY created_at DESC, id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
 
@@ -176,8 +183,32 @@ SELECT EXISTS (
 DUE = text("""
 SELECT EXISTS (
     SELECT FROM export_shards s JOIN exports e ON e.id = s.export_id
-    WHERE s.done_at IS NULL AND e.state = 'running' AND s.due_at <= clock_timestamp())
+    WHERE s.done_at IS NULL AND e.state = 'running' AND e.removed_at IS NULL
+      AND s.due_at <= clock_timestamp())
 """)
+
+REMOVE = text("""
+UPDATE exports SET removed_at = clock_timestamp()
+WHERE id = :id AND tenant_id = :tenant_id AND removed_at IS NULL
+RETURNING id
+""")
+
+REMOVE_DUE = text("""
+UPDATE exports SET removed_at = clock_timestamp()
+WHERE finished_at < now() - make_interval(secs => :seconds) AND removed_at IS NULL
+RETURNING id
+""")
+
+# Whoever still writes a shard of it finds out when the lease is to be renewed.
+REMOVED = text("""
+SELECT id, bucket, prefix FROM exports e
+WHERE removed_at IS NOT NULL AND NOT EXISTS (
+    SELECT FROM export_shards s
+    WHERE s.export_id = e.id AND s.done_at IS NULL AND s.due_at > clock_timestamp())
+ORDER BY removed_at LIMIT :limit
+""")
+
+FORGET = text("DELETE FROM exports WHERE id = :id AND removed_at IS NOT NULL")
 
 
 @dataclass(frozen=True)
@@ -323,6 +354,35 @@ def is_taken(connection: Connection, bucket: str, prefix: str) -> bool:
     """
     connection.execute(LOCK_BUCKET, {"bucket": bucket})
     return bool(connection.execute(TAKEN, {"bucket": bucket, "prefix": prefix}).scalar_one())
+
+
+def remove_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.UUID) -> None:
+    """Remove an export: it is gone for everybody at once, and its files soon.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    values = {"id": export_id, "tenant_id": tenant_id}
+    if connection.execute(REMOVE, values).first() is None:
+        raise NotFound(f"There is no export {export_id}.")
+
+
+def remove_due(connection: Connection, days: float) -> int:
+    """Remove the exports that ended more than `days` ago; 0 days removes none."""
+    if days == 0:
+        return 0
+    return connection.execute(REMOVE_DUE, {"seconds": days * DAY_SECONDS}).rowcount
+
+
+def removed_exports(connection: Connection, limit: int) -> list[tuple[uuid.UUID, str, str]]:
+    """Name removed exports that nobody writes to any more, as (id, bucket, prefix)."""
+    rows = connection.execute(REMOVED, {"limit": limit})
+    return [(row.id, row.bucket, row.prefix) for row in rows]
+
+
+def forget(connection: Connection, export_id: uuid.UUID) -> None:
+    """Delete a removed export's rows: nothing is left of it."""
+    connection.execute(FORGET, {"id": export_id})
 
 
 def any_due(connection: Connection) -> bool:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, text
 
-from farm.errors import NotFound
+from farm.errors import Conflict, NotFound
 from farm.inputs import Facts, StoredInput
 
 PARTS_AT_ONCE = 32
+DAY_SECONDS = 86_400.0
 
 COLUMNS = "id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at"
 
@@ -27,13 +28,41 @@ INSERT_PART = text(
     "INSERT INTO input_parts (input_id, first, content) VALUES (:input_id, :first, :content)"
 )
 
+# Sent again, it is kept from now on.
 SAME = text(f"""
-SELECT {COLUMNS} FROM inputs WHERE tenant_id = :tenant_id AND sha256 = :sha256
+UPDATE inputs SET created_at = clock_timestamp()
+WHERE tenant_id = :tenant_id AND sha256 = :sha256 RETURNING {COLUMNS}
 """)  # noqa: S608 - constants only
 
 ONE = text(f"""
 SELECT {COLUMNS} FROM inputs WHERE id = :id AND tenant_id = :tenant_id
 """)  # noqa: S608 - constants only
+
+LIST = text(f"""
+SELECT {COLUMNS} FROM inputs
+WHERE tenant_id = :tenant_id AND (CAST(:after AS uuid) IS NULL OR (created_at, id) <
+      (SELECT a.created_at, a.id FROM inputs a WHERE a.id = :after AND a.tenant_id = :tenant_id))
+ORDER BY created_at DESC, id DESC LIMIT :limit
+""")  # noqa: S608 - constants only
+
+DRAWN = text("SELECT count(*) FROM jobs WHERE input_id = :id")
+
+DELETE = text("DELETE FROM inputs WHERE id = :id")
+
+LOCK_OLD = text("""
+SELECT id FROM inputs i
+WHERE created_at < now() - make_interval(secs => :seconds)
+  AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
+ORDER BY created_at LIMIT :limit FOR UPDATE SKIP LOCKED
+""")
+
+# Looked for again: a job may have come just before the lock.
+DELETE_OLD = text("""
+DELETE FROM inputs i
+WHERE id = ANY(:ids) AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
+""")
+
+LOCK = text("SELECT FROM inputs WHERE id = :id AND tenant_id = :tenant_id FOR UPDATE")
 
 PARTS = text("""
 SELECT p.input_id, p.first, p.content
@@ -83,6 +112,38 @@ def get_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID)
     if row is None:
         raise NotFound(f"There is no input {input_id}.")
     return StoredInput(**row._mapping)
+
+
+def list_inputs(
+    connection: Connection, tenant_id: uuid.UUID, *, limit: int, after: uuid.UUID | None = None
+) -> list[StoredInput]:
+    """Read a page of a tenant's inputs, the one that was sent last first."""
+    rows = connection.execute(LIST, {"tenant_id": tenant_id, "limit": limit, "after": after})
+    return [StoredInput(**row._mapping) for row in rows]
+
+
+def delete_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID) -> None:
+    """Delete an input that no job draws.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+        Conflict: a job draws it.
+    """
+    if connection.execute(LOCK, {"id": input_id, "tenant_id": tenant_id}).first() is None:
+        raise NotFound(f"There is no input {input_id}.")
+    jobs = connection.execute(DRAWN, {"id": input_id}).scalar_one()
+    if jobs:
+        raise Conflict(f"Input {input_id} is drawn by {jobs} jobs; it goes after them.")
+    connection.execute(DELETE, {"id": input_id})
+
+
+def delete_old(connection: Connection, days: float, limit: int) -> int:
+    """Delete inputs sent more than `days` ago that no job draws; 0 days deletes none."""
+    if days == 0:
+        return 0
+    values = {"seconds": days * DAY_SECONDS, "limit": limit}
+    old = list(connection.execute(LOCK_OLD, values).scalars())
+    return connection.execute(DELETE_OLD, {"ids": old}).rowcount if old else 0
 
 
 def read_parts(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
+from sqlalchemy.exc import IntegrityError
 
-from farm.errors import Conflict, NotFound
+from farm.errors import Conflict, InvalidRequest, NotFound
 from farm.spec import FullSpec, Priority
 from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.store.reading import JOB_COLUMNS, get_job
@@ -102,29 +103,33 @@ def insert_job(
 
     Raises:
         Conflict: the idempotency key was used with another body.
+        InvalidRequest: its input was deleted meanwhile.
     """
     run_end, batch_key, bucket = spec.runs[0]
-    inserted: Row[Any] | None = connection.execute(
-        INSERT_JOB,
-        {
-            "id": job_id,
-            "tenant_id": tenant_id,
-            "pipeline": spec.pipeline,
-            "priority": Priority.parse(spec.priority),
-            "total": spec.total,
-            "run_end": run_end,
-            "batch_key": batch_key,
-            "bucket": bucket,
-            "runs": _json(spec.runs),
-            "max_attempts": spec.max_attempts,
-            "spec": spec.model_dump_json(),
-            "labels": _json(spec.labels),
-            "input_id": spec.input,
-            "idempotency_key": idempotency.key if idempotency else None,
-            "idempotency_digest": idempotency.digest if idempotency else None,
-            "prompts": list(prompts),
-        },
-    ).first()
+    values = {
+        "id": job_id,
+        "tenant_id": tenant_id,
+        "pipeline": spec.pipeline,
+        "priority": Priority.parse(spec.priority),
+        "total": spec.total,
+        "run_end": run_end,
+        "batch_key": batch_key,
+        "bucket": bucket,
+        "runs": _json(spec.runs),
+        "max_attempts": spec.max_attempts,
+        "spec": spec.model_dump_json(),
+        "labels": _json(spec.labels),
+        "input_id": spec.input,
+        "idempotency_key": idempotency.key if idempotency else None,
+        "idempotency_digest": idempotency.digest if idempotency else None,
+        "prompts": list(prompts),
+    }
+    try:
+        inserted: Row[Any] | None = connection.execute(INSERT_JOB, values).first()
+    except IntegrityError as error:
+        if spec.input is None:
+            raise
+        raise InvalidRequest("input: it was deleted meanwhile.", param="input") from error
     if inserted is not None:
         return inserted
     # Only an idempotency key collides: the same job came in at the same moment.

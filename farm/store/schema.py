@@ -167,6 +167,7 @@ jobs = Table(
         postgresql_where=text("finished_at IS NOT NULL AND removed_at IS NULL"),
     ),
     Index("jobs_removed", "removed_at", postgresql_where=text("removed_at IS NOT NULL")),
+    Index("jobs_input", "input_id", postgresql_where=text("input_id IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
 )
@@ -186,6 +187,8 @@ inputs = Table(
     Column("negatives", Boolean, nullable=False),
     _moment("created_at", now=True),
     UniqueConstraint("tenant_id", "sha256"),
+    Index("inputs_newest", "tenant_id", "created_at", "id"),
+    Index("inputs_oldest", "created_at"),
 )
 
 input_parts = Table(
@@ -223,9 +226,16 @@ exports = Table(
     Column("bytes", BigInteger, nullable=False, server_default=text("0")),
     _moment("created_at", now=True),
     _moment("finished_at"),
+    _moment("removed_at"),
     CheckConstraint(_one_of("kind", ["webdataset", "parquet", "imagefolder"]), "kind"),
     CheckConstraint(_one_of("state", ["running", "succeeded", "failed"]), "state"),
     Index("exports_newest", "tenant_id", "created_at", "id"),
+    Index(
+        "exports_finished",
+        "finished_at",
+        postgresql_where=text("finished_at IS NOT NULL AND removed_at IS NULL"),
+    ),
+    Index("exports_removed", "removed_at", postgresql_where=text("removed_at IS NOT NULL")),
     Index("exports_running", "created_at", postgresql_where=text("state = 'running'")),
 )
 

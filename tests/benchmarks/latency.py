@@ -25,6 +25,7 @@ PAUSE_SECONDS = 0.6
 MOST = 1.2
 """Times the idle latency, plus one step of bulk"""
 UNDER_WAY = "SELECT count(*) FROM leases WHERE step > 0"
+DEVICE = "SELECT sum(device_seconds) FROM jobs WHERE priority = 0"
 DIGESTS = "SELECT sha256 FROM frames WHERE job_id = %s ORDER BY ordinal"
 
 
@@ -35,6 +36,8 @@ class Lane:
     site: Site
     latencies: list[list[float]] = field(default_factory=list)
     """Seconds, by turn"""
+    device_seconds: list[float] = field(default_factory=list)
+    """That interactive pictures were on the device, by turn"""
     bulk_seconds: list[float] = field(default_factory=list)
     digests: dict[str, list[bytes]] = field(default_factory=dict)
 
@@ -82,6 +85,8 @@ class Lane:
             seen.append(time.monotonic() - started)
             self.digests[f"interactive {turn} {number}"] = self._digests(job_id)
         self.latencies.append(seen)
+        before = sum(self.device_seconds)
+        self.device_seconds.append(float(self.site.rows(DEVICE)[0][0]) - before)
 
     def alone(self, batches: int) -> float:
         """Seconds of the same bulk job with nothing beside it."""
@@ -143,16 +148,20 @@ def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) ->
         Ratio("p95 with preemption ÷ idle p95, all turns together", [every["on"] / every["idle"]]),
         Ratio("p95 without preemption ÷ idle p95", [every["off"] / every["idle"]]),
     ]
-    taken = len(lanes["on"].latencies[0]) * STEPS * STEP_SECONDS
+    taken = lanes["idle"].device_seconds
+    beside = lanes["on"].bulk_seconds
     lost = [
-        (beside - by_itself) / taken
-        for beside, by_itself in zip(lanes["on"].bulk_seconds, alone, strict=True)
+        (with_them - by_itself) / theirs
+        for with_them, by_itself, theirs in zip(beside, alone, taken, strict=True)
     ]
-    row.ratios.append(Ratio("bulk's loss ÷ the time of the interactive pictures", lost, most=goal))
+    title = "bulk's loss ÷ what the interactive pictures took of the idle lane's device"
+    row.ratios.append(Ratio(title, lost, most=goal))
+    steps = len(lanes["on"].latencies[0]) * STEPS * STEP_SECONDS
     row.notes.append(
         f"A bulk job alone took {alone[0]:.2f} s in the first turn, beside interactive pictures "
         f"{lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
-        f"{lanes['off'].bulk_seconds[0]:.2f} s without; their steps take {taken:.2f} s."
+        f"{lanes['off'].bulk_seconds[0]:.2f} s without. Their steps alone take {steps:.2f} s; the "
+        f"idle lane's device had them for {taken[0]:.2f} s, with the prompt and the picture."
     )
     if lanes["on"].digests == lanes["off"].digests:
         row.notes.append(

@@ -16,6 +16,7 @@ import pytest
 from farm.context import Farm
 from farm.inputs import LINES_A_PART
 from farm.spec import MAX_SEED
+from farm.store import jobs
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
 from farm.store.specs import frame_specs
@@ -63,7 +64,9 @@ def test_an_input_is_stored_once_and_is_its_tenants(farm: Farm, api: Api) -> Non
     assert found["prompts"] == ["a red star", "a blue star", "a green star"]
     assert ann.get(f"/v1/inputs/{found['id']}").json() == found
     packed = ann.post("/v1/inputs", content=gzip.compress(jsonl(LINES)))
-    assert packed.json() == found
+    sent_last = packed.json()["created_at"]
+    assert sent_last > found["created_at"]
+    assert packed.json() == {**found, "created_at": sent_last}
     assert packed.headers["Location"] == f"/v1/inputs/{found['id']}"
     assert upload(bob, LINES)["id"] != found["id"]
     refused(bob.get(f"/v1/inputs/{found['id']}"), 404, "not_found")
@@ -185,3 +188,42 @@ def test_of_too_many_uploads_at_once_some_are_sent_away(
         response = full.client().post("/v1/inputs", content=jsonl(LINES))
     refused(response, 503, "unavailable")
     assert response.headers["Retry-After"]
+
+
+def test_inputs_are_listed_and_deleted_where_no_job_draws_them(farm: Farm, api: Api) -> None:
+    ann, bob = api.client(), api.client("bob")
+    found = [upload(ann, [{"prompt": f"star {number}"}]) for number in range(3)]
+    upload(bob, LINES)
+    assert ann.get("/v1/inputs").json() == {"data": found[::-1], "next": None}
+    page = ann.get("/v1/inputs?limit=2").json()
+    assert page["data"] == [found[2], found[1]]
+    assert ann.get(f"/v1/inputs?limit=2&after={page['next']}").json()["data"] == [found[0]]
+    # What is sent again is the newest again.
+    assert upload(ann, [{"prompt": "star 0"}])["id"] == found[0]["id"]
+    assert ann.get("/v1/inputs").json()["data"][0]["id"] == found[0]["id"]
+
+    path = f"/v1/inputs/{found[1]['id']}"
+    assert submit(ann, found[1]["id"]).status_code == 202
+    refused(ann.delete(path), 409, "conflict")
+    refused(bob.delete(f"/v1/inputs/{found[0]['id']}"), 404, "not_found")
+    refused(api.client(role="viewer").delete(path), 403, "forbidden")
+    assert ann.delete(f"/v1/inputs/{found[0]['id']}").status_code == 204
+    refused(ann.get(f"/v1/inputs/{found[0]['id']}"), 404, "not_found")
+    refused(submit(ann, found[0]["id"]), 422, "invalid_request", "input")
+    assert sql(farm, "SELECT count(*) FROM input_parts") == [(3,)]
+
+
+def test_an_input_that_is_deleted_while_a_job_is_submitted(
+    farm: Farm, tenant: uuid.UUID, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = api.client("default")
+    found = upload(client, LINES)
+    insert = jobs.insert_job
+
+    def too_late(*args: Any) -> Any:
+        assert client.delete(f"/v1/inputs/{found['id']}").status_code == 204
+        return insert(*args)
+
+    monkeypatch.setattr(jobs, "insert_job", too_late)
+    refused(submit(client, found["id"]), 422, "invalid_request", "input")
+    assert sql(farm, "SELECT count(*) FROM jobs") == [(0,)]

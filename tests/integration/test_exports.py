@@ -34,6 +34,8 @@ from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, render, serving
 from tests.waiting import wait_until
 from workers.chores import Chores
+from workers.janitor import Janitor
+from workers.storage import StorageWork
 
 LINES: list[dict[str, Any]] = [
     {"prompt": f"a star, number {number} ✨", "key": f"k{number}", "labels": {"n": str(number)}}
@@ -369,6 +371,105 @@ def test_another_bucket_is_written_to_where_it_is_allowed(farm: Farm, api: Api) 
     for dest in ("s3://elsewhere/a", f"s3://{farm.settings.s3_bucket}/a", "nonsense", "s3://"):
         asked = {"to": "parquet", "dest": dest}
         check_problem(ann.post(f"/v1/jobs/{job_id}/exports", json=asked), 422)
+
+
+def test_a_writer_cut_off_from_postgres_gives_up_when_its_lease_is_over(
+    farm: Farm, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may write the shard by then, and its files must not be written over."""
+    client = api.client()
+    export(client, submit(client), to="webdataset")
+    rendered(farm)
+    farm.settings.lease_seconds = 0.4
+    chores = Chores(farm, "cut off")
+    shard = chores._claim()
+    assert shard is not None
+
+    def away(*_: object) -> bool:
+        raise Unavailable("Postgres is away.")
+
+    with chores._held(shard) as lost:
+        assert not lost.wait(1.0)
+        monkeypatch.setattr(stored, "renew", away)
+        assert lost.wait(10.0)
+
+
+def stored_keys(farm: Farm, prefix: str, bucket: str | None = None) -> list[str]:
+    bucket = bucket or farm.settings.s3_bucket
+    found = farm.artifacts._s3.list_objects_v2(Bucket=bucket, Prefix=prefix)
+    return [each["Key"] for each in found.get("Contents", [])]
+
+
+def test_a_deleted_export_goes_with_its_files(farm: Farm, api: Api) -> None:
+    client, work = api.client(), StorageWork(farm, threading.Event())
+    work.lead(True)
+    job_id = submit(client)
+    rendered(farm)
+    own = written(farm, client, export(client, job_id, to="webdataset"))
+    there = farm.settings.export_buckets
+    other = written(farm, client, export(client, job_id, to="parquet", dest=f"s3://{there}/set"))
+    assert stored_keys(farm, "exports/")
+    refused = api.client("bob").delete(f"/v1/exports/{own['id']}")
+    check_problem(refused, 404)
+    for each in (own, other):
+        assert client.delete(f"/v1/exports/{each['id']}").status_code == 204
+        check_problem(client.get(f"/v1/exports/{each['id']}"), 404)
+        check_problem(client.delete(f"/v1/exports/{each['id']}"), 404)
+    assert client.get("/v1/exports").json()["data"] == []
+    work.step()
+    assert stored_keys(farm, "exports/") == []
+    assert stored_keys(farm, "set/", there), "what went elsewhere is not the farm's to delete"
+    assert stored_keys(farm, ""), "the pictures stay"
+    assert sql(farm, "SELECT count(*) FROM exports") == [(0,)]
+    assert sql(farm, "SELECT count(*) FROM export_shards") == [(0,)]
+
+
+def test_an_export_that_is_deleted_while_it_is_written(farm: Farm, api: Api) -> None:
+    client, work = api.client(), StorageWork(farm, threading.Event())
+    work.lead(True)
+    job_id = submit(client)
+    rendered(farm)
+    found = export(client, job_id, to="webdataset")
+    with one_statement(farm.store) as connection:
+        shard = stored.claim_shard(connection, "w", 60.0)
+        assert shard is not None
+        assert stored.renew(connection, shard, 60.0)
+        assert client.delete(f"/v1/exports/{found['id']}").status_code == 204
+        assert not stored.renew(connection, shard, 60.0)
+        assert stored.claim_shard(connection, "w", 60.0) is None
+        assert not stored.any_due(connection)
+    work.step()
+    assert sql(farm, "SELECT count(*) FROM exports") == [(1,)], "its writer may still be at it"
+    sql(farm, "UPDATE export_shards SET due_at = clock_timestamp()")
+    work.step()
+    assert sql(farm, "SELECT count(*) FROM exports") == [(0,)]
+
+
+def test_what_was_kept_long_enough_goes(farm: Farm, api: Api) -> None:
+    client = api.client()
+    job_id = submit(client)
+    rendered(farm)
+    found = written(farm, client, export(client, job_id, to="webdataset"))
+    farm.settings.retention_days = 10.0
+    tables = ("jobs", "exports", "inputs")
+
+    def left() -> list[int]:
+        with farm.store.connect() as connection:
+            Janitor(farm).sweep(connection)
+        work.step()
+        return [sql(farm, f"SELECT count(*) FROM {table}")[0][0] for table in tables]
+
+    work = StorageWork(farm, threading.Event())
+    work.lead(True)
+    sql(farm, "UPDATE inputs SET created_at = created_at - interval '11 days'")
+    assert left() == [1, 1, 1], "a job draws it"
+    sql(farm, "UPDATE exports SET finished_at = finished_at - interval '11 days'")
+    assert left() == [1, 0, 1]
+    assert stored_keys(farm, "exports/") == []
+    check_problem(client.get(f"/v1/exports/{found['id']}"), 404)
+    sql(farm, "UPDATE jobs SET finished_at = finished_at - interval '11 days'")
+    left()
+    assert left() == [0, 0, 0]
 
 
 def test_an_export_is_its_tenants_and_gives_only_its_own_files(farm: Farm, api: Api) -> None:
