@@ -92,11 +92,17 @@ def test_without_redis_a_job_is_still_taken(farm: Farm) -> None:
         assert api.jobs_stored() == 1
 
 
+ORDER = ("pipeline", "priority", "outcome", "stage")
+"""Of the labels"""
+
+
 def samples(url: str) -> dict[tuple[str, ...], float]:
-    """Every sample of /metrics, by its name, its pipeline and its other label's value."""
+    """Every sample of /metrics, by its name, its pipeline, if it has one, and its other label."""
     text = httpx.get(f"{url}/metrics").text
     return {
-        (sample.name, sample.labels.pop("pipeline"), *sample.labels.values()): sample.value
+        (sample.name, *(sample.labels[name] for name in ORDER if name in sample.labels)): (
+            sample.value
+        )
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -131,6 +137,7 @@ def test_metrics_count_what_happened(api: Api) -> None:
     assert seen["farm_batches_total", "demo"] == 1
     assert seen["farm_lease_expiries_total", "demo"] == 1
     assert seen["farm_workers_alive", "demo"] == 1
+    assert seen[("farm_database_bytes",)] > 1_000_000
 
 
 def test_pipelines_tell_what_a_job_takes(api: Api) -> None:
