@@ -12,8 +12,9 @@ from fastapi.responses import RedirectResponse
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer
-from api.jobs import JobId, Limit
+from api.jobs import JobId
 from api.openapi import refusals
+from api.paging import After, Limit, known_after, page
 from farm import exports as use_cases
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
@@ -58,13 +59,15 @@ def list_exports(
     farm: FarmHere,
     caller: Reader,
     limit: Limit = 50,
-    after: Annotated[uuid.UUID | None, Query(description="the `next` of the page before")] = None,
+    after: After = None,
 ) -> wire.Page[wire.Export]:
     """List a tenant's exports."""
     with reads(farm.store) as connection:
+        if after is not None:
+            with known_after():
+                exports.get_export(connection, caller.tenant_id, after)
         found = exports.list_exports(connection, caller.tenant_id, limit=limit + 1, after=after)
-    data = [_view(export) for export in found[:limit]]
-    return wire.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+    return page(found, limit, _view)
 
 
 @router.get("/exports/{export_id}", responses=refusals(404), summary="Look at an export")

@@ -11,8 +11,9 @@ from fastapi.responses import RedirectResponse
 
 from api import wire
 from api.auth import FarmHere, Reader
-from api.jobs import JobId, Limit
+from api.jobs import JobId
 from api.openapi import refusals
+from api.paging import Limit
 from api.view import frame_views, unborn_state
 from api.waiting import JobRow
 from farm.artifacts import artifact_key

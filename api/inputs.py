@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, fail_after, to_thread
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer, farm_of
 from api.body import admitted
-from api.jobs import Limit
 from api.openapi import refusals
+from api.paging import After, Limit, known_after, page
 from farm.context import Farm
 from farm.errors import FarmError, MalformedBody
 from farm.inputs import Intake, StoredInput
@@ -77,13 +77,15 @@ def list_inputs(
     farm: FarmHere,
     caller: Reader,
     limit: Limit = 50,
-    after: Annotated[uuid.UUID | None, Query(description="the `next` of the page before")] = None,
+    after: After = None,
 ) -> wire.Page[wire.Input]:
     """List a tenant's inputs."""
     with reads(farm.store) as connection:
+        if after is not None:
+            with known_after():
+                inputs.get_input(connection, caller.tenant_id, after)
         found = inputs.list_inputs(connection, caller.tenant_id, limit=limit + 1, after=after)
-    data = [_view(each) for each in found[:limit]]
-    return wire.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+    return page(found, limit, _view)
 
 
 @router.delete(

@@ -14,20 +14,20 @@ from api import wire
 from api.auth import FarmHere, Reader, Writer
 from api.body import parse_json, read_body
 from api.openapi import refusals
+from api.paging import After, Limit, known_after, page
 from api.view import job_view
 from api.waiting import Lanes
 from farm import jobs as use_cases
 from farm import quotes as use_quotes
 from farm.context import Farm
-from farm.errors import InvalidRequest, NotFound
+from farm.errors import InvalidRequest
 from farm.states import JobStatus
 from farm.store import reading
-from farm.store.engine import Transaction, reads, transaction
+from farm.store.engine import reads, transaction
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[uuid.UUID, Path(description="the job's id")]
-Limit = Annotated[int, Query(ge=1, le=200, description="items a page")]
 LABEL = "label."
 STEERING = refusals(403, 404, 409)
 
@@ -87,7 +87,7 @@ def list_jobs(
     farm: FarmHere,
     caller: Reader,
     limit: Limit = 50,
-    after: Annotated[uuid.UUID | None, Query(description="the `next` of the page before")] = None,
+    after: After = None,
     status: Annotated[JobStatus | None, Query(description="only jobs of this status")] = None,
     pipeline: Annotated[str | None, Query(description="only jobs for this pipeline")] = None,
 ) -> wire.Page[wire.Job]:
@@ -125,7 +125,8 @@ def job_page(
     """
     with transaction(farm.store) as connection:
         if after is not None:
-            _check_after(connection, tenant_id, after)
+            with known_after():
+                reading.get_job(connection, tenant_id, after)
         rows = reading.list_jobs(
             connection,
             tenant_id,
@@ -136,8 +137,7 @@ def job_page(
             labels=labels,
         )
         lanes = Lanes(connection, tenant_id)
-        jobs = [job_view(row, lanes) for row in rows[:limit]]
-    return wire.Page(data=jobs, next=str(jobs[-1].id) if len(rows) > limit else None)
+        return page(rows, limit, lambda row: job_view(row, lanes))
 
 
 @router.get("/{job_id}", responses=refusals(404), summary="Look at a job")
@@ -189,13 +189,6 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> wire.Job:
     with reads(farm.store) as connection:
         row = reading.get_job(connection, tenant_id, job_id)
         return job_view(row, Lanes(connection, tenant_id))
-
-
-def _check_after(connection: Transaction, tenant_id: uuid.UUID, after: uuid.UUID) -> None:
-    try:
-        reading.get_job(connection, tenant_id, after)
-    except NotFound as error:
-        raise InvalidRequest(f"after: there is no job {after}.", param="after") from error
 
 
 def _storable(text: str, param: str | None = None) -> str:

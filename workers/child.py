@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 LOAD_AGAIN_SECONDS = 10.0
 MOST_SECONDS = 300.0
 """Between tries to load a pipeline: twice as long each time, up to this."""
-SWITCH_SECONDS = 0.0001
+SWITCH_SECONDS = 0.0005
 """How long the device's thread waits for the interpreter, at most, while the tail is busy in it"""
 MOST_CHARACTERS = 500
 """of what a worker says is wrong"""

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +39,6 @@ log = logging.getLogger(__name__)
 
 THREADS = 8
 """That encode and put: an upload mostly waits, and encoding leaves the interpreter alone."""
-NICE = 10
-"""What those threads add to the process's own niceness: cores are the device's thread's first"""
 MOST_BATCHES = 4
 MOST_PIXELS = 128 * 2**20
 """In the tail at once, of three bytes each and what they are encoded to: then the device waits"""
@@ -69,7 +65,7 @@ class Tail:
         self._sieve = sieve
         self._reuse = reuse
         self._ending = Ending(farm, identity)
-        self._pool = ThreadPoolExecutor(THREADS, "tail", _yield_cores)
+        self._pool = ThreadPoolExecutor(THREADS, "tail")
         self._ready: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._batches = 0
@@ -316,8 +312,3 @@ class Tail:
         """Ask whether a kept batch is still wanted; the parent sees that it is looked after."""
         with transaction(self._farm.store) as connection:
             return leases.touch(connection, batch.lease.id, *batch.step).wanted
-
-
-def _yield_cores() -> None:
-    if sys.platform == "linux":  # elsewhere niceness is a process's, not a thread's
-        os.nice(NICE)

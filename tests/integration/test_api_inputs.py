@@ -210,6 +210,7 @@ def test_inputs_are_listed_and_deleted_where_no_job_draws_them(farm: Farm, api: 
     assert ann.delete(f"/v1/inputs/{found[0]['id']}").status_code == 204
     refused(ann.get(f"/v1/inputs/{found[0]['id']}"), 404, "not_found")
     refused(submit(ann, found[0]["id"]), 422, "invalid_request", "input")
+    refused(ann.get(f"/v1/inputs?after={found[0]['id']}"), 422, "invalid_request", "after")
     assert sql(farm, "SELECT count(*) FROM input_parts") == [(3,)]
 
 
