@@ -148,15 +148,23 @@ def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) ->
         Ratio("p95 with preemption ÷ idle p95, all turns together", [every["on"] / every["idle"]]),
         Ratio("p95 without preemption ÷ idle p95", [every["off"] / every["idle"]]),
     ]
-    taken = lanes["idle"].device_seconds
-    beside = lanes["on"].bulk_seconds
-    lost = [
-        (with_them - by_itself) / theirs
-        for with_them, by_itself, theirs in zip(beside, alone, taken, strict=True)
-    ]
-    title = "bulk's loss ÷ what the interactive pictures took of the idle lane's device"
-    row.ratios.append(Ratio(title, lost, most=goal))
     steps = len(lanes["on"].latencies[0]) * STEPS * STEP_SECONDS
+    taken = lanes["idle"].device_seconds
+    lost = [
+        beside - by_itself
+        for beside, by_itself in zip(lanes["on"].bulk_seconds, alone, strict=True)
+    ]
+    row.ratios += [
+        Ratio(
+            "bulk's loss ÷ the interactive pictures' steps",
+            [each / steps for each in lost],
+            most=goal,
+        ),
+        Ratio(
+            "bulk's loss ÷ what they took of the idle lane's device",
+            [each / theirs for each, theirs in zip(lost, taken, strict=True)],
+        ),
+    ]
     row.notes.append(
         f"A bulk job alone took {alone[0]:.2f} s in the first turn, beside interactive pictures "
         f"{lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
