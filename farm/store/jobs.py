@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, Row, text
 from sqlalchemy.exc import IntegrityError
 
@@ -127,7 +128,7 @@ def insert_job(
     try:
         inserted: Row[Any] | None = connection.execute(INSERT_JOB, values).first()
     except IntegrityError as error:
-        if spec.input is None:
+        if spec.input is None or not isinstance(error.orig, ForeignKeyViolation):
             raise
         raise InvalidRequest("input: it was deleted meanwhile.", param="input") from error
     if inserted is not None:
@@ -166,11 +167,7 @@ WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDAT
 """)  # noqa: S608 - constants only
 
 # What stood still says nothing of the pace when it goes on.
-PACE_ANEW = """
-    pace_since = CASE WHEN pace_since IS NOT NULL THEN clock_timestamp() END,
-    pace_next = CASE WHEN pace_next IS NOT NULL THEN clock_timestamp() END,
-    pace_since_frames = succeeded, pace_next_frames = succeeded
-"""
+PACE_ANEW = "pace_since = NULL, pace_next = NULL"
 
 SET_PAUSED = text(f"""
 WITH held AS (UPDATE returns SET paused = :paused WHERE job_id = :id)

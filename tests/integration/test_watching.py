@@ -126,6 +126,22 @@ def test_the_pace_is_told_anew_after_a_pause(farm: Farm, tenant: uuid.UUID) -> N
     assert (row.now - row.pace_since).total_seconds() == pytest.approx(10, abs=5)
 
 
+def test_the_pace_of_a_job_that_was_under_way_before_paces_were_told(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
+    hand = hire(farm)
+    render(hand, 20)
+    without = "pace_since = NULL, pace_since_frames = 0, pace_next = NULL, pace_next_frames = 0"
+    sql(farm, f"UPDATE jobs SET {without}")
+    for _ in range(2):
+        render(hand, 10)
+        later(farm, job_id, 40)
+        row = job_row(farm, tenant, job_id)
+        seconds = (row.now - row.pace_since).total_seconds()
+        assert (row.succeeded - row.pace_since_frames) / seconds == pytest.approx(1.0, rel=0.1)
+
+
 def test_a_pause_before_the_start_is_no_start(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=4)
     jobs.pause(farm, tenant, job_id)

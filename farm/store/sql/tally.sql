@@ -5,7 +5,8 @@
 -- Postgres refuses, by constraint, counters that do not add up.
 --
 -- A job's pace is told from the mark `pace_since` on: half a minute and eight batches behind the
--- present, or more, so that it neither jumps with each batch nor remembers yesterday.
+-- present, or more, so that it neither jumps with each batch nor remembers yesterday. Without a
+-- mark it is told anew.
 
 -- Two counts by word, put together.
 CREATE FUNCTION pg_temp.added(_some jsonb, _more jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE AS $$
@@ -32,7 +33,8 @@ BEGIN
                j.bytes + coalesce(d.bytes, 0) AS bytes,
                CASE WHEN d.failures IS NULL THEN j.failures
                     ELSE pg_temp.added(j.failures, d.failures) END AS failures,
-               j.succeeded - j.pace_next_frames >= 8 * j.bucket
+               j.pace_next IS NULL
+                 OR j.succeeded - j.pace_next_frames >= 8 * j.bucket
                  AND j.pace_next < clock_timestamp() - interval '30 seconds' AS marks,
                CASE
                  WHEN j.status = 'queued' AND d.running > 0 THEN 'running'
@@ -49,14 +51,13 @@ BEGIN
         SET running = c.running, succeeded = c.succeeded, dead = c.dead, cancelled = c.cancelled,
             status = c.status, device_seconds = c.device_seconds,
             bytes = c.bytes, failures = c.failures,
-            pace_since = CASE WHEN c.marks THEN j.pace_next
-                              ELSE coalesce(j.pace_since, clock_timestamp()) END,
-            pace_since_frames = CASE WHEN c.marks THEN j.pace_next_frames
-                                     ELSE j.pace_since_frames END,
-            pace_next = CASE WHEN c.marks THEN clock_timestamp()
-                             ELSE coalesce(j.pace_next, clock_timestamp()) END,
-            pace_next_frames = CASE WHEN c.marks THEN j.succeeded
-                                    ELSE j.pace_next_frames END,
+            pace_since = CASE WHEN c.marks THEN coalesce(j.pace_next, clock_timestamp())
+                              ELSE j.pace_since END,
+            pace_since_frames = CASE WHEN NOT c.marks THEN j.pace_since_frames
+                                     WHEN j.pace_next IS NULL THEN j.succeeded
+                                     ELSE j.pace_next_frames END,
+            pace_next = CASE WHEN c.marks THEN clock_timestamp() ELSE j.pace_next END,
+            pace_next_frames = CASE WHEN c.marks THEN j.succeeded ELSE j.pace_next_frames END,
             paused = j.paused AND c.status IN ('queued', 'running'),
             started_at = CASE WHEN c.status = 'running'
                               THEN coalesce(j.started_at, clock_timestamp())
