@@ -62,6 +62,11 @@ def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
     return f"{tenant_id}/{job_id}/"
 
 
+def export_prefix(tenant_id: uuid.UUID, export_id: uuid.UUID) -> str:
+    """What the keys of an export's files begin with, where nobody asked for another place."""
+    return f"exports/{tenant_id}/{export_id}/"
+
+
 class ArtifactName(NamedTuple):
     """What an artifact's key says."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farm.artifacts import artifact_key
+from farm.artifacts import artifact_key, export_prefix
 from farm.context import Farm
 from farm.errors import InvalidRequest, Unavailable
 from farm.spec import FullSpec, frame_spec
@@ -66,7 +66,7 @@ def create(
     """
     export_id = uuid.uuid4()
     if dest is None:
-        bucket, prefix = farm.settings.s3_bucket, f"exports/{tenant_id}/{export_id}/"
+        bucket, prefix = farm.settings.s3_bucket, export_prefix(tenant_id, export_id)
     else:
         bucket, prefix = _place(farm, dest)
     with transaction(farm.store) as connection:

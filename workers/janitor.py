@@ -11,7 +11,7 @@ import threading
 
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import events, exports, inputs, lanes, leases, retention, workers
+from farm.store import events, exports, lanes, leases, retention, workers
 from farm.store.engine import Connection
 from farm.store.leader import leadership
 from workers.storage import StorageWork
@@ -94,9 +94,9 @@ class Janitor:
             self._farm.bells.ring_chores()
         with connection.begin():
             removed = retention.remove_due(connection, settings.retention_days)
-            exports.remove_due(connection, settings.retention_days)
+            retention.remove_exports(connection, settings.retention_days)
         with connection.begin():
-            inputs.delete_old(connection, settings.retention_days, INPUTS_A_SWEEP)
+            retention.delete_inputs(connection, settings.retention_days, INPUTS_A_SWEEP)
         with connection.begin():
             retention.delete_rows(connection, ROWS_A_SWEEP)
         if removed:

@@ -11,10 +11,10 @@ import random
 import threading
 import time
 
-from farm.artifacts import ArtifactName, job_prefix, parse_key
+from farm.artifacts import ArtifactName, export_prefix, job_prefix, parse_key
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import exports, retention
+from farm.store import retention
 from farm.store.engine import transaction
 
 log = logging.getLogger(__name__)
@@ -87,13 +87,17 @@ class StorageWork:
             self._look_through_page()
 
     def _empty_exports(self) -> None:
-        """Delete the files of removed exports; what went to a bucket of others' is theirs."""
+        """Delete the files of removed exports, unless they lie where a client wished.
+
+        Such a place is the client's, and may be a prefix of anything, pictures among it.
+        """
         with transaction(self._farm.store) as connection:
-            removed = exports.removed_exports(connection, retention.AT_ONCE)
-        for export_id, bucket, prefix in removed:
-            if bucket != self._farm.artifacts.bucket or self._delete_below(prefix):
+            removed = retention.removed_exports(connection, retention.AT_ONCE)
+        for export in removed:
+            own = (self._farm.artifacts.bucket, export_prefix(export.tenant_id, export.id))
+            if (export.bucket, export.prefix) != own or self._delete_below(own[1]):
                 with transaction(self._farm.store) as connection:
-                    exports.forget(connection, export_id)
+                    retention.forget_export(connection, export.id)
 
     def _goes_on(self) -> bool:
         return self._leads.is_set() and not self._stop.is_set()

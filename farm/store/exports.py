@@ -19,7 +19,6 @@ from sqlalchemy import Connection, Row, text
 from farm.errors import NotFound
 from farm.states import REJECTED
 
-DAY_SECONDS = 86_400.0
 MOST_FAILURES = 5
 """Of a shard; then the export has failed"""
 LONGEST_REST_SECONDS = 60.0
@@ -193,23 +192,6 @@ WHERE id = :id AND tenant_id = :tenant_id AND removed_at IS NULL
 RETURNING id
 """)
 
-REMOVE_DUE = text("""
-UPDATE exports SET removed_at = clock_timestamp()
-WHERE finished_at < now() - make_interval(secs => :seconds) AND removed_at IS NULL
-RETURNING id
-""")
-
-# Whoever still writes a shard of it finds out when the lease is to be renewed.
-REMOVED = text("""
-SELECT id, bucket, prefix FROM exports e
-WHERE removed_at IS NOT NULL AND NOT EXISTS (
-    SELECT FROM export_shards s
-    WHERE s.export_id = e.id AND s.done_at IS NULL AND s.due_at > clock_timestamp())
-ORDER BY removed_at LIMIT :limit
-""")
-
-FORGET = text("DELETE FROM exports WHERE id = :id AND removed_at IS NOT NULL")
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -365,24 +347,6 @@ def remove_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.
     values = {"id": export_id, "tenant_id": tenant_id}
     if connection.execute(REMOVE, values).first() is None:
         raise NotFound(f"There is no export {export_id}.")
-
-
-def remove_due(connection: Connection, days: float) -> int:
-    """Remove the exports that ended more than `days` ago; 0 days removes none."""
-    if days == 0:
-        return 0
-    return connection.execute(REMOVE_DUE, {"seconds": days * DAY_SECONDS}).rowcount
-
-
-def removed_exports(connection: Connection, limit: int) -> list[tuple[uuid.UUID, str, str]]:
-    """Name removed exports that nobody writes to any more, as (id, bucket, prefix)."""
-    rows = connection.execute(REMOVED, {"limit": limit})
-    return [(row.id, row.bucket, row.prefix) for row in rows]
-
-
-def forget(connection: Connection, export_id: uuid.UUID) -> None:
-    """Delete a removed export's rows: nothing is left of it."""
-    connection.execute(FORGET, {"id": export_id})
 
 
 def any_due(connection: Connection) -> bool:

@@ -12,7 +12,6 @@ from farm.errors import Conflict, NotFound
 from farm.inputs import Facts, StoredInput
 
 PARTS_AT_ONCE = 32
-DAY_SECONDS = 86_400.0
 
 COLUMNS = "id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at"
 
@@ -48,19 +47,6 @@ ORDER BY created_at DESC, id DESC LIMIT :limit
 DRAWN = text("SELECT count(*) FROM jobs WHERE input_id = :id")
 
 DELETE = text("DELETE FROM inputs WHERE id = :id")
-
-LOCK_OLD = text("""
-SELECT id FROM inputs i
-WHERE created_at < now() - make_interval(secs => :seconds)
-  AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
-ORDER BY created_at LIMIT :limit FOR UPDATE SKIP LOCKED
-""")
-
-# Looked for again: a job may have come just before the lock.
-DELETE_OLD = text("""
-DELETE FROM inputs i
-WHERE id = ANY(:ids) AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
-""")
 
 LOCK = text("SELECT FROM inputs WHERE id = :id AND tenant_id = :tenant_id FOR UPDATE")
 
@@ -135,15 +121,6 @@ def delete_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UU
     if jobs:
         raise Conflict(f"Input {input_id} is drawn by {jobs} jobs; it goes after them.")
     connection.execute(DELETE, {"id": input_id})
-
-
-def delete_old(connection: Connection, days: float, limit: int) -> int:
-    """Delete inputs sent more than `days` ago that no job draws; 0 days deletes none."""
-    if days == 0:
-        return 0
-    values = {"seconds": days * DAY_SECONDS, "limit": limit}
-    old = list(connection.execute(LOCK_OLD, values).scalars())
-    return connection.execute(DELETE_OLD, {"ids": old}).rowcount if old else 0
 
 
 def read_parts(

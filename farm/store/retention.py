@@ -1,15 +1,17 @@
-"""What goes: jobs kept long enough, piece by piece, and the artifacts that no frame names.
+"""What goes: jobs, exports and inputs kept long enough, and the artifacts that no frame names.
 
-A job that is removed is gone for everybody at once. Then its rows are deleted, then its objects,
-and its own row last: whoever takes over finds there what is left to do.
+A job that is removed is gone for everybody at once. Then its rows are deleted, piece by piece, then
+its objects, and its own row last: whoever takes over finds there what is left to do. An export goes
+in the same way. An input goes when no job draws it.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from farm.formats import Format
 from farm.states import TERMINAL
@@ -82,6 +84,35 @@ ORDER BY j.removed_at LIMIT :limit
 
 FORGET = text("DELETE FROM jobs WHERE id = :id AND removed_at IS NOT NULL")
 
+REMOVE_EXPORTS = text("""
+UPDATE exports SET removed_at = clock_timestamp()
+WHERE finished_at < now() - make_interval(secs => :seconds) AND removed_at IS NULL
+""")
+
+# Whoever still writes a shard of it finds out when the lease is to be renewed.
+REMOVED_EXPORTS = text("""
+SELECT id, tenant_id, bucket, prefix FROM exports e
+WHERE removed_at IS NOT NULL AND NOT EXISTS (
+    SELECT FROM export_shards s
+    WHERE s.export_id = e.id AND s.done_at IS NULL AND s.due_at > clock_timestamp())
+ORDER BY removed_at LIMIT :limit
+""")
+
+FORGET_EXPORT = text("DELETE FROM exports WHERE id = :id AND removed_at IS NOT NULL")
+
+LOCK_INPUTS = text("""
+SELECT id FROM inputs i
+WHERE created_at < now() - make_interval(secs => :seconds)
+  AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
+ORDER BY created_at LIMIT :limit FOR UPDATE SKIP LOCKED
+""")
+
+# Looked for again: a job may have come just before the lock.
+DELETE_INPUTS = text("""
+DELETE FROM inputs i
+WHERE id = ANY(:ids) AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
+""")
+
 NAMED = """
 unnest(CAST(:tenant_ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]),
        CAST(:hashes AS bytea[])) WITH ORDINALITY AS d (tenant_id, job_id, ordinal, sha256, place)
@@ -129,6 +160,30 @@ def empty_jobs(connection: Connection, limit: int) -> list[tuple[uuid.UUID, uuid
 def forget(connection: Connection, job_id: uuid.UUID) -> None:
     """Delete a removed job's own row, with its prompts: nothing is left of it."""
     connection.execute(FORGET, {"id": job_id})
+
+
+def remove_exports(connection: Connection, days: float) -> None:
+    """Remove the exports that ended more than `days` ago; 0 days removes none."""
+    if days > 0:
+        connection.execute(REMOVE_EXPORTS, {"seconds": days * DAY_SECONDS})
+
+
+def removed_exports(connection: Connection, limit: int) -> Sequence[Row[Any]]:
+    """Name removed exports that nobody writes to any more: id, tenant_id, bucket and prefix."""
+    return connection.execute(REMOVED_EXPORTS, {"limit": limit}).all()
+
+
+def forget_export(connection: Connection, export_id: uuid.UUID) -> None:
+    """Delete a removed export's rows: nothing is left of it."""
+    connection.execute(FORGET_EXPORT, {"id": export_id})
+
+
+def delete_inputs(connection: Connection, days: float, limit: int) -> None:
+    """Delete inputs that were sent more than `days` ago and no job draws; 0 days deletes none."""
+    if days > 0:
+        values = {"seconds": days * DAY_SECONDS, "limit": limit}
+        ids = list(connection.execute(LOCK_INPUTS, values).scalars())
+        connection.execute(DELETE_INPUTS, {"ids": ids})
 
 
 def lock_orphans(connection: Connection, names: Sequence[ArtifactName], limit: int) -> list[int]:

@@ -416,12 +416,34 @@ def test_a_deleted_export_goes_with_its_files(farm: Farm, api: Api) -> None:
         check_problem(client.get(f"/v1/exports/{each['id']}"), 404)
         check_problem(client.delete(f"/v1/exports/{each['id']}"), 404)
     assert client.get("/v1/exports").json()["data"] == []
+    problem = check_problem(client.get(f"/v1/exports?after={own['id']}"), 422)
+    assert problem["error"]["param"] == "after"
     work.step()
     assert stored_keys(farm, "exports/") == []
     assert stored_keys(farm, "set/", there), "what went elsewhere is not the farm's to delete"
     assert stored_keys(farm, ""), "the pictures stay"
     assert sql(farm, "SELECT count(*) FROM exports") == [(0,)]
     assert sql(farm, "SELECT count(*) FROM export_shards") == [(0,)]
+
+
+@pytest.mark.parametrize("where", ["", "/exports", "/{tenant}/{job}"])
+def test_deleting_an_export_takes_nothing_that_a_client_placed(
+    farm: Farm, api: Api, where: str
+) -> None:
+    """Where the farm's own bucket is allowed, a place may be a prefix of every picture."""
+    client, work = api.client(), StorageWork(farm, threading.Event())
+    work.lead(True)
+    job_id = submit(client)
+    rendered(farm)
+    farm.settings.export_buckets = farm.settings.s3_bucket
+    [row] = sql(farm, "SELECT tenant_id FROM jobs")
+    dest = f"s3://{farm.settings.s3_bucket}" + where.format(tenant=row.tenant_id, job=job_id)
+    found = written(farm, client, export(client, job_id, to="parquet", dest=dest))
+    before = stored_keys(farm, "")
+    assert client.delete(f"/v1/exports/{found['id']}").status_code == 204
+    work.step()
+    assert sql(farm, "SELECT count(*) FROM exports") == [(0,)]
+    assert stored_keys(farm, "") == before
 
 
 def test_an_export_that_is_deleted_while_it_is_written(farm: Farm, api: Api) -> None:
