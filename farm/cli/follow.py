@@ -173,12 +173,10 @@ def headline(job: Job) -> Text:
 
 def detail(job: Job) -> str:
     """Write the counts that are not nought, what is stored, what failed, and why nothing runs."""
-    parts = [numbered(job["counts"])]
-    if job["bytes"]:
-        parts[0] += f", {size(job['bytes'])}"
-    if job["failures"]:
-        parts.append(f"failed attempts: {numbered(job['failures'])}")
-    return clean(". ".join([*parts, job["waiting_because"] or ""]).removesuffix(". "))
+    stored = f", {size(job['bytes'])}" if job["bytes"] else ""
+    failed = f"failed attempts: {numbered(job['failures'])}" if job["failures"] else None
+    sentences = (numbered(job["counts"]) + stored, failed, job["waiting_because"])
+    return clean(". ".join(each for each in sentences if each))
 
 
 def summary(job: Job) -> str:

@@ -124,7 +124,7 @@ def _describe(found: Job) -> None:
     if found["bytes"]:
         table.add_row("pictures", size(found["bytes"]))
     if found["failures"]:
-        table.add_row("failed", f"attempts: {numbered(found['failures'])}")
+        table.add_row("failed attempts", numbered(found["failures"]))
     if found["waiting_because"]:
         table.add_row("waits", _plain(clean(found["waiting_because"])))
     for name in ("created_at", "started_at", "finished_at"):
