@@ -264,6 +264,7 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
             for _ in range(cores()):
                 workers.enter_context(site.worker_at_work("null"))
             wait_closely(lambda: _done(site, job_id) >= prompts - stored, "most are done")
+            _judge_claims(row, site, job_id, prompts - stored, short)
         discarded = _done(site, job_id)
         row.series.append(
             Series("discarded", [discarded / (time.monotonic() - started)], "frames/s")
@@ -277,7 +278,6 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
             row.series.append(Series("stored", [rate], "frames/s"))
         bytes_a_frame = (site.rows(SIZES)[0][0] - before) / prompts
         row.series.append(Series("Postgres", [bytes_a_frame], "bytes/frame"))
-        _judge_claims(row, site, job_id, discarded)
         for name in ("page", "job", "frames"):
             times = getattr(looks, name)
             row.series.append(Series(f"p99 of a call: {name}", [percentile(times, 99)], "ms"))
@@ -299,8 +299,8 @@ FROM events WHERE job_id = %s AND kind = 'frames.claimed'
 """
 
 
-def _judge_claims(row: Row, site: Site, job_id: str, frames: int) -> None:
-    short = frames < PROMPTS // 2
+def _judge_claims(row: Row, site: Site, job_id: str, frames: int, short: bool) -> None:
+    """Compare the first and the last tenth; before workers stop, and what they held comes back."""
     share = frames // (2 if short else 10)
     for name, first in (("claims at first", 0), ("claims at last", frames - share)):
         seconds = site.rows(CLAIMS, job_id, first, first + share)[0][0]
