@@ -100,6 +100,9 @@ WHERE f.job_id = :job_id AND f.ordinal > :after
 ORDER BY f.ordinal LIMIT :limit
 """)
 
+IN_ORDER = text("SET LOCAL enable_bitmapscan = off")
+"""A job may be a million rows before Postgres has counted any, and thinks it had better sort."""
+
 FRAME_ATTEMPTS = text("""
 SELECT ordinal, attempt, worker, reason, message, traceback AS log, started_at, ended_at
 FROM attempts
@@ -116,6 +119,7 @@ def list_frames(
     state: str | None = None,
 ) -> Sequence[Row[Any]]:
     """Read a page of a job's frames that have a row, by ordinal."""
+    connection.execute(IN_ORDER)
     return connection.execute(
         LIST_FRAMES, {"job_id": job_id, "after": after, "state": state, "limit": limit}
     ).all()
