@@ -199,3 +199,29 @@ def test_claiming_and_completing_read_no_large_table_from_end_to_end(
     scans = {row.relname: (row.seq_scan, row.idx_scan) for row in scanned}
     assert {name for name, (whole, _) in scans.items() if whole} & LARGE == set()
     assert scans["jobs"][1] > 0 < scans["frames"][1]
+
+
+FRESH = """
+ALTER TABLE frames SET (autovacuum_enabled = false);
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, sha256, bytes)
+SELECT :job, n, 'succeeded', 1, 'hand', clock_timestamp(), '\\x00', 1
+FROM generate_series(0, 99999) n
+"""
+READ = text("SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables WHERE relid = :of")
+
+
+@pytest.mark.parametrize("state", ["succeeded", None])
+def test_a_page_of_frames_reads_no_more_than_itself_before_postgres_has_counted_them(
+    farm: Farm, state: str | None
+) -> None:
+    tenant = new_tenant(farm, "new")
+    job = submit(farm, tenant, images_per_prompt=200_000, bucket=8)
+    with transaction(farm.store) as connection:
+        for statement in FRESH.split(";"):
+            connection.execute(text(statement), {"job": job})
+    with farm.store.connect() as connection, connection.begin():
+        frames_table = connection.execute(text("SELECT 'frames'::regclass::oid")).scalar_one()
+        page = reading.list_frames(connection, job, limit=50, state=state)
+        read = connection.execute(READ, {"of": frames_table}).scalar_one()
+    assert [row.ordinal for row in page] == [*range(50)]
+    assert read == 50
