@@ -252,7 +252,7 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
         f"The same prompts as null renders, by a worker for every core, with somebody who looks at "
         f"the page, the job and its frames twice a second. The pictures of all but the last "
         f"{stored:,} are discarded. Claims are timed by their events, in the first and in the last "
-        "tenth of what is discarded.",
+        "tenth of what was done before the workers that discard began to stop.",
     )
     with ExitStack() as stack:
         site = stack.enter_context(stand.site(discard_pictures=True))

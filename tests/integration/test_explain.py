@@ -210,9 +210,9 @@ FROM generate_series(0, 99999) n
 READ = text("SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables WHERE relid = :of")
 
 
-@pytest.mark.parametrize("state", ["succeeded", None])
+@pytest.mark.parametrize(("state", "limit"), [("succeeded", 50), (None, 10_000)])
 def test_a_page_of_frames_reads_no_more_than_itself_before_postgres_has_counted_them(
-    farm: Farm, state: str | None
+    farm: Farm, state: str | None, limit: int
 ) -> None:
     tenant = new_tenant(farm, "new")
     job = submit(farm, tenant, images_per_prompt=200_000, bucket=8)
@@ -221,7 +221,7 @@ def test_a_page_of_frames_reads_no_more_than_itself_before_postgres_has_counted_
             connection.execute(text(statement), {"job": job})
     with farm.store.connect() as connection, connection.begin():
         frames_table = connection.execute(text("SELECT 'frames'::regclass::oid")).scalar_one()
-        page = reading.list_frames(connection, job, limit=50, state=state)
+        page = reading.list_frames(connection, job, limit=limit, state=state)
         read = connection.execute(READ, {"of": frames_table}).scalar_one()
-    assert [row.ordinal for row in page] == [*range(50)]
-    assert read == 50
+    assert [row.ordinal for row in page] == [*range(limit)]
+    assert read == limit
