@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from farm.cores import cores
 from farm.local import wheels
 
 PACKAGES = ("celery", "sqlalchemy", "psycopg", "torch", "diffusers", "boto3")
@@ -23,9 +24,8 @@ def replace_between(path: Path, begin: str, end: str, text: str) -> None:
 
 def machine() -> str:
     """The processor, the cores that may be used, the memory and the system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{_processor()}, {cores} cores, {memory:.0f} GiB, {_system()}"
+    return f"{_processor()}, {cores()} cores, {memory:.0f} GiB, {_system()}"
 
 
 def versions(also: Sequence[str] = ()) -> str:

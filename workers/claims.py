@@ -59,6 +59,11 @@ class Claims:
         if self._ahead is None and left_seconds <= early:
             self._ahead = self._thread.submit(self.now)
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether `next` has a batch at hand."""
+        return self._ahead is not None and self._ahead.done() and self._ahead.result() is not None
+
     def next(self) -> Lease | None:
         """Give the batch that was claimed ahead, or claim one."""
         ahead, self._ahead = self._ahead, None

@@ -117,6 +117,8 @@ class RenderLine:
     def _next(self) -> Lease | None:
         if self.out_of_memory or self._tail.full:
             return None
+        if not self._claims.is_ahead:
+            self._tail.begin()
         return self._urgent.take() or self._claims.next() or self._urgent.last()
 
     def _give_back(self) -> None:
@@ -218,8 +220,10 @@ class RenderLine:
     def _begin(self, lease: Lease) -> tuple[Finished, LeaseWatch]:
         """Begin to watch a lease, and see what of it must be rendered."""
         # What filters have not seen is not used again.
-        filtered = self._offer.pipeline.filters
-        frames, done = (lease.frames, []) if filtered else self._reuse.split(lease.frames)
+        reuses = not self._offer.pipeline.filters and any(frame.reuse for frame in lease.frames)
+        if reuses:
+            self._tail.begin()  # looking and copying takes a while
+        frames, done = self._reuse.split(lease.frames) if reuses else (lease.frames, [])
         seconds = self._farm.settings.touch_seconds
         watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
         watch.start()
@@ -245,6 +249,7 @@ class RenderLine:
 
         self._warmth.meet(self._offer.name, specs[0])
         self._scratch.hold(os.getpid(), batch.lease.id)
+        self._tail.begin()
         try:
             return self._offer.family.denoise(loaded, Batch(specs, hook, images))
         except BaseException as error:

@@ -43,8 +43,6 @@ class Reuse:
         for frame in claimed:
             if frame.reuse:
                 asked[frame.tenant_id].append(frame)
-        if not asked:
-            return claimed, []
         done = [
             item for tenant_id, frames in asked.items() for item in self._found(tenant_id, frames)
         ]

@@ -2,6 +2,8 @@
 
 A few threads encode and put; one ends batches, each as soon as all of it is stored, and those that
 are ready together in one commit. While the storage is away, finished batches wait in the spool.
+
+What is taken is begun when the device has its next work, so that nothing holds that up.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from PIL import Image
 
 from farm.artifacts import artifact_key
 from farm.context import Farm
+from farm.cores import cores
 from farm.encoding import Encoder
 from farm.errors import Unavailable
 from farm.store import leases
@@ -38,7 +41,9 @@ from workers.watch import LeaseWatch
 log = logging.getLogger(__name__)
 
 THREADS = 8
-"""That encode and put: an upload mostly waits, and encoding leaves the interpreter alone."""
+"""That encode and put: an upload mostly waits, and encoding leaves the interpreter alone …"""
+ENCODERS = max(1, cores() - 1)
+"""… but so many encode at once: whenever the device's thread wakes up, a core is there for it."""
 MOST_BATCHES = 4
 MOST_PIXELS = 128 * 2**20
 """In the tail at once, of three bytes each and what they are encoded to: then the device waits"""
@@ -66,6 +71,9 @@ class Tail:
         self._reuse = reuse
         self._ending = Ending(farm, identity)
         self._pool = ThreadPoolExecutor(THREADS, "tail")
+        self._encoding = threading.Semaphore(ENCODERS)
+        self._taken: list[Callable[[], None]] = []
+        """What the threads get when the device has its next work"""
         self._ready: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._batches = 0
@@ -93,13 +101,13 @@ class Tail:
         *,
         hasty: bool = False,
     ) -> None:
-        """Take over a batch that was denoised, once there is room.
+        """Take over a batch that was denoised, once there is room, for `begin`.
 
         Args:
             batch: with its lease.
             pictures: one a frame; None where a safety checker balked.
             watch: watches the lease; closed at the end.
-            hasty: do not wait for room.
+            hasty: do not wait, neither for room nor for `begin`.
         """
         items = list(enumerate(zip(batch.frames, pictures, strict=True)))
         batch.pixels = sum(picture.width * picture.height for picture in pictures if picture)
@@ -123,8 +131,15 @@ class Tail:
                 batch.step = watch.step
                 self._ready.put(batch)
 
-        for share in shares:
-            self._pool.submit(store, share)
+        self._taken = [partial(store, share) for share in shares]
+        if hasty:
+            self.begin()
+
+    def begin(self) -> None:
+        """Begin to store what was taken; whatever waits for the tail begins it too."""
+        taken, self._taken = self._taken, []
+        for share in taken:
+            self._pool.submit(share)
 
     def pass_on(self, batch: Finished, watch: LeaseWatch) -> None:
         """End a batch of which nothing is rendered."""
@@ -148,6 +163,7 @@ class Tail:
         Raises:
             Exception: what broke the tail itself.
         """
+        self.begin()
         with self._changed:
             before = self._changes
             met = condition or (lambda: self._changes > before or not self.busy)
@@ -203,9 +219,10 @@ class Tail:
         if (failure := self._sieve.rejection(frame, picture)) is not None:
             batch.failures.append(failure)
             return
-        started = time.monotonic()
-        content = self._encoder.encode(picture, frame.spec)
-        batch.spent("encode", started)
+        with self._encoding:
+            started = time.monotonic()
+            content = self._encoder.encode(picture, frame.spec)
+            batch.spent("encode", started)
         digest = hashlib.sha256(content).digest()
         form = frame.spec.format
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from farm.catalog import load_catalog
 from farm.config import Settings
+from farm.cores import cores
 from farm.envfile import NAME as ENV_FILE
 from farm.envfile import format_env
 from farm.local import commands
@@ -118,9 +118,7 @@ def _start_farm(
 
 def _thread_settings(workers: int) -> dict[str, str]:
     """The cores shared out, so that workers do not wait for each other's threads."""
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    threads = str(max(1, cores // max(1, workers)))
+    threads = str(max(1, cores() // max(1, workers)))
     return {
         "FARM_TORCH_THREADS": threads,
         "OMP_NUM_THREADS": threads,

@@ -21,9 +21,10 @@ from typing import Any
 
 import httpx
 
+from farm.cores import cores
 from farm.local import commands
 from tests.benchmarks.figures import Row, Series, in_turn, percentile
-from tests.benchmarks.stand import Site, Stand, cores, wait_closely
+from tests.benchmarks.stand import Site, Stand, wait_closely
 
 PROMPTS = 1_000_000
 STORED = 50_000

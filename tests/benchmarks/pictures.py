@@ -7,10 +7,11 @@ import sys
 import time
 from functools import partial
 
+from farm.cores import cores
 from farm.local import commands
 from tests.benchmarks.figures import Row, in_turn
 from tests.benchmarks.rivals import loop
-from tests.benchmarks.stand import QUIET, ROOT, Site, Stand, cores
+from tests.benchmarks.stand import QUIET, ROOT, Site, Stand
 
 FRAMES = 512
 BATCHES = (4, 8, 16, 32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -239,8 +238,3 @@ def wait_closely(condition: Callable[[], bool], what: str) -> None:
         passed = time.monotonic() - started
         assert passed < DONE_SECONDS, f"waited in vain until {what}"
         time.sleep(max(POLL_SECONDS, passed / 200))
-
-
-def cores() -> int:
-    """Cores that may be used."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

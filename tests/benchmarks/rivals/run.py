@@ -13,9 +13,10 @@ from typing import Any
 
 import psycopg
 
+from farm.cores import cores
 from farm.local import commands
 from tests.benchmarks.rivals import results
-from tests.benchmarks.stand import QUIET, ROOT, Stand, cores, wait_closely
+from tests.benchmarks.stand import QUIET, ROOT, Stand, wait_closely
 
 MODULES = "tests.benchmarks.rivals"
 
