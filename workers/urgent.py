@@ -105,7 +105,8 @@ class Urgent:
         """Claim a batch and wait until it is taken."""
         with self._claiming:
             if self._over or not self._listening.is_set():
-                return  # the line itself claims next, the most urgent first
+                self._told.set()  # the line claims the most urgent first, or has claimed ahead
+                return
             self._told.clear()
             self._lease = self._claims.now(Priority.INTERACTIVE)
         with self._taken:

@@ -57,12 +57,11 @@ class Lane:
 
     def saturated(self, batches: int, pictures: int, turn: int) -> None:
         """Let interactive pictures come while a bulk job is rendered, and see both to their end."""
-        started = time.monotonic()
+        started = time.time()
         job_id = self.bulk(batches)
         wait_closely(lambda: self.site.rows(UNDER_WAY)[0][0] > 0, "bulk was under way")
         self.interactive(pictures, turn)
-        self.site.done(job_id, batches * BULK_BUCKET)
-        self.bulk_seconds.append(time.monotonic() - started)
+        self.bulk_seconds.append(self.site.seconds(started, job_id, batches * BULK_BUCKET))
         self.digests[f"bulk {turn}"] = self._digests(job_id)
 
     def interactive(self, pictures: int, turn: int) -> None:
@@ -90,9 +89,7 @@ class Lane:
 
     def alone(self, batches: int) -> float:
         """Seconds of the same bulk job with nothing beside it."""
-        started = time.monotonic()
-        self.site.done(self.bulk(batches), batches * BULK_BUCKET)
-        return time.monotonic() - started
+        return self.site.seconds(time.time(), self.bulk(batches), batches * BULK_BUCKET)
 
     def _digests(self, job_id: uuid.UUID) -> list[bytes]:
         return [bytes(row[0]) for row in self.site.rows(DIGESTS, job_id)]

@@ -14,9 +14,12 @@ from redis import Redis
 from farm import jobs
 from farm.context import Farm
 from farm.spec import FrameSpec
+from farm.store.claim import Lease
 from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
 from workers.line import RenderLine
+from workers.spool import Finished
+from workers.watch import LeaseWatch
 
 Steps = list[tuple[str, int]]
 
@@ -109,6 +112,30 @@ def test_several_come_one_after_another_with_a_step_between(
     assert len(starts) == 3
     assert all(told[start - 1] == "bulk" for start in starts)
     assert told[-1] == "bulk"  # all three were rendered within the one batch
+
+
+def test_it_is_heard_between_two_batches(
+    story: Story, farm: Farm, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next batch may be claimed already: then the line does not look before its end."""
+    monkeypatch.setattr(farm.settings, "touch_seconds", 60.0)
+    ahead, begin = line._claims.ahead, line._begin
+    monkeypatch.setattr(line._claims, "ahead", lambda _left: ahead(0.0))
+    begun: list[uuid.UUID] = []
+
+    def come(lease: Lease) -> tuple[Finished, LeaseWatch]:
+        begun.append(lease.id)
+        if len(begun) == 2:
+            story.urgent.append(story.submit("interactive"))
+            wait_for(line._urgent._told.is_set, 2.0)
+        return begin(lease)
+
+    monkeypatch.setattr(line, "_begin", come)
+    story.at = 99
+    story.submit("bulk", images=8)
+    line.run()
+    second = len(story.steps) - 1 - story.steps[::-1].index(("bulk", 0))
+    assert ("urgent", 0) in story.steps[second : second + 3]
 
 
 def test_its_failure_is_its_own(story: Story, farm: Farm, line: RenderLine) -> None:
