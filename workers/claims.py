@@ -54,7 +54,11 @@ class Claims:
         return insist(self._identity.name, lambda: self._claim(priority))
 
     def ahead(self, left_seconds: float) -> None:
-        """Begin to claim the next batch where the one in hand will be done in so many seconds."""
+        """Begin to claim the next batch where it would be late to do so in `left_seconds`' time.
+
+        Args:
+            left_seconds: that the batch in hand will still take when this is called next.
+        """
         early = LEAST_SECONDS + LONGER * min(self._seconds, MOST_SECONDS)
         if self._ahead is None and left_seconds <= early:
             self._ahead = self._thread.submit(self.now)

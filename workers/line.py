@@ -144,7 +144,8 @@ class RenderLine:
             passed = time.monotonic() - started - self._lent_seconds
             if self._tail.full:
                 return
-            self._claims.ahead(passed / step * (steps - step))
+            # At the next look, so much will be left.
+            self._claims.ahead(passed / step * (steps - step - 1))
             if interruptible and self._may_interrupt and (urgent := self._urgent.take()):
                 self._interrupt(urgent, lease, watch)
 
@@ -173,10 +174,11 @@ class RenderLine:
         try:
             with self._urgent.interrupting(lambda: self._may_interrupt):
                 self._render_within(lease, watch)
+                self._scratch.hold(os.getpid(), interrupted.id)
         except Exception as error:  # the interrupted batch is not to blame
             self._broken = error
             raise StopBatch from error
-        self._scratch.hold(os.getpid(), interrupted.id)
+        self._tail.begin()
         self._lent_seconds += time.monotonic() - started
 
     def _render_within(self, lease: Lease, outer: LeaseWatch) -> None:

@@ -107,7 +107,7 @@ class Tail:
             batch: with its lease.
             pictures: one a frame; None where a safety checker balked.
             watch: watches the lease; closed at the end.
-            hasty: do not wait, neither for room nor for `begin`.
+            hasty: do not wait for room.
         """
         items = list(enumerate(zip(batch.frames, pictures, strict=True)))
         batch.pixels = sum(picture.width * picture.height for picture in pictures if picture)
@@ -132,8 +132,6 @@ class Tail:
                 self._ready.put(batch)
 
         self._taken = [partial(store, share) for share in shares]
-        if hasty:
-            self.begin()
 
     def begin(self) -> None:
         """Begin to store what was taken; whatever waits for the tail begins it too."""

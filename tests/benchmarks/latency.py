@@ -26,6 +26,10 @@ MOST = 1.2
 """Times the idle latency, plus one step of bulk"""
 UNDER_WAY = "SELECT count(*) FROM leases WHERE step > 0"
 DEVICE = "SELECT sum(device_seconds) FROM jobs WHERE priority = 0"
+TOOK = """
+SELECT sum(extract(epoch FROM f.finished_at - f.started_at))::float8
+FROM frames f JOIN jobs j ON j.id = f.job_id WHERE j.priority = 0
+"""
 DIGESTS = "SELECT sha256 FROM frames WHERE job_id = %s ORDER BY ordinal"
 
 
@@ -38,6 +42,8 @@ class Lane:
     """Seconds, by turn"""
     device_seconds: list[float] = field(default_factory=list)
     """That interactive pictures were on the device, by turn"""
+    frame_seconds: list[float] = field(default_factory=list)
+    """That they took from their claim to their commit, by turn"""
     bulk_seconds: list[float] = field(default_factory=list)
     digests: dict[str, list[bytes]] = field(default_factory=dict)
 
@@ -84,8 +90,8 @@ class Lane:
             seen.append(time.monotonic() - started)
             self.digests[f"interactive {turn} {number}"] = self._digests(job_id)
         self.latencies.append(seen)
-        before = sum(self.device_seconds)
-        self.device_seconds.append(float(self.site.rows(DEVICE)[0][0]) - before)
+        for query, by_turn in ((DEVICE, self.device_seconds), (TOOK, self.frame_seconds)):
+            by_turn.append(float(self.site.rows(query)[0][0]) - sum(by_turn))
 
     def alone(self, batches: int) -> float:
         """Seconds of the same bulk job with nothing beside it."""
@@ -146,27 +152,29 @@ def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) ->
         Ratio("p95 without preemption ÷ idle p95", [every["off"] / every["idle"]]),
     ]
     steps = len(lanes["on"].latencies[0]) * STEPS * STEP_SECONDS
-    taken = lanes["idle"].device_seconds
+    idle = lanes["idle"]
     lost = [
         beside - by_itself
         for beside, by_itself in zip(lanes["on"].bulk_seconds, alone, strict=True)
     ]
     row.ratios += [
         Ratio(
-            "bulk's loss ÷ the interactive pictures' steps",
-            [each / steps for each in lost],
+            "bulk's loss ÷ what the interactive pictures take on the idle lane, claim to commit",
+            [each / theirs for each, theirs in zip(lost, idle.frame_seconds, strict=True)],
             most=goal,
         ),
         Ratio(
-            "bulk's loss ÷ what they took of the idle lane's device",
-            [each / theirs for each, theirs in zip(lost, taken, strict=True)],
+            "bulk's loss ÷ what they take of the idle lane's device",
+            [each / theirs for each, theirs in zip(lost, idle.device_seconds, strict=True)],
         ),
+        Ratio("bulk's loss ÷ their steps, as if nothing were between", [x / steps for x in lost]),
     ]
     row.notes.append(
         f"A bulk job alone took {alone[0]:.2f} s in the first turn, beside interactive pictures "
         f"{lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
         f"{lanes['off'].bulk_seconds[0]:.2f} s without. Their steps alone take {steps:.2f} s; the "
-        f"idle lane's device had them for {taken[0]:.2f} s, with the prompt and the picture."
+        f"idle lane's device had them for {idle.device_seconds[0]:.2f} s, with the prompt and the "
+        f"picture, and they took {idle.frame_seconds[0]:.2f} s there from claim to commit."
     )
     if lanes["on"].digests == lanes["off"].digests:
         row.notes.append(

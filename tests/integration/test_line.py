@@ -25,6 +25,7 @@ from farm.errors import RenderError
 from farm.formats import Format
 from farm.spec import FrameSpec
 from farm.store import frames, leases, workers
+from farm.store.claim import Lease
 from farm.store.engine import transaction
 from farm.store.frames import Done
 from tests.farming import (
@@ -44,6 +45,9 @@ from tests.waiting import wait_until
 from workers.child import Child
 from workers.line import RenderLine
 from workers.scratch import NO_LEASE
+from workers.spool import Finished
+from workers.tail import ENCODERS
+from workers.watch import LeaseWatch
 
 
 def sums(farm: Farm) -> dict[str, Any]:
@@ -96,6 +100,95 @@ def test_the_busy_share_is_that_of_the_clock(
     assert len(denoised) == 3
     assert sum(denoised) / whole <= worker.busy <= 1
     assert sums(farm)["work_seconds"] <= whole
+
+
+class Encodings:
+    """Notes what a line's tail encodes, and how many pictures at once."""
+
+    def __init__(self, line: RenderLine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._encode, self._lock = line._tail._encoder.encode, threading.Lock()
+        self.seeds: list[int] = []
+        self.now = self.most = 0
+        monkeypatch.setattr(line._tail._encoder, "encode", self)
+
+    def __call__(self, image: Image.Image, frame: FrameSpec) -> bytes:
+        with self._lock:
+            self.seeds.append(frame.seed)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        threading.Event().wait(0.02)
+        content = self._encode(image, frame)
+        with self._lock:
+            self.now -= 1
+        return content
+
+
+def test_pictures_are_taken_up_when_the_device_has_its_next_batch(
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    line: RenderLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encodings, ahead, begin = Encodings(line, monkeypatch), line._claims.ahead, line._begin
+    monkeypatch.setattr(line._claims, "ahead", lambda _left: ahead(0.0))
+    before: list[list[int]] = []
+
+    def begin_watched(lease: Lease) -> tuple[Finished, LeaseWatch]:
+        threading.Event().wait(0.2 if before else 0.0)
+        before.append(encodings.seeds[:])
+        return begin(lease)
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        if step == 5:  # until now the next batch is claimed, and later the one before encoded
+            wait_until(lambda: line._claims.is_ahead or frames[0].seed == 4, 10, "it was ahead")
+            wait_until(lambda: len(encodings.seeds) >= frames[0].seed, 10, "it was encoded")
+
+    monkeypatch.setattr(line, "_begin", begin_watched)
+    noise.disturb = disturb
+    submit(farm, tenant, pipeline="noise", images_per_prompt=8, seed=0)
+    line.run()
+    assert before == [[], []]
+    assert sorted(encodings.seeds) == [*range(8)]
+    assert encodings.most == min(4, ENCODERS)  # a core is left to the device's thread
+
+
+def test_the_next_batch_is_claimed_before_the_last_step(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """However long a step is, after the last one it would be late."""
+    begun: list[int] = []
+
+    def disturb(frames: Sequence[FrameSpec], step: int) -> None:
+        threading.Event().wait(0.1)
+        if line._claims._ahead is not None and len(noise.batches) == 1:
+            begun.append(step)
+
+    noise.disturb = disturb
+    submit(farm, tenant, pipeline="noise", images_per_prompt=8)
+    line.run()
+    assert 9 in begun  # sooner, where claims take long
+
+
+def test_pictures_are_taken_up_at_once_where_no_batch_is_at_hand(
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    line: RenderLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encodings, claim = Encodings(line, monkeypatch), line._claims.next
+    monkeypatch.setattr(line._claims, "ahead", lambda _left: None)
+
+    def claim_late() -> Lease | None:
+        done = 4 * len(noise.batches)
+        wait_until(lambda: len(encodings.seeds) == done, 10, "the batch before was encoded")
+        return claim()
+
+    monkeypatch.setattr(line._claims, "next", claim_late)
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, seed=0)
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
 
 
 @pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("webp", "webp")])
