@@ -26,7 +26,9 @@ REMEMBERED_PARTS = 16
 LONGER = 3.0
 """A claim is begun when the batch before has so many times left as the last claim took …"""
 LEAST_SECONDS = 0.02
-"""… and this: as late as it can be, since what is claimed can no longer be anybody else's."""
+"""… and this: as late as it can be, since what is claimed can no longer be anybody else's …"""
+MOST_STEP_SECONDS = 1.0
+"""… or a step before that, where it is a short one: after the step it would be late."""
 
 MOST_SECONDS = 1.0
 """That a claim is taken to last: one that waited for an outage says nothing of the next"""
@@ -53,13 +55,15 @@ class Claims:
         """Claim a batch, of no less urgent work than this; waits while Postgres is away."""
         return insist(self._identity.name, lambda: self._claim(priority))
 
-    def ahead(self, left_seconds: float) -> None:
-        """Begin to claim the next batch where it would be late to do so in `left_seconds`' time.
+    def ahead(self, left_seconds: float, step_seconds: float) -> None:
+        """Begin to claim the next batch where the one in hand is nearly done.
 
         Args:
-            left_seconds: that the batch in hand will still take when this is called next.
+            left_seconds: what it will still take.
+            step_seconds: when this will be called again.
         """
         early = LEAST_SECONDS + LONGER * min(self._seconds, MOST_SECONDS)
+        early += min(step_seconds, MOST_STEP_SECONDS)
         if self._ahead is None and left_seconds <= early:
             self._ahead = self._thread.submit(self.now)
 

@@ -144,8 +144,7 @@ class RenderLine:
             passed = time.monotonic() - started - self._lent_seconds
             if self._tail.full:
                 return
-            # At the next look, so much will be left.
-            self._claims.ahead(passed / step * (steps - step - 1))
+            self._claims.ahead(passed / step * (steps - step), passed / step)
             if interruptible and self._may_interrupt and (urgent := self._urgent.take()):
                 self._interrupt(urgent, lease, watch)
 

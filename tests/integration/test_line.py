@@ -131,7 +131,7 @@ def test_pictures_are_taken_up_when_the_device_has_its_next_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encodings, ahead, begin = Encodings(line, monkeypatch), line._claims.ahead, line._begin
-    monkeypatch.setattr(line._claims, "ahead", lambda _left: ahead(0.0))
+    monkeypatch.setattr(line._claims, "ahead", lambda *_: ahead(0.0, 0.0))
     before: list[list[int]] = []
 
     def begin_watched(lease: Lease) -> tuple[Finished, LeaseWatch]:
@@ -156,7 +156,7 @@ def test_pictures_are_taken_up_when_the_device_has_its_next_batch(
 def test_the_next_batch_is_claimed_before_the_last_step(
     farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
 ) -> None:
-    """However long a step is, after the last one it would be late."""
+    """After it would be late, and a step may be longer than a claim."""
     begun: list[int] = []
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
@@ -178,7 +178,7 @@ def test_pictures_are_taken_up_at_once_where_no_batch_is_at_hand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encodings, claim = Encodings(line, monkeypatch), line._claims.next
-    monkeypatch.setattr(line._claims, "ahead", lambda _left: None)
+    monkeypatch.setattr(line._claims, "ahead", lambda *_: None)
 
     def claim_late() -> Lease | None:
         done = 4 * len(noise.batches)

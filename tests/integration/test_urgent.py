@@ -120,7 +120,7 @@ def test_it_is_heard_between_two_batches(
     """The next batch may be claimed already: then the line does not look before its end."""
     monkeypatch.setattr(farm.settings, "touch_seconds", 60.0)
     ahead, begin = line._claims.ahead, line._begin
-    monkeypatch.setattr(line._claims, "ahead", lambda _left: ahead(0.0))
+    monkeypatch.setattr(line._claims, "ahead", lambda *_: ahead(0.0, 0.0))
     begun: list[uuid.UUID] = []
 
     def come(lease: Lease) -> tuple[Finished, LeaseWatch]:
