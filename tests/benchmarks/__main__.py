@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from typer import echo
@@ -18,6 +19,7 @@ from typer import echo
 from tests.benchmarks import (
     bulk,
     claims,
+    cuda,
     encoding,
     latency,
     pictures,
@@ -36,6 +38,8 @@ ROWS: Mapping[str, Callable[[Stand, bool], list[Row]]] = {
     "e": claims.rows,
     "f": encoding.rows,
     "g": bulk.rows,
+    "h": partial(cuda.rows, "h", "sd15"),
+    "i": partial(cuda.rows, "i", "sdxl"),
 }
 
 

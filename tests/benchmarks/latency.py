@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.benchmarks.figures import Ratio, Row, Series, percentile
 from tests.benchmarks.stand import Site, Stand, wait_closely
@@ -24,7 +26,9 @@ PAUSE_SECONDS = 0.6
 """Between two of them, at most: so that each meets bulk at another moment"""
 MOST = 1.2
 """Times the idle latency, plus one step of bulk"""
-UNDER_WAY = "SELECT count(*) FROM leases WHERE step > 0"
+UNDER_WAY = """
+SELECT succeeded > 0 OR EXISTS (SELECT FROM leases WHERE step > 0) FROM jobs WHERE id = %s
+"""
 DEVICE = "SELECT sum(device_seconds) FROM jobs WHERE priority = 0"
 TOOK = """
 SELECT sum(extract(epoch FROM f.finished_at - f.started_at))::float8
@@ -33,11 +37,29 @@ FROM frames f JOIN jobs j ON j.id = f.job_id WHERE j.priority = 0
 DIGESTS = "SELECT sha256 FROM frames WHERE job_id = %s ORDER BY ordinal"
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the lanes are given."""
+
+    turns: int = TURNS
+    batches: int = BATCHES
+    pictures: int = PICTURES
+    pipeline: str = "null"
+    bucket: int = BULK_BUCKET
+    """Of bulk; an interactive picture has one of 1"""
+    fields: Mapping[str, Any] = field(
+        default_factory=lambda: {"width": 64, "height": 64, "step_seconds": STEP_SECONDS}
+    )
+    step_seconds: float | None = STEP_SECONDS
+    """None: as bulk alone shows it"""
+
+
 @dataclass
 class Lane:
     """A site of its own, and what was seen of it."""
 
     site: Site
+    work: Work
     latencies: list[list[float]] = field(default_factory=list)
     """Seconds, by turn"""
     device_seconds: list[float] = field(default_factory=list)
@@ -49,42 +71,39 @@ class Lane:
 
     def bulk(self, batches: int) -> uuid.UUID:
         return self.site.submit(
-            pipeline="null",
+            pipeline=self.work.pipeline,
             prompts=["bulk"],
-            images_per_prompt=batches * BULK_BUCKET,
+            images_per_prompt=batches * self.work.bucket,
             seed=1,
-            width=64,
-            height=64,
             steps=BULK_STEPS,
-            step_seconds=STEP_SECONDS,
-            bucket=BULK_BUCKET,
+            bucket=self.work.bucket,
             priority="bulk",
+            **self.work.fields,
         )
 
-    def saturated(self, batches: int, pictures: int, turn: int) -> None:
+    def saturated(self, turn: int) -> None:
         """Let interactive pictures come while a bulk job is rendered, and see both to their end."""
-        started = time.time()
+        started, batches = time.time(), self.work.batches
         job_id = self.bulk(batches)
-        wait_closely(lambda: self.site.rows(UNDER_WAY)[0][0] > 0, "bulk was under way")
-        self.interactive(pictures, turn)
-        self.bulk_seconds.append(self.site.seconds(started, job_id, batches * BULK_BUCKET))
+        wait_closely(lambda: bool(self.site.rows(UNDER_WAY, job_id)[0][0]), "bulk was under way")
+        self.interactive(turn)
+        self.bulk_seconds.append(self.site.seconds(started, job_id, batches * self.work.bucket))
         self.digests[f"bulk {turn}"] = self._digests(job_id)
 
-    def interactive(self, pictures: int, turn: int) -> None:
+    def interactive(self, turn: int) -> None:
         """Submit one picture after another, with pauses between."""
         pauses, seen = random.Random(turn), list[float]()
-        for number in range(pictures):
+        for number in range(self.work.pictures):
             time.sleep(pauses.uniform(0, PAUSE_SECONDS))
             started = time.monotonic()
             job_id = self.site.submit(
-                pipeline="null",
+                pipeline=self.work.pipeline,
                 prompts=["interactive"],
                 seed=1000 * turn + number,
-                width=64,
-                height=64,
                 steps=STEPS,
-                step_seconds=STEP_SECONDS,
+                bucket=1,
                 priority="interactive",
+                **self.work.fields,
             )
             self.site.done(job_id, 1)
             seen.append(time.monotonic() - started)
@@ -95,53 +114,60 @@ class Lane:
 
     def alone(self, batches: int) -> float:
         """Seconds of the same bulk job with nothing beside it."""
-        return self.site.seconds(time.time(), self.bulk(batches), batches * BULK_BUCKET)
+        return self.site.seconds(time.time(), self.bulk(batches), batches * self.work.bucket)
 
     def _digests(self, job_id: uuid.UUID) -> list[bytes]:
         return [bytes(row[0]) for row in self.site.rows(DIGESTS, job_id)]
 
 
 def rows(stand: Stand, short: bool) -> list[Row]:
-    """Measure an idle lane, and one saturated by bulk, with preemption and without, in turn."""
-    turns, batches, pictures = (1, 4, 2) if short else (TURNS, BATCHES, PICTURES)
-    with ExitStack() as stack:
-        lanes = {
-            name: Lane(stack.enter_context(stand.site(preempt=preempt)))
-            for name, preempt in (("idle", True), ("on", True), ("off", False))
-        }
-        for lane in lanes.values():
-            stack.enter_context(lane.site.worker("null"))
-            lane.alone(1)
-        alone = []
-        for turn in range(turns):
-            lanes["idle"].interactive(pictures, turn)
-            alone.append(lanes["idle"].alone(batches))
-            for name in ("on", "off") if turn % 2 == 0 else ("off", "on"):
-                lanes[name].saturated(batches, pictures, turn)
+    """Measure on a simulated device."""
     row = Row(
         "d",
         "Interactive pictures on a lane saturated by bulk",
-        f"A simulated device: a step waits {STEP_SECONDS * 1000:.0f} ms. Bulk: batches of "
-        f"{BULK_BUCKET} in {BULK_STEPS} steps; an interactive picture has {STEPS}, and {pictures} "
-        f"of them come in a turn, each from 0 to {PAUSE_SECONDS} s after the one before. A latency "
-        "is from submitting until Postgres says that it succeeded.",
+        f"A simulated device: a step waits {STEP_SECONDS * 1000:.0f} ms.",
+    )
+    measure(stand, row, Work(1, 4, 2) if short else Work(), short)
+    return [row]
+
+
+def measure(stand: Stand, row: Row, work: Work, short: bool) -> None:
+    """Measure an idle lane, and one saturated by bulk, with preemption and without, in turn."""
+    with ExitStack() as stack:
+        lanes = {
+            name: Lane(stack.enter_context(stand.site(preempt=preempt)), work)
+            for name, preempt in (("idle", True), ("on", True), ("off", False))
+        }
+        for lane in lanes.values():
+            stack.enter_context(lane.site.worker(work.pipeline))
+            lane.alone(1)
+        alone = []
+        for turn in range(work.turns):
+            lanes["idle"].interactive(turn)
+            alone.append(lanes["idle"].alone(work.batches))
+            for name in ("on", "off") if turn % 2 == 0 else ("off", "on"):
+                lanes[name].saturated(turn)
+    row.how += (
+        f" Bulk: batches of {work.bucket} in {BULK_STEPS} steps; an interactive picture has "
+        f"{STEPS}, and {work.pictures} of them come in a turn, each from 0 to {PAUSE_SECONDS} s "
+        "after the one before. A latency is from submitting until Postgres says that it succeeded."
     )
     for name, lane in lanes.items():
         for percent in (50, 95):
             values = [percentile(seen, percent) * 1000 for seen in lane.latencies]
             title = "idle lane" if name == "idle" else f"saturated, preemption {name}"
             row.series.append(Series(f"p{percent}, {title}", values, "ms"))
-    _judge(row, lanes, alone, short)
-    return [row]
+    _judge(row, work, lanes, alone, short)
 
 
-def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) -> None:
+def _judge(row: Row, work: Work, lanes: dict[str, Lane], alone: list[float], short: bool) -> None:
     every = {
         name: percentile([value for turn in lane.latencies for value in turn], 95)
         for name, lane in lanes.items()
     }
     goal = None if short else 1.0
-    bound = MOST * every["idle"] + STEP_SECONDS
+    step = work.step_seconds or min(alone) / work.batches / BULK_STEPS
+    bound = MOST * every["idle"] + step
     row.ratios = [
         Ratio(
             f"p95 with preemption ÷ ({MOST} x idle p95 + one step), all turns together",
@@ -151,7 +177,6 @@ def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) ->
         Ratio("p95 with preemption ÷ idle p95, all turns together", [every["on"] / every["idle"]]),
         Ratio("p95 without preemption ÷ idle p95", [every["off"] / every["idle"]]),
     ]
-    steps = len(lanes["on"].latencies[0]) * STEPS * STEP_SECONDS
     idle = lanes["idle"]
     lost = [
         beside - by_itself
@@ -167,14 +192,17 @@ def _judge(row: Row, lanes: dict[str, Lane], alone: list[float], short: bool) ->
             "bulk's loss ÷ what they take of the idle lane's device",
             [each / theirs for each, theirs in zip(lost, idle.device_seconds, strict=True)],
         ),
-        Ratio("bulk's loss ÷ their steps, as if nothing were between", [x / steps for x in lost]),
     ]
+    if work.step_seconds is not None:
+        steps = work.pictures * STEPS * work.step_seconds
+        what = "bulk's loss ÷ their steps, as if nothing were between"
+        row.ratios.append(Ratio(what, [each / steps for each in lost]))
     row.notes.append(
         f"A bulk job alone took {alone[0]:.2f} s in the first turn, beside interactive pictures "
         f"{lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
-        f"{lanes['off'].bulk_seconds[0]:.2f} s without. Their steps alone take {steps:.2f} s; the "
-        f"idle lane's device had them for {idle.device_seconds[0]:.2f} s, with the prompt and the "
-        f"picture, and they took {idle.frame_seconds[0]:.2f} s there from claim to commit."
+        f"{lanes['off'].bulk_seconds[0]:.2f} s without. The idle lane's device "
+        f"had those for {idle.device_seconds[0]:.2f} s, with the prompt and the picture, and they "
+        f"took {idle.frame_seconds[0]:.2f} s there from claim to commit."
     )
     if lanes["on"].digests == lanes["off"].digests:
         row.notes.append(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from functools import partial
 
 from farm.cores import cores
 from farm.local import commands
 from tests.benchmarks.figures import Row, in_turn
-from tests.benchmarks.rivals import loop
+from tests.benchmarks.rivals.loop import PROMPT, Loop
 from tests.benchmarks.stand import QUIET, ROOT, Site, Stand
 
 FRAMES = 512
@@ -48,12 +50,12 @@ def demo(stand: Stand, short: bool) -> Row:
     )
     settings = {"FARM_TORCH_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     with stand.site() as site, site.worker("demo", **settings):
-        of_farm = partial(farm_rate, site, best)
-        of_farm(best)
+        of_farm = partial(farm_rate, site, "demo")
+        of_farm(Loop(best, best))
         ways = {
-            "farm": partial(of_farm, frames),
-            "best loop": partial(bare, stand, best, frames, threads),
-            "plain loop": partial(bare, stand, 1, frames // 4, threads, "serial"),
+            "farm": partial(of_farm, Loop(best, frames)),
+            "best loop": partial(bare, stand, Loop(best, frames, threads)),
+            "plain loop": partial(bare, stand, Loop(1, frames // 4, threads, serial=True)),
         }
         row.series = in_turn(ways, turns, "pictures/s")
     row.add_ratio("farm", "best loop", least=None if short else LEAST)
@@ -63,21 +65,21 @@ def demo(stand: Stand, short: bool) -> Row:
 
 def best_batch(stand: Stand, frames: int, threads: int) -> int:
     """Find the batch in which a bare loop is fastest."""
-    rates = {batch: bare(stand, batch, frames, threads) for batch in BATCHES}
+    rates = {batch: bare(stand, Loop(batch, frames, threads)) for batch in BATCHES}
     return max(rates, key=lambda batch: rates[batch])
 
 
-def bare(stand: Stand, batch: int, frames: int, threads: int, *words: str) -> float:
+def bare(stand: Stand, loop: Loop) -> float:
     """Pictures a second of a bare loop; whole batches."""
-    frames = -(-frames // batch) * batch
+    frames = -(-loop.frames // loop.batch) * loop.batch
     env = {
         **commands.environment(stand.folder, {**stand.servers.env, **QUIET}),
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(threads),
+        **({"OMP_NUM_THREADS": str(loop.threads)} if loop.threads else {}),
     }
-    numbers = [str(number) for number in (batch, frames, threads)]
+    told = json.dumps(asdict(replace(loop, frames=frames)))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.rivals.loop", *numbers, *words],
+        [sys.executable, "-m", "tests.benchmarks.rivals.loop", told],
         env=env,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -88,21 +90,22 @@ def bare(stand: Stand, batch: int, frames: int, threads: int, *words: str) -> fl
     return frames / float(done.stdout.splitlines()[-1])
 
 
-def farm_rate(site: Site, bucket: int, frames: int) -> float:
+def farm_rate(site: Site, pipeline: str, loop: Loop) -> float:
+    """Pictures a second of the farm, which renders the same as a loop."""
     started = time.time()
     job_id = site.submit(
-        pipeline="demo",
-        prompts=[loop.PROMPT],
-        images_per_prompt=frames,
+        pipeline=pipeline,
+        prompts=[PROMPT],
+        images_per_prompt=loop.frames,
         seed=0,
-        width=loop.SIDE,
-        height=loop.SIDE,
-        steps=loop.STEPS,
-        guidance_scale=loop.GUIDANCE,
-        bucket=bucket,
+        width=loop.side,
+        height=loop.side,
+        steps=loop.steps,
+        guidance_scale=loop.guidance,
+        bucket=loop.batch,
         priority="bulk",
     )
-    return frames / site.seconds(started, job_id, frames)
+    return loop.frames / site.seconds(started, job_id, loop.frames)
 
 
 def device(stand: Stand, short: bool) -> Row:

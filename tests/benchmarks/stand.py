@@ -34,7 +34,8 @@ from tests.chaos.run import credentials
 from tests.waiting import wait_until
 
 TENANT = "bench"
-READY_SECONDS = 120.0
+READY_SECONDS = 900.0
+"""A pipeline that is compiled takes minutes."""
 DONE_SECONDS = 600.0
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.005

@@ -13,6 +13,7 @@ import pytest
 from tests.benchmarks import (
     bulk,
     claims,
+    cuda,
     encoding,
     latency,
     pictures,
@@ -49,6 +50,13 @@ def ratio(row: Row, start: str) -> float:
 @pytest.mark.timeout(600)  # it loads torch again and again, on however busy a machine
 def test_real_pictures_and_a_simulated_device(stand: Stand) -> None:
     check(pictures.rows(stand, short=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_device(stand: Stand) -> None:
+    """A tiny model, on the CPU where there is no other."""
+    check(cuda.rows("h", "sd15", stand, short=True))
 
 
 def test_null_renders_beside_another_queue(stand: Stand) -> None:

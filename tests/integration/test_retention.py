@@ -421,6 +421,9 @@ def test_a_silent_storage_delays_no_lease_and_what_is_left_goes_later(
     with janitor(farm):
         told(farm, lambda: sum(rows_of(farm, old).values()) == 0)
     assert keys_of(farm, tenant, old) == []
+    for thread in threading.enumerate():
+        if thread.name == "storage-work":
+            thread.join(30)  # it was left to wait for the storage, and may ask Postgres once more
     deaf.close()
 
 

@@ -1,17 +1,18 @@
-"""Plain diffusers loops over the demo's model, as a process of their own.
+"""Plain diffusers loops, as a process of their own.
 
-`python -m tests.benchmarks.rivals.loop BATCH FRAMES THREADS [serial]` loads the model, warms up,
-and prints the seconds that the loop took. With `serial` each picture is encoded by Pillow's
-default and put into S3 before the next one is begun; without, nothing is written.
+`python -m tests.benchmarks.rivals.loop JSON`, with the fields of `Loop`, loads the model, warms up,
+and prints the seconds that the loop took.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -19,32 +20,53 @@ from PIL import Image
 from farm.config import DEMO_CATALOG
 
 PROMPT = "a red star on a blue background"
-SIDE = 64
-STEPS = 25
-GUIDANCE = 2.5
 
 Keep = Callable[[Image.Image, int], None]
 
 
-def main(batch: int, frames: int, threads: int, serial: bool) -> float:
-    """Render so many frames; returns the seconds, without those of loading."""
+@dataclass(frozen=True)
+class Loop:
+    """What is rendered, and how."""
+
+    batch: int
+    frames: int
+    threads: int = 0
+    """0: as torch chooses"""
+    serial: bool = False
+    """Encode each picture by Pillow's default, and put it into S3 before the next one is begun"""
+    model: str = str(DEMO_CATALOG.with_name("model"))
+    side: int = 64
+    steps: int = 25
+    guidance: float = 2.5
+    device: str = "cpu"
+    dtype: str = "float32"
+    compiled: bool = False
+    """As diffusers' guide to torch.compile has it: the UNet, and the VAE's decoder"""
+
+
+def seconds_of(loop: Loop) -> float:
+    """Render so many frames; returns the seconds, without those of loading and warming up."""
     import torch
     from diffusers import AutoPipelineForText2Image
 
-    torch.set_num_threads(threads)
+    if loop.threads:
+        torch.set_num_threads(loop.threads)
     kind: Any = AutoPipelineForText2Image
-    pipe = kind.from_pretrained(DEMO_CATALOG.with_name("model"))
+    pipe = kind.from_pretrained(loop.model, dtype=getattr(torch, loop.dtype)).to(loop.device)
     pipe.set_progress_bar_config(disable=True)
-    keep: Keep = upload() if serial else lambda _picture, _number: None
+    if loop.compiled:
+        pipe.unet.compile(fullgraph=True)
+        pipe.vae.decoder.compile(fullgraph=True)
+    keep: Keep = upload() if loop.serial else lambda _picture, _number: None
 
     def render(first: int) -> None:
-        seeds = range(first, first + batch)
+        seeds = range(first, first + loop.batch)
         output = pipe(
-            prompt=[PROMPT] * batch,
-            width=SIDE,
-            height=SIDE,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            prompt=[PROMPT] * loop.batch,
+            width=loop.side,
+            height=loop.side,
+            num_inference_steps=loop.steps,
+            guidance_scale=loop.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         )
         for seed, picture in zip(seeds, output.images, strict=True):
@@ -52,7 +74,7 @@ def main(batch: int, frames: int, threads: int, serial: bool) -> float:
 
     render(0)
     started = time.monotonic()
-    for first in range(0, frames, batch):
+    for first in range(0, loop.frames, loop.batch):
         render(first)
     return time.monotonic() - started
 
@@ -76,5 +98,4 @@ def upload() -> Keep:
 
 
 if __name__ == "__main__":
-    batch, frames, threads = map(int, sys.argv[1:4])
-    sys.stdout.write(f"{main(batch, frames, threads, 'serial' in sys.argv)}\n")
+    sys.stdout.write(f"{seconds_of(Loop(**json.loads(sys.argv[1])))}\n")

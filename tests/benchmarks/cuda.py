@@ -1,0 +1,155 @@
+"""Rows h and i: rows a and d again on a CUDA device, with models of the real sizes.
+
+Stable Diffusion 1.5 and SDXL with random weights, eager and compiled: what is measured depends on
+shapes, not on what was learned. They are left out where there is no such device.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from tests.benchmarks import latency
+from tests.benchmarks.figures import Row, Series, in_turn
+from tests.benchmarks.pictures import TURNS, bare, farm_rate
+from tests.benchmarks.rivals.loop import Loop
+from tests.benchmarks.stand import Site, Stand
+from tests.gpu.models import SIZES, Size, save
+
+STEPS = 30
+FRAMES = {"sd15": 256, "sdxl": 48}
+BATCHES = {"sd15": (4, 8, 16), "sdxl": (1, 2, 4)}
+"""That the bare loop tries, to find its best"""
+LEAST = 0.97
+COUNTER = [
+    "nvidia-smi",
+    "--query-gpu=utilization.gpu",
+    "--format=csv,noheader,nounits",
+    "--loop-ms=100",
+]
+"""Per cent of the last moments in which the device had something to do, ten times a second"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, loaded in one way."""
+
+    letter: str
+    size: Size
+    loop: Loop
+    """The best bare one"""
+    short: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.size.name}-compiled" if self.loop.compiled else self.size.name
+
+    @property
+    def told(self) -> str:
+        way = "compiled" if self.loop.compiled else "eager"
+        side = self.size.side
+        return f"{self.size.name}, random weights, {side}x{side}, {self.loop.dtype}, {way}."
+
+
+def rows(letter: str, name: str, stand: Stand, short: bool) -> list[Row]:
+    """Measure a model, eager and compiled; none where there is no CUDA device.
+
+    A short run takes a tiny model, eager, on whatever device there is.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if not there and not short:
+        return []
+    size = SIZES["tiny" if short else name]
+    loop = Loop(
+        batch=max(size.buckets),
+        frames=8 if short else FRAMES[name],
+        model=str(save(size, stand.folder.path / size.name)),
+        side=size.side,
+        steps=2 if short else STEPS,
+        guidance=7.5,
+        device="cuda" if there else "cpu",
+        dtype="float16" if there else "float32",
+    )
+    if not short:
+        rates = {batch: bare(stand, replace(loop, batch=batch)) for batch in BATCHES[name]}
+        loop = replace(loop, batch=max(rates, key=lambda batch: rates[batch]))
+    ways = [False] if short else [False, True]
+    cases = [Case(letter, size, replace(loop, compiled=compiled), short) for compiled in ways]
+    for case in cases:
+        _add_lane(stand.folder.path / "pipelines.toml", case)
+    return [row for case in cases for row in (_pictures(stand, case), _latency(stand, case))]
+
+
+def _add_lane(catalog: Path, case: Case) -> None:
+    loop = case.loop
+    with catalog.open("a") as file:
+        file.write(
+            f"\n[pipelines.{case.name}]\nsource = {json.dumps(loop.model)}\n"
+            f'device = "{loop.device}"\ndtype = "{loop.dtype}"\n'
+            f'compile = "{"default" if loop.compiled else ""}"\n'
+            f'bucket = {{ "default" = {loop.batch} }}\n'
+        )
+
+
+def _pictures(stand: Stand, case: Case) -> Row:
+    loop, busy = case.loop, list[float]()
+    row = Row(
+        case.letter,
+        f"Pictures of {case.name} on a device",
+        f"{case.told} {loop.frames} pictures in {loop.steps} steps. The best loop is of batches "
+        f"of {loop.batch} and writes nowhere; the plain one renders one by one, encodes by "
+        "Pillow's default and puts each picture before the next. The farm's time is from "
+        "submitting until the last picture is durable.",
+    )
+    plain = replace(loop, batch=1, frames=-(-loop.frames // 8), serial=True)
+    with stand.site() as site, site.worker(case.name):
+        farm_rate(site, case.name, replace(loop, frames=loop.batch))
+        ways = {
+            "farm": partial(_farm_rate, site, case, busy),
+            "best loop": partial(bare, stand, loop),
+            "plain loop": partial(bare, stand, plain),
+        }
+        row.series = in_turn(ways, 1 if case.short else TURNS, "pictures/s")
+    if busy:
+        row.series.append(Series("busy by the driver's counter, farm", busy, "%"))
+    row.add_ratio("farm", "best loop", least=None if case.short else LEAST)
+    row.add_ratio("farm", "plain loop")
+    return row
+
+
+def _farm_rate(site: Site, case: Case, busy: list[float]) -> float:
+    if case.loop.device != "cuda":
+        return farm_rate(site, case.name, case.loop)
+    with _counting(busy):
+        return farm_rate(site, case.name, case.loop)
+
+
+@contextmanager
+def _counting(busy: list[float]) -> Iterator[None]:
+    """Add the device's busy share in the block, as its driver counts it."""
+    with subprocess.Popen(COUNTER, stdout=subprocess.PIPE, text=True) as counter:
+        try:
+            yield
+        finally:
+            counter.terminate()
+            told, _ = counter.communicate()
+    busy.append(statistics.mean(float(line) for line in told.split()))
+
+
+def _latency(stand: Stand, case: Case) -> Row:
+    row = Row(f"{case.letter}2", f"Interactive pictures of {case.name}, on a device", case.told)
+    fields = {"width": case.size.side, "height": case.size.side}
+    turns, batches, pictures = (1, 4, 2) if case.short else (2, 20, 10)
+    work = latency.Work(
+        turns, batches, pictures, case.name, case.loop.batch, fields, step_seconds=None
+    )
+    latency.measure(stand, row, work, case.short)
+    return row
