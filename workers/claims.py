@@ -63,14 +63,18 @@ class Claims:
             step_seconds: when this will be called again.
         """
         early = LEAST_SECONDS + LONGER * min(self._seconds, MOST_SECONDS)
-        early += min(step_seconds, MOST_STEP_SECONDS)
+        if step_seconds <= MOST_STEP_SECONDS:
+            early += step_seconds
         if self._ahead is None and left_seconds <= early:
             self._ahead = self._thread.submit(self.now)
 
     @property
     def is_ahead(self) -> bool:
         """Whether `next` has a batch at hand."""
-        return self._ahead is not None and self._ahead.done() and self._ahead.result() is not None
+        ahead = self._ahead
+        if ahead is None or not ahead.done() or ahead.exception() is not None:
+            return False
+        return ahead.result() is not None
 
     def next(self) -> Lease | None:
         """Give the batch that was claimed ahead, or claim one."""

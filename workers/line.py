@@ -123,6 +123,7 @@ class RenderLine:
 
     def _give_back(self) -> None:
         """Release what was claimed and will not be rendered."""
+        self._tail.begin()
         self._claims.give_back()
         lease = self._urgent.last()
         if lease is not None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 from PIL import Image
@@ -24,6 +25,7 @@ from farm.context import Farm
 from farm.cores import cores
 from farm.encoding import Encoder
 from farm.errors import Unavailable
+from farm.spec import Priority
 from farm.store import leases
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
@@ -217,7 +219,9 @@ class Tail:
         if (failure := self._sieve.rejection(frame, picture)) is not None:
             batch.failures.append(failure)
             return
-        with self._encoding:
+        # Whoever waits in front of a screen does not wait for bulk's pictures.
+        at_once = batch.lease.priority is Priority.INTERACTIVE
+        with nullcontext() if at_once else self._encoding:
             started = time.monotonic()
             content = self._encoder.encode(picture, frame.spec)
             batch.spent("encode", started)
