@@ -204,6 +204,10 @@ def _judge(row: Row, work: Work, lanes: dict[str, Lane], alone: list[float], sho
         f"had those for {idle.device_seconds[0]:.2f} s, with the prompt and the picture, and they "
         f"took {idle.frame_seconds[0]:.2f} s there from claim to commit."
     )
+    _compare_bytes(row, lanes)
+
+
+def _compare_bytes(row: Row, lanes: dict[str, Lane]) -> None:
     if lanes["on"].digests == lanes["off"].digests:
         row.notes.append(
             f"{len(lanes['on'].digests)} jobs: equal bytes with preemption on and off."
