@@ -4,6 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+PYTEST := $(BIN)/python -m pytest
+QUICK := not slow
+# Whole files and shared farms go to one of two processes, in the order of their collection.
+SHARED := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint up gpu chaos bench clean
 
@@ -34,8 +39,16 @@ lint: setup ## Check style, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint ## Check everything, then run all tests
-	$(BIN)/python -m pytest
+check: lint ## Check every commit: lint and the unit tests
+	$(PYTEST) -m "$(QUICK)" tests/unit
+
+test: lint ## Check every change: lint and all tests but the slow ones
+	$(PYTEST) $(SHARED) -m "$(QUICK) and not alone"
+	$(PYTEST) -m "$(QUICK) and alone"
+
+test-slow: setup ## Check a release: what takes too long for every change
+	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 MODEL_EXAMPLES=1000 \
+	  $(PYTEST) --timeout 3000 -m slow
 
 gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
 	$(BIN)/python -m tests.gpu.report

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from farm.families.samplers import SAMPLERS
+from tests.rendering import torch_threads
 
 Picture = Image.Image | None
 """None: the safety checker flagged it."""
@@ -103,7 +103,7 @@ class Bare:
         filled = frames + [frames[-1]] * (bucket - len(frames))
         seeded = [torch.Generator("cpu").manual_seed(frame.seed) for frame in filled]
         draw = self.kinds[pipeline]
-        with _threads(self.threads):
+        with torch_threads(self.threads):
             output = draw(filled, {"generator": seeded})
         flags = getattr(output, "nsfw_content_detected", None) or [False] * bucket
         pairs = zip(output.images, flags, strict=True)
@@ -379,16 +379,3 @@ def _repeated(tensors: dict[str, Any], count: int) -> dict[str, Any]:
         for name, tensor in tensors.items()
         if tensor is not None
     }
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads meanwhile: they decide how sums are split."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

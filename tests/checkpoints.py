@@ -73,11 +73,11 @@ def _text_config(**changes: Any) -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae(blocks: tuple[int, ...] = VAE_BLOCKS) -> Any:
     return _kit().AutoencoderKL(
-        block_out_channels=VAE_BLOCKS,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=blocks,
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
         norm_num_groups=4,
         sample_size=SIDE,
     )
@@ -416,10 +416,22 @@ def cogview4() -> Any:
     )
 
 
+def least_stable_diffusion() -> Any:
+    """As few kinds of layers as there can be, for a compiler that takes a second for each."""
+    one_block = {"block_out_channels": (WIDTH,), "sample_size": SIDE // 8}
+    types = {
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    unet = _kit().UNet2DConditionModel(**{**UNET, **one_block, **types})
+    return stable_diffusion(unet=unet, vae=_vae((WIDTH,)))
+
+
 MAKERS: dict[str, Callable[[], Any]] = {
     "cogview4": cogview4,
     "stable_diffusion": stable_diffusion,
     "stable_diffusion_guarded": stable_diffusion_guarded,
+    "stable_diffusion_least": least_stable_diffusion,
     "sdxl": sdxl,
     "sdxl_refiner": sdxl_refiner,
     "controlnet": controlnet,

@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -20,12 +21,25 @@ from farm.local import Servers, embedded_servers
 from farm.store import keys, migrate
 from farm.store.engine import open_store, transaction
 
+# One core is another process's. Read when torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 TEMPLATE = "farm_template"
+SHARED = {"live", "disturbed"}
+"""Fixtures that are dear: the tests that need one stay in one process"""
 _numbers = itertools.count(1)
 
 # How long an example takes says how busy the machine is, and nothing of the code.
 hypothesis.settings.register_profile("farm", deadline=None)
 hypothesis.settings.load_profile("farm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal out whole files to the processes, and all that share one farm to the same one."""
+    for item in items:
+        shared = SHARED.intersection(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.stem)))
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +65,13 @@ def template(servers: Servers) -> str:
 
 @pytest.fixture
 def settings(servers: Servers, template: str, tmp_path: Path) -> Iterator[Settings]:
+    with fresh_settings(servers, template, tmp_path) as found:
+        yield found
+
+
+@contextmanager
+def fresh_settings(servers: Servers, template: str, folder: Path) -> Iterator[Settings]:
+    """Make an empty database, and the settings of a farm on it."""
     number = next(_numbers)
     name = f"farm_test_{number}"
     _run(servers, f"CREATE DATABASE {name} TEMPLATE {template}")
@@ -62,8 +83,8 @@ def settings(servers: Servers, template: str, tmp_path: Path) -> Iterator[Settin
         retry_seconds=0.0,
         touch_seconds=0.05,
         transaction_seconds=2.0,
-        scratch_dir=tmp_path / "scratch",
-        cache_dir=tmp_path / "cache",
+        scratch_dir=folder / "scratch",
+        cache_dir=folder / "cache",
     )
     _run(servers, f"DROP DATABASE {name} WITH (FORCE)")
 

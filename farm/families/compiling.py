@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+BACKEND = "inductor"
+"""What makes code of the graphs that torch traced"""
 MOST_SHAPES = 1024
 """Shapes that a compiled module may be compiled for; torch's own limit of 8 is for accidents."""
 
@@ -15,7 +17,12 @@ def compile_pipe(pipe: Any, mode: str) -> None:
     import torch._dynamo
     import torch._inductor.config
 
-    how: dict[str, Any] = {"mode": mode, "fullgraph": True, "dynamic": False}
+    how: dict[str, Any] = {
+        "backend": BACKEND,
+        "mode": mode,
+        "fullgraph": True,
+        "dynamic": False,
+    }
     # Of this torch, the processes that compile beside were seen to stop for good.
     torch._inductor.config.compile_threads = 1
     torch._dynamo.config.recompile_limit = MOST_SHAPES

@@ -1,15 +1,20 @@
-"""One whole farm, as `farm up` runs it, for every acceptance test; leases are short."""
+"""Two whole farms, as `farm up` runs them: one to look at and add jobs to, one to disturb.
+
+Leases are short in both.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from farm.families.null import write_checkpoint
 from farm.local import Farm, running_farm
 from tests.waiting import wait_until
 
@@ -29,6 +34,7 @@ class Live:
 
     farm: Farm
     client: httpx.Client
+    pipeline: str
 
     def get(self, path: str, **params: Any) -> Any:
         response = self.client.get(path, params=params)
@@ -36,7 +42,7 @@ class Live:
         return response.json()
 
     def submit(self, **fields: Any) -> dict[str, Any]:
-        response = self.client.post("/v1/jobs", json={"pipeline": "demo", **fields})
+        response = self.client.post("/v1/jobs", json={"pipeline": self.pipeline, **fields})
         assert response.status_code == 202, response.text
         job: dict[str, Any] = response.json()
         return job
@@ -85,18 +91,34 @@ class Live:
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    saved = dict(os.environ)
-    os.environ.update(QUICK)
-    try:
-        with (
-            running_farm(tmp_path_factory.mktemp("live")) as farm,
-            httpx.Client(
-                base_url=farm.url,
-                headers={"Authorization": f"Bearer {farm.api_key}"},
-                timeout=30,
-            ) as client,
-        ):
-            yield Live(farm, client)
-    finally:
-        os.environ.clear()
-        os.environ.update(saved)
+    """A farm with the demo's pipeline, for tests that look at it or add jobs to it."""
+    with running(tmp_path_factory.mktemp("live"), "demo") as farm:
+        yield farm
+
+
+@pytest.fixture(scope="session")
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A farm whose processes the tests stop and kill; its pipeline waits, and loads at once."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    with running(folder / "farm", "null", null_catalog(folder)) as farm:
+        yield farm
+
+
+def null_catalog(folder: Path) -> Path:
+    """Write a catalog of one pipeline that loads nothing and waits in each step."""
+    write_checkpoint(folder / "null")
+    path = folder / "pipelines.toml"
+    path.write_text('[pipelines.null]\nsource = "null"\nbucket = { "default" = 16 }\n')
+    return path
+
+
+@contextmanager
+def running(data: Path, pipeline: str, catalog: Path | None = None) -> Iterator[Live]:
+    """Run a whole farm with short leases, in the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        with running_farm(data, pipelines=catalog) as farm:
+            headers = {"Authorization": f"Bearer {farm.api_key}"}
+            with httpx.Client(base_url=farm.url, headers=headers, timeout=30) as client:
+                yield Live(farm, client, pipeline)

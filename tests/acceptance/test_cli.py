@@ -263,7 +263,6 @@ def test_demo_uses_the_farm_that_runs(run: Run, live: Live, tmp_path: Path) -> N
     assert live.get("/readyz")["ready"]
 
 
-@pytest.mark.slow
 def test_demo_from_nothing(tmp_path: Path) -> None:
     outcome = farm_process("demo", env={}, cwd=tmp_path)
     assert outcome.code == 0, outcome.out + outcome.err

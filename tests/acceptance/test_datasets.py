@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 from sd_parsers import ParserManager
 
-from farm.local import Farm, running_farm
-from tests.acceptance.conftest import QUICK, Live
-from tests.commanding import farm_process
+from tests.acceptance.conftest import Live, null_catalog, running
+from tests.commanding import farm, farm_process
 from tests.documented import PAGE
+from tests.rendering import torch_threads
 from tests.waiting import wait_until
 
 DATASETS = PAGE.with_name("datasets.md")
@@ -66,7 +66,7 @@ def test_the_page_runs(page: Path) -> None:
     assert sorted(keys) == sorted(4 * [f"shape-{number}" for number in range(6)])
 
 
-def test_every_picture_says_how_it_was_rendered(page: Path, live: Live) -> None:
+def test_every_picture_says_how_it_was_rendered(page: Path) -> None:
     with tarfile.open(page / "shapes" / "data" / "00000.tar") as tar:
         pngs = [name for name in tar.getnames() if name.endswith(".png")]
         tar.extractall(page / "out", filter="data")
@@ -79,29 +79,22 @@ def test_every_picture_says_how_it_was_rendered(page: Path, live: Live) -> None:
         assert [prompt.value for prompt in told.prompts] == [row["prompt"]]
         with Image.open(page / "out" / name) as picture:
             assert f"Seed: {row['seed']}" in picture.info["parameters"]
-    env = {"FARM_DATA": str(live.farm.data)}
     rows = int(os.environ.get("FARM_TEST_REPLAYED_ROWS", REPLAYED))
-    for name in random.Random(5).sample(pngs, rows):
-        replayed = farm_process("replay", str(page / "out" / name), "--json", env=env)
-        assert replayed.code == 0, replayed.err
+    with torch_threads(1):  # each replay sets what its picture was rendered with
+        for name in random.Random(5).sample(pngs, rows):
+            replayed = farm("replay", str(page / "out" / name), "--json")
+            assert replayed.code == 0, replayed.err
+            assert replayed.json["identical"] is True
 
 
 @pytest.fixture
-def killable(tmp_path: Path) -> Iterator[Farm]:
+def killable(tmp_path: Path) -> Iterator[Live]:
     """A farm of its own, with null renders: its processes are killed."""
-    from farm.families.null import write_checkpoint
-
-    write_checkpoint(tmp_path / "null")
-    catalog = tmp_path / "pipelines.toml"
-    catalog.write_text('[pipelines.null]\nsource = "null"\nbucket = { "default" = 16 }\n')
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUICK.items():
-            patch.setenv(name, value)
-        with running_farm(tmp_path / "data", pipelines=catalog) as farm:
-            yield farm
+    with running(tmp_path / "data", "null", null_catalog(tmp_path)) as farm:
+        yield farm
 
 
-def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Farm, tmp_path: Path) -> None:
+def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Live, tmp_path: Path) -> None:
     """Submitter, API, exporter and worker, each by SIGKILL at a random moment."""
     frames = int(os.environ.get("FARM_TEST_KILLED_FRAMES", KILLED_FRAMES))
     drawn = random.Random(11)
@@ -109,7 +102,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Farm, tmp_
     with path.open("w") as file:
         for number in range(frames):
             file.write(json.dumps({"prompt": f"noise {number}", "key": f"k{number}"}) + "\n")
-    env = {"FARM_DATA": str(killable.data)}
+    env = {"FARM_DATA": str(killable.farm.data)}
     words = ["submit", "--from", str(path), "--pipeline", "null", "--steps", "1", "--json"]
     words += ["--set", "width=16", "--set", "height=16", "--set", "step_seconds=0.01"]
     submitter = start(words, env)
@@ -123,7 +116,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Farm, tmp_
     def kill() -> None:
         while not over.wait(drawn.uniform(1.0, 3.0)):
             name = drawn.choice(["api", "chores", "worker null-1"])
-            pid = killable.children[name].pid
+            pid = killable.farm.children[name].pid
             if pid:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(name)

@@ -18,16 +18,18 @@ from tests.waiting import wait_until
 
 FRAMES = 16
 LONG: dict[str, Any] = {
-    "prompts": ["a red star on a blue background"],
+    "prompts": ["noise"],
     "images_per_prompt": FRAMES,
     "seed": 5,
     "steps": 12,
+    "step_seconds": 0.08,
     "bucket": 4,
 }
+"""Four batches of a second each"""
 
 
-def parent_of(live: Live) -> int:
-    pid = live.farm.children["worker demo-1"].pid
+def parent_of(disturbed: Live) -> int:
+    pid = disturbed.farm.children["worker null-1"].pid
     assert pid is not None
     return pid
 
@@ -49,13 +51,13 @@ def child_of(pid: int) -> int:
     return int(spawned[0].split()[0])
 
 
-def all_succeeded_once(live: Live, job_id: str) -> list[dict[str, Any]]:
+def all_succeeded_once(disturbed: Live, job_id: str) -> list[dict[str, Any]]:
     """Check the end against the database itself, and the pictures against the storage."""
-    job = live.ended(job_id, 180.0)
+    job = disturbed.ended(job_id, 180.0)
     assert job["status"] == "succeeded", job
-    frames = live.frames(job_id)
+    frames = disturbed.frames(job_id)
     assert [frame["state"] for frame in frames] == ["succeeded"] * FRAMES
-    with psycopg.connect(live.farm.servers.database_url) as connection:
+    with psycopg.connect(disturbed.farm.servers.database_url) as connection:
         rows = connection.execute(
             "SELECT item ->> 0, count(*) FROM events, jsonb_array_elements(data -> 'frames') item"
             " WHERE job_id = %s AND kind = 'frames.succeeded' GROUP BY 1",
@@ -70,55 +72,55 @@ def reasons(frames: list[dict[str, Any]]) -> set[str]:
     return {attempt["reason"] for frame in frames for attempt in frame["attempts"]}
 
 
-def test_the_child_is_killed(live: Live) -> None:
-    job_id = live.submit(**LONG)["id"]
-    live.halfway(job_id)
-    parent = parent_of(live)
+def test_the_child_is_killed(disturbed: Live) -> None:
+    job_id = disturbed.submit(**LONG)["id"]
+    disturbed.halfway(job_id)
+    parent = parent_of(disturbed)
     os.kill(child_of(parent), signal.SIGKILL)
-    frames = all_succeeded_once(live, job_id)
+    frames = all_succeeded_once(disturbed, job_id)
     assert reasons(frames) == {"worker_lost"}
     lost = [frame for frame in frames if frame["attempts"]]
     assert 1 <= len(lost) <= 4
     assert all(frame["attempt"] == 2 for frame in lost)
     assert "SIGKILL" in lost[0]["attempts"][0]["message"]
-    assert live.farm.children["worker demo-1"].pid == parent
+    assert disturbed.farm.children["worker null-1"].pid == parent
 
 
-def test_the_parent_is_killed(live: Live) -> None:
-    job_id = live.submit(**LONG)["id"]
-    live.halfway(job_id)
-    parent = parent_of(live)
+def test_the_parent_is_killed(disturbed: Live) -> None:
+    job_id = disturbed.submit(**LONG)["id"]
+    disturbed.halfway(job_id)
+    parent = parent_of(disturbed)
     child = child_of(parent)
     os.kill(parent, signal.SIGKILL)
-    frames = all_succeeded_once(live, job_id)
+    frames = all_succeeded_once(disturbed, job_id)
     assert reasons(frames) == {"lease_expired"}
-    assert live.farm.children["worker demo-1"].pid != parent
+    assert disturbed.farm.children["worker null-1"].pid != parent
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
 
-def test_valkey_is_killed_with_its_data(live: Live) -> None:
-    job_id = live.submit(**LONG)["id"]
-    live.halfway(job_id)
-    valkey = live.farm.servers.valkey
+def test_valkey_is_killed_with_its_data(disturbed: Live) -> None:
+    job_id = disturbed.submit(**LONG)["id"]
+    disturbed.halfway(job_id)
+    valkey = disturbed.farm.servers.valkey
     before = valkey.restarts
-    data = live.farm.data / "valkey"
+    data = disturbed.farm.data / "valkey"
     assert data.is_dir()
     for path in sorted(data.rglob("*"), reverse=True):
         if path.is_file() and path.suffix in {".aof", ".rdb", ".manifest"}:
             path.unlink()
     valkey.kill()
-    second = live.submit(**LONG)["id"]  # its bell may be lost
+    second = disturbed.submit(**LONG)["id"]  # its bell may be lost
     wait_until(lambda: valkey.restarts > before, 30.0, "Valkey was started again")
-    assert reasons(all_succeeded_once(live, job_id)) == set()
-    assert reasons(all_succeeded_once(live, second)) == set()
+    assert reasons(all_succeeded_once(disturbed, job_id)) == set()
+    assert reasons(all_succeeded_once(disturbed, second)) == set()
 
 
 @contextmanager
-def another_worker(live: Live) -> Iterator[subprocess.Popen[bytes]]:
-    env = {**os.environ, **live.farm.env, "OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
+def another_worker(disturbed: Live) -> Iterator[subprocess.Popen[bytes]]:
+    env = {**os.environ, **disturbed.farm.env, "OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "farm.cli", "worker", "demo"],
+        [sys.executable, "-m", "farm.cli", "worker", "null"],
         env=env,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -131,37 +133,37 @@ def another_worker(live: Live) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(60)
 
 
-def test_a_stopped_worker_comes_back_too_late(live: Live) -> None:
+def test_a_stopped_worker_comes_back_too_late(disturbed: Live) -> None:
     """Its lease expires, another worker renders the frames, and its own result is dropped."""
-    with another_worker(live) as process:
+    with another_worker(disturbed) as process:
 
         def seen() -> dict[str, Any]:
-            workers = live.get("/v1/workers")["data"]
+            workers = disturbed.get("/v1/workers")["data"]
             found = [row for row in workers if row["pid"] == process.pid]
             return found[0] if found else {"state": "unknown", "batch": None}
 
         wait_until(lambda: seen()["state"] == "idle", 60.0, "the second worker was ready")
-        job_id = live.submit(**LONG)["id"]
+        job_id = disturbed.submit(**LONG)["id"]
         wait_until(lambda: seen()["batch"], 60.0, "the second worker held a lease")
         name = seen()["name"]
         os.killpg(process.pid, signal.SIGSTOP)
-        frames = all_succeeded_once(live, job_id)
+        frames = all_succeeded_once(disturbed, job_id)
         lost = [frame for frame in frames if frame["attempts"]]
         assert reasons(frames) == {"lease_expired"}
         assert {row["worker"] for frame in lost for row in frame["attempts"]} == {name}
         assert all(frame["worker"] != name for frame in lost)
 
         os.killpg(process.pid, signal.SIGCONT)
-        after = live.ended(live.submit(**LONG)["id"], 180.0)
+        after = disturbed.ended(disturbed.submit(**LONG)["id"], 180.0)
         assert after["status"] == "succeeded"
-        assert live.frames(job_id) == frames
+        assert disturbed.frames(job_id) == frames
 
 
-def test_sigterm_finishes_the_batch_and_leaves(live: Live) -> None:
-    job_id = live.submit(**LONG)["id"]
-    live.halfway(job_id)
-    worker = live.farm.children["worker demo-1"]
+def test_sigterm_finishes_the_batch_and_leaves(disturbed: Live) -> None:
+    job_id = disturbed.submit(**LONG)["id"]
+    disturbed.halfway(job_id)
+    worker = disturbed.farm.children["worker null-1"]
     before = worker.restarts
     worker.signal(signal.SIGTERM)
     wait_until(lambda: worker.restarts > before, 60.0, "the worker left and was started again")
-    assert reasons(all_succeeded_once(live, job_id)) == set()
+    assert reasons(all_succeeded_once(disturbed, job_id)) == set()

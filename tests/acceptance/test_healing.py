@@ -16,27 +16,28 @@ import httpx
 
 from farm.cli.exits import OK
 from farm.envfile import load_env
-from tests.acceptance.conftest import ENDED, QUICK, Live
+from tests.acceptance.conftest import ENDED, QUICK, Live, null_catalog
 from tests.commanding import farm_process
 from tests.waiting import wait_until
 
-ENDLESS: dict[str, Any] = {"prompts": ["a red star"], "bucket": 8}
+SLOW: dict[str, Any] = {"prompts": ["noise"], "step_seconds": 0.1}
+ENDLESS: dict[str, Any] = {**SLOW, "bucket": 8}
 
 
 @contextmanager
-def worker_process(live: Live, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run another worker of the demo's lane; gives its process and its id."""
+def worker_process(disturbed: Live, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run another worker of the lane; gives its process and its id."""
     one = {"OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "farm.cli", "worker", "demo"],
-        env={**os.environ, **live.farm.env, **one, **env},
+        [sys.executable, "-m", "farm.cli", "worker", "null"],
+        env={**os.environ, **disturbed.farm.env, **one, **env},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
 
         def idle() -> str | None:
-            found = [row for row in listed(live) if row["pid"] == process.pid]
+            found = [row for row in listed(disturbed) if row["pid"] == process.pid]
             return str(found[0]["id"]) if found and found[0]["state"] == "idle" else None
 
         worker_id = wait_until(idle, 60.0, "the second worker was ready")
@@ -48,91 +49,86 @@ def worker_process(live: Live, **env: str) -> Iterator[tuple[subprocess.Popen[by
         process.wait()
 
 
-def listed(live: Live) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = live.get("/v1/workers")["data"]
+def listed(disturbed: Live) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = disturbed.get("/v1/workers")["data"]
     return rows
 
 
-def renders(live: Live, worker_id: str) -> bool:
-    found = [row for row in listed(live) if row["id"] == worker_id]
+def renders(disturbed: Live, worker_id: str) -> bool:
+    found = [row for row in listed(disturbed) if row["id"] == worker_id]
     return bool(found and found[0]["batch"] and found[0]["batch"]["step"])
 
 
-def both_busy(live: Live, worker_id: str) -> list[str]:
+def both_busy(disturbed: Live, worker_id: str) -> list[str]:
     """Give every worker of the lane a batch that would take minutes; returns the jobs."""
     # Not the same steps: else both would ride in one batch.
-    jobs = [live.submit(**ENDLESS, steps=steps, max_attempts=1)["id"] for steps in (1000, 999)]
-    wait_until(lambda: renders(live, worker_id), 60.0, "the second worker rendered")
+    jobs = [disturbed.submit(**ENDLESS, steps=steps, max_attempts=1)["id"] for steps in (1000, 999)]
+    wait_until(lambda: renders(disturbed, worker_id), 60.0, "the second worker rendered")
     return jobs
 
 
-def over(live: Live, jobs: list[str]) -> None:
+def over(disturbed: Live, jobs: list[str]) -> None:
     for job_id in jobs:
-        live.client.post(f"/v1/jobs/{job_id}/cancel")
+        disturbed.client.post(f"/v1/jobs/{job_id}/cancel")
 
 
-def test_a_worker_drained_from_afar_finishes_and_leaves(live: Live) -> None:
-    with worker_process(live) as (process, worker_id):
-        job = live.submit(
-            prompts=["a red star"], images_per_prompt=48, steps=20, bucket=4, max_attempts=1
-        )
-        wait_until(lambda: renders(live, worker_id), 60.0, "the second worker rendered")
-        name = next(row["name"] for row in listed(live) if row["id"] == worker_id)
-        drained = farm_process("workers", "drain", name, "--json", env=live.farm.env | key(live))
+def test_a_worker_drained_from_afar_finishes_and_leaves(disturbed: Live) -> None:
+    with worker_process(disturbed) as (process, worker_id):
+        job = disturbed.submit(**SLOW, images_per_prompt=48, steps=8, bucket=4, max_attempts=1)
+        wait_until(lambda: renders(disturbed, worker_id), 60.0, "the second worker rendered")
+        name = next(row["name"] for row in listed(disturbed) if row["id"] == worker_id)
+        env = {**disturbed.farm.env, "FARM_API_KEY": disturbed.farm.api_key}
+        drained = farm_process("workers", "drain", name, "--json", env=env)
         assert drained.code == OK
         assert drained.json["draining"] is True
         assert process.wait(60) == 0
-        assert worker_id not in [row["id"] for row in listed(live)]
-    assert live.ended(job["id"])["status"] == "succeeded"
-    frames = live.frames(job["id"])
+        assert worker_id not in [row["id"] for row in listed(disturbed)]
+    assert disturbed.ended(job["id"])["status"] == "succeeded"
+    frames = disturbed.frames(job["id"])
     # What it had claimed ahead was given back; nothing that it had begun was.
     earlier = [attempt for frame in frames for attempt in frame["attempts"]]
     assert {attempt["reason"] for attempt in earlier} <= {"released"}
     assert len(earlier) in (0, 4)
     assert name in {frame["worker"] for frame in frames}  # its last batch was finished
-    refused = live.client.post(f"/v1/workers/{worker_id}/drain")
+    refused = disturbed.client.post(f"/v1/workers/{worker_id}/drain")
     assert refused.status_code == 404
     assert worker_id in refused.json()["detail"]
 
 
-def key(live: Live) -> dict[str, str]:
-    return {"FARM_API_KEY": live.farm.api_key}
-
-
-def test_a_second_sigterm_gives_the_batch_back_at_once(live: Live) -> None:
-    with worker_process(live) as (process, worker_id):
-        jobs = both_busy(live, worker_id)
+def test_a_second_sigterm_gives_the_batch_back_at_once(disturbed: Live) -> None:
+    with worker_process(disturbed) as (process, worker_id):
+        jobs = both_busy(disturbed, worker_id)
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: draining(live, worker_id), 30.0, "it drained")
+        wait_until(lambda: draining(disturbed, worker_id), 30.0, "it drained")
         assert process.poll() is None  # it would finish its batch
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         assert process.wait(30) == 0
         assert time.monotonic() - started < 10
-    given_back(live, jobs)
+    given_back(disturbed, jobs)
 
 
-def draining(live: Live, worker_id: str) -> bool:
-    return any(row["draining"] for row in listed(live) if row["id"] == worker_id)
+def draining(disturbed: Live, worker_id: str) -> bool:
+    return any(row["draining"] for row in listed(disturbed) if row["id"] == worker_id)
 
 
-def given_back(live: Live, jobs: list[str]) -> None:
+def given_back(disturbed: Live, jobs: list[str]) -> None:
     """Check that one frame was returned, at no charge, and that another worker may take it."""
-    frames = [frame for job_id in jobs for frame in live.frames(job_id)]
+    frames = [frame for job_id in jobs for frame in disturbed.frames(job_id)]
     reasons = [attempt["reason"] for frame in frames for attempt in frame["attempts"]]
-    over(live, jobs)
+    over(disturbed, jobs)
     assert reasons == ["released"]
     assert {frame["state"] for frame in frames} <= {"ready", "running"}  # none is dead
 
 
-def test_a_grace_that_ends_gives_the_batch_back(live: Live) -> None:
-    with worker_process(live, FARM_GRACE_SECONDS="10") as (process, worker_id):
-        jobs = both_busy(live, worker_id)
+def test_a_grace_that_ends_gives_the_batch_back(disturbed: Live) -> None:
+    with worker_process(disturbed, FARM_GRACE_SECONDS="10") as (process, worker_id):
+        jobs = both_busy(disturbed, worker_id)
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert 4 < time.monotonic() - started < 10
-    given_back(live, jobs)
+    given_back(disturbed, jobs)
 
 
 def descendants(pid: int) -> list[int]:
@@ -148,10 +144,11 @@ def descendants(pid: int) -> list[int]:
 
 
 @contextmanager
-def farm_up(data: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+def farm_up(data: Path, catalog: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """Run `farm up` on a folder, in a process of its own, until it is ready."""
+    places = ["--data", str(data), "--pipelines", str(catalog)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "farm.cli", "up", "--data", str(data), "--port", "0"],
+        [sys.executable, "-m", "farm.cli", "up", "--port", "0", *places],
         env={**os.environ, **QUICK},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -170,9 +167,9 @@ def farm_up(data: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]
 
 
 def test_a_farm_killed_whole_goes_on_where_it_was(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    body = {"pipeline": "demo", "prompts": ["a red star"], "images_per_prompt": 8}
-    with farm_up(data) as (process, client):
+    data, catalog = tmp_path / "data", null_catalog(tmp_path)
+    body = {**SLOW, "pipeline": "null", "images_per_prompt": 8, "bucket": 8}
+    with farm_up(data, catalog) as (process, client):
         answers = [client.post("/v1/jobs", json=body).raise_for_status() for _ in range(4)]
         jobs = [answer.json()["id"] for answer in answers]
 
@@ -186,7 +183,7 @@ def test_a_farm_killed_whole_goes_on_where_it_was(tmp_path: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-    with farm_up(data) as (_, client):
+    with farm_up(data, catalog) as (_, client):
         listed_now = client.get("/v1/jobs", params={"limit": 200}).json()["data"]
         assert {job["id"] for job in listed_now} >= set(jobs)
 

@@ -39,6 +39,10 @@ class Start:
     """the first picture that is kept"""
     pixels: str
     """its sha256"""
+    found: int
+    """graphs that an earlier start had kept"""
+    compiled: int
+    """graphs that were compiled"""
 
     @property
     def seconds(self) -> float:
@@ -64,11 +68,14 @@ class Row:
         return self.warm.pixels == self.cold.pixels
 
 
-def measure(repeats: int = 1) -> list[Row]:
-    """Start cold and then warm, so often, each pair with a cache of its own."""
+def measure(repeats: int = 1, kind: str = "stable_diffusion") -> list[Row]:
+    """Start cold and then warm, so often, each pair with a cache of its own.
+
+    `kind` is the checkpoint's; see tests/checkpoints.py.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save("stable_diffusion", folder / "tiny")
+        save(kind, folder / "tiny")
         (folder / "pipelines.toml").write_text(CATALOG)
         return [
             Row(
@@ -93,10 +100,11 @@ def start(folder: Path, cache: Path) -> Start:
     return Start(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _render(folder: Path, cache: Path) -> Start:
+def _render(folder: Path, cache_folder: Path) -> Start:
     began = time.perf_counter()
     import diffusers  # noqa: F401 - what loading would import first of all
     import transformers  # noqa: F401
+    from torch._dynamo.utils import counters
 
     from farm.catalog import load_catalog
     from farm.families.base import Batch
@@ -108,7 +116,7 @@ def _render(folder: Path, cache: Path) -> Start:
 
     prepare_torch(1)
     imported = time.perf_counter()
-    keep_in(cache)
+    keep_in(cache_folder)
     offer = make_offer("tiny", load_catalog(folder / "pipelines.toml").pipelines["tiny"])
     loaded = offer.family.load(offer.pipeline)
     pinned = time.perf_counter()
@@ -120,8 +128,15 @@ def _render(folder: Path, cache: Path) -> Start:
     rendered = time.perf_counter()
     assert picture is not None
     pixels = hashlib.sha256(picture.tobytes()).hexdigest()
+    cache = counters["aot_autograd"]
     return Start(
-        imported - began, pinned - imported, compiled - pinned, rendered - compiled, pixels
+        imports=imported - began,
+        loading=pinned - imported,
+        compiling=compiled - pinned,
+        picture=rendered - compiled,
+        pixels=pixels,
+        found=cache["autograd_cache_hit"],
+        compiled=cache["autograd_cache_miss"],
     )
 
 

@@ -24,6 +24,8 @@ from tests.benchmarks import (
 from tests.benchmarks.figures import Row
 from tests.benchmarks.stand import Stand, running_stand
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
@@ -46,13 +48,11 @@ def ratio(row: Row, start: str) -> float:
     return next(found.median for found in row.ratios if found.what.startswith(start))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)  # it loads torch again and again, on however busy a machine
 def test_real_pictures_and_a_simulated_device(stand: Stand) -> None:
     check(pictures.rows(stand, short=True))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_device(stand: Stand) -> None:
     """A tiny model, on the CPU where there is no other."""

@@ -313,7 +313,6 @@ def test_the_janitor_rings_for_a_lane_whose_worker_failed(
     assert bells.llen(lane("sd")) == 1
 
 
-@pytest.mark.slow
 def test_a_lane_s_only_worker_comes_back_without_anyone_s_help(
     farm: Farm, bench: Bench, tenant: uuid.UUID
 ) -> None:

@@ -102,13 +102,21 @@ def is_taken(text: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["stable_diffusion", "sdxl"])
 @settings(max_examples=300)
 @given(text=loose | weighted | mixtures)
-def test_what_the_checker_takes_compel_encodes(kind: str, text: str) -> None:
+def test_what_the_checker_takes_compel_encodes(text: str) -> None:
+    encodes("stable_diffusion", text)
+
+
+@settings(max_examples=50)  # the parser is the same; there are two encoders
+@given(text=weighted | mixtures)
+def test_what_the_checker_takes_two_encoders_encode(text: str) -> None:
+    encodes("sdxl", text)
+
+
+def encodes(kind: str, text: str) -> None:
     assume(is_taken(text))
-    reading = Reading("compel", None, 1)
-    [encoded] = encoder(kind).arguments([text], None, reading)
+    [encoded] = encoder(kind).arguments([text], None, Reading("compel", None, 1))
     assert encoded["prompt_embeds"].isfinite().all()
 
 

@@ -1,4 +1,8 @@
-"""A compiled pipeline: every declared shape is compiled before the first claim, and none after."""
+"""A compiled pipeline: every declared shape is compiled before the first claim, and none after.
+
+The graphs are counted with a backend that runs them as they were traced: what inductor makes of
+them is tested by test_kept_graphs.py.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,14 @@ from torch._dynamo.utils import counters
 
 from farm.catalog import load_catalog
 from farm.context import Farm
-from farm.store import workers
-from farm.store.engine import transaction
-from farm.warming import Shape, declared_shapes, warm_up
+from farm.families import compiling
+from farm.warming import Shape, declared_shapes
 from tests.checkpoints import save
 from tests.farming import job_row, submit
-from workers.identity import Identity
+from tests.rendering import render_line, torch_threads
 from workers.line import RenderLine
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),  # compilers are slow on busy machines
     # diffusers' own samplers hand torch tensors to numpy.array.
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     # torch's compiler imports parts of torch that it itself calls deprecated.
@@ -41,26 +42,16 @@ bucket = { "default" = 2 }
 
 
 @pytest.fixture
-def line(farm: Farm, tmp_path: Path) -> RenderLine:
+def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RenderLine]:
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
     save("stable_diffusion", tmp_path / "tiny")
     (tmp_path / "pipelines.toml").write_text(CATALOG)
     farm.catalog.pipelines.update(load_catalog(tmp_path / "pipelines.toml").pipelines)
-    offer = farm.offer("tiny")
-    identity = Identity(uuid.uuid4(), "tiny", "here", 1)
-    with transaction(farm.store) as connection:
-        workers.register(
-            connection, identity.id, name=identity.name, pipeline="tiny", host="here", pid=1
-        )
-    loaded = offer.family.load(offer.pipeline)
-    return RenderLine(farm, identity, offer, loaded, warm_up(offer, loaded))
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    counters.clear()
+    with torch_threads(1):
+        line = render_line(farm, "tiny")
+        yield line
+        line.close()
     torch.compiler.set_stance("default")
 
 

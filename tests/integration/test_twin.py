@@ -15,8 +15,8 @@ from farm.catalog import load_catalog
 from farm.families.base import Batch, Loaded
 from farm.offers import Offer, make_offer, sample
 from farm.spec import FrameSpec
-from tests.acceptance.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
 from tests.checkpoints import save
+from tests.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import pytest
 
 from farm.families import kept
 from farm.families.kept import LARGE, file_hash, keep_in, kept_folder
-from tests.benchmarks.warmstart import measure
 
 
 @pytest.fixture(autouse=True)
@@ -126,64 +123,3 @@ def test_a_cache_that_cannot_be_made_is_done_without(tmp_path: Path, weights: Pa
     assert file_hash(weights) == truth(weights)
     keep_in(None)
     assert file_hash(weights) == truth(weights)
-
-
-COMPILE = """
-import sys
-from pathlib import Path
-import torch
-import torch._inductor.config
-from torch._dynamo.utils import counters
-from farm.catalog import Pipeline
-from farm.families.graphs import graphs_kept
-from farm.families.kept import keep_in
-keep_in(Path(sys.argv[1]))
-torch._inductor.config.compile_threads = 1
-torch.set_num_threads(1)
-with graphs_kept("x", Pipeline(source="x")), torch.no_grad():
-    x = torch.linspace(-3, 3, 4096)
-    y = torch.compile(lambda x: (torch.sin(x) * torch.exp(x)).cumsum(0) + x.relu())(x)
-found = counters["aot_autograd"]["autograd_cache_hit"]
-print(found, y.numpy().tobytes().hex()[:4096])
-"""
-
-
-def compiled(cache: Path, *, cwd: Path) -> tuple[int, str]:
-    """Compile in a process of its own: how many graphs were found, and what they computed."""
-    inherited = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(cache)],
-        env=inherited | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found, content = done.stdout.split()
-    return int(found), content
-
-
-@pytest.mark.slow
-def test_kept_graphs_are_found_and_damaged_ones_made_anew(cache: Path, tmp_path: Path) -> None:
-    cold, content = compiled(cache, cwd=tmp_path)
-    assert cold == 0
-    assert compiled(cache, cwd=tmp_path) == (1, content)
-    [folder] = [path for path in (cache / "compiled").iterdir() if path.is_dir()]
-    for library in folder.rglob("*.so"):
-        library.write_bytes(library.read_bytes()[:5000])  # as a full disk leaves it
-    assert compiled(cache, cwd=tmp_path) == (0, content)
-    (folder / "from-elsewhere.py").write_text("raise SystemExit(3)")
-    assert compiled(cache, cwd=tmp_path) == (0, content)
-    folder.with_name(f"{folder.name}.json").write_text("{")
-    assert compiled(cache, cwd=tmp_path) == (0, content)
-    assert compiled(cache, cwd=tmp_path) == (1, content)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)  # compilers are slow on busy machines
-def test_a_second_start_takes_a_fifth_of_the_first_and_gives_the_same_picture() -> None:
-    [row] = measure()
-    assert row.is_same_picture
-    assert row.share <= 0.2, row

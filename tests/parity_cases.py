@@ -396,7 +396,8 @@ def knob_pairs() -> list[tuple[Case, Case]]:
         pairs += _each(pipeline, {"negative_prompt": ""})
     pairs += _each("refined", {"denoising_end": 0.4}, steps=6)
     pairs += _each("refined", {"denoising_end": None}, steps=6)
-    pairs += _each("refined", {"aesthetic_score": 1.0, "negative_aesthetic_score": 9.0})
+    scores = {"aesthetic_score": 1.0, "negative_aesthetic_score": 9.0}
+    pairs += _each("refined", scores, steps=6, denoising_end=0.4)  # most steps are the refiner's
     for pipeline in CONTROL:
         others = CONTROL[pipeline][1:]
         for change in ({"image": "grey"}, {"scale": 0.4}, {"start": 0.5}, {"end": 0.5}):

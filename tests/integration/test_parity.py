@@ -1,7 +1,7 @@
 """Every picture of the farm is the one that bare diffusers gives, in every pixel.
 
-One farm of tiny random checkpoints, a worker for each kind of pipeline. Its jobs are submitted
-when it starts, so that the workers render while the tests draw the same pictures themselves.
+The farm's API takes the jobs of tiny random checkpoints, the render line of each pipeline renders
+them into the storage, and bare diffusers draws the same pictures, all in this process.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from farm.context import Farm, open_farm
 from farm.encoding import read
-from farm.local import running_farm
-from tests.acceptance.conftest import Live
-from tests.acceptance.parity_cases import (
+from farm.local import Servers
+from tests.bare import Bare, Picture, frames_of
+from tests.checkpoints import save
+from tests.conftest import fresh_settings
+from tests.parity_cases import (
     CASES,
     CATALOG,
     CHECKPOINTS,
@@ -31,38 +35,39 @@ from tests.acceptance.parity_cases import (
     knob_pairs,
     mixtures,
 )
-from tests.bare import Bare, Picture, frames_of
-from tests.checkpoints import save
-from tests.waiting import wait_until
+from tests.rendering import render_line, torch_threads
+from tests.serving import serving
+from workers.line import RenderLine
 
 pytestmark = [
-    pytest.mark.timeout(600),  # the first test also waits until all workers have loaded
     # diffusers' own samplers hand torch tensors to numpy.array,
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     # and its combined pipeline of Kandinsky calls the decoder as it should no longer be called.
     pytest.mark.filterwarnings("ignore:`callback_steps`:FutureWarning"),
 ]
 
-PATIENT = {"FARM_LEASE_SECONDS": "60", "FARM_HEARTBEAT_SECONDS": "5", "FARM_TOUCH_SECONDS": "0.1"}
-"""All workers load at the same time: none shall count as lost meanwhile."""
-SECONDS = 240.0
+THREADS = 1
 
 
 @dataclass
 class Studio:
     """The farm of this module, beside bare diffusers."""
 
-    live: Live
-    storage: httpx.Client
+    farm: Farm
+    client: httpx.Client
     bare: Bare
-    images: dict[str, str]
+    lines: ExitStack
+    images: dict[str, str] = field(default_factory=dict)
     """Control images' ids, by the names that cases use"""
-    submitted: dict[str, str]
+    submitted: dict[str, str] = field(default_factory=dict)
     """Jobs' ids, by what they ask for"""
+    loaded: dict[str, RenderLine] = field(default_factory=dict)
 
     def submit(self, pipeline: str, job: dict[str, Any]) -> str:
         body = {"pipeline": pipeline, **self._with_ids(job)}
-        job_id: str = self.live.submit(**body)["id"]
+        answer = self.client.post("/v1/jobs", json=body)
+        assert answer.status_code == 202, answer.text
+        job_id: str = answer.json()["id"]
         return job_id
 
     def _with_ids(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -77,66 +82,61 @@ class Studio:
             job["grid"] = {**grid, "control": [named(nets) for nets in grid["control"]]}
         return job
 
-    def job_of(self, case: Case) -> str:
-        """The case's job, submitted when the farm started."""
+    def render(self, pipeline: str) -> None:
+        """Render whatever waits for a pipeline, which is loaded the first time."""
+        if pipeline not in self.loaded:
+            self.loaded[pipeline] = render_line(self.farm, pipeline)
+            self.lines.callback(self.loaded[pipeline].close)
+        with torch_threads(THREADS):
+            self.loaded[pipeline].run()
+
+    def rendered(self, case: Case) -> str:
+        """The case's job, submitted and rendered the first time; gives its id."""
         content = json.dumps([case.pipeline, case.job])
         if content not in self.submitted:
             self.submitted[content] = self.submit(case.pipeline, case.job)
+            self.render(case.pipeline)
         return self.submitted[content]
 
+    def job(self, job_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.get(f"/v1/jobs/{job_id}").raise_for_status().json()
+        return found
+
     def rows(self, job_id: str) -> list[dict[str, Any]]:
-        """Wait for a job's end; gives its frames."""
-        self.live.ended(job_id, SECONDS)
-        return self.live.frames(job_id)
+        """A job's frames."""
+        page = self.client.get(f"/v1/jobs/{job_id}/frames", params={"limit": 200}).json()
+        assert page["next"] is None
+        rows: list[dict[str, Any]] = page["data"]
+        return rows
 
     def stored(self, row: dict[str, Any]) -> bytes:
         """A frame's file, from the storage."""
         assert row["state"] == "succeeded", row
-        answer = self.live.client.get(row["image_url"], follow_redirects=False)
+        answer = self.client.get(row["image_url"])
         assert answer.status_code == 307, answer.text
-        found = self.storage.get(answer.headers["location"])
-        found.raise_for_status()
-        return found.content
+        return httpx.get(answer.headers["location"]).raise_for_status().content
 
     def pixels(self, job_id: str) -> list[Any]:
-        """A job's pictures, when it is over."""
+        """A rendered job's pictures."""
         return [pixels(self.stored(row)) for row in self.rows(job_id)]
 
 
 @pytest.fixture(scope="module")
 def studio(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    servers: Servers, template: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Studio]:
     folder = tmp_path_factory.mktemp("parity")
     for kind in CHECKPOINTS:
         save(kind, folder / kind)
     catalog = folder / "pipelines.toml"
     catalog.write_text(CATALOG.replace("\nsource", f"\n{OF_ALL}source"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in PATIENT.items():
-            patch.setenv(name, value)
-        with running_farm(folder / "farm", pipelines=catalog) as farm:
-            key = {"Authorization": f"Bearer {farm.api_key}"}
-            with (
-                httpx.Client(base_url=farm.url, headers=key, timeout=60) as client,
-                httpx.Client() as storage,
-            ):
-                threads = int(farm.children["worker sd-1"].program.env["FARM_TORCH_THREADS"])
-                bare = Bare(folder, IMAGES, threads)
-                found = Studio(Live(farm, client), storage, bare, {}, {})
-                found.images = {name: upload(client, image) for name, image in IMAGES.items()}
-                _submit_all(found, request)
-                yield found
-
-
-def _submit_all(studio: Studio, request: pytest.FixtureRequest) -> None:
-    """Submit the cases of every test that will run."""
-    for item in request.session.items:
-        call = getattr(item, "callspec", None)
-        if item.fspath == request.node.fspath and call is not None:
-            for case in call.params.get("cases", [call.params.get("case")]):
-                if case is not None:
-                    studio.job_of(case)
+    with fresh_settings(servers, template, folder) as settings:
+        farm = open_farm(settings.model_copy(update={"pipelines": catalog}))
+        with serving(farm) as api, ExitStack() as lines:
+            studio = Studio(farm, api.client(), Bare(folder, IMAGES, THREADS), lines)
+            studio.images = {name: upload(studio.client, image) for name, image in IMAGES.items()}
+            yield studio
+        farm.close()
 
 
 def upload(client: httpx.Client, image: Image.Image) -> str:
@@ -171,21 +171,21 @@ def differing(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[int, str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pictures_are_those_of_bare_diffusers(studio: Studio, case: Case) -> None:
     expected = [pixels(picture) for picture in studio.bare.pictures(case.pipeline, case.job)]
-    ours = studio.pixels(studio.job_of(case))
+    ours = studio.pixels(studio.rendered(case))
     assert not differing(ours, expected)
     assert all(picture.std() > 1.0 for picture in ours), "flat pictures prove nothing"
 
 
-def test_torch_has_as_many_threads_here_as_there(studio: Studio) -> None:
+def test_what_a_picture_says_of_threads_is_what_torch_had(studio: Studio) -> None:
     """Else the comparisons would compare two ways of splitting sums."""
-    row = studio.rows(studio.job_of(CASES[0]))[0]
-    assert read(studio.stored(row))[1].threads == studio.bare.threads
+    row = studio.rows(studio.rendered(CASES[0]))[0]
+    assert read(studio.stored(row))[1].threads == studio.bare.threads == THREADS
 
 
 @pytest.mark.parametrize("cases", knob_pairs(), ids=lambda pair: pair[1].name)
 def test_every_knob_changes_the_picture(studio: Studio, cases: tuple[Case, Case]) -> None:
     """So that parity is not between pictures that no argument reaches."""
-    without, turned = (studio.pixels(studio.job_of(case))[0] for case in cases)
+    without, turned = (studio.pixels(studio.rendered(case))[0] for case in cases)
     assert without.shape == turned.shape
     assert (without != turned).any()
 
@@ -198,7 +198,8 @@ def _mixture_name(value: str | list[dict[str, Any]]) -> str:
 def test_jobs_that_share_a_batch_come_out_as_if_alone(
     studio: Studio, pipeline: str, jobs: list[dict[str, Any]]
 ) -> None:
-    job_ids = claimed_together(studio, pipeline, jobs)
+    job_ids = [studio.submit(pipeline, job) for job in jobs]
+    studio.render(pipeline)
     rows = [studio.rows(job_id)[0] for job_id in job_ids]
     # Alone in its batch each would have the first slot.
     assert sorted(row["slot"] for row in rows) == list(range(len(jobs)))
@@ -207,21 +208,6 @@ def test_jobs_that_share_a_batch_come_out_as_if_alone(
     frames = [frames_of(job)[0] for job in jobs]
     expected = [pixels(studio.bare.alone(pipeline, frame, len(jobs))) for frame in frames]
     assert not differing(ours, expected)
-
-
-def claimed_together(studio: Studio, pipeline: str, jobs: list[dict[str, Any]]) -> list[str]:
-    """Submit jobs while the worker is held up by another, so that it claims them at once."""
-    plug = case("plug", pipeline, 1, steps=500).job
-    plug_id = studio.submit(pipeline, plug)
-    wait_until(
-        lambda: studio.live.get(f"/v1/jobs/{plug_id}")["counts"]["running"],
-        SECONDS,
-        f"the worker of {pipeline} is held up",
-    )
-    job_ids = [studio.submit(pipeline, job) for job in jobs]
-    studio.live.client.post(f"/v1/jobs/{plug_id}/cancel").raise_for_status()
-    assert studio.live.ended(plug_id)["status"] == "cancelled"
-    return job_ids
 
 
 GUARDED = case("flags", "guarded", prompts=["a red star"], images_per_prompt=8)
@@ -234,7 +220,7 @@ def test_what_the_safety_checker_flags_is_dead_and_has_no_picture(
     expected = studio.bare.pictures("guarded", case.job)
     flagged = [ordinal for ordinal, picture in enumerate(expected) if picture is None]
     assert 2 <= len(flagged) <= 6, "tests/checkpoints.py: about half should be flagged"
-    job = studio.live.ended(studio.job_of(case), SECONDS)
+    job = studio.job(studio.rendered(case))
     assert job["status"] == "partial"
     assert job["counts"]["dead"] == len(flagged)
     for row, picture in zip(studio.rows(job["id"]), expected, strict=True):
@@ -244,7 +230,7 @@ def test_what_the_safety_checker_flags_is_dead_and_has_no_picture(
             continue
         assert (row["state"], row["flagged"], row["image_url"]) == ("dead", True, None)
         assert [attempt["reason"] for attempt in row["attempts"]] == ["flagged"]
-        answer = studio.live.client.get(f"/v1/jobs/{job['id']}/frames/{row['ordinal']}/image")
+        answer = studio.client.get(f"/v1/jobs/{job['id']}/frames/{row['ordinal']}/image")
         assert answer.status_code == 404
 
 
@@ -256,7 +242,7 @@ def test_without_its_safety_checker_the_same_checkpoint_draws_everything(
     studio: Studio, case: Case
 ) -> None:
     expected = [pixels(picture) for picture in studio.bare.pictures("sd", case.job)]
-    assert not differing(studio.pixels(studio.job_of(case)), expected)
+    assert not differing(studio.pixels(studio.rendered(case)), expected)
 
 
 def test_diffusers_itself_cannot_negate_several_frames_of_kandinsky(studio: Studio) -> None:

@@ -1,0 +1,56 @@
+"""A farm whose image storage and export bucket belong to one test, and a client of its API."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from farm.config import Settings
+from farm.context import Farm
+from tests.integration.exports.scenes import render_all, submit
+from tests.serving import Api, serving
+from workers.storage import StorageWork
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    bucket = f"exports-{uuid.uuid4().hex}"
+    return settings.model_copy(update={"s3_bucket": bucket, "export_buckets": f"to-{bucket}"})
+
+
+@pytest.fixture
+def api(farm: Farm) -> Iterator[Api]:
+    for bucket in (farm.settings.s3_bucket, farm.settings.export_buckets):
+        farm.artifacts._s3.create_bucket(Bucket=bucket)
+    with serving(farm) as running:
+        yield running
+
+
+@pytest.fixture
+def ann(api: Api) -> httpx.Client:
+    return api.client("ann")
+
+
+@pytest.fixture
+def bob(api: Api) -> httpx.Client:
+    return api.client("bob")
+
+
+@pytest.fixture
+def job(farm: Farm, ann: httpx.Client) -> str:
+    """ID of a job of Ann's whose ten pictures are rendered."""
+    job_id = submit(ann)
+    render_all(farm)
+    return job_id
+
+
+@pytest.fixture
+def storage_work(farm: Farm) -> StorageWork:
+    """The leading janitor's work in the storage. Each step deletes what was removed."""
+    work = StorageWork(farm, threading.Event())
+    work.lead(True)
+    return work

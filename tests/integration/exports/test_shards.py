@@ -1,0 +1,180 @@
+"""Shards: when each is written, what it leaves out, and what happens when its writer fails."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from farm.artifacts import Artifacts, artifact_key
+from farm.context import Farm
+from farm.errors import Unavailable
+from farm.exports import ShardWriter
+from farm.store import exports as stored
+from farm.store.engine import one_statement
+from tests.farming import hire, sql
+from tests.integration.exports.scenes import (
+    claim_shard,
+    download,
+    export,
+    json_lines,
+    make_due,
+    render_all,
+    submit,
+    write_shards,
+    written_export,
+)
+from tests.serving import render
+from workers.chores import Chores
+
+# Frames that are not rendered
+
+
+def test_whole_shards_are_written_while_the_job_renders(farm: Farm, ann: httpx.Client) -> None:
+    hand = hire(farm)
+    job_id = submit(ann)
+    lease = hand.must_claim()
+    found = export(ann, job_id, to="webdataset")
+    assert write_shards(farm, ann, found)["shards_done"] == 0
+    render(hand, lease)
+    make_due(farm)
+    assert write_shards(farm, ann, found)["shards_done"] == 1
+    hand.release(hand.must_claim())  # the frames wait again
+    make_due(farm)
+    assert write_shards(farm, ann, found)["shards_done"] == 1
+    assert sql(farm, "SELECT sum(attempt) FROM export_shards") == [(1,)]  # nor was it tried
+    render_all(farm)
+    make_due(farm)
+    assert write_shards(farm, ann, found)["shards_done"] == 3
+    make_due(farm)
+    assert write_shards(farm, ann, found)["status"] == "succeeded"
+
+
+def test_a_frame_retried_after_its_shard_was_written_stays_missing(
+    farm: Farm, ann: httpx.Client, tmp_path: Path
+) -> None:
+    job_id = submit(ann)
+    render_all(farm, dead=2)
+    found = export(ann, job_id, to="parquet")
+    shard = claim_shard(farm, "first")
+    files, pictures, missing = ShardWriter(farm).write(shard)
+    with one_statement(farm.store) as connection:
+        assert stored.finish(connection, shard, files, rows=pictures, missing=missing)
+    ann.post(f"/v1/jobs/{job_id}/retry")
+    render_all(farm)
+    found = write_shards(farm, ann, found)
+    assert (found["status"], found["pictures"], found["missing"]) == ("succeeded", 9, 1)
+    folder = download(ann, found, tmp_path)
+    assert [row["key"] for row in json_lines(folder / "missing.jsonl")] == ["k2"]
+
+
+def test_frames_that_a_cancelled_job_never_rendered_are_listed_as_missing(
+    farm: Farm, ann: httpx.Client, tmp_path: Path
+) -> None:
+    hand = hire(farm)
+    job_id = submit(ann)
+    render(hand, hand.must_claim())
+    ann.post(f"/v1/jobs/{job_id}/cancel")
+    found = written_export(farm, ann, job_id, to="webdataset")
+    assert (found["pictures"], found["missing"]) == (4, 6)
+    folder = download(ann, found, tmp_path)
+    missing = json_lines(folder / "missing.jsonl")
+    assert [row["key"] for row in missing] == [f"k{number}" for number in range(4, 10)]
+    assert {row["status"] for row in missing} == {"cancelled"}
+
+
+# Writers that die or are cut off
+
+
+def test_a_shard_whose_writer_died_is_written_by_another_and_no_other_again(
+    farm: Farm, ann: httpx.Client, job: str
+) -> None:
+    found = export(ann, job, to="webdataset")
+    claim_shard(farm, "dies")
+    assert write_shards(farm, ann, found)["shards_done"] == 2
+    make_due(farm)
+    now = write_shards(farm, ann, found)
+    assert (now["status"], now["pictures"]) == ("succeeded", 10)
+    attempts = sql(farm, "SELECT attempt FROM export_shards ORDER BY number")
+    assert attempts == [(2,), (1,), (1,), (1,)]
+
+
+def test_a_shard_is_not_renewed_finished_or_failed_by_a_writer_that_lost_it(
+    farm: Farm, ann: httpx.Client, job: str
+) -> None:
+    found = export(ann, job, to="webdataset")
+    lost = claim_shard(farm, "too slow")
+    assert write_shards(farm, ann, found)["shards_done"] == 2
+    make_due(farm)
+    held = claim_shard(farm, "goes on")
+    assert (held.number, held.attempt) == (lost.number, 2)
+    with one_statement(farm.store) as connection:
+        assert not stored.renew(connection, lost, 0.0)
+        assert not stored.finish(connection, lost, [], rows=9, missing=0)
+        for _ in range(stored.MOST_FAILURES):
+            stored.fail(connection, lost, "late", counts=True)
+        stored.give_back(connection, held)
+    assert ann.get(f"/v1/exports/{found['id']}").json()["status"] == "running"
+    assert write_shards(farm, ann, found)["status"] == "succeeded"
+    attempts = sql(farm, "SELECT attempt FROM export_shards ORDER BY number")
+    assert attempts == [(3,), (1,), (1,), (1,)]
+    with one_statement(farm.store) as connection:
+        assert not stored.finish(connection, lost, [], rows=9, missing=0)
+    assert write_shards(farm, ann, found)["pictures"] == 10
+
+
+def test_a_writer_cut_off_from_postgres_gives_up_when_its_lease_is_over(
+    farm: Farm, ann: httpx.Client, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may write the shard by then, and its files must not be overwritten."""
+    export(ann, job, to="webdataset")
+    farm.settings.lease_seconds = 0.4
+    chores = Chores(farm, "cut off")
+    shard = chores._claim()
+    assert shard is not None
+
+    def away(*_: object) -> bool:
+        raise Unavailable("Postgres is away.")
+
+    with chores._held(shard) as lost:
+        assert not lost.wait(1.0)
+        monkeypatch.setattr(stored, "renew", away)
+        assert lost.wait(10.0)
+
+
+# A storage that is away, and one that has lost a picture
+
+
+def test_an_export_waits_while_the_storage_is_away(
+    farm: Farm, ann: httpx.Client, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = export(ann, job, to="webdataset")
+
+    def away(*_: Any) -> None:
+        raise Unavailable("The storage is away.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Artifacts, "put_file", away)
+        for _ in range(stored.MOST_FAILURES + 1):
+            make_due(farm)
+            assert write_shards(farm, ann, found)["status"] == "running"
+    make_due(farm)
+    assert write_shards(farm, ann, found)["status"] == "succeeded"
+
+
+def test_an_export_fails_when_a_picture_is_gone(farm: Farm, ann: httpx.Client, job: str) -> None:
+    found = export(ann, job, to="webdataset")
+    tenant, sha256 = sql(
+        farm,
+        "SELECT j.tenant_id, f.sha256 FROM frames f JOIN jobs j ON j.id = f.job_id "
+        "WHERE f.ordinal = 0",
+    )[0]
+    farm.artifacts.delete(artifact_key(tenant, uuid.UUID(job), 0, sha256))
+    for _ in range(stored.MOST_FAILURES):
+        make_due(farm)
+        failed = write_shards(farm, ann, found)
+    assert failed["status"] == "failed"
+    assert "The image storage holds no " in failed["error"]

@@ -1,0 +1,126 @@
+"""The checks of the database against the model."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from psycopg.rows import namedtuple_row
+
+from farm.context import Farm
+from farm.states import FrameState, JobStatus
+from farm.store.claim import Fence
+from farm.store.engine import one_statement
+from tests.integration.model.model import LEASE_SECONDS, Announced, Model, Place, R, digest
+
+Rows = Sequence[Any]
+
+READ = {
+    "jobs": "SELECT * FROM jobs",
+    "frames": "SELECT * FROM frames",
+    "attempts": "SELECT * FROM attempts ORDER BY attempt",
+    "returns": "SELECT job_id, ordinal, alone, paused FROM returns",
+    "leases": "SELECT *, extract(epoch FROM expires_at - clock_timestamp()) AS seconds FROM leases",
+    "events": "SELECT * FROM events ORDER BY id",
+}
+
+
+def check_database(farm: Farm, model: Model) -> None:
+    """Compare the whole database with the model."""
+    read = read_all(farm)
+    check_jobs(model, read["jobs"])
+    check_frames(model, read["frames"])
+    check_attempts(model, read["attempts"])
+    check_returns(model, read["returns"])
+    check_leases(model, read["leases"])
+    check_events(model, read["events"])
+
+
+def read_all(farm: Farm) -> dict[str, Rows]:
+    """Read all tables in one round trip."""
+    read: dict[str, Rows] = {}
+    with one_statement(farm.store) as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        with driver.cursor(row_factory=namedtuple_row) as cursor:
+            cursor.execute("; ".join(READ.values()))
+            for name in READ:
+                read[name] = cursor.fetchall()
+                cursor.nextset()
+    return read
+
+
+def check_jobs(model: Model, read: Rows) -> None:
+    """Durability and conservation."""
+    rows = {row.id: row for row in read}
+    assert set(rows) == set(model.jobs)
+    for job_id, job in model.jobs.items():
+        row, born = rows[job_id], [frame.attempt > 0 for frame in job.frames]
+        assert born == [ordinal < row.cursor for ordinal in range(row.total)]
+        assert (row.status, row.paused) == (job.status, job.paused)
+        assert row.open == (row.cursor < row.total and not job.paused and not job.cancelled)
+        for state in ("running", "succeeded", "dead", "cancelled"):
+            assert getattr(row, state) == job.count(FrameState(state)), state
+
+
+def check_frames(model: Model, read: Rows) -> None:
+    """Each frame is where the model has it, and a succeeded one names its winner's bytes."""
+    found = {(row.job_id, row.ordinal): row for row in read}
+    for job_id, ordinal, frame in model.every_frame():
+        if frame.attempt:
+            row = found.pop((job_id, ordinal))
+            assert (row.state, row.attempt) == (frame.state, frame.attempt)
+            assert row.spared == frame.spared
+            won = frame.state is FrameState.SUCCEEDED
+            assert row.sha256 == (digest((job_id, ordinal, frame.attempt)) if won else None)
+    assert not found
+
+
+def check_attempts(model: Model, read: Rows) -> None:
+    """Ledger: attempts run from 1, each that ended has one reason, at most one is open."""
+    found: dict[Place, list[tuple[int, str]]] = {}
+    for row in read:
+        found.setdefault((row.job_id, row.ordinal), []).append((row.attempt, row.reason))
+    for job_id, ordinal, frame in model.every_frame():
+        assert found.pop((job_id, ordinal), []) == frame.ended
+        assert frame.attempt - frame.spared <= model.jobs[job_id].max_attempts
+        kept = frame.state in (R, FrameState.SUCCEEDED)
+        assert frame.attempt == len(frame.ended) + kept
+    assert not found
+
+
+def check_returns(model: Model, read: Rows) -> None:
+    """The table `returns` holds the frames that may be claimed again, and nothing else."""
+    assert {tuple(row) for row in read} == {
+        (job_id, ordinal, frame.alone, model.jobs[job_id].paused)
+        for job_id, ordinal, frame in model.every_frame()
+        if frame.state is FrameState.READY
+    }
+
+
+def check_leases(model: Model, read: Rows) -> None:
+    """Each running attempt stands in one lease, whose end is on Postgres's clock."""
+    held = Counter[Fence]()
+    for row in read:
+        low, high = (-60, 0) if row.id in model.lapsed else (LEASE_SECONDS - 120, LEASE_SECONDS)
+        assert low < row.seconds <= high
+        held.update(model.holding(zip(row.job_ids, row.ordinals, row.attempts, strict=True)))
+    assert held == Counter(
+        (job_id, ordinal, frame.attempt)
+        for job_id, ordinal, frame in model.every_frame()
+        if frame.state is R
+    )
+
+
+def check_events(model: Model, read: Rows) -> None:
+    """Each attempt is announced as it begins and as it ends; nothing is after a cancel."""
+    announced, last = Counter[Announced](), dict[uuid.UUID, str]()
+    for row in read:
+        assert last.get(row.job_id) != "cancelled", f"{row.kind} after a cancel"
+        if row.kind.removeprefix("job.") in list(JobStatus):
+            last[row.job_id] = row.kind.removeprefix("job.")
+        announced.update((row.kind, row.job_id, *it[:2]) for it in row.data.get("frames", []))
+    assert last == {job_id: job.status for job_id, job in model.jobs.items()}
+    assert announced == Counter(model.announcements())

@@ -1,0 +1,178 @@
+"""The model of the store: what jobs, frames and leases must be after each move."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+from farm.states import TERMINAL, FrameState, JobStatus, settled
+from farm.store.claim import ClaimedFrame, Fence, Lease
+from tests.farming import fence
+
+Place = tuple[uuid.UUID, int]
+"""Job ID and ordinal of a frame."""
+
+Announced = tuple[str, uuid.UUID, int, int]
+"""Kind of an event, with the job ID, ordinal and attempt that it names."""
+
+LEASE_SECONDS = 600.0
+"""Length of every lease that is claimed or renewed."""
+
+W, R = FrameState.WAITING, FrameState.RUNNING
+
+
+@dataclass
+class ModelFrame:
+    """A frame: its state, and the attempts that it went through."""
+
+    state: FrameState = W
+    attempt: int = 0
+    spared: int = 0
+    alone: bool = False
+    ended: list[tuple[int, str]] = field(default_factory=list)
+    """The attempts that did not succeed, each with its reason."""
+
+    def end(self, most: int, reason: str, *, charged: bool, dead: bool, alone: bool) -> None:
+        """End a running attempt. This is the whole rule of charging."""
+        self.ended.append((self.attempt, reason))
+        self.spared += not charged
+        used_up = self.attempt - self.spared >= most
+        self.state = FrameState.DEAD if charged and (dead or used_up) else FrameState.READY
+        self.alone = self.alone or alone or charged
+
+
+@dataclass
+class ModelJob:
+    """A job: its frames, of which those never claimed have no row, and its owner's wishes."""
+
+    tenant: uuid.UUID
+    frames: list[ModelFrame]
+    max_attempts: int
+    open_bucket: bool
+    held: bool = False
+    cancelled: bool = False
+
+    def count(self, state: FrameState) -> int:
+        return sum(frame.state is state for frame in self.frames)
+
+    @property
+    def status(self) -> JobStatus:
+        if self.cancelled:
+            return JobStatus.CANCELLED
+        if not any(frame.attempt for frame in self.frames):
+            return JobStatus.QUEUED
+        succeeded, dead = self.count(FrameState.SUCCEEDED), self.count(FrameState.DEAD)
+        return settled(len(self.frames), succeeded, dead, 0) or JobStatus.RUNNING
+
+    @property
+    def paused(self) -> bool:
+        """True while it is held back. A job that has ended is not, nor when it is retried."""
+        self.held = self.held and self.status not in TERMINAL
+        return self.held
+
+    @property
+    def claimable(self) -> bool:
+        waits = self.count(W) + self.count(FrameState.READY)
+        return waits > 0 and not self.paused and not self.cancelled
+
+
+class Model:
+    """All jobs, and all leases that workers were ever given."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[uuid.UUID, ModelJob] = {}
+        self.given: list[Lease] = []
+        self.lapsed: set[uuid.UUID] = set()
+        """IDs of leases whose time is up and that nobody has expired."""
+        self.kept: set[uuid.UUID] = set()
+        """IDs of leases whose batch is rendered and waits for the storage."""
+
+    def something_waits(self) -> bool:
+        return any(job.claimable for job in self.jobs.values())
+
+    def frame_at(self, item: Fence | Place) -> ModelFrame:
+        return self.jobs[item[0]].frames[item[1]]
+
+    def frame(self, claimed: ClaimedFrame) -> ModelFrame:
+        return self.frame_at((claimed.job_id, claimed.ordinal))
+
+    def holding(self, fences: Iterable[Fence]) -> list[Fence]:
+        """List those attempts that still run: only these may a write change."""
+        return [
+            item
+            for item in fences
+            if self.frame_at(item).state is R and self.frame_at(item).attempt == item[2]
+        ]
+
+    def is_won(self, item: Fence) -> bool:
+        frame = self.frame_at(item)
+        return frame.state is FrameState.SUCCEEDED and frame.attempt == item[2]
+
+    def newest(self) -> Lease:
+        return [lease for lease in self.given if self.is_open(lease)][-1]
+
+    def is_open(self, lease: Lease) -> bool:
+        return bool(self.holding(parted(lease, "all")))
+
+    def end(
+        self,
+        item: Fence,
+        reason: str,
+        *,
+        charged: bool = True,
+        dead: bool = False,
+        alone: bool = False,
+    ) -> None:
+        most = self.jobs[item[0]].max_attempts
+        self.frame_at(item).end(most, reason, charged=charged, dead=dead, alone=alone)
+
+    def drop(self, lease: Lease, reason: str) -> None:
+        """End a lease from outside. Any of several frames may be the cause, so none is charged.
+
+        None is charged either when the batch was rendered and only waited for the storage.
+        """
+        kept, several = lease.id in self.kept, len(lease.frames) > 1
+        for item in self.holding(parted(lease, "all")):
+            self.end(item, reason, charged=not (kept or several), alone=several and not kept)
+
+    def give_back(self, leases: Iterable[Lease]) -> None:
+        for lease in leases:
+            for item in self.holding(parted(lease, "all")):
+                self.end(item, "released", charged=False)
+
+    def same_workers(self, lease: Lease) -> list[Lease]:
+        """List all leases that the same worker was ever given."""
+        return [other for other in self.given if other.worker_id == lease.worker_id]
+
+    def expire_lapsed(self) -> None:
+        for lease in self.given:
+            if lease.id in self.lapsed:
+                self.drop(lease, "lease_expired")
+        self.lapsed.clear()
+
+    def announcements(self) -> Iterator[Announced]:
+        for job_id, ordinal, frame in self.every_frame():
+            for attempt in range(1, frame.attempt + 1):
+                yield "frames.claimed", job_id, ordinal, attempt
+            for attempt, reason in frame.ended:
+                if reason != "cancelled":
+                    kind = "released" if reason == "released" else "failed"
+                    yield f"frames.{kind}", job_id, ordinal, attempt
+            if frame.state is FrameState.SUCCEEDED:
+                yield "frames.succeeded", job_id, ordinal, frame.attempt
+
+    def every_frame(self) -> Iterator[tuple[uuid.UUID, int, ModelFrame]]:
+        for job_id, job in self.jobs.items():
+            for ordinal, frame in enumerate(job.frames):
+                yield job_id, ordinal, frame
+
+
+def parted(lease: Lease, part: str) -> list[Fence]:
+    fences = [fence(frame) for frame in lease.frames]
+    return {"all": fences, "first": fences[:1], "last": fences[-1:]}[part]
+
+
+def digest(item: Fence) -> bytes:
+    return sha256(repr(item).encode()).digest()

@@ -1,0 +1,103 @@
+"""The base of all moves: the store, the model, the workers, and the passing of time."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, precondition, rule
+from sqlalchemy import text
+
+from farm.context import Farm
+from farm.errors import Conflict
+from farm.store import leases
+from farm.store.claim import Fence, Lease
+from farm.store.engine import one_statement, transaction
+from tests.farming import hire, sql
+from tests.integration.model.model import Model
+from workers.janitor import Janitor
+
+WRITTEN = ("jobs", "frames", "attempts", "returns", "events")
+ALSO_EMPTIED = ("leases", "workers", "shares", "input_chunks", "prints", "renders")
+
+JOB_IDS: Bundle[uuid.UUID] = Bundle("job_ids")
+LEASES: Bundle[Lease] = Bundle("leases")
+
+
+class Moves(RuleBasedStateMachine):
+    """A store without jobs, its model, and three workers."""
+
+    def __init__(self, farm: Farm, tenants: list[uuid.UUID]) -> None:
+        super().__init__()
+        sql(farm, f"TRUNCATE {', '.join(WRITTEN + ALSO_EMPTIED)}")
+        self.farm = farm
+        self.tenants = tenants
+        self.model = Model()
+        self.hands = [hire(farm, name) for name in ("hand", "slow", "fast")]
+        self.wishes = 0
+        self.keyed: dict[str, tuple[Any, uuid.UUID]] = {}
+
+    def who(self, lease: Lease) -> int:
+        return [hand.id for hand in self.hands].index(lease.worker_id)
+
+    def check_nothing_else_is_claimed(self) -> None:
+        if not self.model.something_waits():
+            assert self.hands[0].claim() is None
+
+    @contextmanager
+    def untouched_unless(self, fences: list[Fence]) -> Iterator[list[Fence]]:
+        """Yield those attempts that still run. Without any, the block may change nothing at all."""
+        held = self.model.holding(fences)
+        before = None if held else self.written()
+        yield held
+        assert held or self.written() == before, "a lost lease changed something"
+
+    def written(self) -> Any:
+        """Return a hash of each table that a move may write."""
+        row = "(SELECT md5(string_agg(t::text, '' ORDER BY t::text)) FROM {} t)"
+        with one_statement(self.farm.store) as connection:
+            query = "SELECT " + ", ".join(row.format(table) for table in WRITTEN)
+            return connection.execute(text(query)).one()
+
+    # Time's moves
+
+    def lapse(self, lease: Lease) -> None:
+        """Let a lease's time be up, on Postgres's clock."""
+        past = "expires_at = clock_timestamp() - interval '1 second'"
+        sql(self.farm, f"UPDATE leases SET {past} WHERE id = :id", id=lease.id)
+        self.model.lapsed.add(lease.id)
+
+    def expire(self) -> None:
+        with transaction(self.farm.store) as connection:
+            leases.expire(connection, 0.0)
+        self.model.expire_lapsed()
+
+    @precondition(lambda self: self.model.lapsed)
+    @rule()
+    def sweep(self) -> None:
+        """The janitor does everything that is due."""
+        with self.farm.store.connect() as connection:
+            Janitor(self.farm).sweep(connection)
+        self.model.expire_lapsed()
+
+
+@contextmanager
+def refused_if(refused: bool) -> Iterator[None]:
+    if refused:
+        with pytest.raises(Conflict):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def skewed(who: int) -> Iterator[None]:
+    """Let a worker's own clock be right, or hours behind or ahead."""
+    hours = (0, -5, 5)[who]
+    with mock.patch("time.time", return_value=time.time() + 3600 * hours):
+        yield

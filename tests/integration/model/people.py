@@ -1,0 +1,118 @@
+"""People's moves: submit, pause, resume, cancel and retry."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis.stateful import initialize, multiple, precondition, rule
+
+from farm import jobs
+from farm.errors import Conflict
+from farm.states import TERMINAL, FrameState
+from farm.store.claim import Lease
+from tests.integration.model.model import ModelFrame, ModelJob, R, W
+from tests.integration.model.moves import JOB_IDS, Moves, refused_if
+
+# A wish that is listed twice is drawn twice as often.
+WISHES = ["retry", "resume", "pause", "resume", "retry", "retry", "resume", "cancel"]
+
+
+class PeoplesMoves(Moves):
+    """Moves of people, each made on the store and on the model."""
+
+    @initialize(target=JOB_IDS, images=st.integers(1, 6), max_attempts=st.integers(1, 3))
+    def begin(self, images: int, max_attempts: int) -> Any:
+        return self.submit(0, images, [2.0], max_attempts, None, "normal", None)
+
+    @precondition(
+        lambda self: sum(job.status not in TERMINAL for job in self.model.jobs.values()) < 4
+    )
+    @rule(
+        target=JOB_IDS,
+        tenant=st.integers(0, 1),
+        images=st.integers(1, 4),
+        guidance=st.sampled_from([[2.0], [2.0], [4.0], [2.0, 4.0]]),
+        max_attempts=st.integers(1, 3),
+        bucket=st.sampled_from([None, None, 1, 2, 4]),
+        priority=st.sampled_from(["normal", "bulk", "interactive"]),
+        key=st.sampled_from([None, None, "a", "b"]),
+    )
+    def submit(
+        self,
+        tenant: int,
+        images: int,
+        guidance: list[float],
+        max_attempts: int,
+        bucket: int | None,
+        priority: str,
+        key: str | None,
+    ) -> Any:
+        body = {
+            "pipeline": "demo",
+            "prompts": ["a red star"],
+            "images_per_prompt": images,
+            "grid": {"guidance_scale": guidance},
+            "max_attempts": max_attempts,
+            "bucket": bucket,
+            "priority": priority,
+        }
+        owner = self.tenants[tenant]
+        name = f"{tenant}{key}"
+        if key and name in self.keyed:
+            before, same = self.keyed[name]
+            if before != body:
+                with pytest.raises(Conflict):
+                    jobs.submit(self.farm, owner, body, key)
+                return multiple()
+            assert jobs.submit(self.farm, owner, body, key).id == same
+            return multiple()
+        job_id = jobs.submit(self.farm, owner, body, key).id
+        born = [ModelFrame() for _ in range(images * len(guidance))]
+        self.model.jobs[job_id] = ModelJob(owner, born, max_attempts, bucket is None)
+        if key:
+            self.keyed[name] = body, job_id
+        return job_id
+
+    @precondition(lambda self: self.wishes < len(self.model.given))
+    @rule(job_id=JOB_IDS, wish=st.sampled_from(WISHES))
+    def steer(self, job_id: uuid.UUID, wish: str) -> None:
+        self.wishes += 1
+        getattr(self, wish)(job_id)
+        self.check_nothing_else_is_claimed()
+
+    def pause(self, job_id: uuid.UUID) -> None:
+        job = self.model.jobs[job_id]
+        with refused_if(job.status in TERMINAL):
+            jobs.pause(self.farm, job.tenant, job_id)
+            job.held = True
+
+    def resume(self, job_id: uuid.UUID) -> None:
+        job = self.model.jobs[job_id]
+        with refused_if(job.status in TERMINAL):
+            jobs.resume(self.farm, job.tenant, job_id)
+            job.held = False
+
+    def cancel(self, job_id: uuid.UUID) -> None:
+        job = self.model.jobs[job_id]
+        with refused_if(job.status in TERMINAL and not job.cancelled):
+            jobs.cancel(self.farm, job.tenant, job_id)
+            job.cancelled, job.held = True, False
+            for frame in job.frames:
+                if frame.state is R:
+                    frame.ended.append((frame.attempt, "cancelled"))
+                if frame.state in (W, R, FrameState.READY):
+                    frame.state = FrameState.CANCELLED
+
+    def wish(self, lease: Lease, wish: str) -> None:
+        getattr(self, wish)(lease.frames[-1].job_id)
+
+    def retry(self, job_id: uuid.UUID) -> None:
+        job = self.model.jobs[job_id]
+        dead = [frame for frame in job.frames if frame.state is FrameState.DEAD]
+        with refused_if(job.cancelled or not dead):
+            assert jobs.retry(self.farm, job.tenant, job_id) == len(dead)
+            for frame in dead:
+                frame.state, frame.spared, frame.alone = FrameState.READY, frame.attempt, False

@@ -1,0 +1,249 @@
+"""Workers' moves: they claim, and use every lease that they ever had, however old it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis.stateful import multiple, precondition, rule
+
+from farm.states import FrameState
+from farm.store import frames, leases
+from farm.store.claim import Fence, Lease
+from farm.store.engine import one_statement, transaction
+from farm.store.frames import Done, Failure
+from farm.store.workers import Account
+from tests.farming import fence
+from tests.integration.model.model import LEASE_SECONDS, R, W, digest, parted
+from tests.integration.model.moves import LEASES, skewed
+from tests.integration.model.people import PeoplesMoves
+
+# A deed that is listed twice is drawn twice as often.
+DEEDS = [
+    "complete",
+    "complete first",
+    "complete last",
+    "finish",
+    "finish",
+    "ask_whether_complete",
+    "fail",
+    "fail out_of_memory",
+    "fail out_of_memory",
+    "flag",
+    "release",
+    "release first",
+    "touch",
+    "keep",
+    "keep",
+    "lapse",
+    "renew",
+    "lose",
+    "leave",
+    "forget",
+    "forget_older",
+    "wish pause",
+    "wish resume",
+    "wish cancel",
+    "wish cancel",
+    "wish retry",
+]
+ZOMBIES_DEEDS = ["complete", "finish", "fail", "fail out_of_memory", "flag", "release"]
+
+
+class WorkersMoves(PeoplesMoves):
+    """Moves of workers, each made on the store and on the model."""
+
+    @precondition(lambda self: self.model.something_waits())
+    @rule(target=LEASES, who=st.integers(0, 2))
+    def claim(self, who: int) -> Lease:
+        return self.take(who)
+
+    @precondition(lambda self: self.model.something_waits())
+    @rule(target=LEASES, who=st.integers(0, 2))
+    def claim_and_complete(self, who: int) -> Lease:
+        """Do what a worker does when all is well."""
+        lease = self.take(who)
+        self.complete(lease)
+        return lease
+
+    @precondition(lambda self: any(self.model.is_open(lease) for lease in self.model.given))
+    @rule(target=LEASES, who=st.integers(0, 2), deed=st.sampled_from(ZOMBIES_DEEDS))
+    def take_over(self, who: int, deed: str) -> Any:
+        """Claim after the newest lease has expired. Then its former holder, a zombie, uses it."""
+        old = self.model.newest()
+        self.lapse(old)
+        self.expire()
+        if not self.model.something_waits():
+            return multiple()
+        lease = self.take(who)
+        self.do(old, deed)
+        return lease
+
+    def take(self, who: int) -> Lease:
+        with skewed(who):
+            lease = self.hands[who].claim(lease_seconds=LEASE_SECONDS)
+        assert lease is not None
+        # IDs are random. In the order of submission, the same moves mean the same in each run.
+        order = [*self.model.jobs]
+        by_age = sorted(lease.frames, key=lambda frame: (order.index(frame.job_id), frame.ordinal))
+        lease = replace(lease, frames=tuple(by_age))
+        self.check_choice(lease)
+        for claimed in lease.frames:
+            frame = self.model.frame(claimed)
+            assert claimed.attempt == frame.attempt + 1
+            frame.state, frame.attempt = R, claimed.attempt
+        self.model.given.append(lease)
+        self.check_nothing_else_is_claimed()
+        return lease
+
+    def check_choice(self, lease: Lease) -> None:
+        """A batch holds what may be claimed, of one shape, and a lone frame is alone in it."""
+        assert len({(frame.job_id, frame.ordinal) for frame in lease.frames}) == len(lease.frames)
+        assert all(self.model.jobs[frame.job_id].claimable for frame in lease.frames)
+        assert {self.model.frame(frame).state for frame in lease.frames} <= {W, FrameState.READY}
+        assert len({(f.spec.bucket, f.spec.params["guidance_scale"]) for f in lease.frames}) == 1
+        assert len(lease.frames) <= lease.frames[0].spec.bucket
+        assert len(lease.frames) == 1 or not any(self.model.frame(f).alone for f in lease.frames)
+
+    @rule(lease=LEASES, deed=st.sampled_from(DEEDS))
+    def use(self, lease: Lease, deed: str) -> None:
+        """Use a lease, however old it is."""
+        self.do(lease, deed)
+
+    def do(self, lease: Lease, deed: str) -> None:
+        word, *part = deed.split()
+        getattr(self, word)(lease, *part)
+
+    @precondition(lambda self: any(self.model.is_open(lease) for lease in self.model.given))
+    @rule(deed=st.sampled_from(DEEDS))
+    def use_newest(self, deed: str) -> None:
+        self.do(self.model.newest(), deed)
+
+    def complete(self, lease: Lease, part: str = "all") -> None:
+        fences = parted(lease, part)
+        with self.untouched_unless(fences) as held, skewed(self.who(lease)):
+            assert self.hands[self.who(lease)].complete(lease, fences) == set(held)
+        for item in held:
+            self.model.frame_at(item).state = FrameState.SUCCEEDED
+
+    def finish(self, lease: Lease) -> None:
+        """Complete in one statement all that its worker was ever given. Some of it is lost."""
+        given = self.model.same_workers(lease)
+        done = [
+            Done(item, digest(item), 100 + slot, slot)
+            for other in given
+            for slot, item in enumerate(parted(other, "all"))
+        ]
+        ids = [other.id for other in given]
+        with (
+            self.untouched_unless([item.fence for item in done]) as held,
+            skewed(self.who(lease)),
+            one_statement(self.farm.store) as connection,
+        ):
+            accepted = frames.finish(connection, ids, done, lease.worker_id, Account())
+        assert accepted == set(held)
+        for item in held:
+            self.model.frame_at(item).state = FrameState.SUCCEEDED
+
+    def ask_whether_complete(self, lease: Lease) -> None:
+        """Ask as after a COMMIT whose answer was lost."""
+        fences = parted(lease, "all")
+        won = [self.model.is_won(item) for item in fences]
+        with transaction(self.farm.store) as connection:
+            done = [Done(item, digest(item), 100, slot) for slot, item in enumerate(fences)]
+            assert frames.already_complete(connection, done) == all(won)
+
+    def fail(self, lease: Lease, reason: str = "render_error") -> None:
+        """Fail a batch as the render line does. Any of several may be at fault: none is charged."""
+        several, memory = len(lease.frames) > 1, reason == "out_of_memory"
+        failure = Failure(
+            fence(lease.frames[0]),
+            reason,
+            "It broke.",
+            charged=not several,
+            alone=several,
+            smaller=memory,
+        )
+        fences = parted(lease, "all")
+        with self.untouched_unless(fences) as held:
+            failed = self.hand_fails(lease, [replace(failure, fence=item) for item in fences])
+        for claimed in lease.frames:
+            if fence(claimed) in held:
+                # A batch too large for the memory is tried again, smaller, with all its frames.
+                halved = (
+                    memory
+                    and self.model.jobs[claimed.job_id].open_bucket
+                    and claimed.spec.bucket > 1
+                )
+                charged, alone = (False, False) if halved else (not several, several)
+                self.model.end(fence(claimed), reason, charged=charged, alone=alone)
+        assert failed == {item: self.model.frame_at(item).state for item in held}
+
+    def flag(self, lease: Lease) -> None:
+        """Fail one frame of a batch for good. No other frame is affected."""
+        item = fence(lease.frames[-1])
+        with self.untouched_unless([item]) as held:
+            failed = self.hand_fails(lease, [Failure(item, "flagged", "No.", retryable=False)])
+        for item in held:
+            self.model.end(item, "flagged", dead=True)
+        assert failed == dict.fromkeys(held, FrameState.DEAD)
+
+    def release(self, lease: Lease, part: str = "all") -> None:
+        fences = parted(lease, part)
+        with self.untouched_unless(fences) as held, transaction(self.farm.store) as connection:
+            assert frames.release(connection, lease.id, fences) == set(held)
+        for item in held:
+            self.model.end(item, "released", charged=False)
+
+    def touch(self, lease: Lease) -> None:
+        fences = parted(lease, "all")
+        with self.untouched_unless([]), transaction(self.farm.store) as connection:
+            assert leases.touch(connection, lease.id, 1, 2).wanted == any(
+                self.model.holding(fences)
+            )
+
+    def keep(self, lease: Lease) -> None:
+        """Report that the batch is rendered and waits for the storage."""
+        with self.untouched_unless([]), transaction(self.farm.store) as connection:
+            leases.keep(connection, lease.id)
+        self.model.kept.add(lease.id)
+
+    # The same for all that its worker holds
+
+    def renew(self, lease: Lease) -> None:
+        with skewed(self.who(lease)), transaction(self.farm.store) as connection:
+            renewed = leases.renew(connection, lease.worker_id, LEASE_SECONDS)
+        ids, given = {row.id for row in renewed}, self.model.same_workers(lease)
+        assert {other.id for other in given if self.model.is_open(other)} <= ids
+        assert ids <= {other.id for other in given}
+        self.model.lapsed -= ids
+
+    def lose(self, lease: Lease) -> None:
+        """End the child, or let its parent take it for dead. It may still act afterwards."""
+        self.hands[self.who(lease)].lose()
+        for other in self.model.same_workers(lease):
+            self.model.drop(other, "worker_lost")
+
+    def leave(self, lease: Lease) -> None:
+        with transaction(self.farm.store) as connection:
+            leases.release_all(connection, lease.worker_id)
+        self.model.give_back(self.model.same_workers(lease))
+
+    def forget(self, lease: Lease) -> None:
+        """Lose the reply to a claim. The child releases the leases that it does not know of."""
+        self.forget_all_but(lease, [])
+
+    def forget_older(self, lease: Lease) -> None:
+        self.forget_all_but(lease, self.model.same_workers(lease)[-1:])
+
+    def forget_all_but(self, lease: Lease, known: list[Lease]) -> None:
+        pid, ids = self.hands[self.who(lease)].pid, [other.id for other in known]
+        with transaction(self.farm.store) as connection:
+            leases.release_forgotten(connection, lease.worker_id, pid, ids)
+        given = self.model.same_workers(lease)
+        self.model.give_back([other for other in given if other not in known])
+
+    def hand_fails(self, lease: Lease, failures: list[Failure]) -> dict[Fence, FrameState]:
+        with transaction(self.farm.store) as connection:
+            return frames.fail(connection, lease.id, failures, 0.0)

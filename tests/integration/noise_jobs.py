@@ -1,0 +1,57 @@
+"""Jobs on the pipeline `noise`, and the faults that a test puts into their batches."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from farm.context import Farm
+from farm.spec import FrameSpec
+from farm.store import workers
+from farm.store.engine import transaction
+from tests.farming import sql, submit
+from tests.noise import Disturb
+
+LAST_STEP = 9
+"""Index of the last of a batch's ten steps."""
+
+
+def submit_noise(farm: Farm, tenant: uuid.UUID, **fields: Any) -> uuid.UUID:
+    """Submit a job to `noise`, for example `submit_noise(farm, tenant, images_per_prompt=6)`."""
+    return submit(farm, tenant, pipeline="noise", **fields)
+
+
+def at_step(number: int, act: Callable[[], object]) -> Disturb:
+    """Return a disturbance that acts at this step of every batch."""
+
+    def disturb(_frames: Sequence[FrameSpec], step: int) -> None:
+        if step == number:
+            act()
+
+    return disturb
+
+
+def always(error: Exception) -> Disturb:
+    """Return a disturbance that raises this error at the first step."""
+
+    def disturb(_frames: Sequence[FrameSpec], _step: int) -> None:
+        raise error
+
+    return disturb
+
+
+def take(seconds: float) -> None:
+    """Last so long, as a step or an encoding of a real pipeline does."""
+    threading.Event().wait(seconds)
+
+
+def lane_sums(farm: Farm) -> dict[str, Any]:
+    """Read what the lane's workers have counted."""
+    with transaction(farm.store) as connection:
+        return dict(workers.sums(connection)[0]._mapping)
+
+
+def leases_left(farm: Farm) -> int:
+    return int(sql(farm, "SELECT count(*) FROM leases")[0][0])

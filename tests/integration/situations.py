@@ -1,0 +1,70 @@
+"""A job in each situation, for tests that look at a whole farm."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from farm import jobs
+from farm.context import Farm
+from tests.farming import hire, let_leases_expire, submit
+from tests.serving import render
+
+
+@dataclass
+class Jobs:
+    """IDs of eight jobs of two frames each. The cancelled one has four, of which it never ran two.
+
+    The jobs have 14 frames on record, and six of them succeeded.
+    """
+
+    queued: uuid.UUID
+    running: uuid.UUID
+    ready: uuid.UUID
+    paused: uuid.UUID
+    partial: uuid.UUID
+    retried: uuid.UUID
+    cancelled: uuid.UUID
+    succeeded: uuid.UUID
+
+
+def fill(farm: Farm, tenant: uuid.UUID) -> Jobs:
+    """Submit the jobs, and bring each into its situation."""
+    hand = hire(farm)
+
+    def of_two(**fields: object) -> uuid.UUID:
+        return submit(farm, tenant, images_per_prompt=2, bucket=2, **fields)
+
+    succeeded = of_two()
+    render(hand, hand.must_claim())
+
+    cancelled = submit(farm, tenant, images_per_prompt=4, bucket=2)
+    lease = hand.must_claim()
+    render(hand, lease, 0)
+    jobs.cancel(farm, tenant, cancelled)
+
+    retried = of_two(max_attempts=2)
+    hand.fail(hand.must_claim())
+    hand.fail(hand.must_claim(), retryable=False)
+    hand.fail(hand.must_claim(), retryable=False)
+    jobs.retry(farm, tenant, retried)
+    render(hand, hand.must_claim())
+
+    partial = of_two(max_attempts=1)
+    lease = hand.must_claim()
+    render(hand, lease, 0)
+    hand.fail(lease, fences=[(partial, 1, 1)])
+
+    paused = of_two(priority="interactive")
+    hand.release(hand.must_claim())
+    jobs.pause(farm, tenant, paused)
+
+    ready = of_two()
+    hand.must_claim()
+    let_leases_expire(farm)
+
+    running = of_two(priority="interactive")
+    hand.must_claim()
+
+    queued = of_two(priority="bulk")
+    return Jobs(queued, running, ready, paused, partial, retried, cancelled, succeeded)

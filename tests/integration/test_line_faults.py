@@ -1,0 +1,231 @@
+"""The render line and its faults: errors of a batch, lost replies, servers that are away."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+
+import pytest
+from sqlalchemy.exc import DataError
+
+from farm.context import Farm
+from farm.errors import RenderError
+from farm.spec import FrameSpec
+from farm.store import frames, leases
+from farm.store.engine import transaction
+from farm.store.frames import Done
+from tests.farming import (
+    Hand,
+    attempts_of,
+    fence,
+    frame_rows,
+    hire,
+    job_row,
+    let_leases_expire,
+    new_tenant,
+    sql,
+    submit,
+)
+from tests.integration.noise_jobs import (
+    LAST_STEP,
+    always,
+    at_step,
+    lane_sums,
+    leases_left,
+    submit_noise,
+)
+from tests.noise import Noise
+from workers.child import Child
+from workers.line import RenderLine
+from workers.scratch import NO_LEASE
+
+# Errors of a frame
+
+
+def test_an_error_is_retried_until_the_attempts_are_used_up(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit_noise(farm, tenant)
+    noise.disturb = always(RuntimeError("a\x00b"))
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "failed"
+    assert attempts_of(farm, job_id) == [(attempt, "render_error") for attempt in (1, 2, 3)]
+    stored = sql(farm, "SELECT message, traceback FROM attempts WHERE attempt = 3")[0]
+    assert stored.message == "RuntimeError: ab"
+    assert "in disturb" in stored.traceback
+    assert lane_sums(farm)["dead"] == 1
+
+
+def test_an_error_that_no_retry_can_help_is_dead_at_once(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    job_id = submit_noise(farm, tenant)
+    noise.disturb = always(RenderError("This cannot be drawn."))
+    line.run()
+    assert attempts_of(farm, job_id) == [(1, "render_error")]
+    assert frame_rows(farm, job_id)[0].error == "This cannot be drawn."
+
+
+def test_a_tenant_is_not_shown_the_statement_that_failed(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    noise.disturb = always(DataError("SELECT a_secret", {}, Exception("no")))
+    job_id = submit_noise(farm, tenant, max_attempts=1)
+    line.run()
+    [message] = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=job_id)
+    assert message == ("DataError",)
+
+
+def test_a_frame_that_fails_costs_its_neighbours_nothing(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """Two tenants share a batch. The fault of one is neither charged nor shown to the other."""
+    other = new_tenant(farm, "other")
+    guilty = submit_noise(farm, tenant, prompts=["guilty"], max_attempts=1, bucket=4)
+    healthy = submit_noise(farm, other, prompts=["a"], max_attempts=1, bucket=4)
+
+    def disturb(frames: Sequence[FrameSpec], _step: int) -> None:
+        if any(frame.prompt == "guilty" for frame in frames):
+            raise RenderError("A secret of the guilty.")
+
+    noise.disturb = disturb
+    line.run()
+    assert len({frame.prompt for frame in noise.batches[0]}) == 2
+    assert job_row(farm, other, healthy).status == "succeeded"
+    assert frame_rows(farm, healthy)[0].error is None
+    shown = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=healthy)
+    assert shown == [("Its batch failed; it is tried again without the others.",)]
+    assert job_row(farm, tenant, guilty).status == "failed"
+    assert frame_rows(farm, guilty)[0].error == "A secret of the guilty."
+
+
+def test_a_failpoint_acts_on_the_frames_that_name_it(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine
+) -> None:
+    development = {"environment": "development", "failpoints": "render.step=oom:BIG"}
+    farm.settings = farm.settings.model_copy(update=development)
+    prompts = ["a BIG star", "a star"]
+    job_id = submit_noise(farm, tenant, prompts=prompts, bucket=1, max_attempts=1)
+    line.run()
+    line.out_of_memory = False  # as in a fresh child
+    line.run()
+    assert [row.state for row in frame_rows(farm, job_id).values()] == ["dead", "succeeded"]
+    assert attempts_of(farm, job_id) == [(1, "out_of_memory")]
+
+
+# Leases and replies that are lost
+
+
+def test_a_batch_whose_lease_is_lost_is_dropped(
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    line: RenderLine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job_id = submit_noise(farm, tenant, images_per_prompt=2)
+    lost: list[int] = []
+
+    def lose_the_first() -> None:
+        if not lost:
+            lost.append(LAST_STEP)
+            let_leases_expire(farm)
+
+    noise.disturb = at_step(LAST_STEP, lose_the_first)  # too late for the hook to see it
+    with caplog.at_level(logging.WARNING):
+        line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert attempts_of(farm, job_id) == [(1, "lease_expired")]
+    assert f"job {job_id} frame 0 attempt 1 was dropped" in caplog.text
+    assert {row.attempt for row in frame_rows(farm, job_id).values()} == {2}
+
+
+def test_a_claim_whose_reply_was_lost_is_released_and_claimed_again(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine
+) -> None:
+    """The child does not know of its lease, so it releases it before its next claim."""
+    job_id = submit_noise(farm, tenant, images_per_prompt=4)
+    worker_id = sql(farm, "SELECT id FROM workers")[0].id
+    forgotten = Hand(farm, worker_id, "forgetful", os.getpid()).claim("noise")
+    assert forgotten is not None
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert attempts_of(farm, job_id) == [(1, "released")]
+    assert leases_left(farm) == 0
+
+
+def test_a_commit_whose_reply_was_lost_is_recognised(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant)
+    hand = hire(farm)
+    lease = hand.must_claim()
+    done = [Done(fence(lease.frames[0]), b"\x01" * 32, 10, 0)]
+    with transaction(farm.store) as connection:
+        assert not frames.already_complete(connection, done)
+        assert frames.complete(connection, lease.id, done)
+    with transaction(farm.store) as connection:
+        assert not frames.complete(connection, lease.id, done)
+        assert frames.already_complete(connection, done)
+        other = [Done(fence(lease.frames[0]), b"\x02" * 32, 10, 0)]
+        assert not frames.already_complete(connection, other)
+    assert job_row(farm, tenant, job_id).succeeded == 1
+
+
+# Commits that fail
+
+
+def test_postgres_away_at_the_commit_loses_nothing(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """The commit is tried again when every connection was cut during the last step."""
+    job_id = submit_noise(farm, tenant, images_per_prompt=4)
+
+    def cut_connections() -> None:
+        sql(
+            farm,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+
+    noise.disturb = at_step(LAST_STEP, cut_connections)
+    line.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert attempts_of(farm, job_id) == []
+
+
+def test_a_batch_that_postgres_refuses_fails_and_keeps_no_lease(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine
+) -> None:
+    """The first attempt is not charged: another frame of the batch might have been the cause."""
+    job_id = submit_noise(farm, tenant, images_per_prompt=2)
+    sql(farm, "ALTER TABLE frames ADD CHECK (bytes < 10)")
+    line.run()
+    assert leases_left(farm) == 0
+    assert attempts_of(farm, job_id) == [(attempt, "render_error") for attempt in (1, 2, 3, 4)]
+    assert job_row(farm, tenant, job_id).status == "failed"
+
+
+def test_a_broken_tail_ends_its_process_and_claims_nothing_more(
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    line: RenderLine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("It broke.")
+
+    monkeypatch.setattr(line._tail._ending, "end", broken)
+    submit_noise(farm, tenant, images_per_prompt=40)
+    child = Child(farm, line._identity)
+    child._line = line
+    assert child.answer() is False
+    assert 1 <= len(noise.batches) < 10
+    with transaction(farm.store) as connection:
+        for _, suspected in leases.lose(
+            connection, line._identity.id, os.getpid(), "It ended.", 0.0, None, NO_LEASE
+        ):
+            assert suspected is None
+    assert leases_left(farm) == 0
+    assert sql(farm, "SELECT sum(spared), count(*) FROM frames WHERE state = 'ready'")[0][0] > 0

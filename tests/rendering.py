@@ -1,0 +1,42 @@
+"""A worker's render line in the test's own process, on a pipeline that it loads."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from farm.context import Farm
+from farm.store import workers
+from farm.store.engine import transaction
+from farm.warming import warm_up
+from workers.identity import Identity
+from workers.line import RenderLine
+
+
+def render_line(farm: Farm, pipeline: str) -> RenderLine:
+    """Register a worker, load its pipeline and warm it up, as a child does before its first bell.
+
+    `line.run()` then renders until the lane is empty. Whoever asks closes it.
+    """
+    identity = Identity(uuid.uuid4(), pipeline, "here", 1)
+    with transaction(farm.store) as connection:
+        workers.register(
+            connection, identity.id, name=identity.name, pipeline=pipeline, host="here", pid=1
+        )
+    offer = farm.offer(pipeline)
+    loaded = offer.family.load(offer.pipeline)
+    return RenderLine(farm, identity, offer, loaded, warm_up(offer, loaded))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads in the block: they decide how sums are split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
