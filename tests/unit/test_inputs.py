@@ -165,7 +165,7 @@ def test_however_many_share_a_key_few_are_looked_at(read: Read) -> None:
     assert set(told.values()) == {"key is that of line 1."}
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0)])
 def test_what_holds_no_line_is_refused(read: Read, content: bytes) -> None:
     with pytest.raises(InvalidRequest, match="it holds no line"):
         read(content)
