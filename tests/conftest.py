@@ -35,6 +35,7 @@ hypothesis.settings.register_profile("farm", deadline=None)
 hypothesis.settings.load_profile("farm")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Deal out whole files to the processes, and all that share one farm to the same one."""
     for item in items:
