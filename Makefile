@@ -1,19 +1,23 @@
 # make demo and make test need Python 3.11 or newer and nothing else; both work in .venv.
 
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+PYTHONS ?= python3.11 python3.12 python3.13
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
 PYTEST := $(BIN)/python -m pytest
 QUICK := not slow
 # Whole files and shared farms go to one of two processes, in the order of their collection.
-SHARED := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+SHARED := --numprocesses 2 --no-loadscope-reorder
+# Run a part, then say how long it took.
+timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s) - begun)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint up gpu chaos bench clean
+.PHONY: help setup demo up lint check test test-slow test-pythons coverage gpu chaos bench clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(STAMP) ## Make .venv with everything in it
 
@@ -23,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "The farm needs Python 3.11 or newer: make setup PYTHON=/path/to/it" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
 	  echo "Python's venv module is missing: on Debian, apt-get install python3-venv" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,traces,dev]' -c constraints.txt
 	touch $@
 
@@ -39,16 +43,31 @@ lint: setup ## Check style, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint ## Check every commit: lint and the unit tests
-	$(PYTEST) -m "$(QUICK)" tests/unit
+check: setup ## Check a commit, in a minute: lint and the unit tests
+	$(call timed,lint,$(MAKE) --no-print-directory lint)
+	$(call timed,unit tests,$(PYTEST) -m "$(QUICK)" tests/unit)
 
-test: lint ## Check every change: lint and all tests but the slow ones
-	$(PYTEST) $(SHARED) -m "$(QUICK) and not alone"
-	$(PYTEST) -m "$(QUICK) and alone"
+test: setup ## Check a change: lint and all tests but the slow ones
+	@$(BIN)/python --version
+	$(call timed,lint,$(MAKE) --no-print-directory lint)
+	$(call timed,tests in two processes,$(PYTEST) $(SHARED) -m "$(QUICK) and not alone")
+	$(call timed,tests that measure time,$(PYTEST) -m "$(QUICK) and alone")
 
 test-slow: setup ## Check a release: what takes too long for every change
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 MODEL_EXAMPLES=1000 \
-	  $(PYTEST) --timeout 3000 -m slow
+	  $(PYTEST) --timeout 3000 -m "slow or full_size"
+
+test-pythons: ## Run all tests with each Python that README names and this machine has
+	rm -rf .pythons
+	@for python in $(PYTHONS); do \
+	  if $$python -c "" 2>/dev/null; then \
+	    $(MAKE) test PYTHON=$$python VENV=.venv-$$python && \
+	    .venv-$$python/bin/python -m tests.pythons .pythons || exit 1; \
+	  else echo "$$python is not on this machine and is left out."; fi; \
+	done
+
+coverage: setup ## Print the lines and branches that the tests reach, child processes included
+	$(PYTEST) $(SHARED) -m "$(QUICK)" --cov --cov-context=test --cov-report=term:skip-covered
 
 gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
 	$(BIN)/python -m tests.gpu.report
@@ -61,5 +80,5 @@ bench: setup ## Measure the farm beside what is like it, and write docs/benchmar
 	$(BIN)/python -m tests.benchmarks --report docs/benchmarks.md
 
 clean: ## Remove .venv and what tools cached; data folders stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-* .pythons .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,11 +9,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import create_engine, make_url, text
+from xdist.scheduler import LoadScopeScheduling
 
 from farm.config import Settings
 from farm.context import Farm, open_farm
@@ -26,8 +28,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TEMPLATE = "farm_template"
-SHARED = {"live", "disturbed"}
-"""Fixtures that are dear: the tests that need one stay in one process"""
+FARMS = {
+    "test_cli": "live",
+    "test_datasets": "live",
+    "test_farm": "live",
+    "test_memory": "live",
+    "test_faults": "disturbed",
+    "test_healing": "disturbed",
+}
+"""The acceptance tests' files: which of the two farms they share; see their conftest.py"""
 _numbers = itertools.count(1)
 
 # How long an example takes says how busy the machine is, and nothing of the code.
@@ -35,12 +44,17 @@ hypothesis.settings.register_profile("farm", deadline=None)
 hypothesis.settings.load_profile("farm")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal out whole files to the processes, and all that share one farm to the same one."""
-    for item in items:
-        shared = SHARED.intersection(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.stem)))
+class ByFarm(LoadScopeScheduling):
+    """Gives a process whole files, and all files that share a farm."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return FARMS.get(Path(file).stem, file)
+
+
+@pytest.hookimpl
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFarm:
+    return ByFarm(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def test_the_page_runs(page: Path) -> None:
     assert sorted(keys) == sorted(4 * [f"shape-{number}" for number in range(6)])
 
 
+@pytest.mark.full_size
 def test_every_picture_says_how_it_was_rendered(page: Path) -> None:
     with tarfile.open(page / "shapes" / "data" / "00000.tar") as tar:
         pngs = [name for name in tar.getnames() if name.endswith(".png")]
@@ -94,6 +95,7 @@ def killable(tmp_path: Path) -> Iterator[Live]:
         yield farm
 
 
+@pytest.mark.full_size
 def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Live, tmp_path: Path) -> None:
     """Submitter, API, exporter and worker, each by SIGKILL at a random moment."""
     frames = int(os.environ.get("FARM_TEST_KILLED_FRAMES", KILLED_FRAMES))

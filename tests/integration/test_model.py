@@ -46,6 +46,7 @@ def refuse_times(_connection: Any, _cursor: Any, statement: str, parameters: Any
         assert not isinstance(value, date), f"a time was sent with {statement}"
 
 
+@pytest.mark.full_size
 @pytest.mark.timeout(600 + 5 * EXAMPLES)
 def test_the_store_does_what_the_model_does(farm: Farm) -> None:
     tenants = [new_tenant(farm, name) for name in ("ann", "bob")]

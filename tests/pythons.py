@@ -1,0 +1,55 @@
+"""`python -m tests.pythons FOLDER`: render a picture, and replay those of other Pythons.
+
+Each Python that runs it leaves a picture of the demo's pipeline in FOLDER, and renders every picture
+that it finds there again. The exit code is 0 where all are identical.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from typer import echo
+
+from farm.catalog import load_catalog
+from farm.config import DEMO_CATALOG
+from farm.encoding import Encoder
+from farm.families.base import Batch
+from farm.families.devices import prepare_torch
+from farm.offers import make_offer
+from farm.provenance import circumstances_of
+from farm.replay import replay
+from farm.spec import FrameSpec
+
+THREADS = 1
+
+
+def main(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"python-{platform.python_version()}.png").write_bytes(rendered())
+    catalog, different = load_catalog(DEMO_CATALOG), 0
+    for path in sorted(folder.glob("*.png")):
+        done = replay(path.read_bytes(), catalog)
+        said = "identical" if done.identical else "differs"
+        echo(f"Python {platform.python_version()} replays {path.name}: {said}")
+        different += not done.identical
+    return 1 if different else 0
+
+
+def rendered() -> bytes:
+    """Render a picture as a worker of the demo's pipeline does."""
+    prepare_torch(THREADS)
+    offer = make_offer("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
+    loaded = offer.family.load(offer.pipeline)
+    params = offer.params({}).model_dump()
+    frame = FrameSpec(
+        pipeline="demo", prompt="a red star on a blue background", seed=31, bucket=1, params=params
+    )
+    picture = offer.family.denoise(loaded, Batch([frame]))[0]
+    assert picture is not None
+    return Encoder(circumstances_of(loaded)).encode(picture, frame)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
