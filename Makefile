@@ -6,6 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Hundreds of short processes start in the tests: they share what one of them compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTEST := $(BIN)/python -m pytest
 QUICK := not slow
 # Whole files and shared farms go to one of two processes, in the order of their collection.

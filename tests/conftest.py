@@ -44,7 +44,7 @@ hypothesis.settings.register_profile("farm", deadline=None)
 hypothesis.settings.load_profile("farm")
 
 
-class ByFarm(LoadScopeScheduling):
+class ByFarm(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Gives a process whole files, and all files that share a farm."""
 
     def _split_scope(self, nodeid: str) -> str:

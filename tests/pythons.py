@@ -1,6 +1,6 @@
 """`python -m tests.pythons FOLDER`: render a picture, and replay those of other Pythons.
 
-Each Python that runs it leaves a picture of the demo's pipeline in FOLDER, and renders every picture
+Each Python leaves a picture of the demo's pipeline in FOLDER, and renders every picture
 that it finds there again. The exit code is 0 where all are identical.
 """
 

@@ -22,7 +22,8 @@ from demo.check import read_picture
 from demo.pictures import Combo
 from farm.cli.demo import IMAGES, PROMPTS
 from tests.acceptance.conftest import Live
-from tests.commanding import Outcome, farm_process
+from tests.commanding import Outcome, farm, farm_process
+from tests.rendering import torch_threads
 from tests.waiting import wait_until
 
 LONG = ("--images", "200", "--steps", "25")
@@ -92,8 +93,11 @@ def test_a_job_from_standard_input_is_made_once(run: Run) -> None:
         (["--guidance-scale", "nan"], "JSON"),
     ],
 )
-def test_bad_jobs_are_one_line_naming_the_field(run: Run, words: list[str], named: str) -> None:
-    outcome = run("submit", "x", *words)
+def test_bad_jobs_are_one_line_naming_the_field(
+    live: Live, words: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FARM_DATA", str(live.farm.data))
+    outcome = farm("submit", "x", *words)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("Error: ")
     assert outcome.err.count("\n") == 1
@@ -137,7 +141,8 @@ def test_replay_says_identical_and_differs(
     red, green, blue = picture.getpixel((9, 5))  # type: ignore[misc]
     picture.putpixel((9, 5), (red ^ 1, green, blue))
     picture.save(path, pnginfo=text)
-    other = run("replay", str(path), "--json")
+    with torch_threads(1):  # in this process, where torch is imported already
+        other = farm("replay", str(path), "--json")
     assert other.code == 1
     assert other.json["difference"] == {
         "pixels": 1,

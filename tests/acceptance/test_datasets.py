@@ -20,11 +20,11 @@ from typing import Any
 import pandas
 import pytest
 from PIL import Image
-from sd_parsers import ParserManager
 
 from tests.acceptance.conftest import Live, null_catalog, running
 from tests.commanding import farm, farm_process
 from tests.documented import PAGE
+from tests.parsing import parsed
 from tests.rendering import torch_threads
 from tests.waiting import wait_until
 
@@ -75,8 +75,7 @@ def test_every_picture_says_how_it_was_rendered(page: Path) -> None:
     for name in pngs:
         row = json.loads((page / "out" / name).with_suffix(".json").read_text())
         assert row["sha256"] == hashlib.sha256((page / "out" / name).read_bytes()).hexdigest()
-        told = ParserManager().parse(str(page / "out" / name))
-        assert told is not None
+        told = parsed(str(page / "out" / name))
         assert [prompt.value for prompt in told.prompts] == [row["prompt"]]
         with Image.open(page / "out" / name) as picture:
             assert f"Seed: {row['seed']}" in picture.info["parameters"]

@@ -323,6 +323,7 @@ def test_cancel_is_final(farm: Farm, tenant: uuid.UUID) -> None:
     assert job_row(farm, tenant, job_id).cancelled == 4
 
 
+@pytest.mark.alone
 def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
     farm: Farm, tenant: uuid.UUID
 ) -> None:

@@ -224,6 +224,7 @@ def test_a_job_submitted_twice_has_one_root(
     assert len(receiver.spans) == 1  # the API has ended, and sent what it had
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["nobody listens", "nobody answers"])
 def test_a_receiver_that_is_away_costs_nothing(
     farm: Farm, tenant: uuid.UUID, line: RenderLine, kind: str

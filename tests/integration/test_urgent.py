@@ -238,6 +238,7 @@ def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, line: 
     assert story.steps.index(("urgent", 0)) < story.steps.index(("bulk", 9))
 
 
+@pytest.mark.alone
 def test_the_hook_costs_less_than_a_hundredth_of_a_step(
     farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
 ) -> None:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from sd_parsers import ParserManager
 
 from farm.encoding import Encoder, encode, pixels_as_stored, read
 from farm.errors import InvalidRequest, RenderError
@@ -21,6 +20,7 @@ from farm.metadata import text_bytes
 from farm.provenance import Provenance, library_versions
 from farm.spec import FrameSpec
 from tests.benchmarks.encoding import photo_like
+from tests.parsing import parsed
 
 ALL: tuple[Format, ...] = ("png", "jpeg", "webp")
 PROMPTS = [
@@ -76,8 +76,7 @@ def test_any_prompt_comes_back(form: Format, prompt: str) -> None:
 @pytest.mark.parametrize("prompt", PROMPTS[:3])
 def test_an_independent_reader_reads_the_web_uis_text(form: Format, prompt: str) -> None:
     content = encode(PICTURE, provenance(form, prompt, negative_prompt="blur, رمادي 🌫"))
-    info = ParserManager().parse(io.BytesIO(content))
-    assert info is not None
+    info = parsed(io.BytesIO(content))
     assert [said.value for said in info.prompts] == [prompt]
     assert [said.value for said in info.negative_prompts] == ["blur, رمادي 🌫"]
     (sampler,) = info.samplers

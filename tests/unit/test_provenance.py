@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from sd_parsers import ParserManager
 
 from farm.encoding import encode, read
 from farm.errors import InvalidRequest
 from farm.provenance import Provenance, Scribe, library_versions
 from farm.spec import FrameSpec
+from tests.parsing import parsed
 
 PROMPTS = [
     "a red star on a blue background",
@@ -96,8 +96,7 @@ def test_the_text_is_what_the_web_ui_writes() -> None:
 @pytest.mark.parametrize("negative", ["", "blur, رمادي 🌫"])
 def test_an_independent_reader_reads_it(prompt: str, negative: str) -> None:
     content = encode(picture(), provenance(prompt, negative_prompt=negative))
-    info = ParserManager().parse(io.BytesIO(content))
-    assert info is not None
+    info = parsed(io.BytesIO(content))
     assert [read.value for read in info.prompts] == [prompt.strip()]
     assert [read.value for read in info.negative_prompts] == ([negative] if negative else [])
     (sampler,) = info.samplers
