@@ -11,13 +11,14 @@ export PYTHONDONTWRITEBYTECODE :=
 
 PYTEST := $(BIN)/python -m pytest
 QUICK := not slow
-# Whole files and shared farms go to one of two processes, in the order of their collection.
-SHARED := --numprocesses 2 --no-loadscope-reorder
+# Whole files and shared farms go to one of three processes, which often wait: for two cores.
+SHARED := --numprocesses 3 --no-loadscope-reorder
 # Run a part, then say how long it took.
 timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s) - begun)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up lint check test test-slow test-pythons coverage gpu chaos bench clean
+.PHONY: help setup demo up lint style types check test tests-together tests-alone test-slow \
+  test-pythons coverage gpu chaos bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -40,9 +41,13 @@ demo: setup ## Start the whole stack, render, show where the pictures are
 up: setup ## Run the whole farm on this machine until Ctrl-C
 	$(BIN)/farm up
 
-lint: setup ## Check style, types and layers
+lint: style types ## Check style, types and layers
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -50,11 +55,18 @@ check: setup ## Check a commit, in a minute: lint and the unit tests
 	$(call timed,lint,$(MAKE) --no-print-directory lint)
 	$(call timed,unit tests,$(PYTEST) -m "$(QUICK)" tests/unit)
 
+# Types need one core for a minute, and tests leave some of both free.
 test: setup ## Check a change: lint and all tests but the slow ones
 	@$(BIN)/python --version
-	$(call timed,lint,$(MAKE) --no-print-directory lint)
-	$(call timed,tests in two processes,$(PYTEST) $(SHARED) -m "$(QUICK) and not alone")
-	$(call timed,tests that measure time,$(PYTEST) -m "$(QUICK) and alone")
+	$(call timed,style,$(MAKE) --no-print-directory style)
+	$(call timed,types and tests beside them,$(MAKE) --no-print-directory -j 2 types tests-together)
+	$(call timed,tests that measure time,$(MAKE) --no-print-directory tests-alone)
+
+tests-together: setup
+	$(PYTEST) $(SHARED) -m "$(QUICK) and not alone"
+
+tests-alone: setup
+	$(PYTEST) -m "$(QUICK) and alone"
 
 test-slow: setup ## Check a release: what takes too long for every change
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 MODEL_EXAMPLES=1000 \

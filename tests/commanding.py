@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import boto3
+
 from farm.cli import main
 
 
@@ -32,11 +34,13 @@ class Outcome:
 
 
 def farm(*words: str) -> Outcome:
-    """Run `farm WORDS` in this process."""
+    """Run `farm WORDS` in this process, and leave of it no variable and no S3 credentials."""
     out, err = io.StringIO(), io.StringIO()
     code: int | str | None = 0
     with (
         mock.patch.object(sys, "argv", ["farm", *words]),
+        mock.patch.dict(os.environ),
+        mock.patch.object(boto3, "DEFAULT_SESSION", None),
         redirect_stdout(out),
         redirect_stderr(err),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -111,12 +112,14 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Live, tmp_
     job_id = finished(words, env)["id"]
     assert finished(words, env)["id"] == job_id
 
+    names = ["api", "chores", "worker null-1"]
     over = threading.Event()
     killed: list[str] = []
 
     def kill() -> None:
-        while not over.wait(drawn.uniform(1.0, 3.0)):
-            name = drawn.choice(["api", "chores", "worker null-1"])
+        for name in itertools.cycle(drawn.sample(names, len(names))):
+            if over.wait(drawn.uniform(1.0, 3.0)):
+                return
             pid = killable.farm.children[name].pid
             if pid:
                 os.kill(pid, signal.SIGKILL)
@@ -131,7 +134,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(killable: Live, tmp_
         for _ in range(3):
             exporter = start(export, env)
             kill_at(exporter, drawn.uniform(0.5, 4.0))
-        wait_until(lambda: {*killed} == {"api", "chores", "worker null-1"}, 300, "all were killed")
+        wait_until(lambda: {*killed} == {*names}, 300, "all were killed")
     finally:
         over.set()
         killer.join()
