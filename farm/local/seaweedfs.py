@@ -48,7 +48,7 @@ def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
     running = Program(
         name="seaweedfs",
         argv=[wheels.weed(), "server", *OPTIONS, *(f"-{k}={v}" for k, v in port.items())],
-        env=env | {"HOME": str(home), "GOMEMLIMIT": "256MiB"},
+        env=env | {"HOME": str(home), "GOMEMLIMIT": "512MiB"},
         log=folder.logs / "seaweedfs.log",
         stage=Stage.SEAWEEDFS,
         ready=lambda: _stores(url, folder.passwords),
