@@ -75,10 +75,10 @@ test-slow: setup ## Check a release: what takes too long for every change
 test-pythons: ## Run all tests with each Python that README names and this machine has
 	rm -rf .pythons
 	@for python in $(PYTHONS); do \
-	  if $$python -c "" 2>/dev/null; then \
-	    $(MAKE) test PYTHON=$$python VENV=.venv-$$python && \
-	    .venv-$$python/bin/python -m tests.pythons .pythons || exit 1; \
-	  else echo "$$python is not on this machine and is left out."; fi; \
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || { \
+	    echo "$$python is not on this machine and is left out."; continue; }; \
+	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$version && \
+	    .venv-$$version/bin/python -m tests.pythons .pythons || exit 1; \
 	done
 
 coverage: setup ## Print the lines and branches that the tests reach, child processes included
