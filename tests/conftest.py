@@ -44,6 +44,14 @@ hypothesis.settings.register_profile("farm", deadline=None)
 hypothesis.settings.load_profile("farm")
 
 
+LONGEST = "test_parity"
+"""The file that keeps one process busy longest: begun last, it would leave the others idle"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem != LONGEST)
+
+
 class ByFarm(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Gives a process whole files, and all files that share a farm."""
 

@@ -310,7 +310,6 @@ def cached(bench: Bench, home: Path, source: str) -> None:
     shutil.copytree(bench.folder / "stable_diffusion", kept / "snapshots" / commit)
 
 
-@pytest.mark.alone
 def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(bench: Bench, tmp_path: Path) -> None:
     """It takes the connection and stays silent; the hub's own client would wait for ever."""
     home = tmp_path / "home"
