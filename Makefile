@@ -95,5 +95,6 @@ bench: setup ## Measure the farm beside what is like it, and write docs/benchmar
 	$(BIN)/python -m tests.benchmarks --report docs/benchmarks.md
 
 clean: ## Remove .venv and what tools cached; data folders stay
-	rm -rf .venv .venv-* .pythons .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-* .pythons .coverage* .hypothesis
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

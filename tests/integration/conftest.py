@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -10,10 +9,8 @@ import pytest
 from farm.catalog import Pipeline
 from farm.context import Farm
 from farm.offers import Offer
-from farm.store import workers
-from farm.store.engine import transaction
 from tests.noise import Noise, NoiseParams
-from workers.identity import Identity
+from tests.rendering import render_line
 from workers.line import RenderLine
 
 
@@ -28,12 +25,6 @@ def noise(farm: Farm) -> Noise:
 
 @pytest.fixture
 def line(farm: Farm, noise: Noise) -> Iterator[RenderLine]:
-    identity = Identity(uuid.uuid4(), "noise", "here", 1)
-    with transaction(farm.store) as connection:
-        workers.register(
-            connection, identity.id, name=identity.name, pipeline="noise", host="here", pid=1
-        )
-    offer = farm.offer("noise")
-    line = RenderLine(farm, identity, offer, offer.family.load(offer.pipeline))
+    line = render_line(farm, "noise")
     yield line
     line.close()
