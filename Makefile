@@ -53,7 +53,7 @@ types: setup
 
 check: setup ## Check a commit, in a minute: lint and the unit tests
 	$(call timed,lint,$(MAKE) --no-print-directory lint)
-	$(call timed,unit tests,$(PYTEST) -m "$(QUICK)" tests/unit)
+	$(call timed,unit tests,$(PYTEST) $(SHARED) -m "$(QUICK)" tests/unit)
 
 # Types need one core for a minute, and tests leave some of both free.
 test: setup ## Check a change: lint and all tests but the slow ones
