@@ -11,6 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 PYTEST := $(BIN)/python -m pytest
 QUICK := not slow
+ALONE := tests/integration/alone
 # Whole files and shared farms go to one of three processes, which often wait: for two cores.
 SHARED := --numprocesses 3 --no-loadscope-reorder
 # Run a part, then say how long it took.
@@ -63,10 +64,10 @@ test: setup ## Check a change: lint and all tests but the slow ones
 	$(call timed,tests that measure time,$(MAKE) --no-print-directory tests-alone)
 
 tests-together: setup
-	$(PYTEST) $(SHARED) -m "$(QUICK) and not alone"
+	$(PYTEST) $(SHARED) -m "$(QUICK)" --ignore $(ALONE)
 
 tests-alone: setup
-	$(PYTEST) -m "$(QUICK) and alone"
+	$(PYTEST) $(ALONE)
 
 test-slow: setup ## Check a release: what takes too long for every change
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 MODEL_EXAMPLES=1000 \

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,21 @@ class Outcome:
         return json.loads(self.out.splitlines()[-1])
 
 
-def farm(*words: str) -> Outcome:
-    """Run `farm WORDS` in this process, and leave of it no variable and no S3 credentials."""
+def farm(
+    *words: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, stdin: str = ""
+) -> Outcome:
+    """Run `farm WORDS` in this process, and leave of it no variable and no S3 credentials.
+
+    With `env`, its variables are the only ones that are called FARM_*.
+    """
     out, err = io.StringIO(), io.StringIO()
     code: int | str | None = 0
     with (
         mock.patch.object(sys, "argv", ["farm", *words]),
-        mock.patch.dict(os.environ),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()))),
+        mock.patch.dict(os.environ, inherited() | dict(env) if env else {}, clear=bool(env)),
         mock.patch.object(boto3, "DEFAULT_SESSION", None),
+        chdir(cwd or Path()),
         redirect_stdout(out),
         redirect_stderr(err),
     ):
@@ -60,12 +67,9 @@ def farm_process(
     seconds: float = 240,
 ) -> Outcome:
     """Run `farm WORDS` in a process of its own, with only the FARM_* variables of `env`."""
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("FARM_", "AWS_"))
-    }
     done = subprocess.run(
         [sys.executable, "-m", "farm.cli", *words],
-        env=inherited | {"COLUMNS": "120"} | dict(env),
+        env=inherited() | dict(env),
         cwd=cwd,
         input=stdin,
         capture_output=True,
@@ -74,3 +78,10 @@ def farm_process(
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def inherited() -> dict[str, str]:
+    """Of this process's variables those that say nothing of a farm, and a terminal's width."""
+    ours = ("FARM_", "AWS_")
+    found = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return found | {"COLUMNS": "120"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -26,17 +27,12 @@ from farm.store.engine import open_store, transaction
 # One core is another process's. Read when torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nothing here speaks TLS: else each client of httpx reads every root certificate, for 27 ms.
+os.environ["SSL_CERT_DIR"] = os.devnull
 
 TEMPLATE = "farm_template"
-FARMS = {
-    "test_cli": "live",
-    "test_datasets": "live",
-    "test_farm": "live",
-    "test_memory": "live",
-    "test_faults": "disturbed",
-    "test_healing": "disturbed",
-}
-"""The acceptance tests' files: which of the two farms they share; see their conftest.py"""
+SHARING = {"live", "disturbed"}
+"""The folders of tests/acceptance whose tests share one farm"""
 _numbers = itertools.count(1)
 
 # How long an example takes says how busy the machine is, and nothing of the code.
@@ -48,16 +44,20 @@ LONGEST = "test_parity"
 """The file that keeps one process busy longest: begun last, it would leave the others idle"""
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: no collection need look at it
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem != LONGEST)
 
 
 class ByFarm(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Gives a process whole files, and all files that share a farm."""
+    """Gives a process whole files, and whole folders whose tests share a farm."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return FARMS.get(Path(file).stem, file)
+        file = Path(nodeid.partition("::")[0])
+        return str(file if file.parent.name not in SHARING else file.parent)
 
 
 @pytest.hookimpl

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import signal
 from contextlib import closing, suppress
+from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from farm.local import wheels
 from farm.local.child import Program, Stage
 from farm.local.folder import Folder, Passwords, write_private
 from farm.local.ports import HOST, free_ports, noted_ports
+
+if TYPE_CHECKING:
+    import boto3
 
 BUCKET = "farm"
 REGION = "us-east-1"
@@ -77,18 +82,23 @@ def _stores(url: str, passwords: Passwords) -> bool:
 
     The S3 port answers before a volume can be written, so nothing less will do.
     """
-    import boto3
     from botocore.config import Config
 
-    session = boto3.Session(
-        aws_access_key_id=passwords.s3_access_key,
-        aws_secret_access_key=passwords.s3_secret_key,
-        region_name=REGION,
-    )
     config = Config(connect_timeout=2, read_timeout=5, retries={"max_attempts": 0}, proxies={})
+    session = _session(passwords.s3_access_key, passwords.s3_secret_key)
     with closing(session.client("s3", endpoint_url=url, config=config)) as client:
         with suppress(client.exceptions.BucketAlreadyOwnedByYou):
             client.create_bucket(Bucket=BUCKET)
         client.put_object(Bucket=BUCKET, Key=".ready", Body=b"ready")
         client.delete_object(Bucket=BUCKET, Key=".ready")
     return True
+
+
+@cache
+def _session(access_key: str, secret_key: str) -> boto3.Session:
+    """Keep what boto3 reads about S3: reading it takes longer than asking the server."""
+    import boto3
+
+    return boto3.Session(
+        aws_access_key_id=access_key, aws_secret_access_key=secret_key, region_name=REGION
+    )

@@ -6,7 +6,7 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -36,15 +36,33 @@ def chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += 12 + length
 
 
+def paeth(a: int, b: int, c: int) -> int:
+    """The one that is nearest to a + b - c, the first of equals."""
+    away_a, away_b, away_c = abs(b - c), abs(a - c), abs(a + b - 2 * c)
+    if away_a <= away_b and away_a <= away_c:
+        return a
+    return b if away_b <= away_c else c
+
+
+PREDICTED: list[Callable[[int, int, int], int]] = [
+    lambda _a, _b, _c: 0,
+    lambda a, _b, _c: a,
+    lambda _a, b, _c: b,
+    lambda a, b, _c: (a + b) // 2,
+    paeth,
+]
+"""By filter type: a byte from those left of it (a), above (b), and above the left one (c)"""
+
+
 def unfiltered(kind: int, row: bytearray, above: bytearray, step: int) -> bytearray:
-    for at in range(len(row)):
-        a = row[at - step] if at >= step else 0
-        b = above[at]
-        c = above[at - step] if at >= step else 0
-        p = a + b - c
-        nearest = min((a, b, c), key=lambda value: abs(p - value))  # the first of equals
-        row[at] = (row[at] + (0, a, b, (a + b) // 2, nearest)[kind]) % 256
-    return row
+    """Section 9 of the specification."""
+    if kind == 0:
+        return row
+    predicted = PREDICTED[kind]
+    left, corner = bytearray(step) + row, bytes(step) + above
+    for at, (byte, b, c) in enumerate(zip(row, above, corner, strict=False), step):
+        left[at] = (byte + predicted(left[at - step], b, c)) & 255
+    return left[step:]
 
 
 def pixels(content: bytes) -> tuple[str, int, int, bytes]:

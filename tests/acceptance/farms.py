@@ -1,7 +1,4 @@
-"""Two whole farms, as `farm up` runs them: one to look at and add jobs to, one to disturb.
-
-Leases are short in both.
-"""
+"""A whole farm for tests, as `farm up` runs it, with short leases."""
 
 from __future__ import annotations
 
@@ -87,21 +84,6 @@ class Live:
         stored = httpx.get(response.headers["location"])
         stored.raise_for_status()
         return stored.content
-
-
-@pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A farm with the demo's pipeline, for tests that look at it or add jobs to it."""
-    with running(tmp_path_factory.mktemp("live"), "demo") as farm:
-        yield farm
-
-
-@pytest.fixture(scope="session")
-def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A farm whose processes the tests stop and kill; its pipeline waits, and loads at once."""
-    folder = tmp_path_factory.mktemp("disturbed")
-    with running(folder / "farm", "null", null_catalog(folder)) as farm:
-        yield farm
 
 
 def null_catalog(folder: Path) -> Path:

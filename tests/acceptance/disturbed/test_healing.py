@@ -16,7 +16,7 @@ import httpx
 
 from farm.cli.exits import OK
 from farm.envfile import load_env
-from tests.acceptance.conftest import ENDED, QUICK, Live, null_catalog
+from tests.acceptance.farms import ENDED, QUICK, Live, null_catalog
 from tests.commanding import farm_process
 from tests.waiting import wait_until
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from farm.config import DEMO_CATALOG
-from tests.acceptance.conftest import Live
+from tests.acceptance.farms import Live
 
 MODEL = DEMO_CATALOG.parent / "model"
 PROMPTS = [
@@ -95,7 +95,7 @@ def test_the_picture_is_what_bare_diffusers_gives(live: Live, first: dict[str, A
     try:
         loader: Any = StableDiffusionPipeline
         pipe = loader.from_pretrained(MODEL, dtype=torch.float32)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # type: ignore[no-untyped-call]
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         pictures = pipe(
             [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4,

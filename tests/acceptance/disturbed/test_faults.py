@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.acceptance.conftest import Live
+from tests.acceptance.farms import Live
 from tests.waiting import wait_until
 
 FRAMES = 16

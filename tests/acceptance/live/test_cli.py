@@ -1,4 +1,4 @@
-"""The command line as a user runs it: processes of their own, against a whole farm."""
+"""The command line against a whole farm: in this process, where nothing needs one of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 from demo.check import read_picture
 from demo.pictures import Combo
 from farm.cli.demo import IMAGES, PROMPTS
-from tests.acceptance.conftest import Live
+from tests.acceptance.farms import Live
 from tests.commanding import Outcome, farm, farm_process
 from tests.rendering import torch_threads
 from tests.waiting import wait_until
@@ -35,10 +35,19 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def run(live: Live, tmp_path: Path) -> Run:
     """Run a command in an empty folder, with FARM_DATA as all that is set."""
+    return _against(live, tmp_path, farm)
 
+
+@pytest.fixture
+def run_process(live: Live, tmp_path: Path) -> Run:
+    """The same in a process of its own, as users run it."""
+    return _against(live, tmp_path, farm_process)
+
+
+def _against(live: Live, folder: Path, runner: Run) -> Run:
     def command(*words: str, stdin: str = "", **env: str) -> Outcome:
         data = {"FARM_DATA": str(live.farm.data)}
-        outcome = farm_process(*words, env=data | env, cwd=tmp_path, stdin=stdin)
+        outcome = runner(*words, env=data | env, cwd=folder, stdin=stdin)
         assert "Traceback" not in outcome.out + outcome.err
         return outcome
 
@@ -52,14 +61,14 @@ def rendered(live: Live) -> dict[str, Any]:
     return live.ended(job["id"])
 
 
-def test_submit_and_watch(run: Run, live: Live) -> None:
+def test_submit_and_watch(run_process: Run, live: Live) -> None:
     words = ["submit", "a red star", ARABIC, "--images", "2", "--seed", "7", "--steps", "3"]
     words += ["--grid", "guidance_scale=2,4", "--label", "made=here", "--watch"]
-    plain = run(*words)
+    plain = run_process(*words)
     assert plain.code == 0
     assert re.search(r"Job \S+: 8 frames of demo, normal priority\.", plain.out)
     assert "succeeded: 8 of 8 frames" in plain.out
-    outcome = run(*words, "--json")
+    outcome = run_process(*words, "--json")
     assert outcome.code == 0
     assert outcome.out.count("\n") == 1
     job = live.get(f"/v1/jobs/{outcome.json['id']}")
@@ -69,10 +78,10 @@ def test_submit_and_watch(run: Run, live: Live) -> None:
     assert job["labels"] == {"made": "here"}
 
 
-def test_a_job_from_standard_input_is_made_once(run: Run) -> None:
+def test_a_job_from_standard_input_is_made_once(run_process: Run, run: Run) -> None:
     body = json.dumps({"pipeline": "demo", "prompts": [ARABIC], "steps": 2, "seed": 3})
     words = ["submit", "--from", "-", "--set", "steps=3", "--idempotency-key", "k1", "--json"]
-    first, second = run(*words, stdin=body), run(*words, stdin=body)
+    first, second = run_process(*words, stdin=body), run(*words, stdin=body)
     assert (first.code, second.code) == (0, 0)
     assert first.json["id"] == second.json["id"]
     assert first.json["spec"]["steps"] == 3
@@ -93,11 +102,8 @@ def test_a_job_from_standard_input_is_made_once(run: Run) -> None:
         (["--guidance-scale", "nan"], "JSON"),
     ],
 )
-def test_bad_jobs_are_one_line_naming_the_field(
-    live: Live, words: list[str], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FARM_DATA", str(live.farm.data))
-    outcome = farm("submit", "x", *words)
+def test_bad_jobs_are_one_line_naming_the_field(run: Run, words: list[str], named: str) -> None:
+    outcome = run("submit", "x", *words)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("Error: ")
     assert outcome.err.count("\n") == 1
@@ -132,7 +138,8 @@ def test_replay_says_identical_and_differs(
 ) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(live.image(rendered["id"], 4))
-    same = run("replay", str(path))
+    with torch_threads(1):  # in this process, where torch is imported already
+        same = run("replay", str(path))
     assert (same.code, same.out.split()[0]) == (0, "identical"), same.out + same.err
     picture = read_image(path)
     text = PngImagePlugin.PngInfo()
@@ -141,7 +148,7 @@ def test_replay_says_identical_and_differs(
     red, green, blue = picture.getpixel((9, 5))  # type: ignore[misc]
     picture.putpixel((9, 5), (red ^ 1, green, blue))
     picture.save(path, pnginfo=text)
-    with torch_threads(1):  # in this process, where torch is imported already
+    with torch_threads(1):
         other = farm("replay", str(path), "--json")
     assert other.code == 1
     assert other.json["difference"] == {
@@ -181,12 +188,12 @@ def test_lists(run: Run, live: Live, rendered: dict[str, Any]) -> None:
     assert worker["name"] in run("workers").out
 
 
-def test_doctor_finds_all_well(run: Run) -> None:
-    outcome = run("doctor")
+def test_doctor_finds_all_well(run_process: Run) -> None:
+    outcome = run_process("doctor")
     assert outcome.code == 0, outcome.out
     assert outcome.out.splitlines()[-1] == "All is well."
     assert "✓ s3" in outcome.out
-    plain = run("doctor", PYTHONIOENCODING="ascii", FARM_API_KEY="farm_wrong")
+    plain = run_process("doctor", PYTHONIOENCODING="ascii", FARM_API_KEY="farm_wrong")
     assert plain.code == 1
     assert "FAIL api" in plain.out
     assert plain.out.splitlines()[-1] == "1 check of 12 failed."
@@ -197,10 +204,10 @@ def test_a_wrong_key_is_one_line(run: Run) -> None:
     assert (outcome.code, outcome.err) == (1, "Error: This API key is unknown or revoked.\n")
 
 
-def test_a_watch_outlives_the_api(run: Run, live: Live) -> None:
+def test_a_watch_outlives_the_api(run_process: Run, live: Live) -> None:
     job = live.submit(prompts=["a red star"], images_per_prompt=64, steps=10)
     watched: list[Outcome] = []
-    thread = threading.Thread(target=lambda: watched.append(run("watch", job["id"])))
+    thread = threading.Thread(target=lambda: watched.append(run_process("watch", job["id"])))
     thread.start()
     live.halfway(job["id"])
     api = live.farm.children["api"]
@@ -256,8 +263,10 @@ def _drain(terminal: int) -> None:
         return
 
 
-def test_demo_uses_the_farm_that_runs(run: Run, live: Live, tmp_path: Path) -> None:
-    outcome = run("demo", "--dest", "pictures")
+def test_demo_uses_the_farm_that_runs(
+    run_process: Run, run: Run, live: Live, tmp_path: Path
+) -> None:
+    outcome = run_process("demo", "--dest", "pictures")
     assert outcome.code == 0, outcome.err
     assert f"Using the farm that runs already: {live.farm.url}" in outcome.out
     check_demo(tmp_path / "pictures")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import Live
+from tests.acceptance.farms import Live
 
 PROC = Path("/proc")
 WIDTHS = [64, 96, 128, 160, 200]

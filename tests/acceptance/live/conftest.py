@@ -1,0 +1,16 @@
+"""One farm for the tests of this folder, which look at it and add jobs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.acceptance.farms import Live, running
+
+
+@pytest.fixture(scope="package")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A farm with the demo's pipeline."""
+    with running(tmp_path_factory.mktemp("live"), "demo") as farm:
+        yield farm

@@ -1,0 +1,80 @@
+"""docs/datasets.md, run block by block: from a Parquet of prompts to `load_dataset`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pandas
+import pytest
+from PIL import Image
+
+from tests.acceptance.farms import Live
+from tests.commanding import farm
+from tests.documented import PAGE
+from tests.parsing import parsed
+from tests.rendering import torch_threads
+
+DATASETS = PAGE.with_name("datasets.md")
+REPLAYED = 5
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run every block in an empty folder; gives the folder."""
+    folder = tmp_path_factory.mktemp("datasets")
+    env = {
+        **os.environ,
+        "FARM_DATA": str(live.farm.data),
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for language, text in BLOCK.findall(DATASETS.read_text(encoding="utf-8")):
+        argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", text]
+        done = subprocess.run(
+            argv, cwd=folder, env=env, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return folder
+
+
+def test_the_page_runs(page: Path) -> None:
+    assert sorted(path.name for path in (page / "shapes").iterdir() if path.name[0] != ".") == [
+        "README.md",
+        "croissant.json",
+        "data",
+        "manifest.json",
+        "missing.jsonl",
+    ]
+    keys = pandas.read_parquet(page / "shapes" / "data" / "00000.parquet")["key"]
+    assert sorted(keys) == sorted(4 * [f"shape-{number}" for number in range(6)])
+
+
+@pytest.mark.full_size
+def test_every_picture_says_how_it_was_rendered(page: Path) -> None:
+    with tarfile.open(page / "shapes" / "data" / "00000.tar") as tar:
+        pngs = [name for name in tar.getnames() if name.endswith(".png")]
+        tar.extractall(page / "out", filter="data")
+    assert len(pngs) == 24
+    for name in pngs:
+        row = json.loads((page / "out" / name).with_suffix(".json").read_text())
+        assert row["sha256"] == hashlib.sha256((page / "out" / name).read_bytes()).hexdigest()
+        told = parsed(str(page / "out" / name))
+        assert [prompt.value for prompt in told.prompts] == [row["prompt"]]
+        with Image.open(page / "out" / name) as picture:
+            assert f"Seed: {row['seed']}" in picture.info["parameters"]
+    rows = int(os.environ.get("FARM_TEST_REPLAYED_ROWS", REPLAYED))
+    with torch_threads(1):  # each replay sets what its picture was rendered with
+        for name in random.Random(5).sample(pngs, rows):
+            replayed = farm("replay", str(page / "out" / name), "--json")
+            assert replayed.code == 0, replayed.err
+            assert replayed.json["identical"] is True
