@@ -28,6 +28,7 @@ from farm.store.engine import open_store, transaction
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing here speaks TLS: else each client of httpx reads every root certificate, for 27 ms.
+os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.devnull
 
 TEMPLATE = "farm_template"

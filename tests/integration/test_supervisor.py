@@ -42,7 +42,7 @@ def test_a_child_that_keeps_ending_waits_longer_and_shows_its_log(
             script("worker demo-1", "print('no weights'); raise SystemExit(3)")
         )
         wait_until(lambda: child.restarts == 3, WAIT_SECONDS, "it was started four times")
-    lines = caplog.messages
+    lines = [row.getMessage() for row in caplog.records if row.name == "farm.local.child"]
     assert lines[:3] == [
         f"worker demo-1 ended (exit code 3); started again in {delay} s"
         for delay in ("0.2", "0.4", "0.8")

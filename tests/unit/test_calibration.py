@@ -18,7 +18,8 @@ from farm.config import DEMO_CATALOG
 from farm.errors import CatalogError
 from farm.families import all_families
 from farm.families.null import write_checkpoint
-from tests.commanding import Outcome, farm, farm_process
+from tests.commanding import Outcome, farm
+from tests.rendering import torch_threads
 
 
 def point(bucket: int, images_per_second: float, *noise: float) -> Point:
@@ -259,10 +260,10 @@ def test_an_unknown_pipeline_is_named(catalog: Path) -> None:
     assert "There is no pipeline 'y'; there are x." in done.err
 
 
-def test_the_demo_is_swept(tmp_path: Path) -> None:
-    """The real pipeline, in a process of its own, as a user has it."""
+def test_the_demo_is_swept() -> None:
     words = ("--most", "2", "--batches", "2", "--steps", "1", "--size", "32x32", "--json")
-    done = farm_process("calibrate", "demo", *words, env={"FARM_TORCH_THREADS": "1"})
+    with torch_threads(1):
+        done = farm("calibrate", "demo", *words, env={"FARM_TORCH_THREADS": "1"})
     assert done.code == OK, done.err
     said = json.loads(done.out.splitlines()[-1])
     assert [item["names"] for item in said["sizes"]] == [["default", "64x64"], ["32x32"]]

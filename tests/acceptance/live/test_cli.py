@@ -188,8 +188,8 @@ def test_lists(run: Run, live: Live, rendered: dict[str, Any]) -> None:
     assert worker["name"] in run("workers").out
 
 
-def test_doctor_finds_all_well(run_process: Run) -> None:
-    outcome = run_process("doctor")
+def test_doctor_finds_all_well(run: Run, run_process: Run) -> None:
+    outcome = run("doctor")
     assert outcome.code == 0, outcome.out
     assert outcome.out.splitlines()[-1] == "All is well."
     assert "✓ s3" in outcome.out
