@@ -8,11 +8,15 @@ from api import wire
 from api.auth import FarmHere
 from farm.context import Farm
 from farm.errors import Unavailable
+from farm.store.engine import require_writes
 from farm.store.migrate import SchemaRefused, require_schema
 
 router = APIRouter(tags=["health"])
 
-UNREADY = "Postgres or S3 is away, or this version cannot work on the database's schema"
+UNREADY = (
+    "Postgres or S3 is away, Postgres takes no writes, or this version cannot work on the "
+    "database's schema"
+)
 
 
 @router.get("/healthz", summary="Liveness")
@@ -39,6 +43,7 @@ def readyz(farm: FarmHere, response: Response) -> wire.Readiness:
 def _postgres(farm: Farm) -> wire.Part:
     try:
         require_schema(farm.store)
+        require_writes(farm.store)
     except (SchemaRefused, Unavailable) as error:
         return wire.Part(ok=False, detail=error.message)
     return wire.Part(ok=True, detail="ok")

@@ -163,7 +163,7 @@ class Artifacts:
             )
         except (BotoCoreError, ClientError) as error:
             kind = StorageRefused if _status(error) in REFUSED else Unavailable
-            raise kind(f"The image storage did not take {key}: {error}") from error
+            raise kind(f"The image storage did not take {key}: {_why(error)}") from error
 
     def put_file(self, bucket: str, key: str, path: Path) -> None:
         """Store a file, in parts where it is large, in this bucket or another.
@@ -178,7 +178,8 @@ class Artifacts:
             cause = error.__context__ if isinstance(error, S3UploadFailedError) else error
             status = _status(cause) if isinstance(cause, BotoCoreError | ClientError) else None
             kind = StorageRefused if status in {*REFUSED, 404} else Unavailable
-            raise kind(f"The storage did not take {key} in {bucket}: {error}") from error
+            why = _why(cause or error)
+            raise kind(f"The storage did not take {key} in {bucket}: {why}") from error
 
     def copy(self, source: str, target: str) -> None:
         """Copy an image within the storage. With `discard_pictures` nothing is copied.
@@ -236,7 +237,9 @@ class Artifacts:
                 Bucket=self.bucket, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_KEYS
             )
         except (BotoCoreError, ClientError) as error:
-            raise Unavailable(f"The image storage did not list its objects: {error}") from error
+            raise Unavailable(
+                f"The image storage did not list its objects: {_why(error)}"
+            ) from error
         # Its own clock tells both moments, so that no machine's clock makes an object old.
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         objects = [
@@ -254,7 +257,7 @@ class Artifacts:
         try:
             self._s3.delete_object(Bucket=self.bucket, Key=key)
         except (BotoCoreError, ClientError) as error:
-            raise Unavailable(f"The image storage did not delete {key}: {error}") from error
+            raise Unavailable(f"The image storage did not delete {key}: {_why(error)}") from error
 
     def delete_all(self, keys: Sequence[str], *, hasty: bool = False) -> None:
         """Remove PAGE_KEYS images at most; one that is not there is no error.
@@ -271,7 +274,9 @@ class Artifacts:
                 Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
             )
         except (BotoCoreError, ClientError) as error:
-            raise Unavailable(f"The image storage did not delete its objects: {error}") from error
+            raise Unavailable(
+                f"The image storage did not delete its objects: {_why(error)}"
+            ) from error
         if refused := answer.get("Errors"):
             first = refused[0]
             raise Unavailable(
@@ -299,6 +304,17 @@ class Artifacts:
         self._s3.close()
 
 
+def _why(error: BaseException) -> str:
+    """What went wrong, for tenants too: no file and no address of a server.
+
+    The whole error stands in the log, as the cause of what is raised.
+    """
+    if isinstance(error, ClientError):
+        found = error.response.get("Error", {})
+        return str(found.get("Message") or found.get("Code") or "it gave no reason")
+    return type(error).__name__
+
+
 def _status(error: BotoCoreError | ClientError) -> int | None:
     """The HTTP status of an answer; None where there was none."""
     if not isinstance(error, ClientError):
@@ -309,4 +325,4 @@ def _status(error: BotoCoreError | ClientError) -> int | None:
 def _not_given(key: str, error: BotoCoreError | ClientError) -> Unavailable:
     if isinstance(error, ClientError) and error.response["Error"]["Code"] == NO_SUCH_KEY:
         return NotStored(f"The image storage holds no {key}.")
-    return Unavailable(f"The image storage did not give {key}: {error}")
+    return Unavailable(f"The image storage did not give {key}: {_why(error)}")

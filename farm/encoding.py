@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
@@ -36,8 +37,11 @@ UNREADABLE = (
 class Encoder:
     """Encodes the pictures of one loaded pipeline; safe to share between threads."""
 
-    def __init__(self, circumstances: Circumstances) -> None:
-        self._scribe = Scribe(circumstances)
+    def __init__(
+        self, circumstances: Circumstances, threads_of: Callable[[FrameSpec], int] | None = None
+    ) -> None:
+        """Encode with this provenance; see Scribe."""
+        self._scribe = Scribe(circumstances, threads_of)
 
     def provenance(self, frame: FrameSpec) -> str:
         """All that decides the bytes of a frame's file, as JSON."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from farm.artifacts import artifact_key, export_prefix
 from farm.context import Farm
 from farm.errors import InvalidRequest, Unavailable
+from farm.folders import make_private
 from farm.spec import FullSpec, frame_spec
 from farm.states import FrameState
 from farm.store import exports as stored
@@ -148,7 +149,7 @@ class ShardWriter:
             Stopped: it is not wanted any more.
         """
         scratch = self.farm.settings.scratch_dir  # a shard may have many GB
-        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(scratch)
         with tempfile.TemporaryDirectory(prefix="farm-export-", dir=scratch) as folder:
             if shard.job_id is None:
                 return self._put(shard, self._cover(shard, Path(folder))), 0, 0
@@ -203,7 +204,7 @@ class ShardWriter:
         parts: Parts = {}
         for first in range(shard.first, shard.stop, PAGE):
             stop = min(first + PAGE, shard.stop)
-            with reads(self.farm.store) as connection:
+            with transaction(self.farm.store) as connection:
                 job = reading.get_job(connection, shard.tenant_id, job_id)
                 full = FullSpec.model_validate(job.spec)
                 page = reading.list_frames(connection, job_id, after=first - 1, limit=stop - first)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any, Literal
 
@@ -67,17 +68,32 @@ def library_versions() -> dict[str, str]:
 class Scribe:
     """Writes frames' texts; what they have in common is written once."""
 
-    def __init__(self, circumstances: Circumstances) -> None:
-        common = Circumstances.model_validate(
+    def __init__(
+        self, circumstances: Circumstances, threads_of: Callable[[FrameSpec], int] | None = None
+    ) -> None:
+        """Write for one loaded pipeline.
+
+        Args:
+            circumstances: what its frames have in common.
+            threads_of: the torch threads that a frame is rendered with, where not all have the
+                circumstances' number.
+        """
+        self._circumstances = Circumstances.model_validate(
             {name: getattr(circumstances, name) for name in Circumstances.model_fields}
         )
-        self._common = common.model_dump_json().removesuffix("}") + ',"format":1,"frame":'
+        self._threads_of = threads_of or (lambda _frame: circumstances.threads)
+        self._common: dict[int, str] = {}
         self._model_hash = circumstances.weights[:10]
         self._version = _quoted(f"farm {circumstances.versions['farm']}")
 
     def json(self, frame: FrameSpec) -> str:
         """Write a frame's provenance: the very text of `Provenance.model_dump_json()`."""
-        return f"{self._common}{frame.model_dump_json()}}}"
+        threads = self._threads_of(frame)
+        if threads not in self._common:
+            common = self._circumstances.model_copy(update={"threads": threads})
+            text = common.model_dump_json().removesuffix("}")
+            self._common[threads] = f'{text},"format":1,"frame":'
+        return f"{self._common[threads]}{frame.model_dump_json()}}}"
 
     def parameters(self, frame: FrameSpec) -> str:
         """Write the text of AUTOMATIC1111's web UI: prompt, negative prompt, `Key: value, …`."""

@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from farm.errors import CatalogError
+from farm.errors import CatalogError, RenderError
 from farm.families.base import Batch, Loaded, Params
 from farm.families.compiling import compile_no_more
 from farm.families.graphs import graphs_kept
+from farm.families.slots import SlotTest
 from farm.offers import Offer, sample
 from farm.spec import FrameSpec
 
@@ -100,6 +101,13 @@ def _compile_for(offer: Offer, loaded: Loaded, shape: Shape) -> None:
             ) from error
 
 
+def default_shape(offer: Offer) -> Shape:
+    """The entry's own size, at its bucket."""
+    fields = offer.params_type.model_fields
+    width, height = fields["width"].default, fields["height"].default
+    return Shape(width, height, offer.pipeline.bucket_for(width, height))
+
+
 def declared_shapes(offer: Offer) -> Iterator[Shape]:
     """Every size of the bucket table, at each bucket that the farm may choose for it.
 
@@ -140,3 +148,20 @@ def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:
     )
     picture = Image.new("RGB", (shape.width, shape.height))
     return Batch([frame], images=dict.fromkeys(offer.params_type.image_ids(frame.params), picture))
+
+
+def slot_test(offer: Offer, loaded: Loaded) -> SlotTest:
+    """Test that a picture's bits do not depend on its slot, for the entry's own size and bucket.
+
+    Raises:
+        CatalogError: they do, whatever is tried.
+    """
+    slots = SlotTest(offer.name, offer.family, offer.params_type)
+    if loaded.pipes:
+        shape = default_shape(offer)
+        params = next(_variants(offer, shape))
+        try:
+            slots.threads(loaded, _batch(offer, shape, params).frames[0])
+        except RenderError as error:
+            raise CatalogError(error.message) from error
+    return slots

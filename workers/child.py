@@ -10,13 +10,13 @@ from collections.abc import Callable
 from farm.config import load_settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
-from farm.families.devices import prepare_torch
+from farm.families.devices import even_threads, prepare_torch
 from farm.families.kept import keep_in
 from farm.families.loading import free_what_is_left
 from farm.offers import make_offer
 from farm.store import workers
 from farm.store.engine import transaction
-from farm.warming import warm_up
+from farm.warming import slot_test, warm_up
 from workers.batchlog import BatchLog
 from workers.identity import Identity, announced_identity
 from workers.line import RenderLine
@@ -121,12 +121,15 @@ class Child:
         name, pipeline, started = self._identity.name, self._identity.pipeline, self._clock()
         try:
             keep_in(self._farm.settings.cache_dir)
-            prepare_torch(self._farm.settings.torch_threads)
+            prepare_torch(even_threads(self._farm.settings.torch_threads))
             # Read anew for each try: the checkpoint may be another one since.
             offer = make_offer(pipeline, self._farm.entry(pipeline))
             loaded = offer.family.load(offer.pipeline)
             warmth = warm_up(offer, loaded)
-            line = RenderLine(self._farm, self._identity, offer, loaded, warmth, self._batch_log)
+            slots = slot_test(offer, loaded)
+            line = RenderLine(
+                self._farm, self._identity, offer, loaded, warmth, slots, self._batch_log
+            )
         except FarmError as error:
             problem = one_line(error.message, MOST_CHARACTERS)
             log.error("%s cannot load pipeline %s: %s", name, pipeline, problem)  # noqa: TRY400

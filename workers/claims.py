@@ -133,8 +133,7 @@ class Claims:
             if lease is not None:
                 self._in_hand[lease.id] = started, ended
             self._seconds = ended - started
-        if lease is not None and len(lease.frames) == lease.frames[0].spec.bucket:
-            # There may be more, for another worker.
+        if lease is not None and lease.more:
             self._farm.bells.ring(lease.pipeline, urgent=priority is Priority.INTERACTIVE)
         return lease
 

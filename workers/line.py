@@ -20,8 +20,9 @@ from farm.context import Farm
 from farm.encoding import Encoder
 from farm.errors import RenderError
 from farm.families.base import Batch, Loaded, StopBatch
-from farm.families.devices import is_out_of_memory
+from farm.families.devices import is_out_of_memory, torch_threads
 from farm.families.loading import free_what_is_left
+from farm.families.slots import SlotTest
 from farm.filters import load_filters
 from farm.offers import Offer
 from farm.provenance import circumstances_of
@@ -60,6 +61,7 @@ class RenderLine:
         offer: Offer,
         loaded: Loaded,
         warmth: Warmth | None = None,
+        slots: SlotTest | None = None,
         batch_log: BatchLog | None = None,
     ) -> None:
         self._farm = farm
@@ -73,7 +75,11 @@ class RenderLine:
         self._claims = Claims(farm, identity)
         self._urgent = Urgent(farm, identity, self._claims)
         spool = Spool(self._scratch.pictures(os.getpid()), farm.settings.spool_bytes)
-        encoder = Encoder(circumstances_of(loaded))
+        circumstances = circumstances_of(loaded)
+        self._slots = slots or SlotTest(offer.name, offer.family, offer.params_type)
+        encoder = Encoder(
+            circumstances, lambda frame: self._slots.threads_of(frame, circumstances.threads)
+        )
         self._reuse = Reuse(farm, identity, encoder)
         sieve = Sieve(farm, identity, load_filters(offer.pipeline.filters))
         self._tail = Tail(farm, identity, encoder, spool, self._claims, sieve, self._reuse)
@@ -253,7 +259,8 @@ class RenderLine:
         self._scratch.hold(os.getpid(), batch.lease.id)
         self._tail.begin()
         try:
-            return self._offer.family.denoise(loaded, Batch(specs, hook, images))
+            with torch_threads(self._slots.threads(loaded, specs[0])):
+                return self._offer.family.denoise(loaded, Batch(specs, hook, images))
         except BaseException as error:
             loaded.rest()
             if isinstance(error, REFUSALS):

@@ -137,7 +137,7 @@ class Heart:
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
             self._end_hung(held)
             self._end_adrift({lease.id for lease in held})
-        gone = {lease.pid for lease in held if not is_alive(lease.pid)}
+        gone = {lease.pid for lease in held if not is_running_child(lease.pid)}
         for pid in gone:
             if self._is_explained(pid):
                 self._return_lost(pid)
@@ -158,7 +158,7 @@ class Heart:
         for the storage only the first is looked after again and again.
         """
         patience = timedelta(seconds=self._farm.settings.step_timeout_seconds)
-        for pid in {lease.pid for lease in held if is_alive(lease.pid)}:
+        for pid in {lease.pid for lease in held if is_running_child(lease.pid)}:
             own, device = [lease for lease in held if lease.pid == pid], self._scratch.held_by(pid)
             judged = [lease for lease in own if lease.id == device] or own
             still = min(lease.still for lease in judged)
@@ -249,19 +249,11 @@ class Heart:
             log.warning("%s left without saying so: %s", self._identity.name, error)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this host exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's, but there
-    return True
-
-
 def is_running_child(pid: int) -> bool:
-    """Whether a process is this one's child and runs; its exit code is left for Celery to read."""
+    """Whether a process is this one's child and runs; its exit code is left for Celery to read.
+
+    A number alone would not do: the system gives that of a child that ended to another process.
+    """
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from farm.errors import FarmError
+from farm.folders import make_private
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Scratch:
         """
         root = self.folder.parent
         try:
-            _make_private(root)
+            make_private(root)
             with _locked(root / "lock"):
                 for left in root.glob(f"{PREFIX}*"):
                     _sweep(left)
@@ -120,14 +121,6 @@ class Scratch:
     @property
     def _loading(self) -> Path:
         return self.folder / "loading"
-
-
-def _make_private(root: Path) -> None:
-    """Make a folder that nobody else may write to; whoever could, could exchange pictures."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = root.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FarmError(f"FARM_SCRATCH_DIR: {root} can be written by others; choose another.")
 
 
 def _lock(path: Path) -> TextIO | None:

@@ -93,13 +93,13 @@ def _measure(
     # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from farm import calibration
-    from farm.families.devices import prepare_torch
+    from farm.families.devices import even_threads, prepare_torch
     from farm.offers import make_offer
 
     offer = make_offer(name, entry)
     sizes = calibration.sizes(offer, added)
     with busy(f"Loading {name}"):
-        prepare_torch(settings.torch_threads)
+        prepare_torch(even_threads(settings.torch_threads))
         loaded = offer.family.load(entry)
     return [_swept(offer, loaded, size, names, effort) for size, names in sizes.items()], loaded
 

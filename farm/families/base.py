@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
@@ -274,6 +276,8 @@ def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[s
         done += 1
         steps = max(done, steps or round(pipe.num_timesteps / share))  # some take two for a step
         on_step(done, steps)
+        if (seen := _SEEN.get()) is not None and "latents" in tensors:
+            seen.append(tensors["latents"])
         return tensors
 
     return callback
@@ -300,6 +304,26 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
     import torch
     from PIL import Image
 
+    if (seen := _SEEN.get()) is not None:
+        seen.append(images)
     # Both round half to even, in float32.
     values = (images.float() * 255).round().to(torch.uint8)
     return [Image.fromarray(one) for one in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+_SEEN: ContextVar[list[torch.Tensor] | None] = ContextVar("floats", default=None)
+
+
+@contextmanager
+def floats_seen() -> Iterator[list[torch.Tensor]]:
+    """Collect what is computed for a batch in the block: latents of each step, and pictures.
+
+    Each tensor's first dimension is the batch's, or a multiple of it; pictures are those that
+    `to_pictures` is given, before it rounds them.
+    """
+    seen: list[torch.Tensor] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)

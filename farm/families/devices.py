@@ -6,7 +6,8 @@ import errno
 import os
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,30 @@ def _says_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def even_threads(threads: int) -> int:
+    """Round torch's threads (0: its own choice) down to a power of two.
+
+    A batch that is split into 3 or 6 parts is split within a frame; see slots.
+    """
+    import torch
+
+    return 1 << (threads or torch.get_num_threads()).bit_length() - 1
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads in the block; 0: as many as now."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare_torch(threads: int) -> None:

@@ -67,7 +67,7 @@ class PromptEncoder:
         self._known: LRUCache[tuple[object, ...], Embeds] = LRUCache(
             remembered_bytes, getsizeof=lambda embeds: embeds.size
         )
-        self._compels: dict[int | None, dict[str, Any]] = {}
+        self._compels: dict[tuple[int | None, int], dict[str, Any]] = {}
 
     def arguments(
         self, prompts: Sequence[str], negatives: Sequence[str | None] | None, reading: Reading
@@ -167,10 +167,12 @@ class PromptEncoder:
 
     def _compel(self, clip_skip: int | None) -> dict[str, Any]:
         """Compel for each text encoder, in the order in which their features stand."""
+        import torch
         from compel import Compel, ReturnedEmbeddingsType
 
-        if clip_skip in self._compels:
-            return self._compels[clip_skip]
+        known = clip_skip, torch.get_num_threads()  # it encodes an empty text when it is made
+        if known in self._compels:
+            return self._compels[known]
         pipe = self._pipe
         names = [name for name in (FIRST, SECOND) if getattr(pipe, name, None) is not None]
         if hasattr(pipe, SECOND):
@@ -179,7 +181,7 @@ class PromptEncoder:
             kind = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NORMALIZED
         else:
             kind = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
-        self._compels[clip_skip] = {
+        self._compels[known] = {
             name: Compel(
                 tokenizer=getattr(pipe, name.replace("text_encoder", "tokenizer")),
                 text_encoder=getattr(pipe, name),
@@ -189,7 +191,7 @@ class PromptEncoder:
             )
             for name in names
         }
-        return self._compels[clip_skip]
+        return self._compels[known]
 
     def _empty(self, clip_skip: int | None) -> list[torch.Tensor]:
         """What fills up a text that is shorter, for each text encoder: an empty one."""
@@ -215,9 +217,11 @@ class PromptEncoder:
 
 
 def _decisive(reading: Reading) -> tuple[object, ...]:
-    """What of a reading decides an embedding's bits: Compel encodes each text alone."""
-    alone = reading.syntax == "compel"
-    return reading.syntax, reading.clip_skip, 1 if alone else reading.bucket
+    """What beside its text decides an embedding's bits: Compel encodes each text alone."""
+    import torch
+
+    bucket = 1 if reading.syntax == "compel" else reading.bucket
+    return reading.syntax, reading.clip_skip, bucket, torch.get_num_threads()
 
 
 def _zeros_like(embeds: Embeds) -> Embeds:

@@ -48,6 +48,8 @@ class Lease:
     priority: Priority
     """The most urgent of its frames'"""
     frames: tuple[ClaimedFrame, ...]
+    more: bool = False
+    """Whether the lane had more when it was claimed: another worker should wake up"""
 
 
 CLAIM = text("""
@@ -109,7 +111,7 @@ def claim(
     lines = lines_of(connection, jobs, named, parts) if named else {}
     frames = tuple(_claimed(row, jobs[row.job_id], lines) for row in rows)
     first = rows[0]
-    return Lease(lease_id, worker_id, pipeline, Priority(first.priority), frames)
+    return Lease(lease_id, worker_id, pipeline, Priority(first.priority), frames, first.more)
 
 
 def _claimed(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection as Connection
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import Engine, ExceptionContext, create_engine, event, make_url, text
 from sqlalchemy import Row as Row
 from sqlalchemy.exc import (
     DBAPIError,
@@ -31,6 +31,8 @@ STATEMENT_MILLISECONDS = 30_000
 IDLE_SECONDS = 1.0
 """A connection left alone for longer is tried before it is used: one more round trip."""
 IDLE_IN_TRANSACTION = "25P03"
+READ_ONLY = "25006"
+"""A standby, or a primary that became one: another server may be the primary now"""
 TRY_AGAIN = {"08", "40", "53", "57", "58"}
 """SQLSTATE classes: connection, rollback (a deadlock's victim), resources, operator, its system."""
 
@@ -57,7 +59,9 @@ def open_store(settings: Settings) -> Store:
         pool_size=POOL_SIZE,
         max_overflow=POOL_SIZE,
         pool_timeout=CONNECT_SECONDS,
+        hide_parameters=True,  # they hold prompts, and errors are logged
         connect_args={
+            "target_session_attrs": "read-write",
             "connect_timeout": CONNECT_SECONDS,
             "application_name": "farm",
             "options": f"-c statement_timeout={STATEMENT_MILLISECONDS} -c timezone=UTC"
@@ -71,6 +75,7 @@ def open_store(settings: Settings) -> Store:
         },
     )
     event.listen(store, "connect", _add_routines)
+    event.listen(store, "handle_error", _leave_read_only)
     _try_idle_ones(store)
     return store
 
@@ -78,6 +83,12 @@ def open_store(settings: Settings) -> Store:
 def _add_routines(connection: Any, _record: Any) -> None:
     connection.execute(ROUTINES)
     connection.commit()
+
+
+def _leave_read_only(context: ExceptionContext) -> None:
+    """Drop every connection to a server that takes no writes: none of them will do any more."""
+    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
 
 
 def _try_idle_ones(store: Engine) -> None:
@@ -149,11 +160,23 @@ def _telling_outages() -> Iterator[None]:
 def is_outage(error: DBAPIError) -> bool:
     """Whether an error means that Postgres was away, rather than that the statement was wrong."""
     state = getattr(error.orig, "sqlstate", None)
-    if state == IDLE_IN_TRANSACTION:
+    if state in {IDLE_IN_TRANSACTION, READ_ONLY}:
         return True
     if not isinstance(error, OperationalError | InterfaceError):
         return False
     return error.connection_invalidated or state is None or state[:2] in TRY_AGAIN
+
+
+def require_writes(store: Store) -> None:
+    """Return if Postgres takes writes.
+
+    Raises:
+        Unavailable: it does not, or cannot be reached.
+    """
+    with reads(store) as connection:
+        if connection.execute(text("SHOW transaction_read_only")).scalar_one() == "on":
+            connection.invalidate()
+            raise Unavailable("Postgres takes no writes: it is read-only.")
 
 
 def tells_statements(error: Exception) -> bool:

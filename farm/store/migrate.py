@@ -7,6 +7,7 @@ stands in the database as its floor, in the comment of alembic's table.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, Table, text
 from sqlalchemy.schema import DropTableComment, SetTableComment
+from tenacity import Retrying, retry_if_exception, wait_fixed
 
 import migrations
 from farm.errors import FarmError
 from farm.store.engine import Store, transaction
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(migrations.__file__).parent
 
@@ -32,6 +36,11 @@ FOLDER = Path(migrations.__file__).parent
 NO_LIMIT = text(
     "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"
 )
+LOCK_SECONDS = 2
+LOCK_TIMEOUT = text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+PAUSE_SECONDS = 3.0
+"""Between two tries, in which the queries that had to wait are answered"""
+LOCK_NOT_AVAILABLE = "55P03"
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
 FLOOR = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
 
@@ -99,26 +108,62 @@ def require_schema(store: Store, folder: Path = FOLDER) -> None:
 
 
 def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> Upgrade:
-    """Apply the steps that are missing, in one transaction; two callers take turns.
+    """Apply the steps that are missing, each in a transaction; two callers take turns.
 
     `pre_only` stops before the first post step, so that an older version may run on; an empty
-    database, on which nothing runs, gets every step all the same.
+    database, on which nothing runs, gets every step all the same, in one transaction.
+
+    A step waits for a lock for LOCK_SECONDS at most, since every query behind it waits too; then it
+    is undone, and tried again after a while.
 
     Raises:
         SchemaRefused: a newer version changed the database too far for this one.
         Unavailable: Postgres cannot be reached.
     """
     chain = steps(folder)
-    with _alone(store, folder) as (connection, config):
-        place = _place(connection)
+    with transaction(store) as turn:
+        turn.execute(NO_LIMIT)
+        turn.execute(LOCK)
+        place = _place(turn)
         missing = wanted = _missing(chain, place)
-        if pre_only and place.at is not None:
-            wanted = list(takewhile(lambda step: step.stage is Stage.PRE, missing))
-        if wanted:
-            alembic.command.upgrade(config, wanted[-1].revision)
-            _write_floor(connection, chain)
+        if place.at is None:
+            _apply(store, wanted[-1:], folder)
+        else:
+            if pre_only:
+                wanted = list(takewhile(lambda step: step.stage is Stage.PRE, missing))
+            for step in wanted:
+                _apply(store, [step], folder)
     revisions = [step.revision for step in missing]
     return Upgrade(revisions[: len(wanted)], revisions[len(wanted) :])
+
+
+def _apply(store: Store, upto: Sequence[Step], folder: Path) -> None:
+    """Apply all steps up to one, in one transaction, as soon as its locks can be had."""
+    tries = Retrying(
+        retry=retry_if_exception(_waited_for_lock),
+        wait=wait_fixed(PAUSE_SECONDS),
+        before_sleep=lambda _: log.warning(
+            "A step waits for a lock that another query holds, and is tried again in %g s",
+            PAUSE_SECONDS,
+        ),
+        reraise=True,
+    )
+    for step in upto:
+        tries(_apply_once, store, step, folder)
+
+
+def _apply_once(store: Store, step: Step, folder: Path) -> None:
+    with transaction(store) as connection:
+        connection.execute(NO_LIMIT)
+        connection.execute(LOCK_TIMEOUT)
+        config = _config(folder)
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, step.revision)
+        _write_floor(connection, steps(folder))
+
+
+def _waited_for_lock(error: BaseException) -> bool:
+    return getattr(getattr(error, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE
 
 
 def downgrade(store: Store, revision: str = "base", *, folder: Path = FOLDER) -> None:

@@ -7,6 +7,7 @@ import io
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from farm.formats import Format
 from farm.spec import FrameSpec
 from farm.store import workers
 from farm.store.engine import transaction
-from tests.farming import frame_rows, job_row, new_tenant, sql
+from tests.farming import frame_rows, job_row, sql
 from tests.integration.noise_jobs import (
     LAST_STEP,
     at_step,
@@ -102,16 +103,42 @@ def test_progress_is_reported_while_a_batch_denoises(
     assert (5, 10) in seen
 
 
-def test_a_full_batch_wakes_another_worker(farm: Farm, tenant: uuid.UUID, line: RenderLine) -> None:
-    other = new_tenant(farm, "other")
-    submit_noise(farm, other, images_per_prompt=8)
+@pytest.mark.parametrize(
+    ("fields", "bells"),
+    [
+        ({"images_per_prompt": 4}, 0),
+        ({"images_per_prompt": 8}, 1),
+        ({"images_per_prompt": 3, "grid": {"width": [8, 16]}}, 1),
+        ({"images_per_prompt": 80}, 2),
+    ],
+    ids=["one batch", "two full ones", "two that are not full", "never more than two bells"],
+)
+def test_a_claim_that_leaves_something_wakes_another_worker(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine, fields: dict[str, Any], bells: int
+) -> None:
+    submit_noise(farm, tenant, **fields)
     connection = farm.bells._redis
     connection.flushdb()
     line.run()
-    assert connection.llen("render.noise") == 2  # one a full batch, and never more than two
-    submit_noise(farm, tenant, images_per_prompt=80)
+    assert connection.llen("render.noise") == bells
+
+
+def test_a_batch_that_failed_wakes_workers_for_its_frames(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """They go on one by one, so that all idle workers have something to do."""
+    submit_noise(farm, tenant, images_per_prompt=4)
+    failed: list[bool] = []
+
+    def fail_once() -> None:
+        if not failed:
+            failed.append(True)
+            farm.bells._redis.flushdb()
+            raise RuntimeError
+
+    noise.disturb = at_step(0, fail_once)
     line.run()
-    assert connection.llen("render.noise") == 2
+    assert farm.bells._redis.llen("render.noise") == 2
 
 
 # Jobs that are cancelled

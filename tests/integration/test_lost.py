@@ -347,6 +347,27 @@ def test_a_child_is_judged_by_what_is_on_its_device(
         assert child.wait(30) == -signal.SIGKILL
 
 
+def test_a_process_that_has_a_childs_number_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
+    """The number of a child that ended is another program's now; its lease is given back."""
+    job_id = submit(farm, tenant)
+    hand = hire(farm)
+    argv = ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
+    innocent = int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+    try:
+        lease = replace(hand, pid=innocent).must_claim()
+        ago = "clock_timestamp() - interval '1 hour'"
+        sql(farm, f"UPDATE leases SET stepped_at = {ago} WHERE id = :id", id=lease.id)
+        scratch = Scratch(farm.settings.scratch_dir, hand.id)
+        scratch.folder.mkdir(parents=True)
+        scratch.hold(innocent, lease.id)
+        heart = Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)
+        heart._beat()
+        heart._beat()
+        assert attempts_of(farm, job_id) == [(1, "worker_lost")]
+    finally:
+        os.kill(innocent, signal.SIGKILL)  # it is there still
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
     farm: Farm, tenant: uuid.UUID, lost: bool

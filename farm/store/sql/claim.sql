@@ -75,7 +75,7 @@ CREATE FUNCTION pg_temp.claim(
     _priority smallint, _known uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
-    bucket smallint, priority smallint, redraws smallint
+    bucket smallint, priority smallint, redraws smallint, more boolean
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -93,6 +93,7 @@ DECLARE
     ids uuid[];
     ordinals bigint[];
     attempts smallint[];
+    left_over boolean;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
@@ -230,7 +231,15 @@ BEGIN
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
-    -- 7. What each frame draws. A chunk of prompts is unpacked once, whatever it is needed for.
+    -- 7. Whether something is left, for which another worker should wake up. Of the returned
+    -- frames a few are looked at: this is a hint, and most of them may not be due yet.
+    left_over := EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = _pipeline)
+        OR EXISTS (SELECT FROM (
+            SELECT r.not_before FROM returns r
+            WHERE r.pipeline = _pipeline AND NOT r.paused LIMIT 100
+        ) r WHERE r.not_before <= clock_timestamp());
+
+    -- 8. What each frame draws. A chunk of prompts is unpacked once, whatever it is needed for.
     -- Lines of an input are not here: whoever claims keeps its parts, which serve many batches.
     RETURN QUERY
     WITH f AS (
@@ -259,6 +268,7 @@ BEGIN
            leader.bucket, leader.priority,
            CASE WHEN p.attempt = 1 THEN 0::smallint ELSE (
                SELECT r.redraws FROM frames r WHERE r.job_id = p.id AND r.ordinal = p.ordinal
-           ) END
+           ) END,
+           left_over
     FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;

@@ -1,0 +1,138 @@
+"""A frame's bits do not depend on its slot: what is split unevenly is found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farm.catalog import Pipeline, load_catalog
+from farm.config import DEMO_CATALOG
+from farm.errors import CatalogError, RenderError
+from farm.families.base import Batch, Loaded, floats_seen
+from farm.families.devices import even_threads, torch_threads
+from farm.families.slots import SlotTest
+from farm.offers import Offer, make_offer
+from farm.spec import FrameSpec
+from farm.warming import slot_test
+from tests.checkpoints import save
+
+# diffusers' own samplers hand torch tensors to numpy.array.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+WHOLE = "FARM_TEST_ALL_SLOTS" in os.environ
+BUCKETS = range(1, 9) if WHOLE else (3, 4)
+THREADS = range(1, 13) if WHOLE else (3, 6)
+SIZES = [(64, 64), (96, 64), (256, 256)] if WHOLE else [(64, 64), (96, 64)]
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("slots")
+    for kind in ("stable_diffusion", "sdxl"):
+        save(kind, made / kind)
+    return made
+
+
+@cache
+def pinned(folder: Path, name: str) -> tuple[Offer, Loaded]:
+    """A pipeline, loaded once."""
+    if name == "demo":
+        entry = load_catalog(DEMO_CATALOG).pipelines["demo"]
+    else:
+        entry = Pipeline(source=name, device="cpu")
+        entry.place(folder)
+    offer = make_offer(name, entry)
+    return offer, offer.family.load(entry)
+
+
+@pytest.fixture
+def threads_restored() -> Iterator[None]:
+    with torch_threads(0):
+        yield
+
+
+def frame(offer: Offer, size: tuple[int, int], bucket: int, seed: int = 5) -> FrameSpec:
+    params = offer.params({"width": size[0], "height": size[1], "steps": STEPS})
+    return FrameSpec(
+        pipeline=offer.name,
+        prompt=f"a green ring {seed}",
+        seed=seed,
+        bucket=bucket,
+        params=params.model_dump(),
+    )
+
+
+def floats(offer: Offer, loaded: Loaded, frames: list[FrameSpec]) -> torch.Tensor:
+    """Render a batch; gives its pictures before they are rounded."""
+    with floats_seen() as seen:
+        offer.family.denoise(loaded, Batch(frames))
+    found: torch.Tensor = seen[-1]
+    return found
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("bucket", BUCKETS)
+@pytest.mark.parametrize("asked", THREADS)
+@pytest.mark.parametrize("name", ["demo", "stable_diffusion", "sdxl"])
+def test_every_slot_gives_the_bits_of_the_first(
+    folder: Path, name: str, asked: int, bucket: int, size: tuple[int, int], threads_restored: None
+) -> None:
+    """Whatever stands in the other slots: a frame in each slot, beside others."""
+    offer, loaded = pinned(folder, name)
+    torch.set_num_threads(even_threads(asked))
+    slots = SlotTest(name, offer.family, offer.params_type)
+    frames = [frame(offer, size, bucket, seed) for seed in range(bucket)]
+    with torch_threads(slots.threads(loaded, frames[0])):
+        mixed = floats(offer, loaded, frames)
+        for slot, own in enumerate(frames):
+            alone = floats(offer, loaded, [own] * bucket)
+            assert torch.equal(mixed[slot], alone[0]), slot
+
+
+def test_threads_are_a_power_of_two() -> None:
+    assert [even_threads(asked) for asked in range(1, 13)] == [1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, loaded: Loaded, needed: int) -> None:
+    """Let the last slot's bits differ where torch has at least so many threads."""
+    forward = loaded.pipe.unet.forward
+
+    def uneven(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if torch.get_num_threads() >= needed:
+            output[0][-1] += 1e-6
+        return output
+
+    monkeypatch.setattr(loaded.pipe.unet, "forward", uneven)
+
+
+def test_a_kernel_that_needs_one_thread_gets_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, threads_restored: None
+) -> None:
+    offer, loaded = pinned(folder, "demo")
+    spoil(monkeypatch, loaded, needed=2)
+    torch.set_num_threads(2)
+    slots = SlotTest("demo", offer.family, offer.params_type)
+    assert slots.threads(loaded, frame(offer, (64, 64), 4)) == 1
+    assert slots.threads(loaded, frame(offer, (64, 64), 1)) == 2
+    assert slots.threads_of(frame(offer, (64, 64), 4), 2) == 1
+
+
+def test_a_kernel_that_depends_on_the_slot_fails_the_load_and_the_shape(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer, loaded = pinned(folder, "demo")
+    spoil(monkeypatch, loaded, needed=1)
+    with pytest.raises(CatalogError, match="64x64 at bucket 8 to the same bytes"):
+        slot_test(offer, loaded)
+    slots = SlotTest("demo", offer.family, offer.params_type)
+    with pytest.raises(RenderError, match="Choose another bucket, such as 1"):
+        slots.threads(loaded, frame(offer, (96, 64), 3))
