@@ -28,13 +28,20 @@ from api import (
     session,
     workers,
 )
+from api.door import FrontDoor
 from api.html import STATIC
+from api.places import Places
 from farm.config import Settings, load_settings
 from farm.context import open_farm
 
 THREADS = 8
 """For calls at work at once. Each waits for Postgres again and again, and then for its turn in the
 interpreter: with more of them, each answer comes later, and fewer come in a second."""
+
+
+STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS = 8, 2, 1
+"""Threads of their own, so that none of the above waits for the storage (pictures of the page), for
+the servers that readiness asks, or for what takes long: whole inputs, and many frames at once"""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -49,9 +56,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
-        app.state.intakes = CapacityLimiter(inputs.AT_ONCE)
+        app.state.intakes = Places(inputs.AT_ONCE, inputs.AT_ONCE_A_TENANT)
         app.state.decoding = CapacityLimiter(images.AT_ONCE)
-        app.state.admitted = CapacityLimiter(images.AT_ONCE + images.MOST_WAITING)
+        crowd = images.AT_ONCE + images.MOST_WAITING
+        app.state.admitted = Places(2 * crowd, crowd)
+        app.state.storage = CapacityLimiter(STORAGE_THREADS)
+        app.state.health = CapacityLimiter(HEALTH_THREADS)
+        app.state.slow = CapacityLimiter(SLOW_THREADS)
         yield
         app.state.farm.close()
 
@@ -64,6 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(FrontDoor)
     errors.install(app)
     job_calls = openapi.refusals(401, 422, 503)
     app.include_router(jobs.router, responses=job_calls)

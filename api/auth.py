@@ -19,6 +19,10 @@ WRITERS = frozenset({"client", OPERATOR})
 bearer = HTTPBearer(auto_error=False, description="An API key: `farm keys create` makes one.")
 
 
+KNOWN = "farm_known"
+"""In a request's scope: a key and its caller, where the front door has looked it up"""
+
+
 def farm_of(request: Request) -> Farm:
     """The farm that this app serves."""
     farm: Farm = request.app.state.farm
@@ -46,13 +50,38 @@ def caller_of(farm: Farm, key: str) -> Caller:
     return caller
 
 
+def cookie_name(request: Request) -> str:
+    """Name the page's cookie: browsers keep one set a host, whatever the port."""
+    return f"farm_key_{request.url.port or 'default'}"
+
+
+def key_of(request: Request) -> str | None:
+    """The key that a request bears: in its header, or else in the page's cookie."""
+    scheme, _, word = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and word.strip():
+        return word.strip()
+    return request.cookies.get(cookie_name(request))
+
+
+def known_caller(request: Request, farm: Farm, key: str) -> Caller:
+    """Find whose key this is, unless the front door has done so.
+
+    Raises:
+        Unauthenticated: it is unknown or revoked.
+    """
+    known: tuple[str, Caller] | None = request.scope.get(KNOWN)
+    return known[1] if known is not None and known[0] == key else caller_of(farm, key)
+
+
 def reader(
-    farm: FarmHere, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+    request: Request,
+    farm: FarmHere,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Caller:
     """Let any known key in."""
     if bearer is None:
         raise Unauthenticated("This call needs an API key: `Authorization: Bearer <key>`.")
-    return caller_of(farm, bearer.credentials)
+    return known_caller(request, farm, bearer.credentials)
 
 
 Reader = Annotated[Caller, Depends(reader)]

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.html import PAGE_HEADERS, render
-from farm.errors import FarmError, InvalidRequest, TooLarge, Unauthenticated, Unavailable
+from farm.errors import FarmError, InvalidRequest, Unauthenticated, Unavailable
 from farm.inputs import BadLines
 
 log = logging.getLogger(__name__)
@@ -63,15 +63,14 @@ def _answer(
     return ProblemResponse(content, status, headers=headers)
 
 
-def _farm_error(request: Request, error: Exception) -> Response:
+def farm_error(request: Request, error: Exception) -> Response:
+    """Answer with an error of the farm's own."""
     assert isinstance(error, FarmError)
     headers = {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="farm"'
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    if isinstance(error, TooLarge):
-        headers["Connection"] = "close"  # else the server reads on, however much is sent
     if error.status >= 500:
         log.error("Request %s: %s", request_id(request), error.message)
     more = {"lines": error.problems} if isinstance(error, BadLines) else {}
@@ -83,7 +82,7 @@ def _invalid(request: Request, error: Exception) -> Response:
     first = cast(RequestValidationError, error).errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:]) or None
     message = f"{param}: {first['msg'].rstrip('.')}."
-    return _farm_error(request, InvalidRequest(message, param=param))
+    return farm_error(request, InvalidRequest(message, param=param))
 
 
 def _http_error(request: Request, error: Exception) -> Response:
@@ -137,7 +136,7 @@ class Guard:
 
 def install(app: FastAPI) -> None:
     """Let every error of an app become a problem."""
-    app.add_exception_handler(FarmError, _farm_error)
+    app.add_exception_handler(FarmError, farm_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Guard)

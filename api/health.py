@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
 
 from api import wire
 from api.auth import FarmHere
@@ -30,13 +31,18 @@ async def healthz() -> wire.Health:
     summary="Readiness",
     responses={503: {"model": wire.Readiness, "description": UNREADY}},
 )
-def readyz(farm: FarmHere, response: Response) -> wire.Readiness:
+async def readyz(request: Request, farm: FarmHere, response: Response) -> wire.Readiness:
     """Tell how each server does; without Redis the farm still serves, only later."""
+    found = await to_thread.run_sync(_readiness, farm, limiter=request.app.state.health)
+    response.status_code = 200 if found.ready else 503
+    return found
+
+
+def _readiness(farm: Farm) -> wire.Readiness:
     postgres = _postgres(farm)
     redis = _part(farm.bells.answers(), "it does not answer: jobs wait for the janitor's bells")
     s3 = _part(farm.artifacts.answers(), "it does not answer, or the bucket is missing")
     ready = postgres.ok and s3.ok
-    response.status_code = 200 if ready else 503
     return wire.Readiness(ready=ready, postgres=postgres, redis=redis, s3=s3)
 
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import RedirectResponse
 
 from api import wire
-from api.auth import FarmHere, Reader, Writer, farm_of
-from api.body import admitted, read_within
+from api.auth import FarmHere, Reader, Writer
+from api.body import read_body
 from api.openapi import refusals
 from farm import images as use_cases
 from farm.imagefiles import ALLOWED, IMAGE_ID, OPENERS, PNG
@@ -34,11 +34,6 @@ MOST_WAITING = 32
 OTHER_KIND = {"model": wire.Problem, "description": f"Content-Type is not {ALLOWED}."}
 
 
-async def read_image(request: Request) -> bytes:
-    """Read a body of at most `max_image_bytes` bytes; see read_within."""
-    return await read_within(request, farm_of(request).settings.max_image_bytes)
-
-
 @router.post(
     "",
     status_code=201,
@@ -50,14 +45,14 @@ async def upload(
     request: Request,
     farm: FarmHere,
     caller: Writer,
-    body: Annotated[bytes, Depends(read_image)],
+    body: Annotated[bytes, Depends(read_body)],
     response: Response,
 ) -> wire.Image:
     """Take a PNG, JPEG or WebP as the raw body, and keep it as an RGB PNG, upright, without
     metadata. The same content again, in whichever of these kinds, answers the same id."""
     content_type = request.headers.get("content-type", "")
     decoding: CapacityLimiter = request.app.state.decoding
-    with admitted(request.app.state.admitted, "images"):
+    with request.app.state.admitted.taken(str(caller.tenant_id), "images"):
         image = await to_thread.run_sync(
             use_cases.upload, farm, caller.tenant_id, body, content_type, limiter=decoding
         )

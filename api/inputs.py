@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from anyio import CapacityLimiter, fail_after, to_thread
+from anyio import to_thread
 from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer, farm_of
-from api.body import admitted
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
+from api.places import Places
 from farm.context import Farm
 from farm.errors import FarmError, MalformedBody
 from farm.inputs import Intake, StoredInput
@@ -24,10 +24,8 @@ from farm.store.engine import reads, transaction
 router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
 
 InputId = Annotated[uuid.UUID, Path(description="the input's id")]
-AT_ONCE = 4
+AT_ONCE, AT_ONCE_A_TENANT = 4, 2
 """Uploads that a process takes at the same time"""
-IDLE_SECONDS = 60.0
-"""How long more of one is waited for"""
 BLOCK_BYTES = 2**20
 """That are read in one go, in a thread"""
 LINES: dict[str, Any] = {
@@ -57,8 +55,8 @@ async def upload(
     Wrong lines are told by their numbers, up to a hundred at once. The same lines again are the
     same input.
     """
-    limiter: CapacityLimiter = request.app.state.intakes
-    with admitted(limiter, "inputs"), Intake(farm.settings) as intake:
+    places: Places = request.app.state.intakes
+    with places.taken(str(caller.tenant_id), "inputs"), Intake(farm.settings) as intake:
         await _read(request, intake)
         found = await to_thread.run_sync(_store, farm, caller.tenant_id, intake)
     response.headers["Location"] = f"/v1/inputs/{found.id}"
@@ -118,8 +116,7 @@ async def _read(request: Request, intake: Intake) -> None:
 async def _blocks(request: Request) -> AsyncIterator[bytes]:
     held = bytearray()
     try:
-        stream = request.stream()
-        while (chunk := await _next(stream)) is not None:
+        async for chunk in request.stream():
             held += chunk
             if len(held) >= BLOCK_BYTES:
                 yield bytes(held)
@@ -128,19 +125,6 @@ async def _blocks(request: Request) -> AsyncIterator[bytes]:
         raise MalformedBody("The body was cut short.") from error
     if held:
         yield bytes(held)
-
-
-async def _next(stream: AsyncGenerator[bytes]) -> bytes | None:
-    """Wait for more of a body; None at its end.
-
-    Raises:
-        MalformedBody: nothing came for too long, and others may want the place.
-    """
-    try:
-        with fail_after(IDLE_SECONDS):
-            return await anext(stream, None)
-    except TimeoutError as error:
-        raise MalformedBody(f"Nothing more of the body came for {IDLE_SECONDS:g} s.") from error
 
 
 def _store(farm: Farm, tenant_id: uuid.UUID, intake: Intake) -> StoredInput:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
@@ -24,11 +25,14 @@ from farm.errors import InvalidRequest
 from farm.states import JobStatus
 from farm.store import reading
 from farm.store.engine import reads, transaction
+from farm.store.keys import Caller
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[uuid.UUID, Path(description="the job's id")]
 LABEL = "label."
+QUICK_BYTES = 2**18
+"""A longer body may hold so many prompts that checking them takes seconds"""
 STEERING = refusals(403, 404, 409)
 
 
@@ -42,7 +46,8 @@ STEERING = refusals(403, 404, 409)
         **refusals(400, 403, 409, 413),
     },
 )
-def submit(
+async def submit(
+    request: Request,
     farm: FarmHere,
     caller: Writer,
     body: Annotated[bytes, Depends(read_body)],
@@ -66,6 +71,27 @@ def submit(
     ] = False,
 ) -> Response:
     """Check a job whole, store it, and answer with it as it stands; it renders when claimed."""
+    takes_long = b'"input"' in body or len(body) > QUICK_BYTES
+    return await to_thread.run_sync(
+        _submit,
+        farm,
+        caller,
+        body,
+        idempotency_key,
+        traceparent,
+        dry_run,
+        limiter=request.app.state.slow if takes_long else None,
+    )
+
+
+def _submit(
+    farm: Farm,
+    caller: Caller,
+    body: bytes,
+    idempotency_key: str | None,
+    traceparent: str | None,
+    dry_run: bool,
+) -> Response:
     if dry_run:
         quote = asdict(use_quotes.quote(farm, caller.tenant_id, parse_json(body)))
         quote |= {name: quote[name].model_dump() for name in ("first", "last")}
@@ -165,9 +191,11 @@ def resume(farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
 
 
 @router.post("/{job_id}/retry", responses=STEERING, summary="Give dead frames fresh attempts")
-def retry(farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
+async def retry(request: Request, farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
     """Return a job's dead frames for as many attempts as they had at first."""
-    return _steered(use_cases.retry, farm, caller.tenant_id, job_id)
+    return await to_thread.run_sync(
+        _steered, use_cases.retry, farm, caller.tenant_id, job_id, limiter=request.app.state.slow
+    )
 
 
 def _steered(

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
@@ -75,11 +76,12 @@ USE_CASES: dict[Action, Callable[[Farm, uuid.UUID, uuid.UUID], object]] = {
 
 
 @router.post("/jobs/{job_id}/{action}")
-def act(
+async def act(
     request: Request, farm: FarmHere, caller: VisitingWriter, job_id: uuid.UUID, action: Action
 ) -> Response:
     """Press one of a job's buttons."""
-    USE_CASES[action](farm, caller.tenant_id, job_id)
+    limiter = request.app.state.slow if action is Action.RETRY else None
+    await to_thread.run_sync(USE_CASES[action], farm, caller.tenant_id, job_id, limiter=limiter)
     return done(request)
 
 

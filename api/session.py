@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from api.auth import WRITERS, FarmHere, caller_of
+from api.auth import WRITERS, FarmHere, caller_of, cookie_name, known_caller
 from api.body import read_body
 from api.html import PAGE_HEADERS, render
 from farm.errors import Forbidden, Unauthenticated
@@ -16,10 +16,7 @@ from farm.store.keys import Caller
 
 router = APIRouter(include_in_schema=False)
 
-
-def cookie_name(request: Request) -> str:
-    """Name the cookie: browsers keep one set a host, whatever the port, so the port is in it."""
-    return f"farm_key_{request.url.port or 'default'}"
+MOST_FIELDS = 4
 
 
 def visitor(request: Request, farm: FarmHere) -> Caller:
@@ -31,7 +28,7 @@ def visitor(request: Request, farm: FarmHere) -> Caller:
     key = request.cookies.get(cookie_name(request))
     if not key:
         raise Unauthenticated("Sign in first.")
-    return caller_of(farm, key)
+    return known_caller(request, farm, key)
 
 
 Visitor = Annotated[Caller, Depends(visitor)]
@@ -75,7 +72,7 @@ def log_in(
     request: Request, farm: FarmHere, body: Annotated[bytes, Depends(read_body)]
 ) -> Response:
     """Take a key, and keep it in the visitor's cookie."""
-    key = parse_qs(body.decode("utf-8", "replace")).get("key", [""])[0].strip()
+    key = _field(body, "key")
     try:
         caller_of(farm, key)
     except Unauthenticated as error:
@@ -91,6 +88,15 @@ def log_in(
         secure=request.url.scheme == "https",
     )
     return response
+
+
+def _field(form: bytes, name: str) -> str:
+    """Read one field of a form; empty where it has none, or is no form."""
+    try:
+        fields = parse_qs(form.decode("utf-8", "replace"), max_num_fields=MOST_FIELDS)
+    except ValueError:
+        return ""
+    return fields.get(name, [""])[0].strip()
 
 
 @router.post("/logout", dependencies=[Depends(same_origin)])

@@ -43,6 +43,13 @@ class TooLarge(FarmError):
     status = 413
 
 
+class TooSlow(FarmError):
+    """The request's body did not come in time, and others may want its place."""
+
+    code = "body_too_slow"
+    status = 408
+
+
 class UnsupportedMediaType(FarmError):
     """The request's body is of a kind that the call does not take."""
 

@@ -31,6 +31,8 @@ MOST_LINE_BYTES = 2**18
 MOST_KEY_CHARS = 200
 MOST_BAD_LINES = 100
 """That are told at once"""
+PIECE_BYTES = 2**14
+"""Of packed bytes, unpacked at once: what is left of a piece is copied for each file in it"""
 GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 DOUBTFUL = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
@@ -111,6 +113,7 @@ class Intake:
         self._settings = settings
         self._hash = hashlib.sha256()
         self._unpacker: Any = None
+        self._packed = 0
         self._begun = False
         self._rest = b""
         self._number = 0
@@ -150,17 +153,30 @@ class Intake:
         if self._unpacker is None:
             self._read(block)
             return
-        while block:
+        self._unpack(memoryview(block))
+
+    def _unpack(self, block: memoryview) -> None:
+        self._packed += len(block)
+        if self._packed > self._settings.max_input_bytes:  # files of nothing unpack to nothing
+            raise self._too_large()
+        at = 0
+        while at < len(block):
             if self._unpacker.eof:  # gzip files may stand one after the other
                 self._unpacker = zlib.decompressobj(31)
+            piece = block[at : at + PIECE_BYTES]
             try:
-                self._read(self._unpacker.decompress(block, 2**20))
+                self._read(self._unpacker.decompress(piece, 2**20))
             except zlib.error as error:
                 raise InvalidRequest(
                     f"input: after line {self._number} it is not gzip any more: {error}.",
                     param="input",
                 ) from error
-            block = self._unpacker.unconsumed_tail or self._unpacker.unused_data
+            left = self._unpacker.unconsumed_tail or self._unpacker.unused_data
+            at += len(piece) - len(left)
+
+    def _too_large(self) -> InvalidRequest:
+        most = self._settings.max_input_bytes
+        return InvalidRequest(f"input: it is larger than the limit of {most} bytes.", param="input")
 
     def end(self) -> Facts:
         """Read what is left, and check what only the whole tells.
@@ -205,10 +221,7 @@ class Intake:
             self.facts.bytes, block = len(BOM), block.removeprefix(BOM)
         self.facts.bytes += len(block)
         if self.facts.bytes > self._settings.max_input_bytes:
-            raise InvalidRequest(
-                f"input: it is larger than the limit of {self._settings.max_input_bytes} bytes.",
-                param="input",
-            )
+            raise self._too_large()
         lines = block.split(b"\n")
         lines[0] = self._rest + lines[0] if self._rest else lines[0]
         self._rest = lines.pop()

@@ -170,14 +170,14 @@ def test_the_same_submission_of_an_input_is_the_same_job(api: Api) -> None:
 def test_an_upload_that_does_not_go_on_loses_its_place(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.inputs.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("api.door.FIRST_SECONDS", 0.2)
     at = urlsplit(api.url)
     head = f"POST /v1/inputs HTTP/1.1\r\nHost: farm\r\nAuthorization: Bearer {api.key()}\r\n"
     with socket.create_connection((str(at.hostname), at.port or 0), timeout=30) as stalled:
         stalled.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + b'{"prompt"')
         answer = stalled.recv(65_536).decode()
-    assert answer.startswith("HTTP/1.1 400 ")
-    assert "Nothing more of the body came" in answer
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert "The body came too slowly" in answer
 
 
 def test_of_too_many_uploads_at_once_some_are_sent_away(

@@ -1,0 +1,198 @@
+"""The front door: what a request's body may take, before anything else looks at the request.
+
+A body has a limit of bytes, a pace that it must keep, and a place while it arrives. Whoever sends a
+valid key has the places of its tenant; without one only `/login` and `/logout` take a body, of a
+few bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from anyio import CapacityLimiter, fail_after, to_thread
+from fastapi import Request, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.auth import KNOWN, caller_of, key_of
+from api.errors import farm_error
+from api.places import Places
+from farm.config import Settings
+from farm.context import Farm
+from farm.errors import FarmError, TooLarge, TooSlow, Unauthenticated
+
+SIGNING_IN = {"/login", "/logout"}
+SIGNING_IN_BYTES = 4096
+DRAINED = 4
+"""How many times its limit a body is read on, kept nowhere, so that its sender hears the refusal
+instead of a broken connection."""
+FIRST_SECONDS = 30.0
+LEAST_BYTES_A_SECOND = 64 * 2**10
+"""A body must have come after FIRST_SECONDS, and what it takes at this pace"""
+WITHOUT_KEY = 64
+"""Bodies that may arrive at the same time from whoever has no key"""
+KEYS_AT_ONCE = 4
+"""Keys that a process looks up for the door at the same time"""
+BODIES, BODIES_A_TENANT = 256, 64
+"""The same from whoever has one"""
+
+
+@dataclass
+class Limits:
+    """What one body may take."""
+
+    bytes: int
+    drained: int
+    """How many bytes are read at most, kept nowhere beyond `bytes`"""
+
+    @classmethod
+    def of(cls, path: str, settings: Settings) -> Limits:
+        """Tell the limits of a call."""
+        if path in SIGNING_IN:
+            return cls(SIGNING_IN_BYTES, DRAINED * SIGNING_IN_BYTES)
+        if path == "/v1/inputs":  # its reader counts, also what it unpacks
+            return cls(2 * settings.max_input_bytes, 2 * settings.max_input_bytes)
+        images = path == "/v1/images"
+        most = settings.max_image_bytes if images else settings.max_body_bytes
+        return cls(most, DRAINED * most)
+
+
+class FrontDoor:
+    """Lets a request with a body in, and watches over the body while it arrives."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._bodies = Places(BODIES, BODIES_A_TENANT)
+        self._without_key = Places(WITHOUT_KEY, WITHOUT_KEY)
+        self._looking_up = CapacityLimiter(KEYS_AT_ONCE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or not _has_body(scope):
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            tenant = await self._tenant(request)
+            places = self._bodies if tenant else self._without_key
+            place = places.take(tenant, "bodies")
+        except FarmError as error:
+            await _refuse(request, error)(scope, receive, send)
+            return
+        limits = Limits.of(scope["path"], request.app.state.farm.settings)
+        body = Body(request, receive, send, limits, place.give_back)
+        try:
+            await self.app(scope, body.receive, body.send)
+        except FarmError:
+            if body.refused is None:
+                raise
+        finally:
+            place.give_back()
+        await body.end()
+
+    async def _tenant(self, request: Request) -> str | None:
+        """Whose key a request bears; None for a call that needs none.
+
+        Raises:
+            Unauthenticated: it bears none, or one that is unknown or revoked.
+            Unavailable: Postgres does not answer.
+        """
+        if request.url.path in SIGNING_IN:
+            return None
+        key = key_of(request)
+        if key is None:
+            raise Unauthenticated("This call needs an API key: `Authorization: Bearer <key>`.")
+        farm: Farm = request.app.state.farm
+        caller = await to_thread.run_sync(caller_of, farm, key, limiter=self._looking_up)
+        request.scope[KNOWN] = key, caller
+        return str(caller.tenant_id)
+
+
+class Body:
+    """A body on its way in, and what is answered where it breaks its limits."""
+
+    def __init__(
+        self,
+        request: Request,
+        receive: Receive,
+        send: Send,
+        limits: Limits,
+        give_back: Callable[[], None],
+    ) -> None:
+        self.refused: FarmError | None = None
+        self._request = request
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self._give_back = give_back
+        self._bytes = 0
+        self._over = False
+        self._began: float | None = None
+        self._started = False
+
+    async def receive(self) -> Message:
+        """Give the next piece.
+
+        Raises:
+            TooLarge: it is larger than its limit.
+            TooSlow: it does not keep its pace.
+        """
+        if self._over:
+            return await self._receive()
+        announced = self._request.headers.get("content-length", "")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._limits.drained):
+            raise self._refusal(self._too_large())
+        message = await self._next()
+        while self._bytes > self._limits.bytes:
+            if not message.get("more_body", False) or self._bytes > self._limits.drained:
+                raise self._refusal(self._too_large())
+            message = await self._next()
+        return message
+
+    async def _next(self) -> Message:
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        allowed = FIRST_SECONDS + self._bytes / LEAST_BYTES_A_SECOND
+        try:
+            with fail_after(max(0.0, self._began + allowed - now)):
+                message = await self._receive()
+        except TimeoutError:
+            raise self._refusal(TooSlow("The body came too slowly.")) from None
+        self._bytes += len(message.get("body", b""))
+        self._over = not message.get("more_body", False)
+        if self._over:
+            self._give_back()
+        return message
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"The body is larger than the limit of {self._limits.bytes} bytes.")
+
+    def _refusal(self, error: FarmError) -> FarmError:
+        self.refused = error
+        return error
+
+    async def send(self, message: Message) -> None:
+        """Pass an answer on, unless the body was refused before it began."""
+        if self.refused is None or self._started:
+            self._started = True
+            await self._send(message)
+
+    async def end(self) -> None:
+        """Answer with the refusal, where there is one."""
+        if self.refused is not None and not self._started:
+            answer = _refuse(self._request, self.refused)
+            await answer(self._request.scope, self._receive, self._send)
+
+
+def _has_body(scope: Scope) -> bool:
+    names = dict(scope["headers"])
+    return b"transfer-encoding" in names or names.get(b"content-length", b"0") != b"0"
+
+
+def _refuse(request: Request, error: FarmError) -> Response:
+    """Answer, and read nothing more from this connection."""
+    answer = farm_error(request, error)
+    answer.headers["Connection"] = "close"
+    return answer
