@@ -137,7 +137,7 @@ class Heart:
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
             self._end_hung(held)
             self._end_adrift({lease.id for lease in held})
-        gone = {lease.pid for lease in held if not is_running_child(lease.pid)}
+        gone = {lease.pid for lease in held if not is_child(lease.pid)}
         for pid in gone:
             if self._is_explained(pid):
                 self._return_lost(pid)
@@ -249,11 +249,20 @@ class Heart:
             log.warning("%s left without saying so: %s", self._identity.name, error)
 
 
-def is_running_child(pid: int) -> bool:
-    """Whether a process is this one's child and runs; its exit code is left for Celery to read.
+def is_child(pid: int) -> bool:
+    """Whether a process is this one's child: it runs, or Celery has not read its exit code yet.
 
     A number alone would not do: the system gives that of a child that ended to another process.
     """
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def is_running_child(pid: int) -> bool:
+    """Whether a process is this one's child and runs; its exit code is left for Celery to read."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
