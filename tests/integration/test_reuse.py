@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from typing import Any
 
@@ -15,6 +16,7 @@ from farm.store.frames import Done
 from farm.store.renders import find_renders
 from tests.farming import frame_rows, hire, job_row, let_leases_expire, new_tenant, sql, submit
 from tests.noise import Noise
+from tests.waiting import wait_until
 from workers.line import RenderLine
 
 JOB: dict[str, Any] = {"pipeline": "noise", "images_per_prompt": 6, "seed": 1, "reuse": True}
@@ -25,6 +27,10 @@ def pictures(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> list[bytes]:
         farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
         for ordinal, row in sorted(frame_rows(farm, job_id).items())
     ]
+
+
+def watching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "lease-watch"]
 
 
 def test_a_repeated_job_renders_nothing(
@@ -44,6 +50,7 @@ def test_a_repeated_job_renders_nothing(
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
     with transaction(farm.store) as connection:
         assert workers.sums(connection)[0].succeeded == 12
+    wait_until(lambda: not watching(), 30, "no lease is watched any more")
 
 
 def test_only_what_is_new_is_rendered(
