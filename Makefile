@@ -71,6 +71,7 @@ tests-alone: setup
 
 test-slow: setup ## Check a release: what takes too long for every change
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 MODEL_EXAMPLES=1000 \
+	  FARM_TEST_ALL_SLOTS=1 \
 	  $(PYTEST) --timeout 3000 -m "slow or full_size"
 
 test-pythons: ## Run all tests with each Python that README names and this machine has

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 WHOLE = "FARM_TEST_ALL_SLOTS" in os.environ
 BUCKETS = range(1, 9) if WHOLE else (3, 4)
 THREADS = range(1, 13) if WHOLE else (3, 6)
-SIZES = [(64, 64), (96, 64), (256, 256)] if WHOLE else [(64, 64), (96, 64)]
+SIZES = [(64, 64), (96, 64), (128, 128)] if WHOLE else [(64, 64), (96, 64)]
 STEPS = 2
 
 
@@ -85,16 +85,18 @@ def floats(offer: Offer, loaded: Loaded, frames: list[FrameSpec]) -> torch.Tenso
 def test_every_slot_gives_the_bits_of_the_first(
     folder: Path, name: str, asked: int, bucket: int, size: tuple[int, int], threads_restored: None
 ) -> None:
-    """Whatever stands in the other slots: a frame in each slot, beside others."""
+    """A frame in all slots, and each frame of a batch in its slot and in the next one."""
     offer, loaded = pinned(folder, name)
     torch.set_num_threads(even_threads(asked))
     slots = SlotTest(name, offer.family, offer.params_type)
     frames = [frame(offer, size, bucket, seed) for seed in range(bucket)]
     with torch_threads(slots.threads(loaded, frames[0])):
+        alike = floats(offer, loaded, frames[:1] * bucket)
         mixed = floats(offer, loaded, frames)
-        for slot, own in enumerate(frames):
-            alone = floats(offer, loaded, [own] * bucket)
-            assert torch.equal(mixed[slot], alone[0]), slot
+        moved = floats(offer, loaded, [frames[-1], *frames[:-1]])
+    for slot in range(bucket):
+        assert torch.equal(alike[slot], mixed[0]), slot
+        assert torch.equal(mixed[slot], moved[(slot + 1) % bucket]), slot
 
 
 def test_threads_are_a_power_of_two() -> None:
