@@ -13,7 +13,9 @@ from PIL import Image
 from farm.errors import CatalogError, RenderError
 from farm.families.base import Batch, Loaded, Params
 from farm.families.compiling import compile_no_more
+from farm.families.devices import is_out_of_memory
 from farm.families.graphs import graphs_kept
+from farm.families.loading import free_what_is_left
 from farm.families.slots import SlotTest
 from farm.offers import Offer, sample
 from farm.spec import FrameSpec
@@ -153,10 +155,12 @@ def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:
 def slot_test(offer: Offer, loaded: Loaded) -> SlotTest:
     """Test that a picture's bits do not depend on its slot, for the entry's own size and bucket.
 
+    Where memory runs out nothing is known yet: a smaller bucket is tested when it is met.
+
     Raises:
         CatalogError: they do, whatever is tried.
     """
-    slots = SlotTest(offer.name, offer.family, offer.params_type)
+    slots, is_short = SlotTest(offer.name, offer.family, offer.params_type), False
     if loaded.pipes:
         shape = default_shape(offer)
         params = next(_variants(offer, shape))
@@ -164,4 +168,11 @@ def slot_test(offer: Offer, loaded: Loaded) -> SlotTest:
             slots.threads(loaded, _batch(offer, shape, params).frames[0])
         except RenderError as error:
             raise CatalogError(error.message) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("Memory runs out for %s at its own size and bucket", offer.name)
+            is_short = True
+    if is_short:
+        free_what_is_left()  # not before: the error held on to what it had computed
     return slots

@@ -138,3 +138,18 @@ def test_a_kernel_that_depends_on_the_slot_fails_the_load_and_the_shape(
     slots = SlotTest("demo", offer.family, offer.params_type)
     with pytest.raises(RenderError, match="Choose another bucket, such as 1"):
         slots.threads(loaded, frame(offer, (96, 64), 3))
+
+
+def test_a_load_outlives_memory_that_runs_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The farm then halves the bucket, which is tested when it is met."""
+    offer, loaded = pinned(folder, "demo")
+
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded.pipe.unet, "forward", none_left)
+        slots = slot_test(offer, loaded)
+    assert slots.threads(loaded, frame(offer, (64, 64), 2)) >= 1
