@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import artifact_key, export_prefix
 from farm.context import Farm
-from farm.errors import InvalidRequest, Unavailable
+from farm.errors import FarmError, InvalidRequest, Unavailable
 from farm.folders import make_private
 from farm.spec import FullSpec, frame_spec
 from farm.states import FrameState
@@ -145,11 +145,15 @@ class ShardWriter:
 
         Raises:
             Unavailable: the storage or Postgres is away.
+            FarmError: FARM_SCRATCH_DIR cannot be used; its cause tells why, for the log.
             NotFound: its job was removed.
             Stopped: it is not wanted any more.
         """
         scratch = self.farm.settings.scratch_dir  # a shard may have many GB
-        make_private(scratch)
+        try:
+            make_private(scratch)
+        except (FarmError, OSError) as error:
+            raise FarmError("The folder of whoever writes it cannot be used.") from error
         with tempfile.TemporaryDirectory(prefix="farm-export-", dir=scratch) as folder:
             if shard.job_id is None:
                 return self._put(shard, self._cover(shard, Path(folder))), 0, 0

@@ -8,11 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import event
 
 from farm.artifacts import Artifacts, artifact_key
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.exports import ShardWriter
+from farm.local.ports import free_port
 from farm.store import exports as stored
 from farm.store.engine import one_statement
 from tests.farming import hire, sql
@@ -178,3 +180,54 @@ def test_an_export_fails_when_a_picture_is_gone(farm: Farm, ann: httpx.Client, j
         failed = write_shards(farm, ann, found)
     assert failed["status"] == "failed"
     assert "The image storage holds no " in failed["error"]
+
+
+def test_a_failed_upload_tells_no_file_and_no_address(
+    farm: Farm, ann: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    job_id = submit(ann)
+    render_all(farm)
+    found = export(ann, job_id, to="webdataset")
+    away = Artifacts(farm.settings.model_copy(update={"s3_endpoint_url": address}))
+    monkeypatch.setattr(farm.artifacts, "put_file", away.put_file)
+    write_shards(farm, ann, found)
+    told = [row[0] for row in sql(farm, "SELECT error FROM export_shards WHERE error IS NOT NULL")]
+    assert told
+    for error in told:
+        assert error.startswith("The storage did not take ")
+        for secret in (str(farm.settings.scratch_dir), "farm-export-", address, "127.0.0.1"):
+            assert secret not in error
+
+
+def test_a_scratch_folder_that_others_may_write_to_is_refused(
+    farm: Farm, ann: httpx.Client
+) -> None:
+    """Whoever could, could exchange pictures before they are put into a dataset."""
+    job_id = submit(ann)
+    render_all(farm)
+    found = export(ann, job_id, to="webdataset")
+    farm.settings.scratch_dir.mkdir(parents=True, exist_ok=True)
+    farm.settings.scratch_dir.chmod(0o777)
+    write_shards(farm, ann, found)
+    said = "The folder of whoever writes it cannot be used."
+    assert sql(farm, "SELECT DISTINCT error FROM export_shards WHERE attempt = 1") == [(said,)]
+    assert write_shards(farm, ann, found)["pictures"] == 0
+
+
+def test_a_page_of_frames_is_read_as_it_says(farm: Farm, ann: httpx.Client) -> None:
+    """`SET LOCAL` does nothing outside a transaction, and only a warning says so."""
+    notices: list[str] = []
+
+    def listen(connection: Any, _record: object) -> None:
+        connection.add_notice_handler(lambda notice: notices.append(notice.message_primary))
+
+    event.listen(farm.store, "connect", listen)
+    farm.store.dispose()
+    job_id = submit(ann)
+    render_all(farm)
+    export(ann, job_id, to="webdataset")
+    shard = claim_shard(farm, "writer")
+    assert shard.job_id is not None
+    assert len([*ShardWriter(farm).frames(shard, shard.job_id)]) == 4
+    assert notices == []
