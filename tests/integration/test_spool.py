@@ -24,6 +24,7 @@ from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
 from workers.line import RenderLine
 from workers.spool import FIRST_SECONDS, MOST_SECONDS, Finished, Spool
+from workers.spool import MOST_BATCHES as MOST_KEPT
 from workers.tail import MOST_BATCHES
 
 
@@ -303,3 +304,11 @@ def test_a_kept_batch_that_the_database_refuses_is_not_kept_for_ever(
     assert len(outage.spool) == 0
     assert job_row(farm, tenant, job_id).status == "failed"
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
+
+
+@pytest.mark.parametrize(("kept", "full"), [(MOST_KEPT - 1, False), (MOST_KEPT, True)])
+def test_it_is_full_with_so_many_batches(tmp_path: Path, kept: int, full: bool) -> None:
+    spool = Spool(tmp_path / "pictures", 2**30)
+    lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", Priority.NORMAL, ())
+    spool._batches.extend(Finished(lease, ()) for _ in range(kept))
+    assert spool.full is full
