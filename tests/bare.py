@@ -1,6 +1,7 @@
 """Bare diffusers: the pictures that its documentation's own calls give for a job's frames.
 
-It shares no code with the farm but the table of samplers: what a job means is written here once
+It shares no code with the farm but the table of samplers and the setting of torch's threads: what
+a job means is written here once
 more, from diffusers' side. A field that a job leaves out is left out of the call too, so that the
 farm's defaults are held against diffusers' own.
 """
@@ -17,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from farm.families.devices import torch_threads
 from farm.families.samplers import SAMPLERS
-from tests.rendering import torch_threads
 
 Picture = Image.Image | None
 """None: the safety checker flagged it."""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 
 from farm.context import Farm
 from farm.store import workers
@@ -29,14 +25,3 @@ def render_line(farm: Farm, pipeline: str) -> RenderLine:
     offer = farm.offer(pipeline)
     loaded = offer.family.load(offer.pipeline)
     return RenderLine(farm, identity, offer, loaded, warm_up(offer, loaded))
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads in the block: they decide how sums are split."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,10 +19,11 @@ from torch._dynamo.utils import counters
 from farm.catalog import load_catalog
 from farm.context import Farm
 from farm.families import compiling
+from farm.families.devices import torch_threads
 from farm.warming import Shape, declared_shapes
 from tests.checkpoints import save
 from tests.farming import job_row, submit
-from tests.rendering import render_line, torch_threads
+from tests.rendering import render_line
 from workers.line import RenderLine
 
 pytestmark = [

@@ -20,6 +20,7 @@ from PIL import Image
 
 from farm.context import Farm, open_farm
 from farm.encoding import read
+from farm.families.devices import torch_threads
 from farm.local import Servers
 from tests.bare import Bare, Picture, frames_of
 from tests.checkpoints import save
@@ -35,7 +36,7 @@ from tests.parity_cases import (
     knob_pairs,
     mixtures,
 )
-from tests.rendering import render_line, torch_threads
+from tests.rendering import render_line
 from tests.serving import serving
 from workers.line import RenderLine
 

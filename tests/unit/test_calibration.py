@@ -17,9 +17,9 @@ from farm.cli.exits import ERROR, OK, USAGE
 from farm.config import DEMO_CATALOG
 from farm.errors import CatalogError
 from farm.families import all_families
+from farm.families.devices import torch_threads
 from farm.families.null import write_checkpoint
 from tests.commanding import Outcome, farm
-from tests.rendering import torch_threads
 
 
 def point(bucket: int, images_per_second: float, *noise: float) -> Point:

@@ -21,9 +21,9 @@ from PIL import Image, PngImagePlugin
 from demo.check import read_picture
 from demo.pictures import Combo
 from farm.cli.demo import IMAGES, PROMPTS
+from farm.families.devices import torch_threads
 from tests.acceptance.farms import Live
 from tests.commanding import Outcome, farm, farm_process
-from tests.rendering import torch_threads
 from tests.waiting import wait_until
 
 LONG = ("--images", "200", "--steps", "25")

@@ -16,11 +16,11 @@ import pandas
 import pytest
 from PIL import Image
 
+from farm.families.devices import torch_threads
 from tests.acceptance.farms import Live
 from tests.commanding import farm
 from tests.documented import PAGE
 from tests.parsing import parsed
-from tests.rendering import torch_threads
 
 DATASETS = PAGE.with_name("datasets.md")
 REPLAYED = 5
