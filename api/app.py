@@ -10,6 +10,7 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api import (
     docs,
@@ -76,6 +77,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(FrontDoor)
+    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=chosen.trusted_proxies)
     errors.install(app)
     job_calls = openapi.refusals(401, 422, 503)
     app.include_router(jobs.router, responses=job_calls)

@@ -1,7 +1,11 @@
-"""Who calls: an API key as `Authorization: Bearer <key>`, and what its role allows."""
+"""Who calls: an API key as `Authorization: Bearer <key>`, and what its role allows.
+
+The page's cookie holds no key, but a session that stands for one.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -11,6 +15,7 @@ from farm.context import Farm
 from farm.errors import Forbidden, Unauthenticated
 from farm.store.engine import reads
 from farm.store.keys import Caller, find_caller
+from farm.store.sessions import find_visitor
 
 OPERATOR = "operator"
 WRITERS = frozenset({"client", OPERATOR})
@@ -20,7 +25,15 @@ bearer = HTTPBearer(auto_error=False, description="An API key: `farm keys create
 
 
 KNOWN = "farm_known"
-"""In a request's scope: a key and its caller, where the front door has looked it up"""
+"""In a request's scope: a credential and its caller, where the front door has looked it up"""
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What says who calls: an API key, or a session of the page."""
+
+    secret: str
+    is_session: bool = False
 
 
 def farm_of(request: Request) -> Farm:
@@ -37,14 +50,17 @@ async def _here(request: Request) -> Farm:
 FarmHere = Annotated[Farm, Depends(_here)]
 
 
-def caller_of(farm: Farm, key: str) -> Caller:
-    """Find whose key this is.
+def caller_of(farm: Farm, credential: Credential) -> Caller:
+    """Find whose credential this is.
 
     Raises:
-        Unauthenticated: it is unknown or revoked.
+        Unauthenticated: it is unknown, has ended or was revoked.
     """
+    find = find_visitor if credential.is_session else find_caller
     with reads(farm.store) as connection:
-        caller = find_caller(connection, key)
+        caller = find(connection, credential.secret)
+    if caller is None and credential.is_session:
+        raise Unauthenticated("Your session has ended: sign in again.")
     if caller is None:
         raise Unauthenticated("This API key is unknown or revoked.")
     return caller
@@ -52,25 +68,33 @@ def caller_of(farm: Farm, key: str) -> Caller:
 
 def cookie_name(request: Request) -> str:
     """Name the page's cookie: browsers keep one set a host, whatever the port."""
-    return f"farm_key_{request.url.port or 'default'}"
+    return f"farm_session_{request.url.port or 'default'}"
 
 
-def key_of(request: Request) -> str | None:
-    """The key that a request bears: in its header, or else in the page's cookie."""
+def session_of(request: Request) -> Credential | None:
+    """The session in the page's cookie."""
+    session = request.cookies.get(cookie_name(request))
+    return Credential(session, is_session=True) if session else None
+
+
+def credential_of(request: Request) -> Credential | None:
+    """The key in a request's header, or else the session in the page's cookie."""
     scheme, _, word = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and word.strip():
-        return word.strip()
-    return request.cookies.get(cookie_name(request))
+        return Credential(word.strip())
+    return session_of(request)
 
 
-def known_caller(request: Request, farm: Farm, key: str) -> Caller:
-    """Find whose key this is, unless the front door has done so.
+def known_caller(request: Request, farm: Farm, credential: Credential) -> Caller:
+    """Find whose credential this is, unless the front door has done so.
 
     Raises:
-        Unauthenticated: it is unknown or revoked.
+        Unauthenticated: as `caller_of` does.
     """
-    known: tuple[str, Caller] | None = request.scope.get(KNOWN)
-    return known[1] if known is not None and known[0] == key else caller_of(farm, key)
+    known: tuple[Credential, Caller] | None = request.scope.get(KNOWN)
+    if known is not None and known[0] == credential:
+        return known[1]
+    return caller_of(farm, credential)
 
 
 def reader(
@@ -81,7 +105,7 @@ def reader(
     """Let any known key in."""
     if bearer is None:
         raise Unauthenticated("This call needs an API key: `Authorization: Bearer <key>`.")
-    return known_caller(request, farm, bearer.credentials)
+    return known_caller(request, farm, Credential(bearer.credentials))
 
 
 Reader = Annotated[Caller, Depends(reader)]

@@ -15,7 +15,7 @@ from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import KNOWN, caller_of, key_of
+from api.auth import KNOWN, caller_of, credential_of
 from api.errors import farm_error
 from api.places import Places
 from farm.config import Settings
@@ -92,20 +92,20 @@ class FrontDoor:
         await body.end()
 
     async def _tenant(self, request: Request) -> str | None:
-        """Whose key a request bears; None for a call that needs none.
+        """Who sends a request; None for a call that needs no key.
 
         Raises:
-            Unauthenticated: it bears none, or one that is unknown or revoked.
+            Unauthenticated: it has no key and no session, or one that does not count.
             Unavailable: Postgres does not answer.
         """
         if request.url.path in SIGNING_IN:
             return None
-        key = key_of(request)
-        if key is None:
+        credential = credential_of(request)
+        if credential is None:
             raise Unauthenticated("This call needs an API key: `Authorization: Bearer <key>`.")
         farm: Farm = request.app.state.farm
-        caller = await to_thread.run_sync(caller_of, farm, key, limiter=self._looking_up)
-        request.scope[KNOWN] = key, caller
+        caller = await to_thread.run_sync(caller_of, farm, credential, limiter=self._looking_up)
+        request.scope[KNOWN] = credential, caller
         return str(caller.tenant_id)
 
 

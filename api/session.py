@@ -1,4 +1,7 @@
-"""Signing in to the page: a cookie holds the key; no script reads it, no other site sends it."""
+"""Signing in to the page: a key is exchanged for a session, which a cookie holds.
+
+No script reads the cookie, no other site sends it, and the key itself is kept nowhere.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,38 @@ from urllib.parse import parse_qs, urlsplit
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from api.auth import WRITERS, FarmHere, caller_of, cookie_name, known_caller
+from api.auth import (
+    WRITERS,
+    Credential,
+    FarmHere,
+    caller_of,
+    cookie_name,
+    known_caller,
+    session_of,
+)
 from api.body import read_body
 from api.html import PAGE_HEADERS, render
 from farm.errors import Forbidden, Unauthenticated
+from farm.store import sessions
+from farm.store.engine import transaction
 from farm.store.keys import Caller
 
 router = APIRouter(include_in_schema=False)
 
 MOST_FIELDS = 4
+DAY_SECONDS = 86_400.0
 
 
 def visitor(request: Request, farm: FarmHere) -> Caller:
     """Who looks at the page.
 
     Raises:
-        Unauthenticated: nobody has signed in, or the key was revoked since.
+        Unauthenticated: nobody has signed in, the session has ended, or its key was revoked.
     """
-    key = request.cookies.get(cookie_name(request))
-    if not key:
+    session = session_of(request)
+    if session is None:
         raise Unauthenticated("Sign in first.")
-    return known_caller(request, farm, key)
+    return known_caller(request, farm, session)
 
 
 Visitor = Annotated[Caller, Depends(visitor)]
@@ -71,18 +85,21 @@ def sign_in_page(problem: str = "", status: int = 200) -> HTMLResponse:
 def log_in(
     request: Request, farm: FarmHere, body: Annotated[bytes, Depends(read_body)]
 ) -> Response:
-    """Take a key, and keep it in the visitor's cookie."""
-    key = _field(body, "key")
+    """Take a key, and begin a session, which the visitor's cookie holds."""
     try:
-        caller_of(farm, key)
+        caller = caller_of(farm, Credential(_field(body, "key")))
     except Unauthenticated as error:
         if wants_html(request):
             return sign_in_page(error.message, error.status)
         raise
+    seconds = farm.settings.session_days * DAY_SECONDS
+    with transaction(farm.store) as connection:
+        session = sessions.open_session(connection, caller, seconds)
     response = done(request)
     response.set_cookie(
         cookie_name(request),
-        key,
+        session,
+        max_age=int(seconds),
         httponly=True,
         samesite="strict",
         secure=request.url.scheme == "https",
@@ -100,8 +117,12 @@ def _field(form: bytes, name: str) -> str:
 
 
 @router.post("/logout", dependencies=[Depends(same_origin)])
-def log_out(request: Request) -> Response:
-    """Forget the visitor's key, and the pictures in the browser's cache."""
+def log_out(request: Request, farm: FarmHere) -> Response:
+    """End the visitor's session, and forget the pictures in the browser's cache."""
+    session = session_of(request)
+    if session is not None:
+        with transaction(farm.store) as connection:
+            sessions.end_session(connection, session.secret)
     response = done(request)
     response.delete_cookie(cookie_name(request), httponly=True, samesite="strict")
     response.headers["Clear-Site-Data"] = '"cache"'

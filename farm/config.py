@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
 
@@ -97,6 +98,14 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(
         default=60.0, gt=0, description="how long a worker may finish its batch"
     )
+    session_days: float = Field(
+        default=7.0, gt=0, le=365, description="how long signing in to the page lasts"
+    )
+    trusted_proxies: str = Field(
+        default_factory=lambda: os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1"),
+        description="addresses and networks of proxies whose X-Forwarded-Proto and X-Forwarded-For"
+        " are believed, with commas between; *: all",
+    )
     events_days: float = Field(default=30.0, gt=0, description="how long events are kept")
     retention_days: float = Field(
         default=0.0,
@@ -153,6 +162,18 @@ class Settings(BaseSettings):
     discard_pictures: bool = Field(
         default=False, description="store no picture, for measuring what all the rest takes"
     )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, proxies: str) -> str:
+        for place in filter(None, (each.strip() for each in proxies.split(","))):
+            try:
+                place == "*" or ip_network(place)
+            except ValueError as error:
+                raise ValueError(
+                    f"{place!r} is no address or network: write 10.0.0.5, 10.0.0.0/8 or *"
+                ) from error
+        return proxies
 
     @field_validator("otlp_endpoint")
     @classmethod

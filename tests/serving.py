@@ -69,7 +69,10 @@ def serving(farm: Farm, settings: Settings | None = None) -> Iterator[Api]:
 @contextmanager
 def listening(settings: Settings) -> Iterator[str]:
     """Run uvicorn in a thread; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, access_log=False))
+    config = uvicorn.Config(
+        create_app(settings), log_config=None, access_log=False, proxy_headers=False
+    )
+    server = uvicorn.Server(config)
     port = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
     thread.start()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from farm.config import load_settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
+from farm.families.base import uses_torch
 from farm.families.devices import even_threads, prepare_torch
 from farm.families.kept import keep_in
 from farm.families.loading import free_what_is_left
@@ -121,9 +122,10 @@ class Child:
         name, pipeline, started = self._identity.name, self._identity.pipeline, self._clock()
         try:
             keep_in(self._farm.settings.cache_dir)
-            prepare_torch(even_threads(self._farm.settings.torch_threads))
             # Read anew for each try: the checkpoint may be another one since.
             offer = make_offer(pipeline, self._farm.entry(pipeline))
+            if uses_torch(offer.family):
+                prepare_torch(even_threads(self._farm.settings.torch_threads))
             loaded = offer.family.load(offer.pipeline)
             warmth = warm_up(offer, loaded)
             slots = slot_test(offer, loaded)

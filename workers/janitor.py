@@ -11,7 +11,7 @@ import threading
 
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import events, exports, lanes, leases, retention, workers
+from farm.store import events, exports, lanes, leases, retention, sessions, workers
 from farm.store.engine import Connection
 from farm.store.leader import leadership
 from workers.storage import StorageWork
@@ -87,6 +87,7 @@ class Janitor:
             log.warning("Worker %s was not heard of: it counts as gone.", name)
         with connection.begin():
             events.prune(connection, settings.events_days)
+            sessions.prune(connection)
         for pipeline in waiting:
             if not self._farm.bells.ring(pipeline):
                 break

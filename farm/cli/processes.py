@@ -42,6 +42,7 @@ def api(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # the app decides whom it believes
             timeout_graceful_shutdown=10,
         )
 

@@ -243,6 +243,11 @@ class Family(Protocol):
         ...
 
 
+def uses_torch(family: Family) -> bool:
+    """Whether a family computes with torch: every one that does not say `torchless = True`."""
+    return not getattr(family, "torchless", False)
+
+
 def padded(frames: Sequence[FrameSpec]) -> list[FrameSpec]:
     """Fill a short batch up to its bucket with repeats of its last frame.
 

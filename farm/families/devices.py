@@ -14,6 +14,9 @@ from typing import Any
 from farm.catalog import Pipeline
 from farm.errors import CatalogError
 
+NONE = "none"
+"""The device of a family that computes nothing"""
+
 
 def device_of(pipeline: Pipeline) -> str:
     """The device a pipeline is pinned on: cuda or cpu.
@@ -41,6 +44,8 @@ def dtype_of(pipeline: Pipeline, device: str) -> str:
 
 def device_name(device: str) -> str:
     """What decides a device's bits: the GPU's name, or the CPU's instruction set."""
+    if device == NONE:
+        return device
     import torch
 
     if device == "cuda":
@@ -49,10 +54,12 @@ def device_name(device: str) -> str:
 
 
 def thread_count(device: str) -> int:
-    """Torch threads in use on a CPU, where they decide how sums are split; 0 on a GPU."""
+    """Torch threads in use on a CPU, where they decide how sums are split; 0 elsewhere."""
+    if device != "cpu":
+        return 0
     import torch
 
-    return torch.get_num_threads() if device == "cpu" else 0
+    return torch.get_num_threads()
 
 
 def free_memory(device: str) -> int:
@@ -124,11 +131,13 @@ def even_threads(threads: int) -> int:
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
     """Let torch use so many threads in the block; 0: as many as now."""
+    if not threads:
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from farm.catalog import Pipeline
 from farm.families.base import Batch, Checkpoint, Loaded, Params, padded
+from farm.families.devices import NONE
 from farm.families.weightfiles import weights_hash
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Null:
     """The family behind `family = "null"`."""
 
     name = "null"
+    torchless = True
     params: type[Params] = NullParams
     parts: tuple[str, ...] = ()
 
@@ -51,7 +53,7 @@ class Null:
         """Pin nothing but the checkpoint's pictures, if there are any."""
         folder = Path(pipeline.checkpoint)
         pictures = {"pictures": _pictures(folder)}
-        return Loaded(None, "cpu", "float32", None, weights_hash(folder), extras=pictures)
+        return Loaded(None, NONE, "float32", None, weights_hash(folder), extras=pictures)
 
     def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
         """Wait as long as the frames say, and give each what belongs to its seed and size."""

@@ -65,7 +65,7 @@ def create_key(connection: Connection, tenant: str, role: str, name: str = "") -
             "role": role,
             "name": name,
             "prefix": key[:10],
-            "digest": _digest(key),
+            "digest": digest_of(key),
         },
     )
     return str(key_id), key
@@ -73,7 +73,7 @@ def create_key(connection: Connection, tenant: str, role: str, name: str = "") -
 
 def find_caller(connection: Connection, key: str) -> Caller | None:
     """Find whose key this is; None where it is unknown or revoked."""
-    row = connection.execute(FIND, {"digest": _digest(key)}).first()
+    row = connection.execute(FIND, {"digest": digest_of(key)}).first()
     return Caller(row.id, row.tenant_id, row.tenant, row.role) if row else None
 
 
@@ -87,6 +87,7 @@ def revoke_key(connection: Connection, key_id: uuid.UUID) -> bool:
     return connection.execute(REVOKE, {"id": key_id}).first() is not None
 
 
-# A key holds 256 random bits, so one round of a plain hash cannot be turned back.
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+def digest_of(secret: str) -> bytes:
+    """Hash a key or a session: what the tables hold of it."""
+    # It holds 256 random bits, so one round of a plain hash cannot be turned back.
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()

@@ -79,6 +79,16 @@ keys = Table(
     CheckConstraint(_one_of("role", ["client", "operator", "viewer"]), name="role"),
 )
 
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True, comment="sha256 of what the browser keeps"),
+    Column("key_id", ForeignKey("keys.id", ondelete="CASCADE"), nullable=False),
+    _moment("created_at", now=True),
+    _moment("ends_at", null=False),
+    Index("sessions_end", "ends_at"),
+)
+
 jobs = Table(
     "jobs",
     metadata,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from farm.context import Farm
 from farm.store import keys, leases, workers
 from farm.store.engine import transaction
 from tests.commanding import farm as command
-from tests.farming import hire, submit
+from tests.farming import hire, sql, submit
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import JOB, Api, render, serving
 
@@ -46,6 +47,74 @@ def test_a_revoked_key_is_unknown(api: Api) -> None:
     with transaction(api.farm.store) as connection:
         assert keys.revoke_key(connection, uuid.UUID(key_id))
     check_problem(client.get("/v1/jobs"), 401)
+
+
+def signed_in(api: Api, key: str) -> httpx.Client:
+    """A browser that has signed in with a key."""
+    visitor = api.bare(Origin=api.url)
+    assert visitor.post("/login", data={"key": key}).status_code == 204
+    return visitor
+
+
+def test_the_cookie_holds_a_session_and_no_key(api: Api) -> None:
+    key = api.key()
+    visitor, other = signed_in(api, key), signed_in(api, key)
+    [session] = visitor.cookies.values()
+    [another] = other.cookies.values()
+    assert session != another
+    assert key not in (session, another)
+    kept = sql(api.farm, "SELECT digest FROM sessions ORDER BY digest")
+    assert [bytes(row.digest) for row in kept] == sorted(
+        hashlib.sha256(secret.encode()).digest() for secret in (session, another)
+    )
+    for stolen in (session, key):
+        check_problem(api.bare(Authorization=f"Bearer {stolen}x").get("/v1/jobs"), 401)
+    check_problem(api.bare(Authorization=f"Bearer {session}").get("/v1/jobs"), 401)
+    [name] = visitor.cookies
+    assert api.bare(Cookie=f"{name}={key}").get("/live").status_code == 401
+
+
+def test_signing_out_ends_this_session_alone(api: Api) -> None:
+    key = api.key()
+    visitor, other = signed_in(api, key), signed_in(api, key)
+    [(name, session)] = visitor.cookies.items()
+    assert visitor.post("/logout").status_code == 204
+    assert api.bare(Cookie=f"{name}={session}").get("/live").status_code == 401
+    assert other.get("/live").status_code == 200
+
+
+@pytest.mark.parametrize("ending", ["its days have passed", "its key is revoked"])
+def test_a_session_has_an_end(api: Api, ending: str) -> None:
+    visitor = signed_in(api, api.key())
+    assert visitor.get("/live").status_code == 200
+    if ending == "its days have passed":
+        past = "SET ends_at = clock_timestamp()"
+        assert sql(api.farm, f"UPDATE sessions {past} RETURNING created_at, ends_at")
+    else:
+        sql(api.farm, "UPDATE keys SET revoked_at = clock_timestamp() RETURNING id")
+    refused = visitor.get("/live")
+    assert refused.status_code == 401
+    assert "session has ended" in refused.text
+
+
+def test_a_session_lasts_as_long_as_the_settings_say(farm: Farm) -> None:
+    settings = farm.settings.model_copy(update={"session_days": 0.5})
+    with serving(farm, settings) as api:
+        response = api.bare(Origin=api.url).post("/login", data={"key": api.key()})
+        assert "Max-Age=43200" in response.headers["set-cookie"]
+        [row] = sql(api.farm, "SELECT extract(epoch FROM ends_at - created_at) AS s FROM sessions")
+        assert float(row.s) == pytest.approx(43_200, abs=5)
+
+
+@pytest.mark.parametrize(("proxies", "secure"), [("127.0.0.0/8", True), ("192.0.2.7", False)])
+def test_a_trusted_proxy_says_whether_the_cookie_is_secure(
+    farm: Farm, proxies: str, secure: bool
+) -> None:
+    settings = farm.settings.model_copy(update={"trusted_proxies": proxies})
+    with serving(farm, settings) as api:
+        visitor = api.bare(Origin=api.url, **{"X-Forwarded-Proto": "https"})
+        cookie = visitor.post("/login", data={"key": api.key()}).headers["set-cookie"]
+    assert ("Secure" in cookie) is secure
 
 
 def test_some_calls_need_no_key(api: Api) -> None:
@@ -97,9 +166,7 @@ def test_workers_tell_how_busy_their_device_was(api: Api, monkeypatch: pytest.Mo
     client = api.client()
     told = {each["name"]: each["busy"] for each in client.get("/v1/workers").json()["data"]}
     assert told == {hand.name: pytest.approx(3.88 / 4.0), fresh.name: None}
-    visitor = api.bare(Origin=api.url)
-    assert visitor.post("/login", data={"key": api.key()}).status_code == 204
-    page = visitor.get("/").text
+    page = signed_in(api, api.key()).get("/").text
     cards = re.findall(r"<article class=\"panel worker\".*?</article>", page, re.DOTALL)
     assert len(cards) == 2
     for name, share in (("hand", "97% busy"), ("fresh", "— busy")):

@@ -7,16 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import httpx
-
 from farm.cli.exits import OK
-from farm.envfile import load_env
-from tests.acceptance.farms import ENDED, QUICK, Live, null_catalog
+from tests.acceptance.farms import Live
 from tests.commanding import farm_process
 from tests.waiting import wait_until
 
@@ -131,66 +127,11 @@ def test_a_grace_that_ends_gives_the_batch_back(disturbed: Live) -> None:
     given_back(disturbed, jobs)
 
 
-def descendants(pid: int) -> list[int]:
-    """Every process below one, itself first."""
-    listing = subprocess.run(
-        ["ps", "--no-headers", "-e", "-o", "pid,ppid"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    parents = dict(zip(map(int, listing[::2]), map(int, listing[1::2]), strict=True))
-    found = [pid]
-    for parent in found:
-        found += [child for child, of in parents.items() if of == parent]
-    return found
-
-
-@contextmanager
-def farm_up(data: Path, catalog: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """Run `farm up` on a folder, in a process of its own, until it is ready."""
-    places = ["--data", str(data), "--pipelines", str(catalog)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "farm.cli", "up", "--port", "0", *places],
-        env={**os.environ, **QUICK},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        assert process.stdout is not None
-        assert any(b"Farm is ready" in line for line in process.stdout)
-        headers = {"Authorization": f"Bearer {(data / 'api-key').read_text().strip()}"}
-        with httpx.Client(
-            base_url=load_env(data)["FARM_API_URL"], headers=headers, timeout=30
-        ) as client:
-            yield process, client
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-def test_a_farm_killed_whole_goes_on_where_it_was(tmp_path: Path) -> None:
-    data, catalog = tmp_path / "data", null_catalog(tmp_path)
-    body = {**SLOW, "pipeline": "null", "images_per_prompt": 8, "bucket": 8}
-    with farm_up(data, catalog) as (process, client):
-        answers = [client.post("/v1/jobs", json=body).raise_for_status() for _ in range(4)]
-        jobs = [answer.json()["id"] for answer in answers]
-
-        def some_done() -> bool:
-            found = [client.get(f"/v1/jobs/{job_id}").json() for job_id in jobs]
-            return any(job["counts"]["succeeded"] for job in found)
-
-        wait_until(some_done, 120.0, "some frames were done")
-        process.send_signal(signal.SIGSTOP)  # it is to start nothing again meanwhile
-        for pid in reversed(descendants(process.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-    with farm_up(data, catalog) as (_, client):
-        listed_now = client.get("/v1/jobs", params={"limit": 200}).json()["data"]
-        assert {job["id"] for job in listed_now} >= set(jobs)
-
-        def all_ended() -> bool:
-            found = [client.get(f"/v1/jobs/{job_id}").json() for job_id in jobs]
-            return all(job["status"] in ENDED for job in found)
-
-        wait_until(all_ended, 180.0, "every job ended")
-        for job_id in jobs:
-            assert client.get(f"/v1/jobs/{job_id}").json()["status"] == "succeeded"
+def test_a_farm_killed_whole_goes_on_where_it_was(
+    disturbed: Live, half_done: Sequence[str]
+) -> None:
+    """This folder's farm began on the data of one whose processes were all killed."""
+    listed_now = disturbed.get("/v1/jobs", limit=200)["data"]
+    assert {job["id"] for job in listed_now} >= {*half_done}
+    for job_id in half_done:
+        assert disturbed.ended(job_id)["status"] == "succeeded"

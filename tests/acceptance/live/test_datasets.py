@@ -23,7 +23,7 @@ from tests.documented import PAGE
 from tests.parsing import parsed
 
 DATASETS = PAGE.with_name("datasets.md")
-REPLAYED = 5
+REPLAYED = 2
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

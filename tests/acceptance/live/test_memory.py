@@ -11,7 +11,7 @@ import pytest
 from tests.acceptance.farms import Live
 
 PROC = Path("/proc")
-WIDTHS = [64, 96, 128, 160, 200]
+WIDTHS = [64, 72, 80, 96, 128]
 FRAMES = 50
 """of a job: a full batch of each width for each of two prompts"""
 JOBS = 10

@@ -1,0 +1,48 @@
+"""Sessions of the page: a browser keeps random words, the table their hash, a key and an end."""
+
+from __future__ import annotations
+
+import secrets
+
+from sqlalchemy import Connection, text
+
+from farm.store.keys import Caller, digest_of
+
+OPEN = text("""
+INSERT INTO sessions (digest, key_id, ends_at)
+VALUES (:digest, :key_id, clock_timestamp() + make_interval(secs => :seconds))
+""")
+
+FIND = text("""
+SELECT k.id, k.role, k.tenant_id, t.name AS tenant
+FROM sessions s JOIN keys k ON k.id = s.key_id JOIN tenants t ON t.id = k.tenant_id
+WHERE s.digest = :digest AND s.ends_at > clock_timestamp() AND k.revoked_at IS NULL
+""")
+
+END = text("DELETE FROM sessions WHERE digest = :digest")
+
+PRUNE = text("DELETE FROM sessions WHERE ends_at < now()")
+
+
+def open_session(connection: Connection, caller: Caller, seconds: float) -> str:
+    """Begin a session of so many seconds; returns what the browser keeps, never shown again."""
+    session = secrets.token_urlsafe(32)
+    values = {"digest": digest_of(session), "key_id": caller.key_id, "seconds": seconds}
+    connection.execute(OPEN, values)
+    return session
+
+
+def find_visitor(connection: Connection, session: str) -> Caller | None:
+    """Find whose session this is; None where it is unknown, has ended, or its key was revoked."""
+    row = connection.execute(FIND, {"digest": digest_of(session)}).first()
+    return Caller(row.id, row.tenant_id, row.tenant, row.role) if row else None
+
+
+def end_session(connection: Connection, session: str) -> None:
+    """End a session before its time."""
+    connection.execute(END, {"digest": digest_of(session)})
+
+
+def prune(connection: Connection) -> None:
+    """Delete the sessions that have ended."""
+    connection.execute(PRUNE)
