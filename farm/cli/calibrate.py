@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BAR = 30
 """Characters of the longest bar"""
-MEMORY = {"cuda": "device memory", "cpu": "process memory"}
+DEVICE_MEMORY, PROCESS_MEMORY = "device memory", "process memory"
 
 
 def calibrate(
@@ -134,7 +134,7 @@ def _tell(done: Sweep, share: float, device: str) -> None:
     if done.points:
         chosen = best_bucket(done.points, share)
         fastest = max(point.images_per_second for point in done.points)
-        names = "bucket", "images/s", "s an image", "spread", MEMORY[device]
+        names = "bucket", "images/s", "s an image", "spread", _memory(device)
         table = columns(*names, "", right=names)
         for point in done.points:
             table.add_row(*_cells(point), tail(_bar(point, fastest, is_chosen=point is chosen)))
@@ -171,6 +171,11 @@ def _ending(done: Sweep) -> str:
     return "All buckets were tried."
 
 
+def _memory(device: str) -> str:
+    """Say what `peak_memory` measures on a device."""
+    return DEVICE_MEMORY if device == "cuda" else PROCESS_MEMORY
+
+
 def _object(
     name: str, loaded: Loaded, sweeps: Sequence[Sweep], effort: Effort, share: float
 ) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def _object(
         "dtype": loaded.dtype,
         "threads": thread_count(loaded.device),
         "options": dict(loaded.options),
-        "memory": MEMORY[loaded.device],
+        "memory": _memory(loaded.device),
         "batches": effort.batches,
         "steps": effort.steps,
         "share": share,
