@@ -13,6 +13,8 @@ from fastapi.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api import (
+    actions,
+    destinations,
     docs,
     errors,
     exports,
@@ -27,6 +29,7 @@ from api import (
     pictures,
     pipelines,
     session,
+    tenants,
     workers,
 )
 from api.door import FrontDoor
@@ -87,6 +90,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(exports.router, responses=job_calls)
     app.include_router(pipelines.router, responses=openapi.refusals(401, 503))
     app.include_router(workers.router, responses=openapi.refusals(401, 503))
+    app.include_router(destinations.router, responses=job_calls)
+    app.include_router(tenants.router, responses=job_calls)
+    app.include_router(actions.router, responses=job_calls)
     app.include_router(health.router)
     app.include_router(metrics.router, responses=openapi.refusals(503))
     for pages in (docs, page, pictures, session):

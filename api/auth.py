@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from farm.context import Farm
 from farm.errors import Forbidden, Unauthenticated
+from farm.spec import Storable
+from farm.store.actions import Actor
 from farm.store.engine import reads
 from farm.store.keys import Caller, find_caller
 from farm.store.sessions import find_visitor
@@ -129,3 +131,13 @@ async def operator(caller: Reader) -> Caller:
 
 
 Operator = Annotated[Caller, Depends(operator)]
+
+
+async def acting(request: Request, caller: Operator) -> Actor:
+    """An operator, as their action is recorded."""
+    address = request.client.host if request.client else ""
+    return Actor(caller.key_id, caller.name, caller.tenant, address)
+
+
+Acting = Annotated[Actor, Depends(acting)]
+Why = Annotated[Storable, Query(max_length=500, description="the reason, which is recorded")]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query
+from anyio import to_thread
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import RedirectResponse
 
 from api import wire
@@ -19,13 +21,14 @@ from farm import exports as use_cases
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.store import exports, reading
-from farm.store.engine import reads, transaction
+from farm.store.engine import Transaction, reads, transaction
 from farm.store.exports import Export
 
 router = APIRouter(prefix="/v1", tags=["exports"])
 
 ExportId = Annotated[uuid.UUID, Path(description="the export's id")]
-PICTURE = re.compile(r"(data/[0-9]{5})/[0-9]{9,}\.(?:png|jpg|webp)")
+PICTURE = re.compile(r"data/([0-9]{5})/([0-9]{9,18})\.(?:png|jpg|webp)", re.ASCII)
+"""Of an image folder: its shard, and its number in the dataset"""
 FileName = Annotated[str, Path(description="the file's name within the dataset")]
 
 
@@ -35,23 +38,25 @@ FileName = Annotated[str, Path(description="the file's name within the dataset")
     summary="Export a job",
     responses=refusals(400, 403, 404),
 )
-def export_job(
-    farm: FarmHere, caller: Writer, job_id: JobId, asked: wire.ExportAsked
+async def export_job(
+    request: Request, farm: FarmHere, caller: Writer, job_id: JobId, asked: wire.ExportAsked
 ) -> wire.Export:
     """Begin to write a job's pictures as a dataset; shards follow as they become whole."""
-    with reads(farm.store) as connection:
-        reading.get_job(connection, caller.tenant_id, job_id)
-    return _create(farm, caller.tenant_id, asked, [job_id], {})
+    await to_thread.run_sync(_check_job, farm, caller.tenant_id, job_id)
+    return await _create(request, farm, caller.tenant_id, asked, [job_id], {})
 
 
 @router.post(
     "/exports", status_code=202, summary="Export several jobs", responses=refusals(400, 403)
 )
-def export_jobs(farm: FarmHere, caller: Writer, asked: wire.ExportOfJobs) -> wire.Export:
+async def export_jobs(
+    request: Request, farm: FarmHere, caller: Writer, asked: wire.ExportOfJobs
+) -> wire.Export:
     """Begin to write several jobs' pictures as one dataset: they are named, or bear labels."""
     if bool(asked.jobs) == bool(asked.labels):
         raise InvalidRequest("jobs: name jobs, or give labels that they bear.", param="jobs")
-    return _create(farm, caller.tenant_id, asked, [_id(word) for word in asked.jobs], asked.labels)
+    job_ids = [_id(word) for word in asked.jobs]
+    return await _create(request, farm, caller.tenant_id, asked, job_ids, asked.labels)
 
 
 @router.get("/exports", summary="List exports, newest first")
@@ -123,33 +128,46 @@ def get_file(
     """Point to a file of a shard that is done."""
     with reads(farm.store) as connection:
         export = exports.get_export(connection, caller.tenant_id, export_id)
-        picture = PICTURE.fullmatch(name)
-        # A picture stands in its shard's metadata, which the manifest lists.
-        listed = f"{picture[1]}/metadata.jsonl" if picture else name
-        if "\x00" in name or not exports.has_file(connection, export_id, listed):
+        if not _lists(connection, export, name):
             raise NotFound(f"Export {export_id} has no such file, or not yet.")
     address = farm.artifacts.presigned(export.prefix + name, export.bucket)
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
 
 
-def _create(
+def _lists(connection: Transaction, export: Export, name: str) -> bool:
+    """Whether a file is one of an export's: a shard lists it, or the shard's metadata does."""
+    picture = PICTURE.fullmatch(name)
+    if picture is None or export.kind != "imagefolder":
+        return "\x00" not in name and exports.has_file(connection, export.id, name)
+    return exports.has_picture(connection, export.id, int(picture[1]), int(picture[2]))
+
+
+async def _create(
+    request: Request,
     farm: Farm,
     tenant_id: uuid.UUID,
     asked: wire.ExportAsked,
     job_ids: Sequence[uuid.UUID],
     labels: Mapping[str, str],
 ) -> wire.Export:
-    return _view(
-        use_cases.create(
-            farm,
-            tenant_id,
-            kind=asked.to,
-            job_ids=job_ids,
-            labels=labels,
-            shard_frames=asked.shard_frames,
-            dest=asked.dest,
-        )
+    create = partial(
+        use_cases.create,
+        farm,
+        tenant_id,
+        kind=asked.to,
+        job_ids=job_ids,
+        labels=labels,
+        shard_frames=asked.shard_frames,
+        dest=asked.dest,
     )
+    # Whether a place elsewhere is free, the storage tells: nobody else waits for that.
+    limiter = None if asked.dest is None else request.app.state.storage
+    return _view(await to_thread.run_sync(create, limiter=limiter))
+
+
+def _check_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
+    with reads(farm.store) as connection:
+        reading.get_job(connection, tenant_id, job_id)
 
 
 def _id(word: str) -> uuid.UUID:

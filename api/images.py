@@ -5,21 +5,27 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer
 from api.body import read_body
 from api.openapi import refusals
+from api.paging import Limit, page
 from farm import images as use_cases
 from farm.imagefiles import ALLOWED, IMAGE_ID, OPENERS, PNG
 from farm.images import image_key
+from farm.store import images
+from farm.store.engine import reads, transaction
 from farm.store.images import StoredImage
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
 ImageId = Annotated[str, Path(pattern=IMAGE_ID, description="the image's id")]
+AfterImage = Annotated[
+    str | None, Query(pattern=IMAGE_ID, description="the `next` of the page before")
+]
 UPLOAD: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -58,6 +64,29 @@ async def upload(
         )
     response.headers["Location"] = f"/v1/images/{image.id}"
     return _view(image)
+
+
+@router.get("", summary="List control images, by id")
+def list_images(
+    farm: FarmHere, caller: Reader, limit: Limit = 50, after: AfterImage = None
+) -> wire.Page[wire.Image]:
+    """List a tenant's control images."""
+    with reads(farm.store) as connection:
+        found = images.list_images(connection, caller.tenant_id, limit=limit + 1, after=after)
+    return page(found, limit, _view)
+
+
+@router.delete(
+    "/{image_id}",
+    status_code=204,
+    responses=refusals(403, 404),
+    summary="Delete a control image",
+)
+def delete_image(farm: FarmHere, caller: Writer, image_id: ImageId) -> None:
+    """Delete an image: nobody finds it any more, and the storage forgets it within seconds. Frames
+    that name it and are not rendered yet become dead. Pictures that it steered stay."""
+    with transaction(farm.store) as connection:
+        images.remove_image(connection, caller.tenant_id, image_id)
 
 
 @router.get("/{image_id}", responses=refusals(404), summary="Look at a control image")

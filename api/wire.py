@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from farm.exports import MOST_JOBS, SHARD_FRAMES
 from farm.formats import Format
-from farm.spec import PROMPTS_SHOWN, LabelText, storable
+from farm.spec import PROMPTS_SHOWN, LabelText, Storable, storable
 from farm.states import FrameState, JobStatus
 
 Item = TypeVar("Item")
@@ -291,6 +291,55 @@ class Worker(BaseModel):
     host: str | None = Field(description="for an operator's key only")
     pid: int | None = Field(description="for an operator's key only")
     problem: str | None = Field(description="why it cannot render")
+
+
+class Tenant(BaseModel):
+    """A tenant, and how much it owns."""
+
+    id: uuid.UUID
+    name: str | None = Field(description="null: it was deleted")
+    created_at: datetime
+    removed_at: datetime | None = Field(description="since when it is deleted; null: it is not")
+    emptied_at: datetime | None = Field(
+        description="since when nothing is left of it, neither rows nor objects"
+    )
+    owns: dict[str, int] = Field(
+        description="how many keys, jobs, exports, inputs, images and destinations"
+    )
+
+
+class DestinationAsked(BaseModel):
+    """A destination to grant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: Storable = Field(min_length=1, max_length=200, description="its name")
+    dest: Storable = Field(max_length=1200, description="s3://BUCKET/PREFIX")
+    why: Storable = Field(default="", max_length=500, description="the reason, which is recorded")
+
+
+class Destination(BaseModel):
+    """A place that a tenant may export to."""
+
+    id: uuid.UUID
+    tenant: str
+    dest: str = Field(description="exports may lie below it, each in a folder named by its id")
+    created_at: datetime
+
+
+class Action(BaseModel):
+    """What an operator did."""
+
+    id: int
+    at: datetime
+    key_id: uuid.UUID
+    who: str = Field(description="the key's name")
+    tenant: str = Field(description="the key's")
+    address: str = Field(description="of the client")
+    verb: str
+    target: str
+    why: str
+    outcome: str
 
 
 class Part(BaseModel):

@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from api import wire
-from api.auth import OPERATOR, FarmHere, Operator, Reader
+from api.auth import OPERATOR, Acting, FarmHere, Operator, Reader, Why
 from api.openapi import refusals
 from farm.errors import NotFound
-from farm.store import reading, workers
+from farm.store import actions, reading, workers
 from farm.store.engine import Transaction, transaction
 from farm.store.keys import Caller
 
@@ -31,14 +31,20 @@ def list_workers(farm: FarmHere, caller: Reader) -> wire.Page[wire.Worker]:
     responses=refusals(403, 404),
     summary="Let a worker finish and leave",
 )
-def drain(farm: FarmHere, caller: Operator, worker_id: uuid.UUID) -> wire.Worker:
+def drain(
+    farm: FarmHere, caller: Operator, actor: Acting, worker_id: uuid.UUID, why: Why = ""
+) -> wire.Worker:
     """Ask a worker to claim nothing more; it ends its batch, deregisters and exits, within
     FARM_GRACE_SECONDS, as with SIGTERM. What it cannot finish is given back, at no charge."""
     with transaction(farm.store) as connection:
         if not workers.drain(connection, worker_id):
             raise NotFound(f"There is no worker {worker_id} alive.")
         rows = worker_views(connection, caller)
-    return next(row for row in rows if row.id == worker_id)
+        drained = next(row for row in rows if row.id == worker_id)
+        actions.record(
+            connection, actor, "worker.drain", f"worker {drained.name}", why, drained.state
+        )
+    return drained
 
 
 def worker_views(connection: Transaction, caller: Caller) -> list[wire.Worker]:

@@ -57,14 +57,24 @@ def media_type_of(key: str) -> str:
     return FORMATS[BY_EXTENSION.get(key.rpartition(".")[2], "png")].media_type
 
 
+def tenant_prefix(tenant_id: uuid.UUID) -> str:
+    """What the keys of a tenant's artifacts begin with."""
+    return f"{tenant_id}/"
+
+
 def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
     """What the keys of a job's artifacts begin with."""
-    return f"{tenant_id}/{job_id}/"
+    return f"{tenant_prefix(tenant_id)}{job_id}/"
+
+
+def exports_prefix(tenant_id: uuid.UUID) -> str:
+    """What the keys of a tenant's exports begin with, in the farm's own storage."""
+    return f"exports/{tenant_id}/"
 
 
 def export_prefix(tenant_id: uuid.UUID, export_id: uuid.UUID) -> str:
     """What the keys of an export's files begin with, where nobody asked for another place."""
-    return f"exports/{tenant_id}/{export_id}/"
+    return f"{exports_prefix(tenant_id)}{export_id}/"
 
 
 class ArtifactName(NamedTuple):
@@ -143,7 +153,7 @@ class Artifacts:
 
     @cached_property
     def _hasty(self) -> S3Client:
-        """For what must not wait: readiness, and deleting under a lock."""
+        """For what must not wait: readiness, and looking at a place before it is used."""
         return self._client(timeout=2, attempts=1)
 
     def put(self, key: str, content: bytes) -> None:
@@ -259,17 +269,14 @@ class Artifacts:
         except (BotoCoreError, ClientError) as error:
             raise Unavailable(f"The image storage did not delete {key}: {_why(error)}") from error
 
-    def delete_all(self, keys: Sequence[str], *, hasty: bool = False) -> None:
+    def delete_all(self, keys: Sequence[str]) -> None:
         """Remove PAGE_KEYS images at most; one that is not there is no error.
-
-        `hasty` gives up within four seconds, for whoever holds a lock meanwhile.
 
         Raises:
             Unavailable: the storage does not answer, or refused some of them.
         """
-        s3 = self._hasty if hasty else self._s3
         try:
-            answer = s3.delete_objects(
+            answer = self._s3.delete_objects(
                 Bucket=self.bucket,
                 Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
             )
@@ -282,6 +289,20 @@ class Artifacts:
             raise Unavailable(
                 f"The image storage did not delete {first.get('Key')}: {first.get('Message')}"
             )
+
+    def holds_any(self, bucket: str, prefix: str) -> bool:
+        """Whether a bucket, this one or another, holds an object whose key begins so.
+
+        Raises:
+            StorageRefused: this process may not look there, or there is no such bucket.
+            Unavailable: the storage does not answer.
+        """
+        try:
+            answer = self._hasty.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        except (BotoCoreError, ClientError) as error:
+            kind = StorageRefused if _status(error) in {*REFUSED, 404} else Unavailable
+            raise kind(f"The storage did not list bucket {bucket}: {_why(error)}") from error
+        return bool(answer.get("Contents"))
 
     def presigned(self, key: str, bucket: str | None = None) -> str:
         """Make an address that gives the object to whoever holds it, for `presign_seconds`."""

@@ -144,10 +144,6 @@ class Settings(BaseSettings):
         le=2**27,
         description="width times height of a control image",
     )
-    export_buckets: str = Field(
-        default="",
-        description="other buckets that datasets may be exported to, with commas between",
-    )
     presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
     otlp_endpoint: str = Field(
         default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),

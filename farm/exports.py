@@ -19,8 +19,8 @@ from farm.errors import FarmError, InvalidRequest, Unavailable
 from farm.folders import make_private
 from farm.spec import FullSpec, frame_spec
 from farm.states import FrameState
+from farm.store import destinations, reading
 from farm.store import exports as stored
-from farm.store import reading
 from farm.store.engine import Transaction, reads, transaction
 from farm.store.exports import Export, Shard
 from farm.store.lines import Parts, lines_of
@@ -60,21 +60,22 @@ def create(
         job_ids: which jobs, in this order.
         labels: or those that bear all of these.
         shard_frames: of a shard, at most.
-        dest: `s3://BUCKET/PREFIX`, a bucket that the operator allows; None: the farm's own.
+        dest: `s3://BUCKET/PREFIX`, at or below a destination that the tenant was granted: the
+            export lies below it, in a folder named by its id. None: the farm's own storage.
 
     Raises:
         InvalidRequest: there is no such job, or no such place may be written to.
+        StorageRefused: the farm may not look into the bucket.
+        Unavailable: Postgres or the storage is away.
     """
     export_id = uuid.uuid4()
     if dest is None:
         bucket, prefix = farm.settings.s3_bucket, export_prefix(tenant_id, export_id)
     else:
-        bucket, prefix = _place(farm, dest)
+        bucket, prefix = _granted(farm, tenant_id, dest, export_id)
     with transaction(farm.store) as connection:
         chosen = list(job_ids) or _bearing(connection, tenant_id, labels)
         _check_jobs(reading.own_jobs(connection, tenant_id, chosen), chosen)
-        if dest is not None and stored.is_taken(connection, bucket, prefix):
-            raise InvalidRequest(f"dest: another export lies at or below {dest}.", param="dest")
         shards = stored.count_shards(connection, chosen, shard_frames)
         if shards > MOST_SHARDS:
             raise InvalidRequest(
@@ -105,14 +106,31 @@ def _bearing(
     return [job.id for job in reversed(newest)]
 
 
-def _place(farm: Farm, dest: str) -> tuple[str, str]:
-    found = ADDRESS.fullmatch(dest)
+def _granted(farm: Farm, tenant_id: uuid.UUID, dest: str, export_id: uuid.UUID) -> tuple[str, str]:
+    """Find where a tenant's export lies below a destination: its bucket and prefix."""
+    bucket, above = parse_place(dest, "dest")
+    with reads(farm.store) as connection:
+        if not destinations.covers(connection, tenant_id, bucket, above):
+            raise InvalidRequest(
+                f"dest: this tenant may not export to {dest}. An operator grants a destination: "
+                "`farm destinations grant TENANT s3://BUCKET/PREFIX`.",
+                param="dest",
+            )
+    prefix = f"{above}{export_id}/"
+    if farm.artifacts.holds_any(bucket, prefix):
+        raise InvalidRequest(f"dest: objects lie at s3://{bucket}/{prefix}.", param="dest")
+    return bucket, prefix
+
+
+def parse_place(place: str, param: str) -> tuple[str, str]:
+    """Read `s3://BUCKET/PREFIX` as a bucket and a prefix: empty, or with a slash at its end.
+
+    Raises:
+        InvalidRequest: it has another form; the error names the field `param`.
+    """
+    found = ADDRESS.fullmatch(place)
     if found is None:
-        raise InvalidRequest("dest: it has not the form s3://BUCKET/PREFIX.", param="dest")
-    if found[1] not in farm.settings.export_buckets.split(","):
-        raise InvalidRequest(
-            f"dest: bucket {found[1]} is none of those in FARM_EXPORT_BUCKETS.", param="dest"
-        )
+        raise InvalidRequest(f"{param}: it has not the form s3://BUCKET/PREFIX.", param=param)
     prefix = (found[2] or "").strip("/")
     return found[1], f"{prefix}/" if prefix else ""
 

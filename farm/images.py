@@ -5,6 +5,7 @@ An image's id is the sha256 of the PNG that is kept, so an id means the same pic
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Collection
 
@@ -22,9 +23,26 @@ from farm.store.images import StoredImage
 NO_SUCH_KEY = "NoSuchKey"
 
 
+KEY = re.compile(r"images/([0-9a-f-]{36})/([0-9a-f]{64})\.png")
+
+
+def images_prefix(tenant_id: uuid.UUID) -> str:
+    """What the keys of a tenant's images begin with."""
+    return f"images/{tenant_id}/"
+
+
 def image_key(tenant_id: uuid.UUID, image_id: str) -> str:
     """Name an image in the storage: its tenant, and the hash of its bytes."""
-    return f"images/{tenant_id}/{image_id}.png"
+    return f"{images_prefix(tenant_id)}{image_id}.png"
+
+
+def parse_image_key(key: str) -> tuple[uuid.UUID, str] | None:
+    """Read an image's key as (tenant, id); None for any other key."""
+    found = KEY.fullmatch(key)
+    try:
+        return (uuid.UUID(found[1]), found[2]) if found else None
+    except ValueError:
+        return None
 
 
 def upload(farm: Farm, tenant_id: uuid.UUID, content: bytes, content_type: str) -> StoredImage:
@@ -35,14 +53,12 @@ def upload(farm: Farm, tenant_id: uuid.UUID, content: bytes, content_type: str) 
     Raises:
         UnsupportedMediaType: `content_type` is not a kind that is taken.
         InvalidRequest: the file is of another kind, damaged, or outside the limits.
-        Unavailable: the storage or Postgres is away.
+        Unavailable: the storage or Postgres is away, or the same image is being deleted.
     """
     image = normalised(content, content_type, max_pixels=farm.settings.max_image_pixels)
     sha256 = image.sha256
-    # The storage first: a row never points at nothing. Put again, a lost object is back.
-    farm.artifacts.put(image_key(tenant_id, sha256.hex()), image.content)
     with transaction(farm.store) as connection:
-        return stored.insert_image(
+        stored.begin_image(
             connection,
             tenant_id,
             sha256,
@@ -50,6 +66,9 @@ def upload(farm: Farm, tenant_id: uuid.UUID, content: bytes, content_type: str) 
             height=image.height,
             size=len(image.content),
         )
+    farm.artifacts.put(image_key(tenant_id, sha256.hex()), image.content)
+    with transaction(farm.store) as connection:
+        return stored.finish_image(connection, tenant_id, sha256)
 
 
 def get_image(farm: Farm, tenant_id: uuid.UUID, image_id: str) -> StoredImage:

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from farm.catalog import MAX_BUCKET
 from farm.formats import Format
@@ -55,6 +55,9 @@ def storable(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError("a lone surrogate is not a character") from error
     return text
+
+
+Storable = Annotated[str, AfterValidator(storable)]
 
 
 def _priority_name(value: str) -> str:

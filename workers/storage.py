@@ -11,10 +11,18 @@ import random
 import threading
 import time
 
-from farm.artifacts import ArtifactName, export_prefix, job_prefix, parse_key
+from farm.artifacts import (
+    ArtifactName,
+    export_prefix,
+    exports_prefix,
+    job_prefix,
+    parse_key,
+    tenant_prefix,
+)
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import retention
+from farm.images import image_key, images_prefix, parse_image_key
+from farm.store import images, retention, tenants
 from farm.store.engine import transaction
 
 log = logging.getLogger(__name__)
@@ -22,14 +30,14 @@ log = logging.getLogger(__name__)
 PASS_SECONDS = 3600.0
 """Between two passes over the whole storage, at most; a page a step, so never all at once."""
 
-DELETED_AT_ONCE = 100
-"""Orphans: their frames are locked while they are deleted, so it must be quick."""
+DELETED_AT_ONCE = 1000
+"""Orphans, or control images"""
 
 LONGEST_REST_SECONDS = 60.0
 
 
 class StorageWork:
-    """Empties removed jobs and exports, deletes orphans, in a thread, while its janitor leads."""
+    """Deletes what was removed, and orphans, in a thread, while its janitor leads."""
 
     def __init__(self, farm: Farm, stop: threading.Event) -> None:
         self._farm = farm
@@ -71,7 +79,7 @@ class StorageWork:
             self._stop.wait(random.uniform(rest / 2, rest) if failures else pace)  # noqa: S311
 
     def step(self) -> None:
-        """Empty the jobs and exports that are being removed, and look through one page for orphans.
+        """Empty what is being removed, and look through one page for orphans.
 
         Raises:
             Unavailable: the storage or Postgres is away; the next step goes on from there.
@@ -83,6 +91,8 @@ class StorageWork:
                 with transaction(self._farm.store) as connection:
                     retention.forget(connection, job_id)
         self._empty_exports()
+        self._delete_images()
+        self._empty_tenants()
         if time.monotonic() >= self._pass_due_at:
             self._look_through_page()
 
@@ -115,11 +125,10 @@ class StorageWork:
     def _look_through_page(self) -> None:
         orphan_seconds = self._farm.settings.orphan_seconds
         page = self._farm.artifacts.list_page(after=self._after)
-        names = [
-            name
-            for stored in page.objects
-            if stored.age_seconds >= orphan_seconds and (name := parse_key(stored.key))
-        ]
+        old = [stored.key for stored in page.objects if stored.age_seconds >= orphan_seconds]
+        names = [name for key in old if (name := parse_key(key))]
+        with transaction(self._farm.store) as connection:
+            images.disown(connection, filter(None, map(parse_image_key, old)))
         while (deleted := self._delete_orphans(names)) and self._goes_on():
             names = [name for name in names if name not in deleted]
         self._after = page.last or ""
@@ -128,10 +137,31 @@ class StorageWork:
 
     def _delete_orphans(self, names: list[ArtifactName]) -> set[ArtifactName]:
         with transaction(self._farm.store) as connection:
-            places = retention.lock_orphans(connection, names, DELETED_AT_ONCE)
-            orphans = {names[place] for place in places}
-            if orphans:
-                keys = [name.key for name in orphans]
-                self._farm.artifacts.delete_all(keys, hasty=True)
-                log.info("Deleted %d objects that no frame names.", len(keys))
+            places = retention.orphans(connection, names, DELETED_AT_ONCE)
+        orphans = {names[place] for place in places}
+        if orphans:
+            self._farm.artifacts.delete_all([name.key for name in orphans])
+            log.info("Deleted %d objects that no frame names.", len(orphans))
         return orphans
+
+    def _delete_images(self) -> None:
+        """Delete the objects of control images that were removed."""
+        with transaction(self._farm.store) as connection:
+            removed = images.removed_images(connection, DELETED_AT_ONCE)
+        if removed:
+            keys = [image_key(tenant_id, image_id) for tenant_id, image_id in removed]
+            self._farm.artifacts.delete_all(keys)
+            with transaction(self._farm.store) as connection:
+                for tenant_id, image_id in removed:
+                    images.forget_image(connection, tenant_id, image_id)
+
+    def _empty_tenants(self) -> None:
+        """Delete what removed tenants owned: some of the rows, and at last the objects."""
+        with transaction(self._farm.store) as connection:
+            settled = tenants.delete_of_removed(connection)
+        for tenant_id in settled:
+            prefixes = tenant_prefix(tenant_id), exports_prefix(tenant_id), images_prefix(tenant_id)
+            if all(self._delete_below(prefix) for prefix in prefixes):
+                with transaction(self._farm.store) as connection:
+                    tenants.mark_emptied(connection, tenant_id)
+                log.info("Nothing is left of tenant %s, which was removed.", tenant_id)

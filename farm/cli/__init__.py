@@ -23,6 +23,7 @@ from farm.cli import (
     images,
     jobs,
     keys,
+    operating,
     processes,
     replay,
     submit,
@@ -42,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 START, RENDER, LOOK, RUN = "Start here", "Jobs", "Look", "Processes and upkeep"
+OPERATE = "For operators"
 
 app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("up", rich_help_panel=START)(up.up)
@@ -66,7 +68,10 @@ app.command("chores", rich_help_panel=RUN)(processes.chores)
 app.command("migrate", rich_help_panel=RUN)(processes.migrate)
 app.command("calibrate", rich_help_panel=RUN)(calibrate.calibrate)
 app.command("audit", rich_help_panel=RUN)(audit.audit)
-app.add_typer(keys.app, name="keys", rich_help_panel=RUN)
+app.add_typer(keys.app, name="keys", rich_help_panel=OPERATE)
+app.add_typer(operating.tenants_app, name="tenants", rich_help_panel=OPERATE)
+app.add_typer(operating.destinations_app, name="destinations", rich_help_panel=OPERATE)
+app.command("actions", rich_help_panel=OPERATE)(operating.actions)
 
 
 def _show_version(wanted: bool) -> None:

@@ -134,6 +134,11 @@ class FarmClient:
         """Ask for something; tried once, since a repeat would be another."""
         return self._object(self._send("POST", path, json=body, again=False))
 
+    def delete(self, path: str, why: str = "") -> Any:
+        """Delete something, or take it away; gives what is answered, if anything."""
+        response = self._send("DELETE", path, params={"why": why} if why else None)
+        return self._object(response) if response.content else None
+
     def download(self, path: str, file: Path) -> None:
         """Read a file, however large, wherever its address leads."""
         self._send("GET", path, into=file)

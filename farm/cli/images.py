@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from farm import __version__
 from farm.cli.bars import spinning
 from farm.cli.body import ControlWord
-from farm.cli.console import Json, emit, say
+from farm.cli.console import Json, emit, note, say
 from farm.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def images(
         ),
     ],
     as_json: Json = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete images, which are given by their ids.")
+    ] = False,
 ) -> None:
     """Upload control images, and print the id of each.
 
@@ -59,6 +63,10 @@ def images(
     settings = load_settings()
     with FarmClient.of(settings) as client:
         for source in sources:
+            if delete:
+                client.delete(f"/v1/images/{quote(source, safe='')}")
+                note(f"Image {source} is deleted.")
+                continue
             image = upload(client, read_image(source, settings.max_image_bytes))
             if as_json:
                 emit(image)

@@ -164,19 +164,17 @@ FROM export_shards s JOIN attempts a
 WHERE s.export_id = :export_id AND a.reason = :reason GROUP BY s.number
 """)
 
-# Of two that ask for one place, one comes first.
-LOCK_BUCKET = text("SELECT pg_advisory_xact_lock(hashtextextended('exports ' || :bucket, 0))")
-
-TAKEN = text("""
-SELECT EXISTS (
-    SELECT FROM exports
-    WHERE bucket = :bucket AND (starts_with(prefix, :prefix) OR starts_with(:prefix, prefix)))
-""")
-
 LISTED = text("""
 SELECT EXISTS (
     SELECT FROM export_shards
     WHERE export_id = :export_id AND files @> CAST(:listed AS jsonb))
+""")
+
+HOLDS = text("""
+SELECT EXISTS (
+    SELECT FROM export_shards
+    WHERE export_id = :export_id AND number = :number AND done_at IS NOT NULL
+      AND :picture >= base + first AND :picture < base + stop)
 """)
 
 DUE = text("""
@@ -323,19 +321,16 @@ def has_file(connection: Connection, export_id: uuid.UUID, name: str) -> bool:
     return bool(connection.execute(LISTED, values).scalar_one())
 
 
+def has_picture(connection: Connection, export_id: uuid.UUID, shard: int, picture: int) -> bool:
+    """Whether a picture of that number belongs to a shard that is done."""
+    values = {"export_id": export_id, "number": shard, "picture": picture}
+    return bool(connection.execute(HOLDS, values).scalar_one())
+
+
 def rejected(connection: Connection, export_id: uuid.UUID) -> dict[int, int]:
     """Count the pictures that filters rejected, by shard."""
     rows = connection.execute(REJECTED_OF, {"export_id": export_id, "reason": REJECTED})
     return {row.number: row.pictures for row in rows}
-
-
-def is_taken(connection: Connection, bucket: str, prefix: str) -> bool:
-    """Whether an export, of whichever tenant, lies at a place, below it or above it.
-
-    Nobody else finds out until the transaction ends.
-    """
-    connection.execute(LOCK_BUCKET, {"bucket": bucket})
-    return bool(connection.execute(TAKEN, {"bucket": bucket, "prefix": prefix}).scalar_one())
 
 
 def remove_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.UUID) -> None:

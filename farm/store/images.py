@@ -1,4 +1,4 @@
-"""Control images: which ones a tenant has uploaded. Their bytes are in S3, put there first."""
+"""Control images: which ones a tenant has uploaded. Their bytes are in S3."""
 
 from __future__ import annotations
 
@@ -9,22 +9,64 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from farm.errors import NotFound
+from farm.errors import NotFound, Unavailable
 
-# The update changes nothing: without it a row that is there would not be returned.
-INSERT = text("""
-INSERT INTO images (tenant_id, sha256, width, height, bytes)
-VALUES (:tenant_id, :sha256, :width, :height, :bytes)
+# Whoever stores an object and whoever deletes it exclude each other by its row: it is `arriving`
+# before the first byte is stored, and `removing` until the object is gone.
+BEGIN = text("""
+INSERT INTO images (tenant_id, sha256, width, height, bytes, state)
+VALUES (:tenant_id, :sha256, :width, :height, :bytes, 'arriving')
 ON CONFLICT (tenant_id, sha256) DO UPDATE SET bytes = excluded.bytes
+WHERE images.state <> 'removing'
+RETURNING state
+""")
+
+FINISH = text("""
+UPDATE images SET state = 'kept'
+WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state <> 'removing'
 RETURNING width, height, bytes, created_at
 """)
 
 FIND = text("""
 SELECT width, height, bytes, created_at FROM images
-WHERE tenant_id = :tenant_id AND sha256 = :sha256
+WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'kept'
 """)
 
-KNOWN = text("SELECT sha256 FROM images WHERE tenant_id = :tenant_id AND sha256 = ANY(:hashes)")
+LIST = text("""
+SELECT sha256, width, height, bytes, created_at FROM images
+WHERE tenant_id = :tenant_id AND state = 'kept'
+  AND (CAST(:after AS bytea) IS NULL OR sha256 > :after)
+ORDER BY sha256 LIMIT :limit
+""")
+
+KNOWN = text("""
+SELECT sha256 FROM images
+WHERE tenant_id = :tenant_id AND sha256 = ANY(:hashes) AND state = 'kept'
+""")
+
+REMOVE = text("""
+UPDATE images SET state = 'removing'
+WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'kept' RETURNING sha256
+""")
+
+REMOVED = text("SELECT tenant_id, sha256 FROM images WHERE state = 'removing' LIMIT :limit")
+
+# A tenant that is not known here may be another farm's, in the same bucket.
+DISOWN = text("""
+INSERT INTO images (tenant_id, sha256, width, height, bytes, state)
+SELECT t.id, d.sha256, 0, 0, 0, 'removing'
+FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:hashes AS bytea[])) AS d (tenant_id, sha256)
+JOIN tenants t ON t.id = d.tenant_id
+ON CONFLICT DO NOTHING
+""")
+
+FORGET = text("""
+DELETE FROM images
+WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'removing'
+""")
+
+
+BEING_DELETED = "This image is being deleted; send it again in a moment."
 
 
 @dataclass(frozen=True)
@@ -39,7 +81,7 @@ class StoredImage:
     created_at: datetime
 
 
-def insert_image(
+def begin_image(
     connection: Connection,
     tenant_id: uuid.UUID,
     sha256: bytes,
@@ -47,18 +89,28 @@ def insert_image(
     width: int,
     height: int,
     size: int,
-) -> StoredImage:
-    """Note an image of `size` bytes; one that is there already stays as it is."""
-    row = connection.execute(
-        INSERT,
-        {
-            "tenant_id": tenant_id,
-            "sha256": sha256,
-            "width": width,
-            "height": height,
-            "bytes": size,
-        },
-    ).one()
+) -> None:
+    """Note that an image of `size` bytes is about to be stored.
+
+    Raises:
+        Unavailable: the same image is being deleted.
+    """
+    values = {"tenant_id": tenant_id, "sha256": sha256}
+    values |= {"width": width, "height": height, "bytes": size}
+    if connection.execute(BEGIN, values).first() is None:
+        raise Unavailable(BEING_DELETED)
+
+
+def finish_image(connection: Connection, tenant_id: uuid.UUID, sha256: bytes) -> StoredImage:
+    """Note that an image is stored; one that was there already stays as it is.
+
+    Raises:
+        Unavailable: it was deleted meanwhile.
+    """
+    wanted = {"tenant_id": tenant_id, "sha256": sha256}
+    row = connection.execute(FINISH, wanted).first()
+    if row is None:
+        raise Unavailable(BEING_DELETED)
     return StoredImage(sha256.hex(), row.width, row.height, row.bytes, row.created_at)
 
 
@@ -73,6 +125,51 @@ def get_image(connection: Connection, tenant_id: uuid.UUID, image_id: str) -> St
     if row is None:
         raise NotFound(f"There is no image {image_id}.")
     return StoredImage(image_id, row.width, row.height, row.bytes, row.created_at)
+
+
+def list_images(
+    connection: Connection, tenant_id: uuid.UUID, *, limit: int, after: str | None = None
+) -> list[StoredImage]:
+    """Read a page of a tenant's images, by id."""
+    beginning = bytes.fromhex(after) if after is not None else None
+    values = {"tenant_id": tenant_id, "limit": limit, "after": beginning}
+    return [
+        StoredImage(row.sha256.hex(), row.width, row.height, row.bytes, row.created_at)
+        for row in connection.execute(LIST, values)
+    ]
+
+
+def remove_image(connection: Connection, tenant_id: uuid.UUID, image_id: str) -> None:
+    """Remove an image: it is gone for everybody at once, and its object soon.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    wanted = {"tenant_id": tenant_id, "sha256": bytes.fromhex(image_id)}
+    if connection.execute(REMOVE, wanted).first() is None:
+        raise NotFound(f"There is no image {image_id}.")
+
+
+def removed_images(connection: Connection, limit: int) -> list[tuple[uuid.UUID, str]]:
+    """Name images whose objects may be deleted, as (tenant, id)."""
+    rows = connection.execute(REMOVED, {"limit": limit})
+    return [(row.tenant_id, row.sha256.hex()) for row in rows]
+
+
+def disown(connection: Connection, images: Iterable[tuple[uuid.UUID, str]]) -> None:
+    """Note objects in the storage that no row names as removed images, by (tenant, id)."""
+    pairs = list(images)
+    values = {
+        "tenant_ids": [tenant_id for tenant_id, _ in pairs],
+        "hashes": [bytes.fromhex(image_id) for _, image_id in pairs],
+    }
+    connection.execute(DISOWN, values)
+
+
+def forget_image(connection: Connection, tenant_id: uuid.UUID, image_id: str) -> None:
+    """Delete a removed image's row: nothing is left of it."""
+    wanted = {"tenant_id": tenant_id, "sha256": bytes.fromhex(image_id)}
+    connection.execute(FORGET, wanted)
 
 
 def known_images(

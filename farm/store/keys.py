@@ -11,11 +11,14 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.errors import InvalidRequest
+
 ROLES = ("client", "operator", "viewer")
 
 TENANT = text("""
 INSERT INTO tenants (id, name) VALUES (:id, :name)
-ON CONFLICT (name) DO UPDATE SET name = excluded.name RETURNING id
+ON CONFLICT (name) DO UPDATE SET name = excluded.name WHERE tenants.removed_at IS NULL
+RETURNING id
 """)
 
 CREATE = text("""
@@ -24,7 +27,8 @@ VALUES (:id, :tenant_id, :role, :name, :prefix, :digest)
 """)
 
 FIND = text("""
-SELECT k.id, k.role, k.tenant_id, t.name AS tenant FROM keys k JOIN tenants t ON t.id = k.tenant_id
+SELECT k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name
+FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.digest = :digest AND k.revoked_at IS NULL
 """)
 
@@ -46,11 +50,20 @@ class Caller:
     tenant_id: uuid.UUID
     tenant: str
     role: str
+    name: str
+    """the key's"""
 
 
 def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
-    """Find a tenant by name, made if it is new."""
-    found: uuid.UUID = connection.execute(TENANT, {"id": uuid.uuid4(), "name": name}).scalar_one()
+    """Find a tenant by name, made if it is new.
+
+    Raises:
+        InvalidRequest: the name is the id of a tenant that was removed.
+    """
+    row = connection.execute(TENANT, {"id": uuid.uuid4(), "name": name}).first()
+    if row is None:
+        raise InvalidRequest(f"tenant: {name} is a tenant that was removed.", param="tenant")
+    found: uuid.UUID = row.id
     return found
 
 
@@ -74,7 +87,7 @@ def create_key(connection: Connection, tenant: str, role: str, name: str = "") -
 def find_caller(connection: Connection, key: str) -> Caller | None:
     """Find whose key this is; None where it is unknown or revoked."""
     row = connection.execute(FIND, {"digest": digest_of(key)}).first()
-    return Caller(row.id, row.tenant_id, row.tenant, row.role) if row else None
+    return Caller(**row._mapping) if row else None
 
 
 def list_keys(connection: Connection) -> Sequence[Row[Any]]:

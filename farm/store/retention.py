@@ -124,14 +124,14 @@ SELECT d.place FROM {NAMED} JOIN tenants t ON t.id = d.tenant_id
 WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = d.job_id) LIMIT :limit
 """)  # noqa: S608 - constants only
 
-# A dead frame may be retried and succeed with these very bytes: not while its row is locked.
+# Nothing that is chosen here can be named again later: a frame that is cancelled or succeeded stays
+# so. A dead one may be retried, and succeed with these very bytes: they stay as long as its job.
 OF_NO_FRAME = text(f"""
 SELECT d.place FROM {NAMED}
 JOIN jobs j ON j.id = d.job_id AND j.tenant_id = d.tenant_id AND j.removed_at IS NULL
 JOIN frames f ON f.job_id = d.job_id AND f.ordinal = d.ordinal
-WHERE f.state IN ('dead', 'cancelled') OR (f.state = 'succeeded' AND f.sha256 <> d.sha256)
+WHERE f.state = 'cancelled' OR (f.state = 'succeeded' AND f.sha256 <> d.sha256)
 LIMIT :limit
-FOR SHARE OF f
 """)  # noqa: S608 - constants only
 
 
@@ -186,10 +186,8 @@ def delete_inputs(connection: Connection, days: float, limit: int) -> None:
         connection.execute(DELETE_INPUTS, {"ids": ids})
 
 
-def lock_orphans(connection: Connection, names: Sequence[ArtifactName], limit: int) -> list[int]:
+def orphans(connection: Connection, names: Sequence[ArtifactName], limit: int) -> list[int]:
     """Choose, of some artifacts, up to `limit` that no frame names, nor ever will.
-
-    Their frames are locked until the transaction ends, so that none is retried meanwhile.
 
     Returns:
         Their places among `names`.

@@ -61,8 +61,10 @@ tenants = Table(
     "tenants",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("name", Text, nullable=False, unique=True),
+    Column("name", Text, nullable=False, unique=True),  # its id, once it is removed
     _moment("created_at", now=True),
+    _moment("removed_at"),
+    _moment("emptied_at"),
 )
 
 keys = Table(
@@ -77,6 +79,32 @@ keys = Table(
     _moment("created_at", now=True),
     _moment("revoked_at"),
     CheckConstraint(_one_of("role", ["client", "operator", "viewer"]), name="role"),
+)
+
+actions = Table(
+    "actions",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    _moment("at", now=True),
+    Column("key_id", Uuid, nullable=False),
+    Column("who", Text, nullable=False, comment="the key's name"),
+    Column("tenant", Text, nullable=False, comment="the key's"),
+    Column("address", Text, nullable=False, comment="of the client"),
+    Column("verb", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+)
+
+destinations = Table(
+    "destinations",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("bucket", Text, nullable=False),
+    Column("prefix", Text, nullable=False, comment="of the keys: empty, or ends with a slash"),
+    _moment("created_at", now=True),
+    UniqueConstraint("tenant_id", "bucket", "prefix"),
 )
 
 sessions = Table(
@@ -399,6 +427,14 @@ images = Table(
     Column("height", Integer, nullable=False),
     Column("bytes", Integer, nullable=False),
     _moment("created_at", now=True),
+    Column(
+        "state",
+        Text,
+        nullable=False,
+        server_default="kept",
+        comment="kept; arriving or removing: its object may not be there",
+    ),
+    Index("images_removing", "tenant_id", postgresql_where=text("state = 'removing'")),
 )
 
 leases = Table(

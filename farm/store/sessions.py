@@ -14,7 +14,7 @@ VALUES (:digest, :key_id, clock_timestamp() + make_interval(secs => :seconds))
 """)
 
 FIND = text("""
-SELECT k.id, k.role, k.tenant_id, t.name AS tenant
+SELECT k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name
 FROM sessions s JOIN keys k ON k.id = s.key_id JOIN tenants t ON t.id = k.tenant_id
 WHERE s.digest = :digest AND s.ends_at > clock_timestamp() AND k.revoked_at IS NULL
 """)
@@ -35,7 +35,7 @@ def open_session(connection: Connection, caller: Caller, seconds: float) -> str:
 def find_visitor(connection: Connection, session: str) -> Caller | None:
     """Find whose session this is; None where it is unknown, has ended, or its key was revoked."""
     row = connection.execute(FIND, {"digest": digest_of(session)}).first()
-    return Caller(row.id, row.tenant_id, row.tenant, row.role) if row else None
+    return Caller(**row._mapping) if row else None
 
 
 def end_session(connection: Connection, session: str) -> None:

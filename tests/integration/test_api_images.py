@@ -29,6 +29,7 @@ from tests.integration.test_api_health import without
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, serving
 from tests.waiting import wait_until
+from workers.storage import StorageWork
 
 UNKNOWN = "0" * 64
 MAX_BYTES, MAX_PIXELS = 50_000, 256 * 128
@@ -68,9 +69,10 @@ def send(client: httpx.Client, content: bytes, kind: str = "image/png") -> httpx
 
 
 def stored(farm: Farm) -> tuple[int, int]:
-    """How many images there are: rows, and objects in the bucket."""
+    """How many images there are: rows that say so, and objects in the bucket."""
     objects = farm.artifacts._s3.list_objects_v2(Bucket=farm.settings.s3_bucket)
-    return sql(farm, "SELECT count(*) FROM images")[0][0], objects["KeyCount"]
+    kept = sql(farm, "SELECT count(*) FROM images WHERE state = 'kept'")
+    return kept[0][0], objects["KeyCount"]
 
 
 def tenant_of(farm: Farm, name: str = "ann") -> uuid.UUID:
@@ -348,3 +350,65 @@ def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.Monkey
     # The pool of connections may send away more, where all of them ask for one at the same moment.
     assert codes.count(201) <= AT_ONCE + MOST_WAITING
     assert most == AT_ONCE
+
+
+# Deleting
+
+
+def test_a_deleted_image_is_gone_at_once_and_its_object_soon(api: Api, farm: Farm) -> None:
+    client, bob = api.client(), api.client("bob")
+    image, other = send(client, file()).json(), send(client, file(size=(24, 32))).json()
+    path = f"/v1/images/{image['id']}"
+    assert [each["id"] for each in client.get("/v1/images").json()["data"]] == sorted(
+        [image["id"], other["id"]]
+    )
+    check_problem(bob.delete(path), 404)
+    check_problem(api.client(role="viewer").delete(path), 403)
+    assert client.delete(path).status_code == 204
+    check_problem(client.get(path), 404)
+    check_problem(client.get(f"{path}/content"), 404)
+    check_problem(client.delete(path), 404)
+    assert [each["id"] for each in client.get("/v1/images").json()["data"]] == [other["id"]]
+    check_problem(send(client, file()), 503)
+    StorageWork(farm, threading.Event()).step()
+    assert stored(farm) == (1, 1)
+    assert send(client, file()).json()["id"] == image["id"]
+    assert stored(farm) == (2, 2)
+
+
+def test_an_image_is_named_in_a_job_only_while_it_is_there(api: Api, farm: Farm) -> None:
+    tenant = tenant_of(farm)
+    client = api.client()
+    image = send(client, file()).json()["id"]
+    for removed in (False, True):
+        if removed:
+            assert client.delete(f"/v1/images/{image}").status_code == 204
+        with transaction(farm.store) as connection:
+            assert images.missing_images(connection, tenant, [image]) == (
+                {image} if removed else set()
+            )
+
+
+def test_an_upload_that_is_cut_off_between_row_and_object_is_no_image(
+    api: Api, farm: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = api.client()
+
+    def away(_artifacts: Artifacts, _key: str, _content: bytes) -> None:
+        raise Unavailable("The image storage is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifacts, "put", away)
+        check_problem(send(client, file()), 503)
+    assert client.get("/v1/images").json()["data"] == []
+    image = send(client, file()).json()
+    assert client.get(f"/v1/images/{image['id']}").json() == image
+
+
+def test_images_are_listed_by_pages(api: Api) -> None:
+    client = api.client()
+    ids = sorted(send(client, file(size=(8, 8 + number))).json()["id"] for number in range(3))
+    first = client.get("/v1/images", params={"limit": 2}).json()
+    assert [each["id"] for each in first["data"]] == ids[:2]
+    rest = client.get("/v1/images", params={"limit": 2, "after": first["next"]}).json()
+    assert ([each["id"] for each in rest["data"]], rest["next"]) == (ids[2:], None)

@@ -24,7 +24,7 @@ from farm.context import Farm, open_farm
 from farm.errors import NotFound, Unavailable
 from farm.formats import Format
 from farm.images import image_key
-from farm.store import retention
+from farm.store import images, retention
 from farm.store.engine import transaction
 from farm.store.leader import leadership
 from tests.farming import (
@@ -43,6 +43,7 @@ from workers.janitor import Janitor
 from workers.storage import StorageWork
 
 LATE = b"a late writer's bytes"
+LATE_ID = hashlib.sha256(LATE).hexdigest()
 
 
 @pytest.fixture
@@ -279,10 +280,10 @@ def test_only_what_no_frame_will_ever_name_is_deleted(
     gone = uuid.uuid4()
     states = [state_of(farm, job_id) for job_id in (done, dead, cancelled, ready, running, waiting)]
     assert states == ["succeeded", "dead", "cancelled", "ready", "running", "waiting"]
-    orphans = [put(farm, tenant, job_id, 0, LATE) for job_id in (done, dead, cancelled, gone)]
-    kept = [put(farm, tenant, job_id, 0, LATE) for job_id in (ready, running, waiting)]
+    orphans = [put(farm, tenant, job_id, 0, LATE) for job_id in (done, cancelled, gone)]
+    kept = [put(farm, tenant, job_id, 0, LATE) for job_id in (dead, ready, running, waiting)]
     kept += [put(farm, uuid.uuid4(), gone, 0, LATE), put(farm, uuid.uuid4(), done, 0, LATE)]
-    kept += [image_key(tenant, hashlib.sha256(LATE).hexdigest()), f"{tenant}/{gone}/notes.png"]
+    kept += [image_key(uuid.uuid4(), LATE_ID), f"{tenant}/{gone}/notes.png"]
     for key in kept[-2:]:
         farm.artifacts.put(key, LATE)
     orphans.append(orphans[1].replace(".png", ".jpg"))
@@ -335,34 +336,44 @@ def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
     assert is_stored(farm, key)
 
 
-def test_a_dead_frame_cannot_be_retried_while_its_orphan_is_deleted(
+def test_no_lock_is_held_while_the_storage_deletes(
     farm: Farm, tenant: uuid.UUID, work: StorageWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A retry that wins the race keeps the object; one that loses it waits for the deletion."""
-    job_id = submit(farm, tenant, max_attempts=1)
-    hand = hire(farm)
-    hand.fail(hand.must_claim())
-    key = put(farm, tenant, job_id, 0, LATE)
-    retrying = threading.Thread(target=jobs.retry, args=(farm, tenant, job_id))
-    seen: list[str] = []
+    """A dead frame may be retried, so its objects stay; for all others nothing need be locked."""
+    done, cancelled = rendered(farm, tenant, 1), submit(farm, tenant)
+    hire(farm).must_claim()
+    jobs.cancel(farm, tenant, cancelled)
+    orphans = [put(farm, tenant, job_id, 0, LATE) for job_id in (done, cancelled)]
+    farm.artifacts.put(image_key(tenant, LATE_ID), LATE)
+    open_meanwhile: list[int] = []
     delete = farm.artifacts.delete_all
 
-    def slowly(keys: list[str], *, hasty: bool = False) -> None:
-        retrying.start()
-        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: sql(farm, waits)[0][0] > 0, 10, "the retry waits for the frame's lock")
-        seen.append(state_of(farm, job_id))
-        delete(keys, hasty=hasty)
+    def watched(keys: list[str]) -> None:
+        held = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+        open_meanwhile.append(sql(farm, f"{held} AND datname = current_database()")[0][0])
+        delete(keys)
 
-    monkeypatch.setattr(farm.artifacts, "delete_all", slowly)
+    monkeypatch.setattr(farm.artifacts, "delete_all", watched)
     look_through(farm, work)
-    retrying.join()
-    assert seen == ["dead"]
-    assert (state_of(farm, job_id), is_stored(farm, key)) == ("ready", False)
-    monkeypatch.setattr(farm.artifacts, "delete_all", delete)
-    put(farm, tenant, job_id, 0, LATE)
+    work.step()
+    assert [key for key in orphans if is_stored(farm, key)] == []
+    assert open_meanwhile == [0, 0], "once for the pictures, once for the image"
+
+
+def test_an_object_of_no_control_image_is_deleted(
+    farm: Farm, tenant: uuid.UUID, work: StorageWork
+) -> None:
+    orphan, foreign = image_key(tenant, LATE_ID), image_key(uuid.uuid4(), LATE_ID)
+    for key in (orphan, foreign):
+        farm.artifacts.put(key, LATE)
+    with transaction(farm.store) as connection:
+        images.begin_image(connection, tenant, b"a" * 32, width=8, height=8, size=9)
+    arriving = image_key(tenant, (b"a" * 32).hex())
+    farm.artifacts.put(arriving, LATE)
     look_through(farm, work)
-    assert is_stored(farm, key)
+    work.step()
+    assert [is_stored(farm, key) for key in (orphan, foreign, arriving)] == [False, True, True]
+    assert sql(farm, "SELECT state FROM images") == [("arriving",)]
 
 
 # A storage that is away

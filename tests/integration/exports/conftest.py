@@ -11,21 +11,28 @@ import pytest
 
 from farm.config import Settings
 from farm.context import Farm
-from tests.integration.exports.scenes import render_all, submit
+from tests.integration.exports.scenes import grant, render_all, submit
 from tests.serving import Api, serving
 from workers.storage import StorageWork
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    bucket = f"exports-{uuid.uuid4().hex}"
-    return settings.model_copy(update={"s3_bucket": bucket, "export_buckets": f"to-{bucket}"})
+    return settings.model_copy(update={"s3_bucket": f"exports-{uuid.uuid4().hex}"})
+
+
+@pytest.fixture
+def elsewhere(farm: Farm) -> str:
+    """Another bucket, into which Ann may export, below `ann/`."""
+    bucket = f"to-{farm.settings.s3_bucket}"
+    farm.artifacts._s3.create_bucket(Bucket=bucket)
+    grant(farm, f"s3://{bucket}/ann")
+    return bucket
 
 
 @pytest.fixture
 def api(farm: Farm) -> Iterator[Api]:
-    for bucket in (farm.settings.s3_bucket, farm.settings.export_buckets):
-        farm.artifacts._s3.create_bucket(Bucket=bucket)
+    farm.artifacts._s3.create_bucket(Bucket=farm.settings.s3_bucket)
     with serving(farm) as running:
         yield running
 

@@ -10,8 +10,10 @@ from typing import Any
 import httpx
 
 from farm.context import Farm
+from farm.exports import parse_place
+from farm.store import destinations, keys
 from farm.store import exports as stored
-from farm.store.engine import one_statement
+from farm.store.engine import one_statement, transaction
 from farm.store.exports import Shard
 from tests.farming import hire, sql
 from tests.serving import render
@@ -41,6 +43,14 @@ def render_all(farm: Farm, *, dead: int | None = None) -> None:
         if lost:
             hand.fail(lease, retryable=False, fences=lost)
         render(hand, lease, *[frame.ordinal for frame in lease.frames if frame.ordinal != dead])
+
+
+def grant(farm: Farm, dest: str, tenant: str = "ann") -> None:
+    """Let a tenant export to a place."""
+    bucket, prefix = parse_place(dest, "dest")
+    with transaction(farm.store) as connection:
+        keys.ensure_tenant(connection, tenant)
+        assert destinations.grant(connection, tenant, bucket, prefix) is not None
 
 
 def export(client: httpx.Client, job_id: str, **fields: Any) -> dict[str, Any]:

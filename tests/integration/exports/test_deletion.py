@@ -6,11 +6,13 @@ import httpx
 import pytest
 
 from farm.context import Farm
+from farm.exports import parse_place
 from farm.store import exports as stored
 from farm.store.engine import one_statement
 from tests.farming import sql
 from tests.integration.exports.scenes import (
     export,
+    grant,
     make_due,
     stored_keys,
     written_export,
@@ -35,11 +37,10 @@ def test_a_deleted_export_is_not_found_again(
 
 
 def test_a_deleted_export_goes_with_its_files(
-    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork, elsewhere: str
 ) -> None:
-    there = farm.settings.export_buckets
     own = written_export(farm, ann, job, to="webdataset")
-    other = written_export(farm, ann, job, to="parquet", dest=f"s3://{there}/set")
+    other = written_export(farm, ann, job, to="parquet", dest=f"s3://{elsewhere}/ann")
     assert stored_keys(farm, "exports/")
     for each in (own, other):
         assert ann.delete(f"/v1/exports/{each['id']}").status_code == 204
@@ -47,7 +48,9 @@ def test_a_deleted_export_goes_with_its_files(
         check_problem(ann.delete(f"/v1/exports/{each['id']}"), 404)
     storage_work.step()
     assert stored_keys(farm, "exports/") == []
-    assert stored_keys(farm, "set/", there), "files in another bucket are not the farm's to delete"
+    assert stored_keys(farm, "ann/", elsewhere), (
+        "files in another bucket are not the farm's to delete"
+    )
     assert stored_keys(farm, ""), "the pictures stay"
     assert sql(farm, "SELECT count(*) FROM exports") == [(0,)]
     assert sql(farm, "SELECT count(*) FROM export_shards") == [(0,)]
@@ -57,11 +60,13 @@ def test_a_deleted_export_goes_with_its_files(
 def test_deleting_an_export_takes_nothing_that_a_client_placed(
     farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork, where: str
 ) -> None:
-    """A place in the farm's own bucket, where that is allowed, may be a prefix of all pictures."""
-    farm.settings.export_buckets = farm.settings.s3_bucket
+    """As where it began before exports had folders of their own: a prefix of pictures, perhaps."""
     [row] = sql(farm, "SELECT tenant_id FROM jobs")
     dest = f"s3://{farm.settings.s3_bucket}" + where.format(tenant=row.tenant_id, job=job)
+    grant(farm, dest)
     found = written_export(farm, ann, job, to="parquet", dest=dest)
+    _, prefix = parse_place(dest, "dest")
+    sql(farm, "UPDATE exports SET prefix = :prefix RETURNING id", prefix=prefix)
     before = stored_keys(farm, "")
     assert ann.delete(f"/v1/exports/{found['id']}").status_code == 204
     storage_work.step()

@@ -1,0 +1,75 @@
+"""Tenants: what each owns, and the deletion of one with everything it owns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+
+from api import wire
+from api.auth import Acting, FarmHere, Operator, Why
+from api.openapi import refusals
+from farm.errors import Conflict, NotFound
+from farm.store import actions, tenants
+from farm.store.engine import Transaction, reads, transaction
+
+router = APIRouter(prefix="/v1/tenants", tags=["operators"])
+
+Tenant = Annotated[str, Path(description="the tenant's name, or its id")]
+OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
+
+
+@router.get("", summary="List tenants", responses=refusals(403))
+def list_tenants(farm: FarmHere, _caller: Operator) -> wire.Page[wire.Tenant]:
+    """List tenants by name, with what each owns; all of them are on the one page."""
+    with reads(farm.store) as connection:
+        found = tenants.list_tenants(connection)
+    return wire.Page(data=[_view(row) for row in found], next=None)
+
+
+@router.get("/{tenant}", summary="Look at a tenant", responses=refusals(403, 404))
+def get_tenant(farm: FarmHere, _caller: Operator, tenant: Tenant) -> wire.Tenant:
+    """Answer with what a tenant owns. One that was deleted is found by its id: `emptied_at` says
+    since when nothing is left of it, neither rows nor objects."""
+    with reads(farm.store) as connection:
+        return _view(_found(connection, tenant))
+
+
+@router.delete(
+    "/{tenant}",
+    status_code=202,
+    summary="Delete a tenant, with everything it owns",
+    responses=refusals(403, 404, 409),
+)
+def delete_tenant(farm: FarmHere, actor: Acting, tenant: Tenant, why: Why = "") -> wire.Tenant:
+    """Revoke a tenant's keys at once, cancel its jobs, and delete all that it owns: jobs with their
+    prompts and pictures, exports in the farm's storage, inputs, control images, keys. What it
+    exported to other buckets stays. `GET` by its id tells how far that is."""
+    with transaction(farm.store) as connection:
+        found = _found(connection, tenant)
+        if found.removed_at is None:
+            if found.name == actor.tenant:
+                raise Conflict("Your own key is of this tenant: use another tenant's operator key.")
+            keys = tenants.remove_tenant(connection, found.id)
+            target, outcome = f"tenant {found.name}", f"{keys} keys revoked; its id is {found.id}"
+            actions.record(connection, actor, "tenant.delete", target, why, outcome)
+            found = _found(connection, str(found.id))
+    return _view(found)
+
+
+def _found(connection: Transaction, tenant: str) -> Any:
+    row = None if "\x00" in tenant else tenants.find_tenant(connection, tenant)
+    if row is None:
+        raise NotFound(f"There is no tenant {tenant!r}.")
+    return row
+
+
+def _view(row: Any) -> wire.Tenant:
+    return wire.Tenant(
+        id=row.id,
+        name=None if row.removed_at else row.name,
+        created_at=row.created_at,
+        removed_at=row.removed_at,
+        emptied_at=row.emptied_at,
+        owns={name: getattr(row, name) for name in OWNED},
+    )

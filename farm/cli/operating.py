@@ -1,0 +1,163 @@
+"""What an operator does: tenants, where they may export to, and the record of all actions.
+
+These call the API with an operator's key.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+from rich.markup import escape
+
+from farm.cli.console import Json, ago, clean, columns, count, emit, note, one_line, say, show_table
+from farm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from farm.cli.client import FarmClient
+
+OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
+
+Why = Annotated[str, typer.Option(help="The reason, which is recorded.")]
+Tenant = Annotated[str, typer.Argument(help="The tenant's name.", show_default=False)]
+
+tenants_app = typer.Typer(help="Tenants: what each owns, and deleting one.")
+destinations_app = typer.Typer(help="Destinations: where tenants may export to.")
+
+
+@tenants_app.callback(invoke_without_command=True)
+def tenants(context: typer.Context, as_json: Json = False) -> None:
+    """List tenants, with what each owns."""
+    if context.invoked_subcommand is not None:
+        return
+    with _client() as client:
+        page = client.get("/v1/tenants")
+    if as_json:
+        emit(page)
+        return
+    table = columns("tenant", *OWNED, "since", right=OWNED)
+    for each in page["data"]:
+        owned = [count(each["owns"][name]) for name in OWNED]
+        table.add_row(escape(clean(each["name"])), *owned, ago(each["created_at"]))
+    show_table(table)
+
+
+@tenants_app.command()
+def show(
+    tenant: Annotated[str, typer.Argument(help="The tenant's name, or its id.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a tenant owns; one that was deleted is found by its id."""
+    with _client() as client:
+        found = client.get(f"/v1/tenants/{quote(tenant, safe='')}")
+    _tell(found, as_json)
+
+
+@tenants_app.command()
+def delete(
+    tenant: Tenant,
+    why: Why = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete a tenant for good, with its keys, jobs, pictures, exports, inputs and images."""
+    with _client() as client:
+        path = f"/v1/tenants/{quote(tenant, safe='')}"
+        found = client.get(path)
+        if not yes:
+            note(f"Tenant {tenant} owns {_owned(found)}.")
+            typer.confirm("Delete all of it for good?", abort=True, err=True)
+        found = client.delete(path, why)
+    _tell(found, as_json)
+
+
+def _tell(tenant: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit(tenant)
+    elif tenant["emptied_at"]:
+        say(f"Nothing is left of tenant {tenant['id']} since {tenant['emptied_at']}.")
+    elif tenant["removed_at"]:
+        say(f"Tenant {tenant['id']} is being deleted. It still owns {_owned(tenant)}.")
+        note(f"`farm tenants show {tenant['id']}` tells when nothing is left.")
+    else:
+        say(f"Tenant {tenant['name']} owns {_owned(tenant)}.")
+
+
+def _owned(tenant: dict[str, Any]) -> str:
+    return ", ".join(f"{count(tenant['owns'][name])} {name}" for name in OWNED)
+
+
+@destinations_app.callback(invoke_without_command=True)
+def destinations(context: typer.Context, as_json: Json = False) -> None:
+    """List where datasets may be exported to."""
+    if context.invoked_subcommand is not None:
+        return
+    with _client() as client:
+        page = client.get("/v1/destinations")
+    if as_json:
+        emit(page)
+        return
+    if not page["data"]:
+        say("No tenant may export to a bucket of its own.", "yellow")
+        return
+    table = columns("id", "tenant", "destination", "since")
+    for each in page["data"]:
+        tenant, dest = escape(clean(each["tenant"])), escape(clean(each["dest"]))
+        table.add_row(each["id"], tenant, dest, ago(each["created_at"]))
+    show_table(table)
+
+
+@destinations_app.command()
+def grant(
+    tenant: Tenant,
+    dest: Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX", show_default=False)],
+    why: Why = "",
+    as_json: Json = False,
+) -> None:
+    """Let a tenant export to a bucket, at or below a prefix."""
+    with _client() as client:
+        made = client.post("/v1/destinations", {"tenant": tenant, "dest": dest, "why": why})
+    if as_json:
+        emit(made)
+    else:
+        say(f"Tenant {made['tenant']} may export to {made['dest']}.")
+
+
+@destinations_app.command()
+def revoke(
+    destination: Annotated[str, typer.Argument(metavar="ID", help="As the list shows it.")],
+    why: Why = "",
+) -> None:
+    """Take a destination away; what lies there stays."""
+    if not destination.strip():
+        raise InvalidRequest("Which destination? `farm destinations` lists them.", param="id")
+    with _client() as client:
+        client.delete(f"/v1/destinations/{quote(destination, safe='')}", why)
+    say(f"Destination {destination} is taken away.")
+
+
+def actions(
+    limit: Annotated[int, typer.Option(min=1, help="How many, at most.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List what operators did, newest first."""
+    with _client() as client:
+        found = list(client.items("/v1/actions", limit=limit))
+    if as_json:
+        emit(found)
+        return
+    table = columns("when", "who", "from", "did", "to", "outcome", "why")
+    for each in found:
+        words = (each["verb"], each["target"], each["outcome"], each["why"])
+        who = f"{each['who'] or 'a key'} of {each['tenant']}"
+        shown = (who, each["address"], *words)
+        table.add_row(ago(each["at"]), *(escape(one_line(clean(word), 60)) for word in shown))
+    show_table(table)
+
+
+def _client() -> FarmClient:
+    from farm.cli.client import FarmClient
+    from farm.config import load_settings
+
+    return FarmClient.of(load_settings())

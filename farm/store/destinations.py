@@ -1,0 +1,70 @@
+"""Destinations: where a tenant may export to, besides the farm's own storage."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+COLUMNS = "d.id, t.name AS tenant, d.bucket, d.prefix, d.created_at"
+
+# The update changes nothing: without it a row that is there would not be returned.
+GRANT = text(f"""
+WITH d AS (
+    INSERT INTO destinations (id, tenant_id, bucket, prefix)
+    SELECT :id, id, :bucket, :prefix FROM tenants WHERE name = :tenant AND removed_at IS NULL
+    ON CONFLICT (tenant_id, bucket, prefix) DO UPDATE SET bucket = excluded.bucket
+    RETURNING *
+)
+SELECT {COLUMNS} FROM d JOIN tenants t ON t.id = d.tenant_id
+""")  # noqa: S608 - constants only
+
+LIST = text(f"""
+SELECT {COLUMNS} FROM destinations d JOIN tenants t ON t.id = d.tenant_id
+WHERE CAST(:tenant_id AS uuid) IS NULL OR d.tenant_id = :tenant_id
+ORDER BY t.name, d.bucket, d.prefix
+""")  # noqa: S608 - constants only
+
+REVOKE = text("""
+DELETE FROM destinations d USING tenants t WHERE t.id = d.tenant_id AND d.id = :id
+RETURNING t.name AS tenant, d.bucket, d.prefix
+""")
+
+COVERS = text("""
+SELECT EXISTS (
+    SELECT FROM destinations
+    WHERE tenant_id = :tenant_id AND bucket = :bucket AND starts_with(:prefix, prefix))
+""")
+
+
+def grant(connection: Connection, tenant: str, bucket: str, prefix: str) -> Row[Any] | None:
+    """Let a tenant export to a bucket, below a prefix; None where there is no such tenant.
+
+    Args:
+        connection: in a transaction.
+        tenant: its name.
+        bucket: the bucket's name.
+        prefix: what keys begin with: empty, or ends with a slash.
+    """
+    values = {"id": uuid.uuid4(), "tenant": tenant, "bucket": bucket, "prefix": prefix}
+    return connection.execute(GRANT, values).first()
+
+
+def list_destinations(
+    connection: Connection, tenant_id: uuid.UUID | None = None
+) -> Sequence[Row[Any]]:
+    """Read the destinations of a tenant, or of all."""
+    return connection.execute(LIST, {"tenant_id": tenant_id}).all()
+
+
+def revoke(connection: Connection, destination_id: uuid.UUID) -> Row[Any] | None:
+    """Take a destination away; gives what it was, None where there is no such one."""
+    return connection.execute(REVOKE, {"id": destination_id}).first()
+
+
+def covers(connection: Connection, tenant_id: uuid.UUID, bucket: str, prefix: str) -> bool:
+    """Whether a tenant may export to a place: it lies at or below one of its destinations."""
+    values = {"tenant_id": tenant_id, "bucket": bucket, "prefix": prefix}
+    return bool(connection.execute(COVERS, values).scalar_one())

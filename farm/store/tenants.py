@@ -1,0 +1,147 @@
+"""Tenants, and their removal with everything they own.
+
+A tenant that is removed is gone at once: its keys are revoked, and its name is free for another.
+Then the janitor deletes what it owned, piece by piece. The row itself stays, without a name: by its
+id whatever a late worker still stores for it is known, and deleted too.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from farm.states import TERMINAL
+from farm.store.jobs import cancel_job
+
+LATE_SECONDS = 120.0
+"""How long a request that had begun before the removal may still store something"""
+JOBS_AT_ONCE = 100
+EVENTS_AT_ONCE = 10_000
+INPUTS_AT_ONCE = 10
+
+OWNS = """
+(SELECT count(*) FROM keys WHERE tenant_id = t.id AND revoked_at IS NULL) AS keys,
+(SELECT count(*) FROM jobs WHERE tenant_id = t.id) AS jobs,
+(SELECT count(*) FROM exports WHERE tenant_id = t.id) AS exports,
+(SELECT count(*) FROM inputs WHERE tenant_id = t.id) AS inputs,
+(SELECT count(*) FROM images WHERE tenant_id = t.id) AS images,
+(SELECT count(*) FROM destinations WHERE tenant_id = t.id) AS destinations
+"""
+
+LIST = text(f"""
+SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, {OWNS} FROM tenants t
+WHERE t.removed_at IS NULL ORDER BY t.name
+""")  # noqa: S608 - constants only
+
+ONE = text(f"""
+SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, {OWNS} FROM tenants t
+WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
+""")  # noqa: S608 - constants only
+
+REMOVE = text("""
+WITH gone AS (
+    UPDATE tenants SET removed_at = clock_timestamp(), name = id::text
+    WHERE id = :id AND removed_at IS NULL RETURNING id
+)
+UPDATE keys k SET revoked_at = coalesce(k.revoked_at, clock_timestamp())
+FROM gone WHERE k.tenant_id = gone.id
+""")
+
+REMOVED = text("""
+SELECT id, removed_at < clock_timestamp() - make_interval(secs => :late) AS settled FROM tenants
+WHERE removed_at IS NOT NULL AND emptied_at IS NULL ORDER BY removed_at
+""")
+
+OPEN_JOBS = text("""
+SELECT id FROM jobs WHERE tenant_id = :id AND status <> ALL(:terminal) LIMIT :limit
+""")
+
+REMOVE_JOBS = text("""
+WITH due AS (
+    SELECT id FROM jobs
+    WHERE tenant_id = :id AND removed_at IS NULL AND status = ANY(:terminal) AND running = 0
+    LIMIT :limit FOR UPDATE SKIP LOCKED
+)
+UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL
+FROM due WHERE j.id = due.id
+""")
+
+REMOVE_EXPORTS = text("""
+UPDATE exports SET removed_at = clock_timestamp() WHERE tenant_id = :id AND removed_at IS NULL
+""")
+
+DELETE_INPUTS = text("""
+DELETE FROM inputs WHERE id IN (
+    SELECT id FROM inputs i
+    WHERE tenant_id = :id AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
+    LIMIT :limit FOR UPDATE SKIP LOCKED)
+""")
+
+DELETE_EVENTS = text("""
+DELETE FROM events WHERE id IN (SELECT id FROM events WHERE tenant_id = :id LIMIT :limit)
+""")
+
+# Sessions go with their keys.
+DELETE_REST = [
+    text(f"DELETE FROM {table} WHERE tenant_id = :id")  # noqa: S608 - constants only
+    for table in ("keys", "destinations", "shares")
+]
+
+HAS_ROWS = text("""
+SELECT EXISTS (SELECT FROM jobs WHERE tenant_id = :id)
+    OR EXISTS (SELECT FROM exports WHERE tenant_id = :id)
+    OR EXISTS (SELECT FROM inputs WHERE tenant_id = :id)
+    OR EXISTS (SELECT FROM events WHERE tenant_id = :id)
+""")
+
+EMPTIED = text("""
+WITH images AS (
+    DELETE FROM images WHERE tenant_id = :id
+)
+UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
+""")
+
+
+def list_tenants(connection: Connection) -> Sequence[Row[Any]]:
+    """Read every tenant that is not removed, by name, with what it owns."""
+    return connection.execute(LIST).all()
+
+
+def find_tenant(connection: Connection, word: str) -> Row[Any] | None:
+    """Read one tenant by its name, or by its id, removed or not, with what it owns."""
+    return connection.execute(ONE, {"word": word}).first()
+
+
+def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> int:
+    """Remove a tenant: its keys are revoked at once; returns how many."""
+    return connection.execute(REMOVE, {"id": tenant_id}).rowcount
+
+
+def delete_of_removed(connection: Connection) -> list[uuid.UUID]:
+    """Delete some of the rows that removed tenants own.
+
+    Returns:
+        The tenants that have no rows left but images, and for whom nothing can come any more.
+    """
+    settled = []
+    for tenant in connection.execute(REMOVED, {"late": LATE_SECONDS}).all():
+        wanted = {"id": tenant.id, "terminal": list(TERMINAL), "limit": JOBS_AT_ONCE}
+        for job_id in connection.execute(OPEN_JOBS, wanted).scalars().all():
+            cancel_job(connection, tenant.id, job_id)
+        connection.execute(REMOVE_JOBS, wanted)
+        connection.execute(REMOVE_EXPORTS, wanted)
+        connection.execute(DELETE_INPUTS, {**wanted, "limit": INPUTS_AT_ONCE})
+        connection.execute(DELETE_EVENTS, {**wanted, "limit": EVENTS_AT_ONCE})
+        for statement in DELETE_REST:
+            connection.execute(statement, wanted)
+        if tenant.settled and not connection.execute(HAS_ROWS, wanted).scalar_one():
+            settled.append(tenant.id)
+    return settled
+
+
+def mark_emptied(connection: Connection, tenant_id: uuid.UUID) -> None:
+    """Note that nothing is left of a removed tenant: its objects are deleted."""
+    connection.execute(EMPTIED, {"id": tenant_id})
