@@ -60,19 +60,22 @@ def _counters(job: Any) -> Iterator[str]:
         FrameState.RUNNING: job.rows_running,
         FrameState.SUCCEEDED: job.rows_succeeded,
         FrameState.DEAD: job.rows_dead,
-        FrameState.CANCELLED: job.rows_cancelled + (unborn if is_cancelled else 0),
+        # what was returned follows the job's end later
+        FrameState.CANCELLED: job.rows_cancelled + (unborn + job.rows_ready if is_cancelled else 0),
     }
     for state, frames in counted.items():
         if (counter := getattr(job, state)) != frames:
             yield f"its counter says {counter} {state}, and {frames} frames are"
     waiting = job.total - job.running - job.succeeded - job.dead - job.cancelled
-    frames = job.rows_ready + (0 if is_cancelled else unborn)
+    frames = 0 if is_cancelled else job.rows_ready + unborn
     if waiting != frames:
         yield f"its counters leave {waiting} waiting, and {frames} frames are"
     if (job.rows, job.last) != (job.cursor, job.cursor - 1):
         yield f"{job.rows} frames have a row, the last at {job.last}; its cursor is {job.cursor}"
     if job.returns != job.rows_ready:
         yield f"{job.rows_ready} frames are ready, and {job.returns} stand in returns"
+    if is_cancelled and job.rows_ready and job.behind_from is None:
+        yield f"{job.rows_ready} frames are ready, and it is cancelled"
 
 
 def _status(job: Any) -> Iterator[str]:

@@ -19,10 +19,19 @@ from functools import cached_property
 from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 from farm.catalog import MAX_BUCKET
 from farm.formats import Format
+from farm.grids import packed, unpacked
 
 MAX_SEED = 2**63 - 1
 PROMPTS_SHOWN = 20
@@ -172,7 +181,7 @@ class Point(BaseModel):
 
     params: dict[str, Any]
     bucket: int
-    batch_key: str
+    batch_key: str = Field(default="", description="a large grid's are kept in `runs` alone")
 
 
 class FullSpec(BaseModel):
@@ -197,6 +206,20 @@ class FullSpec(BaseModel):
     top_up: int = 0
     reuse: bool = False
     labels: dict[str, str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unpack(cls, data: Any) -> Any:
+        """Take what `stored` gives, too."""
+        if isinstance(data, dict) and isinstance(data.get("points"), dict):
+            return {**data, "points": [*unpacked(data["points"], data["params"])]}
+        return data
+
+    def stored(self) -> str:
+        """Write it as JSON, what a large grid's points share once; `runs` is stored beside it."""
+        data = self.model_dump(mode="json")
+        layout = packed(data["points"], data["params"], data["grid"])
+        return json.dumps(data if layout is None else {**data, "points": layout})
 
     @property
     def frames_per_point(self) -> int:

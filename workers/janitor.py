@@ -11,7 +11,7 @@ import threading
 
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import events, exports, lanes, leases, retention, sessions, workers
+from farm.store import events, exports, jobs, lanes, leases, retention, sessions, workers
 from farm.store.engine import Connection
 from farm.store.leader import leadership
 from workers.storage import StorageWork
@@ -22,7 +22,8 @@ FOLD_SECONDS = 86_400.0
 INPUTS_A_SWEEP = 10
 """Each with its lines"""
 ROWS_A_SWEEP = 5000
-"""Rows of removed jobs that a sweep deletes from each table, at most."""
+"""Rows of removed jobs that a sweep deletes from each table, at most; and returned frames that it
+lets follow their jobs"""
 
 LONGEST_REST_SECONDS = 10.0
 """Between two tries while Postgres is away."""
@@ -93,6 +94,7 @@ class Janitor:
                 break
         if chores:
             self._farm.bells.ring_chores()
+        jobs.follow(connection, ROWS_A_SWEEP)
         with connection.begin():
             removed = retention.remove_due(connection, settings.retention_days)
             retention.remove_exports(connection, settings.retention_days)

@@ -28,7 +28,7 @@ SELECT (SELECT count(*) FROM jobs) AS jobs, (SELECT count(*) FROM frames) AS fra
 # Events are pruned oldest first: a job older than the oldest may have lost its own.
 JOBS = text("""
 SELECT j.id, j.status, j.paused, j.open, j.total, j.cursor, j.running, j.succeeded, j.dead,
-       j.cancelled, j.finished_at, f.*, r.returns, q.queued,
+       j.cancelled, j.finished_at, j.behind_from, f.*, r.returns, q.queued,
        j.created_at < coalesce((SELECT min(at) FROM events), clock_timestamp()) AS maybe_pruned
 FROM (SELECT * FROM jobs WHERE id > :after AND removed_at IS NULL ORDER BY id LIMIT :limit) j
 CROSS JOIN LATERAL (

@@ -21,6 +21,8 @@ from farm.store.tally import Delta, tally
 
 PROMPTS_A_CHUNK = 1000
 RETRY_SLICE = 5000
+BEHIND_AT_ONCE = 100
+"""Jobs whose frames are looked at together"""
 
 # Who comes to a lane starts level with those who wait there, or with whoever was served most:
 # no credit for absence, and no debt for work done while nobody else asked.
@@ -118,7 +120,7 @@ def insert_job(
         "bucket": bucket,
         "runs": _json(spec.runs),
         "max_attempts": spec.max_attempts,
-        "spec": spec.model_dump_json(),
+        "spec": spec.stored(),
         "labels": _json(spec.labels),
         "input_id": spec.input,
         "idempotency_key": idempotency.key if idempotency else None,
@@ -169,35 +171,71 @@ WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDAT
 # What stood still says nothing of the pace when it goes on.
 PACE_ANEW = "pace_since = NULL, pace_next = NULL"
 
+# What a job is told its returned frames follow later, slice by slice: see follow.
+FALLS_BEHIND = """
+behind_from = CASE WHEN EXISTS (SELECT FROM returns WHERE job_id = jobs.id) THEN 0 END
+"""
+
 SET_PAUSED = text(f"""
-WITH held AS (UPDATE returns SET paused = :paused WHERE job_id = :id)
-UPDATE jobs SET paused = :paused, open = cursor < total AND NOT :paused, {PACE_ANEW} WHERE id = :id
+UPDATE jobs SET paused = :paused, open = cursor < total AND NOT :paused, {PACE_ANEW}, {FALLS_BEHIND}
+WHERE id = :id
 """)  # noqa: S608 - constants only
 
 CANCEL_FRAMES = text("""
 WITH held AS (
     SELECT d.ordinal FROM leases l, unnest(l.job_ids, l.ordinals) AS d (job_id, ordinal)
     WHERE l.pipeline = :pipeline AND d.job_id = :id
-), gone AS (
-    DELETE FROM returns WHERE job_id = :id RETURNING ordinal
 ), cancelled AS (
     UPDATE frames f SET state = 'cancelled', finished_at = clock_timestamp(),
                         error = 'The job was cancelled.'
-    FROM frames old
-    WHERE f.job_id = :id AND old.job_id = f.job_id AND old.ordinal = f.ordinal
-      AND f.ordinal IN (SELECT ordinal FROM held UNION SELECT ordinal FROM gone)
-      AND f.state = ANY(:from_states)
-    RETURNING f.*, old.state AS before
+    WHERE f.job_id = :id AND f.ordinal IN (SELECT ordinal FROM held) AND f.state = 'running'
+    RETURNING f.*
 )
 INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
 SELECT job_id, ordinal, attempt, worker, 'cancelled', 'The job was cancelled.', started_at
-FROM cancelled WHERE before = 'running'
+FROM cancelled
 """)
 
-CANCEL_JOB = text("""
+CANCEL_JOB = text(f"""
 UPDATE jobs SET status = 'cancelled', open = false, paused = false, running = 0,
-                cancelled = total - succeeded - dead, finished_at = clock_timestamp()
+                cancelled = total - succeeded - dead, finished_at = clock_timestamp(),
+                {FALLS_BEHIND}
 WHERE id = :id
+""")  # noqa: S608 - constants only
+
+BEHIND = text("""
+SELECT id, status, paused, behind_from FROM jobs
+WHERE behind_from IS NOT NULL AND removed_at IS NULL ORDER BY id LIMIT :limit
+""")
+
+SLICE = """
+SELECT ordinal FROM returns WHERE job_id = :id AND ordinal >= :behind_from
+ORDER BY ordinal LIMIT :slice
+"""
+
+CANCEL_SLICE = text(f"""
+WITH slice AS MATERIALIZED ({SLICE}), gone AS (
+    DELETE FROM returns r USING slice s WHERE r.job_id = :id AND r.ordinal = s.ordinal
+), cancelled AS (
+    UPDATE frames f SET state = 'cancelled', finished_at = clock_timestamp(),
+                        error = 'The job was cancelled.'
+    FROM slice s WHERE f.job_id = :id AND f.ordinal = s.ordinal AND f.state = ANY(:from_states)
+)
+SELECT count(*) AS rows, max(ordinal) AS last FROM slice
+""")  # noqa: S608 - constants only
+
+PAUSE_SLICE = text(f"""
+WITH slice AS MATERIALIZED ({SLICE}), told AS (
+    UPDATE returns r SET paused = :paused FROM slice s
+    WHERE r.job_id = :id AND r.ordinal = s.ordinal AND r.paused <> :paused
+)
+SELECT count(*) AS rows, max(ordinal) AS last FROM slice
+""")  # noqa: S608 - constants only
+
+# Not where it was told something else meanwhile: then all of its frames are behind again.
+FOLLOWED = text("""
+UPDATE jobs SET behind_from = :next
+WHERE id = :id AND behind_from = :behind_from AND paused = :paused AND status = :status
 """)
 
 RETRY_FRAMES = text(f"""
@@ -219,7 +257,10 @@ WHERE id = :id AND status = ANY(:from_states)
 
 
 def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Hold a job back: what runs is finished, nothing more is claimed."""
+    """Hold a job back: what runs is finished, nothing more is claimed.
+
+    Whatever the job's size, this writes its row alone: see follow.
+    """
     job = _lock(connection, tenant_id, job_id)
     _refuse_terminal(job, "paused")
     if not job.paused:
@@ -240,7 +281,8 @@ def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
 def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
     """Cancel a job for good: once committed, no frame of it becomes succeeded.
 
-    The work is that of the frames in flight, whatever the job's size. Cancelling twice is once.
+    The work is that of the frames in flight, whatever the job's size; those that were returned
+    follow later: see follow. Cancelling twice is once.
     """
     job = _lock(connection, tenant_id, job_id)
     if job.status == JobStatus.CANCELLED:
@@ -248,9 +290,39 @@ def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
     if job.status not in JOB_TRANSITIONS["cancel"]:
         _refuse_terminal(job, "cancelled")
     where = {"id": job_id, "pipeline": job.pipeline}
-    connection.execute(CANCEL_FRAMES, {**where, "from_states": _from_states("cancel")})
+    connection.execute(CANCEL_FRAMES, where)
     connection.execute(CANCEL_JOB, where)
     _append(connection, job_id, "job.cancelled")
+
+
+def follow(connection: Connection, rows: int) -> bool:
+    """Let returned frames follow what their jobs were told: to pause, to go on, to end.
+
+    Until they have, no claim takes them: it looks at their job. For one caller at a time, the
+    leading janitor.
+
+    Args:
+        connection: in no transaction: the frames are written in one, the job in the next, since a
+            job is locked before its frames everywhere else.
+        rows: frames to write, at most.
+
+    Returns:
+        Whether more is left.
+    """
+    with connection.begin():
+        jobs = connection.execute(BEHIND, {"limit": BEHIND_AT_ONCE}).all()
+    for job in jobs:
+        values = {**job._mapping, "slice": rows, "from_states": _from_states("cancel")}
+        with connection.begin():
+            is_cancelled = job.status == JobStatus.CANCELLED
+            slice_ = connection.execute(CANCEL_SLICE if is_cancelled else PAUSE_SLICE, values).one()
+        is_over = slice_.rows < rows
+        with connection.begin():
+            connection.execute(FOLLOWED, {**values, "next": None if is_over else slice_.last + 1})
+        rows -= slice_.rows
+        if rows <= 0:
+            return True
+    return len(jobs) == BEHIND_AT_ONCE
 
 
 def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:

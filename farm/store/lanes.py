@@ -8,14 +8,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.spec import Priority
 from farm.store.workers import PROBLEM_NOW, STATE_NOW
 
 CLAIMABLE = text("""
-SELECT DISTINCT pipeline FROM (
-    SELECT pipeline FROM jobs WHERE open
-    UNION ALL
-    SELECT pipeline FROM returns WHERE NOT paused AND not_before <= clock_timestamp()
-) lane ORDER BY pipeline
+SELECT pipeline FROM (SELECT DISTINCT pipeline FROM shares) lane
+WHERE EXISTS (SELECT FROM pg_temp.leader(lane.pipeline, '{}', CAST(:least AS smallint)))
+ORDER BY pipeline
 """)
 
 DEPTH = text("""
@@ -52,7 +51,7 @@ BACKING_OFF = text("SELECT min(not_before) FROM returns WHERE job_id = :job_id")
 
 def claimable_lanes(connection: Connection) -> list[str]:
     """Name the pipelines on which something may be claimed now."""
-    return list(connection.execute(CLAIMABLE).scalars())
+    return list(connection.execute(CLAIMABLE, {"least": Priority.BULK}).scalars())
 
 
 def depths(connection: Connection) -> Sequence[Row[Any]]:

@@ -91,12 +91,17 @@ def own_jobs(
     return set(rows.scalars())
 
 
+# A returned frame of a cancelled job is cancelled, though its row may follow later.
 LIST_FRAMES = text("""
-SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
+SELECT f.ordinal, seen.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
        f.started_at, f.finished_at, f.redraws, f.reused
-FROM frames f
+FROM frames f CROSS JOIN LATERAL (
+    SELECT CASE
+        WHEN f.state = 'ready' AND (SELECT status FROM jobs WHERE id = :job_id) = 'cancelled'
+        THEN 'cancelled' ELSE f.state END AS state
+) seen
 WHERE f.job_id = :job_id AND f.ordinal > :after
-  AND (CAST(:state AS text) IS NULL OR f.state = :state)
+  AND (CAST(:state AS text) IS NULL OR seen.state = :state)
 ORDER BY f.ordinal LIMIT :limit
 """)
 

@@ -170,6 +170,11 @@ jobs = Table(
     _moment("started_at"),
     _moment("finished_at"),
     _moment("removed_at"),
+    Column(
+        "behind_from",
+        BigInteger,
+        comment="returned frames from this ordinal on do not follow yet what the job was told",
+    ),
     UniqueConstraint("tenant_id", "idempotency_key"),
     CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
     CheckConstraint("cursor BETWEEN 0 AND total", name="cursor"),
@@ -205,6 +210,7 @@ jobs = Table(
         postgresql_where=text("finished_at IS NOT NULL AND removed_at IS NULL"),
     ),
     Index("jobs_removed", "removed_at", postgresql_where=text("removed_at IS NOT NULL")),
+    Index("jobs_behind", "id", postgresql_where=text("behind_from IS NOT NULL")),
     Index("jobs_input", "input_id", postgresql_where=text("input_id IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},

@@ -125,6 +125,7 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
     line: RenderLine,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    farm.settings.touch_seconds = 60.0  # the hook does not ask again
     job_id = submit_noise(farm, tenant, images_per_prompt=2)
     lost: list[int] = []
 
@@ -133,7 +134,7 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
             lost.append(LAST_STEP)
             let_leases_expire(farm)
 
-    noise.disturb = at_step(LAST_STEP, lose_the_first)  # too late for the hook to see it
+    noise.disturb = at_step(LAST_STEP, lose_the_first)
     with caplog.at_level(logging.WARNING):
         line.run()
         line.run()  # the janitor's bell: the claim ahead may have come before the expiry

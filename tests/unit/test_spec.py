@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,43 @@ def test_a_job_survives_storage() -> None:
     again = FullSpec.model_validate_json(job.model_dump_json())
     assert again == job
     assert list(again.grid) == ["steps", "guidance_scale"]
+
+
+VALUES = {
+    "steps": st.integers(1, 40),
+    "guidance_scale": st.floats(0.0, 20.0, width=16) | st.integers(0, 20),
+    "width": st.sampled_from([64, 96, 128]),
+    "negative_prompt": st.text("ab\u00e9\u2603", max_size=3),
+}
+
+
+@given(
+    st.lists(st.sampled_from(sorted(VALUES)), unique=True, max_size=3).flatmap(
+        lambda names: st.fixed_dictionaries(
+            {name: st.lists(VALUES[name], min_size=1, max_size=4) for name in names}
+        )
+    )
+)
+def test_every_grid_survives_storage(grid: dict[str, list[Any]]) -> None:
+    job = plan(grid=grid)
+    again = FullSpec.model_validate_json(job.stored())
+    assert again.total == job.total
+    for ordinal in range(job.total):
+        one, other = (frame_spec(each, ordinal, Line("a ring")) for each in (job, again))
+        assert one.model_dump_json() == other.model_dump_json(), "the order is in a picture's text"
+    assert again.model_dump(exclude={"points"}) == job.model_dump(exclude={"points"})
+
+
+def test_a_large_grid_is_stored_about_as_small_as_it_was_sent() -> None:
+    grid = {
+        "steps": [*range(10, 20)],
+        "guidance_scale": [number / 2 for number in range(10)],
+        "eta": [number / 10 for number in range(10)],
+    }
+    fields = {"grid": grid, "negative_prompt": 1000 * "no blur "}
+    job = plan(**fields)
+    assert len(job.points) == 1000
+    assert len(job.stored()) < 1.5 * len(json.dumps(fields))
 
 
 @pytest.mark.parametrize(

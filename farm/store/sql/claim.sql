@@ -2,6 +2,12 @@
 --
 -- Four functions choose and only read, so that their plans can be looked at; `claim` writes.
 
+-- Whether a job's returned frames are to be left alone: what it was told, they may not follow yet.
+CREATE FUNCTION pg_temp.is_held(_job_id uuid) RETURNS bool LANGUAGE sql STABLE AS $$
+    SELECT NOT EXISTS (
+        SELECT FROM jobs j WHERE j.id = _job_id AND NOT j.paused AND j.status <> 'cancelled')
+$$;
+
 -- The first frame of the next batch: the highest priority, then the tenant served least, then a
 -- returned frame before a new one, then the oldest job. `_but`: frames, as job/ordinal, left out.
 CREATE FUNCTION pg_temp.leader(_pipeline text, _but text[], _priority smallint)
@@ -17,14 +23,28 @@ RETURNS TABLE (
          WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
          ORDER BY j.priority, j.created_at, j.id LIMIT 1)
         UNION ALL
-        -- the tenant's first frame that is due again: one probe of returns_claim
-        (SELECT r.job_id, r.ordinal, r.alone,
-                r.batch_key, r.bucket, r.priority, r.job_created_at, 0
-         FROM returns r
-         WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
-           AND NOT r.paused AND r.not_before <= statement_timestamp()
-           AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
-         ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
+        -- the tenant's first frame that is due again: one probe of returns_claim, and one more
+        -- for each job that is held
+        (WITH RECURSIVE head AS (
+            (SELECT r.* FROM returns r
+             WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
+               AND NOT r.paused AND r.not_before <= statement_timestamp()
+               AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
+             ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
+            UNION ALL
+            SELECT next.* FROM head h CROSS JOIN LATERAL (
+                SELECT r.* FROM returns r
+                WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
+                  AND NOT r.paused AND r.not_before <= statement_timestamp()
+                  AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
+                  AND (r.priority, r.job_created_at, r.job_id)
+                      > (h.priority, h.job_created_at, h.job_id)
+                ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1
+            ) next
+            WHERE pg_temp.is_held(h.job_id)
+         )
+         SELECT h.job_id, h.ordinal, h.alone, h.batch_key, h.bucket, h.priority, h.job_created_at, 0
+         FROM head h WHERE NOT pg_temp.is_held(h.job_id) LIMIT 1)
     ) head
     WHERE s.pipeline = _pipeline AND head.priority <= _priority
     ORDER BY head.priority, s.served, head.kind, head.created_at, head.job_id
@@ -42,15 +62,36 @@ CREATE FUNCTION pg_temp.own_returned(
     ORDER BY r.ordinal LIMIT _free
 $$;
 
--- Those of other jobs.
+-- Those of other jobs, job after job; of those that are held a hundred are stepped over at most.
 CREATE FUNCTION pg_temp.other_returned(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
-    SELECT r.job_id, r.ordinal FROM returns r
-    WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.job_id <> _leader
-      AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
-      AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
-    ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT _free
+    WITH RECURSIVE job AS (
+        (SELECT r.priority, r.job_created_at, r.job_id, 1 AS n FROM returns r
+         WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
+           AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+         ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
+        UNION ALL
+        SELECT next.*, j.n + 1 FROM job j CROSS JOIN LATERAL (
+            SELECT r.priority, r.job_created_at, r.job_id FROM returns r
+            WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
+              AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+              AND (r.priority, r.job_created_at, r.job_id)
+                  > (j.priority, j.job_created_at, j.job_id)
+            ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1
+        ) next
+        WHERE j.n < _free + 100
+    )
+    SELECT f.job_id, f.ordinal FROM job j CROSS JOIN LATERAL (
+        SELECT r.job_id, r.ordinal FROM returns r
+        WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
+          AND r.priority = j.priority AND r.job_created_at = j.job_created_at
+          AND r.job_id = j.job_id
+          AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+          AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
+        ORDER BY r.ordinal LIMIT _free
+    ) f
+    WHERE j.job_id <> _leader AND NOT pg_temp.is_held(j.job_id) LIMIT _free
 $$;
 
 -- Other open jobs whose next frames may fill it, each with how many of them it gives.
@@ -93,6 +134,8 @@ DECLARE
     ids uuid[];
     ordinals bigint[];
     attempts smallint[];
+    worn_ids uuid[] := '{}';
+    worn_ordinals bigint[];
     left_over boolean;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
@@ -151,13 +194,23 @@ BEGIN
         -- 3. The jobs' locks, by id.
         PERFORM FROM jobs j WHERE j.id = ANY(returned_ids || new_ids) ORDER BY j.id FOR UPDATE;
 
-        -- 4. Returned frames run again, with the next attempt.
+        -- 4. Returned frames run again, with the next attempt. One that has had as many as can be
+        -- counted is dead, so that it stops no lane.
         ids := '{}'; ordinals := '{}'; attempts := '{}';
         IF returned_ids <> '{}' THEN
             WITH taken AS (
                 DELETE FROM returns r USING unnest(returned_ids, returned_ordinals) AS t (id, ordinal)
                 WHERE r.job_id = t.id AND r.ordinal = t.ordinal AND NOT r.paused
+                  AND NOT pg_temp.is_held(r.job_id)
                 RETURNING r.job_id, r.ordinal
+            ), worn AS (
+                UPDATE frames f
+                SET state = 'dead', finished_at = clock_timestamp(),
+                    error = 'It has had more attempts than can be counted.'
+                FROM taken t
+                WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
+                  AND f.attempt >= 32767
+                RETURNING f.job_id, f.ordinal
             ), again AS (
                 UPDATE frames f
                 SET state = 'running', attempt = f.attempt + 1, worker = _worker,
@@ -165,11 +218,22 @@ BEGIN
                     started_at = clock_timestamp(), finished_at = NULL
                 FROM taken t
                 WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
+                  AND f.attempt < 32767
                 RETURNING f.job_id, f.ordinal, f.attempt
             )
             SELECT coalesce(array_agg(a.job_id), '{}'), coalesce(array_agg(a.ordinal), '{}'),
-                   coalesce(array_agg(a.attempt), '{}')
-            INTO ids, ordinals, attempts FROM again a;
+                   coalesce(array_agg(a.attempt), '{}'),
+                   (SELECT coalesce(array_agg(w.job_id), '{}') FROM worn w),
+                   (SELECT coalesce(array_agg(w.ordinal), '{}') FROM worn w)
+            INTO ids, ordinals, attempts, worn_ids, worn_ordinals FROM again a;
+            IF worn_ids <> '{}' THEN
+                PERFORM pg_temp.tally('frames.failed', array_agg(d.id), array_agg(0::bigint),
+                                      array_agg(0::bigint), array_agg(d.n), array_agg(0::bigint),
+                                      array_agg(d.data))
+                FROM (SELECT w.id, count(*) AS n, jsonb_build_object('reason', 'worn', 'frames',
+                             jsonb_agg(jsonb_build_array(w.ordinal, 32767, 'dead'))) AS data
+                      FROM unnest(worn_ids, worn_ordinals) AS w (id, ordinal) GROUP BY w.id) d;
+            END IF;
         END IF;
 
         -- 5. Cursors advance, and frames come into being. The cursor moves only here, under the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from psycopg.rows import namedtuple_row
@@ -31,9 +31,10 @@ def check_database(farm: Farm, model: Model) -> None:
     """Compare the whole database with the model."""
     read = read_all(farm)
     check_jobs(model, read["jobs"])
-    check_frames(model, read["frames"])
+    behind = {row.id: row.behind_from for row in read["jobs"] if row.behind_from is not None}
+    check_frames(model, read["frames"], behind)
     check_attempts(model, read["attempts"])
-    check_returns(model, read["returns"])
+    check_returns(model, read["returns"], behind)
     check_leases(model, read["leases"])
     check_events(model, read["events"])
 
@@ -65,13 +66,18 @@ def check_jobs(model: Model, read: Rows) -> None:
             assert getattr(row, state) == job.count(FrameState(state)), state
 
 
-def check_frames(model: Model, read: Rows) -> None:
-    """Each frame is where the model has it, and a succeeded one names its winner's bytes."""
+def check_frames(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
+    """Each frame is where the model has it, and a succeeded one names its winner's bytes.
+
+    A returned frame of a cancelled job, from where `behind` says on, may still be ready.
+    """
     found = {(row.job_id, row.ordinal): row for row in read}
     for job_id, ordinal, frame in model.every_frame():
         if frame.attempt:
             row = found.pop((job_id, ordinal))
-            assert (row.state, row.attempt) == (frame.state, frame.attempt)
+            follows = ordinal >= behind.get(job_id, ordinal + 1) and row.state == "ready"
+            state = FrameState.CANCELLED if follows and model.jobs[job_id].cancelled else row.state
+            assert (state, row.attempt) == (frame.state, frame.attempt)
             assert row.spared == frame.spared
             won = frame.state is FrameState.SUCCEEDED
             assert row.sha256 == (digest((job_id, ordinal, frame.attempt)) if won else None)
@@ -91,12 +97,27 @@ def check_attempts(model: Model, read: Rows) -> None:
     assert not found
 
 
-def check_returns(model: Model, read: Rows) -> None:
-    """The table `returns` holds the frames that may be claimed again, and nothing else."""
-    assert {tuple(row) for row in read} == {
+def check_returns(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
+    """The table `returns` holds the frames that may be claimed again, and nothing else.
+
+    From where `behind` says on, a job's may still be as before it was paused or cancelled.
+    """
+
+    def follows(job_id: uuid.UUID, ordinal: int) -> bool:
+        return ordinal >= behind.get(job_id, ordinal + 1)
+
+    told = {tuple(row) for row in read if not follows(row.job_id, row.ordinal)}
+    assert told == {
         (job_id, ordinal, frame.alone, model.jobs[job_id].paused)
         for job_id, ordinal, frame in model.every_frame()
-        if frame.state is FrameState.READY
+        if frame.state is FrameState.READY and not follows(job_id, ordinal)
+    }
+    untold = {(row.job_id, row.ordinal) for row in read if follows(row.job_id, row.ordinal)}
+    assert untold == {
+        (job_id, ordinal)
+        for job_id, ordinal, frame in model.every_frame()
+        if follows(job_id, ordinal)
+        and (frame.state is FrameState.READY or ((job_id, ordinal) in untold and frame.ended))
     }
 
 

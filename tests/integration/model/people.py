@@ -12,6 +12,7 @@ from hypothesis.stateful import initialize, multiple, precondition, rule
 from farm import jobs
 from farm.errors import Conflict
 from farm.states import TERMINAL, FrameState
+from farm.store import jobs as stored
 from farm.store.claim import Lease
 from tests.integration.model.model import ModelFrame, ModelJob, R, W
 from tests.integration.model.moves import JOB_IDS, Moves, refused_if
@@ -94,6 +95,17 @@ class PeoplesMoves(Moves):
         with refused_if(job.status in TERMINAL):
             jobs.resume(self.farm, job.tenant, job_id)
             job.held = False
+            while self.followed(2):
+                pass
+
+    @rule(rows=st.integers(1, 2))
+    def follow(self, rows: int) -> None:
+        self.followed(rows)
+
+    def followed(self, rows: int) -> bool:
+        """Let a few returned frames follow what their jobs were told; whether more are left."""
+        with self.farm.store.connect() as connection:
+            return stored.follow(connection, rows)
 
     def cancel(self, job_id: uuid.UUID) -> None:
         job = self.model.jobs[job_id]

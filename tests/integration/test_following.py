@@ -1,0 +1,227 @@
+"""A job of many returned frames is paused, resumed and cancelled by its row; its frames follow."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from farm import jobs
+from farm.audit import audited
+from farm.context import Farm
+from farm.invariants import Finding
+from farm.states import FrameState
+from farm.store import jobs as stored
+from farm.store import lanes
+from farm.store.engine import transaction
+from tests.farming import counts_add_up, hire, job_row, new_tenant, sql, submit
+
+FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
+SLICE = 50
+RETURNED = """
+WITH o AS (
+    SELECT generate_series(CAST(:first AS bigint), :last) AS ordinal
+), born AS (
+    INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at, finished_at)
+    SELECT :id, ordinal, 'ready', 1, 'hand', 4, clock_timestamp(), clock_timestamp() FROM o
+), ended AS (
+    INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
+    SELECT :id, ordinal, 1, 'hand', 'render_error', 'It broke.', clock_timestamp() FROM o
+)
+INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
+                     job_created_at, paused, alone)
+SELECT id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, clock_timestamp(), created_at,
+       false, false
+FROM jobs CROSS JOIN o WHERE id = :id
+"""
+
+
+def returned(farm: Farm, tenant: uuid.UUID, frames: int, **fields: object) -> uuid.UUID:
+    """A job whose frames have all failed once, and are due for another attempt."""
+    job_id = submit(farm, tenant, images_per_prompt=frames, bucket=4, **fields)
+    for first in range(0, frames, 100_000):
+        last = min(first + 100_000, frames) - 1
+        sql(farm, RETURNED, id=job_id, first=first, last=last)
+    sql(
+        farm,
+        "UPDATE jobs SET cursor = total, open = false, status = 'running',"
+        " started_at = clock_timestamp() WHERE id = :id",
+        id=job_id,
+    )
+    return job_id
+
+
+def findings(farm: Farm) -> list[Finding]:
+    return [*audited(farm).findings]
+
+
+def follow(farm: Farm, rows: int = SLICE) -> bool:
+    with farm.store.connect() as connection:
+        return stored.follow(connection, rows)
+
+
+def told(farm: Farm, job_id: uuid.UUID) -> tuple[int, int, int]:
+    """How many returned frames of a job are paused, are not, and which are ready."""
+    [row] = sql(
+        farm,
+        "SELECT count(*) FILTER (WHERE paused) AS paused, count(*) FILTER (WHERE NOT paused) AS on,"
+        " (SELECT count(*) FROM frames WHERE job_id = :id AND state = 'ready') AS ready"
+        " FROM returns WHERE job_id = :id",
+        id=job_id,
+    )
+    return row.paused, row.on, row.ready
+
+
+def test_a_paused_job_is_claimed_no_more_before_its_frames_know(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    held = returned(farm, tenant, 3 * SLICE)
+    other = submit(farm, tenant, images_per_prompt=2, bucket=4)
+    jobs.pause(farm, tenant, held)
+    assert told(farm, held) == (0, 3 * SLICE, 3 * SLICE)
+    hand = hire(farm)
+    assert {frame.job_id for frame in hand.must_claim().frames} == {other}
+    assert hand.claim() is None
+    with transaction(farm.store) as connection:
+        assert lanes.claimable_lanes(connection) == []
+    assert follow(farm)
+    assert told(farm, held) == (SLICE, 2 * SLICE, 3 * SLICE)
+    while follow(farm):
+        pass
+    assert told(farm, held) == (3 * SLICE, 0, 3 * SLICE)
+    assert sql(farm, "SELECT count(*) FROM jobs WHERE behind_from IS NOT NULL") == [(0,)]
+
+
+def test_a_resumed_job_goes_on_with_what_was_never_told_and_then_with_all(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    job_id = returned(farm, tenant, 3 * SLICE)
+    jobs.pause(farm, tenant, job_id)
+    follow(farm)
+    jobs.resume(farm, tenant, job_id)
+    hand = hire(farm)
+    assert [frame.ordinal for frame in hand.must_claim().frames] == [*range(SLICE, SLICE + 4)]
+    while follow(farm):
+        pass
+    assert [frame.ordinal for frame in hand.must_claim().frames] == [*range(4)]
+    assert told(farm, job_id) == (0, 3 * SLICE - 8, 3 * SLICE - 8)
+    counts_add_up(farm, tenant, job_id)
+
+
+def test_a_pause_in_the_middle_of_a_slice_is_not_forgotten(
+    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slice that let frames go on ends after the job was told to pause again."""
+    job_id = returned(farm, tenant, SLICE // 2)
+    jobs.pause(farm, tenant, job_id)
+    follow(farm)
+    jobs.resume(farm, tenant, job_id)
+    followed = stored.FOLLOWED
+    with farm.store.connect() as connection:
+        execute = connection.execute
+
+        def watched(statement: object, *args: object) -> object:
+            if statement is followed:
+                jobs.pause(farm, tenant, job_id)
+            return execute(statement, *args)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(connection, "execute", watched)
+        stored.follow(connection, SLICE)
+    assert told(farm, job_id) == (0, SLICE // 2, SLICE // 2)
+    follow(farm)
+    assert told(farm, job_id) == (SLICE // 2, 0, SLICE // 2)
+
+
+def test_a_cancelled_job_is_over_at_once_and_its_frames_follow(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    job_id = returned(farm, tenant, 3 * SLICE)
+    hand = hire(farm)
+    lease = hand.must_claim()
+    jobs.cancel(farm, tenant, job_id)
+    job = job_row(farm, tenant, job_id)
+    assert (job.status, job.cancelled, job.running) == ("cancelled", 3 * SLICE, 0)
+    counts_add_up(farm, tenant, job_id)
+    assert hand.complete(lease) == set()
+    assert hand.claim() is None
+    assert findings(farm) == []
+    assert told(farm, job_id) == (0, 3 * SLICE - 4, 3 * SLICE - 4)
+    while follow(farm):
+        assert findings(farm) == []
+    assert told(farm, job_id) == (0, 0, 0)
+    counts_add_up(farm, tenant, job_id)
+    assert findings(farm) == []
+
+
+def test_frames_of_other_jobs_fill_a_batch_past_those_that_are_held(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    held = [returned(farm, tenant, 3, steps=9) for _ in range(3)]
+    filling = returned(farm, tenant, 2, steps=9)
+    for job_id in held:
+        jobs.pause(farm, tenant, job_id)
+    leader = submit(farm, tenant, images_per_prompt=1, steps=9, bucket=4, priority="interactive")
+    batch = hire(farm).must_claim()
+    assert {frame.job_id for frame in batch.frames} == {leader, filling}
+    assert len(batch.frames) == 3
+
+
+def test_a_frame_with_as_many_attempts_as_can_be_counted_is_dead_and_stops_no_lane(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    worn = returned(farm, tenant, 5)
+    sql(farm, "UPDATE frames SET attempt = 32767, spared = 32766 WHERE ordinal < 2")
+    other = submit(farm, new_tenant(farm, "bob"), images_per_prompt=1)
+    hand = hire(farm)
+    claimed = [frame for _ in range(2) for frame in hand.must_claim().frames]
+    assert {(frame.job_id, frame.ordinal) for frame in claimed} == {
+        (worn, 2),
+        (worn, 3),
+        (other, 0),
+    }
+    job = job_row(farm, tenant, worn)
+    assert (job.dead, job.running) == (2, 2)
+    counts_add_up(farm, tenant, worn)
+    [(state, error)] = sql(
+        farm, "SELECT DISTINCT state, error FROM frames WHERE ordinal < 2 AND job_id = :id", id=worn
+    )
+    assert (state, error) == (FrameState.DEAD, "It has had more attempts than can be counted.")
+
+
+@pytest.mark.full_size
+def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    large = returned(farm, tenant, FRAMES)
+    sql(farm, "ANALYZE")
+    bob = new_tenant(farm, "bob")
+    hand = hire(farm)
+
+    def claims() -> float:
+        """The median of another tenant's claims, in seconds."""
+        seconds = []
+        for _ in range(9):
+            job_id = submit(farm, bob, images_per_prompt=4, bucket=4, priority="interactive")
+            began = time.perf_counter()
+            lease = hand.must_claim()
+            seconds.append(time.perf_counter() - began)
+            assert {frame.job_id for frame in lease.frames} == {job_id}
+        return statistics.median(seconds)
+
+    usual = claims()
+    steer: list[Callable[[Farm, uuid.UUID, uuid.UUID], None]] = [
+        jobs.pause,
+        jobs.resume,
+        jobs.cancel,
+    ]
+    for action in steer:
+        began = time.perf_counter()
+        action(farm, tenant, large)
+        assert time.perf_counter() - began < 0.1, action
+        assert claims() < 2 * usual, action
+        follow(farm, 5000)
+        assert claims() < 2 * usual, action
