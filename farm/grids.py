@@ -7,18 +7,57 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 FEWEST = 8
 """Smaller grids are stored point by point"""
+
+
+class Layout(BaseModel):
+    """Points by their axes, the last varying fastest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    names: list[str]
+    """Of the parameters, in the order in which a picture's text has them"""
+    axes: dict[str, list[Any]]
+    buckets: list[tuple[int, int]]
+    """How many points one after the other have which bucket"""
+
+    def __len__(self) -> int:
+        """Count the points."""
+        return math.prod(map(len, self.axes.values()))
+
+    def params(self, index: int, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the parameters of a point, with what all points share."""
+        here = {}
+        for name, values in reversed(self.axes.items()):
+            index, place = divmod(index, len(values))
+            here[name] = values[place]
+        return {name: here[name] if name in here else shared[name] for name in self.names}
+
+    def bucket(self, index: int) -> int:
+        """Give the bucket of a point.
+
+        Raises:
+            IndexError: there is no such point.
+        """
+        for count, bucket in self.buckets:
+            if index < count:
+                return bucket
+            index -= count
+        raise IndexError(index)
 
 
 def packed(
     points: Sequence[Mapping[str, Any]],
     shared: Mapping[str, Any],
     grid: Mapping[str, Sequence[Any]],
-) -> dict[str, Any] | None:
+) -> Layout | None:
     """Lay out points by their axes.
 
     Args:
@@ -27,34 +66,20 @@ def packed(
         grid: its axes, with as many values as each has.
 
     Returns:
-        What `unpacked` takes; None where it would not give the very same points.
+        The layout; None where it would not give the very same points, or there are few.
     """
     if len(points) < FEWEST:
         return None
-    lengths = [len(values) for values in grid.values()]
-    axes = {}
-    for place, name in enumerate(grid):
-        stride = 1
-        for length in lengths[place + 1 :]:
-            stride *= length
-        axes[name] = [points[index * stride]["params"][name] for index in range(lengths[place])]
+    axes, stride = {}, len(points)
+    for name, values in grid.items():
+        stride //= len(values)
+        axes[name] = [points[place * stride]["params"][name] for place in range(len(values))]
     buckets = itertools.groupby(point["bucket"] for point in points)
-    layout = {
-        "names": list(points[0]["params"]),
-        "axes": axes,
-        "buckets": [[len([*group]), bucket] for bucket, group in buckets],
-    }
-    given = [{name: point[name] for name in ("params", "bucket")} for point in points]
-    same = json.dumps([*unpacked(layout, shared)]) == json.dumps(given)
-    return layout if same else None
-
-
-def unpacked(layout: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give each point's `params` and `bucket`, in order."""
-    axes = layout["axes"]
-    buckets = itertools.chain.from_iterable(
-        itertools.repeat(bucket, count) for count, bucket in layout["buckets"]
+    layout = Layout(
+        names=list(points[0]["params"]),
+        axes=axes,
+        buckets=[(len([*group]), bucket) for bucket, group in buckets],
     )
-    for values, bucket in zip(itertools.product(*axes.values()), buckets, strict=True):
-        here = {**shared, **dict(zip(axes, values, strict=True))}
-        yield {"params": {name: here[name] for name in layout["names"]}, "bucket": bucket}
+    gives = [layout.params(index, shared) for index in range(len(points))]
+    same = json.dumps(gives) == json.dumps([point["params"] for point in points])
+    return layout if same else None

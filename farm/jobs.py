@@ -104,7 +104,7 @@ def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput
 
 def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, stored_input: StoredInput) -> None:
     """Check an input's prompts where a pipeline reads more in them than words."""
-    params = syntax_among([offer.params(point.params) for point in spec.points])
+    params = syntax_among([offer.params(point.params) for point in spec.every_point()])
     if params is None:
         return
     with reads(farm.store) as connection:
@@ -128,7 +128,7 @@ def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
 
 def _check_images(farm: Farm, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec) -> None:
     """Refuse a job that names an image which its tenant never uploaded."""
-    named = [offer.params_type.image_ids(point.params) for point in spec.points]
+    named = [offer.params_type.image_ids(point.params) for point in spec.every_point()]
     wanted = {image_id for image_ids in named for image_id in image_ids}
     if not wanted:
         return

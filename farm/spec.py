@@ -26,12 +26,11 @@ from pydantic import (
     Field,
     JsonValue,
     field_validator,
-    model_validator,
 )
 
 from farm.catalog import MAX_BUCKET
 from farm.formats import Format
-from farm.grids import packed, unpacked
+from farm.grids import Layout, packed
 
 MAX_SEED = 2**63 - 1
 PROMPTS_SHOWN = 20
@@ -198,7 +197,7 @@ class FullSpec(BaseModel):
     job_seed: int = Field(description="the seed, or the one drawn for the job")
     params: dict[str, Any]
     grid: dict[str, list[Any]]
-    points: list[Point]
+    points: list[Point] | Layout
     priority: str
     bucket: int | None
     max_attempts: int
@@ -207,19 +206,22 @@ class FullSpec(BaseModel):
     reuse: bool = False
     labels: dict[str, str]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _unpack(cls, data: Any) -> Any:
-        """Take what `stored` gives, too."""
-        if isinstance(data, dict) and isinstance(data.get("points"), dict):
-            return {**data, "points": [*unpacked(data["points"], data["params"])]}
-        return data
-
     def stored(self) -> str:
         """Write it as JSON, what a large grid's points share once; `runs` is stored beside it."""
         data = self.model_dump(mode="json")
         layout = packed(data["points"], data["params"], data["grid"])
-        return json.dumps(data if layout is None else {**data, "points": layout})
+        return json.dumps(data if layout is None else {**data, "points": layout.model_dump()})
+
+    def point(self, index: int) -> Point:
+        """Give a point of its grid."""
+        if isinstance(self.points, Layout):
+            params = self.points.params(index, self.params)
+            return Point(params=params, bucket=self.points.bucket(index))
+        return self.points[index]
+
+    def every_point(self) -> Iterator[Point]:
+        """Give the points of its grid, in order."""
+        return map(self.point, range(len(self.points)))
 
     @property
     def frames_per_point(self) -> int:
@@ -235,6 +237,7 @@ class FullSpec(BaseModel):
     def runs(self) -> list[Run]:
         """Its stretches, in order."""
         runs: list[Run] = []
+        assert not isinstance(self.points, Layout), "those of a stored job stand beside its spec"
         for index, point in enumerate(self.points):
             end = (index + 1) * self.frames_per_point
             if runs and runs[-1][1] == point.batch_key:
@@ -278,7 +281,7 @@ def frame_spec(
     """
     if not 0 <= ordinal < job.total:
         raise IndexError(f"ordinal {ordinal} is outside 0 to {job.total - 1}")
-    point = job.points[ordinal // job.frames_per_point]
+    point = job.point(ordinal // job.frames_per_point)
     first = job.seed if line.seed is None else line.seed
     seed = (
         derived_seed(job.job_seed, ordinal)

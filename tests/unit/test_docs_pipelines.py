@@ -276,7 +276,7 @@ def test_the_family_of_the_example_is_found_by_being_there(
         offer = make_offer("flux", catalog["flux"])
         assert (offer.family.name, offer.params_type.__name__) == ("flux", "FluxParams")
         body = {"pipeline": "flux", "prompts": ["a red star"], "steps": 4}
-        assert accepted({"flux": offer}, body).points[0].params == {
+        assert accepted({"flux": offer}, body).point(0).params == {
             "width": 1024,
             "height": 1024,
             "steps": 4,

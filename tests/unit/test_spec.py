@@ -96,7 +96,7 @@ def test_derived_seeds_fit_a_generator(job_seed: int, ordinal: int) -> None:
 
 def test_every_default_is_filled_in() -> None:
     job = plan()
-    assert job.points[0].params == {
+    assert job.point(0).params == {
         "width": 64,
         "height": 64,
         "negative_prompt": "",
@@ -173,11 +173,11 @@ def test_the_bucket_chosen(priority: str, bucket: int, frames: int, expected: in
 def test_a_bucket_counts_the_frames_that_can_share_it() -> None:
     job = plan(images_per_prompt=2, grid={"negative_prompt": ["", "blue"], "steps": [5, 6]})
     # frames that can share a batch stand two by two: no larger bucket would ever be full
-    assert {point.bucket for point in job.points} == {2}
+    assert {point.bucket for point in job.every_point()} == {2}
     assert [end for end, _, _ in job.runs] == [2, 4, 6, 8]
     together = plan(images_per_prompt=2, grid={"steps": [5, 6], "negative_prompt": ["", "blue"]})
     assert [end for end, _, _ in together.runs] == [4, 8]
-    assert {point.bucket for point in together.points} == {4}
+    assert {point.bucket for point in together.every_point()} == {4}
 
 
 def test_what_a_batch_shares_decides_its_key() -> None:
@@ -187,7 +187,7 @@ def test_what_a_batch_shares_decides_its_key() -> None:
     assert len({key, batch_key("demo", 8, scalars), batch_key("other", 4, scalars)}) == 3
     assert key != batch_key("demo", 4, {**scalars, "steps": 6})
     one, two = plan(negative_prompt="blue", bucket=4), plan(seed=5, bucket=4)
-    assert one.points[0].batch_key == two.points[0].batch_key
+    assert one.point(0).batch_key == two.point(0).batch_key
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_the_format_is_the_frames_and_not_the_batchs() -> None:
         form: full_spec(check_job({**given, "format": form}, SETTINGS), OFFER, SETTINGS)
         for form in ("png", "jpeg", "webp")
     }
-    assert len({spec.points[0].batch_key for spec in specs.values()}) == 1
+    assert len({spec.point(0).batch_key for spec in specs.values()}) == 1
     assert {form: frame_spec(spec, 0, Line("x")).format for form, spec in specs.items()} == {
         form: form for form in specs
     }
