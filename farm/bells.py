@@ -17,6 +17,7 @@ from kombu.exceptions import OperationalError
 
 from farm.config import Settings
 from farm.errors import Unavailable
+from farm.redisplace import redis_place
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def urgent_lane(pipeline: str) -> str:
 
 def make_app(settings: Settings, socket: Mapping[str, int] = PATIENT) -> Celery:
     """Build the Celery app that rings bells, or that a worker answers them with."""
-    app = Celery("farm", broker=settings.redis_url.get_secret_value(), set_as_current=False)
+    place = redis_place(settings.redis_url.get_secret_value())
+    app = Celery("farm", broker=place.broker, set_as_current=False)
     app.conf.update(
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
@@ -75,7 +77,8 @@ def make_app(settings: Settings, socket: Mapping[str, int] = PATIENT) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options=dict(socket),
+        broker_transport_options={**place.options, **socket},
+        broker_use_ssl=place.tls,
     )
     return app
 
@@ -85,7 +88,8 @@ class Bells:
 
     def __init__(self, settings: Settings) -> None:
         self.app = make_app(settings, HASTY)
-        self._redis: Any = redis.Redis.from_url(settings.redis_url.get_secret_value(), **HASTY)
+        place = redis_place(settings.redis_url.get_secret_value())
+        self._redis: Any = place.client(**HASTY)
         self._silent_until = float("-inf")
 
     def ring(self, pipeline: str, *, urgent: bool = False) -> bool:

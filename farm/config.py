@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from farm import failpoints
 from farm.envfile import load_env
+from farm.redisplace import redis_place
 
 DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
 
@@ -158,6 +159,12 @@ class Settings(BaseSettings):
     discard_pictures: bool = Field(
         default=False, description="store no picture, for measuring what all the rest takes"
     )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_has_a_place(cls, url: SecretStr) -> SecretStr:
+        redis_place(url.get_secret_value())
+        return url
 
     @field_validator("trusted_proxies")
     @classmethod

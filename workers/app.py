@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from typing import Any
 
 from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
@@ -13,7 +14,7 @@ from farm.config import load_settings
 from farm.logs import set_up_logs
 from workers.batchlog import BatchLog
 from workers.child import Child
-from workers.identity import announced_identity
+from workers.identity import KNOCK, announced_identity
 from workers.scratch import Scratch
 
 settings = load_settings()
@@ -21,6 +22,7 @@ app = make_app(settings)
 app.conf.include = [__name__]
 
 _child: list[Child] = []
+_at_work = threading.Lock()
 
 
 @setup_logging.connect
@@ -36,7 +38,9 @@ def _start_child(**_: Any) -> None:
     batch_log = BatchLog(scratch.log(os.getpid()))
     batch_log.listen()
     _child[:] = [Child(batch_log=batch_log)]
-    _child[0].start()
+    signal.signal(KNOCK, lambda *_: _answer())
+    with _at_work:
+        _child[0].start()
 
 
 @worker_process_shutdown.connect
@@ -48,6 +52,16 @@ def _end_child(**_: Any) -> None:
 @app.task(name=RENDER_TASK, ignore_result=True)
 def render() -> None:
     """Answer a bell."""
-    if not _child[0].answer():
-        _child[0].close()
-        os._exit(os.EX_TEMPFAIL)  # the pool starts another child in its place
+    _answer()
+
+
+def _answer() -> None:
+    """Answer a bell, or a knock: both come in the main thread, the knock perhaps amid a bell."""
+    if not _at_work.acquire(blocking=False):
+        return
+    try:
+        if not _child[0].answer():
+            _child[0].close()
+            os._exit(os.EX_TEMPFAIL)  # the pool starts another child in its place
+    finally:
+        _at_work.release()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import uuid
 from dataclasses import dataclass
 
 VARIABLE = "FARM_WORKER"
+KNOCK = signal.SIGURG
+"""What the parent sends its child where work waits and no bell came, as where Redis is away. One
+that does not listen yet ignores it."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from farm.errors import FarmError, Unavailable
 from farm.store import leases, workers
 from farm.store.engine import Connection, transaction
 from farm.store.resting import note_failure
-from workers.identity import Identity, new_identity
+from workers.identity import KNOCK, Identity, new_identity
 from workers.scratch import NO_LEASE, Scratch
 
 log = logging.getLogger(__name__)
@@ -129,6 +129,9 @@ class Heart:
                 enlist(connection, self._identity)
             if self._draining:
                 workers.drain(connection, me)
+            missed = workers.misses_work(connection, me)
+        if missed:
+            self._knock()
         if draining and not self._draining:
             log.info("%s was asked to drain.", self._identity.name)
             self.drain()
@@ -142,6 +145,13 @@ class Heart:
             if self._is_explained(pid):
                 self._return_lost(pid)
         self._unexplained &= gone
+
+    def _knock(self) -> None:
+        """Wake the child: it is idle while something waits, so a bell was lost or never rung."""
+        for child in billiard.active_children():
+            if child.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, KNOCK)
 
     def _is_explained(self, pid: int) -> bool:
         """Whether it is known how a child ended, or nobody will say it any more."""

@@ -9,12 +9,21 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.spec import Priority
+
 REGISTER = text("""
 INSERT INTO workers (id, name, pipeline, host, pid, state)
 VALUES (:id, :name, :pipeline, :host, :pid, 'loading')
 """)
 
 # One that was stopped for a while, and counted as gone, is back.
+MISSES_WORK = text("""
+SELECT EXISTS (
+    SELECT FROM workers w
+    WHERE w.id = :id AND w.state IN ('idle', 'failed') AND NOT w.draining
+      AND EXISTS (SELECT FROM pg_temp.leader(w.pipeline, '{}', CAST(:least AS smallint))))
+""")
+
 SEEN = text("""
 UPDATE workers SET seen_at = clock_timestamp(), gone = false WHERE id = :id RETURNING draining
 """)
@@ -136,6 +145,12 @@ def register(
         REGISTER,
         {"id": worker_id, "name": name, "pipeline": pipeline, "host": host, "pid": pid},
     )
+
+
+def misses_work(connection: Connection, worker_id: uuid.UUID) -> bool:
+    """Whether a worker is idle while something of its lane may be claimed."""
+    values = {"id": worker_id, "least": Priority.BULK}
+    return bool(connection.execute(MISSES_WORK, values).scalar_one())
 
 
 def seen(connection: Connection, worker_id: uuid.UUID) -> bool | None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import pytest
 from pydantic import SecretStr
 
 from farm.bells import Bells, lane
 from farm.config import Settings
 from farm.context import Farm
+from farm.local import wheels
+from farm.local.ports import free_port
+from tests.commanding import farm as command
 from tests.farming import submit
+from tests.waiting import wait_until
 
 
 def test_a_lane_holds_two_bells_at_most(settings: Settings) -> None:
@@ -55,3 +68,121 @@ def test_a_redis_that_accepts_and_stays_silent_holds_nobody_up(
         assert time.monotonic() - started - first < 1.0
         for connection in taken:
             connection.close()
+
+
+# Where Redis is
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate that nobody vouches for, with its key."""
+    path = tmp_path / "both.pem"
+    words = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -keyout {path}"
+    done = ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = subprocess.run(done, capture_output=True, check=True)
+    with path.open("ab") as file:
+        file.write(made.stdout)
+    return path
+
+
+@contextmanager
+def behind_tls(certificate: Path) -> Iterator[tuple[int, list[str]]]:
+    """A server that does nothing but TLS: its port, and how each handshake ended."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    ends: list[str] = []
+
+    def greet(server: socket.socket) -> None:
+        while True:
+            try:
+                with context.wrap_socket(server.accept()[0], server_side=True):
+                    ends.append("trusted")
+            except ssl.SSLError as error:
+                ends.append(error.reason)
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=greet, args=(server,))
+        thread.start()
+        try:
+            yield server.getsockname()[1], ends
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl on the PATH")
+def test_a_certificate_behind_rediss_is_verified(settings: Settings, certificate: Path) -> None:
+    """By whoever rings, and by Celery, which would take any."""
+    with behind_tls(certificate) as (port, ends):
+        url = f"rediss://127.0.0.1:{port}/0"
+        bells = Bells(settings.model_copy(update={"redis_url": SecretStr(url)}))
+        assert not bells.answers()
+        with bells.app.connection_for_write() as connection:
+            channels: Any = connection
+            with pytest.raises(Exception, match="certificate verify failed"):
+                channels.default_channel.client.ping()
+        assert len(ends) >= 2
+        assert "trusted" not in ends
+        trusting = f"{url}?ssl_cert_reqs=required&ssl_ca_certs={certificate}"
+        other = Bells(settings.model_copy(update={"redis_url": SecretStr(trusting)}))
+        other.answers()
+        wait_until(lambda: "trusted" in ends, 10, "the certificate is trusted")
+        for each in (bells, other):
+            each.close()
+
+
+@pytest.fixture
+def sentinel(settings: Settings, tmp_path: Path) -> Iterator[str]:
+    """A Sentinel that watches the tests' Valkey; gives the address by it."""
+    valkey = urlsplit(settings.redis_url.get_secret_value())
+    port, config = free_port(), tmp_path / "sentinel.conf"
+    config.write_text(
+        f"bind 127.0.0.1\nport {port}\ndir {tmp_path}\n"
+        f"sentinel monitor main 127.0.0.1 {valkey.port} 1\n"
+        f"sentinel auth-pass main {valkey.password}\n"
+    )
+    process = subprocess.Popen(
+        [wheels.valkey(), str(config), "--sentinel"], stdout=subprocess.DEVNULL
+    )
+    hosts = f"127.0.0.1:1,127.0.0.1:{port}"  # the first one is away
+    url = f"sentinel://:{valkey.password}@{hosts}/main{valkey.path}"
+    try:
+        watching = Bells(settings.model_copy(update={"redis_url": SecretStr(url)}))
+        wait_until(watching.answers, 20, "Sentinel names the server")
+        watching.close()
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_bells_ring_at_the_server_that_sentinel_names(settings: Settings, sentinel: str) -> None:
+    bells, direct = (
+        Bells(settings),
+        Bells(settings.model_copy(update={"redis_url": SecretStr(sentinel)})),
+    )
+    assert direct.ring("watched")
+    assert bells._redis.llen(lane("watched")) == 1
+    with direct.app.connection_for_read() as connection:
+        channel: Any = connection.default_channel
+        assert channel.client.llen(lane("watched")) == 1
+    for each in (bells, direct):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:6379/0",
+        "127.0.0.1:6379",
+        "sentinel://127.0.0.1:26379",
+        "sentinel://127.0.0.1:port/main",
+    ],
+)
+def test_an_address_of_another_form_names_its_setting(url: str) -> None:
+    done = command("janitor", env={"FARM_REDIS_URL": url})
+    assert done.code == 1
+    assert "FARM_REDIS_URL" in done.err
+    assert "Traceback" not in done.err

@@ -167,3 +167,19 @@ def test_sigterm_finishes_the_batch_and_leaves(disturbed: Live) -> None:
     worker.signal(signal.SIGTERM)
     wait_until(lambda: worker.restarts > before, 60.0, "the worker left and was started again")
     assert reasons(all_succeeded_once(disturbed, job_id)) == set()
+
+
+def test_an_idle_worker_finds_work_while_redis_is_silent(disturbed: Live) -> None:
+    def idle() -> bool:
+        return all(worker["state"] == "idle" for worker in disturbed.get("/v1/workers")["data"])
+
+    wait_until(idle, 60.0, "every worker is idle")
+    valkey = disturbed.farm.children["valkey"].pid
+    assert valkey is not None
+    os.kill(valkey, signal.SIGSTOP)
+    try:
+        for _ in range(2):  # the second one finds a child that has answered a knock before
+            asked = disturbed.submit(prompts=["noise"], steps=1, priority="interactive")
+            assert disturbed.ended(asked["id"], 20.0)["status"] == "succeeded"
+    finally:
+        os.kill(valkey, signal.SIGCONT)

@@ -1,0 +1,103 @@
+"""Where Redis is: one server, one behind TLS, or the one that Sentinel names."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+FORMS = (
+    "redis://HOST:PORT/DB, rediss://HOST:PORT/DB, redis+socket:///PATH or "
+    "sentinel://HOST:PORT,HOST:PORT/MASTER/DB"
+)
+SENTINEL = re.compile(
+    r"sentinel://(?::(?P<password>[^@/]*)@)?(?P<hosts>[^@/?]+)/(?P<master>[^/?]+)"
+    r"(?:/(?P<db>[0-9]+))?(?:\?sentinel_password=(?P<sentinels>[^&]*))?"
+)
+SENTINEL_PORT = 26379
+SENTINEL_SECONDS = 1.0
+"""How long one of them may be silent"""
+
+
+@dataclass(frozen=True)
+class RedisPlace:
+    """An address, as Celery takes it and as redis-py does."""
+
+    broker: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Celery's transport options"""
+    tls: Mapping[str, Any] | None = None
+    """Celery's broker_use_ssl"""
+    sentinels: tuple[tuple[str, int], ...] = ()
+    password: str | None = None
+    db: int = 0
+
+    def client(self, **socket: float) -> Any:
+        """Make a client of redis-py, with its arguments for the socket."""
+        import redis
+
+        if not self.sentinels:
+            return redis.Redis.from_url(self.broker, **socket)
+        kind: Any = redis.Sentinel
+        sentinel = kind(list(self.sentinels), sentinel_kwargs=self.options["sentinel_kwargs"])
+        return sentinel.master_for(
+            self.options["master_name"], db=self.db, password=self.password, **socket
+        )
+
+
+def redis_place(url: str) -> RedisPlace:
+    """Read an address.
+
+    The certificate behind `rediss://` is verified, unless the address itself says otherwise.
+
+    Raises:
+        ValueError: it has none of the FORMS.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme == "sentinel":
+        return _sentinel(url)
+    if scheme == "rediss":
+        told = "ssl_cert_reqs" in parse_qs(urlsplit(url).query)
+        return RedisPlace(url, tls=None if told else {"ssl_cert_reqs": ssl.CERT_REQUIRED})
+    if scheme in ("redis", "redis+socket", "unix"):
+        return RedisPlace(url)
+    raise ValueError(f"it must have the form {FORMS}")
+
+
+def _sentinel(url: str) -> RedisPlace:
+    found = SENTINEL.fullmatch(url)
+    if found is None:
+        raise ValueError("it must have the form sentinel://:PASSWORD@HOST:PORT,HOST:PORT/MASTER/DB")
+    try:
+        sentinels = tuple(
+            (host, int(port or SENTINEL_PORT))
+            for host, _, port in (each.partition(":") for each in found["hosts"].split(","))
+        )
+    except ValueError as error:
+        raise ValueError("a port of its sentinels is no number") from error
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    password = unquote(found["password"]) if found["password"] else None
+    of_sentinels = unquote(found["sentinels"]) if found["sentinels"] else None
+    db = int(found["db"] or 0)
+    secret = f":{quote(password, safe='')}@" if password else ""
+    return RedisPlace(
+        broker=";".join(f"sentinel://{secret}{host}:{port}/{db}" for host, port in sentinels),
+        options={
+            "master_name": unquote(found["master"]),
+            # One that is away is not asked again and again: there are others.
+            "sentinel_kwargs": {
+                "password": of_sentinels,
+                "retry": Retry(NoBackoff(), 0),
+                "socket_timeout": SENTINEL_SECONDS,
+                "socket_connect_timeout": SENTINEL_SECONDS,
+            },
+        },
+        sentinels=sentinels,
+        password=password,
+        db=db,
+    )
