@@ -1,4 +1,4 @@
-"""Chores: what needs no device. A worker of its own lane writes datasets, a shard at a time."""
+"""Chores: what needs no device. A worker of its own lane writes datasets, shard by shard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,31 +32,59 @@ log = logging.getLogger(__name__)
 
 MOST_CHARACTERS = 500
 """of why a shard was not written"""
+POLL_SECONDS = 5.0
+AT_ONCE = 2
+"""Bells that a process answers at the same time"""
 
 
 class Chores:
-    """Writes the shards that are due, one after the other."""
+    """Writes the shards that are whole: several at the same time, each of another tenant."""
 
     def __init__(self, farm: Farm, name: str) -> None:
         self._farm = farm
         self._name = name
         self._leaves = threading.Event()
+        self._claiming = threading.Lock()
+        self._busy: set[uuid.UUID] = set()
+        """Tenants of which a shard is in hand"""
 
     def leave(self) -> None:
-        """Let it end soon: the shard in hand is given up, and written again by another."""
+        """Let it end soon: the shards in hand are given up, and written again by another."""
         self._leaves.set()
 
     def answer(self) -> None:
         """Answer a bell: write until nothing is due."""
         try:
             while not self._leaves.is_set() and (shard := self._claim()) is not None:
-                self._write(shard)
+                try:
+                    self._write(shard)
+                finally:
+                    with self._claiming:
+                        self._busy.discard(shard.tenant_id)
         except Unavailable as error:
             log.warning("%s waits for the next bell: %s", self._name, error)
 
+    def poll(self) -> None:
+        """Look for work now and then until it leaves: a bell may be lost, or Redis away."""
+        while not self._leaves.wait(POLL_SECONDS):
+            try:
+                with one_statement(self._farm.store) as connection:
+                    due = exports.any_due(connection)
+            except Unavailable as error:
+                log.warning("%s does not know whether something is due: %s", self._name, error)
+            else:
+                if due:
+                    self.answer()
+
     def _claim(self) -> Shard | None:
-        with one_statement(self._farm.store) as connection:
-            return exports.claim_shard(connection, self._name, self._farm.settings.lease_seconds)
+        with self._claiming:
+            with one_statement(self._farm.store) as connection:
+                shard = exports.claim_shard(
+                    connection, self._name, self._farm.settings.lease_seconds, self._busy
+                )
+            if shard is not None:
+                self._busy.add(shard.tenant_id)
+            return shard
 
     def _write(self, shard: Shard) -> None:
         try:
@@ -138,11 +167,12 @@ def run_chores(settings: Settings) -> int:
         hostname=f"chores-{os.getpid()}@{host}",
         queues=[CHORES_LANE],
         pool="threads",
-        concurrency=1,
+        concurrency=AT_ONCE,
         without_gossip=True,
         without_mingle=True,
         quiet=True,
     )
+    threading.Thread(target=chores.poll, name="poll", daemon=True).start()
     try:
         worker.start()
         return int(worker.exitcode or 0)

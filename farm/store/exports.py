@@ -2,14 +2,17 @@
 
 A shard is a range of a job's frames. It may be written once every frame of it has come to its end,
 so an export of a job that still renders goes on with it. The last row has no job: it is the
-dataset's cover, written once all the others are.
+dataset's cover, whole with the last of the others.
+
+A transition that ends frames notes their job in `export_news`, where a shard waits for it: nobody
+asks again and again whether a shard is whole.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,10 +25,7 @@ from farm.states import REJECTED
 MOST_FAILURES = 5
 """Of a shard; then the export has failed"""
 LONGEST_REST_SECONDS = 60.0
-CANDIDATES = 20
-"""Shards that a claim looks at"""
-LATER_SECONDS = 1.0
-"""Before one that is not whole is looked at again"""
+NEWS_AT_ONCE = 10_000
 
 INSERT = text("""
 INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, shards)
@@ -54,17 +54,23 @@ COUNT_SHARDS = text("""
 SELECT coalesce(sum((total + :frames - 1) / :frames), 0)::bigint FROM jobs WHERE id = ANY(:ids)
 """)
 
-# A few candidates at a time, in order; what is not whole yet is looked at again a little later. A
-# frame that has not come to its end stands in a lease or among the returned, and both are small.
-CLAIM = text("""
-WITH candidate AS (
+# Whether shards are whole is looked at where something has changed: those that are new, and those
+# of jobs of which a frame has come to its end since. A frame that has not stands in a lease or
+# among the returned, and both are small. Once whole, a shard stays so.
+LOOK = text("""
+WITH news AS (
+    DELETE FROM export_news WHERE id IN (
+        SELECT id FROM export_news ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
+    RETURNING job_id
+), candidate AS (
+    SELECT s.export_id, s.number, s.job_id, s.first, s.stop FROM export_shards s
+    WHERE s.whole IS NULL AND s.done_at IS NULL
+    UNION
     SELECT s.export_id, s.number, s.job_id, s.first, s.stop
-    FROM export_shards s JOIN exports e ON e.id = s.export_id
-    WHERE s.done_at IS NULL AND e.state = 'running' AND e.removed_at IS NULL
-      AND s.due_at <= clock_timestamp()
-    ORDER BY e.created_at, e.id, s.number LIMIT :candidates FOR UPDATE OF s SKIP LOCKED
+    FROM (SELECT DISTINCT job_id FROM news) n JOIN export_shards s ON s.job_id = n.job_id
+    WHERE NOT s.whole AND s.done_at IS NULL
 ), judged AS (
-    SELECT c.export_id, c.number, c.job_id, CASE
+    SELECT c.export_id, c.number, CASE
         WHEN c.job_id IS NULL THEN NOT EXISTS (
             SELECT FROM export_shards o
             WHERE o.export_id = c.export_id AND o.done_at IS NULL AND o.job_id IS NOT NULL)
@@ -79,12 +85,32 @@ WITH candidate AS (
               AND d.ordinal >= c.first AND d.ordinal < c.stop)
         END AS whole
     FROM candidate c LEFT JOIN jobs j ON j.id = c.job_id
-), later AS (
-    UPDATE export_shards s SET due_at = clock_timestamp() + make_interval(secs => :later)
-    FROM judged c WHERE s.export_id = c.export_id AND s.number = c.number AND NOT c.whole
-      AND c.job_id IS NOT NULL
-), chosen AS (
-    SELECT export_id, number FROM judged WHERE whole ORDER BY number LIMIT 1
+)
+UPDATE export_shards s SET whole = j.whole, due_at = clock_timestamp()
+FROM judged j
+WHERE s.export_id = j.export_id AND s.number = j.number AND s.whole IS NOT TRUE
+  AND s.whole IS DISTINCT FROM j.whole
+""")
+
+# Tenants take turns: the one whose turn was longest ago comes first, and whoever claims writes one
+# shard of a tenant at a time.
+CLAIM = text("""
+WITH turn AS MATERIALIZED (
+    SELECT e.id FROM (
+        SELECT id, tenant_id, created_at, max(claimed_at) OVER (PARTITION BY tenant_id) AS served
+        FROM exports WHERE state = 'running' AND removed_at IS NULL
+    ) e
+    WHERE e.tenant_id <> ALL(:busy)
+    ORDER BY e.served NULLS FIRST, e.created_at, e.id
+), chosen AS MATERIALIZED (
+    SELECT s.export_id, s.number FROM turn t CROSS JOIN LATERAL (
+        SELECT s.export_id, s.number FROM export_shards s
+        WHERE s.export_id = t.id AND s.whole AND s.done_at IS NULL
+          AND s.due_at <= clock_timestamp()
+        ORDER BY s.number LIMIT 1 FOR UPDATE OF s SKIP LOCKED
+    ) s LIMIT 1
+), served AS (
+    UPDATE exports e SET claimed_at = clock_timestamp() FROM chosen c WHERE e.id = c.export_id
 )
 UPDATE export_shards s
 SET attempt = s.attempt + 1, worker = :worker,
@@ -109,14 +135,20 @@ WITH done AS (
                              files = CAST(:files AS jsonb), rows = :rows, missing = :missing
     WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND done_at IS NULL
     RETURNING export_id, job_id, rows, missing
-)
+), counted AS (
 UPDATE exports e
 SET shards_done = e.shards_done + (d.job_id IS NOT NULL)::int,
     pictures = e.pictures + d.rows, missing = e.missing + d.missing,
     bytes = e.bytes + :bytes,
     state = CASE WHEN d.job_id IS NULL THEN 'succeeded' ELSE e.state END,
     finished_at = CASE WHEN d.job_id IS NULL THEN clock_timestamp() ELSE e.finished_at END
-FROM done d WHERE e.id = d.export_id AND e.state = 'running' RETURNING e.id
+FROM done d WHERE e.id = d.export_id AND e.state = 'running'
+RETURNING e.id, e.shards_done = e.shards AND d.job_id IS NOT NULL AS is_last
+), cover AS (
+    UPDATE export_shards s SET whole = true, due_at = clock_timestamp()
+    FROM counted c WHERE s.export_id = c.id AND c.is_last AND s.job_id IS NULL
+)
+SELECT id FROM counted
 """)
 
 FAIL = text("""
@@ -178,10 +210,13 @@ SELECT EXISTS (
 """)
 
 DUE = text("""
-SELECT EXISTS (
-    SELECT FROM export_shards s JOIN exports e ON e.id = s.export_id
-    WHERE s.done_at IS NULL AND e.state = 'running' AND e.removed_at IS NULL
-      AND s.due_at <= clock_timestamp())
+SELECT EXISTS (SELECT FROM export_news)
+    OR EXISTS (SELECT FROM export_shards WHERE whole IS NULL AND done_at IS NULL)
+    OR EXISTS (
+        SELECT FROM export_shards s
+        WHERE s.whole AND s.done_at IS NULL AND s.due_at <= clock_timestamp() AND EXISTS (
+            SELECT FROM exports e
+            WHERE e.id = s.export_id AND e.state = 'running' AND e.removed_at IS NULL))
 """)
 
 REMOVE = text("""
@@ -349,14 +384,19 @@ def any_due(connection: Connection) -> bool:
     return bool(connection.execute(DUE).scalar_one())
 
 
-def claim_shard(connection: Connection, worker: str, seconds: float) -> Shard | None:
-    """Claim the next shard of the oldest export that has one to write; one statement."""
-    values = {
-        "worker": worker,
-        "seconds": seconds,
-        "candidates": CANDIDATES,
-        "later": LATER_SECONDS,
-    }
+def claim_shard(
+    connection: Connection, worker: str, seconds: float, busy: Collection[uuid.UUID] = ()
+) -> Shard | None:
+    """Find the shards that have become whole, and claim one, of the tenant whose turn it is.
+
+    Args:
+        connection: in no transaction, best: each of both is one statement.
+        worker: who claims.
+        seconds: how long its lease lasts.
+        busy: tenants of which it writes a shard already.
+    """
+    values = {"worker": worker, "seconds": seconds, "busy": list(busy)}
+    connection.execute(LOOK, {"limit": NEWS_AT_ONCE})
     row = connection.execute(CLAIM, values).first()
     return Shard(**row._mapping) if row else None
 

@@ -123,6 +123,9 @@ WITH ended AS (
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, log, started_at FROM ended
+), unprinted AS (
+    DELETE FROM prints p USING ended e
+    WHERE p.job_id = e.job_id AND p.ordinal = e.ordinal AND e.state = 'dead'
 ), returned AS (
     SELECT job_id, ordinal, delay, alone FROM ended WHERE state = 'ready'
 )

@@ -203,6 +203,12 @@ UPDATE jobs SET status = 'cancelled', open = false, paused = false, running = 0,
 WHERE id = :id
 """)  # noqa: S608 - constants only
 
+# Its shards are whole now.
+EXPORT_NEWS = text("""
+INSERT INTO export_news (job_id)
+SELECT :id WHERE EXISTS (SELECT FROM export_shards WHERE job_id = :id AND NOT whole)
+""")
+
 BEHIND = text("""
 SELECT id, status, paused, behind_from FROM jobs
 WHERE behind_from IS NOT NULL AND removed_at IS NULL ORDER BY id LIMIT :limit
@@ -292,6 +298,7 @@ def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
     where = {"id": job_id, "pipeline": job.pipeline}
     connection.execute(CANCEL_FRAMES, where)
     connection.execute(CANCEL_JOB, where)
+    connection.execute(EXPORT_NEWS, where)
     _append(connection, job_id, "job.cancelled")
 
 

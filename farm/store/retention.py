@@ -38,6 +38,10 @@ WITH due AS (
     UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL
     FROM due WHERE j.id = due.id
     RETURNING j.id, j.tenant_id
+), news AS (
+    INSERT INTO export_news (job_id)
+    SELECT id FROM removed
+    WHERE EXISTS (SELECT FROM export_shards s WHERE s.job_id = removed.id AND NOT s.whole)
 )
 INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, 'job.removed', '{}' FROM removed

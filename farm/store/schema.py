@@ -271,6 +271,7 @@ exports = Table(
     _moment("created_at", now=True),
     _moment("finished_at"),
     _moment("removed_at"),
+    _moment("claimed_at"),
     CheckConstraint(_one_of("kind", ["webdataset", "parquet", "imagefolder"]), "kind"),
     CheckConstraint(_one_of("state", ["running", "succeeded", "failed"]), "state"),
     Index("exports_newest", "tenant_id", "created_at", "id"),
@@ -301,7 +302,18 @@ export_shards = Table(
     Column("missing", Integer),
     Column("files", JSONB),
     Column("error", Text),
+    Column("whole", Boolean, comment="whether it may be written; null: not looked at yet"),
     Index("export_shards_due", "export_id", "number", postgresql_where=text("done_at IS NULL")),
+    Index("export_shards_new", "export_id", postgresql_where=text("whole IS NULL")),
+    Index("export_shards_waiting", "job_id", postgresql_where=text("NOT whole")),
+    Index("export_shards_ready", "due_at", postgresql_where=text("whole AND done_at IS NULL")),
+)
+
+export_news = Table(
+    "export_news",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("job_id", Uuid, nullable=False, comment="some of its frames have ended"),
 )
 
 frames = Table(
@@ -361,6 +373,11 @@ prints = Table(
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("ordinal", BigInteger, primary_key=True),
     Column("print", BigInteger, nullable=False, comment="a perceptual hash, as 64 bits"),
+    *(
+        # two of its eight bytes
+        Index(f"prints_band_{first}", "job_id", text(f'"substring"(int8send(print), {first}, 2)'))
+        for first in (1, 3, 5, 7)
+    ),
 )
 
 renders = Table(

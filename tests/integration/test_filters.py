@@ -4,6 +4,10 @@ many pictures yields so many."""
 from __future__ import annotations
 
 import json
+import os
+import random
+import statistics
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -26,12 +30,13 @@ from farm.spec import FrameSpec, derived_seed
 from farm.store import prints, workers
 from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like
-from tests.farming import attempts_of, frame_rows, job_row, sql, submit
+from tests.farming import attempts_of, frame_rows, hire, job_row, sql, submit
 from tests.noise import Noise, NoiseParams
 from workers.chores import Chores
 from workers.identity import Identity
 from workers.line import RenderLine
 
+PRINTS = int(os.environ.get("FARM_TEST_PRINTS", "20000"))
 HERE = "tests.integration.test_filters"
 Make = Callable[..., RenderLine]
 
@@ -167,6 +172,62 @@ def test_prints_are_near_within_six_bits(farm: Farm, tenant: uuid.UUID) -> None:
         assert prints.keep_print(connection, job_id, 1, 2**64 - 128, NEAR) is None
         assert prints.keep_print(connection, job_id, 1, 2**64 - 1, NEAR) == (0, 0)
         assert prints.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None  # its own again
+
+
+def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.UUID) -> None:
+    """Against all of a job's prints, looked through one by one."""
+    job_id, other = submit(farm, tenant), submit(farm, tenant)
+    drawn, kept = random.Random(3), dict[int, int]()
+    with transaction(farm.store) as connection:
+        prints.keep_print(connection, other, 0, 0, NEAR)
+        for ordinal in range(300):
+            near = drawn.choice([*kept.values(), drawn.getrandbits(64)])
+            flips = drawn.sample(range(64), drawn.randint(0, NEAR + 3))
+            hashed = sum((1 << place for place in flips), 0) ^ near
+            away = {number: (hashed ^ one).bit_count() for number, one in kept.items()}
+            nearest = min(away, key=lambda number: (away[number], number), default=None)
+            found = prints.keep_print(connection, job_id, ordinal, hashed, NEAR)
+            if nearest is not None and away[nearest] <= NEAR:
+                assert found == (nearest, away[nearest])
+            else:
+                assert found is None
+                kept[ordinal] = hashed
+    assert len(kept) > 20
+
+
+@pytest.mark.full_size
+def test_a_print_is_looked_up_in_milliseconds_beside_many(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant)
+    for first in range(0, PRINTS, 100_000):
+        sql(
+            farm,
+            "INSERT INTO prints"
+            " SELECT :id, o, ('x' || substr(md5(o::text), 1, 16))::bit(64)::bigint"
+            " FROM generate_series(CAST(:first AS bigint), :last) AS o",
+            id=job_id,
+            first=first,
+            last=min(first + 100_000, PRINTS) - 1,
+        )
+    sql(farm, "ANALYZE prints")
+    seconds = []
+    for number in range(9):
+        began = time.perf_counter()
+        with transaction(farm.store) as connection:
+            prints.keep_print(connection, job_id, PRINTS + number, number, NEAR)
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.02, seconds
+
+
+def test_a_frame_that_dies_leaves_no_print(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant, images_per_prompt=2, max_attempts=2, bucket=2)
+    hand = hire(farm)
+    lease = hand.must_claim()
+    with transaction(farm.store) as connection:
+        for frame in lease.frames:
+            prints.keep_print(connection, job_id, frame.ordinal, frame.ordinal << 32, 0)
+    hand.fail(lease, fences=[lease.frames[0].fence], retryable=False)
+    hand.fail(lease, fences=[lease.frames[1].fence])
+    assert sql(farm, "SELECT ordinal FROM prints") == [(1,)]
 
 
 def test_the_built_in_filters_judge_real_pictures() -> None:

@@ -72,4 +72,10 @@ BEGIN
     SELECT id, tenant_id, _kind, data FROM written
     UNION ALL
     SELECT id, tenant_id, 'job.' || status, '{}' FROM written WHERE status <> before;
+
+    -- Where frames have come to their end, a shard of an export may have become whole.
+    INSERT INTO export_news (job_id)
+    SELECT d.id FROM unnest(_ids, _succeeded, _dead) AS d (id, succeeded, dead)
+    WHERE (d.succeeded > 0 OR d.dead > 0)
+      AND EXISTS (SELECT FROM export_shards s WHERE s.job_id = d.id AND NOT s.whole);
 END $$;

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from farm.artifacts import Artifacts, artifact_key
 from farm.context import Farm
@@ -16,7 +16,7 @@ from farm.errors import Unavailable
 from farm.exports import ShardWriter
 from farm.local.ports import free_port
 from farm.store import exports as stored
-from farm.store.engine import one_statement
+from farm.store.engine import one_statement, transaction
 from tests.farming import hire, sql
 from tests.integration.exports.scenes import (
     claim_shard,
@@ -231,3 +231,106 @@ def test_a_page_of_frames_is_read_as_it_says(farm: Farm, ann: httpx.Client) -> N
     assert shard.job_id is not None
     assert len([*ShardWriter(farm).frames(shard, shard.job_id)]) == 4
     assert notices == []
+
+
+# Whose turn it is
+
+
+def test_tenants_take_turns(farm: Farm, ann: httpx.Client, bob: httpx.Client) -> None:
+    jobs = {client: submit(client) for client in (ann, bob)}
+    render_all(farm)
+    for _ in range(2):
+        export(ann, jobs[ann], to="webdataset", shard_frames=2)
+    export(bob, jobs[bob], to="webdataset", shard_frames=5)
+    tenants = []
+    for _ in range(5):
+        shard = claim_shard(farm, "w")
+        tenants.append(shard.tenant_id)
+        with one_statement(farm.store) as connection:
+            assert stored.finish(connection, shard, [], rows=0, missing=0)
+    [first, other] = dict.fromkeys(tenants)
+    assert tenants == [first, other, first, other, first]
+
+
+def test_a_writer_has_one_shard_of_a_tenant_at_a_time(
+    farm: Farm, ann: httpx.Client, bob: httpx.Client
+) -> None:
+    """So that a large export of one never takes all that a process can do."""
+    jobs = {client: submit(client) for client in (ann, bob)}
+    render_all(farm)
+    for client, job_id in jobs.items():
+        export(client, job_id, to="webdataset")
+    chores = Chores(farm, "w")
+    claimed = [chores._claim() for _ in range(3)]
+    assert [shard is not None for shard in claimed] == [True, True, False]
+    assert claimed[0] is not None
+    chores._write(claimed[0])
+    chores._busy.clear()
+    assert chores._claim() is not None
+
+
+def test_a_job_that_still_renders_holds_up_no_other_export(
+    farm: Farm, ann: httpx.Client, bob: httpx.Client
+) -> None:
+    done = submit(bob)
+    render_all(farm)
+    waiting = [submit(ann) for _ in range(30)]
+    for job_id in waiting:
+        export(ann, job_id, to="webdataset", shard_frames=1)
+    found = export(bob, done, to="webdataset")
+    assert write_shards(farm, bob, found)["status"] == "succeeded"
+
+
+def looked(farm: Farm) -> tuple[int, int]:
+    """How many shards wait to become whole, and how much news there is of their jobs."""
+    [(waiting,)] = sql(farm, "SELECT count(*) FROM export_shards WHERE NOT whole AND number < 3")
+    [(news,)] = sql(farm, "SELECT count(*) FROM export_news")
+    return waiting, news
+
+
+def due(farm: Farm) -> bool:
+    with one_statement(farm.store) as connection:
+        return stored.any_due(connection)
+
+
+def test_a_shard_becomes_whole_by_an_event(farm: Farm, ann: httpx.Client) -> None:
+    job_id = submit(ann)
+    found = export(ann, job_id, to="webdataset")
+    assert due(farm)
+    write_shards(farm, ann, found)
+    assert (looked(farm), due(farm)) == ((3, 0), False)
+    hand = hire(farm)
+    lease = hand.must_claim()
+    assert (looked(farm), due(farm)) == ((3, 0), False), "no frame has come to its end"
+    render(hand, lease)
+    assert (looked(farm), due(farm)) == ((3, 1), True)
+    assert write_shards(farm, ann, found)["shards_done"] == 1
+    assert (looked(farm), due(farm)) == ((2, 0), False)
+    ann.post(f"/v1/jobs/{job_id}/cancel")
+    assert (looked(farm), due(farm)) == ((2, 1), True)
+    assert write_shards(farm, ann, found)["status"] == "succeeded"
+    assert (looked(farm), due(farm)) == ((0, 0), False)
+
+
+def test_a_farm_of_finished_exports_asks_nothing_of_them(
+    farm: Farm, ann: httpx.Client, job: str
+) -> None:
+    for _ in range(5):
+        written_export(farm, ann, job, to="webdataset")
+    assert not due(farm)
+    with transaction(farm.store) as connection:
+        connection.execute(text("SET LOCAL enable_seqscan = off"))  # the tables are small here
+        explained = connection.execute(text(f"EXPLAIN (ANALYZE, FORMAT JSON) {stored.DUE.text}"))
+        plan = explained.scalar_one()[0]["Plan"]
+    assert rows_read(plan) == 0
+    other = submit(ann)
+    render_all(farm)
+    assert looked(farm) == (0, 0), f"job {other} is in no export"
+
+
+def rows_read(plan: dict[str, Any]) -> int:
+    """How many rows the scans of a plan gave or left out."""
+    own = 0
+    if plan["Node Type"] != "Bitmap Index Scan" and "Scan" in plan["Node Type"]:
+        own = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
+    return own + sum(rows_read(each) for each in plan.get("Plans", ()))
