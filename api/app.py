@@ -34,7 +34,7 @@ from api import (
 )
 from api.door import FrontDoor
 from api.html import STATIC
-from api.places import Places
+from api.places import Places, Turns
 from farm.config import Settings, load_settings
 from farm.context import open_farm
 
@@ -43,7 +43,7 @@ THREADS = 8
 interpreter: with more of them, each answer comes later, and fewer come in a second."""
 
 
-STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS = 8, 2, 1
+STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS = 8, 2, 2
 """Threads of their own, so that none of the above waits for the storage (pictures of the page), for
 the servers that readiness asks, or for what takes long: whole inputs, and many frames at once"""
 
@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.admitted = Places(2 * crowd, crowd)
         app.state.storage = CapacityLimiter(STORAGE_THREADS)
         app.state.health = CapacityLimiter(HEALTH_THREADS)
-        app.state.slow = CapacityLimiter(SLOW_THREADS)
+        app.state.slow = Turns(SLOW_THREADS)
         yield
         app.state.farm.close()
 

@@ -16,6 +16,7 @@ from api.auth import FarmHere, Reader, Writer
 from api.body import parse_json, read_body
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
+from api.places import Turns
 from api.view import job_view
 from api.waiting import Lanes
 from farm import jobs as use_cases
@@ -72,16 +73,11 @@ async def submit(
 ) -> Response:
     """Check a job whole, store it, and answer with it as it stands; it renders when claimed."""
     takes_long = b'"input"' in body or len(body) > QUICK_BYTES
-    return await to_thread.run_sync(
-        _submit,
-        farm,
-        caller,
-        body,
-        idempotency_key,
-        traceparent,
-        dry_run,
-        limiter=request.app.state.slow if takes_long else None,
-    )
+    args = farm, caller, body, idempotency_key, traceparent, dry_run
+    if takes_long:
+        slow: Turns = request.app.state.slow
+        return await slow.run(caller.tenant_id, _submit, *args)
+    return await to_thread.run_sync(_submit, *args)
 
 
 def _submit(
@@ -193,9 +189,9 @@ def resume(farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
 @router.post("/{job_id}/retry", responses=STEERING, summary="Give dead frames fresh attempts")
 async def retry(request: Request, farm: FarmHere, caller: Writer, job_id: JobId) -> wire.Job:
     """Return a job's dead frames for as many attempts as they had at first."""
-    return await to_thread.run_sync(
-        _steered, use_cases.retry, farm, caller.tenant_id, job_id, limiter=request.app.state.slow
-    )
+    slow: Turns = request.app.state.slow
+    args = _steered, use_cases.retry, farm, caller.tenant_id, job_id
+    return await slow.run(caller.tenant_id, *args)
 
 
 def _steered(

@@ -16,6 +16,7 @@ from api import wire
 from api.auth import OPERATOR, WRITERS, FarmHere
 from api.html import PAGE_HEADERS, render
 from api.jobs import job_page
+from api.places import Turns
 from api.session import VisitingWriter, Visitor, done, sign_in_page, visitor
 from api.workers import worker_views
 from farm import jobs as use_cases
@@ -80,8 +81,11 @@ async def act(
     request: Request, farm: FarmHere, caller: VisitingWriter, job_id: uuid.UUID, action: Action
 ) -> Response:
     """Press one of a job's buttons."""
-    limiter = request.app.state.slow if action is Action.RETRY else None
-    await to_thread.run_sync(USE_CASES[action], farm, caller.tenant_id, job_id, limiter=limiter)
+    slow: Turns = request.app.state.slow
+    if action is Action.RETRY:
+        await slow.run(caller.tenant_id, use_cases.retry, farm, caller.tenant_id, job_id)
+    else:
+        await to_thread.run_sync(USE_CASES[action], farm, caller.tenant_id, job_id)
     return done(request)
 
 

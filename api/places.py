@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from anyio import CapacityLimiter, Lock, to_thread
 
 from farm.errors import Unavailable
+
+T = TypeVar("T")
 
 
 class Place:
@@ -62,3 +69,17 @@ class Places:
             yield
         finally:
             place.give_back()
+
+
+class Turns:
+    """Threads for what takes long: one thing of a tenant at a time, and so many in all."""
+
+    def __init__(self, in_all: int) -> None:
+        self._limiter = CapacityLimiter(in_all)
+        self._locks: WeakValueDictionary[uuid.UUID, Lock] = WeakValueDictionary()
+
+    async def run(self, tenant_id: uuid.UUID, function: Callable[..., T], *args: Any) -> T:
+        """Call a function in one of the threads, when it is the tenant's turn."""
+        lock = self._locks.setdefault(tenant_id, Lock())
+        async with lock:
+            return await to_thread.run_sync(function, *args, limiter=self._limiter)

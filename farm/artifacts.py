@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,7 +133,13 @@ class Artifacts:
         self._presign_seconds = settings.presign_seconds
         self._discard = settings.discard_pictures
         self._settings = settings
-        self._s3 = self._client(timeout=15, attempts=2)
+        self._making = threading.Lock()
+
+    @cached_property
+    def _s3(self) -> S3Client:
+        """Made when it is needed: not every process stores something."""
+        with self._making:  # boto3's session is not to be used by several threads
+            return self._client(timeout=15, attempts=2)
 
     def _client(self, timeout: float, attempts: int) -> S3Client:
         return boto3.client(
@@ -154,7 +161,8 @@ class Artifacts:
     @cached_property
     def _hasty(self) -> S3Client:
         """For what must not wait: readiness, and looking at a place before it is used."""
-        return self._client(timeout=2, attempts=1)
+        with self._making:
+            return self._client(timeout=2, attempts=1)
 
     def put(self, key: str, content: bytes) -> None:
         """Store an image. Storing it again, even cut short in between, changes nothing.
@@ -322,7 +330,9 @@ class Artifacts:
 
     def close(self) -> None:
         """Give back the connections."""
-        self._s3.close()
+        for name in ("_s3", "_hasty"):
+            if name in vars(self):
+                getattr(self, name).close()
 
 
 def _why(error: BaseException) -> str:

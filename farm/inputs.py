@@ -75,6 +75,8 @@ class StoredInput:
     negatives: bool
     """whether any line has a negative prompt"""
     created_at: datetime
+    syntax_flaw: str | None
+    """why its prompts cannot be read as weighted ones; empty: they can; None: not looked at yet"""
 
 
 @dataclass

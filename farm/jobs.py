@@ -12,6 +12,7 @@ from typing import Any
 from farm import failpoints
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
+from farm.families.base import Params
 from farm.images import missing_images
 from farm.inputs import StoredInput
 from farm.offers import Offer
@@ -103,18 +104,28 @@ def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput
 
 
 def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, stored_input: StoredInput) -> None:
-    """Check an input's prompts where a pipeline reads more in them than words."""
+    """Check an input's prompts where a pipeline reads more in them than words; once for ever."""
     params = syntax_among([offer.params(point.params) for point in spec.every_point()])
     if params is None:
         return
+    flaw = stored_input.syntax_flaw
+    if flaw is None:
+        flaw = _syntax_flaw(farm, params, stored_input)
+        with one_statement(farm.store) as connection:
+            inputs.judge_syntax(connection, stored_input.id, flaw)
+    if flaw:
+        raise InvalidRequest(flaw, param="input")
+
+
+def _syntax_flaw(farm: Farm, params: Params, stored_input: StoredInput) -> str:
     with reads(farm.store) as connection:
         for index, line in all_lines(connection, stored_input):
             for text in (line.prompt, line.negative_prompt or ""):
                 try:
                     params.check_prompt(text)
                 except ValueError as error:
-                    where = f"input: its line with index {index}"
-                    raise InvalidRequest(f"{where}: {error}.", param="input") from error
+                    return f"input: its line with index {index}: {error}."
+    return ""
 
 
 def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:

@@ -32,7 +32,7 @@ class Circumstances(BaseModel):
     weights: str
     """sha256 over a local checkpoint's files, or over a hub repository's name and commit"""
     device: str
-    """the CPU with its instruction set (`cpu AVX512`), or the GPU's name"""
+    """the CPU with its instruction sets, or the GPU's name: see devices.device_name"""
     dtype: str
     threads: int
     """torch threads: on a CPU they decide how sums are split, and so the last bits"""

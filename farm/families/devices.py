@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from farm.catalog import Pipeline
+from farm.cores import cores
 from farm.errors import CatalogError
 
 NONE = "none"
@@ -43,14 +48,51 @@ def dtype_of(pipeline: Pipeline, device: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """What decides a device's bits: the GPU's name, or the CPU's instruction set."""
+    """What decides a device's bits: the GPU's name, or the instruction sets that a CPU uses.
+
+    These are torch's own and oneDNN's: `cpu AVX512, oneDNN Intel AVX 10.1`.
+    """
     if device == NONE:
         return device
     import torch
 
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    isa = onednn_isa()
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" + (f", oneDNN {isa}" if isa else "")
+
+
+ISA = re.compile(rb",isa:([^,\n]+)")
+
+
+@cache
+def onednn_isa() -> str:
+    """The instruction set that oneDNN chose in this process; empty where torch is without oneDNN.
+
+    It says so only in the log of its verbose mode, once, on standard output:
+    https://uxlfoundation.github.io/oneDNN/dev_guide_verbose.html
+    """
+    import torch
+
+    mkldnn: Any = torch.backends.mkldnn
+    if not mkldnn.is_available():
+        return ""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    before = os.dup(1)
+    with tempfile.TemporaryFile() as told:
+        try:
+            os.dup2(told.fileno(), 1)
+            with mkldnn.verbose(mkldnn.VERBOSE_ON):
+                torch.zeros(1, 16, 8, 8).to_mkldnn().to_dense()
+            libc.fflush(None)
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+        told.seek(0)
+        found = ISA.search(told.read())
+    return found[1].decode() if found else ""
 
 
 def thread_count(device: str) -> int:
@@ -119,13 +161,13 @@ def _says_out_of_memory(error: BaseException) -> bool:
 
 
 def even_threads(threads: int) -> int:
-    """Round torch's threads (0: its own choice) down to a power of two.
+    """Round torch's threads down to a power of two; 0: its own choice, as far as there are cores.
 
     A batch that is split into 3 or 6 parts is split within a frame; see slots.
     """
     import torch
 
-    return 1 << (threads or torch.get_num_threads()).bit_length() - 1
+    return 1 << (threads or min(torch.get_num_threads(), cores())).bit_length() - 1
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from farm.inputs import Facts, StoredInput
 
 PARTS_AT_ONCE = 32
 
-COLUMNS = "id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at"
+COLUMNS = """
+id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at, syntax_flaw
+"""
 
 # The same lines again are the same input.
 INSERT = text(f"""
@@ -43,6 +45,8 @@ WHERE tenant_id = :tenant_id AND (CAST(:after AS uuid) IS NULL OR (created_at, i
       (SELECT a.created_at, a.id FROM inputs a WHERE a.id = :after AND a.tenant_id = :tenant_id))
 ORDER BY created_at DESC, id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
+
+JUDGE = text("UPDATE inputs SET syntax_flaw = :flaw WHERE id = :id")
 
 DRAWN = text("SELECT count(*) FROM jobs WHERE input_id = :id")
 
@@ -98,6 +102,11 @@ def get_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID)
     if row is None:
         raise NotFound(f"There is no input {input_id}.")
     return StoredInput(**row._mapping)
+
+
+def judge_syntax(connection: Connection, input_id: uuid.UUID, flaw: str) -> None:
+    """Note why an input's prompts cannot be read as weighted ones; empty: they can."""
+    connection.execute(JUDGE, {"id": input_id, "flaw": flaw})
 
 
 def list_inputs(

@@ -30,6 +30,9 @@ WITH due AS (
     SELECT id FROM jobs
     WHERE finished_at < now() - make_interval(secs => :seconds)
       AND removed_at IS NULL AND status = ANY(:terminal)
+      AND NOT EXISTS (
+          SELECT FROM exports e
+          WHERE e.state = 'running' AND e.removed_at IS NULL AND jobs.id = ANY(e.job_ids))
     ORDER BY finished_at
     LIMIT greatest(0, :at_once - (SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL))
     FOR UPDATE SKIP LOCKED

@@ -230,6 +230,7 @@ inputs = Table(
     Column("keys", Boolean, nullable=False),
     Column("negatives", Boolean, nullable=False),
     _moment("created_at", now=True),
+    Column("syntax_flaw", Text, comment="of its prompts as weighted ones; null: not looked at yet"),
     UniqueConstraint("tenant_id", "sha256"),
     Index("inputs_newest", "tenant_id", "created_at", "id"),
     Index("inputs_oldest", "created_at"),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
+import psycopg
 import redis
 from pydantic import SecretStr
 
 from farm.bells import RENDER_TASK, lane, make_app
 from farm.config import Settings
 from tests.chaos import clock, release
-from tests.chaos.load import NULL
+from tests.chaos.load import NULL, Load
 from tests.chaos.proxy import Fault, Freeze, Refuse, Slow, Stall, Swallow, Truncate
 from tests.chaos.scene import Scene, Skipped
+from tests.chaos.stack import LEASE_SECONDS
 
 Around = Callable[[Scene], AbstractContextManager[None]]
 
@@ -324,3 +328,74 @@ def rolling_deploy(scene: Scene) -> None:
         scene.load.demo(8)
     finally:
         scene.stack.remove(old)
+
+
+@contextmanager
+def nothing_wasted(scene: Scene) -> Iterator[None]:
+    """Check that no process ended meanwhile, and no attempt."""
+
+    def now() -> tuple[dict[str, int | None], int]:
+        pids = {name: process.pid for name, process in scene.stack.processes.items()}
+        return pids, scene.truth.attempts_ended()
+
+    before = now()
+    yield
+    if (after := now()) != before:
+        scene.problems.append(f"a process or an attempt ended: {before} became {after}")
+
+
+@row(23, "Postgres takes no writes, as after a failover", around=nothing_wasted, mixes=False)
+def read_only(scene: Scene) -> None:
+    """For less than a lease: after it nobody knows whether its worker is there."""
+    url, own = scene.stack.servers.database_url, "-c default_transaction_read_only=off"
+    with psycopg.connect(url, autocommit=True, options=own) as operator:
+        operator.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        operator.execute("SELECT pg_reload_conf()")
+        try:
+            scene.pause(0.5, LEASE_SECONDS / 2)
+        finally:
+            operator.execute("ALTER SYSTEM RESET default_transaction_read_only")
+            operator.execute("SELECT pg_reload_conf()")
+
+
+@row(24, "Redis is silent, and a job comes to idle workers", steady=False, most=20)
+def redis_silent(scene: Scene) -> None:
+    server = scene.stack.processes["valkey"]
+    server.signal(signal.SIGSTOP)
+    try:
+        scene.load.null(scene.random.randint(4, 16))
+        scene.wait(lambda: not scene.truth.outstanding(), "it was rendered without Redis")
+    finally:
+        server.signal(signal.SIGCONT)
+
+
+CROWD = 100
+
+
+@row(25, "A crowd of clients that stall, with a key and without", most=20)
+def stalled_clients(scene: Scene) -> None:
+    with ExitStack() as crowd:
+        for url in scene.stack.apis.values():
+            place = urlsplit(url)
+            for number in range(CROWD):
+                key = f"Authorization: Bearer {scene.stack.api_key}\r\n" if number % 10 == 0 else ""
+                path = "/v1/jobs" if key else "/login"
+                client = socket.create_connection((place.hostname, place.port or 0), timeout=10)
+                crowd.enter_context(client)
+                head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nOrigin: {url}\r\n{key}"
+                client.sendall(f"{head}Content-Length: 4000\r\n\r\n{{".encode())
+        scene.load.null(scene.random.randint(4, 16))
+        scene.pause(0.3, 0.8)
+
+
+@row(26, "All frames of a tenant run out of memory", most=3, mixes=False)
+def greedy_tenant(scene: Scene) -> None:
+    frames = 6
+    greedy = Load(scene.stack, scene.load.name, "greedy", scene.stack.key("greedy"))
+    try:
+        body = {**NULL, "prompts": ["MEMORY"] * frames, "bucket": 1, "max_attempts": 1}
+        job = greedy.submit(body, poison=set(range(frames)))
+        scene.load.accepted.append(job)
+        scene.wait(lambda: scene.truth.is_over(job.id), "its frames had all failed")
+    finally:
+        greedy.close()

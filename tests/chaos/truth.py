@@ -96,6 +96,15 @@ class Truth:
         rows = self.rows(LEADER)
         return rows[0]["client_port"] if rows else None
 
+    def attempts_ended(self) -> int:
+        """How many attempts have ended without success, of all jobs."""
+        return int(self.rows("SELECT count(*) AS attempts FROM attempts")[0]["attempts"])
+
+    def is_over(self, job_id: UUID) -> bool:
+        """Whether a job has come to its end."""
+        statement = "SELECT finished_at IS NOT NULL AS over FROM jobs WHERE id = %(job_id)s"
+        return bool(self.rows(statement, job_id=job_id)[0]["over"])
+
     def reasons(self, job_id: UUID, ordinal: int) -> list[str]:
         """Why each attempt at a frame ended that did not succeed."""
         return [row["reason"] for row in self.rows(ATTEMPTS, job_id=job_id, ordinal=ordinal)]

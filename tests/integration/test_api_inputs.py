@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from farm import jobs as jobs_use_cases
 from farm.context import Farm
 from farm.inputs import LINES_A_PART
 from farm.spec import MAX_SEED
@@ -228,3 +229,28 @@ def test_an_input_that_is_deleted_while_a_job_is_submitted(
     monkeypatch.setattr(jobs, "insert_job", too_late)
     refused(submit(client, found["id"]), 422, "invalid_request", "input")
     assert sql(farm, "SELECT count(*) FROM jobs") == [(0,)]
+
+
+@pytest.mark.parametrize(("prompt", "flaw"), [("a (red)1.5 star", ""), ("a (red star", "index 1")])
+def test_weighted_prompts_of_an_input_are_looked_at_once(
+    farm: Farm, api: Api, monkeypatch: pytest.MonkeyPatch, prompt: str, flaw: str
+) -> None:
+    looked: list[str] = []
+    check = jobs_use_cases._syntax_flaw
+
+    def watched(*args: Any) -> str:
+        looked.append(check(*args))
+        return looked[-1]
+
+    monkeypatch.setattr(jobs_use_cases, "_syntax_flaw", watched)
+    client = api.client()
+    source = upload(client, [{"prompt": "a star"}, {"prompt": prompt}])["id"]
+    assert submit(client, source).status_code == 202
+    assert looked == [], "plain prompts are read as they are"
+    for _ in range(2):
+        answer = submit(client, source, prompt_syntax="compel")
+        if flaw:
+            assert flaw in check_problem(answer, 422)["detail"]
+        else:
+            assert answer.status_code == 202
+    assert len(looked) == 1

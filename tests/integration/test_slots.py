@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from farm.catalog import Pipeline, load_catalog
 from farm.config import DEMO_CATALOG
 from farm.errors import CatalogError, RenderError
 from farm.families.base import Batch, Loaded, floats_seen
-from farm.families.devices import even_threads, torch_threads
+from farm.families.devices import device_name, even_threads, torch_threads
 from farm.families.slots import SlotTest
 from farm.offers import Offer, make_offer
 from farm.spec import FrameSpec
@@ -97,6 +99,20 @@ def test_every_slot_gives_the_bits_of_the_first(
     for slot in range(bucket):
         assert torch.equal(alike[slot], mixed[0]), slot
         assert torch.equal(mixed[slot], moved[(slot + 1) % bucket]), slot
+
+
+def test_the_instruction_set_that_one_dnn_chose_is_told() -> None:
+    """It chooses once for each process, and may be told to choose less than the CPU has."""
+    ask = "from farm.families.devices import device_name; print(device_name('cpu'))"
+    less = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX"}
+    told = subprocess.run(
+        [sys.executable, "-c", ask], env=less, capture_output=True, text=True, check=True
+    ).stdout
+    here = device_name("cpu")
+    assert told == f"{here.partition(',')[0]}, oneDNN Intel AVX\n"
+    assert device_name("cpu") == here
+    assert ", oneDNN " in here
+    assert "Intel AVX\n" not in f"{here}\n", "this machine has more than AVX"
 
 
 def test_threads_are_a_power_of_two() -> None:

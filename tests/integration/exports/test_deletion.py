@@ -15,6 +15,7 @@ from tests.integration.exports.scenes import (
     grant,
     make_due,
     stored_keys,
+    write_shards,
     written_export,
 )
 from tests.integration.test_api_refusals import check_problem
@@ -115,3 +116,20 @@ def test_retention_deletes_an_export_with_its_files_then_its_job_and_input(
     sql(farm, "UPDATE jobs SET finished_at = finished_at - interval '11 days'")
     left()
     assert left() == [0, 0, 0]
+
+
+def test_retention_leaves_a_job_alone_while_an_export_of_it_is_written(
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork
+) -> None:
+    found = export(ann, job, to="webdataset")
+    farm.settings.retention_days = 10.0
+    sql(farm, "UPDATE jobs SET finished_at = finished_at - interval '11 days'")
+
+    def removed() -> bool:
+        with farm.store.connect() as connection:
+            Janitor(farm).sweep(connection)
+        return ann.get(f"/v1/jobs/{job}").status_code == 404
+
+    assert not removed()
+    assert write_shards(farm, ann, found)["status"] == "succeeded"
+    assert removed()
