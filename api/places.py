@@ -15,6 +15,9 @@ from farm.errors import Unavailable
 
 T = TypeVar("T")
 
+MOST_WAITING = 16
+"""Long calls of a tenant that wait for its turn"""
+
 
 class Place:
     """A place that was taken; giving it back twice is once."""
@@ -79,7 +82,13 @@ class Turns:
         self._locks: WeakValueDictionary[uuid.UUID, Lock] = WeakValueDictionary()
 
     async def run(self, tenant_id: uuid.UUID, function: Callable[..., T], *args: Any) -> T:
-        """Call a function in one of the threads, when it is the tenant's turn."""
+        """Call a function in one of the threads, when it is the tenant's turn.
+
+        Raises:
+            Unavailable: so many calls of the tenant wait already, perhaps with large bodies.
+        """
         lock = self._locks.setdefault(tenant_id, Lock())
+        if lock.statistics().tasks_waiting >= MOST_WAITING:
+            raise Unavailable("Too many long calls of yours wait; send it again in a moment.")
         async with lock:
             return await to_thread.run_sync(function, *args, limiter=self._limiter)

@@ -132,6 +132,8 @@ def parse_place(place: str, param: str) -> tuple[str, str]:
     if found is None:
         raise InvalidRequest(f"{param}: it has not the form s3://BUCKET/PREFIX.", param=param)
     prefix = (found[2] or "").strip("/")
+    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
+        raise InvalidRequest(f"{param}: no part of it may be empty, `.` or `..`.", param=param)
     return found[1], f"{prefix}/" if prefix else ""
 
 

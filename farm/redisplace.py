@@ -40,7 +40,9 @@ class RedisPlace:
         import redis
 
         if not self.sentinels:
-            return redis.Redis.from_url(self.broker, **socket)
+            # a socket's file: what Celery calls redis+socket, redis-py calls unix
+            url = self.broker.replace("redis+socket://", "unix://", 1)
+            return redis.Redis.from_url(url, **socket)
         kind: Any = redis.Sentinel
         sentinel = kind(list(self.sentinels), sentinel_kwargs=self.options["sentinel_kwargs"])
         return sentinel.master_for(
@@ -62,7 +64,7 @@ def redis_place(url: str) -> RedisPlace:
     if scheme == "rediss":
         told = "ssl_cert_reqs" in parse_qs(urlsplit(url).query)
         return RedisPlace(url, tls=None if told else {"ssl_cert_reqs": ssl.CERT_REQUIRED})
-    if scheme in ("redis", "redis+socket", "unix"):
+    if scheme in ("redis", "redis+socket"):
         return RedisPlace(url)
     raise ValueError(f"it must have the form {FORMS}")
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MOST_CHARACTERS = 500
 """of why a shard was not written"""
 POLL_SECONDS = 5.0
+END_SECONDS = 5.0
 AT_ONCE = 2
 """Bells that a process answers at the same time"""
 
@@ -70,11 +71,12 @@ class Chores:
             try:
                 with one_statement(self._farm.store) as connection:
                     due = exports.any_due(connection)
-            except Unavailable as error:
-                log.warning("%s does not know whether something is due: %s", self._name, error)
-            else:
                 if due:
                     self.answer()
+            except Unavailable as error:
+                log.warning("%s does not know whether something is due: %s", self._name, error)
+            except Exception:
+                log.exception("%s could not look for work", self._name)
 
     def _claim(self) -> Shard | None:
         with self._claiming:
@@ -172,9 +174,12 @@ def run_chores(settings: Settings) -> int:
         without_mingle=True,
         quiet=True,
     )
-    threading.Thread(target=chores.poll, name="poll", daemon=True).start()
+    poll = threading.Thread(target=chores.poll, name="poll", daemon=True)
+    poll.start()
     try:
         worker.start()
         return int(worker.exitcode or 0)
     finally:
+        chores.leave()
+        poll.join(END_SECONDS)
         farm.close()

@@ -11,7 +11,7 @@ import threading
 
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.store import events, exports, jobs, lanes, leases, retention, sessions, workers
+from farm.store import events, exports, jobs, lanes, leases, retention, sessions, tenants, workers
 from farm.store.engine import Connection
 from farm.store.leader import leadership
 from workers.storage import StorageWork
@@ -81,6 +81,7 @@ class Janitor:
             gone = workers.sweep(connection, settings.worker_timeout_seconds)
             workers.fold(connection, FOLD_SECONDS)
             waiting = lanes.claimable_lanes(connection)
+            exports.look_again(connection)
             chores = exports.any_due(connection)
         for lane in expired:
             log.warning("Leases of lane %s expired; their frames were returned.", lane)
@@ -95,6 +96,7 @@ class Janitor:
         if chores:
             self._farm.bells.ring_chores()
         jobs.follow(connection, ROWS_A_SWEEP)
+        tenants.delete_of_removed(connection)
         with connection.begin():
             removed = retention.remove_due(connection, settings.retention_days)
             retention.remove_exports(connection, settings.retention_days)

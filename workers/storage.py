@@ -33,6 +33,9 @@ PASS_SECONDS = 3600.0
 DELETED_AT_ONCE = 1000
 """Orphans, or control images"""
 
+UPLOAD_SECONDS = 600.0
+"""After so long an upload that has not ended never will"""
+
 LONGEST_REST_SECONDS = 60.0
 
 
@@ -128,7 +131,8 @@ class StorageWork:
         old = [stored.key for stored in page.objects if stored.age_seconds >= orphan_seconds]
         names = [name for key in old if (name := parse_key(key))]
         with transaction(self._farm.store) as connection:
-            images.disown(connection, filter(None, map(parse_image_key, old)))
+            found = filter(None, map(parse_image_key, old))
+            images.disown(connection, found, max(orphan_seconds, UPLOAD_SECONDS))
         while (deleted := self._delete_orphans(names)) and self._goes_on():
             names = [name for name in names if name not in deleted]
         self._after = page.last or ""
@@ -156,9 +160,9 @@ class StorageWork:
                     images.forget_image(connection, tenant_id, image_id)
 
     def _empty_tenants(self) -> None:
-        """Delete what removed tenants owned: some of the rows, and at last the objects."""
+        """Delete the objects of removed tenants, once their rows are gone."""
         with transaction(self._farm.store) as connection:
-            settled = tenants.delete_of_removed(connection)
+            settled = tenants.settled(connection)
         for tenant_id in settled:
             prefixes = tenant_prefix(tenant_id), exports_prefix(tenant_id), images_prefix(tenant_id)
             if all(self._delete_below(prefix) for prefix in prefixes):

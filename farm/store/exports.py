@@ -25,7 +25,8 @@ from farm.states import REJECTED
 MOST_FAILURES = 5
 """Of a shard; then the export has failed"""
 LONGEST_REST_SECONDS = 60.0
-NEWS_AT_ONCE = 10_000
+LOOKED_AT_ONCE = 1_000
+"""News and new shards; a claim of a shard looks at no more, so that it is never long"""
 
 INSERT = text("""
 INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, shards)
@@ -63,8 +64,8 @@ WITH news AS (
         SELECT id FROM export_news ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
     RETURNING job_id
 ), candidate AS (
-    SELECT s.export_id, s.number, s.job_id, s.first, s.stop FROM export_shards s
-    WHERE s.whole IS NULL AND s.done_at IS NULL
+    (SELECT s.export_id, s.number, s.job_id, s.first, s.stop FROM export_shards s
+     WHERE s.whole IS NULL AND s.done_at IS NULL LIMIT :limit)
     UNION
     SELECT s.export_id, s.number, s.job_id, s.first, s.stop
     FROM (SELECT DISTINCT job_id FROM news) n JOIN export_shards s ON s.job_id = n.job_id
@@ -74,7 +75,7 @@ WITH news AS (
         WHEN c.job_id IS NULL THEN NOT EXISTS (
             SELECT FROM export_shards o
             WHERE o.export_id = c.export_id AND o.done_at IS NULL AND o.job_id IS NOT NULL)
-        WHEN j.id IS NULL OR j.removed_at IS NOT NULL OR j.status = 'cancelled' THEN true
+        WHEN j.id IS NULL OR j.removed_at IS NOT NULL OR j.finished_at IS NOT NULL THEN true
         ELSE j.cursor >= c.stop AND NOT EXISTS (
             SELECT FROM returns r
             WHERE r.job_id = c.job_id AND r.ordinal >= c.first AND r.ordinal < c.stop
@@ -89,7 +90,15 @@ WITH news AS (
 UPDATE export_shards s SET whole = j.whole, due_at = clock_timestamp()
 FROM judged j
 WHERE s.export_id = j.export_id AND s.number = j.number AND s.whole IS NOT TRUE
-  AND s.whole IS DISTINCT FROM j.whole
+""")
+
+# What was judged in the very moment in which a job came to its end, or by a version that notes
+# nothing, is looked at again.
+LOOK_AGAIN = text("""
+UPDATE export_shards s SET whole = NULL
+FROM exports e
+WHERE e.id = s.export_id AND e.state = 'running' AND e.removed_at IS NULL
+  AND s.whole = false AND s.done_at IS NULL AND s.due_at < clock_timestamp() - interval '1 minute'
 """)
 
 # Tenants take turns: the one whose turn was longest ago comes first, and whoever claims writes one
@@ -384,6 +393,11 @@ def any_due(connection: Connection) -> bool:
     return bool(connection.execute(DUE).scalar_one())
 
 
+def look_again(connection: Connection) -> None:
+    """Let shards that have not been whole for a minute be looked at again."""
+    connection.execute(LOOK_AGAIN)
+
+
 def claim_shard(
     connection: Connection, worker: str, seconds: float, busy: Collection[uuid.UUID] = ()
 ) -> Shard | None:
@@ -396,7 +410,7 @@ def claim_shard(
         busy: tenants of which it writes a shard already.
     """
     values = {"worker": worker, "seconds": seconds, "busy": list(busy)}
-    connection.execute(LOOK, {"limit": NEWS_AT_ONCE})
+    connection.execute(LOOK, {"limit": LOOKED_AT_ONCE})
     row = connection.execute(CLAIM, values).first()
     return Shard(**row._mapping) if row else None
 

@@ -16,7 +16,8 @@ from farm.errors import NotFound, Unavailable
 BEGIN = text("""
 INSERT INTO images (tenant_id, sha256, width, height, bytes, state)
 VALUES (:tenant_id, :sha256, :width, :height, :bytes, 'arriving')
-ON CONFLICT (tenant_id, sha256) DO UPDATE SET bytes = excluded.bytes
+ON CONFLICT (tenant_id, sha256) DO UPDATE
+SET created_at = CASE WHEN images.state = 'kept' THEN images.created_at ELSE clock_timestamp() END
 WHERE images.state <> 'removing'
 RETURNING state
 """)
@@ -57,7 +58,9 @@ INSERT INTO images (tenant_id, sha256, width, height, bytes, state)
 SELECT t.id, d.sha256, 0, 0, 0, 'removing'
 FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:hashes AS bytea[])) AS d (tenant_id, sha256)
 JOIN tenants t ON t.id = d.tenant_id
-ON CONFLICT DO NOTHING
+ON CONFLICT (tenant_id, sha256) DO UPDATE SET state = 'removing'
+WHERE images.state = 'arriving'
+  AND images.created_at < clock_timestamp() - make_interval(secs => :old)
 """)
 
 FORGET = text("""
@@ -156,12 +159,18 @@ def removed_images(connection: Connection, limit: int) -> list[tuple[uuid.UUID, 
     return [(row.tenant_id, row.sha256.hex()) for row in rows]
 
 
-def disown(connection: Connection, images: Iterable[tuple[uuid.UUID, str]]) -> None:
-    """Note objects in the storage that no row names as removed images, by (tenant, id)."""
+def disown(
+    connection: Connection, images: Iterable[tuple[uuid.UUID, str]], old_seconds: float
+) -> None:
+    """Note objects in the storage as removed images, by (tenant, id), where no row names them.
+
+    So are those whose upload began longer than `old_seconds` ago, and did not end.
+    """
     pairs = list(images)
     values = {
         "tenant_ids": [tenant_id for tenant_id, _ in pairs],
         "hashes": [bytes.fromhex(image_id) for _, image_id in pairs],
+        "old": old_seconds,
     }
     connection.execute(DISOWN, values)
 

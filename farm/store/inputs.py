@@ -31,7 +31,7 @@ INSERT_PART = text(
 
 # Sent again, it is kept from now on.
 SAME = text(f"""
-UPDATE inputs SET created_at = clock_timestamp()
+UPDATE inputs SET created_at = clock_timestamp(), syntax_flaw = NULL
 WHERE tenant_id = :tenant_id AND sha256 = :sha256 RETURNING {COLUMNS}
 """)  # noqa: S608 - constants only
 

@@ -171,9 +171,11 @@ WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDAT
 # What stood still says nothing of the pace when it goes on.
 PACE_ANEW = "pace_since = NULL, pace_next = NULL"
 
-# What a job is told its returned frames follow later, slice by slice: see follow.
+# What a job is told its returned frames follow later, slice by slice: see follow. Told again, it is
+# behind from another number below 0, so that whoever is at a slice finds out.
 FALLS_BEHIND = """
-behind_from = CASE WHEN EXISTS (SELECT FROM returns WHERE job_id = jobs.id) THEN 0 END
+behind_from = CASE WHEN EXISTS (SELECT FROM returns WHERE job_id = jobs.id)
+              THEN least(coalesce(behind_from, 0), 0) - 1 END
 """
 
 SET_PAUSED = text(f"""
@@ -206,7 +208,7 @@ WHERE id = :id
 # Its shards are whole now.
 EXPORT_NEWS = text("""
 INSERT INTO export_news (job_id)
-SELECT :id WHERE EXISTS (SELECT FROM export_shards WHERE job_id = :id AND NOT whole)
+SELECT :id WHERE EXISTS (SELECT FROM export_shards WHERE job_id = :id AND whole IS NOT TRUE)
 """)
 
 BEHIND = text("""
@@ -318,18 +320,18 @@ def follow(connection: Connection, rows: int) -> bool:
     """
     with connection.begin():
         jobs = connection.execute(BEHIND, {"limit": BEHIND_AT_ONCE}).all()
+    more = False
+    share = max(1, rows // max(1, len(jobs)))  # a large job holds up no small one
     for job in jobs:
-        values = {**job._mapping, "slice": rows, "from_states": _from_states("cancel")}
+        values = {**job._mapping, "slice": share, "from_states": _from_states("cancel")}
         with connection.begin():
             is_cancelled = job.status == JobStatus.CANCELLED
             slice_ = connection.execute(CANCEL_SLICE if is_cancelled else PAUSE_SLICE, values).one()
-        is_over = slice_.rows < rows
+        is_over = slice_.rows < share
         with connection.begin():
             connection.execute(FOLLOWED, {**values, "next": None if is_over else slice_.last + 1})
-        rows -= slice_.rows
-        if rows <= 0:
-            return True
-    return len(jobs) == BEHIND_AT_ONCE
+        more |= not is_over
+    return more or len(jobs) == BEHIND_AT_ONCE
 
 
 def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:

@@ -29,7 +29,7 @@ VALUES (:id, :tenant_id, :role, :name, :prefix, :digest)
 FIND = text("""
 SELECT k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
-WHERE k.digest = :digest AND k.revoked_at IS NULL
+WHERE k.digest = :digest AND k.revoked_at IS NULL AND t.removed_at IS NULL
 """)
 
 LIST = text("""

@@ -44,7 +44,7 @@ WITH due AS (
 ), news AS (
     INSERT INTO export_news (job_id)
     SELECT id FROM removed
-    WHERE EXISTS (SELECT FROM export_shards s WHERE s.job_id = removed.id AND NOT s.whole)
+    WHERE EXISTS (SELECT FROM export_shards s WHERE s.job_id = removed.id AND s.whole IS NOT TRUE)
 )
 INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, 'job.removed', '{}' FROM removed
@@ -74,6 +74,19 @@ WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for c
     )
 }
 
+# A job's events outlive it, for whoever follows them; those of a removed tenant do not.
+DELETE_EVENTS = text("""
+WITH old AS (
+    SELECT e.id
+    FROM jobs j JOIN tenants t ON t.id = j.tenant_id AND t.removed_at IS NOT NULL
+    CROSS JOIN LATERAL (
+        SELECT id FROM events e WHERE e.job_id = j.id ORDER BY id LIMIT :limit
+    ) e
+    WHERE j.removed_at IS NOT NULL LIMIT :limit
+)
+DELETE FROM events d USING old WHERE d.id = old.id
+""")
+
 # Ordered as the index is: one probe of it for each job, however large the planner thinks a job is.
 EMPTY = text("""
 SELECT j.id, j.tenant_id FROM jobs j
@@ -86,6 +99,9 @@ LEFT JOIN LATERAL (
 WHERE j.removed_at IS NOT NULL AND f.ordinal IS NULL AND a.ordinal IS NULL
   AND NOT EXISTS (SELECT FROM prints WHERE job_id = j.id)
   AND NOT EXISTS (SELECT FROM renders WHERE job_id = j.id)
+  AND NOT EXISTS (
+      SELECT FROM tenants t JOIN events e ON e.job_id = j.id
+      WHERE t.id = j.tenant_id AND t.removed_at IS NOT NULL)
 ORDER BY j.removed_at LIMIT :limit
 """)
 
@@ -154,7 +170,7 @@ def delete_rows(connection: Connection, limit: int) -> int:
     """Delete up to `limit` rows of each table that belong to removed jobs; returns how many."""
     return sum(
         connection.execute(statement, {"limit": limit}).rowcount
-        for statement in DELETE_ROWS.values()
+        for statement in (*DELETE_ROWS.values(), DELETE_EVENTS)
     )
 
 

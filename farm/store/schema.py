@@ -306,7 +306,7 @@ export_shards = Table(
     Column("whole", Boolean, comment="whether it may be written; null: not looked at yet"),
     Index("export_shards_due", "export_id", "number", postgresql_where=text("done_at IS NULL")),
     Index("export_shards_new", "export_id", postgresql_where=text("whole IS NULL")),
-    Index("export_shards_waiting", "job_id", postgresql_where=text("NOT whole")),
+    Index("export_shards_waiting", "job_id", postgresql_where=text("whole IS NOT TRUE")),
     Index("export_shards_ready", "due_at", postgresql_where=text("whole AND done_at IS NULL")),
 )
 

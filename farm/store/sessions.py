@@ -17,6 +17,7 @@ FIND = text("""
 SELECT k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name
 FROM sessions s JOIN keys k ON k.id = s.key_id JOIN tenants t ON t.id = k.tenant_id
 WHERE s.digest = :digest AND s.ends_at > clock_timestamp() AND k.revoked_at IS NULL
+  AND t.removed_at IS NULL
 """)
 
 END = text("DELETE FROM sessions WHERE digest = :digest")

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.states import TERMINAL
+from farm.errors import Conflict, NotFound
+from farm.states import TERMINAL, JobStatus
 from farm.store.jobs import cancel_job
 
 LATE_SECONDS = 120.0
 """How long a request that had begun before the removal may still store something"""
 JOBS_AT_ONCE = 100
-EVENTS_AT_ONCE = 10_000
 INPUTS_AT_ONCE = 10
 
 OWNS = """
@@ -56,7 +57,7 @@ WHERE removed_at IS NOT NULL AND emptied_at IS NULL ORDER BY removed_at
 """)
 
 OPEN_JOBS = text("""
-SELECT id FROM jobs WHERE tenant_id = :id AND status <> ALL(:terminal) LIMIT :limit
+SELECT id FROM jobs WHERE tenant_id = :id AND status = ANY(:open) LIMIT :limit
 """)
 
 REMOVE_JOBS = text("""
@@ -80,10 +81,6 @@ DELETE FROM inputs WHERE id IN (
     LIMIT :limit FOR UPDATE SKIP LOCKED)
 """)
 
-DELETE_EVENTS = text("""
-DELETE FROM events WHERE id IN (SELECT id FROM events WHERE tenant_id = :id LIMIT :limit)
-""")
-
 # Sessions go with their keys.
 DELETE_REST = [
     text(f"DELETE FROM {table} WHERE tenant_id = :id")  # noqa: S608 - constants only
@@ -94,7 +91,6 @@ HAS_ROWS = text("""
 SELECT EXISTS (SELECT FROM jobs WHERE tenant_id = :id)
     OR EXISTS (SELECT FROM exports WHERE tenant_id = :id)
     OR EXISTS (SELECT FROM inputs WHERE tenant_id = :id)
-    OR EXISTS (SELECT FROM events WHERE tenant_id = :id)
 """)
 
 EMPTIED = text("""
@@ -120,26 +116,38 @@ def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> int:
     return connection.execute(REMOVE, {"id": tenant_id}).rowcount
 
 
-def delete_of_removed(connection: Connection) -> list[uuid.UUID]:
-    """Delete some of the rows that removed tenants own.
+def delete_of_removed(connection: Connection) -> None:
+    """Cancel some of the jobs of removed tenants, and delete some of their rows.
 
-    Returns:
-        The tenants that have no rows left but images, and for whom nothing can come any more.
+    Args:
+        connection: in no transaction: each job is cancelled in one of its own.
     """
-    settled = []
-    for tenant in connection.execute(REMOVED, {"late": LATE_SECONDS}).all():
-        wanted = {"id": tenant.id, "terminal": list(TERMINAL), "limit": JOBS_AT_ONCE}
-        for job_id in connection.execute(OPEN_JOBS, wanted).scalars().all():
-            cancel_job(connection, tenant.id, job_id)
-        connection.execute(REMOVE_JOBS, wanted)
-        connection.execute(REMOVE_EXPORTS, wanted)
-        connection.execute(DELETE_INPUTS, {**wanted, "limit": INPUTS_AT_ONCE})
-        connection.execute(DELETE_EVENTS, {**wanted, "limit": EVENTS_AT_ONCE})
-        for statement in DELETE_REST:
-            connection.execute(statement, wanted)
-        if tenant.settled and not connection.execute(HAS_ROWS, wanted).scalar_one():
-            settled.append(tenant.id)
-    return settled
+    with connection.begin():
+        removed = connection.execute(REMOVED, {"late": LATE_SECONDS}).all()
+    for tenant in removed:
+        wanted = {"id": tenant.id, "limit": JOBS_AT_ONCE}
+        wanted |= {"open": [JobStatus.QUEUED, JobStatus.RUNNING], "terminal": list(TERMINAL)}
+        with connection.begin():
+            job_ids = connection.execute(OPEN_JOBS, wanted).scalars().all()
+        for job_id in job_ids:
+            with suppress(Conflict, NotFound), connection.begin():  # it may have ended meanwhile
+                cancel_job(connection, tenant.id, job_id)
+        with connection.begin():
+            connection.execute(REMOVE_JOBS, wanted)
+            connection.execute(REMOVE_EXPORTS, wanted)
+            connection.execute(DELETE_INPUTS, {**wanted, "limit": INPUTS_AT_ONCE})
+            for statement in DELETE_REST:
+                connection.execute(statement, wanted)
+
+
+def settled(connection: Connection) -> list[uuid.UUID]:
+    """Name the removed tenants without rows but images, for whom nothing can come any more."""
+    removed = connection.execute(REMOVED, {"late": LATE_SECONDS}).all()
+    return [
+        tenant.id
+        for tenant in removed
+        if tenant.settled and not connection.execute(HAS_ROWS, {"id": tenant.id}).scalar_one()
+    ]
 
 
 def mark_emptied(connection: Connection, tenant_id: uuid.UUID) -> None:

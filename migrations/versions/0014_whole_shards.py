@@ -46,7 +46,7 @@ def upgrade() -> None:
         "export_shards",
         ["job_id"],
         unique=False,
-        postgresql_where=sa.text("NOT whole"),
+        postgresql_where=sa.text("whole IS NOT TRUE"),
     )
     op.create_index(
         "export_shards_ready",

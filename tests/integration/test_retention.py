@@ -374,6 +374,11 @@ def test_an_object_of_no_control_image_is_deleted(
     work.step()
     assert [is_stored(farm, key) for key in (orphan, foreign, arriving)] == [False, True, True]
     assert sql(farm, "SELECT state FROM images") == [("arriving",)]
+    sql(farm, "UPDATE images SET created_at = created_at - interval '1 hour'")  # it never ended
+    look_through(farm, work)
+    work.step()
+    assert not is_stored(farm, arriving)
+    assert sql(farm, "SELECT count(*) FROM images") == [(0,)]
 
 
 # A storage that is away

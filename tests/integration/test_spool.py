@@ -279,10 +279,11 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
 ) -> None:
     """Its clock or its credentials are wrong: waiting would not help, and no frame is to blame."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1, max_attempts=1)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the right one
     here, farm.artifacts = farm.artifacts, Artifacts(farm.settings)
-    line.run()
+    with monkeypatch.context() as wrong:
+        wrong.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        wrong.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the right one
+        line.run()
     farm.artifacts.close()
     # Those that were denoised before the storage had refused three are refused too.
     assert THREE_FRAMES <= len(noise.batches) <= THREE_FRAMES + MOST_BATCHES + 1

@@ -77,5 +77,5 @@ BEGIN
     INSERT INTO export_news (job_id)
     SELECT d.id FROM unnest(_ids, _succeeded, _dead) AS d (id, succeeded, dead)
     WHERE (d.succeeded > 0 OR d.dead > 0)
-      AND EXISTS (SELECT FROM export_shards s WHERE s.job_id = d.id AND NOT s.whole);
+      AND EXISTS (SELECT FROM export_shards s WHERE s.job_id = d.id AND s.whole IS NOT TRUE);
 END $$;

@@ -31,6 +31,7 @@ from tests.integration.exports.scenes import (
 )
 from tests.serving import render
 from workers.chores import Chores
+from workers.janitor import Janitor
 
 # Frames that are not rendered
 
@@ -334,3 +335,17 @@ def rows_read(plan: dict[str, Any]) -> int:
     if plan["Node Type"] != "Bitmap Index Scan" and "Scan" in plan["Node Type"]:
         own = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
     return own + sum(rows_read(each) for each in plan.get("Plans", ()))
+
+
+def test_a_shard_that_misses_its_event_is_looked_at_again(farm: Farm, ann: httpx.Client) -> None:
+    """As where an older version ends the frames, which notes nothing."""
+    job_id = submit(ann)
+    found = export(ann, job_id, to="webdataset")
+    write_shards(farm, ann, found)
+    render_all(farm)
+    sql(farm, "DELETE FROM export_news")
+    assert write_shards(farm, ann, found)["shards_done"] == 0
+    sql(farm, "UPDATE export_shards SET due_at = due_at - interval '2 minutes'")
+    with farm.store.connect() as connection:
+        Janitor(farm).sweep(connection)
+    assert write_shards(farm, ann, found)["status"] == "succeeded"
