@@ -49,7 +49,7 @@ def drain(
 
 def worker_views(connection: Transaction, caller: Caller) -> list[wire.Worker]:
     """Show every worker; of the jobs that it renders, the caller's own."""
-    rows = workers.list_workers(connection)
+    rows = workers.list_workers(connection, None if caller.role == OPERATOR else caller.tenant_id)
     rendered = {job_id for row in rows for job_id in row.job_ids or ()}
     own = reading.own_jobs(connection, caller.tenant_id, sorted(rendered))
     return [_view(row, own, caller.role == OPERATOR) for row in rows]

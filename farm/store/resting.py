@@ -1,6 +1,7 @@
 """A worker whose different frames fail in a row rests: a circuit breaker, one a worker.
 
-After THREE_FRAMES it claims nothing for a while. Then it is on trial: it claims once more; a
+After THREE_FRAMES it claims nothing for a while; where all that failed is one tenant's, nothing of
+this tenant, and it serves the others. Then it is on trial: it claims once more; a
 success ends the matter (workers.account), a failure lets it rest twice as long. What failed on it
 is what it claims last (sql/claim.sql), so that a trial is another frame's where there is one; and
 an error on trial is not charged to its frame, since the worker may be why. But a frame is spared
@@ -20,14 +21,25 @@ SPARED_AT_MOST = 10
 REMEMBERED = 100
 """Frames that failed on a worker; older ones it may claim again like any other."""
 
-ON_TRIAL = text("SELECT rests > 0 FROM workers WHERE id = :id")
+# What it claims of others while it avoids a tenant is no trial.
+ON_TRIAL = text("""
+SELECT rests > 0 AND NOT (avoids IS NOT NULL AND resting_until > clock_timestamp())
+FROM workers WHERE id = :id
+""")
 
 FAILING = text("SELECT failing, rests FROM workers WHERE id = :id")
 
 NOTE = text("UPDATE workers SET failing = :failing WHERE id = :id")
 
 REST = text("""
+WITH tenant AS (
+    SELECT DISTINCT j.tenant_id
+    FROM unnest(CAST(:failing AS text[])) AS f (frame)
+    JOIN jobs j ON j.id = split_part(f.frame, '/', 1)::uuid
+)
 UPDATE workers SET failing = :failing, rests = rests + 1,
+                   avoids = CASE WHEN (SELECT count(*) FROM tenant) = 1
+                                 THEN (SELECT tenant_id FROM tenant) END,
                    resting_until = clock_timestamp() + make_interval(secs => :seconds)
 WHERE id = :id RETURNING resting_until
 """)
@@ -55,7 +67,7 @@ def note_failure(
         rest_seconds: how long the first rest is.
 
     Returns:
-        Until when the worker rests; None where it goes on.
+        Until when the worker rests, for one tenant or for all; None where it goes on.
     """
     row = connection.execute(FAILING, {"id": worker_id}).first()
     if row is None:

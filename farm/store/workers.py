@@ -62,6 +62,10 @@ ON CONFLICT (id) DO UPDATE
 SET {", ".join(f"{column} = workers.{column} + excluded.{column}" for column in SUMMED)}
 """)  # noqa: S608 - constants only
 
+# Not while it avoids a tenant: what succeeds then is another's.
+IS_WELL = """:well AND come.succeeded > 0
+    AND NOT (w.avoids IS NOT NULL AND w.resting_until > clock_timestamp())"""
+
 # Ends a statement whose CTE `come` has a row: how many frames of the batches succeeded, how many
 # were dropped. A worker on which one succeeds now is well.
 ADD = f"""
@@ -69,17 +73,21 @@ UPDATE workers w
 SET batches = w.batches + :batches, succeeded = w.succeeded + come.succeeded,
     dropped = w.dropped + come.dropped, returned = w.returned + :returned, dead = w.dead + :dead,
     {", ".join(f"{column} = w.{column} + :{column}" for column in SECONDS)},
-    failing = CASE WHEN :well AND come.succeeded > 0 THEN '{{}}' ELSE w.failing END,
-    rests = CASE WHEN :well AND come.succeeded > 0 THEN 0 ELSE w.rests END,
-    resting_until = CASE WHEN :well AND come.succeeded > 0 THEN NULL ELSE w.resting_until END
+    failing = CASE WHEN {IS_WELL} THEN '{{}}' ELSE w.failing END,
+    rests = CASE WHEN {IS_WELL} THEN 0 ELSE w.rests END,
+    resting_until = CASE WHEN {IS_WELL} THEN NULL ELSE w.resting_until END,
+    avoids = CASE WHEN {IS_WELL} THEN NULL ELSE w.avoids END
 FROM come WHERE w.id = :worker_id
 """  # noqa: S608 - constants only
 
 ACCOUNT = text(f"WITH come AS (SELECT :succeeded AS succeeded, :dropped AS dropped) {ADD}")
 
 # `w.state` and `w.problem` as they are shown: a worker that rests cannot render either.
-STATE_NOW = "CASE WHEN w.resting_until > clock_timestamp() THEN 'failed' ELSE w.state END"
-PROBLEM_NOW = """CASE WHEN w.resting_until > clock_timestamp()
+# For the tenant that looks; for an operator, who is none here, whomever it is for.
+RESTS_NOW = """w.resting_until > clock_timestamp()
+    AND (w.avoids IS NULL OR CAST(:tenant_id AS uuid) IS NULL OR w.avoids = :tenant_id)"""
+STATE_NOW = f"CASE WHEN {RESTS_NOW} THEN 'failed' ELSE w.state END"
+PROBLEM_NOW = f"""CASE WHEN {RESTS_NOW}
      THEN format('Different frames failed in a row (%s); it tries again at %s UTC.',
                  cardinality(w.failing), to_char(w.resting_until, 'HH24:MI:SS'))
      ELSE w.problem END"""
@@ -201,9 +209,13 @@ def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> Non
     connection.execute(ACCOUNT, batch.values(worker_id))
 
 
-def list_workers(connection: Connection) -> Sequence[Row[Any]]:
-    """Read every worker that is not gone, with the batch it renders."""
-    return connection.execute(LIST).all()
+def list_workers(connection: Connection, tenant_id: uuid.UUID | None = None) -> Sequence[Row[Any]]:
+    """Read every worker that is not gone, with the batch it renders.
+
+    One that rests counts as failed: where it does so for a tenant alone, for this `tenant_id`, or
+    where none is given.
+    """
+    return connection.execute(LIST, {"tenant_id": tenant_id}).all()
 
 
 def sums(connection: Connection) -> Sequence[Row[Any]]:

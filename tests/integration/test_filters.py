@@ -4,10 +4,7 @@ many pictures yields so many."""
 from __future__ import annotations
 
 import json
-import os
 import random
-import statistics
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -36,7 +33,6 @@ from workers.chores import Chores
 from workers.identity import Identity
 from workers.line import RenderLine
 
-PRINTS = int(os.environ.get("FARM_TEST_PRINTS", "20000"))
 HERE = "tests.integration.test_filters"
 Make = Callable[..., RenderLine]
 
@@ -193,29 +189,6 @@ def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.
                 assert found is None
                 kept[ordinal] = hashed
     assert len(kept) > 20
-
-
-@pytest.mark.full_size
-def test_a_print_is_looked_up_in_milliseconds_beside_many(farm: Farm, tenant: uuid.UUID) -> None:
-    job_id = submit(farm, tenant)
-    for first in range(0, PRINTS, 100_000):
-        sql(
-            farm,
-            "INSERT INTO prints"
-            " SELECT :id, o, ('x' || substr(md5(o::text), 1, 16))::bit(64)::bigint"
-            " FROM generate_series(CAST(:first AS bigint), :last) AS o",
-            id=job_id,
-            first=first,
-            last=min(first + 100_000, PRINTS) - 1,
-        )
-    sql(farm, "ANALYZE prints")
-    seconds = []
-    for number in range(9):
-        began = time.perf_counter()
-        with transaction(farm.store) as connection:
-            prints.keep_print(connection, job_id, PRINTS + number, number, NEAR)
-        seconds.append(time.perf_counter() - began)
-    assert statistics.median(seconds) < 0.02, seconds
 
 
 def test_a_frame_that_dies_leaves_no_print(farm: Farm, tenant: uuid.UUID) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
 import uuid
-from collections.abc import Callable
 
 import pytest
 
@@ -20,7 +16,6 @@ from farm.store import lanes
 from farm.store.engine import transaction
 from tests.farming import counts_add_up, hire, job_row, new_tenant, sql, submit
 
-FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
 SLICE = 50
 RETURNED = """
 WITH o AS (
@@ -190,38 +185,3 @@ def test_a_frame_with_as_many_attempts_as_can_be_counted_is_dead_and_stops_no_la
         farm, "SELECT DISTINCT state, error FROM frames WHERE ordinal < 2 AND job_id = :id", id=worn
     )
     assert (state, error) == (FrameState.DEAD, "It has had more attempts than can be counted.")
-
-
-@pytest.mark.full_size
-def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
-    farm: Farm, tenant: uuid.UUID
-) -> None:
-    large = returned(farm, tenant, FRAMES)
-    sql(farm, "ANALYZE")
-    bob = new_tenant(farm, "bob")
-    hand = hire(farm)
-
-    def claims() -> float:
-        """The median of another tenant's claims, in seconds."""
-        seconds = []
-        for _ in range(9):
-            job_id = submit(farm, bob, images_per_prompt=4, bucket=4, priority="interactive")
-            began = time.perf_counter()
-            lease = hand.must_claim()
-            seconds.append(time.perf_counter() - began)
-            assert {frame.job_id for frame in lease.frames} == {job_id}
-        return statistics.median(seconds)
-
-    usual = claims()
-    steer: list[Callable[[Farm, uuid.UUID, uuid.UUID], None]] = [
-        jobs.pause,
-        jobs.resume,
-        jobs.cancel,
-    ]
-    for action in steer:
-        began = time.perf_counter()
-        action(farm, tenant, large)
-        assert time.perf_counter() - began < 0.1, action
-        assert claims() < 2 * usual, action
-        follow(farm, 5000)
-        assert claims() < 2 * usual, action

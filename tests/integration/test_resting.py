@@ -12,6 +12,7 @@ from farm.errors import RenderError
 from farm.spec import FrameSpec
 from farm.store.engine import transaction
 from farm.store.resting import MOST_SECONDS, SPARED_AT_MOST, THREE_FRAMES, note_failure
+from farm.store.specs import frame_specs
 from tests.farming import hire, job_row, new_tenant, sql, submit
 from tests.noise import Noise
 from tests.serving import serving
@@ -43,6 +44,12 @@ def rests(farm: Farm) -> tuple[int, int, float]:
         " coalesce(extract(epoch FROM resting_until - clock_timestamp()), 0)::float FROM workers",
     )
     return row[0], row[1], row[2]
+
+
+def spec_of(farm: Farm, job_id: uuid.UUID, ordinal: int) -> FrameSpec:
+    with transaction(farm.store) as connection:
+        [(_, spec)] = frame_specs(connection, [(job_id, ordinal)])
+    return spec
 
 
 def charged(farm: Farm, job_id: uuid.UUID) -> int:
@@ -103,26 +110,24 @@ def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, line: Re
 def test_the_next_trial_is_another_frame_s(
     farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
 ) -> None:
-    """Three frames of one tenant are at fault: between two rests the other's go on, and no frame
-    needs more than its attempts."""
-    other = new_tenant(farm, "other")
+    """Three frames of one job are at fault: between two rests the other's go on, and no frame needs
+    more than its attempts."""
     guilty = submit(
         farm, tenant, pipeline="noise", prompts=["guilty"], images_per_prompt=3, bucket=1
     )
-    healthy = submit(farm, other, pipeline="noise", images_per_prompt=4, bucket=2)
+    healthy = submit(farm, tenant, pipeline="noise", images_per_prompt=4, bucket=2)
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
         if any(frame.prompt == "guilty" for frame in frames):
             raise RuntimeError("It is the frame.")
 
-    sql(farm, "UPDATE shares SET served = 1000 WHERE tenant_id = :id", id=other)
     noise.disturb = disturb
     line.run()
     assert rests(farm)[:2] == (3, 1)
-    assert job_row(farm, other, healthy).succeeded == 0
+    assert job_row(farm, tenant, healthy).succeeded == 0
     rest_ends(farm)
     line.run()
-    assert job_row(farm, other, healthy).succeeded == 2
+    assert job_row(farm, tenant, healthy).succeeded == 2
     rested = 2
     while job_row(farm, tenant, guilty).status == "running":
         rest_ends(farm)
@@ -132,7 +137,7 @@ def test_the_next_trial_is_another_frame_s(
     assert rested <= 4
     assert job_row(farm, tenant, guilty).status == "failed"
     line.run()
-    assert job_row(farm, other, healthy).status == "succeeded"
+    assert job_row(farm, tenant, healthy).status == "succeeded"
 
 
 def test_one_frame_that_fails_again_and_again_is_no_reason(
@@ -204,3 +209,51 @@ def test_a_resting_worker_claims_nothing_while_another_does(farm: Farm, tenant: 
     assert until is not None
     assert resting.claim() is None
     assert other.claim() is not None
+
+
+def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    """However urgent they are; and what is well of another tenant ends no rest."""
+    bob = new_tenant(farm, "bob")
+    bad = submit(
+        farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1, priority="interactive"
+    )
+    good = submit(farm, bob, pipeline="noise", images_per_prompt=8, bucket=1)
+
+    def judged(frames: Sequence[FrameSpec], step: int) -> None:
+        if frames[0].seed in bad_seeds:
+            raise RuntimeError("It breaks the device.")
+
+    bad_seeds = {spec_of(farm, bad, ordinal).seed for ordinal in range(40)}
+    noise.disturb = judged
+    line.run()
+    assert job_row(farm, bob, good).status == "succeeded"
+    assert rests(farm)[:2] == (THREE_FRAMES, 1)
+    with serving(farm) as api:
+        [worker] = api.client("bob").get("/v1/workers").json()["data"]
+        assert (worker["state"], worker["problem"]) == ("loading", None), "as a test's line is"
+        [worker] = api.client("default").get("/v1/workers").json()["data"]
+        assert worker["state"] == "failed"
+    batches = len(noise.batches)
+    line.run()
+    assert len(noise.batches) == batches, "of the other tenant nothing is claimed"
+    rest_ends(farm)
+    all_due(farm)
+    line.run()
+    assert rests(farm)[:2] == (THREE_FRAMES + 1, 2)
+    assert job_row(farm, tenant, bad).dead == 0
+
+
+def test_bad_frames_of_two_tenants_rest_a_worker_for_all(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+) -> None:
+    bob, carol = new_tenant(farm, "bob"), new_tenant(farm, "carol")
+    for each in (tenant, bob):
+        submit(farm, each, pipeline="noise", images_per_prompt=9, bucket=1)
+    noise.disturb = broken
+    line.run()
+    assert rests(farm)[:2] == (THREE_FRAMES, 1)
+    waiting = submit(farm, carol, pipeline="noise", priority="interactive")
+    line.run()
+    assert job_row(farm, carol, waiting).status == "queued"

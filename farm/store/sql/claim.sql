@@ -10,8 +10,10 @@ $$;
 
 -- The first frame of the next batch: the highest priority, then the tenant served least, then a
 -- returned frame before a new one, then the oldest job. `_but`: frames, as job/ordinal, left out.
-CREATE FUNCTION pg_temp.leader(_pipeline text, _but text[], _priority smallint)
-RETURNS TABLE (
+-- `_avoided`: a tenant that is left out.
+CREATE FUNCTION pg_temp.leader(
+    _pipeline text, _but text[], _priority smallint, _avoided uuid DEFAULT NULL
+) RETURNS TABLE (
     job_id uuid, ordinal bigint, alone bool, batch_key text, bucket smallint, priority smallint
 ) LANGUAGE sql STABLE AS $$
     SELECT head.job_id, head.ordinal, head.alone, head.batch_key, head.bucket, head.priority
@@ -46,7 +48,8 @@ RETURNS TABLE (
          SELECT h.job_id, h.ordinal, h.alone, h.batch_key, h.bucket, h.priority, h.job_created_at, 0
          FROM head h WHERE NOT pg_temp.is_held(h.job_id) LIMIT 1)
     ) head
-    WHERE s.pipeline = _pipeline AND head.priority <= _priority
+    WHERE s.pipeline = _pipeline AND s.tenant_id IS DISTINCT FROM _avoided
+      AND head.priority <= _priority
     ORDER BY head.priority, s.served, head.kind, head.created_at, head.job_id
     LIMIT 1
 $$;
@@ -64,7 +67,8 @@ $$;
 
 -- Those of other jobs, job after job; of those that are held a hundred are stepped over at most.
 CREATE FUNCTION pg_temp.other_returned(
-    _pipeline text, _batch_key text, _leader uuid, _but text[], _free int
+    _pipeline text, _batch_key text, _leader uuid, _but text[], _free int,
+    _avoided uuid DEFAULT NULL
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
     WITH RECURSIVE job AS (
         (SELECT r.priority, r.job_created_at, r.job_id, 1 AS n FROM returns r
@@ -89,14 +93,16 @@ CREATE FUNCTION pg_temp.other_returned(
           AND r.job_id = j.job_id
           AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
           AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
+          AND r.tenant_id IS DISTINCT FROM _avoided
         ORDER BY r.ordinal LIMIT _free
     ) f
     WHERE j.job_id <> _leader AND NOT pg_temp.is_held(j.job_id) LIMIT _free
 $$;
 
 -- Other open jobs whose next frames may fill it, each with how many of them it gives.
-CREATE FUNCTION pg_temp.other_jobs(_pipeline text, _batch_key text, _leader uuid, _free int)
-RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
+CREATE FUNCTION pg_temp.other_jobs(
+    _pipeline text, _batch_key text, _leader uuid, _free int, _avoided uuid DEFAULT NULL
+) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
     SELECT o.id, least(o.room, _free - o.before) FROM (
         SELECT j.id, j.room, coalesce(sum(j.room) OVER (
                    ORDER BY j.priority, j.created_at, j.id
@@ -104,6 +110,7 @@ RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
         FROM (
             SELECT id, run_end - cursor AS room, priority, created_at FROM jobs
             WHERE open AND pipeline = _pipeline AND batch_key = _batch_key AND id <> _leader
+              AND tenant_id IS DISTINCT FROM _avoided
             ORDER BY priority, created_at, id LIMIT _free
         ) j
     ) o WHERE o.before < _free
@@ -121,6 +128,7 @@ CREATE FUNCTION pg_temp.claim(
 #variable_conflict use_column
 DECLARE
     failing text[];
+    avoided uuid;
     but text[];
     leader record;
     free int;
@@ -140,9 +148,10 @@ DECLARE
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
-    SELECT w.failing INTO failing FROM workers w
+    SELECT w.failing, CASE WHEN w.resting_until > clock_timestamp() THEN w.avoids END
+    INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
-      AND coalesce(w.resting_until <= clock_timestamp(), true)
+      AND (coalesce(w.resting_until <= clock_timestamp(), true) OR w.avoids IS NOT NULL)
       -- on trial it has one batch at a time
       AND (w.rests = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
     IF NOT FOUND THEN RETURN; END IF;
@@ -151,10 +160,10 @@ BEGIN
     FOR choice IN 1..5 LOOP
         -- 1. The leader. What failed on this very worker leads only where nothing else is there.
         but := failing;
-        SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority);
+        SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority, avoided);
         IF NOT FOUND AND but <> '{}' THEN
             but := '{}';
-            SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority);
+            SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority, avoided);
         END IF;
         IF NOT FOUND THEN RETURN; END IF;
 
@@ -179,7 +188,7 @@ BEGIN
                 SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
                 INTO some_ids, some_ordinals
                 FROM pg_temp.other_returned(
-                    _pipeline, leader.batch_key, leader.job_id, but, free) r;
+                    _pipeline, leader.batch_key, leader.job_id, but, free, avoided) r;
                 returned_ids := returned_ids || some_ids;
                 returned_ordinals := returned_ordinals || some_ordinals;
                 free := free - cardinality(some_ids);
@@ -187,7 +196,8 @@ BEGIN
             IF free > 0 THEN
                 SELECT new_ids || coalesce(array_agg(o.id), '{}'),
                        new_counts || coalesce(array_agg(o.n), '{}') INTO new_ids, new_counts
-                FROM pg_temp.other_jobs(_pipeline, leader.batch_key, leader.job_id, free) o;
+                FROM pg_temp.other_jobs(
+                    _pipeline, leader.batch_key, leader.job_id, free, avoided) o;
             END IF;
         END IF;
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import statistics
 import time
 import uuid
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
 from farm import jobs
 from farm.context import Farm
+from farm.filters import NEAR
 from farm.local.ports import free_port
+from farm.store import prints
+from farm.store.engine import transaction
 from farm.traces import Traces
-from tests.farming import hire, job_row, sql, submit
+from tests.farming import hire, job_row, new_tenant, sql, submit
+from tests.integration.test_following import follow, returned
 from tests.noise import Noise
 from tests.serving import serving
 from workers.line import RenderLine
 
+FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
+PRINTS = int(os.environ.get("FARM_TEST_PRINTS", "20000"))
 SENDING_SECONDS = 10.0
 """That one try to send lasts where nobody answers: nothing may wait for one"""
 
@@ -84,3 +93,61 @@ def test_the_hook_costs_less_than_a_hundredth_of_a_step(
     # The quickest of many rounds: the machine may be busy with something else.
     rounds = [(began[at + 100] - began[at]) / 100 for at in range(0, noise.steps - 100, 100)]
     assert min(rounds) < 0.01 * 0.005, min(rounds)
+
+
+@pytest.mark.full_size
+def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    large = returned(farm, tenant, FRAMES)
+    sql(farm, "ANALYZE")
+    bob = new_tenant(farm, "bob")
+    hand = hire(farm)
+
+    def claims() -> float:
+        """The median of another tenant's claims, in seconds."""
+        seconds = []
+        for _ in range(9):
+            job_id = submit(farm, bob, images_per_prompt=4, bucket=4, priority="interactive")
+            began = time.perf_counter()
+            lease = hand.must_claim()
+            seconds.append(time.perf_counter() - began)
+            assert {frame.job_id for frame in lease.frames} == {job_id}
+        return statistics.median(seconds)
+
+    usual = claims()
+    steer: list[Callable[[Farm, uuid.UUID, uuid.UUID], None]] = [
+        jobs.pause,
+        jobs.resume,
+        jobs.cancel,
+    ]
+    for action in steer:
+        began = time.perf_counter()
+        action(farm, tenant, large)
+        assert time.perf_counter() - began < 0.1, action
+        assert claims() < 2 * usual, action
+        follow(farm, 5000)
+        assert claims() < 2 * usual, action
+
+
+@pytest.mark.full_size
+def test_a_print_is_looked_up_in_milliseconds_beside_many(farm: Farm, tenant: uuid.UUID) -> None:
+    job_id = submit(farm, tenant)
+    for first in range(0, PRINTS, 100_000):
+        sql(
+            farm,
+            "INSERT INTO prints"
+            " SELECT :id, o, ('x' || substr(md5(o::text), 1, 16))::bit(64)::bigint"
+            " FROM generate_series(CAST(:first AS bigint), :last) AS o",
+            id=job_id,
+            first=first,
+            last=min(first + 100_000, PRINTS) - 1,
+        )
+    sql(farm, "ANALYZE prints")
+    seconds = []
+    for number in range(9):
+        began = time.perf_counter()
+        with transaction(farm.store) as connection:
+            prints.keep_print(connection, job_id, PRINTS + number, number, NEAR)
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.02, seconds
