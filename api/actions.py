@@ -1,4 +1,4 @@
-"""Actions: what operators did."""
+"""Actions of operators."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ AfterAction = Annotated[
 ]
 
 
-@router.get("", summary="List what operators did, newest first", responses=refusals(403))
+@router.get("", summary="List the actions of operators, newest first", responses=refusals(403))
 def list_actions(
     farm: FarmHere, _caller: Operator, limit: Limit = 50, after: AfterAction = None
 ) -> wire.Page[wire.Action]:
-    """List actions of operators, with who, what, on what, when, from where, why and the outcome."""
+    """List actions with the key, the verb, the target, the time, the address, the reason and the
+    outcome."""
     with reads(farm.store) as connection:
         found = actions.list_actions(connection, limit=limit + 1, after=after)
     data = [wire.Action(**row._mapping) for row in found[:limit]]

@@ -32,7 +32,7 @@ KNOWN = "farm_known"
 
 @dataclass(frozen=True)
 class Credential:
-    """What says who calls: an API key, or a session of the page."""
+    """Proof of who calls: an API key, or a session of the page."""
 
     secret: str
     is_session: bool = False
@@ -62,7 +62,7 @@ def caller_of(farm: Farm, credential: Credential) -> Caller:
     with reads(farm.store) as connection:
         caller = find(connection, credential.secret)
     if caller is None and credential.is_session:
-        raise Unauthenticated("Your session has ended: sign in again.")
+        raise Unauthenticated("Your session has ended. Sign in again.")
     if caller is None:
         raise Unauthenticated("This API key is unknown or revoked.")
     return caller
@@ -140,4 +140,4 @@ async def acting(request: Request, caller: Operator) -> Actor:
 
 
 Acting = Annotated[Actor, Depends(acting)]
-Why = Annotated[Storable, Query(max_length=500, description="the reason, which is recorded")]
+Why = Annotated[Storable, Query(max_length=500, description="reason, stored with the action")]

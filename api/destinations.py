@@ -1,4 +1,4 @@
-"""Destinations: where a tenant may export to, besides the farm's own storage."""
+"""Destinations: buckets and prefixes that a tenant may export to."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ router = APIRouter(prefix="/v1/destinations", tags=["operators"])
 DestinationId = Annotated[uuid.UUID, Path(description="the destination's id")]
 
 
-@router.get("", summary="List where datasets may be exported to")
+@router.get("", summary="List export destinations")
 def list_destinations(farm: FarmHere, caller: Reader) -> wire.Page[wire.Destination]:
-    """List the destinations of the key's tenant; an operator's key sees those of all tenants."""
+    """List the destinations of the key's tenant. An operator's key lists those of all tenants."""
     tenant_id = None if caller.role == OPERATOR else caller.tenant_id
     with reads(farm.store) as connection:
         found = destinations.list_destinations(connection, tenant_id)
@@ -31,7 +31,7 @@ def list_destinations(farm: FarmHere, caller: Reader) -> wire.Page[wire.Destinat
 
 @router.post("", status_code=201, summary="Grant a destination", responses=refusals(400, 403))
 def grant(farm: FarmHere, actor: Acting, asked: wire.DestinationAsked) -> wire.Destination:
-    """Let a tenant export to a bucket, at or below a prefix. Granting it again changes nothing."""
+    """Allow a tenant to export to a bucket, at or below a prefix. Granting it twice is no error."""
     bucket, prefix = parse_place(asked.dest, "dest")
     with transaction(farm.store) as connection:
         row = destinations.grant(connection, asked.tenant, bucket, prefix)
@@ -46,12 +46,11 @@ def grant(farm: FarmHere, actor: Acting, asked: wire.DestinationAsked) -> wire.D
 @router.delete(
     "/{destination_id}",
     status_code=204,
-    summary="Take a destination away",
+    summary="Revoke an export destination",
     responses=refusals(403, 404),
 )
 def revoke(farm: FarmHere, actor: Acting, destination_id: DestinationId, why: Why = "") -> None:
-    """Let a tenant begin no more exports there. What lies there stays, and exports that have begun
-    are finished."""
+    """Refuse new exports to a destination. Running exports finish, and exported files stay."""
     with transaction(farm.store) as connection:
         row = destinations.revoke(connection, destination_id)
         if row is None:

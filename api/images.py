@@ -83,8 +83,8 @@ def list_images(
     summary="Delete a control image",
 )
 def delete_image(farm: FarmHere, caller: Writer, image_id: ImageId) -> None:
-    """Delete an image: nobody finds it any more, and the storage forgets it within seconds. Frames
-    that name it and are not rendered yet become dead. Pictures that it steered stay."""
+    """Delete an image. Its object is deleted from the storage within seconds. Frames that use the
+    image and are not rendered yet become dead. Pictures that are rendered stay."""
     with transaction(farm.store) as connection:
         images.remove_image(connection, caller.tenant_id, image_id)
 

@@ -89,6 +89,6 @@ class Turns:
         """
         lock = self._locks.setdefault(tenant_id, Lock())
         if lock.statistics().tasks_waiting >= MOST_WAITING:
-            raise Unavailable("Too many long calls of yours wait; send it again in a moment.")
+            raise Unavailable("Too many long calls of this tenant wait. Try again in a minute.")
         async with lock:
             return await to_thread.run_sync(function, *args, limiter=self._limiter)

@@ -1,4 +1,4 @@
-"""Tenants: what each owns, and the deletion of one with everything it owns."""
+"""Tenants: list, show, delete."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
 @router.get("", summary="List tenants", responses=refusals(403))
 def list_tenants(farm: FarmHere, _caller: Operator) -> wire.Page[wire.Tenant]:
-    """List tenants by name, with what each owns; all of them are on the one page."""
+    """List all tenants by name, with the number of things that each owns. There is one page."""
     with reads(farm.store) as connection:
         found = tenants.list_tenants(connection)
     return wire.Page(data=[_view(row) for row in found], next=None)
 
 
-@router.get("/{tenant}", summary="Look at a tenant", responses=refusals(403, 404))
+@router.get("/{tenant}", summary="Show a tenant", responses=refusals(403, 404))
 def get_tenant(farm: FarmHere, _caller: Operator, tenant: Tenant) -> wire.Tenant:
-    """Answer with what a tenant owns. One that was deleted is found by its id: `emptied_at` says
-    since when nothing is left of it, neither rows nor objects."""
+    """Return what a tenant owns. Use the ID for a deleted tenant: `emptied_at` is the time at which
+    its last row and object were deleted."""
     with reads(farm.store) as connection:
         return _view(_found(connection, tenant))
 
@@ -38,18 +38,18 @@ def get_tenant(farm: FarmHere, _caller: Operator, tenant: Tenant) -> wire.Tenant
 @router.delete(
     "/{tenant}",
     status_code=202,
-    summary="Delete a tenant, with everything it owns",
+    summary="Delete a tenant and everything it owns",
     responses=refusals(403, 404, 409),
 )
 def delete_tenant(farm: FarmHere, actor: Acting, tenant: Tenant, why: Why = "") -> wire.Tenant:
-    """Revoke a tenant's keys at once, cancel its jobs, and delete all that it owns: jobs with their
-    prompts and pictures, exports in the farm's storage, inputs, control images, keys. What it
-    exported to other buckets stays. `GET` by its id tells how far that is."""
+    """Revoke the keys of a tenant at once, cancel its jobs, and delete its jobs, prompts, pictures,
+    exports, inputs, control images and keys. Files that it exported to other buckets stay. Get the
+    tenant by its ID to see the progress."""
     with transaction(farm.store) as connection:
         found = _found(connection, tenant)
         if found.removed_at is None:
             if found.name == actor.tenant:
-                raise Conflict("Your own key is of this tenant: use another tenant's operator key.")
+                raise Conflict("This key belongs to the tenant. Use a key of another tenant.")
             keys = tenants.remove_tenant(connection, found.id)
             target, outcome = f"tenant {found.name}", f"{keys} keys revoked; its id is {found.id}"
             actions.record(connection, actor, "tenant.delete", target, why, outcome)

@@ -297,14 +297,14 @@ class Tenant(BaseModel):
     """A tenant, and how much it owns."""
 
     id: uuid.UUID
-    name: str | None = Field(description="null: it was deleted")
+    name: str | None = Field(description="null for a deleted tenant")
     created_at: datetime
-    removed_at: datetime | None = Field(description="since when it is deleted; null: it is not")
+    removed_at: datetime | None = Field(description="time of its deletion; null: not deleted")
     emptied_at: datetime | None = Field(
-        description="since when nothing is left of it, neither rows nor objects"
+        description="time at which its last row and object were deleted"
     )
     owns: dict[str, int] = Field(
-        description="how many keys, jobs, exports, inputs, images and destinations"
+        description="number of keys, jobs, exports, inputs, images and destinations"
     )
 
 
@@ -313,9 +313,11 @@ class DestinationAsked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    tenant: Storable = Field(min_length=1, max_length=200, description="its name")
-    dest: Storable = Field(max_length=1200, description="s3://BUCKET/PREFIX")
-    why: Storable = Field(default="", max_length=500, description="the reason, which is recorded")
+    tenant: Storable = Field(min_length=1, max_length=200, description="name of the tenant")
+    dest: Storable = Field(
+        max_length=1200, description="s3://BUCKET/PREFIX, such as s3://datasets/shop"
+    )
+    why: Storable = Field(default="", max_length=500, description="reason, stored with the action")
 
 
 class Destination(BaseModel):
@@ -323,12 +325,12 @@ class Destination(BaseModel):
 
     id: uuid.UUID
     tenant: str
-    dest: str = Field(description="exports may lie below it, each in a folder named by its id")
+    dest: str = Field(description="exports have folders below it, named by their IDs")
     created_at: datetime
 
 
 class Action(BaseModel):
-    """What an operator did."""
+    """An action of an operator."""
 
     id: int
     at: datetime

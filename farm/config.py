@@ -100,12 +100,12 @@ class Settings(BaseSettings):
         default=60.0, gt=0, description="how long a worker may finish its batch"
     )
     session_days: float = Field(
-        default=7.0, gt=0, le=365, description="how long signing in to the page lasts"
+        default=7.0, gt=0, le=365, description="days until a session of the page ends"
     )
     trusted_proxies: str = Field(
         default_factory=lambda: os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1"),
-        description="addresses and networks of proxies whose X-Forwarded-Proto and X-Forwarded-For"
-        " are believed, with commas between; *: all",
+        description="comma-separated addresses and networks of proxies whose X-Forwarded-Proto and"
+        " X-Forwarded-For headers are trusted, such as 10.0.0.0/8; *: all",
     )
     events_days: float = Field(default=30.0, gt=0, description="how long events are kept")
     retention_days: float = Field(
@@ -174,7 +174,7 @@ class Settings(BaseSettings):
                 place == "*" or ip_network(place)
             except ValueError as error:
                 raise ValueError(
-                    f"{place!r} is no address or network: write 10.0.0.5, 10.0.0.0/8 or *"
+                    f"{place!r} is not an address or a network. Examples: 10.0.0.5, 10.0.0.0/8, *"
                 ) from error
         return proxies
 

@@ -112,13 +112,13 @@ def _granted(farm: Farm, tenant_id: uuid.UUID, dest: str, export_id: uuid.UUID) 
     with reads(farm.store) as connection:
         if not destinations.covers(connection, tenant_id, bucket, above):
             raise InvalidRequest(
-                f"dest: this tenant may not export to {dest}. An operator grants a destination: "
+                f"dest: this tenant may not export to {dest}. Ask an operator to run "
                 "`farm destinations grant TENANT s3://BUCKET/PREFIX`.",
                 param="dest",
             )
     prefix = f"{above}{export_id}/"
     if farm.artifacts.holds_any(bucket, prefix):
-        raise InvalidRequest(f"dest: objects lie at s3://{bucket}/{prefix}.", param="dest")
+        raise InvalidRequest(f"dest: s3://{bucket}/{prefix} is not empty.", param="dest")
     return bucket, prefix
 
 
@@ -130,10 +130,10 @@ def parse_place(place: str, param: str) -> tuple[str, str]:
     """
     found = ADDRESS.fullmatch(place)
     if found is None:
-        raise InvalidRequest(f"{param}: it has not the form s3://BUCKET/PREFIX.", param=param)
+        raise InvalidRequest(f"{param}: must have the form s3://BUCKET/PREFIX.", param=param)
     prefix = (found[2] or "").strip("/")
     if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
-        raise InvalidRequest(f"{param}: no part of it may be empty, `.` or `..`.", param=param)
+        raise InvalidRequest(f"{param}: remove the parts that are empty, `.` or `..`.", param=param)
     return found[1], f"{prefix}/" if prefix else ""
 
 

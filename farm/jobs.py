@@ -104,7 +104,7 @@ def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput
 
 
 def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, stored_input: StoredInput) -> None:
-    """Check an input's prompts where a pipeline reads more in them than words; once for ever."""
+    """Check the prompt syntax of an input, once: the result is stored with the input."""
     params = syntax_among([offer.params(point.params) for point in spec.every_point()])
     if params is None:
         return

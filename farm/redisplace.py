@@ -1,4 +1,4 @@
-"""Where Redis is: one server, one behind TLS, or the one that Sentinel names."""
+"""The address of Redis: one server, a server with TLS, or the master of a Sentinel group."""
 
 from __future__ import annotations
 
@@ -66,20 +66,20 @@ def redis_place(url: str) -> RedisPlace:
         return RedisPlace(url, tls=None if told else {"ssl_cert_reqs": ssl.CERT_REQUIRED})
     if scheme in ("redis", "redis+socket"):
         return RedisPlace(url)
-    raise ValueError(f"it must have the form {FORMS}")
+    raise ValueError(f"must have one of the forms {FORMS}")
 
 
 def _sentinel(url: str) -> RedisPlace:
     found = SENTINEL.fullmatch(url)
     if found is None:
-        raise ValueError("it must have the form sentinel://:PASSWORD@HOST:PORT,HOST:PORT/MASTER/DB")
+        raise ValueError("must have the form sentinel://:PASSWORD@HOST:PORT,HOST:PORT/MASTER/DB")
     try:
         sentinels = tuple(
             (host, int(port or SENTINEL_PORT))
             for host, _, port in (each.partition(":") for each in found["hosts"].split(","))
         )
     except ValueError as error:
-        raise ValueError("a port of its sentinels is no number") from error
+        raise ValueError("the port of a sentinel is not a number") from error
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 

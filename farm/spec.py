@@ -207,7 +207,7 @@ class FullSpec(BaseModel):
     labels: dict[str, str]
 
     def stored(self) -> str:
-        """Write it as JSON, what a large grid's points share once; `runs` is stored beside it."""
+        """Serialize to JSON. The points of a large grid are stored by axis; `runs` has its own column."""
         data = self.model_dump(mode="json")
         layout = packed(data["points"], data["params"], data["grid"])
         return json.dumps(data if layout is None else {**data, "points": layout.model_dump()})
@@ -237,7 +237,9 @@ class FullSpec(BaseModel):
     def runs(self) -> list[Run]:
         """Its stretches, in order."""
         runs: list[Run] = []
-        assert not isinstance(self.points, Layout), "those of a stored job stand beside its spec"
+        assert not isinstance(self.points, Layout), (
+            "the runs of a stored job are a column of its row"
+        )
         for index, point in enumerate(self.points):
             end = (index + 1) * self.frames_per_point
             if runs and runs[-1][1] == point.batch_key:

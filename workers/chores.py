@@ -1,4 +1,4 @@
-"""Chores: what needs no device. A worker of its own lane writes datasets, shard by shard."""
+"""Chores: work without a device. A process on a separate lane writes datasets, shard by shard."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Chores:
         self._leaves = threading.Event()
         self._claiming = threading.Lock()
         self._busy: set[uuid.UUID] = set()
-        """Tenants of which a shard is in hand"""
+        """Tenants of the shards that are being written."""
 
     def leave(self) -> None:
-        """Let it end soon: the shards in hand are given up, and written again by another."""
+        """Stop soon: the current shards are given up, and written again by another process."""
         self._leaves.set()
 
     def answer(self) -> None:

@@ -50,7 +50,7 @@ def images(
     ],
     as_json: Json = False,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete images, which are given by their ids.")
+        bool, typer.Option("--delete", help="Delete images. Give their IDs instead of files.")
     ] = False,
 ) -> None:
     """Upload control images, and print the id of each.

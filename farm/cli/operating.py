@@ -1,6 +1,6 @@
-"""What an operator does: tenants, where they may export to, and the record of all actions.
+"""Commands for operators: tenants, export destinations, and the log of actions.
 
-These call the API with an operator's key.
+They call the API with an operator's key.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
-Why = Annotated[str, typer.Option(help="The reason, which is recorded.")]
-Tenant = Annotated[str, typer.Argument(help="The tenant's name.", show_default=False)]
+Why = Annotated[str, typer.Option(help='Reason, stored with the action. Example: "ticket 7".')]
+Tenant = Annotated[str, typer.Argument(help="Name of the tenant.", show_default=False)]
 
-tenants_app = typer.Typer(help="Tenants: what each owns, and deleting one.")
-destinations_app = typer.Typer(help="Destinations: where tenants may export to.")
+tenants_app = typer.Typer(help="List, show and delete tenants.")
+destinations_app = typer.Typer(help="Grant and revoke export destinations.")
 
 
 @tenants_app.callback(invoke_without_command=True)
 def tenants(context: typer.Context, as_json: Json = False) -> None:
-    """List tenants, with what each owns."""
+    """List the tenants and what each of them owns."""
     if context.invoked_subcommand is not None:
         return
     with _client() as client:
@@ -45,10 +45,10 @@ def tenants(context: typer.Context, as_json: Json = False) -> None:
 
 @tenants_app.command()
 def show(
-    tenant: Annotated[str, typer.Argument(help="The tenant's name, or its id.")],
+    tenant: Annotated[str, typer.Argument(help="Name of the tenant, or its ID.")],
     as_json: Json = False,
 ) -> None:
-    """Show what a tenant owns; one that was deleted is found by its id."""
+    """Show what a tenant owns. Use the ID for a tenant that was deleted."""
     with _client() as client:
         found = client.get(f"/v1/tenants/{quote(tenant, safe='')}")
     _tell(found, as_json)
@@ -58,16 +58,19 @@ def show(
 def delete(
     tenant: Tenant,
     why: Why = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete a tenant for good, with its keys, jobs, pictures, exports, inputs and images."""
+    """Delete a tenant with its keys, jobs, pictures, exports, inputs and control images.
+
+    This cannot be undone. Files that were exported to other buckets stay.
+    """
     with _client() as client:
         path = f"/v1/tenants/{quote(tenant, safe='')}"
         found = client.get(path)
         if not yes:
             note(f"Tenant {tenant} owns {_owned(found)}.")
-            typer.confirm("Delete all of it for good?", abort=True, err=True)
+            typer.confirm("Delete all of this? This cannot be undone.", abort=True, err=True)
         found = client.delete(path, why)
     _tell(found, as_json)
 
@@ -76,10 +79,10 @@ def _tell(tenant: dict[str, Any], as_json: bool) -> None:
     if as_json:
         emit(tenant)
     elif tenant["emptied_at"]:
-        say(f"Nothing is left of tenant {tenant['id']} since {tenant['emptied_at']}.")
+        say(f"Tenant {tenant['id']} is deleted. Nothing is left since {tenant['emptied_at']}.")
     elif tenant["removed_at"]:
         say(f"Tenant {tenant['id']} is being deleted. It still owns {_owned(tenant)}.")
-        note(f"`farm tenants show {tenant['id']}` tells when nothing is left.")
+        note(f"Check the progress with `farm tenants show {tenant['id']}`.")
     else:
         say(f"Tenant {tenant['name']} owns {_owned(tenant)}.")
 
@@ -90,7 +93,7 @@ def _owned(tenant: dict[str, Any]) -> str:
 
 @destinations_app.callback(invoke_without_command=True)
 def destinations(context: typer.Context, as_json: Json = False) -> None:
-    """List where datasets may be exported to."""
+    """List the export destinations of all tenants."""
     if context.invoked_subcommand is not None:
         return
     with _client() as client:
@@ -99,7 +102,7 @@ def destinations(context: typer.Context, as_json: Json = False) -> None:
         emit(page)
         return
     if not page["data"]:
-        say("No tenant may export to a bucket of its own.", "yellow")
+        say("No export destination is granted.", "yellow")
         return
     table = columns("id", "tenant", "destination", "since")
     for each in page["data"]:
@@ -115,7 +118,10 @@ def grant(
     why: Why = "",
     as_json: Json = False,
 ) -> None:
-    """Let a tenant export to a bucket, at or below a prefix."""
+    """Allow a tenant to export to a bucket, at or below a prefix.
+
+    Example: farm destinations grant shop s3://datasets/shop
+    """
     with _client() as client:
         made = client.post("/v1/destinations", {"tenant": tenant, "dest": dest, "why": why})
     if as_json:
@@ -126,22 +132,22 @@ def grant(
 
 @destinations_app.command()
 def revoke(
-    destination: Annotated[str, typer.Argument(metavar="ID", help="As the list shows it.")],
+    destination: Annotated[str, typer.Argument(metavar="ID", help="ID, from `farm destinations`.")],
     why: Why = "",
 ) -> None:
-    """Take a destination away; what lies there stays."""
+    """Revoke a destination. Files that were exported there stay."""
     if not destination.strip():
-        raise InvalidRequest("Which destination? `farm destinations` lists them.", param="id")
+        raise InvalidRequest("ID: missing. `farm destinations` lists the IDs.", param="id")
     with _client() as client:
         client.delete(f"/v1/destinations/{quote(destination, safe='')}", why)
-    say(f"Destination {destination} is taken away.")
+    say(f"Destination {destination} is revoked.")
 
 
 def actions(
-    limit: Annotated[int, typer.Option(min=1, help="How many, at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Number of actions to show.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List what operators did, newest first."""
+    """List the actions of operators, newest first."""
     with _client() as client:
         found = list(client.items("/v1/actions", limit=limit))
     if as_json:

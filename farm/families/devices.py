@@ -48,7 +48,7 @@ def dtype_of(pipeline: Pipeline, device: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """What decides a device's bits: the GPU's name, or the instruction sets that a CPU uses.
+    """Return the name that decides the bits of a device: the GPU, or the instruction sets of a CPU.
 
     These are torch's own and oneDNN's: `cpu AVX512, oneDNN Intel AVX 10.1`.
     """

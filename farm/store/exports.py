@@ -101,7 +101,7 @@ WHERE e.id = s.export_id AND e.state = 'running' AND e.removed_at IS NULL
   AND s.whole = false AND s.done_at IS NULL AND s.due_at < clock_timestamp() - interval '1 minute'
 """)
 
-# Tenants take turns: the one whose turn was longest ago comes first, and whoever claims writes one
+# Tenants take turns: the tenant whose last claim is oldest comes first, and a process writes one
 # shard of a tenant at a time.
 CLAIM = text("""
 WITH turn AS MATERIALIZED (

@@ -11,8 +11,8 @@ from sqlalchemy import Connection, text
 
 from farm.errors import NotFound, Unavailable
 
-# Whoever stores an object and whoever deletes it exclude each other by its row: it is `arriving`
-# before the first byte is stored, and `removing` until the object is gone.
+# The row excludes storing and deleting an object at the same time: its state is `arriving` before
+# the first byte is stored, and `removing` until the object is deleted.
 BEGIN = text("""
 INSERT INTO images (tenant_id, sha256, width, height, bytes, state)
 VALUES (:tenant_id, :sha256, :width, :height, :bytes, 'arriving')
@@ -69,7 +69,7 @@ WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'removing'
 """)
 
 
-BEING_DELETED = "This image is being deleted; send it again in a moment."
+BEING_DELETED = "This image is being deleted. Send it again in a few seconds."
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def finish_image(connection: Connection, tenant_id: uuid.UUID, sha256: bytes) ->
     """Note that an image is stored; one that was there already stays as it is.
 
     Raises:
-        Unavailable: it was deleted meanwhile.
+        Unavailable: it was deleted during the upload.
     """
     wanted = {"tenant_id": tenant_id, "sha256": sha256}
     row = connection.execute(FINISH, wanted).first()

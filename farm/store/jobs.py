@@ -171,8 +171,8 @@ WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDAT
 # What stood still says nothing of the pace when it goes on.
 PACE_ANEW = "pace_since = NULL, pace_next = NULL"
 
-# What a job is told its returned frames follow later, slice by slice: see follow. Told again, it is
-# behind from another number below 0, so that whoever is at a slice finds out.
+# Returned frames follow a pause, resume or cancel later, in slices: see `follow`. Each of these calls
+# sets another number below 0, so that a slice in progress notices the change.
 FALLS_BEHIND = """
 behind_from = CASE WHEN EXISTS (SELECT FROM returns WHERE job_id = jobs.id)
               THEN least(coalesce(behind_from, 0), 0) - 1 END
@@ -240,7 +240,7 @@ WITH slice AS MATERIALIZED ({SLICE}), told AS (
 SELECT count(*) AS rows, max(ordinal) AS last FROM slice
 """)  # noqa: S608 - constants only
 
-# Not where it was told something else meanwhile: then all of its frames are behind again.
+# Not after another pause, resume or cancel in between: then all of its frames are behind again.
 FOLLOWED = text("""
 UPDATE jobs SET behind_from = :next
 WHERE id = :id AND behind_from = :behind_from AND paused = :paused AND status = :status

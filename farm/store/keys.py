@@ -62,7 +62,7 @@ def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
     """
     row = connection.execute(TENANT, {"id": uuid.uuid4(), "name": name}).first()
     if row is None:
-        raise InvalidRequest(f"tenant: {name} is a tenant that was removed.", param="tenant")
+        raise InvalidRequest(f"tenant: {name} is the ID of a deleted tenant.", param="tenant")
     found: uuid.UUID = row.id
     return found
 

@@ -16,7 +16,7 @@ FIRSTS = (1, 3, 5, 7)
 """The first byte of each band, as SQL counts them"""
 
 # Of two prints that differ in few bits, one of four bands differs in a quarter of them at most: so
-# each band is looked up, with all that is as near to it. Each has an index of its own.
+# each band is looked up by its own index, together with all values as near to it.
 NEAREST = text(f"""
 SELECT ordinal, bit_count((print # CAST(:print AS bigint))::bit(64)) AS bits FROM (
     {
@@ -42,8 +42,8 @@ def keep_print(
 ) -> tuple[int, int] | None:
     """Keep a picture's print, unless one of its job is near.
 
-    One at a time for each job, so that of two alike one is kept. It takes milliseconds, beside a
-    million others too.
+    One at a time for each job, so that of two alike one is kept. It takes milliseconds, also with a
+    million prints.
 
     Args:
         connection: in a transaction.

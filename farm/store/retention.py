@@ -74,7 +74,7 @@ WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for c
     )
 }
 
-# A job's events outlive it, for whoever follows them; those of a removed tenant do not.
+# The events of a job are kept after its removal, for streams; those of a removed tenant are not.
 DELETE_EVENTS = text("""
 WITH old AS (
     SELECT e.id

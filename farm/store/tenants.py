@@ -120,7 +120,7 @@ def delete_of_removed(connection: Connection) -> None:
     """Cancel some of the jobs of removed tenants, and delete some of their rows.
 
     Args:
-        connection: in no transaction: each job is cancelled in one of its own.
+        connection: not in a transaction: each job is cancelled in a separate one.
     """
     with connection.begin():
         removed = connection.execute(REMOVED, {"late": LATE_SECONDS}).all()
@@ -130,7 +130,7 @@ def delete_of_removed(connection: Connection) -> None:
         with connection.begin():
             job_ids = connection.execute(OPEN_JOBS, wanted).scalars().all()
         for job_id in job_ids:
-            with suppress(Conflict, NotFound), connection.begin():  # it may have ended meanwhile
+            with suppress(Conflict, NotFound), connection.begin():  # it has ended since
                 cancel_job(connection, tenant.id, job_id)
         with connection.begin():
             connection.execute(REMOVE_JOBS, wanted)

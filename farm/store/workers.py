@@ -83,7 +83,7 @@ FROM come WHERE w.id = :worker_id
 ACCOUNT = text(f"WITH come AS (SELECT :succeeded AS succeeded, :dropped AS dropped) {ADD}")
 
 # `w.state` and `w.problem` as they are shown: a worker that rests cannot render either.
-# For the tenant that looks; for an operator, who is none here, whomever it is for.
+# For the tenant that asks. For an operator (no tenant): for any tenant.
 RESTS_NOW = """w.resting_until > clock_timestamp()
     AND (w.avoids IS NULL OR CAST(:tenant_id AS uuid) IS NULL OR w.avoids = :tenant_id)"""
 STATE_NOW = f"CASE WHEN {RESTS_NOW} THEN 'failed' ELSE w.state END"

@@ -143,7 +143,7 @@ def test_a_name_is_free_again_at_once(farm: Farm, api: Api, operator: httpx.Clie
     assert api.client("ann").get("/v1/jobs").json() == {"data": [], "next": None}
     assert id_of(farm, "ann") != before
     done = command("keys", "create", "--tenant", before, env={"FARM_DATABASE_URL": url(farm)})
-    assert "is a tenant that was removed" in done.err
+    assert "is the ID of a deleted tenant" in done.err
 
 
 def url(farm: Farm) -> str:

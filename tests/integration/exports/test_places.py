@@ -81,7 +81,7 @@ def test_a_place_that_holds_objects_is_refused(
     monkeypatch.setattr("farm.exports.uuid.uuid4", lambda: taken)
     asked = {"to": "parquet", "dest": f"s3://{elsewhere}/ann"}
     problem = check_problem(ann.post(f"/v1/jobs/{job_id}/exports", json=asked), 422)
-    assert "objects lie at" in problem["detail"]
+    assert "is not empty" in problem["detail"]
 
 
 def test_a_bucket_that_is_not_there_is_told_when_the_export_is_asked_for(
