@@ -207,7 +207,7 @@ class FullSpec(BaseModel):
     labels: dict[str, str]
 
     def stored(self) -> str:
-        """Serialize to JSON. The points of a large grid are stored by axis; `runs` has its own column."""
+        """Serialize to JSON, a large grid by axis. `runs` has its own column."""
         data = self.model_dump(mode="json")
         layout = packed(data["points"], data["params"], data["grid"])
         return json.dumps(data if layout is None else {**data, "points": layout.model_dump()})
