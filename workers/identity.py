@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 VARIABLE = "FARM_WORKER"
 KNOCK = signal.SIGURG
-"""Signal from the parent to its child: work is waiting and no bell came, for example during an outage
-of Redis. A child without a handler ignores it."""
+"""Signal from the parent to its child: work waits and no bell came, for example while Redis is away.
+A child without a handler ignores it."""
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,8 @@ WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDAT
 # What stood still says nothing of the pace when it goes on.
 PACE_ANEW = "pace_since = NULL, pace_next = NULL"
 
-# Returned frames follow a pause, resume or cancel later, in slices: see `follow`. Each of these calls
-# sets another number below 0, so that a slice in progress notices the change.
+# Returned frames follow a pause, resume or cancel later, in slices: see `follow`. Each call sets
+# another number below 0, so that a slice in progress notices the change.
 FALLS_BEHIND = """
 behind_from = CASE WHEN EXISTS (SELECT FROM returns WHERE job_id = jobs.id)
               THEN least(coalesce(behind_from, 0), 0) - 1 END
