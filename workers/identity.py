@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 VARIABLE = "FARM_WORKER"
 KNOCK = signal.SIGURG
-"""Signal from the parent to its child: work waits and no bell came, for example while Redis is away.
+"""Signal from the parent to its child: work waits and no bell came, such as while Redis is away.
 A child without a handler ignores it."""
 
 
