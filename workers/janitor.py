@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 
 from farm.context import Farm
 from farm.errors import Unavailable
@@ -19,6 +20,8 @@ from workers.storage import StorageWork
 log = logging.getLogger(__name__)
 
 FOLD_SECONDS = 86_400.0
+LOOK_AGAIN_SECONDS = 60.0
+"""Between two checks of shards that may have missed their event."""
 INPUTS_A_SWEEP = 10
 """Each with its lines"""
 ROWS_A_SWEEP = 5000
@@ -37,6 +40,7 @@ class Janitor:
     def __init__(self, farm: Farm) -> None:
         self._farm = farm
         settings = farm.settings
+        self._look_again_at = 0.0
         self._patience = max(settings.transaction_seconds, 3 * settings.sweep_seconds)
 
     def run(self, stop: threading.Event) -> None:
@@ -81,7 +85,9 @@ class Janitor:
             gone = workers.sweep(connection, settings.worker_timeout_seconds)
             workers.fold(connection, FOLD_SECONDS)
             waiting = lanes.claimable_lanes(connection)
-            exports.look_again(connection)
+            if time.monotonic() >= self._look_again_at:
+                exports.look_again(connection)
+                self._look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
             chores = exports.any_due(connection)
         for lane in expired:
             log.warning("Leases of lane %s expired; their frames were returned.", lane)

@@ -95,10 +95,17 @@ WHERE s.export_id = j.export_id AND s.number = j.number AND s.whole IS NOT TRUE
 # What was judged in the very moment in which a job came to its end, or by a version that notes
 # nothing, is looked at again.
 LOOK_AGAIN = text("""
+WITH doubtful AS (
+    SELECT s.export_id, s.number
+    FROM exports e JOIN export_shards s ON s.export_id = e.id LEFT JOIN jobs j ON j.id = s.job_id
+    WHERE e.state = 'running' AND e.removed_at IS NULL
+      AND s.whole = false AND s.done_at IS NULL
+      AND s.due_at < clock_timestamp() - interval '1 minute'
+      AND (j.id IS NULL OR j.finished_at IS NOT NULL OR j.cursor >= s.stop)
+    LIMIT :limit
+)
 UPDATE export_shards s SET whole = NULL
-FROM exports e
-WHERE e.id = s.export_id AND e.state = 'running' AND e.removed_at IS NULL
-  AND s.whole = false AND s.done_at IS NULL AND s.due_at < clock_timestamp() - interval '1 minute'
+FROM doubtful d WHERE s.export_id = d.export_id AND s.number = d.number AND s.whole = false
 """)
 
 # Tenants take turns: the tenant whose last claim is oldest comes first, and a process writes one
@@ -394,8 +401,8 @@ def any_due(connection: Connection) -> bool:
 
 
 def look_again(connection: Connection) -> None:
-    """Let shards that have not been whole for a minute be looked at again."""
-    connection.execute(LOOK_AGAIN)
+    """Check shards again that were not whole a minute ago, though their frames were claimed."""
+    connection.execute(LOOK_AGAIN, {"limit": LOOKED_AT_ONCE})
 
 
 def claim_shard(
