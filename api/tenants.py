@@ -50,8 +50,9 @@ def delete_tenant(farm: FarmHere, actor: Acting, tenant: Tenant, why: Why = "") 
         if found.removed_at is None:
             if found.name == actor.tenant:
                 raise Conflict("This key belongs to the tenant. Use a key of another tenant.")
-            keys = tenants.remove_tenant(connection, found.id)
-            target, outcome = f"tenant {found.name}", f"{keys} keys revoked; its id is {found.id}"
+            tenants.remove_tenant(connection, found.id)
+            target = f"tenant {found.name}"
+            outcome = f"{found.keys} keys revoked; its id is {found.id}"
             actions.record(connection, actor, "tenant.delete", target, why, outcome)
             found = _found(connection, str(found.id))
     return _view(found)

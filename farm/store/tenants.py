@@ -1,6 +1,6 @@
 """Tenants, and their removal with everything they own.
 
-A tenant that is removed is gone at once: its keys are revoked, and its name is free for another.
+A tenant that is removed is gone at once: its keys are refused, and its name is free for another.
 Then the janitor deletes what it owned, piece by piece. The row itself stays, without a name: by its
 id whatever a late worker still stores for it is known, and deleted too.
 """
@@ -43,12 +43,8 @@ WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
 
 REMOVE = text("""
-WITH gone AS (
-    UPDATE tenants SET removed_at = clock_timestamp(), name = id::text
-    WHERE id = :id AND removed_at IS NULL RETURNING id
-)
-UPDATE keys k SET revoked_at = coalesce(k.revoked_at, clock_timestamp())
-FROM gone WHERE k.tenant_id = gone.id
+UPDATE tenants SET removed_at = clock_timestamp(), name = id::text
+WHERE id = :id AND removed_at IS NULL
 """)
 
 REMOVED = text("""
@@ -111,9 +107,9 @@ def find_tenant(connection: Connection, word: str) -> Row[Any] | None:
     return connection.execute(ONE, {"word": word}).first()
 
 
-def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> int:
-    """Remove a tenant: its keys are revoked at once; returns how many."""
-    return connection.execute(REMOVE, {"id": tenant_id}).rowcount
+def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:
+    """Remove a tenant. Its keys and sessions are refused from now on: see `keys.FIND`."""
+    connection.execute(REMOVE, {"id": tenant_id})
 
 
 def delete_of_removed(connection: Connection) -> None:
