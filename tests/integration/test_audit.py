@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import text
 
 from farm import audit as auditing
 from farm.audit import audited
@@ -17,7 +17,8 @@ from farm.invariants import Invariant
 from farm.local import Servers
 from farm.store import auditing as questions
 from farm.store.engine import transaction
-from tests.conftest import fresh_settings
+from tests.conftest import settings_on
+from tests.databases import Databases
 from tests.farming import new_tenant, sql
 from tests.integration.damages import DAMAGES, Damage
 from tests.integration.situations import Jobs, fill
@@ -25,23 +26,24 @@ from tests.integration.situations import Jobs, fill
 
 @pytest.fixture(scope="module")
 def filled_once(
-    servers: Servers, template: str, tmp_path_factory: pytest.TempPathFactory
+    servers: Servers, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Jobs]]:
     """Name of a database with a job in each situation, and the jobs' IDs."""
-    with fresh_settings(servers, template, tmp_path_factory.mktemp("filled")) as settings:
-        farm = open_farm(settings)
+    with databases.fresh() as name:
+        folder = tmp_path_factory.mktemp("filled")
+        farm = open_farm(settings_on(servers, databases.url(name), folder))
         jobs = fill(farm, new_tenant(farm, "default"))
         farm.close()
-        database = make_url(settings.database_url.get_secret_value()).database
-        assert database is not None
-        yield database, jobs
+        yield name, jobs
 
 
 @pytest.fixture
-def settings(servers: Servers, filled_once: tuple[str, Jobs], tmp_path: Path) -> Iterator[Settings]:
+def settings(
+    servers: Servers, databases: Databases, filled_once: tuple[str, Jobs], tmp_path: Path
+) -> Iterator[Settings]:
     """Settings of a farm on a copy of that database. All copies share the stored images."""
-    with fresh_settings(servers, filled_once[0], tmp_path) as copy:
-        yield copy
+    with databases.copy(filled_once[0]) as name:
+        yield settings_on(servers, databases.url(name), tmp_path)
 
 
 @pytest.fixture

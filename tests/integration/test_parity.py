@@ -24,7 +24,8 @@ from farm.families.devices import torch_threads
 from farm.local import Servers
 from tests.bare import Bare, Picture, frames_of
 from tests.checkpoints import save
-from tests.conftest import fresh_settings
+from tests.conftest import settings_on
+from tests.databases import Databases
 from tests.parity_cases import (
     CASES,
     CATALOG,
@@ -124,14 +125,15 @@ class Studio:
 
 @pytest.fixture(scope="module")
 def studio(
-    servers: Servers, template: str, tmp_path_factory: pytest.TempPathFactory
+    servers: Servers, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Studio]:
     folder = tmp_path_factory.mktemp("parity")
     for kind in CHECKPOINTS:
         save(kind, folder / kind)
     catalog = folder / "pipelines.toml"
     catalog.write_text(CATALOG.replace("\nsource", f"\n{OF_ALL}source"))
-    with fresh_settings(servers, template, folder) as settings:
+    with databases.fresh() as name:
+        settings = settings_on(servers, databases.url(name), folder)
         farm = open_farm(settings.model_copy(update={"pipelines": catalog}))
         with serving(farm) as api, ExitStack() as lines:
             studio = Studio(farm, api.client(), Bare(folder, IMAGES, THREADS), lines)
