@@ -36,7 +36,7 @@ LEAVE = """
 SELECT bool_and(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
 """
-# Any change of a table or a function writes a row of one of these; VACUUM and ANALYZE do not.
+# Any change of a table or a function writes a row of one of these, and so does ANALYZE.
 SHAPE = """
 WITH ours AS (SELECT oid, xmin FROM pg_class WHERE relnamespace = 'public'::regnamespace),
 written AS (
@@ -46,7 +46,9 @@ written AS (
   UNION ALL SELECT xmin FROM pg_trigger WHERE tgrelid IN (SELECT oid FROM ours)
   UNION ALL SELECT xmin FROM pg_proc WHERE pronamespace = 'public'::regnamespace
 )
-SELECT count(*), max(xmin::text::bigint), pg_database_size(current_database()) >> 23,
+SELECT count(*), max(xmin::text::bigint),
+  (SELECT count(*) FROM pg_statistic WHERE starelid IN (SELECT oid FROM ours)),
+  pg_database_size(current_database()) >> 23,
   EXISTS (SELECT FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
     WHERE d.datname = current_database())
 FROM written
@@ -105,8 +107,8 @@ class Databases:
             self._drop(name)
 
     @contextmanager
-    def copy(self, of: str) -> Iterator[str]:
-        """Lend a copy of a database that nobody is connected to: its name."""
+    def copy(self, of: str = TEMPLATE) -> Iterator[str]:
+        """Lend a copy of a database that nobody is connected to, for this test alone: its name."""
         name = self._copy(of)
         yield name
         self._drop(name)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import TextClause, text
 
+from farm.config import Settings
 from farm.context import Farm
+from farm.local import Servers
 from farm.states import TERMINAL
 from farm.store import events, frames, jobs, lanes, leases, lines, reading, retention, specs
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS
+from tests.conftest import settings_on
+from tests.databases import Databases
 from tests.farming import hire, new_tenant, submit
 
 LARGE = {"jobs", "frames", "events", "input_chunks", "attempts", "returns"}
@@ -122,6 +127,13 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     **{f"delete {name}": (q, {"limit": 100}) for name, q in retention.DELETE_ROWS.items()},
     "back-off": (lanes.BACKING_OFF, {"job_id": uuid.UUID(int=1)}),
 }
+
+
+@pytest.fixture
+def settings(servers: Servers, databases: Databases, tmp_path: Path) -> Iterator[Settings]:
+    """On a database that no other test has filled: plans go by the sizes of its files."""
+    with databases.copy() as name:
+        yield settings_on(servers, databases.url(name), tmp_path)
 
 
 @pytest.fixture

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,11 @@ from pydantic import ValidationError
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.families.null import write_checkpoint
+from farm.local.ports import free_port
 from farm.spec import FrameSpec
 from farm.store import workers
 from farm.store.engine import transaction
+from farm.traces import Traces
 from tests.farming import job_row, new_tenant, submit
 from tests.noise import Noise
 from tests.receiving import Received, Receiver, receiving
@@ -29,6 +33,8 @@ from tests.waiting import wait_until
 from workers.identity import Identity
 from workers.line import RenderLine
 
+SENDING_SECONDS = 10.0
+"""That one try to send lasts where nobody answers: nothing may wait for one"""
 STAGES = ["claim", "denoise", "encode", "put", "complete"]
 
 
@@ -264,3 +270,28 @@ def test_the_endpoint_is_opentelemetrys_own_or_the_farms(monkeypatch: pytest.Mon
     monkeypatch.setenv("FARM_OTLP_ENDPOINT", "collector:4317")
     with pytest.raises(ValidationError, match="OTEL_EXPORTER_OTLP_ENDPOINT, must begin with http"):
         Settings()
+
+
+@pytest.mark.parametrize("kind", ["nobody listens", "nobody answers"])
+def test_a_receiver_that_is_away_costs_nothing(
+    farm: Farm, tenant: uuid.UUID, line: RenderLine, kind: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1] if kind == "nobody answers" else free_port()
+        nowhere = farm.settings.model_copy(update={"otlp_endpoint": f"http://127.0.0.1:{port}"})
+        farm.close_traces()
+        farm.traces = Traces(nowhere.otlp_endpoint)
+        moments = [time.monotonic()]
+        with serving(farm, nowhere) as api:
+            job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40)
+            moments.append(time.monotonic())
+            line.run()
+            moments.append(time.monotonic())
+            assert job_row(farm, tenant, job_id).status == "succeeded"
+            assert api.submit(api.client())["status"] == "queued"
+            moments.append(time.monotonic())
+        moments.append(time.monotonic())
+        farm.close_traces()
+        moments.append(time.monotonic())
+    took = [after - before for before, after in pairwise(moments)]
+    assert max(took) < SENDING_SECONDS, took

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import time
 import uuid
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 
 from farm import jobs
 from farm.context import Farm
 from farm.filters import NEAR
-from farm.local.ports import free_port
 from farm.store import prints
 from farm.store.engine import transaction
-from farm.traces import Traces
 from tests.farming import hire, job_row, new_tenant, sql, submit
 from tests.integration.test_following import follow, returned
 from tests.noise import Noise
-from tests.serving import serving
 from workers.line import RenderLine
 
 FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
 PRINTS = int(os.environ.get("FARM_TEST_PRINTS", "20000"))
-SENDING_SECONDS = 10.0
-"""That one try to send lasts where nobody answers: nothing may wait for one"""
 
 
 def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
@@ -53,31 +46,6 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
     assert sql(farm, "SELECT count(*) FROM frames")[0][0] == 24
     assert job_row(farm, tenant, job_id).cancelled == 1_000_000
     assert (accepted < 1.0, cancelled < 1.0) == (True, True), (accepted, cancelled)
-
-
-@pytest.mark.parametrize("kind", ["nobody listens", "nobody answers"])
-def test_a_receiver_that_is_away_costs_nothing(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine, kind: str
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1] if kind == "nobody answers" else free_port()
-        nowhere = farm.settings.model_copy(update={"otlp_endpoint": f"http://127.0.0.1:{port}"})
-        farm.close_traces()
-        farm.traces = Traces(nowhere.otlp_endpoint)
-        moments = [time.monotonic()]
-        with serving(farm, nowhere) as api:
-            job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40)
-            moments.append(time.monotonic())
-            line.run()
-            moments.append(time.monotonic())
-            assert job_row(farm, tenant, job_id).status == "succeeded"
-            assert api.submit(api.client())["status"] == "queued"
-            moments.append(time.monotonic())
-        moments.append(time.monotonic())
-        farm.close_traces()
-        moments.append(time.monotonic())
-    took = [after - before for before, after in pairwise(moments)]
-    assert max(took) < SENDING_SECONDS, took
 
 
 def test_the_hook_costs_less_than_a_hundredth_of_a_step(
