@@ -144,8 +144,7 @@ class Child:
         seconds = self._clock() - started
         log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
         self._line = line
-        # A fresh process costs more: it starts, and imports what it needs.
-        self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
+        self._say("idle", device=loaded.device)
         return None
 
     def _say(
@@ -154,7 +153,6 @@ class Child:
         *,
         device: str | None = None,
         problem: str | None = None,
-        load_seconds: float | None = None,
     ) -> None:
         with transaction(self._farm.store) as connection:
             workers.set_state(
@@ -163,5 +161,4 @@ class Child:
                 state,
                 device=device,
                 problem=problem,
-                load_seconds=load_seconds,
             )

@@ -19,7 +19,6 @@ from farm.spec import Run, shrunk
 from farm.states import FrameState, after_failure, retry_delay
 from farm.store import arrays
 from farm.store.claim import Fence
-from farm.store.resting import SPARED_AT_MOST, on_trial
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, lock_jobs, tally
 from farm.store.workers import ADD, Account
@@ -29,6 +28,9 @@ FAILED = "frames.failed"
 
 WORKER_LOST = "worker_lost"
 """Why an attempt ended whose process did"""
+
+LOST_BESIDE_AT_MOST = 10
+"""So often a frame's process may end, uncharged, while another frame is on the device"""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,9 @@ class Failure:
     """Before the frame may be claimed again; None: longer with each attempt."""
     redraw: bool = False
     """Whether its picture was rejected: it is drawn again with another seed, until `top_up`"""
-    wait_seconds: float = 0.0
-    """The least that it waits, where it is longer with each attempt."""
 
 
-LOCK_LEASE = text("SELECT job_ids, worker_id FROM leases WHERE id = :id FOR UPDATE")
+LOCK_LEASE = text("SELECT job_ids FROM leases WHERE id = :id FOR UPDATE")
 
 COMPLETE = """
 SELECT * FROM pg_temp.complete(
@@ -238,8 +238,8 @@ def fail(
     """End attempts that did not succeed; returns where each accepted frame went: ready or dead."""
     if not failures:
         return {}
-    worker_id = _lock(connection, lease_id, [failure.fence for failure in failures])
-    ended = end_attempts(connection, FAILED, failures, retry_seconds, worker_id)
+    _lock(connection, lease_id, [failure.fence for failure in failures])
+    ended = end_attempts(connection, FAILED, failures, retry_seconds)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
     return ended
 
@@ -261,22 +261,14 @@ def give_back(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
     return set(end_attempts(connection, "frames.released", failures, 0.0))
 
 
-def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> uuid.UUID | None:
-    """Lock a lease and every job of it, also those that a later write of the transaction needs.
-
-    Returns whose lease it is; None where it is gone.
-    """
+def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> None:
+    """Lock a lease and every job of it, also those that a later write of the transaction needs."""
     lease = connection.execute(LOCK_LEASE, {"id": lease_id}).first()
     lock_jobs(connection, [*(lease.job_ids if lease else []), *(job_id for job_id, _, _ in fences)])
-    return lease.worker_id if lease else None
 
 
 def end_attempts(
-    connection: Connection,
-    kind: str,
-    failures: Sequence[Failure],
-    retry_seconds: float,
-    worker_id: uuid.UUID | None = None,
+    connection: Connection, kind: str, failures: Sequence[Failure], retry_seconds: float
 ) -> dict[Fence, FrameState]:
     """End attempts, as far as they still run; their jobs must be locked.
 
@@ -285,7 +277,6 @@ def end_attempts(
         kind: the event's.
         failures: why each ended.
         retry_seconds: the back-off before a second attempt.
-        worker_id: whose they were, where its being on trial spares them.
 
     Returns:
         Where each went: ready or dead.
@@ -297,9 +288,8 @@ def end_attempts(
     for fence in _shrink(connection, [failure for failure in failures if failure.smaller]):
         # A smaller bucket is tried next, with neighbours.
         of[fence] = replace(of[fence], charged=False, alone=False)
-    spare = worker_id is not None and on_trial(connection, worker_id)
     endings = [
-        _ending(row, of[row.job_id, row.ordinal, row.attempt], retry_seconds, spare) for row in held
+        _ending(row, of[row.job_id, row.ordinal, row.attempt], retry_seconds) for row in held
     ]
     deltas: dict[uuid.UUID, Delta] = {}
     for ending in endings:
@@ -344,18 +334,16 @@ class _Ending:
     delay_seconds: float
 
 
-def _ending(row: Row[Any], failure: Failure, retry_seconds: float, spare: bool) -> _Ending:
-    """Say what becomes of a frame; `spare`: its worker may be the cause, so it is not charged."""
+def _ending(row: Row[Any], failure: Failure, retry_seconds: float) -> _Ending:
     if failure.redraw:
         return _redraw(row, failure)
-    spare = spare and failure.retryable and row.spared < SPARED_AT_MOST
-    charged = failure.charged and not spare
-    if failure.reason == WORKER_LOST and row.spared >= SPARED_AT_MOST:
+    charged = failure.charged
+    if failure.reason == WORKER_LOST and row.spared >= LOST_BESIDE_AT_MOST:
         charged = True  # whatever it is, it is never there when a process does not end
     state = after_failure(failure.retryable, row.attempt - row.spared, row.max_attempts)
     delay = failure.delay_seconds
     if delay is None:
-        delay = max(failure.wait_seconds, retry_delay(row.attempt, retry_seconds))
+        delay = retry_delay(row.attempt, retry_seconds)
     return _Ending(failure, state if charged else FrameState.READY, charged, delay)
 
 
@@ -373,7 +361,7 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, Any]:
         "states": [ending.state for ending in endings],
         "delays": [ending.delay_seconds for ending in endings],
         "spared": [0 if ending.charged else 1 for ending in endings],
-        # What may be to blame goes alone from now on, whether it is charged or spared.
+        # What may be to blame goes alone from now on.
         "alone": [failure.alone or failure.charged for failure in failures],
         "redraws": [
             int(ending.failure.redraw and ending.state is FrameState.READY) for ending in endings

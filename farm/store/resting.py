@@ -1,11 +1,9 @@
 """A worker whose different frames fail in a row rests: a circuit breaker, one a worker.
 
 After THREE_FRAMES it claims nothing for a while; where all that failed is one tenant's, nothing of
-this tenant, and it serves the others. Then it is on trial: it claims once more; a
-success ends the matter (workers.account), a failure lets it rest twice as long. What failed on it
-is what it claims last (sql/claim.sql), so that a trial is another frame's where there is one; and
-an error on trial is not charged to its frame, since the worker may be why. But a frame is spared
-SPARED_AT_MOST times, and the death of a process is charged: no job waits for ever.
+this tenant, and it serves the others. Then it claims one batch;
+a success ends the matter (workers.account), a failure lets it rest twice as long. What failed on it
+is what it claims last (sql/claim.sql), so that this batch is another frame's where there is one.
 """
 
 from __future__ import annotations
@@ -17,15 +15,8 @@ from sqlalchemy import Connection, text
 
 THREE_FRAMES = 3
 MOST_SECONDS = 300.0
-SPARED_AT_MOST = 10
 REMEMBERED = 100
 """Frames that failed on a worker; older ones it may claim again like any other."""
-
-# What it claims of others while it avoids a tenant is no trial.
-ON_TRIAL = text("""
-SELECT rests > 0 AND NOT (avoids IS NOT NULL AND resting_until > clock_timestamp())
-FROM workers WHERE id = :id
-""")
 
 FAILING = text("SELECT failing, rests FROM workers WHERE id = :id")
 
@@ -43,11 +34,6 @@ UPDATE workers SET failing = :failing, rests = rests + 1,
                    resting_until = clock_timestamp() + make_interval(secs => :seconds)
 WHERE id = :id RETURNING resting_until
 """)
-
-
-def on_trial(connection: Connection, worker_id: uuid.UUID) -> bool:
-    """Whether a worker has rested since a frame of it last succeeded."""
-    return bool(connection.execute(ON_TRIAL, {"id": worker_id}).scalar())
 
 
 def note_failure(

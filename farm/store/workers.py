@@ -32,7 +32,7 @@ LEAVE = text("UPDATE workers SET gone = true WHERE id = :id")
 
 SET_STATE = text("""
 UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device, device),
-                   load_seconds = coalesce(:load_seconds, load_seconds), seen_at = clock_timestamp()
+                   seen_at = clock_timestamp()
 WHERE id = :id
 """)
 
@@ -174,10 +174,9 @@ def set_state(
     *,
     device: str | None = None,
     problem: str | None = None,
-    load_seconds: float | None = None,
 ) -> None:
     """Say what a worker does now: loading, idle, rendering or failed."""
-    values = {"device": device, "problem": problem, "load_seconds": load_seconds}
+    values = {"device": device, "problem": problem}
     connection.execute(SET_STATE, {"id": worker_id, "state": state, **values})
 
 

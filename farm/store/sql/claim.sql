@@ -152,7 +152,7 @@ BEGIN
     INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
       AND (coalesce(w.resting_until <= clock_timestamp(), true) OR w.avoids IS NOT NULL)
-      -- on trial it has one batch at a time
+      -- after a rest it has one batch at a time
       AND (w.rests = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
     IF NOT FOUND THEN RETURN; END IF;
 
