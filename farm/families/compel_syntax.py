@@ -34,6 +34,8 @@ MARKS = re.compile(r'\\[()",.+\-=]|[()"]')
 """What opens or closes, and what a backslash makes plain"""
 SIGNS = re.compile(rf"\+{{{MAX_SIGNS + 1},}}")
 SIGNED = re.compile(r'(?<=[^ \t\r\n()"+\-])(?:[+-]{2,}+|[+-](?=[\s(),.="]|$))')
+LONE_SIGN = re.compile(r'(?<![^\s(",.=+\-])(?:[+-]{2,}+|[+-](?=[\s(),.="]|$))')
+"""Signs that follow no word: around them Compel takes brackets and quotation marks for plain ones"""
 STRANGE_SPACE = re.compile(r"[\v\f]")
 LONE_SPACE = re.compile(r'(?<![^ \t\r\n(),."+\-=])[^\S \t\r\n]++(?=[ \t\r\n(),."+\-=]|$)')
 """A space that Compel takes for a word, and its tokenizer for nothing: it fails at their weights"""
@@ -88,6 +90,12 @@ class _Opened:
     is_quoted: bool = False
     last: int = -1
     """Where the last mark stood"""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    """From where to where each pair went that is not an operator's"""
+    operators: list[tuple[int, int]] = field(default_factory=list)
+    """The operators' pairs"""
+    ends: set[int] = field(default_factory=set)
+    """Where quotations ended"""
 
 
 def _check_marks(text: str, opened: _Opened) -> None:
@@ -109,8 +117,20 @@ def _check_marks(text: str, opened: _Opened) -> None:
             f"there are {pieces}"
         )
         raise _wrong(text, 0, reason)
+    if not opened.is_mixed:
+        _check_lone_signs(text, opened)
     if pieces and (lone := LONE_SPACE.search(text)):
         raise _wrong(text, lone.start(), "no weight can be given to a space; write a plain one")
+
+
+def _check_lone_signs(text: str, opened: _Opened) -> None:
+    for sign in LONE_SIGN.finditer(text):
+        place = sign.start()
+        inside = any(start < place < end for start, end in opened.spans)
+        weighs = any(start < place < end for start, end in opened.operators)
+        if inside and not weighs and place - 1 not in opened.ends:
+            reason = "a sign inside brackets or quotation marks follows a word; a plain one is \\-"
+            raise _wrong(text, place, reason)
 
 
 def _open(text: str, place: int, opened: _Opened) -> None:
@@ -138,7 +158,9 @@ def _close(text: str, place: int, opened: _Opened) -> None:
         if is_empty and not (opened.is_mixed and opened.brackets == 1):
             raise _wrong(text, start, 'these quotation marks hold nothing; plain ones are \\"')
         opened.is_quoted = False
+        opened.ends.add(place)
     opened.places.pop()
+    (opened.operators if start in opened.arguments else opened.spans).append((start, place))
     if weight := WEIGHT.match(text, place + 1):
         _weight(text, place + 1, weight[0])
 

@@ -9,7 +9,7 @@ from functools import cache
 
 import pyparsing
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from farm.families.compel_syntax import MAX_DEPTH, MAX_PIECES, check_compel
@@ -103,6 +103,9 @@ def is_taken(text: str) -> bool:
 
 
 @settings(max_examples=300)
+@example(text='"- C++" "-"')
+@example(text='" - C++" "-"')
+@example(text='"a --ar C++" "-"')
 @given(text=loose | weighted | mixtures)
 def test_what_the_checker_takes_compel_encodes(text: str) -> None:
     encodes("stable_diffusion", text)
