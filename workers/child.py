@@ -144,7 +144,8 @@ class Child:
         seconds = self._clock() - started
         log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
         self._line = line
-        self._say("idle", device=loaded.device)
+        # A fresh process costs more: it starts, and imports what it needs.
+        self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
         return None
 
     def _say(
@@ -153,6 +154,7 @@ class Child:
         *,
         device: str | None = None,
         problem: str | None = None,
+        load_seconds: float | None = None,
     ) -> None:
         with transaction(self._farm.store) as connection:
             workers.set_state(
@@ -161,4 +163,5 @@ class Child:
                 state,
                 device=device,
                 problem=problem,
+                load_seconds=load_seconds,
             )

@@ -35,7 +35,7 @@ MARKS = re.compile(r'\\[()",.+\-=]|[()"]')
 SIGNS = re.compile(rf"\+{{{MAX_SIGNS + 1},}}")
 SIGNED = re.compile(r'(?<=[^ \t\r\n()"+\-])(?:[+-]{2,}+|[+-](?=[\s(),.="]|$))')
 LONE_SIGN = re.compile(r'(?<![^\s(",.=+\-])(?:[+-]{2,}+|[+-](?=[\s(),.="]|$))')
-"""Signs that follow no word: around them Compel takes brackets and quotation marks for plain ones"""
+"""Signs that follow no word: Compel takes the brackets and quotation marks around for plain ones"""
 STRANGE_SPACE = re.compile(r"[\v\f]")
 LONE_SPACE = re.compile(r'(?<![^ \t\r\n(),."+\-=])[^\S \t\r\n]++(?=[ \t\r\n(),."+\-=]|$)')
 """A space that Compel takes for a word, and its tokenizer for nothing: it fails at their weights"""

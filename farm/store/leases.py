@@ -18,6 +18,10 @@ from farm.store.claim import Fence
 from farm.store.frames import FAILED, WORKER_LOST, Failure, end_attempts, give_back
 from farm.store.tally import lock_jobs
 
+LOADS_BETWEEN = 12.0
+"""A frame that took its child down waits for so many times what loading takes, an hour at most."""
+MOST_SECONDS = 3600.0
+
 TOUCH = text("""
 UPDATE leases l SET step = :step, steps = :steps, stepped_at = clock_timestamp()
 WHERE l.id = :id
@@ -49,6 +53,8 @@ WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) ORDER BY id FO
 """)
 
 KEEP = text("UPDATE leases SET kept = true WHERE id = :id")
+
+LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
 
 ALL_LEASES_OF = text("""
 SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
@@ -160,12 +166,24 @@ def lose(
     values = {"worker_id": worker_id, "pid": pid, "known": []}
     leases = connection.execute(LEASES_OF, values).all()
     _lock_all(connection, leases)
+    load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
     known = {lease.id for lease in leases if not lease.kept}
     suspects = known if on_device is None else known & {on_device}
     for lease in leases:
-        suspect = lease.id in suspects
-        last_words = log if suspect else None
-        _drop(connection, lease, WORKER_LOST, message, retry_seconds, suspect, last_words)
+        suspect, delay_seconds = lease.id in suspects, None
+        if load_seconds is not None and len(lease.job_ids) == 1 and suspect:
+            # It will kill the next child too: the lane keeps its pace if loading anew is rare.
+            delay_seconds = min(LOADS_BETWEEN * load_seconds, MOST_SECONDS)
+        _drop(
+            connection,
+            lease,
+            WORKER_LOST,
+            message,
+            retry_seconds,
+            suspect,
+            log if suspect else None,
+            delay_seconds,
+        )
     return [
         (lease.pipeline, _held_by(lease)[0] if lease.id in suspects else None) for lease in leases
     ]
@@ -179,6 +197,7 @@ def _drop(
     retry_seconds: float,
     suspect: bool,
     log: str | None = None,
+    delay_seconds: float | None = None,
 ) -> None:
     held = _held_by(lease)
     several = len(held) > 1
@@ -198,6 +217,7 @@ def _drop(
             log=None if several else log,
             charged=suspect and not several,
             alone=suspect,
+            delay_seconds=delay_seconds,
         )
         for fence in held
     ]

@@ -510,7 +510,6 @@ workers = Table(
     Column("rests", SmallInteger, nullable=False, server_default=text("0")),
     _moment("resting_until"),
     Column("avoids", Uuid, comment="the tenant whose frames alone failed: it rests for this one"),
-    # No longer written: a later step drops it.
     Column("load_seconds", Double, comment="what its child took to load the pipeline"),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),

@@ -32,7 +32,7 @@ LEAVE = text("UPDATE workers SET gone = true WHERE id = :id")
 
 SET_STATE = text("""
 UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device, device),
-                   seen_at = clock_timestamp()
+                   load_seconds = coalesce(:load_seconds, load_seconds), seen_at = clock_timestamp()
 WHERE id = :id
 """)
 
@@ -174,9 +174,10 @@ def set_state(
     *,
     device: str | None = None,
     problem: str | None = None,
+    load_seconds: float | None = None,
 ) -> None:
     """Say what a worker does now: loading, idle, rendering or failed."""
-    values = {"device": device, "problem": problem}
+    values = {"device": device, "problem": problem, "load_seconds": load_seconds}
     connection.execute(SET_STATE, {"id": worker_id, "state": state, **values})
 
 

@@ -18,7 +18,7 @@ import pytest
 from farm.context import Farm
 from farm.errors import FarmError
 from farm.families.base import StopBatch
-from farm.store import jobs, leases
+from farm.store import jobs, leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import LOST_BESIDE_AT_MOST
 from tests.farming import (
@@ -77,6 +77,21 @@ def test_a_lost_batch_charges_nobody_and_a_lost_frame_its_own(
     assert rows[5].state == "dead"
     assert attempts_of(farm, job_id, 5) == [(attempt, reason) for attempt in (1, 2, 3, 4)]
     assert deaths == 4  # the batch's, and its own three
+
+
+def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    hand = hire(farm)
+    with transaction(farm.store) as connection:
+        workers.set_state(connection, hand.id, "idle", load_seconds=5.0)
+    submit(farm, tenant)
+    hand.must_claim()
+    hand.lose()
+    [row] = sql(
+        farm, "SELECT extract(epoch FROM not_before - clock_timestamp())::float FROM returns"
+    )
+    assert 0.9 * leases.LOADS_BETWEEN * 5.0 < row[0] <= leases.LOADS_BETWEEN * 5.0
 
 
 def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
