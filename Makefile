@@ -12,8 +12,8 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest
 QUICK := not slow
 ALONE := tests/integration/alone
-# Whole files and shared farms go to one of three processes, which often wait: for two cores.
-SHARED := --numprocesses 3 --no-loadscope-reorder
+# Whole files and shared farms go to one of four processes, which often wait: for two cores.
+SHARED := --numprocesses 4 --no-loadscope-reorder
 # Run a part, then say how long it took.
 timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s) - begun)) s"
 

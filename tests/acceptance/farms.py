@@ -19,7 +19,7 @@ ENDED = {"succeeded", "partial", "failed", "cancelled"}
 QUICK = {
     "FARM_LEASE_SECONDS": "4",
     "FARM_HEARTBEAT_SECONDS": "0.5",
-    "FARM_SWEEP_SECONDS": "0.2",
+    "FARM_SWEEP_SECONDS": "0.5",
     "FARM_RETRY_SECONDS": "0.1",
     "FARM_TOUCH_SECONDS": "0.1",
 }

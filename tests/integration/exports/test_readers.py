@@ -9,12 +9,8 @@ import threading
 from pathlib import Path
 
 import httpx
-import mlcroissant
-import pandas
 import pyarrow.parquet as pq
 import pytest
-import webdataset
-from datasets import load_dataset
 from PIL import Image
 
 from farm.context import Farm
@@ -60,6 +56,8 @@ def test_webdataset_opens_in_public_readers(farm: Farm, ann: httpx.Client, tmp_p
 
 
 def check_in_webdataset(tars: list[Path]) -> None:
+    import webdataset
+
     samples = [
         sample
         for path in tars
@@ -77,6 +75,8 @@ def check_in_webdataset(tars: list[Path]) -> None:
 
 
 def check_in_datasets(tars: list[Path], cache: Path) -> None:
+    from datasets import load_dataset
+
     data = load_dataset(
         "webdataset", data_files={"train": [*map(str, tars)]}, split="train", cache_dir=cache
     )
@@ -86,6 +86,8 @@ def check_in_datasets(tars: list[Path], cache: Path) -> None:
 
 
 def check_dead_frame_is_listed(folder: Path) -> None:
+    import pandas
+
     table = pandas.concat(
         pandas.read_parquet(path) for path in sorted(folder.glob("data/*.parquet"))
     )
@@ -110,6 +112,9 @@ def test_several_jobs_go_into_one_dataset(farm: Farm, ann: httpx.Client, tmp_pat
 
 
 def test_parquet_has_an_image_column(farm: Farm, ann: httpx.Client, tmp_path: Path) -> None:
+    import pandas
+    from datasets import load_dataset
+
     job_id = submit(ann, images_per_prompt=2)
     render_all(farm)
     found = written_export(farm, ann, job_id, to="parquet", shard_frames=8)
@@ -136,6 +141,8 @@ def test_the_command_downloads_an_image_folder_and_repairs_a_broken_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from datasets import load_dataset
+
     monkeypatch.setenv("FARM_API_URL", api.url)
     monkeypatch.setenv("FARM_API_KEY", api.key())
     dest = tmp_path / "set"
@@ -174,6 +181,9 @@ def command_while_shards_are_written(farm: Farm, ann: httpx.Client, words: list[
 def test_manifest_readme_and_croissant_describe_every_format(
     farm: Farm, ann: httpx.Client, job: str, tmp_path: Path
 ) -> None:
+    import mlcroissant
+    from datasets import load_dataset
+
     for form in ("webdataset", "parquet", "imagefolder"):
         found = written_export(farm, ann, job, to=form)
         check_description(download(ann, found, tmp_path / form))
@@ -185,6 +195,8 @@ def test_manifest_readme_and_croissant_describe_every_format(
 
 
 def check_description(folder: Path) -> None:
+    import mlcroissant
+
     dataset = mlcroissant.Dataset(folder / "croissant.json")
     assert dataset.metadata.ctx.issues.errors == set()
     manifest = json.loads((folder / "manifest.json").read_bytes())
