@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -14,6 +13,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from farm.cli.console import SPINNER, count, err, note
 
@@ -31,7 +31,7 @@ def counted(what: str, total: int, *, size: bool = False) -> Iterator[Callable[[
         yield _lines(what, total)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(complete_style="green", finished_style="green"),
         DownloadColumn() if size else MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
@@ -62,8 +62,8 @@ def spinning(what: str) -> Iterator[Callable[[str], None]]:
     if not err.is_terminal:
         yield lambda _more: None
         return
-    with err.status(f"{what} …", spinner=SPINNER) as status:
-        yield lambda more: status.update(f"{what} … [dim]{escape(more)}[/]")
+    with err.status(Text(f"{what} …"), spinner=SPINNER) as status:
+        yield lambda more: status.update(Text.assemble(f"{what} … ", (more, "dim")))
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Not `:word:` either: prompts are shown letter by letter.
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 Json = Annotated[
     bool,
@@ -79,7 +80,7 @@ def tail(text: str) -> Text:
 
 def show_table(table: Table) -> None:
     """Print a table: to the terminal's width, or wide where there is none."""
-    console = out if out.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+    console = out if out.is_terminal else Console(highlight=False, emoji=False, width=PIPE_WIDTH)
     console.print(table)
 
 

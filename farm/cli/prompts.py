@@ -1,38 +1,41 @@
-"""Prompts from a file: JSONL, CSV, TSV, Parquet or plain text, as the lines that an input takes."""
+"""Prompts from a file: its rows, as the lines that an input takes."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import itertools
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import date, time
+from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
+from farm.cli.tables import TEXT_COLUMN, Row, Told, kind_of, read_rows
+from farm.cli.templates import Templates, expanded
 from farm.errors import InvalidRequest
+from farm.numbers import MOST_EXACT
 
-Record = Mapping[str, Any]
 Fields = dict[str, Any]
 """A line of an input, as farm.inputs has it"""
-Told = Callable[[int], object]
-"""Is told how many more bytes of the file were read"""
 
 BLOCK_BYTES = 2**18
-ROWS_AT_ONCE = 1000
-MOST_FIELD_CHARS = 2**20
-COMBINATIONS = 1000
-"""Of a template, at most, unless told otherwise"""
+MOST_NAMES = 100
+"""Of columns, that are remembered to be told"""
+WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the file is what; those left out are taken where the file has them."""
+    """Which column of the file is what; those left out are taken where the file has them.
 
-    prompt: str = "prompt"
+    Names are compared without blanks around them and without case.
+    """
+
+    prompt: str = TEXT_COLUMN
     key: str | None = None
     seed: str | None = None
     negative_prompt: str | None = None
@@ -44,23 +47,15 @@ class Columns:
         chosen = {name: getattr(self, name) for name in ("key", "seed", "negative_prompt")}
         return {"prompt": self.prompt, **{name: value for name, value in chosen.items() if value}}
 
-    @property
-    def plain(self) -> bool:
-        """Whether nothing is renamed: then a file of JSON lines is sent as it is."""
-        return self == Columns()
 
+class Chosen(NamedTuple):
+    """Where a row's fields and labels stand."""
 
-@dataclass(frozen=True)
-class Templates:
-    """How prompts that are templates become prompts, by dynamicprompts."""
-
-    way: str
-    """combinatorial or random"""
-    count: int | None = None
-    """of each template: 1 at random unless given; at most COMBINATIONS of the combinations"""
-    seed: int = 0
-    wildcards: Path | None = None
-    """a folder of `NAME.txt`, for `__NAME__`"""
+    fields: dict[str, int]
+    labels: dict[str, int]
+    """by the label's name"""
+    missing: tuple[str, ...]
+    """columns that were asked for and are not there"""
 
 
 class PromptFile:
@@ -75,10 +70,28 @@ class PromptFile:
             InvalidRequest: there is no such file.
         """
         self._path, self._columns, self._templates = path, columns, templates
+        self._used: dict[str, str] = {}
+        """The columns that were read so far, by the field that they are"""
+        self._left: dict[str, None] = {}
+        """Those that were not"""
         try:
             self.size = path.stat().st_size
         except OSError as error:
             raise InvalidRequest(f"{path} cannot be read: {error.strerror}.") from error
+        if kind_of(path) == "text":  # its one column has no name
+            self._columns = replace(columns, prompt=TEXT_COLUMN)
+
+    @property
+    def told(self) -> str:
+        """Which columns were read, and which were not, for people; nothing of a plain text."""
+        if kind_of(self._path) == "text":
+            return ""
+        used = (
+            field if _folded(field) == _folded(column) else f"{field} from {column!r}"
+            for field, column in self._used.items()
+        )
+        left = f"; not used: {', '.join(map(repr, self._left))}" if self._left else ""
+        return f"Columns: {', '.join(used)}{left}."
 
     def blocks(self, told: Told = lambda _: None) -> Iterator[bytes]:
         """Give the lines to send, some at a time.
@@ -86,225 +99,206 @@ class PromptFile:
         Raises:
             InvalidRequest: the file cannot be read, or a row of it; the message tells which.
         """
-        try:
-            if kind_of(self._path) == "jsonl" and self._columns.plain and not self._templates:
-                yield from self._as_it_is(told)
-            else:
-                yield from _joined(self.lines(told))
-        except (OSError, EOFError, zlib.error) as error:
-            raise InvalidRequest(f"{self._path} cannot be read: {error}.") from error
+        return _joined(self.lines(told))
 
     def lines(self, told: Told = lambda _: None) -> Iterator[Fields]:
         """Give the fields of each line."""
-        found = (
-            self._fields(where, record)
-            for where, record in READERS[kind_of(self._path)](self._path, self._columns, told)
-        )
-        return expanded(found, self._templates) if self._templates else found
+        found = self._found(told)
+        if self._templates:
+            found = expanded(found, self._templates)
+        return (fields for _, fields in found)
 
-    def _as_it_is(self, told: Told) -> Iterator[bytes]:
-        with self._path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                told(len(block))
-                yield block
+    def _found(self, told: Told) -> Iterator[tuple[str, Fields]]:
+        remembered = lru_cache(MOST_NAMES)(self._choose)
+        never = {*self._columns.named.values(), *self._columns.labels}
 
-    def _fields(self, where: str, record: Record) -> Fields:
-        columns, fields = self._columns, Fields()
-        for name, column in columns.named.items():
-            if column not in record:
-                raise _no_column(where, column, record)
-            fields[name] = record[column]
-        for name in ("key", "seed", "negative_prompt"):
-            if name not in fields and name in record:
-                fields[name] = record[name]
-        fields = {name: value for name, value in fields.items() if value not in (None, "")}
-        if "prompt" not in fields:
-            raise InvalidRequest(f"{where}: the column {columns.prompt!r} is empty.")
-        if "seed" in fields:
-            fields["seed"] = _whole(fields["seed"], where)
-        fields |= {name: str(fields[name]) for name in ("prompt", "key") if name in fields}
-        labels = {name: str(record[name]) for name in columns.labels if record.get(name)}
-        given = record.get("labels")
-        if isinstance(given, Mapping):
-            labels = {**given, **labels}
-        return fields | ({"labels": labels} if labels else {})
-
-
-def kind_of(path: Path) -> str:
-    """Tell a file's kind by its name.
-
-    Raises:
-        InvalidRequest: it is none that is read.
-    """
-    name = path.name.lower().removesuffix(".gz")
-    kind = KINDS.get(Path(name).suffix)
-    if kind is None or (name != path.name.lower() and kind == "parquet"):
-        raise InvalidRequest(
-            f"{path}: prompts are read from {', '.join(KINDS)} files, the texts among them also "
-            "as .gz; a job from .json."
-        )
-    return kind
-
-
-def _text_lines(path: Path, told: Told) -> Iterator[str]:
-    """Read a text file's lines, with their ends; the first without a byte order mark."""
-    packed = path.suffix.lower() == ".gz"
-    with path.open("rb") as raw, gzip.open(raw) if packed else nullcontext(raw) as file:
-        before = 0
-        for number, line in enumerate(file, 1):
+        def choose(names: tuple[str, ...], where: str) -> Chosen:
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
+                return remembered(names)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"{where}: {error.message}") from error
+
+        def wanted(names: tuple[str, ...], where: str) -> Sequence[int]:
+            chosen = choose(names, where)
+            if chosen.missing:
+                raise _no_column(where, chosen.missing[0], names)
+            return [*chosen.fields.values(), *chosen.labels.values()]
+
+        where = ""
+        for row in read_rows(self._path, wanted, told):
+            where = row.where
+            chosen = choose(row.names, where)
+            never &= {*chosen.missing}
+            yield where, self._fields(row, chosen)
+        if where and never:  # each of JSON lines may leave it out, but not all of them
+            raise InvalidRequest(f"{self._path}: no line has the column {min(never)!r}.")
+
+    def _choose(self, names: tuple[str, ...]) -> Chosen:
+        """Find the columns of a row among its names."""
+        places: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            places.setdefault(_folded(name), []).append(number)
+        named, missing = self._columns.named, list[str]()
+
+        def find(column: str) -> int | None:
+            found = places.get(_folded(column), [])
+            if len(found) > 1:
+                alike = " and ".join(repr(names[place]) for place in found)
                 raise InvalidRequest(
-                    f"{path}, line {number}: byte {error.start + 1} is not UTF-8."
-                ) from error
-            before = _tell(raw, before, told)
-            yield text
-
-
-def _tell(raw: BinaryIO, before: int, told: Told) -> int:
-    if (now := raw.tell()) > before:
-        told(now - before)
-    return now
-
-
-def _read_text(path: Path, columns: Columns, told: Told) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(_text_lines(path, told), 1):
-        if prompt := line.strip():
-            yield f"{path}, line {number}", {columns.prompt: prompt}
-
-
-def _read_jsonl(path: Path, _columns: Columns, told: Told) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(_text_lines(path, told), 1):
-        if line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{where}: it is not JSON: {error}.") from error
-        if not isinstance(record, dict):
-            raise InvalidRequest(f"{where}: it is not a JSON object.")
-        yield where, record
-
-
-def _read_table(path: Path, told: Told, delimiter: str) -> Iterator[tuple[str, Record]]:
-    csv.field_size_limit(MOST_FIELD_CHARS)
-    rows = csv.reader(_text_lines(path, told), delimiter=delimiter, strict=True)
-    try:
-        header = next(rows, [])
-        for row in rows:
-            if not row:
-                continue
-            where = f"{path}, line {rows.line_num}"
-            if len(row) != len(header):
-                raise InvalidRequest(
-                    f"{where}: it has {len(row)} columns, and the first line {len(header)}."
+                    f"the columns {alike} have the same name: rename or remove one of them."
                 )
-            yield where, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise InvalidRequest(f"{path}, line {rows.line_num}: {error}.") from error
+            return found[0] if found else None
 
+        fields, labels = dict[str, int](), dict[str, int]()
+        labels_named = {_folded(label) for label in self._columns.labels}
+        for field in READ:
+            if field == "labels" and "labels" in labels_named:  # it is one label
+                continue
+            place = find(named.get(field, field))
+            if place is not None:
+                fields[field] = place
+            elif field in named:
+                missing.append(named[field])
+        for label in self._columns.labels:
+            place = find(label)
+            if place is None:
+                missing.append(label)
+            else:
+                labels[label] = place
+        self._note(names, fields, labels)
+        return Chosen(fields, labels, tuple(missing))
 
-def _read_csv(path: Path, _columns: Columns, told: Told) -> Iterator[tuple[str, Record]]:
-    return _read_table(path, told, ",")
+    def _note(
+        self, names: tuple[str, ...], fields: Mapping[str, int], labels: Mapping[str, int]
+    ) -> None:
+        self._used |= {field: names[place].strip() for field, place in fields.items()}
+        self._used |= {f"label {label}": names[place].strip() for label, place in labels.items()}
+        taken = {*fields.values(), *labels.values()}
+        for place, name in enumerate(names):
+            if place not in taken and len(self._left) < MOST_NAMES:
+                self._left[name.strip()] = None
 
-
-def _read_tsv(path: Path, _columns: Columns, told: Told) -> Iterator[tuple[str, Record]]:
-    return _read_table(path, told, "\t")
-
-
-def _read_parquet(path: Path, columns: Columns, told: Told) -> Iterator[tuple[str, Record]]:
-    try:
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise InvalidRequest("Parquet needs pyarrow: pip install 'farm[datasets]'.") from error
-    wanted = {*columns.named.values(), *columns.labels, "key", "seed", "negative_prompt", "labels"}
-    try:
-        with ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            if missing := [name for name in columns.named.values() if name not in there]:
-                raise _no_column(str(path), missing[0], there)
-            chosen = [name for name in there if name in wanted]
-            share = path.stat().st_size / max(1, file.metadata.num_rows)
-            numbers = itertools.count(1)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=chosen):
-                told(int(share * batch.num_rows))
-                for record in batch.to_pylist():
-                    yield f"{path}, row {next(numbers)}", record
-    except pa.ArrowException as error:
-        raise InvalidRequest(f"{path} is not Parquet that can be read: {error}.") from error
-
-
-KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-READERS: Mapping[str, Callable[[Path, Columns, Told], Iterator[tuple[str, Record]]]] = {
-    "jsonl": _read_jsonl,
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-    "parquet": _read_parquet,
-    "text": _read_text,
-}
-
-
-def expanded(lines: Iterable[Fields], templates: Templates) -> Iterator[Fields]:
-    """Make prompts of templates: `{red|blue} __animal__` and the like.
-
-    A line with a key gives lines with `KEY-0`, `KEY-1`, …
-
-    Raises:
-        InvalidRequest: a template cannot be read.
-    """
-    generate = _generator(templates)
-    for line in lines:
+    def _fields(self, row: Row, chosen: Chosen) -> Fields:
+        if "prompt" not in chosen.fields:
+            raise _no_column(row.where, self._columns.prompt, row.names)
+        fields = Fields()
         try:
-            prompts = generate(line["prompt"])
-        except Exception as error:  # its parser has errors of several kinds
-            raise InvalidRequest(
-                f"The template {line['prompt'][:100]!r} cannot be read: {error}."
+            for field, place in chosen.fields.items():
+                value = READ[field](row.values[place])
+                if value is not None:
+                    fields[field] = value
+            for label, place in chosen.labels.items():
+                value = _label(row.values[place])
+                if value is not None:
+                    fields.setdefault("labels", {})[label] = value
+        except ValueError as error:
+            raise InvalidRequest(f"{row.where}: column {row.names[place]!r} {error}.") from error
+        if not fields.get("prompt"):
+            raise InvalidRequest(f"{row.where}: the column {self._columns.prompt!r} is empty.")
+        return fields
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _text(value: Any) -> str | None:
+    """Read a text; bytes are decoded."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"holds bytes, of which byte {error.start + 1} is not UTF-8"
             ) from error
-        for number, prompt in enumerate(prompts):
-            key = {"key": f"{line['key']}-{number}"} if "key" in line else {}
-            yield {**line, "prompt": prompt, **key}
+    raise ValueError(f"holds {_named(value)}; it must hold text")
 
 
-def _generator(templates: Templates) -> Callable[[str], Iterable[str]]:
-    try:
-        from dynamicprompts.generators import CombinatorialPromptGenerator, RandomPromptGenerator
-        from dynamicprompts.wildcards import WildcardManager
-    except ImportError as error:
-        raise InvalidRequest(
-            "Templates need dynamicprompts: pip install 'farm[datasets]'."
-        ) from error
-    wildcards = WildcardManager(templates.wildcards)
-    if templates.way == "combinatorial":
-        every = CombinatorialPromptGenerator(wildcards)
-        most = templates.count or COMBINATIONS
-        return lambda template: itertools.islice(every.generate(template, most), most)
-    drawn = RandomPromptGenerator(wildcards, seed=templates.seed)
-    return lambda template: drawn.generate(template, templates.count or 1)
+def _key(value: Any) -> str | None:
+    """Read a key: a text, or a whole number, which is named by its digits."""
+    return str(value) if _is_int(value) else _text(value)
+
+
+def _seed(value: Any) -> int | None:
+    """Read a whole number, however the format says it: 42, 42.0 or "42"."""
+    if value is None or _is_nan(value):
+        return None
+    if _is_int(value):
+        return int(value)
+    if isinstance(value, Decimal):
+        value = float(value) if value == value.to_integral_value() else value
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MOST_EXACT:
+        return int(value)
+    if isinstance(value, str | bytes):
+        text = (_text(value) or "").strip()
+        if WHOLE.fullmatch(text):
+            return int(text.partition(".")[0])
+    raise ValueError(f"holds {_shown(value)}; a seed is a whole number")
+
+
+def _labels(value: Any) -> dict[str, str] | None:
+    """Read labels by name: a mapping, or a JSON object in a text. Those without a value are out."""
+    if value is None or _is_nan(value):
+        return None
+    if isinstance(value, str | bytes):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. To keep it '
+            "as one label, give --label-column labels"
+        )
+    found = {_text(name) or "": _label(each) for name, each in value.items()}
+    return {name: each for name, each in found.items() if each is not None} or None
+
+
+def _label(value: Any) -> str | None:
+    """Read a label's value: a text, a number, a date, true or false, as Python writes it."""
+    if value is None or _is_nan(value):
+        return None
+    if isinstance(value, bool | int | float | Decimal | date | time):
+        return str(value)
+    return _text(value)
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "prompt": _text,
+    "key": _key,
+    "seed": _seed,
+    "negative_prompt": _text,
+    "labels": _labels,
+}
+"""How the value of each field is read: they raise ValueError, with what the column holds"""
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float | Decimal) and math.isnan(value)
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if _is_nan(value):
+        return "NaN, which is no value"
+    return _shown(value)
+
+
+def _shown(value: Any) -> str:
+    shown = f"{value!r:.100}"
+    return shown if isinstance(value, str) else f"{shown} ({type(value).__name__})"
 
 
 def _no_column(where: str, column: str, there: Iterable[str]) -> InvalidRequest:
     names = ", ".join(map(str, there)) or "none"
-    return InvalidRequest(f"{where}: there is no column {column!r}; there are {names}.")
-
-
-def _whole(value: Any, where: str) -> int:
-    try:
-        number = int(value)
-        if isinstance(value, str) or number == value:
-            return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise InvalidRequest(f"{where}: seed {value!r} is not a whole number.")
+    return InvalidRequest(f"{where}: there is no column {column!r}; there are {names[:500]}.")
 
 
 def _joined(lines: Iterable[Fields]) -> Iterator[bytes]:

@@ -13,11 +13,12 @@ import typer
 
 from farm.cli.bars import counted
 from farm.cli.body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
-from farm.cli.console import Json, count, duration, emit, out, plural, say
+from farm.cli.console import Json, count, duration, emit, note, out, plural, say
 from farm.cli.fields import show_fields
 from farm.cli.find import short
 from farm.cli.images import control_field
-from farm.cli.prompts import Columns, PromptFile, Templates
+from farm.cli.prompts import Columns, PromptFile
+from farm.cli.templates import Templates
 from farm.errors import Conflict
 from farm.words import size
 
@@ -143,7 +144,9 @@ def submit(  # one argument an option: this is the command's own declaration
     ] = None,
     template_count: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts of each: 1 at random, at most 1000 combinations."),
+        typer.Option(
+            min=1, help="Prompts of each: 1 at random unless given; all combinations, up to 1000."
+        ),
     ] = None,
     template_seed: Annotated[int, typer.Option(help="What templates are drawn by.")] = 0,
     wildcards: Annotated[
@@ -228,6 +231,8 @@ def send(
             body = {**body, "control": control_field(client, controls, settings.max_image_bytes)}
         if file is not None:
             uploaded = _upload(client, file)
+            if not as_json and file.told:
+                note(file.told)
             body = {**body, "input": uploaded["id"]}
             # The same file under the same name is the same job, though it was stopped half-way.
             word = f"{idempotency_key} {uploaded['id']}".encode("utf-8", "surrogateescape")

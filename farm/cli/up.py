@@ -16,7 +16,7 @@ from farm.cli.signals import interrupted_by_signals
 from farm.errors import InvalidRequest
 from farm.local.up import Farm, running_farm
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, emoji=False, soft_wrap=True)
 
 
 def up(

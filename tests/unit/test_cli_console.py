@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageFont
 from rich.console import Console
+from rich.markup import escape
 
 from farm.cli.console import (
     ago,
@@ -15,9 +16,12 @@ from farm.cli.console import (
     columns,
     count,
     duration,
+    note,
     one_line,
     percent,
     plural,
+    say,
+    show_table,
     tail,
 )
 from farm.cli.doctor import marks
@@ -84,6 +88,22 @@ def test_text_from_elsewhere_cannot_steer_the_terminal() -> None:
     assert clean("نجمة 🌟 [bold]") == "نجمة 🌟 [bold]"
     assert one_line("  two\n lines ") == "two lines"
     assert one_line("x" * 70, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a [cat:dog:0.5] :smile:", "<lora:x:0.8>", ":red_heart: :no:", "(a:1.2)"]
+)
+def test_a_prompt_is_shown_letter_by_letter(
+    capsys: pytest.CaptureFixture[str], prompt: str
+) -> None:
+    """A word between colons is no emoji here."""
+    table = columns("prompt", "more")
+    table.add_row(escape(prompt), tail(prompt))
+    say(prompt)
+    note(prompt)
+    show_table(table)
+    told = capsys.readouterr()
+    assert (told.out.count(prompt), told.err.count(prompt)) == (3, 1)
 
 
 def test_the_last_column_alone_gives_way() -> None:

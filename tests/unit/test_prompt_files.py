@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from farm.cli.prompts import Columns, PromptFile, Templates
+from farm.cli.prompts import Columns, PromptFile
+from farm.cli.templates import Templates
 from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.inputs import Intake
@@ -69,13 +70,14 @@ def test_text_has_a_prompt_a_line(tmp_path: Path) -> None:
     assert lines(path) == [{"prompt": "a red star"}, {"prompt": "ein grüner"}]
 
 
-def test_json_lines_go_as_they_are_unless_columns_are_named(tmp_path: Path) -> None:
-    content = b'\xef\xbb\xbf{"prompt": "a", "seed": 3}\r\n{"prompt": "b"}\r\n'
-    path = file(tmp_path, "p.jsonl", content)
-    assert b"".join(PromptFile(path).blocks()) == content
-    assert lines(path) == [{"prompt": "a", "seed": 3}, {"prompt": "b"}]
-    packed = file(tmp_path, "p.jsonl.gz", gzip.compress(content))
-    assert b"".join(PromptFile(packed).blocks()) == packed.read_bytes()
+def test_json_lines_are_read_packed_or_not_and_their_columns_can_be_named(tmp_path: Path) -> None:
+    content = (
+        b'\xef\xbb\xbf{"prompt": "a", "seed": 3, "negative_prompt": ""}\r\n{"prompt": "b"}\r\n'
+    )
+    found = [{"prompt": "a", "seed": 3, "negative_prompt": ""}, {"prompt": "b"}]
+    assert lines(file(tmp_path, "p.jsonl", content)) == found
+    packed = gzip.compress(content[:20]) + gzip.compress(content[20:]) + bytes(512)
+    assert lines(file(tmp_path, "p.jsonl.gz", packed)) == found
     other = file(tmp_path, "q.jsonl", b'{"caption": "a", "id": 5, "labels": {"x": "y"}}\n')
     assert lines(other, Columns("caption", "id")) == [
         {"prompt": "a", "key": "5", "labels": {"x": "y"}}
@@ -115,13 +117,21 @@ def test_all_of_the_file_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.csv", b"caption\na\n", "line 2: there is no column 'prompt'; there are caption"),
+        ("p.csv", b"caption\na\n", "line 1: there is no column 'prompt'; there are caption"),
         ("p.csv", b"prompt,key\na\n", "line 2: it has 1 columns, and the first line 2"),
         ("p.csv", b"prompt\n\xff\n", "line 2: byte 1 is not UTF-8"),
-        ("p.csv", b'prompt\n"a\n', "line 2: unexpected end of data"),
+        ("p.csv", b'prompt\n"a\n', "line 2: a quotation mark that opens a field is never closed"),
         ("p.csv", b"prompt,key\n,k\n", "line 2: the column 'prompt' is empty"),
-        ("p.csv", b"prompt,seed\na,x\n", "line 2: seed 'x' is not a whole number"),
-        ("p.tsv", b"prompt\tseed\na\t1.5\n", "line 2: seed '1.5' is not a whole number"),
+        (
+            "p.csv",
+            b"prompt,seed\na,x\n",
+            "line 2: column 'seed' holds 'x'; a seed is a whole number",
+        ),
+        (
+            "p.tsv",
+            b"prompt\tseed\na\t1.5\n",
+            "line 2: column 'seed' holds '1.5'; a seed is a whole number",
+        ),
         ("p.jsonl", b"", None),
         ("p.txt", b"\xff", "line 1: byte 1 is not UTF-8"),
         ("p.txt.gz", gzip.compress(b"a\nb\n", mtime=0)[:-9], "cannot be read"),

@@ -1,0 +1,247 @@
+"""Rows of a file: JSON lines, CSV, TSV, Parquet or plain text, some of them packed by gzip."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from farm.errors import InvalidRequest
+
+Told = Callable[[int], object]
+"""Is told how many more bytes of the file were read"""
+
+ROWS_AT_ONCE = 1000
+MOST_FIELD_CHARS = 2**20
+TEXT_COLUMN = "prompt"
+"""What the lines of a plain text are called"""
+
+# The longer ones first: a mark of UTF-32 begins with one of UTF-16.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# By a word of Python's own message.
+CSV_FLAWS = {
+    "unexpected end of data": "a quotation mark that opens a field is never closed",
+    "expected after": "a quotation mark stands inside a quoted field; write it twice",
+    "field larger than": f"a field has more than {MOST_FIELD_CHARS} characters",
+}
+
+
+class Row(NamedTuple):
+    """A row: where it stands, the names of its columns, and its values."""
+
+    where: str
+    names: tuple[str, ...]
+    values: Sequence[Any]
+
+
+Wanted = Callable[[tuple[str, ...], str], Sequence[int]]
+"""Which columns are needed, of the names that there are; refuses names that do not fit"""
+
+
+def kind_of(path: Path) -> str:
+    """Tell a file's kind by its name.
+
+    Raises:
+        InvalidRequest: it is none that is read.
+    """
+    name = path.name.lower().removesuffix(".gz")
+    kind = KINDS.get(Path(name).suffix)
+    if kind is None or (name != path.name.lower() and kind == "parquet"):
+        raise InvalidRequest(
+            f"{path}: prompts are read from {', '.join(KINDS)} files, the texts among them also "
+            "as .gz; a job from .json."
+        )
+    return kind
+
+
+def read_rows(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+    """Give the rows of a file, one after the other.
+
+    Raises:
+        InvalidRequest: the file cannot be read, or a row of it; the message tells which.
+    """
+    try:
+        yield from READERS[kind_of(path)](path, wanted, told)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, io.TextIOWrapper]]:
+    """Open a text: the file itself, and its characters. Line ends are CR, LF or CRLF."""
+    packed = path.suffix.lower() == ".gz"
+    with path.open("rb") as raw, gzip.open(raw) if packed else nullcontext(raw) as file:
+        begin = file.peek(4)[:4]
+        encoding = next((MARKS[mark] for mark in MARKS if begin.startswith(mark)), "utf-8-sig")
+        # What is wrong is found line by line, so that its number can be told.
+        errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
+        with io.TextIOWrapper(file, encoding, errors, newline="") as text:
+            yield raw, text
+
+
+def _text_lines(path: Path, told: Told) -> Iterator[str]:
+    """Give a text's lines, with their ends."""
+    with _opened(path) as (raw, text):
+        before = 0
+        try:
+            for number, line in enumerate(text, 1):
+                if not line.isascii():
+                    _check_characters(f"{path}, line {number}", line, text.encoding)
+                before = _tell(raw, before, told)
+                yield line
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(
+                f"{path}: it is not whole {text.encoding.upper()}: {error.reason}."
+            ) from error
+
+
+def _check_characters(where: str, line: str, encoding: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        if encoding == "utf-8-sig":
+            place = len(line[: error.start].encode()) + 1
+            why = f"byte {place} is not UTF-8; save the file as UTF-8"
+        else:
+            why = f"character {error.start + 1} is half a character (a lone surrogate)"
+        raise InvalidRequest(f"{where}: {why}.") from error
+
+
+def _tell(raw: BinaryIO, before: int, told: Told) -> int:
+    if (now := raw.tell()) > before:
+        told(now - before)
+    return now
+
+
+def _read_text(path: Path, _wanted: Wanted, told: Told) -> Iterator[Row]:
+    for number, line in enumerate(_text_lines(path, told), 1):
+        if prompt := line.strip():
+            yield Row(f"{path}, line {number}", (TEXT_COLUMN,), [prompt])
+
+
+def _read_jsonl(path: Path, _wanted: Wanted, told: Told) -> Iterator[Row]:
+    decode = json.JSONDecoder(object_pairs_hook=_without_repeats).decode
+    for number, line in enumerate(_text_lines(path, told), 1):
+        if line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = decode(line)
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(
+                f"{where}: it is not JSON: {error.msg}, at character {error.colno}."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{where}: it is not JSON: {error}.") from error
+        if not isinstance(record, dict):
+            raise InvalidRequest(f"{where}: it is not a JSON object.")
+        yield Row(where, tuple(record), [*record.values()])
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands there twice")
+    return found
+
+
+def _read_csv(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+    return _read_table(path, wanted, told, ",")
+
+
+def _read_tsv(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+    return _read_table(path, wanted, told, "\t")
+
+
+def _read_table(path: Path, wanted: Wanted, told: Told, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(MOST_FIELD_CHARS)
+    rows = csv.reader(_text_lines(path, told), delimiter=delimiter, strict=True)
+    try:
+        header = tuple(next(rows, []))
+        if header:
+            wanted(header, f"{path}, line 1")
+        for row in rows:
+            if not row:
+                continue
+            where = f"{path}, line {rows.line_num}"
+            if len(row) != len(header):
+                raise InvalidRequest(
+                    f"{where}: it has {len(row)} columns, and the first line {len(header)}."
+                )
+            # A cell has no other way to say that there is nothing.
+            yield Row(where, header, [cell or None for cell in row])
+    except csv.Error as error:
+        flaw = next((CSV_FLAWS[word] for word in CSV_FLAWS if word in str(error)), str(error))
+        raise InvalidRequest(f"{path}, line {rows.line_num}: {flaw}.") from error
+
+
+def _read_parquet(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+    try:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InvalidRequest("Parquet needs pyarrow: pip install 'farm[datasets]'.") from error
+    try:
+        with ParquetFile(path) as file:
+            there = tuple(file.schema_arrow.names)
+            places = sorted(set(wanted(there, str(path))))
+            names = tuple(there[place] for place in places)
+            share = path.stat().st_size / max(1, file.metadata.num_rows)
+            numbers = itertools.count(1)
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[*names]):
+                told(int(share * batch.num_rows))
+                first = next(numbers)
+                columns = [_values(path, first, name, batch.column(name)) for name in names]
+                for number, values in enumerate(zip(*columns, strict=True), first):
+                    yield Row(f"{path}, row {number}", names, values)
+                numbers = itertools.count(first + batch.num_rows)
+    except pa.ArrowException as error:
+        raise InvalidRequest(f"{path} is not Parquet that can be read: {error}.") from error
+
+
+def _values(path: Path, first: int, name: str, column: Any) -> list[Any]:
+    """Give a column's values: those that Python cannot hold are refused by their row."""
+    try:
+        values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, KeyError, TypeError):
+        values = []
+        for number, cell in enumerate(column, first):
+            try:
+                values.append(cell.as_py(maps_as_pydicts="strict"))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InvalidRequest(
+                    f"{path}, row {number}: column {name!r} cannot be read: {error}."
+                ) from error
+    return values
+
+
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+READERS: dict[str, Callable[[Path, Wanted, Told], Iterator[Row]]] = {
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "parquet": _read_parquet,
+    "text": _read_text,
+}

@@ -1,0 +1,15 @@
+"""Whole numbers, which JSON writes as 2 or as 2.0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MOST_EXACT = 2**53
+"""Above it a float stands for several whole numbers."""
+
+
+def whole(value: Any) -> Any:
+    """Make 2.0 a 2: to JSON Schema both are integers. Everything else stays as it is."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MOST_EXACT:
+        return int(value)
+    return value
