@@ -33,6 +33,7 @@ from api import (
     workers,
 )
 from api.door import FrontDoor
+from api.heads import Heads
 from api.html import STATIC
 from api.places import Places, Turns
 from farm.config import Settings, load_settings
@@ -79,6 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(Heads)
     app.add_middleware(FrontDoor)
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=chosen.trusted_proxies)
     errors.install(app)

@@ -14,6 +14,7 @@ from fastapi.responses import RedirectResponse
 
 from api import wire
 from api.auth import FarmHere, Reader, Writer
+from api.heads import IsHead
 from api.jobs import JobId
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
@@ -123,14 +124,14 @@ def list_shards(
     },
 )
 def get_file(
-    farm: FarmHere, caller: Reader, export_id: ExportId, name: FileName
+    farm: FarmHere, caller: Reader, export_id: ExportId, name: FileName, head: IsHead
 ) -> RedirectResponse:
     """Point to a file of a shard that is done."""
     with reads(farm.store) as connection:
         export = exports.get_export(connection, caller.tenant_id, export_id)
         if not _lists(connection, export, name):
             raise NotFound(f"Export {export_id} has no such file, or not yet.")
-    address = farm.artifacts.presigned(export.prefix + name, export.bucket)
+    address = farm.artifacts.presigned(export.prefix + name, export.bucket, head=head)
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
 
 

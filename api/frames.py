@@ -11,6 +11,7 @@ from fastapi.responses import RedirectResponse
 
 from api import wire
 from api.auth import FarmHere, Reader
+from api.heads import IsHead
 from api.jobs import JobId
 from api.openapi import refusals
 from api.paging import Limit
@@ -99,9 +100,12 @@ def get_frame(farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal) -
         **refusals(404),
     },
 )
-def get_image(farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal) -> RedirectResponse:
+def get_image(
+    farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal, head: IsHead
+) -> RedirectResponse:
     """Point to a succeeded frame's image."""
-    address = farm.artifacts.presigned(image_key(farm, caller.tenant_id, job_id, ordinal))
+    key = image_key(farm, caller.tenant_id, job_id, ordinal)
+    address = farm.artifacts.presigned(key, head=head)
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
 
 

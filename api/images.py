@@ -11,6 +11,7 @@ from fastapi.responses import RedirectResponse
 from api import wire
 from api.auth import FarmHere, Reader, Writer
 from api.body import read_body
+from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit, page
 from farm import images as use_cases
@@ -105,10 +106,12 @@ def get_image(farm: FarmHere, caller: Reader, image_id: ImageId) -> wire.Image:
         **refusals(404),
     },
 )
-def get_content(farm: FarmHere, caller: Reader, image_id: ImageId) -> RedirectResponse:
+def get_content(
+    farm: FarmHere, caller: Reader, image_id: ImageId, head: IsHead
+) -> RedirectResponse:
     """Point to an uploaded image."""
     image = use_cases.get_image(farm, caller.tenant_id, image_id)
-    address = farm.artifacts.presigned(image_key(caller.tenant_id, image.id))
+    address = farm.artifacts.presigned(image_key(caller.tenant_id, image.id), head=head)
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
 
 

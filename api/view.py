@@ -16,7 +16,7 @@ from farm.store.engine import Transaction
 from farm.store.keys import Caller
 from farm.store.lines import lines_of
 
-INSIDE = frozenset({"points", "job_seed", "params"})
+INSIDE = frozenset({"points", "job_seed", "seed_bits", "params"})
 """What a stored spec holds beside the fields that a client sent."""
 
 

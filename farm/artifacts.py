@@ -6,7 +6,9 @@ row points at.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import ipaddress
 import re
 import threading
 import uuid
@@ -16,6 +18,7 @@ from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
@@ -27,6 +30,7 @@ from farm.errors import StorageRefused, Unavailable
 from farm.formats import BY_EXTENSION, FORMATS, Format
 
 if TYPE_CHECKING:
+    from botocore.awsrequest import AWSRequest
     from mypy_boto3_s3 import S3Client
 
 NO_SUCH_KEY = "NoSuchKey"
@@ -142,10 +146,13 @@ class Artifacts:
             return self._client(timeout=15, attempts=2)
 
     def _client(self, timeout: float, attempts: int) -> S3Client:
-        return boto3.client(
+        endpoint = self._settings.s3_endpoint_url
+        client = boto3.client(
             "s3",
-            endpoint_url=self._settings.s3_endpoint_url,
+            endpoint_url=endpoint,
             config=Config(
+                # No proxy of the environment leads to a server on this very machine.
+                proxies={} if endpoint is not None and is_loopback(endpoint) else None,
                 signature_version="s3v4",
                 connect_timeout=min(timeout, 5),
                 read_timeout=timeout,
@@ -157,6 +164,9 @@ class Artifacts:
                 s3={"addressing_style": "path"},
             ),
         )
+        # boto3 sends CRC32 alone; several storages refuse that here, and want what S3 always took.
+        client.meta.events.register("before-sign.s3.DeleteObjects", _add_content_md5)
+        return client
 
     @cached_property
     def _hasty(self) -> S3Client:
@@ -312,10 +322,13 @@ class Artifacts:
             raise kind(f"The storage did not list bucket {bucket}: {_why(error)}") from error
         return bool(answer.get("Contents"))
 
-    def presigned(self, key: str, bucket: str | None = None) -> str:
-        """Make an address that gives the object to whoever holds it, for `presign_seconds`."""
+    def presigned(self, key: str, bucket: str | None = None, *, head: bool = False) -> str:
+        """Make an address that gives the object to whoever holds it, for `presign_seconds`.
+
+        With `head` it answers HEAD, and else GET: a signature is for one of the two.
+        """
         return self._s3.generate_presigned_url(
-            "get_object",
+            "head_object" if head else "get_object",
             Params={"Bucket": bucket or self.bucket, "Key": key},
             ExpiresIn=self._presign_seconds,
         )
@@ -333,6 +346,22 @@ class Artifacts:
         for name in ("_s3", "_hasty"):
             if name in vars(self):
                 getattr(self, name).close()
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is of this machine alone."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _add_content_md5(request: AWSRequest, **_: object) -> None:
+    body = request.body or b""
+    content = body.encode() if isinstance(body, str) else body
+    digest = hashlib.md5(content, usedforsecurity=False).digest()
+    request.headers["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 def _why(error: BaseException) -> str:

@@ -60,6 +60,10 @@ TURNS: Mapping[object, Image.Transpose] = {
 }
 """EXIF's orientation: what makes the picture upright."""
 
+TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
+TELLS_TURN = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0")
+"""Keywords of texts in which Pillow looks for EXIF"""
+
 # The next marker of a JPEG that has a length; FF 00 is data, FF D0 to D7 and FF 01 stand alone.
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
 START_OF_SCAN, END_OF_IMAGE = b"\xda", b"\xd9"
@@ -112,6 +116,7 @@ def normalised(content: bytes, declared: str, *, max_pixels: int) -> NormalisedI
             has more than 8 bits a channel.
     """
     kind = declared.partition(";")[0].strip().lower()
+    kind = JPEG if kind == "image/jpg" else kind  # as many libraries call it
     if kind not in OPENERS:
         raise UnsupportedMediaType(
             f"Content-Type is {declared[:100]!r}; an image is sent as {ALLOWED}.",
@@ -145,8 +150,9 @@ def _picture(content: bytes, kind: str, max_pixels: int) -> Image.Image:
     with _reading(kind):
         parts = list(itertools.islice(PARTS[kind](content), MAX_PARTS + 1))
     _check_parts(parts)
+    lean = _without_texts(content) if kind == PNG else content
     with _reading(kind):
-        image = OPENERS[kind](io.BytesIO(content))
+        image = OPENERS[kind](io.BytesIO(lean))
     _check_size(image.size, max_pixels)
     _check_form(image, kind)
     with _reading(kind):
@@ -249,15 +255,37 @@ def _png_parts(content: bytes) -> Iterator[bytes]:
         struct.error: it has no end.
         ValueError: a checksum is wrong.
     """
-    at, name = 8, b""
-    while name != b"IEND":
-        length, name = struct.unpack_from(">I4s", content, at)
-        end = at + 8 + length
-        if struct.unpack_from(">I", content, end)[0] != zlib.crc32(content[at + 4 : end]):
+    for name, begin, end in _png_chunks(content):
+        if struct.unpack_from(">I", content, end - 4)[0] != zlib.crc32(
+            content[begin + 4 : end - 4]
+        ):
             raise ValueError(name)
         if name != b"IDAT":
             yield name
-        at = end + 4
+
+
+def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Give the name of each chunk, and from where to where it goes.
+
+    Raises:
+        struct.error: the file has no end.
+    """
+    at, name = 8, b""
+    while name != b"IEND":
+        length, name = struct.unpack_from(">I4s", content, at)
+        end = at + 12 + length
+        yield name, at, end
+        at = end
+
+
+def _without_texts(content: bytes) -> bytes:
+    """Leave out a PNG's colour profile and texts: nothing of them is kept, and Pillow refuses a
+    file where they are large. A text that may say which side is up stays."""
+    kept = [content[:8]]
+    for name, begin, end in _png_chunks(content):
+        if name not in TEXTS or content.startswith(TELLS_TURN, begin + 8):
+            kept.append(content[begin:end])
+    return b"".join(kept)
 
 
 def _no_parts(_content: bytes) -> Iterator[bytes]:

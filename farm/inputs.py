@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, Required
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic_core import ErrorDetails, from_json
 from typing_extensions import TypedDict
 from zlib_ng import zlib_ng
 
 from farm.config import Settings
 from farm.errors import InvalidRequest
+from farm.numbers import whole
 from farm.spec import MAX_LABELS, MAX_SEED, PROMPTS_SHOWN, LabelText, Line, storable
 
 LINES_A_PART = 1000
@@ -45,7 +46,7 @@ class LineFields(TypedDict, total=False):
 
     prompt: Required[str]
     key: Annotated[str, Field(min_length=1, max_length=MOST_KEY_CHARS)] | None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None
+    seed: Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_SEED)] | None
     negative_prompt: str | None
     labels: dict[LabelText, LabelText] | None
 
@@ -389,7 +390,7 @@ def unpack(part: bytes) -> list[Line]:
         Line(
             fields["prompt"],
             fields.get("key"),
-            fields.get("seed"),
+            whole(fields.get("seed")),
             fields.get("negative_prompt"),
             fields.get("labels"),
         )

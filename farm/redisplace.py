@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit, urlunsplit
 
 FORMS = (
     "redis://HOST:PORT/DB, rediss://HOST:PORT/DB, redis+socket:///PATH or "
@@ -18,6 +18,8 @@ SENTINEL = re.compile(
     r"(?:/(?P<db>[0-9]+))?(?:\?sentinel_password=(?P<sentinels>[^&]*))?"
 )
 SENTINEL_PORT = 26379
+CHECKS = ("required", "optional", "none")
+"""How the certificate of a server with TLS is checked"""
 SENTINEL_SECONDS = 1.0
 """How long one of them may be silent"""
 
@@ -62,11 +64,23 @@ def redis_place(url: str) -> RedisPlace:
     if scheme == "sentinel":
         return _sentinel(url)
     if scheme == "rediss":
-        told = "ssl_cert_reqs" in parse_qs(urlsplit(url).query)
-        return RedisPlace(url, tls=None if told else {"ssl_cert_reqs": ssl.CERT_REQUIRED})
+        return _with_tls(url)
     if scheme in ("redis", "redis+socket"):
         return RedisPlace(url)
     raise ValueError(f"must have one of the forms {FORMS}")
+
+
+def _with_tls(url: str) -> RedisPlace:
+    """Read an address with TLS: Celery's words for a certificate's check and redis-py's are one."""
+    parts = urlsplit(url)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    if "ssl_cert_reqs" not in query:
+        return RedisPlace(url, tls={"ssl_cert_reqs": ssl.CERT_REQUIRED})
+    check = query["ssl_cert_reqs"][-1].lower().removeprefix("cert_")
+    if check not in CHECKS:
+        raise ValueError(f"must have ssl_cert_reqs={', '.join(CHECKS[:-1])} or {CHECKS[-1]}")
+    query["ssl_cert_reqs"] = [check]
+    return RedisPlace(urlunsplit(parts._replace(query=urlencode(query, doseq=True))))
 
 
 def _sentinel(url: str) -> RedisPlace:

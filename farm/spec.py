@@ -195,6 +195,9 @@ class FullSpec(BaseModel):
     images_per_prompt: int
     seed: int | None
     job_seed: int = Field(description="the seed, or the one drawn for the job")
+    seed_bits: int = Field(
+        default=63, description="of the seeds that the farm draws; 63: of a job stored before"
+    )
     params: dict[str, Any]
     grid: dict[str, list[Any]]
     points: list[Point] | Layout
@@ -285,13 +288,15 @@ def frame_spec(
         raise IndexError(f"ordinal {ordinal} is outside 0 to {job.total - 1}")
     point = job.point(ordinal // job.frames_per_point)
     first = job.seed if line.seed is None else line.seed
+    # A seed that was given, by whatever version, is drawn again as ever: its pictures stay.
+    bits = job.seed_bits if first is None else 63
     seed = (
-        derived_seed(job.job_seed, ordinal)
+        derived_seed(job.job_seed, ordinal, bits)
         if first is None
         else first + ordinal % job.images_per_prompt
     )
     if redraws:
-        seed = derived_seed(seed, redraws)
+        seed = derived_seed(seed, redraws, bits)
     params = point.params
     if line.negative_prompt is not None:
         params = {**params, "negative_prompt": line.negative_prompt}
@@ -305,10 +310,10 @@ def frame_spec(
     )
 
 
-def derived_seed(job_seed: int, ordinal: int) -> int:
-    """Hash a job's seed and an ordinal to a seed from 0 to 2^63 - 1, the same for ever."""
+def derived_seed(job_seed: int, ordinal: int, bits: int) -> int:
+    """Hash a job's seed and an ordinal to a seed from 0 to 2^bits - 1, the same for ever."""
     digest = hashlib.sha256(f"{job_seed}:{ordinal}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> (64 - bits)
 
 
 def batch_key(pipeline: str, bucket: int, scalars: dict[str, Any]) -> str:

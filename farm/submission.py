@@ -31,6 +31,9 @@ from farm.spec import (
 
 JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
 
+SEED_BITS = 53
+"""Of the seeds that the farm draws: JavaScript, and many a JSON reader, round larger numbers."""
+
 JPEG_TEXT_BYTES = 60_000
 """Of a frame's prompts, in a JPEG: a block of metadata ends at 64 KiB (ITU T.81, B.1.1.4)."""
 
@@ -182,7 +185,8 @@ def full_spec(
         input=stored_input.id if stored_input else None,
         images_per_prompt=job.images_per_prompt,
         seed=job.seed,
-        job_seed=secrets.randbits(63) if job.seed is None else job.seed,
+        job_seed=secrets.randbits(SEED_BITS) if job.seed is None else job.seed,
+        seed_bits=SEED_BITS,
         params=_base_params(job, offer),
         grid=job.grid,
         points=[

@@ -23,7 +23,7 @@ from farm.errors import CatalogError, FarmError, Unavailable
 from farm.families.devices import device_name, device_of
 from farm.offers import make_offer
 from farm.store import workers
-from farm.store.engine import Store, server_clock, transaction
+from farm.store.engine import Store, require_sessions, server_clock, server_place, transaction
 from farm.store.leader import leadership
 from farm.store.migrate import require_schema
 
@@ -107,8 +107,14 @@ def _settings() -> str:
 
 
 def _postgres(store: Store) -> str:
-    server_clock(store)
-    return f"answers at {store.url.host}:{store.url.port or 5432}"
+    try:
+        place = server_place(store)
+    except Unavailable as error:
+        # What libpq or a pooler says is for operators: it names hosts and users.
+        cause = str(getattr(error.__cause__, "orig", None) or "").strip().partition("\n")[0]
+        raise Unavailable(f"{error.message} {cause}".strip()) from error
+    require_sessions(store)
+    return f"answers at {place}"
 
 
 def _schema(store: Store) -> str:
@@ -141,7 +147,7 @@ def _s3(settings: Settings) -> str:
             if artifacts.get(key) != content:
                 raise FarmError("It gives back other bytes than it was given.")
         finally:
-            artifacts.delete(key)
+            artifacts.delete_all([key])  # as the janitor deletes
     return f"bucket {settings.s3_bucket} stores, gives and deletes"
 
 

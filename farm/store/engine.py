@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from sqlalchemy import Connection as Connection
-from sqlalchemy import Engine, ExceptionContext, create_engine, event, make_url, text
+from sqlalchemy import Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy import Row as Row
 from sqlalchemy.exc import (
     DBAPIError,
@@ -23,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from farm.config import Settings
-from farm.errors import Unavailable
+from farm.errors import FarmError, Unavailable
 
 CONNECT_SECONDS = 5
 POOL_SIZE = 10
@@ -52,37 +53,62 @@ Transaction = Connection
 
 def open_store(settings: Settings) -> Store:
     """Open a pool of connections; the first one is made when it is first needed."""
+    address = _checked(settings.database_url.get_secret_value())
     idle = round(settings.transaction_seconds * 1000)
-    url = make_url(settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
     store = create_engine(
-        url,
+        "postgresql+psycopg://",
+        creator=lambda: _connect(address, idle),
         pool_size=POOL_SIZE,
         max_overflow=POOL_SIZE,
         pool_timeout=CONNECT_SECONDS,
         hide_parameters=True,  # they hold prompts, and errors are logged
-        connect_args={
-            "target_session_attrs": "read-write",
-            "connect_timeout": CONNECT_SECONDS,
-            "application_name": "farm",
-            "options": f"-c statement_timeout={STATEMENT_MILLISECONDS} -c timezone=UTC"
-            # A process stopped in the middle of a claim must not hold the lane's lock for ever.
-            f" -c idle_in_transaction_session_timeout={idle}",
-            # A half-open connection is noticed within a quarter of a minute.
-            "keepalives_idle": 5,
-            "keepalives_interval": 3,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 15_000,
-        },
     )
-    event.listen(store, "connect", _add_routines)
     event.listen(store, "handle_error", _leave_read_only)
     _try_idle_ones(store)
     return store
 
 
-def _add_routines(connection: Any, _record: Any) -> None:
-    connection.execute(ROUTINES)
-    connection.commit()
+def _checked(address: str) -> str:
+    """Refuse what libpq cannot read; its own message may hold the password."""
+    try:
+        ports = str(psycopg.conninfo.conninfo_to_dict(address).get("port") or "")
+    except psycopg.ProgrammingError:
+        ports = "unknown"
+    if not ports.replace(",", "0").isdigit() and ports:
+        raise FarmError(
+            "FARM_DATABASE_URL is no address that libpq reads; its form is "
+            "postgresql://USER:PASSWORD@HOST:PORT/NAME."
+        )
+    return address
+
+
+def _connect(address: str, idle_milliseconds: int) -> psycopg.Connection[Any]:
+    """Connect as libpq does, which knows several hosts, and make the session the farm's.
+
+    Its settings are SET: a pooler between here and Postgres knows no `options`.
+    """
+    connection = psycopg.connect(
+        address,
+        target_session_attrs="read-write",
+        connect_timeout=CONNECT_SECONDS,
+        application_name="farm",
+        # A half-open connection is noticed within a quarter of a minute.
+        keepalives_idle=5,
+        keepalives_interval=3,
+        keepalives_count=3,
+        tcp_user_timeout=15_000,
+    )
+    try:
+        # A process stopped in the middle of a claim must not hold the lane's lock for ever.
+        connection.execute(
+            f"SET statement_timeout = {STATEMENT_MILLISECONDS}; SET timezone = 'UTC';"
+            f"SET idle_in_transaction_session_timeout = {idle_milliseconds};{ROUTINES}".encode()
+        )
+        connection.commit()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _leave_read_only(context: ExceptionContext) -> None:
@@ -182,6 +208,38 @@ def require_writes(store: Store) -> None:
 def tells_statements(error: Exception) -> bool:
     """Whether an error's text holds SQL and its parameters: for operators alone."""
     return isinstance(error, SQLAlchemyError)
+
+
+def server_place(store: Store) -> str:
+    """Tell the host and port of the Postgres that answers.
+
+    Raises:
+        Unavailable: none does; its cause is what libpq says.
+    """
+    with transaction(store) as connection:
+        info = connection.connection.driver_connection.info  # type: ignore[union-attr]  # psycopg's
+        return f"{info.host}:{info.port}"
+
+
+def require_sessions(store: Store) -> None:
+    """Return if each connection has a session of Postgres for itself.
+
+    Raises:
+        FarmError: a pooler gives one session to several connections, so what one sets, another
+            has: no claim can work, and no stopped process would lose its locks.
+        Unavailable: Postgres cannot be reached.
+    """
+    with _telling_outages(), store.connect() as one, store.connect() as other:
+        one.execute(text("SET farm.probe = 'set'"))
+        one.commit()
+        probe = text("SELECT current_setting('farm.probe', true)")
+        if other.execute(probe).scalar_one() == "set":
+            raise FarmError(
+                "A pooler in front of Postgres shares sessions among connections. Let it pool "
+                "sessions (PgBouncer: pool_mode = session)."
+            )
+        one.execute(text("RESET farm.probe"))
+        one.commit()
 
 
 def server_clock(store: Store) -> datetime:

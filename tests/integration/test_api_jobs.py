@@ -183,6 +183,21 @@ def test_a_frame_without_an_image_says_its_state(api: Api, client: httpx.Client)
     assert "is waiting: it has no image" in response.json()["detail"]
 
 
+def test_a_picture_s_size_is_told_before_it_is_fetched(
+    farm: Farm, api: Api, client: httpx.Client
+) -> None:
+    """By HEAD, which downloaders send first; each address is signed for what it was asked by."""
+    job = api.submit(client)
+    hand = hire(farm, pipeline="demo")
+    render(hand, hand.must_claim())
+    path = f"/v1/jobs/{job['id']}/frames/0/image"
+    told = httpx.head(client.head(path).headers["location"])
+    fetched = httpx.get(client.get(path).headers["location"]).raise_for_status()
+    assert told.status_code == 200
+    assert told.headers["content-length"] == str(len(fetched.content))
+    assert told.headers["content-type"] == "image/png"
+
+
 def test_jobs_are_listed_newest_first_and_filtered(api: Api, client: httpx.Client) -> None:
     jobs = [api.submit(client, labels={"n": str(number), "kind": "x"}) for number in range(5)]
     newest_first = [job["id"] for job in reversed(jobs)]

@@ -89,7 +89,7 @@ def test_a_job_keeps_as_many_as_it_asked_for(
     for ordinal, spec in stored.items():
         redraws = rows[ordinal].redraws
         assert spec.seed % 3 != 0
-        assert spec.seed == (derived_seed(ordinal, redraws) if redraws else ordinal)
+        assert spec.seed == (derived_seed(ordinal, redraws, 63) if redraws else ordinal)
         assert (redraws > 0) == (ordinal % 3 == 0)
         reasons = [reason for _, reason in attempts_of(farm, job_id, ordinal)]
         assert reasons == ["rejected"] * redraws

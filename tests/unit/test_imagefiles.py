@@ -169,6 +169,27 @@ def test_metadata_is_left_behind_and_the_same_content_has_the_same_bytes() -> No
     assert plain.sha256 == hashlib.sha256(plain.content).digest()
 
 
+@pytest.mark.parametrize("name", ["profile", "packed text", "packed words", "plain text", "all"])
+def test_large_profiles_and_texts_are_thrown_away_unread(name: str) -> None:
+    """Pillow refuses more than a mebibyte of them, packed or not."""
+    large = bytes(range(256)) * 12_000  # 3 MB
+    parts = {
+        "profile": chunk(b"iCCP", b"p\0\0" + zlib.compress(large)),
+        "packed text": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(large)),
+        "packed words": chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(b"a" * 3_000_000)),
+        "plain text": chunk(b"tEXt", b"prompt\0" + b"a" * 3_000_000),
+    }
+    plain = file(picture())
+    head, body = plain[:33], plain[33:]
+    more = b"".join(parts.values()) if name == "all" else parts[name]
+    assert taken(head + more + body) == taken(plain)
+
+
+def test_a_jpeg_may_be_called_jpg() -> None:
+    content = file(picture(), "JPEG")
+    assert normalised(content, "image/jpg", max_pixels=MAX_PIXELS) == taken(content, "JPEG")
+
+
 def test_a_telephones_jpeg_of_several_pictures_is_its_first() -> None:
     first = file(picture(), "JPEG")
     second = picture("L", (64, 64)).convert("RGB")
@@ -186,7 +207,7 @@ def test_the_declared_type_may_have_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    "declared", ["", "image/gif", "text/plain", "image/*", "image/jpg", "\xff"]
+    "declared", ["", "image/gif", "text/plain", "image/*", "image/pjpeg", "\xff"]
 )
 def test_other_media_types_are_refused(declared: str) -> None:
     with pytest.raises(
@@ -370,6 +391,16 @@ def test_pixels_in_many_small_chunks_are_taken() -> None:
 
 def test_text_that_unfolds_is_not_unfolded() -> None:
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))
+    content = file(picture())
+    tracemalloc.start()
+    assert taken(content[:33] + text + content[33:]) == taken(content)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 5_000_000
+
+
+def test_text_that_tells_which_side_is_up_is_unfolded_to_a_limit() -> None:
+    text = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(50_000_000)))
     content = file(picture())
     assert "cannot be read" in refused(content[:33] + text + content[33:])
 
