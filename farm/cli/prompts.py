@@ -246,9 +246,9 @@ def _labels(value: Any) -> dict[str, str] | None:
         with suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, Mapping):
-        raise ValueError(
-            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. To keep it '
-            "as one label, give --label-column labels"
+        raise ValueError(  # noqa: TRY004 - as every other value that is refused
+            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. To keep '
+            "it as one label, give --label-column labels"
         )
     found = {_text(name) or "": _label(each) for name, each in value.items()}
     return {name: each for name, each in found.items() if each is not None} or None
