@@ -120,3 +120,9 @@ class RenderError(FarmError):
 
     code = "render_error"
     status = 500
+
+
+class NotFinite(RenderError):
+    """A picture's values overflowed: it would be stored as a black one."""
+
+    code = "not_finite"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 
-from farm.errors import FarmError, StorageRefused, Unavailable
+from farm.errors import FarmError, RenderError, StorageRefused, Unavailable
 from farm.families.devices import is_out_of_memory
 from farm.filters import Verdict
 from farm.states import FLAGGED, REJECTED
@@ -32,6 +32,8 @@ def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure]
         message = "Its batch failed; it is tried again without the others."
     elif isinstance(error, FarmError):
         message, retryable = error.message, error.retryable
+        if isinstance(error, RenderError):
+            reason = error.code
     return [
         Failure(
             frame.fence,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from farm.catalog import Pipeline
+from farm.errors import NotFinite
 from farm.spec import FrameSpec, storable
 
 if TYPE_CHECKING:
@@ -305,12 +306,20 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
 
     Args:
         images: (batch, 3, height, width), from 0 to 1, on any device.
+
+    Raises:
+        NotFinite: a value of any of them is infinite or NaN.
     """
     import torch
     from PIL import Image
 
     if (seen := _SEEN.get()) is not None:
         seen.append(images)
+    elif not images.isfinite().all():
+        raise NotFinite(
+            "The picture's values are not finite: the numbers overflowed. A dtype with a larger "
+            "range may help, such as bfloat16 or float32."
+        )
     # Both round half to even, in float32.
     values = (images.float() * 255).round().to(torch.uint8)
     return [Image.fromarray(one) for one in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]

@@ -14,7 +14,7 @@ from farm.errors import CatalogError, one_line
 from farm.families.base import Checkpoint
 from farm.families.hub import folder_of_configs
 from farm.families.layout import CONFIG_NAMES, INDEX, component, components, read_json
-from farm.families.signature import diffusers_folder, text_to_image_class
+from farm.families.signature import diffusers_folder, model_defaults, text_to_image_class
 from farm.families.weightfiles import check_files
 
 LIBRARIES = frozenset({"diffusers", "transformers"})
@@ -77,12 +77,23 @@ def _read_configs(folder: Path, where: str) -> Checkpoint:
         return Checkpoint(index=read_json(folder, CONFIG_NAMES[0], where))
     index = read_json(folder, INDEX, where)
     configs = {
-        component: read_json(folder, f"{component}/{name}", where)
+        component: _as_diffusers_reads(index, component, folder, name, where)
         for component in index
         for name in CONFIG_NAMES
         if (folder / component / name).is_file()
     }
     return Checkpoint(index=index, configs=configs)
+
+
+def _as_diffusers_reads(
+    index: Mapping[str, Any], name: str, folder: Path, file: str, where: str
+) -> Mapping[str, Any]:
+    """Read a component's configuration: its class is the index's, and gives what is left out."""
+    config = read_json(folder, f"{name}/{file}", where)
+    found = component(index, name)
+    if found is None or found[0] != "diffusers":
+        return config
+    return {**model_defaults(found[1]), **config, "_class_name": found[1]}
 
 
 def _refuse_own_code(checkpoint: Checkpoint, folder: Path, where: str) -> None:
@@ -131,4 +142,6 @@ def config_of(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
 
 def vae_scale(vae: Mapping[str, Any]) -> int:
     """Pixels to a latent's side, as diffusers derives it from a VAE's configuration."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
+    # AutoencoderTiny of older versions names its decoder's alone.
+    channels = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return int(2 ** (len(channels) - 1))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from farm.catalog import Pipeline
+from farm.errors import CatalogError
 from farm.families.base import (
     Batch,
     Checkpoint,
@@ -93,11 +94,8 @@ def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[s
         CatalogError: the checkpoint lacks a component.
     """
     unet, vae = config_of(checkpoint, "unet"), config_of(checkpoint, "vae")
-    height, width = _sides(unet["sample_size"])
-    scale = vae_scale(vae)
     change: dict[str, dict[str, Any]] = {
-        "width": {"default": width * scale},
-        "height": {"default": height * scale},
+        **_size(pipeline, unet.get("sample_size"), vae_scale(vae)),
         "sampler": sampler_change(config_of(checkpoint, "scheduler"), SAMPLERS),
     }
     encoders = [config for name, config in checkpoint.configs.items() if "text_encoder" in name]
@@ -108,11 +106,21 @@ def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[s
     return change
 
 
-def _sides(sample_size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(sample_size, int):
-        return sample_size, sample_size
-    height, width = sample_size
-    return height, width
+def _size(
+    pipeline: Pipeline, sample_size: int | Sequence[int] | None, scale: int
+) -> dict[str, dict[str, Any]]:
+    """The default size, where the UNet says for which it was trained."""
+    if sample_size is None:
+        if not {"width", "height"} <= set(pipeline.defaults):
+            raise CatalogError(
+                f"{pipeline.source} does not say how large its pictures are: put width and "
+                "height into the entry's defaults."
+            )
+        return {}
+    height, width = (
+        (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    )
+    return {"width": {"default": width * scale}, "height": {"default": height * scale}}
 
 
 @dataclass(frozen=True)

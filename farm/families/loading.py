@@ -26,6 +26,8 @@ from farm.families.devices import (
     quieten_libraries,
 )
 from farm.families.hub import fetched, fetched_before
+from farm.families.layout import INDEX
+from farm.families.models import load_model, model_classes
 from farm.families.weightfiles import check_files, parameter_count, weights_hash
 
 log = logging.getLogger(__name__)
@@ -65,13 +67,19 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     # Once more: what lies there may have changed since the offer, or has just been fetched.
     check_files(Path(source), variant, part.source, unused_in(pipeline))
     _check_memory(pipeline, part, source, device, BYTES[dtype])
+    folder, kind = Path(source), getattr(torch, dtype)
+    if not (folder / INDEX).is_file():
+        with _told(pipeline, part):
+            return load_model(loader, folder, part.source, variant, kind)
+    for name, model_class in model_classes(folder, part.source):
+        if name not in components:
+            where = f"{part.source}: {name}"
+            with _told(pipeline, part, where):
+                model = load_model(model_class, folder / name, where, variant, kind)
+            components = {**components, name: model}
     with _told(pipeline, part):
         loaded = loader.from_pretrained(
-            source,
-            variant=variant,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            **components,
+            source, variant=variant, dtype=kind, use_safetensors=True, **components
         )
     _mend(getattr(loaded, "text_encoder", None))
     return loaded
@@ -151,7 +159,7 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
 
 
 @contextmanager
-def _told(pipeline: Pipeline, part: Weights) -> Iterator[None]:
+def _told(pipeline: Pipeline, part: Weights, where: str | None = None) -> Iterator[None]:
     """Turn what the libraries raise into one clear line."""
     try:
         yield
@@ -159,7 +167,9 @@ def _told(pipeline: Pipeline, part: Weights) -> Iterator[None]:
         raise
     except Exception as error:
         if not is_out_of_memory(error):
-            raise CatalogError(f"{part.source} cannot be loaded: {_reason(error, part)}") from error
+            raise CatalogError(
+                f"{where or part.source} cannot be loaded: {_reason(error, part)}"
+            ) from error
         traceback.clear_frames(error.__traceback__)  # what was loaded so far stands in them
         free_what_is_left()
         device = device_of(pipeline)

@@ -73,6 +73,35 @@ def read_signature(class_name: str) -> Signature | None:
 
 
 @cache
+def model_defaults(class_name: str) -> Mapping[str, Any]:
+    """Read what a model class of diffusers takes for what its configuration leaves out.
+
+    Only constants; empty where the installed diffusers has no such class.
+    """
+    if not class_name.isidentifier():
+        return {}
+    pattern = re.compile(rf"^class {class_name}\(", re.MULTILINE)
+    for path in sorted((diffusers_folder() / "models").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if pattern.search(source):
+            return _model_defaults(ast.parse(source), class_name)
+    return {}
+
+
+def _model_defaults(module: ast.Module, class_name: str) -> Mapping[str, Any]:
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            begin = _method(node, "__init__")
+            arguments = _arguments(begin) if begin is not None else iter(())
+            return {
+                name: argument.default
+                for name, argument in arguments
+                if argument.is_known and not argument.is_required
+            }
+    return {}
+
+
+@cache
 def _tables() -> dict[str, dict[str, str]]:
     """The tables of AutoPipeline: by name, the class of each key."""
     path = diffusers_folder() / "pipelines" / "auto_pipeline.py"

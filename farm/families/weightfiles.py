@@ -15,7 +15,7 @@ from typing import Any
 
 from farm.errors import CatalogError, one_line
 from farm.families.kept import file_hash
-from farm.families.layout import INDEX, components, read_json
+from farm.families.layout import INDEX, component, components, read_json
 
 SAFE = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
@@ -48,6 +48,7 @@ def check_files(
         places = [place for place in _places(folder) if place.name not in unused]
         for place in places:
             _refuse_pickles(place, folder, where)
+            _refuse_missing_shards(place, folder, where)
         files = [path for place in places for path in _loaded_files(place, variant)]
         if not any(True for place in places for _ in place.glob(f"*{SAFE}")):
             raise CatalogError(f"{where} holds no weights as safetensors.")
@@ -55,6 +56,7 @@ def check_files(
             raise CatalogError(f"{where} has no variant {variant!r}: no file is named so.")
         for path in files:
             _refuse_damaged(path, folder, where)
+        _refuse_missing_parts(folder, variant, where, unused)
         _refuse_empty_tokenizers(folder, where)
     except OSError as error:
         raise CatalogError(f"{where} cannot be read: {one_line(error)}") from error
@@ -79,11 +81,52 @@ def _refuse_pickles(place: Path, folder: Path, where: str) -> None:
         )
 
 
+def _refuse_missing_shards(place: Path, folder: Path, where: str) -> None:
+    for index in sorted(place.glob(f"*{SAFE}.index*.json")):
+        shards = read_json(place, index.name, where).get("weight_map")
+        named = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+        # A folder may hold the index of a variant whose files were not fetched.
+        there = {name for name in named if (place / name).is_file()}
+        if there and (missing := sorted(named - there)):
+            shown = (place / missing[0]).relative_to(folder)
+            raise CatalogError(f"{where}: {shown} is missing; {index.name} names it.")
+
+
+def _refuse_missing_parts(
+    folder: Path, variant: str | None, where: str, unused: Collection[str]
+) -> None:
+    """Refuse a checkpoint without a component that its index names, or without its weights."""
+    if not (folder / INDEX).is_file():
+        return
+    index = read_json(folder, INDEX, where)
+    for name, _library, _class_name in components(index):
+        place = folder / name
+        if name in unused:
+            continue
+        if not place.is_dir():
+            raise CatalogError(f"{where}: its {name} is missing; {INDEX} names it.")
+        if (place / "config.json").is_file() and not _loaded_files(place, variant):
+            kinds = {path.name.split(".")[1] for path in place.glob(f"*.*{SAFE}")}
+            others = f"; there is variant {' or '.join(sorted(kinds))}" if kinds else ""
+            raise CatalogError(f"{where}: its {name} has no weights as plain safetensors{others}.")
+    needs_pictures = component(index, "safety_checker") and "safety_checker" not in unused
+    if needs_pictures and not component(index, "feature_extractor"):
+        raise CatalogError(
+            f"{where}: its safety_checker needs a feature_extractor, which {INDEX} does not name; "
+            "put safety_checker = false into the entry to do without both."
+        )
+
+
 def _loaded_files(place: Path, variant: str | None) -> list[Path]:
     """The weights that diffusers loads from a folder: those of the variant, else the plain ones."""
     files = sorted(place.glob(f"*{SAFE}"))
     wanted = [path for path in files if variant and _is_variant(path.name, variant)]
     return wanted or [path for path in files if path.name.count(".") == 1]
+
+
+def has_variant(place: Path, variant: str) -> bool:
+    """Whether a folder holds weights of a variant."""
+    return any(_is_variant(path.name, variant) for path in place.glob(f"*{SAFE}"))
 
 
 def _is_variant(name: str, variant: str) -> bool:

@@ -122,10 +122,8 @@ SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
         lambda bench: bench.change("stable_diffusion/unet/config.json", sample_size="large"),
         "its configuration is not of the form that diffusers writes",
     ),
-    "a sampler of another form": (
-        lambda bench: bench.change(
-            "stable_diffusion/scheduler/scheduler_config.json", _class_name=["own"]
-        ),
+    "a size of another form": (
+        lambda bench: bench.change("stable_diffusion/unet/config.json", sample_size="large"),
         "its configuration is not of the form that diffusers writes",
     ),
     "a UNet for inpainting": (
@@ -138,13 +136,17 @@ SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
         ),
         "no family renders a StableDiffusionUpscalePipeline",
     ),
+    "a UNet without weights": (
+        lambda bench: (bench.folder / f"stable_diffusion/{UNET}{SAFE}").unlink(),
+        "its unet has no weights as plain safetensors",
+    ),
     "no UNet": (
         lambda bench: shutil.rmtree(bench.folder / "stable_diffusion/unet"),
-        "has no unet/config.json",
+        "its unet is missing; model_index.json names it",
     ),
     "no tokenizer": (
         lambda bench: shutil.rmtree(bench.folder / "stable_diffusion/tokenizer"),
-        "its tokenizer has no vocabulary",
+        "its tokenizer is missing; model_index.json names it",
     ),
     "a tokenizer without words": (
         lambda bench: (bench.folder / "stable_diffusion/tokenizer/tokenizer.json").unlink(),

@@ -68,6 +68,7 @@ PIPELINES: Mapping[str, tuple[str, Configs]] = {
             "text_encoder": ("CLIPTextModel", {"num_hidden_layers": 12}),
             "scheduler": ("PNDMScheduler", {}),
             "safety_checker": ("StableDiffusionSafetyChecker", {}),
+            "feature_extractor": ("CLIPImageProcessor", {}),
         },
     ),
     "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", SDXL),
