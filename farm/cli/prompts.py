@@ -82,7 +82,7 @@ class PromptFile:
             self._columns = replace(columns, prompt=TEXT_COLUMN)
 
     @property
-    def told(self) -> str:
+    def columns_read(self) -> str:
         """Which columns were read, and which were not, for people; nothing of a plain text."""
         if kind_of(self._path) == "text":
             return ""

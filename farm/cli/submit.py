@@ -231,8 +231,8 @@ def send(
             body = {**body, "control": control_field(client, controls, settings.max_image_bytes)}
         if file is not None:
             uploaded = _upload(client, file)
-            if not as_json and file.told:
-                note(file.told)
+            if not as_json and file.columns_read:
+                note(file.columns_read)
             body = {**body, "input": uploaded["id"]}
             # The same file under the same name is the same job, though it was stopped half-way.
             word = f"{idempotency_key} {uploaded['id']}".encode("utf-8", "surrogateescape")

@@ -71,7 +71,9 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     if not (folder / INDEX).is_file():
         with _told(pipeline, part):
             return load_model(loader, folder, part.source, variant, kind)
-    for name, model_class in model_classes(folder, part.source):
+    with _told(pipeline, part):
+        classes = [*model_classes(folder, part.source)]
+    for name, model_class in classes:
         if name not in components:
             where = f"{part.source}: {name}"
             with _told(pipeline, part, where):

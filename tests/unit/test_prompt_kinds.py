@@ -155,9 +155,12 @@ def test_columns_of_one_name_that_nobody_needs_do_no_harm(tmp_path: Path) -> Non
 
 def test_the_columns_that_are_used_and_left_are_told(tmp_path: Path) -> None:
     content = b"Caption,seed,width,id\na,1,64,k\n"
-    told = PromptFile(file(tmp_path, "p.csv", content), Columns("caption", "id"))
-    assert len([*told.lines()]) == 1
-    assert told.told == "Columns: prompt from 'Caption', key from 'id', seed; not used: 'width'."
+    prompts = PromptFile(file(tmp_path, "p.csv", content), Columns("caption", "id"))
+    assert len([*prompts.lines()]) == 1
+    assert (
+        prompts.columns_read
+        == "Columns: prompt from 'Caption', key from 'id', seed; not used: 'width'."
+    )
 
 
 def test_further_names_in_json_lines_are_left_as_in_a_table(tmp_path: Path) -> None:
