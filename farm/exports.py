@@ -64,7 +64,8 @@ def create(
             export lies below it, in a folder named by its id. None: the farm's own storage.
 
     Raises:
-        InvalidRequest: there is no such job, or no such place may be written to.
+        InvalidRequest: there is no such job, their formats do not go together, or no such place
+            may be written to.
         StorageRefused: the farm may not look into the bucket.
         Unavailable: Postgres or the storage is away.
     """
@@ -76,6 +77,8 @@ def create(
     with transaction(farm.store) as connection:
         chosen = list(job_ids) or _bearing(connection, tenant_id, labels)
         _check_jobs(reading.own_jobs(connection, tenant_id, chosen), chosen)
+        if kind == "webdataset":
+            _check_formats(stored.formats_of(connection, chosen))
         shards = stored.count_shards(connection, chosen, shard_frames)
         if shards > MOST_SHARDS:
             raise InvalidRequest(
@@ -145,6 +148,16 @@ def _check_jobs(own: set[uuid.UUID], chosen: Sequence[uuid.UUID]) -> None:
     if len(chosen) > MOST_JOBS or len(set(chosen)) < len(chosen):
         raise InvalidRequest(
             f"jobs: different ones, and {MOST_JOBS} at most, may be exported together.",
+            param="jobs",
+        )
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    """Refuse what loaders of WebDataset would leave out: they know the first samples' files."""
+    if len(formats) > 1:
+        raise InvalidRequest(
+            f"jobs: their pictures are {' and '.join(formats)}, and a WebDataset holds pictures of "
+            "one format. Export the jobs of each format on their own, or to parquet.",
             param="jobs",
         )
 

@@ -123,7 +123,7 @@ class Folder:
                 for shard in self._shards(found["id"]):
                     for listed in shard["files"]:
                         self._fetch(listed)
-                        if listed["name"].endswith("/metadata.jsonl"):
+                        if listed["name"].endswith("/metadata.parquet"):
                             list(pool.map(self._fetch, self._pictures(listed)))
                     count_more(1)
         except OSError as error:
@@ -174,11 +174,12 @@ class Folder:
     def _pictures(self, index: File) -> Iterator[File]:
         """Name the pictures that an image folder's metadata list."""
         folder, url = index["name"].rpartition("/")[0], index["url"].rpartition("/")[0]
-        with (self.path / index["name"]).open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                name = row["file_name"]
-                yield {"name": f"{folder}/{name}", "sha256": row["sha256"], "url": f"{url}/{name}"}
+        from pyarrow import parquet
+
+        listed = parquet.read_table(self.path / index["name"], columns=["file_name", "sha256"])
+        for row in listed.to_pylist():
+            name = row["file_name"]
+            yield {"name": f"{folder}/{name}", "sha256": row["sha256"], "url": f"{url}/{name}"}
 
     def _fetch(self, file: File) -> None:
         path = self.path / file["name"]

@@ -73,7 +73,7 @@ FORMS = {
     "`.json` with every column, and beside each a Parquet with the same columns, which also lists "
     "the frames that have no picture.",
     "parquet": "Parquet shards with the pictures in the column `image`.",
-    "imagefolder": "The pictures' own files, with a `metadata.jsonl` in each folder.",
+    "imagefolder": "The pictures' own files, with a `metadata.parquet` in each folder.",
 }
 
 
@@ -167,7 +167,6 @@ the pixels.
 
 def croissant(cover: Cover) -> bytes:
     """Describe the files and their columns for machines."""
-    tables = [file for file in cover.files if file["name"].endswith((".parquet", ".jsonl"))]
     files = [
         {
             "@type": "cr:FileObject",
@@ -180,8 +179,7 @@ def croissant(cover: Cover) -> bytes:
         }
         for file in cover.files
     ]
-    source = tables[0]["name"].rpartition(".")[2] if tables else "parquet"
-    pattern = "data/*/metadata.jsonl" if source == "jsonl" else "data/*.parquet"
+    tables = "data/*/metadata.parquet" if cover.kind == "imagefolder" else "data/*.parquet"
     content = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -196,8 +194,8 @@ def croissant(cover: Cover) -> bytes:
                 "@type": "cr:FileSet",
                 "@id": "tables",
                 "name": "tables",
-                "includes": pattern,
-                "encodingFormat": MEDIA_TYPES[f".{source}"],
+                "includes": tables,
+                "encodingFormat": MEDIA_TYPES[".parquet"],
             },
         ],
         "recordSet": [

@@ -46,6 +46,16 @@ SCHEMA = pa.schema(
 )
 """Of the Parquet beside a shard, and of the columns beside an embedded picture"""
 
+NOTHING: dict[str, str | int | float | bool] = {
+    "string": "",
+    "int16": 0,
+    "int32": 0,
+    "int64": 0,
+    "double": 0.0,
+    "bool": False,
+}
+"""What stands for null in JSON, by the column's type"""
+
 DESCRIPTIONS = {
     "key": "The client's own name for the line, or else the picture's name in this dataset.",
     "caption": "The prompt that was drawn.",
@@ -124,3 +134,15 @@ class Frame:
             "labels": json.dumps(self.line.labels or {}, ensure_ascii=False),
             "spec": self.spec.model_dump_json(),
         }
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Give each null of a row an empty value of its column's type, for JSON.
+
+    JSON has no schema: `load_dataset("webdataset")` takes a column's type from the first five
+    pictures, and fails at the first text in a column that began with nulls.
+    """
+    return {
+        name: NOTHING[str(SCHEMA.field(name).type)] if value is None else value
+        for name, value in row.items()
+    }

@@ -2,7 +2,10 @@
 
 WebDataset: `00000.tar` with `.png`, `.txt` and `.json` of each picture, and `00000.parquet` beside
 it, as img2dataset lays them out. Parquet: pictures embedded as Hugging Face's `datasets` has them.
-Image folder: the pictures' own files, and `metadata.jsonl`.
+Image folder: the pictures' own files, and `metadata.parquet`.
+
+Every shard has the same columns of the same types, whatever its rows hold, and loaders that look at
+the first rows alone need no others. A shard without pictures has no file that a loader would open.
 
 The same frames give the same bytes: nothing tells when or by whom a shard was written.
 """
@@ -21,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
-from farm.datasets.rows import SCHEMA, Frame
+from farm.datasets.rows import SCHEMA, Frame, without_nulls
 from farm.formats import FORMATS
 
 ROWS_A_GROUP = 1000
@@ -32,6 +35,7 @@ Pictured = tuple[Frame, bytes | None]
 """A frame, and its picture's file; None where it has none"""
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FOLDER = pa.schema([("file_name", pa.string()), *SCHEMA])
 EMBEDDED = pa.schema([("image", IMAGE), *SCHEMA]).with_metadata(
     # What `datasets` reads to decode the column: its Features, as JSON.
     {
@@ -77,6 +81,7 @@ def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> l
     """Write a shard as a tar, with a Parquet that lists its pictures and what is missing."""
     name = f"{number:05d}"
     tar_path, table_path = folder / f"{name}.tar", folder / f"{name}.parquet"
+    pictures = 0
     with (
         tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar,
         _table(table_path, SCHEMA, ROWS_A_GROUP) as table,
@@ -85,11 +90,13 @@ def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> l
             row = frame.row()
             table.add(row)
             if picture is not None:
-                extension = FORMATS[frame.spec.format].extension
-                _add(tar, f"{frame.name}.{extension}", picture)
+                pictures += 1
+                content = json.dumps(without_nulls(row), ensure_ascii=False)
+                _add(tar, f"{frame.name}.{FORMATS[frame.spec.format].extension}", picture)
                 _add(tar, f"{frame.name}.txt", frame.spec.prompt.encode())
-                _add(tar, f"{frame.name}.json", json.dumps(row, ensure_ascii=False).encode())
-    return [Written(f"data/{path.name}", path) for path in (tar_path, table_path)]
+                _add(tar, f"{frame.name}.json", content.encode())
+    paths = (tar_path, table_path) if pictures else (table_path,)
+    return [Written(f"data/{path.name}", path) for path in paths]
 
 
 def write_parquet(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
@@ -107,17 +114,15 @@ def write_imagefolder(number: int, frames: Iterable[Pictured], folder: Path) -> 
     """Write a shard as a folder of pictures with their metadata."""
     name = f"{number:05d}"
     (folder / name).mkdir(exist_ok=True)
-    index, written = folder / name / "metadata.jsonl", []
-    with index.open("wb") as lines:
+    index, pictures = folder / name / "metadata.parquet", []
+    with _table(index, FOLDER, ROWS_A_GROUP) as table:
         for frame, picture in frames:
-            if picture is None:
-                continue
-            path = folder / name / f"{frame.name}.{FORMATS[frame.spec.format].extension}"
-            path.write_bytes(picture)
-            written.append(Written(f"data/{name}/{path.name}", path, listed=False))
-            row = {"file_name": path.name, **frame.row()}
-            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    return [*written, Written(f"data/{name}/{index.name}", index)]
+            if picture is not None:
+                path = folder / name / f"{frame.name}.{FORMATS[frame.spec.format].extension}"
+                path.write_bytes(picture)
+                pictures.append(Written(f"data/{name}/{path.name}", path, listed=False))
+                table.add({"file_name": path.name, **frame.row()})
+    return [*pictures, Written(f"data/{name}/{index.name}", index)] if pictures else []
 
 
 WRITERS: Mapping[str, Callable[[int, Iterable[Pictured], Path], list[Written]]] = {

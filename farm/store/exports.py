@@ -55,6 +55,10 @@ COUNT_SHARDS = text("""
 SELECT coalesce(sum((total + :frames - 1) / :frames), 0)::bigint FROM jobs WHERE id = ANY(:ids)
 """)
 
+FORMATS_OF = text("""
+SELECT DISTINCT coalesce(spec ->> 'format', 'png') FROM jobs WHERE id = ANY(:ids) ORDER BY 1
+""")
+
 # Whether shards are whole is looked at where something has changed: those that are new, and those
 # of jobs of which a frame has come to its end since. A frame that has not stands in a lease or
 # among the returned, and both are small. Once whole, a shard stays so.
@@ -288,6 +292,11 @@ class Export:
     bytes: int
     created_at: datetime
     finished_at: datetime | None
+
+
+def formats_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> list[str]:
+    """Tell the formats of some jobs' pictures."""
+    return list(connection.execute(FORMATS_OF, {"ids": list(job_ids)}).scalars())
 
 
 def count_shards(connection: Connection, job_ids: Sequence[uuid.UUID], frames: int) -> int:

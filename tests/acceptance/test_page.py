@@ -8,13 +8,10 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.command import Command
 
 from farm.context import Farm
 from farm.store import leases, workers
@@ -22,6 +19,9 @@ from farm.store.engine import transaction
 from tests.farming import hire
 from tests.serving import Api, render, serving
 from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 DRIVER = shutil.which("chromedriver")
@@ -50,6 +50,8 @@ def api(farm: Farm) -> Iterator[Api]:
 def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     if not (BROWSER and DRIVER):
         pytest.skip("needs chromium and chromedriver on the PATH")
+    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
     options = ChromeOptions()
     options.binary_location = BROWSER
     for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('browser')}"):
@@ -64,7 +66,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def browser(chrome: Chrome) -> Iterator[Chrome]:
     yield chrome
     chrome.delete_all_cookies()
-    log: list[dict[str, Any]] = chrome.execute(Command.GET_LOG, {"type": "browser"})["value"]
+    log: list[dict[str, Any]] = chrome.execute("getLog", {"type": "browser"})["value"]
     loud = [entry for entry in log if entry["level"] == "SEVERE"]
     unexpected = [entry for entry in loud if "Failed to load resource" not in entry["message"]]
     assert not unexpected, "the page breaks no rule of its Content-Security-Policy"
@@ -96,15 +98,15 @@ def connections_ahead() -> Iterator[None]:
 
 def test_signing_in_by_hand_and_out_again(api: Api, browser: Chrome) -> None:
     browser.get(api.url)
-    browser.find_element(By.ID, "key").send_keys("farm_wrong")
-    browser.find_element(By.CSS_SELECTOR, "button[type=submit]").click()
+    browser.find_element("id", "key").send_keys("farm_wrong")
+    browser.find_element("css selector", "button[type=submit]").click()
     wait_for(browser, "#problem", "unknown or revoked")
-    browser.find_element(By.ID, "key").send_keys(api.key())
-    browser.find_element(By.CSS_SELECTOR, "button[type=submit]").click()
+    browser.find_element("id", "key").send_keys(api.key())
+    browser.find_element("css selector", "button[type=submit]").click()
     wait_for(browser, "header", "ann, client")
     [cookie] = browser.get_cookies()
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
-    browser.find_element(By.CSS_SELECTOR, ".visitor button").click()
+    browser.find_element("css selector", ".visitor button").click()
     wait_for(browser, "main", "API key")
     assert browser.get_cookies() == []
 
@@ -126,12 +128,12 @@ def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome)
         api.submit(client, prompts=[prompt], labels={"<b>": prompt[:50]})
         render(hand, hand.must_claim())
     open_page(browser, api)
-    shown = [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".job .prompt")]
+    shown = [each.text for each in browser.find_elements("css selector", ".job .prompt")]
     assert shown == [prompt.strip() for prompt in reversed(PROMPTS.values())]
     assert browser.title == "Farm"
     by_text = {
         each.text: browser.execute_script("return getComputedStyle(arguments[0]).direction", each)
-        for each in browser.find_elements(By.CSS_SELECTOR, ".job .prompt")
+        for each in browser.find_elements("css selector", ".job .prompt")
     }
     assert by_text[PROMPTS["arabic"]] == by_text[PROMPTS["hebrew"]] == "rtl"
     assert by_text[PROMPTS["chinese"]] == "ltr"
@@ -151,7 +153,7 @@ def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
     assert "another's" not in text_of(browser, "main")
     loaded = "return [...document.querySelectorAll('.pictures img')].map(i => i.naturalWidth)"
     wait_until(lambda: browser.execute_script(loaded) == [64, 64], 15, "both pictures are loaded")
-    link = browser.find_element(By.CSS_SELECTOR, ".pictures a").get_attribute("href")
+    link = browser.find_element("css selector", ".pictures a").get_attribute("href")
     assert link == f"{api.url}/pictures/{job['id']}/0"
 
 
@@ -186,7 +188,7 @@ def test_the_page_is_live_and_keeps_its_place(api: Api, browser: Chrome) -> None
     card = f"[id='job-{job['id']}']"
     open_page(browser, api)
     assert "No worker for pipeline demo is alive." in text_of(browser, card)
-    button = browser.find_element(By.CSS_SELECTOR, f"{card} button")
+    button = browser.find_element("css selector", f"{card} button")
     browser.execute_script("arguments[0].focus(); window.sameElement = arguments[0]", button)
     hand = hire(api.farm, "hand")
     lease = hand.must_claim()
@@ -208,8 +210,8 @@ def test_buttons_steer_a_job(api: Api, browser: Chrome) -> None:
 
     def press(action: str) -> None:
         selector = f"{card} form[action$='/{action}'] button"
-        wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, selector), 15, f"{action} shows")
-        browser.find_element(By.CSS_SELECTOR, selector).click()
+        wait_until(lambda: browser.find_elements("css selector", selector), 15, f"{action} shows")
+        browser.find_element("css selector", selector).click()
 
     press("pause")
     wait_for(browser, card, "It is paused.")
@@ -246,14 +248,14 @@ def test_jobs_are_shown_by_the_page(api: Api, browser: Chrome) -> None:
     for number in range(17):
         api.submit(client, prompts=[f"number {number}"])
     open_page(browser, api)
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".job")) == 15
-    browser.find_element(By.LINK_TEXT, "Older jobs").click()
+    assert len(browser.find_elements("css selector", ".job")) == 15
+    browser.find_element("link text", "Older jobs").click()
     wait_for(browser, ".jobs", "number 1")
-    assert [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".job .prompt")] == [
+    assert [each.text for each in browser.find_elements("css selector", ".job .prompt")] == [
         "number 1",
         "number 0",
     ]
-    browser.find_element(By.LINK_TEXT, "cancelled").click()
+    browser.find_element("link text", "cancelled").click()
     wait_for(browser, ".jobs", "No cancelled jobs.")
 
 

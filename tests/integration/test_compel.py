@@ -102,7 +102,7 @@ def is_taken(text: str) -> bool:
     return True
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @example(text='"- C++" "-"')
 @example(text='" - C++" "-"')
 @example(text='"a --ar C++" "-"')

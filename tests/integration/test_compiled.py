@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch._dynamo.utils import counters
 
 from farm.catalog import load_catalog
 from farm.context import Farm
@@ -44,6 +42,9 @@ bucket = { "default" = 2 }
 
 @pytest.fixture
 def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RenderLine]:
+    import torch
+    from torch._dynamo.utils import counters
+
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     save("stable_diffusion", tmp_path / "tiny")
     (tmp_path / "pipelines.toml").write_text(CATALOG)
@@ -59,6 +60,9 @@ def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def test_nothing_is_compiled_after_the_warm_up(
     farm: Farm, tenant: uuid.UUID, line: RenderLine, caplog: pytest.LogCaptureFixture
 ) -> None:
+    import torch
+    from torch._dynamo.utils import counters
+
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     mixed: list[dict[str, Any]] = [

@@ -188,13 +188,13 @@ def test_the_longest_prompt_is_checked_at_once(unit: str) -> None:
         assert time.perf_counter() - started < 2.0
 
 
-def test_a_hundred_thousand_prompts_are_checked_in_seconds() -> None:
-    """Measured: 3 s for 16 million characters."""
+def test_twenty_thousand_prompts_are_checked_in_seconds() -> None:
+    """Measured: 0.6 s for 3 million characters."""
     words = ["a", "red", "star,", "t-shirt", "f/1.8", "C++", "don't", "(cat)1.3", '"dog"', "3.5."]
     chosen = random.Random(7)
-    prompts = [" ".join(chosen.choices(words, k=30)) for _ in range(99_000)]
+    prompts = [" ".join(chosen.choices(words, k=30)) for _ in range(19_000)]
     prompts += [f'("a red star, {n}", "a (dog)1.2").blend(0.3, 0.7)' for n in range(1_000)]
     started = time.perf_counter()
     for prompt in prompts:
         check_compel(prompt)
-    assert time.perf_counter() - started < 30.0
+    assert time.perf_counter() - started < 6.0

@@ -12,7 +12,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import pandas
 import pytest
 from PIL import Image
 
@@ -55,6 +54,8 @@ def test_the_page_runs(page: Path) -> None:
         "manifest.json",
         "missing.jsonl",
     ]
+    import pandas
+
     keys = pandas.read_parquet(page / "shapes" / "data" / "00000.parquet")["key"]
     assert sorted(keys) == sorted(4 * [f"shape-{number}" for number in range(6)])
 

@@ -29,13 +29,7 @@ from tests.serving import Api
 from tests.waiting import wait_until
 from workers.chores import Chores
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keep the caches of the `datasets` library inside the test's folder."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # WebDataset
 
