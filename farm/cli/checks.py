@@ -43,6 +43,14 @@ class Finding:
     """What to do where something is wrong"""
 
 
+class Wrong(FarmError):
+    """Something is wrong that the check's own advice does not mend."""
+
+    def __init__(self, message: str, mend: str) -> None:
+        super().__init__(message)
+        self.mend = mend
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing to look at."""
@@ -63,7 +71,8 @@ class Check:
         except Exception as error:
             message = error.message if isinstance(error, FarmError) else f"{error}"
             detail = " ".join(message.split()) or type(error).__name__
-            return Finding(self.name, ok=False, detail=detail, mend=self.mend)
+            mend = error.mend if isinstance(error, Wrong) else self.mend
+            return Finding(self.name, ok=False, detail=detail, mend=mend)
 
 
 def all_checks(settings: Settings, store: Store) -> Iterator[Check]:
@@ -196,5 +205,8 @@ def _workers(store: Store, settings: Settings, name: str) -> str:
         raise FarmError(f"No worker for pipeline {name} is alive.")
     able = [row for row in alive if row.state != "failed"]
     if not able:
-        raise FarmError(f"{plural(len(alive), 'worker')} failed to load it: {alive[0].problem}")
+        raise Wrong(
+            f"{plural(len(alive), 'worker')} failed to load it: {alive[0].problem}",
+            "Mend what it says. Its workers try again by themselves.",
+        )
     return ", ".join(f"{row.name} {row.state}" for row in able)

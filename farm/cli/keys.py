@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,12 +50,14 @@ def list_keys(as_json: Json = False) -> None:
     if as_json:
         emit(rows)
         return
-    table = columns("id", "begins with", "tenant", "role", "note", "created", "revoked")
+    table = columns("id", "begins with", "tenant", "role", "note", "created, UTC", "revoked, UTC")
     for row in rows:
-        created = f"{row['created_at']:%Y-%m-%d %H:%M}"
-        revoked = f"{row['revoked_at']:%Y-%m-%d %H:%M}" if row["revoked_at"] else ""
+        moments = [
+            f"{moment.astimezone(UTC):%Y-%m-%d %H:%M}" if moment else ""
+            for moment in (row["created_at"], row["revoked_at"])
+        ]
         table.add_row(
-            str(row["id"]), row["prefix"], row["tenant"], row["role"], row["name"], created, revoked
+            str(row["id"]), row["prefix"], row["tenant"], row["role"], row["name"], *moments
         )
     show_table(table)
 

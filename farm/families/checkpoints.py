@@ -136,7 +136,10 @@ def config_of(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
         CatalogError: the checkpoint has no such component.
     """
     if component not in checkpoint.configs:
-        raise CatalogError(f"The checkpoint has no {component}/config.json.")
+        file = "scheduler_config.json" if component == "scheduler" else "config.json"
+        raise CatalogError(
+            f"The checkpoint has no {component}/{file}, or its {INDEX} names no {component}."
+        )
     return checkpoint.configs[component]
 
 

@@ -22,7 +22,7 @@ from farm.families.base import (
 )
 from farm.families.checkpoints import config_of, require_class, vae_scale
 from farm.families.loading import load_part, load_pipe, pin
-from farm.families.samplers import SamplerName, build_sampler, sampler_change
+from farm.families.samplers import SamplerName, build_sampler, sampler_change, sampler_config
 from farm.families.tailoring import tailored
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Kandinsky22:
         combined: Any = KandinskyV22CombinedPipeline
         of_prior = {f"prior_{name}": part for name, part in prior.components.items()}
         pipe = combined(**decoder.components, **of_prior)
-        extras = {"prior_scheduler_config": prior.scheduler.config}
+        extras = {"prior_scheduler_config": sampler_config(prior)}
         return pin(pipeline, [pipe], extras)
 
     def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:

@@ -28,7 +28,13 @@ from farm.families.devices import (
 from farm.families.hub import fetched, fetched_before
 from farm.families.layout import INDEX
 from farm.families.models import load_model, model_classes
-from farm.families.weightfiles import check_files, parameter_count, weights_hash
+from farm.families.samplers import sampler_config
+from farm.families.weightfiles import (
+    check_files,
+    named_files,
+    parameter_count,
+    weights_hash,
+)
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +82,8 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     for name, model_class in classes:
         if name not in components:
             where = f"{part.source}: {name}"
-            with _told(pipeline, part, where):
+            files = named_files(folder / name, variant)
+            with _told(pipeline, part, where, files):
                 model = load_model(model_class, folder / name, where, variant, kind)
             components = {**components, name: model}
     with _told(pipeline, part):
@@ -113,7 +120,7 @@ def pin(
         pipe=pipes[0],
         device=device,
         dtype=dtype_of(pipeline, device),
-        scheduler_config=getattr(getattr(pipes[0], "scheduler", None), "config", None),
+        scheduler_config=sampler_config(pipes[0]),
         weights=_weights(pipeline),
         options=_options(pipeline, device),
         extras=extras or {},
@@ -161,16 +168,19 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
 
 
 @contextmanager
-def _told(pipeline: Pipeline, part: Weights, where: str | None = None) -> Iterator[None]:
-    """Turn what the libraries raise into one clear line."""
+def _told(
+    pipeline: Pipeline, part: Weights, where: str | None = None, files: str | None = None
+) -> Iterator[None]:
+    """Turn what the libraries raise into one clear line, which names the component's files."""
     try:
         yield
     except FarmError:
         raise
     except Exception as error:
         if not is_out_of_memory(error):
+            source = f" from {files}" if files else ""
             raise CatalogError(
-                f"{where or part.source} cannot be loaded: {_reason(error, part)}"
+                f"{where or part.source} cannot be loaded{source}: {_reason(error, part)}"
             ) from error
         traceback.clear_frames(error.__traceback__)  # what was loaded so far stands in them
         free_what_is_left()

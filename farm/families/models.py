@@ -15,7 +15,7 @@ from typing import Any
 
 from farm.errors import CatalogError
 from farm.families.layout import INDEX, components, read_json
-from farm.families.weightfiles import has_variant
+from farm.families.weightfiles import has_variant, named_files
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def load_model(kind: Any, folder: Path, where: str, variant: str | None, dtype: 
         **{"dtype" if of_transformers else "torch_dtype": dtype},
         **chosen,
     )
-    _check(report, where)
+    _check(report, where, named_files(folder, variant))
     return model
 
 
@@ -79,11 +79,11 @@ def _model_class(library: str, class_name: str) -> Any | None:
     return kind if isinstance(kind, type) and issubclass(kind, torch.nn.Module) else None
 
 
-def _check(report: Mapping[str, Any], where: str) -> None:
+def _check(report: Mapping[str, Any], where: str, files: str) -> None:
     if missing := sorted(report.get("missing_keys") or ()):
         raise CatalogError(
-            f"{where} lacks weights that its class needs: {_some(missing)}. Its file is "
-            "incomplete, or of another version of the library."
+            f"{where} lacks weights that its class needs: {_some(missing)}. Its {files} do not "
+            "belong together, or are of another version of the library."
         )
     if surplus := sorted(report.get("unexpected_keys") or ()):
         log.warning("%s has weights that its class has no place for: %s", where, _some(surplus))

@@ -81,16 +81,28 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def sampler_config(pipe: Any) -> dict[str, Any] | None:
+    """Describe a pipeline's own sampler, for build_sampler(); None: it has none.
+
+    The file's class may be missing or another than the index's, which is the one that is loaded.
+    """
+    sampler = getattr(pipe, "scheduler", None)
+    config = getattr(sampler, "config", None)
+    return None if config is None else {**config, "_class_name": type(sampler).__name__}
+
+
 def build_sampler(name: str | None, config: Any) -> Any:
     """Build a fresh sampler, as each batch needs one: samplers keep state between steps.
 
     Args:
         name: a key of SAMPLERS; None for the checkpoint's own class.
-        config: the checkpoint's scheduler config (a diffusers FrozenDict).
+        config: the checkpoint's, by sampler_config().
     """
     import diffusers
 
-    if name is None:
-        return getattr(diffusers, config["_class_name"]).from_config(config)
-    class_name, options = SAMPLERS[name]
+    class_name, options = (config["_class_name"], {}) if name is None else SAMPLERS[name]
+    if class_name == config["_class_name"] and not options:
+        # from_config() takes defaults where the checkpoint's file had no value, and a pipeline may
+        # have mended just those.
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
     return getattr(diffusers, class_name).from_config(config, **options)

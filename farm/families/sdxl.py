@@ -13,7 +13,7 @@ from farm.families.checkpoints import require_class
 from farm.families.clip import ClipParams, Group, clip_changes, render_in_groups
 from farm.families.loading import load_part, load_pipe, pin
 from farm.families.prompts import PromptEncoder
-from farm.families.samplers import build_sampler
+from farm.families.samplers import build_sampler, sampler_config
 from farm.families.tailoring import tailored
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class SDXL:
         )
         extras |= {
             "refiner": refiner,
-            "refiner_scheduler_config": refiner.scheduler.config,
+            "refiner_scheduler_config": sampler_config(refiner),
             "refiner_prompts": PromptEncoder(refiner),
         }
         return pin(pipeline, [base, refiner], extras)

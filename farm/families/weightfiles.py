@@ -49,7 +49,8 @@ def check_files(
         for place in places:
             _refuse_pickles(place, folder, where)
             _refuse_missing_shards(place, folder, where)
-        files = [path for place in places for path in _loaded_files(place, variant)]
+            _refuse_broken_json(place, folder, where)
+        files = [path for place in places for path in loaded_files(place, variant)]
         if not any(True for place in places for _ in place.glob(f"*{SAFE}")):
             raise CatalogError(f"{where} holds no weights as safetensors.")
         if variant and not any(_is_variant(path.name, variant) for path in files):
@@ -92,6 +93,16 @@ def _refuse_missing_shards(place: Path, folder: Path, where: str) -> None:
             raise CatalogError(f"{where}: {shown} is missing; {index.name} names it.")
 
 
+def _refuse_broken_json(place: Path, folder: Path, where: str) -> None:
+    """Refuse a file that its library could not read: those of tokenizers too."""
+    for path in sorted(place.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            shown = path.relative_to(folder)
+            raise CatalogError(f"{where}: {shown} cannot be read: {one_line(error)}") from error
+
+
 def _refuse_missing_parts(
     folder: Path, variant: str | None, where: str, unused: Collection[str]
 ) -> None:
@@ -99,16 +110,23 @@ def _refuse_missing_parts(
     if not (folder / INDEX).is_file():
         return
     index = read_json(folder, INDEX, where)
-    for name, _library, _class_name in components(index):
+    for name, library, _class_name in components(index):
         place = folder / name
         if name in unused:
             continue
         if not place.is_dir():
             raise CatalogError(f"{where}: its {name} is missing; {INDEX} names it.")
-        if (place / "config.json").is_file() and not _loaded_files(place, variant):
+        described, weighed = (place / "config.json").is_file(), loaded_files(place, variant)
+        if weighed and not described and library == "transformers":  # which then takes defaults
+            raise CatalogError(f"{where}: {name}/config.json is missing.")
+        if described and not weighed:
             kinds = {path.name.split(".")[1] for path in place.glob(f"*.*{SAFE}")}
             others = f"; there is variant {' or '.join(sorted(kinds))}" if kinds else ""
-            raise CatalogError(f"{where}: its {name} has no weights as plain safetensors{others}.")
+            file = "diffusion_pytorch_model" if library == "diffusers" else "model"
+            raise CatalogError(
+                f"{where}: its {name} has no weights as plain safetensors: {name}/{file}{SAFE} is "
+                f"missing{others}."
+            )
     needs_pictures = component(index, "safety_checker") and "safety_checker" not in unused
     if needs_pictures and not component(index, "feature_extractor"):
         raise CatalogError(
@@ -117,11 +135,19 @@ def _refuse_missing_parts(
         )
 
 
-def _loaded_files(place: Path, variant: str | None) -> list[Path]:
+def loaded_files(place: Path, variant: str | None) -> list[Path]:
     """The weights that diffusers loads from a folder: those of the variant, else the plain ones."""
     files = sorted(place.glob(f"*{SAFE}"))
     wanted = [path for path in files if variant and _is_variant(path.name, variant)]
     return wanted or [path for path in files if path.name.count(".") == 1]
+
+
+def named_files(place: Path, variant: str | None) -> str:
+    """Name, for people, the files that say what a model is, and those with its weights."""
+    index = [INDEX] if (place.parent / INDEX).is_file() else []
+    shards = [path.name for path in place.glob(f"*{SAFE}.index*.json")]
+    weights = shards or [path.name for path in loaded_files(place, variant)]
+    return f"{', '.join([*index, 'config.json'])} and {', '.join(weights)}"
 
 
 def has_variant(place: Path, variant: str) -> bool:
@@ -151,6 +177,18 @@ def _refuse_empty_tokenizers(folder: Path, where: str) -> None:
             names = {path.name for path in (folder / name).glob("*")}
             if not names - NOT_A_VOCABULARY:
                 raise CatalogError(f"{where}: its {name} has no vocabulary; a file is missing.")
+        if class_name.startswith("CLIPTokenizer") and not _says_its_length(folder / name):
+            raise CatalogError(
+                f"{where}: {name}/tokenizer_config.json must say model_max_length: how many tokens "
+                "its text encoder reads."
+            )
+
+
+def _says_its_length(place: Path) -> bool:
+    """Without it transformers takes a length that its own encoder cannot use."""
+    path = place / "tokenizer_config.json"
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return isinstance(said, dict) and bool({"model_max_length", "max_len"} & said.keys())
 
 
 def weights_hash(folder: Path) -> str:
@@ -172,7 +210,7 @@ def parameter_count(folder: Path, variant: str | None) -> int:
     return sum(
         prod(tensor["shape"])
         for place in _places(folder)
-        for path in _loaded_files(place, variant)
+        for path in loaded_files(place, variant)
         for tensor in _read_header(path).values()
     )
 

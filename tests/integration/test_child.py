@@ -211,6 +211,8 @@ def check_doctor(farm: Farm, api: Api, pipeline: str, reason: str) -> None:
     assert any(
         line.endswith(f"1 worker failed to load it: {reason}") for line in plain.out.splitlines()
     )
+    assert "Mend what it says. Its workers try again by themselves." in plain.out
+    assert f"farm worker {pipeline}" not in plain.out, "there is one"
     assert "Traceback" not in plain.out + plain.err
 
 

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from farm.errors import CatalogError, NotFinite
-from farm.families.base import Batch
 from farm.offers import make_offer
-from farm.spec import FrameSpec
 from tests.bench import Bench
+from tests.drawing import bare, picture
 
 SD = 'source = "stable_diffusion"'
 SMALL = f"{SD}\ndefaults = {{ width = 64, height = 64 }}"
@@ -59,59 +56,11 @@ def said(bench: Bench, words: str = SD) -> str:
     return caught.value.message
 
 
-def picture(bench: Bench, words: str, **params: Any) -> np.ndarray[Any, Any]:
-    """What the farm draws."""
-    offer = make_offer("x", bench.entry(words))
-    loaded = offer.family.load(offer.pipeline)
-    given = offer.params({"steps": 2, "width": 64, "height": 64, **params}).model_dump()
-    frame = FrameSpec(pipeline="x", prompt="a red star", seed=31, bucket=1, params=given)
-    [drawn] = offer.family.denoise(loaded, Batch([frame]))
-    return np.asarray(drawn)
-
-
-def bare(folder: Path) -> np.ndarray[Any, Any]:
-    """What diffusers draws by itself."""
-    import torch
-    from diffusers import AutoPipelineForText2Image
-
-    pipe = AutoPipelineForText2Image.from_pretrained(folder, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
-    drawn = pipe(
-        "a red star",
-        num_inference_steps=2,
-        width=64,
-        height=64,
-        generator=torch.Generator("cpu").manual_seed(31),
-    )
-    return np.asarray(drawn.images[0])
-
-
 FILES = {
     "text_encoder": "text_encoder/model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
 }
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("place", [0, 7, -1])
-@pytest.mark.parametrize("renamed", [False, True])
-def test_weights_that_a_class_needs_and_a_file_lacks_are_an_error(
-    bench: Bench, name: str, place: int, renamed: bool
-) -> None:
-    lost = ""
-
-    def change(found: dict[str, Any]) -> None:
-        nonlocal lost
-        lost = sorted(found)[place]
-        taken = found.pop(lost)
-        if renamed:
-            found[f"other.{lost}"] = taken
-
-    tensors(bench.folder / "stable_diffusion" / FILES[name], change)
-    told = said(bench)
-    assert f"stable_diffusion: {name} lacks weights that its class needs:" in told
-    assert lost.rpartition(".")[2] in told
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -128,17 +77,6 @@ def test_weights_that_a_class_has_no_place_for_are_named(
     assert f"{name} has weights that its class has no place for: surplus.weight" in caplog.text
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_config_of_more_layers_than_the_file_has_is_an_error(bench: Bench, name: str) -> None:
-    changes: dict[str, dict[str, Any]] = {
-        "text_encoder": {"num_hidden_layers": 9},
-        "unet": {"layers_per_block": 4},
-        "vae": {"layers_per_block": 4},
-    }
-    bench.change(f"stable_diffusion/{name}/config.json", **changes[name])
-    assert f"{name} lacks weights that its class needs" in said(bench)
-
-
 def only_a_variant(bench: Bench, name: str) -> None:
     for path in (bench.folder / "stable_diffusion" / name).glob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -150,7 +88,7 @@ def test_a_component_that_has_only_a_variant_is_found_without_loading(
 ) -> None:
     for name in names:
         only_a_variant(bench, name)
-    with pytest.raises(CatalogError, match="has no weights as plain safetensors; there is variant"):
+    with pytest.raises(CatalogError, match=r"has no weights as plain .*; there is variant"):
         make_offer("x", bench.entry(SD))
 
 
@@ -182,13 +120,6 @@ def test_a_shard_that_is_missing_is_found_without_loading(bench: Bench, place: i
         make_offer("x", bench.entry(SD))
 
 
-@pytest.mark.parametrize("name", ["unet", "vae", "scheduler", "tokenizer", "text_encoder"])
-def test_a_component_that_the_index_names_must_be_there(bench: Bench, name: str) -> None:
-    shutil.rmtree(bench.folder / "stable_diffusion" / name)
-    with pytest.raises(CatalogError, match=f"its {name} is missing|no {name}/config.json"):
-        make_offer("x", bench.entry(SD))
-
-
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
 def test_the_sampler_is_the_one_that_the_index_names(bench: Bench, sampler: str) -> None:
     bench.change("stable_diffusion/scheduler/scheduler_config.json", _class_name=sampler)
@@ -210,19 +141,6 @@ def test_a_unet_that_does_not_say_its_size_takes_the_entry_s(bench: Bench, null:
         without(folder / "unet/config.json", "sample_size")
     assert (picture(bench, SMALL) == bare(folder)).all()
     assert "put width and height into the entry's defaults" in said(bench)
-
-
-@pytest.mark.parametrize("key", ["act_fn", "scaling_factor", "norm_num_groups", "latent_channels"])
-def test_what_a_config_leaves_out_is_what_the_class_takes(bench: Bench, key: str) -> None:
-    """Where that fits the weights; where it does not, it is an error."""
-    folder = bench.folder / "stable_diffusion"
-    without(folder / "vae/config.json", key)
-    try:
-        expected = bare(folder)
-    except Exception:
-        assert "vae" in said(bench)
-        return
-    assert (picture(bench, SD) == expected).all()
 
 
 @pytest.mark.parametrize("name", ["conv_out.bias", "conv_out.weight", "conv_norm_out.weight"])

@@ -1,0 +1,40 @@
+"""One picture by the farm's pipelines, and the same by diffusers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farm.families.base import Batch
+from farm.offers import make_offer
+from farm.spec import FrameSpec
+from tests.bench import Bench
+
+
+def picture(bench: Bench, words: str, **params: Any) -> np.ndarray[Any, Any]:
+    """Load an entry, and draw what the farm draws."""
+    offer = make_offer("x", bench.entry(words))
+    loaded = offer.family.load(offer.pipeline)
+    given = offer.params({"steps": 2, "width": 64, "height": 64, **params}).model_dump()
+    frame = FrameSpec(pipeline="x", prompt="a red star", seed=31, bucket=1, params=given)
+    [drawn] = offer.family.denoise(loaded, Batch([frame]))
+    return np.asarray(drawn)
+
+
+def bare(folder: Path) -> np.ndarray[Any, Any]:
+    """Draw the same by diffusers alone."""
+    import torch
+    from diffusers import AutoPipelineForText2Image
+
+    pipe = AutoPipelineForText2Image.from_pretrained(folder, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(
+        "a red star",
+        num_inference_steps=2,
+        width=64,
+        height=64,
+        generator=torch.Generator("cpu").manual_seed(31),
+    )
+    return np.asarray(drawn.images[0])
