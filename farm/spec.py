@@ -10,6 +10,7 @@ each line is one.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -325,7 +326,8 @@ def batch_key(pipeline: str, bucket: int, scalars: dict[str, Any]) -> str:
         scalars: the parameters that a diffusers call takes once for the whole batch.
     """
     text = json.dumps([pipeline, bucket, scalars], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode()).digest()
+    return base64.urlsafe_b64encode(digest[:8]).decode().rstrip("=")  # a job may hold thousands
 
 
 def shrunk(runs: Sequence[Run], ordinal: int, bucket: int) -> list[Run]:

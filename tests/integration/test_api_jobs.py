@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -326,3 +329,21 @@ def test_a_million_frames_are_one_row(api: Api, client: httpx.Client) -> None:
     assert [frame["ordinal"] for frame in page["data"]] == list(range(999_991, 1_000_000))
     assert page["next"] is None
     assert client.post(f"/v1/jobs/{job['id']}/cancel").json()["counts"]["cancelled"] == 1_000_000
+
+
+def test_a_grid_of_a_thousand_points_takes_less_than_three_times_its_request(
+    api: Api, client: httpx.Client
+) -> None:
+    """With a long negative prompt of the words of this repository's license."""
+    words = (Path(__file__).parents[2] / "LICENSE").read_text().lower().split()
+    grid = {
+        "steps": [*range(10, 20)],
+        "guidance_scale": [number / 2 for number in range(10)],
+        "eta": [number / 10 for number in range(10)],
+    }
+    prompt = " ".join(random.Random(1).choices(words, k=2000))[:8000]
+    body = {"pipeline": "demo", "prompts": ["a red star"], "grid": grid, "negative_prompt": prompt}
+    job = client.post("/v1/jobs", json=body).raise_for_status().json()
+    assert job["total"] == 1000
+    [(size,)] = sql(api.farm, "SELECT pg_column_size(jobs.*) FROM jobs")
+    assert size < 3 * len(json.dumps(body))
