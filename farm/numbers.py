@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-MOST_EXACT = 2**53
-"""Above it a float stands for several whole numbers."""
+MOST_EXACT = 2**53 - 1
+"""From 2^53 on a float stands for several whole numbers."""
 
 
 def whole(value: Any) -> Any:

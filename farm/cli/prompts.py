@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from farm.cli.tables import TEXT_COLUMN, Row, Told, kind_of, read_rows
 from farm.cli.templates import Templates, expanded
 from farm.errors import InvalidRequest
-from farm.numbers import MOST_EXACT
+from farm.numbers import whole
 
 Fields = dict[str, Any]
 """A line of an input, as farm.inputs has it"""
@@ -150,10 +150,9 @@ class PromptFile:
             return found[0] if found else None
 
         fields, labels = dict[str, int](), dict[str, int]()
-        labels_named = {_folded(label) for label in self._columns.labels}
         for field in READ:
-            if field == "labels" and "labels" in labels_named:  # it is one label
-                continue
+            if field == "labels" and self._columns.labels and field not in named:
+                continue  # others are labels, or it is one itself
             place = find(named.get(field, field))
             if place is not None:
                 fields[field] = place
@@ -217,7 +216,8 @@ def _text(value: Any) -> str | None:
 
 
 def _key(value: Any) -> str | None:
-    """Read a key: a text, or a whole number, which is named by its digits."""
+    """Read a key: a text, or a whole number (7 or 7.0), which is named by its digits."""
+    value = whole(value)
     return str(value) if _is_int(value) else _text(value)
 
 
@@ -225,11 +225,10 @@ def _seed(value: Any) -> int | None:
     """Read a whole number, however the format says it: 42, 42.0 or "42"."""
     if value is None or _is_nan(value):
         return None
+    value = whole(value)
     if _is_int(value):
         return int(value)
-    if isinstance(value, Decimal):
-        value = float(value) if value == value.to_integral_value() else value
-    if isinstance(value, float) and value.is_integer() and abs(value) <= MOST_EXACT:
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return int(value)
     if isinstance(value, str | bytes):
         text = (_text(value) or "").strip()
@@ -247,8 +246,8 @@ def _labels(value: Any) -> dict[str, str] | None:
             value = json.loads(value)
     if not isinstance(value, Mapping):
         raise ValueError(  # noqa: TRY004 - as every other value that is refused
-            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. To keep '
-            "it as one label, give --label-column labels"
+            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. If other '
+            "columns are to be the labels, name them by --label-column"
         )
     found = {_text(name) or "": _label(each) for name, each in value.items()}
     return {name: each for name, each in found.items() if each is not None} or None

@@ -170,15 +170,21 @@ def _read_tsv(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
 
 def _read_table(path: Path, wanted: Wanted, told: Told, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(MOST_FIELD_CHARS)
-    rows = csv.reader(_text_lines(path, told), delimiter=delimiter, strict=True)
+    lines = _text_lines(path, told)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    before = 0
     try:
         header = tuple(next(rows, []))
         if header:
             wanted(header, f"{path}, line 1")
+        if len(header) > 1 and all(name.startswith(" ") for name in header[1:]):
+            # Written as "prompt, key": the blanks after commas belong to no cell of any line.
+            before = rows.line_num
+            rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         for row in rows:
             if not row:
                 continue
-            where = f"{path}, line {rows.line_num}"
+            where = f"{path}, line {before + rows.line_num}"
             if len(row) != len(header):
                 raise InvalidRequest(
                     f"{where}: it has {len(row)} columns, and the first line {len(header)}."
@@ -187,15 +193,13 @@ def _read_table(path: Path, wanted: Wanted, told: Told, delimiter: str) -> Itera
             yield Row(where, header, [cell or None for cell in row])
     except csv.Error as error:
         flaw = next((CSV_FLAWS[word] for word in CSV_FLAWS if word in str(error)), str(error))
-        raise InvalidRequest(f"{path}, line {rows.line_num}: {flaw}.") from error
+        raise InvalidRequest(f"{path}, line {before + rows.line_num}: {flaw}.") from error
 
 
 def _read_parquet(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
-    try:
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise InvalidRequest("Parquet needs pyarrow: pip install 'farm[datasets]'.") from error
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
     try:
         with ParquetFile(path) as file:
             there = tuple(file.schema_arrow.names)

@@ -61,13 +61,8 @@ def expanded(
 
 
 def _generator(templates: Templates) -> Callable[[str], Sequence[str]]:
-    try:
-        from dynamicprompts.generators import CombinatorialPromptGenerator, RandomPromptGenerator
-        from dynamicprompts.wildcards import WildcardManager
-    except ImportError as error:
-        raise InvalidRequest(
-            "Templates need dynamicprompts: pip install 'farm[datasets]'."
-        ) from error
+    from dynamicprompts.generators import CombinatorialPromptGenerator, RandomPromptGenerator
+    from dynamicprompts.wildcards import WildcardManager
 
     class Wildcards(WildcardManager):
         """Refuses a wildcard without values: the library would leave its name in the prompt."""

@@ -4,8 +4,8 @@ WebDataset: `00000.tar` with `.png`, `.txt` and `.json` of each picture, and `00
 it, as img2dataset lays them out. Parquet: pictures embedded as Hugging Face's `datasets` has them.
 Image folder: the pictures' own files, and `metadata.parquet`.
 
-Every shard has the same columns of the same types, whatever its rows hold, and loaders that look at
-the first rows alone need no others. A shard without pictures has no file that a loader would open.
+Every shard has the same columns of the same types, whatever its rows hold, because loaders look at
+the first rows alone. A shard without pictures has no tar and no folder of images.
 
 The same frames give the same bytes: nothing tells when or by whom a shard was written.
 """

@@ -110,7 +110,7 @@ class Auto:
             if loaded.scheduler_config is not None:
                 sampler = frames[0].params.get("sampler")
                 loaded.pipe.scheduler = build_sampler(sampler, loaded.scheduler_config)
-            output = loaded.pipe(**call)
+            output = loaded.pipe(**call, output_type="pt")
             pictures.update(zip(places, unflagged(output), strict=False))
         found = [pictures[place] for place in range(len(batch.frames))]
         _check_sizes(found, batch.frames[0], class_name)

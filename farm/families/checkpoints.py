@@ -18,6 +18,8 @@ from farm.families.signature import diffusers_folder, model_defaults, text_to_im
 from farm.families.weightfiles import check_files
 
 LIBRARIES = frozenset({"diffusers", "transformers"})
+SHARED = {"refiner": frozenset({"text_encoder_2", "vae"})}
+"""Components that a part takes from the entry's own checkpoint"""
 
 
 def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
@@ -28,7 +30,9 @@ def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
             the farm does not load its like: pickles, code of its own, a variant that is not there.
     """
     parts = {
-        name: _read(part, pipeline.variant_of(part), f"{name} {part.source}")
+        name: _read(
+            part, pipeline.variant_of(part), f"{name} {part.source}", SHARED.get(name, frozenset())
+        )
         for name, part in pipeline.parts.items()
     }
     whole = _read(pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline))
@@ -74,7 +78,8 @@ def _read_configs(folder: Path, where: str) -> Checkpoint:
     if not (folder / INDEX).is_file():
         if not (folder / CONFIG_NAMES[0]).is_file():
             raise CatalogError(f"{where} holds no {INDEX}: it is no checkpoint of diffusers.")
-        return Checkpoint(index=read_json(folder, CONFIG_NAMES[0], where))
+        config = read_json(folder, CONFIG_NAMES[0], where)
+        return Checkpoint(index={**model_defaults(str(config.get("_class_name"))), **config})
     index = read_json(folder, INDEX, where)
     configs = {
         component: _as_diffusers_reads(index, component, folder, name, where)

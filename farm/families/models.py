@@ -82,11 +82,11 @@ def _model_class(library: str, class_name: str) -> Any | None:
 def _check(report: Mapping[str, Any], where: str, files: str) -> None:
     if missing := sorted(report.get("missing_keys") or ()):
         raise CatalogError(
-            f"{where} lacks weights that its class needs: {_some(missing)}. Its {files} do not "
-            "belong together, or are of another version of the library."
+            f"{where} lacks weights that its class needs: {_some(missing)}. Its {files} are "
+            "not from the same model, or another version of the library wrote them."
         )
     if surplus := sorted(report.get("unexpected_keys") or ()):
-        log.warning("%s has weights that its class has no place for: %s", where, _some(surplus))
+        log.warning("%s contains weights that its class does not use: %s", where, _some(surplus))
 
 
 def _some(names: list[str]) -> str:

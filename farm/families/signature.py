@@ -93,11 +93,13 @@ def _model_defaults(module: ast.Module, class_name: str) -> Mapping[str, Any]:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             begin = _method(node, "__init__")
             arguments = _arguments(begin) if begin is not None else iter(())
-            return {
+            found = {
                 name: argument.default
                 for name, argument in arguments
                 if argument.is_known and not argument.is_required
             }
+            # As JSON has them.
+            return {name: [*d] if isinstance(d, tuple) else d for name, d in found.items()}
     return {}
 
 

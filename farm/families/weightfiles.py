@@ -31,6 +31,12 @@ NOT_A_VOCABULARY = frozenset(
     }
 )
 """With these files alone a tokenizer loads, and reads every prompt as unknown words."""
+SHARD = r"(-\d{5}-of-\d{5})?"
+STEM = rf"(model|diffusion_pytorch_model){SHARD}"
+"""How diffusers and transformers name weights, whole or one of several files"""
+PLAIN = re.compile(STEM + re.escape(SAFE))
+WEIGHTLESS = re.compile("Tokenizer|Processor|FeatureExtractor|Scheduler")
+"""Classes that have no weights, though their folder may hold a config.json"""
 WEIGHED = {SAFE, ".json", ".txt", ".model"}
 """Files that decide what is drawn; a README or a preview picture does not."""
 
@@ -51,7 +57,7 @@ def check_files(
             _refuse_missing_shards(place, folder, where)
             _refuse_broken_json(place, folder, where)
         files = [path for place in places for path in loaded_files(place, variant)]
-        if not any(True for place in places for _ in place.glob(f"*{SAFE}")):
+        if not any(_files(place, f"*{SAFE}") for place in places):
             raise CatalogError(f"{where} holds no weights as safetensors.")
         if variant and not any(_is_variant(path.name, variant) for path in files):
             raise CatalogError(f"{where} has no variant {variant!r}: no file is named so.")
@@ -83,7 +89,7 @@ def _refuse_pickles(place: Path, folder: Path, where: str) -> None:
 
 
 def _refuse_missing_shards(place: Path, folder: Path, where: str) -> None:
-    for index in sorted(place.glob(f"*{SAFE}.index*.json")):
+    for index in _files(place, f"*{SAFE}.index*.json"):
         shards = read_json(place, index.name, where).get("weight_map")
         named = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
         # A folder may hold the index of a variant whose files were not fetched.
@@ -95,7 +101,7 @@ def _refuse_missing_shards(place: Path, folder: Path, where: str) -> None:
 
 def _refuse_broken_json(place: Path, folder: Path, where: str) -> None:
     """Refuse a file that its library could not read: those of tokenizers too."""
-    for path in sorted(place.glob("*.json")):
+    for path in _files(place, "*.json"):
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -108,25 +114,23 @@ def _refuse_missing_parts(
 ) -> None:
     """Refuse a checkpoint without a component that its index names, or without its weights."""
     if not (folder / INDEX).is_file():
+        if not loaded_files(folder, variant):
+            raise CatalogError(f"{where} has no {_no_weights(folder, 'diffusers')}.")
         return
     index = read_json(folder, INDEX, where)
-    for name, library, _class_name in components(index):
+    for name, library, class_name in components(index):
         place = folder / name
         if name in unused:
             continue
         if not place.is_dir():
             raise CatalogError(f"{where}: its {name} is missing; {INDEX} names it.")
+        if WEIGHTLESS.search(class_name):
+            continue
         described, weighed = (place / "config.json").is_file(), loaded_files(place, variant)
         if weighed and not described and library == "transformers":  # which then takes defaults
             raise CatalogError(f"{where}: {name}/config.json is missing.")
         if described and not weighed:
-            kinds = {path.name.split(".")[1] for path in place.glob(f"*.*{SAFE}")}
-            others = f"; there is variant {' or '.join(sorted(kinds))}" if kinds else ""
-            file = "diffusion_pytorch_model" if library == "diffusers" else "model"
-            raise CatalogError(
-                f"{where}: its {name} has no weights as plain safetensors: {name}/{file}{SAFE} is "
-                f"missing{others}."
-            )
+            raise CatalogError(f"{where}: its {name} has no {_no_weights(place, library, name)}.")
     needs_pictures = component(index, "safety_checker") and "safety_checker" not in unused
     if needs_pictures and not component(index, "feature_extractor"):
         raise CatalogError(
@@ -135,30 +139,43 @@ def _refuse_missing_parts(
         )
 
 
+def _no_weights(place: Path, library: str, component_name: str = "") -> str:
+    """Say which file is missing, and which variants there are."""
+    kinds = {path.name.split(".")[1] for path in _files(place, f"*.*{SAFE}")}
+    others = f"; there is variant {' or '.join(sorted(kinds))}" if kinds else ""
+    file = f"{'diffusion_pytorch_model' if library == 'diffusers' else 'model'}{SAFE}"
+    shown = f"{component_name}/{file}" if component_name else file
+    return f"weights as plain safetensors: {shown} is missing{others}"
+
+
 def loaded_files(place: Path, variant: str | None) -> list[Path]:
     """The weights that diffusers loads from a folder: those of the variant, else the plain ones."""
-    files = sorted(place.glob(f"*{SAFE}"))
+    files = _files(place, f"*{SAFE}")
     wanted = [path for path in files if variant and _is_variant(path.name, variant)]
-    return wanted or [path for path in files if path.name.count(".") == 1]
+    return wanted or [path for path in files if PLAIN.fullmatch(path.name)]
+
+
+def _files(place: Path, pattern: str) -> list[Path]:
+    """Its files, but for those that hide: macOS leaves some beside the others."""
+    return sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
 
 
 def named_files(place: Path, variant: str | None) -> str:
     """Name, for people, the files that say what a model is, and those with its weights."""
     index = [INDEX] if (place.parent / INDEX).is_file() else []
-    shards = [path.name for path in place.glob(f"*{SAFE}.index*.json")]
+    shards = [path.name for path in _files(place, f"*{SAFE}.index*.json")]
     weights = shards or [path.name for path in loaded_files(place, variant)]
     return f"{', '.join([*index, 'config.json'])} and {', '.join(weights)}"
 
 
 def has_variant(place: Path, variant: str) -> bool:
     """Whether a folder holds weights of a variant."""
-    return any(_is_variant(path.name, variant) for path in place.glob(f"*{SAFE}"))
+    return any(_is_variant(path.name, variant) for path in _files(place, f"*{SAFE}"))
 
 
 def _is_variant(name: str, variant: str) -> bool:
     """Whether a file is named for a variant, whole or one of several."""
-    pattern = rf"[^.]+\.{re.escape(variant)}(-\d{{5}}-of-\d{{5}})?{re.escape(SAFE)}"
-    return re.fullmatch(pattern, name) is not None
+    return re.fullmatch(rf"{STEM}\.{re.escape(variant)}{SHARD}{re.escape(SAFE)}", name) is not None
 
 
 def _refuse_damaged(path: Path, folder: Path, where: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from farm.errors import CatalogError, NotFinite
 from farm.offers import make_offer
 from tests.bench import Bench
 from tests.drawing import bare, picture
+
+# diffusers' own samplers hand torch tensors to numpy.array.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 SD = 'source = "stable_diffusion"'
 SMALL = f"{SD}\ndefaults = {{ width = 64, height = 64 }}"
@@ -74,7 +78,7 @@ def test_weights_that_a_class_has_no_place_for_are_named(
     offer = make_offer("x", bench.entry(SD))
     with caplog.at_level(logging.WARNING):
         offer.family.load(offer.pipeline)
-    assert f"{name} has weights that its class has no place for: surplus.weight" in caplog.text
+    assert f"{name} contains weights that its class does not use: surplus.weight" in caplog.text
 
 
 def only_a_variant(bench: Bench, name: str) -> None:
@@ -147,6 +151,60 @@ def test_a_unet_that_does_not_say_its_size_takes_the_entry_s(bench: Bench, null:
 def test_a_picture_that_is_not_finite_is_a_failed_frame(bench: Bench, name: str) -> None:
     path = bench.folder / "stable_diffusion" / FILES["vae"]
     tensors(path, lambda found: found[f"decoder.{name}"].fill_(float("nan")))
-    with pytest.raises(NotFinite, match="not finite") as caught:
-        picture(bench, SD)
-    assert (caught.value.retryable, caught.value.code) == (False, "not_finite")
+    for words in (SD, f'{SD}\nfamily = "auto"'):
+        with pytest.raises(NotFinite, match="not finite") as caught:
+            picture(bench, words)
+        assert (caught.value.retryable, caught.value.code) == (False, "not_finite")
+
+
+def test_a_refiner_need_not_have_what_it_shares_with_the_base(bench: Bench) -> None:
+    bench.take("sdxl", "sdxl_refiner")
+    words = 'source = "sdxl"\nrefiner = "sdxl_refiner"'
+    before = picture(bench, words, steps=4)
+    for name in ("vae", "text_encoder_2"):
+        shutil.rmtree(bench.folder / "sdxl_refiner" / name)
+    assert (picture(bench, words, steps=4) == before).all()
+
+
+@pytest.mark.parametrize("name", ["tokenizer/config.json", "tokenizer/._tokenizer.json"])
+def test_files_that_nobody_reads_do_no_harm(bench: Bench, name: str) -> None:
+    """People copy the folder of a CLIP; macOS leaves files that begin with a dot."""
+    folder = bench.folder / "stable_diffusion"
+    before = bare(folder)
+    (folder / name).write_bytes(b"{}" if name.endswith("config.json") else b"\xff")
+    (folder / "unet/._diffusion_pytorch_model.safetensors").write_bytes(b"\xff")
+    (folder / "unet/lora.safetensors").write_bytes(b"\xff")
+    assert (picture(bench, SD) == before).all()
+
+
+def test_a_unet_with_nothing_but_other_weights_is_refused(bench: Bench) -> None:
+    folder = bench.folder / "stable_diffusion/unet"
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "lora.safetensors")
+    with pytest.raises(CatalogError, match=r"its unet has no weights .*model\.safetensors is miss"):
+        make_offer("x", bench.entry(SD))
+
+
+def test_a_single_model_with_a_variant_alone_is_found_without_loading(bench: Bench) -> None:
+    bench.take("controlnet")
+    folder = bench.folder / "controlnet"
+    words = f'{SD}\ncontrolnets = ["controlnet"]'
+    make_offer("x", bench.entry(words))
+    plain = folder / "diffusion_pytorch_model.safetensors"
+    plain.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CatalogError, match=r"has no weights as plain .*; there is variant fp16"):
+        make_offer("x", bench.entry(words))
+    make_offer(
+        "x", bench.entry(f'{SD}\ncontrolnets = [{{ source = "controlnet", variant = "fp16" }}]')
+    )
+
+
+@pytest.mark.parametrize("folder", ["stable_diffusion/unet", "controlnet"])
+def test_a_net_and_a_unet_that_leave_out_what_is_the_class_s_own_fit(
+    bench: Bench, folder: str
+) -> None:
+    bench.take("controlnet")
+    own = [320, 640, 1280, 1280]
+    for name in ("stable_diffusion/unet", "controlnet"):
+        bench.change(f"{name}/config.json", block_out_channels=own)
+    without(bench.folder / folder / "config.json", "block_out_channels")
+    make_offer("x", bench.entry(f'{SD}\ncontrolnets = ["controlnet"]'))

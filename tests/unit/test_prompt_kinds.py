@@ -403,3 +403,40 @@ def test_a_text_is_read_line_by_line(
         assert [line["prompt"] for line in lines(path)] == expected
     else:
         assert "it holds no line" in refused(path)
+
+
+# What a reader of the change found.
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, 2**53, 6139422181443594405, 0])
+def test_a_seed_of_a_decimal_column_is_exact(tmp_path: Path, seed: int) -> None:
+    values = pa.array([Decimal(seed)], pa.decimal128(38, 0))
+    assert lines(parquet(tmp_path, prompt=["a"], seed=values)) == [{"prompt": "a", "seed": seed}]
+
+
+def test_a_float_that_stands_for_several_whole_numbers_is_no_seed(tmp_path: Path) -> None:
+    assert "a seed is a whole number" in refused(parquet(tmp_path, prompt=["a"], seed=[2.0**53]))
+
+
+def test_a_key_that_a_gap_made_a_float_is_a_whole_number(tmp_path: Path) -> None:
+    path = parquet(tmp_path, prompt=["a", "b"], key=pa.array([7.0, None], pa.float64()))
+    assert lines(path) == [{"prompt": "a", "key": "7"}, {"prompt": "b"}]
+
+
+def test_blanks_after_the_commas_of_a_csv_belong_to_no_cell(tmp_path: Path) -> None:
+    path = tmp_path / "blanks.csv"
+    path.write_text('prompt, negative_prompt, key\na star, "blurry, dark", "k1"\nb, , k2\n')
+    assert lines(path) == [
+        {"prompt": "a star", "negative_prompt": "blurry, dark", "key": "k1"},
+        {"prompt": "b", "key": "k2"},
+    ]
+    path.write_text(path.read_text() + "c\n")
+    assert "line 4: it has 1 columns" in refused(path)
+
+
+def test_a_column_labels_is_not_read_where_other_columns_are_labels(tmp_path: Path) -> None:
+    path = parquet(tmp_path, prompt=["a"], labels=[[1, 2]], split=["train"])
+    assert "name them by --label-column" in refused(path)
+    assert lines(path, Columns(labels=("split",))) == [
+        {"prompt": "a", "labels": {"split": "train"}}
+    ]
