@@ -12,11 +12,15 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api import (
+from api import errors, openapi
+from api.dashboard import api_docs, page, pictures, session
+from api.dashboard.html import STATIC
+from api.door import FrontDoor
+from api.heads import Heads
+from api.places import Places, Turns
+from api.routes import (
     actions,
     destinations,
-    docs,
-    errors,
     exports,
     frames,
     health,
@@ -24,18 +28,10 @@ from api import (
     inputs,
     jobs,
     metrics,
-    openapi,
-    page,
-    pictures,
     pipelines,
-    session,
     tenants,
     workers,
 )
-from api.door import FrontDoor
-from api.heads import Heads
-from api.html import STATIC
-from api.places import Places, Turns
 from farm.config import Settings, load_settings
 from farm.context import open_farm
 
@@ -76,7 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="A distributed render farm for text-to-image diffusion",
         version=metadata.version("farm"),
         lifespan=lifespan,
-        # FastAPI's own pages load scripts from elsewhere; api.docs needs none.
+        # FastAPI's own pages load scripts from elsewhere; api.dashboard.api_docs needs none.
         docs_url=None,
         redoc_url=None,
     )
@@ -97,7 +93,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(actions.router, responses=job_calls)
     app.include_router(health.router)
     app.include_router(metrics.router, responses=openapi.refusals(503))
-    for pages in (docs, page, pictures, session):
+    for pages in (api_docs, page, pictures, session):
         app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app

@@ -12,8 +12,8 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from farm.context import Farm
+from farm.domain.spec import Storable
 from farm.errors import Forbidden, Unauthenticated
-from farm.spec import Storable
 from farm.store.actions import Actor
 from farm.store.engine import reads
 from farm.store.keys import Caller, find_caller

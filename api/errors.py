@@ -15,9 +15,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.html import PAGE_HEADERS, render
+from api.dashboard.html import PAGE_HEADERS, render
+from farm.domain.inputs import BadLines
 from farm.errors import FarmError, InvalidRequest, Unauthenticated, Unavailable
-from farm.inputs import BadLines
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from api import wire
+from api import schemas
 from api.errors import MEDIA_TYPE
 from farm.config import Settings
 from farm.context import Farm
-from farm.families import all_families
-from farm.spec import JobSpec, Priority
+from farm.domain.spec import JobSpec, Priority
+from farm.pipelines.families import all_families
 
 REFUSALS = {
     400: "The body is not JSON, or not text that can be stored.",
@@ -30,7 +30,9 @@ Responses = dict[int | str, dict[str, Any]]
 
 def refusals(*statuses: int) -> Responses:
     """Declare the problems that a call answers with."""
-    return {status: {"model": wire.Problem, "description": REFUSALS[status]} for status in statuses}
+    return {
+        status: {"model": schemas.Problem, "description": REFUSALS[status]} for status in statuses
+    }
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -38,15 +40,15 @@ def describe(app: FastAPI) -> dict[str, Any]:
     document: dict[str, Any] = get_openapi(
         title=app.title, version=app.version, summary=app.summary, routes=app.routes
     )
-    schemas = document["components"]["schemas"]
+    known = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
+        known.pop(name, None)
     for calls in document["paths"].values():
         for call in calls.values():
             _without_null(call.get("parameters", []))
             _mark_problems(call["responses"])
     farm: Farm = app.state.farm
-    schemas["JobSpec"] = job_schema(sorted(farm.catalog.pipelines), farm.settings)
+    known["JobSpec"] = job_schema(sorted(farm.catalog.pipelines), farm.settings)
     document["paths"]["/v1/jobs"]["post"]["requestBody"] = {
         "required": True,
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import Query
 
-from api import wire
-from api.wire import Item
+from api import schemas
+from api.schemas import Item
 from farm.errors import InvalidRequest, NotFound
 
 Limit = Annotated[int, Query(ge=1, le=200, description="items a page")]
@@ -30,8 +30,8 @@ def known_after() -> Iterator[None]:
         raise InvalidRequest(f"after: {error.message}", param="after") from error
 
 
-def page(found: Sequence[Any], limit: int, view: Callable[[Any], Item]) -> wire.Page[Item]:
+def page(found: Sequence[Any], limit: int, view: Callable[[Any], Item]) -> schemas.Page[Item]:
     """Show `limit` of what was found, by id; one more was read, to tell whether there is more."""
     shown = found[:limit]
     more = str(shown[-1].id) if len(found) > limit else None
-    return wire.Page(data=[view(each) for each in shown], next=more)
+    return schemas.Page(data=[view(each) for each in shown], next=more)

@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError
 
 from farm.config import Settings
 from farm.errors import Unavailable
-from farm.redisplace import redis_place
+from farm.redis_address import redis_place
 
 log = logging.getLogger(__name__)
 

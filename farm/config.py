@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
+from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
@@ -12,9 +14,11 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from farm import failpoints
-from farm.envfile import load_env
-from farm.redisplace import redis_place
+from farm.errors import FarmError
+from farm.redis_address import redis_place
 
+ENV_FILE = "farm.env"
+"""Settings of a data folder, as KEY=value lines, which a shell can read too."""
 DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
 
 
@@ -209,3 +213,36 @@ def load_settings() -> Settings:
         for name, value in load_env(Path(data)).items():
             os.environ.setdefault(name, value)  # boto3 looks for AWS_* there itself
     return Settings()
+
+
+def load_env(data: Path) -> dict[str, str]:
+    """Read `data`/farm.env: FARM_* and AWS_* variables; empty when there is no such file."""
+    path = data / ENV_FILE
+    if not path.is_file():
+        return {}
+    words = (word for line in path.read_text().splitlines() for word in _words(line))
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def format_env(env: Mapping[str, str]) -> str:
+    """Lines that `load_env`, `sh` and dotenv read alike."""
+    return "".join(f"{key}={shlex.quote(value)}\n" for key, value in env.items())
+
+
+def _words(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+def make_private(root: Path) -> None:
+    """Make FARM_SCRATCH_DIR, a folder that nobody else may write to.
+
+    Whoever could, could exchange pictures.
+
+    Raises:
+        FarmError: it is somebody else's, or others may write to it.
+        OSError: it cannot be made.
+    """
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = root.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise FarmError(f"FARM_SCRATCH_DIR: {root} can be written by others; choose another.")

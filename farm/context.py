@@ -6,16 +6,16 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from farm.artifacts import Artifacts
 from farm.bells import Bells
-from farm.catalog import Catalog, Pipeline, load_catalog
 from farm.config import Settings
 from farm.errors import InvalidRequest
-from farm.offers import Offer, make_offer
+from farm.pipelines.catalog import Catalog, Pipeline, load_catalog
+from farm.pipelines.resolve import Offer, make_offer
+from farm.storage import Artifacts
 from farm.store.engine import Store, open_store
 
 if TYPE_CHECKING:
-    from farm.traces import Traces
+    from farm.tracing import Traces
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _open_traces(endpoint: str) -> Traces | None:
     if not endpoint:
         return None
     try:
-        from farm.traces import Traces
+        from farm.tracing import Traces
     except ImportError:
         # The variable may be meant for other programs: no reason not to start.
         log.warning("No traces are sent: run pip install 'farm[traces]'.")

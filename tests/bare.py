@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from farm.families.devices import torch_threads
-from farm.families.samplers import SAMPLERS
+from farm.pipelines.runtime.devices import torch_threads
+from farm.pipelines.samplers import SAMPLERS
 
 Picture = Image.Image | None
 """None: the safety checker flagged it."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farm.catalog import Pipeline, load_catalog
 from farm.errors import CatalogError
+from farm.pipelines.catalog import Pipeline, load_catalog
 from tests.checkpoints import save
 
 SAFE = ".safetensors"

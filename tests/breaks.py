@@ -48,20 +48,20 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 
 AREAS = {
-    "claiming": "farm/store/claim.py farm/store/sql/claim.sql workers/claims.py",
+    "claiming": "farm/store/claim.py farm/store/sql/claim.sql workers/render/claims.py",
     "completing": "farm/store/frames.py farm/store/sql/complete.sql farm/store/sql/tally.sql "
-    "farm/store/tally.py workers/ending.py",
-    "tail": "workers/tail.py workers/spool.py",
-    "refusals": "api/errors.py api/body.py api/auth.py api/jobs.py api/inputs.py "
-    "farm/submission.py",
-    "families": "farm/families/*.py",
-    "exports": "farm/exports.py farm/datasets/*.py farm/store/exports.py",
+    "farm/store/tally.py workers/render/committing.py",
+    "tail": "workers/render/finishing.py workers/render/spool.py",
+    "refusals": "api/errors.py api/request_body.py api/auth.py api/routes/jobs.py "
+    "api/routes/inputs.py farm/services/job_validation.py",
+    "families": "farm/pipelines/families/*.py",
+    "exports": "farm/services/exports/service.py farm/services/exports/*.py farm/store/exports.py",
 }
 ALONE = {
     "farm/store/frames.py": "complete|finish|already_complete|fail|end_attempts"
     "|_(results|reuse|lock|shrink|ending|redraw|columns|fences)",
-    "api/jobs.py": "submit|list_jobs|job_page|_storable",
-    "api/inputs.py": "upload|list_inputs|_read|_blocks|_next",
+    "api/routes/jobs.py": "submit|list_jobs|job_page|_storable",
+    "api/routes/inputs.py": "upload|list_inputs|_read|_blocks|_next",
 }
 """Files of which only some functions belong to their area"""
 WORDING = {"__repr__", "__str__", "_tell_dropped"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from farm.families.base import Batch
-from farm.offers import make_offer
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
+from farm.pipelines.family import Batch
+from farm.pipelines.resolve import make_offer
 from tests.bench import Bench
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlalchemy import text
 
-from farm import jobs
 from farm.context import Farm
-from farm.states import FrameState
-from farm.store import frames, keys, leases, reading, workers
+from farm.domain.states import FrameState
+from farm.services import jobs
+from farm.store import frames, keys, leases, queries, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import Connection, transaction
 from farm.store.frames import Done, Failure
@@ -32,12 +32,12 @@ def new_tenant(farm: Farm, name: str) -> uuid.UUID:
 
 def job_row(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> Any:
     with transaction(farm.store) as connection:
-        return reading.get_job(connection, tenant, job_id)
+        return queries.get_job(connection, tenant, job_id)
 
 
 def frame_rows(farm: Farm, job_id: uuid.UUID) -> dict[int, Any]:
     with transaction(farm.store) as connection:
-        return {row.ordinal: row for row in reading.list_frames(connection, job_id, limit=10_000)}
+        return {row.ordinal: row for row in queries.list_frames(connection, job_id, limit=10_000)}
 
 
 def state_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> FrameState:
@@ -47,7 +47,7 @@ def state_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> FrameState:
 
 def attempts_of(farm: Farm, job_id: uuid.UUID, ordinal: int = 0) -> list[tuple[int, str]]:
     with transaction(farm.store) as connection:
-        rows = reading.frame_attempts(connection, job_id, [ordinal])
+        rows = queries.frame_attempts(connection, job_id, [ordinal])
     return [(row.attempt, row.reason) for row in rows]
 
 

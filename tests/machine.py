@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from farm.cores import cores
 from farm.local import wheels
+from farm.process import cores
 
 PACKAGES = ("celery", "sqlalchemy", "psycopg", "torch", "diffusers", "boto3")
 

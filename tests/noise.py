@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from farm.catalog import Pipeline
-from farm.families.base import Batch, Checkpoint, Loaded, Negatable, Params, padded
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.family import Batch, Checkpoint, Loaded, padded
+from farm.pipelines.params import Negatable, Params
 
 STEPS = 10
 Disturb = Callable[[Sequence[FrameSpec], int], None]

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from farm.families.samplers import SAMPLERS
+from farm.pipelines.samplers import SAMPLERS
 
 CATALOG = """
 [pipelines.sd]

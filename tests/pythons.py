@@ -12,15 +12,15 @@ from pathlib import Path
 
 from typer import echo
 
-from farm.catalog import load_catalog
 from farm.config import DEMO_CATALOG
-from farm.encoding import Encoder
-from farm.families.base import Batch
-from farm.families.devices import prepare_torch
-from farm.offers import make_offer
-from farm.provenance import circumstances_of
-from farm.replay import replay
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
+from farm.imaging.encoding import Encoder
+from farm.pipelines.catalog import load_catalog
+from farm.pipelines.family import Batch
+from farm.pipelines.resolve import make_offer
+from farm.pipelines.runtime.devices import prepare_torch
+from farm.rendering.environment import circumstances_of
+from farm.rendering.replay import replay
 
 THREADS = 1
 

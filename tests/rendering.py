@@ -5,11 +5,11 @@ from __future__ import annotations
 import uuid
 
 from farm.context import Farm
+from farm.rendering.warmup import warm_up
 from farm.store import workers
 from farm.store.engine import transaction
-from farm.warming import warm_up
-from workers.identity import Identity
-from workers.line import RenderLine
+from workers.render.identity import Identity
+from workers.render.loop import RenderLine
 
 
 def render_line(farm: Farm, pipeline: str) -> RenderLine:

@@ -17,9 +17,9 @@ import uvicorn
 from PIL import Image, ImageDraw
 
 from api.app import create_app
-from farm.artifacts import artifact_key
 from farm.config import Settings
 from farm.context import Farm
+from farm.storage import artifact_key
 from farm.store import frames, keys
 from farm.store.claim import ClaimedFrame, Lease
 from farm.store.engine import transaction

@@ -13,13 +13,13 @@ import typer
 from rich.text import Text
 
 from farm import __version__
-from farm.cli import (
+from farm.cli.commands import (
     audit,
     calibrate,
     demo,
     doctor,
-    download,
     export,
+    get,
     images,
     jobs,
     keys,
@@ -30,8 +30,8 @@ from farm.cli import (
     up,
     workers,
 )
-from farm.cli.console import clean, err
-from farm.cli.exits import EPILOG, ERROR
+from farm.cli.terminal.console import clean, err
+from farm.cli.terminal.exit_codes import EPILOG, ERROR
 from farm.errors import FarmError
 
 app = typer.Typer(
@@ -51,7 +51,7 @@ app.command("doctor", rich_help_panel=START)(doctor.doctor)
 app.command("submit", rich_help_panel=RENDER, epilog=submit.EXAMPLES)(submit.submit)
 app.command("images", rich_help_panel=RENDER)(images.images)
 app.command("watch", rich_help_panel=RENDER)(jobs.watch)
-app.command("get", rich_help_panel=RENDER)(download.get)
+app.command("get", rich_help_panel=RENDER)(get.get)
 app.command("export", rich_help_panel=RENDER)(export.export)
 app.command("cancel", rich_help_panel=RENDER)(jobs.cancel)
 app.command("pause", rich_help_panel=RENDER)(jobs.pause)

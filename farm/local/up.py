@@ -8,11 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from farm.catalog import load_catalog
-from farm.config import Settings
-from farm.cores import cores
-from farm.envfile import NAME as ENV_FILE
-from farm.envfile import format_env
+from farm.config import ENV_FILE, Settings, format_env
 from farm.local import commands
 from farm.local.child import Child
 from farm.local.errors import StackError
@@ -20,6 +16,8 @@ from farm.local.folder import Folder, write_private
 from farm.local.ports import HOST, free_port, is_free
 from farm.local.servers import Servers, start_servers, supervised
 from farm.local.supervisor import Supervisor
+from farm.pipelines.catalog import load_catalog
+from farm.process import cores
 
 READY_SECONDS = 120.0
 

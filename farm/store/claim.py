@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.spec import FrameSpec, FullSpec, Line, Priority, frame_spec
+from farm.domain.spec import FrameSpec, FullSpec, Line, Priority, frame_spec
 from farm.store import arrays
 from farm.store.lines import Parts, lines_of
 

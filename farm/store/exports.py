@@ -19,8 +19,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.domain.states import REJECTED
 from farm.errors import NotFound
-from farm.states import REJECTED
 
 MOST_FAILURES = 5
 """Of a shard; then the export has failed"""

@@ -15,8 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.spec import Run, shrunk
-from farm.states import FrameState, after_failure, retry_delay
+from farm.domain.spec import Run, shrunk
+from farm.domain.states import FrameState, after_failure, retry_delay
 from farm.store import arrays
 from farm.store.claim import Fence
 from farm.store.returns import INTO_RETURNS

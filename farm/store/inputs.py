@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, text
 
+from farm.domain.inputs import Facts, StoredInput
 from farm.errors import Conflict, NotFound
-from farm.inputs import Facts, StoredInput
 
 PARTS_AT_ONCE = 32
 

@@ -12,10 +12,10 @@ from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, Row, text
 from sqlalchemy.exc import IntegrityError
 
+from farm.domain.spec import FullSpec, Priority
+from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.errors import Conflict, InvalidRequest, NotFound
-from farm.spec import FullSpec, Priority
-from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
-from farm.store.reading import JOB_COLUMNS, get_job
+from farm.store.queries import JOB_COLUMNS, get_job
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, tally
 

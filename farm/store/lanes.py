@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.spec import Priority
+from farm.domain.spec import Priority
 from farm.store.workers import PROBLEM_NOW, STATE_NOW
 
 CLAIMABLE = text("""

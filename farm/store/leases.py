@@ -12,8 +12,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.spec import Priority
-from farm.states import FrameState
+from farm.domain.spec import Priority
+from farm.domain.states import FrameState
 from farm.store.claim import Fence
 from farm.store.frames import FAILED, WORKER_LOST, Failure, end_attempts, give_back
 from farm.store.tally import lock_jobs

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from sqlalchemy import Connection, text
 
-from farm.inputs import LINES_A_PART, StoredInput, unpack
-from farm.spec import FullSpec, Line
+from farm.domain.inputs import LINES_A_PART, StoredInput, unpack
+from farm.domain.spec import FullSpec, Line
 from farm.store import arrays
 from farm.store.inputs import read_parts
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.formats import Format
-from farm.states import TERMINAL
+from farm.domain.image_formats import Format
+from farm.domain.states import TERMINAL
 
 AT_ONCE = 1000
 """Jobs that are being removed at the same time, at most."""

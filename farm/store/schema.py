@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from farm.states import FrameState, JobStatus
+from farm.domain.states import FrameState, JobStatus
 
 metadata = MetaData(
     naming_convention={

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, text
 
-from farm.spec import FrameSpec, FullSpec, frame_spec
+from farm.domain.spec import FrameSpec, FullSpec, frame_spec
 from farm.store import arrays
 from farm.store.lines import lines_of
 

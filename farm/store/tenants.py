@@ -14,8 +14,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.domain.states import TERMINAL, JobStatus
 from farm.errors import Conflict, NotFound
-from farm.states import TERMINAL, JobStatus
 from farm.store.jobs import cancel_job
 
 LATE_SECONDS = 120.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from farm.spec import Priority
+from farm.domain.spec import Priority
 
 REGISTER = text("""
 INSERT INTO workers (id, name, pipeline, host, pid, state)

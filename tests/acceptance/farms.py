@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from farm.families.null import write_checkpoint
 from farm.local import Farm, running_farm
+from farm.pipelines.families.null import write_checkpoint
 from tests.waiting import wait_until
 
 ENDED = {"succeeded", "partial", "failed", "cancelled"}

@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
-from farm.cores import cores
 from farm.local import commands
+from farm.process import cores
 from tests.benchmarks.figures import Row, Series, in_turn, percentile
 from tests.benchmarks.stand import Site, Stand, wait_closely
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from farm.png import png
+from farm.imaging.png import png
 from tests.benchmarks.figures import Ratio, Row, Way, in_turn
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def _pillow(**options: int) -> Write:
 WAYS: dict[str, Write] = {
     "Pillow's default": _pillow(),
     "Pillow, level 1, runs only (before)": _pillow(compress_level=1, compress_type=3),
-    "farm.png (now)": lambda image: png(image, TEXTS),
+    "farm.imaging.png (now)": lambda image: png(image, TEXTS),
 }
-OURS = "farm.png (now)"
+OURS = "farm.imaging.png (now)"
 BASE = "Pillow's default"
 
 

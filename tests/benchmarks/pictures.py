@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 
-from farm.cores import cores
 from farm.local import commands
+from farm.process import cores
 from tests.benchmarks.figures import Row, in_turn
 from tests.benchmarks.rivals.loop import PROMPT, Loop
 from tests.benchmarks.stand import QUIET, ROOT, Site, Stand

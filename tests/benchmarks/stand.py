@@ -17,16 +17,16 @@ from PIL import Image
 from psycopg import sql
 from pydantic import SecretStr
 
-from farm import jobs
 from farm.config import DEMO_CATALOG, Settings
 from farm.context import Farm, open_farm
-from farm.families.null import write_checkpoint
 from farm.local import commands
 from farm.local.child import Child, Program, Stage
 from farm.local.folder import Folder
 from farm.local.ports import HOST, free_port
 from farm.local.servers import Servers, start_servers, supervised
 from farm.local.supervisor import Supervisor
+from farm.pipelines.families.null import write_checkpoint
+from farm.services import jobs
 from farm.store import keys
 from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like

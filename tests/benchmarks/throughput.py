@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
-from farm.cores import cores
+from farm.process import cores
 from tests.benchmarks.figures import Row, Way, in_turn
 from tests.benchmarks.rivals.run import installed, running_rival
 from tests.benchmarks.stand import Site, Stand

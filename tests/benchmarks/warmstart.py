@@ -106,13 +106,13 @@ def _render(folder: Path, cache_folder: Path) -> Start:
     import transformers  # noqa: F401
     from torch._dynamo.utils import counters
 
-    from farm.catalog import load_catalog
-    from farm.families.base import Batch
-    from farm.families.devices import prepare_torch
-    from farm.families.kept import keep_in
-    from farm.offers import make_offer
-    from farm.spec import FrameSpec
-    from farm.warming import warm_up
+    from farm.domain.spec import FrameSpec
+    from farm.pipelines.catalog import load_catalog
+    from farm.pipelines.disk_cache import keep_in
+    from farm.pipelines.family import Batch
+    from farm.pipelines.resolve import make_offer
+    from farm.pipelines.runtime.devices import prepare_torch
+    from farm.rendering.warmup import warm_up
 
     prepare_torch(1)
     imported = time.perf_counter()

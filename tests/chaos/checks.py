@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from farm.artifacts import Artifacts, artifact_key
 from farm.errors import Unavailable
+from farm.storage import Artifacts, artifact_key
 from tests.chaos.load import Accepted
 from tests.chaos.truth import Truth
 

@@ -14,8 +14,8 @@ from unittest import mock
 import boto3
 from pydantic import SecretStr
 
-from farm.artifacts import Artifacts
 from farm.config import Settings
+from farm.storage import Artifacts
 from tests.chaos.checks import Findings, check
 from tests.chaos.load import Load
 from tests.chaos.rows import ROWS, Row

@@ -12,7 +12,6 @@ from signal import SIGCONT, SIGKILL, Signals
 from urllib.parse import urlsplit
 
 from farm.config import DEMO_CATALOG
-from farm.families.null import write_checkpoint
 from farm.local import commands
 from farm.local.child import Child, Program
 from farm.local.folder import Folder
@@ -20,6 +19,7 @@ from farm.local.ports import HOST, free_port
 from farm.local.processes import signal_group
 from farm.local.servers import Servers, start_servers, supervised
 from farm.local.supervisor import Supervisor
+from farm.pipelines.families.null import write_checkpoint
 from tests.chaos.proxy import Link, Proxies
 from tests.waiting import wait_until
 

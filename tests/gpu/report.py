@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from farm.catalog import Pipeline
-from farm.families.base import Batch, Loaded
-from farm.families.devices import device_name, prepare_torch
-from farm.offers import Offer, make_offer
-from farm.provenance import library_versions
-from farm.spec import FrameSpec
-from farm.warming import warm_up
+from farm.domain.spec import FrameSpec
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.family import Batch, Loaded
+from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.runtime.devices import device_name, prepare_torch
+from farm.rendering.environment import library_versions
+from farm.rendering.warmup import warm_up
 from tests.gpu.models import SIZES, Size, save
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -171,7 +171,7 @@ def _timed(case: Case, offer: Offer, loaded: Loaded, frames: Sequence[FrameSpec]
 def _forget(device: str) -> None:
     import torch
 
-    from farm.families.loading import free_what_is_left
+    from farm.pipelines.runtime.loading import free_what_is_left
 
     torch._dynamo.reset()
     compiler: Any = torch.compiler

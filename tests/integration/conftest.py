@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from farm.catalog import Pipeline
 from farm.context import Farm
-from farm.offers import Offer
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.resolve import Offer
 from tests.noise import Noise, NoiseParams
 from tests.rendering import render_line
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from farm.invariants import Invariant
+from farm.domain.invariants import Invariant
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from farm.context import Farm
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
 from farm.store import workers
 from farm.store.engine import transaction
 from tests.farming import sql, submit

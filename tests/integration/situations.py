@@ -5,8 +5,8 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
-from farm import jobs
 from farm.context import Farm
+from farm.services import jobs
 from tests.farming import hire, let_leases_expire, submit
 from tests.serving import render
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from farm.config import Settings
 from farm.context import Farm
-from farm.families.samplers import SAMPLERS
+from farm.pipelines.samplers import SAMPLERS
 from tests.bench import Bench
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, serving

@@ -16,12 +16,13 @@ import httpx
 import pytest
 from PIL import Image
 
-from api.images import AT_ONCE, MOST_WAITING
-from farm import imagefiles, images
-from farm.artifacts import Artifacts
+from api.routes.images import AT_ONCE, MOST_WAITING
 from farm.config import Settings
 from farm.context import Farm
 from farm.errors import RenderError, Unavailable
+from farm.imaging import uploads
+from farm.services import control_images
+from farm.storage import Artifacts
 from farm.store.engine import transaction
 from tests.commanding import farm as command
 from tests.farming import new_tenant, sql
@@ -29,7 +30,7 @@ from tests.integration.test_api_health import without
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, serving
 from tests.waiting import wait_until
-from workers.storage import StorageWork
+from workers.janitor.storage_cleaner import StorageWork
 
 UNKNOWN = "0" * 64
 MAX_BYTES, MAX_PIXELS = 50_000, 256 * 128
@@ -122,7 +123,7 @@ def test_the_same_content_has_the_same_id(api: Api) -> None:
 def test_an_object_that_was_lost_is_back_after_another_upload(api: Api) -> None:
     client = api.client()
     image = send(client, file()).json()
-    key = images.image_key(tenant_of(api.farm), image["id"])
+    key = control_images.image_key(tenant_of(api.farm), image["id"])
     api.farm.artifacts.delete(key)
     assert stored(api.farm) == (1, 0)
     assert send(client, file()).json() == image
@@ -215,14 +216,14 @@ def test_a_body_without_a_length_is_limited_too(api: Api) -> None:
 
 def test_decoding_holds_up_nobody_else(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     healthy = []
-    load = imagefiles._png
+    load = uploads._png
 
     def slow(image: Image.Image) -> bytes:
         healthy.append(httpx.get(f"{api.url}/healthz").status_code)
         healthy.append(api.client().get("/v1/jobs").status_code)
         return load(image)
 
-    monkeypatch.setattr(imagefiles, "_png", slow)
+    monkeypatch.setattr(uploads, "_png", slow)
     assert send(api.client(), file()).status_code == 201
     assert healthy == [200, 200]
 
@@ -279,41 +280,41 @@ def test_the_commands_agree_with_the_api(
 
 
 def test_a_worker_loads_the_picture_itself(farm: Farm, tenant: uuid.UUID) -> None:
-    image = images.upload(farm, tenant, file("JPEG", quality=95), "image/jpeg")
-    loaded = images.load_image(farm.artifacts, tenant, image.id)
+    image = control_images.upload(farm, tenant, file("JPEG", quality=95), "image/jpeg")
+    loaded = control_images.load_image(farm.artifacts, tenant, image.id)
     assert (loaded.mode, loaded.size) == ("RGB", (32, 24))
     assert loaded.tobytes() == Image.open(io.BytesIO(file("JPEG", quality=95))).tobytes()
 
 
 def test_a_lost_or_changed_object_is_no_use_to_try_again(farm: Farm, tenant: uuid.UUID) -> None:
-    image = images.upload(farm, tenant, file(), "image/png")
+    image = control_images.upload(farm, tenant, file(), "image/png")
     with pytest.raises(RenderError, match=f"holds no image {UNKNOWN}") as missing:
-        images.load_image(farm.artifacts, tenant, UNKNOWN)
+        control_images.load_image(farm.artifacts, tenant, UNKNOWN)
     with pytest.raises(RenderError, match="holds no image"):
-        images.load_image(farm.artifacts, tenant_of(farm), image.id)
-    farm.artifacts.put(images.image_key(tenant, image.id), file(size=(8, 8)))
+        control_images.load_image(farm.artifacts, tenant_of(farm), image.id)
+    farm.artifacts.put(control_images.image_key(tenant, image.id), file(size=(8, 8)))
     with pytest.raises(RenderError, match="is another picture") as changed:
-        images.load_image(farm.artifacts, tenant, image.id)
+        control_images.load_image(farm.artifacts, tenant, image.id)
     assert not missing.value.retryable
     assert not changed.value.retryable
 
 
 def test_a_storage_that_is_away_may_be_asked_again(farm: Farm, tenant: uuid.UUID) -> None:
-    image = images.upload(farm, tenant, file(), "image/png")
+    image = control_images.upload(farm, tenant, file(), "image/png")
     nowhere = Artifacts(without(farm.settings, "s3"))
     with pytest.raises(Unavailable, match="did not give"):
-        images.load_image(nowhere, tenant, image.id)
+        control_images.load_image(nowhere, tenant, image.id)
     nowhere.close()
 
 
 def test_missing_images_are_told(farm: Farm, tenant: uuid.UUID) -> None:
-    mine = images.upload(farm, tenant, file(), "image/png").id
-    theirs = images.upload(farm, tenant_of(farm), file(size=(8, 8)), "image/png").id
+    mine = control_images.upload(farm, tenant, file(), "image/png").id
+    theirs = control_images.upload(farm, tenant_of(farm), file(size=(8, 8)), "image/png").id
     asked = [mine, mine, theirs, UNKNOWN, "", "x", mine.upper(), mine + "\n", "é" * 64]
     with transaction(farm.store) as connection:
-        assert images.missing_images(connection, tenant, asked) == set(asked) - {mine}
-        assert images.missing_images(connection, tenant, {mine}) == set()
-        assert images.missing_images(connection, tenant, ()) == set()
+        assert control_images.missing_images(connection, tenant, asked) == set(asked) - {mine}
+        assert control_images.missing_images(connection, tenant, {mine}) == set()
+        assert control_images.missing_images(connection, tenant, ()) == set()
 
 
 def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +332,7 @@ def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.Monkey
             inside -= 1
         return picture()
 
-    monkeypatch.setattr("farm.imagefiles._picture", slow)
+    monkeypatch.setattr("farm.imaging.uploads._picture", slow)
     client, content = api.client(), file()
     crowd = AT_ONCE + MOST_WAITING + 5
     limits = httpx.Limits(max_connections=crowd + 1)
@@ -384,7 +385,7 @@ def test_an_image_is_named_in_a_job_only_while_it_is_there(api: Api, farm: Farm)
         if removed:
             assert client.delete(f"/v1/images/{image}").status_code == 204
         with transaction(farm.store) as connection:
-            assert images.missing_images(connection, tenant, [image]) == (
+            assert control_images.missing_images(connection, tenant, [image]) == (
                 {image} if removed else set()
             )
 

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from farm import jobs as jobs_use_cases
 from farm.context import Farm
-from farm.inputs import LINES_A_PART
-from farm.spec import MAX_SEED
+from farm.domain.inputs import LINES_A_PART
+from farm.domain.spec import MAX_SEED
+from farm.services import jobs as jobs_use_cases
 from farm.store import jobs
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
@@ -184,7 +184,7 @@ def test_an_upload_that_does_not_go_on_loses_its_place(
 def test_of_too_many_uploads_at_once_some_are_sent_away(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.inputs.AT_ONCE", 0)
+    monkeypatch.setattr("api.routes.inputs.AT_ONCE", 0)
     with serving(api.farm) as full:
         response = full.client().post("/v1/inputs", content=jsonl(LINES))
     refused(response, 503, "unavailable")

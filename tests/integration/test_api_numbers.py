@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from farm.context import Farm
-from farm.inputs import Intake, unpack
-from farm.spec import FullSpec, Line, frame_spec
+from farm.domain.inputs import Intake, unpack
+from farm.domain.spec import FullSpec, Line, frame_spec
 from tests.farming import sql
 from tests.serving import Api, serving
 

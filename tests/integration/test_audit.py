@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from farm import audit as auditing
-from farm.audit import audited
 from farm.config import Settings
 from farm.context import Farm, open_farm
+from farm.domain.invariants import Invariant
 from farm.errors import Unavailable
-from farm.invariants import Invariant
 from farm.local import Servers
-from farm.store import auditing as questions
+from farm.services import audit as auditing
+from farm.services.audit import audited
+from farm.store import audit as questions
 from farm.store.engine import transaction
 from tests.conftest import settings_on
 from tests.databases import Databases

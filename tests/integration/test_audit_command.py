@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from farm import audit as auditing
-from farm.audit import Phase, Progress, Report, audit, audited
 from farm.context import Farm
-from farm.invariants import Invariant
+from farm.domain.invariants import Invariant
+from farm.services import audit as auditing
+from farm.services.audit import Phase, Progress, Report, audit, audited
 from tests.commanding import farm as command
 from tests.farming import sql
 from tests.integration.situations import Jobs, fill

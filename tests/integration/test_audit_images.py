@@ -6,11 +6,11 @@ import uuid
 
 import pytest
 
-from farm.artifacts import artifact_key
-from farm.audit import audited
 from farm.context import Farm
-from farm.formats import Format
-from farm.invariants import Invariant
+from farm.domain.image_formats import Format
+from farm.domain.invariants import Invariant
+from farm.services.audit import audited
+from farm.storage import artifact_key
 from tests.farming import hire, sql, submit
 from tests.integration.situations import Jobs, fill
 from tests.serving import render

@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from farm import audit as auditing
-from farm import jobs
-from farm.audit import Report, audit, audited
 from farm.config import Settings
 from farm.context import Farm, open_farm
+from farm.domain.invariants import Invariant
 from farm.errors import Conflict, NotFound, Unavailable
-from farm.invariants import Invariant
+from farm.services import audit as auditing
+from farm.services import jobs
+from farm.services.audit import Report, audit, audited
 from farm.store import retention
 from farm.store.claim import Lease
 from farm.store.engine import transaction
@@ -24,8 +24,8 @@ from tests.farming import Hand, hire, job_row, sql, submit
 from tests.integration.situations import Jobs, fill
 from tests.serving import render
 from tests.waiting import wait_until
-from workers.janitor import Janitor
-from workers.storage import StorageWork
+from workers.janitor.janitor import Janitor
+from workers.janitor.storage_cleaner import StorageWork
 
 
 @pytest.fixture

@@ -8,14 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from farm.catalog import Pipeline
+from farm.domain.spec import FrameSpec
 from farm.errors import CatalogError
-from farm.families.auto import Auto
-from farm.families.base import Batch, Checkpoint
-from farm.families.devices import prepare_torch
-from farm.families.signature import TABLES, _tables, read_signature, text_to_image_class
-from farm.offers import make_offer
-from farm.spec import FrameSpec
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.checkpoints.call_signature import (
+    TABLES,
+    _tables,
+    read_signature,
+    text_to_image_class,
+)
+from farm.pipelines.families.auto import Auto
+from farm.pipelines.family import Batch, Checkpoint
+from farm.pipelines.resolve import make_offer
+from farm.pipelines.runtime.devices import prepare_torch
 from tests.checkpoints import save
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -22,19 +22,19 @@ from farm.bells import lane
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import CatalogError
-from farm.families import loading
+from farm.pipelines.runtime import loading
 from farm.store.engine import transaction
-from farm.store.leader import leadership
+from farm.store.leadership import leadership
 from tests.bench import Bench
 from tests.commanding import farm as farm_command
 from tests.farming import job_row, sql, submit
 from tests.serving import Api, serving
 from tests.waiting import wait_until
-from workers import child as module
-from workers.child import LOAD_AGAIN_SECONDS, Child
-from workers.identity import Identity
-from workers.janitor import Janitor
-from workers.parent import enlist
+from workers.janitor.janitor import Janitor
+from workers.render import child as module
+from workers.render.child import LOAD_AGAIN_SECONDS, Child
+from workers.render.identity import Identity
+from workers.render.parent import enlist
 
 # diffusers' own samplers hand torch tensors to numpy.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

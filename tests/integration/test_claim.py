@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import InternalError
 
-from farm import jobs
 from farm.context import Farm
 from farm.errors import Conflict
+from farm.services import jobs
 from farm.store import events, lanes, leases, workers
 from farm.store import jobs as stored
 from farm.store.claim import Lease, claim

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from farm.families.compel_syntax import MAX_DEPTH, MAX_PIECES, check_compel
-from farm.families.prompts import PromptEncoder, Reading
+from farm.pipelines.prompts.compel_syntax import MAX_DEPTH, MAX_PIECES, check_compel
+from farm.pipelines.prompts.embeddings import PromptEncoder, Reading
 from tests import checkpoints
 
 WORDS = ["a", "red star", "t-shirt", "C++", "f/1.8", "don't", "3.5", "é", "赤い星", "!", "a_b"]

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from farm.catalog import load_catalog
 from farm.context import Farm
-from farm.families import compiling
-from farm.families.devices import torch_threads
-from farm.warming import Shape, declared_shapes
+from farm.pipelines.catalog import load_catalog
+from farm.pipelines.runtime import compiling
+from farm.pipelines.runtime.devices import torch_threads
+from farm.rendering.warmup import Shape, declared_shapes
 from tests.checkpoints import save
 from tests.farming import job_row, submit
 from tests.rendering import render_line
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array.
@@ -82,7 +82,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert "is not compiled for" not in caplog.text
 
     outside: dict[str, Any] = {"width": 96, "height": 64, "images_per_prompt": 3, "steps": 1}
-    with caplog.at_level(logging.WARNING, "farm.warming"):
+    with caplog.at_level(logging.WARNING, "farm.rendering.warmup"):
         for _ in range(2):
             job = submit(farm, tenant, pipeline="tiny", prompts=["a"], **outside)
             line.run()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from farm.catalog import Pipeline
-from farm.families.base import Batch, Family, StopBatch
-from farm.offers import make_offer
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.family import Batch, Family, StopBatch
+from farm.pipelines.resolve import make_offer
 from tests.checkpoints import save
 from tests.documented import EXAMPLE_FAMILY
 

@@ -13,9 +13,9 @@ from sqlalchemy import TextClause, text
 
 from farm.config import Settings
 from farm.context import Farm
+from farm.domain.states import TERMINAL
 from farm.local import Servers
-from farm.states import TERMINAL
-from farm.store import events, frames, jobs, lanes, leases, lines, reading, retention, specs
+from farm.store import events, frames, jobs, lanes, leases, lines, queries, retention, specs
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS
 from tests.conftest import settings_on
@@ -93,9 +93,9 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         jobs.CANCEL_FRAMES,
         {"id": uuid.UUID(int=1), "pipeline": "demo", "from_states": ["running", "ready"]},
     ),
-    "one job": (reading.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
+    "one job": (queries.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
     "jobs page": (
-        reading.LIST_JOBS,
+        queries.LIST_JOBS,
         {
             "tenant_id": uuid.UUID(int=2),
             "limit": 50,
@@ -106,11 +106,11 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         },
     ),
     "frames page": (
-        reading.LIST_FRAMES,
+        queries.LIST_FRAMES,
         {"job_id": uuid.UUID(int=1), "after": -1, "state": None, "limit": 50},
     ),
     "attempts of frames": (
-        reading.FRAME_ATTEMPTS,
+        queries.FRAME_ATTEMPTS,
         {"job_id": uuid.UUID(int=1), "ordinals": [100, 101]},
     ),
     "idempotency": (
@@ -233,7 +233,7 @@ def test_a_page_of_frames_reads_no_more_than_itself_before_postgres_has_counted_
             connection.execute(text(statement), {"job": job})
     with farm.store.connect() as connection, connection.begin():
         frames_table = connection.execute(text("SELECT 'frames'::regclass::oid")).scalar_one()
-        page = reading.list_frames(connection, job, limit=limit, state=state)
+        page = queries.list_frames(connection, job, limit=limit, state=state)
         read = connection.execute(READ, {"of": frames_table}).scalar_one()
     assert [row.ordinal for row in page] == [*range(limit)]
     assert read == limit

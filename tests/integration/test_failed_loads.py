@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farm.catalog import Pipeline
 from farm.errors import CatalogError, OutOfMemory
-from farm.families import loading
-from farm.families.base import Loaded
-from farm.families.devices import is_out_of_memory
-from farm.families.weightfiles import parameter_count
-from farm.offers import make_offer
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.checkpoints.weights import parameter_count
+from farm.pipelines.family import Loaded
+from farm.pipelines.resolve import make_offer
+from farm.pipelines.runtime import loading
+from farm.pipelines.runtime.devices import is_out_of_memory
 from tests.bench import RUN, SAFE, Bench, clear
 
 UNET = "stable_diffusion/unet/diffusion_pytorch_model"
@@ -229,10 +229,10 @@ def test_out_of_memory_is_known_from_other_errors(error: Exception, expected: bo
 ALLOCATING = """
 import resource, sys
 from pathlib import Path
-from farm.catalog import Pipeline
+from farm.pipelines.catalog import Pipeline
 from farm.errors import OutOfMemory
-from farm.families.devices import prepare_torch
-from farm.offers import make_offer
+from farm.pipelines.runtime.devices import prepare_torch
+from farm.pipelines.resolve import make_offer
 
 prepare_torch(1)
 large, small = (Pipeline(source=name, device="cpu") for name in ("large", "stable_diffusion"))
@@ -280,10 +280,10 @@ def run_alone(words: str, *args: str, **env: str) -> str:
 ASKING = """
 import sys, time
 from pathlib import Path
-from farm.catalog import Pipeline
+from farm.pipelines.catalog import Pipeline
 from farm.errors import CatalogError
-from farm.families import hub
-from farm.offers import make_offer
+from farm.pipelines.checkpoints import hub
+from farm.pipelines.resolve import make_offer
 
 hub.HUB_SECONDS = float(sys.argv[2])
 for source in sys.argv[3:]:

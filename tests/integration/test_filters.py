@@ -14,24 +14,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from farm import exports as use_cases
-from farm import jobs
-from farm.artifacts import artifact_key
-from farm.catalog import Pipeline
 from farm.context import Farm
-from farm.encoding import read
+from farm.domain.spec import FrameSpec, derived_seed
 from farm.errors import CatalogError
-from farm.filters import NEAR, Verdict, blank, load_filters, near_duplicate
-from farm.offers import Offer
-from farm.spec import FrameSpec, derived_seed
-from farm.store import prints, workers
+from farm.imaging.encoding import read
+from farm.imaging.filters import NEAR, Verdict, blank, load_filters, near_duplicate
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.resolve import Offer
+from farm.services import jobs
+from farm.services.exports import service as use_cases
+from farm.storage import artifact_key
+from farm.store import perceptual_hashes, workers
 from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like
 from tests.farming import attempts_of, frame_rows, hire, job_row, sql, submit
 from tests.noise import Noise, NoiseParams
-from workers.chores import Chores
-from workers.identity import Identity
-from workers.line import RenderLine
+from workers.exporter import Chores
+from workers.render.identity import Identity
+from workers.render.loop import RenderLine
 
 HERE = "tests.integration.test_filters"
 Make = Callable[..., RenderLine]
@@ -163,11 +163,13 @@ def test_no_two_pictures_of_a_job_look_alike(
 def test_prints_are_near_within_six_bits(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant)
     with transaction(farm.store) as connection:
-        assert prints.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None
-        assert prints.keep_print(connection, job_id, 1, 2**64 - 64, NEAR) == (0, 6)
-        assert prints.keep_print(connection, job_id, 1, 2**64 - 128, NEAR) is None
-        assert prints.keep_print(connection, job_id, 1, 2**64 - 1, NEAR) == (0, 0)
-        assert prints.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None  # its own again
+        assert perceptual_hashes.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None
+        assert perceptual_hashes.keep_print(connection, job_id, 1, 2**64 - 64, NEAR) == (0, 6)
+        assert perceptual_hashes.keep_print(connection, job_id, 1, 2**64 - 128, NEAR) is None
+        assert perceptual_hashes.keep_print(connection, job_id, 1, 2**64 - 1, NEAR) == (0, 0)
+        assert (
+            perceptual_hashes.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None
+        )
 
 
 def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.UUID) -> None:
@@ -175,14 +177,14 @@ def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.
     job_id, other = submit(farm, tenant), submit(farm, tenant)
     drawn, kept = random.Random(3), dict[int, int]()
     with transaction(farm.store) as connection:
-        prints.keep_print(connection, other, 0, 0, NEAR)
+        perceptual_hashes.keep_print(connection, other, 0, 0, NEAR)
         for ordinal in range(300):
             near = drawn.choice([*kept.values(), drawn.getrandbits(64)])
             flips = drawn.sample(range(64), drawn.randint(0, NEAR + 3))
             hashed = sum((1 << place for place in flips), 0) ^ near
             away = {number: (hashed ^ one).bit_count() for number, one in kept.items()}
             nearest = min(away, key=lambda number: (away[number], number), default=None)
-            found = prints.keep_print(connection, job_id, ordinal, hashed, NEAR)
+            found = perceptual_hashes.keep_print(connection, job_id, ordinal, hashed, NEAR)
             if nearest is not None and away[nearest] <= NEAR:
                 assert found == (nearest, away[nearest])
             else:
@@ -197,7 +199,7 @@ def test_a_frame_that_dies_leaves_no_print(farm: Farm, tenant: uuid.UUID) -> Non
     lease = hand.must_claim()
     with transaction(farm.store) as connection:
         for frame in lease.frames:
-            prints.keep_print(connection, job_id, frame.ordinal, frame.ordinal << 32, 0)
+            perceptual_hashes.keep_print(connection, job_id, frame.ordinal, frame.ordinal << 32, 0)
     hand.fail(lease, fences=[lease.frames[0].fence], retryable=False)
     hand.fail(lease, fences=[lease.frames[1].fence])
     assert sql(farm, "SELECT ordinal FROM prints") == [(1,)]
@@ -217,7 +219,7 @@ def test_the_built_in_filters_judge_real_pictures() -> None:
     assert (first ^ another).bit_count() > NEAR
 
 
-@pytest.mark.parametrize("name", ["nothing", "farm.nothing:blank", "farm.filters:nothing"])
+@pytest.mark.parametrize("name", ["nothing", "farm.nothing:blank", "farm.imaging.filters:nothing"])
 def test_an_unknown_filter_is_refused(name: str) -> None:
     with pytest.raises(CatalogError, match="filters: "):
         load_filters([name])

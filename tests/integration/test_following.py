@@ -6,11 +6,11 @@ import uuid
 
 import pytest
 
-from farm import jobs
-from farm.audit import audited
 from farm.context import Farm
-from farm.invariants import Finding
-from farm.states import FrameState
+from farm.domain.invariants import Finding
+from farm.domain.states import FrameState
+from farm.services import jobs
+from farm.services.audit import audited
 from farm.store import jobs as stored
 from farm.store import lanes
 from farm.store.engine import transaction

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from farm.errors import CatalogError, NotFinite
-from farm.offers import make_offer
+from farm.pipelines.resolve import make_offer
 from tests.bench import Bench
 from tests.drawing import bare, picture
 

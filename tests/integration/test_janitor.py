@@ -18,10 +18,10 @@ from farm.bells import lane
 from farm.context import Farm, open_farm
 from farm.store import workers
 from farm.store.engine import transaction
-from farm.store.leader import leadership
+from farm.store.leadership import leadership
 from tests.farming import attempts_of, hire, job_row, sql, state_of, submit
 from tests.waiting import wait_until
-from workers.janitor import Janitor
+from workers.janitor.janitor import Janitor
 
 
 def sweep(farm: Farm) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from farm.catalog import Pipeline
-from farm.families import graphs
-from farm.families.graphs import graphs_kept
-from farm.families.kept import keep_in
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.disk_cache import keep_in
+from farm.pipelines.runtime import compile_cache
+from farm.pipelines.runtime.compile_cache import graphs_kept
 from tests.benchmarks.warmstart import measure
 
 ENTRY = Pipeline(source="x")
@@ -23,24 +23,24 @@ LIBRARY = "ab/kernel.so"
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Path]]:
     """Let a process begin after the one before has ended; gives the folder that torch is told."""
-    monkeypatch.delenv(graphs.VARIABLE, raising=False)
-    monkeypatch.setattr(graphs, "_chosen", None)
-    monkeypatch.setattr(graphs, "_locks", [])
+    monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
+    monkeypatch.setattr(compile_cache, "_chosen", None)
+    monkeypatch.setattr(compile_cache, "_locks", [])
     keep_in(tmp_path / "cache")
 
     def started() -> Path:
         end()
         with graphs_kept("x", ENTRY):
-            return Path(os.environ[graphs.VARIABLE])
+            return Path(os.environ[compile_cache.VARIABLE])
 
     def end() -> None:
-        while graphs._locks:
-            os.close(graphs._locks.pop())
+        while compile_cache._locks:
+            os.close(compile_cache._locks.pop())
 
     yield started
     end()
     keep_in(None)
-    os.environ.pop(graphs.VARIABLE, None)
+    os.environ.pop(compile_cache.VARIABLE, None)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_folder_in_which_a_process_works_is_left_alone(
 
 def test_another_entry_has_another_folder(start: Callable[[], Path], folder: Path) -> None:
     with graphs_kept("x", Pipeline(source="x", dtype="bfloat16")):
-        assert Path(os.environ[graphs.VARIABLE]) != folder
+        assert Path(os.environ[compile_cache.VARIABLE]) != folder
 
 
 COMPILE = """
@@ -115,10 +115,10 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch._dynamo.utils import counters
-from farm.catalog import Pipeline
-from farm.families.compiling import compile_pipe
-from farm.families.graphs import graphs_kept
-from farm.families.kept import keep_in
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.runtime.compiling import compile_pipe
+from farm.pipelines.runtime.compile_cache import graphs_kept
+from farm.pipelines.disk_cache import keep_in
 
 class Toy(torch.nn.Module):
     def forward(self, x):

@@ -14,13 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from farm import jobs
-from farm.artifacts import artifact_key
 from farm.context import Farm
-from farm.encoding import pixels_as_stored, read
+from farm.domain.image_formats import Format
+from farm.domain.spec import FrameSpec
 from farm.errors import InvalidRequest
-from farm.formats import Format
-from farm.spec import FrameSpec
+from farm.imaging.encoding import pixels_as_stored, read
+from farm.services import jobs
+from farm.storage import artifact_key
 from farm.store import workers
 from farm.store.engine import transaction
 from tests.farming import frame_rows, job_row, sql
@@ -34,7 +34,7 @@ from tests.integration.noise_jobs import (
 )
 from tests.noise import Noise
 from tests.waiting import wait_until
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 
 def test_a_batch_is_rendered_stored_and_completed(

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 
 from farm.context import Farm
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
 from farm.store.claim import Lease
 from tests.farming import job_row
 from tests.integration.noise_jobs import submit_noise, take
 from tests.noise import Noise
 from tests.waiting import wait_until
-from workers.line import RenderLine
-from workers.spool import Finished
-from workers.tail import ENCODERS
-from workers.watch import LeaseWatch
+from workers.render.finishing import ENCODERS
+from workers.render.lease_watch import LeaseWatch
+from workers.render.loop import RenderLine
+from workers.render.spool import Finished
 
 
 class Encodings:

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy.exc import DataError
 
 from farm.context import Farm
+from farm.domain.spec import FrameSpec
 from farm.errors import RenderError
-from farm.spec import FrameSpec
 from farm.store import frames, leases
 from farm.store.engine import transaction
 from farm.store.frames import Done
@@ -37,9 +37,9 @@ from tests.integration.noise_jobs import (
     submit_noise,
 )
 from tests.noise import Noise
-from workers.child import Child
-from workers.line import RenderLine
-from workers.scratch import NO_LEASE
+from workers.render.child import Child
+from workers.render.loop import RenderLine
+from workers.render.scratch import NO_LEASE
 
 # Errors of a frame
 

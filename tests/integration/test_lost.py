@@ -17,7 +17,7 @@ import pytest
 
 from farm.context import Farm
 from farm.errors import FarmError
-from farm.families.base import StopBatch
+from farm.pipelines.family import StopBatch
 from farm.store import jobs, leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import LOST_BESIDE_AT_MOST
@@ -34,11 +34,11 @@ from tests.farming import (
 from tests.noise import Noise
 from tests.serving import serving
 from tests.waiting import wait_until
-from workers.batchlog import BatchLog
-from workers.identity import Identity
-from workers.line import RenderLine
-from workers.parent import ENDED, Heart, is_running_child
-from workers.scratch import NO_LEASE, SHOWN_BYTES, Scratch
+from workers.render.batch_log import BatchLog
+from workers.render.identity import Identity
+from workers.render.loop import RenderLine
+from workers.render.parent import ENDED, Heart, is_running_child
+from workers.render.scratch import NO_LEASE, SHOWN_BYTES, Scratch
 
 
 def all_due(farm: Farm) -> None:
@@ -117,7 +117,7 @@ def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
 SPEAK = """
 import ctypes, logging, sys
 from pathlib import Path
-from workers.batchlog import BatchLog
+from workers.render.batch_log import BatchLog
 words = BatchLog(Path(sys.argv[1]))
 words.listen()
 logging.getLogger("a").warning("of the batch before")
@@ -163,7 +163,7 @@ def test_words_are_shown_from_their_end(scratch: Scratch) -> None:
 HOLD = """
 import sys, uuid
 from pathlib import Path
-from workers.scratch import Scratch
+from workers.render.scratch import Scratch
 with Scratch(Path(sys.argv[1]), uuid.UUID(int=int(sys.argv[2]))).held():
     print("held", flush=True)
     sys.stdin.read()

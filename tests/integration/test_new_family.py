@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import farm.families
-from farm.artifacts import artifact_key
-from farm.catalog import load_catalog
+import farm.pipelines.families as farm_families
 from farm.config import Settings
 from farm.context import Farm
-from farm.encoding import read
+from farm.domain.spec import FrameSpec
 from farm.errors import CatalogError
-from farm.families import all_families
-from farm.families.base import Batch
-from farm.offers import make_offer
-from farm.spec import FrameSpec
+from farm.imaging.encoding import read
+from farm.pipelines.catalog import load_catalog
+from farm.pipelines.families import all_families
+from farm.pipelines.family import Batch
+from farm.pipelines.resolve import make_offer
+from farm.storage import artifact_key
 from tests.farming import frame_rows, job_row, submit
 from tests.integration.test_api_refusals import check_problem
 from tests.integration.test_child import hire
@@ -40,10 +40,10 @@ from typing import Any
 from PIL import Image
 from pydantic import Field
 
-from farm.catalog import Pipeline
-from farm.families.base import Batch, Checkpoint, Loaded, Params, padded
-from farm.families.weightfiles import weights_hash
-from farm.families.tailoring import tailored
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.family import Batch, Checkpoint, Loaded, Params, padded
+from farm.pipelines.checkpoints.weights import weights_hash
+from farm.pipelines.params import tailored
 
 
 class GradientParams(Params):
@@ -100,11 +100,13 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "families"
     folder.mkdir()
     (folder / "gradient.py").write_text(MODULE)
-    monkeypatch.setattr(farm.families, "__path__", [*farm.families.__path__, str(folder)])
+    monkeypatch.setattr(
+        farm_families, "__path__", [*farm_families.__path__, str(folder)]
+    )
     all_families.cache_clear()
     yield
     all_families.cache_clear()
-    sys.modules.pop("farm.families.gradient", None)
+    sys.modules.pop("farm.pipelines.families.gradient", None)
 
 
 @pytest.fixture

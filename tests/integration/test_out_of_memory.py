@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from farm.artifacts import artifact_key
 from farm.context import Farm
-from farm.encoding import read
-from farm.spec import FrameSpec, shrunk
+from farm.domain.spec import FrameSpec, shrunk
+from farm.imaging.encoding import read
+from farm.storage import artifact_key
 from farm.store import frames
 from farm.store.engine import transaction
 from farm.store.frames import Failure
@@ -27,7 +27,7 @@ from tests.farming import (
 )
 from tests.noise import Noise
 from tests.serving import serving
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 
 class Memory:

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from farm.context import Farm, open_farm
-from farm.encoding import read
-from farm.families.devices import torch_threads
+from farm.imaging.encoding import read
 from farm.local import Servers
+from farm.pipelines.runtime.devices import torch_threads
 from tests.bare import Bare, Picture, frames_of
 from tests.checkpoints import save
 from tests.conftest import settings_on
@@ -39,7 +39,7 @@ from tests.parity_cases import (
 )
 from tests.rendering import render_line
 from tests.serving import serving
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array,

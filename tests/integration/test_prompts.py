@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from farm.errors import RenderError
-from farm.families.prompts import PromptEncoder, Reading
+from farm.pipelines.prompts.embeddings import PromptEncoder, Reading
 from tests.checkpoints import MAKERS
-from workers.images import BatchImages, ImageCache
+from workers.render.control_images import BatchImages, ImageCache
 
 PROMPTS = ["a red star", "نجمة حمراء", "a red star", "🌟 on blue"]
 NEGATIVES = ["", "blurred", "", ""]
@@ -93,7 +93,7 @@ def test_images_are_fetched_once_and_bounded(monkeypatch: pytest.MonkeyPatch) ->
         fetched.append(image_id)
         return Image.new("RGB", (20, 20) if image_id == "large" else (10, 10))
 
-    monkeypatch.setattr("workers.images.load_image", load)
+    monkeypatch.setattr("workers.render.control_images.load_image", load)
     nothing: Any = None
     ann, bob = uuid.uuid4(), uuid.uuid4()
     images = BatchImages(

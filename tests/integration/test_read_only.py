@@ -14,13 +14,13 @@ from sqlalchemy.pool import QueuePool
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.store.engine import require_writes, transaction
-from farm.store.leader import leadership
+from farm.store.leadership import leadership
 from tests.farming import attempts_of, job_row, sql, submit
 from tests.integration.noise_jobs import at_step, submit_noise
 from tests.noise import Noise
 from tests.serving import serving
 from tests.waiting import wait_until
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 OTHERS_LEAVE = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"

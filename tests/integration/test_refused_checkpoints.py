@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from farm.errors import CatalogError
-from farm.offers import make_offer
+from farm.pipelines.resolve import make_offer
 from tests.bench import RUN, SAFE, Bench, clear
 
 UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import pytest
 
 from farm.context import Farm
+from farm.domain.spec import FrameSpec
 from farm.errors import RenderError
-from farm.spec import FrameSpec
+from farm.store.circuit_breaker import MOST_SECONDS, THREE_FRAMES, note_failure
 from farm.store.engine import transaction
-from farm.store.resting import MOST_SECONDS, THREE_FRAMES, note_failure
 from farm.store.specs import frame_specs
 from tests.farming import hire, job_row, new_tenant, sql, submit
 from tests.noise import Noise
 from tests.serving import serving
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 
 def broken(frames: Sequence[FrameSpec], step: int) -> None:

@@ -17,16 +17,16 @@ from typing import Any, get_args
 import pytest
 from sqlalchemy import text
 
-from farm import jobs
-from farm.artifacts import ArtifactName, Artifacts, artifact_key, job_prefix, parse_key
 from farm.config import Settings
 from farm.context import Farm, open_farm
+from farm.domain.image_formats import Format
 from farm.errors import NotFound, Unavailable
-from farm.formats import Format
-from farm.images import image_key
+from farm.services import jobs
+from farm.services.control_images import image_key
+from farm.storage import ArtifactName, Artifacts, artifact_key, job_prefix, parse_key
 from farm.store import images, retention
 from farm.store.engine import transaction
-from farm.store.leader import leadership
+from farm.store.leadership import leadership
 from tests.farming import (
     attempts_of,
     fence,
@@ -39,8 +39,8 @@ from tests.farming import (
 )
 from tests.serving import JOB, render, serving
 from tests.waiting import wait_until
-from workers.janitor import Janitor
-from workers.storage import StorageWork
+from workers.janitor.janitor import Janitor
+from workers.janitor.storage_cleaner import StorageWork
 
 LATE = b"a late writer's bytes"
 LATE_ID = hashlib.sha256(LATE).hexdigest()
@@ -311,8 +311,8 @@ def test_a_young_object_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
 def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
     farm: Farm, tenant: uuid.UUID, work: StorageWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farm.artifacts.PAGE_KEYS", 2)
-    monkeypatch.setattr("workers.storage.DELETED_AT_ONCE", 1)
+    monkeypatch.setattr("farm.storage.PAGE_KEYS", 2)
+    monkeypatch.setattr("workers.janitor.storage_cleaner.DELETED_AT_ONCE", 1)
     gone = uuid.uuid4()
     keys = [put(farm, tenant, gone, ordinal, LATE) for ordinal in range(5)]
     for name in ("0-a", "0-b"):  # no artifacts, and first by key
@@ -410,7 +410,7 @@ def told(farm: Farm, what: Callable[[], bool]) -> None:
 def test_a_silent_storage_delays_no_lease_and_what_is_left_goes_later(
     farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.janitor.END_SECONDS", 0.1)
+    monkeypatch.setattr("workers.janitor.janitor.END_SECONDS", 0.1)
     old = rendered(farm, tenant)
     grow_old(farm, old)
     with silence() as nowhere:
@@ -453,7 +453,7 @@ def test_a_standby_leaves_the_storage_alone(farm: Farm, monkeypatch: pytest.Monk
         tries.append(time.monotonic())
         return leadership(*values)
 
-    monkeypatch.setattr("workers.janitor.leadership", counted)
+    monkeypatch.setattr("workers.janitor.janitor.leadership", counted)
     with ExitStack() as leading:
         assert leading.enter_context(leadership(farm.store, 60.0)) is not None
         with janitor(farm):

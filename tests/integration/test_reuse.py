@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from farm.artifacts import artifact_key
 from farm.context import Farm
+from farm.storage import artifact_key
 from farm.store import frames, workers
 from farm.store.engine import transaction
 from farm.store.frames import Done
-from farm.store.renders import find_renders
+from farm.store.reuse import find_renders
 from tests.farming import frame_rows, hire, job_row, let_leases_expire, new_tenant, sql, submit
 from tests.noise import Noise
 from tests.waiting import wait_until
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 JOB: dict[str, Any] = {"pipeline": "noise", "images_per_prompt": 6, "seed": 1, "reuse": True}
 

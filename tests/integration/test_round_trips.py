@@ -15,7 +15,7 @@ from farm.store.engine import open_store
 from tests.chaos.proxy import Connection, Fault, Proxies
 from tests.farming import job_row, new_tenant, submit
 from tests.noise import Noise
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 MOST = 3.0
 

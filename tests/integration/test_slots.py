@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from farm.catalog import Pipeline, load_catalog
 from farm.config import DEMO_CATALOG
+from farm.domain.spec import FrameSpec
 from farm.errors import CatalogError, RenderError
-from farm.families.base import Batch, Loaded, floats_seen
-from farm.families.devices import device_name, even_threads, torch_threads
-from farm.families.slots import SlotTest
-from farm.offers import Offer, make_offer
-from farm.spec import FrameSpec
-from farm.warming import slot_test
+from farm.pipelines.catalog import Pipeline, load_catalog
+from farm.pipelines.family import Batch, Loaded, floats_seen
+from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.runtime.devices import device_name, even_threads, torch_threads
+from farm.pipelines.runtime.slots import SlotTest
+from farm.rendering.warmup import slot_test
 from tests.checkpoints import save
 
 # diffusers' own samplers hand torch tensors to numpy.array.
@@ -103,7 +103,7 @@ def test_every_slot_gives_the_bits_of_the_first(
 
 def test_the_instruction_set_that_one_dnn_chose_is_told() -> None:
     """It chooses once for each process, and may be told to choose less than the CPU has."""
-    ask = "from farm.families.devices import device_name; print(device_name('cpu'))"
+    ask = "from farm.pipelines.runtime.devices import device_name; print(device_name('cpu'))"
     less = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX"}
     told = subprocess.run(
         [sys.executable, "-c", ask], env=less, capture_output=True, text=True, check=True

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from farm import jobs
-from farm.artifacts import Artifacts, artifact_key
 from farm.config import Settings
 from farm.context import Farm
-from farm.spec import FrameSpec, Priority
+from farm.domain.spec import FrameSpec, Priority
+from farm.services import jobs
+from farm.storage import Artifacts, artifact_key
 from farm.store import leases
+from farm.store.circuit_breaker import THREE_FRAMES
 from farm.store.claim import Lease
 from farm.store.engine import transaction
 from farm.store.leases import News
-from farm.store.resting import THREE_FRAMES
 from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
-from workers.line import RenderLine
-from workers.spool import FIRST_SECONDS, MOST_SECONDS, Finished, Spool
-from workers.spool import MOST_BATCHES as MOST_KEPT
-from workers.tail import MOST_BATCHES
+from workers.render.finishing import MOST_BATCHES
+from workers.render.loop import RenderLine
+from workers.render.spool import FIRST_SECONDS, MOST_SECONDS, Finished, Spool
+from workers.render.spool import MOST_BATCHES as MOST_KEPT
 
 
 class Outage:
@@ -87,7 +87,7 @@ def test_what_is_finished_meanwhile_is_stored_when_the_storage_is_back(
 
 @pytest.fixture
 def _one_in_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.tail.MOST_BATCHES", 1)
+    monkeypatch.setattr("workers.render.finishing.MOST_BATCHES", 1)
 
 
 @pytest.mark.usefixtures("_one_in_the_tail")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from farm.catalog import load_catalog
 from farm.config import DEMO_CATALOG
-from farm.families.base import Batch, Loaded, StopBatch
-from farm.families.samplers import SAMPLERS
-from farm.offers import Offer, make_offer
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
+from farm.pipelines.catalog import load_catalog
+from farm.pipelines.family import Batch, Loaded, StopBatch
+from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.samplers import SAMPLERS
 
 # diffusers' own samplers hand torch tensors to numpy.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")

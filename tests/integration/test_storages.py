@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from farm.artifacts import Artifacts, is_loopback
-from farm.cli.checks import _s3
+from farm.cli.doctor_checks import _s3
 from farm.config import Settings
+from farm.storage import Artifacts, is_loopback
 
 MISSING = (
     b'<?xml version="1.0"?><Error><Code>MissingContentMD5</Code>'

@@ -20,9 +20,9 @@ from tests.farming import hire, sql
 from tests.integration.test_api_images import file, send
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, render, serving
-from workers.chores import Chores
-from workers.janitor import Janitor
-from workers.storage import StorageWork
+from workers.exporter import Chores
+from workers.janitor.janitor import Janitor
+from workers.janitor.storage_cleaner import StorageWork
 
 OWNING = ("keys", "jobs", "exports", "inputs", "images", "destinations", "shares", "events")
 

@@ -19,19 +19,19 @@ from pydantic import ValidationError
 
 from farm.config import Settings
 from farm.context import Farm, open_farm
-from farm.families.null import write_checkpoint
+from farm.domain.spec import FrameSpec
 from farm.local.ports import free_port
-from farm.spec import FrameSpec
+from farm.pipelines.families.null import write_checkpoint
 from farm.store import workers
 from farm.store.engine import transaction
-from farm.traces import Traces
+from farm.tracing import Traces
 from tests.farming import job_row, new_tenant, submit
 from tests.noise import Noise
 from tests.receiving import Received, Receiver, receiving
 from tests.serving import serving
 from tests.waiting import wait_until
-from workers.identity import Identity
-from workers.line import RenderLine
+from workers.render.identity import Identity
+from workers.render.loop import RenderLine
 
 SENDING_SECONDS = 10.0
 """That one try to send lasts where nobody answers: nothing may wait for one"""
@@ -240,9 +240,10 @@ def said_by(words: str) -> str:
 
 def test_without_an_endpoint_nothing_of_it_is_loaded() -> None:
     """redis-py itself loads the SDK's metrics, where they are installed."""
-    ours = ("farm.traces", "opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf")
+    ours = ("farm.tracing", "opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf")
     words = (
-        "import sys, api.app; from workers import app; from farm.config import Settings;"
+        "import sys, api.app; from workers.render import celery_app;"
+        "from farm.config import Settings;"
         "from farm.context import open_farm; assert open_farm(Settings()).traces is None;"
         f"print([name for name in sys.modules if name.startswith({ours})])"
     )

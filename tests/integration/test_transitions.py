@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 
 from farm.context import Farm
+from farm.domain.spec import Priority
+from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, FrameState, JobStatus, settled
 from farm.errors import Conflict
-from farm.spec import Priority
-from farm.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, FrameState, JobStatus, settled
 from farm.store import events
 from farm.store import jobs as stored
 from farm.store.claim import Fence, Lease

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from farm.catalog import load_catalog
-from farm.families.base import Batch, Loaded
-from farm.offers import Offer, make_offer, sample
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
+from farm.pipelines.catalog import load_catalog
+from farm.pipelines.family import Batch, Loaded
+from farm.pipelines.resolve import Offer, make_offer, sample
 from tests.checkpoints import save
 from tests.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
 

@@ -10,16 +10,16 @@ from datetime import datetime
 import pytest
 from redis import Redis
 
-from farm import jobs
 from farm.context import Farm
-from farm.spec import FrameSpec
+from farm.domain.spec import FrameSpec
+from farm.services import jobs
 from farm.store.claim import Lease
 from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
-from workers.claims import Claims
-from workers.line import RenderLine
-from workers.spool import Finished
-from workers.watch import LeaseWatch
+from workers.render.claims import Claims
+from workers.render.lease_watch import LeaseWatch
+from workers.render.loop import RenderLine
+from workers.render.spool import Finished
 
 Steps = list[tuple[str, int]]
 

@@ -6,9 +6,9 @@ import uuid
 
 import pytest
 
-from farm import jobs
 from farm.context import Farm
-from farm.store import reading
+from farm.services import jobs
+from farm.store import queries
 from farm.store.engine import transaction
 from tests.farming import Hand, fence, hire, job_row, sql, submit
 from tests.serving import serving
@@ -151,7 +151,7 @@ def test_a_pause_before_the_start_is_no_start(farm: Farm, tenant: uuid.UUID) -> 
 
 def test_what_the_tables_take_up(farm: Farm) -> None:
     with transaction(farm.store) as connection:
-        size = reading.database_bytes(connection)
+        size = queries.database_bytes(connection)
     [tables] = sql(
         farm,
         "SELECT sum(pg_total_relation_size(oid)) FROM pg_class"

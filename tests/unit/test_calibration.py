@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-import farm.families as farm_families
-from farm.calibration import Point, best_bucket, buckets, has_stopped_growing
-from farm.catalog import load_catalog
-from farm.catalogfile import write_buckets
-from farm.cli.exits import ERROR, OK, USAGE
+import farm.pipelines.families as farm_families
+from farm.cli.terminal.exit_codes import ERROR, OK, USAGE
 from farm.config import DEMO_CATALOG
 from farm.errors import CatalogError
-from farm.families import all_families
-from farm.families.devices import torch_threads
-from farm.families.null import write_checkpoint
+from farm.pipelines.catalog import load_catalog
+from farm.pipelines.catalog_edit import write_buckets
+from farm.pipelines.families import all_families
+from farm.pipelines.families.null import write_checkpoint
+from farm.pipelines.runtime.devices import torch_threads
+from farm.rendering.calibration import Point, best_bucket, buckets, has_stopped_growing
 from tests.commanding import Outcome, farm
 
 
@@ -150,8 +150,8 @@ def test_the_programs_own_catalog_is_not_changed() -> None:
 FAMILY = '''
 """The null family, on a device with room for four pictures of 64x64."""
 
-from farm.families.base import Batch, Checkpoint, padded
-from farm.families.null import Null
+from farm.pipelines.family import Batch, Checkpoint, padded
+from farm.pipelines.families.null import Null
 
 
 class Narrow(Null):
@@ -188,7 +188,7 @@ def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FARM_PIPELINES", str(path))
     yield path
     all_families.cache_clear()
-    sys.modules.pop("farm.families.narrow", None)
+    sys.modules.pop("farm.pipelines.families.narrow", None)
 
 
 def calibrate(*words: str) -> Outcome:

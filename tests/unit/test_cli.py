@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from farm.cli import host
+from farm.cli import demo_farm
 from farm.local.ports import free_port
 from tests.commanding import farm
 
@@ -127,14 +127,14 @@ def test_the_unexpected_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_held_folder_is_noticed(tmp_path: Path) -> None:
-    assert not host.is_held(tmp_path / "nothing")
+    assert not demo_farm.is_held(tmp_path / "nothing")
     lock = tmp_path / "lock"
     lock.touch()
-    assert not host.is_held(tmp_path)
+    assert not demo_farm.is_held(tmp_path)
     with lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert host.is_held(tmp_path)
-    assert not host.is_held(tmp_path)
+        assert demo_farm.is_held(tmp_path)
+    assert not demo_farm.is_held(tmp_path)
 
 
 def test_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

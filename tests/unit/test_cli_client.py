@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from farm.cli.client import FarmClient
-from farm.cli.find import find_job
+from farm.cli.client.http import FarmClient
+from farm.cli.job_lookup import find_job
 from farm.config import Settings
 from farm.errors import (
     Conflict,

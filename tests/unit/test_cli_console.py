@@ -10,7 +10,10 @@ from PIL import Image, ImageFont
 from rich.console import Console
 from rich.markup import escape
 
-from farm.cli.console import (
+from farm.cli.commands.doctor import marks
+from farm.cli.commands.get import picture_name
+from farm.cli.commands.workers import busyness, doing
+from farm.cli.terminal.console import (
     ago,
     clean,
     columns,
@@ -24,12 +27,9 @@ from farm.cli.console import (
     show_table,
     tail,
 )
-from farm.cli.doctor import marks
-from farm.cli.download import picture_name
-from farm.cli.follow import Bar, Lines, detail, finished, headline, summary
-from farm.cli.sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
-from farm.cli.workers import busyness, doing
-from farm.words import pace, size
+from farm.cli.terminal.contact_sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
+from farm.cli.terminal.job_progress import Bar, Lines, detail, finished, headline, summary
+from farm.humanize import pace, size
 
 JOB: dict[str, Any] = {
     "id": "4f2a81c3-0000-4000-8000-000000000000",

@@ -15,8 +15,8 @@ import pytest
 import typer
 from PIL import Image
 
-from farm.cli.body import control_word
-from farm.cli.images import read_image
+from farm.cli.commands.images import read_image
+from farm.cli.submit_body import control_word
 from farm.errors import FarmError, InvalidRequest, Unavailable
 from farm.local.ports import free_port
 from tests.commanding import farm
@@ -125,7 +125,7 @@ def test_an_address_beyond_the_limit_is_not_fetched_to_its_end(script: Script) -
 def test_an_address_that_sends_too_slowly_is_given_up(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farm.cli.images.FETCH_SECONDS", -1.0)
+    monkeypatch.setattr("farm.cli.commands.images.FETCH_SECONDS", -1.0)
     script.tell(200, file())
     with pytest.raises(Unavailable, match="cannot be fetched within"):
         read_image(f"{script.url}/picture.png", LIMIT)

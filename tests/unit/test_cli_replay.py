@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from farm import replay
-from farm.catalog import Catalog, load_catalog
-from farm.encoding import encode, read
+from farm.domain.image_formats import Format
+from farm.domain.spec import FrameSpec
 from farm.errors import InvalidRequest
-from farm.families.base import Batch
-from farm.families.devices import device_name, prepare_torch
-from farm.formats import Format
-from farm.imagefiles import decoded, normalised
-from farm.offers import make_offer
-from farm.provenance import Provenance, library_versions
-from farm.spec import FrameSpec
+from farm.imaging.encoding import encode, read
+from farm.imaging.provenance import Provenance
+from farm.imaging.uploads import decoded, normalised
+from farm.pipelines.catalog import Catalog, load_catalog
+from farm.pipelines.family import Batch
+from farm.pipelines.resolve import make_offer
+from farm.pipelines.runtime.devices import device_name, prepare_torch
+from farm.rendering import replay
+from farm.rendering.environment import library_versions
 from tests.checkpoints import save
 from tests.commanding import Outcome, farm
 

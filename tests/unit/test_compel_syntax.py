@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.families.compel_syntax import MAX_DEPTH, MAX_PIECES, MAX_SIGNS, check_compel
+from farm.pipelines.prompts.compel_syntax import MAX_DEPTH, MAX_PIECES, MAX_SIGNS, check_compel
 
 LONGEST = 8_000
 """Characters that a prompt may hold"""

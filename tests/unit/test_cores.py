@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from farm import cores as module
-from farm.cores import cores
+from farm import process as module
+from farm.process import cores
 
 
 @pytest.mark.parametrize(

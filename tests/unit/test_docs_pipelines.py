@@ -20,17 +20,17 @@ from typing import Any
 
 import pytest
 
-from farm import families
-from farm.catalog import Catalog, Pipeline
-from farm.cli import submit as submitting
-from farm.cli.fields import Field, fields_of
+from farm.cli.commands import submit as submitting
+from farm.cli.submit_fields import Field, fields_of
 from farm.config import Settings
+from farm.domain.spec import FullSpec
 from farm.errors import InvalidRequest
-from farm.families.compel_syntax import check_compel
-from farm.families.samplers import SAMPLERS
-from farm.offers import Offer, make_offer
-from farm.spec import FullSpec
-from farm.submission import check_job, full_spec
+from farm.pipelines import families
+from farm.pipelines.catalog import Catalog, Pipeline
+from farm.pipelines.prompts.compel_syntax import check_compel
+from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.samplers import SAMPLERS
+from farm.services.job_validation import check_job, full_spec
 from tests.commanding import farm
 from tests.documented import CONTROL, EXAMPLE_FAMILY, PAGE, Block, blocks, table_after
 
@@ -288,7 +288,7 @@ def test_the_family_of_the_example_is_found_by_being_there(
     finally:
         monkeypatch.undo()
         families.all_families.cache_clear()
-        sys.modules.pop("farm.families.flux", None)
+        sys.modules.pop("farm.pipelines.families.flux", None)
 
 
 def test_links_within_the_page_lead_somewhere() -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from farm.encoding import Encoder, encode, pixels_as_stored, read
+from farm.domain.image_formats import FORMATS, Format
+from farm.domain.spec import FrameSpec
 from farm.errors import InvalidRequest, RenderError
-from farm.formats import FORMATS, Format
-from farm.metadata import text_bytes
-from farm.provenance import Provenance, library_versions
-from farm.spec import FrameSpec
+from farm.imaging.encoding import Encoder, encode, pixels_as_stored, read
+from farm.imaging.exif_xmp import text_bytes
+from farm.imaging.provenance import Provenance
+from farm.rendering.environment import library_versions
 from tests.benchmarks.encoding import photo_like
 from tests.parsing import parsed
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from farm.catalog import Pipeline, load_catalog
 from farm.config import Settings
+from farm.domain.spec import FrameSpec
 from farm.failpoints import Failpoint, parse, reach
-from farm.families.base import Batch, StopBatch
-from farm.families.null import write_checkpoint
-from farm.offers import Offer, make_offer
-from farm.spec import FrameSpec
+from farm.pipelines.catalog import Pipeline, load_catalog
+from farm.pipelines.families.null import write_checkpoint
+from farm.pipelines.family import Batch, StopBatch
+from farm.pipelines.resolve import Offer, make_offer
 
 TWO = "submit.committed=exit:EXIT; render.step=oom:BIG"
 

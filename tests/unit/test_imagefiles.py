@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from PIL.ImageCms import ImageCmsProfile, createProfile
 
 from farm.errors import FarmError, InvalidRequest, UnsupportedMediaType
-from farm.imagefiles import NormalisedImage, is_image_id, media_type_of, normalised
+from farm.imaging.uploads import NormalisedImage, is_image_id, media_type_of, normalised
 
 MAX_PIXELS = 4096 * 4096
 SIZE = (24, 16)

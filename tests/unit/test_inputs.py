@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 
 from farm.config import Settings
+from farm.domain.inputs import (
+    LINES_A_PART,
+    MOST_BAD_LINES,
+    MOST_LINE_BYTES,
+    BadLines,
+    Intake,
+    unpack,
+)
+from farm.domain.spec import Line
 from farm.errors import InvalidRequest
-from farm.inputs import LINES_A_PART, MOST_BAD_LINES, MOST_LINE_BYTES, BadLines, Intake, unpack
-from farm.spec import Line
 
 SETTINGS = Settings(max_prompt_chars=200)
 Read = Callable[..., tuple[list[Line], Intake]]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from farm.families import kept
-from farm.families.kept import LARGE, file_hash, keep_in, kept_folder
+from farm.pipelines import disk_cache
+from farm.pipelines.disk_cache import LARGE, file_hash, keep_in, kept_folder
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(kept, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(disk_cache, "SETTLED_SECONDS", -1.0)
     keep_in(tmp_path / "cache")
     yield tmp_path / "cache"
     keep_in(None)
@@ -41,14 +41,14 @@ def entry(cache: Path) -> Path:
 def forged(cache: Path, key_of: Path) -> str:
     """Put another hash into the entry, rightly checked, so that a hit can be told."""
     status = key_of.stat()
-    key: kept.Key = [
+    key: disk_cache.Key = [
         str(key_of.resolve()),
         status.st_ino,
         status.st_size,
         status.st_mtime_ns,
         status.st_ctime_ns,
     ]
-    kept._write(entry(cache), key, "0" * 64)
+    disk_cache._write(entry(cache), key, "0" * 64)
     return "0" * 64
 
 
@@ -103,7 +103,7 @@ def test_a_hash_that_is_changed_in_place_is_not_believed(cache: Path, weights: P
 def test_a_file_that_was_just_written_is_hashed_and_not_remembered(
     cache: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "SETTLED_SECONDS", 3600.0)
+    monkeypatch.setattr(disk_cache, "SETTLED_SECONDS", 3600.0)
     assert file_hash(weights) == truth(weights)
     assert [*(cache / "hashes").iterdir()] == []
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from farm.png import SMALL_BYTES, png
+from farm.imaging.png import SMALL_BYTES, png
 from tests.benchmarks.encoding import photo_like
 
 CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from farm.cli.prompts import Columns, PromptFile
-from farm.cli.templates import Templates
+from farm.cli.prompt_file import Columns, PromptFile
+from farm.cli.prompt_templates import Templates
 from farm.config import Settings
+from farm.domain.inputs import Intake
 from farm.errors import InvalidRequest
-from farm.inputs import Intake
 
 AS_IT_IS = Columns()
 NAMED = Columns("caption", "id", "number", "not", ("set",))

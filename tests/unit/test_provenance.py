@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from farm.encoding import encode, read
+from farm.domain.spec import FrameSpec
 from farm.errors import InvalidRequest
-from farm.provenance import Provenance, Scribe, library_versions
-from farm.spec import FrameSpec
+from farm.imaging.encoding import encode, read
+from farm.imaging.provenance import Provenance, Scribe
+from farm.rendering.environment import library_versions
 from tests.parsing import parsed
 
 PROMPTS = [

@@ -6,7 +6,7 @@ import ssl
 
 import pytest
 
-from farm.redisplace import redis_place
+from farm.redis_address import redis_place
 
 CA = "ssl_ca_certs=%2Fetc%2Fca.pem"
 

@@ -12,12 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from farm.catalog import load_catalog
 from farm.config import DEMO_CATALOG, Settings
-from farm.errors import CatalogError, InvalidRequest
-from farm.families.base import Params
-from farm.offers import make_offer
-from farm.spec import (
+from farm.domain.spec import (
     MAX_SEED,
     FullSpec,
     Line,
@@ -27,7 +23,11 @@ from farm.spec import (
     derived_seed,
     frame_spec,
 )
-from farm.submission import check_job, full_spec
+from farm.errors import CatalogError, InvalidRequest
+from farm.pipelines.catalog import load_catalog
+from farm.pipelines.params import Params
+from farm.pipelines.resolve import make_offer
+from farm.services.job_validation import check_job, full_spec
 
 OFFER = make_offer("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
 SETTINGS = Settings()

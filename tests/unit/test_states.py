@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from farm.states import (
+from farm.domain.states import (
     FRAME_TRANSITIONS,
     JOB_TRANSITIONS,
     TERMINAL,

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from farm.envfile import load_env
+from farm.config import load_env
 from tests.acceptance.farms import QUICK, Live, null_catalog, running
 from tests.waiting import wait_until
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from farm.cli.exits import OK
+from farm.cli.terminal.exit_codes import OK
 from tests.acceptance.farms import Live
 from tests.commanding import farm_process
 from tests.waiting import wait_until

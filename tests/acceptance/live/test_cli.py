@@ -20,8 +20,8 @@ from PIL import Image, PngImagePlugin
 
 from demo.check import read_picture
 from demo.pictures import Combo
-from farm.cli.demo import IMAGES, PROMPTS
-from farm.families.devices import torch_threads
+from farm.cli.commands.demo import IMAGES, PROMPTS
+from farm.pipelines.runtime.devices import torch_threads
 from tests.acceptance.farms import Live
 from tests.commanding import Outcome, farm, farm_process
 from tests.waiting import wait_until
@@ -266,7 +266,7 @@ def _drain(terminal: int) -> None:
 def test_demo_uses_the_farm_that_runs(
     run: Run, live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farm.cli.demo.PROMPTS", some := PROMPTS[:2])
+    monkeypatch.setattr("farm.cli.commands.demo.PROMPTS", some := PROMPTS[:2])
     outcome = run("demo", "--dest", "pictures")
     assert outcome.code == 0, outcome.err
     assert f"Using the farm that runs already: {live.farm.url}" in outcome.out

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from farm.families.devices import torch_threads
+from farm.pipelines.runtime.devices import torch_threads
 from tests.acceptance.farms import Live
 from tests.commanding import farm
 from tests.documented import PAGE

@@ -111,6 +111,6 @@ def test_the_picture_is_what_bare_diffusers_gives(live: Live, first: dict[str, A
 
 
 def _threads_recorded(content: bytes) -> int:
-    from farm.encoding import read
+    from farm.imaging.encoding import read
 
     return read(content)[1].threads

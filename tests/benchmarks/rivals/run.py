@@ -13,8 +13,8 @@ from typing import Any
 
 import psycopg
 
-from farm.cores import cores
 from farm.local import commands
+from farm.process import cores
 from tests.benchmarks.rivals import results
 from tests.benchmarks.stand import QUIET, ROOT, Stand, wait_closely
 

@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 import pytest
 
-from farm import jobs
 from farm.context import Farm
-from farm.filters import NEAR
-from farm.store import prints
+from farm.imaging.filters import NEAR
+from farm.services import jobs
+from farm.store import perceptual_hashes
 from farm.store.engine import transaction
 from tests.farming import hire, job_row, new_tenant, sql, submit
 from tests.integration.test_following import follow, returned
 from tests.noise import Noise
-from workers.line import RenderLine
+from workers.render.loop import RenderLine
 
 FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
 PRINTS = int(os.environ.get("FARM_TEST_PRINTS", "20000"))
@@ -116,6 +116,6 @@ def test_a_print_is_looked_up_in_milliseconds_beside_many(farm: Farm, tenant: uu
     for number in range(9):
         began = time.perf_counter()
         with transaction(farm.store) as connection:
-            prints.keep_print(connection, job_id, PRINTS + number, number, NEAR)
+            perceptual_hashes.keep_print(connection, job_id, PRINTS + number, number, NEAR)
         seconds.append(time.perf_counter() - began)
     assert statistics.median(seconds) < 0.02, seconds

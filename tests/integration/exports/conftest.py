@@ -14,7 +14,7 @@ from farm.config import Settings
 from farm.context import Farm
 from tests.integration.exports.scenes import grant, render_all, submit
 from tests.serving import Api, serving
-from workers.storage import StorageWork
+from workers.janitor.storage_cleaner import StorageWork
 
 
 @pytest.fixture

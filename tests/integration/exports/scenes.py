@@ -10,14 +10,14 @@ from typing import Any
 import httpx
 
 from farm.context import Farm
-from farm.exports import parse_place
+from farm.services.exports.service import parse_place
 from farm.store import destinations, keys
 from farm.store import exports as stored
 from farm.store.engine import one_statement, transaction
 from farm.store.exports import Shard
 from tests.farming import hire, sql
 from tests.serving import render
-from workers.chores import Chores
+from workers.exporter import Chores
 
 LINES: list[dict[str, Any]] = [
     {"prompt": f"a star, number {number} ✨", "key": f"k{number}", "labels": {"n": str(number)}}

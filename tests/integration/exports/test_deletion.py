@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from farm.context import Farm
-from farm.exports import parse_place
+from farm.services.exports.service import parse_place
 from farm.store import exports as stored
 from farm.store.engine import one_statement
 from tests.farming import sql
@@ -19,8 +19,8 @@ from tests.integration.exports.scenes import (
     written_export,
 )
 from tests.integration.test_api_refusals import check_problem
-from workers.janitor import Janitor
-from workers.storage import StorageWork
+from workers.janitor.janitor import Janitor
+from workers.janitor.storage_cleaner import StorageWork
 
 
 def test_a_deleted_export_is_not_found_again(

@@ -78,7 +78,7 @@ def test_a_place_that_holds_objects_is_refused(
     taken = uuid.uuid4()
     farm.artifacts._s3.put_object(Bucket=elsewhere, Key=f"ann/{taken}/data/00000.tar", Body=b"!")
     job_id = submit(ann)
-    monkeypatch.setattr("farm.exports.uuid.uuid4", lambda: taken)
+    monkeypatch.setattr("farm.services.exports.service.uuid.uuid4", lambda: taken)
     asked = {"to": "parquet", "dest": f"s3://{elsewhere}/ann"}
     problem = check_problem(ann.post(f"/v1/jobs/{job_id}/exports", json=asked), 422)
     assert "is not empty" in problem["detail"]

@@ -27,7 +27,7 @@ from tests.integration.exports.scenes import (
 )
 from tests.serving import Api
 from tests.waiting import wait_until
-from workers.chores import Chores
+from workers.exporter import Chores
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

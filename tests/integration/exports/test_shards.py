@@ -10,11 +10,11 @@ import httpx
 import pytest
 from sqlalchemy import event, text
 
-from farm.artifacts import Artifacts, artifact_key
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.exports import ShardWriter
 from farm.local.ports import free_port
+from farm.services.exports.service import ShardWriter
+from farm.storage import Artifacts, artifact_key
 from farm.store import exports as stored
 from farm.store.engine import one_statement, transaction
 from tests.farming import hire, sql
@@ -30,8 +30,8 @@ from tests.integration.exports.scenes import (
     written_export,
 )
 from tests.serving import render
-from workers.chores import Chores
-from workers.janitor import Janitor
+from workers.exporter import Chores
+from workers.janitor.janitor import Janitor
 
 # Frames that are not rendered
 

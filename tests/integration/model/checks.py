@@ -10,7 +10,7 @@ from typing import Any
 from psycopg.rows import namedtuple_row
 
 from farm.context import Farm
-from farm.states import FrameState, JobStatus
+from farm.domain.states import FrameState, JobStatus
 from farm.store.claim import Fence
 from farm.store.engine import one_statement
 from tests.integration.model.model import LEASE_SECONDS, Announced, Model, Place, R, digest

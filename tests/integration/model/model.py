@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from farm.states import TERMINAL, FrameState, JobStatus, settled
+from farm.domain.states import TERMINAL, FrameState, JobStatus, settled
 from farm.store.claim import ClaimedFrame, Fence, Lease
 from tests.farming import fence
 

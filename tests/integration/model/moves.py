@@ -20,7 +20,7 @@ from farm.store.claim import Fence, Lease
 from farm.store.engine import one_statement, transaction
 from tests.farming import hire, sql
 from tests.integration.model.model import Model
-from workers.janitor import Janitor
+from workers.janitor.janitor import Janitor
 
 WRITTEN = ("jobs", "frames", "attempts", "returns", "events")
 ALSO_EMPTIED = ("leases", "workers", "shares", "input_chunks", "prints", "renders")

@@ -9,9 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import initialize, multiple, precondition, rule
 
-from farm import jobs
+from farm.domain.states import TERMINAL, FrameState
 from farm.errors import Conflict
-from farm.states import TERMINAL, FrameState
+from farm.services import jobs
 from farm.store import jobs as stored
 from farm.store.claim import Lease
 from tests.integration.model.model import ModelFrame, ModelJob, R, W

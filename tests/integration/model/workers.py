@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis.stateful import multiple, precondition, rule
 
-from farm.states import FrameState
+from farm.domain.states import FrameState
 from farm.store import frames, leases
 from farm.store.claim import Fence, Lease
 from farm.store.engine import one_statement, transaction

@@ -1,0 +1,1 @@
+"""The dashboard: pages, sessions, templates and static files."""

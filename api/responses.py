@@ -1,0 +1,144 @@
+"""From rows to what is answered: jobs and frames, field by field."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from api import schemas
+from api.auth import OPERATOR
+from api.waiting_reasons import JobRow, Lanes
+from farm.domain.spec import FullSpec, Line, Priority, frame_spec
+from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
+from farm.store import queries
+from farm.store.engine import Transaction
+from farm.store.keys import Caller
+from farm.store.lines import lines_of
+
+INSIDE = frozenset({"points", "job_seed", "seed_bits", "params"})
+"""What a stored spec holds beside the fields that a client sent."""
+
+
+def job_view(row: JobRow, lanes: Lanes) -> schemas.Job:
+    """Show a job."""
+    finished = row.succeeded + row.dead + row.cancelled
+    fields = {name: value for name, value in row.spec.items() if name not in INSIDE}
+    return schemas.Job(
+        id=row.id,
+        pipeline=row.pipeline,
+        status=row.status,
+        paused=row.paused,
+        priority=Priority(row.priority).wire,
+        total=row.total,
+        counts=schemas.Counts(
+            waiting=row.total - row.running - finished,
+            running=row.running,
+            succeeded=row.succeeded,
+            dead=row.dead,
+            cancelled=row.cancelled,
+        ),
+        progress=finished / row.total,
+        pace=_pace(row),
+        eta_seconds=_eta_seconds(row),
+        waiting_because=lanes.waiting_because(row),
+        reused=row.reused,
+        device_seconds=row.device_seconds,
+        bytes=row.bytes,
+        failures=row.failures,
+        labels=row.labels,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        spec=schemas.Submitted.model_validate({**row.spec["params"], **fields}),
+    )
+
+
+def _pace(row: JobRow) -> float | None:
+    if row.status in TERMINAL or row.pace_since is None:
+        return None
+    seconds: float = (row.now - row.pace_since).total_seconds()
+    frames: int = row.succeeded - row.pace_since_frames
+    return frames / seconds if frames and seconds > 0 else None
+
+
+def _eta_seconds(row: JobRow) -> float | None:
+    pace = _pace(row)
+    left: int = row.total - row.succeeded - row.dead - row.cancelled
+    return None if pace is None else round(left / pace, 3)
+
+
+def frame_views(
+    connection: Transaction,
+    job: JobRow,
+    rows: dict[int, Any],
+    ordinals: Sequence[int],
+    caller: Caller,
+) -> list[schemas.Frame]:
+    """Show some frames of a job; `rows` holds those that have one, by ordinal."""
+    spec = FullSpec.model_validate(job.spec)
+    lines = lines_of(connection, {job.id: spec}, [(job.id, ordinal) for ordinal in ordinals])
+    attempts: dict[int, list[schemas.Attempt]] = {}
+    for row in queries.frame_attempts(connection, job.id, list(rows)):
+        attempt = schemas.Attempt.model_validate(row, from_attributes=True)
+        if caller.role != OPERATOR:
+            attempt.log = None
+        attempts.setdefault(row.ordinal, []).append(attempt)
+    return [
+        _frame_view(
+            job,
+            ordinal,
+            spec,
+            lines[job.id, spec.prompt_index(ordinal)],
+            rows.get(ordinal),
+            attempts.get(ordinal, []),
+        )
+        for ordinal in ordinals
+    ]
+
+
+def _frame_view(
+    job: JobRow,
+    ordinal: int,
+    full: FullSpec,
+    line: Line,
+    row: Any | None,
+    attempts: list[schemas.Attempt],
+) -> schemas.Frame:
+    redraws = row.redraws if row else 0
+    spec = frame_spec(full, ordinal, line, redraws=redraws)
+    state = FrameState(row.state) if row else unborn_state(job)
+    return schemas.Frame.model_validate(
+        {
+            **spec.params,
+            "ordinal": ordinal,
+            "state": state,
+            "key": line.key,
+            "prompt": spec.prompt,
+            "seed": spec.seed,
+            "format": spec.format,
+            "bucket": (row.bucket if row else None) or spec.bucket,
+            "attempt": row.attempt if row else 0,
+            "worker": row.worker if row else None,
+            "slot": row.slot if row else None,
+            "sha256": row.sha256.hex() if row and row.sha256 else None,
+            "bytes": row.bytes if row else None,
+            "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,
+            "redraws": redraws,
+            "reused": bool(row and row.reused),
+            "error": row.error if row else None,
+            "flagged": state is FrameState.DEAD and attempts[-1].reason == FLAGGED,
+            "labels": line.labels or {},
+            "attempts": attempts,
+        }
+    )
+
+
+def unborn_state(job: JobRow) -> FrameState:
+    """The state of a job's frames that were never claimed, and so have no row."""
+    return FrameState.CANCELLED if job.status == JobStatus.CANCELLED else FrameState.WAITING
+
+
+def image_url(job_id: uuid.UUID, ordinal: int) -> str:
+    """Where a frame's image is, on this API."""
+    return f"/v1/jobs/{job_id}/frames/{ordinal}/image"

@@ -1,0 +1,215 @@
+"""Exports: jobs' pictures as datasets, written beside the farm's work, a shard at a time."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import RedirectResponse
+
+from api import schemas
+from api.auth import FarmHere, Reader, Writer
+from api.heads import IsHead
+from api.openapi import refusals
+from api.paging import After, Limit, known_after, page
+from api.routes.jobs import JobId
+from farm.context import Farm
+from farm.errors import InvalidRequest, NotFound
+from farm.services.exports import service as use_cases
+from farm.store import exports, queries
+from farm.store.engine import Transaction, reads, transaction
+from farm.store.exports import Export
+
+router = APIRouter(prefix="/v1", tags=["exports"])
+
+ExportId = Annotated[uuid.UUID, Path(description="the export's id")]
+PICTURE = re.compile(r"data/([0-9]{5})/([0-9]{9,18})\.(?:png|jpg|webp)", re.ASCII)
+"""Of an image folder: its shard, and its number in the dataset"""
+FileName = Annotated[str, Path(description="the file's name within the dataset")]
+
+
+@router.post(
+    "/jobs/{job_id}/exports",
+    status_code=202,
+    summary="Export a job",
+    responses=refusals(400, 403, 404),
+)
+async def export_job(
+    request: Request, farm: FarmHere, caller: Writer, job_id: JobId, asked: schemas.ExportAsked
+) -> schemas.Export:
+    """Begin to write a job's pictures as a dataset; shards follow as they become whole."""
+    await to_thread.run_sync(_check_job, farm, caller.tenant_id, job_id)
+    return await _create(request, farm, caller.tenant_id, asked, [job_id], {})
+
+
+@router.post(
+    "/exports", status_code=202, summary="Export several jobs", responses=refusals(400, 403)
+)
+async def export_jobs(
+    request: Request, farm: FarmHere, caller: Writer, asked: schemas.ExportOfJobs
+) -> schemas.Export:
+    """Begin to write several jobs' pictures as one dataset: they are named, or bear labels."""
+    if bool(asked.jobs) == bool(asked.labels):
+        raise InvalidRequest("jobs: name jobs, or give labels that they bear.", param="jobs")
+    job_ids = [_id(word) for word in asked.jobs]
+    return await _create(request, farm, caller.tenant_id, asked, job_ids, asked.labels)
+
+
+@router.get("/exports", summary="List exports, newest first")
+def list_exports(
+    farm: FarmHere,
+    caller: Reader,
+    limit: Limit = 50,
+    after: After = None,
+) -> schemas.Page[schemas.Export]:
+    """List a tenant's exports."""
+    with reads(farm.store) as connection:
+        if after is not None:
+            with known_after():
+                exports.get_export(connection, caller.tenant_id, after)
+        found = exports.list_exports(connection, caller.tenant_id, limit=limit + 1, after=after)
+    return page(found, limit, _view)
+
+
+@router.get("/exports/{export_id}", responses=refusals(404), summary="Look at an export")
+def get_export(farm: FarmHere, caller: Reader, export_id: ExportId) -> schemas.Export:
+    """Answer with how far an export is."""
+    with reads(farm.store) as connection:
+        return _view(exports.get_export(connection, caller.tenant_id, export_id))
+
+
+@router.delete(
+    "/exports/{export_id}",
+    status_code=204,
+    responses=refusals(403, 404),
+    summary="Delete an export",
+)
+def delete_export(farm: FarmHere, caller: Writer, export_id: ExportId) -> None:
+    """Delete an export, ended or not. Files in the farm's own storage go, those elsewhere stay."""
+    with transaction(farm.store) as connection:
+        exports.remove_export(connection, caller.tenant_id, export_id)
+
+
+@router.get(
+    "/exports/{export_id}/shards", responses=refusals(404), summary="List an export's shards"
+)
+def list_shards(
+    farm: FarmHere,
+    caller: Reader,
+    export_id: ExportId,
+    limit: Limit = 50,
+    after: Annotated[int, Query(ge=-1, description="the `next` of the page before")] = -1,
+) -> schemas.Page[schemas.Shard]:
+    """List shards by number, each with its files once it is done."""
+    with reads(farm.store) as connection:
+        exports.get_export(connection, caller.tenant_id, export_id)
+        found = exports.shards_of(connection, export_id, limit=limit + 1, after=after)
+    data = [_shard(export_id, row) for row in found[:limit]]
+    return schemas.Page(data=data, next=str(data[-1].number) if len(found) > limit else None)
+
+
+@router.get(
+    "/exports/{export_id}/files/{name:path}",
+    summary="Fetch a file of an export",
+    status_code=307,
+    response_class=RedirectResponse,
+    responses={
+        307: {"description": "its address, good for minutes, without a key"},
+        **refusals(404),
+    },
+)
+def get_file(
+    farm: FarmHere, caller: Reader, export_id: ExportId, name: FileName, head: IsHead
+) -> RedirectResponse:
+    """Point to a file of a shard that is done."""
+    with reads(farm.store) as connection:
+        export = exports.get_export(connection, caller.tenant_id, export_id)
+        if not _lists(connection, export, name):
+            raise NotFound(f"Export {export_id} has no such file, or not yet.")
+    address = farm.artifacts.presigned(export.prefix + name, export.bucket, head=head)
+    return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
+
+
+def _lists(connection: Transaction, export: Export, name: str) -> bool:
+    """Whether a file is one of an export's: a shard lists it, or the shard's metadata does."""
+    picture = PICTURE.fullmatch(name)
+    if picture is None or export.kind != "imagefolder":
+        return "\x00" not in name and exports.has_file(connection, export.id, name)
+    return exports.has_picture(connection, export.id, int(picture[1]), int(picture[2]))
+
+
+async def _create(
+    request: Request,
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    asked: schemas.ExportAsked,
+    job_ids: Sequence[uuid.UUID],
+    labels: Mapping[str, str],
+) -> schemas.Export:
+    create = partial(
+        use_cases.create,
+        farm,
+        tenant_id,
+        kind=asked.to,
+        job_ids=job_ids,
+        labels=labels,
+        shard_frames=asked.shard_frames,
+        dest=asked.dest,
+    )
+    # Whether a place elsewhere is free, the storage tells: nobody else waits for that.
+    limiter = None if asked.dest is None else request.app.state.storage
+    return _view(await to_thread.run_sync(create, limiter=limiter))
+
+
+def _check_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
+    with reads(farm.store) as connection:
+        queries.get_job(connection, tenant_id, job_id)
+
+
+def _id(word: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(word)
+    except ValueError as error:
+        raise InvalidRequest(f"jobs: {word[:60]!r} is no job's id.", param="jobs") from error
+
+
+def _view(export: Export) -> schemas.Export:
+    return schemas.Export(
+        id=export.id,
+        status=export.state,
+        to=export.kind,
+        dest=f"s3://{export.bucket}/{export.prefix}",
+        jobs=[*export.job_ids],
+        shard_frames=export.shard_frames,
+        shards=export.shards,
+        shards_done=export.shards_done,
+        pictures=export.pictures,
+        missing=export.missing,
+        bytes=export.bytes,
+        error=export.error,
+        created_at=export.created_at,
+        finished_at=export.finished_at,
+    )
+
+
+def _shard(export_id: uuid.UUID, row: Any) -> schemas.Shard:
+    return schemas.Shard(
+        number=row.number,
+        job=row.job_id,
+        first=row.first,
+        stop=row.stop,
+        done=row.done,
+        attempt=row.attempt,
+        error=row.error,
+        pictures=row.rows,
+        missing=row.missing,
+        files=[
+            schemas.ExportFile(**file, url=f"/v1/exports/{export_id}/files/{file['name']}")
+            for file in row.files or ()
+        ],
+    )

@@ -1,0 +1,138 @@
+"""Frames: every one of a job, whether it has a row yet or not, and its image."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import RedirectResponse
+
+from api import schemas
+from api.auth import FarmHere, Reader
+from api.heads import IsHead
+from api.openapi import refusals
+from api.paging import Limit
+from api.responses import frame_views, unborn_state
+from api.routes.jobs import JobId
+from api.waiting_reasons import JobRow
+from farm.context import Farm
+from farm.domain.states import FrameState
+from farm.errors import InvalidRequest, NotFound
+from farm.storage import artifact_key
+from farm.store import queries
+from farm.store.engine import Transaction, transaction
+
+router = APIRouter(prefix="/v1/jobs/{job_id}/frames", tags=["frames"])
+
+Ordinal = Annotated[int, Path(ge=0, description="the frame's place in its job, from 0")]
+
+
+@router.get("", responses=refusals(404), summary="List a job's frames")
+def list_frames(
+    farm: FarmHere,
+    caller: Reader,
+    job_id: JobId,
+    limit: Limit = 50,
+    after: Annotated[int | None, Query(ge=0, description="the `next` of the page before")] = None,
+    state: Annotated[FrameState | None, Query(description="only frames in this state")] = None,
+) -> schemas.Page[schemas.Frame]:
+    """List frames by ordinal, complete at every moment: those never claimed are `waiting`."""
+    with transaction(farm.store) as connection:
+        job = queries.get_job(connection, caller.tenant_id, job_id)
+        if after is not None and after >= job.total:
+            raise InvalidRequest(f"after: the job's last frame is {job.total - 1}.", param="after")
+        first = 0 if after is None else after + 1
+        rows, ordinals = _window(connection, job, first, limit + 1, state)
+        shown = ordinals[:limit]
+        kept = {at: row for at, row in rows.items() if at in shown}
+        frames = frame_views(connection, job, kept, shown, caller)
+    return schemas.Page(data=frames, next=str(shown[-1]) if len(ordinals) > limit else None)
+
+
+def _window(
+    connection: Transaction, job: JobRow, first: int, limit: int, state: FrameState | None
+) -> tuple[dict[int, Any], Sequence[int]]:
+    """Choose the ordinals of a page, with the rows of those that have one."""
+    if state is None:
+        page = range(first, min(first + limit, job.total))
+        found = queries.list_frames(connection, job.id, after=first - 1, limit=limit)
+        return {row.ordinal: row for row in found if row.ordinal in page}, page
+    rows: dict[int, Any] = {}
+    if state is not FrameState.WAITING and _may_hold(job, state):
+        found = queries.list_frames(connection, job.id, after=first - 1, limit=limit, state=state)
+        rows = {row.ordinal: row for row in found}
+    ordinals = list(rows)
+    if state is unborn_state(job):
+        unborn = range(max(first, job.cursor), job.total)
+        ordinals += unborn[: limit - len(ordinals)]
+    return rows, ordinals
+
+
+def _may_hold(job: JobRow, state: FrameState) -> bool:
+    """Whether the job's own counters leave room for a frame in this state: spares a scan."""
+    counted = {
+        FrameState.RUNNING: job.running,
+        FrameState.SUCCEEDED: job.succeeded,
+        FrameState.DEAD: job.dead,
+        FrameState.CANCELLED: job.cancelled - (job.total - job.cursor),
+        FrameState.READY: job.cursor - job.running - job.succeeded - job.dead - job.cancelled,
+    }
+    return bool(counted[state] > 0)
+
+
+@router.get("/{ordinal}", responses=refusals(404), summary="Look at a frame")
+def get_frame(farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal) -> schemas.Frame:
+    """Answer with a frame, its whole spec and every attempt at it."""
+    with transaction(farm.store) as connection:
+        job, row = frame_row(connection, caller.tenant_id, job_id, ordinal)
+        return frame_views(connection, job, {ordinal: row} if row else {}, [ordinal], caller)[0]
+
+
+@router.get(
+    "/{ordinal}/image",
+    summary="Fetch a frame's image",
+    status_code=307,
+    response_class=RedirectResponse,
+    responses={
+        307: {"description": "its address, good for minutes, without a key"},
+        **refusals(404),
+    },
+)
+def get_image(
+    farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal, head: IsHead
+) -> RedirectResponse:
+    """Point to a succeeded frame's image."""
+    key = image_key(farm, caller.tenant_id, job_id, ordinal)
+    address = farm.artifacts.presigned(key, head=head)
+    return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
+
+
+def image_key(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int) -> str:
+    """Name the artifact of a frame; its extension tells its format.
+
+    Raises:
+        NotFound: no such frame, or it has no image.
+    """
+    with transaction(farm.store) as connection:
+        job, row = frame_row(connection, tenant_id, job_id, ordinal)
+    if row is None or row.sha256 is None:
+        state = row.state if row else unborn_state(job)
+        raise NotFound(f"Frame {ordinal} of job {job_id} is {state}: it has no image.")
+    return artifact_key(tenant_id, job_id, ordinal, row.sha256, job.spec.get("format", "png"))
+
+
+def frame_row(
+    connection: Transaction, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int
+) -> tuple[JobRow, Any | None]:
+    """Read a job and one frame's row, None where it was never claimed.
+
+    Raises:
+        NotFound: no such job, or no such frame in it.
+    """
+    job = queries.get_job(connection, tenant_id, job_id)
+    if ordinal >= job.total:
+        raise NotFound(f"Job {job_id} has no frame {ordinal}: its last is {job.total - 1}.")
+    rows = queries.list_frames(connection, job_id, after=ordinal - 1, limit=1)
+    return job, rows[0] if rows and rows[0].ordinal == ordinal else None

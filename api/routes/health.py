@@ -1,0 +1,59 @@
+"""Liveness and readiness."""
+
+from __future__ import annotations
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+
+from api import schemas
+from api.auth import FarmHere
+from farm.context import Farm
+from farm.errors import Unavailable
+from farm.store.engine import require_writes
+from farm.store.migrate import SchemaRefused, require_schema
+
+router = APIRouter(tags=["health"])
+
+UNREADY = (
+    "Postgres or S3 is away, Postgres takes no writes, or this version cannot work on the "
+    "database's schema"
+)
+
+
+@router.get("/healthz", summary="Liveness")
+async def healthz() -> schemas.Health:
+    """Answer, whatever else is away; it waits for no thread of the pool."""
+    return schemas.Health()
+
+
+@router.get(
+    "/readyz",
+    summary="Readiness",
+    responses={503: {"model": schemas.Readiness, "description": UNREADY}},
+)
+async def readyz(request: Request, farm: FarmHere, response: Response) -> schemas.Readiness:
+    """Tell how each server does; without Redis the farm still serves, only later."""
+    found = await to_thread.run_sync(_readiness, farm, limiter=request.app.state.health)
+    response.status_code = 200 if found.ready else 503
+    return found
+
+
+def _readiness(farm: Farm) -> schemas.Readiness:
+    postgres = _postgres(farm)
+    redis = _part(farm.bells.answers(), "it does not answer: jobs wait for the janitor's bells")
+    s3 = _part(farm.artifacts.answers(), "it does not answer, or the bucket is missing")
+    ready = postgres.ok and s3.ok
+    return schemas.Readiness(ready=ready, postgres=postgres, redis=redis, s3=s3)
+
+
+def _postgres(farm: Farm) -> schemas.Part:
+    try:
+        require_schema(farm.store)
+        require_writes(farm.store)
+    except (SchemaRefused, Unavailable) as error:
+        return schemas.Part(ok=False, detail=error.message)
+    return schemas.Part(ok=True, detail="ok")
+
+
+def _part(ok: bool, problem: str) -> schemas.Part:
+    return schemas.Part(ok=ok, detail="ok" if ok else problem)

@@ -1,0 +1,126 @@
+"""Control images: uploaded as a raw body, and named in jobs by the id that the upload answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.responses import RedirectResponse
+
+from api import schemas
+from api.auth import FarmHere, Reader, Writer
+from api.heads import IsHead
+from api.openapi import refusals
+from api.paging import Limit, page
+from api.request_body import read_body
+from farm.imaging.uploads import ALLOWED, IMAGE_ID, OPENERS, PNG
+from farm.services import control_images as use_cases
+from farm.services.control_images import image_key
+from farm.store import images
+from farm.store.engine import reads, transaction
+from farm.store.images import StoredImage
+
+router = APIRouter(prefix="/v1/images", tags=["images"])
+
+ImageId = Annotated[str, Path(pattern=IMAGE_ID, description="the image's id")]
+AfterImage = Annotated[
+    str | None, Query(pattern=IMAGE_ID, description="the `next` of the page before")
+]
+UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "the file itself",
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in OPENERS},
+    }
+}
+AT_ONCE = 2
+"""Images that a process decodes at the same time: a large one takes some 200 MB meanwhile."""
+MOST_WAITING = 32
+"""Uploads that wait for it; they hold no thread, but their bodies"""
+OTHER_KIND = {"model": schemas.Problem, "description": f"Content-Type is not {ALLOWED}."}
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload a control image",
+    responses={**refusals(400, 403, 413), 415: OTHER_KIND},
+    openapi_extra=UPLOAD,
+)
+async def upload(
+    request: Request,
+    farm: FarmHere,
+    caller: Writer,
+    body: Annotated[bytes, Depends(read_body)],
+    response: Response,
+) -> schemas.Image:
+    """Take a PNG, JPEG or WebP as the raw body, and keep it as an RGB PNG, upright, without
+    metadata. The same content again, in whichever of these kinds, answers the same id."""
+    content_type = request.headers.get("content-type", "")
+    decoding: CapacityLimiter = request.app.state.decoding
+    with request.app.state.admitted.taken(str(caller.tenant_id), "images"):
+        image = await to_thread.run_sync(
+            use_cases.upload, farm, caller.tenant_id, body, content_type, limiter=decoding
+        )
+    response.headers["Location"] = f"/v1/images/{image.id}"
+    return _view(image)
+
+
+@router.get("", summary="List control images, by id")
+def list_images(
+    farm: FarmHere, caller: Reader, limit: Limit = 50, after: AfterImage = None
+) -> schemas.Page[schemas.Image]:
+    """List a tenant's control images."""
+    with reads(farm.store) as connection:
+        found = images.list_images(connection, caller.tenant_id, limit=limit + 1, after=after)
+    return page(found, limit, _view)
+
+
+@router.delete(
+    "/{image_id}",
+    status_code=204,
+    responses=refusals(403, 404),
+    summary="Delete a control image",
+)
+def delete_image(farm: FarmHere, caller: Writer, image_id: ImageId) -> None:
+    """Delete an image. Its object is deleted from the storage within seconds. Frames that use the
+    image and are not rendered yet become dead. Pictures that are rendered stay."""
+    with transaction(farm.store) as connection:
+        images.remove_image(connection, caller.tenant_id, image_id)
+
+
+@router.get("/{image_id}", responses=refusals(404), summary="Look at a control image")
+def get_image(farm: FarmHere, caller: Reader, image_id: ImageId) -> schemas.Image:
+    """Answer with an uploaded image's size and when it came."""
+    return _view(use_cases.get_image(farm, caller.tenant_id, image_id))
+
+
+@router.get(
+    "/{image_id}/content",
+    summary="Fetch a control image",
+    status_code=307,
+    response_class=RedirectResponse,
+    responses={
+        307: {"description": "its address, good for minutes, without a key"},
+        **refusals(404),
+    },
+)
+def get_content(
+    farm: FarmHere, caller: Reader, image_id: ImageId, head: IsHead
+) -> RedirectResponse:
+    """Point to an uploaded image."""
+    image = use_cases.get_image(farm, caller.tenant_id, image_id)
+    address = farm.artifacts.presigned(image_key(caller.tenant_id, image.id), head=head)
+    return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
+
+
+def _view(image: StoredImage) -> schemas.Image:
+    return schemas.Image(
+        id=image.id,
+        width=image.width,
+        height=image.height,
+        bytes=image.bytes,
+        content_type=PNG,
+        created_at=image.created_at,
+    )

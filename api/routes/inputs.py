@@ -1,0 +1,146 @@
+"""Inputs: prompts by the million, streamed in as lines of JSON, and named in jobs by their id."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Request, Response
+from starlette.requests import ClientDisconnect
+
+from api import schemas
+from api.auth import FarmHere, Reader, Writer, farm_of
+from api.openapi import refusals
+from api.paging import After, Limit, known_after, page
+from api.places import Places
+from farm.context import Farm
+from farm.domain.inputs import Intake, StoredInput
+from farm.errors import FarmError, MalformedBody
+from farm.store import inputs
+from farm.store.engine import reads, transaction
+
+router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
+
+InputId = Annotated[uuid.UUID, Path(description="the input's id")]
+AT_ONCE, AT_ONCE_A_TENANT = 4, 2
+"""Uploads that a process takes at the same time"""
+BLOCK_BYTES = 2**20
+"""That are read in one go, in a thread"""
+LINES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": 'lines of `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, '
+        '"labels": …?}`, plain or gzip',
+        "content": {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload an input",
+    responses=refusals(400, 403),
+    openapi_extra=LINES,
+)
+async def upload(
+    request: Request, farm: FarmHere, caller: Writer, response: Response
+) -> schemas.Input:
+    """Take prompts, a line of JSON each, and keep all of them or none.
+
+    Wrong lines are told by their numbers, up to a hundred at once. The same lines again are the
+    same input.
+    """
+    places: Places = request.app.state.intakes
+    with places.taken(str(caller.tenant_id), "inputs"), Intake(farm.settings) as intake:
+        await _read(request, intake)
+        found = await to_thread.run_sync(_store, farm, caller.tenant_id, intake)
+    response.headers["Location"] = f"/v1/inputs/{found.id}"
+    return _view(found)
+
+
+@router.get("/{input_id}", responses=refusals(404), summary="Look at an input")
+def get_input(farm: FarmHere, caller: Reader, input_id: InputId) -> schemas.Input:
+    """Answer with what is known of an input."""
+    with reads(farm.store) as connection:
+        return _view(inputs.get_input(connection, caller.tenant_id, input_id))
+
+
+@router.get("", summary="List inputs, the one sent last first")
+def list_inputs(
+    farm: FarmHere,
+    caller: Reader,
+    limit: Limit = 50,
+    after: After = None,
+) -> schemas.Page[schemas.Input]:
+    """List a tenant's inputs."""
+    with reads(farm.store) as connection:
+        if after is not None:
+            with known_after():
+                inputs.get_input(connection, caller.tenant_id, after)
+        found = inputs.list_inputs(connection, caller.tenant_id, limit=limit + 1, after=after)
+    return page(found, limit, _view)
+
+
+@router.delete(
+    "/{input_id}", status_code=204, responses=refusals(403, 404, 409), summary="Delete an input"
+)
+def delete_input(farm: FarmHere, caller: Writer, input_id: InputId) -> None:
+    """Delete an input that no job draws."""
+    with transaction(farm.store) as connection:
+        inputs.delete_input(connection, caller.tenant_id, input_id)
+
+
+async def _read(request: Request, intake: Intake) -> None:
+    """Read the body through; to its end even when it is refused, so that its sender hears why."""
+    refused: FarmError | None = None
+    left = farm_of(request).settings.max_input_bytes
+    async for block in _blocks(request):
+        left -= len(block)
+        if refused is not None and left < 0:
+            break
+        if refused is None:
+            try:
+                await to_thread.run_sync(intake.feed, block)
+            except FarmError as error:
+                refused = error
+    if refused is not None:
+        raise refused
+    await to_thread.run_sync(intake.end)
+
+
+async def _blocks(request: Request) -> AsyncIterator[bytes]:
+    held = bytearray()
+    try:
+        async for chunk in request.stream():
+            held += chunk
+            if len(held) >= BLOCK_BYTES:
+                yield bytes(held)
+                held.clear()
+    except ClientDisconnect as error:
+        raise MalformedBody("The body was cut short.") from error
+    if held:
+        yield bytes(held)
+
+
+def _store(farm: Farm, tenant_id: uuid.UUID, intake: Intake) -> StoredInput:
+    with transaction(farm.store) as connection:
+        return inputs.insert_input(
+            connection, tenant_id, intake.sha256, intake.facts, intake.parts()
+        )
+
+
+def _view(stored_input: StoredInput) -> schemas.Input:
+    return schemas.Input(
+        id=stored_input.id,
+        lines=stored_input.lines,
+        bytes=stored_input.bytes,
+        sha256=stored_input.sha256.hex(),
+        prompts=[*stored_input.shown],
+        keys=stored_input.keys,
+        created_at=stored_input.created_at,
+    )

@@ -1,0 +1,102 @@
+"""/metrics: Prometheus text, by pipeline; no tenant, job or prompt ever stands there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
+
+from api.auth import FarmHere
+from farm.context import Farm
+from farm.domain.spec import Priority
+from farm.store import lanes, queries, workers
+from farm.store.engine import transaction
+
+router = APIRouter(tags=["health"])
+
+OUTCOMES = ("succeeded", "returned", "dead", "dropped")
+"""What became of an attempt; returned: for another one; dropped: its lease was lost."""
+
+STAGES = ("denoise", "encode", "put", "commit")
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def metrics(farm: FarmHere) -> Response:
+    """Answer without a key: what stands here names no tenant."""
+    registry = CollectorRegistry()
+    registry.register(LaneCollector(farm))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+class LaneCollector(Collector):
+    """Reads the lanes and the workers' sums from Postgres, once a scrape."""
+
+    def __init__(self, farm: Farm) -> None:
+        self.farm = farm
+
+    def describe(self) -> Iterable[Metric]:
+        """Say nothing in advance, so that registering reads nothing."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Read everything in one transaction, then lay it out."""
+        with transaction(self.farm.store) as connection:
+            depths = lanes.depths(connection)
+            sums = {row.pipeline: row for row in workers.sums(connection)}
+            database = queries.database_bytes(connection)
+        pipelines = sorted({*self.farm.catalog.pipelines, *sums, *(row.pipeline for row in depths)})
+        yield _queue(pipelines, {(row.pipeline, row.priority): row.waiting for row in depths})
+        yield _counter(sums, "farm_frames", "Attempts by what became of them", "outcome", OUTCOMES)
+        yield _counter(sums, "farm_stage_seconds", "Seconds spent on batches", "stage", STAGES)
+        yield _counter(sums, "farm_work_seconds", "Seconds with something to render")
+        yield _counter(sums, "farm_batches", "Batches rendered")
+        yield _counter(sums, "farm_lease_expiries", "Leases that ran out")
+        alive = GaugeMetricFamily("farm_workers_alive", "Workers alive", labels=["pipeline"])
+        for pipeline in pipelines:
+            alive.add_metric([pipeline], sums[pipeline].alive if pipeline in sums else 0)
+        yield alive
+        yield GaugeMetricFamily(
+            "farm_database_bytes", "Disk that the farm's tables take up", value=database
+        )
+
+
+def _queue(pipelines: list[str], waiting: dict[tuple[str, int], int]) -> Metric:
+    queue = GaugeMetricFamily(
+        "farm_queue_frames", "Frames waiting for a worker", labels=["pipeline", "priority"]
+    )
+    for pipeline in pipelines:
+        for priority in Priority:
+            queue.add_metric([pipeline, priority.wire], waiting.get((pipeline, priority), 0))
+    return queue
+
+
+COLUMNS = {
+    **{outcome: outcome for outcome in OUTCOMES},
+    **{stage: f"{stage}_seconds" for stage in STAGES},
+    "farm_work_seconds": "work_seconds",
+    "farm_batches": "batches",
+    "farm_lease_expiries": "expired",
+}
+"""Label or metric: the column of store.workers.sums that it shows."""
+
+
+def _counter(
+    sums: dict[str, Any], name: str, text: str, label: str = "", values: tuple[str, ...] = ()
+) -> Metric:
+    """Lay out a counter by pipeline and, where there is one, by a label's values."""
+    counter = CounterMetricFamily(name, text, labels=["pipeline", label] if label else ["pipeline"])
+    for pipeline, row in sums.items():
+        for value in values or (name,):
+            labels = [pipeline, value] if label else [pipeline]
+            counter.add_metric(labels, float(getattr(row, COLUMNS[value])))
+    return counter

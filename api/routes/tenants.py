@@ -1,0 +1,76 @@
+"""Tenants: list, show, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+
+from api import schemas
+from api.auth import Acting, FarmHere, Operator, Why
+from api.openapi import refusals
+from farm.errors import Conflict, NotFound
+from farm.store import actions, tenants
+from farm.store.engine import Transaction, reads, transaction
+
+router = APIRouter(prefix="/v1/tenants", tags=["operators"])
+
+Tenant = Annotated[str, Path(description="the tenant's name, or its id")]
+OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
+
+
+@router.get("", summary="List tenants", responses=refusals(403))
+def list_tenants(farm: FarmHere, _caller: Operator) -> schemas.Page[schemas.Tenant]:
+    """List all tenants by name, with the number of things that each owns. There is one page."""
+    with reads(farm.store) as connection:
+        found = tenants.list_tenants(connection)
+    return schemas.Page(data=[_view(row) for row in found], next=None)
+
+
+@router.get("/{tenant}", summary="Show a tenant", responses=refusals(403, 404))
+def get_tenant(farm: FarmHere, _caller: Operator, tenant: Tenant) -> schemas.Tenant:
+    """Return what a tenant owns. Use the ID for a deleted tenant: `emptied_at` is the time at which
+    its last row and object were deleted."""
+    with reads(farm.store) as connection:
+        return _view(_found(connection, tenant))
+
+
+@router.delete(
+    "/{tenant}",
+    status_code=202,
+    summary="Delete a tenant and everything it owns",
+    responses=refusals(403, 404, 409),
+)
+def delete_tenant(farm: FarmHere, actor: Acting, tenant: Tenant, why: Why = "") -> schemas.Tenant:
+    """Revoke the keys of a tenant at once, cancel its jobs, and delete its jobs, prompts, pictures,
+    exports, inputs, control images and keys. Files that it exported to other buckets stay. Get the
+    tenant by its ID to see the progress."""
+    with transaction(farm.store) as connection:
+        found = _found(connection, tenant)
+        if found.removed_at is None:
+            if found.name == actor.tenant:
+                raise Conflict("This key belongs to the tenant. Use a key of another tenant.")
+            tenants.remove_tenant(connection, found.id)
+            target = f"tenant {found.name}"
+            outcome = f"{found.keys} keys revoked; its id is {found.id}"
+            actions.record(connection, actor, "tenant.delete", target, why, outcome)
+            found = _found(connection, str(found.id))
+    return _view(found)
+
+
+def _found(connection: Transaction, tenant: str) -> Any:
+    row = None if "\x00" in tenant else tenants.find_tenant(connection, tenant)
+    if row is None:
+        raise NotFound(f"There is no tenant {tenant!r}.")
+    return row
+
+
+def _view(row: Any) -> schemas.Tenant:
+    return schemas.Tenant(
+        id=row.id,
+        name=None if row.removed_at else row.name,
+        created_at=row.created_at,
+        removed_at=row.removed_at,
+        emptied_at=row.emptied_at,
+        owns={name: getattr(row, name) for name in OWNED},
+    )

@@ -1,0 +1,83 @@
+"""Workers: who renders, and what each does now."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastapi import APIRouter
+
+from api import schemas
+from api.auth import OPERATOR, Acting, FarmHere, Operator, Reader, Why
+from api.openapi import refusals
+from farm.errors import NotFound
+from farm.store import actions, queries, workers
+from farm.store.engine import Transaction, transaction
+from farm.store.keys import Caller
+
+router = APIRouter(prefix="/v1/workers", tags=["workers"])
+
+
+@router.get("", summary="List the workers that are alive")
+def list_workers(farm: FarmHere, caller: Reader) -> schemas.Page[schemas.Worker]:
+    """List workers; all of them are on the one page."""
+    with transaction(farm.store) as connection:
+        return schemas.Page(data=worker_views(connection, caller), next=None)
+
+
+@router.post(
+    "/{worker_id}/drain",
+    status_code=202,
+    responses=refusals(403, 404),
+    summary="Let a worker finish and leave",
+)
+def drain(
+    farm: FarmHere, caller: Operator, actor: Acting, worker_id: uuid.UUID, why: Why = ""
+) -> schemas.Worker:
+    """Ask a worker to claim nothing more; it ends its batch, deregisters and exits, within
+    FARM_GRACE_SECONDS, as with SIGTERM. What it cannot finish is given back, at no charge."""
+    with transaction(farm.store) as connection:
+        if not workers.drain(connection, worker_id):
+            raise NotFound(f"There is no worker {worker_id} alive.")
+        rows = worker_views(connection, caller)
+        drained = next(row for row in rows if row.id == worker_id)
+        actions.record(
+            connection, actor, "worker.drain", f"worker {drained.name}", why, drained.state
+        )
+    return drained
+
+
+def worker_views(connection: Transaction, caller: Caller) -> list[schemas.Worker]:
+    """Show every worker; of the jobs that it renders, the caller's own."""
+    rows = workers.list_workers(connection, None if caller.role == OPERATOR else caller.tenant_id)
+    rendered = {job_id for row in rows for job_id in row.job_ids or ()}
+    own = queries.own_jobs(connection, caller.tenant_id, sorted(rendered))
+    return [_view(row, own, caller.role == OPERATOR) for row in rows]
+
+
+def _view(row: Any, own: set[uuid.UUID], operator: bool) -> schemas.Worker:
+    return schemas.Worker(
+        id=row.id,
+        name=row.name,
+        pipeline=row.pipeline,
+        state=row.state,
+        draining=row.draining,
+        device=row.device,
+        started_at=row.started_at,
+        seen_at=row.seen_at,
+        succeeded=row.succeeded,
+        busy=row.busy,
+        batch=_batch(row, own) if row.job_ids else None,
+        host=row.host if operator else None,
+        pid=row.pid if operator else None,
+        problem=row.problem,
+    )
+
+
+def _batch(row: Any, own: set[uuid.UUID]) -> schemas.Batch:
+    return schemas.Batch(
+        frames=len(row.job_ids),
+        step=row.step,
+        steps=row.steps,
+        jobs=sorted(set(row.job_ids) & own),
+    )

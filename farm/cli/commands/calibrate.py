@@ -1,0 +1,217 @@
+"""`farm calibrate`: time a pipeline at one bucket after another, and say which is worth it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.terminal.console import Json, columns, emit, note, out, say, show_table, tail
+from farm.cli.terminal.progress import busy, counted
+from farm.errors import InvalidRequest, OutOfMemory
+from farm.humanize import size
+
+if TYPE_CHECKING:
+    from farm.config import Settings
+    from farm.pipelines.catalog import Pipeline
+    from farm.pipelines.family import Loaded
+    from farm.pipelines.resolve import Offer
+    from farm.rendering.calibration import Effort, Point, Sweep
+
+BAR = 30
+"""Characters of the longest bar"""
+DEVICE_MEMORY, PROCESS_MEMORY = "device memory", "process memory"
+
+
+def calibrate(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="An entry of the catalog.")],
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--size", metavar="WxH", help="Measure this size of picture too; repeatable."),
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, max=256, help="The largest bucket to try.")] = 16,
+    batches: Annotated[
+        int, typer.Option(min=1, max=100, help="Batches that are timed for each bucket.")
+    ] = 3,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps; else the pipeline's own.")
+    ] = None,
+    share: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="The share of the best images/s that is good enough."),
+    ] = 0.97,
+    write: Annotated[
+        bool, typer.Option("--write", help="Change the entry's bucket table in the catalog.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the bucket that each size of picture is rendered fastest in.
+
+    Renders with the pipeline itself on this machine and needs no server, only the catalog
+    (FARM_PIPELINES; by default the demo's). For each size of the entry's bucket table, buckets 1,
+    2, 4, … are timed until memory runs out, or two in a row are no faster. The smallest that is
+    fast enough (--share) is recommended.
+    """
+    from farm.config import load_settings
+    from farm.pipelines.catalog_edit import bucket_line, write_buckets
+    from farm.rendering.calibration import Effort
+
+    settings = load_settings()
+    entry = _entry(settings, pipeline)
+    effort = Effort(most, batches, steps)
+    sweeps, loaded = _measure(settings, pipeline, entry, sizes or [], effort)
+    table = _table(entry, sweeps, share)
+    if not as_json:
+        for done in sweeps:
+            _tell(done, share, loaded.device)
+    if write:
+        write_buckets(settings.pipelines, pipeline, table)
+        note(f"{settings.pipelines} has it now: jobs submitted from now on use it.", None)
+    if as_json:
+        emit(_object(pipeline, loaded, sweeps, effort, share) | {"bucket": table, "written": write})
+        return
+    if not write:
+        note(f"For [pipelines.{pipeline}] in {settings.pipelines}; --write puts it there:", None)
+    say(f"bucket = {bucket_line(table)}")
+
+
+def _entry(settings: Settings, name: str) -> Pipeline:
+    from farm.pipelines.catalog import load_catalog
+
+    catalog = load_catalog(settings.pipelines)
+    if name not in catalog.pipelines:
+        names = ", ".join(sorted(catalog.pipelines))
+        raise InvalidRequest(f"There is no pipeline {name[:100]!r}; there are {names}.")
+    return catalog.pipelines[name]
+
+
+def _measure(
+    settings: Settings, name: str, entry: Pipeline, added: Sequence[str], effort: Effort
+) -> tuple[list[Sweep], Loaded]:
+    # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from farm.pipelines.resolve import make_offer
+    from farm.pipelines.runtime.devices import even_threads, prepare_torch
+    from farm.rendering import calibration
+
+    offer = make_offer(name, entry)
+    sizes = calibration.sizes(offer, added)
+    with busy(f"Loading {name}"):
+        prepare_torch(even_threads(settings.torch_threads))
+        loaded = offer.family.load(entry)
+    return [_swept(offer, loaded, size, names, effort) for size, names in sizes.items()], loaded
+
+
+def _swept(
+    offer: Offer, loaded: Loaded, size: tuple[int, int], names: tuple[str, ...], effort: Effort
+) -> Sweep:
+    from farm.rendering import calibration
+
+    total = len(calibration.buckets(effort.most)) * (1 + effort.batches)
+    with counted(f"{size[0]}x{size[1]}, batches", total) as count_more:
+        return calibration.sweep(offer, loaded, size, names, effort, lambda: count_more(1))
+
+
+def _table(entry: Pipeline, sweeps: Sequence[Sweep], share: float) -> dict[str, int]:
+    """The entry's bucket table, with what was found in place of what stood there."""
+    from farm.rendering.calibration import best_bucket
+
+    if not any(done.points for done in sweeps):
+        raise OutOfMemory("Memory runs out for a single picture, whatever its size.")
+    table = dict(entry.bucket)
+    for done in sweeps:
+        if done.points:
+            table |= dict.fromkeys(done.names, best_bucket(done.points, share).bucket)
+    return table
+
+
+def _tell(done: Sweep, share: float, device: str) -> None:
+    from farm.rendering.calibration import best_bucket
+
+    say(f"{done.width}x{done.height} ({', '.join(done.names)})", "bold")
+    if done.points:
+        chosen = best_bucket(done.points, share)
+        fastest = max(point.images_per_second for point in done.points)
+        names = "bucket", "images/s", "s an image", "spread", _memory(device)
+        table = columns(*names, "", right=names)
+        for point in done.points:
+            table.add_row(*_cells(point), tail(_bar(point, fastest, is_chosen=point is chosen)))
+        show_table(table)
+    say(_ending(done))
+    say("")
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    return (
+        str(point.bucket),
+        f"{point.images_per_second:.3g}",
+        f"{point.seconds_per_image:.3g}",
+        f"{point.spread:.0%}",
+        size(point.peak_bytes),
+    )
+
+
+def _bar(point: Point, fastest: float, *, is_chosen: bool) -> str:
+    block = "█" if out.encoding.lower().startswith("utf") else "#"
+    bar = block * max(1, round(BAR * point.images_per_second / fastest))
+    return f"{bar} recommended" if is_chosen else bar
+
+
+def _ending(done: Sweep) -> str:
+    from farm.rendering.calibration import NO_GROWTH, OUT_OF_MEMORY
+
+    if not done.points:
+        return "Memory runs out for a single picture of this size: its bucket stays as it is."
+    if done.ended == OUT_OF_MEMORY:
+        return f"Memory ran out beyond bucket {done.points[-1].bucket}."
+    if done.ended == NO_GROWTH:
+        return "Larger buckets were not tried: the last two were no faster."
+    return "All buckets were tried."
+
+
+def _memory(device: str) -> str:
+    """Say what `peak_memory` measures on a device."""
+    return DEVICE_MEMORY if device == "cuda" else PROCESS_MEMORY
+
+
+def _object(
+    name: str, loaded: Loaded, sweeps: Sequence[Sweep], effort: Effort, share: float
+) -> dict[str, Any]:
+    from farm.pipelines.runtime.devices import device_name, thread_count
+
+    return {
+        "pipeline": name,
+        "device": device_name(loaded.device),
+        "dtype": loaded.dtype,
+        "threads": thread_count(loaded.device),
+        "options": dict(loaded.options),
+        "memory": _memory(loaded.device),
+        "batches": effort.batches,
+        "steps": effort.steps,
+        "share": share,
+        "sizes": [_size_object(done, share) for done in sweeps],
+    }
+
+
+def _size_object(done: Sweep, share: float) -> dict[str, Any]:
+    from farm.rendering.calibration import best_bucket
+
+    return {
+        "width": done.width,
+        "height": done.height,
+        "names": done.names,
+        "ended": done.ended,
+        "bucket": best_bucket(done.points, share).bucket if done.points else None,
+        "points": [
+            {
+                "bucket": point.bucket,
+                "seconds": point.seconds,
+                "images_per_second": point.images_per_second,
+                "seconds_per_image": point.seconds_per_image,
+                "peak_bytes": point.peak_bytes,
+            }
+            for point in done.points
+        ],
+    }

@@ -1,0 +1,173 @@
+"""`farm demo`: from nothing to pictures, on a real farm."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from farm.cli.demo_farm import DATA
+from farm.cli.terminal.console import duration, out, plural, program, say
+from farm.cli.terminal.exit_codes import INTERRUPTED, exit_as
+from farm.cli.terminal.signals import interrupted_by_signals
+from farm.errors import FarmError, NotFound
+
+if TYPE_CHECKING:
+    from farm.cli.client.http import Job
+    from farm.cli.demo_farm import Host
+
+PIPELINE = "demo"
+PROMPTS = (
+    "a red star on a blue background",
+    "a yellow heart on a purple background",
+    "a white ring on a black background",
+    "a green circle on a pink background",
+    "a blue diamond on a yellow background",
+    "a pink cross on a white background",
+)
+IMAGES = 4
+SEED = 31
+STEPS = 25
+GUIDANCE_SCALE = 2.5
+STALLED_SECONDS = 300.0
+"""How long nothing may move: loading torch for the first time can take minutes."""
+
+
+def demo(
+    data: Annotated[
+        Path, typer.Option(help="The folder that the farm keeps everything in.", envvar="FARM_DATA")
+    ] = Path(DATA),
+    dest: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("demo-pictures"),
+    keep_running: Annotated[
+        bool, typer.Option("--keep-running", help="Leave the farm up until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Start the whole farm on this machine, render a few pictures, and show where they are.
+
+    A farm that runs already, on FARM_DATA, --data or FARM_API_URL, is used instead.
+    """
+    from farm.cli.demo_farm import some_farm
+
+    try:
+        with interrupted_by_signals(), some_farm(data) as host:
+            job = _render(host, dest)
+            _tell_what_next(host, dest, keep_running=keep_running)
+            if keep_running and host.own:
+                say(f"\nThe farm stays up: {host.url}/ is its page, Ctrl-C stops it.", "bold")
+                _until_interrupted()
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+    exit_as(job)
+
+
+def _until_interrupted() -> None:
+    try:
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        return
+
+
+def _render(host: Host, dest: Path) -> Job:
+    from farm.cli.commands.get import download
+    from farm.cli.terminal.job_progress import follow, summary
+
+    _check_pipeline(host)
+    images = plural(len(PROMPTS) * IMAGES, "picture")
+    say(f"Rendering {images}: {len(PROMPTS)} prompts, {IMAGES} of each, seeds from {SEED} on.")
+    started = time.monotonic()
+    job = host.client.submit(
+        {
+            "pipeline": PIPELINE,
+            "prompts": list(PROMPTS),
+            "images_per_prompt": IMAGES,
+            "seed": SEED,
+            "steps": STEPS,
+            "guidance_scale": GUIDANCE_SCALE,
+            "labels": {"from": "farm demo"},
+        }
+    )
+    job = follow(host.client, job, STALLED_SECONDS)
+    if not job["counts"]["succeeded"]:
+        raise FarmError(f"The job {summary(job)}. `farm doctor` looks for the reason.")
+    haul = download(host.client, job, dest)
+    sheet = _sheet(host, job, dest)
+    took = duration(time.monotonic() - started)
+    out.print(f"[bold green]Done:[/] {plural(haul.pictures, 'picture')} in {took}.")
+    for name, path in (("contact sheet", sheet), ("pictures", dest.resolve())):
+        say(f"  {name:<14} {path}", "bold" if name == "contact sheet" else None)
+    return job
+
+
+def _check_pipeline(host: Host) -> None:
+    names = [pipeline["name"] for pipeline in host.client.get("/v1/pipelines")["data"]]
+    if PIPELINE not in names:
+        raise NotFound(
+            f"The farm at {host.url} has no pipeline {PIPELINE}; it has {', '.join(names)}. "
+            'Render with one of them: farm submit "…" --pipeline NAME --watch'
+        )
+
+
+def _sheet(host: Host, job: Job, dest: Path) -> Path:
+    """Save the contact sheet beside the pictures; returns its path."""
+    from PIL import Image
+
+    from farm.cli.commands.get import picture_name
+    from farm.cli.terminal.contact_sheet import Row, contact_sheet
+
+    pictures: dict[str, list[Image.Image]] = {prompt: [] for prompt in PROMPTS}
+    for frame in host.client.items(f"/v1/jobs/{job['id']}/frames", {"state": "succeeded"}):
+        with Image.open(dest / picture_name(frame)) as picture:
+            pictures[frame["prompt"]].append(picture.copy())
+    spec = job["spec"]
+    path = dest.resolve() / "contact-sheet.png"
+    contact_sheet(
+        "the farm",
+        f"{job['pipeline']} pipeline, {spec['width']} x {spec['height']} pixels, "
+        f"{spec['steps']} steps, {spec['sampler']}",
+        [f"seed {SEED + image}" for image in range(IMAGES)],
+        [Row(prompt, pictures[prompt]) for prompt in PROMPTS],
+    ).save(path)
+    return path
+
+
+def _tell_what_next(host: Host, dest: Path, *, keep_running: bool) -> None:
+    stays = keep_running or not host.own
+    folder = f"FARM_DATA={shlex.quote(_short(host.data))} " if host.data else ""
+    here = host.data is None or _short(host.data) == DATA
+    up = f"{program()} up" if here else f"{folder}{program()} up"
+    picture = shlex.quote(str(dest / f"0-{SEED}.png"))
+    steps = [
+        (
+            "Render a picture again from its own text, and compare the pixels:",
+            f"{program()} replay {picture}",
+        )
+    ]
+    if not stays:
+        steps.append((f"Bring the farm up again, with its page at {host.url}/:", up))
+    steps.append(
+        (
+            "Render something else:"
+            if stays
+            else "Then, in another terminal, render something else:",
+            f'{folder}{program()} submit "a green star on a black background" --watch',
+        )
+    )
+    out.print("\n[bold]What next[/]")
+    for about, command in steps:
+        say(f"  {about}", "dim")
+        say(f"    {command}", "cyan")
+    if stays and not host.own:
+        say(f"\nIts page: {host.url}/", "bold")
+
+
+def _short(path: Path) -> str:
+    """A path as it is typed from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd())) or "."
+    except ValueError:
+        return str(path)

@@ -1,0 +1,75 @@
+"""`farm doctor`: look at everything the farm rests on, and say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+from rich.text import Text
+
+from farm.cli.terminal.console import Json, clean, emit, out, plural, say
+from farm.cli.terminal.exit_codes import ERROR
+from farm.cli.terminal.progress import spinning
+
+if TYPE_CHECKING:
+    from farm.cli.doctor_checks import Finding
+
+NAME_WIDTH = 16
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check every part that the farm rests on, and say what to do where one fails."""
+    findings: list[Finding] = []
+    for finding in _findings():
+        findings.append(finding)
+        if not as_json:
+            _show(finding)
+    failed = [finding for finding in findings if finding.ok is False]
+    if as_json:
+        emit({"ok": not failed, "checks": [asdict(finding) for finding in findings]})
+    elif failed:
+        say(f"{plural(len(failed), 'check')} of {len(findings)} failed.", "bold red")
+    else:
+        say("All is well.", "bold green")
+    if failed:
+        raise typer.Exit(ERROR)
+
+
+def _findings() -> Iterator[Finding]:
+    with spinning("Looking"):
+        from farm.cli.doctor_checks import all_checks
+        from farm.config import load_settings
+        from farm.store.engine import open_store
+
+        settings = load_settings()
+        store = open_store(settings)
+    passed: set[str] = set()
+    try:
+        for check in all_checks(settings, store):
+            with spinning(check.name):
+                finding = check.run(passed)
+            if finding.ok:
+                passed.add(finding.name)
+            yield finding
+    finally:
+        store.dispose()
+
+
+def _show(finding: Finding) -> None:
+    mark, style = marks(out.encoding)[finding.ok]
+    line = Text.assemble((mark, style), f" {finding.name:<{NAME_WIDTH}} ", clean(finding.detail))
+    out.print(line, soft_wrap=True)
+    if finding.mend:
+        out.print(Text(" " * (len(mark) + NAME_WIDTH + 2) + finding.mend, "yellow"), soft_wrap=True)
+
+
+def marks(encoding: str) -> dict[bool | None, tuple[str, str]]:
+    """The marks of each outcome, with their styles, as the terminal can show them."""
+    plain = not encoding.lower().startswith("utf")
+    return {
+        True: ("ok  " if plain else "✓", "bold green"),
+        False: ("FAIL" if plain else "✗", "bold red"),
+        None: ("-   " if plain else "–", "dim"),
+    }

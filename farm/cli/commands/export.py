@@ -1,0 +1,204 @@
+"""`farm export`: a job's pictures as a dataset, in a folder here or in a bucket."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.job_lookup import JobWord, find_job
+from farm.cli.terminal.console import Json, count, emit, note, plural, say
+from farm.cli.terminal.progress import counted
+from farm.errors import FarmError, NotFound
+from farm.humanize import size
+
+if TYPE_CHECKING:
+    from farm.cli.client.http import FarmClient
+
+PATIENCE_SECONDS = 120.0
+LOOK_SECONDS = 1.0
+AT_ONCE = 6
+"""Files that are on their way at the same time"""
+STATE = ".farm-export.json"
+"""In the folder: which export it is filled from"""
+
+Export = dict[str, Any]
+File = dict[str, Any]
+
+
+class Form(StrEnum):
+    """A dataset's form."""
+
+    WEBDATASET = "webdataset"
+    PARQUET = "parquet"
+    IMAGEFOLDER = "imagefolder"
+
+
+def export(
+    job_word: JobWord,
+    to: Annotated[Form, typer.Option(help="The dataset's form.")],
+    dest: Annotated[
+        str, typer.Option(metavar="DIR-or-S3", help="A folder, or s3://BUCKET/PREFIX.")
+    ],
+    shard_frames: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Frames of a shard, at most.")
+    ] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """Write a job's pictures as a dataset.
+
+    Shards come as they become whole, also while the job renders. Stopped half-way, the same command
+    goes on where it was: what is in the folder, whole, is not fetched again.
+    """
+    from farm.cli.client.http import FarmClient
+    from farm.config import load_settings
+
+    with FarmClient.of(load_settings()) as client:
+        client.patience_seconds = PATIENCE_SECONDS
+        job_id = find_job(client, job_word)
+        asked = {"to": to.value, "shard_frames": shard_frames}
+        if dest.startswith("s3://"):
+            path = f"/v1/jobs/{job_id}/exports"
+            ended = _watched(client, client.post(path, {**asked, "dest": dest}))
+            where = ended["dest"]
+        else:
+            folder = Folder(client, Path(dest))
+            ended = folder.fill(job_id, asked)
+            where = dest
+    if as_json:
+        emit(ended)
+        return
+    missing = f"; {count(ended['missing'])} frames have none" if ended["missing"] else ""
+    say(f"{plural(ended['pictures'], 'picture')} in {where} ({size(ended['bytes'])}){missing}.")
+
+
+def _watched(client: FarmClient, found: Export) -> Export:
+    """Wait until an export has ended."""
+    with counted("Shards", found["shards"] + 1) as count_more:
+        done = 0
+        while True:
+            found = client.get(f"/v1/exports/{found['id']}")
+            now = found["shards_done"] + (found["status"] == "succeeded")
+            count_more(now - done)
+            done = now
+            if found["status"] != "running":
+                return _succeeded(found)
+            time.sleep(LOOK_SECONDS)
+
+
+def _succeeded(found: Export) -> Export:
+    if found["status"] == "failed":
+        raise FarmError(f"Export {found['id']} has failed: {found['error']}")
+    return found
+
+
+@dataclass
+class Folder:
+    """A folder that is filled from an export."""
+
+    client: FarmClient
+    path: Path
+
+    def fill(self, job_id: str, asked: dict[str, Any]) -> Export:
+        """Fetch every shard's files as they are done, but those that are there, whole.
+
+        Raises:
+            FarmError: the folder cannot be written, or the export has failed.
+        """
+        try:
+            (self.path / "data").mkdir(parents=True, exist_ok=True)
+            found = self._export(job_id, asked)
+            with (
+                counted("Shards", found["shards"] + 1) as count_more,
+                ThreadPoolExecutor(AT_ONCE, "download") as pool,
+            ):
+                for shard in self._shards(found["id"]):
+                    for listed in shard["files"]:
+                        self._fetch(listed)
+                        if listed["name"].endswith("/metadata.parquet"):
+                            list(pool.map(self._fetch, self._pictures(listed)))
+                    count_more(1)
+        except OSError as error:
+            raise FarmError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+        return _succeeded(self.client.get(f"/v1/exports/{found['id']}"))
+
+    def _export(self, job_id: str, asked: dict[str, Any]) -> Export:
+        """Find the export that the folder was being filled from, or begin one."""
+        state = self.path / STATE
+        wanted = {"job": job_id, **asked}
+        if state.is_file():
+            before = json.loads(state.read_text())
+            if before["asked"] != wanted:
+                raise FarmError(
+                    f"{self.path} holds another export: of job {before['asked']['job']} as "
+                    f"{before['asked']['to']}. Choose another folder."
+                )
+            try:
+                found: Export = self.client.get(f"/v1/exports/{before['export']}")
+                if found["status"] != "failed":
+                    return found
+            except NotFound:
+                note("The export that it was filled from is gone; another begins.")
+        found = self.client.post(f"/v1/jobs/{job_id}/exports", asked)
+        state.write_text(json.dumps({"asked": wanted, "export": found["id"]}))
+        return found
+
+    def _shards(self, export_id: str) -> Iterator[dict[str, Any]]:
+        """Give the shards in order, each once it is done."""
+        after = -1
+        while True:
+            page = self.client.get(
+                f"/v1/exports/{export_id}/shards", {"after": after, "limit": 200}
+            )
+            for shard in page["data"]:
+                if not shard["done"]:
+                    break
+                yield shard
+                after = shard["number"]
+                if shard["job"] is None:
+                    return
+            else:
+                if page["next"] is not None:
+                    continue
+            _succeeded(self.client.get(f"/v1/exports/{export_id}"))
+            time.sleep(LOOK_SECONDS)
+
+    def _pictures(self, index: File) -> Iterator[File]:
+        """Name the pictures that an image folder's metadata list."""
+        folder, url = index["name"].rpartition("/")[0], index["url"].rpartition("/")[0]
+        from pyarrow import parquet
+
+        listed = parquet.read_table(self.path / index["name"], columns=["file_name", "sha256"])
+        for row in listed.to_pylist():
+            name = row["file_name"]
+            yield {"name": f"{folder}/{name}", "sha256": row["sha256"], "url": f"{url}/{name}"}
+
+    def _fetch(self, file: File) -> None:
+        path = self.path / file["name"]
+        if path.is_file() and _digest(path) == file["sha256"]:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.part")
+        self.client.download(file["url"], draft)
+        if _digest(draft) != file["sha256"]:
+            raise FarmError(
+                f"{file['name']} is not what was exported: its bytes do not match its sha256 "
+                f"{file['sha256']}."
+            )
+        draft.replace(path)
+
+
+def _digest(path: Path) -> str:
+    hashed = sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            hashed.update(block)
+    return hashed.hexdigest()

@@ -1,0 +1,154 @@
+"""`farm get`: a job's pictures, each checked, and only those that are not there yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.job_lookup import JobWord, find_job, short
+from farm.cli.terminal.console import Json, count, emit, note, plural, say
+from farm.cli.terminal.exit_codes import exit_as
+from farm.cli.terminal.progress import counted
+from farm.domain.image_formats import FORMATS
+from farm.domain.states import TERMINAL
+from farm.errors import FarmError
+from farm.humanize import size
+
+if TYPE_CHECKING:
+    from farm.cli.client.http import FarmClient, Job
+
+PATIENCE_SECONDS = 60.0
+AT_ONCE = 6
+"""Pictures that are on their way at the same time."""
+
+QUEUED = 4 * AT_ONCE
+TRIES = 3
+"""How often a picture is fetched whose bytes are not those that the farm stored."""
+
+
+@dataclass
+class Haul:
+    """What a download came to."""
+
+    fetched: int = 0
+    kept: int = 0
+    """Pictures that were already there, whole."""
+    fetched_bytes: int = 0
+
+    @property
+    def pictures(self) -> int:
+        """How many of the job's pictures are there now."""
+        return self.fetched + self.kept
+
+
+def get(
+    job_word: JobWord,
+    dest: Annotated[Path, typer.Option(help="The folder to fill; made if missing.")],
+    as_json: Json = False,
+) -> None:
+    """Download the pictures of a job's succeeded frames as ORDINAL-SEED.png, .jpg or
+    .webp.
+
+    Each is checked against its sha256; those that are there already, whole, are not fetched
+    again. Exit code 3 unless the job has succeeded, so that no script takes a part for the whole.
+    """
+    from farm.cli.client.http import FarmClient
+    from farm.config import load_settings
+
+    with FarmClient.of(load_settings()) as client:
+        client.patience_seconds = PATIENCE_SECONDS
+        job = client.job(find_job(client, job_word))
+        haul = download(client, job, dest)
+    if as_json:
+        emit(job)
+    else:
+        _tell(job, haul, dest)
+    exit_as(job)
+
+
+def _tell(job: Job, haul: Haul, dest: Path) -> None:
+    kept = f", {count(haul.kept)} already there" if haul.kept else ""
+    pictures = plural(haul.pictures, "picture")
+    say(f"{pictures} in {dest} ({size(haul.fetched_bytes)} fetched{kept}).")
+    if job["status"] == "succeeded":
+        return
+    rest = f"The job is {job['status']}: {count(haul.pictures)} of {plural(job['total'], 'frame')}."
+    again = f" Once there are more: farm get {short(job['id'])} --dest {dest}"
+    note(rest + ("" if job["status"] in TERMINAL else again))
+
+
+def download(client: FarmClient, job: Job, dest: Path) -> Haul:
+    """Fetch what is missing of a job's pictures into `dest`.
+
+    Raises:
+        FarmError: the folder cannot be written, or a picture's bytes stay wrong.
+    """
+    haul = Haul()
+    frames = client.items(f"/v1/jobs/{job['id']}/frames", {"state": "succeeded"})
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        with counted("Downloading", job["counts"]["succeeded"]) as count_more:
+            for fetched_bytes in _all(lambda frame: _fetch(client, frame, dest), frames):
+                haul.kept += fetched_bytes == 0
+                haul.fetched += fetched_bytes > 0
+                haul.fetched_bytes += fetched_bytes
+                count_more(1)
+    except OSError as error:
+        raise FarmError(f"{dest} cannot be written: {error.strerror or error}.") from error
+    return haul
+
+
+def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]) -> Iterator[int]:
+    """Do the work of every frame, a few at once, holding no more than a few in memory."""
+    pending: set[Future[int]] = set()
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="download")
+    try:
+        for frame in frames:
+            pending.add(pool.submit(work, frame))
+            if len(pending) >= QUEUED:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def picture_name(frame: dict[str, Any]) -> str:
+    """The file's name of a frame's picture."""
+    kind = FORMATS[frame.get("format", "png")]  # an older farm says nothing of it
+    return f"{int(frame['ordinal'])}-{int(frame['seed'])}.{kind.extension}"
+
+
+def _fetch(client: FarmClient, frame: dict[str, Any], dest: Path) -> int:
+    """Fetch a frame's picture unless it is there; returns the bytes fetched."""
+    path = dest / picture_name(frame)
+    if path.is_file() and _digest(path.read_bytes()) == frame["sha256"]:
+        return 0
+    for _ in range(TRIES):
+        content = client.content(frame["image_url"])
+        if _digest(content) == frame["sha256"]:
+            _write(path, content)
+            return len(content)
+    raise FarmError(
+        f"The picture of frame {frame['ordinal']} is not the one that was rendered: its bytes do "
+        f"not match its sha256 {frame['sha256']}."
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_suffix(".part")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

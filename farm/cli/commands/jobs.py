@@ -1,0 +1,213 @@
+"""Jobs: list, look, watch, steer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from farm.cli.job_lookup import JobWord, find_job, short
+from farm.cli.submit_body import pair
+from farm.cli.terminal.console import (
+    Json,
+    ago,
+    clean,
+    columns,
+    count,
+    duration,
+    emit,
+    note,
+    numbered,
+    one_line,
+    out,
+    say,
+    show_table,
+    styled_status,
+    tail,
+)
+from farm.cli.terminal.exit_codes import exit_as
+from farm.humanize import pace, size
+
+if TYPE_CHECKING:
+    from farm.cli.client.http import FarmClient, Job
+
+WATCH_PATIENCE_SECONDS = 120.0
+"""How long a farm may be away in the middle of a watch."""
+
+DEAD_SHOWN = 5
+
+
+def jobs(
+    status: Annotated[
+        str | None,
+        typer.Option(help="queued, running, succeeded, partial, failed or cancelled."),
+    ] = None,
+    pipeline: Annotated[str | None, typer.Option(help="Only jobs for this pipeline.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only jobs that bear it.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List jobs, the newest first."""
+    wanted: dict[str, str | int] = {}
+    if status:
+        wanted["status"] = status
+    if pipeline:
+        wanted["pipeline"] = pipeline
+    for word in label or ():
+        key, value = pair(word, "--label")
+        wanted[f"label.{key}"] = value
+    with _client() as client:
+        if as_json:
+            emit(_page(client, wanted, limit))
+            return
+        found = list(client.items("/v1/jobs", wanted, limit))
+    if not found:
+        say("No jobs." if not wanted else "No such jobs.", "dim")
+        return
+    show_table(_table(found))
+
+
+def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> dict[str, Any]:
+    """One page as the API gives it; what is longer than a page, put together the same way."""
+    from farm.cli.client.http import PAGE
+
+    if limit <= PAGE:
+        page: dict[str, Any] = client.get("/v1/jobs", {**wanted, "limit": limit})
+        return page
+    data = list(client.items("/v1/jobs", wanted, limit))
+    return {"data": data, "next": data[-1]["id"] if len(data) == limit else None}
+
+
+def _table(found: list[Job]) -> Table:
+    names = ("job", "status", "done", "frames", "pipeline", "priority", "submitted", "prompt")
+    table = columns(*names, right=("done", "frames"))
+    for each in found:
+        spec = each["spec"]
+        more = f" (+{count(spec['prompt_count'] - 1)})" if spec["prompt_count"] > 1 else ""
+        table.add_row(
+            short(each["id"]),
+            styled_status(each),
+            f"{int(each['progress'] * 100)}%",
+            count(each["total"]),
+            each["pipeline"],
+            each["priority"],
+            ago(each["created_at"]),
+            tail(one_line(spec["prompts"][0]) + more),
+        )
+    return table
+
+
+def job(job_word: JobWord, as_json: Json = False) -> None:
+    """Show a job whole: its counts, its parameters, why it waits, what went wrong."""
+    with _client() as client:
+        found = client.job(find_job(client, job_word))
+        if as_json:
+            emit(found)
+            return
+        _describe(found)
+        if found["counts"]["dead"]:
+            _describe_dead(client, found)
+
+
+def _describe(found: Job) -> None:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_row("job", found["id"])
+    table.add_row("status", styled_status(found))
+    table.add_row("frames", f"{count(found['total'])}: {numbered(found['counts'])}")
+    if found["pace"] is not None:
+        table.add_row("pace", f"{pace(found['pace'])}, {duration(found['eta_seconds'])} left")
+    if found["bytes"]:
+        table.add_row("pictures", size(found["bytes"]))
+    if found["failures"]:
+        table.add_row("failed attempts", numbered(found["failures"]))
+    if found["waiting_because"]:
+        table.add_row("waits", _plain(clean(found["waiting_because"])))
+    for name in ("created_at", "started_at", "finished_at"):
+        if found[name]:
+            table.add_row(name.removesuffix("_at"), ago(found[name]))
+    for name, value in found["spec"].items():
+        if value in (None, "", [], {}) or name == "prompts":
+            continue
+        shown = ", ".join(f"{k}={v}" for k, v in value.items()) if name == "labels" else str(value)
+        table.add_row(name, _plain(clean(shown)))
+    for index, prompt in enumerate(found["spec"]["prompts"]):
+        table.add_row("" if index else "prompts", _plain(clean(prompt)))
+    hidden = found["spec"]["prompt_count"] - len(found["spec"]["prompts"])
+    if hidden:
+        table.add_row("", f"… and {count(hidden)} more")
+    out.print(table)
+
+
+def _describe_dead(client: FarmClient, found: Job) -> None:
+    path = f"/v1/jobs/{found['id']}/frames"
+    for frame in client.items(path, {"state": "dead"}, limit=DEAD_SHOWN):
+        say(
+            f"frame {frame['ordinal']} is dead: {one_line(frame['error'] or 'no reason', 300)}",
+            "red",
+        )
+    note(f"Give dead frames fresh attempts: farm retry {short(found['id'])}")
+
+
+def watch(job_word: JobWord, as_json: Json = False) -> None:
+    """Show a job's progress until it has ended; exit code 3 unless it succeeded."""
+    with _client() as client:
+        watch_to_end(client, client.job(find_job(client, job_word)), as_json=as_json)
+
+
+def watch_to_end(client: FarmClient, found: Job, *, as_json: bool) -> None:
+    """Follow a job to its end, say what became of it, and exit as it did."""
+    from farm.cli.terminal.job_progress import follow, summary
+
+    client.patience_seconds = WATCH_PATIENCE_SECONDS
+    ended = follow(client, found)
+    name = short(ended["id"])
+    if as_json:
+        emit(ended)
+    else:
+        out.print(f"{name} {styled_status(ended)}{summary(ended).removeprefix(ended['status'])}")
+        if ended["counts"]["dead"]:
+            out.print(f"[dim]See why:[/] farm job {name}  [dim]Try again:[/] farm retry {name}")
+        if ended["counts"]["succeeded"]:
+            out.print(f"[dim]Download:[/] farm get {name} --dest pictures")
+    exit_as(ended)
+
+
+def _steering(verb: str, past: str, about: str) -> Callable[[str, bool], None]:
+    """Make the command that steers a job with this verb of the API."""
+
+    def command(job_word: JobWord, as_json: Json = False) -> None:
+        with _client() as client:
+            steered = client.steer(find_job(client, job_word), verb)
+        if as_json:
+            emit(steered)
+            return
+        counts = ", ".join(f"{count(n)} {name}" for name, n in steered["counts"].items() if n)
+        say(f"Job {short(steered['id'])} is {past}: {counts}.")
+
+    command.__doc__ = about
+    return command
+
+
+cancel = _steering("cancel", "cancelled", "Cancel a job for good; what has succeeded stays.")
+pause = _steering("pause", "paused", "Hold a job back; what runs is finished.")
+resume = _steering("resume", "resumed", "Let a paused job go on.")
+retry = _steering("retry", "tried again", "Give a job's dead frames fresh attempts.")
+
+
+def _client() -> FarmClient:
+    from farm.cli.client.http import FarmClient
+    from farm.config import load_settings
+
+    return FarmClient.of(load_settings())
+
+
+def _plain(text: str) -> str:
+    """Text that rich must not take for markup."""
+    from rich.markup import escape
+
+    return escape(text)

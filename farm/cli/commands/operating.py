@@ -1,0 +1,180 @@
+"""Commands for operators: tenants, export destinations, and the log of actions.
+
+They call the API with an operator's key.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+from rich.markup import escape
+
+from farm.cli.terminal.console import (
+    Json,
+    ago,
+    clean,
+    columns,
+    count,
+    emit,
+    note,
+    one_line,
+    say,
+    show_table,
+)
+from farm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from farm.cli.client.http import FarmClient
+
+OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
+
+Why = Annotated[str, typer.Option(help='Reason, stored with the action. Example: "ticket 7".')]
+Tenant = Annotated[str, typer.Argument(help="Name of the tenant.", show_default=False)]
+
+tenants_app = typer.Typer(help="List, show and delete tenants.")
+destinations_app = typer.Typer(help="Grant and revoke export destinations.")
+
+
+@tenants_app.callback(invoke_without_command=True)
+def tenants(context: typer.Context, as_json: Json = False) -> None:
+    """List the tenants and what each of them owns."""
+    if context.invoked_subcommand is not None:
+        return
+    with _client() as client:
+        page = client.get("/v1/tenants")
+    if as_json:
+        emit(page)
+        return
+    table = columns("tenant", *OWNED, "since", right=OWNED)
+    for each in page["data"]:
+        owned = [count(each["owns"][name]) for name in OWNED]
+        table.add_row(escape(clean(each["name"])), *owned, ago(each["created_at"]))
+    show_table(table)
+
+
+@tenants_app.command()
+def show(
+    tenant: Annotated[str, typer.Argument(help="Name of the tenant, or its ID.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a tenant owns. Use the ID for a tenant that was deleted."""
+    with _client() as client:
+        found = client.get(f"/v1/tenants/{quote(tenant, safe='')}")
+    _tell(found, as_json)
+
+
+@tenants_app.command()
+def delete(
+    tenant: Tenant,
+    why: Why = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete a tenant with its keys, jobs, pictures, exports, inputs and control images.
+
+    This cannot be undone. Files that were exported to other buckets stay.
+    """
+    with _client() as client:
+        path = f"/v1/tenants/{quote(tenant, safe='')}"
+        found = client.get(path)
+        if not yes:
+            note(f"Tenant {tenant} owns {_owned(found)}.")
+            typer.confirm("Delete all of this? This cannot be undone.", abort=True, err=True)
+        found = client.delete(path, why)
+    _tell(found, as_json)
+
+
+def _tell(tenant: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit(tenant)
+    elif tenant["emptied_at"]:
+        say(f"Tenant {tenant['id']} is deleted. Nothing is left since {tenant['emptied_at']}.")
+    elif tenant["removed_at"]:
+        say(f"Tenant {tenant['id']} is being deleted. It still owns {_owned(tenant)}.")
+        note(f"Check the progress with `farm tenants show {tenant['id']}`.")
+    else:
+        say(f"Tenant {tenant['name']} owns {_owned(tenant)}.")
+
+
+def _owned(tenant: dict[str, Any]) -> str:
+    return ", ".join(f"{count(tenant['owns'][name])} {name}" for name in OWNED)
+
+
+@destinations_app.callback(invoke_without_command=True)
+def destinations(context: typer.Context, as_json: Json = False) -> None:
+    """List the export destinations of all tenants."""
+    if context.invoked_subcommand is not None:
+        return
+    with _client() as client:
+        page = client.get("/v1/destinations")
+    if as_json:
+        emit(page)
+        return
+    if not page["data"]:
+        say("No export destination is granted.", "yellow")
+        return
+    table = columns("id", "tenant", "destination", "since")
+    for each in page["data"]:
+        tenant, dest = escape(clean(each["tenant"])), escape(clean(each["dest"]))
+        table.add_row(each["id"], tenant, dest, ago(each["created_at"]))
+    show_table(table)
+
+
+@destinations_app.command()
+def grant(
+    tenant: Tenant,
+    dest: Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX", show_default=False)],
+    why: Why = "",
+    as_json: Json = False,
+) -> None:
+    """Allow a tenant to export to a bucket, at or below a prefix.
+
+    Example: farm destinations grant shop s3://datasets/shop
+    """
+    with _client() as client:
+        made = client.post("/v1/destinations", {"tenant": tenant, "dest": dest, "why": why})
+    if as_json:
+        emit(made)
+    else:
+        say(f"Tenant {made['tenant']} may export to {made['dest']}.")
+
+
+@destinations_app.command()
+def revoke(
+    destination: Annotated[str, typer.Argument(metavar="ID", help="ID, from `farm destinations`.")],
+    why: Why = "",
+) -> None:
+    """Revoke a destination. Files that were exported there stay."""
+    if not destination.strip():
+        raise InvalidRequest("ID: missing. `farm destinations` lists the IDs.", param="id")
+    with _client() as client:
+        client.delete(f"/v1/destinations/{quote(destination, safe='')}", why)
+    say(f"Destination {destination} is revoked.")
+
+
+def actions(
+    limit: Annotated[int, typer.Option(min=1, help="Number of actions to show.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List the actions of operators, newest first."""
+    with _client() as client:
+        found = list(client.items("/v1/actions", limit=limit))
+    if as_json:
+        emit(found)
+        return
+    table = columns("when", "who", "from", "did", "to", "outcome", "why")
+    for each in found:
+        words = (each["verb"], each["target"], each["outcome"], each["why"])
+        who = f"{each['who'] or 'a key'} of {each['tenant']}"
+        shown = (who, each["address"], *words)
+        table.add_row(ago(each["at"]), *(escape(one_line(clean(word), 60)) for word in shown))
+    show_table(table)
+
+
+def _client() -> FarmClient:
+    from farm.cli.client.http import FarmClient
+    from farm.config import load_settings
+
+    return FarmClient.of(load_settings())

@@ -1,0 +1,136 @@
+"""`farm replay`: render a picture again from its own text, and say whether it is the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.terminal.console import Json, count, emit, note, out, say
+from farm.cli.terminal.exit_codes import ERROR
+from farm.cli.terminal.progress import busy
+from farm.errors import FarmError, InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from farm.config import Settings
+    from farm.rendering.replay import Difference, FindImage, Replay
+
+
+def replay(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture of the farm.")],
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image that steered it; else the farm is asked."),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the new rendering, in the same format."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Render a picture again from its own text, and compare every pixel.
+
+    A JPEG does not hold the rendered pixels: the new rendering is encoded as it was, and the pixels
+    of the two JPEGs are compared.
+
+    Prints `identical`, or `differs` with exit code 1. A picture repeats its bits on the same kind
+    of device with the same libraries; what is not as it was is noted. The pipeline is looked up in
+    the catalog (FARM_PIPELINES; by default the demo's).
+    """
+    from farm.config import load_settings
+    from farm.pipelines.catalog import load_catalog
+    from farm.rendering import replay as replaying
+
+    content = replaying.read_picture(image)
+    settings = load_settings()
+    catalog = load_catalog(settings.pipelines)
+    find_image = _finder(control or [], settings)
+    with busy("Loading the pipeline and rendering") as tell:
+        done = replaying.replay(
+            content, catalog, lambda step, steps: tell(f"step {step} of {steps}"), find_image
+        )
+    if save is not None:
+        _save(done, save)
+    if as_json:
+        emit(_object(done))
+    else:
+        _tell(done)
+    if not done.identical:
+        raise typer.Exit(ERROR)
+
+
+def _finder(files: Sequence[Path], settings: Settings) -> FindImage:
+    """Find control images among files, and else at the farm whose key this is."""
+    from farm.cli.client.http import FarmClient
+    from farm.cli.commands.images import read_image
+    from farm.imaging.uploads import decoded, normalised
+
+    known: dict[str, bytes] = {}
+    for path in files:
+        file = read_image(str(path), settings.max_image_bytes)
+        image = normalised(file.content, file.media_type, max_pixels=settings.max_image_pixels)
+        known[image.sha256.hex()] = image.content
+
+    def find(image_id: str) -> Image.Image:
+        content = known.get(image_id)
+        if content is None:
+            try:
+                with FarmClient.of(settings) as client:
+                    content = client.content(f"/v1/images/{image_id}/content")
+            except FarmError as error:
+                raise InvalidRequest(
+                    f"The picture was steered by image {image_id}: give its file by --control. "
+                    f"The farm does not give it: {error.message}"
+                ) from error
+        return decoded(content, image_id)
+
+    return find
+
+
+def _save(done: Replay, path: Path) -> None:
+    from farm.imaging.encoding import encode
+
+    try:
+        path.write_bytes(encode(done.fresh, done.now))
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _object(done: Replay) -> dict[str, Any]:
+    difference = asdict(done.difference) if done.difference else None
+    return {
+        "identical": done.identical,
+        "compared": done.compared,
+        "difference": difference,
+        "notes": done.notes,
+        "recorded": done.recorded.model_dump(),
+        "now": done.now.model_dump(exclude={"frame"}),
+    }
+
+
+def _tell(done: Replay) -> None:
+    frame, pixels = done.recorded.frame, count(done.picture.width * done.picture.height)
+    if done.difference is None:
+        out.print("[bold green]identical[/]", end="  ")
+        by = f"rendered again by {frame.pipeline} with seed {frame.seed}"
+        say(f"all {pixels} {done.compared}, {by}")
+    else:
+        out.print("[bold red]differs[/]", end="  ")
+        some = count(done.difference.pixels)
+        say(f"{some} of {pixels} {done.compared}, {_where(done.difference)}")
+    for line in done.notes:
+        note(f"  {line}", "yellow")
+
+
+def _where(difference: Difference) -> str:
+    (x, y), (left, top, right, bottom) = difference.first, difference.box
+    return (
+        f"by up to {difference.largest} of 255; the first at x {x}, y {y}, all within "
+        f"x {left} to {right - 1}, y {top} to {bottom - 1}"
+    )

@@ -1,0 +1,313 @@
+"""Prompts from a file: its rows, as the lines that an input takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import date, time
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from farm.cli.prompt_tables import TEXT_COLUMN, Row, Told, kind_of, read_rows
+from farm.cli.prompt_templates import Templates, expanded
+from farm.domain.numbers import whole
+from farm.errors import InvalidRequest
+
+Fields = dict[str, Any]
+"""A line of an input, as farm.domain.inputs has it"""
+
+BLOCK_BYTES = 2**18
+MOST_NAMES = 100
+"""Of columns, that are remembered to be told"""
+WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of the file is what; those left out are taken where the file has them.
+
+    Names are compared without blanks around them and without case.
+    """
+
+    prompt: str = TEXT_COLUMN
+    key: str | None = None
+    seed: str | None = None
+    negative_prompt: str | None = None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that must be there, by the field that they are."""
+        chosen = {name: getattr(self, name) for name in ("key", "seed", "negative_prompt")}
+        return {"prompt": self.prompt, **{name: value for name, value in chosen.items() if value}}
+
+
+class Chosen(NamedTuple):
+    """Where a row's fields and labels stand."""
+
+    fields: dict[str, int]
+    labels: dict[str, int]
+    """by the label's name"""
+    missing: tuple[str, ...]
+    """columns that were asked for and are not there"""
+
+
+class PromptFile:
+    """A file of prompts, which may be read again and again."""
+
+    def __init__(
+        self, path: Path, columns: Columns = Columns(), templates: Templates | None = None
+    ) -> None:
+        """Look at the file.
+
+        Raises:
+            InvalidRequest: there is no such file.
+        """
+        self._path, self._columns, self._templates = path, columns, templates
+        self._used: dict[str, str] = {}
+        """The columns that were read so far, by the field that they are"""
+        self._left: dict[str, None] = {}
+        """Those that were not"""
+        try:
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise InvalidRequest(f"{path} cannot be read: {error.strerror}.") from error
+        if kind_of(path) == "text":  # its one column has no name
+            self._columns = replace(columns, prompt=TEXT_COLUMN)
+
+    @property
+    def columns_read(self) -> str:
+        """Which columns were read, and which were not, for people; nothing of a plain text."""
+        if kind_of(self._path) == "text":
+            return ""
+        used = (
+            field if _folded(field) == _folded(column) else f"{field} from {column!r}"
+            for field, column in self._used.items()
+        )
+        left = f"; not used: {', '.join(map(repr, self._left))}" if self._left else ""
+        return f"Columns: {', '.join(used)}{left}."
+
+    def blocks(self, told: Told = lambda _: None) -> Iterator[bytes]:
+        """Give the lines to send, some at a time.
+
+        Raises:
+            InvalidRequest: the file cannot be read, or a row of it; the message tells which.
+        """
+        return _joined(self.lines(told))
+
+    def lines(self, told: Told = lambda _: None) -> Iterator[Fields]:
+        """Give the fields of each line."""
+        found = self._found(told)
+        if self._templates:
+            found = expanded(found, self._templates)
+        return (fields for _, fields in found)
+
+    def _found(self, told: Told) -> Iterator[tuple[str, Fields]]:
+        remembered = lru_cache(MOST_NAMES)(self._choose)
+        never = {*self._columns.named.values(), *self._columns.labels}
+
+        def choose(names: tuple[str, ...], where: str) -> Chosen:
+            try:
+                return remembered(names)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"{where}: {error.message}") from error
+
+        def wanted(names: tuple[str, ...], where: str) -> Sequence[int]:
+            chosen = choose(names, where)
+            if chosen.missing:
+                raise _no_column(where, chosen.missing[0], names)
+            return [*chosen.fields.values(), *chosen.labels.values()]
+
+        where = ""
+        for row in read_rows(self._path, wanted, told):
+            where = row.where
+            chosen = choose(row.names, where)
+            never &= {*chosen.missing}
+            yield where, self._fields(row, chosen)
+        if where and never:  # each of JSON lines may leave it out, but not all of them
+            raise InvalidRequest(f"{self._path}: no line has the column {min(never)!r}.")
+
+    def _choose(self, names: tuple[str, ...]) -> Chosen:
+        """Find the columns of a row among its names."""
+        places: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            places.setdefault(_folded(name), []).append(number)
+        named, missing = self._columns.named, list[str]()
+
+        def find(column: str) -> int | None:
+            found = places.get(_folded(column), [])
+            if len(found) > 1:
+                alike = " and ".join(repr(names[place]) for place in found)
+                raise InvalidRequest(
+                    f"the columns {alike} have the same name: rename or remove one of them."
+                )
+            return found[0] if found else None
+
+        fields, labels = dict[str, int](), dict[str, int]()
+        for field in READ:
+            if field == "labels" and self._columns.labels and field not in named:
+                continue  # others are labels, or it is one itself
+            place = find(named.get(field, field))
+            if place is not None:
+                fields[field] = place
+            elif field in named:
+                missing.append(named[field])
+        for label in self._columns.labels:
+            place = find(label)
+            if place is None:
+                missing.append(label)
+            else:
+                labels[label] = place
+        self._note(names, fields, labels)
+        return Chosen(fields, labels, tuple(missing))
+
+    def _note(
+        self, names: tuple[str, ...], fields: Mapping[str, int], labels: Mapping[str, int]
+    ) -> None:
+        self._used |= {field: names[place].strip() for field, place in fields.items()}
+        self._used |= {f"label {label}": names[place].strip() for label, place in labels.items()}
+        taken = {*fields.values(), *labels.values()}
+        for place, name in enumerate(names):
+            if place not in taken and len(self._left) < MOST_NAMES:
+                self._left[name.strip()] = None
+
+    def _fields(self, row: Row, chosen: Chosen) -> Fields:
+        if "prompt" not in chosen.fields:
+            raise _no_column(row.where, self._columns.prompt, row.names)
+        fields = Fields()
+        try:
+            for field, place in chosen.fields.items():
+                value = READ[field](row.values[place])
+                if value is not None:
+                    fields[field] = value
+            for label, place in chosen.labels.items():
+                value = _label(row.values[place])
+                if value is not None:
+                    fields.setdefault("labels", {})[label] = value
+        except ValueError as error:
+            raise InvalidRequest(f"{row.where}: column {row.names[place]!r} {error}.") from error
+        if not fields.get("prompt"):
+            raise InvalidRequest(f"{row.where}: the column {self._columns.prompt!r} is empty.")
+        return fields
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _text(value: Any) -> str | None:
+    """Read a text; bytes are decoded."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"holds bytes, of which byte {error.start + 1} is not UTF-8"
+            ) from error
+    raise ValueError(f"holds {_named(value)}; it must hold text")
+
+
+def _key(value: Any) -> str | None:
+    """Read a key: a text, or a whole number (7 or 7.0), which is named by its digits."""
+    value = whole(value)
+    return str(value) if _is_int(value) else _text(value)
+
+
+def _seed(value: Any) -> int | None:
+    """Read a whole number, however the format says it: 42, 42.0 or "42"."""
+    if value is None or _is_nan(value):
+        return None
+    value = whole(value)
+    if _is_int(value):
+        return int(value)
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return int(value)
+    if isinstance(value, str | bytes):
+        text = (_text(value) or "").strip()
+        if WHOLE.fullmatch(text):
+            return int(text.partition(".")[0])
+    raise ValueError(f"holds {_shown(value)}; a seed is a whole number")
+
+
+def _labels(value: Any) -> dict[str, str] | None:
+    """Read labels by name: a mapping, or a JSON object in a text. Those without a value are out."""
+    if value is None or _is_nan(value):
+        return None
+    if isinstance(value, str | bytes):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(  # noqa: TRY004 - as every other value that is refused
+            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. If other '
+            "columns are to be the labels, name them by --label-column"
+        )
+    found = {_text(name) or "": _label(each) for name, each in value.items()}
+    return {name: each for name, each in found.items() if each is not None} or None
+
+
+def _label(value: Any) -> str | None:
+    """Read a label's value: a text, a number, a date, true or false, as Python writes it."""
+    if value is None or _is_nan(value):
+        return None
+    if isinstance(value, bool | int | float | Decimal | date | time):
+        return str(value)
+    return _text(value)
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "prompt": _text,
+    "key": _key,
+    "seed": _seed,
+    "negative_prompt": _text,
+    "labels": _labels,
+}
+"""How the value of each field is read: they raise ValueError, with what the column holds"""
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float | Decimal) and math.isnan(value)
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if _is_nan(value):
+        return "NaN, which is no value"
+    return _shown(value)
+
+
+def _shown(value: Any) -> str:
+    shown = f"{value!r:.100}"
+    return shown if isinstance(value, str) else f"{shown} ({type(value).__name__})"
+
+
+def _no_column(where: str, column: str, there: Iterable[str]) -> InvalidRequest:
+    names = ", ".join(map(str, there)) or "none"
+    return InvalidRequest(f"{where}: there is no column {column!r}; there are {names[:500]}.")
+
+
+def _joined(lines: Iterable[Fields]) -> Iterator[bytes]:
+    held, size = list[str](), 0
+    for fields in lines:
+        line = json.dumps(fields, ensure_ascii=False)
+        held.append(line)
+        size += len(line)
+        if size >= BLOCK_BYTES:
+            yield ("\n".join(held) + "\n").encode("utf-8", "surrogatepass")
+            held, size = [], 0
+    if held:
+        yield ("\n".join(held) + "\n").encode("utf-8", "surrogatepass")

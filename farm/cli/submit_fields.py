@@ -1,0 +1,187 @@
+"""`farm submit --fields`: what a pipeline takes, read from its JSON Schema."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+from farm.cli.terminal.console import PIPE_WIDTH, clean, count, emit, out, plural, say
+from farm.errors import FarmError, InvalidRequest
+
+Schema = Mapping[str, Any]
+
+WORDS = {
+    "integer": "whole number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "list",
+    "null": "null",
+}
+MORE_LIMITS = {
+    "exclusiveMinimum": "more than",
+    "exclusiveMaximum": "less than",
+    "multipleOf": "a multiple of",
+}
+COLUMN = 20
+"""Where what is told of a field begins."""
+
+DEEPEST = 4
+"""How far fields within fields are followed."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One parameter, or a field within one."""
+
+    name: str
+    depth: int
+    """0 for a parameter itself"""
+    text: str
+    """what it is for"""
+    kind: str
+    """its type and limits, in words"""
+    default: str | None
+    """as JSON; None: it must be given"""
+
+
+def show_fields(name: str, *, as_json: bool) -> None:
+    """Show a pipeline's parameters; with `as_json`, the API's own object.
+
+    Raises:
+        InvalidRequest: there is no such pipeline.
+        FarmError: it cannot be rendered.
+    """
+    from farm.cli.client.http import FarmClient
+    from farm.config import load_settings
+
+    with FarmClient.of(load_settings()) as client:
+        found = {each["name"]: each for each in client.get("/v1/pipelines")["data"]}
+    if name not in found:
+        names = ", ".join(sorted(found))
+        raise InvalidRequest(f"There is no pipeline {name!r}; there are {names}.", param="pipeline")
+    pipeline = found[name]
+    if as_json:
+        emit(pipeline)
+    elif pipeline["problem"]:
+        raise FarmError(f"Pipeline {name} cannot be rendered: {pipeline['problem']}")
+    else:
+        _show(pipeline)
+
+
+def _show(pipeline: Mapping[str, Any]) -> None:
+    workers = plural(pipeline["workers"], "worker")
+    pixels = count(pipeline["limits"]["max_pixels"])
+    say(f"Pipeline {pipeline['name']}: family {pipeline['family']}, {workers} alive.")
+    say(f"A picture has at most {pixels} pixels.\n")
+    for field in fields_of(pipeline["parameters"]):
+        for line in lines_of(field, out.width if out.is_terminal else PIPE_WIDTH):
+            out.print(line, soft_wrap=True)
+    say("\nGive any with --set NAME=VALUE, or several values with --grid NAME=V1,V2.")
+
+
+def lines_of(field: Field, width: int) -> list[Text]:
+    """Lay a field out as `--help` does: its name, and beside it what it is for and what it takes.
+
+    A name too long for its column has a line of its own.
+    """
+    default = "required" if field.default is None else f"default {field.default}"
+    told = [(clean(field.text), ""), (clean(f"{field.kind}; {default}"), "dim")]
+    room = max(width - COLUMN, 20)
+    beside = [(line, style) for text, style in told for line in textwrap.wrap(text, room)]
+    name = "  " * field.depth + clean(field.name)
+    names = [name] if len(name) <= COLUMN - 2 else [name, ""]
+    rows = itertools.zip_longest(names, [("", "")] * (len(names) - 1) + beside)
+    return [Text.assemble(((head or "").ljust(COLUMN), "bold"), tail or "") for head, tail in rows]
+
+
+def fields_of(schema: Schema) -> list[Field]:
+    """List the parameters that a JSON Schema describes, each followed by the fields within it."""
+    return list(_fields(schema, schema.get("$defs", {}), 0))
+
+
+def _fields(schema: Schema, known: Schema, depth: int) -> Iterator[Field]:
+    required = schema.get("required", ())
+    for name, each in schema.get("properties", {}).items():
+        form = _resolved(each, known)
+        default = None if name in required else _written(form.get("default"))
+        text = str(form.get("description", ""))
+        yield Field(name, depth, text, kind_of(form, known), default)
+        inner = _inner(form, known)
+        if inner and depth < DEEPEST:
+            yield from _fields(inner, known, depth + 1)
+
+
+def _written(value: Any) -> str:
+    """Write a value as `--set` reads it."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def kind_of(schema: Schema, known: Schema) -> str:
+    """Say in words what a schema allows."""
+    schema = _resolved(schema, known)
+    if "anyOf" in schema:
+        return ", or ".join(kind_of(form, known) for form in schema["anyOf"])
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    if item := _item(schema):
+        many = _bounds(schema, "minItems", "maxItems") or "any number"
+        return f"list of {many}: {kind_of(item, known)}"
+    kind = "object" if "properties" in schema else schema.get("type", "anything")
+    return ", ".join([WORDS.get(kind, str(kind)), *_limits(schema)])
+
+
+def _item(schema: Schema) -> Schema | None:
+    """What a list holds; where each place has a form of its own, the first."""
+    first: Schema | None = next(iter(schema.get("prefixItems", ())), None)
+    return first or schema.get("items")
+
+
+def _limits(schema: Schema) -> Iterator[str]:
+    if value := _bounds(schema, "minimum", "maximum"):
+        yield value
+    if length := _bounds(schema, "minLength", "maxLength"):
+        yield f"{length} characters"
+    for name, words in MORE_LIMITS.items():
+        if name in schema:
+            yield f"{words} {schema[name]:g}"
+
+
+def _bounds(schema: Schema, low: str, high: str) -> str:
+    least, most = schema.get(low), schema.get(high)
+    if least is None and most is None:
+        return ""
+    if most is None:
+        return f"at least {_number(least)}"
+    if least is None:
+        return f"at most {_number(most)}"
+    return _number(most) if least == most else f"{_number(least)} to {_number(most)}"
+
+
+def _number(value: Any) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _inner(schema: Schema, known: Schema) -> Schema | None:
+    """Find the fields that a value, or each item of a list, has of its own."""
+    schema = _resolved(schema, known)
+    if "properties" in schema:
+        return schema
+    forms = [*schema.get("anyOf", ()), *filter(None, [_item(schema)])]
+    return next((inner for form in forms if (inner := _inner(form, known))), None)
+
+
+def _resolved(schema: Schema, known: Schema) -> Schema:
+    """Follow a reference; what stands beside it wins."""
+    reference = schema.get("$ref")
+    if not isinstance(reference, str):
+        return schema
+    beside = {key: value for key, value in schema.items() if key != "$ref"}
+    return {**_resolved(known.get(reference.rpartition("/")[2], {}), known), **beside}

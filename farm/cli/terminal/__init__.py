@@ -1,0 +1,1 @@
+"""Printing: tables, progress bars, exit codes, signals."""

@@ -1,0 +1,196 @@
+"""Following a job to its end: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from farm.cli.commands.workers import busyness
+from farm.cli.job_lookup import short
+from farm.cli.terminal.console import (
+    SPINNER,
+    STATUS_STYLES,
+    clean,
+    count,
+    duration,
+    err,
+    note,
+    numbered,
+    plural,
+)
+from farm.cli.terminal.exit_codes import INTERRUPTED
+from farm.domain.states import TERMINAL
+from farm.errors import FarmError
+from farm.humanize import pace, size
+
+if TYPE_CHECKING:
+    from farm.cli.client.http import FarmClient, Job
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 1.0
+"""Seconds between two looks at a job."""
+
+
+class Stalled(FarmError):
+    """Nothing of a job moved for too long; the message says why it waits."""
+
+    code = "stalled"
+
+
+class View(Protocol):
+    """Shows a job as it stands."""
+
+    def show(self, job: Job, busy: str = "") -> None:
+        """Show it; `busy` is the workers' share of work."""
+        ...
+
+
+def follow(client: FarmClient, job: Job, stalled_seconds: float | None = None) -> Job:
+    """Show a job until it has ended; returns it as it then stands.
+
+    Args:
+        client: the farm.
+        job: the job as last read.
+        stalled_seconds: how long nothing of it may move; None for ever.
+
+    Raises:
+        Stalled: nothing moved for so long.
+        typer.Exit: Ctrl-C; the job itself goes on.
+    """
+    try:
+        with _view() as view:
+            return _watch(client, job, view, stalled_seconds)
+    except KeyboardInterrupt as error:
+        name = short(job["id"])
+        note(f"The job goes on: farm watch {name} shows it again, farm cancel {name} ends it.")
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _watch(client: FarmClient, job: Job, view: View, stalled_seconds: float | None) -> Job:
+    pause = FIRST_PAUSE
+    moved, seen = time.monotonic(), job["counts"]
+    while True:
+        now = time.monotonic()
+        if job["counts"] != seen:
+            moved, seen = now, job["counts"]
+        workers = client.get("/v1/workers")["data"]
+        view.show(job, busyness(workers, job["pipeline"]))
+        if job["status"] in TERMINAL:
+            return job
+        if stalled_seconds is not None and now - moved > stalled_seconds:
+            why = job["waiting_because"] or "A worker runs it, but finishes no frame."
+            raise Stalled(f"Nothing moved for {duration(stalled_seconds)}. {why}")
+        time.sleep(pause)
+        pause = min(pause * 1.2, LONGEST_PAUSE)
+        job = client.job(job["id"])
+
+
+@contextmanager
+def _view() -> Iterator[View]:
+    if not err.is_terminal:
+        yield Lines()
+        return
+    bar = Bar()
+    with Live(bar, console=err, refresh_per_second=8, transient=True):
+        yield bar
+
+
+class Lines:
+    """A line whenever the job's status, its tenth of progress, or why it waits has changed."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[Any, ...] = ()
+
+    def show(self, job: Job, busy: str = "") -> None:
+        """Print a line if there is something new."""
+        why = job["waiting_because"]
+        news = (job["status"], job["paused"], int(job["progress"] * 10), why)
+        if news != self._shown:
+            self._shown = news
+            parts = (f"{short(job['id'])} {headline(job)}", why, busy)
+            note("  ".join(part for part in parts if part), None)
+
+
+class Bar:
+    """A bar over a line of counts, drawn again eight times a second."""
+
+    def __init__(self) -> None:
+        self._job: Job | None = None
+        self._busy = ""
+        self._spinner = Spinner(SPINNER, style="blue")
+
+    def show(self, job: Job, busy: str = "") -> None:
+        """Take the job's newest state."""
+        self._job, self._busy = job, busy
+
+    def __rich__(self) -> Group | Text:
+        """Draw it."""
+        job = self._job
+        if job is None:
+            return Text()
+        bar = ProgressBar(
+            total=job["total"],
+            completed=finished(job),
+            width=40,
+            complete_style="green",
+            finished_style="green",
+        )
+        line = Table.grid(padding=(0, 1))
+        line.add_row(self._spinner, Text(short(job["id"]), "bold"), bar, headline(job))
+        below = [text for text in (detail(job), self._busy) if text]
+        lines = [Text(f"  {text}", "dim", no_wrap=True, overflow="ellipsis") for text in below]
+        return Group(line, *lines)
+
+
+def finished(job: Job) -> int:
+    """How many of a job's frames are done with."""
+    counts = job["counts"]
+    return int(counts["succeeded"] + counts["dead"] + counts["cancelled"])
+
+
+def headline(job: Job) -> Text:
+    """Write `running  12/24  3.1 frames/s  4.2 s left`."""
+    status = "paused" if job["paused"] and job["status"] not in TERMINAL else job["status"]
+    words = Text(status, STATUS_STYLES.get(status, ""))
+    words.append(f"  {count(finished(job))}/{count(job['total'])}", "default")
+    if job["status"] in TERMINAL:
+        return words
+    if job["pace"] is not None:
+        left = duration(job["eta_seconds"])
+        words.append(f"  {pace(job['pace'])}  {left} left", "default")
+    return words
+
+
+def detail(job: Job) -> str:
+    """Write the counts that are not nought, what is stored, what failed, and why nothing runs."""
+    stored = f", {size(job['bytes'])}" if job["bytes"] else ""
+    failed = f"failed attempts: {numbered(job['failures'])}" if job["failures"] else None
+    sentences = (numbered(job["counts"]) + stored, failed, job["waiting_because"])
+    return clean(". ".join(each for each in sentences if each))
+
+
+def summary(job: Job) -> str:
+    """Say what became of a job, in one sentence."""
+    counts = job["counts"]
+    done = f"{count(counts['succeeded'])} of {plural(job['total'], 'frame')}"
+    seconds = _seconds(job)
+    took = f" in {duration(seconds)}" if seconds is not None else ""
+    rest = [f"{count(counts[name])} {name}" for name in ("dead", "cancelled") if counts[name]]
+    return f"{job['status']}: {done}{took}" + (f" ({', '.join(rest)})" if rest else "")
+
+
+def _seconds(job: Job) -> float | None:
+    if not (job["started_at"] and job["finished_at"]):
+        return None
+    started, ended = (datetime.fromisoformat(job[name]) for name in ("started_at", "finished_at"))
+    return (ended - started).total_seconds()

@@ -1,0 +1,1 @@
+"""Specs, states and invariants: pure, without a server or a library of models."""

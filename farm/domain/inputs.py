@@ -1,0 +1,398 @@
+"""Inputs: prompts by the million, one a line of JSON, checked once and kept in parts.
+
+A line is `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, "labels": …?}`. An `Intake`
+reads a stream of them, plain or gzip, with flat memory: it keeps a part's lines at a time, packs
+them, and writes them into a file until all of the stream was found good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import uuid
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated, Any, Required
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails, from_json
+from typing_extensions import TypedDict
+from zlib_ng import zlib_ng
+
+from farm.config import Settings
+from farm.domain.numbers import whole
+from farm.domain.spec import MAX_LABELS, MAX_SEED, PROMPTS_SHOWN, LabelText, Line, storable
+from farm.errors import InvalidRequest
+
+LINES_A_PART = 1000
+MOST_LINE_BYTES = 2**18
+MOST_KEY_CHARS = 200
+MOST_BAD_LINES = 100
+"""That are told at once"""
+PIECE_BYTES = 2**14
+"""Of packed bytes, unpacked at once: what is left of a piece is copied for each file in it"""
+GZIP = b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf"
+DOUBTFUL = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
+"""What a NUL or a lone surrogate would show as: such lines are looked at one by one"""
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class LineFields(TypedDict, total=False):
+    """A line as it is sent."""
+
+    prompt: Required[str]
+    key: Annotated[str, Field(min_length=1, max_length=MOST_KEY_CHARS)] | None
+    seed: Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_SEED)] | None
+    negative_prompt: str | None
+    labels: dict[LabelText, LabelText] | None
+
+
+ONE = TypeAdapter(LineFields)
+MANY = TypeAdapter(list[LineFields])
+
+
+@dataclass(frozen=True)
+class StoredInput:
+    """An input as it is kept."""
+
+    id: uuid.UUID
+    sha256: bytes
+    """of the lines as they were sent, unpacked"""
+    lines: int
+    bytes: int
+    """of the lines, unpacked"""
+    shown: Sequence[str]
+    """its first prompts"""
+    top_seed: int | None
+    """the largest of its seeds; None where no line has one"""
+    text_bytes: int
+    """of the longest prompt and the longest negative prompt together"""
+    keys: bool
+    """whether any line has a key"""
+    negatives: bool
+    """whether any line has a negative prompt"""
+    created_at: datetime
+    syntax_flaw: str | None
+    """why its prompts cannot be read as weighted ones; empty: they can; None: not looked at yet"""
+
+
+@dataclass
+class Facts:
+    """What is found out about an input while it is read."""
+
+    lines: int = 0
+    bytes: int = 0
+    shown: list[str] = field(default_factory=list)
+    top_seed: int | None = None
+    prompt_bytes: int = 0
+    negative_bytes: int = 0
+    keys: bool = False
+    negatives: bool = False
+
+
+class BadLines(InvalidRequest):
+    """Lines of an input are wrong: the first hundred are told, each by its number."""
+
+    code = "bad_lines"
+
+    def __init__(self, problems: Sequence[tuple[int, str]]) -> None:
+        first = "; ".join(f"line {number}: {why}" for number, why in problems[:3])
+        more = "" if len(problems) <= 3 else f"; and {len(problems) - 3} more"
+        super().__init__(f"The input is not stored: {first}{more}.", param="input")
+        self.problems: list[dict[str, Any]] = [
+            {"line": number, "message": f"{why}."} for number, why in problems
+        ]
+
+
+class Intake:
+    """Reads one input. Used in one thread at a time; a context manager, which removes its file."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.facts = Facts()
+        self._settings = settings
+        self._hash = hashlib.sha256()
+        self._unpacker: Any = None
+        self._packed = 0
+        self._begun = False
+        self._rest = b""
+        self._number = 0
+        """Lines seen, blank ones too"""
+        self._pending: list[tuple[int, bytes]] = []
+        self._problems: list[tuple[int, str]] = []
+        self._key_hashes = array("q")
+        self._key_lines = array("q")
+        self._parts = tempfile.TemporaryFile(prefix="farm-input-")  # noqa: SIM115 - closed by __exit__
+        self._sizes: list[int] = []
+
+    def __enter__(self) -> Intake:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parts.close()
+
+    @property
+    def sha256(self) -> bytes:
+        """The hash of all that was read, unpacked."""
+        return self._hash.digest()
+
+    def feed(self, block: bytes) -> None:
+        """Read on.
+
+        Raises:
+            BadLines: so many lines are wrong that reading on would tell no more.
+            InvalidRequest: it is no gzip, or larger than an input may be.
+        """
+        if not self._begun:
+            block = self._rest + block
+            if len(block) < len(BOM):
+                self._rest = block
+                return
+            self._begin(block)
+            self._rest = b""
+        if self._unpacker is None:
+            self._read(block)
+            return
+        self._unpack(memoryview(block))
+
+    def _unpack(self, block: memoryview) -> None:
+        self._packed += len(block)
+        if self._packed > self._settings.max_input_bytes:  # files of nothing unpack to nothing
+            raise self._too_large()
+        at = 0
+        while at < len(block):
+            if self._unpacker.eof:  # gzip files may stand one after the other
+                self._unpacker = zlib.decompressobj(31)
+            piece = block[at : at + PIECE_BYTES]
+            try:
+                self._read(self._unpacker.decompress(piece, 2**20))
+            except zlib.error as error:
+                raise InvalidRequest(
+                    f"input: after line {self._number} it is not gzip any more: {error}.",
+                    param="input",
+                ) from error
+            left = self._unpacker.unconsumed_tail or self._unpacker.unused_data
+            at += len(piece) - len(left)
+
+    def _too_large(self) -> InvalidRequest:
+        most = self._settings.max_input_bytes
+        return InvalidRequest(f"input: it is larger than the limit of {most} bytes.", param="input")
+
+    def end(self) -> Facts:
+        """Read what is left, and check what only the whole tells.
+
+        Raises:
+            BadLines: lines are wrong, or share a key.
+            InvalidRequest: it is cut short, or holds no line.
+        """
+        if not self._begun and self._rest:
+            self._begin(self._rest)
+            block, self._rest = self._rest, b""
+            self.feed(block)
+        if self._unpacker is not None and not self._unpacker.eof:
+            raise InvalidRequest(
+                f"input: the gzip is cut short, after line {self._number}.", param="input"
+            )
+        if self._rest:
+            self._line(self._rest)
+            self._rest = b""
+        self._check_pending()
+        self._check_keys()
+        if self._problems:
+            raise BadLines(self._problems)
+        if not self.facts.lines:
+            raise InvalidRequest("input: it holds no line.", param="input")
+        return self.facts
+
+    def parts(self) -> Iterator[tuple[int, bytes]]:
+        """Give the packed parts, each with the index of its first line."""
+        self._parts.seek(0)
+        for number, size in enumerate(self._sizes):
+            yield number * LINES_A_PART, self._parts.read(size)
+
+    def _begin(self, block: bytes) -> None:
+        self._begun = True
+        if block.startswith(GZIP):
+            self._unpacker = zlib.decompressobj(31)
+
+    def _read(self, block: bytes) -> None:
+        self._hash.update(block)
+        if not self.facts.bytes and block.startswith(BOM):
+            self.facts.bytes, block = len(BOM), block.removeprefix(BOM)
+        self.facts.bytes += len(block)
+        if self.facts.bytes > self._settings.max_input_bytes:
+            raise self._too_large()
+        lines = block.split(b"\n")
+        lines[0] = self._rest + lines[0] if self._rest else lines[0]
+        self._rest = lines.pop()
+        for line in lines:
+            self._line(line)
+        if len(self._rest) > MOST_LINE_BYTES:  # its end may be far: what matters is that it is long
+            self._rest = self._rest[: MOST_LINE_BYTES + 1]
+
+    def _line(self, line: bytes) -> None:
+        self._number += 1
+        if self._number > self._settings.max_job_frames:  # blank ones too: they cost as much
+            raise InvalidRequest(
+                f"input: it holds more lines than a job may have frames, which is "
+                f"{self._settings.max_job_frames}.",
+                param="input",
+            )
+        if not line or line.isspace():
+            return
+        self._pending.append((self._number, line))
+        if len(self._pending) == LINES_A_PART:
+            self._check_pending()
+
+    def _check_pending(self) -> None:
+        """Check the lines of a part, and put it away, packed."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        found = _together([line for _, line in pending])
+        if found is None:
+            self._check_each(pending)
+        else:
+            for (number, _), fields in zip(pending, found, strict=True):
+                self._note(number, fields)
+        if len(self._problems) >= MOST_BAD_LINES:
+            raise BadLines(self._problems[:MOST_BAD_LINES])
+        if self._problems:  # nothing will be stored
+            return
+        self.facts.lines += len(pending)
+        self._keep(pack([line for _, line in pending]))
+
+    def _keep(self, part: bytes) -> None:
+        self._parts.write(part)
+        self._sizes.append(len(part))
+
+    def _check_each(self, pending: Sequence[tuple[int, bytes]]) -> None:
+        """Check lines of which some are wrong, one by one."""
+        for number, line in pending:
+            try:
+                self._note(number, _checked(line))
+            except ValueError as error:
+                self._problems.append((number, _why(error)))
+
+    def _note(self, number: int, fields: LineFields) -> None:
+        facts, prompt = self.facts, fields["prompt"]
+        longest = self._settings.max_prompt_chars
+        if len(facts.shown) < PROMPTS_SHOWN:
+            facts.shown.append(prompt)
+        facts.prompt_bytes = max(facts.prompt_bytes, _size(prompt))
+        if len(prompt) > longest:
+            self._problem(number, "prompt", len(prompt), longest)
+        if len(fields) == 1:
+            return
+        if (seed := fields.get("seed")) is not None:
+            facts.top_seed = max(seed, facts.top_seed or 0)
+        if (negative := fields.get("negative_prompt")) is not None:
+            facts.negatives = True
+            facts.negative_bytes = max(facts.negative_bytes, _size(negative))
+            if len(negative) > longest:
+                self._problem(number, "negative_prompt", len(negative), longest)
+        if len(fields.get("labels") or ()) > MAX_LABELS:
+            self._problem(number, "labels", len(fields["labels"] or ()), MAX_LABELS)
+        if (key := fields.get("key")) is not None:
+            facts.keys = True
+            self._key_hashes.append(hash(key))
+            self._key_lines.append(number)
+
+    def _problem(self, number: int, name: str, size: int, limit: int) -> None:
+        unit = "labels" if name == "labels" else "characters"
+        self._problems.append((number, f"{name} holds {size} {unit}; the limit is {limit}"))
+
+    def _check_keys(self) -> None:
+        """Find lines that share a key: by hashes, which are few bytes, and then by the keys."""
+        import numpy as np
+
+        hashes = np.frombuffer(self._key_hashes, np.int64)
+        lines = np.frombuffer(self._key_lines, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])[: 10 * MOST_BAD_LINES]
+        if self._problems or not same.size:
+            return
+        suspects = {*lines[order[same]].tolist(), *lines[order[same + 1]].tolist()}
+        first: dict[str, int] = {}
+        for number, key in self._keys_of(suspects):
+            if first.setdefault(key, number) != number:
+                self._problems.append((number, f"key is that of line {first[key]}"))
+            if len(self._problems) == MOST_BAD_LINES:
+                return
+
+    def _keys_of(self, suspects: set[int]) -> Iterator[tuple[int, str]]:
+        numbers = iter(self._key_lines)
+        for _, part in self.parts():
+            for line in unpack(part):
+                if line.key is not None:
+                    number = next(numbers)
+                    if number in suspects:
+                        yield number, line.key
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _together(lines: Sequence[bytes]) -> list[LineFields] | None:
+    """Check many lines at once; None where any may be wrong."""
+    whole = b"[" + b",".join(lines) + b"]"
+    if max(map(len, lines)) > MOST_LINE_BYTES or any(each in whole for each in DOUBTFUL):
+        return None
+    try:
+        found = MANY.validate_json(whole)
+    except ValidationError:
+        return None
+    # Two lines that are no JSON may be some together.
+    return found if len(found) == len(lines) else None
+
+
+def _checked(line: bytes) -> LineFields:
+    if len(line) > MOST_LINE_BYTES:
+        raise ValueError(f"it is longer than {MOST_LINE_BYTES} bytes")
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
+    from_json(line, allow_inf_nan=False)  # its errors tell the column
+    fields = ONE.validate_json(line)
+    for text in (fields["prompt"], fields.get("negative_prompt"), fields.get("key")):
+        storable(text or "")
+    for label in (fields.get("labels") or {}).items():
+        storable("".join(label))
+    return fields
+
+
+def _why(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(map(_told, error.errors()))[:300].rstrip(".")
+    return str(error).rstrip(".")[:300]
+
+
+def _told(error: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    return f"{where}: {error['msg']}".removeprefix(": ")
+
+
+def pack(lines: Sequence[bytes]) -> bytes:
+    """Pack the lines of a part."""
+    packed: bytes = zlib_ng.compress(b"\n".join(lines), 1)
+    return packed
+
+
+def unpack(part: bytes) -> list[Line]:
+    """Read a part's lines."""
+    lines = zlib.decompress(part).split(b"\n")
+    return [
+        Line(
+            fields["prompt"],
+            fields.get("key"),
+            whole(fields.get("seed")),
+            fields.get("negative_prompt"),
+            fields.get("labels"),
+        )
+        for fields in from_json(b"[" + b",".join(lines) + b"]")
+    ]

@@ -1,0 +1,1 @@
+"""Images as files: PNG, JPEG and WebP, their metadata, and filters."""

@@ -1,0 +1,1 @@
+"""What can be rendered: the catalog, the families, their parameters and checkpoints."""

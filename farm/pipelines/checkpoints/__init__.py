@@ -1,0 +1,1 @@
+"""Checkpoints as files: read and checked before a weight is loaded."""

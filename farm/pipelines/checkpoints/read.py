@@ -1,0 +1,159 @@
+"""What a checkpoint is, read from its JSON files; and whether the farm would load it at all.
+
+Only code of the installed libraries is run. Neither torch nor any weight is needed to say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from farm.errors import CatalogError, one_line
+from farm.pipelines.catalog import Pipeline, Weights
+from farm.pipelines.checkpoints.call_signature import (
+    diffusers_folder,
+    model_defaults,
+    text_to_image_class,
+)
+from farm.pipelines.checkpoints.hub import folder_of_configs
+from farm.pipelines.checkpoints.layout import CONFIG_NAMES, INDEX, component, components, read_json
+from farm.pipelines.checkpoints.weights import check_files
+from farm.pipelines.family import Checkpoint
+
+LIBRARIES = frozenset({"diffusers", "transformers"})
+SHARED = {"refiner": frozenset({"text_encoder_2", "vae"})}
+"""Components that a part takes from the entry's own checkpoint"""
+
+
+def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
+    """Read the configuration of everything an entry names, from folders or the hub.
+
+    Raises:
+        CatalogError: there is no such checkpoint, it is not one of diffusers, it is damaged, or
+            the farm does not load its like: pickles, code of its own, a variant that is not there.
+    """
+    parts = {
+        name: _read(
+            part, pipeline.variant_of(part), f"{name} {part.source}", SHARED.get(name, frozenset())
+        )
+        for name, part in pipeline.parts.items()
+    }
+    whole = _read(pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline))
+    if pipeline.safety_checker and not component(whole.index, "safety_checker"):
+        raise CatalogError(f"{pipeline.source} has no safety checker; safety_checker is true.")
+    _refuse_without_picture(whole, pipeline.source)
+    class_name = text_to_image_class(whole.class_name) or whole.class_name  # as the Auto class does
+    return Checkpoint({**whole.index, "_class_name": class_name}, whole.configs, parts)
+
+
+def _refuse_without_picture(checkpoint: Checkpoint, where: str) -> None:
+    """Refuse what was trained to go on from another picture, though the Auto class would load it.
+
+    Its UNet takes that picture beside the latents, as for inpainting, or it is SDXL's refiner.
+    """
+    unet, vae = checkpoint.configs.get("unet", {}), checkpoint.configs.get("vae", {})
+    channels, latents = unet.get("in_channels"), vae.get("latent_channels")
+    takes_more = channels is not None and latents is not None and channels != latents
+    if takes_more or checkpoint.index.get("requires_aesthetics_score"):
+        raise CatalogError(f"{where} cannot begin a picture: it was made to go on from another.")
+
+
+def unused_in(pipeline: Pipeline) -> Collection[str]:
+    """Name the components that an entry does without."""
+    return {"safety_checker"} if pipeline.safety_checker is False else ()
+
+
+def _read(
+    weights: Weights, variant: str | None, where: str, unused: Collection[str] = ()
+) -> Checkpoint:
+    folder = folder_of_configs(weights)
+    try:
+        checkpoint = _read_configs(folder, where)
+        _refuse_own_code(checkpoint, folder, where)
+    except OSError as error:
+        raise CatalogError(f"{where} cannot be read: {one_line(error)}") from error
+    if weights.is_local:
+        check_files(folder, variant, where, unused)
+    return checkpoint
+
+
+def _read_configs(folder: Path, where: str) -> Checkpoint:
+    if not (folder / INDEX).is_file():
+        if not (folder / CONFIG_NAMES[0]).is_file():
+            raise CatalogError(f"{where} holds no {INDEX}: it is no checkpoint of diffusers.")
+        config = read_json(folder, CONFIG_NAMES[0], where)
+        return Checkpoint(index={**model_defaults(str(config.get("_class_name"))), **config})
+    index = read_json(folder, INDEX, where)
+    configs = {
+        component: _as_diffusers_reads(index, component, folder, name, where)
+        for component in index
+        for name in CONFIG_NAMES
+        if (folder / component / name).is_file()
+    }
+    return Checkpoint(index=index, configs=configs)
+
+
+def _as_diffusers_reads(
+    index: Mapping[str, Any], name: str, folder: Path, file: str, where: str
+) -> Mapping[str, Any]:
+    """Read a component's configuration: its class is the index's, and gives what is left out."""
+    config = read_json(folder, f"{name}/{file}", where)
+    found = component(index, name)
+    if found is None or found[0] != "diffusers":
+        return config
+    return {**model_defaults(found[1]), **config, "_class_name": found[1]}
+
+
+def _refuse_own_code(checkpoint: Checkpoint, folder: Path, where: str) -> None:
+    if not isinstance(checkpoint.index.get("_class_name"), str):
+        raise CatalogError(
+            f"{where} names no class of diffusers: a pipeline with code of its own is never run."
+        )
+    if not (folder / INDEX).is_file():  # a single model, whose own class alone is loaded
+        return
+    for name, library, class_name in components(checkpoint.index):
+        known = library in LIBRARIES or _is_of_diffusers(library)
+        if not known or (folder / name / f"{library}.py").is_file():
+            raise CatalogError(
+                f"{where}: its {one_line(name, 50)} is a {one_line(f'{library}.{class_name}', 100)}"
+                " with code of its own, which is never run."
+            )
+
+
+def _is_of_diffusers(library: str) -> bool:
+    """Some components, such as a safety checker, stand in the module of their pipeline."""
+    return library.isidentifier() and (diffusers_folder() / "pipelines" / library).is_dir()
+
+
+def require_class(checkpoint: Checkpoint, allowed: tuple[str, ...], where: str) -> None:
+    """Refuse a checkpoint of another class.
+
+    Raises:
+        CatalogError: it is one.
+    """
+    if checkpoint.class_name not in allowed:
+        raise CatalogError(
+            f"{where} is a {checkpoint.class_name}; it must be a {' or '.join(allowed)}."
+        )
+
+
+def config_of(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
+    """A component's configuration.
+
+    Raises:
+        CatalogError: the checkpoint has no such component.
+    """
+    if component not in checkpoint.configs:
+        file = "scheduler_config.json" if component == "scheduler" else "config.json"
+        raise CatalogError(
+            f"The checkpoint has no {component}/{file}, or its {INDEX} names no {component}."
+        )
+    return checkpoint.configs[component]
+
+
+def vae_scale(vae: Mapping[str, Any]) -> int:
+    """Pixels to a latent's side, as diffusers derives it from a VAE's configuration."""
+    # AutoencoderTiny of older versions names its decoder's alone.
+    channels = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
+    return int(2 ** (len(channels) - 1))

@@ -1,0 +1,271 @@
+"""Whatever else AutoPipelineForText2Image knows, with the parameters of its own call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field, create_model
+
+from farm.domain.spec import FrameSpec, storable
+from farm.errors import CatalogError, RenderError
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.checkpoints.call_signature import (
+    Argument,
+    Signature,
+    read_signature,
+    text_to_image_class,
+)
+from farm.pipelines.checkpoints.read import vae_scale
+from farm.pipelines.family import (
+    Batch,
+    Checkpoint,
+    Loaded,
+    StepHook,
+    generators,
+    padded,
+    step_callback,
+    unflagged,
+)
+from farm.pipelines.params import Params, tailored
+from farm.pipelines.runtime.loading import load_pipe, pin
+from farm.pipelines.samplers import SAMPLERS, build_sampler, sampler_change
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RENAMED = {"num_inference_steps": "steps", "prior_num_inference_steps": "prior_steps"}
+"""diffusers' argument: the farm's field"""
+GIVEN = frozenset(
+    {"prompt", "height", "width", "generator", "output_type", "return_dict", "callback_steps"}
+    | {"num_images_per_prompt", "num_videos_per_prompt"}
+)
+"""Arguments that the farm itself fills in, or that would change what a frame is"""
+TEXT = re.compile(r"(negative_)?prompt(_\d)?")
+SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool}
+LIMITS: dict[type, dict[str, Any]] = {
+    int: {"ge": 0, "le": 10_000},
+    float: {"ge": -1e4, "le": 1e4},
+    bool: {},
+}
+STEPS = {"ge": 1, "le": 1000}
+MOST_TOKENS = 512
+"""as many as the T5 encoders of these pipelines take"""
+Text = Annotated[str, AfterValidator(storable)]
+
+
+class AutoParams(Params):
+    """Grown by the fields of one pipeline's call."""
+
+    def scalars(self) -> dict[str, Any]:
+        """Add which texts are null: a call takes one for each frame, or none at all."""
+        absent = sorted(name for name in self.PER_FRAME if getattr(self, name, None) is None)
+        return {**super().scalars(), "absent": absent}
+
+
+class Auto:
+    """The family behind `family = "auto"`."""
+
+    name = "auto"
+    params: type[Params] = AutoParams
+    parts: tuple[str, ...] = ()
+
+    def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
+        """Render every class of the Auto class's table."""
+        return text_to_image_class(checkpoint.class_name) == checkpoint.class_name
+
+    def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
+        """Make fields of the call's arguments, as far as they are numbers, switches and texts."""
+        signature = _signature_of(checkpoint)
+        fields: dict[str, Any] = dict(_fields(signature.arguments))
+        scheduler = checkpoint.configs.get("scheduler", {})
+        change = sampler_change(scheduler, SAMPLERS if signature.takes_any_sampler else ())
+        if change["default"] is not None:
+            described = Field(default=change["default"], description="the sampler")
+            fields["sampler"] = (change["annotation"], described)
+        made: Any = create_model(checkpoint.class_name, __base__=AutoParams, **fields)
+        made.PER_FRAME = frozenset(name for name in fields if TEXT.fullmatch(name))
+        grown: type[AutoParams] = made
+        return tailored(grown, _sizes(pipeline, checkpoint, signature))
+
+    def load(self, pipeline: Pipeline) -> Loaded:
+        """Load through AutoPipelineForText2Image."""
+        pipe = load_pipe(pipeline)
+        return pin(pipeline, [pipe])
+
+    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+        """Render a batch by the pipeline's own call; see Family.denoise."""
+        class_name = type(loaded.pipe).__name__
+        signature = read_signature(class_name)
+        if signature is None:
+            raise RenderError(f"The installed diffusers has no source of {class_name}.")
+        groups = _groups(batch.frames, signature)
+        callback = step_callback(batch.on_step, 1 / len(groups))
+        pictures: dict[int, Image.Image | None] = {}
+        for places in groups:
+            frames = padded([batch.frames[place] for place in places])
+            call = _call(signature, frames, callback, batch.on_step)
+            if loaded.scheduler_config is not None:
+                sampler = frames[0].params.get("sampler")
+                loaded.pipe.scheduler = build_sampler(sampler, loaded.scheduler_config)
+            output = loaded.pipe(**call, output_type="pt")
+            pictures.update(zip(places, unflagged(output), strict=False))
+        found = [pictures[place] for place in range(len(batch.frames))]
+        _check_sizes(found, batch.frames[0], class_name)
+        return found
+
+
+def _groups(frames: Sequence[FrameSpec], signature: Signature) -> list[list[int]]:
+    """The places of the frames that may share a call.
+
+    Some classes pad or cut every prompt to the longest one of the call: there, only frames with
+    the same texts may share one, or a neighbour's words would change a picture.
+    """
+    if signature.prompts_stand_alone:
+        return [list(range(len(frames)))]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, frame in enumerate(frames):
+        texts = [value for name, value in sorted(frame.params.items()) if TEXT.fullmatch(name)]
+        groups.setdefault((frame.prompt, *texts), []).append(place)
+    return list(groups.values())
+
+
+def _call(
+    signature: Signature, frames: Sequence[FrameSpec], callback: Any, on_step: StepHook
+) -> dict[str, Any]:
+    """The arguments of a call for frames that share everything but texts and seeds."""
+    params = frames[0].params
+    call: dict[str, Any] = {
+        "prompt": [frame.prompt for frame in frames],
+        "generator": generators(frames),
+        "height": params["height"],
+        "width": params["width"],
+    }
+    for argument in signature.arguments:
+        name = RENAMED.get(argument, argument)
+        if argument not in GIVEN and name in params:
+            is_text = TEXT.fullmatch(name) and params[name] is not None
+            call[argument] = [frame.params[name] for frame in frames] if is_text else params[name]
+    for argument in ("prior_callback_on_step_end", "callback_on_step_end"):
+        if argument in signature.arguments:
+            call[argument] = callback
+    if "callback" in signature.arguments and "callback_on_step_end" not in call:
+        call["callback"] = _older_callback(on_step, params["steps"])
+    return call
+
+
+def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, Any, Any], None]:
+    """What pipelines take that are older than `callback_on_step_end`."""
+
+    def callback(step: int, _timestep: Any, _latents: Any) -> None:
+        on_step(step + 1, max(step + 1, steps))
+
+    return callback
+
+
+def _signature_of(checkpoint: Checkpoint) -> Signature:
+    class_name = checkpoint.class_name
+    signature = read_signature(class_name)
+    if signature is None or text_to_image_class(class_name) != class_name:
+        raise CatalogError(f"AutoPipelineForText2Image knows no {class_name}.")
+    needed = [
+        name
+        for name, argument in signature.arguments.items()
+        if argument.is_required and name != "prompt"
+    ]
+    if "Control" in class_name:
+        needed.append("an image")
+    if needed:
+        raise CatalogError(f"A {class_name} also needs {', '.join(needed)}: no family gives it.")
+    if "num_frames" in signature.arguments:
+        raise CatalogError(f"A {class_name} renders films; the farm renders pictures.")
+    return signature
+
+
+def _fields(arguments: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name, argument in arguments.items():
+        if name in GIVEN or name.startswith("_") or not argument.is_known:
+            continue
+        described = f"{name}, as diffusers has it"
+        kinds = {part.strip() for part in argument.annotation.split("|")}
+        is_optional = "None" in kinds or argument.default is None
+        if TEXT.fullmatch(name):
+            field = Field(default=argument.default, description=described)
+            yield name, (Text | None if is_optional else Text, field)
+            continue
+        kind = SCALARS.get(next(iter(kinds - {"None"}), ""))
+        if kind is None or len(kinds - {"None"}) != 1:
+            continue
+        default = argument.default
+        if kind is float and default is not None:
+            default = float(default)
+        annotation: Any = kind | None if is_optional else kind
+        limits = _limits(name, kind, default)
+        field = Field(default=default, description=described, **limits)
+        yield RENAMED.get(name, name), (annotation, field)
+
+
+def _limits(name: str, kind: type, default: Any) -> dict[str, Any]:
+    if name.endswith("inference_steps"):
+        return STEPS
+    if name == "max_sequence_length":
+        return {"ge": 1, "le": max(default or 0, MOST_TOKENS)}
+    return LIMITS[kind]
+
+
+def _sizes(
+    pipeline: Pipeline, checkpoint: Checkpoint, signature: Signature
+) -> dict[str, dict[str, Any]]:
+    """The default size and what it must be a multiple of, from the models' configurations."""
+    model = checkpoint.configs.get("transformer") or checkpoint.configs.get("unet") or {}
+    vae = checkpoint.configs.get("vae") or checkpoint.configs.get("movq")
+    scale = _scale(vae) if vae else 1
+    patch = model.get("patch_size")
+    multiple = scale * patch if isinstance(patch, int) else scale
+    if signature.packs_latents:
+        multiple = scale * 2
+    own = model.get("sample_size") or signature.default_sample_size
+    side = signature.default_side
+    changes: dict[str, dict[str, Any]] = {}
+    for name, place in (("height", 0), ("width", -1)):
+        default = signature.arguments[name].default if name in signature.arguments else None
+        if default is None and (own or side):
+            default = side or _side(own, place) * scale
+        changes[name] = {"multiple_of": max(multiple, 8), "ge": max(multiple, 8)}
+        if default is not None:
+            changes[name]["default"] = default
+        elif name not in pipeline.defaults:
+            raise CatalogError(
+                f"{pipeline.source} does not say how large its pictures are: put width and "
+                "height into the entry's defaults."
+            )
+    return changes
+
+
+def _side(sample_size: Any, place: int) -> int:
+    return int(sample_size if isinstance(sample_size, int) else sample_size[place])
+
+
+def _scale(vae: Mapping[str, Any]) -> int:
+    """Pixels to a latent's side; without a VAE, the pixels themselves are denoised."""
+    if "block_out_channels" in vae:
+        return vae_scale(vae)
+    if "encoder_block_out_channels" in vae:
+        return int(2 ** (len(vae["encoder_block_out_channels"]) - 1))
+    if "temperal_downsample" in vae:  # as diffusers spells it
+        return int(2 ** len(vae["temperal_downsample"]))
+    return 8
+
+
+def _check_sizes(pictures: list[Image.Image | None], frame: FrameSpec, class_name: str) -> None:
+    size = frame.params["width"], frame.params["height"]
+    for picture in pictures:
+        if picture is not None and picture.size != size:
+            raise RenderError(
+                f"{class_name} draws {picture.width}x{picture.height} where {size[0]}x{size[1]} "
+                "is asked for; ask for a size that it draws."
+            )
+
+
+family = Auto()

@@ -1,0 +1,129 @@
+"""Parameters of families, and how they are fitted to one checkpoint: defaults and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from annotated_types import Ge, Le, MaxLen, MinLen, MultipleOf
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic.fields import FieldInfo
+
+from farm.domain.spec import storable
+
+STRICT = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    strict=True,
+    validate_default=True,
+    allow_inf_nan=False,
+    hide_input_in_errors=True,  # one tenant's words must not show in another's error
+)
+"""For everything that a client sends."""
+
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
+
+
+class Params(BaseModel):
+    """Parameters every family takes. A family adds its own by deriving from this."""
+
+    model_config = STRICT
+
+    PER_FRAME: ClassVar[frozenset[str]] = frozenset({"negative_prompt"})
+    """Fields that may differ between the frames of a batch; all others belong to batch_key."""
+
+    width: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
+    height: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The fields' JSON Schema, whole: without references to other parts of it."""
+        schema = cls.model_json_schema()
+        definitions = schema.pop("$defs", {})
+
+        def whole(part: Any) -> Any:
+            if isinstance(part, list):
+                return [whole(item) for item in part]
+            if not isinstance(part, dict):
+                return part
+            if "$ref" in part:
+                return whole(definitions[part["$ref"].rpartition("/")[2]])
+            return {name: whole(value) for name, value in part.items()}
+
+        inlined: dict[str, Any] = whole(schema)
+        return inlined
+
+    def scalars(self) -> dict[str, Any]:
+        """The values that a diffusers call takes once for a whole batch."""
+        return self.model_dump(exclude=set(self.PER_FRAME))
+
+    def texts(self) -> dict[str, str]:
+        """The texts among the fields, by field: they are limited as prompts are."""
+        return {
+            name: value
+            for name in type(self).model_fields
+            if name in self.PER_FRAME and isinstance(value := getattr(self, name), str)
+        }
+
+    @staticmethod
+    def image_ids(params: Mapping[str, Any]) -> list[str]:
+        """The uploaded images that a frame of these parameters needs."""
+        return []
+
+    @property
+    def reads_syntax(self) -> bool:
+        """Whether a prompt may be one that cannot be read."""
+        return False
+
+    def check_prompt(self, text: str) -> None:
+        """Refuse a prompt that cannot be read as these parameters say; asked where `reads_syntax`.
+
+        Raises:
+            ValueError: what is wrong, and where.
+        """
+
+
+class Negatable(Params):
+    """Parameters of a family whose pictures can be steered away from a text."""
+
+    negative_prompt: str | None = Field(
+        default="", description="what to keep out of the picture; null: as diffusers has it"
+    )
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _negative_prompt_storable(cls, value: str | None) -> str | None:
+        return None if value is None else storable(value)
+
+
+P = TypeVar("P", bound=Params)
+
+LIMITS = {"ge": Ge, "le": Le, "multiple_of": MultipleOf, "min_length": MinLen, "max_length": MaxLen}
+
+
+def tailored(base: type[P], changes: Mapping[str, Mapping[str, Any]]) -> type[P]:
+    """Derive parameters whose fields differ from `base` only in what `changes` names.
+
+    Args:
+        base: the family's parameters.
+        changes: field: arguments of pydantic's Field (`default`, `le`, …), and `annotation`
+            for a narrower type.
+    """
+    fields: dict[str, Any] = {
+        name: _changed(base.model_fields[name], change) for name, change in changes.items()
+    }
+    return create_model(base.__name__, __base__=base, **fields)
+
+
+def _changed(field: FieldInfo, change: Mapping[str, Any]) -> tuple[Any, Any]:
+    annotation = change.get("annotation", field.annotation)
+    replaced = tuple(kind for name, kind in LIMITS.items() if name in change)
+    for kept in field.metadata:
+        if not isinstance(kept, replaced) and "annotation" not in change:
+            annotation = Annotated[annotation, kept]
+    told: dict[str, Any] = {"description": field.description, "examples": field.examples}
+    if not field.is_required():
+        told["default"] = field.default
+    told |= {name: value for name, value in change.items() if name != "annotation"}
+    return annotation, Field(**told)

@@ -1,0 +1,1 @@
+"""Prompts as embeddings, and Compel's syntax."""

@@ -1,0 +1,115 @@
+"""Offers: what a client may ask of a pipeline, known without loading its weights or torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from farm.errors import CatalogError
+from farm.pipelines.catalog import Pipeline
+from farm.pipelines.families import Family, family_of, read_checkpoint
+from farm.pipelines.params import Params, tailored
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One pipeline of the catalog, as a client sees it."""
+
+    name: str
+    pipeline: Pipeline
+    family: Family
+    family_params: type[Params]
+    """The family's parameters, fitted to the checkpoint"""
+    params_type: type[Params]
+    """The same, with the catalog's defaults"""
+
+    def params(self, given: Mapping[str, Any]) -> Params:
+        """Check a grid point's parameters, with every default filled in.
+
+        Raises:
+            ValidationError: a value is outside what its field allows.
+        """
+        return self.params_type.model_validate(given)
+
+    def schema(self) -> dict[str, Any]:
+        """The parameters' JSON Schema, with this pipeline's own defaults."""
+        return self.params_type.json_schema()
+
+
+def make_offer(name: str, pipeline: Pipeline) -> Offer:
+    """Read what a pipeline's checkpoint and family offer.
+
+    Raises:
+        CatalogError: the checkpoint cannot be read, no family renders it, or the catalog's
+            defaults are not what the family takes.
+    """
+    try:
+        checkpoint = read_checkpoint(pipeline)
+        family = family_of(pipeline, checkpoint)
+        _refuse_unused_parts(pipeline, family)
+        params_type = family.tailor(pipeline, checkpoint)
+        with_defaults = _with_defaults(params_type, pipeline.defaults)
+        offer = Offer(name, pipeline, family, params_type, with_defaults)
+        _check_buckets(offer)
+    except CatalogError as error:
+        raise CatalogError(f"Pipeline {name}: {error.message}") from error
+    except Exception as error:  # whatever a strange configuration leads to
+        raise CatalogError(
+            f"Pipeline {name}: its configuration is not of the form that diffusers writes: "
+            f"{type(error).__name__} {error}."
+        ) from error
+    return offer
+
+
+def _refuse_unused_parts(pipeline: Pipeline, family: Family) -> None:
+    for part in pipeline.parts:
+        field = part.partition(".")[0]
+        if field not in family.parts:
+            raise CatalogError(f"{field}: family {family.name} has no use for it; leave it out.")
+
+
+def _check_buckets(offer: Offer) -> None:
+    """Refuse a bucket for a size of picture that no job could ask for."""
+    needed = sample(offer.params_type)
+    for size in offer.pipeline.bucket:
+        if size != "default":
+            width, height = map(int, size.split("x"))
+            try:
+                offer.params({**needed, "width": width, "height": height})
+            except ValidationError as error:
+                raise CatalogError(f"bucket.{size}: {_first(error)}.") from error
+
+
+def sample(params_type: type[Params]) -> dict[str, Any]:
+    """Give examples of the fields that have no default."""
+    return {
+        field: info.examples[0]
+        for field, info in params_type.model_fields.items()
+        if info.is_required() and info.examples
+    }
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def _with_defaults(params_type: type[Params], defaults: Mapping[str, Any]) -> type[Params]:
+    for field in defaults:
+        if field not in params_type.model_fields:
+            raise CatalogError(
+                f"defaults.{field}: there is no such parameter; there are "
+                f"{', '.join(params_type.model_fields)}."
+            )
+    changed = tailored(
+        params_type, {field: {"default": value} for field, value in defaults.items()}
+    )
+    try:
+        changed.model_validate({**sample(changed), **defaults})
+    except ValidationError as error:
+        raise CatalogError(f"defaults.{_first(error)}.") from error
+    return changed

@@ -1,0 +1,1 @@
+"""Pipelines in memory: loaded, pinned on a device, compiled."""

@@ -1,0 +1,254 @@
+"""Loading weights through diffusers and pinning them. torch is imported inside functions only."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from farm.errors import CatalogError, FarmError, OutOfMemory, one_line
+from farm.pipelines.catalog import Pipeline, Weights
+from farm.pipelines.checkpoints.hub import fetched, fetched_before
+from farm.pipelines.checkpoints.layout import INDEX
+from farm.pipelines.checkpoints.read import unused_in
+from farm.pipelines.checkpoints.weights import (
+    check_files,
+    named_files,
+    parameter_count,
+    weights_hash,
+)
+from farm.pipelines.family import Loaded
+from farm.pipelines.runtime.compiling import compile_pipe
+from farm.pipelines.runtime.devices import (
+    device_of,
+    dtype_of,
+    free_memory,
+    is_out_of_memory,
+    quieten_libraries,
+)
+from farm.pipelines.runtime.models import load_model, model_classes
+from farm.pipelines.samplers import sampler_config
+
+log = logging.getLogger(__name__)
+
+AUTO = "AutoPipelineForText2Image"
+OPTIONS = ("compile", "channels_last", "offload")
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def load_pipe(pipeline: Pipeline, class_name: str = AUTO, **components: Any) -> Any:
+    """Load an entry's own weights, on the CPU, in the dtype of its device.
+
+    Args:
+        pipeline: the entry.
+        class_name: the diffusers class to load through.
+        components: what to use in place of the checkpoint's own.
+
+    Raises:
+        CatalogError: it cannot be loaded; the message says why.
+    """
+    if pipeline.safety_checker is False:
+        components = {**components, "safety_checker": None, "requires_safety_checker": False}
+    return load_part(pipeline, pipeline, class_name, **components)
+
+
+def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: Any) -> Any:
+    """Load some of an entry's weights; see load_pipe."""
+    import diffusers
+    import torch
+
+    quieten_libraries()
+    loader: Any = getattr(diffusers, class_name)
+    device = device_of(pipeline)
+    dtype = dtype_of(pipeline, device)
+    variant = pipeline.variant_of(part)
+    source = fetched(part, variant)
+    # Once more: what lies there may have changed since the offer, or has just been fetched.
+    check_files(Path(source), variant, part.source, {*unused_in(pipeline), *components})
+    _check_memory(pipeline, part, source, device, BYTES[dtype])
+    folder, kind = Path(source), getattr(torch, dtype)
+    if not (folder / INDEX).is_file():
+        with _told(pipeline, part):
+            return load_model(loader, folder, part.source, variant, kind)
+    with _told(pipeline, part):
+        classes = [*model_classes(folder, part.source)]
+    for name, model_class in classes:
+        if name not in components:
+            where = f"{part.source}: {name}"
+            files = named_files(folder / name, variant)
+            with _told(pipeline, part, where, files):
+                model = load_model(model_class, folder / name, where, variant, kind)
+            components = {**components, name: model}
+    with _told(pipeline, part):
+        loaded = loader.from_pretrained(
+            source, variant=variant, dtype=kind, use_safetensors=True, **components
+        )
+    _mend(getattr(loaded, "text_encoder", None))
+    return loaded
+
+
+def _mend(text_encoder: Any) -> None:
+    """Let clip_skip work: diffusers 0.42 looks for a `text_model` that transformers 5.6 took away.
+
+    See https://github.com/huggingface/diffusers/issues/14124. Set past torch's own registry, in
+    which a module cannot be a part of itself.
+    """
+    if text_encoder is not None and not hasattr(text_encoder, "text_model"):
+        object.__setattr__(text_encoder, "text_model", text_encoder)
+
+
+def pin(
+    pipeline: Pipeline, pipes: Sequence[Any], extras: Mapping[str, Any] | None = None
+) -> Loaded:
+    """Put pipelines on their device, as the catalog says; the first is the one that is called.
+
+    Raises:
+        CatalogError: the device has no room for them.
+    """
+    device = device_of(pipeline)
+    for pipe in pipes:
+        with _told(pipeline, pipeline):
+            _place(pipeline, pipe, device)
+    return Loaded(
+        pipe=pipes[0],
+        device=device,
+        dtype=dtype_of(pipeline, device),
+        scheduler_config=sampler_config(pipes[0]),
+        weights=_weights(pipeline),
+        options=_options(pipeline, device),
+        extras=extras or {},
+        pipes=tuple(pipes),
+    )
+
+
+def _options(pipeline: Pipeline, device: str) -> dict[str, Any]:
+    """The options that are set, and that do something on this device."""
+    given = {name: value for name in OPTIONS if (value := getattr(pipeline, name))}
+    if device == "cpu":
+        given.pop("offload", None)
+    return given
+
+
+def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    if pipeline.channels_last:
+        for name in ("unet", "transformer", "vae", "movq", "controlnet"):
+            module = getattr(pipe, name, None)
+            if module is not None:
+                module.to(memory_format=torch.channels_last)
+    if device == "cpu":
+        if pipeline.offload:
+            log.info("offload = %r means nothing on the CPU", pipeline.offload)
+        pipe.to(device)
+    elif pipeline.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif pipeline.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif pipeline.offload == "group":
+        pipe.enable_group_offload(
+            torch.device(device),
+            offload_type="leaf_level",
+            use_stream=True,
+            # SDXL's is cast to float32 to decode, which the copy that comes back would undo.
+            exclude_modules=[name for name in ("vae", "movq") if hasattr(pipe, name)],
+        )
+    else:
+        pipe.to(device)
+    if pipeline.compile:
+        compile_pipe(pipe, pipeline.compile)
+
+
+@contextmanager
+def _told(
+    pipeline: Pipeline, part: Weights, where: str | None = None, files: str | None = None
+) -> Iterator[None]:
+    """Turn what the libraries raise into one clear line, which names the component's files."""
+    try:
+        yield
+    except FarmError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            source = f" from {files}" if files else ""
+            raise CatalogError(
+                f"{where or part.source} cannot be loaded{source}: {_reason(error, part)}"
+            ) from error
+        traceback.clear_frames(error.__traceback__)  # what was loaded so far stands in them
+        free_what_is_left()
+        device = device_of(pipeline)
+        raise OutOfMemory(
+            f"Out of memory while loading {part.source} on {device}; {_gib(free_memory(device))} "
+            f"are free now. {HELP}"
+        ) from error
+
+
+OWN_CODE = re.compile(r"contains custom code in (\S+)")
+SHAPES = re.compile(r"ignore_mismatched_sizes|size mismatch|expected shape")
+
+
+def _reason(error: Exception, part: Weights) -> str:
+    """What a library says, in one line, and without where this machine keeps its checkpoints."""
+    said = one_line(str(error).replace(part.checkpoint, part.source)) or type(error).__name__
+    if code := OWN_CODE.search(said):
+        return f"{code[1]} is code of its own, which is never run."
+    if not SHAPES.search(str(error)):
+        return said
+    detail = re.search(r"(\S+) expected shape .*? but got .*?\)", said)  # one_line cuts far behind
+    shown = f" ({detail[0]})" if detail else ""
+    return f"its weights are not of the shapes that its configuration says{shown}."
+
+
+HELP = "A smaller dtype, `offload` on a GPU, or fewer workers on this machine may help."
+
+
+def free_what_is_left() -> None:
+    """Give back what a failed load holds: its tensors, and torch's own reserve on a GPU."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+
+
+def _check_memory(pipeline: Pipeline, part: Weights, source: str, device: str, width: int) -> None:
+    """Refuse what cannot fit before it drives the machine out of memory."""
+    needed = parameter_count(Path(source), pipeline.variant_of(part)) * width
+    for place in {"cpu"} if pipeline.offload else {"cpu", device}:
+        free = free_memory(place)
+        if needed > free:
+            raise OutOfMemory(
+                f"Out of memory: {part.source} needs {_gib(needed)} on {place} for its weights "
+                f"alone, and {_gib(free)} are free. {HELP}"
+            )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _weights(pipeline: Pipeline) -> str:
+    """Name the weights: a folder by its content, a hub repository by its commit and variant."""
+    own = _name_of_weights(pipeline, pipeline.variant_of(pipeline))
+    if not pipeline.parts:
+        return own
+    lines = [own]
+    for name, part in pipeline.parts.items():
+        lines.append(f"{name} {_name_of_weights(part, pipeline.variant_of(part))}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _name_of_weights(weights: Weights, variant: str | None) -> str:
+    if weights.is_local:
+        content = weights_hash(Path(weights.checkpoint))
+        return hashlib.sha256(f"{content} {variant}".encode()).hexdigest() if variant else content
+    folder = Path(fetched_before(weights, variant) or fetched(weights, variant))
+    # The hub's cache may hold files of other variants beside those that were loaded.
+    return hashlib.sha256(f"{weights.source} {folder.name} {variant}".encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""A checkpoint's models, each loaded whole.
+
+transformers fills what a file lacks with random numbers, and says so in a log alone. So each model
+is loaded by itself, with its report: missing weights are an error, and those that the class has no
+place for are named in a warning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from farm.errors import CatalogError
+from farm.pipelines.checkpoints.layout import INDEX, components, read_json
+from farm.pipelines.checkpoints.weights import has_variant, named_files
+
+log = logging.getLogger(__name__)
+
+SHOWN = 3
+"""Names of weights in a message"""
+
+
+def model_classes(folder: Path, where: str) -> Iterator[tuple[str, Any]]:
+    """Name the models among a checkpoint's components, each with its class.
+
+    Args:
+        folder: the checkpoint.
+        where: its name, for people.
+    """
+    for name, library, class_name in components(read_json(folder, INDEX, where)):
+        kind = _model_class(library, class_name)
+        if kind is not None and (folder / name).is_dir():
+            yield name, kind
+
+
+def load_model(kind: Any, folder: Path, where: str, variant: str | None, dtype: Any) -> Any:
+    """Load a model of a class of diffusers or transformers, on the CPU.
+
+    Args:
+        kind: the class.
+        folder: its own.
+        where: its name, for people.
+        variant: of its files, where there are such; else the plain ones.
+        dtype: torch's.
+
+    Raises:
+        CatalogError: it lacks weights that its class needs.
+    """
+    of_transformers = kind.__module__.startswith("transformers.") or not _is_mixin(kind)
+    chosen = {"variant": variant} if variant and has_variant(folder, variant) else {}
+    model, report = kind.from_pretrained(
+        folder,
+        use_safetensors=True,
+        output_loading_info=True,
+        **{"dtype" if of_transformers else "torch_dtype": dtype},
+        **chosen,
+    )
+    _check(report, where, named_files(folder, variant))
+    return model
+
+
+def _is_mixin(kind: Any) -> bool:
+    import diffusers
+
+    return issubclass(kind, diffusers.ModelMixin)
+
+
+def _model_class(library: str, class_name: str) -> Any | None:
+    """Find a component's class, as diffusers does; None for what has no weights."""
+    import torch
+
+    module = (
+        library if library in {"diffusers", "transformers"} else f"diffusers.pipelines.{library}"
+    )
+    kind = getattr(importlib.import_module(module), class_name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, torch.nn.Module) else None
+
+
+def _check(report: Mapping[str, Any], where: str, files: str) -> None:
+    if missing := sorted(report.get("missing_keys") or ()):
+        raise CatalogError(
+            f"{where} lacks weights that its class needs: {_some(missing)}. Its {files} are "
+            "not from the same model, or another version of the library wrote them."
+        )
+    if surplus := sorted(report.get("unexpected_keys") or ()):
+        log.warning("%s contains weights that its class does not use: %s", where, _some(surplus))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,1 @@
+"""Rendering in this process: warm-up, calibration, replay."""

@@ -1,0 +1,29 @@
+"""What this process renders with: the device, torch's threads, the versions of libraries."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from farm import __version__
+from farm.imaging.provenance import Circumstances
+from farm.pipelines.family import Loaded
+from farm.pipelines.runtime.devices import device_name, thread_count
+
+LIBRARIES = ("torch", "diffusers", "transformers", "compel", "pillow", "numpy", "zlib-ng")
+
+
+def circumstances_of(loaded: Loaded) -> Circumstances:
+    """Tell the circumstances that a loaded pipeline renders in, in this process."""
+    return Circumstances(
+        weights=loaded.weights,
+        device=device_name(loaded.device),
+        dtype=loaded.dtype,
+        threads=thread_count(loaded.device),
+        versions=library_versions(),
+        options=dict(loaded.options),
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Tell the version of every library that has a part in a picture's bytes."""
+    return {"farm": __version__, **{name: metadata.version(name) for name in LIBRARIES}}

@@ -1,0 +1,179 @@
+"""Compiling before the first claim: every shape that the catalog's buckets can give a batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from farm.domain.spec import FrameSpec
+from farm.errors import CatalogError, RenderError
+from farm.pipelines.family import Batch, Loaded
+from farm.pipelines.params import Params
+from farm.pipelines.resolve import Offer, sample
+from farm.pipelines.runtime.compile_cache import graphs_kept
+from farm.pipelines.runtime.compiling import compile_no_more
+from farm.pipelines.runtime.devices import is_out_of_memory
+from farm.pipelines.runtime.loading import free_what_is_left
+from farm.pipelines.runtime.slots import SlotTest
+
+log = logging.getLogger(__name__)
+
+STEPS = 5
+"""Enough for a refiner, which takes a fifth of them, to have one."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides whether a batch must be compiled for."""
+
+    width: int
+    height: int
+    bucket: int
+
+
+def shape_of(frame: FrameSpec) -> Shape:
+    """Tell a frame's shape."""
+    return Shape(frame.params["width"], frame.params["height"], frame.bucket)
+
+
+@dataclass
+class Warmth:
+    """The shapes that are compiled, and which others were met."""
+
+    shapes: set[Shape] = field(default_factory=set)
+
+    def meet(self, name: str, frame: FrameSpec) -> None:
+        """Say once in the log that a shape was not declared, and is rendered without compiling."""
+        shape = shape_of(frame)
+        if self.shapes and shape not in self.shapes:
+            self.shapes.add(shape)
+            log.warning(
+                "Pipeline %s is not compiled for %dx%d at bucket %d, which its catalog entry does "
+                "not declare: such batches are rendered slower",
+                name,
+                shape.width,
+                shape.height,
+                shape.bucket,
+            )
+
+
+def warm_up(offer: Offer, loaded: Loaded, only: FrameSpec | None = None) -> Warmth:
+    """Render a picture of every declared shape, with and without guidance, and keep none.
+
+    Afterwards this process compiles nothing more: what a client asks for beyond the declared
+    shapes is rendered as it is, so that a picture's bits depend on its spec alone. Does nothing
+    where the pipeline is not compiled.
+
+    Args:
+        offer: the pipeline.
+        loaded: the same, pinned.
+        only: compile for this frame's shape alone, where it is a declared one.
+
+    Raises:
+        CatalogError: it cannot be compiled; the message says why.
+    """
+    if not offer.pipeline.compile:
+        return Warmth()
+    started = time.monotonic()
+    shapes = set(declared_shapes(offer))
+    if only is not None:
+        shapes &= {shape_of(only)}
+    with graphs_kept(offer.name, offer.pipeline):
+        for shape in sorted(shapes, key=lambda shape: (shape.width, shape.height, shape.bucket)):
+            _compile_for(offer, loaded, shape)
+    compile_no_more(is_anything_compiled=bool(shapes))
+    seconds = time.monotonic() - started
+    log.info("%s compiled for %d shapes in %.1f s", offer.name, len(shapes), seconds)
+    return Warmth(shapes)
+
+
+def _compile_for(offer: Offer, loaded: Loaded, shape: Shape) -> None:
+    for params in _variants(offer, shape):
+        try:
+            offer.family.denoise(loaded, _batch(offer, shape, params))
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CatalogError(
+                f"{offer.pipeline.source} cannot be compiled for {shape.width}x{shape.height} "
+                f"at bucket {shape.bucket}: {reason}"
+            ) from error
+
+
+def default_shape(offer: Offer) -> Shape:
+    """The entry's own size, at its bucket."""
+    fields = offer.params_type.model_fields
+    width, height = fields["width"].default, fields["height"].default
+    return Shape(width, height, offer.pipeline.bucket_for(width, height))
+
+
+def declared_shapes(offer: Offer) -> Iterator[Shape]:
+    """Every size of the bucket table, at each bucket that the farm may choose for it.
+
+    That is the table's own, and the powers of two below it, for jobs of fewer frames.
+    """
+    fields = offer.params_type.model_fields
+    for size, most in offer.pipeline.bucket.items():
+        if size == "default":
+            width, height = fields["width"].default, fields["height"].default
+        else:
+            width, height = (int(side) for side in size.split("x"))
+        most = offer.pipeline.bucket_for(width, height) if size == "default" else most
+        bucket = 1
+        while bucket < most:
+            yield Shape(width, height, bucket)
+            bucket *= 2
+        yield Shape(width, height, most)
+
+
+def _variants(offer: Offer, shape: Shape) -> Iterator[Params]:
+    """Parameters of a shape that between them reach every graph: with and without guidance."""
+    fields = offer.params_type.model_fields
+    given: dict[str, Any] = {"width": shape.width, "height": shape.height}
+    given |= {name: STEPS for name in ("steps", "prior_steps") if name in fields}
+    given |= sample(offer.params_type)
+    guided = [{}, {"guidance_scale": 1.0}] if "guidance_scale" in fields else [{}]
+    for change in guided:
+        yield offer.params({**given, **change})
+
+
+def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:
+    frame = FrameSpec(
+        pipeline=offer.name,
+        prompt="",
+        seed=0,
+        bucket=shape.bucket,
+        params=params.model_dump(),
+    )
+    picture = Image.new("RGB", (shape.width, shape.height))
+    return Batch([frame], images=dict.fromkeys(offer.params_type.image_ids(frame.params), picture))
+
+
+def slot_test(offer: Offer, loaded: Loaded) -> SlotTest:
+    """Test that a picture's bits do not depend on its slot, for the entry's own size and bucket.
+
+    Where memory runs out nothing is known yet: a smaller bucket is tested when it is met.
+
+    Raises:
+        CatalogError: they do, whatever is tried.
+    """
+    slots, is_short = SlotTest(offer.name, offer.family, offer.params_type), False
+    if loaded.pipes:
+        shape = default_shape(offer)
+        params = next(_variants(offer, shape))
+        try:
+            slots.threads(loaded, _batch(offer, shape, params).frames[0])
+        except RenderError as error:
+            raise CatalogError(error.message) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("Memory runs out for %s at its own size and bucket", offer.name)
+            is_short = True
+    if is_short:
+        free_what_is_left()  # not before: the error held on to what it had computed
+    return slots

@@ -1,0 +1,1 @@
+"""Use cases over the servers: jobs, quotes, control images, exports, the audit."""

@@ -1,0 +1,295 @@
+"""The audit: the invariants checked on a farm that is alive, its database against its storage.
+
+It reads and never mends. What must agree is read in one snapshot, so that nothing which merely
+moved is reported. It walks leases, jobs, frames and events, chunk by chunk with flat memory, and
+its report says after each chunk where it stands, so that it can go on from there.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from farm.context import Farm
+from farm.domain.invariants import Finding, Invariant, check_frame, check_job
+from farm.domain.states import FrameState
+from farm.errors import Unavailable
+from farm.storage import NotStored, artifact_key
+from farm.store import audit as stored
+from farm.store.engine import Transaction, transaction
+
+JOBS_A_CHUNK = 100
+FRAMES_A_CHUNK = 1000
+EVENTS_A_CHUNK = 10_000
+AT_ONCE = 8
+"""Artifacts that are read at the same time."""
+
+FINDINGS_KEPT = 1000
+"""A report counts them all, and describes the first."""
+
+TRIES = 5
+"""How often a server that does not answer is asked, over some eight seconds."""
+
+FIRST = uuid.UUID(int=0)
+T = TypeVar("T")
+
+
+class Phase(StrEnum):
+    """What an audit walks through, in this order."""
+
+    LEASES = "leases"
+    JOBS = "jobs"
+    FRAMES = "frames"
+    EVENTS = "events"
+    DONE = "done"
+
+
+class Place(BaseModel, frozen=True):
+    """Where an audit stands: behind this job, frame or event."""
+
+    phase: Phase = Phase.LEASES
+    job_id: uuid.UUID = FIRST
+    ordinal: int = -1
+    event: int = 0
+
+    def behind(self) -> Place:
+        """The beginning of the next phase."""
+        phases = list(Phase)
+        return Place(phase=phases[phases.index(self.phase) + 1])
+
+
+class Report(BaseModel):
+    """What an audit has come to, and where it stands."""
+
+    checked: dict[Invariant, int] = Field(default_factory=lambda: dict.fromkeys(Invariant, 0))
+    """Jobs under durability and conservation, frames under the others."""
+    wrong: dict[Invariant, int] = Field(default_factory=lambda: dict.fromkeys(Invariant, 0))
+    """All that was found, by invariant."""
+    findings: list[Finding] = []
+    """The first FINDINGS_KEPT of them."""
+    place: Place = Place()
+    walked: dict[Phase, int] = Field(default_factory=lambda: dict.fromkeys(Phase, 0))
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything held that was checked."""
+        return not any(self.wrong.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has gone through everything."""
+        return self.place.phase is Phase.DONE
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an audit is within a phase; the total is what there was when it began."""
+
+    phase: Phase
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What one step came to."""
+
+    walked: int
+    place: Place
+    checked: dict[Invariant, int]
+    findings: list[Finding]
+
+
+def audited(farm: Farm, *, sample: float = 1.0) -> Report:
+    """Audit a farm from the beginning to the end; see `audit`."""
+    report = Report()
+    for _ in audit(farm, report, sample=sample):
+        pass
+    return report
+
+
+def audit(farm: Farm, report: Report, *, sample: float = 1.0) -> Iterator[Finding | Progress]:
+    """Check what must hold, from where `report` stands, and note everything in it.
+
+    Whenever something is yielded, the report may be stored, and another audit go on with it.
+
+    Args:
+        farm: what is checked; only its database and its storage are asked.
+        report: what is filled in: a new one, or that of an audit which was broken off.
+        sample: the share of the succeeded frames whose artifacts are read, drawn at random;
+            1 reads all, 0 none.
+
+    Yields:
+        Each finding, and after each chunk how far the audit is.
+
+    Raises:
+        Unavailable: Postgres or the storage does not answer, though asked several times.
+    """
+    sizes = _read(farm, stored.sizes)
+    totals = {Phase.JOBS: sizes.jobs, Phase.FRAMES: sizes.frames, Phase.EVENTS: sizes.events}
+    steps: dict[Phase, Callable[[Place], _Chunk]] = {
+        Phase.LEASES: lambda place: _leases(farm, place),
+        Phase.JOBS: lambda place: _jobs(farm, place),
+        Phase.FRAMES: lambda place: _frames(farm, place, sample),
+        Phase.EVENTS: lambda place: _events(farm, place, sizes.last_event),
+    }
+    while not report.finished:
+        phase = report.place.phase
+        chunk = steps[phase](report.place)
+        _take(report, chunk)
+        yield from chunk.findings
+        done = report.walked[phase]
+        yield Progress(phase, done, max(done, totals.get(phase, 0)))
+
+
+def _take(report: Report, chunk: _Chunk) -> None:
+    report.walked[report.place.phase] += chunk.walked
+    report.place = chunk.place
+    for invariant, number in chunk.checked.items():
+        report.checked[invariant] += number
+    for finding in chunk.findings:
+        report.wrong[finding.invariant] += 1
+    room = FINDINGS_KEPT - len(report.findings)
+    report.findings = [*report.findings, *chunk.findings[:room]]
+
+
+def _leases(farm: Farm, place: Place) -> _Chunk:
+    rows = _read(farm, lambda connection: stored.wrong_leases(connection, FINDINGS_KEPT))
+    findings = [
+        Finding(
+            invariant=Invariant.CONSERVATION,
+            job_id=row.job_id,
+            ordinal=row.ordinal,
+            attempt=row.attempt,
+            detail=f"lease {row.lease_id} holds it, and the frame is at {row.latest or 'none'}",
+        )
+        for row in rows
+    ]
+    return _Chunk(0, place.behind(), {}, findings)
+
+
+def _jobs(farm: Farm, place: Place) -> _Chunk:
+    rows = _read(farm, lambda c: stored.jobs_after(c, place.job_id, JOBS_A_CHUNK))
+    findings = [finding for row in rows for finding in check_job(row)]
+    findings += _winners(farm, [row.id for row in rows])
+    checked = {Invariant.DURABILITY: len(rows), Invariant.CONSERVATION: len(rows)}
+    last = len(rows) < JOBS_A_CHUNK
+    there = place.behind() if last else Place(phase=place.phase, job_id=rows[-1].id)
+    return _Chunk(len(rows), there, checked, findings)
+
+
+def _winners(farm: Farm, job_ids: list[uuid.UUID]) -> Iterator[Finding]:
+    rows = _read(farm, lambda c: stored.wrong_winners(c, job_ids, FINDINGS_KEPT))
+    for row in rows:
+        told = ", ".join(map(str, row.attempts))
+        now = f"{row.state} at attempt {row.attempt}" if row.state else "not there"
+        yield Finding(
+            invariant=Invariant.SINGLE_WINNER,
+            job_id=row.job_id,
+            ordinal=row.ordinal,
+            attempt=row.attempts[0],
+            detail=f"events tell that attempt {told} succeeded; it is {now}",
+        )
+
+
+def _frames(farm: Farm, place: Place, sample: float) -> _Chunk:
+    rows = _read(
+        farm, lambda c: stored.frames_after(c, place.job_id, place.ordinal, FRAMES_A_CHUNK)
+    )
+    kept = [row for row in rows if not row.removed]
+    succeeded = [row for row in kept if row.state == FrameState.SUCCEEDED]
+    chosen = [row for row in succeeded if random.random() < sample]  # noqa: S311 - no secret
+    findings = [finding for row in kept for finding in check_frame(row)]
+    findings += _wrong_artifacts(farm, chosen)
+    checked = {
+        Invariant.LEDGER: len(kept),
+        Invariant.SINGLE_WINNER: len(succeeded),
+        Invariant.ARTIFACT_TRUTH: len(chosen),
+    }
+    there = place.behind()
+    if len(rows) == FRAMES_A_CHUNK:
+        there = Place(phase=place.phase, job_id=rows[-1].job_id, ordinal=rows[-1].ordinal)
+    return _Chunk(len(rows), there, checked, findings)
+
+
+def _wrong_artifacts(farm: Farm, frames: list[Any]) -> list[Finding]:
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="audit")
+    try:
+        answers = pool.map(lambda frame: _wrong_artifact(farm, frame), frames)
+        return [finding for finding in answers if finding is not None]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _wrong_artifact(farm: Farm, frame: Any) -> Finding | None:
+    key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, frame.sha256, frame.format)
+    try:
+        length, digest = _patiently(lambda: farm.artifacts.measure(key))
+    except NotStored:
+        detail = "its image is not stored"
+    else:
+        if (length, digest) == (frame.bytes, frame.sha256):
+            return None
+        detail = (
+            f"{length} bytes with sha256 {digest.hex()} are stored, not {frame.bytes} with "
+            f"{frame.sha256.hex()}"
+        )
+    # Its job may have been removed while the storage was asked.
+    now = _read(farm, lambda c: stored.succeeded_frame(c, frame.job_id, frame.ordinal))
+    if now is None or (now.bytes, now.sha256) != (frame.bytes, frame.sha256):
+        return None
+    return Finding(
+        invariant=Invariant.ARTIFACT_TRUTH,
+        job_id=frame.job_id,
+        ordinal=frame.ordinal,
+        attempt=frame.attempt,
+        detail=detail,
+    )
+
+
+def _events(farm: Farm, place: Place, last_event: int) -> _Chunk:
+    chunk = _read(farm, lambda c: stored.queued_after(c, place.event, last_event, EVENTS_A_CHUNK))
+    findings = [
+        Finding(
+            invariant=Invariant.DURABILITY,
+            job_id=job_id,
+            detail="it was accepted, and is not there; no event tells that it was removed",
+        )
+        for job_id in chunk.lost or []
+    ]
+    there = place.behind()
+    if chunk.read == EVENTS_A_CHUNK:
+        there = Place(phase=place.phase, event=chunk.last)
+    return _Chunk(chunk.read, there, {}, findings)
+
+
+def _read(farm: Farm, question: Callable[[Transaction], T]) -> T:
+    def ask() -> T:
+        with transaction(farm.store) as connection:
+            stored.only_read(connection)
+            return question(connection)
+
+    return _patiently(ask)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Ask again while a server does not answer.
+
+    Raises:
+        Unavailable: it did not answer TRIES times.
+    """
+    tries = Retrying(
+        retry=retry_if_exception(lambda error: isinstance(error, Unavailable) and error.retryable),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential_jitter(multiplier=0.5, jitter=0.5),
+        reraise=True,
+    )
+    return tries(ask)

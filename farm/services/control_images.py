@@ -1,0 +1,108 @@
+"""Control images: uploaded by a tenant, named by their content, read by workers.
+
+An image's id is the sha256 of the PNG that is kept, so an id means the same picture for ever.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Collection
+
+from botocore.exceptions import ClientError
+from PIL import Image
+
+from farm.context import Farm
+from farm.errors import RenderError, Unavailable
+from farm.imaging.uploads import decoded, is_image_id, normalised
+from farm.storage import Artifacts
+from farm.store import images as stored
+from farm.store.engine import Transaction, transaction
+from farm.store.images import StoredImage
+
+NO_SUCH_KEY = "NoSuchKey"
+
+
+KEY = re.compile(r"images/([0-9a-f-]{36})/([0-9a-f]{64})\.png")
+
+
+def images_prefix(tenant_id: uuid.UUID) -> str:
+    """What the keys of a tenant's images begin with."""
+    return f"images/{tenant_id}/"
+
+
+def image_key(tenant_id: uuid.UUID, image_id: str) -> str:
+    """Name an image in the storage: its tenant, and the hash of its bytes."""
+    return f"{images_prefix(tenant_id)}{image_id}.png"
+
+
+def parse_image_key(key: str) -> tuple[uuid.UUID, str] | None:
+    """Read an image's key as (tenant, id); None for any other key."""
+    found = KEY.fullmatch(key)
+    try:
+        return (uuid.UUID(found[1]), found[2]) if found else None
+    except ValueError:
+        return None
+
+
+def upload(farm: Farm, tenant_id: uuid.UUID, content: bytes, content_type: str) -> StoredImage:
+    """Check an image, bring it into the form that is kept, and store it.
+
+    Uploading the same content again changes nothing, and gives the same image.
+
+    Raises:
+        UnsupportedMediaType: `content_type` is not a kind that is taken.
+        InvalidRequest: the file is of another kind, damaged, or outside the limits.
+        Unavailable: the storage or Postgres is away, or the same image is being deleted.
+    """
+    image = normalised(content, content_type, max_pixels=farm.settings.max_image_pixels)
+    sha256 = image.sha256
+    with transaction(farm.store) as connection:
+        stored.begin_image(
+            connection,
+            tenant_id,
+            sha256,
+            width=image.width,
+            height=image.height,
+            size=len(image.content),
+        )
+    farm.artifacts.put(image_key(tenant_id, sha256.hex()), image.content)
+    with transaction(farm.store) as connection:
+        return stored.finish_image(connection, tenant_id, sha256)
+
+
+def get_image(farm: Farm, tenant_id: uuid.UUID, image_id: str) -> StoredImage:
+    """Look an image up.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    with transaction(farm.store) as connection:
+        return stored.get_image(connection, tenant_id, image_id)
+
+
+def missing_images(connection: Transaction, tenant_id: uuid.UUID, ids: Collection[str]) -> set[str]:
+    """Tell which ids name no image of a tenant; what has not the form of an id never does."""
+    known = stored.known_images(connection, tenant_id, filter(is_image_id, ids))
+    return set(ids) - known
+
+
+def load_image(artifacts: Artifacts, tenant_id: uuid.UUID, image_id: str) -> Image.Image:
+    """Fetch an image from the storage, checked against its hash and decoded, as RGB.
+
+    Raises:
+        RenderError: the storage does not hold it, or holds something else under its name.
+        Unavailable: the storage does not answer.
+    """
+    try:
+        content = artifacts.get(image_key(tenant_id, image_id))
+    except Unavailable as error:
+        if _is_missing(error):
+            raise RenderError(f"The storage holds no image {image_id}.") from error
+        raise
+    return decoded(content, image_id)
+
+
+def _is_missing(error: Unavailable) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, ClientError) and cause.response["Error"]["Code"] == NO_SUCH_KEY

@@ -1,0 +1,239 @@
+"""A dataset's cover: its manifest, what is missing, its card, and its Croissant metadata.
+
+The card is what Hugging Face's hub shows, with the configuration that `load_dataset` reads from a
+folder. Croissant is MLCommons' vocabulary for datasets, 1.1: https://docs.mlcommons.org/croissant
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from farm.services.exports.rows import DESCRIPTIONS, SCHEMA
+
+CONTEXT: Mapping[str, Any] = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "arrayShape": "cr:arrayShape",
+    "citeAs": "cr:citeAs",
+    "column": "cr:column",
+    "conformsTo": "dct:conformsTo",
+    "containedIn": "cr:containedIn",
+    "cr": "http://mlcommons.org/croissant/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "extract": "cr:extract",
+    "field": "cr:field",
+    "fileObject": "cr:fileObject",
+    "fileProperty": "cr:fileProperty",
+    "fileSet": "cr:fileSet",
+    "format": "cr:format",
+    "includes": "cr:includes",
+    "isArray": "cr:isArray",
+    "isLiveDataset": "cr:isLiveDataset",
+    "jsonPath": "cr:jsonPath",
+    "key": "cr:key",
+    "md5": "cr:md5",
+    "parentField": "cr:parentField",
+    "path": "cr:path",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "recordSet": "cr:recordSet",
+    "references": "cr:references",
+    "regex": "cr:regex",
+    "repeated": "cr:repeated",
+    "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
+    "sc": "https://schema.org/",
+    "separator": "cr:separator",
+    "source": "cr:source",
+    "subField": "cr:subField",
+    "transform": "cr:transform",
+}
+TYPES = {"string": "sc:Text", "double": "sc:Float", "bool": "sc:Boolean"}
+"""Croissant's by Arrow's; the rest are whole numbers"""
+
+MEDIA_TYPES = {
+    ".parquet": "application/x-parquet",
+    ".tar": "application/x-tar",
+    ".jsonl": "application/jsonlines",
+}
+FILES = {"webdataset": "data/*.tar", "parquet": "data/*.parquet"}
+LOADED = {
+    "webdataset": 'load_dataset("webdataset", data_files="data/*.tar", split="train")',
+    "parquet": 'load_dataset("parquet", data_files="data/*.parquet", split="train")',
+    "imagefolder": 'load_dataset("imagefolder", data_dir="data", split="train")',
+}
+FORMS = {
+    "webdataset": "WebDataset shards: `.png` (or `.jpg`, `.webp`), `.txt` with the prompt and "
+    "`.json` with every column, and beside each a Parquet with the same columns, which also lists "
+    "the frames that have no picture.",
+    "parquet": "Parquet shards with the pictures in the column `image`.",
+    "imagefolder": "The pictures' own files, with a `metadata.parquet` in each folder.",
+}
+
+
+@dataclass(frozen=True)
+class Cover:
+    """What is known of a dataset once its shards are written."""
+
+    export_id: str
+    kind: str
+    jobs: Sequence[Mapping[str, Any]]
+    """id, pipeline, total, created_at of each"""
+    shards: Sequence[Mapping[str, Any]]
+    """number, job, first, stop, pictures, missing, pictures rejected by filters, and files with
+    name, bytes, sha256"""
+    pictures: int
+    missing: int
+    bytes: int
+
+    @property
+    def files(self) -> list[Mapping[str, Any]]:
+        """Every file that the manifest lists."""
+        return [file for shard in self.shards for file in shard["files"]]
+
+
+def manifest(cover: Cover) -> bytes:
+    """List every shard with its files' hashes, and how many frames have no picture."""
+    content = {
+        "export": cover.export_id,
+        "kind": cover.kind,
+        "jobs": list(cover.jobs),
+        "pictures": cover.pictures,
+        "missing": cover.missing,
+        "rejected": sum(shard["rejected"] for shard in cover.shards),
+        "bytes": cover.bytes,
+        "shards": list(cover.shards),
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False).encode()
+
+
+def card(cover: Cover) -> bytes:
+    """Write the README of the dataset."""
+    pipelines = sorted({str(job["pipeline"]) for job in cover.jobs})
+    configs = (
+        f'configs:\n- config_name: default\n  data_files: "{FILES[cover.kind]}"\n'
+        if cover.kind in FILES
+        else ""
+    )
+    columns = "\n".join(f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items())
+    jobs = "\n".join(
+        f"- `{job['id']}`: {job['total']:,} frames of {job['pipeline']}" for job in cover.jobs
+    )
+    return f"""---
+pretty_name: {json.dumps(_title(cover))}
+task_categories:
+- text-to-image
+tags:
+- synthetic
+- diffusion
+size_categories:
+- {_size_category(cover.pictures)}
+{configs}---
+
+# {_title(cover)}
+
+{cover.pictures:,} pictures in {len(cover.shards):,} shards, {cover.bytes:,} bytes, rendered by
+{", ".join(pipelines)}; {cover.missing:,} frames have no picture, and stand in `missing.jsonl` with
+their reasons. `manifest.json` lists every shard with its files' sha256.
+
+{FORMS[cover.kind]}
+
+```python
+from datasets import load_dataset
+
+data = {LOADED[cover.kind]}
+```
+
+Every picture's file holds how it was rendered: `farm replay PICTURE` renders it again, and compares
+the pixels.
+
+## Jobs
+
+{jobs}
+
+## Columns
+
+| column | what it is |
+| --- | --- |
+{columns}
+""".encode()
+
+
+def croissant(cover: Cover) -> bytes:
+    """Describe the files and their columns for machines."""
+    files = [
+        {
+            "@type": "cr:FileObject",
+            "@id": file["name"],
+            "name": file["name"],
+            "contentUrl": file["name"],
+            "contentSize": f"{file['bytes']} B",
+            "encodingFormat": MEDIA_TYPES[f".{file['name'].rpartition('.')[2]}"],
+            "sha256": file["sha256"],
+        }
+        for file in cover.files
+    ]
+    tables = "data/*/metadata.parquet" if cover.kind == "imagefolder" else "data/*.parquet"
+    content = {
+        "@context": CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.1",
+        "name": _title(cover).lower().replace(" ", "-"),
+        "description": f"{cover.pictures} pictures with their prompts and parameters.",
+        "datePublished": str(max(job["created_at"] for job in cover.jobs))[:10],
+        "version": "1.0.0",
+        "distribution": [
+            *files,
+            {
+                "@type": "cr:FileSet",
+                "@id": "tables",
+                "name": "tables",
+                "includes": tables,
+                "encodingFormat": MEDIA_TYPES[".parquet"],
+            },
+        ],
+        "recordSet": [
+            {
+                "@type": "cr:RecordSet",
+                "@id": "pictures",
+                "name": "pictures",
+                "field": [_field(field.name, str(field.type)) for field in SCHEMA],
+            }
+        ],
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False).encode()
+
+
+def _field(name: str, kind: str) -> dict[str, Any]:
+    return {
+        "@type": "cr:Field",
+        "@id": f"pictures/{name}",
+        "name": name,
+        "description": DESCRIPTIONS[name],
+        "dataType": TYPES.get(kind, "sc:Integer"),
+        "source": {"fileSet": {"@id": "tables"}, "extract": {"column": name}},
+    }
+
+
+def _title(cover: Cover) -> str:
+    return f"Farm export {cover.export_id[:8]}"
+
+
+def _size_category(pictures: int) -> str:
+    """As Hugging Face's hub names sizes."""
+    for limit, name in (
+        (10**3, "n<1K"),
+        (10**4, "1K<n<10K"),
+        (10**5, "10K<n<100K"),
+        (10**6, "100K<n<1M"),
+        (10**7, "1M<n<10M"),
+    ):
+        if pictures < limit:
+            return name
+    return "10M<n<100M"

@@ -1,0 +1,168 @@
+"""Shards: some thousand frames each, written to files one after the other with flat memory.
+
+WebDataset: `00000.tar` with `.png`, `.txt` and `.json` of each picture, and `00000.parquet` beside
+it, as img2dataset lays them out. Parquet: pictures embedded as Hugging Face's `datasets` has them.
+Image folder: the pictures' own files, and `metadata.parquet`.
+
+Every shard has the same columns of the same types, whatever its rows hold, because loaders look at
+the first rows alone. A shard without pictures has no tar and no folder of images.
+
+The same frames give the same bytes: nothing tells when or by whom a shard was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow.parquet import ParquetWriter
+
+from farm.domain.image_formats import FORMATS
+from farm.services.exports.rows import SCHEMA, Frame, without_nulls
+
+ROWS_A_GROUP = 1000
+PICTURES_A_GROUP = 100
+"""Of an embedded Parquet: they are held in memory together"""
+
+Pictured = tuple[Frame, bytes | None]
+"""A frame, and its picture's file; None where it has none"""
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FOLDER = pa.schema([("file_name", pa.string()), *SCHEMA])
+EMBEDDED = pa.schema([("image", IMAGE), *SCHEMA]).with_metadata(
+    # What `datasets` reads to decode the column: its Features, as JSON.
+    {
+        "huggingface": json.dumps(
+            {
+                "info": {
+                    "features": {
+                        "image": {"_type": "Image"},
+                        **{
+                            field.name: {"dtype": str(field.type), "_type": "Value"}
+                            for field in SCHEMA
+                        },
+                    }
+                }
+            }
+        ).replace('"dtype": "double"', '"dtype": "float64"')
+    }
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file of a shard."""
+
+    name: str
+    """within the dataset"""
+    path: Path
+    listed: bool = True
+    """Whether the manifest lists it; pictures of an image folder stand in its metadata"""
+
+    @property
+    def bytes(self) -> int:
+        """Its length."""
+        return self.path.stat().st_size
+
+    def sha256(self) -> str:
+        """Hash its content; in hex."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
+    """Write a shard as a tar, with a Parquet that lists its pictures and what is missing."""
+    name = f"{number:05d}"
+    tar_path, table_path = folder / f"{name}.tar", folder / f"{name}.parquet"
+    pictures = 0
+    with (
+        tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar,
+        _table(table_path, SCHEMA, ROWS_A_GROUP) as table,
+    ):
+        for frame, picture in frames:
+            row = frame.row()
+            table.add(row)
+            if picture is not None:
+                pictures += 1
+                content = json.dumps(without_nulls(row), ensure_ascii=False)
+                _add(tar, f"{frame.name}.{FORMATS[frame.spec.format].extension}", picture)
+                _add(tar, f"{frame.name}.txt", frame.spec.prompt.encode())
+                _add(tar, f"{frame.name}.json", content.encode())
+    paths = (tar_path, table_path) if pictures else (table_path,)
+    return [Written(f"data/{path.name}", path) for path in paths]
+
+
+def write_parquet(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
+    """Write a shard as a Parquet with the pictures in it."""
+    path = folder / f"{number:05d}.parquet"
+    with _table(path, EMBEDDED, PICTURES_A_GROUP) as table:
+        for frame, picture in frames:
+            if picture is not None:
+                name = f"{frame.name}.{FORMATS[frame.spec.format].extension}"
+                table.add({"image": {"bytes": picture, "path": name}, **frame.row()})
+    return [Written(f"data/{path.name}", path)]
+
+
+def write_imagefolder(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
+    """Write a shard as a folder of pictures with their metadata."""
+    name = f"{number:05d}"
+    (folder / name).mkdir(exist_ok=True)
+    index, pictures = folder / name / "metadata.parquet", []
+    with _table(index, FOLDER, ROWS_A_GROUP) as table:
+        for frame, picture in frames:
+            if picture is not None:
+                path = folder / name / f"{frame.name}.{FORMATS[frame.spec.format].extension}"
+                path.write_bytes(picture)
+                pictures.append(Written(f"data/{name}/{path.name}", path, listed=False))
+                table.add({"file_name": path.name, **frame.row()})
+    return [*pictures, Written(f"data/{name}/{index.name}", index)] if pictures else []
+
+
+WRITERS: Mapping[str, Callable[[int, Iterable[Pictured], Path], list[Written]]] = {
+    "webdataset": write_webdataset,
+    "parquet": write_parquet,
+    "imagefolder": write_imagefolder,
+}
+
+
+class _Rows:
+    """Writes rows into a Parquet file, a group at a time."""
+
+    def __init__(self, path: Path, schema: pa.Schema, group: int) -> None:
+        self._writer = ParquetWriter(path, schema, compression="zstd")
+        self._schema, self._group = schema, group
+        self._held: list[dict[str, Any]] = []
+
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+        self._writer.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._held.append(row)
+        if len(self._held) == self._group:
+            self._write()
+
+    def _write(self) -> None:
+        if self._held:
+            self._writer.write_table(pa.Table.from_pylist(self._held, self._schema))
+            self._held = []
+
+
+def _table(path: Path, schema: pa.Schema, group: int) -> _Rows:
+    return _Rows(path, schema, group)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(content), 0o644
+    tar.addfile(entry, io.BytesIO(content))

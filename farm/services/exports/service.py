@@ -1,0 +1,361 @@
+"""What people do with exports: make one, and what a worker does for each of its shards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farm.config import make_private
+from farm.context import Farm
+from farm.domain.spec import FullSpec, frame_spec
+from farm.domain.states import FrameState
+from farm.errors import FarmError, InvalidRequest, Unavailable
+from farm.storage import artifact_key, export_prefix
+from farm.store import destinations, queries
+from farm.store import exports as stored
+from farm.store.engine import Transaction, reads, transaction
+from farm.store.exports import Export, Shard
+from farm.store.lines import Parts, lines_of
+
+if TYPE_CHECKING:
+    from farm.services.exports.formats import Pictured, Written
+    from farm.services.exports.rows import Frame
+
+SHARD_FRAMES = 10_000
+"""As img2dataset has it"""
+MOST_SHARDS = 10_000
+MOST_JOBS = 100
+PAGE = 500
+"""Frames whose rows and lines are read together"""
+FETCHES = 8
+"""Pictures fetched from the storage at the same time, and held in memory"""
+ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w.=/-]*))?", re.ASCII)
+NEVER_CLAIMED = "The job was cancelled."
+
+
+def create(
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    *,
+    kind: str,
+    job_ids: Sequence[uuid.UUID],
+    labels: Mapping[str, str],
+    shard_frames: int = SHARD_FRAMES,
+    dest: str | None = None,
+) -> Export:
+    """Lay out an export of jobs, and ring for whoever writes it.
+
+    Args:
+        farm: where.
+        tenant_id: whose the jobs are.
+        kind: webdataset, parquet or imagefolder.
+        job_ids: which jobs, in this order.
+        labels: or those that bear all of these.
+        shard_frames: of a shard, at most.
+        dest: `s3://BUCKET/PREFIX`, at or below a destination that the tenant was granted: the
+            export lies below it, in a folder named by its id. None: the farm's own storage.
+
+    Raises:
+        InvalidRequest: there is no such job, their formats do not go together, or no such place
+            may be written to.
+        StorageRefused: the farm may not look into the bucket.
+        Unavailable: Postgres or the storage is away.
+    """
+    export_id = uuid.uuid4()
+    if dest is None:
+        bucket, prefix = farm.settings.s3_bucket, export_prefix(tenant_id, export_id)
+    else:
+        bucket, prefix = _granted(farm, tenant_id, dest, export_id)
+    with transaction(farm.store) as connection:
+        chosen = list(job_ids) or _bearing(connection, tenant_id, labels)
+        _check_jobs(queries.own_jobs(connection, tenant_id, chosen), chosen)
+        if kind == "webdataset":
+            _check_formats(stored.formats_of(connection, chosen))
+        shards = stored.count_shards(connection, chosen, shard_frames)
+        if shards > MOST_SHARDS:
+            raise InvalidRequest(
+                f"shard_frames: with {shard_frames} frames each there are {shards} shards; the "
+                f"limit is {MOST_SHARDS}.",
+                param="shard_frames",
+            )
+        export = stored.insert_export(
+            connection,
+            export_id,
+            tenant_id,
+            kind=kind,
+            job_ids=chosen,
+            shard_frames=shard_frames,
+            shards=shards,
+            bucket=bucket,
+            prefix=prefix,
+        )
+    farm.bells.ring_chores()
+    return export
+
+
+def _bearing(
+    connection: Transaction, tenant_id: uuid.UUID, labels: Mapping[str, str]
+) -> list[uuid.UUID]:
+    """Name the jobs that bear some labels, the oldest first; one more than may be, at most."""
+    newest = queries.list_jobs(connection, tenant_id, limit=MOST_JOBS + 1, labels=dict(labels))
+    return [job.id for job in reversed(newest)]
+
+
+def _granted(farm: Farm, tenant_id: uuid.UUID, dest: str, export_id: uuid.UUID) -> tuple[str, str]:
+    """Find where a tenant's export lies below a destination: its bucket and prefix."""
+    bucket, above = parse_place(dest, "dest")
+    with reads(farm.store) as connection:
+        if not destinations.covers(connection, tenant_id, bucket, above):
+            raise InvalidRequest(
+                f"dest: this tenant may not export to {dest}. Ask an operator to run "
+                "`farm destinations grant TENANT s3://BUCKET/PREFIX`.",
+                param="dest",
+            )
+    prefix = f"{above}{export_id}/"
+    if farm.artifacts.holds_any(bucket, prefix):
+        raise InvalidRequest(f"dest: s3://{bucket}/{prefix} is not empty.", param="dest")
+    return bucket, prefix
+
+
+def parse_place(place: str, param: str) -> tuple[str, str]:
+    """Read `s3://BUCKET/PREFIX` as a bucket and a prefix: empty, or with a slash at its end.
+
+    Raises:
+        InvalidRequest: it has another form; the error names the field `param`.
+    """
+    found = ADDRESS.fullmatch(place)
+    if found is None:
+        raise InvalidRequest(f"{param}: must have the form s3://BUCKET/PREFIX.", param=param)
+    prefix = (found[2] or "").strip("/")
+    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
+        raise InvalidRequest(f"{param}: remove the parts that are empty, `.` or `..`.", param=param)
+    return found[1], f"{prefix}/" if prefix else ""
+
+
+def _check_jobs(own: set[uuid.UUID], chosen: Sequence[uuid.UUID]) -> None:
+    if missing := [job_id for job_id in chosen if job_id not in own]:
+        raise InvalidRequest(f"jobs: there is no job {missing[0]}.", param="jobs")
+    if not chosen:
+        raise InvalidRequest("labels: no job bears them.", param="labels")
+    if len(chosen) > MOST_JOBS or len(set(chosen)) < len(chosen):
+        raise InvalidRequest(
+            f"jobs: different ones, and {MOST_JOBS} at most, may be exported together.",
+            param="jobs",
+        )
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    """Refuse what loaders of WebDataset would leave out: they know the first samples' files."""
+    if len(formats) > 1:
+        raise InvalidRequest(
+            f"jobs: their pictures are {' and '.join(formats)}, and a WebDataset holds pictures of "
+            "one format. Export the jobs of each format on their own, or to parquet.",
+            param="jobs",
+        )
+
+
+@dataclass
+class ShardWriter:
+    """Writes shards: reads frames and pictures, and puts files, always of one shard at a time."""
+
+    farm: Farm
+    wanted: Callable[[], bool] = lambda: True
+    """Whether to go on"""
+
+    def write(self, shard: Shard) -> tuple[list[dict[str, Any]], int, int]:
+        """Write a shard, or the cover, and put its files where they belong.
+
+        Returns:
+            What the manifest lists, the pictures and the frames that have none.
+
+        Raises:
+            Unavailable: the storage or Postgres is away.
+            FarmError: FARM_SCRATCH_DIR cannot be used; its cause tells why, for the log.
+            NotFound: its job was removed.
+            Stopped: it is not wanted any more.
+        """
+        scratch = self.farm.settings.scratch_dir  # a shard may have many GB
+        try:
+            make_private(scratch)
+        except (FarmError, OSError) as error:
+            raise FarmError("The folder of whoever writes it cannot be used.") from error
+        with tempfile.TemporaryDirectory(prefix="farm-export-", dir=scratch) as folder:
+            if shard.job_id is None:
+                return self._put(shard, self._cover(shard, Path(folder))), 0, 0
+            return self._write(shard, shard.job_id, Path(folder))
+
+    def _write(
+        self, shard: Shard, job_id: uuid.UUID, folder: Path
+    ) -> tuple[list[dict[str, Any]], int, int]:
+        from farm.services.exports.formats import WRITERS, Written
+
+        pictures = missing = 0
+        lacking = folder / "missing.jsonl"
+
+        def counted(found: Iterable[Pictured]) -> Iterator[Pictured]:
+            nonlocal pictures, missing
+            with lacking.open("wb") as lines:
+                for frame, picture in found:
+                    if not self.wanted():
+                        raise Stopped
+                    pictures += picture is not None
+                    missing += picture is None
+                    if picture is None:
+                        lines.write(_missing_line(frame))
+                    yield frame, picture
+
+        frames = counted(self._pictured(shard, job_id))
+        files = WRITERS[shard.kind](shard.number, frames, folder)
+        if missing:
+            files = [*files, Written(_missing_name(shard.number), lacking)]
+        return self._put(shard, files), pictures, missing
+
+    def _pictured(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Pictured]:
+        """Give each frame with its picture; the next few are fetched meanwhile."""
+        frames = self.frames(shard, job_id)
+        with ThreadPoolExecutor(FETCHES, "fetch") as pool:
+            while some := list(itertools.islice(frames, 4 * FETCHES)):
+                pictures = pool.map(lambda frame: self._picture(shard, frame), some)
+                yield from zip(some, pictures, strict=True)
+
+    def _picture(self, shard: Shard, frame: Frame) -> bytes | None:
+        if frame.sha256 is None:
+            return None
+        key = artifact_key(
+            shard.tenant_id, frame.job_id, frame.ordinal, frame.sha256, frame.spec.format
+        )
+        return self.farm.artifacts.get(key)
+
+    def frames(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Frame]:
+        """Give the frames of a shard, whether they have a picture or not."""
+        from farm.services.exports.rows import Frame
+
+        parts: Parts = {}
+        for first in range(shard.first, shard.stop, PAGE):
+            stop = min(first + PAGE, shard.stop)
+            with transaction(self.farm.store) as connection:
+                job = queries.get_job(connection, shard.tenant_id, job_id)
+                full = FullSpec.model_validate(job.spec)
+                page = queries.list_frames(connection, job_id, after=first - 1, limit=stop - first)
+                wanted = [(job_id, ordinal) for ordinal in range(first, stop)]
+                lines = lines_of(connection, {job_id: full}, wanted, parts)
+            rows = {row.ordinal: row for row in page}
+            for ordinal in range(first, stop):
+                row = rows.get(ordinal)
+                if row is not None and row.state in (FrameState.RUNNING, FrameState.READY):
+                    raise Unavailable(f"Frame {ordinal} of job {job_id} was retried meanwhile.")
+                line = lines[job_id, full.prompt_index(ordinal)]
+                yield Frame(
+                    name=f"{shard.base + ordinal:09d}",
+                    job_id=job_id,
+                    ordinal=ordinal,
+                    state=row.state if row else FrameState.CANCELLED,
+                    attempt=row.attempt if row else 0,
+                    sha256=row.sha256 if row else None,
+                    bytes=row.bytes if row else None,
+                    error=row.error if row else NEVER_CLAIMED,
+                    redraws=row.redraws if row else 0,
+                    reused=bool(row and row.reused),
+                    spec=frame_spec(
+                        full,
+                        ordinal,
+                        line,
+                        row.bucket if row else None,
+                        row.redraws if row else 0,
+                    ),
+                    line=line,
+                )
+
+    def _cover(self, shard: Shard, folder: Path) -> list[Written]:
+        from farm.services.exports.dataset_card import card, croissant, manifest
+        from farm.services.exports.formats import Written
+
+        cover = self._known(shard)
+        contents = {
+            "manifest.json": manifest(cover),
+            "README.md": card(cover),
+            "croissant.json": croissant(cover),
+        }
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        with (folder / "missing.jsonl").open("wb") as file:
+            for number in [shard["number"] for shard in cover.shards if shard["missing"]]:
+                # As the shard has it: what was retried since is in no shard.
+                key = shard.prefix + _missing_name(number)
+                file.write(self.farm.artifacts.get(key, shard.bucket))
+        return [Written(name, folder / name) for name in (*contents, "missing.jsonl")]
+
+    def _known(self, shard: Shard) -> Any:
+        from farm.services.exports.dataset_card import Cover
+
+        with reads(self.farm.store) as connection:
+            export = stored.get_export(connection, shard.tenant_id, shard.export_id)
+            jobs = [
+                queries.get_job(connection, shard.tenant_id, job_id) for job_id in export.job_ids
+            ]
+            rows = stored.shards_of(connection, shard.export_id, limit=MOST_SHARDS + 1)
+            rejected = stored.rejected(connection, shard.export_id)
+        return Cover(
+            export_id=str(export.id),
+            kind=export.kind,
+            jobs=[
+                {
+                    "id": str(job.id),
+                    "pipeline": job.pipeline,
+                    "total": job.total,
+                    "created_at": job.created_at.isoformat(),
+                }
+                for job in jobs
+            ],
+            shards=[
+                {
+                    "number": row.number,
+                    "job": str(row.job_id),
+                    "first": row.first,
+                    "stop": row.stop,
+                    "pictures": row.rows,
+                    "missing": row.missing,
+                    "rejected": rejected.get(row.number, 0),
+                    "files": row.files,
+                }
+                for row in rows
+                if row.job_id is not None
+            ],
+            pictures=export.pictures,
+            missing=export.missing,
+            bytes=export.bytes,
+        )
+
+    def _put(self, shard: Shard, files: Sequence[Written]) -> list[dict[str, Any]]:
+        listed = []
+        for file in files:
+            if not self.wanted():
+                raise Stopped
+            self.farm.artifacts.put_file(shard.bucket, shard.prefix + file.name, file.path)
+            if file.listed:
+                listed.append({"name": file.name, "bytes": file.bytes, "sha256": file.sha256()})
+        return listed
+
+
+def _missing_name(number: int) -> str:
+    return f"missing/{number:05d}.jsonl"
+
+
+def _missing_line(frame: Frame) -> bytes:
+    """Tell a frame that has no picture, and why."""
+    row = frame.row()
+    names = ("key", "status", "error_message", "prompt", "seed", "job", "ordinal")
+    line = {name: row[name] for name in names}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+class Stopped(Exception):
+    """A shard is not written on: its lease is lost, or its worker leaves."""

@@ -1,0 +1,300 @@
+"""From a request's body to a FullSpec: every field checked, every default filled in. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from farm.config import Settings
+from farm.domain.image_formats import FORMATS
+from farm.domain.inputs import StoredInput
+from farm.domain.spec import (
+    MAX_SEED,
+    PROMPTS_SHOWN,
+    FullSpec,
+    JobSpec,
+    Point,
+    Priority,
+    batch_key,
+    chosen_bucket,
+)
+from farm.errors import InvalidRequest
+from farm.imaging.exif_xmp import text_bytes
+from farm.pipelines.params import Params
+from farm.pipelines.resolve import Offer
+
+JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
+
+SEED_BITS = 53
+"""Of the seeds that the farm draws: JavaScript, and many a JSON reader, round larger numbers."""
+
+JPEG_TEXT_BYTES = 60_000
+"""Of a frame's prompts, in a JPEG: a block of metadata ends at 64 KiB (ITU T.81, B.1.1.4)."""
+
+
+def check_job(body: Any, settings: Settings) -> JobSpec:
+    """Check everything of a submitted job but what its family takes.
+
+    Raises:
+        InvalidRequest: a field is wrong.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("A job is a JSON object.")
+    try:
+        job = JobSpec.model_validate(
+            {name: value for name, value in body.items() if name in JOB_FIELDS}
+            | {"params": {name: value for name, value in body.items() if name not in JOB_FIELDS}}
+        )
+    except ValidationError as error:
+        raise invalid(error.errors()[0]) from error
+    _check_limits(job, settings)
+    return job
+
+
+def _check_limits(job: JobSpec, settings: Settings) -> None:
+    if job.prompts is None and job.input is None:
+        raise InvalidRequest("prompts: give some, or as input the id of some.", param="prompts")
+    if job.prompts is not None and job.input is not None:
+        raise InvalidRequest("input: it stands in place of prompts; leave one out.", param="input")
+    if job.prompts and len(job.prompts) > settings.max_job_prompts:
+        raise InvalidRequest(
+            f"prompts holds {len(job.prompts)} prompts; the limit is {settings.max_job_prompts}. "
+            "Upload more of them as an input.",
+            param="prompts",
+        )
+    for index, prompt in enumerate(job.prompts or ()):
+        _check_length(prompt, f"prompts.{index}", settings.max_prompt_chars)
+    if job.grid_points > settings.max_grid_points:
+        raise InvalidRequest(
+            f"grid spans {job.grid_points} combinations; the limit is {settings.max_grid_points}.",
+            param="grid",
+        )
+
+
+def _check_total(job: JobSpec, prompts: int, settings: Settings) -> None:
+    total = job.grid_points * prompts * job.images_per_prompt
+    if total > settings.max_job_frames:
+        raise InvalidRequest(
+            f"grid x prompts x images_per_prompt is {total} frames; the limit is "
+            f"{settings.max_job_frames}.",
+            param="images_per_prompt",
+        )
+
+
+def _check_seeds(job: JobSpec, stored_input: StoredInput | None) -> None:
+    seeds = {"seed": job.seed, "input": stored_input.top_seed if stored_input else None}
+    for where, seed in seeds.items():
+        if seed is not None and seed + job.images_per_prompt - 1 > MAX_SEED:
+            raise InvalidRequest(
+                f"{where}: the largest seed + images_per_prompt - 1 is above {MAX_SEED}.",
+                param=where,
+            )
+
+
+def _check_prompts(job: JobSpec, points: Sequence[Params]) -> None:
+    """Check every prompt in each syntax that the grid asks for."""
+    reader = syntax_among(points)
+    if reader is not None:
+        for index, prompt in enumerate(job.prompts or ()):
+            _check_syntax(reader, prompt, f"prompts.{index}")
+
+
+def syntax_among(points: Sequence[Params]) -> Params | None:
+    """Give a point whose prompts may be such that they cannot be read; None where none is."""
+    return next((params for params in points if params.reads_syntax), None)
+
+
+def _check_jpeg_texts(
+    job: JobSpec, points: Sequence[Params], stored_input: StoredInput | None
+) -> None:
+    """Refuse prompts that a JPEG has no room for, each with the longest negative prompt."""
+    if job.format != "jpeg":
+        return
+    beside = max(text_bytes(*params.texts().values()) for params in points)
+    if stored_input is not None and stored_input.text_bytes + beside > JPEG_TEXT_BYTES:
+        raise InvalidRequest(
+            f"input: with the job's, a line's texts take {stored_input.text_bytes + beside} bytes; "
+            f"the limit of format jpeg is {JPEG_TEXT_BYTES}.",
+            param="input",
+        )
+    for index, prompt in enumerate(job.prompts or ()):
+        size = text_bytes(prompt) + beside
+        if size > JPEG_TEXT_BYTES:
+            raise InvalidRequest(
+                f"prompts.{index} takes {size} bytes with the texts beside it; the limit of format "
+                f"jpeg is {JPEG_TEXT_BYTES}.",
+                param=f"prompts.{index}",
+            )
+
+
+def _check_text(params: Params, text: str, param: str, settings: Settings) -> None:
+    _check_length(text, param, settings.max_prompt_chars)
+    _check_syntax(params, text, param)
+
+
+def _check_syntax(params: Params, text: str, param: str) -> None:
+    try:
+        params.check_prompt(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{param}: {error}.", param=param) from error
+
+
+def _check_length(text: str, param: str, limit: int) -> None:
+    if len(text) > limit:
+        raise InvalidRequest(
+            f"{param} holds {len(text)} characters; the limit is {limit}.", param=param
+        )
+
+
+def full_spec(
+    job: JobSpec, offer: Offer, settings: Settings, stored_input: StoredInput | None = None
+) -> FullSpec:
+    """Fill in every default, lay out the grid, and decide each point's bucket and batch_key.
+
+    Args:
+        job: checked by check_job.
+        offer: its pipeline's.
+        settings: hold the limits.
+        stored_input: what is known of the input that it names.
+
+    Raises:
+        InvalidRequest: a parameter is unknown to the family, or outside what it allows.
+    """
+    prompts = stored_input.lines if stored_input else len(job.prompts or ())
+    _check_total(job, prompts, settings)
+    _check_seeds(job, stored_input)
+    _check_names(job, offer)
+    points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
+    _check_prompts(job, points)
+    _check_jpeg_texts(job, points, stored_input)
+    if stored_input is not None and stored_input.negatives:
+        _check_takes_negatives(offer)
+    frames_per_point = prompts * job.images_per_prompt
+    keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
+    longest = _longest_runs(keys)
+    return FullSpec(
+        pipeline=job.pipeline,
+        prompt_count=prompts,
+        prompts=[*(stored_input.shown if stored_input else job.prompts or ())][:PROMPTS_SHOWN],
+        input=stored_input.id if stored_input else None,
+        images_per_prompt=job.images_per_prompt,
+        seed=job.seed,
+        job_seed=secrets.randbits(SEED_BITS) if job.seed is None else job.seed,
+        seed_bits=SEED_BITS,
+        params=_base_params(job, offer),
+        grid=job.grid,
+        points=[
+            _point(job, offer, params, longest[key] * frames_per_point)
+            for params, key in zip(points, keys, strict=True)
+        ],
+        priority=job.priority,
+        bucket=job.bucket,
+        max_attempts=job.max_attempts,
+        format=job.format,
+        top_up=job.top_up,
+        reuse=job.reuse,
+        labels=job.labels,
+    )
+
+
+def _check_takes_negatives(offer: Offer) -> None:
+    if "negative_prompt" not in offer.params_type.model_fields:
+        raise InvalidRequest(
+            f"input: some of its lines have a negative_prompt, and pipeline {offer.name} takes "
+            "none.",
+            param="input",
+        )
+
+
+def _longest_runs(keys: Sequence[str]) -> dict[str, int]:
+    """How many grid points of a key stand together at most: a batch never spans two runs."""
+    longest: dict[str, int] = {}
+    for key, run in itertools.groupby(keys):
+        longest[key] = max(longest.get(key, 0), len(list(run)))
+    return longest
+
+
+def _check_names(job: JobSpec, offer: Offer) -> None:
+    known = offer.params_type.model_fields
+    for name in job.params:
+        if name not in known:
+            raise InvalidRequest(
+                f"{name[:100]!r} is not a field of a job for pipeline {offer.name}; beside "
+                f"{', '.join(sorted(JOB_FIELDS))} there are {', '.join(known)}.",
+                param=name,
+            )
+    for name in job.grid:
+        if name not in known:
+            raise InvalidRequest(
+                f"grid: {name[:100]!r} is not a parameter of pipeline {offer.name}; there are "
+                f"{', '.join(known)}.",
+                param=f"grid.{name}",
+            )
+
+
+def _checked_point(
+    job: JobSpec, offer: Offer, given: Mapping[str, Any], settings: Settings
+) -> Params:
+    try:
+        params = offer.params(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        in_grid = bool(first["loc"]) and first["loc"][0] in job.grid
+        raise invalid(first, prefix="grid." if in_grid else "") from error
+    for name, text in params.texts().items():
+        _check_text(params, text, _where(job, name), settings)
+    if params.width * params.height > offer.pipeline.max_pixels:
+        raise InvalidRequest(
+            f"width x height is {params.width * params.height} pixels; the limit of pipeline "
+            f"{offer.name} is {offer.pipeline.max_pixels}.",
+            param=_where(job, "width"),
+        )
+    for side in ("width", "height"):
+        _check_side(job, side, getattr(params, side))
+    return params
+
+
+def _check_side(job: JobSpec, field: str, pixels: int) -> None:
+    limit = FORMATS[job.format].max_side
+    if pixels > limit:
+        raise InvalidRequest(
+            f"{field} is {pixels} pixels; the limit of format {job.format} is {limit}.",
+            param=_where(job, field),
+        )
+
+
+def _where(job: JobSpec, field: str) -> str:
+    """Name a field as whoever sent it did: in the grid, or beside it."""
+    return f"grid.{field}" if field in job.grid else field
+
+
+def _base_params(job: JobSpec, offer: Offer) -> dict[str, Any]:
+    first = {name: values[0] for name, values in job.grid.items()}
+    params = offer.params({**job.params, **first}).model_dump()
+    return {name: value for name, value in params.items() if name not in job.grid}
+
+
+def _point(job: JobSpec, offer: Offer, params: Params, frames: int) -> Point:
+    bucket = job.bucket or chosen_bucket(
+        Priority.parse(job.priority),
+        offer.pipeline.bucket_for(params.width, params.height),
+        frames,
+    )
+    return Point(
+        params=params.model_dump(),
+        bucket=bucket,
+        batch_key=batch_key(job.pipeline, bucket, params.scalars()),
+    )
+
+
+def invalid(error: ErrorDetails, prefix: str = "") -> InvalidRequest:
+    """Say what pydantic found wrong, in the words of whoever sent it."""
+    where = prefix + ".".join(str(part) for part in error["loc"] if part != "[key]")
+    reason = error["msg"].removeprefix("Value error, ").rstrip(".")
+    return InvalidRequest(f"{where[:200]}: {reason[:500]}.", param=where[:200] or None)

@@ -1,0 +1,114 @@
+"""Quotes: what a job would take, before it is submitted; nothing is stored."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+from farm.context import Farm
+from farm.domain.spec import FrameSpec, FullSpec, Line, Priority, frame_spec
+from farm.services.jobs import Checked, check
+from farm.store import estimates, lanes
+from farm.store.engine import Transaction, reads, server_clock
+from farm.store.estimates import Pace
+from farm.store.lines import lines_of
+
+NEW = uuid.UUID(int=0)
+"""Stands for the job that is not there"""
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What a job would take. What was never measured on this farm is None."""
+
+    pipeline: str
+    frames: int
+    batches: int
+    bytes: int | None
+    """of all pictures"""
+    device_seconds: float | None
+    seconds_a_frame: float | None
+    alike: bool
+    """Whether that was measured on the tenant's own frames of the same shape"""
+    workers: int
+    """that could render it now"""
+    frames_ahead: int
+    """that wait on its lane, and are as urgent or more"""
+    ends_at: datetime | None
+    """were it submitted now, and nothing more urgent after it"""
+    first: FrameSpec
+    last: FrameSpec
+
+
+def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
+    """Check a job as if it were submitted, and say what it would take.
+
+    Raises:
+        InvalidRequest: a field is wrong.
+    """
+    checked = check(farm, tenant_id, body)
+    spec = checked.spec
+    now = server_clock(farm.store)
+    with reads(farm.store) as connection:
+        runs = [
+            (frames, bucket, estimates.pace_of(connection, tenant_id, spec.pipeline, key))
+            for frames, key, bucket in _runs(spec)
+        ]
+        urgency = Priority.parse(spec.priority)
+        ahead = sum(
+            lane.waiting
+            for lane in lanes.depths(connection)
+            if lane.pipeline == spec.pipeline and lane.priority <= urgency
+        )
+        workers = lanes.lane_now(connection, spec.pipeline).able
+        first, last = _ends(connection, checked)
+    seconds = _sum(runs, "seconds")
+    each = None if seconds is None else seconds / spec.total
+    return Quote(
+        pipeline=spec.pipeline,
+        frames=spec.total,
+        batches=sum(-(-frames // bucket) for frames, bucket, _ in runs),
+        bytes=None if (size := _sum(runs, "bytes")) is None else round(size),
+        device_seconds=seconds,
+        seconds_a_frame=each,
+        alike=all(pace.alike for _, _, pace in runs),
+        workers=workers,
+        frames_ahead=ahead,
+        ends_at=now + timedelta(seconds=each * (ahead + spec.total) / workers)
+        if each is not None and workers
+        else None,
+        first=first,
+        last=last,
+    )
+
+
+def _runs(spec: FullSpec) -> Iterator[tuple[int, str, int]]:
+    """Give each run's frames, batch_key and bucket."""
+    starts = [0, *(end for end, _, _ in spec.runs)]
+    for (start, end), (_, key, bucket) in zip(pairwise(starts), spec.runs, strict=True):
+        yield end - start, key, bucket
+
+
+def _sum(runs: list[tuple[int, int, Pace]], name: str) -> float | None:
+    """Add up over all frames; None where a run's is not known."""
+    each = [(frames, getattr(pace, name)) for frames, _, pace in runs]
+    if any(value is None for _, value in each):
+        return None
+    return float(sum(frames * value for frames, value in each))
+
+
+def _ends(connection: Transaction, checked: Checked) -> tuple[FrameSpec, FrameSpec]:
+    """Derive the first and the last frame."""
+    spec, ends = checked.spec, (0, checked.spec.total - 1)
+    if checked.job.prompts is not None:
+        prompts = checked.job.prompts
+        lines = {place: Line(prompts[place]) for place in map(spec.prompt_index, ends)}
+    else:
+        found = lines_of(connection, {NEW: spec}, [(NEW, ordinal) for ordinal in ends])
+        lines = {place: line for (_, place), line in found.items()}
+    first, last = (frame_spec(spec, end, lines[spec.prompt_index(end)]) for end in ends)
+    return first, last

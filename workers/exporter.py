@@ -1,0 +1,185 @@
+"""Chores: work without a device. A process on a separate lane writes datasets, shard by shard."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from celery.exceptions import SecurityWarning
+from celery.signals import setup_logging, worker_shutting_down
+
+from farm.bells import CHORES_LANE, CHORES_TASK, make_app
+from farm.config import Settings
+from farm.context import Farm, open_farm
+from farm.errors import FarmError, Unavailable, one_line
+from farm.process import set_up_logs
+from farm.services.exports.service import ShardWriter, Stopped
+from farm.store import exports
+from farm.store.engine import one_statement
+from farm.store.exports import Shard
+
+log = logging.getLogger(__name__)
+
+MOST_CHARACTERS = 500
+"""of why a shard was not written"""
+POLL_SECONDS = 5.0
+END_SECONDS = 5.0
+AT_ONCE = 2
+"""Bells that a process answers at the same time"""
+
+
+class Chores:
+    """Writes the shards that are whole: several at the same time, each of another tenant."""
+
+    def __init__(self, farm: Farm, name: str) -> None:
+        self._farm = farm
+        self._name = name
+        self._leaves = threading.Event()
+        self._claiming = threading.Lock()
+        self._busy: set[uuid.UUID] = set()
+        """Tenants of the shards that are being written."""
+
+    def leave(self) -> None:
+        """Stop soon: the current shards are given up, and written again by another process."""
+        self._leaves.set()
+
+    def answer(self) -> None:
+        """Answer a bell: write until nothing is due."""
+        try:
+            while not self._leaves.is_set() and (shard := self._claim()) is not None:
+                try:
+                    self._write(shard)
+                finally:
+                    with self._claiming:
+                        self._busy.discard(shard.tenant_id)
+        except Unavailable as error:
+            log.warning("%s waits for the next bell: %s", self._name, error)
+
+    def poll(self) -> None:
+        """Look for work now and then until it leaves: a bell may be lost, or Redis away."""
+        while not self._leaves.wait(POLL_SECONDS):
+            try:
+                with one_statement(self._farm.store) as connection:
+                    due = exports.any_due(connection)
+                if due:
+                    self.answer()
+            except Unavailable as error:
+                log.warning("%s does not know whether something is due: %s", self._name, error)
+            except Exception:
+                log.exception("%s could not look for work", self._name)
+
+    def _claim(self) -> Shard | None:
+        with self._claiming:
+            with one_statement(self._farm.store) as connection:
+                shard = exports.claim_shard(
+                    connection, self._name, self._farm.settings.lease_seconds, self._busy
+                )
+            if shard is not None:
+                self._busy.add(shard.tenant_id)
+            return shard
+
+    def _write(self, shard: Shard) -> None:
+        try:
+            with self._held(shard) as lost:
+                writer = ShardWriter(
+                    self._farm, lambda: not (self._leaves.is_set() or lost.is_set())
+                )
+                files, pictures, missing = writer.write(shard)
+            with one_statement(self._farm.store) as connection:
+                held = exports.finish(connection, shard, files, rows=pictures, missing=missing)
+            if not held:
+                log.warning("%s lost %s: another writes it", self._name, shard)
+        except Stopped:
+            log.info("%s left %s", self._name, shard)
+            with one_statement(self._farm.store) as connection:
+                exports.give_back(connection, shard)
+        except Exception as error:
+            log.exception("%s could not write %s", self._name, shard)
+            said = error.message if isinstance(error, FarmError) else type(error).__name__
+            why = one_line(said, MOST_CHARACTERS)
+            # A server that is away comes back; a picture that is gone does not.
+            counts = not (isinstance(error, Unavailable) and error.retryable)
+            with one_statement(self._farm.store) as connection:
+                exports.fail(connection, shard, why, counts=counts)
+
+    @contextmanager
+    def _held(self, shard: Shard) -> Iterator[threading.Event]:
+        """Renew a shard's lease in the block; gives what is set once it is lost, or may be."""
+        over, lost = threading.Event(), threading.Event()
+        seconds = self._farm.settings.lease_seconds
+        ends_at = time.monotonic() + seconds
+
+        def renew() -> None:
+            nonlocal ends_at
+            while not over.wait(seconds / 4):
+                asked = time.monotonic()
+                try:
+                    with one_statement(self._farm.store) as connection:
+                        if not exports.renew(connection, shard, seconds):
+                            lost.set()
+                            return
+                    ends_at = asked + seconds
+                except Unavailable as error:
+                    log.warning("%s: the lease of %s was not renewed: %s", self._name, shard, error)
+                    if time.monotonic() >= ends_at:  # another may write it by now
+                        lost.set()
+                        return
+
+        thread = threading.Thread(target=renew, name="shard-lease", daemon=True)
+        thread.start()
+        try:
+            yield lost
+        finally:
+            over.set()
+            thread.join()
+
+
+def run_chores(settings: Settings) -> int:
+    """Be a worker of chores until SIGTERM; returns the exit code."""
+    farm = open_farm(settings)
+    host = socket.gethostname()
+    chores = Chores(farm, f"chores-{os.getpid()}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery answers it
+    app = make_app(settings)
+
+    @setup_logging.connect(weak=False)
+    def set_up(**_: Any) -> None:
+        set_up_logs(settings.log_level)
+
+    @worker_shutting_down.connect(weak=False)
+    def shutting_down(**_: Any) -> None:
+        chores.leave()
+
+    @app.task(name=CHORES_TASK, ignore_result=True)
+    def answer() -> None:
+        chores.answer()
+
+    warnings.simplefilter("ignore", SecurityWarning)  # of pickled messages: there are none
+    worker = app.Worker(
+        hostname=f"chores-{os.getpid()}@{host}",
+        queues=[CHORES_LANE],
+        pool="threads",
+        concurrency=AT_ONCE,
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    )
+    poll = threading.Thread(target=chores.poll, name="poll", daemon=True)
+    poll.start()
+    try:
+        worker.start()
+        return int(worker.exitcode or 0)
+    finally:
+        chores.leave()
+        poll.join(END_SECONDS)
+        farm.close()

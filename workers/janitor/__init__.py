@@ -1,0 +1,1 @@
+"""The janitor: expired leases, retention, and deletion in the storage."""

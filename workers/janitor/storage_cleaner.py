@@ -1,0 +1,171 @@
+"""What the janitor does in the image storage: it deletes what no frame names any more.
+
+At a pace of its own, beside the sweep: a storage that is slow or away never delays a lease.
+Nothing here needs to be done by one janitor alone, it would only be done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+
+from farm.context import Farm
+from farm.errors import Unavailable
+from farm.services.control_images import image_key, images_prefix, parse_image_key
+from farm.storage import (
+    ArtifactName,
+    export_prefix,
+    exports_prefix,
+    job_prefix,
+    parse_key,
+    tenant_prefix,
+)
+from farm.store import images, retention, tenants
+from farm.store.engine import transaction
+
+log = logging.getLogger(__name__)
+
+PASS_SECONDS = 3600.0
+"""Between two passes over the whole storage, at most; a page a step, so never all at once."""
+
+DELETED_AT_ONCE = 1000
+"""Orphans, or control images"""
+
+UPLOAD_SECONDS = 600.0
+"""After so long an upload that has not ended never will"""
+
+LONGEST_REST_SECONDS = 60.0
+
+
+class StorageWork:
+    """Deletes what was removed, and orphans, in a thread, while its janitor leads."""
+
+    def __init__(self, farm: Farm, stop: threading.Event) -> None:
+        self._farm = farm
+        self._stop = stop
+        self._leads = threading.Event()
+        self._after = ""
+        self._pass_due_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="storage-work", daemon=True)
+
+    def start(self) -> None:
+        """Begin, in a thread of its own, which ends once `stop` is set."""
+        self._thread.start()
+
+    def lead(self, leads: bool) -> None:
+        """Say whether the janitor leads: only then anything is done."""
+        if leads:
+            self._leads.set()
+        else:
+            self._leads.clear()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread's end; one that waits for the storage is left to its process's."""
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        pace, failures = self._farm.settings.sweep_seconds, 0
+        while not self._stop.is_set():
+            if self._leads.wait(pace):
+                try:
+                    self.step()
+                    failures = 0
+                except Unavailable as error:
+                    failures += 1
+                    log.warning("What is left in the storage stays for now: %s", error)
+                except Exception:
+                    failures += 1
+                    log.exception("What is left in the storage stays for now")
+            rest = min(pace * 2 ** min(failures, 10), LONGEST_REST_SECONDS)
+            self._stop.wait(random.uniform(rest / 2, rest) if failures else pace)  # noqa: S311
+
+    def step(self) -> None:
+        """Empty what is being removed, and look through one page for orphans.
+
+        Raises:
+            Unavailable: the storage or Postgres is away; the next step goes on from there.
+        """
+        with transaction(self._farm.store) as connection:
+            empty = retention.empty_jobs(connection, retention.AT_ONCE)
+        for tenant_id, job_id in empty:
+            if self._delete_below(job_prefix(tenant_id, job_id)):
+                with transaction(self._farm.store) as connection:
+                    retention.forget(connection, job_id)
+        self._empty_exports()
+        self._delete_images()
+        self._empty_tenants()
+        if time.monotonic() >= self._pass_due_at:
+            self._look_through_page()
+
+    def _empty_exports(self) -> None:
+        """Delete the files of removed exports, unless they lie where a client wished.
+
+        Such a place is the client's, and may be a prefix of anything, pictures among it.
+        """
+        with transaction(self._farm.store) as connection:
+            removed = retention.removed_exports(connection, retention.AT_ONCE)
+        for export in removed:
+            own = (self._farm.artifacts.bucket, export_prefix(export.tenant_id, export.id))
+            if (export.bucket, export.prefix) != own or self._delete_below(own[1]):
+                with transaction(self._farm.store) as connection:
+                    retention.forget_export(connection, export.id)
+
+    def _goes_on(self) -> bool:
+        return self._leads.is_set() and not self._stop.is_set()
+
+    def _delete_below(self, prefix: str) -> bool:
+        """Delete every object whose key begins so; returns whether none is left."""
+        artifacts = self._farm.artifacts
+        while self._goes_on():
+            found = artifacts.list_page(prefix=prefix).objects
+            if not found:
+                return True
+            artifacts.delete_all([stored.key for stored in found])
+        return False
+
+    def _look_through_page(self) -> None:
+        orphan_seconds = self._farm.settings.orphan_seconds
+        page = self._farm.artifacts.list_page(after=self._after)
+        old = [stored.key for stored in page.objects if stored.age_seconds >= orphan_seconds]
+        names = [name for key in old if (name := parse_key(key))]
+        with transaction(self._farm.store) as connection:
+            found = filter(None, map(parse_image_key, old))
+            images.disown(connection, found, max(orphan_seconds, UPLOAD_SECONDS))
+        while (deleted := self._delete_orphans(names)) and self._goes_on():
+            names = [name for name in names if name not in deleted]
+        self._after = page.last or ""
+        if page.last is None:
+            self._pass_due_at = time.monotonic() + min(PASS_SECONDS, orphan_seconds)
+
+    def _delete_orphans(self, names: list[ArtifactName]) -> set[ArtifactName]:
+        with transaction(self._farm.store) as connection:
+            places = retention.orphans(connection, names, DELETED_AT_ONCE)
+        orphans = {names[place] for place in places}
+        if orphans:
+            self._farm.artifacts.delete_all([name.key for name in orphans])
+            log.info("Deleted %d objects that no frame names.", len(orphans))
+        return orphans
+
+    def _delete_images(self) -> None:
+        """Delete the objects of control images that were removed."""
+        with transaction(self._farm.store) as connection:
+            removed = images.removed_images(connection, DELETED_AT_ONCE)
+        if removed:
+            keys = [image_key(tenant_id, image_id) for tenant_id, image_id in removed]
+            self._farm.artifacts.delete_all(keys)
+            with transaction(self._farm.store) as connection:
+                for tenant_id, image_id in removed:
+                    images.forget_image(connection, tenant_id, image_id)
+
+    def _empty_tenants(self) -> None:
+        """Delete the objects of removed tenants, once their rows are gone."""
+        with transaction(self._farm.store) as connection:
+            settled = tenants.settled(connection)
+        for tenant_id in settled:
+            prefixes = tenant_prefix(tenant_id), exports_prefix(tenant_id), images_prefix(tenant_id)
+            if all(self._delete_below(prefix) for prefix in prefixes):
+                with transaction(self._farm.store) as connection:
+                    tenants.mark_emptied(connection, tenant_id)
+                log.info("Nothing is left of tenant %s, which was removed.", tenant_id)

@@ -1,0 +1,167 @@
+"""The child: it owns the device, pins the pipeline, and answers bells."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from farm.config import load_settings
+from farm.context import Farm, open_farm
+from farm.errors import FarmError, Unavailable, one_line
+from farm.pipelines.disk_cache import keep_in
+from farm.pipelines.family import uses_torch
+from farm.pipelines.resolve import make_offer
+from farm.pipelines.runtime.devices import even_threads, prepare_torch
+from farm.pipelines.runtime.loading import free_what_is_left
+from farm.rendering.warmup import slot_test, warm_up
+from farm.store import workers
+from farm.store.engine import transaction
+from workers.render.batch_log import BatchLog
+from workers.render.identity import Identity, announced_identity
+from workers.render.loop import RenderLine
+from workers.render.scratch import Scratch
+
+log = logging.getLogger(__name__)
+
+LOAD_AGAIN_SECONDS = 10.0
+MOST_SECONDS = 300.0
+"""Between tries to load a pipeline: twice as long each time, up to this."""
+SWITCH_SECONDS = 0.0005
+"""How long the device's thread waits for the interpreter, at most, while the tail is busy in it"""
+MOST_CHARACTERS = 500
+"""of what a worker says is wrong"""
+
+
+class Child:
+    """Everything the spawned process holds between two bells."""
+
+    def __init__(
+        self,
+        farm: Farm | None = None,
+        identity: Identity | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        batch_log: BatchLog | None = None,
+    ) -> None:
+        self._identity = identity or announced_identity()
+        self._farm = farm or open_farm(load_settings())
+        self._scratch = Scratch(self._farm.settings.scratch_dir, self._identity.id)
+        self._clock = clock
+        self._batch_log = batch_log
+        self._line: RenderLine | None = None
+        self._pause = LOAD_AGAIN_SECONDS
+        self._due = float("-inf")
+        """When to try to load again"""
+
+    def start(self) -> None:
+        """Pin the pipeline, before the first bell.
+
+        Where the child before this one ended while it loaded, so might this one: it waits first.
+        """
+        sys.setswitchinterval(SWITCH_SECONDS)
+        try:
+            ended = self._scratch.unfinished_loads()
+            if ended:
+                self._pause = min(LOAD_AGAIN_SECONDS * 2.0 ** min(ended - 1, 30), MOST_SECONDS)
+                self._fail_to_load("Its process ended while it loaded the pipeline.")
+            else:
+                self._load()
+        except Unavailable as error:
+            log.warning("%s: %s", self._identity.name, error)
+
+    def answer(self) -> bool:
+        """Answer a bell: render until the lane is empty.
+
+        Returns whether this process may go on; a fresh one should where memory ran out, or where
+        something broke that no batch is to blame for.
+        """
+        try:
+            if self._line is None and self._clock() >= self._due:
+                self._load()
+            if self._line is not None:
+                self._render(self._line)
+        except Unavailable as error:
+            log.warning("%s waits for the next bell: %s", self._identity.name, error)
+        except Exception:
+            log.exception("%s broke; another process goes on", self._identity.name)
+            return False
+        return self._line is None or not self._line.out_of_memory
+
+    def close(self) -> None:
+        """Send the last spans of its traces."""
+        self._farm.close_traces()
+
+    def _render(self, line: RenderLine) -> None:
+        self._say("rendering")
+        try:
+            line.run()
+        finally:
+            self._say("idle")
+
+    def _load(self) -> None:
+        """Try to pin the pipeline; where that fails, say why, and try later.
+
+        Who rings for later is the janitor, as long as something waits on the lane.
+        """
+        self._say("loading")
+        self._scratch.begin_load()
+        problem = self._try()
+        self._scratch.end_load()
+        if problem is not None:
+            free_what_is_left()  # not before: the error held on to what it had loaded
+            self._fail_to_load(problem)
+
+    def _fail_to_load(self, problem: str) -> None:
+        self._due = self._clock() + self._pause
+        self._pause = min(2 * self._pause, MOST_SECONDS)
+        self._say("failed", problem=problem)
+
+    def _try(self) -> str | None:
+        """Load and pin; returns what kept it from that."""
+        name, pipeline, started = self._identity.name, self._identity.pipeline, self._clock()
+        try:
+            keep_in(self._farm.settings.cache_dir)
+            # Read anew for each try: the checkpoint may be another one since.
+            offer = make_offer(pipeline, self._farm.entry(pipeline))
+            if uses_torch(offer.family):
+                prepare_torch(even_threads(self._farm.settings.torch_threads))
+            loaded = offer.family.load(offer.pipeline)
+            warmth = warm_up(offer, loaded)
+            slots = slot_test(offer, loaded)
+            line = RenderLine(
+                self._farm, self._identity, offer, loaded, warmth, slots, self._batch_log
+            )
+        except FarmError as error:
+            problem = one_line(error.message, MOST_CHARACTERS)
+            log.error("%s cannot load pipeline %s: %s", name, pipeline, problem)  # noqa: TRY400
+            log.debug("%s tells all of it", name, exc_info=True)
+            return problem
+        except Exception as error:
+            log.exception("%s cannot load pipeline %s", name, pipeline)
+            # What a library says may tell of this machine: that stays in the log.
+            return type(error).__name__
+        seconds = self._clock() - started
+        log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
+        self._line = line
+        # A fresh process costs more: it starts, and imports what it needs.
+        self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
+        return None
+
+    def _say(
+        self,
+        state: str,
+        *,
+        device: str | None = None,
+        problem: str | None = None,
+        load_seconds: float | None = None,
+    ) -> None:
+        with transaction(self._farm.store) as connection:
+            workers.set_state(
+                connection,
+                self._identity.id,
+                state,
+                device=device,
+                problem=problem,
+                load_seconds=load_seconds,
+            )

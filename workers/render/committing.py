@@ -1,0 +1,141 @@
+"""How batches end in Postgres: completed together, or one by one where something went wrong."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from farm.context import Farm
+from farm.domain.states import FrameState
+from farm.store import frames, workers
+from farm.store.circuit_breaker import note_failure
+from farm.store.claim import ClaimedFrame, Fence
+from farm.store.engine import one_statement, transaction
+from farm.store.frames import Done
+from workers.render.failures import failures, is_suspicious, named
+from workers.render.identity import Identity
+from workers.render.retry import insist
+from workers.render.spool import Finished
+
+log = logging.getLogger(__name__)
+
+
+class Ending:
+    """Ends batches whose pictures are stored, or that failed; waits while Postgres is away."""
+
+    def __init__(self, farm: Farm, identity: Identity) -> None:
+        self._farm = farm
+        self._identity = identity
+        self._commit_seconds = 0.0
+        """What the commit before took: it is told with the next one"""
+
+    def end(self, batches: Sequence[Finished]) -> None:
+        """End batches: all that went well in one commit."""
+        well = [batch for batch in batches if batch.done and not batch.failures]
+        rest = [batch for batch in batches if batch not in well]
+        if well and not self._end_together(well):
+            rest = [*well, *rest]
+        for batch in rest:
+            self._end_alone(batch)
+
+    def _end_together(self, batches: Sequence[Finished]) -> bool:
+        """Returns whether any frame was accepted; where none was, each batch is looked at."""
+        done = [item for batch in batches for item in batch.done]
+        account = sum((batch.account for batch in batches[1:]), batches[0].account)
+        account.commit_seconds = self._commit_seconds
+
+        def finish() -> set[Fence]:
+            with one_statement(self._farm.store) as connection:
+                ids = [batch.lease.id for batch in batches]
+                return frames.finish(connection, ids, done, self._identity.id, account)
+
+        started = time.monotonic()
+        try:
+            accepted = insist(self._identity.name, finish)
+        except Exception:  # the database refuses what it should take: whose is it?
+            log.exception("%s could not end %d batches at once", self._identity.name, len(batches))
+            return False
+        self._commit_seconds = time.monotonic() - started
+        if accepted:
+            self._tell_dropped(done, accepted)
+            for batch in batches:
+                self._trace(batch, started, accepted)
+        return bool(accepted)
+
+    def _end_alone(self, batch: Finished) -> None:
+        started = time.monotonic()
+        try:
+            accepted = insist(self._identity.name, lambda: self._complete(batch))
+        except Exception as error:
+            log.error(  # noqa: TRY400 - the traceback is in exc_info
+                "%s failed at %s", self._identity.name, named(batch.lease.frames), exc_info=error
+            )
+            batch.done, batch.failures = [], failures(batch.lease.frames, error)
+            batch.suspicious = is_suspicious(error)
+            accepted = insist(self._identity.name, lambda: self._complete(batch))
+        self._trace(batch, started, accepted)
+
+    def _complete(self, batch: Finished) -> Collection[Fence]:
+        """Returns the frames that succeeded."""
+        done, account, me, until = batch.done, batch.account, self._identity, None
+        settings, first = self._farm.settings, batch.lease.frames[0]
+        with transaction(self._farm.store) as connection:
+            accepted = frames.complete(
+                connection, batch.lease.id, done, batch.account.denoise_seconds
+            )
+            if not accepted and done and frames.already_complete(connection, done):
+                return [item.fence for item in done]  # the reply to an earlier COMMIT was lost
+            ended = frames.fail(
+                connection, batch.lease.id, batch.failures, settings.retry_seconds
+            ).values()
+            account.succeeded = len(accepted)
+            account.dropped = len(done) - len(accepted)
+            account.dead = [*ended].count(FrameState.DEAD)
+            account.returned = [*ended].count(FrameState.READY)
+            workers.account(connection, me.id, account)
+            if batch.suspicious and not done:
+                until = note_failure(
+                    connection, me.id, first.job_id, first.ordinal, settings.rest_seconds
+                )
+        if until is not None:
+            log.error("%s rests until %s: one frame after another fails", me.name, until)
+        self._tell_dropped(done, accepted)
+        return accepted
+
+    def _trace(self, batch: Finished, started: float, accepted: Collection[Fence]) -> None:
+        """Add a batch that was committed to the traces of its jobs."""
+        if self._farm.traces is None:
+            return
+        lease = batch.lease
+        batch.stages["complete"] = started, time.monotonic()
+        jobs: dict[uuid.UUID, list[ClaimedFrame]] = defaultdict(list)
+        for frame in lease.frames:
+            jobs[frame.job_id].append(frame)
+        self._farm.traces.batch(
+            {
+                job_id: {
+                    "farm.job": str(job_id),
+                    "farm.pipeline": lease.pipeline,
+                    "farm.worker": self._identity.name,
+                    "farm.lease": str(lease.id),
+                    "farm.batch": len(lease.frames),
+                    "farm.frames": len(own),
+                    "farm.succeeded": sum(frame.fence in accepted for frame in own),
+                    "farm.attempt": max(frame.attempt for frame in own),
+                }
+                for job_id, own in jobs.items()
+            },
+            batch.stages,
+        )
+
+    def _tell_dropped(self, done: Sequence[Done], accepted: Collection[Fence]) -> None:
+        for item in done:
+            if item.fence not in accepted:
+                log.warning(
+                    "%s: job %s frame %s attempt %s was dropped: its lease was lost",
+                    self._identity.name,
+                    *item.fence,
+                )

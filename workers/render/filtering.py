@@ -1,0 +1,52 @@
+"""The sieve: a pipeline's filters, applied to each of its pictures before it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from PIL import Image
+
+from farm.context import Farm
+from farm.imaging.filters import NEAR, Filter, Verdict
+from farm.store import perceptual_hashes
+from farm.store.claim import ClaimedFrame
+from farm.store.engine import transaction
+from farm.store.frames import Failure
+from workers.render.failures import rejected
+from workers.render.identity import Identity
+from workers.render.retry import insist
+
+
+@dataclass(frozen=True)
+class Sieve:
+    """Filters by name, in the catalog's order; the first that rejects a picture decides."""
+
+    farm: Farm
+    identity: Identity
+    filters: Mapping[str, Filter]
+
+    def rejection(self, frame: ClaimedFrame, picture: Image.Image) -> Failure | None:
+        """Say what becomes of a picture that is rejected; None where it is kept."""
+        for name, judge in self.filters.items():
+            verdict = judge(picture, frame.spec)
+            if verdict.keep and verdict.print is not None:
+                verdict = self._alone(frame, verdict, verdict.print)
+            if not verdict.keep:
+                return rejected(frame, name, verdict)
+        return None
+
+    def _alone(self, frame: ClaimedFrame, verdict: Verdict, hashed: int) -> Verdict:
+        """Keep a picture's print, unless a kept picture of its job looks like it."""
+
+        def keep() -> tuple[int, int] | None:
+            with transaction(self.farm.store) as connection:
+                return perceptual_hashes.keep_print(
+                    connection, frame.job_id, frame.ordinal, hashed, NEAR
+                )
+
+        near = insist(self.identity.name, keep)
+        if near is None:
+            return verdict
+        ordinal, bits = near
+        return Verdict(False, bits, f"it looks like frame {ordinal}, but for {bits} of 64 bits")

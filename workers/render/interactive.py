@@ -1,0 +1,113 @@
+"""Interactive work that comes while a less urgent batch is denoised."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from farm.context import Farm
+from farm.domain.spec import Priority
+from farm.errors import Unavailable
+from farm.store.claim import Lease
+from workers.render.claims import Claims
+from workers.render.identity import Identity
+
+log = logging.getLogger(__name__)
+
+DEAF_SECONDS = 1.0
+"""How long Redis is left alone after it did not answer: the watch's news come in any case."""
+
+
+class Urgent:
+    """Listens for it in a thread of its own and claims it, so that the step hook only looks."""
+
+    def __init__(self, farm: Farm, identity: Identity, claims: Claims) -> None:
+        self._farm = farm
+        self._identity = identity
+        self._claims = claims
+        self._listening = threading.Event()
+        self._told = threading.Event()
+        self._claiming = threading.Lock()
+        self._taken = threading.Condition()
+        self._lease: Lease | None = None
+        self._over = False
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen in the block, where a batch is denoised that may be interrupted."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._listen, name="urgent", daemon=True)
+            self._thread.start()
+        self._listening.set()
+        try:
+            yield
+        finally:
+            self._listening.clear()
+
+    @contextmanager
+    def interrupting(self, again: Callable[[], bool]) -> Iterator[None]:
+        """Claim nothing in the block, where urgent work is denoised.
+
+        Look for more after it, if `again` says so then.
+        """
+        self._listening.clear()
+        try:
+            yield
+        finally:
+            if again():
+                self._told.set()
+                self._listening.set()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._over = True
+        self._listening.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def tell(self) -> None:
+        """Say that interactive work waits, whoever noticed."""
+        self._told.set()
+
+    def last(self) -> Lease | None:
+        """Give what was claimed at the very end; no more is, before the next block."""
+        with self._claiming:
+            return self.take()
+
+    def take(self) -> Lease | None:
+        """Give a batch that was claimed, if there is one. It never waits for Postgres or Redis."""
+        if self._lease is None:
+            return None
+        with self._taken:
+            lease, self._lease = self._lease, None
+            self._taken.notify()
+        return lease
+
+    def _listen(self) -> None:
+        while True:
+            self._listening.wait()
+            if self._over:
+                return
+            try:
+                if self._told.is_set() or self._farm.bells.await_urgent(self._identity.pipeline):
+                    self._claim()
+            except Unavailable as error:
+                log.debug("%s hears no bells: %s", self._identity.name, error)
+                self._told.wait(DEAF_SECONDS)
+            except Exception:
+                log.exception("%s could not look for urgent work", self._identity.name)
+                self._told.wait(DEAF_SECONDS)
+
+    def _claim(self) -> None:
+        """Claim a batch and wait until it is taken."""
+        with self._claiming:
+            if self._over or not self._listening.is_set():
+                self._told.set()  # the line claims the most urgent first, or has claimed ahead
+                return
+            self._told.clear()
+            self._lease = self._claims.now(Priority.INTERACTIVE)
+        with self._taken:
+            self._taken.wait_for(lambda: self._lease is None)

@@ -1,0 +1,103 @@
+"""What is watched while a batch is in hand: its progress, and whether anybody still wants it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from farm.errors import Unavailable
+from farm.pipelines.family import StopBatch
+from farm.store import leases
+from farm.store.claim import Lease
+from farm.store.engine import Store, one_statement
+from farm.store.leases import News
+
+log = logging.getLogger(__name__)
+
+
+class LeaseWatch:
+    """Watches a lease from the first step of its batch until it has ended.
+
+    `on_step` runs between two steps, so it only sets two numbers and looks at a flag; a thread of
+    its own talks to Postgres, at most every `seconds`, and never holds up the device.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        lease: Lease,
+        seconds: float,
+        on_urgent: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Watch a lease.
+
+        Args:
+            store: where the lease is.
+            lease: whose batch is denoised.
+            seconds: how often Postgres is told, at most.
+            on_urgent: called when interactive work was seen to wait.
+        """
+        self._store = store
+        self._lease = lease
+        self._seconds = seconds
+        self._on_urgent = on_urgent
+        self.step = (0, 0)
+        self.draining = False
+        """Whether the worker was seen to drain"""
+        self._other = 0
+        self._unwanted = threading.Event()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._talk, name="lease-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it."""
+        self._over.set()
+
+    def on_step(self, step: int, steps: int) -> None:
+        """Note that `step` of `steps` is done.
+
+        Raises:
+            StopBatch: the lease is lost, or every frame of it was cancelled.
+        """
+        self.step = (step, steps)
+        if self._unwanted.is_set():
+            raise StopBatch
+
+    def on_other(self) -> None:
+        """Note that the child gets on with something that is no step of this batch.
+
+        Another picture is stored, or what was let in between two steps is a step further.
+        """
+        self._other += 1
+
+    def _talk(self) -> None:
+        reported = (0, 0), 0
+        while not self._over.wait(self._seconds):
+            now = self.step, self._other
+            if now != reported:
+                news = self._report(*self.step)
+                if news is None:
+                    continue
+                self.draining |= news.draining
+                if news.urgent:
+                    self._on_urgent()
+                if not news.wanted:
+                    self._unwanted.set()
+                    return
+            reported = now
+
+    def _report(self, step: int, steps: int) -> News | None:
+        try:
+            with one_statement(self._store) as connection:
+                return leases.touch(connection, self._lease.id, step, steps)
+        except Unavailable as error:
+            # The lease decides when the batch is done; until then it may still be wanted.
+            log.warning("lease %s: progress was not reported: %s", self._lease.id, error)
+        except Exception:
+            log.exception("lease %s: progress was not reported", self._lease.id)
+        return None

@@ -1,0 +1,280 @@
+"""The render line, straight: claim, denoise, and hand over to the tail; until the lane is empty.
+
+The device never waits: the next batch is claimed while one is denoised, and the tail encodes, puts
+and completes beside it. Between two steps of a batch an interactive one may be let in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+from PIL import Image
+
+from farm import failpoints
+from farm.context import Farm
+from farm.domain.spec import Priority
+from farm.errors import RenderError
+from farm.imaging.encoding import Encoder
+from farm.imaging.filters import load_filters
+from farm.pipelines.family import Batch, Loaded, StopBatch
+from farm.pipelines.resolve import Offer
+from farm.pipelines.runtime.devices import is_out_of_memory, torch_threads
+from farm.pipelines.runtime.loading import free_what_is_left
+from farm.pipelines.runtime.slots import SlotTest
+from farm.rendering.environment import circumstances_of
+from farm.rendering.warmup import Warmth
+from farm.store.claim import ClaimedFrame, Lease
+from workers.render.batch_log import BatchLog
+from workers.render.claims import Claims
+from workers.render.control_images import BatchImages, ImageCache
+from workers.render.failures import named
+from workers.render.filtering import Sieve
+from workers.render.finishing import Tail
+from workers.render.identity import Identity
+from workers.render.interactive import Urgent
+from workers.render.lease_watch import LeaseWatch
+from workers.render.reuse import Reuse
+from workers.render.scratch import Scratch
+from workers.render.spool import Finished, Spool
+
+log = logging.getLogger(__name__)
+
+REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+"""What diffusers raises where a call cannot be; it would again."""
+
+LOOK_SECONDS = 1.0
+"""Between looks for work while only the tail is busy"""
+
+
+class RenderLine:
+    """One child's pinned pipeline, and what it does with each batch."""
+
+    def __init__(
+        self,
+        farm: Farm,
+        identity: Identity,
+        offer: Offer,
+        loaded: Loaded,
+        warmth: Warmth | None = None,
+        slots: SlotTest | None = None,
+        batch_log: BatchLog | None = None,
+    ) -> None:
+        self._farm = farm
+        self._identity = identity
+        self._offer = offer
+        self._loaded = loaded
+        self._warmth = warmth or Warmth()
+        self._batch_log = batch_log
+        self._images = ImageCache(farm.artifacts)
+        self._scratch = Scratch(farm.settings.scratch_dir, identity.id)
+        self._claims = Claims(farm, identity)
+        self._urgent = Urgent(farm, identity, self._claims)
+        spool = Spool(self._scratch.pictures(os.getpid()), farm.settings.spool_bytes)
+        circumstances = circumstances_of(loaded)
+        self._slots = slots or SlotTest(offer.name, offer.family, offer.params_type)
+        encoder = Encoder(
+            circumstances, lambda frame: self._slots.threads_of(frame, circumstances.threads)
+        )
+        self._reuse = Reuse(farm, identity, encoder)
+        sieve = Sieve(farm, identity, load_filters(offer.pipeline.filters))
+        self._tail = Tail(farm, identity, encoder, spool, self._claims, sieve, self._reuse)
+        # What is offloaded moves between devices with hooks that know of one call at a time.
+        self._may_interrupt = farm.settings.preempt and not offer.pipeline.offload
+        self._twin: Loaded | None = None
+        self._lent_seconds = 0.0
+        """That the batch in hand lent the device to others"""
+        self._since = 0.0
+        """When there was something to render, and was not accounted yet"""
+        self._broken: Exception | None = None
+        self.out_of_memory = False
+        """Whether memory ran out: then nothing more is claimed, and a fresh process should go on"""
+
+    def run(self) -> None:
+        """Render batch after batch until nothing may be claimed; an outage is waited out."""
+        self._claims.doubt()
+        self._since = time.monotonic()
+        try:
+            while True:
+                lease = self._next()
+                if lease is not None:
+                    self._render(lease)
+                    if self._broken is not None:
+                        raise self._broken
+                elif self._tail.busy:
+                    self._give_back()
+                    self._tail.wait(seconds=LOOK_SECONDS)
+                    self._since = time.monotonic()
+                else:
+                    return
+        finally:
+            self._give_back()
+
+    def close(self) -> None:
+        """End the threads beside it, once `run` has returned; a child just ends."""
+        self._urgent.close()
+        self._claims.close()
+        self._tail.close()
+
+    def _next(self) -> Lease | None:
+        if self.out_of_memory or self._tail.full:
+            return None
+        if not self._claims.is_ahead:
+            self._tail.begin()
+        return self._urgent.take() or self._claims.next() or self._urgent.last()
+
+    def _give_back(self) -> None:
+        """Release what was claimed and will not be rendered."""
+        self._tail.begin()
+        self._claims.give_back()
+        lease = self._urgent.last()
+        if lease is not None:
+            self._claims.release(lease)
+
+    def _render(self, lease: Lease) -> None:
+        """Denoise a batch, and see that its lease ends: in the tail, or here."""
+        if self._batch_log is not None:
+            self._batch_log.begin()
+        batch, watch = self._begin(lease)
+        if not batch.frames:
+            self._tail.pass_on(batch, watch)
+            return
+        interruptible = self._may_interrupt and lease.priority is not Priority.INTERACTIVE
+        started, self._lent_seconds = time.monotonic(), 0.0
+
+        def on_step(step: int, steps: int) -> None:
+            watch.on_step(step, steps)
+            passed = time.monotonic() - started - self._lent_seconds
+            if self._tail.full:
+                return
+            self._claims.ahead(passed / step * (steps - step), passed / step)
+            if interruptible and self._may_interrupt and (urgent := self._urgent.take()):
+                self._interrupt(urgent, lease, watch)
+
+        try:
+            with self._urgent.listening() if interruptible else nullcontext():
+                pictures = self._denoise(self._loaded, batch, on_step)
+            now = time.monotonic()
+            batch.stages["denoise"] = started, now
+            batch.account.denoise_seconds = now - started - self._lent_seconds
+            batch.account.work_seconds, self._since = now - self._since, now
+            self._tail.take(batch, pictures, watch)
+        except StopBatch:
+            self._stop(lease, watch)
+        except Exception as error:
+            watch.close()
+            self.out_of_memory = is_out_of_memory(error)
+            self._tail.fail(batch, error)
+            self._tail.settle()
+            self._claims.give_back()  # it may mean that this worker must rest
+        if watch.draining:
+            self._claims.give_back()
+
+    def _interrupt(self, lease: Lease, interrupted: Lease, watch: LeaseWatch) -> None:
+        """Denoise an urgent batch between two steps of another one, which it never touches."""
+        started = time.monotonic()
+        try:
+            with self._urgent.interrupting(lambda: self._may_interrupt):
+                self._render_within(lease, watch)
+                self._scratch.hold(os.getpid(), interrupted.id)
+        except Exception as error:  # the interrupted batch is not to blame
+            self._broken = error
+            raise StopBatch from error
+        self._tail.begin()
+        self._lent_seconds += time.monotonic() - started
+
+    def _render_within(self, lease: Lease, outer: LeaseWatch) -> None:
+        batch, watch = self._begin(lease)
+        if not batch.frames:
+            self._tail.pass_on(batch, watch)
+            return
+        started = time.monotonic()
+
+        def on_step(step: int, steps: int) -> None:
+            watch.on_step(step, steps)
+            outer.on_other()
+
+        try:
+            self._twin = self._twin or self._loaded.twin()
+            pictures = self._denoise(self._twin, batch, on_step)
+            batch.spent("denoise", started)
+            self._tail.take(batch, pictures, watch, hasty=True)
+        except StopBatch:
+            self._stop(lease, watch)
+        except Exception as error:
+            watch.close()
+            if is_out_of_memory(error):
+                self._stop_interrupting(lease)
+            else:
+                self._tail.fail(batch, error)
+
+    def _stop_interrupting(self, lease: Lease) -> None:
+        """Give an urgent batch back for which there is no memory beside another one."""
+        self._may_interrupt = False
+        self._twin = None
+        free_what_is_left()
+        log.warning(
+            "%s has no memory for an urgent batch within another one; from now on such a batch "
+            "waits for its end: %s",
+            self._identity.name,
+            named(lease.frames),
+        )
+        self._claims.release(lease)
+
+    def _begin(self, lease: Lease) -> tuple[Finished, LeaseWatch]:
+        """Begin to watch a lease, and see what of it must be rendered."""
+        # What filters have not seen is not used again.
+        reuses = not self._offer.pipeline.filters and any(frame.reuse for frame in lease.frames)
+        if reuses:
+            self._tail.begin()  # looking and copying takes a while
+        frames, done = self._reuse.split(lease.frames) if reuses else (lease.frames, [])
+        seconds = self._farm.settings.touch_seconds
+        watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
+        watch.start()
+        stages = {"claim": self._claims.window(lease)}
+        return Finished(lease, frames, stages, done=done), watch
+
+    def _stop(self, lease: Lease, watch: LeaseWatch) -> None:
+        watch.close()
+        log.info("%s stopped: %s", self._identity.name, named(lease.frames))
+        self._claims.release(lease)
+
+    def _denoise(
+        self, loaded: Loaded, batch: Finished, on_step: Callable[[int, int], None]
+    ) -> list[Image.Image | None]:
+        """Denoise a batch, noting meanwhile that it is on the device."""
+        specs = [frame.spec for frame in batch.frames]
+        images = BatchImages(self._images, self._owners(batch.frames))
+        prompts = [spec.prompt for spec in specs]
+
+        def hook(step: int, steps: int) -> None:
+            failpoints.reach(self._farm.settings.failpoints, "render.step", prompts)
+            on_step(step, steps)
+
+        self._warmth.meet(self._offer.name, specs[0])
+        self._scratch.hold(os.getpid(), batch.lease.id)
+        self._tail.begin()
+        try:
+            with torch_threads(self._slots.threads(loaded, specs[0])):
+                return self._offer.family.denoise(loaded, Batch(specs, hook, images))
+        except BaseException as error:
+            loaded.rest()
+            if isinstance(error, REFUSALS):
+                raise RenderError(f"{self._offer.name} refuses it: {error}") from error
+            raise
+        finally:
+            # However it ended: the parent ends a child that stays at a batch nobody wants.
+            self._scratch.hold(os.getpid(), None)
+
+    def _owners(self, claimed: Sequence[ClaimedFrame]) -> dict[str, uuid.UUID]:
+        """Tell whose each image of a batch is."""
+        image_ids = self._offer.params_type.image_ids
+        return {
+            image_id: frame.tenant_id
+            for frame in claimed
+            for image_id in image_ids(frame.spec.params)
+        }
