@@ -167,9 +167,7 @@ def test_prints_are_near_within_six_bits(farm: Farm, tenant: uuid.UUID) -> None:
         assert perceptual_hashes.keep_print(connection, job_id, 1, 2**64 - 64, NEAR) == (0, 6)
         assert perceptual_hashes.keep_print(connection, job_id, 1, 2**64 - 128, NEAR) is None
         assert perceptual_hashes.keep_print(connection, job_id, 1, 2**64 - 1, NEAR) == (0, 0)
-        assert (
-            perceptual_hashes.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None
-        )
+        assert perceptual_hashes.keep_print(connection, job_id, 0, 2**64 - 1, NEAR) is None
 
 
 def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.UUID) -> None:

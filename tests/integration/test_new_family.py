@@ -100,9 +100,7 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "families"
     folder.mkdir()
     (folder / "gradient.py").write_text(MODULE)
-    monkeypatch.setattr(
-        farm_families, "__path__", [*farm_families.__path__, str(folder)]
-    )
+    monkeypatch.setattr(farm_families, "__path__", [*farm_families.__path__, str(folder)])
     all_families.cache_clear()
     yield
     all_families.cache_clear()
