@@ -49,7 +49,7 @@ async def _here(request: Request) -> Farm:
 
 
 # Async where nothing is waited for: FastAPI calls that right there, the rest in a thread.
-FarmHere = Annotated[Farm, Depends(_here)]
+FarmDep = Annotated[Farm, Depends(_here)]
 
 
 def caller_of(farm: Farm, credential: Credential) -> Caller:
@@ -101,7 +101,7 @@ def known_caller(request: Request, farm: Farm, credential: Credential) -> Caller
 
 def reader(
     request: Request,
-    farm: FarmHere,
+    farm: FarmDep,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Caller:
     """Let any known key in."""

@@ -28,13 +28,13 @@ DRAINED = 4
 """How many times its limit a body is read on, kept nowhere, so that its sender hears the refusal
 instead of a broken connection."""
 FIRST_SECONDS = 30.0
-LEAST_BYTES_A_SECOND = 64 * 2**10
+MIN_BYTES_PER_SECOND = 64 * 2**10
 """A body must have come after FIRST_SECONDS, and what it takes at this pace"""
 WITHOUT_KEY = 64
 """Bodies that may arrive at the same time from whoever has no key"""
 KEYS_AT_ONCE = 4
 """Keys that a process looks up for the door at the same time"""
-BODIES, BODIES_A_TENANT = 256, 64
+BODIES, BODIES_PER_TENANT = 256, 64
 """The same from whoever has one"""
 
 
@@ -63,7 +63,7 @@ class FrontDoor:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._bodies = Places(BODIES, BODIES_A_TENANT)
+        self._bodies = Places(BODIES, BODIES_PER_TENANT)
         self._without_key = Places(WITHOUT_KEY, WITHOUT_KEY)
         self._looking_up = CapacityLimiter(KEYS_AT_ONCE)
 
@@ -154,7 +154,7 @@ class Body:
         now = time.monotonic()
         if self._began is None:
             self._began = now
-        allowed = FIRST_SECONDS + self._bytes / LEAST_BYTES_A_SECOND
+        allowed = FIRST_SECONDS + self._bytes / MIN_BYTES_PER_SECOND
         try:
             with fail_after(max(0.0, self._began + allowed - now)):
                 message = await self._receive()

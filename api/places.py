@@ -15,7 +15,7 @@ from farm.errors import Unavailable
 
 T = TypeVar("T")
 
-MOST_WAITING = 16
+MAX_WAITING = 16
 """Long calls of a tenant that wait for its turn"""
 
 
@@ -88,7 +88,7 @@ class Turns:
             Unavailable: so many calls of the tenant wait already, perhaps with large bodies.
         """
         lock = self._locks.setdefault(tenant_id, Lock())
-        if lock.statistics().tasks_waiting >= MOST_WAITING:
+        if lock.statistics().tasks_waiting >= MAX_WAITING:
             raise Unavailable("Too many long calls of this tenant wait. Try again in a minute.")
         async with lock:
             return await to_thread.run_sync(function, *args, limiter=self._limiter)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from farm.domain.image_formats import Format
 from farm.domain.spec import PROMPTS_SHOWN, LabelText, Storable, storable
 from farm.domain.states import FrameState, JobStatus
-from farm.services.exports.service import MOST_JOBS, SHARD_FRAMES
+from farm.services.exports.service import MAX_JOBS, SHARD_FRAMES
 
 Item = TypeVar("Item")
 
@@ -182,7 +182,7 @@ class ExportAsked(BaseModel):
 class ExportOfJobs(ExportAsked):
     """An export of several jobs as it is asked for: they are named, or bear labels."""
 
-    jobs: list[str] = Field(default_factory=list, max_length=MOST_JOBS, description="their ids")
+    jobs: list[str] = Field(default_factory=list, max_length=MAX_JOBS, description="their ids")
     labels: dict[LabelText, LabelText] = Field(
         default_factory=dict, description="or what they all bear"
     )

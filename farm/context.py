@@ -10,7 +10,7 @@ from farm.bells import Bells
 from farm.config import Settings
 from farm.errors import InvalidRequest
 from farm.pipelines.catalog import Catalog, Pipeline, load_catalog
-from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.storage import Artifacts
 from farm.store.engine import Store, open_store
 
@@ -31,7 +31,7 @@ class Farm:
     artifacts: Artifacts
     traces: Traces | None = None
     """None where no endpoint is set"""
-    _offers: dict[str, Offer] = field(default_factory=dict)
+    _offers: dict[str, ResolvedPipeline] = field(default_factory=dict)
 
     def entry(self, name: str) -> Pipeline:
         """Find a pipeline in the catalog.
@@ -46,7 +46,7 @@ class Farm:
             )
         return self.catalog.pipelines[name]
 
-    def offer(self, name: str) -> Offer:
+    def offer(self, name: str) -> ResolvedPipeline:
         """Find what may be asked of a pipeline; its checkpoint's configuration is read once.
 
         Raises:
@@ -55,7 +55,7 @@ class Farm:
         """
         entry = self.entry(name)
         if name not in self._offers:
-            self._offers[name] = make_offer(name, entry)
+            self._offers[name] = resolve_pipeline(name, entry)
         return self._offers[name]
 
     def close(self) -> None:

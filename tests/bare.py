@@ -63,7 +63,7 @@ def frames_of(job: Mapping[str, Any]) -> list[Frame]:
     ]
 
 
-class Bare:
+class DiffusersReference:
     """Pipelines of diffusers, loaded from the checkpoints of one folder."""
 
     def __init__(self, folder: Path, images: Mapping[str, Image.Image], threads: int) -> None:

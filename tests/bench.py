@@ -18,7 +18,7 @@ RUN = "code-was-run"
 
 
 @dataclass
-class Bench:
+class CheckpointSandbox:
     """The checkpoints lie beside the catalog, each under the name of its kind."""
 
     good: Path

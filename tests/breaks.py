@@ -38,7 +38,7 @@ from coverage import CoverageData
 from typer import echo
 
 AN_AREA = 5
-MOST_TESTS = 150
+MAX_TESTS = 150
 """Of those that cover a line"""
 CHILDREN = ("tests/acceptance/", "tests/integration/test_child.py")
 """The tests of what only child processes execute: coverage does not tell for which test"""
@@ -325,7 +325,7 @@ class Trial:
         Random(f"{self._options.seed} {place.file} {place.text}").shuffle(found)
         one = {file_of(name): name for name in found}
         rest = [name for name in found if name not in one.values()]
-        chosen = [*one.values(), *rest[: max(0, MOST_TESTS - len(one))]]
+        chosen = [*one.values(), *rest[: max(0, MAX_TESTS - len(one))]]
         # A file's tests stay together: what they share is made once.
         walls: dict[str, list[float]] = {file: [] for file in one}
         for name in chosen:

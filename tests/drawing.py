@@ -9,13 +9,13 @@ import numpy as np
 
 from farm.domain.spec import FrameSpec
 from farm.pipelines.family import Batch
-from farm.pipelines.resolve import make_offer
-from tests.bench import Bench
+from farm.pipelines.resolve import resolve_pipeline
+from tests.bench import CheckpointSandbox
 
 
-def picture(bench: Bench, words: str, **params: Any) -> np.ndarray[Any, Any]:
+def picture(bench: CheckpointSandbox, words: str, **params: Any) -> np.ndarray[Any, Any]:
     """Load an entry, and draw what the farm draws."""
-    offer = make_offer("x", bench.entry(words))
+    offer = resolve_pipeline("x", bench.entry(words))
     loaded = offer.family.load(offer.pipeline)
     given = offer.params({"steps": 2, "width": 64, "height": 64, **params}).model_dump()
     frame = FrameSpec(pipeline="x", prompt="a red star", seed=31, bucket=1, params=given)

@@ -16,7 +16,7 @@ from farm.services import jobs
 from farm.store import frames, keys, leases, queries, workers
 from farm.store.claim import ClaimedFrame, Fence, Lease, claim
 from farm.store.engine import Connection, transaction
-from farm.store.frames import Done, Failure
+from farm.store.frames import CompletedFrame, FailedAttempt
 
 
 def submit(farm: Farm, tenant: uuid.UUID, **fields: Any) -> uuid.UUID:
@@ -62,7 +62,7 @@ def sql(farm: Farm, statement: str, **values: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Hand:
+class FakeWorker:
     """A worker whose every move the test makes."""
 
     farm: Farm
@@ -100,7 +100,7 @@ class Hand:
     ) -> set[Fence]:
         wanted = [fence(frame) for frame in lease.frames] if fences is None else fences
         done = [
-            Done(item, hashlib.sha256(repr(item).encode()).digest(), 100 + slot, slot)
+            CompletedFrame(item, hashlib.sha256(repr(item).encode()).digest(), 100 + slot, slot)
             for slot, item in enumerate(wanted)
         ]
         return frames.complete(connection, lease.id, done)
@@ -109,7 +109,7 @@ class Hand:
         self, lease: Lease, *, retryable: bool = True, fences: Sequence[Fence] | None = None
     ) -> dict[Fence, FrameState]:
         wanted = [fence(frame) for frame in lease.frames] if fences is None else fences
-        failures = [Failure(item, "render_error", "It broke.", retryable) for item in wanted]
+        failures = [FailedAttempt(item, "render_error", "It broke.", retryable) for item in wanted]
         with transaction(self.farm.store) as connection:
             return frames.fail(connection, lease.id, failures, 0.0)
 
@@ -123,8 +123,8 @@ class Hand:
             return frames.release(connection, lease.id, [fence(frame) for frame in lease.frames])
 
 
-def hire(farm: Farm, name: str = "hand", pipeline: str = "demo") -> Hand:
-    hand = Hand(farm, uuid.uuid4(), name)
+def register_worker(farm: Farm, name: str = "hand", pipeline: str = "demo") -> FakeWorker:
+    hand = FakeWorker(farm, uuid.uuid4(), name)
     with transaction(farm.store) as connection:
         workers.register(connection, hand.id, name=name, pipeline=pipeline, host="here", pid=1)
     return hand

@@ -9,7 +9,7 @@ from PIL import Image
 
 from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import Pipeline
-from farm.pipelines.family import Batch, Checkpoint, Loaded, padded
+from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, padded
 from farm.pipelines.params import Negatable, Params
 
 STEPS = 10
@@ -41,12 +41,12 @@ class Noise:
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
         return NoiseParams
 
-    def load(self, pipeline: Pipeline) -> Loaded:
-        return Loaded(
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
+        return LoadedPipeline(
             pipe=None, device="cpu", dtype="float32", scheduler_config=None, weights="0" * 64
         )
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         frames = batch.frames
         self.batches.append(list(padded(frames)))
         for step in range(self.steps):

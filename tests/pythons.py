@@ -17,9 +17,9 @@ from farm.domain.spec import FrameSpec
 from farm.imaging.encoding import Encoder
 from farm.pipelines.catalog import load_catalog
 from farm.pipelines.family import Batch
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import prepare_torch
-from farm.rendering.environment import circumstances_of
+from farm.rendering.environment import environment_of
 from farm.rendering.replay import replay
 
 THREADS = 1
@@ -40,7 +40,7 @@ def main(folder: Path) -> int:
 def rendered() -> bytes:
     """Render a picture as a worker of the demo's pipeline does."""
     prepare_torch(THREADS)
-    offer = make_offer("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
+    offer = resolve_pipeline("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
     loaded = offer.family.load(offer.pipeline)
     params = offer.params({}).model_dump()
     frame = FrameSpec(
@@ -48,7 +48,7 @@ def rendered() -> bytes:
     )
     picture = offer.family.denoise(loaded, Batch([frame]))[0]
     assert picture is not None
-    return Encoder(circumstances_of(loaded)).encode(picture, frame)
+    return Encoder(environment_of(loaded)).encode(picture, frame)
 
 
 if __name__ == "__main__":

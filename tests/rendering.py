@@ -9,10 +9,10 @@ from farm.rendering.warmup import warm_up
 from farm.store import workers
 from farm.store.engine import transaction
 from workers.render.identity import Identity
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 
-def render_line(farm: Farm, pipeline: str) -> RenderLine:
+def render_line(farm: Farm, pipeline: str) -> RenderLoop:
     """Register a worker, load its pipeline and warm it up, as a child does before its first bell.
 
     `line.run()` then renders until the lane is empty. Whoever asks closes it.
@@ -24,4 +24,4 @@ def render_line(farm: Farm, pipeline: str) -> RenderLine:
         )
     offer = farm.offer(pipeline)
     loaded = offer.family.load(offer.pipeline)
-    return RenderLine(farm, identity, offer, loaded, warm_up(offer, loaded))
+    return RenderLoop(farm, identity, offer, loaded, warm_up(offer, loaded))

@@ -30,7 +30,7 @@ from farm.store.exports import Shard
 
 log = logging.getLogger(__name__)
 
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 """of why a shard was not written"""
 POLL_SECONDS = 5.0
 END_SECONDS = 5.0
@@ -106,7 +106,7 @@ class Chores:
         except Exception as error:
             log.exception("%s could not write %s", self._name, shard)
             said = error.message if isinstance(error, FarmError) else type(error).__name__
-            why = one_line(said, MOST_CHARACTERS)
+            why = one_line(said, MAX_CHARACTERS)
             # A server that is away comes back; a picture that is gone does not.
             counts = not (isinstance(error, Unavailable) and error.retryable)
             with one_statement(self._farm.store) as connection:

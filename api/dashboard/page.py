@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
 from api import schemas
-from api.auth import OPERATOR, WRITERS, FarmHere
+from api.auth import OPERATOR, WRITERS, FarmDep
 from api.dashboard.html import PAGE_HEADERS, render
 from api.dashboard.session import VisitingWriter, Visitor, done, sign_in_page, visitor
 from api.places import Turns
@@ -39,7 +39,7 @@ Status = Annotated[JobStatus | None, Query()]
 
 @router.get("/")
 def page(
-    request: Request, farm: FarmHere, after: After = None, status: Status = None
+    request: Request, farm: FarmDep, after: After = None, status: Status = None
 ) -> HTMLResponse:
     """Show the dashboard, or ask for a key."""
     try:
@@ -52,7 +52,7 @@ def page(
 
 @router.get("/live")
 def live(
-    farm: FarmHere, caller: Visitor, after: After = None, status: Status = None
+    farm: FarmDep, caller: Visitor, after: After = None, status: Status = None
 ) -> HTMLResponse:
     """Show the part of the dashboard that changes."""
     values = contents(farm, caller, after, status)
@@ -78,7 +78,7 @@ USE_CASES: dict[Action, Callable[[Farm, uuid.UUID, uuid.UUID], object]] = {
 
 @router.post("/jobs/{job_id}/{action}")
 async def act(
-    request: Request, farm: FarmHere, caller: VisitingWriter, job_id: uuid.UUID, action: Action
+    request: Request, farm: FarmDep, caller: VisitingWriter, job_id: uuid.UUID, action: Action
 ) -> Response:
     """Press one of a job's buttons."""
     slow: Turns = request.app.state.slow

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 from PIL import Image
 
-from api.auth import FarmHere
+from api.auth import FarmDep
 from api.dashboard.session import Visitor
 from api.routes.frames import image_key
 from farm.context import Farm
@@ -31,7 +31,7 @@ FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Co
 
 @router.get("")
 async def picture(
-    request: Request, farm: FarmHere, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
+    request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
 ) -> Response:
     """Give a frame's image as it is stored."""
     return await _by_storage(request, _picture, farm, caller, job_id, ordinal)
@@ -47,7 +47,7 @@ def _picture(farm: Farm, caller: Caller, job_id: uuid.UUID, ordinal: int) -> Res
 
 @router.get("/thumbnail")
 async def thumbnail(
-    request: Request, farm: FarmHere, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
+    request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
 ) -> Response:
     """Give a frame's image, made small enough to show many."""
     return await _by_storage(request, _thumbnail, farm, caller, job_id, ordinal)

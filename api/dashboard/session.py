@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from api.auth import (
     WRITERS,
     Credential,
-    FarmHere,
+    FarmDep,
     caller_of,
     cookie_name,
     known_caller,
@@ -29,11 +29,11 @@ from farm.store.keys import Caller
 
 router = APIRouter(include_in_schema=False)
 
-MOST_FIELDS = 4
+MAX_FIELDS = 4
 DAY_SECONDS = 86_400.0
 
 
-def visitor(request: Request, farm: FarmHere) -> Caller:
+def visitor(request: Request, farm: FarmDep) -> Caller:
     """Who looks at the page.
 
     Raises:
@@ -82,9 +82,7 @@ def sign_in_page(problem: str = "", status: int = 200) -> HTMLResponse:
 
 
 @router.post("/login", dependencies=[Depends(same_origin)])
-def log_in(
-    request: Request, farm: FarmHere, body: Annotated[bytes, Depends(read_body)]
-) -> Response:
+def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_body)]) -> Response:
     """Take a key, and begin a session, which the visitor's cookie holds."""
     try:
         caller = caller_of(farm, Credential(_field(body, "key")))
@@ -110,14 +108,14 @@ def log_in(
 def _field(form: bytes, name: str) -> str:
     """Read one field of a form; empty where it has none, or is no form."""
     try:
-        fields = parse_qs(form.decode("utf-8", "replace"), max_num_fields=MOST_FIELDS)
+        fields = parse_qs(form.decode("utf-8", "replace"), max_num_fields=MAX_FIELDS)
     except ValueError:
         return ""
     return fields.get(name, [""])[0].strip()
 
 
 @router.post("/logout", dependencies=[Depends(same_origin)])
-def log_out(request: Request, farm: FarmHere) -> Response:
+def log_out(request: Request, farm: FarmDep) -> Response:
     """End the visitor's session, and forget the pictures in the browser's cache."""
     session = session_of(request)
     if session is not None:

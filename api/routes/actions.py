@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from api import schemas
-from api.auth import FarmHere, Operator
+from api.auth import FarmDep, Operator
 from api.openapi import refusals
 from api.paging import Limit
 from farm.store import actions
@@ -23,7 +23,7 @@ AfterAction = Annotated[
 
 @router.get("", summary="List the actions of operators, newest first", responses=refusals(403))
 def list_actions(
-    farm: FarmHere, _caller: Operator, limit: Limit = 50, after: AfterAction = None
+    farm: FarmDep, _caller: Operator, limit: Limit = 50, after: AfterAction = None
 ) -> schemas.Page[schemas.Action]:
     """List actions with the key, the verb, the target, the time, the address, the reason and the
     outcome."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path
 
 from api import schemas
-from api.auth import OPERATOR, Acting, FarmHere, Reader, Why
+from api.auth import OPERATOR, Acting, FarmDep, Reader, Why
 from api.openapi import refusals
 from farm.errors import InvalidRequest, NotFound
 from farm.services.exports.service import parse_place
@@ -21,7 +21,7 @@ DestinationId = Annotated[uuid.UUID, Path(description="the destination's id")]
 
 
 @router.get("", summary="List export destinations")
-def list_destinations(farm: FarmHere, caller: Reader) -> schemas.Page[schemas.Destination]:
+def list_destinations(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Destination]:
     """List the destinations of the key's tenant. An operator's key lists those of all tenants."""
     tenant_id = None if caller.role == OPERATOR else caller.tenant_id
     with reads(farm.store) as connection:
@@ -30,7 +30,7 @@ def list_destinations(farm: FarmHere, caller: Reader) -> schemas.Page[schemas.De
 
 
 @router.post("", status_code=201, summary="Grant a destination", responses=refusals(400, 403))
-def grant(farm: FarmHere, actor: Acting, asked: schemas.DestinationAsked) -> schemas.Destination:
+def grant(farm: FarmDep, actor: Acting, asked: schemas.DestinationAsked) -> schemas.Destination:
     """Allow a tenant to export to a bucket, at or below a prefix. Granting it twice is no error."""
     bucket, prefix = parse_place(asked.dest, "dest")
     with transaction(farm.store) as connection:
@@ -49,7 +49,7 @@ def grant(farm: FarmHere, actor: Acting, asked: schemas.DestinationAsked) -> sch
     summary="Revoke an export destination",
     responses=refusals(403, 404),
 )
-def revoke(farm: FarmHere, actor: Acting, destination_id: DestinationId, why: Why = "") -> None:
+def revoke(farm: FarmDep, actor: Acting, destination_id: DestinationId, why: Why = "") -> None:
     """Refuse new exports to a destination. Running exports finish, and exported files stay."""
     with transaction(farm.store) as connection:
         row = destinations.revoke(connection, destination_id)

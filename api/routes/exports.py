@@ -13,7 +13,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import RedirectResponse
 
 from api import schemas
-from api.auth import FarmHere, Reader, Writer
+from api.auth import FarmDep, Reader, Writer
 from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
@@ -40,7 +40,7 @@ FileName = Annotated[str, Path(description="the file's name within the dataset")
     responses=refusals(400, 403, 404),
 )
 async def export_job(
-    request: Request, farm: FarmHere, caller: Writer, job_id: JobId, asked: schemas.ExportAsked
+    request: Request, farm: FarmDep, caller: Writer, job_id: JobId, asked: schemas.ExportAsked
 ) -> schemas.Export:
     """Begin to write a job's pictures as a dataset; shards follow as they become whole."""
     await to_thread.run_sync(_check_job, farm, caller.tenant_id, job_id)
@@ -51,7 +51,7 @@ async def export_job(
     "/exports", status_code=202, summary="Export several jobs", responses=refusals(400, 403)
 )
 async def export_jobs(
-    request: Request, farm: FarmHere, caller: Writer, asked: schemas.ExportOfJobs
+    request: Request, farm: FarmDep, caller: Writer, asked: schemas.ExportOfJobs
 ) -> schemas.Export:
     """Begin to write several jobs' pictures as one dataset: they are named, or bear labels."""
     if bool(asked.jobs) == bool(asked.labels):
@@ -62,7 +62,7 @@ async def export_jobs(
 
 @router.get("/exports", summary="List exports, newest first")
 def list_exports(
-    farm: FarmHere,
+    farm: FarmDep,
     caller: Reader,
     limit: Limit = 50,
     after: After = None,
@@ -77,7 +77,7 @@ def list_exports(
 
 
 @router.get("/exports/{export_id}", responses=refusals(404), summary="Look at an export")
-def get_export(farm: FarmHere, caller: Reader, export_id: ExportId) -> schemas.Export:
+def get_export(farm: FarmDep, caller: Reader, export_id: ExportId) -> schemas.Export:
     """Answer with how far an export is."""
     with reads(farm.store) as connection:
         return _view(exports.get_export(connection, caller.tenant_id, export_id))
@@ -89,7 +89,7 @@ def get_export(farm: FarmHere, caller: Reader, export_id: ExportId) -> schemas.E
     responses=refusals(403, 404),
     summary="Delete an export",
 )
-def delete_export(farm: FarmHere, caller: Writer, export_id: ExportId) -> None:
+def delete_export(farm: FarmDep, caller: Writer, export_id: ExportId) -> None:
     """Delete an export, ended or not. Files in the farm's own storage go, those elsewhere stay."""
     with transaction(farm.store) as connection:
         exports.remove_export(connection, caller.tenant_id, export_id)
@@ -99,7 +99,7 @@ def delete_export(farm: FarmHere, caller: Writer, export_id: ExportId) -> None:
     "/exports/{export_id}/shards", responses=refusals(404), summary="List an export's shards"
 )
 def list_shards(
-    farm: FarmHere,
+    farm: FarmDep,
     caller: Reader,
     export_id: ExportId,
     limit: Limit = 50,
@@ -124,7 +124,7 @@ def list_shards(
     },
 )
 def get_file(
-    farm: FarmHere, caller: Reader, export_id: ExportId, name: FileName, head: IsHead
+    farm: FarmDep, caller: Reader, export_id: ExportId, name: FileName, head: IsHead
 ) -> RedirectResponse:
     """Point to a file of a shard that is done."""
     with reads(farm.store) as connection:

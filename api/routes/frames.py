@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query
 from fastapi.responses import RedirectResponse
 
 from api import schemas
-from api.auth import FarmHere, Reader
+from api.auth import FarmDep, Reader
 from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit
@@ -31,7 +31,7 @@ Ordinal = Annotated[int, Path(ge=0, description="the frame's place in its job, f
 
 @router.get("", responses=refusals(404), summary="List a job's frames")
 def list_frames(
-    farm: FarmHere,
+    farm: FarmDep,
     caller: Reader,
     job_id: JobId,
     limit: Limit = 50,
@@ -83,7 +83,7 @@ def _may_hold(job: JobRow, state: FrameState) -> bool:
 
 
 @router.get("/{ordinal}", responses=refusals(404), summary="Look at a frame")
-def get_frame(farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal) -> schemas.Frame:
+def get_frame(farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal) -> schemas.Frame:
     """Answer with a frame, its whole spec and every attempt at it."""
     with transaction(farm.store) as connection:
         job, row = frame_row(connection, caller.tenant_id, job_id, ordinal)
@@ -101,7 +101,7 @@ def get_frame(farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal) -
     },
 )
 def get_image(
-    farm: FarmHere, caller: Reader, job_id: JobId, ordinal: Ordinal, head: IsHead
+    farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal, head: IsHead
 ) -> RedirectResponse:
     """Point to a succeeded frame's image."""
     key = image_key(farm, caller.tenant_id, job_id, ordinal)

@@ -6,7 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from api import schemas
-from api.auth import FarmHere
+from api.auth import FarmDep
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.store.engine import require_writes
@@ -31,7 +31,7 @@ async def healthz() -> schemas.Health:
     summary="Readiness",
     responses={503: {"model": schemas.Readiness, "description": UNREADY}},
 )
-async def readyz(request: Request, farm: FarmHere, response: Response) -> schemas.Readiness:
+async def readyz(request: Request, farm: FarmDep, response: Response) -> schemas.Readiness:
     """Tell how each server does; without Redis the farm still serves, only later."""
     found = await to_thread.run_sync(_readiness, farm, limiter=request.app.state.health)
     response.status_code = 200 if found.ready else 503

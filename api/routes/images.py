@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from api import schemas
-from api.auth import FarmHere, Reader, Writer
+from api.auth import FarmDep, Reader, Writer
 from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit, page
@@ -36,7 +36,7 @@ UPLOAD: dict[str, Any] = {
 }
 AT_ONCE = 2
 """Images that a process decodes at the same time: a large one takes some 200 MB meanwhile."""
-MOST_WAITING = 32
+MAX_WAITING = 32
 """Uploads that wait for it; they hold no thread, but their bodies"""
 OTHER_KIND = {"model": schemas.Problem, "description": f"Content-Type is not {ALLOWED}."}
 
@@ -50,7 +50,7 @@ OTHER_KIND = {"model": schemas.Problem, "description": f"Content-Type is not {AL
 )
 async def upload(
     request: Request,
-    farm: FarmHere,
+    farm: FarmDep,
     caller: Writer,
     body: Annotated[bytes, Depends(read_body)],
     response: Response,
@@ -69,7 +69,7 @@ async def upload(
 
 @router.get("", summary="List control images, by id")
 def list_images(
-    farm: FarmHere, caller: Reader, limit: Limit = 50, after: AfterImage = None
+    farm: FarmDep, caller: Reader, limit: Limit = 50, after: AfterImage = None
 ) -> schemas.Page[schemas.Image]:
     """List a tenant's control images."""
     with reads(farm.store) as connection:
@@ -83,7 +83,7 @@ def list_images(
     responses=refusals(403, 404),
     summary="Delete a control image",
 )
-def delete_image(farm: FarmHere, caller: Writer, image_id: ImageId) -> None:
+def delete_image(farm: FarmDep, caller: Writer, image_id: ImageId) -> None:
     """Delete an image. Its object is deleted from the storage within seconds. Frames that use the
     image and are not rendered yet become dead. Pictures that are rendered stay."""
     with transaction(farm.store) as connection:
@@ -91,7 +91,7 @@ def delete_image(farm: FarmHere, caller: Writer, image_id: ImageId) -> None:
 
 
 @router.get("/{image_id}", responses=refusals(404), summary="Look at a control image")
-def get_image(farm: FarmHere, caller: Reader, image_id: ImageId) -> schemas.Image:
+def get_image(farm: FarmDep, caller: Reader, image_id: ImageId) -> schemas.Image:
     """Answer with an uploaded image's size and when it came."""
     return _view(use_cases.get_image(farm, caller.tenant_id, image_id))
 
@@ -106,9 +106,7 @@ def get_image(farm: FarmHere, caller: Reader, image_id: ImageId) -> schemas.Imag
         **refusals(404),
     },
 )
-def get_content(
-    farm: FarmHere, caller: Reader, image_id: ImageId, head: IsHead
-) -> RedirectResponse:
+def get_content(farm: FarmDep, caller: Reader, image_id: ImageId, head: IsHead) -> RedirectResponse:
     """Point to an uploaded image."""
     image = use_cases.get_image(farm, caller.tenant_id, image_id)
     address = farm.artifacts.presigned(image_key(caller.tenant_id, image.id), head=head)

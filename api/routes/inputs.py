@@ -11,12 +11,12 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from api import schemas
-from api.auth import FarmHere, Reader, Writer, farm_of
+from api.auth import FarmDep, Reader, Writer, farm_of
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
 from api.places import Places
 from farm.context import Farm
-from farm.domain.inputs import Intake, StoredInput
+from farm.domain.inputs import InputReader, StoredInput
 from farm.errors import FarmError, MalformedBody
 from farm.store import inputs
 from farm.store.engine import reads, transaction
@@ -48,7 +48,7 @@ LINES: dict[str, Any] = {
     openapi_extra=LINES,
 )
 async def upload(
-    request: Request, farm: FarmHere, caller: Writer, response: Response
+    request: Request, farm: FarmDep, caller: Writer, response: Response
 ) -> schemas.Input:
     """Take prompts, a line of JSON each, and keep all of them or none.
 
@@ -56,7 +56,7 @@ async def upload(
     same input.
     """
     places: Places = request.app.state.intakes
-    with places.taken(str(caller.tenant_id), "inputs"), Intake(farm.settings) as intake:
+    with places.taken(str(caller.tenant_id), "inputs"), InputReader(farm.settings) as intake:
         await _read(request, intake)
         found = await to_thread.run_sync(_store, farm, caller.tenant_id, intake)
     response.headers["Location"] = f"/v1/inputs/{found.id}"
@@ -64,7 +64,7 @@ async def upload(
 
 
 @router.get("/{input_id}", responses=refusals(404), summary="Look at an input")
-def get_input(farm: FarmHere, caller: Reader, input_id: InputId) -> schemas.Input:
+def get_input(farm: FarmDep, caller: Reader, input_id: InputId) -> schemas.Input:
     """Answer with what is known of an input."""
     with reads(farm.store) as connection:
         return _view(inputs.get_input(connection, caller.tenant_id, input_id))
@@ -72,7 +72,7 @@ def get_input(farm: FarmHere, caller: Reader, input_id: InputId) -> schemas.Inpu
 
 @router.get("", summary="List inputs, the one sent last first")
 def list_inputs(
-    farm: FarmHere,
+    farm: FarmDep,
     caller: Reader,
     limit: Limit = 50,
     after: After = None,
@@ -89,13 +89,13 @@ def list_inputs(
 @router.delete(
     "/{input_id}", status_code=204, responses=refusals(403, 404, 409), summary="Delete an input"
 )
-def delete_input(farm: FarmHere, caller: Writer, input_id: InputId) -> None:
+def delete_input(farm: FarmDep, caller: Writer, input_id: InputId) -> None:
     """Delete an input that no job draws."""
     with transaction(farm.store) as connection:
         inputs.delete_input(connection, caller.tenant_id, input_id)
 
 
-async def _read(request: Request, intake: Intake) -> None:
+async def _read(request: Request, intake: InputReader) -> None:
     """Read the body through; to its end even when it is refused, so that its sender hears why."""
     refused: FarmError | None = None
     left = farm_of(request).settings.max_input_bytes
@@ -127,7 +127,7 @@ async def _blocks(request: Request) -> AsyncIterator[bytes]:
         yield bytes(held)
 
 
-def _store(farm: Farm, tenant_id: uuid.UUID, intake: Intake) -> StoredInput:
+def _store(farm: Farm, tenant_id: uuid.UUID, intake: InputReader) -> StoredInput:
     with transaction(farm.store) as connection:
         return inputs.insert_input(
             connection, tenant_id, intake.sha256, intake.facts, intake.parts()

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from api import schemas
-from api.auth import FarmHere, Reader, Writer
+from api.auth import FarmDep, Reader, Writer
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
 from api.places import Turns
@@ -49,7 +49,7 @@ STEERING = refusals(403, 404, 409)
 )
 async def submit(
     request: Request,
-    farm: FarmHere,
+    farm: FarmDep,
     caller: Writer,
     body: Annotated[bytes, Depends(read_body)],
     idempotency_key: Annotated[
@@ -106,7 +106,7 @@ def _answer(content: BaseModel, status: int, headers: Mapping[str, str] | None =
 @router.get("", summary="List jobs, newest first")
 def list_jobs(
     request: Request,
-    farm: FarmHere,
+    farm: FarmDep,
     caller: Reader,
     limit: Limit = 50,
     after: After = None,
@@ -163,31 +163,31 @@ def job_page(
 
 
 @router.get("/{job_id}", responses=refusals(404), summary="Look at a job")
-def get_job(farm: FarmHere, caller: Reader, job_id: JobId) -> schemas.Job:
+def get_job(farm: FarmDep, caller: Reader, job_id: JobId) -> schemas.Job:
     """Answer with a job as it stands now."""
     return one_job(farm, caller.tenant_id, job_id)
 
 
 @router.post("/{job_id}/cancel", responses=STEERING, summary="Cancel a job for good")
-def cancel(farm: FarmHere, caller: Writer, job_id: JobId) -> schemas.Job:
+def cancel(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
     """Cancel what waits and what runs; what succeeded stays. Cancelling twice is once."""
     return _steered(use_cases.cancel, farm, caller.tenant_id, job_id)
 
 
 @router.post("/{job_id}/pause", responses=STEERING, summary="Hold a job back")
-def pause(farm: FarmHere, caller: Writer, job_id: JobId) -> schemas.Job:
+def pause(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
     """Claim nothing more of a job; what runs is finished."""
     return _steered(use_cases.pause, farm, caller.tenant_id, job_id)
 
 
 @router.post("/{job_id}/resume", responses=STEERING, summary="Let a paused job go on")
-def resume(farm: FarmHere, caller: Writer, job_id: JobId) -> schemas.Job:
+def resume(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
     """Let a paused job be claimed again."""
     return _steered(use_cases.resume, farm, caller.tenant_id, job_id)
 
 
 @router.post("/{job_id}/retry", responses=STEERING, summary="Give dead frames fresh attempts")
-async def retry(request: Request, farm: FarmHere, caller: Writer, job_id: JobId) -> schemas.Job:
+async def retry(request: Request, farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
     """Return a job's dead frames for as many attempts as they had at first."""
     slow: Turns = request.app.state.slow
     args = _steered, use_cases.retry, farm, caller.tenant_id, job_id

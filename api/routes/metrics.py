@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
-from api.auth import FarmHere
+from api.auth import FarmDep
 from farm.context import Farm
 from farm.domain.spec import Priority
 from farm.store import lanes, queries, workers
@@ -31,7 +31,7 @@ STAGES = ("denoise", "encode", "put", "commit")
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def metrics(farm: FarmHere) -> Response:
+def metrics(farm: FarmDep) -> Response:
     """Answer without a key: what stands here names no tenant."""
     registry = CollectorRegistry()
     registry.register(LaneCollector(farm))

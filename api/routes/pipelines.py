@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from api import schemas
-from api.auth import FarmHere, Reader
+from api.auth import FarmDep, Reader
 from farm.config import Settings
 from farm.context import Farm
 from farm.errors import CatalogError
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/pipelines", tags=["pipelines"])
 
 
 @router.get("", summary="List what can be rendered")
-def list_pipelines(farm: FarmHere, _caller: Reader) -> schemas.Page[schemas.Pipeline]:
+def list_pipelines(farm: FarmDep, _caller: Reader) -> schemas.Page[schemas.Pipeline]:
     """List the catalog's pipelines; all of them are on the one page."""
     with transaction(farm.store) as connection:
         alive = {name: lanes.lane_now(connection, name).workers for name in farm.catalog.pipelines}

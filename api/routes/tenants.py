@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path
 
 from api import schemas
-from api.auth import Acting, FarmHere, Operator, Why
+from api.auth import Acting, FarmDep, Operator, Why
 from api.openapi import refusals
 from farm.errors import Conflict, NotFound
 from farm.store import actions, tenants
@@ -20,7 +20,7 @@ OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
 
 @router.get("", summary="List tenants", responses=refusals(403))
-def list_tenants(farm: FarmHere, _caller: Operator) -> schemas.Page[schemas.Tenant]:
+def list_tenants(farm: FarmDep, _caller: Operator) -> schemas.Page[schemas.Tenant]:
     """List all tenants by name, with the number of things that each owns. There is one page."""
     with reads(farm.store) as connection:
         found = tenants.list_tenants(connection)
@@ -28,7 +28,7 @@ def list_tenants(farm: FarmHere, _caller: Operator) -> schemas.Page[schemas.Tena
 
 
 @router.get("/{tenant}", summary="Show a tenant", responses=refusals(403, 404))
-def get_tenant(farm: FarmHere, _caller: Operator, tenant: Tenant) -> schemas.Tenant:
+def get_tenant(farm: FarmDep, _caller: Operator, tenant: Tenant) -> schemas.Tenant:
     """Return what a tenant owns. Use the ID for a deleted tenant: `emptied_at` is the time at which
     its last row and object were deleted."""
     with reads(farm.store) as connection:
@@ -41,7 +41,7 @@ def get_tenant(farm: FarmHere, _caller: Operator, tenant: Tenant) -> schemas.Ten
     summary="Delete a tenant and everything it owns",
     responses=refusals(403, 404, 409),
 )
-def delete_tenant(farm: FarmHere, actor: Acting, tenant: Tenant, why: Why = "") -> schemas.Tenant:
+def delete_tenant(farm: FarmDep, actor: Acting, tenant: Tenant, why: Why = "") -> schemas.Tenant:
     """Revoke the keys of a tenant at once, cancel its jobs, and delete its jobs, prompts, pictures,
     exports, inputs, control images and keys. Files that it exported to other buckets stay. Get the
     tenant by its ID to see the progress."""

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from api import schemas
-from api.auth import OPERATOR, Acting, FarmHere, Operator, Reader, Why
+from api.auth import OPERATOR, Acting, FarmDep, Operator, Reader, Why
 from api.openapi import refusals
 from farm.errors import NotFound
 from farm.store import actions, queries, workers
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 
 @router.get("", summary="List the workers that are alive")
-def list_workers(farm: FarmHere, caller: Reader) -> schemas.Page[schemas.Worker]:
+def list_workers(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Worker]:
     """List workers; all of them are on the one page."""
     with transaction(farm.store) as connection:
         return schemas.Page(data=worker_views(connection, caller), next=None)
@@ -32,7 +32,7 @@ def list_workers(farm: FarmHere, caller: Reader) -> schemas.Page[schemas.Worker]
     summary="Let a worker finish and leave",
 )
 def drain(
-    farm: FarmHere, caller: Operator, actor: Acting, worker_id: uuid.UUID, why: Why = ""
+    farm: FarmDep, caller: Operator, actor: Acting, worker_id: uuid.UUID, why: Why = ""
 ) -> schemas.Worker:
     """Ask a worker to claim nothing more; it ends its batch, deregisters and exits, within
     FARM_GRACE_SECONDS, as with SIGTERM. What it cannot finish is given back, at no charge."""

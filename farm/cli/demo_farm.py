@@ -27,7 +27,7 @@ STARTING_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Host:
+class FarmHandle:
     """A farm that answers."""
 
     client: FarmClient
@@ -39,7 +39,7 @@ class Host:
 
 
 @contextmanager
-def some_farm(data: Path) -> Iterator[Host]:
+def running_or_started_farm(data: Path) -> Iterator[FarmHandle]:
     """Give a farm: FARM_API_URL's, else the one running on `data`, else one started on it."""
     if os.environ.get("FARM_API_URL"):
         with _running(None) as host:
@@ -65,7 +65,7 @@ def is_held(data: Path) -> bool:
 
 
 @contextmanager
-def _running(data: Path | None) -> Iterator[Host]:
+def _running(data: Path | None) -> Iterator[FarmHandle]:
     """Wait until the farm that somebody else runs answers, and use it."""
     started = time.monotonic()
     with busy("Waiting for the farm to answer" if data is None else f"Using the farm on {data}"):
@@ -80,7 +80,7 @@ def _running(data: Path | None) -> Iterator[Host]:
                 time.sleep(0.5)
     out.print(f"Using the farm that runs already: [bold]{client.address.url}[/]")
     with client:
-        yield Host(client, client.address.url, data, own=False)
+        yield FarmHandle(client, client.address.url, data, own=False)
 
 
 def _open(data: Path | None) -> FarmClient:
@@ -96,7 +96,7 @@ def _open(data: Path | None) -> FarmClient:
 
 
 @contextmanager
-def _started(data: Path) -> Iterator[Host]:
+def _started(data: Path) -> Iterator[FarmHandle]:
     """Start the whole farm on a data folder, and stop it at the end."""
     from farm.cli.client.http import FarmClient
     from farm.local import running_farm
@@ -110,5 +110,5 @@ def _started(data: Path) -> Iterator[Host]:
         took = duration(time.monotonic() - started)
         out.print(f"[bold green]Farm is ready:[/] [bold]{farm.url}/[/] [dim]({took})[/]")
         client = stack.enter_context(FarmClient(farm.url, farm.api_key))
-        yield Host(client, farm.url, farm.data, own=True)
+        yield FarmHandle(client, farm.url, farm.data, own=True)
         note("Stopping the farm …", None)

@@ -18,7 +18,7 @@ from farm.cli.terminal.console import duration, plural
 from farm.config import ENV_FILE, Settings
 from farm.errors import CatalogError, FarmError, Unavailable
 from farm.pipelines.catalog import Pipeline, load_catalog
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import device_name, device_of
 from farm.storage import Artifacts
 from farm.store import workers
@@ -187,7 +187,7 @@ def _catalog(settings: Settings) -> str:
 
 
 def _pipeline(name: str, entry: Pipeline) -> str:
-    offer = make_offer(name, entry)
+    offer = resolve_pipeline(name, entry)
     return f"{offer.family.name} from {entry.checkpoint}"
 
 

@@ -20,7 +20,7 @@ RECENT = 1_000
 SHORT = 8
 """Characters of an id that lists show."""
 
-JobWord = Annotated[
+JobArgument = Annotated[
     str,
     typer.Argument(
         metavar="JOB", help="A job's id, or at least its first 6 characters.", show_default=False

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from farm.cli.prompt_tables import TEXT_COLUMN, Row, Told, kind_of, read_rows
+from farm.cli.prompt_tables import TEXT_COLUMN, OnProgress, Row, kind_of, read_rows
 from farm.cli.prompt_templates import Templates, expanded
 from farm.domain.numbers import whole
 from farm.errors import InvalidRequest
@@ -23,7 +23,7 @@ Fields = dict[str, Any]
 """A line of an input, as farm.domain.inputs has it"""
 
 BLOCK_BYTES = 2**18
-MOST_NAMES = 100
+MAX_NAMES = 100
 """Of columns, that are remembered to be told"""
 WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 
@@ -93,7 +93,7 @@ class PromptFile:
         left = f"; not used: {', '.join(map(repr, self._left))}" if self._left else ""
         return f"Columns: {', '.join(used)}{left}."
 
-    def blocks(self, told: Told = lambda _: None) -> Iterator[bytes]:
+    def blocks(self, told: OnProgress = lambda _: None) -> Iterator[bytes]:
         """Give the lines to send, some at a time.
 
         Raises:
@@ -101,15 +101,15 @@ class PromptFile:
         """
         return _joined(self.lines(told))
 
-    def lines(self, told: Told = lambda _: None) -> Iterator[Fields]:
+    def lines(self, told: OnProgress = lambda _: None) -> Iterator[Fields]:
         """Give the fields of each line."""
         found = self._found(told)
         if self._templates:
             found = expanded(found, self._templates)
         return (fields for _, fields in found)
 
-    def _found(self, told: Told) -> Iterator[tuple[str, Fields]]:
-        remembered = lru_cache(MOST_NAMES)(self._choose)
+    def _found(self, told: OnProgress) -> Iterator[tuple[str, Fields]]:
+        remembered = lru_cache(MAX_NAMES)(self._choose)
         never = {*self._columns.named.values(), *self._columns.labels}
 
         def choose(names: tuple[str, ...], where: str) -> Chosen:
@@ -174,7 +174,7 @@ class PromptFile:
         self._used |= {f"label {label}": names[place].strip() for label, place in labels.items()}
         taken = {*fields.values(), *labels.values()}
         for place, name in enumerate(names):
-            if place not in taken and len(self._left) < MOST_NAMES:
+            if place not in taken and len(self._left) < MAX_NAMES:
                 self._left[name.strip()] = None
 
     def _fields(self, row: Row, chosen: Chosen) -> Fields:

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from farm.errors import InvalidRequest
 
-Told = Callable[[int], object]
+OnProgress = Callable[[int], object]
 """Is told how many more bytes of the file were read"""
 
 ROWS_AT_ONCE = 1000
-MOST_FIELD_CHARS = 2**20
+MAX_FIELD_CHARS = 2**20
 TEXT_COLUMN = "prompt"
 """What the lines of a plain text are called"""
 
@@ -35,7 +35,7 @@ MARKS = {
 CSV_FLAWS = {
     "unexpected end of data": "a quotation mark that opens a field is never closed",
     "expected after": "a quotation mark stands inside a quoted field; write it twice",
-    "field larger than": f"a field has more than {MOST_FIELD_CHARS} characters",
+    "field larger than": f"a field has more than {MAX_FIELD_CHARS} characters",
 }
 
 
@@ -67,7 +67,7 @@ def kind_of(path: Path) -> str:
     return kind
 
 
-def read_rows(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+def read_rows(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]:
     """Give the rows of a file, one after the other.
 
     Raises:
@@ -92,7 +92,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, io.TextIOWrapper]]:
             yield raw, text
 
 
-def _text_lines(path: Path, told: Told) -> Iterator[str]:
+def _text_lines(path: Path, told: OnProgress) -> Iterator[str]:
     """Give a text's lines, with their ends."""
     with _opened(path) as (raw, text):
         before = 0
@@ -120,19 +120,19 @@ def _check_characters(where: str, line: str, encoding: str) -> None:
         raise InvalidRequest(f"{where}: {why}.") from error
 
 
-def _tell(raw: BinaryIO, before: int, told: Told) -> int:
+def _tell(raw: BinaryIO, before: int, told: OnProgress) -> int:
     if (now := raw.tell()) > before:
         told(now - before)
     return now
 
 
-def _read_text(path: Path, _wanted: Wanted, told: Told) -> Iterator[Row]:
+def _read_text(path: Path, _wanted: Wanted, told: OnProgress) -> Iterator[Row]:
     for number, line in enumerate(_text_lines(path, told), 1):
         if prompt := line.strip():
             yield Row(f"{path}, line {number}", (TEXT_COLUMN,), [prompt])
 
 
-def _read_jsonl(path: Path, _wanted: Wanted, told: Told) -> Iterator[Row]:
+def _read_jsonl(path: Path, _wanted: Wanted, told: OnProgress) -> Iterator[Row]:
     decode = json.JSONDecoder(object_pairs_hook=_without_repeats).decode
     for number, line in enumerate(_text_lines(path, told), 1):
         if line.isspace():
@@ -160,16 +160,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_csv(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+def _read_csv(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]:
     return _read_table(path, wanted, told, ",")
 
 
-def _read_tsv(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+def _read_tsv(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]:
     return _read_table(path, wanted, told, "\t")
 
 
-def _read_table(path: Path, wanted: Wanted, told: Told, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(MOST_FIELD_CHARS)
+def _read_table(path: Path, wanted: Wanted, told: OnProgress, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD_CHARS)
     lines = _text_lines(path, told)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     before = 0
@@ -196,7 +196,7 @@ def _read_table(path: Path, wanted: Wanted, told: Told, delimiter: str) -> Itera
         raise InvalidRequest(f"{path}, line {before + rows.line_num}: {flaw}.") from error
 
 
-def _read_parquet(path: Path, wanted: Wanted, told: Told) -> Iterator[Row]:
+def _read_parquet(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -242,7 +242,7 @@ KINDS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-READERS: dict[str, Callable[[Path, Wanted, Told], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, Wanted, OnProgress], Iterator[Row]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "tsv": _read_tsv,

@@ -1,8 +1,8 @@
 """Inputs: prompts by the million, one a line of JSON, checked once and kept in parts.
 
-A line is `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, "labels": …?}`. An `Intake`
-reads a stream of them, plain or gzip, with flat memory: it keeps a part's lines at a time, packs
-them, and writes them into a file until all of the stream was found good.
+A line is `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, "labels": …?}`. An
+`InputReader` reads a stream of them, plain or gzip, with flat memory: it keeps a part's lines at a
+time, packs them, and writes them into a file until all of the stream was found good.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from farm.domain.numbers import whole
 from farm.domain.spec import MAX_LABELS, MAX_SEED, PROMPTS_SHOWN, LabelText, Line, storable
 from farm.errors import InvalidRequest
 
-LINES_A_PART = 1000
-MOST_LINE_BYTES = 2**18
-MOST_KEY_CHARS = 200
-MOST_BAD_LINES = 100
+LINES_PER_PART = 1000
+MAX_LINE_BYTES = 2**18
+MAX_KEY_CHARS = 200
+MAX_BAD_LINES = 100
 """That are told at once"""
 PIECE_BYTES = 2**14
 """Of packed bytes, unpacked at once: what is left of a piece is copied for each file in it"""
 GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
-DOUBTFUL = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
+NEEDS_SLOW_CHECK = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
 """What a NUL or a lone surrogate would show as: such lines are looked at one by one"""
 
 
@@ -45,7 +45,7 @@ class LineFields(TypedDict, total=False):
     """A line as it is sent."""
 
     prompt: Required[str]
-    key: Annotated[str, Field(min_length=1, max_length=MOST_KEY_CHARS)] | None
+    key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None
     seed: Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_SEED)] | None
     negative_prompt: str | None
     labels: dict[LabelText, LabelText] | None
@@ -81,7 +81,7 @@ class StoredInput:
 
 
 @dataclass
-class Facts:
+class InputStats:
     """What is found out about an input while it is read."""
 
     lines: int = 0
@@ -108,11 +108,11 @@ class BadLines(InvalidRequest):
         ]
 
 
-class Intake:
+class InputReader:
     """Reads one input. Used in one thread at a time; a context manager, which removes its file."""
 
     def __init__(self, settings: Settings) -> None:
-        self.facts = Facts()
+        self.facts = InputStats()
         self._settings = settings
         self._hash = hashlib.sha256()
         self._unpacker: Any = None
@@ -128,7 +128,7 @@ class Intake:
         self._parts = tempfile.TemporaryFile(prefix="farm-input-")  # noqa: SIM115 - closed by __exit__
         self._sizes: list[int] = []
 
-    def __enter__(self) -> Intake:
+    def __enter__(self) -> InputReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,7 +181,7 @@ class Intake:
         most = self._settings.max_input_bytes
         return InvalidRequest(f"input: it is larger than the limit of {most} bytes.", param="input")
 
-    def end(self) -> Facts:
+    def end(self) -> InputStats:
         """Read what is left, and check what only the whole tells.
 
         Raises:
@@ -211,7 +211,7 @@ class Intake:
         """Give the packed parts, each with the index of its first line."""
         self._parts.seek(0)
         for number, size in enumerate(self._sizes):
-            yield number * LINES_A_PART, self._parts.read(size)
+            yield number * LINES_PER_PART, self._parts.read(size)
 
     def _begin(self, block: bytes) -> None:
         self._begun = True
@@ -230,8 +230,8 @@ class Intake:
         self._rest = lines.pop()
         for line in lines:
             self._line(line)
-        if len(self._rest) > MOST_LINE_BYTES:  # its end may be far: what matters is that it is long
-            self._rest = self._rest[: MOST_LINE_BYTES + 1]
+        if len(self._rest) > MAX_LINE_BYTES:  # its end may be far: what matters is that it is long
+            self._rest = self._rest[: MAX_LINE_BYTES + 1]
 
     def _line(self, line: bytes) -> None:
         self._number += 1
@@ -244,7 +244,7 @@ class Intake:
         if not line or line.isspace():
             return
         self._pending.append((self._number, line))
-        if len(self._pending) == LINES_A_PART:
+        if len(self._pending) == LINES_PER_PART:
             self._check_pending()
 
     def _check_pending(self) -> None:
@@ -258,8 +258,8 @@ class Intake:
         else:
             for (number, _), fields in zip(pending, found, strict=True):
                 self._note(number, fields)
-        if len(self._problems) >= MOST_BAD_LINES:
-            raise BadLines(self._problems[:MOST_BAD_LINES])
+        if len(self._problems) >= MAX_BAD_LINES:
+            raise BadLines(self._problems[:MAX_BAD_LINES])
         if self._problems:  # nothing will be stored
             return
         self.facts.lines += len(pending)
@@ -312,7 +312,7 @@ class Intake:
         hashes = np.frombuffer(self._key_hashes, np.int64)
         lines = np.frombuffer(self._key_lines, np.int64)
         order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])[: 10 * MOST_BAD_LINES]
+        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])[: 10 * MAX_BAD_LINES]
         if self._problems or not same.size:
             return
         suspects = {*lines[order[same]].tolist(), *lines[order[same + 1]].tolist()}
@@ -320,7 +320,7 @@ class Intake:
         for number, key in self._keys_of(suspects):
             if first.setdefault(key, number) != number:
                 self._problems.append((number, f"key is that of line {first[key]}"))
-            if len(self._problems) == MOST_BAD_LINES:
+            if len(self._problems) == MAX_BAD_LINES:
                 return
 
     def _keys_of(self, suspects: set[int]) -> Iterator[tuple[int, str]]:
@@ -340,7 +340,7 @@ def _size(text: str) -> int:
 def _together(lines: Sequence[bytes]) -> list[LineFields] | None:
     """Check many lines at once; None where any may be wrong."""
     whole = b"[" + b",".join(lines) + b"]"
-    if max(map(len, lines)) > MOST_LINE_BYTES or any(each in whole for each in DOUBTFUL):
+    if max(map(len, lines)) > MAX_LINE_BYTES or any(each in whole for each in NEEDS_SLOW_CHECK):
         return None
     try:
         found = MANY.validate_json(whole)
@@ -351,8 +351,8 @@ def _together(lines: Sequence[bytes]) -> list[LineFields] | None:
 
 
 def _checked(line: bytes) -> LineFields:
-    if len(line) > MOST_LINE_BYTES:
-        raise ValueError(f"it is longer than {MOST_LINE_BYTES} bytes")
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"it is longer than {MAX_LINE_BYTES} bytes")
     try:
         line.decode()
     except UnicodeDecodeError as error:

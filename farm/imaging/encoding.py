@@ -18,7 +18,7 @@ from farm.domain.spec import FrameSpec
 from farm.errors import InvalidRequest, RenderError
 from farm.imaging.exif_xmp import exif, provenance_of, xmp
 from farm.imaging.png import png
-from farm.imaging.provenance import Circumstances, Provenance, Scribe
+from farm.imaging.provenance import Provenance, ProvenanceWriter, RenderEnvironment
 
 KEYWORD = "farm"
 """of the PNG's chunk that holds the farm's own JSON"""
@@ -38,10 +38,10 @@ class Encoder:
     """Encodes the pictures of one loaded pipeline; safe to share between threads."""
 
     def __init__(
-        self, circumstances: Circumstances, threads_of: Callable[[FrameSpec], int] | None = None
+        self, circumstances: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
     ) -> None:
-        """Encode with this provenance; see Scribe."""
-        self._scribe = Scribe(circumstances, threads_of)
+        """Encode with this provenance; see ProvenanceWriter."""
+        self._scribe = ProvenanceWriter(circumstances, threads_of)
 
     def provenance(self, frame: FrameSpec) -> str:
         """All that decides the bytes of a frame's file, as JSON."""

@@ -20,7 +20,7 @@ from farm.domain.spec import FrameSpec
 TO_QUOTE = re.compile(r'[,:\n"]')
 
 
-class Circumstances(BaseModel):
+class RenderEnvironment(BaseModel):
     """What all frames have in common that one loaded pipeline renders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,18 +37,18 @@ class Circumstances(BaseModel):
     """how it was loaded, where that may show in the last bits: `compile`, `channels_last`"""
 
 
-class Provenance(Circumstances):
+class Provenance(RenderEnvironment):
     """How a picture came to be."""
 
     format: Literal[1] = 1
     frame: FrameSpec
 
 
-class Scribe:
+class ProvenanceWriter:
     """Writes frames' texts; what they have in common is written once."""
 
     def __init__(
-        self, circumstances: Circumstances, threads_of: Callable[[FrameSpec], int] | None = None
+        self, circumstances: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
     ) -> None:
         """Write for one loaded pipeline.
 
@@ -57,8 +57,8 @@ class Scribe:
             threads_of: the torch threads that a frame is rendered with, where not all have the
                 circumstances' number.
         """
-        self._circumstances = Circumstances.model_validate(
-            {name: getattr(circumstances, name) for name in Circumstances.model_fields}
+        self._circumstances = RenderEnvironment.model_validate(
+            {name: getattr(circumstances, name) for name in RenderEnvironment.model_fields}
         )
         self._threads_of = threads_of or (lambda _frame: circumstances.threads)
         self._common: dict[int, str] = {}

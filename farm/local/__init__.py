@@ -5,6 +5,6 @@ Importing it loads neither the servers' wheels nor torch.
 
 from farm.local.errors import StackError
 from farm.local.servers import Servers, embedded_servers
-from farm.local.up import Farm, running_farm
+from farm.local.up import LocalFarm, running_farm
 
-__all__ = ["Farm", "Servers", "StackError", "embedded_servers", "running_farm"]
+__all__ = ["LocalFarm", "Servers", "StackError", "embedded_servers", "running_farm"]

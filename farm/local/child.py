@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 LAUNCH = Path(__file__).with_name("launch.py")
 LOG_BYTES = 10 * 2**20
 FIRST_DELAY = 0.2
-LONGEST_DELAY = 10.0
+MAX_DELAY = 10.0
 STEADY_SECONDS = 30.0
 FAILURES_SHOWN = 3
 POLL_SECONDS = 0.1
@@ -68,7 +68,7 @@ def launched(
     return [*start, str(os.getpid()), str(int(orphan_signal)), str(user), *argv]
 
 
-class Child:
+class ManagedProcess:
     """A running program. The supervisor's thread starts and reaps it; any thread may look."""
 
     def __init__(self, program: Program) -> None:
@@ -158,7 +158,7 @@ class Child:
         now = time.monotonic()
         if now - self._started >= STEADY_SECONDS:
             self._failures = 0
-        delay = min(FIRST_DELAY * 2**self._failures, LONGEST_DELAY)
+        delay = min(FIRST_DELAY * 2**self._failures, MAX_DELAY)
         self._failures += 1
         self._next_start = now + delay
         logger.warning("%s ended (%s); started again in %.1f s", self.name, self.outcome, delay)

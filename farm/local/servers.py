@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farm.local import postgres, seaweedfs, valkey
-from farm.local.child import Child, Program
+from farm.local.child import ManagedProcess, Program
 from farm.local.errors import StackError
 from farm.local.folder import Folder, hold
 from farm.local.processes import MARK, end_leftovers
@@ -34,9 +34,9 @@ class Servers:
     access_key: str
     secret_key: str
     region: str
-    postgres: Child
-    valkey: Child
-    seaweedfs: Child
+    postgres: ManagedProcess
+    valkey: ManagedProcess
+    seaweedfs: ManagedProcess
 
     @property
     def env(self) -> dict[str, str]:
@@ -103,15 +103,15 @@ def start_servers(folder: Folder, supervisor: Supervisor) -> Servers:
     )
 
 
-def _start(plan: Plan, folder: Folder, supervisor: Supervisor) -> tuple[Child, str]:
+def _start(plan: Plan, folder: Folder, supervisor: Supervisor) -> tuple[ManagedProcess, str]:
     env = {name: os.environ[name] for name in INHERITED if name in os.environ}
     program, url = plan(folder, env | {MARK: str(folder.path)})
     return supervisor.start(program, lasting=False), url
 
 
 def _settle(
-    plan: Plan, started: tuple[Child, str], folder: Folder, supervisor: Supervisor
-) -> tuple[Child, str]:
+    plan: Plan, started: tuple[ManagedProcess, str], folder: Folder, supervisor: Supervisor
+) -> tuple[ManagedProcess, str]:
     """Wait until the server serves; one that ends at its start is tried again, on free ports."""
     for tries_left in reversed(range(START_TRIES)):
         child, _url = started

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-from farm.local.child import POLL_SECONDS, Child, Program
+from farm.local.child import POLL_SECONDS, ManagedProcess, Program
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Supervisor:
     """
 
     def __init__(self) -> None:
-        self.children: list[Child] = []
+        self.children: list[ManagedProcess] = []
         self._changed = threading.Condition()
         self._closed = False
         self._hastened = threading.Event()
@@ -48,16 +48,16 @@ class Supervisor:
             self._closed = True
             self._thread.join()
 
-    def start(self, program: Program, *, lasting: bool = True) -> Child:
+    def start(self, program: Program, *, lasting: bool = True) -> ManagedProcess:
         """Start a child; without `lasting` it is not started again until `ready` has seen it."""
-        child = Child(program)
+        child = ManagedProcess(program)
         child.lasting = lasting
         with self._changed:
             self.children.append(child)
             self._changed.notify_all()
         return child
 
-    def ready(self, child: Child, seconds: float) -> Child:
+    def ready(self, child: ManagedProcess, seconds: float) -> ManagedProcess:
         """Wait until `child` serves; raises StackError when it ends, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while not child.serves():
@@ -69,14 +69,14 @@ class Supervisor:
         child.lasting = True
         return child
 
-    def stop(self, *children: Child) -> None:
+    def stop(self, *children: ManagedProcess) -> None:
         """End children for good, together: their stop signal, their grace, then SIGKILL."""
         with self._changed:
             for child in children:
                 child.wanted = False
                 child.signal(child.program.stop_signal)
         asked = time.monotonic()
-        killed: set[Child] = set()
+        killed: set[ManagedProcess] = set()
         while running := [child for child in children if child.alive]:
             for child in set(running) - killed:
                 if time.monotonic() - asked > self._grace(child):
@@ -85,7 +85,7 @@ class Supervisor:
                     killed.add(child)
             self._pause(POLL_SECONDS / 2)
 
-    def forget(self, child: Child) -> None:
+    def forget(self, child: ManagedProcess) -> None:
         """Stop a child, and list it no more."""
         self.stop(child)
         with self._changed:
@@ -95,7 +95,7 @@ class Supervisor:
         """Cut short the grace that children being stopped are given."""
         self._hastened.set()
 
-    def _grace(self, child: Child) -> float:
+    def _grace(self, child: ManagedProcess) -> float:
         grace = child.program.grace
         return min(grace, HASTENED_SECONDS) if self._hastened.is_set() else grace
 

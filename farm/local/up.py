@@ -10,7 +10,7 @@ from pathlib import Path
 
 from farm.config import ENV_FILE, Settings, format_env
 from farm.local import commands
-from farm.local.child import Child
+from farm.local.child import ManagedProcess
 from farm.local.errors import StackError
 from farm.local.folder import Folder, write_private
 from farm.local.ports import HOST, free_port, is_free
@@ -23,7 +23,7 @@ READY_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Farm:
+class LocalFarm:
     """A running farm: how to reach it, and its processes by name (`worker demo-1`, `api`, …)."""
 
     url: str
@@ -32,7 +32,7 @@ class Farm:
     env: dict[str, str]
     """What farm.env holds."""
     servers: Servers
-    children: dict[str, Child]
+    children: dict[str, ManagedProcess]
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def running_farm(
     port: int = 0,
     pipelines: Path | None = None,
     workers: Mapping[str, int] | None = None,
-) -> Iterator[Farm]:
+) -> Iterator[LocalFarm]:
     """Run a whole farm on the folder `data` until the block is left.
 
     `port` is the API's, 0 for any free one; `pipelines` the catalog, by default
@@ -62,7 +62,7 @@ def running_farm(
         api_key = _api_key(folder, full)
         _start_farm(folder, supervisor, full, port, counts, settings.grace_seconds)
         children = {child.name: child for child in supervisor.children}
-        yield Farm(url, api_key, folder.path, env, servers, children)
+        yield LocalFarm(url, api_key, folder.path, env, servers, children)
 
 
 def worker_counts(names: list[str], asked: Mapping[str, int]) -> dict[str, int]:

@@ -27,7 +27,7 @@ class StopBatch(Exception):
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedPipeline:
     """A pipeline pinned in a device's memory."""
 
     pipe: Any
@@ -48,7 +48,7 @@ class Loaded:
     def __post_init__(self) -> None:
         object.__setattr__(self, "vae_dtypes", tuple(_vae_dtype(pipe) for pipe in self.pipes))
 
-    def twin(self) -> Loaded:
+    def twin(self) -> LoadedPipeline:
         """The same weights behind pipeline objects of their own.
 
         What a diffusers call keeps between its steps stands in the pipeline's object and in its
@@ -140,7 +140,7 @@ class Family(Protocol):
         """
         ...
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load the weights and pin them on the device.
 
         Raises:
@@ -148,7 +148,7 @@ class Family(Protocol):
         """
         ...
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Render a batch; returns one image a frame, in order, None where a safety checker balked.
 
         Short batches are padded up to the frames' bucket, since an image's bits depend on the

@@ -15,7 +15,7 @@ from farm.pipelines.params import Params, tailored
 
 
 @dataclass(frozen=True)
-class Offer:
+class ResolvedPipeline:
     """One pipeline of the catalog, as a client sees it."""
 
     name: str
@@ -39,7 +39,7 @@ class Offer:
         return self.params_type.json_schema()
 
 
-def make_offer(name: str, pipeline: Pipeline) -> Offer:
+def resolve_pipeline(name: str, pipeline: Pipeline) -> ResolvedPipeline:
     """Read what a pipeline's checkpoint and family offer.
 
     Raises:
@@ -52,7 +52,7 @@ def make_offer(name: str, pipeline: Pipeline) -> Offer:
         _refuse_unused_parts(pipeline, family)
         params_type = family.tailor(pipeline, checkpoint)
         with_defaults = _with_defaults(params_type, pipeline.defaults)
-        offer = Offer(name, pipeline, family, params_type, with_defaults)
+        offer = ResolvedPipeline(name, pipeline, family, params_type, with_defaults)
         _check_buckets(offer)
     except CatalogError as error:
         raise CatalogError(f"Pipeline {name}: {error.message}") from error
@@ -71,7 +71,7 @@ def _refuse_unused_parts(pipeline: Pipeline, family: Family) -> None:
             raise CatalogError(f"{field}: family {family.name} has no use for it; leave it out.")
 
 
-def _check_buckets(offer: Offer) -> None:
+def _check_buckets(offer: ResolvedPipeline) -> None:
     """Refuse a bucket for a size of picture that no job could ask for."""
     needed = sample(offer.params_type)
     for size in offer.pipeline.bucket:

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 from farm.domain.spec import MAX_BUCKET, FrameSpec
 from farm.errors import InvalidRequest
 from farm.pipelines.family import Batch
-from farm.pipelines.resolve import Offer, sample
+from farm.pipelines.resolve import ResolvedPipeline, sample
 from farm.pipelines.runtime.devices import is_out_of_memory, peak_memory, watch_peak_memory
 from farm.pipelines.runtime.loading import free_what_is_left
 
 if TYPE_CHECKING:
-    from farm.pipelines.family import Loaded
+    from farm.pipelines.family import LoadedPipeline
 
 DEFAULT = "default"
 """The bucket table's name for every size that it does not list"""
@@ -66,7 +66,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResult:
     """One size of picture, and what each bucket gave."""
 
     width: int
@@ -79,7 +79,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Effort:
+class SweepOptions:
     """How far a sweep goes, and how carefully."""
 
     most: int = 16
@@ -115,7 +115,9 @@ def buckets(most: int) -> list[int]:
     return [*powers, most]
 
 
-def sizes(offer: Offer, added: Sequence[str] = ()) -> dict[tuple[int, int], tuple[str, ...]]:
+def sizes(
+    offer: ResolvedPipeline, added: Sequence[str] = ()
+) -> dict[tuple[int, int], tuple[str, ...]]:
     """The sizes to measure, width and height, each with its names in the bucket table.
 
     Args:
@@ -136,7 +138,7 @@ def sizes(offer: Offer, added: Sequence[str] = ()) -> dict[tuple[int, int], tupl
     return found
 
 
-def _checked_size(offer: Offer, name: str) -> tuple[int, int]:
+def _checked_size(offer: ResolvedPipeline, name: str) -> tuple[int, int]:
     width, _, height = name.partition("x")
     if not (width.isdecimal() and height.isdecimal()) or name.startswith("0") or "x0" in name:
         raise InvalidRequest(f"size {name!r}: write it as 768x512, in pixels.", param="size")
@@ -151,13 +153,13 @@ def _checked_size(offer: Offer, name: str) -> tuple[int, int]:
 
 
 def sweep(
-    offer: Offer,
-    loaded: Loaded,
+    offer: ResolvedPipeline,
+    loaded: LoadedPipeline,
     size: tuple[int, int],
     names: tuple[str, ...],
-    effort: Effort,
+    effort: SweepOptions,
     on_batch: Callable[[], None] = lambda: None,
-) -> Sweep:
+) -> SweepResult:
     """Time a size of picture at one bucket after another.
 
     Args:
@@ -182,15 +184,15 @@ def sweep(
         if has_stopped_growing(points) and bucket < effort.most:
             ended = NO_GROWTH
             break
-    return Sweep(*size, names, tuple(points), ended)
+    return SweepResult(*size, names, tuple(points), ended)
 
 
 def _measured(
-    offer: Offer,
-    loaded: Loaded,
+    offer: ResolvedPipeline,
+    loaded: LoadedPipeline,
     size: tuple[int, int],
     bucket: int,
-    effort: Effort,
+    effort: SweepOptions,
     on_batch: Callable[[], None],
 ) -> Point | None:
     """Time one bucket; None where memory runs out."""
@@ -213,7 +215,9 @@ def _measured(
     return None
 
 
-def _batches(offer: Offer, size: tuple[int, int], bucket: int, effort: Effort) -> Iterator[Batch]:
+def _batches(
+    offer: ResolvedPipeline, size: tuple[int, int], bucket: int, effort: SweepOptions
+) -> Iterator[Batch]:
     """The warm-up batch, then those that are timed; each has prompts of its own."""
     picture = Image.new("RGB", size)
     for number in range(1 + effort.batches):
@@ -223,7 +227,7 @@ def _batches(offer: Offer, size: tuple[int, int], bucket: int, effort: Effort) -
 
 
 def _frames(
-    offer: Offer, size: tuple[int, int], bucket: int, number: int, steps: int | None
+    offer: ResolvedPipeline, size: tuple[int, int], bucket: int, number: int, steps: int | None
 ) -> list[FrameSpec]:
     given = {**sample(offer.params_type), "width": size[0], "height": size[1]}
     if steps is not None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from importlib import metadata
 
 from farm import __version__
-from farm.imaging.provenance import Circumstances
-from farm.pipelines.family import Loaded
+from farm.imaging.provenance import RenderEnvironment
+from farm.pipelines.family import LoadedPipeline
 from farm.pipelines.runtime.devices import device_name, thread_count
 
 LIBRARIES = ("torch", "diffusers", "transformers", "compel", "pillow", "numpy", "zlib-ng")
 
 
-def circumstances_of(loaded: Loaded) -> Circumstances:
+def environment_of(loaded: LoadedPipeline) -> RenderEnvironment:
     """Tell the circumstances that a loaded pipeline renders in, in this process."""
-    return Circumstances(
+    return RenderEnvironment(
         weights=loaded.weights,
         device=device_name(loaded.device),
         dtype=loaded.dtype,

@@ -22,14 +22,14 @@ from farm.imaging.encoding import pixels_as_stored, read
 from farm.imaging.provenance import Provenance
 from farm.pipelines.catalog import Catalog, Pipeline
 from farm.pipelines.family import Batch
-from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.runtime.devices import device_of, prepare_torch
 from farm.pipelines.runtime.loading import OPTIONS
-from farm.rendering.environment import circumstances_of
+from farm.rendering.environment import environment_of
 from farm.rendering.warmup import warm_up
 
 if TYPE_CHECKING:
-    from farm.pipelines.family import Loaded, StepHook
+    from farm.pipelines.family import LoadedPipeline, StepHook
 
 CPU = "cpu"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -109,7 +109,7 @@ def replay(
     # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     entry = _entry(catalog, recorded)
-    offer = make_offer(recorded.frame.pipeline, entry)
+    offer = resolve_pipeline(recorded.frame.pipeline, entry)
     frame = _checked(picture, recorded, offer)
     images = {name: find_image(name) for name in offer.params_type.image_ids(frame.params)}
     prepare_torch(recorded.threads)
@@ -150,7 +150,7 @@ def _options(recorded: Provenance) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in OPTIONS}
 
 
-def _checked(picture: Image.Image, recorded: Provenance, offer: Offer) -> FrameSpec:
+def _checked(picture: Image.Image, recorded: Provenance, offer: ResolvedPipeline) -> FrameSpec:
     """The frame, with everything that the picture claims checked: it may come from anywhere."""
     frame = recorded.frame
     if not 1 <= frame.bucket <= MAX_BUCKET:
@@ -179,8 +179,8 @@ def damaged(what: str) -> InvalidRequest:
     return InvalidRequest(f"The picture's text of the farm is damaged: {what}.")
 
 
-def _provenance(recorded: Provenance, loaded: Loaded) -> Provenance:
-    return Provenance(**dict(circumstances_of(loaded)), frame=recorded.frame)
+def _provenance(recorded: Provenance, loaded: LoadedPipeline) -> Provenance:
+    return Provenance(**dict(environment_of(loaded)), frame=recorded.frame)
 
 
 def _notes(recorded: Provenance, now: Provenance) -> Iterator[str]:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from farm.domain.spec import FrameSpec
 from farm.errors import CatalogError, RenderError
-from farm.pipelines.family import Batch, Loaded
+from farm.pipelines.family import Batch, LoadedPipeline
 from farm.pipelines.params import Params
-from farm.pipelines.resolve import Offer, sample
+from farm.pipelines.resolve import ResolvedPipeline, sample
 from farm.pipelines.runtime.compile_cache import graphs_kept
 from farm.pipelines.runtime.compiling import compile_no_more
 from farm.pipelines.runtime.devices import is_out_of_memory
@@ -42,7 +42,7 @@ def shape_of(frame: FrameSpec) -> Shape:
 
 
 @dataclass
-class Warmth:
+class CompiledShapes:
     """The shapes that are compiled, and which others were met."""
 
     shapes: set[Shape] = field(default_factory=set)
@@ -62,7 +62,9 @@ class Warmth:
             )
 
 
-def warm_up(offer: Offer, loaded: Loaded, only: FrameSpec | None = None) -> Warmth:
+def warm_up(
+    offer: ResolvedPipeline, loaded: LoadedPipeline, only: FrameSpec | None = None
+) -> CompiledShapes:
     """Render a picture of every declared shape, with and without guidance, and keep none.
 
     Afterwards this process compiles nothing more: what a client asks for beyond the declared
@@ -78,7 +80,7 @@ def warm_up(offer: Offer, loaded: Loaded, only: FrameSpec | None = None) -> Warm
         CatalogError: it cannot be compiled; the message says why.
     """
     if not offer.pipeline.compile:
-        return Warmth()
+        return CompiledShapes()
     started = time.monotonic()
     shapes = set(declared_shapes(offer))
     if only is not None:
@@ -89,10 +91,10 @@ def warm_up(offer: Offer, loaded: Loaded, only: FrameSpec | None = None) -> Warm
     compile_no_more(is_anything_compiled=bool(shapes))
     seconds = time.monotonic() - started
     log.info("%s compiled for %d shapes in %.1f s", offer.name, len(shapes), seconds)
-    return Warmth(shapes)
+    return CompiledShapes(shapes)
 
 
-def _compile_for(offer: Offer, loaded: Loaded, shape: Shape) -> None:
+def _compile_for(offer: ResolvedPipeline, loaded: LoadedPipeline, shape: Shape) -> None:
     for params in _variants(offer, shape):
         try:
             offer.family.denoise(loaded, _batch(offer, shape, params))
@@ -104,14 +106,14 @@ def _compile_for(offer: Offer, loaded: Loaded, shape: Shape) -> None:
             ) from error
 
 
-def default_shape(offer: Offer) -> Shape:
+def default_shape(offer: ResolvedPipeline) -> Shape:
     """The entry's own size, at its bucket."""
     fields = offer.params_type.model_fields
     width, height = fields["width"].default, fields["height"].default
     return Shape(width, height, offer.pipeline.bucket_for(width, height))
 
 
-def declared_shapes(offer: Offer) -> Iterator[Shape]:
+def declared_shapes(offer: ResolvedPipeline) -> Iterator[Shape]:
     """Every size of the bucket table, at each bucket that the farm may choose for it.
 
     That is the table's own, and the powers of two below it, for jobs of fewer frames.
@@ -130,7 +132,7 @@ def declared_shapes(offer: Offer) -> Iterator[Shape]:
         yield Shape(width, height, most)
 
 
-def _variants(offer: Offer, shape: Shape) -> Iterator[Params]:
+def _variants(offer: ResolvedPipeline, shape: Shape) -> Iterator[Params]:
     """Parameters of a shape that between them reach every graph: with and without guidance."""
     fields = offer.params_type.model_fields
     given: dict[str, Any] = {"width": shape.width, "height": shape.height}
@@ -141,7 +143,7 @@ def _variants(offer: Offer, shape: Shape) -> Iterator[Params]:
         yield offer.params({**given, **change})
 
 
-def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:
+def _batch(offer: ResolvedPipeline, shape: Shape, params: Params) -> Batch:
     frame = FrameSpec(
         pipeline=offer.name,
         prompt="",
@@ -153,7 +155,7 @@ def _batch(offer: Offer, shape: Shape, params: Params) -> Batch:
     return Batch([frame], images=dict.fromkeys(offer.params_type.image_ids(frame.params), picture))
 
 
-def slot_test(offer: Offer, loaded: Loaded) -> SlotTest:
+def slot_test(offer: ResolvedPipeline, loaded: LoadedPipeline) -> SlotTest:
     """Test that a picture's bits do not depend on its slot, for the entry's own size and bucket.
 
     Where memory runs out nothing is known yet: a smaller bucket is tested when it is met.

@@ -26,9 +26,9 @@ from farm.storage import NotStored, artifact_key
 from farm.store import audit as stored
 from farm.store.engine import Transaction, transaction
 
-JOBS_A_CHUNK = 100
-FRAMES_A_CHUNK = 1000
-EVENTS_A_CHUNK = 10_000
+JOBS_PER_CHUNK = 100
+FRAMES_PER_CHUNK = 1000
+EVENTS_PER_CHUNK = 10_000
 AT_ONCE = 8
 """Artifacts that are read at the same time."""
 
@@ -177,11 +177,11 @@ def _leases(farm: Farm, place: Place) -> _Chunk:
 
 
 def _jobs(farm: Farm, place: Place) -> _Chunk:
-    rows = _read(farm, lambda c: stored.jobs_after(c, place.job_id, JOBS_A_CHUNK))
+    rows = _read(farm, lambda c: stored.jobs_after(c, place.job_id, JOBS_PER_CHUNK))
     findings = [finding for row in rows for finding in check_job(row)]
     findings += _winners(farm, [row.id for row in rows])
     checked = {Invariant.DURABILITY: len(rows), Invariant.CONSERVATION: len(rows)}
-    last = len(rows) < JOBS_A_CHUNK
+    last = len(rows) < JOBS_PER_CHUNK
     there = place.behind() if last else Place(phase=place.phase, job_id=rows[-1].id)
     return _Chunk(len(rows), there, checked, findings)
 
@@ -202,7 +202,7 @@ def _winners(farm: Farm, job_ids: list[uuid.UUID]) -> Iterator[Finding]:
 
 def _frames(farm: Farm, place: Place, sample: float) -> _Chunk:
     rows = _read(
-        farm, lambda c: stored.frames_after(c, place.job_id, place.ordinal, FRAMES_A_CHUNK)
+        farm, lambda c: stored.frames_after(c, place.job_id, place.ordinal, FRAMES_PER_CHUNK)
     )
     kept = [row for row in rows if not row.removed]
     succeeded = [row for row in kept if row.state == FrameState.SUCCEEDED]
@@ -215,7 +215,7 @@ def _frames(farm: Farm, place: Place, sample: float) -> _Chunk:
         Invariant.ARTIFACT_TRUTH: len(chosen),
     }
     there = place.behind()
-    if len(rows) == FRAMES_A_CHUNK:
+    if len(rows) == FRAMES_PER_CHUNK:
         there = Place(phase=place.phase, job_id=rows[-1].job_id, ordinal=rows[-1].ordinal)
     return _Chunk(len(rows), there, checked, findings)
 
@@ -256,7 +256,7 @@ def _wrong_artifact(farm: Farm, frame: Any) -> Finding | None:
 
 
 def _events(farm: Farm, place: Place, last_event: int) -> _Chunk:
-    chunk = _read(farm, lambda c: stored.queued_after(c, place.event, last_event, EVENTS_A_CHUNK))
+    chunk = _read(farm, lambda c: stored.queued_after(c, place.event, last_event, EVENTS_PER_CHUNK))
     findings = [
         Finding(
             invariant=Invariant.DURABILITY,
@@ -266,7 +266,7 @@ def _events(farm: Farm, place: Place, last_event: int) -> _Chunk:
         for job_id in chunk.lost or []
     ]
     there = place.behind()
-    if chunk.read == EVENTS_A_CHUNK:
+    if chunk.read == EVENTS_PER_CHUNK:
         there = Place(phase=place.phase, event=chunk.last)
     return _Chunk(chunk.read, there, {}, findings)
 

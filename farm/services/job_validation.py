@@ -27,7 +27,7 @@ from farm.domain.spec import (
 from farm.errors import InvalidRequest
 from farm.imaging.exif_xmp import text_bytes
 from farm.pipelines.params import Params
-from farm.pipelines.resolve import Offer
+from farm.pipelines.resolve import ResolvedPipeline
 
 JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
 
@@ -153,7 +153,10 @@ def _check_length(text: str, param: str, limit: int) -> None:
 
 
 def full_spec(
-    job: JobSpec, offer: Offer, settings: Settings, stored_input: StoredInput | None = None
+    job: JobSpec,
+    offer: ResolvedPipeline,
+    settings: Settings,
+    stored_input: StoredInput | None = None,
 ) -> FullSpec:
     """Fill in every default, lay out the grid, and decide each point's bucket and batch_key.
 
@@ -203,7 +206,7 @@ def full_spec(
     )
 
 
-def _check_takes_negatives(offer: Offer) -> None:
+def _check_takes_negatives(offer: ResolvedPipeline) -> None:
     if "negative_prompt" not in offer.params_type.model_fields:
         raise InvalidRequest(
             f"input: some of its lines have a negative_prompt, and pipeline {offer.name} takes "
@@ -220,7 +223,7 @@ def _longest_runs(keys: Sequence[str]) -> dict[str, int]:
     return longest
 
 
-def _check_names(job: JobSpec, offer: Offer) -> None:
+def _check_names(job: JobSpec, offer: ResolvedPipeline) -> None:
     known = offer.params_type.model_fields
     for name in job.params:
         if name not in known:
@@ -239,7 +242,7 @@ def _check_names(job: JobSpec, offer: Offer) -> None:
 
 
 def _checked_point(
-    job: JobSpec, offer: Offer, given: Mapping[str, Any], settings: Settings
+    job: JobSpec, offer: ResolvedPipeline, given: Mapping[str, Any], settings: Settings
 ) -> Params:
     try:
         params = offer.params(given)
@@ -274,13 +277,13 @@ def _where(job: JobSpec, field: str) -> str:
     return f"grid.{field}" if field in job.grid else field
 
 
-def _base_params(job: JobSpec, offer: Offer) -> dict[str, Any]:
+def _base_params(job: JobSpec, offer: ResolvedPipeline) -> dict[str, Any]:
     first = {name: values[0] for name, values in job.grid.items()}
     params = offer.params({**job.params, **first}).model_dump()
     return {name: value for name, value in params.items() if name not in job.grid}
 
 
-def _point(job: JobSpec, offer: Offer, params: Params, frames: int) -> Point:
+def _point(job: JobSpec, offer: ResolvedPipeline, params: Params, frames: int) -> Point:
     bucket = job.bucket or chosen_bucket(
         Priority.parse(job.priority),
         offer.pipeline.bucket_for(params.width, params.height),

@@ -15,7 +15,7 @@ from farm.domain.inputs import StoredInput
 from farm.domain.spec import FullSpec, JobSpec
 from farm.errors import InvalidRequest, NotFound
 from farm.pipelines.params import Params
-from farm.pipelines.resolve import Offer
+from farm.pipelines.resolve import ResolvedPipeline
 from farm.services.control_images import missing_images
 from farm.services.job_validation import check_job, full_spec, syntax_among
 from farm.store import inputs, queries
@@ -103,7 +103,9 @@ def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput
         raise InvalidRequest(f"input: {error.message}", param="input") from error
 
 
-def _check_syntax(farm: Farm, spec: FullSpec, offer: Offer, stored_input: StoredInput) -> None:
+def _check_syntax(
+    farm: Farm, spec: FullSpec, offer: ResolvedPipeline, stored_input: StoredInput
+) -> None:
     """Check the prompt syntax of an input, once: the result is stored with the input."""
     params = syntax_among([offer.params(point.params) for point in spec.every_point()])
     if params is None:
@@ -137,7 +139,9 @@ def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
     }
 
 
-def _check_images(farm: Farm, tenant_id: uuid.UUID, offer: Offer, spec: FullSpec) -> None:
+def _check_images(
+    farm: Farm, tenant_id: uuid.UUID, offer: ResolvedPipeline, spec: FullSpec
+) -> None:
     """Refuse a job that names an image which its tenant never uploaded."""
     named = [offer.params_type.image_ids(point.params) for point in spec.every_point()]
     wanted = {image_id for image_ids in named for image_id in image_ids}

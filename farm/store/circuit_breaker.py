@@ -14,7 +14,7 @@ from datetime import datetime
 from sqlalchemy import Connection, text
 
 THREE_FRAMES = 3
-MOST_SECONDS = 300.0
+MAX_SECONDS = 300.0
 REMEMBERED = 100
 """Frames that failed on a worker; older ones it may claim again like any other."""
 
@@ -62,7 +62,7 @@ def note_failure(
     if len(failing) < THREE_FRAMES:
         connection.execute(NOTE, {"id": worker_id, "failing": failing})
         return None
-    seconds = min(rest_seconds * 2.0 ** min(row.rests, 30), MOST_SECONDS)
+    seconds = min(rest_seconds * 2.0 ** min(row.rests, 30), MAX_SECONDS)
     values = {"id": worker_id, "failing": failing, "seconds": seconds}
     until: datetime = connection.execute(REST, values).scalar_one()
     return until

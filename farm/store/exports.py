@@ -22,9 +22,9 @@ from sqlalchemy import Connection, Row, text
 from farm.domain.states import REJECTED
 from farm.errors import NotFound
 
-MOST_FAILURES = 5
+MAX_FAILURES = 5
 """Of a shard; then the export has failed"""
-LONGEST_REST_SECONDS = 60.0
+MAX_REST_SECONDS = 60.0
 LOOKED_AT_ONCE = 1_000
 """News and new shards; a claim of a shard looks at no more, so that it is never long"""
 
@@ -462,10 +462,10 @@ def fail(connection: Connection, shard: Shard, error: str, *, counts: bool) -> N
         connection: in a transaction, or in none: it is one statement.
         shard: the shard.
         error: why.
-        counts: after MOST_FAILURES of these the export has failed.
+        counts: after MAX_FAILURES of these the export has failed.
     """
-    rest = min(2.0 ** min(shard.attempt, 10), LONGEST_REST_SECONDS)
-    values = {**shard.fence, "error": error, "seconds": rest, "most": MOST_FAILURES}
+    rest = min(2.0 ** min(shard.attempt, 10), MAX_REST_SECONDS)
+    values = {**shard.fence, "error": error, "seconds": rest, "most": MAX_FAILURES}
     connection.execute(FAIL, {**values, "counts": int(counts)})
 
 

@@ -34,7 +34,7 @@ LOST_BESIDE_AT_MOST = 10
 
 
 @dataclass(frozen=True)
-class Done:
+class CompletedFrame:
     """A frame whose artifact is stored."""
 
     fence: Fence
@@ -48,7 +48,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedAttempt:
     """An attempt that did not succeed."""
 
     fence: Fence
@@ -169,7 +169,10 @@ WHERE t.job_id = j.id AND j.id = ANY(:ids) AND t.bucket > run.bucket
 
 
 def complete(
-    connection: Connection, lease_id: uuid.UUID, done: Sequence[Done], seconds: float = 0.0
+    connection: Connection,
+    lease_id: uuid.UUID,
+    done: Sequence[CompletedFrame],
+    seconds: float = 0.0,
 ) -> set[Fence]:
     """Make frames `succeeded`; returns the fences accepted, the others lost their lease.
 
@@ -184,7 +187,7 @@ def complete(
 def finish(
     connection: Connection,
     lease_ids: Sequence[uuid.UUID],
-    done: Sequence[Done],
+    done: Sequence[CompletedFrame],
     worker_id: uuid.UUID,
     account: Account,
 ) -> set[Fence]:
@@ -199,7 +202,7 @@ def finish(
 
 
 def _results(
-    lease_ids: Sequence[uuid.UUID], done: Sequence[Done], seconds: float
+    lease_ids: Sequence[uuid.UUID], done: Sequence[CompletedFrame], seconds: float
 ) -> dict[str, str | float | None]:
     return {
         "seconds": seconds,
@@ -212,7 +215,7 @@ def _results(
     }
 
 
-def _reuse(done: Sequence[Done]) -> dict[str, str | None]:
+def _reuse(done: Sequence[CompletedFrame]) -> dict[str, str | None]:
     """Both are null where no job of a batch asks for it."""
     if not any(item.digest for item in done):
         return {"digests": None, "reused": None}
@@ -222,7 +225,7 @@ def _reuse(done: Sequence[Done]) -> dict[str, str | None]:
     }
 
 
-def already_complete(connection: Connection, done: Sequence[Done]) -> bool:
+def already_complete(connection: Connection, done: Sequence[CompletedFrame]) -> bool:
     """Whether these very results are what the frames hold: the reply to a COMMIT was lost."""
     sha256 = arrays.byte_strings(item.sha256 for item in done)
     values = {**_fences([item.fence for item in done]), "sha256": sha256}
@@ -232,7 +235,7 @@ def already_complete(connection: Connection, done: Sequence[Done]) -> bool:
 def fail(
     connection: Connection,
     lease_id: uuid.UUID,
-    failures: Sequence[Failure],
+    failures: Sequence[FailedAttempt],
     retry_seconds: float,
 ) -> dict[Fence, FrameState]:
     """End attempts that did not succeed; returns where each accepted frame went: ready or dead."""
@@ -255,7 +258,9 @@ def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]
 def give_back(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
     """Return frames, uncharged and due at once; their jobs must be locked."""
     failures = [
-        Failure(fence, "released", "The worker gave it back.", charged=False, delay_seconds=0.0)
+        FailedAttempt(
+            fence, "released", "The worker gave it back.", charged=False, delay_seconds=0.0
+        )
         for fence in fences
     ]
     return set(end_attempts(connection, "frames.released", failures, 0.0))
@@ -268,7 +273,7 @@ def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) 
 
 
 def end_attempts(
-    connection: Connection, kind: str, failures: Sequence[Failure], retry_seconds: float
+    connection: Connection, kind: str, failures: Sequence[FailedAttempt], retry_seconds: float
 ) -> dict[Fence, FrameState]:
     """End attempts, as far as they still run; their jobs must be locked.
 
@@ -307,7 +312,7 @@ def end_attempts(
     return {ending.failure.fence: ending.state for ending in endings}
 
 
-def _shrink(connection: Connection, failures: Sequence[Failure]) -> list[Fence]:
+def _shrink(connection: Connection, failures: Sequence[FailedAttempt]) -> list[Fence]:
     """Halve the bucket of what did not fit in memory, for the rest of its job too.
 
     Returns those whose job had left the bucket open, so that it could be halved.
@@ -328,13 +333,13 @@ def _shrink(connection: Connection, failures: Sequence[Failure]) -> list[Fence]:
 
 @dataclass(frozen=True)
 class _Ending:
-    failure: Failure
+    failure: FailedAttempt
     state: FrameState
     charged: bool
     delay_seconds: float
 
 
-def _ending(row: Row[Any], failure: Failure, retry_seconds: float) -> _Ending:
+def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _Ending:
     if failure.redraw:
         return _redraw(row, failure)
     charged = failure.charged
@@ -347,7 +352,7 @@ def _ending(row: Row[Any], failure: Failure, retry_seconds: float) -> _Ending:
     return _Ending(failure, state if charged else FrameState.READY, charged, delay)
 
 
-def _redraw(row: Row[Any], failure: Failure) -> _Ending:
+def _redraw(row: Row[Any], failure: FailedAttempt) -> _Ending:
     """Say what becomes of a frame whose picture was rejected: retried by hand, it may go on."""
     again = row.redraws % (row.top_up + 1) < row.top_up
     state = FrameState.READY if again else FrameState.DEAD

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, text
 
-from farm.domain.inputs import Facts, StoredInput
+from farm.domain.inputs import InputStats, StoredInput
 from farm.errors import Conflict, NotFound
 
 PARTS_AT_ONCE = 32
@@ -65,7 +65,7 @@ def insert_input(
     connection: Connection,
     tenant_id: uuid.UUID,
     sha256: bytes,
-    facts: Facts,
+    facts: InputStats,
     parts: Iterable[tuple[int, bytes]],
 ) -> StoredInput:
     """Store an input with its parts; returns it, or the same one stored before."""

@@ -19,7 +19,7 @@ from farm.store.queries import JOB_COLUMNS, get_job
 from farm.store.returns import INTO_RETURNS
 from farm.store.tally import Delta, tally
 
-PROMPTS_A_CHUNK = 1000
+PROMPTS_PER_CHUNK = 1000
 RETRY_SLICE = 5000
 BEHIND_AT_ONCE = 100
 """Jobs whose frames are looked at together"""
@@ -64,7 +64,7 @@ WITH j AS (
     INSERT INTO input_chunks (job_id, first, prompts)
     SELECT j.id, min(p.n) - 1, array_agg(p.prompt ORDER BY p.n)
     FROM j CROSS JOIN unnest(CAST(:prompts AS text[])) WITH ORDINALITY AS p (prompt, n)
-    GROUP BY j.id, (p.n - 1) / {PROMPTS_A_CHUNK}
+    GROUP BY j.id, (p.n - 1) / {PROMPTS_PER_CHUNK}
 ), event AS (
     INSERT INTO events (job_id, tenant_id, kind, data)
     SELECT id, tenant_id, 'job.queued', '{{}}' FROM j

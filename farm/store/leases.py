@@ -15,12 +15,12 @@ from sqlalchemy import Connection, Row, text
 from farm.domain.spec import Priority
 from farm.domain.states import FrameState
 from farm.store.claim import Fence
-from farm.store.frames import FAILED, WORKER_LOST, Failure, end_attempts, give_back
+from farm.store.frames import FAILED, WORKER_LOST, FailedAttempt, end_attempts, give_back
 from farm.store.tally import lock_jobs
 
 LOADS_BETWEEN = 12.0
 """A frame that took its child down waits for so many times what loading takes, an hour at most."""
-MOST_SECONDS = 3600.0
+MAX_SECONDS = 3600.0
 
 TOUCH = text("""
 UPDATE leases l SET step = :step, steps = :steps, stepped_at = clock_timestamp()
@@ -79,7 +79,7 @@ def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) ->
 
 
 @dataclass(frozen=True)
-class News:
+class LeaseStatus:
     """What a worker learns when it reports a step."""
 
     wanted: bool = False
@@ -90,11 +90,11 @@ class News:
     """Whether interactive work waits on the lane"""
 
 
-def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> News:
+def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> LeaseStatus:
     """Report a denoising step, and learn what is new."""
     values = {"id": lease_id, "step": step, "steps": steps}
     row = connection.execute(TOUCH, {**values, "urgent_priority": Priority.INTERACTIVE}).first()
-    return News() if row is None else News(*row)
+    return LeaseStatus() if row is None else LeaseStatus(*row)
 
 
 def keep(connection: Connection, lease_id: uuid.UUID) -> None:
@@ -173,7 +173,7 @@ def lose(
         suspect, delay_seconds = lease.id in suspects, None
         if load_seconds is not None and len(lease.job_ids) == 1 and suspect:
             # It will kill the next child too: the lane keeps its pace if loading anew is rare.
-            delay_seconds = min(LOADS_BETWEEN * load_seconds, MOST_SECONDS)
+            delay_seconds = min(LOADS_BETWEEN * load_seconds, MAX_SECONDS)
         _drop(
             connection,
             lease,
@@ -210,7 +210,7 @@ def _drop(
         # of other tenants' frames.
         message += " Its batch is tried again frame by frame."
     failures = [
-        Failure(
+        FailedAttempt(
             fence,
             reason,
             message,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 from sqlalchemy import Connection, text
 
-from farm.domain.inputs import LINES_A_PART, StoredInput, unpack
+from farm.domain.inputs import LINES_PER_PART, StoredInput, unpack
 from farm.domain.spec import FullSpec, Line
 from farm.store import arrays
 from farm.store.inputs import read_parts
@@ -51,7 +51,7 @@ def lines_of(
         if input_id is None:
             own.append((job_id, place))
         else:
-            named[input_id, place - place % LINES_A_PART].append((job_id, place))
+            named[input_id, place - place % LINES_PER_PART].append((job_id, place))
     found = _prompts(connection, own) if own else {}
     if named:
         parts = _parts(connection, [*named], {} if known is None else known)
@@ -63,7 +63,7 @@ def lines_of(
 
 def all_lines(connection: Connection, stored_input: StoredInput) -> Iterator[tuple[int, Line]]:
     """Read an input through, a few parts at a time; gives each line with its index."""
-    for first in range(0, stored_input.lines, LINES_A_PART):
+    for first in range(0, stored_input.lines, LINES_PER_PART):
         [part] = read_parts(connection, [(stored_input.id, first)]).values()
         yield from enumerate(unpack(part), first)
 

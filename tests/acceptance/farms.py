@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from farm.local import Farm, running_farm
+from farm.local import LocalFarm, running_farm
 from farm.pipelines.families.null import write_checkpoint
 from tests.waiting import wait_until
 
@@ -26,10 +26,10 @@ QUICK = {
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveFarm:
     """A running farm, and a client with its operator's key."""
 
-    farm: Farm
+    farm: LocalFarm
     client: httpx.Client
     pipeline: str
 
@@ -95,7 +95,7 @@ def null_catalog(folder: Path) -> Path:
 
 
 @contextmanager
-def running(data: Path, pipeline: str, catalog: Path | None = None) -> Iterator[Live]:
+def running(data: Path, pipeline: str, catalog: Path | None = None) -> Iterator[LiveFarm]:
     """Run a whole farm with short leases, in the block."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in QUICK.items():
@@ -103,4 +103,4 @@ def running(data: Path, pipeline: str, catalog: Path | None = None) -> Iterator[
         with running_farm(data, pipelines=catalog) as farm:
             headers = {"Authorization": f"Bearer {farm.api_key}"}
             with httpx.Client(base_url=farm.url, headers=headers, timeout=30) as client:
-                yield Live(farm, client, pipeline)
+                yield LiveFarm(farm, client, pipeline)

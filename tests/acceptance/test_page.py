@@ -16,7 +16,7 @@ import pytest
 from farm.context import Farm
 from farm.store import leases, workers
 from farm.store.engine import transaction
-from tests.farming import hire
+from tests.farming import register_worker
 from tests.serving import Api, render, serving
 from tests.waiting import wait_until
 
@@ -123,7 +123,7 @@ def test_the_printed_address_signs_in_and_forgets_the_key(api: Api, browser: Chr
 
 def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome) -> None:
     client = api.client()
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     for prompt in PROMPTS.values():
         api.submit(client, prompts=[prompt], labels={"<b>": prompt[:50]})
         render(hand, hand.must_claim())
@@ -143,7 +143,7 @@ def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome)
 
 def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
     client = api.client()
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     api.submit(api.client("bob"), prompts=["another's"])
     render(hand, hand.must_claim())
     job = api.submit(client, images_per_prompt=2, seed=41, bucket=2)
@@ -160,7 +160,7 @@ def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
 def test_a_large_picture_is_sent_small(api: Api) -> None:
     client = api.client()
     job = api.submit(client, width=248, height=256)
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     lease = hand.must_claim()
     big = lease.frames[0].spec.params
     big.update(width=1024, height=512)
@@ -190,7 +190,7 @@ def test_the_page_is_live_and_keeps_its_place(api: Api, browser: Chrome) -> None
     assert "No worker for pipeline demo is alive." in text_of(browser, card)
     button = browser.find_element("css selector", f"{card} button")
     browser.execute_script("arguments[0].focus(); window.sameElement = arguments[0]", button)
-    hand = hire(api.farm, "hand")
+    hand = register_worker(api.farm, "hand")
     lease = hand.must_claim()
     with transaction(api.farm.store) as connection:
         workers.set_state(connection, hand.id, "rendering", device="cpu")

@@ -28,9 +28,9 @@ from tests.benchmarks import (
     throughput,
 )
 from tests.benchmarks.figures import Row
-from tests.benchmarks.stand import Stand, running_stand
+from tests.benchmarks.stand import BenchServers, running_stand
 
-ROWS: Mapping[str, Callable[[Stand, bool], list[Row]]] = {
+ROWS: Mapping[str, Callable[[BenchServers, bool], list[Row]]] = {
     "a": pictures.rows,
     "b": throughput.rows,
     "c": submission.rows,

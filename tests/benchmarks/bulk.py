@@ -24,7 +24,7 @@ import httpx
 from farm.local import commands
 from farm.process import cores
 from tests.benchmarks.figures import Row, Series, in_turn, percentile
-from tests.benchmarks.stand import Site, Stand, wait_closely
+from tests.benchmarks.stand import BenchFarm, BenchServers, wait_closely
 
 PROMPTS = 1_000_000
 STORED = 50_000
@@ -34,10 +34,10 @@ SHORT = 4_000
 SHORT_STORED = 1_000
 BATCH = 256
 LEAST = 2.0
-MOST_MEMORY = 300.0
+MAX_MEMORY = 300.0
 """MB"""
-MOST_CALL_MS = 100.0
-LEAST_CLAIM = 0.9
+MAX_CALL_MS = 100.0
+MIN_CLAIM = 0.9
 LOOK_SECONDS = 0.5
 WORDS = ("old", "small", "bright", "dark", "red", "green", "blue", "castle", "harbour", "forest")
 """A prompt is drawn from"""
@@ -61,7 +61,7 @@ SELECT pg_total_relation_size('frames') + pg_total_relation_size('events')
 """
 
 
-def rows(stand: Stand, short: bool) -> list[Row]:
+def rows(stand: BenchServers, short: bool) -> list[Row]:
     """Measure the submission, and then the run."""
     prompts = SHORT if short else PROMPTS
     path = stand.folder.path / "prompts.jsonl"
@@ -69,7 +69,7 @@ def rows(stand: Stand, short: bool) -> list[Row]:
     with stand.site() as site, site.api() as (url, key), memory_of(url) as api_memory:
         submitted = submission(stand, site, path, prompts, (url, key), short)
     submitted.series.append(Series("the API's memory", [api_memory.last], "MB"))
-    if not 0 < api_memory.last <= MOST_MEMORY:
+    if not 0 < api_memory.last <= MAX_MEMORY:
         submitted.problems.append(f"the API took {api_memory.last:.0f} MB")
     return [submitted, run(stand, path, prompts, short)]
 
@@ -125,7 +125,12 @@ class Command:
 
 
 def submission(
-    stand: Stand, site: Site, path: Path, prompts: int, api: tuple[str, str], short: bool
+    stand: BenchServers,
+    site: BenchFarm,
+    path: Path,
+    prompts: int,
+    api: tuple[str, str],
+    short: bool,
 ) -> Row:
     """Distinct prompts by the command line, and by COPY."""
     row = Row(
@@ -167,7 +172,7 @@ def submission(
     row.add_ratio("farm submit", "COPY", least=None if short else LEAST)
     most = max(command.memory)
     row.series.append(Series("the command's memory", command.memory, "MB"))
-    if most > MOST_MEMORY:
+    if most > MAX_MEMORY:
         row.problems.append(f"the command took {most:.0f} MB")
     return row
 
@@ -243,7 +248,7 @@ class Looks:
                     times.append((time.monotonic() - started) * 1000)
 
 
-def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
+def run(stand: BenchServers, path: Path, prompts: int, short: bool) -> Row:
     """All frames of the job to the end; the last are stored."""
     stored = SHORT_STORED if short else STORED
     most = prompts - stored - (0 if short else STOPPING)
@@ -287,13 +292,13 @@ def run(stand: Stand, path: Path, prompts: int, short: bool) -> Row:
         for name in ("page", "job", "frames"):
             times = getattr(looks, name)
             row.series.append(Series(f"p99 of a call: {name}", [percentile(times, 99)], "ms"))
-            if not short and percentile(times, 99) > MOST_CALL_MS:
+            if not short and percentile(times, 99) > MAX_CALL_MS:
                 row.problems.append(f"{name}: p99 {percentile(times, 99):.0f} ms")
         _audit(row, stand, site, discarded)
     return row
 
 
-def _done(site: Site, job_id: str) -> int:
+def _done(site: BenchFarm, job_id: str) -> int:
     time.sleep(0.05)
     return int(site.rows("SELECT succeeded FROM jobs WHERE id = %s", job_id)[0][0])
 
@@ -305,16 +310,16 @@ FROM events WHERE job_id = %s AND kind = 'frames.claimed'
 """
 
 
-def _judge_claims(row: Row, site: Site, job_id: str, frames: int, short: bool) -> None:
+def _judge_claims(row: Row, site: BenchFarm, job_id: str, frames: int, short: bool) -> None:
     """Compare the first and the last tenth; before workers stop, and what they held comes back."""
     share = frames // (2 if short else 10)
     for name, first in (("claims at first", 0), ("claims at last", frames - share)):
         seconds = site.rows(CLAIMS, job_id, first, first + share)[0][0]
         row.series.append(Series(name, [1 / seconds], "claims/s"))
-    row.add_ratio("claims at last", "claims at first", least=None if short else LEAST_CLAIM)
+    row.add_ratio("claims at last", "claims at first", least=None if short else MIN_CLAIM)
 
 
-def _audit(row: Row, stand: Stand, site: Site, discarded: int) -> None:
+def _audit(row: Row, stand: BenchServers, site: BenchFarm, discarded: int) -> None:
     env = commands.environment(stand.folder, site.env)
     done = subprocess.run(
         commands.farm("audit", "--json", "--no-artifacts"),

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from tests.benchmarks.figures import Row, in_turn
-from tests.benchmarks.stand import Site, Stand
-from tests.farming import Hand, hire
+from tests.benchmarks.stand import BenchFarm, BenchServers
+from tests.farming import FakeWorker, register_worker
 
 FINISHED = 10_000_000
 WAITING = 1_000_000
@@ -56,7 +56,7 @@ WHERE j.status = 'succeeded'
 SCANS = "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname = ANY(%s)"
 
 
-def rows(stand: Stand, short: bool) -> list[Row]:
+def rows(stand: BenchServers, short: bool) -> list[Row]:
     """Measure both in turn, on two databases of one server."""
     share = 50 if short else 1
     finished, waiting = FINISHED // share, WAITING // share
@@ -71,7 +71,10 @@ def rows(stand: Stand, short: bool) -> list[Row]:
             f"{BUCKET} frames, each completed before the next, through the functions that a child "
             f"calls; {seconds:g} s a turn.",
         )
-        hands = {"old": hire(old.farm, "old", "null"), "fresh": hire(fresh.farm, "new", "null")}
+        hands = {
+            "old": register_worker(old.farm, "old", "null"),
+            "fresh": register_worker(fresh.farm, "new", "null"),
+        }
         for site in (old, fresh):
             _submit(site, A_JOB * 20, "normal")
         before = _scans(old)
@@ -89,7 +92,7 @@ def rows(stand: Stand, short: bool) -> list[Row]:
     return [row]
 
 
-def age(site: Site, finished: int, waiting: int) -> int:
+def age(site: BenchFarm, finished: int, waiting: int) -> int:
     """Give a farm a past and a backlog; returns the number of jobs of the past."""
     total = min(A_JOB, finished)
     first = _submit(site, total, "bulk")
@@ -107,7 +110,7 @@ def age(site: Site, finished: int, waiting: int) -> int:
     return jobs
 
 
-def rate(hand: Hand, seconds: float) -> float:
+def rate(hand: FakeWorker, seconds: float) -> float:
     """Claim and complete batch after batch; gives frames a second."""
     started, frames = time.monotonic(), 0
     while (passed := time.monotonic() - started) < seconds:
@@ -117,7 +120,7 @@ def rate(hand: Hand, seconds: float) -> float:
     return frames / passed
 
 
-def _submit(site: Site, frames: int, priority: str) -> uuid.UUID:
+def _submit(site: BenchFarm, frames: int, priority: str) -> uuid.UUID:
     body: dict[str, Any] = {"width": 32, "height": 32, "steps": 1, "step_seconds": 0.0}
     return site.submit(
         pipeline="null",
@@ -129,7 +132,7 @@ def _submit(site: Site, frames: int, priority: str) -> uuid.UUID:
     )
 
 
-def _scans(site: Site) -> dict[str, int]:
+def _scans(site: BenchFarm) -> dict[str, int]:
     """Sequential scans of each large table so far; connections tell of theirs when they close."""
     site.farm.store.dispose()
     return dict(site.rows(SCANS, list(LARGE)))

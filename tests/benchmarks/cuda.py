@@ -19,7 +19,7 @@ from tests.benchmarks import latency
 from tests.benchmarks.figures import Row, Series, in_turn
 from tests.benchmarks.pictures import TURNS, bare, farm_rate
 from tests.benchmarks.rivals.loop import Loop
-from tests.benchmarks.stand import Site, Stand
+from tests.benchmarks.stand import BenchFarm, BenchServers
 from tests.gpu.models import SIZES, Size, save
 
 STEPS = 30
@@ -57,7 +57,7 @@ class Case:
         return f"{self.size.name}, random weights, {side}x{side}, {self.loop.dtype}, {way}."
 
 
-def rows(letter: str, name: str, stand: Stand, short: bool) -> list[Row]:
+def rows(letter: str, name: str, stand: BenchServers, short: bool) -> list[Row]:
     """Measure a model, eager and compiled; none where there is no CUDA device.
 
     A short run takes a tiny model, eager, on whatever device there is.
@@ -99,7 +99,7 @@ def _add_lane(catalog: Path, case: Case) -> None:
         )
 
 
-def _pictures(stand: Stand, case: Case) -> Row:
+def _pictures(stand: BenchServers, case: Case) -> Row:
     loop, busy = case.loop, list[float]()
     row = Row(
         case.letter,
@@ -125,7 +125,7 @@ def _pictures(stand: Stand, case: Case) -> Row:
     return row
 
 
-def _farm_rate(site: Site, case: Case, busy: list[float]) -> float:
+def _farm_rate(site: BenchFarm, case: Case, busy: list[float]) -> float:
     if case.loop.device != "cuda":
         return farm_rate(site, case.name, case.loop)
     with _counting(busy):
@@ -144,7 +144,7 @@ def _counting(busy: list[float]) -> Iterator[None]:
     busy.append(statistics.mean(float(line) for line in told.split()))
 
 
-def _latency(stand: Stand, case: Case) -> Row:
+def _latency(stand: BenchServers, case: Case) -> Row:
     row = Row(f"{case.letter}2", f"Interactive pictures of {case.name}, on a device", case.told)
     fields = {"width": case.size.side, "height": case.size.side}
     turns, batches, pictures = (1, 4, 2) if case.short else (2, 20, 10)

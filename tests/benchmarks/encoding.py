@@ -24,13 +24,13 @@ from farm.imaging.png import png
 from tests.benchmarks.figures import Ratio, Row, Way, in_turn
 
 if TYPE_CHECKING:
-    from tests.benchmarks.stand import Stand
+    from tests.benchmarks.stand import BenchServers
 
 SIDES = (512, 1024)
 RUNS = 9
 PUTS = 40
-MOST_MS = 0.25
-MOST_BYTES = 1.0
+MAX_MS = 0.25
+MAX_BYTES = 1.0
 TEXTS = {"farm": "{}", "parameters": "a star\nSteps: 25"}
 
 Write = Callable[[Image.Image], bytes]
@@ -77,7 +77,7 @@ OURS = "farm.imaging.png (now)"
 BASE = "Pillow's default"
 
 
-def rows(stand: Stand, short: bool) -> list[Row]:
+def rows(stand: BenchServers, short: bool) -> list[Row]:
     """Measure encoding, and storing what was encoded."""
     return [encode(3 if short else RUNS), store(stand, 4 if short else PUTS)]
 
@@ -96,9 +96,9 @@ def encode(runs: int = RUNS) -> Row:
         row.series += in_turn(ways, runs, "ms")
         for way in list(WAYS)[1:]:
             row.add_ratio(
-                f"{way}, {side}²", f"{BASE}, {side}²", most=MOST_MS if way == OURS else None
+                f"{way}, {side}²", f"{BASE}, {side}²", most=MAX_MS if way == OURS else None
             )
-            most = MOST_BYTES if way == OURS else None
+            most = MAX_BYTES if way == OURS else None
             what = f"bytes: {way}, {side}² ÷ {BASE}"
             row.ratios.append(Ratio(what, [sizes[way] / sizes[BASE]], most=most))
     return row
@@ -110,7 +110,7 @@ def _ms(write: Write, image: Image.Image) -> float:
     return (time.perf_counter() - started) * 1000
 
 
-def store(stand: Stand, puts: int) -> Row:
+def store(stand: BenchServers, puts: int) -> Row:
     """Time putting one encoded picture after another, by the farm and by boto3 as it comes."""
     row = Row(
         "f2",

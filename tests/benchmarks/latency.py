@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.benchmarks.figures import Ratio, Row, Series, percentile
-from tests.benchmarks.stand import Site, Stand, wait_closely
+from tests.benchmarks.stand import BenchFarm, BenchServers, wait_closely
 
 STEP_SECONDS = 0.05
 BULK_STEPS = 20
@@ -58,7 +58,7 @@ class Work:
 class Lane:
     """A site of its own, and what was seen of it."""
 
-    site: Site
+    site: BenchFarm
     work: Work
     latencies: list[list[float]] = field(default_factory=list)
     """Seconds, by turn"""
@@ -120,7 +120,7 @@ class Lane:
         return [bytes(row[0]) for row in self.site.rows(DIGESTS, job_id)]
 
 
-def rows(stand: Stand, short: bool) -> list[Row]:
+def rows(stand: BenchServers, short: bool) -> list[Row]:
     """Measure on a simulated device."""
     row = Row(
         "d",
@@ -131,7 +131,7 @@ def rows(stand: Stand, short: bool) -> list[Row]:
     return [row]
 
 
-def measure(stand: Stand, row: Row, work: Work, short: bool) -> None:
+def measure(stand: BenchServers, row: Row, work: Work, short: bool) -> None:
     """Measure an idle lane, and one saturated by bulk, with preemption and without, in turn."""
     with ExitStack() as stack:
         lanes = {

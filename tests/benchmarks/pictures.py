@@ -13,7 +13,7 @@ from farm.local import commands
 from farm.process import cores
 from tests.benchmarks.figures import Row, in_turn
 from tests.benchmarks.rivals.loop import PROMPT, Loop
-from tests.benchmarks.stand import QUIET, ROOT, Site, Stand
+from tests.benchmarks.stand import QUIET, ROOT, BenchFarm, BenchServers
 
 FRAMES = 512
 BATCHES = (4, 8, 16, 32)
@@ -24,17 +24,17 @@ STEP_SECONDS = 0.015
 SIDE = 1024
 BUCKET = 4
 DEVICE_BATCHES = 100
-LEAST_BUSY = 0.97
+MIN_BUSY = 0.97
 TURNS = 3
 BOOKS = "SELECT sum(denoise_seconds), sum(work_seconds) FROM workers"
 
 
-def rows(stand: Stand, short: bool) -> list[Row]:
+def rows(stand: BenchServers, short: bool) -> list[Row]:
     """Measure on the demo's pipeline, and on a simulated device."""
     return [demo(stand, short), device(stand, short)]
 
 
-def demo(stand: Stand, short: bool) -> Row:
+def demo(stand: BenchServers, short: bool) -> Row:
     """The demo's pipeline on the CPU, every core."""
     frames, turns, threads = (8, 1, 1) if short else (FRAMES, TURNS, cores())
     batches = (8,) if short else BATCHES
@@ -63,13 +63,13 @@ def demo(stand: Stand, short: bool) -> Row:
     return row
 
 
-def best_batch(stand: Stand, frames: int, threads: int) -> int:
+def best_batch(stand: BenchServers, frames: int, threads: int) -> int:
     """Find the batch in which a bare loop is fastest."""
     rates = {batch: bare(stand, Loop(batch, frames, threads)) for batch in BATCHES}
     return max(rates, key=lambda batch: rates[batch])
 
 
-def bare(stand: Stand, loop: Loop) -> float:
+def bare(stand: BenchServers, loop: Loop) -> float:
     """Pictures a second of a bare loop; whole batches."""
     frames = -(-loop.frames // loop.batch) * loop.batch
     env = {
@@ -90,7 +90,7 @@ def bare(stand: Stand, loop: Loop) -> float:
     return frames / float(done.stdout.splitlines()[-1])
 
 
-def farm_rate(site: Site, pipeline: str, loop: Loop) -> float:
+def farm_rate(site: BenchFarm, pipeline: str, loop: Loop) -> float:
     """Pictures a second of the farm, which renders the same as a loop."""
     started = time.time()
     job_id = site.submit(
@@ -108,7 +108,7 @@ def farm_rate(site: Site, pipeline: str, loop: Loop) -> float:
     return loop.frames / site.seconds(started, job_id, loop.frames)
 
 
-def device(stand: Stand, short: bool) -> Row:
+def device(stand: BenchServers, short: bool) -> Row:
     """A device that is simulated: its steps wait, and use no CPU."""
     batches, turns = (4, 1) if short else (DEVICE_BATCHES, TURNS)
     row = Row(
@@ -128,7 +128,7 @@ def device(stand: Stand, short: bool) -> Row:
         }
         row.series = in_turn(ways, turns, "s")
         after = site.rows(BOOKS)[0]
-    row.add_ratio("alone", "farm", what="busy (alone ÷ farm)", least=None if short else LEAST_BUSY)
+    row.add_ratio("alone", "farm", what="busy (alone ÷ farm)", least=None if short else MIN_BUSY)
     share = (after[0] - before[0]) / (after[1] - before[1])
     row.notes.append(f"The worker's own books say that the device was busy for {share:.1%}.")
     return row
@@ -142,7 +142,7 @@ def alone(batches: int) -> float:
     return time.monotonic() - started
 
 
-def device_seconds(site: Site, batches: int) -> float:
+def device_seconds(site: BenchFarm, batches: int) -> float:
     """Seconds from submitting so many batches to the last one's commit."""
     started, frames = time.time(), batches * BUCKET
     job_id = site.submit(

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from farm.config import DEMO_CATALOG, Settings
 from farm.context import Farm, open_farm
 from farm.local import commands
-from farm.local.child import Child, Program, Stage
+from farm.local.child import ManagedProcess, Program, Stage
 from farm.local.folder import Folder
 from farm.local.ports import HOST, free_port
 from farm.local.servers import Servers, start_servers, supervised
@@ -51,10 +51,10 @@ SUCCEEDED = "SELECT succeeded, dead, cancelled FROM jobs WHERE id = %s"
 
 
 @dataclass
-class Site:
+class BenchFarm:
     """One farm: a database and a Redis database of its own, on servers that all share."""
 
-    stand: Stand
+    stand: BenchServers
     farm: Farm
     tenant: uuid.UUID
     env: dict[str, str]
@@ -92,7 +92,7 @@ class Site:
         return finished - started
 
     @contextmanager
-    def worker(self, pipeline: str, **settings: str) -> Iterator[Child]:
+    def worker(self, pipeline: str, **settings: str) -> Iterator[ManagedProcess]:
         """Run a worker, parent and child, as users do; it is idle when the block begins."""
         with self.worker_at_work(pipeline, **settings) as child:
             wait_until(
@@ -101,7 +101,7 @@ class Site:
             yield child
 
     @contextmanager
-    def worker_at_work(self, pipeline: str, **settings: str) -> Iterator[Child]:
+    def worker_at_work(self, pipeline: str, **settings: str) -> Iterator[ManagedProcess]:
         """Run a worker that finds work, and so is never idle."""
         folder = self.stand.folder
         env = commands.environment(folder, {**self.env, **settings})
@@ -123,7 +123,7 @@ class Site:
 
 
 @dataclass
-class Stand:
+class BenchServers:
     """The servers, and what starts processes beside them."""
 
     folder: Folder
@@ -132,7 +132,7 @@ class Stand:
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @contextmanager
-    def site(self, **settings: Any) -> Iterator[Site]:
+    def site(self, **settings: Any) -> Iterator[BenchFarm]:
         """Make a farm with an empty database.
 
         Args:
@@ -167,7 +167,7 @@ class Stand:
         with psycopg.connect(database_url, autocommit=True) as connection:
             with transaction(farm.store) as begun:
                 tenant = keys.ensure_tenant(begun, TENANT)
-            yield Site(self, farm, tenant, env, connection)
+            yield BenchFarm(self, farm, tenant, env, connection)
         farm.close()
 
     def database(self, name: str) -> str:
@@ -181,7 +181,7 @@ class Stand:
         return f"{self.servers.redis_url.rpartition('/')[0]}/{number % 15 + 1}"
 
     @contextmanager
-    def running(self, program: Program) -> Iterator[Child]:
+    def running(self, program: Program) -> Iterator[ManagedProcess]:
         """Run a program in the block."""
         name = f"{program.name} {next(self.numbers)}"
         log = self.folder.logs / f"{name.replace(' ', '-')}.log"
@@ -192,7 +192,9 @@ class Stand:
             self.supervisor.forget(child)
 
     @contextmanager
-    def python(self, name: str, argv: list[str], env: Mapping[str, str]) -> Iterator[Child]:
+    def python(
+        self, name: str, argv: list[str], env: Mapping[str, str]
+    ) -> Iterator[ManagedProcess]:
         """Run a program of the suite's own in the block."""
         path = {"PYTHONPATH": str(ROOT), **QUIET}
         program = Program(
@@ -209,13 +211,13 @@ class Stand:
 
 
 @contextmanager
-def running_stand(data: Path) -> Iterator[Stand]:
+def running_stand(data: Path) -> Iterator[BenchServers]:
     """Run the servers on the folder `data` until the block is left."""
     with supervised(data) as (folder, supervisor):
         servers = start_servers(folder, supervisor)
         _write_catalog(folder.path)
         with credentials(servers.env):
-            yield Stand(folder, servers, supervisor)
+            yield BenchServers(folder, servers, supervisor)
 
 
 def _write_catalog(folder: Path) -> None:

@@ -18,17 +18,17 @@ import psycopg
 
 from farm.local.ports import HOST, free_port
 from tests.benchmarks.figures import Row, Series, in_turn, percentile
-from tests.benchmarks.stand import ROOT, Site, Stand
+from tests.benchmarks.stand import ROOT, BenchFarm, BenchServers
 from tests.waiting import wait_until
 
 CLIENTS = 32
 SECONDS = 10.0
 TURNS = 3
-MOST_P99_MS = 250.0
-LEAST_RATE = 300.0
+MAX_P99_MS = 250.0
+MIN_RATE = 300.0
 PROMPTS = 100_000
 IMAGES = 10
-LEAST_BULK = 2.0
+MIN_BULK = 2.0
 KNOWN = "SELECT count(*) FROM jobs WHERE id = ANY(%s)"
 KEY = "the-only-key"
 CREATE = """
@@ -70,13 +70,13 @@ class Front:
         return len(accepted) / float(told["seconds"])
 
 
-def rows(stand: Stand, short: bool) -> list[Row]:
+def rows(stand: BenchServers, short: bool) -> list[Row]:
     """Measure both."""
     with stand.site() as site:
         return [over_http(stand, site, short), in_bulk(site, short)]
 
 
-def over_http(stand: Stand, site: Site, short: bool) -> Row:
+def over_http(stand: BenchServers, site: BenchFarm, short: bool) -> Row:
     """One-image jobs of many clients at once."""
     seconds, turns = (1.0, 1) if short else (SECONDS, TURNS)
     row = Row(
@@ -104,17 +104,17 @@ def over_http(stand: Stand, site: Site, short: bool) -> Row:
     row.add_ratio("farm", "plain service")
     rate, p99 = row.named("farm").median, row.named("p99, farm").median
     if not short:
-        well = rate >= LEAST_RATE and p99 <= MOST_P99_MS
+        well = rate >= MIN_RATE and p99 <= MAX_P99_MS
         line = (
             f"{rate:.0f} jobs/s and a p99 of {p99:.0f} ms; the goal on two cores is at least "
-            f"{LEAST_RATE:.0f} and at most {MOST_P99_MS:.0f} ms."
+            f"{MIN_RATE:.0f} and at most {MAX_P99_MS:.0f} ms."
         )
         (row.notes if well else row.problems).append(line)
     return row
 
 
 @contextmanager
-def plain_api(stand: Stand) -> Iterator[Front]:
+def plain_api(stand: BenchServers) -> Iterator[Front]:
     """Run the plain service on a database of its own."""
     from tests.benchmarks.rivals import plain_api as service
 
@@ -136,7 +136,7 @@ def _serves(port: int) -> bool:
     return False
 
 
-def in_bulk(site: Site, short: bool) -> Row:
+def in_bulk(site: BenchFarm, short: bool) -> Row:
     """One job of a million frames, beside copying a row a frame into a table."""
     prompts, turns = (1_000, 1) if short else (PROMPTS, TURNS)
     row = Row(
@@ -152,11 +152,11 @@ def in_bulk(site: Site, short: bool) -> Row:
         "COPY": lambda: copy_rate(site, next(turn), prompts),
     }
     row.series = in_turn(ways, turns, "frames/s")
-    row.add_ratio("farm", "COPY", least=None if short else LEAST_BULK)
+    row.add_ratio("farm", "COPY", least=None if short else MIN_BULK)
     return row
 
 
-def bulk_rate(site: Site, prompts: int) -> float:
+def bulk_rate(site: BenchFarm, prompts: int) -> float:
     texts = [f"a red star, number {number}" for number in range(prompts)]
     started = time.monotonic()
     job_id = site.submit(pipeline="null", prompts=texts, images_per_prompt=IMAGES, steps=1)
@@ -165,7 +165,7 @@ def bulk_rate(site: Site, prompts: int) -> float:
     return prompts * IMAGES / seconds
 
 
-def copy_rate(site: Site, job: int, prompts: int) -> float:
+def copy_rate(site: BenchFarm, job: int, prompts: int) -> float:
     started = time.monotonic()
     with site.connection.cursor() as cursor, cursor.copy("COPY plain FROM STDIN") as copy:
         for ordinal in range(prompts * IMAGES):

@@ -10,7 +10,7 @@ from functools import partial
 from farm.process import cores
 from tests.benchmarks.figures import Row, Way, in_turn
 from tests.benchmarks.rivals.run import installed, running_rival
-from tests.benchmarks.stand import Site, Stand
+from tests.benchmarks.stand import BenchFarm, BenchServers
 
 FRAMES = {
     "farm": 60_000,
@@ -26,15 +26,15 @@ WARM_UP = 2_048
 """Frames before any is counted: connections, and what is imported once"""
 TURNS = 3
 LEAST = 20.0
-LEAST_STORED = 3.0
+MIN_STORED = 3.0
 
 
-def rows(stand: Stand, short: bool) -> list[Row]:
+def rows(stand: BenchServers, short: bool) -> list[Row]:
     """Measure without the storage, and then with it."""
     return [queue(stand, short), stored(stand, short)]
 
 
-def queue(stand: Stand, short: bool) -> Row:
+def queue(stand: BenchServers, short: bool) -> Row:
     """Without the storage on either side: the queue itself."""
     counts = SHORT if short else {name: n for name, n in FRAMES.items() if _there(name)}
     row = Row(
@@ -51,7 +51,7 @@ def queue(stand: Stand, short: bool) -> Row:
     return row
 
 
-def stored(stand: Stand, short: bool) -> Row:
+def stored(stand: BenchServers, short: bool) -> Row:
     """With pictures in S3 on both sides."""
     counts = SHORT if short else STORED
     row = Row(
@@ -61,7 +61,7 @@ def stored(stand: Stand, short: bool) -> Row:
         "by Pillow and put by boto3.",
     )
     _measure(row, stand, counts, 1 if short else TURNS, discard=False)
-    _compare(row, counts, LEAST_STORED, short)
+    _compare(row, counts, MIN_STORED, short)
     return row
 
 
@@ -78,7 +78,7 @@ def _compare(row: Row, counts: Mapping[str, int], least: float, short: bool) -> 
 
 
 def _measure(
-    row: Row, stand: Stand, counts: Mapping[str, int], turns: int, *, discard: bool
+    row: Row, stand: BenchServers, counts: Mapping[str, int], turns: int, *, discard: bool
 ) -> None:
     with ExitStack() as stack:
         site = stack.enter_context(stand.site(discard_pictures=discard))
@@ -93,7 +93,7 @@ def _measure(
         row.series = in_turn(ways, turns, "frames/s")
 
 
-def farm_rate(site: Site, frames: int) -> float:
+def farm_rate(site: BenchFarm, frames: int) -> float:
     """Submit one job of so many prompts, and wait until all its frames have succeeded."""
     prompts = [f"noise {number}" for number in range(frames)]
     started = time.monotonic()

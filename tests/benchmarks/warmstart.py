@@ -110,14 +110,14 @@ def _render(folder: Path, cache_folder: Path) -> Start:
     from farm.pipelines.catalog import load_catalog
     from farm.pipelines.disk_cache import keep_in
     from farm.pipelines.family import Batch
-    from farm.pipelines.resolve import make_offer
+    from farm.pipelines.resolve import resolve_pipeline
     from farm.pipelines.runtime.devices import prepare_torch
     from farm.rendering.warmup import warm_up
 
     prepare_torch(1)
     imported = time.perf_counter()
     keep_in(cache_folder)
-    offer = make_offer("tiny", load_catalog(folder / "pipelines.toml").pipelines["tiny"])
+    offer = resolve_pipeline("tiny", load_catalog(folder / "pipelines.toml").pipelines["tiny"])
     loaded = offer.family.load(offer.pipeline)
     pinned = time.perf_counter()
     warm_up(offer, loaded)

@@ -21,7 +21,7 @@ from tests.chaos.figures import figures
 from tests.chaos.rows import ROWS
 from tests.chaos.run import BULK, Chaos, Result, chaos
 
-LEAST_BULK = 500
+MIN_BULK = 500
 SHORT = "1,3,4,8,9,12,15,16"
 
 
@@ -35,7 +35,7 @@ def main() -> int:
         with chaos(data, options.seed, options.short) as running:
             for number in options.rows:
                 left = options.frames - sum(result.findings.frames for result in results)
-                bulk = max(LEAST_BULK, left if options.rows == full() else 0)
+                bulk = max(MIN_BULK, left if options.rows == full() else 0)
                 results.append(running.run(number, options.times, bulk))
                 echo(report.line(results[-1]))
                 echo(f"{results[-1].seconds:.0f} s", err=True)

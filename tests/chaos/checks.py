@@ -11,7 +11,7 @@ from typing import Any
 from farm.errors import Unavailable
 from farm.storage import Artifacts, artifact_key
 from tests.chaos.load import Accepted
-from tests.chaos.truth import Truth
+from tests.chaos.truth import DatabaseProbe
 
 JOBS = """
 SELECT id, status, total, running, succeeded, dead, cancelled FROM jobs WHERE id = ANY(%(ids)s)
@@ -52,7 +52,9 @@ class Findings:
             self.problems.append(f"{len(items)} {what}: {shown}")
 
 
-def check(truth: Truth, artifacts: Artifacts, name: str, accepted: list[Accepted]) -> Findings:
+def check(
+    truth: DatabaseProbe, artifacts: Artifacts, name: str, accepted: list[Accepted]
+) -> Findings:
     """Check the accepted jobs of a row against the database, and the storage."""
     ids = [job.id for job in accepted]
     findings = Findings(frames=sum(job.total for job in accepted))

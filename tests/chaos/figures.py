@@ -19,11 +19,11 @@ from tests.chaos.stack import Process
 from tests.waiting import wait_until
 
 BASELINE_SECONDS = 30.0
-LEAST_PACE = 0.8
-MOST_DEATHS = 3 + 3
+MIN_PACE = 0.8
+MAX_DEATHS = 3 + 3
 """max_attempts, and log2 of the bucket"""
 OUTAGE_SECONDS = 60.0
-MOST_GROWTH_BYTES = 64 * 2**20
+MAX_GROWTH_BYTES = 64 * 2**20
 BUSY = 60_000
 """Frames of a job that outlasts what is measured beside it"""
 
@@ -67,7 +67,7 @@ def poisoned_pace(running: Chaos) -> Figure:
     [ordinal] = poison.poison
     deaths = len(running.truth.reasons(poison.id, ordinal))
     states = {row["state"]: row["n"] for row in running.truth.rows(STATES, id=poison.id)}
-    ok = states == {"succeeded": 7, "dead": 1} and deaths <= MOST_DEATHS and share >= LEAST_PACE
+    ok = states == {"succeeded": 7, "dead": 1} and deaths <= MAX_DEATHS and share >= MIN_PACE
     return Figure(
         ok,
         f"A frame that ends its process by a segmentation fault, in a bucket of 8, beside another "
@@ -101,7 +101,7 @@ def without_storage(running: Chaos) -> Figure:
         twice = int(running.truth.rows(TWICE, id=job.id)[0]["n"])
         cancel(running, load, job)
     growth = (most - before) / len(workers)
-    ok = twice == 0 and kept > 100 and growth <= MOST_GROWTH_BYTES
+    ok = twice == 0 and kept > 100 and growth <= MAX_GROWTH_BYTES
     return Figure(
         ok,
         f"A minute without S3 on a lane at work: {during} frames succeeded meanwhile, {kept:,} "

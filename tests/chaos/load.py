@@ -14,11 +14,11 @@ from uuid import UUID
 import httpx
 
 from tests.chaos.stack import Stack
-from tests.chaos.truth import Truth
+from tests.chaos.truth import DatabaseProbe
 
 BACKLOG = 48
 """Frames that are kept waiting or running"""
-MOST_ATTEMPTS = 10
+MAX_ATTEMPTS = 10
 SUBMIT_SECONDS = 60.0
 REPEATED = 0.15
 """The share of accepted jobs that are submitted once more"""
@@ -54,7 +54,7 @@ class Load:
         self.poison_attempts = 3
         self._stack = stack
         self._random = Random(seed)
-        self._truth = Truth(stack.servers.database_url)
+        self._truth = DatabaseProbe(stack.servers.database_url)
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {api_key or stack.api_key}"},
             timeout=5,
@@ -98,7 +98,7 @@ class Load:
             repeats = self._random.random() < REPEATED
         if first is not None:
             apis.sort(key=lambda api: api != first)
-        body = {"max_attempts": MOST_ATTEMPTS, "seed": self._numbers * 1000, **body}
+        body = {"max_attempts": MAX_ATTEMPTS, "seed": self._numbers * 1000, **body}
         body["labels"] = {"row": self.name}
         job = self._until_accepted(body, key, apis)
         accepted = Accepted(UUID(job["id"]), key, job["total"], frozenset(poison or ()))

@@ -18,10 +18,10 @@ from farm.config import Settings
 from tests.chaos import clock, release
 from tests.chaos.load import NULL, Load
 from tests.chaos.proxy import Fault, Freeze, Refuse, Slow, Stall, Swallow, Truncate
-from tests.chaos.scene import Scene, Skipped
+from tests.chaos.scene import ChaosRun, Skipped
 from tests.chaos.stack import LEASE_SECONDS
 
-Around = Callable[[Scene], AbstractContextManager[None]]
+Around = Callable[[ChaosRun], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Row:
 
     number: int
     fault: str
-    inject: Callable[[Scene], None]
+    inject: Callable[[ChaosRun], None]
     around: Around
     """What stands around all injections: a worker of another kind, a check at the end"""
     steady: bool
@@ -53,10 +53,10 @@ def row(
     steady: bool = True,
     most: int = 1000,
     mixes: bool = True,
-) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
+) -> Callable[[Callable[[ChaosRun], None]], Callable[[ChaosRun], None]]:
     """Enter a function into the table."""
 
-    def enter(inject: Callable[[Scene], None]) -> Callable[[Scene], None]:
+    def enter(inject: Callable[[ChaosRun], None]) -> Callable[[ChaosRun], None]:
         ROWS[number] = Row(number, fault, inject, around, steady, most, mixes)
         return inject
 
@@ -64,7 +64,7 @@ def row(
 
 
 @contextmanager
-def late_results(scene: Scene) -> Iterator[None]:
+def late_results(scene: ChaosRun) -> Iterator[None]:
     """Check that a result came too late at least once: else nothing was tried."""
     before = scene.truth.dropped()
     yield
@@ -72,18 +72,18 @@ def late_results(scene: Scene) -> Iterator[None]:
         scene.problems.append("no worker came back with a late result")
 
 
-def valkey(scene: Scene) -> redis.Redis:
+def valkey(scene: ChaosRun) -> redis.Redis:
     return redis.Redis.from_url(scene.stack.servers.redis_url, socket_timeout=5)
 
 
 @row(1, "A worker is killed in the middle of a batch")
-def worker_killed(scene: Scene) -> None:
+def worker_killed(scene: ChaosRun) -> None:
     nulls = scene.stack.workers("null")
     scene.rendering([*nulls, *nulls, *scene.stack.workers("demo")]).restart()
 
 
 @row(2, "Workers are killed with a bell in their sockets", steady=False)
-def killed_with_a_bell(scene: Scene) -> None:
+def killed_with_a_bell(scene: ChaosRun) -> None:
     workers = scene.stack.workers("null")
     for worker in workers:
         worker.signal(signal.SIGSTOP)
@@ -94,7 +94,7 @@ def killed_with_a_bell(scene: Scene) -> None:
 
 
 @row(3, "A worker is stopped for longer than its lease, then goes on", around=late_results)
-def zombie(scene: Scene) -> None:
+def zombie(scene: ChaosRun) -> None:
     worker = scene.storing(scene.stack.workers("null"))
     worker.signal(signal.SIGSTOP)
     try:
@@ -105,14 +105,14 @@ def zombie(scene: Scene) -> None:
 
 
 @row(4, "Redis is wiped, again and again")
-def redis_wiped(scene: Scene) -> None:
+def redis_wiped(scene: ChaosRun) -> None:
     with valkey(scene) as client:
         client.flushall()
     scene.pause(0.3, 0.8)
 
 
 @row(5, "Redis is killed, and a job submitted before it is back", steady=False)
-def redis_killed(scene: Scene) -> None:
+def redis_killed(scene: ChaosRun) -> None:
     server = scene.stack.processes["valkey"]
     server.end()
     scene.load.null(scene.random.randint(4, 16))
@@ -120,7 +120,7 @@ def redis_killed(scene: Scene) -> None:
 
 
 @row(6, "Redis is full", steady=False)
-def redis_full(scene: Scene) -> None:
+def redis_full(scene: ChaosRun) -> None:
     with valkey(scene) as client:
         client.config_set("maxmemory", 1)
         try:
@@ -131,7 +131,7 @@ def redis_full(scene: Scene) -> None:
 
 
 @row(7, "Every connection to Redis is half-open", steady=False, most=20)
-def redis_half_open(scene: Scene) -> None:
+def redis_half_open(scene: ChaosRun) -> None:
     links = scene.stack.links("valkey")
     for link in links:
         link.begin(Freeze())
@@ -140,13 +140,13 @@ def redis_half_open(scene: Scene) -> None:
 
 
 @row(8, "Postgres crashes")
-def postgres_crashes(scene: Scene) -> None:
+def postgres_crashes(scene: ChaosRun) -> None:
     scene.stack.processes["postgres"].restart(signal.SIGQUIT)
     scene.stack.processes["postgres"].ready()
 
 
 @row(9, "The reply to a COMMIT is lost")
-def commit_unanswered(scene: Scene) -> None:
+def commit_unanswered(scene: ChaosRun) -> None:
     kind = scene.random.choice(["worker", "worker", "api", "janitor"])
     owners = [name for name in scene.stack.processes if name.startswith(kind)]
     links = scene.stack.links("postgres", *owners)
@@ -155,7 +155,7 @@ def commit_unanswered(scene: Scene) -> None:
 
 
 @row(10, "The API dies between a job's commit and its bell", steady=False)
-def api_exits(scene: Scene) -> None:
+def api_exits(scene: ChaosRun) -> None:
     name = scene.random.choice(sorted(scene.stack.apis))
     api = scene.stack.processes[name]
     api.ready()
@@ -167,21 +167,21 @@ def api_exits(scene: Scene) -> None:
 
 
 @row(11, "S3 answers 503, is slow, or hangs")
-def storage_away(scene: Scene) -> None:
+def storage_away(scene: ChaosRun) -> None:
     owners = [worker.name for worker in scene.stack.processes.values() if "worker" in worker.name]
     faults: list[Fault] = [Refuse(), Slow(0.1), Stall()]
     scene.faulty(scene.stack.links("seaweedfs", *owners), scene.random.choice(faults), 0.5, 2.0)
 
 
 @row(12, "An upload is cut, or its reply is lost")
-def upload_cut(scene: Scene) -> None:
+def upload_cut(scene: ChaosRun) -> None:
     owners = [worker.name for worker in scene.stack.workers("null")]
     faults: list[Fault] = [Truncate(scene.random.randint(50, 4000)), Swallow(b"PUT ", 3)]
     scene.faulty(scene.stack.links("seaweedfs", *owners), scene.random.choice(faults), 0.3, 0.8)
 
 
 @row(13, "The same bell fifty times")
-def many_bells(scene: Scene) -> None:
+def many_bells(scene: ChaosRun) -> None:
     url = scene.stack.servers.redis_url
     app = make_app(Settings(redis_url=SecretStr(url), environment="development"))
     try:
@@ -196,7 +196,7 @@ SHORT = {"FARM_LEASE_SECONDS": "0.5", "FARM_HEARTBEAT_SECONDS": "3", "FARM_TOUCH
 
 
 @contextmanager
-def short_leases(scene: Scene) -> Iterator[None]:
+def short_leases(scene: ChaosRun) -> Iterator[None]:
     """One more worker, whose lease is shorter than a batch and renewed too late."""
     worker = scene.stack.add_worker("null", "short", SHORT)
     scene.load.step_seconds = 0.25
@@ -209,7 +209,7 @@ def short_leases(scene: Scene) -> Iterator[None]:
 
 
 @row(14, "Leases shorter than a batch", around=short_leases, mixes=False)
-def lease_too_short(scene: Scene) -> None:
+def lease_too_short(scene: ChaosRun) -> None:
     pid = scene.stack.processes["worker null-short"].pid
 
     def expired() -> int:
@@ -220,7 +220,7 @@ def lease_too_short(scene: Scene) -> None:
 
 
 @row(15, "A worker is cut off from Postgres alone", around=late_results)
-def cut_off(scene: Scene) -> None:
+def cut_off(scene: ChaosRun) -> None:
     worker = scene.storing(scene.stack.workers("null"))
     links = scene.stack.links("postgres", worker.name)
     for link in links:
@@ -233,7 +233,7 @@ def cut_off(scene: Scene) -> None:
             link.heal()
 
 
-def poisoned(scene: Scene, word: str) -> None:
+def poisoned(scene: ChaosRun, word: str) -> None:
     """Submit a job of which one frame fails for ever, and wait until it has done so once."""
     job = scene.load.poison(word)
     [ordinal] = job.poison
@@ -241,22 +241,22 @@ def poisoned(scene: Scene, word: str) -> None:
 
 
 @row(16, "A frame that ends its process by a segmentation fault")
-def segfault(scene: Scene) -> None:
+def segfault(scene: ChaosRun) -> None:
     poisoned(scene, "SEGFAULT")
 
 
 @row(17, "A frame that runs out of memory")
-def out_of_memory(scene: Scene) -> None:
+def out_of_memory(scene: ChaosRun) -> None:
     poisoned(scene, "MEMORY")
 
 
 @row(18, "A frame that hangs")
-def hang(scene: Scene) -> None:
+def hang(scene: ChaosRun) -> None:
     poisoned(scene, "HANG")
 
 
 @contextmanager
-def wrong_clocks(scene: Scene) -> Iterator[None]:
+def wrong_clocks(scene: ChaosRun) -> Iterator[None]:
     """Two more workers, one an hour ahead and one an hour behind."""
     ahead, behind = (clock.shifted(scene.stack.folder.path, hour) for hour in (3600, -3600))
     if ahead is None or behind is None:
@@ -272,7 +272,7 @@ def wrong_clocks(scene: Scene) -> Iterator[None]:
 
 
 @row(19, "A worker's clock is an hour off", around=wrong_clocks, mixes=False)
-def wrong_clock(scene: Scene) -> None:
+def wrong_clock(scene: ChaosRun) -> None:
     early = scene.stack.processes["worker null-ahead"]
     late = scene.stack.processes["worker null-behind"]
     scene.rendering([late])
@@ -290,13 +290,13 @@ def wrong_clock(scene: Scene) -> None:
 
 
 @row(20, "All of these at random, under a bulk job", mixes=False)
-def anything(scene: Scene) -> None:
+def anything(scene: ChaosRun) -> None:
     mixed = [ROWS[number] for number in sorted(ROWS) if ROWS[number].mixes]
     scene.random.choice(mixed).inject(scene)
 
 
 @row(21, "Of two janitors the leading one is killed")
-def leader_killed(scene: Scene) -> None:
+def leader_killed(scene: ChaosRun) -> None:
     leading: list[str] = []
 
     def found() -> bool:
@@ -313,7 +313,7 @@ def leader_killed(scene: Scene) -> None:
 
 
 @row(22, "A rolling deploy: the version before renders beside this one", most=3, mixes=False)
-def rolling_deploy(scene: Scene) -> None:
+def rolling_deploy(scene: ChaosRun) -> None:
     tree = release.earlier(scene.stack.folder.path)
     [current] = scene.stack.workers("demo")
     scene.load.demo(8)
@@ -331,7 +331,7 @@ def rolling_deploy(scene: Scene) -> None:
 
 
 @contextmanager
-def nothing_wasted(scene: Scene) -> Iterator[None]:
+def nothing_wasted(scene: ChaosRun) -> Iterator[None]:
     """Check that no process ended meanwhile, and no attempt."""
 
     def now() -> tuple[dict[str, int | None], int]:
@@ -345,7 +345,7 @@ def nothing_wasted(scene: Scene) -> Iterator[None]:
 
 
 @row(23, "Postgres takes no writes, as after a failover", around=nothing_wasted, mixes=False)
-def read_only(scene: Scene) -> None:
+def read_only(scene: ChaosRun) -> None:
     """For less than a lease: after it nobody knows whether its worker is there."""
     url, own = scene.stack.servers.database_url, "-c default_transaction_read_only=off"
     with psycopg.connect(url, autocommit=True, options=own) as operator:
@@ -359,7 +359,7 @@ def read_only(scene: Scene) -> None:
 
 
 @row(24, "Redis is silent, and a job comes to idle workers", steady=False, most=20)
-def redis_silent(scene: Scene) -> None:
+def redis_silent(scene: ChaosRun) -> None:
     server = scene.stack.processes["valkey"]
     server.signal(signal.SIGSTOP)
     try:
@@ -374,7 +374,7 @@ CROWD = 100
 
 
 @row(25, "A crowd of clients that stall, with a key and without", most=20)
-def stalled_clients(scene: Scene) -> None:
+def stalled_clients(scene: ChaosRun) -> None:
     with ExitStack() as crowd:
         for url in scene.stack.apis.values():
             place = urlsplit(url)
@@ -390,7 +390,7 @@ def stalled_clients(scene: Scene) -> None:
 
 
 @row(26, "All frames of a tenant run out of memory", most=3, mixes=False)
-def greedy_tenant(scene: Scene) -> None:
+def greedy_tenant(scene: ChaosRun) -> None:
     frames = 6
     greedy = Load(scene.stack, scene.load.name, "greedy", scene.stack.key("greedy"))
     try:

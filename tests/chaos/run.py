@@ -19,9 +19,9 @@ from farm.storage import Artifacts
 from tests.chaos.checks import Findings, check
 from tests.chaos.load import Load
 from tests.chaos.rows import ROWS, Row
-from tests.chaos.scene import Scene, Skipped
+from tests.chaos.scene import ChaosRun, Skipped
 from tests.chaos.stack import READY_SECONDS, Stack, running_stack
-from tests.chaos.truth import Truth
+from tests.chaos.truth import DatabaseProbe
 from tests.waiting import wait_until
 
 RECOVERY_SECONDS = 180.0
@@ -54,7 +54,7 @@ class Chaos:
     """A running farm, and the seed of all that is done to it."""
 
     stack: Stack
-    truth: Truth
+    truth: DatabaseProbe
     artifacts: Artifacts
     seed: int
     poison_attempts: int
@@ -82,7 +82,7 @@ class Chaos:
         load = Load(self.stack, f"row {number}", f"{self.seed} load {number}")
         load.poison_attempts = self.poison_attempts
         rng = Random(f"{self.seed} row {number}")
-        scene = Scene(self.stack, self.truth, load, rng)
+        scene = ChaosRun(self.stack, self.truth, load, rng)
         try:
             if number == BULK:
                 load.null(bulk_frames, priority="bulk")
@@ -101,7 +101,7 @@ class Chaos:
         load.close()
         return result
 
-    def _disturb(self, row: Row, scene: Scene, times: int, result: Result) -> None:
+    def _disturb(self, row: Row, scene: ChaosRun, times: int, result: Result) -> None:
         with scene.load.steady() if row.steady else nullcontext():
             for _ in range(times):
                 if row.steady:
@@ -148,7 +148,7 @@ def chaos(data: Path, seed: int, short: bool = False) -> Iterator[Chaos]:
         credentials(stack.servers.env),
     ):
         servers = stack.servers
-        truth = Truth(servers.database_url)
+        truth = DatabaseProbe(servers.database_url)
         settings = Settings(
             database_url=SecretStr(servers.database_url),
             s3_endpoint_url=servers.s3_endpoint_url,

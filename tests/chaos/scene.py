@@ -11,7 +11,7 @@ from random import Random
 from tests.chaos.load import Load
 from tests.chaos.proxy import Fault, Link
 from tests.chaos.stack import LEASE_SECONDS, Process, Stack
-from tests.chaos.truth import Truth
+from tests.chaos.truth import DatabaseProbe
 from tests.waiting import wait_until
 
 PATIENCE_SECONDS = 180.0
@@ -22,11 +22,11 @@ class Skipped(Exception):
 
 
 @dataclass
-class Scene:
+class ChaosRun:
     """One row being run: the farm, its load, and the random choices."""
 
     stack: Stack
-    truth: Truth
+    truth: DatabaseProbe
     load: Load
     random: Random
     problems: list[str] = field(default_factory=list)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from farm.config import DEMO_CATALOG
 from farm.local import commands
-from farm.local.child import Child, Program
+from farm.local.child import ManagedProcess, Program
 from farm.local.folder import Folder
 from farm.local.ports import HOST, free_port
 from farm.local.processes import signal_group
@@ -55,7 +55,7 @@ READY_SECONDS = 300.0
 class Process:
     """A program of the farm; like any process manager, the supervisor starts it when it ends."""
 
-    def __init__(self, supervisor: Supervisor, child: Child) -> None:
+    def __init__(self, supervisor: Supervisor, child: ManagedProcess) -> None:
         self._supervisor = supervisor
         self._child = child
         self.name = child.name

@@ -43,7 +43,7 @@ SELECT reason FROM attempts WHERE job_id = %(job_id)s AND ordinal = %(ordinal)s 
 """
 
 
-class Truth:
+class DatabaseProbe:
     """A connection to Postgres that outlives Postgres; for one thread."""
 
     def __init__(self, url: str) -> None:

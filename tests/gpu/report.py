@@ -23,8 +23,8 @@ import numpy as np
 
 from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import Pipeline
-from farm.pipelines.family import Batch, Loaded
-from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.family import Batch, LoadedPipeline
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.runtime.devices import device_name, prepare_torch
 from farm.rendering.environment import library_versions
 from farm.rendering.warmup import warm_up
@@ -55,14 +55,14 @@ class Case:
     device: str
     steps: int
 
-    def offer(self, **loading: Any) -> Offer:
+    def offer(self, **loading: Any) -> ResolvedPipeline:
         """The catalog entry that loads it so."""
         dtype = "float16" if self.device == "cuda" else "float32"
         entry = Pipeline(source=str(self.folder), device=self.device, dtype=dtype, **loading)
-        return make_offer(self.size.name, entry)
+        return resolve_pipeline(self.size.name, entry)
 
     def frames(
-        self, offer: Offer, bucket: int, seeds: Sequence[int], **given: Any
+        self, offer: ResolvedPipeline, bucket: int, seeds: Sequence[int], **given: Any
     ) -> list[FrameSpec]:
         """Frames of different prompts and seeds, at the checkpoint's own size."""
         params = offer.params({"steps": self.steps, **given}).model_dump()
@@ -78,7 +78,9 @@ class Case:
         ]
 
 
-def drawn(offer: Offer, loaded: Loaded, frames: Sequence[FrameSpec]) -> list[np.ndarray[Any, Any]]:
+def drawn(
+    offer: ResolvedPipeline, loaded: LoadedPipeline, frames: Sequence[FrameSpec]
+) -> list[np.ndarray[Any, Any]]:
     """Render frames; refuses pictures of one colour, of which any two are alike."""
     pictures = [np.asarray(picture) for picture in offer.family.denoise(loaded, Batch(frames))]
     if any(picture.std() < 1 for picture in pictures):
@@ -158,7 +160,9 @@ def pace(case: Case) -> Iterator[str]:
         _forget(case.device)
 
 
-def _timed(case: Case, offer: Offer, loaded: Loaded, frames: Sequence[FrameSpec]) -> float:
+def _timed(
+    case: Case, offer: ResolvedPipeline, loaded: LoadedPipeline, frames: Sequence[FrameSpec]
+) -> float:
     import torch
 
     if case.device == "cuda":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from farm.context import Farm
 from farm.services import jobs
-from tests.farming import hire, let_leases_expire, submit
+from tests.farming import let_leases_expire, register_worker, submit
 from tests.serving import render
 
 
@@ -30,7 +30,7 @@ class Jobs:
 
 def fill(farm: Farm, tenant: uuid.UUID) -> Jobs:
     """Submit the jobs, and bring each into its situation."""
-    hand = hire(farm)
+    hand = register_worker(farm)
 
     def of_two(**fields: object) -> uuid.UUID:
         return submit(farm, tenant, images_per_prompt=2, bucket=2, **fields)

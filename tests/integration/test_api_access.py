@@ -14,7 +14,7 @@ from farm.context import Farm
 from farm.store import keys, leases, workers
 from farm.store.engine import transaction
 from tests.commanding import farm as command
-from tests.farming import hire, sql, submit
+from tests.farming import register_worker, sql, submit
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import JOB, Api, render, serving
 
@@ -125,7 +125,7 @@ def test_some_calls_need_no_key(api: Api) -> None:
 def test_another_tenants_job_is_not_there(api: Api) -> None:
     ann, bob = api.client("ann"), api.client("bob")
     job = api.submit(ann, images_per_prompt=2, bucket=2)
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     render(hand, hand.must_claim())
     path = f"/v1/jobs/{job['id']}"
     for suffix in ("", "/frames", "/frames/0", "/frames/0/image"):
@@ -144,7 +144,7 @@ def test_workers_show_a_caller_their_own_jobs_only(api: Api) -> None:
     ann, bob = api.client("ann"), api.client("bob")
     boss = api.client("bob", role="operator")
     mine, theirs = api.submit(ann, bucket=2), api.submit(bob, bucket=2)
-    hand = hire(api.farm, "hand")
+    hand = register_worker(api.farm, "hand")
     lease = hand.must_claim()
     assert len(lease.frames) == 2
     with transaction(api.farm.store) as connection:
@@ -158,7 +158,7 @@ def test_workers_show_a_caller_their_own_jobs_only(api: Api) -> None:
 
 
 def test_workers_tell_how_busy_their_device_was(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    hand, fresh = hire(api.farm, "hand"), hire(api.farm, "fresh")
+    hand, fresh = register_worker(api.farm, "hand"), register_worker(api.farm, "fresh")
     with transaction(api.farm.store) as connection:
         for denoise_seconds in (1.0, 2.88):
             batch = workers.Account(denoise_seconds=denoise_seconds, work_seconds=2.0)
@@ -216,7 +216,7 @@ def test_metrics_name_no_tenant(api: Api) -> None:
 
 
 def test_only_an_operator_drains_a_worker(api: Api, tenant: uuid.UUID) -> None:
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     submit(api.farm, tenant, images_per_prompt=8)
     path = f"/v1/workers/{hand.id}/drain"
     for role in ("client", "viewer"):

@@ -15,7 +15,7 @@ from PIL import Image
 from farm.config import Settings
 from farm.context import Farm
 from farm.pipelines.samplers import SAMPLERS
-from tests.bench import Bench
+from tests.bench import CheckpointSandbox
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, serving
 
@@ -47,16 +47,16 @@ KINDS += ["controlnet", "controlnet_b", "controlnet_sdxl", "pixart_sigma", "flux
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> CheckpointSandbox:
     folder = tmp_path_factory.mktemp("catalog")
-    bench = Bench(tmp_path_factory.mktemp("good"), folder)
+    bench = CheckpointSandbox(tmp_path_factory.mktemp("good"), folder)
     bench.take(*KINDS)
     bench.write_catalog(**ENTRIES)
     return bench
 
 
 @pytest.fixture
-def settings(settings: Settings, bench: Bench) -> Settings:
+def settings(settings: Settings, bench: CheckpointSandbox) -> Settings:
     return settings.model_copy(update={"pipelines": bench.catalog})
 
 
@@ -401,7 +401,7 @@ print(sorted(heavy & {*sys.modules}))
 """
 
 
-def test_offers_of_every_kind_load_no_library_of_the_workers(bench: Bench) -> None:
+def test_offers_of_every_kind_load_no_library_of_the_workers(bench: CheckpointSandbox) -> None:
     words = [sys.executable, "-c", WITHOUT_TORCH, str(bench.catalog)]
     found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
     assert found[:-1] == [f"{name} {family} True" for name, family in FAMILIES.items()]

@@ -19,7 +19,7 @@ from farm.local.ports import free_port
 from farm.store import workers
 from farm.store.engine import transaction
 from farm.store.workers import Account
-from tests.farming import hire, let_leases_expire, sql
+from tests.farming import let_leases_expire, register_worker, sql
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import JOB, Api, listening, render, serving
 
@@ -112,7 +112,7 @@ def test_metrics_count_what_happened(api: Api) -> None:
     client = api.client()
     api.submit(client, images_per_prompt=5, bucket=2)
     api.submit(client, priority="bulk", images_per_prompt=100)
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     lease = hand.must_claim()
     render(hand, lease)
     with transaction(api.farm.store) as connection:
@@ -141,7 +141,7 @@ def test_metrics_count_what_happened(api: Api) -> None:
 
 
 def test_pipelines_tell_what_a_job_takes(api: Api) -> None:
-    hire(api.farm)
+    register_worker(api.farm)
     [demo] = api.client().get("/v1/pipelines").json()["data"]
     assert (demo["name"], demo["family"], demo["workers"]) == ("demo", "stable_diffusion", 1)
     assert demo["problem"] is None

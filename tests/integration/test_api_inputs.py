@@ -14,14 +14,14 @@ import httpx
 import pytest
 
 from farm.context import Farm
-from farm.domain.inputs import LINES_A_PART
+from farm.domain.inputs import LINES_PER_PART
 from farm.domain.spec import MAX_SEED
 from farm.services import jobs as jobs_use_cases
 from farm.store import jobs
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
 from farm.store.specs import frame_specs
-from tests.farming import hire, sql
+from tests.farming import register_worker, sql
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, serving
 
@@ -105,7 +105,7 @@ def test_each_line_is_a_frame_of_its_own(farm: Farm, api: Api) -> None:
     assert [frame["negative_prompt"] for frame in frames[::2]] == ["", "", "blurred"]
     assert frames[2]["labels"] == {"colour": "blue"}
 
-    hand, claimed = hire(farm), list[ClaimedFrame]()
+    hand, claimed = register_worker(farm), list[ClaimedFrame]()
     while lease := hand.claim():
         claimed += lease.frames
         hand.complete(lease)
@@ -121,10 +121,10 @@ def test_each_line_is_a_frame_of_its_own(farm: Farm, api: Api) -> None:
 
 
 def test_every_line_of_several_parts_is_claimed(farm: Farm, api: Api) -> None:
-    ann, count = api.client(), 2 * LINES_A_PART + 1
+    ann, count = api.client(), 2 * LINES_PER_PART + 1
     found = upload(ann, [{"prompt": f"star {number}"} for number in range(count)])
     job = submit(ann, found["id"], bucket=256).json()
-    hand, drawn = hire(farm), dict[int, str]()
+    hand, drawn = register_worker(farm), dict[int, str]()
     while lease := hand.claim():
         drawn.update({frame.ordinal: frame.spec.prompt for frame in lease.frames})
         hand.complete(lease)

@@ -16,7 +16,7 @@ import pytest
 from farm.context import Farm
 from farm.store import frames, workers
 from farm.store.engine import transaction
-from tests.farming import fence, hire, sql
+from tests.farming import fence, register_worker, sql
 from tests.serving import JOB, Api, render, serving
 
 JOB_FIELDS = {
@@ -85,7 +85,7 @@ def test_a_job_as_submitted_and_as_returned(client: httpx.Client) -> None:
 
 def test_a_frame_leads_to_its_stored_bytes(api: Api, client: httpx.Client) -> None:
     job = api.submit(client, images_per_prompt=2)
-    hand = hire(api.farm, "hand")
+    hand = register_worker(api.farm, "hand")
     render(hand, hand.must_claim())
     assert look(client, job)["status"] == "succeeded"
     for frame in frames_of(client, job):
@@ -104,7 +104,7 @@ def test_a_jobs_format_is_that_of_its_images(
 ) -> None:
     job = api.submit(client, format=form)
     assert job["spec"]["format"] == form
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     render(hand, hand.must_claim())
     (frame,) = frames_of(client, job)
     assert frame["format"] == form
@@ -117,7 +117,7 @@ def test_a_jobs_format_is_that_of_its_images(
 
 def test_a_stored_spec_that_names_no_format_means_png(api: Api, client: httpx.Client) -> None:
     job = api.submit(client)
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     render(hand, hand.must_claim())
     sql(
         api.farm,
@@ -133,13 +133,15 @@ def test_a_stored_spec_that_names_no_format_means_png(api: Api, client: httpx.Cl
 def test_frames_are_listed_whole_at_every_moment(api: Api, client: httpx.Client) -> None:
     job = api.submit(client, images_per_prompt=10, bucket=4)
     assert states(client, job) == ["waiting"] * 10
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     first, second = hand.must_claim(), hand.must_claim()
     render(hand, first, 0, 1)
     with transaction(api.farm.store) as connection:
         failures = [
-            frames.Failure(fence(first.frames[2]), "render_error", "It broke.", retryable=False),
-            frames.Failure(fence(first.frames[3]), "worker_lost", "It went away."),
+            frames.FailedAttempt(
+                fence(first.frames[2]), "render_error", "It broke.", retryable=False
+            ),
+            frames.FailedAttempt(fence(first.frames[3]), "worker_lost", "It went away."),
         ]
         frames.fail(connection, first.id, failures, 600.0)
     assert len(second.frames) == 4
@@ -191,7 +193,7 @@ def test_a_picture_s_size_is_told_before_it_is_fetched(
 ) -> None:
     """By HEAD, which downloaders send first; each address is signed for what it was asked by."""
     job = api.submit(client)
-    hand = hire(farm, pipeline="demo")
+    hand = register_worker(farm, pipeline="demo")
     render(hand, hand.must_claim())
     path = f"/v1/jobs/{job['id']}/frames/0/image"
     told = httpx.head(client.head(path).headers["location"])
@@ -233,7 +235,7 @@ def test_steering_a_job(api: Api, client: httpx.Client) -> None:
     paused = client.post(f"{path}/pause").json()
     assert (paused["paused"], paused["waiting_because"]) == (True, "It is paused.")
     assert client.post(f"{path}/resume").json()["paused"] is False
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     lease = hand.must_claim()
     running = look(client, job)
     assert (running["status"], running["counts"]["running"]) == ("running", 2)
@@ -276,7 +278,7 @@ def test_waiting_because_tells_why(api: Api, client: httpx.Client) -> None:
             workers.set_state(connection, hand.id, state, problem=problem)
 
     assert because() == "No worker for pipeline demo is alive."
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     assert because() == "The workers are loading pipeline demo."
     tell("failed", "no such file")
     assert because() == "The workers cannot render pipeline demo: no such file"
@@ -293,7 +295,7 @@ def test_waiting_because_tells_why(api: Api, client: httpx.Client) -> None:
     lease = hand.must_claim()
     assert because() is None
     with transaction(api.farm.store) as connection:
-        failure = frames.Failure(fence(lease.frames[0]), "worker_lost", "It went away.")
+        failure = frames.FailedAttempt(fence(lease.frames[0]), "worker_lost", "It went away.")
         frames.fail(connection, lease.id, [failure], 600.0)
     reason = because() or ""
     assert reason.startswith("It is backing off until ")

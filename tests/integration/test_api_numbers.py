@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from farm.context import Farm
-from farm.domain.inputs import Intake, unpack
+from farm.domain.inputs import InputReader, unpack
 from farm.domain.spec import FullSpec, Line, frame_spec
 from tests.farming import sql
 from tests.serving import Api, serving
@@ -80,7 +80,7 @@ def test_what_is_no_whole_number_is_refused(api: Api, steps: str) -> None:
 
 
 def test_a_line_s_seed_too(farm: Farm) -> None:
-    with Intake(farm.settings) as intake:
+    with InputReader(farm.settings) as intake:
         intake.feed(b'{"prompt": "a", "seed": 42.0}\n{"prompt": "b", "seed": null}\n')
         intake.end()
         [(_, part)] = intake.parts()

@@ -84,7 +84,7 @@ def test_an_audit_goes_on_where_it_stopped(
     sql(farm, "UPDATE frames SET spared = 9 WHERE job_id = :id", id=filled.partial)
     whole = audited(farm)
     assert whole.wrong[Invariant.LEDGER] == 2
-    for name in ("JOBS_A_CHUNK", "FRAMES_A_CHUNK", "EVENTS_A_CHUNK"):
+    for name in ("JOBS_PER_CHUNK", "FRAMES_PER_CHUNK", "EVENTS_PER_CHUNK"):
         monkeypatch.setattr(auditing, name, 3)
     report, sittings, phases = Report(), 0, set()
     while not report.finished:
@@ -106,7 +106,7 @@ def test_the_command_keeps_its_place_in_a_file_and_goes_on(
     commanded: Farm, filled: Jobs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "audit.json"
-    monkeypatch.setattr(auditing, "FRAMES_A_CHUNK", 5)
+    monkeypatch.setattr(auditing, "FRAMES_PER_CHUNK", 5)
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     bucket = commanded.settings.s3_bucket
     whole = command("audit", "--json").json

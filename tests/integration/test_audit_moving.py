@@ -20,7 +20,7 @@ from farm.services.audit import Report, audit, audited
 from farm.store import retention
 from farm.store.claim import Lease
 from farm.store.engine import transaction
-from tests.farming import Hand, hire, job_row, sql, submit
+from tests.farming import FakeWorker, job_row, register_worker, sql, submit
 from tests.integration.situations import Jobs, fill
 from tests.serving import render
 from tests.waiting import wait_until
@@ -40,7 +40,7 @@ def test_nothing_that_merely_moves_is_reported(
     farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hands make every move, an owner steers jobs and a janitor removes them during the audits."""
-    for name, size in {"JOBS_A_CHUNK": 7, "FRAMES_A_CHUNK": 7, "EVENTS_A_CHUNK": 50}.items():
+    for name, size in {"JOBS_PER_CHUNK": 7, "FRAMES_PER_CHUNK": 7, "EVENTS_PER_CHUNK": 50}.items():
         monkeypatch.setattr(auditing, name, size)
     moves = [0, 0]
     reports: list[Report] = []
@@ -87,7 +87,7 @@ def repeated_in_threads(works: list[Iterator[None]]) -> Iterator[list[BaseExcept
 
 def hand_at_work(farm: Farm, number: int, moves: list[int]) -> Iterator[None]:
     """Claim, and then render, fail, release, render a part, or leave the lease to expire."""
-    hand = hire(farm, f"hand {number}")
+    hand = register_worker(farm, f"hand {number}")
     choice = random.Random(number)
     while True:
         lease = hand.claim()
@@ -106,7 +106,7 @@ def hand_at_work(farm: Farm, number: int, moves: list[int]) -> Iterator[None]:
         yield
 
 
-def render_what_is_held(hand: Hand, lease: Lease, *ordinals: int) -> None:
+def render_what_is_held(hand: FakeWorker, lease: Lease, *ordinals: int) -> None:
     with suppress(AssertionError):  # the frames were cancelled, or the lease expired
         render(hand, lease, *ordinals)
 
@@ -158,7 +158,7 @@ def test_a_removed_job_is_no_finding_while_an_event_tells_of_its_removal(
     farm: Farm, filled: Jobs, tenant: uuid.UUID
 ) -> None:
     sql(farm, "DELETE FROM events WHERE id < (SELECT max(id) FROM events)")
-    hand = hire(farm)
+    hand = register_worker(farm)
     job_id = submit(farm, tenant, priority="interactive")
     render(hand, hand.must_claim())
     sql(
@@ -185,7 +185,7 @@ def test_a_job_removed_while_its_image_is_read_is_no_finding(
     farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     render(hand, hand.must_claim())
     measure = farm.artifacts.measure
 

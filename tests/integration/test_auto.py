@@ -19,7 +19,7 @@ from farm.pipelines.checkpoints.call_signature import (
 )
 from farm.pipelines.families.auto import Auto
 from farm.pipelines.family import Batch, Checkpoint
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import prepare_torch
 from tests.checkpoints import save
 
@@ -87,7 +87,7 @@ def test_other_classes_of_a_checkpoint_are_taken_as_the_auto_class_takes_them() 
 def test_no_neighbour_s_words_change_a_picture(tmp_path: Path) -> None:
     """CogView4 pads all prompts of a call to the longest, and sees the padding."""
     save("cogview4", tmp_path / "cogview4")
-    offer = make_offer("cog", Pipeline(source=str(tmp_path / "cogview4"), device="cpu"))
+    offer = resolve_pipeline("cog", Pipeline(source=str(tmp_path / "cogview4"), device="cpu"))
     assert offer.family.name == "auto"
     prepare_torch(1)
     loaded = offer.family.load(offer.pipeline)

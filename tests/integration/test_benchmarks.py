@@ -22,13 +22,13 @@ from tests.benchmarks import (
     throughput,
 )
 from tests.benchmarks.figures import Row
-from tests.benchmarks.stand import Stand, running_stand
+from tests.benchmarks.stand import BenchServers, running_stand
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BenchServers]:
     with running_stand(tmp_path_factory.mktemp("bench")) as running:
         yield running
 
@@ -49,41 +49,41 @@ def ratio(row: Row, start: str) -> float:
 
 
 @pytest.mark.timeout(600)  # it loads torch again and again, on however busy a machine
-def test_real_pictures_and_a_simulated_device(stand: Stand) -> None:
+def test_real_pictures_and_a_simulated_device(stand: BenchServers) -> None:
     check(pictures.rows(stand, short=True))
 
 
 @pytest.mark.timeout(600)
-def test_a_device(stand: Stand) -> None:
+def test_a_device(stand: BenchServers) -> None:
     """A tiny model, on the CPU where there is no other."""
     check(cuda.rows("h", "sd15", stand, short=True))
 
 
-def test_null_renders_beside_another_queue(stand: Stand) -> None:
+def test_null_renders_beside_another_queue(stand: BenchServers) -> None:
     rows = throughput.rows(stand, short=True)
     check(rows)
     assert ratio(rows[0], "farm ÷ celery") > 1
 
 
-def test_submitting(stand: Stand) -> None:
+def test_submitting(stand: BenchServers) -> None:
     check(submission.rows(stand, short=True))
 
 
-def test_a_file_of_prompts_to_the_end(stand: Stand) -> None:
+def test_a_file_of_prompts_to_the_end(stand: BenchServers) -> None:
     check(bulk.rows(stand, short=True))
 
 
-def test_interactive_pictures_beside_bulk(stand: Stand) -> None:
+def test_interactive_pictures_beside_bulk(stand: BenchServers) -> None:
     [row] = latency.rows(stand, short=True)
     check([row])
     assert ratio(row, "p95 with preemption ÷ idle") < ratio(row, "p95 without preemption ÷ idle")
 
 
-def test_claims_with_a_history(stand: Stand) -> None:
+def test_claims_with_a_history(stand: BenchServers) -> None:
     rows = claims.rows(stand, short=True)
     check(rows)
     assert ratio(rows[0], "old ÷ fresh") > 0.2
 
 
-def test_encoding_and_storing(stand: Stand) -> None:
+def test_encoding_and_storing(stand: BenchServers) -> None:
     check(encoding.rows(stand, short=True))

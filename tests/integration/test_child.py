@@ -25,14 +25,14 @@ from farm.errors import CatalogError
 from farm.pipelines.runtime import loading
 from farm.store.engine import transaction
 from farm.store.leadership import leadership
-from tests.bench import Bench
+from tests.bench import CheckpointSandbox
 from tests.commanding import farm as farm_command
 from tests.farming import job_row, sql, submit
 from tests.serving import Api, serving
 from tests.waiting import wait_until
 from workers.janitor.janitor import Janitor
 from workers.render import child as module
-from workers.render.child import LOAD_AGAIN_SECONDS, Child
+from workers.render.child import LOAD_AGAIN_SECONDS, RenderProcess
 from workers.render.identity import Identity
 from workers.render.parent import enlist
 
@@ -52,15 +52,15 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> Bench:
-    bench = Bench(good, tmp_path)
+def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
+    bench = CheckpointSandbox(good, tmp_path)
     bench.take("stable_diffusion", "kandinsky22_decoder", "kandinsky22_prior")
     bench.write_catalog(**ENTRIES)
     return bench
 
 
 @pytest.fixture
-def settings(settings: Settings, bench: Bench) -> Settings:
+def settings(settings: Settings, bench: CheckpointSandbox) -> Settings:
     return settings.model_copy(update={"pipelines": bench.catalog, "torch_threads": 1})
 
 
@@ -79,12 +79,12 @@ class Clock:
         return self.now
 
 
-def hire(farm: Farm, pipeline: str, clock: Clock | None = None) -> Child:
+def hire(farm: Farm, pipeline: str, clock: Clock | None = None) -> RenderProcess:
     """A worker's child, enlisted as its parent does."""
     identity = Identity(uuid.uuid4(), pipeline, "here", os.getpid())
     with transaction(farm.store) as connection:
         enlist(connection, identity)
-    return Child(farm, identity, clock or Clock())
+    return RenderProcess(farm, identity, clock or Clock())
 
 
 @contextmanager
@@ -123,21 +123,21 @@ def variables(settings: Settings) -> dict[str, str]:
 
 
 @contextmanager
-def pickle(bench: Bench) -> Iterator[None]:
+def pickle(bench: CheckpointSandbox) -> Iterator[None]:
     bench.rename("stable_diffusion/unet/diffusion_pytorch_model", ".bin")
     yield
     bench.take("stable_diffusion")
 
 
 @contextmanager
-def no_prior(bench: Bench) -> Iterator[None]:
+def no_prior(bench: CheckpointSandbox) -> Iterator[None]:
     bench.write_catalog(sd=ENTRIES["sd"], kandinsky='source = "kandinsky22_decoder"')
     yield
     bench.write_catalog(**ENTRIES)
 
 
 @contextmanager
-def no_memory(bench: Bench) -> Iterator[None]:
+def no_memory(bench: CheckpointSandbox) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "free_memory", lambda _device: 1000)
         yield
@@ -165,10 +165,10 @@ NO_MEMORY = (
 def test_a_failed_load_is_told_everywhere(
     farm: Farm,
     api: Api,
-    bench: Bench,
+    bench: CheckpointSandbox,
     caplog: pytest.LogCaptureFixture,
     pipeline: str,
-    spoiled: Callable[[Bench], AbstractContextManager[None]],
+    spoiled: Callable[[CheckpointSandbox], AbstractContextManager[None]],
     reason: str,
 ) -> None:
     """The job was taken while all was well."""
@@ -219,9 +219,9 @@ def check_doctor(farm: Farm, api: Api, pipeline: str, reason: str) -> None:
 @pytest.mark.parametrize("spoiled", [pickle, no_memory])
 def test_a_mended_checkpoint_is_loaded_and_what_waits_rendered(
     farm: Farm,
-    bench: Bench,
+    bench: CheckpointSandbox,
     tenant: uuid.UUID,
-    spoiled: Callable[[Bench], AbstractContextManager[None]],
+    spoiled: Callable[[CheckpointSandbox], AbstractContextManager[None]],
 ) -> None:
     clock = Clock()
     child = hire(farm, "sd", clock)
@@ -241,7 +241,7 @@ def test_a_mended_checkpoint_is_loaded_and_what_waits_rendered(
 
 
 def test_another_checkpoint_in_its_place_is_taken_as_what_it_is(
-    farm: Farm, bench: Bench, tenant: uuid.UUID
+    farm: Farm, bench: CheckpointSandbox, tenant: uuid.UUID
 ) -> None:
     """Offers are remembered; a worker that tries again looks anew."""
     clock = Clock()
@@ -268,7 +268,7 @@ def test_tries_are_further_and_further_apart(farm: Farm, monkeypatch: pytest.Mon
         clock.now += 7  # a failing load takes its time, too
         raise CatalogError("It is broken.")
 
-    monkeypatch.setattr(module, "make_offer", fail)
+    monkeypatch.setattr(module, "resolve_pipeline", fail)
     child = hire(farm, "sd", clock)
     child.start()
     while clock.now < 3000:
@@ -284,7 +284,7 @@ def test_what_nobody_foresaw_is_named_and_the_rest_stays_in_the_log(
     def fail(_name: str, _entry: object) -> None:
         raise ZeroDivisionError("/a/path/of/this/machine")
 
-    monkeypatch.setattr(module, "make_offer", fail)
+    monkeypatch.setattr(module, "resolve_pipeline", fail)
     hire(farm, "sd").start()
     assert worker(farm) == ("failed", "ZeroDivisionError")
     assert "/a/path/of/this/machine" in caplog.text
@@ -294,15 +294,15 @@ def test_a_long_message_is_cut(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> N
     def fail(_name: str, _entry: object) -> None:
         raise CatalogError("It is broken:\n" + "in many ways, " * 1000)
 
-    monkeypatch.setattr(module, "make_offer", fail)
+    monkeypatch.setattr(module, "resolve_pipeline", fail)
     hire(farm, "sd").start()
     problem = worker(farm).problem
-    assert len(problem) == module.MOST_CHARACTERS
+    assert len(problem) == module.MAX_CHARACTERS
     assert problem.startswith("It is broken: in many ways")
 
 
 def test_the_janitor_rings_for_a_lane_whose_worker_failed(
-    farm: Farm, bench: Bench, tenant: uuid.UUID
+    farm: Farm, bench: CheckpointSandbox, tenant: uuid.UUID
 ) -> None:
     submit(farm, tenant, pipeline="sd", **SMALL)
     with pickle(bench):
@@ -316,7 +316,7 @@ def test_the_janitor_rings_for_a_lane_whose_worker_failed(
 
 
 def test_a_lane_s_only_worker_comes_back_without_anyone_s_help(
-    farm: Farm, bench: Bench, tenant: uuid.UUID
+    farm: Farm, bench: CheckpointSandbox, tenant: uuid.UUID
 ) -> None:
     """The real worker and a janitor; the first pause passes in real time."""
     job_id = submit(farm, tenant, pipeline="sd", **SMALL)

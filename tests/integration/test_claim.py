@@ -22,10 +22,10 @@ from tests.farming import (
     counts_add_up,
     fence,
     frame_rows,
-    hire,
     job_row,
     let_leases_expire,
     new_tenant,
+    register_worker,
     sql,
     submit,
 )
@@ -36,7 +36,7 @@ def ordinals(lease: Lease) -> list[int]:
 
 
 def claim_all(farm: Farm, name: str = "hand") -> list[Lease]:
-    hand = hire(farm, name)
+    hand = register_worker(farm, name)
     leases = []
     while (lease := hand.claim()) is not None:
         leases.append(lease)
@@ -46,7 +46,7 @@ def claim_all(farm: Farm, name: str = "hand") -> list[Lease]:
 def test_frames_come_into_being_when_they_are_claimed(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=10, bucket=4)
     assert frame_rows(farm, job_id) == {}
-    lease = hire(farm).must_claim()
+    lease = register_worker(farm).must_claim()
     assert ordinals(lease) == [0, 1, 2, 3]
     assert sorted(frame_rows(farm, job_id)) == [0, 1, 2, 3]
     counts_add_up(farm, tenant, job_id)
@@ -79,7 +79,7 @@ def test_three_tenants_share_a_lane_within_one_batch(farm: Farm) -> None:
     for number, tenant in enumerate(tenants):
         for _ in range(number + 1):  # more jobs do not mean a larger share
             submit(farm, tenant, images_per_prompt=1000, bucket=8, priority="bulk")
-    hand = hire(farm)
+    hand = register_worker(farm)
     served: Counter[uuid.UUID] = Counter()
     for _ in range(60):
         served.update(frame.tenant_id for frame in hand.must_claim().frames)
@@ -91,7 +91,7 @@ def test_three_tenants_share_a_lane_within_one_batch(farm: Farm) -> None:
 def test_an_interactive_job_submitted_last_is_claimed_next(farm: Farm) -> None:
     for name in ("one", "two", "three"):
         submit(farm, new_tenant(farm, name), images_per_prompt=100, priority="bulk")
-    hand = hire(farm)
+    hand = register_worker(farm)
     hand.must_claim()
     urgent = submit(farm, new_tenant(farm, "four"), priority="interactive")
     assert [frame.job_id for frame in hand.must_claim().frames] == [urgent]
@@ -102,7 +102,7 @@ def test_a_tenant_that_comes_back_has_no_credit_from_its_absence(farm: Farm) -> 
     submit(farm, late, images_per_prompt=8, bucket=8)
     claim_all(farm)
     submit(farm, steady, images_per_prompt=10_000, bucket=8)
-    hand = hire(farm)
+    hand = register_worker(farm)
     for _ in range(20):
         hand.must_claim()
     submit(farm, late, images_per_prompt=10_000, bucket=8)
@@ -117,7 +117,7 @@ def test_a_bucket_is_filled_with_compatible_frames_of_other_jobs(farm: Farm) -> 
     mine = submit(farm, one, images_per_prompt=3, bucket=8)
     theirs = submit(farm, two, images_per_prompt=3, bucket=8, negative_prompt="blurry")
     other = submit(farm, two, images_per_prompt=3, bucket=8, steps=9)
-    lease = hire(farm).must_claim()
+    lease = register_worker(farm).must_claim()
     assert Counter(frame.job_id for frame in lease.frames) == {mine: 3, theirs: 3}
     assert len({frame.spec.params["steps"] for frame in lease.frames}) == 1
     assert frame_rows(farm, other) == {}
@@ -140,7 +140,7 @@ def test_a_grid_is_claimed_point_by_point(farm: Farm, tenant: uuid.UUID) -> None
 
 def test_a_returned_frame_is_claimed_again_with_its_own_spec(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant, images_per_prompt=6, bucket=2, grid={"steps": [5, 6]})
-    hand = hire(farm)
+    hand = register_worker(farm)
     leases = claim_all(farm)
     hand.release(leases[4])
     again = hand.must_claim()
@@ -153,7 +153,7 @@ def test_a_frame_whose_attempt_failed_is_claimed_without_neighbours(
 ) -> None:
     """One bad frame takes its batch down once; then it is alone, and the others succeed."""
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8)
-    hand = hire(farm)
+    hand = register_worker(farm)
     sizes = []
     while (lease := hand.claim()) is not None:
         sizes.append(len(lease.frames))
@@ -171,7 +171,7 @@ def test_an_interactive_job_is_not_held_up_by_returned_frames(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     submit(farm, tenant, images_per_prompt=40, bucket=4, priority="bulk")
-    hand = hire(farm)
+    hand = register_worker(farm)
     leases = [hand.must_claim() for _ in range(10)]
     for lease in leases:
         hand.release(lease)
@@ -184,7 +184,7 @@ def test_an_interactive_job_is_not_held_up_by_returned_frames(
 def test_no_debt_for_work_done_while_nobody_else_asked(farm: Farm) -> None:
     early, late = new_tenant(farm, "early"), new_tenant(farm, "late")
     submit(farm, early, images_per_prompt=640, bucket=8)
-    hand = hire(farm)
+    hand = register_worker(farm)
     for lease in claim_all(farm):
         hand.complete(lease)
     submit(farm, late, images_per_prompt=1000, bucket=8)
@@ -197,11 +197,11 @@ def test_no_debt_for_work_done_while_nobody_else_asked(farm: Farm) -> None:
 
 def test_nothing_is_claimed_before_its_back_off_is_over(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
-    from farm.store.frames import Failure, fail
+    from farm.store.frames import FailedAttempt, fail
 
-    failure = Failure(fence(lease.frames[0]), "render_error", "It broke.", delay_seconds=60.0)
+    failure = FailedAttempt(fence(lease.frames[0]), "render_error", "It broke.", delay_seconds=60.0)
     with transaction(farm.store) as connection:
         fail(connection, lease.id, [failure], 1.0)
         assert lanes.claimable_lanes(connection) == []
@@ -212,7 +212,7 @@ def test_nothing_is_claimed_before_its_back_off_is_over(farm: Farm, tenant: uuid
 
 def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=4, bucket=2)
-    hand = hire(farm)
+    hand = register_worker(farm)
     hand.release(hand.must_claim())  # two frames returned, two not yet born
     jobs.pause(farm, tenant, job_id)
     assert hand.claim() is None
@@ -223,12 +223,12 @@ def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uu
 
 def test_a_draining_or_unknown_worker_claims_nothing(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     with transaction(farm.store) as connection:
         workers.drain(connection, hand.id)
     assert hand.claim() is None
     assert type(hand)(farm, uuid.uuid4(), "stranger").claim() is None
-    assert hire(farm, "another").claim() is not None
+    assert register_worker(farm, "another").claim() is not None
 
 
 def test_two_workers_at_once_claim_each_frame_once(farm: Farm, tenant: uuid.UUID) -> None:
@@ -237,7 +237,7 @@ def test_two_workers_at_once_claim_each_frame_once(farm: Farm, tenant: uuid.UUID
     claimed: list[Any] = []
 
     def work(name: str) -> None:
-        hand = hire(farm, name)
+        hand = register_worker(farm, name)
         while (lease := hand.claim()) is not None:
             claimed.extend(fence(frame) for frame in lease.frames)
             hand.complete(lease)
@@ -267,7 +267,7 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
             problems.append(error)
 
     def render() -> None:
-        hand = hire(farm, "hand")
+        hand = register_worker(farm, "hand")
         while (lease := hand.claim()) is not None:
             middle = len(lease.frames) // 2
             fences = [fence(frame) for frame in lease.frames]
@@ -308,7 +308,7 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
 
 def test_cancel_is_final(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=6, bucket=2)
-    hand = hire(farm)
+    hand = register_worker(farm)
     hand.complete(hand.must_claim())
     hand.fail(hand.must_claim())
     lease = hand.must_claim()
@@ -328,7 +328,7 @@ def test_a_job_s_events_come_in_the_order_of_their_commits(farm: Farm, tenant: u
     over = threading.Event()
 
     def work() -> None:
-        hand = hire(farm)
+        hand = register_worker(farm)
         while (lease := hand.claim()) is not None:
             hand.complete(lease)
 
@@ -384,17 +384,19 @@ def test_a_worker_stopped_in_the_middle_of_its_claim_holds_up_nobody(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     submit(farm, tenant)
-    stopped = hire(farm, "stopped")
+    stopped = register_worker(farm, "stopped")
     connection = farm.store.connect()
     transaction_of_the_stopped = connection.begin()
     claimed = claim(
         connection, pipeline="demo", worker_id=stopped.id, worker="stopped", pid=1, lease_seconds=60
     )
     assert claimed is not None
-    again = hire(farm).must_claim()  # waits until Postgres has ended the transaction left idle
+    again = register_worker(
+        farm
+    ).must_claim()  # waits until Postgres has ended the transaction left idle
     assert [frame.attempt for frame in again.frames] == [1]
     with pytest.raises(InternalError, match="idle-in-transaction"):
         transaction_of_the_stopped.commit()
     connection.invalidate()
     connection.close()
-    assert hire(farm).complete(again) == {fence(again.frames[0])}
+    assert register_worker(farm).complete(again) == {fence(again.frames[0])}

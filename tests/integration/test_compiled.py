@@ -22,7 +22,7 @@ from farm.rendering.warmup import Shape, declared_shapes
 from tests.checkpoints import save
 from tests.farming import job_row, submit
 from tests.rendering import render_line
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array.
@@ -41,7 +41,7 @@ bucket = { "default" = 2 }
 
 
 @pytest.fixture
-def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RenderLine]:
+def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RenderLoop]:
     import torch
     from torch._dynamo.utils import counters
 
@@ -58,7 +58,7 @@ def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def test_nothing_is_compiled_after_the_warm_up(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine, caplog: pytest.LogCaptureFixture
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch
     from torch._dynamo.utils import counters

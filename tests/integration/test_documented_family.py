@@ -15,7 +15,7 @@ import torch
 from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.family import Batch, Family, StopBatch
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from tests.checkpoints import save
 from tests.documented import EXAMPLE_FAMILY
 
@@ -54,7 +54,7 @@ def test_it_renders_what_the_family_renders_that_it_replaces(
     documented: Family, entry: Pipeline
 ) -> None:
     asked = {"steps": 2, "width": 64, "height": 32, "guidance_scale": 2.0}
-    offer = make_offer("tiny", entry)
+    offer = resolve_pipeline("tiny", entry)
     assert offer.family.name == "auto"
     before = offer.family.denoise(
         offer.family.load(entry), Batch([frame(1, offer.params(asked).model_dump())])

@@ -21,7 +21,7 @@ from tests.serving import JOB, Api, serving
 from tests.waiting import wait_until
 
 CROWD = 200
-MOST_BYTES = 100 * 2**20
+MAX_BYTES = 100 * 2**20
 """That the API's memory may grow by"""
 
 
@@ -90,7 +90,7 @@ def test_a_body_that_keeps_its_pace_may_take_long(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.door.FIRST_SECONDS", 0.5)
-    monkeypatch.setattr("api.door.LEAST_BYTES_A_SECOND", 10)
+    monkeypatch.setattr("api.door.MIN_BYTES_PER_SECOND", 10)
 
     def slowly() -> Iterator[bytes]:
         pause = threading.Event()
@@ -150,7 +150,7 @@ def test_a_crowd_without_keys_costs_little(api: Api, kind: str) -> None:
             took.append(time.monotonic() - started)
         grown = resident() - before
         over.set()
-    assert grown < MOST_BYTES
+    assert grown < MAX_BYTES
     assert sorted(took)[-2] < 0.5, sorted(took)[-5:]
 
 

@@ -20,7 +20,7 @@ from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS
 from tests.conftest import settings_on
 from tests.databases import Databases
-from tests.farming import hire, new_tenant, submit
+from tests.farming import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "input_chunks", "attempts", "returns"}
 """Tables that grow with history or backlog; the others hold a row a worker, a tenant, a batch."""
@@ -198,7 +198,7 @@ def test_claiming_and_completing_read_no_large_table_from_end_to_end(
 ) -> None:
     """Postgres's own counts of what each call scanned, once its plans are kept between calls."""
     farm, _, job = aged
-    hand = hire(farm)
+    hand = register_worker(farm)
     with farm.store.connect() as connection, connection.begin():
         for _ in range(8):  # from the sixth on, a plan is kept for any values
             lease = hand.claim_in(connection)

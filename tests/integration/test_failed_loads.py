@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from farm.errors import CatalogError, OutOfMemory
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.checkpoints.weights import parameter_count
-from farm.pipelines.family import Loaded
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.family import LoadedPipeline
+from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime import loading
 from farm.pipelines.runtime.devices import is_out_of_memory
-from tests.bench import RUN, SAFE, Bench, clear
+from tests.bench import RUN, SAFE, CheckpointSandbox, clear
 
 UNET = "stable_diffusion/unet/diffusion_pytorch_model"
 INDEX = "stable_diffusion/model_index.json"
@@ -36,20 +36,20 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> Bench:
-    bench = Bench(good, tmp_path)
+def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
+    bench = CheckpointSandbox(good, tmp_path)
     bench.take("stable_diffusion")
     return bench
 
 
-def load(entry: Pipeline) -> Loaded:
-    return make_offer("x", entry).family.load(entry)
+def load(entry: Pipeline) -> LoadedPipeline:
+    return resolve_pipeline("x", entry).family.load(entry)
 
 
-def refused(bench: Bench, words: str = SD) -> str:
+def refused(bench: CheckpointSandbox, words: str = SD) -> str:
     """Check that loading an entry fails, and give back what is said."""
     entry = bench.entry(words)
-    offer = make_offer("x", entry)
+    offer = resolve_pipeline("x", entry)
     with pytest.raises(CatalogError) as caught:
         offer.family.load(entry)
     assert not (bench.folder / RUN).exists()
@@ -59,7 +59,7 @@ def refused(bench: Bench, words: str = SD) -> str:
     return said
 
 
-SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
+SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
     "a UNet of other shapes": (
         lambda bench: bench.change(
             "stable_diffusion/unet/config.json", block_out_channels=[32, 32]
@@ -94,21 +94,23 @@ SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_a_checkpoint_that_cannot_be_loaded_says_why(bench: Bench, case: str) -> None:
+def test_a_checkpoint_that_cannot_be_loaded_says_why(bench: CheckpointSandbox, case: str) -> None:
     spoil, reason = SPOILED[case]
     spoil(bench)
     assert re.search(reason, refused(bench))
 
 
-def test_what_is_spoiled_between_offer_and_load_is_still_found(bench: Bench) -> None:
+def test_what_is_spoiled_between_offer_and_load_is_still_found(bench: CheckpointSandbox) -> None:
     entry = bench.entry(SD)
-    offer = make_offer("x", entry)
+    offer = resolve_pipeline("x", entry)
     bench.rename(UNET, ".bin")
     with pytest.raises(CatalogError, match="is a pickle"):
         offer.family.load(entry)
 
 
-def test_a_device_that_is_not_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there(
+    bench: CheckpointSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     entry = bench.entry(SD).model_copy(update={"device": "cuda"})
     entry.place(bench.folder)
@@ -122,7 +124,9 @@ def first(module: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "text_encoder/model"])
-def test_a_variant_that_some_components_have_is_taken_where_it_is(bench: Bench, name: str) -> None:
+def test_a_variant_that_some_components_have_is_taken_where_it_is(
+    bench: CheckpointSandbox, name: str
+) -> None:
     """As diffusers does for a folder, and says only in its log."""
     plain = load(bench.entry(SD)).pipe
     folder = bench.folder / "stable_diffusion"
@@ -136,16 +140,16 @@ def test_a_variant_that_some_components_have_is_taken_where_it_is(bench: Bench, 
     assert torch.equal(first(load(bench.entry(SD)).pipe.unet), first(plain.unet))
 
 
-def test_a_variant_without_plain_weights_must_be_asked_for(bench: Bench) -> None:
+def test_a_variant_without_plain_weights_must_be_asked_for(bench: CheckpointSandbox) -> None:
     """The rest of the checkpoint may be plain."""
     bench.rename(UNET, f".fp16{SAFE}")
     with pytest.raises(CatalogError, match=r"no weights as plain .*; there is variant fp16"):
-        make_offer("x", bench.entry(SD))
+        resolve_pipeline("x", bench.entry(SD))
     assert load(bench.entry(f'{SD}\nvariant = "fp16"')).pipe.unet is not None
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_weights_in_several_files_are_loaded(bench: Bench, variant: str | None) -> None:
+def test_weights_in_several_files_are_loaded(bench: CheckpointSandbox, variant: str | None) -> None:
     before = load(bench.entry(SD)).pipe
     shutil.rmtree(bench.folder / "stable_diffusion/unet")
     before.unet.save_pretrained(
@@ -166,7 +170,7 @@ def count(pipe: Any) -> int:
     return sum(tensor.numel() for module in modules for tensor in module.state_dict().values())
 
 
-def test_only_what_is_loaded_counts_and_matters(bench: Bench) -> None:
+def test_only_what_is_loaded_counts_and_matters(bench: CheckpointSandbox) -> None:
     """A repository often holds the same weights once more, in its root and as pickles."""
     folder = bench.folder / "stable_diffusion"
     before = parameter_count(folder, None)
@@ -181,21 +185,21 @@ def test_only_what_is_loaded_counts_and_matters(bench: Bench) -> None:
     assert load(bench.entry(SD)).pipe.unet is not None
 
 
-def test_a_safety_checker_that_is_switched_off_need_not_be_there(bench: Bench) -> None:
+def test_a_safety_checker_that_is_switched_off_need_not_be_there(bench: CheckpointSandbox) -> None:
     bench.take("stable_diffusion_guarded")
     words = 'source = "stable_diffusion_guarded"'
     shutil.rmtree(bench.folder / "stable_diffusion_guarded/safety_checker")
     with pytest.raises(CatalogError, match="its safety_checker is missing"):
-        make_offer("x", bench.entry(words))
+        resolve_pipeline("x", bench.entry(words))
     pipe = load(bench.entry(f"{words}\nsafety_checker = false")).pipe
     assert pipe.safety_checker is None
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: CheckpointSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = bench.entry(SD)
-    offer = make_offer("x", entry)
+    offer = resolve_pipeline("x", entry)
     needed = 4 * parameter_count(bench.folder / "stable_diffusion", None)
     monkeypatch.setattr(loading, "free_memory", lambda _device: needed - 1)
     with pytest.raises(OutOfMemory) as caught:
@@ -232,14 +236,14 @@ from pathlib import Path
 from farm.pipelines.catalog import Pipeline
 from farm.errors import OutOfMemory
 from farm.pipelines.runtime.devices import prepare_torch
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 
 prepare_torch(1)
 large, small = (Pipeline(source=name, device="cpu") for name in ("large", "stable_diffusion"))
 for entry in (large, small):
     entry.place(Path(sys.argv[1]))
-make_offer("small", small).family.load(small)  # so that all code is here
-family = make_offer("large", large).family
+resolve_pipeline("small", small).family.load(small)  # so that all code is here
+family = resolve_pipeline("large", large).family
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 8 * 2**20, resource.RLIM_INFINITY))
 try:
@@ -251,7 +255,7 @@ print(type(family.load(large).pipe).__name__)
 """
 
 
-def test_memory_that_runs_out_while_loading_is_said_and_survived(bench: Bench) -> None:
+def test_memory_that_runs_out_while_loading_is_said_and_survived(bench: CheckpointSandbox) -> None:
     """A limit on this process's own memory, so that torch's allocation fails."""
     from tests import checkpoints
 
@@ -283,7 +287,7 @@ from pathlib import Path
 from farm.pipelines.catalog import Pipeline
 from farm.errors import CatalogError
 from farm.pipelines.checkpoints import hub
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 
 hub.HUB_SECONDS = float(sys.argv[2])
 for source in sys.argv[3:]:
@@ -291,7 +295,7 @@ for source in sys.argv[3:]:
     entry.place(Path(sys.argv[1]))
     started = time.monotonic()
     try:
-        make_offer("x", entry).family.load(entry)
+        resolve_pipeline("x", entry).family.load(entry)
         print("loaded")
     except CatalogError as error:
         print(error.message)
@@ -299,7 +303,7 @@ for source in sys.argv[3:]:
 """
 
 
-def cached(bench: Bench, home: Path, source: str) -> None:
+def cached(bench: CheckpointSandbox, home: Path, source: str) -> None:
     """Lay a checkpoint into the hub's cache, as a download would have."""
     commit = "0123456789" * 4
     kept = home / "hub" / f"models--{source.replace('/', '--')}"
@@ -308,7 +312,9 @@ def cached(bench: Bench, home: Path, source: str) -> None:
     shutil.copytree(bench.folder / "stable_diffusion", kept / "snapshots" / commit)
 
 
-def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(bench: Bench, tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(
+    bench: CheckpointSandbox, tmp_path: Path
+) -> None:
     """It takes the connection and stays silent; the hub's own client would wait for ever."""
     home = tmp_path / "home"
     cached(bench, home, "some-org/here")
@@ -335,7 +341,9 @@ def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(bench: Bench, tmp_p
     assert seconds[1] < 1.0
 
 
-def test_without_a_hub_what_was_fetched_before_is_loaded(bench: Bench, tmp_path: Path) -> None:
+def test_without_a_hub_what_was_fetched_before_is_loaded(
+    bench: CheckpointSandbox, tmp_path: Path
+) -> None:
     home = tmp_path / "home"
     cached(bench, home, "some-org/here")
     for env in ({"HF_ENDPOINT": "http://127.0.0.1:1"}, {"HF_HUB_OFFLINE": "1"}):

@@ -20,21 +20,21 @@ from farm.errors import CatalogError
 from farm.imaging.encoding import read
 from farm.imaging.filters import NEAR, Verdict, blank, load_filters, near_duplicate
 from farm.pipelines.catalog import Pipeline
-from farm.pipelines.resolve import Offer
+from farm.pipelines.resolve import ResolvedPipeline
 from farm.services import jobs
 from farm.services.exports import service as use_cases
 from farm.storage import artifact_key
 from farm.store import perceptual_hashes, workers
 from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like
-from tests.farming import attempts_of, frame_rows, hire, job_row, sql, submit
+from tests.farming import attempts_of, frame_rows, job_row, register_worker, sql, submit
 from tests.noise import Noise, NoiseParams
 from workers.exporter import Chores
 from workers.render.identity import Identity
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 HERE = "tests.integration.test_filters"
-Make = Callable[..., RenderLine]
+Make = Callable[..., RenderLoop]
 
 
 def every_third(_image: Image.Image, spec: FrameSpec) -> Verdict:
@@ -50,18 +50,18 @@ def line_with(farm: Farm) -> Iterator[Make]:
     """Make the render line of a pipeline with some filters."""
     with ExitStack() as stack:
 
-        def make(*filters: str, family: Noise | None = None) -> RenderLine:
+        def make(*filters: str, family: Noise | None = None) -> RenderLoop:
             family = family or Noise()
             pipeline = Pipeline(source="nowhere", bucket={"default": 4}, filters=list(filters))
             farm.catalog.pipelines["noise"] = pipeline
-            offer = Offer("noise", pipeline, family, NoiseParams, NoiseParams)
+            offer = ResolvedPipeline("noise", pipeline, family, NoiseParams, NoiseParams)
             farm._offers["noise"] = offer
             identity = Identity(uuid.uuid4(), "noise", "here", 1)
             with transaction(farm.store) as connection:
                 workers.register(
                     connection, identity.id, name="noise", pipeline="noise", host="here", pid=1
                 )
-            line = RenderLine(farm, identity, offer, family.load(pipeline))
+            line = RenderLoop(farm, identity, offer, family.load(pipeline))
             stack.callback(line.close)
             return line
 
@@ -193,7 +193,7 @@ def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.
 
 def test_a_frame_that_dies_leaves_no_print(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=2, max_attempts=2, bucket=2)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
     with transaction(farm.store) as connection:
         for frame in lease.frames:

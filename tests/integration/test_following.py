@@ -14,7 +14,7 @@ from farm.services.audit import audited
 from farm.store import jobs as stored
 from farm.store import lanes
 from farm.store.engine import transaction
-from tests.farming import counts_add_up, hire, job_row, new_tenant, sql, submit
+from tests.farming import counts_add_up, job_row, new_tenant, register_worker, sql, submit
 
 SLICE = 50
 RETURNED = """
@@ -78,7 +78,7 @@ def test_a_paused_job_is_claimed_no_more_before_its_frames_know(
     other = submit(farm, tenant, images_per_prompt=2, bucket=4)
     jobs.pause(farm, tenant, held)
     assert told(farm, held) == (0, 3 * SLICE, 3 * SLICE)
-    hand = hire(farm)
+    hand = register_worker(farm)
     assert {frame.job_id for frame in hand.must_claim().frames} == {other}
     assert hand.claim() is None
     with transaction(farm.store) as connection:
@@ -98,7 +98,7 @@ def test_a_resumed_job_goes_on_with_what_was_never_told_and_then_with_all(
     jobs.pause(farm, tenant, job_id)
     follow(farm)
     jobs.resume(farm, tenant, job_id)
-    hand = hire(farm)
+    hand = register_worker(farm)
     assert [frame.ordinal for frame in hand.must_claim().frames] == [*range(SLICE, SLICE + 4)]
     while follow(farm):
         pass
@@ -135,7 +135,7 @@ def test_a_cancelled_job_is_over_at_once_and_its_frames_follow(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     job_id = returned(farm, tenant, 3 * SLICE)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
     jobs.cancel(farm, tenant, job_id)
     job = job_row(farm, tenant, job_id)
@@ -160,7 +160,7 @@ def test_frames_of_other_jobs_fill_a_batch_past_those_that_are_held(
     for job_id in held:
         jobs.pause(farm, tenant, job_id)
     leader = submit(farm, tenant, images_per_prompt=1, steps=9, bucket=4, priority="interactive")
-    batch = hire(farm).must_claim()
+    batch = register_worker(farm).must_claim()
     assert {frame.job_id for frame in batch.frames} == {leader, filling}
     assert len(batch.frames) == 3
 
@@ -171,7 +171,7 @@ def test_a_frame_with_as_many_attempts_as_can_be_counted_is_dead_and_stops_no_la
     worn = returned(farm, tenant, 5)
     sql(farm, "UPDATE frames SET attempt = 32767, spared = 32766 WHERE ordinal < 2")
     other = submit(farm, new_tenant(farm, "bob"), images_per_prompt=1)
-    hand = hire(farm)
+    hand = register_worker(farm)
     claimed = [frame for _ in range(2) for frame in hand.must_claim().frames]
     assert {(frame.job_id, frame.ordinal) for frame in claimed} == {
         (worn, 2),

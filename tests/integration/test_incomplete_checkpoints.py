@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from farm.errors import CatalogError, NotFinite
-from farm.pipelines.resolve import make_offer
-from tests.bench import Bench
+from farm.pipelines.resolve import resolve_pipeline
+from tests.bench import CheckpointSandbox
 from tests.drawing import bare, picture
 
 # diffusers' own samplers hand torch tensors to numpy.array.
@@ -32,8 +32,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> Bench:
-    bench = Bench(good, tmp_path)
+def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
+    bench = CheckpointSandbox(good, tmp_path)
     bench.take("stable_diffusion")
     return bench
 
@@ -47,11 +47,11 @@ def tensors(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     save_file(found, path, metadata={"format": "pt"})
 
 
-def said(bench: Bench, words: str = SD) -> str:
+def said(bench: CheckpointSandbox, words: str = SD) -> str:
     """What is said of an entry that is refused: by its files, or when it is loaded."""
 
     def load() -> None:
-        offer = make_offer("x", bench.entry(words))
+        offer = resolve_pipeline("x", bench.entry(words))
         offer.family.load(offer.pipeline)
 
     with pytest.raises(CatalogError) as caught:
@@ -69,41 +69,43 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_weights_that_a_class_has_no_place_for_are_named(
-    bench: Bench, name: str, caplog: pytest.LogCaptureFixture
+    bench: CheckpointSandbox, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch
 
     path = bench.folder / "stable_diffusion" / FILES[name]
     tensors(path, lambda found: found.update({"surplus.weight": torch.zeros(2)}))
-    offer = make_offer("x", bench.entry(SD))
+    offer = resolve_pipeline("x", bench.entry(SD))
     with caplog.at_level(logging.WARNING):
         offer.family.load(offer.pipeline)
     assert f"{name} contains weights that its class does not use: surplus.weight" in caplog.text
 
 
-def only_a_variant(bench: Bench, name: str) -> None:
+def only_a_variant(bench: CheckpointSandbox, name: str) -> None:
     for path in (bench.folder / "stable_diffusion" / name).glob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
 
 
 @pytest.mark.parametrize("names", [["unet"], ["text_encoder", "vae"], [*FILES]])
 def test_a_component_that_has_only_a_variant_is_found_without_loading(
-    bench: Bench, names: list[str]
+    bench: CheckpointSandbox, names: list[str]
 ) -> None:
     for name in names:
         only_a_variant(bench, name)
     with pytest.raises(CatalogError, match=r"has no weights as plain .*; there is variant"):
-        make_offer("x", bench.entry(SD))
+        resolve_pipeline("x", bench.entry(SD))
 
 
-def test_a_variant_of_some_components_goes_with_the_plain_others(bench: Bench) -> None:
+def test_a_variant_of_some_components_goes_with_the_plain_others(bench: CheckpointSandbox) -> None:
     before = bare(bench.folder / "stable_diffusion")
     only_a_variant(bench, "unet")
     assert (picture(bench, f'{SD}\nvariant = "fp16"') == before).all()
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_shard_that_is_missing_is_found_without_loading(bench: Bench, place: int) -> None:
+def test_a_shard_that_is_missing_is_found_without_loading(
+    bench: CheckpointSandbox, place: int
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = bench.folder / "stable_diffusion/unet"
@@ -118,14 +120,16 @@ def test_a_shard_that_is_missing_is_found_without_loading(bench: Bench, place: i
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
     )
-    make_offer("x", bench.entry(SD))
+    resolve_pipeline("x", bench.entry(SD))
     (folder / shards[place]).unlink()
     with pytest.raises(CatalogError, match=f"unet/{shards[place]} is missing"):
-        make_offer("x", bench.entry(SD))
+        resolve_pipeline("x", bench.entry(SD))
 
 
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
-def test_the_sampler_is_the_one_that_the_index_names(bench: Bench, sampler: str) -> None:
+def test_the_sampler_is_the_one_that_the_index_names(
+    bench: CheckpointSandbox, sampler: str
+) -> None:
     bench.change("stable_diffusion/scheduler/scheduler_config.json", _class_name=sampler)
     assert (picture(bench, SD) == bare(bench.folder / "stable_diffusion")).all()
 
@@ -137,7 +141,9 @@ def without(path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("null", [False, True])
-def test_a_unet_that_does_not_say_its_size_takes_the_entry_s(bench: Bench, null: bool) -> None:
+def test_a_unet_that_does_not_say_its_size_takes_the_entry_s(
+    bench: CheckpointSandbox, null: bool
+) -> None:
     folder = bench.folder / "stable_diffusion"
     if null:
         bench.change("stable_diffusion/unet/config.json", sample_size=None)
@@ -148,7 +154,9 @@ def test_a_unet_that_does_not_say_its_size_takes_the_entry_s(bench: Bench, null:
 
 
 @pytest.mark.parametrize("name", ["conv_out.bias", "conv_out.weight", "conv_norm_out.weight"])
-def test_a_picture_that_is_not_finite_is_a_failed_frame(bench: Bench, name: str) -> None:
+def test_a_picture_that_is_not_finite_is_a_failed_frame(
+    bench: CheckpointSandbox, name: str
+) -> None:
     path = bench.folder / "stable_diffusion" / FILES["vae"]
     tensors(path, lambda found: found[f"decoder.{name}"].fill_(float("nan")))
     for words in (SD, f'{SD}\nfamily = "auto"'):
@@ -157,7 +165,7 @@ def test_a_picture_that_is_not_finite_is_a_failed_frame(bench: Bench, name: str)
         assert (caught.value.retryable, caught.value.code) == (False, "not_finite")
 
 
-def test_a_refiner_need_not_have_what_it_shares_with_the_base(bench: Bench) -> None:
+def test_a_refiner_need_not_have_what_it_shares_with_the_base(bench: CheckpointSandbox) -> None:
     bench.take("sdxl", "sdxl_refiner")
     words = 'source = "sdxl"\nrefiner = "sdxl_refiner"'
     before = picture(bench, words, steps=4)
@@ -167,7 +175,7 @@ def test_a_refiner_need_not_have_what_it_shares_with_the_base(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("name", ["tokenizer/config.json", "tokenizer/._tokenizer.json"])
-def test_files_that_nobody_reads_do_no_harm(bench: Bench, name: str) -> None:
+def test_files_that_nobody_reads_do_no_harm(bench: CheckpointSandbox, name: str) -> None:
     """People copy the folder of a CLIP; macOS leaves files that begin with a dot."""
     folder = bench.folder / "stable_diffusion"
     before = bare(folder)
@@ -177,34 +185,36 @@ def test_files_that_nobody_reads_do_no_harm(bench: Bench, name: str) -> None:
     assert (picture(bench, SD) == before).all()
 
 
-def test_a_unet_with_nothing_but_other_weights_is_refused(bench: Bench) -> None:
+def test_a_unet_with_nothing_but_other_weights_is_refused(bench: CheckpointSandbox) -> None:
     folder = bench.folder / "stable_diffusion/unet"
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / "lora.safetensors")
     with pytest.raises(CatalogError, match=r"its unet has no weights .*model\.safetensors is miss"):
-        make_offer("x", bench.entry(SD))
+        resolve_pipeline("x", bench.entry(SD))
 
 
-def test_a_single_model_with_a_variant_alone_is_found_without_loading(bench: Bench) -> None:
+def test_a_single_model_with_a_variant_alone_is_found_without_loading(
+    bench: CheckpointSandbox,
+) -> None:
     bench.take("controlnet")
     folder = bench.folder / "controlnet"
     words = f'{SD}\ncontrolnets = ["controlnet"]'
-    make_offer("x", bench.entry(words))
+    resolve_pipeline("x", bench.entry(words))
     plain = folder / "diffusion_pytorch_model.safetensors"
     plain.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
     with pytest.raises(CatalogError, match=r"has no weights as plain .*; there is variant fp16"):
-        make_offer("x", bench.entry(words))
-    make_offer(
+        resolve_pipeline("x", bench.entry(words))
+    resolve_pipeline(
         "x", bench.entry(f'{SD}\ncontrolnets = [{{ source = "controlnet", variant = "fp16" }}]')
     )
 
 
 @pytest.mark.parametrize("folder", ["stable_diffusion/unet", "controlnet"])
 def test_a_net_and_a_unet_that_leave_out_what_is_the_class_s_own_fit(
-    bench: Bench, folder: str
+    bench: CheckpointSandbox, folder: str
 ) -> None:
     bench.take("controlnet")
     own = [320, 640, 1280, 1280]
     for name in ("stable_diffusion/unet", "controlnet"):
         bench.change(f"{name}/config.json", block_out_channels=own)
     without(bench.folder / folder / "config.json", "block_out_channels")
-    make_offer("x", bench.entry(f'{SD}\ncontrolnets = ["controlnet"]'))
+    resolve_pipeline("x", bench.entry(f'{SD}\ncontrolnets = ["controlnet"]'))

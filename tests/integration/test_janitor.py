@@ -19,7 +19,7 @@ from farm.context import Farm, open_farm
 from farm.store import workers
 from farm.store.engine import transaction
 from farm.store.leadership import leadership
-from tests.farming import attempts_of, hire, job_row, sql, state_of, submit
+from tests.farming import attempts_of, job_row, register_worker, sql, state_of, submit
 from tests.waiting import wait_until
 from workers.janitor.janitor import Janitor
 
@@ -36,7 +36,7 @@ def bells(farm: Farm) -> int:
 
 def test_an_expired_lease_is_returned_and_its_lane_rung(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     with transaction(farm.store) as connection:
         workers.seen(connection, hand.id)
     hand.must_claim()
@@ -71,7 +71,7 @@ def test_a_lane_with_nothing_to_claim_is_left_alone(farm: Farm, tenant: uuid.UUI
 
 
 def test_a_silent_worker_counts_as_gone_until_it_is_heard_again(farm: Farm) -> None:
-    hand = hire(farm)
+    hand = register_worker(farm)
     sql(farm, "UPDATE workers SET seen_at = clock_timestamp() - interval '1 hour'")
     sweep(farm)
     assert sql(farm, "SELECT gone FROM workers") == [(True,)]
@@ -82,7 +82,7 @@ def test_a_silent_worker_counts_as_gone_until_it_is_heard_again(farm: Farm) -> N
 
 def test_workers_long_gone_leave_only_their_sums(farm: Farm) -> None:
     for number in range(3):
-        hand = hire(farm, f"hand {number}")
+        hand = register_worker(farm, f"hand {number}")
         with transaction(farm.store) as connection:
             batch = workers.Account(succeeded=number, denoise_seconds=0.5)
             workers.account(connection, hand.id, batch)

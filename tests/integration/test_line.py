@@ -34,11 +34,11 @@ from tests.integration.noise_jobs import (
 )
 from tests.noise import Noise
 from tests.waiting import wait_until
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 
 def test_a_batch_is_rendered_stored_and_completed(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant, images_per_prompt=6, seed=1)
     line.run()
@@ -64,7 +64,7 @@ def pixels_of(seed: int) -> NDArray[np.uint8]:
 
 
 def test_the_busy_share_agrees_with_a_stopwatch(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     denoised: list[float] = []
 
@@ -88,7 +88,7 @@ def test_the_busy_share_agrees_with_a_stopwatch(
 
 
 def test_progress_is_reported_while_a_batch_denoises(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     submit_noise(farm, tenant)
     seen: list[tuple[int, int]] = []
@@ -114,7 +114,7 @@ def test_progress_is_reported_while_a_batch_denoises(
     ids=["one batch", "two full ones", "two that are not full", "never more than two bells"],
 )
 def test_a_claim_that_leaves_something_wakes_another_worker(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine, fields: dict[str, Any], bells: int
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop, fields: dict[str, Any], bells: int
 ) -> None:
     submit_noise(farm, tenant, **fields)
     connection = farm.bells._redis
@@ -124,7 +124,7 @@ def test_a_claim_that_leaves_something_wakes_another_worker(
 
 
 def test_a_batch_that_failed_wakes_workers_for_its_frames(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """They go on one by one, so that all idle workers have something to do."""
     submit_noise(farm, tenant, images_per_prompt=4)
@@ -145,7 +145,7 @@ def test_a_batch_that_failed_wakes_workers_for_its_frames(
 
 
 def test_a_cancelled_batch_stops_between_two_steps(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
     steps: list[int] = []
@@ -166,7 +166,7 @@ def test_a_cancelled_batch_stops_between_two_steps(
 
 
 def test_a_batch_goes_on_while_one_frame_of_it_is_wanted(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     first = submit_noise(farm, tenant, images_per_prompt=2, bucket=4)
     second = submit_noise(farm, tenant, images_per_prompt=2, bucket=4)
@@ -189,7 +189,7 @@ def test_a_batch_goes_on_while_one_frame_of_it_is_wanted(
 
 @pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("webp", "webp")])
 def test_pictures_are_stored_in_the_jobs_format(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine, form: Format, extension: str
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop, form: Format, extension: str
 ) -> None:
     job_id = submit_noise(farm, tenant, seed=1, format=form)
     line.run()
@@ -205,7 +205,7 @@ def test_pictures_are_stored_in_the_jobs_format(
 
 
 def test_jobs_of_different_formats_share_a_batch(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_ids = [
         submit_noise(farm, tenant, bucket=4, images_per_prompt=2, format=form)

@@ -18,14 +18,14 @@ from tests.noise import Noise
 from tests.waiting import wait_until
 from workers.render.finishing import ENCODERS
 from workers.render.lease_watch import LeaseWatch
-from workers.render.loop import RenderLine
-from workers.render.spool import Finished
+from workers.render.loop import RenderLoop
+from workers.render.spool import RenderedBatch
 
 
 class Encodings:
     """Record of what a line's tail encodes, and of how many pictures at the same time."""
 
-    def __init__(self, line: RenderLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, line: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> None:
         self._encode, self._lock = line._tail._encoder.encode, threading.Lock()
         self.seeds: list[int] = []
         self.now = self.most = 0
@@ -44,12 +44,12 @@ class Encodings:
 
 
 @pytest.fixture
-def encodings(line: RenderLine, monkeypatch: pytest.MonkeyPatch) -> Encodings:
+def encodings(line: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> Encodings:
     return Encodings(line, monkeypatch)
 
 
 def test_the_next_batch_is_claimed_before_the_last_step(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """A claim after the last step would be late. A step may take longer than a claim."""
     begun: list[int] = []
@@ -72,7 +72,7 @@ def test_encoding_starts_once_the_device_has_its_next_batch(
     farm: Farm,
     tenant: uuid.UUID,
     noise: Noise,
-    line: RenderLine,
+    line: RenderLoop,
     encodings: Encodings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -80,7 +80,7 @@ def test_encoding_starts_once_the_device_has_its_next_batch(
     monkeypatch.setattr(line._claims, "ahead", lambda *_: ahead(0.0, 0.0))
     encoded_before: list[list[int]] = []
 
-    def begin_watched(lease: Lease) -> tuple[Finished, LeaseWatch]:
+    def begin_watched(lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
         take(0.2 if encoded_before else 0.0)
         encoded_before.append(encodings.seeds[:])
         return begin(lease)
@@ -103,7 +103,7 @@ def test_encoding_starts_at_once_when_no_batch_is_claimed_ahead(
     farm: Farm,
     tenant: uuid.UUID,
     noise: Noise,
-    line: RenderLine,
+    line: RenderLoop,
     encodings: Encodings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,7 +129,7 @@ def test_encoding_starts_at_once_when_no_batch_is_claimed_ahead(
 def test_an_interactive_picture_does_not_queue_behind_the_encoding_of_others(
     farm: Farm,
     tenant: uuid.UUID,
-    line: RenderLine,
+    line: RenderLoop,
     monkeypatch: pytest.MonkeyPatch,
     priority: str,
     status: str,

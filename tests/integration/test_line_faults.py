@@ -15,16 +15,16 @@ from farm.domain.spec import FrameSpec
 from farm.errors import RenderError
 from farm.store import frames, leases
 from farm.store.engine import transaction
-from farm.store.frames import Done
+from farm.store.frames import CompletedFrame
 from tests.farming import (
-    Hand,
+    FakeWorker,
     attempts_of,
     fence,
     frame_rows,
-    hire,
     job_row,
     let_leases_expire,
     new_tenant,
+    register_worker,
     sql,
     submit,
 )
@@ -37,15 +37,15 @@ from tests.integration.noise_jobs import (
     submit_noise,
 )
 from tests.noise import Noise
-from workers.render.child import Child
-from workers.render.loop import RenderLine
+from workers.render.child import RenderProcess
+from workers.render.loop import RenderLoop
 from workers.render.scratch import NO_LEASE
 
 # Errors of a frame
 
 
 def test_an_error_is_retried_until_the_attempts_are_used_up(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant)
     noise.disturb = always(RuntimeError("a\x00b"))
@@ -59,7 +59,7 @@ def test_an_error_is_retried_until_the_attempts_are_used_up(
 
 
 def test_an_error_that_no_retry_can_help_is_dead_at_once(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant)
     noise.disturb = always(RenderError("This cannot be drawn."))
@@ -69,7 +69,7 @@ def test_an_error_that_no_retry_can_help_is_dead_at_once(
 
 
 def test_a_tenant_is_not_shown_the_statement_that_failed(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     noise.disturb = always(DataError("SELECT a_secret", {}, Exception("no")))
     job_id = submit_noise(farm, tenant, max_attempts=1)
@@ -79,7 +79,7 @@ def test_a_tenant_is_not_shown_the_statement_that_failed(
 
 
 def test_a_frame_that_fails_costs_its_neighbours_nothing(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """Two tenants share a batch. The fault of one is neither charged nor shown to the other."""
     other = new_tenant(farm, "other")
@@ -102,7 +102,7 @@ def test_a_frame_that_fails_costs_its_neighbours_nothing(
 
 
 def test_a_failpoint_acts_on_the_frames_that_name_it(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop
 ) -> None:
     development = {"environment": "development", "failpoints": "render.step=oom:BIG"}
     farm.settings = farm.settings.model_copy(update=development)
@@ -122,7 +122,7 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
     farm: Farm,
     tenant: uuid.UUID,
     noise: Noise,
-    line: RenderLine,
+    line: RenderLoop,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     farm.settings.touch_seconds = 60.0  # the hook does not ask again
@@ -145,12 +145,12 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
 
 
 def test_a_claim_whose_reply_was_lost_is_released_and_claimed_again(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop
 ) -> None:
     """The child does not know of its lease, so it releases it before its next claim."""
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
     worker_id = sql(farm, "SELECT id FROM workers")[0].id
-    forgotten = Hand(farm, worker_id, "forgetful", os.getpid()).claim("noise")
+    forgotten = FakeWorker(farm, worker_id, "forgetful", os.getpid()).claim("noise")
     assert forgotten is not None
     line.run()
     assert job_row(farm, tenant, job_id).status == "succeeded"
@@ -160,16 +160,16 @@ def test_a_claim_whose_reply_was_lost_is_released_and_claimed_again(
 
 def test_a_commit_whose_reply_was_lost_is_recognised(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
-    done = [Done(fence(lease.frames[0]), b"\x01" * 32, 10, 0)]
+    done = [CompletedFrame(fence(lease.frames[0]), b"\x01" * 32, 10, 0)]
     with transaction(farm.store) as connection:
         assert not frames.already_complete(connection, done)
         assert frames.complete(connection, lease.id, done)
     with transaction(farm.store) as connection:
         assert not frames.complete(connection, lease.id, done)
         assert frames.already_complete(connection, done)
-        other = [Done(fence(lease.frames[0]), b"\x02" * 32, 10, 0)]
+        other = [CompletedFrame(fence(lease.frames[0]), b"\x02" * 32, 10, 0)]
         assert not frames.already_complete(connection, other)
     assert job_row(farm, tenant, job_id).succeeded == 1
 
@@ -178,7 +178,7 @@ def test_a_commit_whose_reply_was_lost_is_recognised(farm: Farm, tenant: uuid.UU
 
 
 def test_postgres_away_at_the_commit_loses_nothing(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """The commit is tried again when every connection was cut during the last step."""
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
@@ -197,7 +197,7 @@ def test_postgres_away_at_the_commit_loses_nothing(
 
 
 def test_a_batch_that_postgres_refuses_fails_and_keeps_no_lease(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop
 ) -> None:
     """The first attempt is not charged: another frame of the batch might have been the cause."""
     job_id = submit_noise(farm, tenant, images_per_prompt=2)
@@ -212,7 +212,7 @@ def test_a_broken_tail_ends_its_process_and_claims_nothing_more(
     farm: Farm,
     tenant: uuid.UUID,
     noise: Noise,
-    line: RenderLine,
+    line: RenderLoop,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
@@ -220,7 +220,7 @@ def test_a_broken_tail_ends_its_process_and_claims_nothing_more(
 
     monkeypatch.setattr(line._tail._ending, "end", broken)
     submit_noise(farm, tenant, images_per_prompt=40)
-    child = Child(farm, line._identity)
+    child = RenderProcess(farm, line._identity)
     child._line = line
     assert child.answer() is False
     assert 1 <= len(noise.batches) < 10

@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import AuthenticationError
 
 from farm.local import Servers, StackError, embedded_servers, wheels
-from farm.local.child import Child
+from farm.local.child import ManagedProcess
 from tests.waiting import wait_until
 
 RESTART_SECONDS = 30
@@ -97,7 +97,7 @@ def processes_on(data: Path) -> list[str]:
     return found
 
 
-def kill_and_wait(child: Child) -> None:
+def kill_and_wait(child: ManagedProcess) -> None:
     before = child.restarts
     child.kill()
     wait_until(

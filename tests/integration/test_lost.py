@@ -24,9 +24,9 @@ from farm.store.frames import LOST_BESIDE_AT_MOST
 from tests.farming import (
     attempts_of,
     frame_rows,
-    hire,
     job_row,
     let_leases_expire,
+    register_worker,
     sql,
     state_of,
     submit,
@@ -36,8 +36,8 @@ from tests.serving import serving
 from tests.waiting import wait_until
 from workers.render.batch_log import BatchLog
 from workers.render.identity import Identity
-from workers.render.loop import RenderLine
-from workers.render.parent import ENDED, Heart, is_running_child
+from workers.render.loop import RenderLoop
+from workers.render.parent import ENDED, WorkerSupervisor, is_running_child
 from workers.render.scratch import NO_LEASE, SHOWN_BYTES, Scratch
 
 
@@ -49,7 +49,7 @@ def all_due(farm: Farm) -> None:
 def test_a_lost_batch_charges_nobody_and_a_lost_frame_its_own(
     farm: Farm, tenant: uuid.UUID, reason: str
 ) -> None:
-    hand = hire(farm)
+    hand = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=3)
 
     def lose() -> None:
@@ -82,7 +82,7 @@ def test_a_lost_batch_charges_nobody_and_a_lost_frame_its_own(
 def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    hand = hire(farm)
+    hand = register_worker(farm)
     with transaction(farm.store) as connection:
         workers.set_state(connection, hand.id, "idle", load_seconds=5.0)
     submit(farm, tenant)
@@ -97,7 +97,7 @@ def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
 def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    hand = hire(farm)
+    hand = register_worker(farm)
     job_id = submit(farm, tenant)
     assert len(hand.must_claim().frames) == 1
     hand.lose("The child ended: signal 11.", "Fatal Python error: Segmentation fault")
@@ -236,7 +236,7 @@ def test_a_folder_that_is_gone_stops_nobody(tmp_path: Path) -> None:
 
 
 def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) -> None:
-    mine, other = hire(farm, "mine"), hire(farm, "other")
+    mine, other = register_worker(farm, "mine"), register_worker(farm, "other")
     job_id = submit(farm, tenant, images_per_prompt=24, bucket=8, max_attempts=1)
     held = [mine.must_claim(), mine.must_claim(), other.must_claim()]
     with transaction(farm.store) as connection:
@@ -251,7 +251,7 @@ def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) ->
 
 def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.UUID) -> None:
     """Twenty pictures wait for the storage; the next frame takes the process down."""
-    hand = hire(farm)
+    hand = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=21, bucket=1, max_attempts=1)
     for _ in range(20):
         lease = hand.must_claim()
@@ -268,7 +268,7 @@ def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.
 
 def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) -> None:
     """Given back uncharged, a suspect still gets no neighbours; a retry of the dead clears it."""
-    hand = hire(farm)
+    hand = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=1)
     hand.must_claim()
     hand.lose()
@@ -288,7 +288,7 @@ def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) ->
 def test_only_what_was_on_the_device_is_suspected(farm: Farm, tenant: uuid.UUID) -> None:
     """What the child stored, or had claimed ahead, had no part in its end."""
     submit(farm, tenant, images_per_prompt=3, bucket=1, max_attempts=1)
-    hand = hire(farm)
+    hand = register_worker(farm)
     stored, denoised, ahead = [hand.must_claim() for _ in range(3)]
     with transaction(farm.store) as connection:
         lost = leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0, "words", denoised.id)
@@ -310,7 +310,7 @@ def test_a_frame_that_is_never_suspected_is_charged_in_the_end(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1, max_attempts=2)
-    hand = hire(farm)
+    hand = register_worker(farm)
     losses = LOST_BESIDE_AT_MOST + 2
     other = submit(farm, tenant, images_per_prompt=losses, bucket=1, priority="bulk")
     for _ in range(losses):
@@ -331,7 +331,7 @@ def test_a_child_is_judged_by_what_is_on_its_device(
 ) -> None:
     """What waits for the storage is looked after, however long a batch hangs beside it."""
     submit(farm, tenant, images_per_prompt=2, bucket=1)
-    hand = hire(farm)
+    hand = register_worker(farm)
     with subprocess.Popen(["sleep", "60"]) as child:
         hand = replace(hand, pid=child.pid)
         old, fresh = hand.must_claim(), hand.must_claim()
@@ -340,7 +340,7 @@ def test_a_child_is_judged_by_what_is_on_its_device(
         scratch = Scratch(farm.settings.scratch_dir, hand.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(child.pid, old.id if hangs else fresh.id)
-        Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)._beat()
+        WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)._beat()
         if not hangs:
             assert child.poll() is None
             child.kill()
@@ -350,7 +350,7 @@ def test_a_child_is_judged_by_what_is_on_its_device(
 def test_a_process_that_has_a_childs_number_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
     """The number of a child that ended is another program's now; its lease is given back."""
     job_id = submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     argv = ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
     innocent = int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
     try:
@@ -360,7 +360,7 @@ def test_a_process_that_has_a_childs_number_is_left_alone(farm: Farm, tenant: uu
         scratch = Scratch(farm.settings.scratch_dir, hand.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(innocent, lease.id)
-        heart = Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)
+        heart = WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)
         heart._beat()
         heart._beat()
         assert attempts_of(farm, job_id) == [(1, "worker_lost")]
@@ -374,7 +374,7 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
 ) -> None:
     """It hung while Postgres was away: no lease is left by which the watchdog could see it."""
     submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     farm.settings.step_timeout_seconds = 0.2
     with subprocess.Popen(["sleep", "60"]) as child:
         hand = replace(hand, pid=child.pid)
@@ -382,7 +382,7 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
         scratch = Scratch(farm.settings.scratch_dir, hand.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(child.pid, lease.id if lost else None)
-        heart = Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)
+        heart = WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)
         let_leases_expire(farm)
         heart._beat()
         assert child.poll() is None  # it may still see for itself
@@ -407,12 +407,12 @@ def test_how_a_child_ended_is_waited_for_a_moment(
 ) -> None:
     """The heart may miss the child before Celery does; where nothing is said, it goes on."""
     job_id = submit(farm, tenant)
-    hand = hire(farm)
+    hand = register_worker(farm)
     with subprocess.Popen(["true"]) as child:
         child.wait(30)
     replace(hand, pid=child.pid).must_claim()
     scratch = Scratch(farm.settings.scratch_dir, hand.id)
-    heart = Heart(farm, Identity(hand.id, "demo", "here", 1), scratch)
+    heart = WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)
     heart._beat()
     assert sql(farm, "SELECT FROM attempts WHERE reason IS NOT NULL") == []
     if words is not None:
@@ -434,7 +434,7 @@ def test_to_look_after_a_child_leaves_its_exit_code_to_celery() -> None:
 
 @pytest.mark.parametrize("ends", ["well", "badly", "stopped"])
 def test_nothing_is_on_the_device_after_a_batch_however_it_ended(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, ends: str
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, ends: str
 ) -> None:
     """Else an idle child would be taken for one that stays at a lost batch."""
     scratch = Scratch(farm.settings.scratch_dir, line._identity.id)

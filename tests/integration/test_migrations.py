@@ -38,9 +38,9 @@ from tests.commanding import Outcome, farm_process
 from tests.farming import (
     attempts_of,
     counts_add_up,
-    hire,
     job_row,
     let_leases_expire,
+    register_worker,
     sql,
     state_of,
     submit,
@@ -330,7 +330,7 @@ def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UU
     """What a newer version's pre step may do to every table does not disturb this version."""
     for name in metadata.tables:
         sql(farm, f"ALTER TABLE {name} ADD COLUMN later jsonb NOT NULL DEFAULT '[]'")
-    hand, other = hire(farm), hire(farm, "other")
+    hand, other = register_worker(farm), register_worker(farm, "other")
     succeeding = submit(farm, tenant, images_per_prompt=3, bucket=1)
     hand.complete(hand.must_claim())
     hand.fail(hand.must_claim())

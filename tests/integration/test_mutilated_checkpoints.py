@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from farm.errors import CatalogError
-from tests.bench import Bench, clear
+from tests.bench import CheckpointSandbox, clear
 from tests.drawing import bare, picture
 
 SMALL = 'source = "stable_diffusion"\ndefaults = { width = 64, height = 64 }'
@@ -39,8 +39,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> Bench:
-    bench = Bench(good, tmp_path)
+def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
+    bench = CheckpointSandbox(good, tmp_path)
     bench.take("stable_diffusion")
     return bench
 
@@ -178,7 +178,9 @@ MUTILATED: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", MUTILATED)
-def test_it_is_refused_by_name_or_drawn_as_diffusers_draws(bench: Bench, name: str) -> None:
+def test_it_is_refused_by_name_or_drawn_as_diffusers_draws(
+    bench: CheckpointSandbox, name: str
+) -> None:
     folder = bench.folder / "stable_diffusion"
     MUTILATED[name](folder)
     try:

@@ -22,7 +22,7 @@ from farm.imaging.encoding import read
 from farm.pipelines.catalog import load_catalog
 from farm.pipelines.families import all_families
 from farm.pipelines.family import Batch
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from farm.storage import artifact_key
 from tests.farming import frame_rows, job_row, submit
 from tests.integration.test_api_refusals import check_problem
@@ -132,7 +132,7 @@ def expected(width: int, height: int, grey: int) -> Any:
 
 def test_from_the_catalog_to_a_picture(catalog: Path, added: None) -> None:
     entry = load_catalog(catalog).pipelines["dawn"]
-    offer = make_offer("dawn", entry)
+    offer = resolve_pipeline("dawn", entry)
     assert offer.family.name == "gradient"
     params = offer.params({"grey": 200, "height": 8}).model_dump()
     frame = FrameSpec(pipeline="dawn", prompt="dawn", seed=1, bucket=2, params=params)
@@ -145,7 +145,7 @@ def test_from_the_catalog_to_a_picture(catalog: Path, added: None) -> None:
 
 def test_without_the_file_there_is_no_such_family(catalog: Path) -> None:
     with pytest.raises(CatalogError, match="no family renders a GradientPipeline"):
-        make_offer("dawn", load_catalog(catalog).pipelines["dawn"])
+        resolve_pipeline("dawn", load_catalog(catalog).pipelines["dawn"])
 
 
 def test_from_a_client_to_the_storage(farm: Farm, tenant: uuid.UUID) -> None:

@@ -14,20 +14,20 @@ from farm.imaging.encoding import read
 from farm.storage import artifact_key
 from farm.store import frames
 from farm.store.engine import transaction
-from farm.store.frames import Failure
+from farm.store.frames import FailedAttempt
 from tests.farming import (
     attempts_of,
     fence,
     frame_rows,
-    hire,
     job_row,
     let_leases_expire,
+    register_worker,
     sql,
     submit,
 )
 from tests.noise import Noise
 from tests.serving import serving
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 
 class Memory:
@@ -44,7 +44,7 @@ class Memory:
             raise MemoryError
 
 
-def run(line: RenderLine) -> int:
+def run(line: RenderLoop) -> int:
     """Answer bells until nothing may be claimed; returns how many fresh children that took."""
     children = 0
     while True:
@@ -56,7 +56,7 @@ def run(line: RenderLine) -> int:
 
 
 def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=10, max_attempts=1)
     noise.disturb = memory = Memory(room=2)
@@ -77,7 +77,7 @@ def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
 
 
 def test_it_is_halved_until_it_fits(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, max_attempts=1)
     noise.disturb = memory = Memory(room=1)
@@ -87,7 +87,7 @@ def test_it_is_halved_until_it_fits(
 
 
 def test_a_job_that_is_claimed_whole_is_halved_too(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=4, max_attempts=1)
     noise.disturb = memory = Memory(room=1)
@@ -98,13 +98,13 @@ def test_a_job_that_is_claimed_whole_is_halved_too(
 
 def test_a_late_failure_halves_nothing(farm: Farm, tenant: uuid.UUID) -> None:
     """The lease is lost, and another worker holds the frames: their bucket stays."""
-    late, other = hire(farm, "late"), hire(farm, "other")
+    late, other = register_worker(farm, "late"), register_worker(farm, "other")
     job_id = submit(farm, tenant, images_per_prompt=8)
     lease = late.must_claim()
     let_leases_expire(farm)
     again = other.must_claim()
     failures = [
-        Failure(fence(frame), "out_of_memory", "", charged=False, smaller=True)
+        FailedAttempt(fence(frame), "out_of_memory", "", charged=False, smaller=True)
         for frame in lease.frames
     ]
     with transaction(farm.store) as connection:
@@ -115,7 +115,7 @@ def test_a_late_failure_halves_nothing(farm: Farm, tenant: uuid.UUID) -> None:
 
 
 def test_a_bucket_that_was_asked_for_stays(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2, bucket=4, max_attempts=2)
     noise.disturb = memory = Memory(room=2)
@@ -126,7 +126,7 @@ def test_a_bucket_that_was_asked_for_stays(
 
 
 def test_where_not_even_one_fits_the_frame_is_dead(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", max_attempts=2)
     noise.disturb = Memory(room=0)
@@ -136,10 +136,10 @@ def test_where_not_even_one_fits_the_frame_is_dead(
 
 
 def test_two_workers_that_run_out_at_once_halve_it_once(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12)
-    second = RenderLine(farm, line._identity, line._offer, line._loaded)
+    second = RenderLoop(farm, line._identity, line._offer, line._loaded)
     second._claims._unsure = False
     second._claims.doubt = lambda: None  # type: ignore[method-assign] # what the first one holds
     met: list[int] = []
@@ -160,7 +160,7 @@ def test_two_workers_that_run_out_at_once_halve_it_once(
 
 
 def test_the_line_asks_for_a_fresh_process(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     submit(farm, tenant, pipeline="noise", images_per_prompt=12)
     noise.disturb = memory = Memory(room=2)

@@ -22,7 +22,7 @@ from farm.context import Farm, open_farm
 from farm.imaging.encoding import read
 from farm.local import Servers
 from farm.pipelines.runtime.devices import torch_threads
-from tests.bare import Bare, Picture, frames_of
+from tests.bare import DiffusersReference, Picture, frames_of
 from tests.checkpoints import save
 from tests.conftest import settings_on
 from tests.databases import Databases
@@ -39,7 +39,7 @@ from tests.parity_cases import (
 )
 from tests.rendering import render_line
 from tests.serving import serving
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array,
@@ -52,18 +52,18 @@ THREADS = 1
 
 
 @dataclass
-class Studio:
+class ParityFarm:
     """The farm of this module, beside bare diffusers."""
 
     farm: Farm
     client: httpx.Client
-    bare: Bare
+    bare: DiffusersReference
     lines: ExitStack
     images: dict[str, str] = field(default_factory=dict)
     """Control images' ids, by the names that cases use"""
     submitted: dict[str, str] = field(default_factory=dict)
     """Jobs' ids, by what they ask for"""
-    loaded: dict[str, RenderLine] = field(default_factory=dict)
+    loaded: dict[str, RenderLoop] = field(default_factory=dict)
 
     def submit(self, pipeline: str, job: dict[str, Any]) -> str:
         body = {"pipeline": pipeline, **self._with_ids(job)}
@@ -126,7 +126,7 @@ class Studio:
 @pytest.fixture(scope="module")
 def studio(
     servers: Servers, databases: Databases, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Studio]:
+) -> Iterator[ParityFarm]:
     folder = tmp_path_factory.mktemp("parity")
     for kind in CHECKPOINTS:
         save(kind, folder / kind)
@@ -136,7 +136,9 @@ def studio(
         settings = settings_on(servers, databases.url(name), folder)
         farm = open_farm(settings.model_copy(update={"pipelines": catalog}))
         with serving(farm) as api, ExitStack() as lines:
-            studio = Studio(farm, api.client(), Bare(folder, IMAGES, THREADS), lines)
+            studio = ParityFarm(
+                farm, api.client(), DiffusersReference(folder, IMAGES, THREADS), lines
+            )
             studio.images = {name: upload(studio.client, image) for name, image in IMAGES.items()}
             yield studio
         farm.close()
@@ -172,21 +174,21 @@ def differing(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_pictures_are_those_of_bare_diffusers(studio: Studio, case: Case) -> None:
+def test_pictures_are_those_of_bare_diffusers(studio: ParityFarm, case: Case) -> None:
     expected = [pixels(picture) for picture in studio.bare.pictures(case.pipeline, case.job)]
     ours = studio.pixels(studio.rendered(case))
     assert not differing(ours, expected)
     assert all(picture.std() > 1.0 for picture in ours), "flat pictures prove nothing"
 
 
-def test_what_a_picture_says_of_threads_is_what_torch_had(studio: Studio) -> None:
+def test_what_a_picture_says_of_threads_is_what_torch_had(studio: ParityFarm) -> None:
     """Else the comparisons would compare two ways of splitting sums."""
     row = studio.rows(studio.rendered(CASES[0]))[0]
     assert read(studio.stored(row))[1].threads == studio.bare.threads == THREADS
 
 
 @pytest.mark.parametrize("cases", knob_pairs(), ids=lambda pair: pair[1].name)
-def test_every_knob_changes_the_picture(studio: Studio, cases: tuple[Case, Case]) -> None:
+def test_every_knob_changes_the_picture(studio: ParityFarm, cases: tuple[Case, Case]) -> None:
     """So that parity is not between pictures that no argument reaches."""
     without, turned = (studio.pixels(studio.rendered(case))[0] for case in cases)
     assert without.shape == turned.shape
@@ -199,7 +201,7 @@ def _mixture_name(value: str | list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize(("pipeline", "jobs"), mixtures(), ids=_mixture_name)
 def test_jobs_that_share_a_batch_come_out_as_if_alone(
-    studio: Studio, pipeline: str, jobs: list[dict[str, Any]]
+    studio: ParityFarm, pipeline: str, jobs: list[dict[str, Any]]
 ) -> None:
     job_ids = [studio.submit(pipeline, job) for job in jobs]
     studio.render(pipeline)
@@ -218,7 +220,7 @@ GUARDED = case("flags", "guarded", prompts=["a red star"], images_per_prompt=8)
 
 @pytest.mark.parametrize("case", [GUARDED], ids=str)
 def test_what_the_safety_checker_flags_is_dead_and_has_no_picture(
-    studio: Studio, case: Case
+    studio: ParityFarm, case: Case
 ) -> None:
     expected = studio.bare.pictures("guarded", case.job)
     flagged = [ordinal for ordinal, picture in enumerate(expected) if picture is None]
@@ -242,13 +244,13 @@ UNGUARDED = Case("sd-without-checker", "sd", GUARDED.job)
 
 @pytest.mark.parametrize("case", [UNGUARDED], ids=str)
 def test_without_its_safety_checker_the_same_checkpoint_draws_everything(
-    studio: Studio, case: Case
+    studio: ParityFarm, case: Case
 ) -> None:
     expected = [pixels(picture) for picture in studio.bare.pictures("sd", case.job)]
     assert not differing(studio.pixels(studio.rendered(case)), expected)
 
 
-def test_diffusers_itself_cannot_negate_several_frames_of_kandinsky(studio: Studio) -> None:
+def test_diffusers_itself_cannot_negate_several_frames_of_kandinsky(studio: ParityFarm) -> None:
     """Why such batches are compared with the prior's and the decoder's own calls."""
     job = case("", "kandinsky", 1, negative_prompt="blue").job
     one = frames_of(job)[0]

@@ -14,10 +14,10 @@ import pytest
 from farm.context import Farm
 from farm.store import frames, workers
 from farm.store.engine import transaction
-from farm.store.frames import Done
+from farm.store.frames import CompletedFrame
 from farm.store.workers import Account
 from tests.commanding import farm as command
-from tests.farming import Hand, hire, sql
+from tests.farming import FakeWorker, register_worker, sql
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, serving
 
@@ -37,10 +37,13 @@ def quote(client: httpx.Client, **fields: Any) -> dict[str, Any]:
     return found
 
 
-def render(hand: Hand, seconds: float, size: int) -> None:
+def render(hand: FakeWorker, seconds: float, size: int) -> None:
     """Render all that waits, each batch in so many seconds, each picture of so many bytes."""
     while lease := hand.claim():
-        done = [Done(frame.fence, bytes(32), size, slot) for slot, frame in enumerate(lease.frames)]
+        done = [
+            CompletedFrame(frame.fence, bytes(32), size, slot)
+            for slot, frame in enumerate(lease.frames)
+        ]
         with transaction(hand.farm.store) as connection:
             account = Account(denoise_seconds=seconds)
             frames.finish(connection, [lease.id], done, hand.id, account)
@@ -58,7 +61,7 @@ def test_what_was_never_measured_is_not_known(api: Api) -> None:
 
 
 def test_a_quote_follows_from_frames_that_are_alike(farm: Farm, api: Api) -> None:
-    ann, hand = api.client(), hire(farm)
+    ann, hand = api.client(), register_worker(farm)
     with transaction(farm.store) as connection:
         workers.set_state(connection, hand.id, "idle")
     api.submit(ann, **JOB, images_per_prompt=8)
@@ -82,13 +85,13 @@ def test_a_batch_of_several_jobs_is_shared_out(farm: Farm, api: Api) -> None:
     ann = api.client()
     for images in (1, 3):
         api.submit(ann, **JOB, images_per_prompt=images)
-    render(hire(farm), seconds=2.0, size=1000)
+    render(register_worker(farm), seconds=2.0, size=1000)
     seconds = sql(farm, "SELECT total, device_seconds FROM jobs ORDER BY total")
     assert seconds == [(1, 0.5), (3, 1.5)]
 
 
 def test_a_grid_is_quoted_run_by_run(farm: Farm, api: Api) -> None:
-    ann, hand = api.client(), hire(farm)
+    ann, hand = api.client(), register_worker(farm)
     for steps, seconds in ((2, 1.0), (3, 3.0)):
         api.submit(ann, **{**JOB, "steps": steps}, images_per_prompt=4)
         render(hand, seconds=seconds, size=10 * steps)
@@ -128,7 +131,7 @@ def test_the_command_says_it_in_words(
     assert "what it takes is not known" in command(*words).out
     assert command(*words, "--json").json["frames"] == 8
     api.submit(api.client(), **{**JOB, "steps": 25}, guidance_scale=2.5, images_per_prompt=8)
-    render(hire(farm), seconds=2.0, size=1000)
+    render(register_worker(farm), seconds=2.0, size=1000)
     said = command(*words).out
     assert "8 frames of demo; batches: 2." in said
     assert "The first frame: {" in said

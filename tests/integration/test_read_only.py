@@ -20,7 +20,7 @@ from tests.integration.noise_jobs import at_step, submit_noise
 from tests.noise import Noise
 from tests.serving import serving
 from tests.waiting import wait_until
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 OTHERS_LEAVE = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -88,7 +88,7 @@ def test_readiness_says_no_while_it_lasts(farm: Farm) -> None:
 
 
 def test_a_batch_in_hand_is_stored_once_it_takes_writes_again(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
     begun, rendered = threading.Event(), threading.Event()

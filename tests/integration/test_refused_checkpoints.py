@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from farm.errors import CatalogError
-from farm.pipelines.resolve import make_offer
-from tests.bench import RUN, SAFE, Bench, clear
+from farm.pipelines.resolve import resolve_pipeline
+from tests.bench import RUN, SAFE, CheckpointSandbox, clear
 
 UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
 ENCODER = "text_encoder/model"
@@ -29,32 +29,32 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> Bench:
-    return Bench(good, tmp_path)
+def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
+    return CheckpointSandbox(good, tmp_path)
 
 
-def refused(bench: Bench, words: str) -> str:
+def refused(bench: CheckpointSandbox, words: str) -> str:
     """Check that an entry is refused, and give back what is said."""
     entry = bench.entry(words)
     with pytest.raises(CatalogError) as caught:
-        make_offer("x", entry)
+        resolve_pipeline("x", entry)
     assert not (bench.folder / RUN).exists()
     said = clear(caught.value)
     assert said.startswith("Pipeline x: ")
     return said
 
 
-def own_component(bench: Bench) -> None:
+def own_component(bench: CheckpointSandbox) -> None:
     bench.change("stable_diffusion/model_index.json", unet=["own", "Own"])
     bench.write_code("stable_diffusion/unet/own.py")
 
 
-def class_of_its_own(bench: Bench) -> None:
+def class_of_its_own(bench: CheckpointSandbox) -> None:
     bench.change("stable_diffusion/model_index.json", _class_name=["own", "Own"])
     bench.write_code("stable_diffusion/own.py")
 
 
-def no_weights(bench: Bench) -> None:
+def no_weights(bench: CheckpointSandbox) -> None:
     for path in (bench.folder / "stable_diffusion").rglob(f"*{SAFE}"):
         path.unlink()
 
@@ -64,7 +64,7 @@ def with_header(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
+SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
     "a pickled UNet": (
         lambda bench: bench.rename(f"stable_diffusion/{UNET}", ".bin"),
         r"unet/diffusion_pytorch_model\.bin is a pickle, .* only safetensors are loaded",
@@ -184,10 +184,10 @@ SPOILED: dict[str, tuple[Callable[[Bench], None], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_a_spoiled_checkpoint_is_refused(bench: Bench, case: str) -> None:
+def test_a_spoiled_checkpoint_is_refused(bench: CheckpointSandbox, case: str) -> None:
     spoil, reason = SPOILED[case]
     bench.take("stable_diffusion")
-    make_offer("x", bench.entry(SD))
+    resolve_pipeline("x", bench.entry(SD))
     spoil(bench)
     assert re.search(reason, refused(bench, SD))
 
@@ -322,7 +322,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_entry_is_refused(bench: Bench, case: str) -> None:
+def test_a_wrong_entry_is_refused(bench: CheckpointSandbox, case: str) -> None:
     kinds, words, reason = WRONG[case]
     bench.take(*kinds)
     assert re.search(reason, refused(bench, words))
@@ -335,13 +335,13 @@ def test_a_wrong_entry_is_refused(bench: Bench, case: str) -> None:
         ("kandinsky22_decoder/unet/diffusion_pytorch_model", "kandinsky22_decoder: unet/"),
     ],
 )
-def test_a_pickle_is_found_in_any_part(bench: Bench, name: str, where: str) -> None:
+def test_a_pickle_is_found_in_any_part(bench: CheckpointSandbox, name: str, where: str) -> None:
     bench.take("kandinsky22_decoder", "kandinsky22_prior")
     bench.rename(name, ".bin")
     assert f"{where}diffusion_pytorch_model.bin is a pickle" in refused(bench, KANDINSKY)
 
 
-def test_a_pickled_control_net_is_refused(bench: Bench) -> None:
+def test_a_pickled_control_net_is_refused(bench: CheckpointSandbox) -> None:
     bench.take("stable_diffusion", "controlnet")
     bench.rename("controlnet/diffusion_pytorch_model", ".bin")
     said = refused(bench, f'{SD}\ncontrolnets = ["controlnet"]')
@@ -361,19 +361,21 @@ def test_a_pickled_control_net_is_refused(bench: Bench) -> None:
         ('source = "a"\nsafety_checker = "yes please"', "pipelines.x.safety_checker: Input"),
     ],
 )
-def test_unknown_and_wrong_keys_are_refused(bench: Bench, words: str, reason: str) -> None:
+def test_unknown_and_wrong_keys_are_refused(
+    bench: CheckpointSandbox, words: str, reason: str
+) -> None:
     with pytest.raises(CatalogError) as caught:
         bench.entry(words)
     assert reason in clear(caught.value)
 
 
-def test_an_empty_folder_is_no_checkpoint(bench: Bench) -> None:
+def test_an_empty_folder_is_no_checkpoint(bench: CheckpointSandbox) -> None:
     (bench.folder / "empty").mkdir()
     said = refused(bench, 'source = "empty"')
     assert "empty holds no model_index.json: it is no checkpoint of diffusers" in said
 
 
 @pytest.mark.parametrize("source", ["./gone", "/models/gone", "a/b/c", "../gone", "two words"])
-def test_a_folder_that_is_not_there_is_named(bench: Bench, source: str) -> None:
+def test_a_folder_that_is_not_there_is_named(bench: CheckpointSandbox, source: str) -> None:
     said = refused(bench, f'source = "{source}"')
     assert f"There is no folder {source} beside the catalog, and the hub has no names like" in said

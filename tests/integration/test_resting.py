@@ -10,13 +10,13 @@ import pytest
 from farm.context import Farm
 from farm.domain.spec import FrameSpec
 from farm.errors import RenderError
-from farm.store.circuit_breaker import MOST_SECONDS, THREE_FRAMES, note_failure
+from farm.store.circuit_breaker import MAX_SECONDS, THREE_FRAMES, note_failure
 from farm.store.engine import transaction
 from farm.store.specs import frame_specs
-from tests.farming import hire, job_row, new_tenant, sql, submit
+from tests.farming import job_row, new_tenant, register_worker, sql, submit
 from tests.noise import Noise
 from tests.serving import serving
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 
 def broken(frames: Sequence[FrameSpec], step: int) -> None:
@@ -53,7 +53,7 @@ def spec_of(farm: Farm, job_id: uuid.UUID, ordinal: int) -> FrameSpec:
 
 
 def test_after_three_different_frames_a_worker_claims_nothing(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1)
     noise.disturb = broken
@@ -68,7 +68,7 @@ def test_after_three_different_frames_a_worker_claims_nothing(
 
 
 def test_it_tries_one_frame_more_each_time_another_and_rests_grow(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1)
     noise.disturb = broken
@@ -83,11 +83,11 @@ def test_it_tries_one_frame_more_each_time_another_and_rests_grow(
         lengths.append(rests(farm)[2])
     assert sql(farm, "SELECT DISTINCT attempt FROM frames WHERE job_id = :id", id=job_id) == [(1,)]
     base = farm.settings.rest_seconds
-    wanted = [min(base * 2.0**n, MOST_SECONDS) for n in range(1, 9)]
+    wanted = [min(base * 2.0**n, MAX_SECONDS) for n in range(1, 9)]
     assert lengths == pytest.approx(wanted, abs=2.0)
 
 
-def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine) -> None:
+def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, bucket=1)
     noise.disturb = broken
     line.run()
@@ -100,7 +100,7 @@ def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, line: Re
 
 
 def test_the_next_trial_is_another_frame_s(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """Three frames of one job are at fault: between two rests the other's go on, and no frame needs
     more than its attempts."""
@@ -133,7 +133,7 @@ def test_the_next_trial_is_another_frame_s(
 
 
 def test_one_frame_that_fails_again_and_again_is_no_reason(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", max_attempts=10)
     noise.disturb = broken
@@ -143,7 +143,7 @@ def test_one_frame_that_fails_again_and_again_is_no_reason(
 
 
 def test_a_job_of_nothing_else_ends_all_the_same(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """Each is charged as on a worker that is well."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=3, bucket=1, max_attempts=2)
@@ -158,7 +158,7 @@ def test_a_job_of_nothing_else_ends_all_the_same(
 
 
 def test_a_frame_that_cannot_be_is_no_reason_either(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """It is dead at once, and so is the next: whoever submitted them hears of it soon."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1)
@@ -172,7 +172,7 @@ def test_a_frame_that_cannot_be_is_no_reason_either(
     assert rests(farm) == (0, 0, 0.0)
 
 
-def test_it_is_said_to_all(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine) -> None:
+def test_it_is_said_to_all(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop) -> None:
     noise.disturb = broken
     with serving(farm) as api:
         client = api.client("default")
@@ -191,7 +191,7 @@ def test_an_unknown_worker_rests_from_nothing(farm: Farm, tenant: uuid.UUID) -> 
 
 
 def test_a_resting_worker_claims_nothing_while_another_does(farm: Farm, tenant: uuid.UUID) -> None:
-    resting, other = hire(farm, "resting"), hire(farm, "other")
+    resting, other = register_worker(farm, "resting"), register_worker(farm, "other")
     submit(farm, tenant, images_per_prompt=8)
     with transaction(farm.store) as connection:
         for ordinal in range(THREE_FRAMES):
@@ -202,7 +202,7 @@ def test_a_resting_worker_claims_nothing_while_another_does(farm: Farm, tenant: 
 
 
 def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """However urgent they are; and what is well of another tenant ends no rest."""
     bob = new_tenant(farm, "bob")
@@ -236,7 +236,7 @@ def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
 
 
 def test_bad_frames_of_two_tenants_rest_a_worker_for_all(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     bob, carol = new_tenant(farm, "bob"), new_tenant(farm, "carol")
     for each in (tenant, bob):

@@ -30,9 +30,9 @@ from farm.store.leadership import leadership
 from tests.farming import (
     attempts_of,
     fence,
-    hire,
     job_row,
     let_leases_expire,
+    register_worker,
     sql,
     state_of,
     submit,
@@ -60,7 +60,7 @@ def work(farm: Farm) -> StorageWork:
 
 def rendered(farm: Farm, tenant: uuid.UUID, images: int = 3, **fields: object) -> uuid.UUID:
     job_id = submit(farm, tenant, images_per_prompt=images, bucket=images, **fields)
-    hand = hire(farm)
+    hand = register_worker(farm)
     render(hand, hand.must_claim())
     return job_id
 
@@ -152,7 +152,7 @@ def test_a_removed_job_is_unknown_to_the_api(farm: Farm) -> None:
             client.post("/v1/jobs", json=JOB, headers={"Idempotency-Key": "once"}).json()["id"]
             for _ in range(2)
         ]
-        hand = hire(farm)
+        hand = register_worker(farm)
         render(hand, hand.must_claim())
         other = api.submit(client)["id"]
         job_id = answers[0]
@@ -187,7 +187,7 @@ def test_only_what_has_ended_long_enough_is_removed(farm: Farm, tenant: uuid.UUI
 
 def test_a_job_that_is_being_retried_is_not_removed(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, max_attempts=1)
-    hand = hire(farm)
+    hand = register_worker(farm)
     hand.fail(hand.must_claim())
     grow_old(farm, job_id)
     with transaction(farm.store) as connection:
@@ -201,7 +201,7 @@ def test_a_job_that_is_being_retried_is_not_removed(farm: Farm, tenant: uuid.UUI
 
 def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=1)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
     hand.fail(lease, fences=[fence(frame) for frame in lease.frames[:3]])
     hand.complete(lease, [fence(frame) for frame in lease.frames[3:]])
@@ -265,7 +265,7 @@ def test_only_what_no_frame_will_ever_name_is_deleted(
 ) -> None:
     done = rendered(farm, tenant, 1)
     named = keys_of(farm, tenant, done)
-    hand = hire(farm)
+    hand = register_worker(farm)
     dead = submit(farm, tenant, max_attempts=1)
     hand.fail(hand.must_claim())
     cancelled = submit(farm, tenant)
@@ -341,7 +341,7 @@ def test_no_lock_is_held_while_the_storage_deletes(
 ) -> None:
     """A dead frame may be retried, so its objects stay; for all others nothing need be locked."""
     done, cancelled = rendered(farm, tenant, 1), submit(farm, tenant)
-    hire(farm).must_claim()
+    register_worker(farm).must_claim()
     jobs.cancel(farm, tenant, cancelled)
     orphans = [put(farm, tenant, job_id, 0, LATE) for job_id in (done, cancelled)]
     farm.artifacts.put(image_key(tenant, LATE_ID), LATE)
@@ -426,7 +426,7 @@ def test_a_silent_storage_delays_no_lease_and_what_is_left_goes_later(
         with janitor(deaf):
             wait_until(listing.is_set, 20, "the storage is asked")
             job_id = submit(farm, tenant, priority="interactive")
-            hire(farm).must_claim()
+            register_worker(farm).must_claim()
             sql(farm, "UPDATE leases SET expires_at = clock_timestamp() - interval '1 s'")
             began = time.monotonic()
             told(farm, lambda: attempts_of(farm, job_id) == [(1, "lease_expired")])

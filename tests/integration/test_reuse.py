@@ -12,12 +12,20 @@ from farm.context import Farm
 from farm.storage import artifact_key
 from farm.store import frames, workers
 from farm.store.engine import transaction
-from farm.store.frames import Done
+from farm.store.frames import CompletedFrame
 from farm.store.reuse import find_renders
-from tests.farming import frame_rows, hire, job_row, let_leases_expire, new_tenant, sql, submit
+from tests.farming import (
+    frame_rows,
+    job_row,
+    let_leases_expire,
+    new_tenant,
+    register_worker,
+    sql,
+    submit,
+)
 from tests.noise import Noise
 from tests.waiting import wait_until
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 JOB: dict[str, Any] = {"pipeline": "noise", "images_per_prompt": 6, "seed": 1, "reuse": True}
 
@@ -34,7 +42,7 @@ def watching() -> list[threading.Thread]:
 
 
 def test_a_repeated_job_renders_nothing(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
     line.run()
@@ -54,7 +62,7 @@ def test_a_repeated_job_renders_nothing(
 
 
 def test_only_what_is_new_is_rendered(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
     line.run()
@@ -71,7 +79,7 @@ def test_only_what_is_new_is_rendered(
     "other", [{"reuse": False}, {"bucket": 2}, {"negative_prompt": "blurred"}, {"format": "webp"}]
 )
 def test_what_would_not_be_the_same_is_rendered(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, other: dict[str, Any]
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, other: dict[str, Any]
 ) -> None:
     submit(farm, tenant, **JOB)
     line.run()
@@ -83,7 +91,7 @@ def test_what_would_not_be_the_same_is_rendered(
 
 
 def test_another_tenant_does_not_profit(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     submit(farm, tenant, **JOB)
     line.run()
@@ -102,7 +110,7 @@ def test_another_tenant_does_not_profit(
 
 
 def test_a_picture_that_is_gone_from_the_storage_is_rendered(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
     line.run()
@@ -119,7 +127,7 @@ def test_a_picture_that_is_gone_from_the_storage_is_rendered(
 
 
 def test_a_removed_job_s_pictures_are_not_used(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
     line.run()
@@ -135,14 +143,14 @@ def test_a_late_result_says_nothing_of_the_picture_that_won(
     farm: Farm, tenant: uuid.UUID, noise: Noise
 ) -> None:
     submit(farm, tenant, **{**JOB, "images_per_prompt": 1})
-    late, other = hire(farm, "late", "noise"), hire(farm, "other", "noise")
+    late, other = register_worker(farm, "late", "noise"), register_worker(farm, "other", "noise")
     first = late.claim("noise")
     assert first is not None
     let_leases_expire(farm)
     second = other.claim("noise")
     assert second is not None
-    late_one = Done(first.frames[0].fence, b"a" * 32, 9, 0, b"a" * 32)
-    won = Done(second.frames[0].fence, b"b" * 32, 9, 0, b"b" * 32)
+    late_one = CompletedFrame(first.frames[0].fence, b"a" * 32, 9, 0, b"a" * 32)
+    won = CompletedFrame(second.frames[0].fence, b"b" * 32, 9, 0, b"b" * 32)
     with transaction(farm.store) as connection:
         frames.complete(connection, second.id, [won, late_one])  # one worker's, ended together
         frames.complete(connection, first.id, [late_one])
@@ -151,10 +159,10 @@ def test_a_late_result_says_nothing_of_the_picture_that_won(
 
 def test_a_result_told_twice_is_counted_once(farm: Farm, tenant: uuid.UUID, noise: Noise) -> None:
     job_id = submit(farm, tenant, **{**JOB, "images_per_prompt": 1})
-    hand = hire(farm, "hand", "noise")
+    hand = register_worker(farm, "hand", "noise")
     lease = hand.claim("noise")
     assert lease is not None
-    done = [Done(lease.frames[0].fence, b"a" * 32, 9, 0, b"d" * 32, reused=True)]
+    done = [CompletedFrame(lease.frames[0].fence, b"a" * 32, 9, 0, b"d" * 32, reused=True)]
     for _ in range(2):
         with transaction(farm.store) as connection:
             frames.complete(connection, lease.id, done)

@@ -15,7 +15,7 @@ from farm.store.engine import open_store
 from tests.chaos.proxy import Connection, Fault, Proxies
 from tests.farming import job_row, new_tenant, submit
 from tests.noise import Noise
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 MOST = 3.0
 
@@ -60,7 +60,7 @@ def test_a_batch_costs_at_most_three(
     tenant: uuid.UUID,
     noise: Noise,
     counted: Counted,
-    line: RenderLine,
+    line: RenderLoop,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(farm.settings, "touch_seconds", 60.0)  # touches go by time, not by batch

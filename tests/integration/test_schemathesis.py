@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from farm.context import Farm
-from tests.farming import hire
+from tests.farming import register_worker
 from tests.serving import Api, render, serving
 
 CHECKS = [
@@ -61,7 +61,7 @@ def test_no_call_fails(api: Api, mode: GenerationMode) -> None:
 def some_job(api: Api) -> str:
     client = api.client()
     job = api.submit(client, images_per_prompt=6, bucket=2, priority="interactive")
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     render(hand, hand.must_claim())
     hand.fail(hand.must_claim(), retryable=False)
     return str(job["id"])

@@ -17,8 +17,8 @@ from farm.config import DEMO_CATALOG
 from farm.domain.spec import FrameSpec
 from farm.errors import CatalogError, RenderError
 from farm.pipelines.catalog import Pipeline, load_catalog
-from farm.pipelines.family import Batch, Loaded, floats_seen
-from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.family import Batch, LoadedPipeline, floats_seen
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.runtime.devices import device_name, even_threads, torch_threads
 from farm.pipelines.runtime.slots import SlotTest
 from farm.rendering.warmup import slot_test
@@ -43,14 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def pinned(folder: Path, name: str) -> tuple[Offer, Loaded]:
+def pinned(folder: Path, name: str) -> tuple[ResolvedPipeline, LoadedPipeline]:
     """A pipeline, loaded once."""
     if name == "demo":
         entry = load_catalog(DEMO_CATALOG).pipelines["demo"]
     else:
         entry = Pipeline(source=name, device="cpu")
         entry.place(folder)
-    offer = make_offer(name, entry)
+    offer = resolve_pipeline(name, entry)
     return offer, offer.family.load(entry)
 
 
@@ -60,7 +60,7 @@ def threads_restored() -> Iterator[None]:
         yield
 
 
-def frame(offer: Offer, size: tuple[int, int], bucket: int, seed: int = 5) -> FrameSpec:
+def frame(offer: ResolvedPipeline, size: tuple[int, int], bucket: int, seed: int = 5) -> FrameSpec:
     params = offer.params({"width": size[0], "height": size[1], "steps": STEPS})
     return FrameSpec(
         pipeline=offer.name,
@@ -71,7 +71,9 @@ def frame(offer: Offer, size: tuple[int, int], bucket: int, seed: int = 5) -> Fr
     )
 
 
-def floats(offer: Offer, loaded: Loaded, frames: list[FrameSpec]) -> torch.Tensor:
+def floats(
+    offer: ResolvedPipeline, loaded: LoadedPipeline, frames: list[FrameSpec]
+) -> torch.Tensor:
     """Render a batch; gives its pictures before they are rounded."""
     with floats_seen() as seen:
         offer.family.denoise(loaded, Batch(frames))
@@ -119,7 +121,7 @@ def test_threads_are_a_power_of_two() -> None:
     assert [even_threads(asked) for asked in range(1, 13)] == [1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8]
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, loaded: Loaded, needed: int) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, loaded: LoadedPipeline, needed: int) -> None:
     """Let the last slot's bits differ where torch has at least so many threads."""
     forward = loaded.pipe.unet.forward
 

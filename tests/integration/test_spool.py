@@ -19,19 +19,19 @@ from farm.store import leases
 from farm.store.circuit_breaker import THREE_FRAMES
 from farm.store.claim import Lease
 from farm.store.engine import transaction
-from farm.store.leases import News
+from farm.store.leases import LeaseStatus
 from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
-from workers.render.finishing import MOST_BATCHES
-from workers.render.loop import RenderLine
-from workers.render.spool import FIRST_SECONDS, MOST_SECONDS, Finished, Spool
-from workers.render.spool import MOST_BATCHES as MOST_KEPT
+from workers.render.finishing import MAX_BATCHES
+from workers.render.loop import RenderLoop
+from workers.render.spool import FIRST_SECONDS, MAX_SECONDS, RenderedBatch, Spool
+from workers.render.spool import MAX_BATCHES as MAX_KEPT
 
 
 class Outage:
     """The storage is away until it was tried `tries` times with `files` pictures on disk."""
 
-    def __init__(self, farm: Farm, line: RenderLine, tries: int = 1, files: int = 0) -> None:
+    def __init__(self, farm: Farm, line: RenderLoop, tries: int = 1, files: int = 0) -> None:
         self.farm, self.here, self.tries, self.files = farm, farm.artifacts, tries, files
         self.spool = line._tail._spool
         self.kept: list[int] = []
@@ -71,7 +71,7 @@ def whole(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
 
 
 def test_what_is_finished_meanwhile_is_stored_when_the_storage_is_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12, max_attempts=1)
     outage = Outage(farm, line, tries=2, files=12)
@@ -87,13 +87,13 @@ def test_what_is_finished_meanwhile_is_stored_when_the_storage_is_back(
 
 @pytest.fixture
 def _one_in_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.render.finishing.MOST_BATCHES", 1)
+    monkeypatch.setattr("workers.render.finishing.MAX_BATCHES", 1)
 
 
 @pytest.mark.usefixtures("_one_in_the_tail")
 @pytest.mark.parametrize("most_bytes", [1000, 0])  # some three of these pictures, or none
 def test_a_full_spool_holds_the_line_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, most_bytes: int
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, most_bytes: int
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=24)
     outage = Outage(farm, line, tries=4)
@@ -113,7 +113,7 @@ def test_a_full_spool_holds_the_line_back(
 
 @pytest.mark.usefixtures("_one_in_the_tail")
 def test_a_disk_that_refuses_holds_the_line_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=24)
     outage = Outage(farm, line, tries=4)
@@ -127,7 +127,7 @@ def test_a_disk_that_refuses_holds_the_line_back(
 
 
 def test_a_kept_batch_that_is_cancelled_is_let_go(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     gone = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
     stays = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
@@ -145,7 +145,7 @@ def test_a_kept_batch_that_is_cancelled_is_let_go(
 
 
 def test_a_kept_batch_is_known_of_when_a_claim_s_reply_was_lost(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the child does not know of is given back; what waits in its spool is not."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8)
@@ -160,15 +160,15 @@ def test_a_kept_batch_is_known_of_when_a_claim_s_reply_was_lost(
 
 
 def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(farm, tenant, pipeline="noise", images_per_prompt=4)
     Outage(farm, line, tries=3)
     touched: list[tuple[int, int]] = []
 
-    def touch(connection: object, lease: uuid.UUID, step: int, steps: int) -> News:
+    def touch(connection: object, lease: uuid.UUID, step: int, steps: int) -> LeaseStatus:
         touched.append((step, steps))
-        return News(wanted=True)
+        return LeaseStatus(wanted=True)
 
     with monkeypatch.context() as patch:
         patch.setattr(leases, "touch", touch)
@@ -177,7 +177,7 @@ def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
 
 
 def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parent must not take a child that stores one batch after another for one that hangs."""
     submit(farm, tenant, pipeline="noise", images_per_prompt=24)
@@ -185,12 +185,12 @@ def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
     put, end = line._tail._put_kept, line._tail._ending.end
     fresh: list[bool] = []
 
-    def put_late(batch: Finished) -> bool:
+    def put_late(batch: RenderedBatch) -> bool:
         stored = put(batch)
         sql(farm, "UPDATE leases SET stepped_at = stepped_at - interval '1 hour'")
         return stored
 
-    def look(batches: Sequence[Finished]) -> None:
+    def look(batches: Sequence[RenderedBatch]) -> None:
         if any(batch.account.kept for batch in batches):
             others = "SELECT clock_timestamp() - max(stepped_at) FROM leases WHERE id <> :id"
             still = sql(farm, others, id=batches[0].lease.id)[0][0]
@@ -210,7 +210,7 @@ def test_what_is_kept_is_not_tried_at_once(tmp_path: Path) -> None:
     now = 0.0
     spool = Spool(tmp_path, 1, lambda: now)
     lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", Priority.BULK, ())
-    batch = Finished(lease, lease.frames)
+    batch = RenderedBatch(lease, lease.frames)
     assert not spool.away
     spool.keep(batch)
     assert spool.away
@@ -231,12 +231,12 @@ def test_tries_are_further_and_further_apart(tmp_path: Path) -> None:
         assert spool.oldest() is None
         now = spool._due
     assert max(pauses[:1]) <= FIRST_SECONDS
-    assert MOST_SECONDS / 2 < max(pauses) <= MOST_SECONDS
-    assert min(pauses[10:]) < MOST_SECONDS / 2  # full jitter: anywhere below
+    assert MAX_SECONDS / 2 < max(pauses) <= MAX_SECONDS
+    assert min(pauses[10:]) < MAX_SECONDS / 2  # full jitter: anywhere below
 
 
 def test_pictures_that_were_taken_away_are_rendered_again(
-    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, line: RenderLoop
 ) -> None:
     """Someone empties the folder: the attempt ends like any other that failed."""
     job_id = submit(farm, tenant, pipeline="noise")
@@ -253,7 +253,7 @@ def test_pictures_that_were_taken_away_are_rendered_again(
 
 
 def test_all_that_a_worker_holds_is_given_back_at_once(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """As its parent does when its time is up: the child stops, and nobody is charged."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, max_attempts=1)
@@ -275,7 +275,7 @@ def test_all_that_a_worker_holds_is_given_back_at_once(
 
 
 def test_a_storage_that_refuses_this_worker_is_left_to_others(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its clock or its credentials are wrong: waiting would not help, and no frame is to blame."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1, max_attempts=1)
@@ -286,7 +286,7 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
         line.run()
     farm.artifacts.close()
     # Those that were denoised before the storage had refused three are refused too.
-    assert THREE_FRAMES <= len(noise.batches) <= THREE_FRAMES + MOST_BATCHES + 1
+    assert THREE_FRAMES <= len(noise.batches) <= THREE_FRAMES + MAX_BATCHES + 1
     assert sql(farm, "SELECT DISTINCT reason FROM attempts") == [("storage_refused",)]
     assert sql(farm, "SELECT DISTINCT attempt - spared FROM frames") == [(0,)]
     farm.artifacts = here
@@ -296,7 +296,7 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
 
 
 def test_a_kept_batch_that_the_database_refuses_is_not_kept_for_ever(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2, max_attempts=1)
     outage = Outage(farm, line)
@@ -307,9 +307,9 @@ def test_a_kept_batch_that_the_database_refuses_is_not_kept_for_ever(
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
 
 
-@pytest.mark.parametrize(("kept", "full"), [(MOST_KEPT - 1, False), (MOST_KEPT, True)])
+@pytest.mark.parametrize(("kept", "full"), [(MAX_KEPT - 1, False), (MAX_KEPT, True)])
 def test_it_is_full_with_so_many_batches(tmp_path: Path, kept: int, full: bool) -> None:
     spool = Spool(tmp_path / "pictures", 2**30)
     lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", Priority.NORMAL, ())
-    spool._batches.extend(Finished(lease, ()) for _ in range(kept))
+    spool._batches.extend(RenderedBatch(lease, ()) for _ in range(kept))
     assert spool.full is full

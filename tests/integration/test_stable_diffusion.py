@@ -11,18 +11,18 @@ import pytest
 from farm.config import DEMO_CATALOG
 from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import load_catalog
-from farm.pipelines.family import Batch, Loaded, StopBatch
-from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.family import Batch, LoadedPipeline, StopBatch
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.samplers import SAMPLERS
 
 # diffusers' own samplers hand torch tensors to numpy.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
-OFFER = make_offer("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
+OFFER = resolve_pipeline("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[Loaded]:
+def loaded() -> Iterator[LoadedPipeline]:
     import torch
 
     threads = torch.get_num_threads()
@@ -36,12 +36,14 @@ def frame(seed: int = 1, bucket: int = 4, prompt: str = "a red star", **params: 
     return FrameSpec(pipeline="demo", prompt=prompt, seed=seed, bucket=bucket, params=given)
 
 
-def render(loaded: Loaded, *frames: FrameSpec, offer: Offer = OFFER) -> list[Any]:
+def render(
+    loaded: LoadedPipeline, *frames: FrameSpec, offer: ResolvedPipeline = OFFER
+) -> list[Any]:
     pictures = offer.family.denoise(loaded, Batch(frames))
     return [np.asarray(picture) for picture in pictures]
 
 
-def test_neighbours_and_slot_change_nothing(loaded: Loaded) -> None:
+def test_neighbours_and_slot_change_nothing(loaded: LoadedPipeline) -> None:
     mine = frame(seed=7, prompt="a blue ring on a white background")
     alone = render(loaded, mine)[0]
     others = [frame(seed=seed, negative_prompt="blue") for seed in (20, 21, 22)]
@@ -50,7 +52,7 @@ def test_neighbours_and_slot_change_nothing(loaded: Loaded) -> None:
         assert (render(loaded, *batch)[slot] == alone).all()
 
 
-def test_a_short_batch_is_padded_up_to_its_bucket(loaded: Loaded) -> None:
+def test_a_short_batch_is_padded_up_to_its_bucket(loaded: LoadedPipeline) -> None:
     """Seen from inside: the UNet is given the bucket's frames, with and without the prompt."""
     given: set[int] = set()
 
@@ -64,7 +66,7 @@ def test_a_short_batch_is_padded_up_to_its_bucket(loaded: Loaded) -> None:
     assert given == {2 * 4}
 
 
-def test_the_sampler_of_an_earlier_batch_changes_nothing(loaded: Loaded) -> None:
+def test_the_sampler_of_an_earlier_batch_changes_nothing(loaded: LoadedPipeline) -> None:
     fresh = OFFER.family.load(OFFER.pipeline)
     names = ["euler", "dpmpp_2m", None, "ddim"]
     expected = [render(fresh, frame(sampler=name))[0] for name in names]
@@ -75,13 +77,13 @@ def test_the_sampler_of_an_earlier_batch_changes_nothing(loaded: Loaded) -> None
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_every_sampler_draws_and_repeats_itself(loaded: Loaded, name: str) -> None:
+def test_every_sampler_draws_and_repeats_itself(loaded: LoadedPipeline, name: str) -> None:
     one, two = (render(loaded, frame(sampler=name, steps=6))[0] for _ in range(2))
     assert (one == two).all()
     assert one.std() > 1.0
 
 
-def test_the_hook_counts_steps_and_can_end_a_batch(loaded: Loaded) -> None:
+def test_the_hook_counts_steps_and_can_end_a_batch(loaded: LoadedPipeline) -> None:
     seen: list[tuple[int, int]] = []
 
     def on_step(step: int, steps: int) -> None:
@@ -94,6 +96,6 @@ def test_the_hook_counts_steps_and_can_end_a_batch(loaded: Loaded) -> None:
     assert seen == [(1, 5), (2, 5)]
 
 
-def test_more_frames_than_the_bucket_holds_are_refused(loaded: Loaded) -> None:
+def test_more_frames_than_the_bucket_holds_are_refused(loaded: LoadedPipeline) -> None:
     with pytest.raises(ValueError, match="bucket of 1"):
         render(loaded, frame(bucket=1), frame(bucket=1))

@@ -16,7 +16,7 @@ from farm.store import keys, tenants
 from farm.store.engine import transaction
 from tests.commanding import Outcome
 from tests.commanding import farm as command
-from tests.farming import hire, sql
+from tests.farming import register_worker, sql
 from tests.integration.test_api_images import file, send
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, render, serving
@@ -53,7 +53,7 @@ def settle(api: Api, name: str) -> httpx.Client:
     source = client.post("/v1/inputs", content=content).json()["id"]
     body = {"pipeline": "demo", "steps": 2, "bucket": 2}
     done = client.post("/v1/jobs", json={**body, "input": source}).json()["id"]
-    hand = hire(api.farm)
+    hand = register_worker(api.farm)
     render(hand, hand.must_claim())
     client.post(f"/v1/jobs/{done}/exports", json={"to": "webdataset"})
     Chores(api.farm, "chores").answer()
@@ -192,7 +192,7 @@ def test_actions_are_recorded_with_who_what_and_why(farm: Farm, api: Api) -> Non
     asked = {"tenant": "ann", "dest": "s3://datasets/ann", "why": "ticket 7"}
     for _ in range(2):
         assert operator.post("/v1/destinations", json=asked).status_code == 201
-    hand = hire(farm, "hand")
+    hand = register_worker(farm, "hand")
     assert operator.post(f"/v1/workers/{hand.id}/drain").status_code == 202
     newest = operator.get("/v1/actions", params={"limit": 2}).json()
     oldest = operator.get("/v1/actions", params={"after": newest["next"]}).json()

@@ -31,7 +31,7 @@ from tests.receiving import Received, Receiver, receiving
 from tests.serving import serving
 from tests.waiting import wait_until
 from workers.render.identity import Identity
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 SENDING_SECONDS = 10.0
 """That one try to send lasts where nobody answers: nothing may wait for one"""
@@ -79,14 +79,14 @@ def check_batch(spans: Sequence[Received], root: str, **attributes: str | int) -
         assert {name: span.attributes[f"farm.{name}"] for name in attributes} == attributes
 
 
-def line_of(farm: Farm, pipeline: str) -> RenderLine:
+def line_of(farm: Farm, pipeline: str) -> RenderLoop:
     identity = Identity(uuid.uuid4(), pipeline, "here", 1)
     with transaction(farm.store) as connection:
         workers.register(
             connection, identity.id, name=identity.name, pipeline=pipeline, host="here", pid=1
         )
     offer = farm.offer(pipeline)
-    return RenderLine(farm, identity, offer, offer.family.load(offer.pipeline))
+    return RenderLoop(farm, identity, offer, offer.family.load(offer.pipeline))
 
 
 def test_a_trace_leads_from_the_call_to_the_commit(still: Settings, receiver: Receiver) -> None:
@@ -164,7 +164,7 @@ def test_a_worker_sends_its_last_spans_before_it_ends(still: Settings, receiver:
 
 
 def test_a_batch_of_two_jobs_stands_in_both_traces(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine, receiver: Receiver
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop, receiver: Receiver
 ) -> None:
     jobs = {
         submit(farm, tenant, pipeline="noise", bucket=4, images_per_prompt=3): 3,
@@ -180,7 +180,7 @@ def test_a_batch_of_two_jobs_stands_in_both_traces(
 
 
 def test_spans_are_bounded_by_batches_and_not_by_frames(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine, receiver: Receiver
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop, receiver: Receiver
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12)
     line.run()
@@ -191,7 +191,7 @@ def test_spans_are_bounded_by_batches_and_not_by_frames(
 
 
 def test_what_failed_is_traced_too(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, receiver: Receiver
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, receiver: Receiver
 ) -> None:
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
         if len(noise.batches) == 1 and step == 5:
@@ -211,7 +211,7 @@ def test_what_failed_is_traced_too(
 
 
 def test_a_job_submitted_twice_has_one_root(
-    farm: Farm, line: RenderLine, receiver: Receiver
+    farm: Farm, line: RenderLoop, receiver: Receiver
 ) -> None:
     with serving(farm) as api:
         client = api.client()
@@ -275,7 +275,7 @@ def test_the_endpoint_is_opentelemetrys_own_or_the_farms(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["nobody listens", "nobody answers"])
 def test_a_receiver_that_is_away_costs_nothing(
-    farm: Farm, tenant: uuid.UUID, line: RenderLine, kind: str
+    farm: Farm, tenant: uuid.UUID, line: RenderLoop, kind: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1] if kind == "nobody answers" else free_port()

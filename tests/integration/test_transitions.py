@@ -18,14 +18,14 @@ from farm.store import jobs as stored
 from farm.store.claim import Fence, Lease
 from farm.store.engine import transaction
 from tests.farming import (
-    Hand,
+    FakeWorker,
     attempts_of,
     counts_add_up,
     fence,
     frame_rows,
-    hire,
     job_row,
     let_leases_expire,
+    register_worker,
     state_of,
     submit,
 )
@@ -38,7 +38,7 @@ class Scene:
     farm: Farm
     tenant: uuid.UUID
     job_id: uuid.UUID
-    hand: Hand
+    hand: FakeWorker
     lease: Lease | None = None
 
     def fences(self) -> list[Fence]:
@@ -70,7 +70,7 @@ def cancelled(scene: Scene) -> None:
 
 
 def claim(scene: Scene) -> None:
-    hire(scene.farm, "other").claim()
+    register_worker(scene.farm, "other").claim()
 
 
 def complete(scene: Scene) -> None:
@@ -102,7 +102,7 @@ def retry(scene: Scene) -> None:
 def _lease(scene: Scene) -> Lease:
     if scene.lease is None:
         # A worker that never claimed, with a fence it made up.
-        claimed = hire(scene.farm, "elsewhere").must_claim()
+        claimed = register_worker(scene.farm, "elsewhere").must_claim()
         scene.hand.release(claimed)
         raise AssertionError("a waiting frame has no fence")
     return scene.lease
@@ -130,7 +130,7 @@ FENCED = {"complete", "fail", "release"}
 
 @pytest.fixture
 def scene(farm: Farm, tenant: uuid.UUID) -> Scene:
-    return Scene(farm, tenant, submit(farm, tenant), hire(farm))
+    return Scene(farm, tenant, submit(farm, tenant), register_worker(farm))
 
 
 def test_the_tables_name_every_transition() -> None:
@@ -174,7 +174,7 @@ def test_a_lost_attempt_changes_nothing_once_the_next_is_claimed(
 ) -> None:
     running(scene)
     let_leases_expire(scene.farm)
-    hire(scene.farm, "successor").must_claim()
+    register_worker(scene.farm, "successor").must_claim()
     before = frame_rows(scene.farm, scene.job_id)
     TAKE[transition](scene)
     assert frame_rows(scene.farm, scene.job_id) == before
@@ -240,7 +240,7 @@ def reach_job(scene: Scene, status: JobStatus) -> None:
 def test_a_job_is_cancelled_and_retried_only_where_the_table_says(
     farm: Farm, tenant: uuid.UUID, status: JobStatus, transition: str
 ) -> None:
-    scene = Scene(farm, tenant, uuid.uuid4(), hire(farm))
+    scene = Scene(farm, tenant, uuid.uuid4(), register_worker(farm))
     reach_job(scene, status)
     assert job_row(farm, tenant, scene.job_id).status == status
 
@@ -263,7 +263,7 @@ def test_a_job_is_cancelled_and_retried_only_where_the_table_says(
 def test_only_a_living_job_is_paused_and_resumed(
     farm: Farm, tenant: uuid.UUID, status: JobStatus, wish: str
 ) -> None:
-    scene = Scene(farm, tenant, uuid.uuid4(), hire(farm))
+    scene = Scene(farm, tenant, uuid.uuid4(), register_worker(farm))
     reach_job(scene, status)
     steer = stored.pause_job if wish == "pause" else stored.resume_job
     if status in {JobStatus.QUEUED, JobStatus.RUNNING}:
@@ -317,7 +317,7 @@ def test_postgres_settles_a_job_as_the_pure_function_says(
     farm: Farm, tenant: uuid.UUID, succeeded: int, dead: int
 ) -> None:
     job_id = submit(farm, tenant, images_per_prompt=3, bucket=4)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
     fences = [fence(frame) for frame in lease.frames]
     hand.complete(lease, fences[:succeeded])

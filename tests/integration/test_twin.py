@@ -13,8 +13,8 @@ from PIL import Image
 
 from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import load_catalog
-from farm.pipelines.family import Batch, Loaded
-from farm.pipelines.resolve import Offer, make_offer, sample
+from farm.pipelines.family import Batch, LoadedPipeline
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline, sample
 from tests.checkpoints import save
 from tests.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
 
@@ -39,7 +39,9 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def frames(offer: Offer, seeds: Sequence[int], bucket: int, **asked: Any) -> list[FrameSpec]:
+def frames(
+    offer: ResolvedPipeline, seeds: Sequence[int], bucket: int, **asked: Any
+) -> list[FrameSpec]:
     fields = offer.params_type.model_fields
     given = {name: value for name, value in asked.items() if name in fields}
     params = offer.params({**sample(offer.params_type), **given}).model_dump()
@@ -51,7 +53,9 @@ def frames(offer: Offer, seeds: Sequence[int], bucket: int, **asked: Any) -> lis
     ]
 
 
-def pixels(offer: Offer, loaded: Loaded, some: Sequence[FrameSpec], on_step: Any = None) -> Any:
+def pixels(
+    offer: ResolvedPipeline, loaded: LoadedPipeline, some: Sequence[FrameSpec], on_step: Any = None
+) -> Any:
     params = some[0].params
     picture = Image.effect_noise((params["width"], params["height"]), 64).convert("RGB")
     images = dict.fromkeys(offer.params_type.image_ids(params), picture)
@@ -64,7 +68,7 @@ def pixels(offer: Offer, loaded: Loaded, some: Sequence[FrameSpec], on_step: Any
 def test_both_are_as_if_they_ran_alone(
     catalog: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offer = make_offer(kind, load_catalog(catalog).pipelines[kind])
+    offer = resolve_pipeline(kind, load_catalog(catalog).pipelines[kind])
     loaded = offer.family.load(offer.pipeline)
     twin = loaded.twin()
     same = Image.effect_noise((64, 64), 64)
@@ -94,7 +98,7 @@ def test_both_are_as_if_they_ran_alone(
 
 def test_a_vae_that_a_failed_call_left_widened_is_as_before(catalog: Path) -> None:
     """SDXL decodes in float32, and narrows its VAE only where decoding went well."""
-    offer = make_offer("sdxl", load_catalog(catalog).pipelines["sdxl"])
+    offer = resolve_pipeline("sdxl", load_catalog(catalog).pipelines["sdxl"])
     loaded = offer.family.load(offer.pipeline)
     twin = loaded.twin()
     pinned = loaded.pipe.vae.dtype

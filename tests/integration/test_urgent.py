@@ -18,8 +18,8 @@ from tests.farming import attempts_of, frame_rows, job_row, sql, submit
 from tests.noise import Noise
 from workers.render.claims import Claims
 from workers.render.lease_watch import LeaseWatch
-from workers.render.loop import RenderLine
-from workers.render.spool import Finished
+from workers.render.loop import RenderLoop
+from workers.render.spool import RenderedBatch
 
 Steps = list[tuple[str, int]]
 
@@ -27,7 +27,7 @@ Steps = list[tuple[str, int]]
 class Story:
     """Tells what was denoised when; an interactive job comes at a step of the first batch."""
 
-    def __init__(self, farm: Farm, tenant: uuid.UUID, line: RenderLine, at: int = 2) -> None:
+    def __init__(self, farm: Farm, tenant: uuid.UUID, line: RenderLoop, at: int = 2) -> None:
         self.farm, self.tenant, self.line, self.at = farm, tenant, line, at
         self.steps: Steps = []
         self.urgent: list[uuid.UUID] = []
@@ -73,7 +73,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 @pytest.fixture
 def story(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> Story:
     # What comes in the last moments of a batch may be claimed ahead: these steps take no time.
     monkeypatch.setattr(line._claims, "ahead", lambda *_: None)
@@ -81,7 +81,7 @@ def story(
     return told
 
 
-def test_it_waits_for_one_step(story: Story, farm: Farm, line: RenderLine) -> None:
+def test_it_waits_for_one_step(story: Story, farm: Farm, line: RenderLoop) -> None:
     bulk = story.submit("bulk", images=8)
     line.run()
     first = [prompt for prompt, _ in story.steps].index("urgent")
@@ -94,7 +94,7 @@ def test_it_waits_for_one_step(story: Story, farm: Farm, line: RenderLine) -> No
     assert sql(farm, "SELECT succeeded, batches FROM workers") == [(9, 3)]
 
 
-def test_the_bytes_are_those_of_running_alone(story: Story, farm: Farm, line: RenderLine) -> None:
+def test_the_bytes_are_those_of_running_alone(story: Story, farm: Farm, line: RenderLoop) -> None:
     def bytes_of(job_id: uuid.UUID) -> list[bytes]:
         return [row.sha256 for _, row in sorted(frame_rows(farm, job_id).items())]
 
@@ -108,7 +108,7 @@ def test_the_bytes_are_those_of_running_alone(story: Story, farm: Farm, line: Re
 
 
 def test_several_come_one_after_another_with_a_step_between(
-    story: Story, farm: Farm, line: RenderLine
+    story: Story, farm: Farm, line: RenderLoop
 ) -> None:
     story.come = 3
     story.submit("bulk", images=4)
@@ -121,7 +121,7 @@ def test_several_come_one_after_another_with_a_step_between(
 
 
 def test_it_is_heard_between_two_batches(
-    story: Story, farm: Farm, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+    story: Story, farm: Farm, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next batch may be claimed already: then the line does not look before its end."""
     monkeypatch.setattr(farm.settings, "touch_seconds", 60.0)
@@ -129,7 +129,7 @@ def test_it_is_heard_between_two_batches(
     monkeypatch.setattr(claims, "ahead", lambda *_: Claims.ahead(claims, 0.0, 0.0))
     begun: list[uuid.UUID] = []
 
-    def come(lease: Lease) -> tuple[Finished, LeaseWatch]:
+    def come(lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
         begun.append(lease.id)
         if len(begun) == 2:
             story.urgent.append(story.submit("interactive"))
@@ -144,7 +144,7 @@ def test_it_is_heard_between_two_batches(
     assert ("urgent", 0) in story.steps[second : second + 3]
 
 
-def test_its_failure_is_its_own(story: Story, farm: Farm, line: RenderLine) -> None:
+def test_its_failure_is_its_own(story: Story, farm: Farm, line: RenderLoop) -> None:
     bulk = story.submit("bulk", images=4)
 
     def break_it(prompt: str, step: int) -> None:
@@ -158,7 +158,7 @@ def test_its_failure_is_its_own(story: Story, farm: Farm, line: RenderLine) -> N
     assert {row.attempt for row in frame_rows(farm, bulk).values()} == {1}
 
 
-def test_its_cancel_is_its_own(story: Story, farm: Farm, line: RenderLine) -> None:
+def test_its_cancel_is_its_own(story: Story, farm: Farm, line: RenderLoop) -> None:
     bulk = story.submit("bulk", images=4)
 
     def cancel_it(prompt: str, step: int) -> None:
@@ -175,7 +175,7 @@ def test_its_cancel_is_its_own(story: Story, farm: Farm, line: RenderLine) -> No
 
 
 def test_where_there_is_no_memory_it_waits_for_the_batch(
-    story: Story, farm: Farm, line: RenderLine
+    story: Story, farm: Farm, line: RenderLoop
 ) -> None:
     story.come, story.patience = 2, 0.1
     bulk = story.submit("bulk", images=4)
@@ -200,7 +200,7 @@ def test_where_there_is_no_memory_it_waits_for_the_batch(
         assert {reason for _, reason in attempts_of(farm, job_id)} <= {"released"}
 
 
-def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, line: RenderLine) -> None:
+def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, line: RenderLoop) -> None:
     """Nothing could be let in while it is rendered, so it must not stand in the way."""
     story.submit("bulk", images=4)
     normal: list[uuid.UUID] = []
@@ -216,7 +216,7 @@ def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, line: RenderL
 
 
 def test_it_can_be_turned_off(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     line._may_interrupt = False
     noise.disturb = story = Story(farm, tenant, line)
@@ -227,7 +227,7 @@ def test_it_can_be_turned_off(
     assert told == ["bulk"] * 10 + ["urgent"] * 10
 
 
-def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, line: RenderLine) -> None:
+def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, line: RenderLoop) -> None:
     story.submit("bulk", images=4)
 
     def lose(prompt: str, step: int) -> None:
@@ -246,7 +246,7 @@ def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, line: 
 
 
 def test_the_interrupted_batch_is_seen_to_be_looked_after(
-    story: Story, farm: Farm, line: RenderLine, monkeypatch: pytest.MonkeyPatch
+    story: Story, farm: Farm, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or its worker would count as hung once it goes on, where the urgent one took its time."""
     monkeypatch.setattr(farm.settings, "touch_seconds", 0.02)

@@ -10,7 +10,7 @@ from farm.context import Farm
 from farm.services import jobs
 from farm.store import queries
 from farm.store.engine import transaction
-from tests.farming import Hand, fence, hire, job_row, sql, submit
+from tests.farming import FakeWorker, fence, job_row, register_worker, sql, submit
 from tests.serving import serving
 
 
@@ -25,14 +25,14 @@ def later(farm: Farm, job_id: uuid.UUID, seconds: float) -> None:
     )
 
 
-def render(hand: Hand, batches: int) -> None:
+def render(hand: FakeWorker, batches: int) -> None:
     for _ in range(batches):
         hand.complete(hand.must_claim())
 
 
 def test_bytes_and_failures_are_those_of_the_rows(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=12, bucket=4, max_attempts=2)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
     hand.fail(lease, fences=[fence(frame) for frame in lease.frames[:2]])
     hand.complete(lease, [fence(frame) for frame in lease.frames[2:]])
@@ -61,7 +61,7 @@ def test_bytes_and_failures_are_those_of_the_rows(farm: Farm, tenant: uuid.UUID)
 
 def test_a_late_result_takes_up_nothing(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=2, bucket=2)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
     hand.complete(lease)
     before = job_row(farm, tenant, job_id).bytes
@@ -71,7 +71,7 @@ def test_a_late_result_takes_up_nothing(farm: Farm, tenant: uuid.UUID) -> None:
 
 def test_the_pace_is_that_of_late(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = hire(farm)
+    hand = register_worker(farm)
     with serving(farm) as api:
         client = api.client("default")
 
@@ -103,7 +103,7 @@ def test_the_pace_is_that_of_late(farm: Farm, tenant: uuid.UUID) -> None:
 def test_a_mark_needs_enough_batches_behind_it(farm: Farm, tenant: uuid.UUID) -> None:
     """One slow batch a minute: a window of half a minute would say nothing, or twice too much."""
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = hire(farm)
+    hand = register_worker(farm)
     for _ in range(7):
         later(farm, job_id, 60)
         render(hand, 1)
@@ -114,7 +114,7 @@ def test_a_mark_needs_enough_batches_behind_it(farm: Farm, tenant: uuid.UUID) ->
 
 def test_the_pace_is_told_anew_after_a_pause(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = hire(farm)
+    hand = register_worker(farm)
     render(hand, 5)
     jobs.pause(farm, tenant, job_id)
     later(farm, job_id, 3600)
@@ -130,7 +130,7 @@ def test_the_pace_of_a_job_that_was_under_way_before_paces_were_told(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = hire(farm)
+    hand = register_worker(farm)
     render(hand, 20)
     without = "pace_since = NULL, pace_since_frames = 0, pace_next = NULL, pace_next_frames = 0"
     sql(farm, f"UPDATE jobs SET {without}")

@@ -19,7 +19,7 @@ from farm.imaging.provenance import Provenance
 from farm.imaging.uploads import decoded, normalised
 from farm.pipelines.catalog import Catalog, load_catalog
 from farm.pipelines.family import Batch
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import device_name, prepare_torch
 from farm.rendering import replay
 from farm.rendering.environment import library_versions
@@ -58,7 +58,7 @@ def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2, form: Format =
     import torch
 
     torch.set_num_threads(threads)
-    offer = make_offer("tiny", catalog.pipelines["tiny"])
+    offer = resolve_pipeline("tiny", catalog.pipelines["tiny"])
     frames = [
         FrameSpec(
             pipeline="tiny",
@@ -268,7 +268,9 @@ def test_a_steered_picture_needs_the_image_that_steered_it(
     Image.effect_noise((48, 80), 80).convert("RGB").save(tmp_path / "pose.png")
     steering = normalised((tmp_path / "pose.png").read_bytes(), "image/png", max_pixels=10**6)
     image_id = steering.sha256.hex()
-    offer = make_offer("steered", load_catalog(tmp_path / "pipelines.toml").pipelines["steered"])
+    offer = resolve_pipeline(
+        "steered", load_catalog(tmp_path / "pipelines.toml").pipelines["steered"]
+    )
     params = offer.params({"steps": 2, "control": [{"image": image_id, "scale": 0.7}]})
     prepare_torch(1)
     frame = FrameSpec(pipeline="steered", prompt="a", seed=1, bucket=1, params=params.model_dump())

@@ -28,7 +28,7 @@ from farm.errors import InvalidRequest
 from farm.pipelines import families
 from farm.pipelines.catalog import Catalog, Pipeline
 from farm.pipelines.prompts.compel_syntax import check_compel
-from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.samplers import SAMPLERS
 from farm.services.job_validation import check_job, full_spec
 from tests.commanding import farm
@@ -149,11 +149,11 @@ def catalog(checkpoints: Path) -> dict[str, Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def offers(catalog: dict[str, Pipeline]) -> dict[str, Offer]:
-    return {name: make_offer(name, entry) for name, entry in catalog.items()}
+def offers(catalog: dict[str, Pipeline]) -> dict[str, ResolvedPipeline]:
+    return {name: resolve_pipeline(name, entry) for name, entry in catalog.items()}
 
 
-def accepted(offers: Mapping[str, Offer], body: Mapping[str, Any]) -> FullSpec:
+def accepted(offers: Mapping[str, ResolvedPipeline], body: Mapping[str, Any]) -> FullSpec:
     job = check_job(dict(body), SETTINGS)
     return full_spec(job, offers[job.pipeline], SETTINGS)
 
@@ -181,19 +181,23 @@ def jobs() -> list[Case]:
     ]
 
 
-def test_the_page_has_what_is_checked_here(offers: dict[str, Offer]) -> None:
+def test_the_page_has_what_is_checked_here(offers: dict[str, ResolvedPipeline]) -> None:
     assert {offer.family.name for offer in offers.values()} == set(families.all_families())
     assert len(jobs()) > 10
 
 
-def test_the_catalog_s_entries_are_found_to_be_of_their_families(offers: dict[str, Offer]) -> None:
+def test_the_catalog_s_entries_are_found_to_be_of_their_families(
+    offers: dict[str, ResolvedPipeline],
+) -> None:
     rows = table_after("<!-- the families -->")
     found = {name.strip("`"): offers[entry.strip("`")].family.name for name, _, entry in rows}
     assert found == {name: name for name in families.all_families()}
 
 
 @pytest.mark.parametrize("job", jobs(), ids=str)
-def test_jobs_are_taken_or_refused_as_the_page_says(offers: dict[str, Offer], job: Case) -> None:
+def test_jobs_are_taken_or_refused_as_the_page_says(
+    offers: dict[str, ResolvedPipeline], job: Case
+) -> None:
     if job.refused is None:
         accepted(offers, job.body)
         return
@@ -211,7 +215,7 @@ def command_lines() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_the_command_lines_make_jobs_that_are_taken(
-    offers: dict[str, Offer], monkeypatch: pytest.MonkeyPatch, words: list[str]
+    offers: dict[str, ResolvedPipeline], monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     sent: list[dict[str, Any]] = []
 
@@ -232,7 +236,7 @@ def told(field: Field, parent: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl_refined", "pose", "kandinsky", "pixart"])
-def test_the_tables_of_fields_are_true(offers: dict[str, Offer], name: str) -> None:
+def test_the_tables_of_fields_are_true(offers: dict[str, ResolvedPipeline], name: str) -> None:
     parent, expected = "", []
     for field in fields_of(offers[name].schema()):
         expected.append(told(field, f"{parent}." if field.depth else ""))
@@ -274,7 +278,7 @@ def test_the_family_of_the_example_is_found_by_being_there(
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     families.all_families.cache_clear()
     try:
-        offer = make_offer("flux", catalog["flux"])
+        offer = resolve_pipeline("flux", catalog["flux"])
         assert (offer.family.name, offer.params_type.__name__) == ("flux", "FluxParams")
         body = {"pipeline": "flux", "prompts": ["a red star"], "steps": 4}
         assert accepted({"flux": offer}, body).point(0).params == {

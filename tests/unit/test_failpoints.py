@@ -16,7 +16,7 @@ from farm.failpoints import Failpoint, parse, reach
 from farm.pipelines.catalog import Pipeline, load_catalog
 from farm.pipelines.families.null import write_checkpoint
 from farm.pipelines.family import Batch, StopBatch
-from farm.pipelines.resolve import Offer, make_offer
+from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 
 TWO = "submit.committed=exit:EXIT; render.step=oom:BIG"
 
@@ -84,16 +84,18 @@ def entry(tmp_path: Path) -> Pipeline:
 
 
 @pytest.fixture
-def offer(entry: Pipeline) -> Offer:
-    return make_offer("null", entry)
+def offer(entry: Pipeline) -> ResolvedPipeline:
+    return resolve_pipeline("null", entry)
 
 
-def frame(offer: Offer, seed: int, prompt: str = "noise", **params: object) -> FrameSpec:
+def frame(offer: ResolvedPipeline, seed: int, prompt: str = "noise", **params: object) -> FrameSpec:
     whole = offer.params({"step_seconds": 0.0, **params}).model_dump()
     return FrameSpec(pipeline="null", prompt=prompt, seed=seed, bucket=4, params=whole)
 
 
-def test_the_family_null_gives_the_same_noise_for_a_seed(offer: Offer, entry: Pipeline) -> None:
+def test_the_family_null_gives_the_same_noise_for_a_seed(
+    offer: ResolvedPipeline, entry: Pipeline
+) -> None:
     assert offer.family.name == "null"
     loaded = offer.family.load(entry)
     steps: list[tuple[int, int]] = []
@@ -108,7 +110,7 @@ def test_the_family_null_gives_the_same_noise_for_a_seed(offer: Offer, entry: Pi
     assert second.tobytes() == again.tobytes() != first.tobytes()
 
 
-def test_the_family_null_stops_at_a_step(offer: Offer, entry: Pipeline) -> None:
+def test_the_family_null_stops_at_a_step(offer: ResolvedPipeline, entry: Pipeline) -> None:
     def stop(done: int, _steps: int) -> None:
         if done == 2:
             raise StopBatch

@@ -13,27 +13,27 @@ import pytest
 
 from farm.config import Settings
 from farm.domain.inputs import (
-    LINES_A_PART,
-    MOST_BAD_LINES,
-    MOST_LINE_BYTES,
+    LINES_PER_PART,
+    MAX_BAD_LINES,
+    MAX_LINE_BYTES,
     BadLines,
-    Intake,
+    InputReader,
     unpack,
 )
 from farm.domain.spec import Line
 from farm.errors import InvalidRequest
 
 SETTINGS = Settings(max_prompt_chars=200)
-Read = Callable[..., tuple[list[Line], Intake]]
+Read = Callable[..., tuple[list[Line], InputReader]]
 
 
 @pytest.fixture
 def read() -> Iterator[Read]:
     """Read a stream in blocks of some size; gives its lines."""
-    opened: list[Intake] = []
+    opened: list[InputReader] = []
 
     def read_in(content: bytes, block: int = 7, settings: Settings = SETTINGS) -> Any:
-        intake = Intake(settings)
+        intake = InputReader(settings)
         opened.append(intake)
         for start in range(0, len(content), block):
             intake.feed(content[start : start + block])
@@ -142,7 +142,7 @@ def test_a_long_text_a_long_line_and_too_many_labels_name_the_limit(read: Read) 
     assert "33 labels; the limit is 32" in told[3]
     huge = jsonl({"prompt": "a"}, {"prompt": "a" * 5 * 2**20}, {"prompt": "b"})
     told = problems(read, huge, block=2**20)
-    assert told == {2: f"it is longer than {MOST_LINE_BYTES} bytes."}
+    assert told == {2: f"it is longer than {MAX_LINE_BYTES} bytes."}
 
 
 def test_a_wrong_line_far_into_the_file_is_found_by_its_number(read: Read) -> None:
@@ -153,8 +153,8 @@ def test_a_wrong_line_far_into_the_file_is_found_by_its_number(read: Read) -> No
 
 
 def test_a_hundred_wrong_lines_are_told_and_no_more(read: Read) -> None:
-    content = b"nonsense\n" * 5 * LINES_A_PART
-    assert sorted(problems(read, content, block=2**16)) == [*range(1, MOST_BAD_LINES + 1)]
+    content = b"nonsense\n" * 5 * LINES_PER_PART
+    assert sorted(problems(read, content, block=2**16)) == [*range(1, MAX_BAD_LINES + 1)]
 
 
 def test_keys_are_different(read: Read) -> None:
@@ -168,7 +168,7 @@ def test_keys_are_different(read: Read) -> None:
 
 def test_however_many_share_a_key_few_are_looked_at(read: Read) -> None:
     told = problems(read, b'{"prompt": "a", "key": "k"}\n' * 20_000, block=2**16)
-    assert sorted(told) == [*range(2, MOST_BAD_LINES + 2)]
+    assert sorted(told) == [*range(2, MAX_BAD_LINES + 2)]
     assert set(told.values()) == {"key is that of line 1."}
 
 
@@ -204,7 +204,7 @@ def test_memory_stays_flat() -> None:
     line = b'{"prompt": "' + b"a" * 100 + b'"}\n'
     tracemalloc.start()
     try:
-        with Intake(SETTINGS) as intake:
+        with InputReader(SETTINGS) as intake:
             for _ in range(100):
                 intake.feed(line * 1000)
             intake.end()

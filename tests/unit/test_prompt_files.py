@@ -14,7 +14,7 @@ import pytest
 from farm.cli.prompt_file import Columns, PromptFile
 from farm.cli.prompt_templates import Templates
 from farm.config import Settings
-from farm.domain.inputs import Intake
+from farm.domain.inputs import InputReader
 from farm.errors import InvalidRequest
 
 AS_IT_IS = Columns()
@@ -30,7 +30,7 @@ def file(tmp_path: Path, name: str, content: bytes) -> Path:
 def lines(path: Path, columns: Columns = AS_IT_IS, **options: Any) -> list[dict[str, Any]]:
     """What is sent, as the farm reads it."""
     blocks = [*PromptFile(path, columns, **options).blocks()]
-    with Intake(Settings()) as intake:
+    with InputReader(Settings()) as intake:
         for block in blocks:
             intake.feed(block)
         intake.end()

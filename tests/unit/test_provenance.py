@@ -15,7 +15,7 @@ from PIL import Image
 from farm.domain.spec import FrameSpec
 from farm.errors import InvalidRequest
 from farm.imaging.encoding import encode, read
-from farm.imaging.provenance import Provenance, Scribe
+from farm.imaging.provenance import Provenance, ProvenanceWriter
 from farm.rendering.environment import library_versions
 from tests.parsing import parsed
 
@@ -83,7 +83,7 @@ def test_the_same_picture_is_the_same_file() -> None:
 
 def test_the_text_is_what_the_web_ui_writes() -> None:
     written = provenance("a star,\nred", negative_prompt="blur, noise")
-    text = Scribe(written).parameters(written.frame)
+    text = ProvenanceWriter(written).parameters(written.frame)
     version = library_versions()["farm"]
     assert text == (
         "a star,\nred\n"

@@ -26,10 +26,10 @@ from farm.domain.spec import (
 from farm.errors import CatalogError, InvalidRequest
 from farm.pipelines.catalog import load_catalog
 from farm.pipelines.params import Params
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from farm.services.job_validation import check_job, full_spec
 
-OFFER = make_offer("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
+OFFER = resolve_pipeline("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
 SETTINGS = Settings()
 
 
@@ -291,12 +291,12 @@ def test_a_missing_family_or_checkpoint_is_said(tmp_path: Path) -> None:
     )
     pipelines = load_catalog(path).pipelines
     with pytest.raises(CatalogError, match="nope"):
-        make_offer("a", pipelines["a"])
-    assert make_offer("b", pipelines["b"]).family.name == "stable_diffusion"
+        resolve_pipeline("a", pipelines["a"])
+    assert resolve_pipeline("b", pipelines["b"]).family.name == "stable_diffusion"
     with pytest.raises(CatalogError, match=r"model_index\.json"):
-        make_offer("c", pipelines["c"])
+        resolve_pipeline("c", pipelines["c"])
     with pytest.raises(CatalogError, match=r"defaults\.steps"):
-        make_offer("d", pipelines["d"])
+        resolve_pipeline("d", pipelines["d"])
 
 
 class Wide(Params):

@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 FOLD_SECONDS = 86_400.0
 LOOK_AGAIN_SECONDS = 60.0
 """Between two checks of shards that may have missed their event."""
-INPUTS_A_SWEEP = 10
+INPUTS_PER_SWEEP = 10
 """Each with its lines"""
-ROWS_A_SWEEP = 5000
+ROWS_PER_SWEEP = 5000
 """Rows of removed jobs that a sweep deletes from each table, at most; and returned frames that it
 lets follow their jobs"""
 
-LONGEST_REST_SECONDS = 10.0
+MAX_REST_SECONDS = 10.0
 """Between two tries while Postgres is away."""
 
 END_SECONDS = 5.0
@@ -64,7 +64,7 @@ class Janitor:
     def _rest(self, failures: int) -> float:
         """Seconds before the next try, drawn so that not all janitors try at once."""
         pace = self._farm.settings.sweep_seconds
-        longest = min(pace * 2 ** min(failures, 10), LONGEST_REST_SECONDS)
+        longest = min(pace * 2 ** min(failures, 10), MAX_REST_SECONDS)
         return random.uniform(0, longest) if failures else pace  # noqa: S311 - no secret
 
     def _lead(self, connection: Connection, storage: StorageWork, stop: threading.Event) -> None:
@@ -101,14 +101,14 @@ class Janitor:
                 break
         if chores:
             self._farm.bells.ring_chores()
-        jobs.follow(connection, ROWS_A_SWEEP)
+        jobs.follow(connection, ROWS_PER_SWEEP)
         tenants.delete_of_removed(connection)
         with connection.begin():
             removed = retention.remove_due(connection, settings.retention_days)
             retention.remove_exports(connection, settings.retention_days)
         with connection.begin():
-            retention.delete_inputs(connection, settings.retention_days, INPUTS_A_SWEEP)
+            retention.delete_inputs(connection, settings.retention_days, INPUTS_PER_SWEEP)
         with connection.begin():
-            retention.delete_rows(connection, ROWS_A_SWEEP)
+            retention.delete_rows(connection, ROWS_PER_SWEEP)
         if removed:
             log.info("Removed %d jobs that ended long ago.", len(removed))

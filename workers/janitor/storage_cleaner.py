@@ -36,7 +36,7 @@ DELETED_AT_ONCE = 1000
 UPLOAD_SECONDS = 600.0
 """After so long an upload that has not ended never will"""
 
-LONGEST_REST_SECONDS = 60.0
+MAX_REST_SECONDS = 60.0
 
 
 class StorageWork:
@@ -78,7 +78,7 @@ class StorageWork:
                 except Exception:
                     failures += 1
                     log.exception("What is left in the storage stays for now")
-            rest = min(pace * 2 ** min(failures, 10), LONGEST_REST_SECONDS)
+            rest = min(pace * 2 ** min(failures, 10), MAX_REST_SECONDS)
             self._stop.wait(random.uniform(rest / 2, rest) if failures else pace)  # noqa: S311
 
     def step(self) -> None:

@@ -13,7 +13,7 @@ from farm.bells import RENDER_TASK, make_app
 from farm.config import load_settings
 from farm.process import set_up_logs
 from workers.render.batch_log import BatchLog
-from workers.render.child import Child
+from workers.render.child import RenderProcess
 from workers.render.identity import KNOCK, announced_identity
 from workers.render.scratch import Scratch
 
@@ -21,7 +21,7 @@ settings = load_settings()
 app = make_app(settings)
 app.conf.include = [__name__]
 
-_child: list[Child] = []
+_child: list[RenderProcess] = []
 _at_work = threading.Lock()
 
 
@@ -37,7 +37,7 @@ def _start_child(**_: Any) -> None:
     scratch = Scratch(settings.scratch_dir, announced_identity().id)
     batch_log = BatchLog(scratch.log(os.getpid()))
     batch_log.listen()
-    _child[:] = [Child(batch_log=batch_log)]
+    _child[:] = [RenderProcess(batch_log=batch_log)]
     signal.signal(KNOCK, lambda *_: _answer())
     with _at_work:
         _child[0].start()

@@ -12,7 +12,7 @@ from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
 from farm.pipelines.disk_cache import keep_in
 from farm.pipelines.family import uses_torch
-from farm.pipelines.resolve import make_offer
+from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import even_threads, prepare_torch
 from farm.pipelines.runtime.loading import free_what_is_left
 from farm.rendering.warmup import slot_test, warm_up
@@ -20,21 +20,21 @@ from farm.store import workers
 from farm.store.engine import transaction
 from workers.render.batch_log import BatchLog
 from workers.render.identity import Identity, announced_identity
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 from workers.render.scratch import Scratch
 
 log = logging.getLogger(__name__)
 
 LOAD_AGAIN_SECONDS = 10.0
-MOST_SECONDS = 300.0
+MAX_SECONDS = 300.0
 """Between tries to load a pipeline: twice as long each time, up to this."""
 SWITCH_SECONDS = 0.0005
 """How long the device's thread waits for the interpreter, at most, while the tail is busy in it"""
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 """of what a worker says is wrong"""
 
 
-class Child:
+class RenderProcess:
     """Everything the spawned process holds between two bells."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Child:
         self._scratch = Scratch(self._farm.settings.scratch_dir, self._identity.id)
         self._clock = clock
         self._batch_log = batch_log
-        self._line: RenderLine | None = None
+        self._line: RenderLoop | None = None
         self._pause = LOAD_AGAIN_SECONDS
         self._due = float("-inf")
         """When to try to load again"""
@@ -63,7 +63,7 @@ class Child:
         try:
             ended = self._scratch.unfinished_loads()
             if ended:
-                self._pause = min(LOAD_AGAIN_SECONDS * 2.0 ** min(ended - 1, 30), MOST_SECONDS)
+                self._pause = min(LOAD_AGAIN_SECONDS * 2.0 ** min(ended - 1, 30), MAX_SECONDS)
                 self._fail_to_load("Its process ended while it loaded the pipeline.")
             else:
                 self._load()
@@ -92,7 +92,7 @@ class Child:
         """Send the last spans of its traces."""
         self._farm.close_traces()
 
-    def _render(self, line: RenderLine) -> None:
+    def _render(self, line: RenderLoop) -> None:
         self._say("rendering")
         try:
             line.run()
@@ -114,7 +114,7 @@ class Child:
 
     def _fail_to_load(self, problem: str) -> None:
         self._due = self._clock() + self._pause
-        self._pause = min(2 * self._pause, MOST_SECONDS)
+        self._pause = min(2 * self._pause, MAX_SECONDS)
         self._say("failed", problem=problem)
 
     def _try(self) -> str | None:
@@ -123,17 +123,17 @@ class Child:
         try:
             keep_in(self._farm.settings.cache_dir)
             # Read anew for each try: the checkpoint may be another one since.
-            offer = make_offer(pipeline, self._farm.entry(pipeline))
+            offer = resolve_pipeline(pipeline, self._farm.entry(pipeline))
             if uses_torch(offer.family):
                 prepare_torch(even_threads(self._farm.settings.torch_threads))
             loaded = offer.family.load(offer.pipeline)
             warmth = warm_up(offer, loaded)
             slots = slot_test(offer, loaded)
-            line = RenderLine(
+            line = RenderLoop(
                 self._farm, self._identity, offer, loaded, warmth, slots, self._batch_log
             )
         except FarmError as error:
-            problem = one_line(error.message, MOST_CHARACTERS)
+            problem = one_line(error.message, MAX_CHARACTERS)
             log.error("%s cannot load pipeline %s: %s", name, pipeline, problem)  # noqa: TRY400
             log.debug("%s tells all of it", name, exc_info=True)
             return problem

@@ -16,7 +16,7 @@ from farm.store import frames, leases
 from farm.store.claim import Lease, claim
 from farm.store.engine import one_statement, transaction
 from workers.render.identity import Identity
-from workers.render.retry import insist
+from workers.render.retry import retry_while_unavailable
 
 REMEMBERED_JOBS = 64
 """Whose specs are not read again"""
@@ -25,12 +25,12 @@ REMEMBERED_PARTS = 16
 
 LONGER = 3.0
 """A claim is begun when the batch before has so many times left as the last claim took …"""
-LEAST_SECONDS = 0.02
+MIN_SECONDS = 0.02
 """… and this: as late as it can be, since what is claimed can no longer be anybody else's …"""
-MOST_STEP_SECONDS = 1.0
+MAX_STEP_SECONDS = 1.0
 """… or a step before that, where it is a short one: after the step it would be late."""
 
-MOST_SECONDS = 1.0
+MAX_SECONDS = 1.0
 """That a claim is taken to last: one that waited for an outage says nothing of the next"""
 
 
@@ -53,7 +53,7 @@ class Claims:
 
     def now(self, priority: Priority = Priority.BULK) -> Lease | None:
         """Claim a batch, of no less urgent work than this; waits while Postgres is away."""
-        return insist(self._identity.name, lambda: self._claim(priority))
+        return retry_while_unavailable(self._identity.name, lambda: self._claim(priority))
 
     def ahead(self, left_seconds: float, step_seconds: float) -> None:
         """Begin to claim the next batch where the one in hand is nearly done.
@@ -62,8 +62,8 @@ class Claims:
             left_seconds: what it will still take.
             step_seconds: when this will be called again.
         """
-        early = LEAST_SECONDS + LONGER * min(self._seconds, MOST_SECONDS)
-        if step_seconds <= MOST_STEP_SECONDS:
+        early = MIN_SECONDS + LONGER * min(self._seconds, MAX_SECONDS)
+        if step_seconds <= MAX_STEP_SECONDS:
             early += step_seconds
         if self._ahead is None and left_seconds <= early:
             self._ahead = self._thread.submit(self.now)
@@ -90,7 +90,7 @@ class Claims:
 
     def release(self, lease: Lease) -> None:
         """Return a batch that was not rendered, uncharged."""
-        insist(self._identity.name, lambda: self._release(lease))
+        retry_while_unavailable(self._identity.name, lambda: self._release(lease))
         self.over(lease)
 
     def close(self) -> None:

@@ -14,16 +14,16 @@ from farm.store import frames, workers
 from farm.store.circuit_breaker import note_failure
 from farm.store.claim import ClaimedFrame, Fence
 from farm.store.engine import one_statement, transaction
-from farm.store.frames import Done
+from farm.store.frames import CompletedFrame
 from workers.render.failures import failures, is_suspicious, named
 from workers.render.identity import Identity
-from workers.render.retry import insist
-from workers.render.spool import Finished
+from workers.render.retry import retry_while_unavailable
+from workers.render.spool import RenderedBatch
 
 log = logging.getLogger(__name__)
 
 
-class Ending:
+class BatchCommitter:
     """Ends batches whose pictures are stored, or that failed; waits while Postgres is away."""
 
     def __init__(self, farm: Farm, identity: Identity) -> None:
@@ -32,7 +32,7 @@ class Ending:
         self._commit_seconds = 0.0
         """What the commit before took: it is told with the next one"""
 
-    def end(self, batches: Sequence[Finished]) -> None:
+    def end(self, batches: Sequence[RenderedBatch]) -> None:
         """End batches: all that went well in one commit."""
         well = [batch for batch in batches if batch.done and not batch.failures]
         rest = [batch for batch in batches if batch not in well]
@@ -41,7 +41,7 @@ class Ending:
         for batch in rest:
             self._end_alone(batch)
 
-    def _end_together(self, batches: Sequence[Finished]) -> bool:
+    def _end_together(self, batches: Sequence[RenderedBatch]) -> bool:
         """Returns whether any frame was accepted; where none was, each batch is looked at."""
         done = [item for batch in batches for item in batch.done]
         account = sum((batch.account for batch in batches[1:]), batches[0].account)
@@ -54,7 +54,7 @@ class Ending:
 
         started = time.monotonic()
         try:
-            accepted = insist(self._identity.name, finish)
+            accepted = retry_while_unavailable(self._identity.name, finish)
         except Exception:  # the database refuses what it should take: whose is it?
             log.exception("%s could not end %d batches at once", self._identity.name, len(batches))
             return False
@@ -65,20 +65,20 @@ class Ending:
                 self._trace(batch, started, accepted)
         return bool(accepted)
 
-    def _end_alone(self, batch: Finished) -> None:
+    def _end_alone(self, batch: RenderedBatch) -> None:
         started = time.monotonic()
         try:
-            accepted = insist(self._identity.name, lambda: self._complete(batch))
+            accepted = retry_while_unavailable(self._identity.name, lambda: self._complete(batch))
         except Exception as error:
             log.error(  # noqa: TRY400 - the traceback is in exc_info
                 "%s failed at %s", self._identity.name, named(batch.lease.frames), exc_info=error
             )
             batch.done, batch.failures = [], failures(batch.lease.frames, error)
             batch.suspicious = is_suspicious(error)
-            accepted = insist(self._identity.name, lambda: self._complete(batch))
+            accepted = retry_while_unavailable(self._identity.name, lambda: self._complete(batch))
         self._trace(batch, started, accepted)
 
-    def _complete(self, batch: Finished) -> Collection[Fence]:
+    def _complete(self, batch: RenderedBatch) -> Collection[Fence]:
         """Returns the frames that succeeded."""
         done, account, me, until = batch.done, batch.account, self._identity, None
         settings, first = self._farm.settings, batch.lease.frames[0]
@@ -105,7 +105,7 @@ class Ending:
         self._tell_dropped(done, accepted)
         return accepted
 
-    def _trace(self, batch: Finished, started: float, accepted: Collection[Fence]) -> None:
+    def _trace(self, batch: RenderedBatch, started: float, accepted: Collection[Fence]) -> None:
         """Add a batch that was committed to the traces of its jobs."""
         if self._farm.traces is None:
             return
@@ -131,7 +131,7 @@ class Ending:
             batch.stages,
         )
 
-    def _tell_dropped(self, done: Sequence[Done], accepted: Collection[Fence]) -> None:
+    def _tell_dropped(self, done: Sequence[CompletedFrame], accepted: Collection[Fence]) -> None:
         for item in done:
             if item.fence not in accepted:
                 log.warning(

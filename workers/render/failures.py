@@ -11,10 +11,10 @@ from farm.imaging.filters import Verdict
 from farm.pipelines.runtime.devices import is_out_of_memory
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import tells_statements
-from farm.store.frames import Failure
+from farm.store.frames import FailedAttempt
 
 
-def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure]:
+def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[FailedAttempt]:
     """Map what went wrong to what becomes of the frames."""
     text = "".join(traceback.format_exception(error)).replace("\x00", "")
     message = type(error).__name__
@@ -35,7 +35,7 @@ def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[Failure]
         if isinstance(error, RenderError):
             reason = error.code
     return [
-        Failure(
+        FailedAttempt(
             frame.fence,
             reason,
             message,
@@ -54,16 +54,16 @@ def is_suspicious(error: Exception) -> bool:
     return isinstance(error, StorageRefused) or not isinstance(error, FarmError)
 
 
-def flagged(frame: ClaimedFrame) -> Failure:
+def flagged(frame: ClaimedFrame) -> FailedAttempt:
     """What becomes of a flagged picture: another attempt would give the same one."""
     message = "The pipeline's safety checker flagged this picture."
-    return Failure(frame.fence, FLAGGED, message, retryable=False)
+    return FailedAttempt(frame.fence, FLAGGED, message, retryable=False)
 
 
-def rejected(frame: ClaimedFrame, name: str, verdict: Verdict) -> Failure:
+def rejected(frame: ClaimedFrame, name: str, verdict: Verdict) -> FailedAttempt:
     """What becomes of a picture that a filter rejects: it is drawn again, with another seed."""
     message = f"Filter {name}, score {verdict.score:.4g}: {verdict.why or 'rejected'}."
-    return Failure(frame.fence, REJECTED, message, charged=False, redraw=True)
+    return FailedAttempt(frame.fence, REJECTED, message, charged=False, redraw=True)
 
 
 def named(claimed: Sequence[ClaimedFrame]) -> str:

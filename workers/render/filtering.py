@@ -12,21 +12,21 @@ from farm.imaging.filters import NEAR, Filter, Verdict
 from farm.store import perceptual_hashes
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
-from farm.store.frames import Failure
+from farm.store.frames import FailedAttempt
 from workers.render.failures import rejected
 from workers.render.identity import Identity
-from workers.render.retry import insist
+from workers.render.retry import retry_while_unavailable
 
 
 @dataclass(frozen=True)
-class Sieve:
+class FilterChain:
     """Filters by name, in the catalog's order; the first that rejects a picture decides."""
 
     farm: Farm
     identity: Identity
     filters: Mapping[str, Filter]
 
-    def rejection(self, frame: ClaimedFrame, picture: Image.Image) -> Failure | None:
+    def rejection(self, frame: ClaimedFrame, picture: Image.Image) -> FailedAttempt | None:
         """Say what becomes of a picture that is rejected; None where it is kept."""
         for name, judge in self.filters.items():
             verdict = judge(picture, frame.spec)
@@ -45,7 +45,7 @@ class Sieve:
                     connection, frame.job_id, frame.ordinal, hashed, NEAR
                 )
 
-        near = insist(self.identity.name, keep)
+        near = retry_while_unavailable(self.identity.name, keep)
         if near is None:
             return verdict
         ordinal, bits = near

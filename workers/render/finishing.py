@@ -29,16 +29,16 @@ from farm.storage import artifact_key
 from farm.store import leases
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
-from farm.store.frames import Done
+from farm.store.frames import CompletedFrame
 from workers.render.claims import Claims
-from workers.render.committing import Ending
+from workers.render.committing import BatchCommitter
 from workers.render.failures import failures, flagged, is_suspicious, named
-from workers.render.filtering import Sieve
+from workers.render.filtering import FilterChain
 from workers.render.identity import Identity
 from workers.render.lease_watch import LeaseWatch
-from workers.render.retry import insist
+from workers.render.retry import retry_while_unavailable
 from workers.render.reuse import Reuse
-from workers.render.spool import Finished, Picture, Spool
+from workers.render.spool import Picture, RenderedBatch, Spool
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ THREADS = 8
 """That encode and put: an upload mostly waits, and encoding leaves the interpreter alone …"""
 ENCODERS = max(1, cores() - 1)
 """… but so many encode at once: whenever the device's thread wakes up, a core is there for it."""
-MOST_BATCHES = 4
-MOST_PIXELS = 128 * 2**20
+MAX_BATCHES = 4
+MAX_PIXELS = 128 * 2**20
 """In the tail at once, of three bytes each and what they are encoded to: then the device waits"""
 
 
-class Tail:
+class BatchFinisher:
     """One child's: takes what was denoised, and sees to its end."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Tail:
         encoder: Encoder,
         spool: Spool,
         claims: Claims,
-        sieve: Sieve,
+        sieve: FilterChain,
         reuse: Reuse,
     ) -> None:
         self._farm = farm
@@ -71,12 +71,12 @@ class Tail:
         self._claims = claims
         self._sieve = sieve
         self._reuse = reuse
-        self._ending = Ending(farm, identity)
+        self._ending = BatchCommitter(farm, identity)
         self._pool = ThreadPoolExecutor(THREADS, "tail")
         self._encoding = threading.Semaphore(ENCODERS)
         self._taken: list[Callable[[], None]] = []
         """What the threads get when the device has its next work"""
-        self._ready: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[RenderedBatch | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._batches = 0
         self._pixels = 0
@@ -88,7 +88,7 @@ class Tail:
     @property
     def full(self) -> bool:
         """Whether nothing more should be claimed before something is stored."""
-        return self._spool.full or self._batches >= 2 * MOST_BATCHES
+        return self._spool.full or self._batches >= 2 * MAX_BATCHES
 
     @property
     def busy(self) -> bool:
@@ -97,7 +97,7 @@ class Tail:
 
     def take(
         self,
-        batch: Finished,
+        batch: RenderedBatch,
         pictures: Sequence[Image.Image | None],
         watch: LeaseWatch,
         *,
@@ -141,13 +141,13 @@ class Tail:
         for share in taken:
             self._pool.submit(share)
 
-    def pass_on(self, batch: Finished, watch: LeaseWatch) -> None:
+    def pass_on(self, batch: RenderedBatch, watch: LeaseWatch) -> None:
         """End a batch of which nothing is rendered."""
         watch.close()
         self._enter(batch, hasty=True)
         self._ready.put(batch)
 
-    def fail(self, batch: Finished, error: Exception) -> None:
+    def fail(self, batch: RenderedBatch, error: Exception) -> None:
         """End a batch that failed as a whole, after all that came before it."""
         log.error("%s failed at %s", self._identity.name, named(batch.frames), exc_info=error)
         batch.failures = failures(batch.frames, error)
@@ -182,14 +182,14 @@ class Tail:
         if self._thread is not None:
             self._thread.join()
 
-    def _enter(self, batch: Finished, hasty: bool) -> None:
+    def _enter(self, batch: RenderedBatch, hasty: bool) -> None:
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="tail-end", daemon=True)
             thread.start()
             self._thread = thread
 
         def room() -> bool:
-            few = self._batches < MOST_BATCHES and self._pixels + batch.pixels <= MOST_PIXELS
+            few = self._batches < MAX_BATCHES and self._pixels + batch.pixels <= MAX_PIXELS
             return hasty or few or self._batches == 0
 
         self.wait(room)
@@ -197,7 +197,7 @@ class Tail:
             self._batches += 1
             self._pixels += batch.pixels
 
-    def _leave(self, batches: Sequence[Finished] = ()) -> None:
+    def _leave(self, batches: Sequence[RenderedBatch] = ()) -> None:
         with self._changed:
             self._batches -= len(batches)
             self._pixels -= sum(batch.pixels for batch in batches)
@@ -206,7 +206,7 @@ class Tail:
 
     def _store(
         self,
-        batch: Finished,
+        batch: RenderedBatch,
         slot: int,
         frame: ClaimedFrame,
         picture: Image.Image | None,
@@ -228,14 +228,14 @@ class Tail:
         digest = hashlib.sha256(content).digest()
         form = frame.spec.format
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
-        done = Done(frame.fence, digest, len(content), slot, self._reuse.digest(frame))
+        done = CompletedFrame(frame.fence, digest, len(content), slot, self._reuse.digest(frame))
         kept = Picture(frame, key, done, content)
         if self._spool.away or not self._put(batch, kept):
             batch.unstored.append(kept)
         else:
             watch.on_other()
 
-    def _put(self, batch: Finished, picture: Picture) -> bool:
+    def _put(self, batch: RenderedBatch, picture: Picture) -> bool:
         """Store a picture; returns whether the storage took or refused it for good."""
         try:
             started = time.monotonic()
@@ -264,9 +264,9 @@ class Tail:
                 self._broken = error
                 self._changed.notify_all()
 
-    def _all_ready(self) -> list[Finished]:
+    def _all_ready(self) -> list[RenderedBatch]:
         """Wait for a batch, or until it is time to look at the spool; gives all that are there."""
-        batches: list[Finished] = []
+        batches: list[RenderedBatch] = []
         try:
             found = self._ready.get(timeout=self._spool.pause)
             while True:
@@ -278,7 +278,7 @@ class Tail:
         except queue.Empty:
             return batches
 
-    def _end(self, batches: Sequence[Finished]) -> None:
+    def _end(self, batches: Sequence[RenderedBatch]) -> None:
         stored = [batch for batch in batches if not batch.unstored]
         self._ending.end(stored)
         for batch in stored:
@@ -288,7 +288,7 @@ class Tail:
                 self._keep(batch)
         self._leave(batches)
 
-    def _keep(self, batch: Finished) -> None:
+    def _keep(self, batch: RenderedBatch) -> None:
         log.warning("%s keeps %s", self._identity.name, named(batch.lease.frames))
         batch.account.kept = True
         batch.unstored.sort(key=lambda picture: picture.done.slot)
@@ -298,21 +298,21 @@ class Tail:
             with transaction(self._farm.store) as connection:
                 leases.keep(connection, batch.lease.id)
 
-        insist(self._identity.name, tell)
+        retry_while_unavailable(self._identity.name, tell)
 
     def _store_kept(self) -> None:
         """Store the batch that has waited longest in the spool, where it is time to try."""
         batch = self._spool.oldest()
         if batch is None:
             return
-        if not insist(self._identity.name, partial(self._wanted, batch)):
+        if not retry_while_unavailable(self._identity.name, partial(self._wanted, batch)):
             log.info("%s lost %s", self._identity.name, named(batch.lease.frames))
             self._claims.release(batch.lease)
             self._spool.end()
         elif self._put_kept(batch):
             if (following := self._spool.following()) is not None:
                 # Before this lease ends: the parent must see one that is looked after.
-                insist(self._identity.name, partial(self._wanted, following))
+                retry_while_unavailable(self._identity.name, partial(self._wanted, following))
             self._ending.end([batch])
             self._claims.over(batch.lease)
             self._spool.end()
@@ -320,14 +320,14 @@ class Tail:
             self._spool.postpone()
         self._leave()
 
-    def _put_kept(self, batch: Finished) -> bool:
+    def _put_kept(self, batch: RenderedBatch) -> bool:
         while batch.unstored:
             if not self._put(batch, batch.unstored[0]):
                 return False
             self._spool.stored(batch.unstored.pop(0))
         return True
 
-    def _wanted(self, batch: Finished) -> bool:
+    def _wanted(self, batch: RenderedBatch) -> bool:
         """Ask whether a kept batch is still wanted; the parent sees that it is looked after."""
         with transaction(self._farm.store) as connection:
             return leases.touch(connection, batch.lease.id, *batch.step).wanted

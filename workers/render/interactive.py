@@ -20,7 +20,7 @@ DEAF_SECONDS = 1.0
 """How long Redis is left alone after it did not answer: the watch's news come in any case."""
 
 
-class Urgent:
+class InteractiveClaims:
     """Listens for it in a thread of its own and claims it, so that the step hook only looks."""
 
     def __init__(self, farm: Farm, identity: Identity, claims: Claims) -> None:

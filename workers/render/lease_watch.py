@@ -11,7 +11,7 @@ from farm.pipelines.family import StopBatch
 from farm.store import leases
 from farm.store.claim import Lease
 from farm.store.engine import Store, one_statement
-from farm.store.leases import News
+from farm.store.leases import LeaseStatus
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class LeaseWatch:
                     return
             reported = now
 
-    def _report(self, step: int, steps: int) -> News | None:
+    def _report(self, step: int, steps: int) -> LeaseStatus | None:
         try:
             with one_statement(self._store) as connection:
                 return leases.touch(connection, self._lease.id, step, steps)

@@ -21,26 +21,26 @@ from farm.domain.spec import Priority
 from farm.errors import RenderError
 from farm.imaging.encoding import Encoder
 from farm.imaging.filters import load_filters
-from farm.pipelines.family import Batch, Loaded, StopBatch
-from farm.pipelines.resolve import Offer
+from farm.pipelines.family import Batch, LoadedPipeline, StopBatch
+from farm.pipelines.resolve import ResolvedPipeline
 from farm.pipelines.runtime.devices import is_out_of_memory, torch_threads
 from farm.pipelines.runtime.loading import free_what_is_left
 from farm.pipelines.runtime.slots import SlotTest
-from farm.rendering.environment import circumstances_of
-from farm.rendering.warmup import Warmth
+from farm.rendering.environment import environment_of
+from farm.rendering.warmup import CompiledShapes
 from farm.store.claim import ClaimedFrame, Lease
 from workers.render.batch_log import BatchLog
 from workers.render.claims import Claims
 from workers.render.control_images import BatchImages, ImageCache
 from workers.render.failures import named
-from workers.render.filtering import Sieve
-from workers.render.finishing import Tail
+from workers.render.filtering import FilterChain
+from workers.render.finishing import BatchFinisher
 from workers.render.identity import Identity
-from workers.render.interactive import Urgent
+from workers.render.interactive import InteractiveClaims
 from workers.render.lease_watch import LeaseWatch
 from workers.render.reuse import Reuse
 from workers.render.scratch import Scratch
-from workers.render.spool import Finished, Spool
+from workers.render.spool import RenderedBatch, Spool
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +51,16 @@ LOOK_SECONDS = 1.0
 """Between looks for work while only the tail is busy"""
 
 
-class RenderLine:
+class RenderLoop:
     """One child's pinned pipeline, and what it does with each batch."""
 
     def __init__(
         self,
         farm: Farm,
         identity: Identity,
-        offer: Offer,
-        loaded: Loaded,
-        warmth: Warmth | None = None,
+        offer: ResolvedPipeline,
+        loaded: LoadedPipeline,
+        warmth: CompiledShapes | None = None,
         slots: SlotTest | None = None,
         batch_log: BatchLog | None = None,
     ) -> None:
@@ -68,24 +68,24 @@ class RenderLine:
         self._identity = identity
         self._offer = offer
         self._loaded = loaded
-        self._warmth = warmth or Warmth()
+        self._warmth = warmth or CompiledShapes()
         self._batch_log = batch_log
         self._images = ImageCache(farm.artifacts)
         self._scratch = Scratch(farm.settings.scratch_dir, identity.id)
         self._claims = Claims(farm, identity)
-        self._urgent = Urgent(farm, identity, self._claims)
+        self._urgent = InteractiveClaims(farm, identity, self._claims)
         spool = Spool(self._scratch.pictures(os.getpid()), farm.settings.spool_bytes)
-        circumstances = circumstances_of(loaded)
+        circumstances = environment_of(loaded)
         self._slots = slots or SlotTest(offer.name, offer.family, offer.params_type)
         encoder = Encoder(
             circumstances, lambda frame: self._slots.threads_of(frame, circumstances.threads)
         )
         self._reuse = Reuse(farm, identity, encoder)
-        sieve = Sieve(farm, identity, load_filters(offer.pipeline.filters))
-        self._tail = Tail(farm, identity, encoder, spool, self._claims, sieve, self._reuse)
+        sieve = FilterChain(farm, identity, load_filters(offer.pipeline.filters))
+        self._tail = BatchFinisher(farm, identity, encoder, spool, self._claims, sieve, self._reuse)
         # What is offloaded moves between devices with hooks that know of one call at a time.
         self._may_interrupt = farm.settings.preempt and not offer.pipeline.offload
-        self._twin: Loaded | None = None
+        self._twin: LoadedPipeline | None = None
         self._lent_seconds = 0.0
         """That the batch in hand lent the device to others"""
         self._since = 0.0
@@ -225,7 +225,7 @@ class RenderLine:
         )
         self._claims.release(lease)
 
-    def _begin(self, lease: Lease) -> tuple[Finished, LeaseWatch]:
+    def _begin(self, lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
         """Begin to watch a lease, and see what of it must be rendered."""
         # What filters have not seen is not used again.
         reuses = not self._offer.pipeline.filters and any(frame.reuse for frame in lease.frames)
@@ -236,7 +236,7 @@ class RenderLine:
         watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
         watch.start()
         stages = {"claim": self._claims.window(lease)}
-        return Finished(lease, frames, stages, done=done), watch
+        return RenderedBatch(lease, frames, stages, done=done), watch
 
     def _stop(self, lease: Lease, watch: LeaseWatch) -> None:
         watch.close()
@@ -244,7 +244,7 @@ class RenderLine:
         self._claims.release(lease)
 
     def _denoise(
-        self, loaded: Loaded, batch: Finished, on_step: Callable[[int, int], None]
+        self, loaded: LoadedPipeline, batch: RenderedBatch, on_step: Callable[[int, int], None]
     ) -> list[Image.Image | None]:
         """Denoise a batch, noting meanwhile that it is on the device."""
         specs = [frame.spec for frame in batch.frames]

@@ -43,7 +43,7 @@ OUTAGE_PATIENCE_SECONDS = 60.0
 """After Postgres was away no step may have been told for long, though all went well."""
 
 
-class Heart:
+class WorkerSupervisor:
     """Renews the worker's leases, ends a hung child, and returns what a dead child held."""
 
     def __init__(self, farm: Farm, identity: Identity, scratch: Scratch) -> None:
@@ -308,7 +308,7 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     with scratch.held():
         with transaction(farm.store) as connection:
             enlist(connection, identity)
-        heart = Heart(farm, identity, scratch)
+        heart = WorkerSupervisor(farm, identity, scratch)
         _connect(heart)
         heart.start()
         try:
@@ -319,7 +319,7 @@ def run_worker(settings: Settings, pipeline: str) -> int:
             farm.close()
 
 
-def _connect(heart: Heart) -> None:
+def _connect(heart: WorkerSupervisor) -> None:
     def on_shutting_down(**_: Any) -> None:
         heart.drain()
 

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def insist(worker: str, work: Callable[[], T]) -> T:
+def retry_while_unavailable(worker: str, work: Callable[[], T]) -> T:
     """Do something until Postgres lets it be done; it never gives up.
 
     Without Postgres there is nothing else to do, and a write whose lease was lost meanwhile changes

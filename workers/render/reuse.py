@@ -16,9 +16,9 @@ from farm.storage import artifact_key
 from farm.store import reuse
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import reads
-from farm.store.frames import Done
+from farm.store.frames import CompletedFrame
 from workers.render.identity import Identity
-from workers.render.retry import insist
+from workers.render.retry import retry_while_unavailable
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ class Reuse:
             return None
         return hashlib.sha256(self._encoder.provenance(frame.spec).encode()).digest()
 
-    def split(self, claimed: Sequence[ClaimedFrame]) -> tuple[Sequence[ClaimedFrame], list[Done]]:
+    def split(
+        self, claimed: Sequence[ClaimedFrame]
+    ) -> tuple[Sequence[ClaimedFrame], list[CompletedFrame]]:
         """Give the frames that must be rendered, and what is done with those that need not be."""
         asked: defaultdict[uuid.UUID, list[ClaimedFrame]] = defaultdict(list)
         for frame in claimed:
@@ -49,7 +51,7 @@ class Reuse:
         fences = {item.fence for item in done}
         return [frame for frame in claimed if frame.fence not in fences], done
 
-    def _found(self, tenant_id: uuid.UUID, frames: Sequence[ClaimedFrame]) -> list[Done]:
+    def _found(self, tenant_id: uuid.UUID, frames: Sequence[ClaimedFrame]) -> list[CompletedFrame]:
         digests = {frame.fence: self.digest(frame) for frame in frames}
         wanted = [digest for digest in digests.values() if digest is not None]
 
@@ -57,13 +59,15 @@ class Reuse:
             with reads(self._farm.store) as connection:
                 return reuse.find_renders(connection, tenant_id, wanted)
 
-        stored = insist(self._identity.name, find)
+        stored = retry_while_unavailable(self._identity.name, find)
         done = []
         for frame in frames:
             digest = digests[frame.fence]
             if digest in stored and self._copied(stored[digest], frame):
                 row = stored[digest]
-                same = Done(frame.fence, row.sha256, row.bytes, row.slot, digest, reused=True)
+                same = CompletedFrame(
+                    frame.fence, row.sha256, row.bytes, row.slot, digest, reused=True
+                )
                 done.append(same)
         return done
 

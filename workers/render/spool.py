@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from farm.store.claim import ClaimedFrame, Lease
-from farm.store.frames import Done, Failure
+from farm.store.frames import CompletedFrame, FailedAttempt
 from farm.store.workers import Account
 
 log = logging.getLogger(__name__)
 
-MOST_BATCHES = 1000
+MAX_BATCHES = 1000
 """Kept at once: their leases are renewed together"""
 FIRST_SECONDS = 0.5
-MOST_SECONDS = 5.0
+MAX_SECONDS = 5.0
 """Between two tries to store what is kept: full jitter below twice as long each time."""
 
 
@@ -34,7 +34,7 @@ class Picture:
 
     frame: ClaimedFrame
     key: str
-    done: Done
+    done: CompletedFrame
     held: bytes | Path
 
     def content(self) -> bytes:
@@ -43,7 +43,7 @@ class Picture:
 
 
 @dataclass(eq=False)
-class Finished:
+class RenderedBatch:
     """A batch that was rendered, and what became of its frames so far."""
 
     lease: Lease
@@ -55,8 +55,8 @@ class Finished:
     pixels: int = 0
     step: tuple[int, int] = (0, 0)
     unstored: list[Picture] = field(default_factory=list)
-    done: list[Done] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+    done: list[CompletedFrame] = field(default_factory=list)
+    failures: list[FailedAttempt] = field(default_factory=list)
     suspicious: bool = False
     """Whether the worker itself may be why it failed"""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -71,7 +71,7 @@ class Finished:
 
 
 class Spool:
-    """One child's; at most `max_bytes` and MOST_BATCHES, and what the tail holds then."""
+    """One child's; at most `max_bytes` and MAX_BATCHES, and what the tail holds then."""
 
     def __init__(
         self, folder: Path, max_bytes: int, clock: Callable[[], float] = time.monotonic
@@ -79,9 +79,9 @@ class Spool:
         self._folder = folder
         self._max_bytes = max_bytes
         self._clock = clock
-        self._batches: deque[Finished] = deque()
+        self._batches: deque[RenderedBatch] = deque()
         self._bytes = 0
-        self._in_memory: Finished | None = None
+        self._in_memory: RenderedBatch | None = None
         """What the disk refused; nothing is rendered beside it"""
         self._pause = FIRST_SECONDS
         self._due = float("-inf")
@@ -97,10 +97,10 @@ class Spool:
     @property
     def full(self) -> bool:
         """Whether nothing more should be rendered before something is stored."""
-        much = self._bytes >= self._max_bytes or len(self._batches) >= MOST_BATCHES
+        much = self._bytes >= self._max_bytes or len(self._batches) >= MAX_BATCHES
         return len(self._batches) > 0 and (self._in_memory is not None or much)
 
-    def keep(self, batch: Finished) -> None:
+    def keep(self, batch: RenderedBatch) -> None:
         """Put a batch last. Where the disk refuses, it stays in memory, and the spool is full."""
         self._batches.append(batch)
         self._bytes += sum(picture.done.bytes for picture in batch.unstored)
@@ -116,11 +116,11 @@ class Spool:
         if not self.away:
             self.postpone()
 
-    def oldest(self) -> Finished | None:
+    def oldest(self) -> RenderedBatch | None:
         """The batch to store next, where it is time to try."""
         return self._batches[0] if self._batches and self._clock() >= self._due else None
 
-    def following(self) -> Finished | None:
+    def following(self) -> RenderedBatch | None:
         """The one behind the oldest."""
         return self._batches[1] if len(self._batches) > 1 else None
 
@@ -146,7 +146,7 @@ class Spool:
     def postpone(self) -> None:
         """Note that the storage is still away."""
         self._due = self._clock() + random.uniform(0.1, self._pause)  # noqa: S311 - jitter
-        self._pause = min(2 * self._pause, MOST_SECONDS)
+        self._pause = min(2 * self._pause, MAX_SECONDS)
 
     @property
     def pause(self) -> float | None:

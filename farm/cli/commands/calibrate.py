@@ -16,9 +16,9 @@ from farm.humanize import size
 if TYPE_CHECKING:
     from farm.config import Settings
     from farm.pipelines.catalog import Pipeline
-    from farm.pipelines.family import Loaded
-    from farm.pipelines.resolve import Offer
-    from farm.rendering.calibration import Effort, Point, Sweep
+    from farm.pipelines.family import LoadedPipeline
+    from farm.pipelines.resolve import ResolvedPipeline
+    from farm.rendering.calibration import Point, SweepOptions, SweepResult
 
 BAR = 30
 """Characters of the longest bar"""
@@ -56,11 +56,11 @@ def calibrate(
     """
     from farm.config import load_settings
     from farm.pipelines.catalog_edit import bucket_line, write_buckets
-    from farm.rendering.calibration import Effort
+    from farm.rendering.calibration import SweepOptions
 
     settings = load_settings()
     entry = _entry(settings, pipeline)
-    effort = Effort(most, batches, steps)
+    effort = SweepOptions(most, batches, steps)
     sweeps, loaded = _measure(settings, pipeline, entry, sizes or [], effort)
     table = _table(entry, sweeps, share)
     if not as_json:
@@ -88,15 +88,15 @@ def _entry(settings: Settings, name: str) -> Pipeline:
 
 
 def _measure(
-    settings: Settings, name: str, entry: Pipeline, added: Sequence[str], effort: Effort
-) -> tuple[list[Sweep], Loaded]:
+    settings: Settings, name: str, entry: Pipeline, added: Sequence[str], effort: SweepOptions
+) -> tuple[list[SweepResult], LoadedPipeline]:
     # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from farm.pipelines.resolve import make_offer
+    from farm.pipelines.resolve import resolve_pipeline
     from farm.pipelines.runtime.devices import even_threads, prepare_torch
     from farm.rendering import calibration
 
-    offer = make_offer(name, entry)
+    offer = resolve_pipeline(name, entry)
     sizes = calibration.sizes(offer, added)
     with busy(f"Loading {name}"):
         prepare_torch(even_threads(settings.torch_threads))
@@ -105,8 +105,12 @@ def _measure(
 
 
 def _swept(
-    offer: Offer, loaded: Loaded, size: tuple[int, int], names: tuple[str, ...], effort: Effort
-) -> Sweep:
+    offer: ResolvedPipeline,
+    loaded: LoadedPipeline,
+    size: tuple[int, int],
+    names: tuple[str, ...],
+    effort: SweepOptions,
+) -> SweepResult:
     from farm.rendering import calibration
 
     total = len(calibration.buckets(effort.most)) * (1 + effort.batches)
@@ -114,7 +118,7 @@ def _swept(
         return calibration.sweep(offer, loaded, size, names, effort, lambda: count_more(1))
 
 
-def _table(entry: Pipeline, sweeps: Sequence[Sweep], share: float) -> dict[str, int]:
+def _table(entry: Pipeline, sweeps: Sequence[SweepResult], share: float) -> dict[str, int]:
     """The entry's bucket table, with what was found in place of what stood there."""
     from farm.rendering.calibration import best_bucket
 
@@ -127,7 +131,7 @@ def _table(entry: Pipeline, sweeps: Sequence[Sweep], share: float) -> dict[str, 
     return table
 
 
-def _tell(done: Sweep, share: float, device: str) -> None:
+def _tell(done: SweepResult, share: float, device: str) -> None:
     from farm.rendering.calibration import best_bucket
 
     say(f"{done.width}x{done.height} ({', '.join(done.names)})", "bold")
@@ -159,7 +163,7 @@ def _bar(point: Point, fastest: float, *, is_chosen: bool) -> str:
     return f"{bar} recommended" if is_chosen else bar
 
 
-def _ending(done: Sweep) -> str:
+def _ending(done: SweepResult) -> str:
     from farm.rendering.calibration import NO_GROWTH, OUT_OF_MEMORY
 
     if not done.points:
@@ -177,7 +181,11 @@ def _memory(device: str) -> str:
 
 
 def _object(
-    name: str, loaded: Loaded, sweeps: Sequence[Sweep], effort: Effort, share: float
+    name: str,
+    loaded: LoadedPipeline,
+    sweeps: Sequence[SweepResult],
+    effort: SweepOptions,
+    share: float,
 ) -> dict[str, Any]:
     from farm.pipelines.runtime.devices import device_name, thread_count
 
@@ -195,7 +203,7 @@ def _object(
     }
 
 
-def _size_object(done: Sweep, share: float) -> dict[str, Any]:
+def _size_object(done: SweepResult, share: float) -> dict[str, Any]:
     from farm.rendering.calibration import best_bucket
 
     return {

@@ -18,7 +18,7 @@ from farm.errors import FarmError, NotFound
 
 if TYPE_CHECKING:
     from farm.cli.client.http import Job
-    from farm.cli.demo_farm import Host
+    from farm.cli.demo_farm import FarmHandle
 
 PIPELINE = "demo"
 PROMPTS = (
@@ -50,10 +50,10 @@ def demo(
 
     A farm that runs already, on FARM_DATA, --data or FARM_API_URL, is used instead.
     """
-    from farm.cli.demo_farm import some_farm
+    from farm.cli.demo_farm import running_or_started_farm
 
     try:
-        with interrupted_by_signals(), some_farm(data) as host:
+        with interrupted_by_signals(), running_or_started_farm(data) as host:
             job = _render(host, dest)
             _tell_what_next(host, dest, keep_running=keep_running)
             if keep_running and host.own:
@@ -72,7 +72,7 @@ def _until_interrupted() -> None:
         return
 
 
-def _render(host: Host, dest: Path) -> Job:
+def _render(host: FarmHandle, dest: Path) -> Job:
     from farm.cli.commands.get import download
     from farm.cli.terminal.job_progress import follow, summary
 
@@ -103,7 +103,7 @@ def _render(host: Host, dest: Path) -> Job:
     return job
 
 
-def _check_pipeline(host: Host) -> None:
+def _check_pipeline(host: FarmHandle) -> None:
     names = [pipeline["name"] for pipeline in host.client.get("/v1/pipelines")["data"]]
     if PIPELINE not in names:
         raise NotFound(
@@ -112,7 +112,7 @@ def _check_pipeline(host: Host) -> None:
         )
 
 
-def _sheet(host: Host, job: Job, dest: Path) -> Path:
+def _sheet(host: FarmHandle, job: Job, dest: Path) -> Path:
     """Save the contact sheet beside the pictures; returns its path."""
     from PIL import Image
 
@@ -135,7 +135,7 @@ def _sheet(host: Host, job: Job, dest: Path) -> Path:
     return path
 
 
-def _tell_what_next(host: Host, dest: Path, *, keep_running: bool) -> None:
+def _tell_what_next(host: FarmHandle, dest: Path, *, keep_running: bool) -> None:
     stays = keep_running or not host.own
     folder = f"FARM_DATA={shlex.quote(_short(host.data))} " if host.data else ""
     here = host.data is None or _short(host.data) == DATA

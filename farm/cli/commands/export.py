@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.job_lookup import JobWord, find_job
+from farm.cli.job_lookup import JobArgument, find_job
 from farm.cli.terminal.console import Json, count, emit, note, plural, say
 from farm.cli.terminal.progress import counted
 from farm.errors import FarmError, NotFound
@@ -43,7 +43,7 @@ class Form(StrEnum):
 
 
 def export(
-    job_word: JobWord,
+    job_word: JobArgument,
     to: Annotated[Form, typer.Option(help="The dataset's form.")],
     dest: Annotated[
         str, typer.Option(metavar="DIR-or-S3", help="A folder, or s3://BUCKET/PREFIX.")

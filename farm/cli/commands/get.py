@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.job_lookup import JobWord, find_job, short
+from farm.cli.job_lookup import JobArgument, find_job, short
 from farm.cli.terminal.console import Json, count, emit, note, plural, say
 from farm.cli.terminal.exit_codes import exit_as
 from farm.cli.terminal.progress import counted
@@ -33,7 +33,7 @@ TRIES = 3
 
 
 @dataclass
-class Haul:
+class DownloadResult:
     """What a download came to."""
 
     fetched: int = 0
@@ -48,7 +48,7 @@ class Haul:
 
 
 def get(
-    job_word: JobWord,
+    job_word: JobArgument,
     dest: Annotated[Path, typer.Option(help="The folder to fill; made if missing.")],
     as_json: Json = False,
 ) -> None:
@@ -72,7 +72,7 @@ def get(
     exit_as(job)
 
 
-def _tell(job: Job, haul: Haul, dest: Path) -> None:
+def _tell(job: Job, haul: DownloadResult, dest: Path) -> None:
     kept = f", {count(haul.kept)} already there" if haul.kept else ""
     pictures = plural(haul.pictures, "picture")
     say(f"{pictures} in {dest} ({size(haul.fetched_bytes)} fetched{kept}).")
@@ -83,13 +83,13 @@ def _tell(job: Job, haul: Haul, dest: Path) -> None:
     note(rest + ("" if job["status"] in TERMINAL else again))
 
 
-def download(client: FarmClient, job: Job, dest: Path) -> Haul:
+def download(client: FarmClient, job: Job, dest: Path) -> DownloadResult:
     """Fetch what is missing of a job's pictures into `dest`.
 
     Raises:
         FarmError: the folder cannot be written, or a picture's bytes stay wrong.
     """
-    haul = Haul()
+    haul = DownloadResult()
     frames = client.items(f"/v1/jobs/{job['id']}/frames", {"state": "succeeded"})
     try:
         dest.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from farm.cli.job_lookup import JobWord, find_job, short
+from farm.cli.job_lookup import JobArgument, find_job, short
 from farm.cli.submit_body import pair
 from farm.cli.terminal.console import (
     Json,
@@ -101,7 +101,7 @@ def _table(found: list[Job]) -> Table:
     return table
 
 
-def job(job_word: JobWord, as_json: Json = False) -> None:
+def job(job_word: JobArgument, as_json: Json = False) -> None:
     """Show a job whole: its counts, its parameters, why it waits, what went wrong."""
     with _client() as client:
         found = client.job(find_job(client, job_word))
@@ -153,7 +153,7 @@ def _describe_dead(client: FarmClient, found: Job) -> None:
     note(f"Give dead frames fresh attempts: farm retry {short(found['id'])}")
 
 
-def watch(job_word: JobWord, as_json: Json = False) -> None:
+def watch(job_word: JobArgument, as_json: Json = False) -> None:
     """Show a job's progress until it has ended; exit code 3 unless it succeeded."""
     with _client() as client:
         watch_to_end(client, client.job(find_job(client, job_word)), as_json=as_json)
@@ -180,7 +180,7 @@ def watch_to_end(client: FarmClient, found: Job, *, as_json: bool) -> None:
 def _steering(verb: str, past: str, about: str) -> Callable[[str, bool], None]:
     """Make the command that steers a job with this verb of the API."""
 
-    def command(job_word: JobWord, as_json: Json = False) -> None:
+    def command(job_word: JobArgument, as_json: Json = False) -> None:
         with _client() as client:
             steered = client.steer(find_job(client, job_word), verb)
         if as_json:

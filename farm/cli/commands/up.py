@@ -14,7 +14,7 @@ from rich.console import Console
 from farm.cli.terminal.console import program
 from farm.cli.terminal.signals import interrupted_by_signals
 from farm.errors import InvalidRequest
-from farm.local.up import Farm, running_farm
+from farm.local.up import LocalFarm, running_farm
 
 console = Console(highlight=False, emoji=False, soft_wrap=True)
 
@@ -55,7 +55,7 @@ def _count(word: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def _show(farm: Farm) -> None:
+def _show(farm: LocalFarm) -> None:
     console.print(f"Farm is ready: {farm.url}", style="bold green")
     rows = {
         # With the key only where a person looks: standard output may go to a file.

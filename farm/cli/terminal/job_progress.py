@@ -37,7 +37,7 @@ from farm.humanize import pace, size
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient, Job
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 1.0
+FIRST_PAUSE, MAX_PAUSE = 0.25, 1.0
 """Seconds between two looks at a job."""
 
 
@@ -91,7 +91,7 @@ def _watch(client: FarmClient, job: Job, view: View, stalled_seconds: float | No
             why = job["waiting_because"] or "A worker runs it, but finishes no frame."
             raise Stalled(f"Nothing moved for {duration(stalled_seconds)}. {why}")
         time.sleep(pause)
-        pause = min(pause * 1.2, LONGEST_PAUSE)
+        pause = min(pause * 1.2, MAX_PAUSE)
         job = client.job(job["id"])
 
 

@@ -19,7 +19,7 @@ from farm.pipelines.disk_cache import file_hash
 
 SAFE = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
-MOST_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """of a safetensors file, as its library has it"""
 NOT_A_VOCABULARY = frozenset(
     {
@@ -243,7 +243,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, MOST_HEADER_BYTES):
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise ValueError("it does not begin as safetensors do, or is cut off")
         header = json.loads(file.read(length))
     try:

@@ -21,7 +21,7 @@ from farm.pipelines.checkpoints.read import vae_scale
 from farm.pipelines.family import (
     Batch,
     Checkpoint,
-    Loaded,
+    LoadedPipeline,
     StepHook,
     generators,
     padded,
@@ -50,7 +50,7 @@ LIMITS: dict[type, dict[str, Any]] = {
     bool: {},
 }
 STEPS = {"ge": 1, "le": 1000}
-MOST_TOKENS = 512
+MAX_TOKENS = 512
 """as many as the T5 encoders of these pipelines take"""
 Text = Annotated[str, AfterValidator(storable)]
 
@@ -89,12 +89,12 @@ class Auto:
         grown: type[AutoParams] = made
         return tailored(grown, _sizes(pipeline, checkpoint, signature))
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load through AutoPipelineForText2Image."""
         pipe = load_pipe(pipeline)
         return pin(pipeline, [pipe])
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Render a batch by the pipeline's own call; see Family.denoise."""
         class_name = type(loaded.pipe).__name__
         signature = read_signature(class_name)
@@ -210,7 +210,7 @@ def _limits(name: str, kind: type, default: Any) -> dict[str, Any]:
     if name.endswith("inference_steps"):
         return STEPS
     if name == "max_sequence_length":
-        return {"ge": 1, "le": max(default or 0, MOST_TOKENS)}
+        return {"ge": 1, "le": max(default or 0, MAX_TOKENS)}
     return LIMITS[kind]
 
 

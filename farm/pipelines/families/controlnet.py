@@ -15,7 +15,7 @@ from farm.pipelines.families.clip import ClipParams, Group, clip_changes, render
 from farm.pipelines.families.sdxl import CLASSES as SDXL_CLASSES
 from farm.pipelines.families.sdxl import MicroConditioned
 from farm.pipelines.families.stable_diffusion import CLASSES as SD_CLASSES
-from farm.pipelines.family import Batch, Checkpoint, Loaded, unflagged
+from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, unflagged
 from farm.pipelines.params import STRICT, Params, tailored
 from farm.pipelines.prompts.embeddings import PromptEncoder
 from farm.pipelines.runtime.loading import load_part, load_pipe, pin
@@ -110,13 +110,13 @@ class ControlNet:
         count = {"min_length": len(nets), "max_length": len(nets), "examples": [example]}
         return tailored(base, clip_changes(pipeline, checkpoint) | {"control": count})
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load the nets, then the base through AutoPipelineForText2Image with them."""
         nets = [load_part(pipeline, net, NET) for net in pipeline.controlnets]
         pipe = load_pipe(pipeline, controlnet=nets[0] if len(nets) == 1 else nets)
         return pin(pipeline, [pipe], {"prompts": PromptEncoder(pipe), "nets": len(nets)})
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Render a batch; see Family.denoise."""
         of_sdxl = hasattr(loaded.pipe, "text_encoder_2")
         family_params = SDXLControlNetParams if of_sdxl else StableDiffusionControlNetParams
@@ -155,7 +155,7 @@ def _check_net(name: str, net: Checkpoint, base: Checkpoint) -> None:
 
 
 def _steering(
-    loaded: Loaded, params: Controlled, frames: list[FrameSpec], batch: Batch
+    loaded: LoadedPipeline, params: Controlled, frames: list[FrameSpec], batch: Batch
 ) -> dict[str, Any]:
     """The arguments for the nets: one value where there is one net, else lists in their order.
 

@@ -9,7 +9,14 @@ from pydantic import Field
 from farm.errors import CatalogError
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.checkpoints.read import config_of, require_class, vae_scale
-from farm.pipelines.family import Batch, Checkpoint, Loaded, generators, padded, step_callback
+from farm.pipelines.family import (
+    Batch,
+    Checkpoint,
+    LoadedPipeline,
+    generators,
+    padded,
+    step_callback,
+)
 from farm.pipelines.params import Guidance, Negatable, Params, Steps, tailored
 from farm.pipelines.runtime.loading import load_part, load_pipe, pin
 from farm.pipelines.samplers import SamplerName, build_sampler, sampler_change, sampler_config
@@ -70,7 +77,7 @@ class Kandinsky22:
         changes = {"width": side, "height": side, "sampler": sampler_change(scheduler, SAMPLERS)}
         return tailored(KandinskyParams, changes)
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load prior and decoder, and combine them as the Auto class would from the hub."""
         from diffusers import KandinskyV22CombinedPipeline
 
@@ -84,7 +91,7 @@ class Kandinsky22:
         extras = {"prior_scheduler_config": sampler_config(prior)}
         return pin(pipeline, [pipe], extras)
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Render a batch as KandinskyV22CombinedPipeline does; see Family.denoise."""
         frames = padded(batch.frames)
         params = KandinskyParams.model_validate(frames[0].params)

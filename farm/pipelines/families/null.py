@@ -15,7 +15,7 @@ from pydantic import Field
 
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.checkpoints.weights import weights_hash
-from farm.pipelines.family import Batch, Checkpoint, Loaded, padded
+from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, padded
 from farm.pipelines.params import Params
 from farm.pipelines.runtime.devices import NONE
 
@@ -50,13 +50,13 @@ class Null:
         """Every checkpoint is the same."""
         return NullParams
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Pin nothing but the checkpoint's pictures, if there are any."""
         folder = Path(pipeline.checkpoint)
         pictures = {"pictures": _pictures(folder)}
-        return Loaded(None, NONE, "float32", None, weights_hash(folder), extras=pictures)
+        return LoadedPipeline(None, NONE, "float32", None, weights_hash(folder), extras=pictures)
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Wait as long as the frames say, and give each what belongs to its seed and size."""
         params = NullParams.model_validate(batch.frames[0].params)
         for step in range(1, params.steps + 1):

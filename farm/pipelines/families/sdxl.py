@@ -10,7 +10,7 @@ from farm.errors import CatalogError, RenderError
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.checkpoints.read import require_class
 from farm.pipelines.families.clip import ClipParams, Group, clip_changes, render_in_groups
-from farm.pipelines.family import Batch, Checkpoint, Loaded, unflagged
+from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, unflagged
 from farm.pipelines.params import Guidance, Params, tailored
 from farm.pipelines.prompts.embeddings import PromptEncoder
 from farm.pipelines.runtime.loading import load_part, load_pipe, pin
@@ -135,7 +135,7 @@ class SDXL:
             raise CatalogError("offload = group cannot move what base and refiner share.")
         return tailored(SDXLParams, changes | {"denoising_end": {"default": HANDOVER}})
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load the base through the Auto class; the refiner shares what diffusers' guide shares."""
         base = load_pipe(pipeline)
         extras: dict[str, Any] = {"prompts": PromptEncoder(base)}
@@ -157,7 +157,7 @@ class SDXL:
         }
         return pin(pipeline, [base, refiner], extras)
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Render a batch; see Family.denoise."""
         params = SDXLParams.model_validate(batch.frames[0].params)
         encoders = [loaded.extras["prompts"]]
@@ -188,7 +188,7 @@ class SDXL:
 
 
 def _refined(
-    loaded: Loaded, params: SDXLParams, group: Group, latents: Any, generators: list[Any]
+    loaded: LoadedPipeline, params: SDXLParams, group: Group, latents: Any, generators: list[Any]
 ) -> list[Image.Image | None]:
     refiner = loaded.extras["refiner"]
     refiner.scheduler = build_sampler(params.sampler, loaded.extras["refiner_scheduler_config"])

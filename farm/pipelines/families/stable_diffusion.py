@@ -9,7 +9,7 @@ from pydantic import Field
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.checkpoints.read import require_class
 from farm.pipelines.families.clip import ClipParams, Group, clip_changes, render_in_groups
-from farm.pipelines.family import Batch, Checkpoint, Loaded, unflagged
+from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, unflagged
 from farm.pipelines.params import Params, tailored
 from farm.pipelines.prompts.embeddings import PromptEncoder
 from farm.pipelines.runtime.loading import load_pipe, pin
@@ -45,12 +45,12 @@ class StableDiffusion:
         require_class(checkpoint, CLASSES, pipeline.source)
         return tailored(StableDiffusionParams, clip_changes(pipeline, checkpoint))
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load through AutoPipelineForText2Image and pin the pipeline on its device."""
         pipe = load_pipe(pipeline)
         return pin(pipeline, [pipe], {"prompts": PromptEncoder(pipe)})
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Render a batch; see Family.denoise."""
         params = StableDiffusionParams.model_validate(batch.frames[0].params)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 BACKEND = "inductor"
 """What makes code of the graphs that torch traced"""
-MOST_SHAPES = 1024
+MAX_SHAPES = 1024
 """Shapes that a compiled module may be compiled for; torch's own limit of 8 is for accidents."""
 
 
@@ -25,8 +25,8 @@ def compile_pipe(pipe: Any, mode: str) -> None:
     }
     # Of this torch, the processes that compile beside were seen to stop for good.
     torch._inductor.config.compile_threads = 1
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
+    torch._dynamo.config.recompile_limit = MAX_SHAPES
+    torch._dynamo.config.accumulated_recompile_limit = MAX_SHAPES
     if (unet := getattr(pipe, "unet", None)) is not None:
         unet.forward = _timesteps_alike(_outputs_kept(torch.compile(unet.forward, **how), mode))
     if (transformer := getattr(pipe, "transformer", None)) is not None:

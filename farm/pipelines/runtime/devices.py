@@ -138,7 +138,7 @@ def _free_of_container() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one that led to it, says that there is no memory left."""
     cause: BaseException | None = error
-    for _ in range(MOST_CAUSES):
+    for _ in range(MAX_CAUSES):
         if cause is None:
             return False
         if _says_out_of_memory(cause):
@@ -147,7 +147,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-MOST_CAUSES = 10
+MAX_CAUSES = 10
 
 
 def _says_out_of_memory(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ from farm.pipelines.checkpoints.weights import (
     parameter_count,
     weights_hash,
 )
-from farm.pipelines.family import Loaded
+from farm.pipelines.family import LoadedPipeline
 from farm.pipelines.runtime.compiling import compile_pipe
 from farm.pipelines.runtime.devices import (
     device_of,
@@ -106,7 +106,7 @@ def _mend(text_encoder: Any) -> None:
 
 def pin(
     pipeline: Pipeline, pipes: Sequence[Any], extras: Mapping[str, Any] | None = None
-) -> Loaded:
+) -> LoadedPipeline:
     """Put pipelines on their device, as the catalog says; the first is the one that is called.
 
     Raises:
@@ -116,7 +116,7 @@ def pin(
     for pipe in pipes:
         with _told(pipeline, pipeline):
             _place(pipeline, pipe, device)
-    return Loaded(
+    return LoadedPipeline(
         pipe=pipes[0],
         device=device,
         dtype=dtype_of(pipeline, device),

@@ -16,7 +16,7 @@ from PIL import Image
 
 from farm.domain.spec import FrameSpec
 from farm.errors import RenderError
-from farm.pipelines.family import Batch, Family, Loaded, floats_seen
+from farm.pipelines.family import Batch, Family, LoadedPipeline, floats_seen
 from farm.pipelines.params import Params
 from farm.pipelines.runtime.devices import thread_count, torch_threads
 
@@ -61,7 +61,7 @@ class SlotTest:
         """Torch's threads for a frame's shape, `otherwise` where that was not tested."""
         return self._threads.get(Shape.of(frame), otherwise)
 
-    def threads(self, loaded: Loaded, frame: FrameSpec) -> int:
+    def threads(self, loaded: LoadedPipeline, frame: FrameSpec) -> int:
         """Torch's threads for a frame's shape, which is tested when it is first met; 0 on a GPU.
 
         Args:
@@ -76,7 +76,7 @@ class SlotTest:
             self._threads[shape] = self._tested(loaded, frame, shape)
         return self._threads[shape]
 
-    def _tested(self, loaded: Loaded, frame: FrameSpec, shape: Shape) -> int:
+    def _tested(self, loaded: LoadedPipeline, frame: FrameSpec, shape: Shape) -> int:
         most = thread_count(loaded.device)
         if shape.bucket == 1 or not loaded.pipes:
             return most
@@ -100,7 +100,7 @@ class SlotTest:
             "slot in the batch. Choose another bucket, such as 1, or another size."
         )
 
-    def _is_even(self, loaded: Loaded, frame: FrameSpec) -> bool:
+    def _is_even(self, loaded: LoadedPipeline, frame: FrameSpec) -> bool:
         """Whether a probe comes out alike in all slots, and in the first one beside others."""
         probe, other = (_quickest(frame, seed) for seed in (PROBE, NEIGHBOUR))
         beside = frame.bucket - 1
@@ -108,7 +108,7 @@ class SlotTest:
         mixed = self._bits(loaded, [probe, *[other] * beside])
         return alike == alike[:1] * frame.bucket and mixed[0] == alike[0]
 
-    def _bits(self, loaded: Loaded, frames: list[FrameSpec]) -> list[list[bytes]]:
+    def _bits(self, loaded: LoadedPipeline, frames: list[FrameSpec]) -> list[list[bytes]]:
         """Render frames; gives for each slot the bits of its latents and of its picture."""
         params = frames[0].params
         blank = Image.new("RGB", (params["width"], params["height"]))

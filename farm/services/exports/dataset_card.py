@@ -78,7 +78,7 @@ FORMS = {
 
 
 @dataclass(frozen=True)
-class Cover:
+class ExportSummary:
     """What is known of a dataset once its shards are written."""
 
     export_id: str
@@ -98,7 +98,7 @@ class Cover:
         return [file for shard in self.shards for file in shard["files"]]
 
 
-def manifest(cover: Cover) -> bytes:
+def manifest(cover: ExportSummary) -> bytes:
     """List every shard with its files' hashes, and how many frames have no picture."""
     content = {
         "export": cover.export_id,
@@ -113,7 +113,7 @@ def manifest(cover: Cover) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
-def card(cover: Cover) -> bytes:
+def card(cover: ExportSummary) -> bytes:
     """Write the README of the dataset."""
     pipelines = sorted({str(job["pipeline"]) for job in cover.jobs})
     configs = (
@@ -165,7 +165,7 @@ the pixels.
 """.encode()
 
 
-def croissant(cover: Cover) -> bytes:
+def croissant(cover: ExportSummary) -> bytes:
     """Describe the files and their columns for machines."""
     files = [
         {
@@ -221,7 +221,7 @@ def _field(name: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _title(cover: Cover) -> str:
+def _title(cover: ExportSummary) -> str:
     return f"Farm export {cover.export_id[:8]}"
 
 

@@ -27,8 +27,8 @@ from pyarrow.parquet import ParquetWriter
 from farm.domain.image_formats import FORMATS
 from farm.services.exports.rows import SCHEMA, Frame, without_nulls
 
-ROWS_A_GROUP = 1000
-PICTURES_A_GROUP = 100
+ROWS_PER_GROUP = 1000
+PICTURES_PER_GROUP = 100
 """Of an embedded Parquet: they are held in memory together"""
 
 Pictured = tuple[Frame, bytes | None]
@@ -84,7 +84,7 @@ def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> l
     pictures = 0
     with (
         tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar,
-        _table(table_path, SCHEMA, ROWS_A_GROUP) as table,
+        _table(table_path, SCHEMA, ROWS_PER_GROUP) as table,
     ):
         for frame, picture in frames:
             row = frame.row()
@@ -102,7 +102,7 @@ def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> l
 def write_parquet(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
     """Write a shard as a Parquet with the pictures in it."""
     path = folder / f"{number:05d}.parquet"
-    with _table(path, EMBEDDED, PICTURES_A_GROUP) as table:
+    with _table(path, EMBEDDED, PICTURES_PER_GROUP) as table:
         for frame, picture in frames:
             if picture is not None:
                 name = f"{frame.name}.{FORMATS[frame.spec.format].extension}"
@@ -115,7 +115,7 @@ def write_imagefolder(number: int, frames: Iterable[Pictured], folder: Path) -> 
     name = f"{number:05d}"
     (folder / name).mkdir(exist_ok=True)
     index, pictures = folder / name / "metadata.parquet", []
-    with _table(index, FOLDER, ROWS_A_GROUP) as table:
+    with _table(index, FOLDER, ROWS_PER_GROUP) as table:
         for frame, picture in frames:
             if picture is not None:
                 path = folder / name / f"{frame.name}.{FORMATS[frame.spec.format].extension}"

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 SHARD_FRAMES = 10_000
 """As img2dataset has it"""
-MOST_SHARDS = 10_000
-MOST_JOBS = 100
+MAX_SHARDS = 10_000
+MAX_JOBS = 100
 PAGE = 500
 """Frames whose rows and lines are read together"""
 FETCHES = 8
@@ -80,10 +80,10 @@ def create(
         if kind == "webdataset":
             _check_formats(stored.formats_of(connection, chosen))
         shards = stored.count_shards(connection, chosen, shard_frames)
-        if shards > MOST_SHARDS:
+        if shards > MAX_SHARDS:
             raise InvalidRequest(
                 f"shard_frames: with {shard_frames} frames each there are {shards} shards; the "
-                f"limit is {MOST_SHARDS}.",
+                f"limit is {MAX_SHARDS}.",
                 param="shard_frames",
             )
         export = stored.insert_export(
@@ -105,7 +105,7 @@ def _bearing(
     connection: Transaction, tenant_id: uuid.UUID, labels: Mapping[str, str]
 ) -> list[uuid.UUID]:
     """Name the jobs that bear some labels, the oldest first; one more than may be, at most."""
-    newest = queries.list_jobs(connection, tenant_id, limit=MOST_JOBS + 1, labels=dict(labels))
+    newest = queries.list_jobs(connection, tenant_id, limit=MAX_JOBS + 1, labels=dict(labels))
     return [job.id for job in reversed(newest)]
 
 
@@ -145,9 +145,9 @@ def _check_jobs(own: set[uuid.UUID], chosen: Sequence[uuid.UUID]) -> None:
         raise InvalidRequest(f"jobs: there is no job {missing[0]}.", param="jobs")
     if not chosen:
         raise InvalidRequest("labels: no job bears them.", param="labels")
-    if len(chosen) > MOST_JOBS or len(set(chosen)) < len(chosen):
+    if len(chosen) > MAX_JOBS or len(set(chosen)) < len(chosen):
         raise InvalidRequest(
-            f"jobs: different ones, and {MOST_JOBS} at most, may be exported together.",
+            f"jobs: different ones, and {MAX_JOBS} at most, may be exported together.",
             param="jobs",
         )
 
@@ -294,16 +294,16 @@ class ShardWriter:
         return [Written(name, folder / name) for name in (*contents, "missing.jsonl")]
 
     def _known(self, shard: Shard) -> Any:
-        from farm.services.exports.dataset_card import Cover
+        from farm.services.exports.dataset_card import ExportSummary
 
         with reads(self.farm.store) as connection:
             export = stored.get_export(connection, shard.tenant_id, shard.export_id)
             jobs = [
                 queries.get_job(connection, shard.tenant_id, job_id) for job_id in export.job_ids
             ]
-            rows = stored.shards_of(connection, shard.export_id, limit=MOST_SHARDS + 1)
+            rows = stored.shards_of(connection, shard.export_id, limit=MAX_SHARDS + 1)
             rejected = stored.rejected(connection, shard.export_id)
-        return Cover(
+        return ExportSummary(
             export_id=str(export.id),
             kind=export.kind,
             jobs=[

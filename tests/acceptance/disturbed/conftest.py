@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from farm.config import load_env
-from tests.acceptance.farms import QUICK, Live, null_catalog, running
+from tests.acceptance.farms import QUICK, LiveFarm, null_catalog, running
 from tests.waiting import wait_until
 
 SLOW_JOB = {
@@ -68,7 +68,7 @@ def half_done(killed: Killed) -> Sequence[str]:
 
 
 @pytest.fixture(scope="package")
-def disturbed(killed: Killed) -> Iterator[Live]:
+def disturbed(killed: Killed) -> Iterator[LiveFarm]:
     """A farm whose pipeline only waits in each step, and loads at once."""
     with running(killed.data, "null", killed.catalog) as farm:
         yield farm

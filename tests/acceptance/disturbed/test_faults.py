@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.acceptance.farms import Live
+from tests.acceptance.farms import LiveFarm
 from tests.waiting import wait_until
 
 FRAMES = 16
@@ -28,7 +28,7 @@ LONG: dict[str, Any] = {
 """Four batches of a second each"""
 
 
-def parent_of(disturbed: Live) -> int:
+def parent_of(disturbed: LiveFarm) -> int:
     pid = disturbed.farm.children["worker null-1"].pid
     assert pid is not None
     return pid
@@ -51,7 +51,7 @@ def child_of(pid: int) -> int:
     return int(spawned[0].split()[0])
 
 
-def all_succeeded_once(disturbed: Live, job_id: str) -> list[dict[str, Any]]:
+def all_succeeded_once(disturbed: LiveFarm, job_id: str) -> list[dict[str, Any]]:
     """Check the end against the database itself, and the pictures against the storage."""
     job = disturbed.ended(job_id, 180.0)
     assert job["status"] == "succeeded", job
@@ -72,7 +72,7 @@ def reasons(frames: list[dict[str, Any]]) -> set[str]:
     return {attempt["reason"] for frame in frames for attempt in frame["attempts"]}
 
 
-def test_the_child_is_killed(disturbed: Live) -> None:
+def test_the_child_is_killed(disturbed: LiveFarm) -> None:
     job_id = disturbed.submit(**LONG)["id"]
     disturbed.halfway(job_id)
     parent = parent_of(disturbed)
@@ -86,7 +86,7 @@ def test_the_child_is_killed(disturbed: Live) -> None:
     assert disturbed.farm.children["worker null-1"].pid == parent
 
 
-def test_the_parent_is_killed(disturbed: Live) -> None:
+def test_the_parent_is_killed(disturbed: LiveFarm) -> None:
     job_id = disturbed.submit(**LONG)["id"]
     disturbed.halfway(job_id)
     parent = parent_of(disturbed)
@@ -99,7 +99,7 @@ def test_the_parent_is_killed(disturbed: Live) -> None:
         os.kill(child, 0)
 
 
-def test_valkey_is_killed_with_its_data(disturbed: Live) -> None:
+def test_valkey_is_killed_with_its_data(disturbed: LiveFarm) -> None:
     job_id = disturbed.submit(**LONG)["id"]
     disturbed.halfway(job_id)
     valkey = disturbed.farm.servers.valkey
@@ -117,7 +117,7 @@ def test_valkey_is_killed_with_its_data(disturbed: Live) -> None:
 
 
 @contextmanager
-def another_worker(disturbed: Live) -> Iterator[subprocess.Popen[bytes]]:
+def another_worker(disturbed: LiveFarm) -> Iterator[subprocess.Popen[bytes]]:
     env = {**os.environ, **disturbed.farm.env, "OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "farm.cli", "worker", "null"],
@@ -133,7 +133,7 @@ def another_worker(disturbed: Live) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(60)
 
 
-def test_a_stopped_worker_comes_back_too_late(disturbed: Live) -> None:
+def test_a_stopped_worker_comes_back_too_late(disturbed: LiveFarm) -> None:
     """Its lease expires, another worker renders the frames, and its own result is dropped."""
     with another_worker(disturbed) as process:
 
@@ -159,7 +159,7 @@ def test_a_stopped_worker_comes_back_too_late(disturbed: Live) -> None:
         assert disturbed.frames(job_id) == frames
 
 
-def test_sigterm_finishes_the_batch_and_leaves(disturbed: Live) -> None:
+def test_sigterm_finishes_the_batch_and_leaves(disturbed: LiveFarm) -> None:
     job_id = disturbed.submit(**LONG)["id"]
     disturbed.halfway(job_id)
     worker = disturbed.farm.children["worker null-1"]
@@ -169,7 +169,7 @@ def test_sigterm_finishes_the_batch_and_leaves(disturbed: Live) -> None:
     assert reasons(all_succeeded_once(disturbed, job_id)) == set()
 
 
-def test_an_idle_worker_finds_work_while_redis_is_silent(disturbed: Live) -> None:
+def test_an_idle_worker_finds_work_while_redis_is_silent(disturbed: LiveFarm) -> None:
     def idle() -> bool:
         return all(worker["state"] == "idle" for worker in disturbed.get("/v1/workers")["data"])
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from farm.cli.terminal.exit_codes import OK
-from tests.acceptance.farms import Live
+from tests.acceptance.farms import LiveFarm
 from tests.commanding import farm_process
 from tests.waiting import wait_until
 
@@ -21,7 +21,9 @@ ENDLESS: dict[str, Any] = {**SLOW, "bucket": 8}
 
 
 @contextmanager
-def worker_process(disturbed: Live, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def worker_process(
+    disturbed: LiveFarm, **env: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Run another worker of the lane; gives its process and its id."""
     one = {"OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
     process = subprocess.Popen(
@@ -45,17 +47,17 @@ def worker_process(disturbed: Live, **env: str) -> Iterator[tuple[subprocess.Pop
         process.wait()
 
 
-def listed(disturbed: Live) -> list[dict[str, Any]]:
+def listed(disturbed: LiveFarm) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = disturbed.get("/v1/workers")["data"]
     return rows
 
 
-def renders(disturbed: Live, worker_id: str) -> bool:
+def renders(disturbed: LiveFarm, worker_id: str) -> bool:
     found = [row for row in listed(disturbed) if row["id"] == worker_id]
     return bool(found and found[0]["batch"] and found[0]["batch"]["step"])
 
 
-def both_busy(disturbed: Live, worker_id: str) -> list[str]:
+def both_busy(disturbed: LiveFarm, worker_id: str) -> list[str]:
     """Give every worker of the lane a batch that would take minutes; returns the jobs."""
     # Not the same steps: else both would ride in one batch.
     jobs = [disturbed.submit(**ENDLESS, steps=steps, max_attempts=1)["id"] for steps in (1000, 999)]
@@ -63,12 +65,12 @@ def both_busy(disturbed: Live, worker_id: str) -> list[str]:
     return jobs
 
 
-def over(disturbed: Live, jobs: list[str]) -> None:
+def over(disturbed: LiveFarm, jobs: list[str]) -> None:
     for job_id in jobs:
         disturbed.client.post(f"/v1/jobs/{job_id}/cancel")
 
 
-def test_a_worker_drained_from_afar_finishes_and_leaves(disturbed: Live) -> None:
+def test_a_worker_drained_from_afar_finishes_and_leaves(disturbed: LiveFarm) -> None:
     with worker_process(disturbed) as (process, worker_id):
         job = disturbed.submit(**SLOW, images_per_prompt=48, steps=8, bucket=4, max_attempts=1)
         wait_until(lambda: renders(disturbed, worker_id), 60.0, "the second worker rendered")
@@ -91,7 +93,7 @@ def test_a_worker_drained_from_afar_finishes_and_leaves(disturbed: Live) -> None
     assert worker_id in refused.json()["detail"]
 
 
-def test_a_second_sigterm_gives_the_batch_back_at_once(disturbed: Live) -> None:
+def test_a_second_sigterm_gives_the_batch_back_at_once(disturbed: LiveFarm) -> None:
     with worker_process(disturbed) as (process, worker_id):
         jobs = both_busy(disturbed, worker_id)
         process.send_signal(signal.SIGTERM)
@@ -104,11 +106,11 @@ def test_a_second_sigterm_gives_the_batch_back_at_once(disturbed: Live) -> None:
     given_back(disturbed, jobs)
 
 
-def draining(disturbed: Live, worker_id: str) -> bool:
+def draining(disturbed: LiveFarm, worker_id: str) -> bool:
     return any(row["draining"] for row in listed(disturbed) if row["id"] == worker_id)
 
 
-def given_back(disturbed: Live, jobs: list[str]) -> None:
+def given_back(disturbed: LiveFarm, jobs: list[str]) -> None:
     """Check that one frame was returned, at no charge, and that another worker may take it."""
     frames = [frame for job_id in jobs for frame in disturbed.frames(job_id)]
     reasons = [attempt["reason"] for frame in frames for attempt in frame["attempts"]]
@@ -117,7 +119,7 @@ def given_back(disturbed: Live, jobs: list[str]) -> None:
     assert {frame["state"] for frame in frames} <= {"ready", "running"}  # none is dead
 
 
-def test_a_grace_that_ends_gives_the_batch_back(disturbed: Live) -> None:
+def test_a_grace_that_ends_gives_the_batch_back(disturbed: LiveFarm) -> None:
     with worker_process(disturbed, FARM_GRACE_SECONDS="10") as (process, worker_id):
         jobs = both_busy(disturbed, worker_id)
         started = time.monotonic()
@@ -128,7 +130,7 @@ def test_a_grace_that_ends_gives_the_batch_back(disturbed: Live) -> None:
 
 
 def test_a_farm_killed_whole_goes_on_where_it_was(
-    disturbed: Live, half_done: Sequence[str]
+    disturbed: LiveFarm, half_done: Sequence[str]
 ) -> None:
     """This folder's farm began on the data of one whose processes were all killed."""
     listed_now = disturbed.get("/v1/jobs", limit=200)["data"]

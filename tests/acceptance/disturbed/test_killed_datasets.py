@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.farms import Live
+from tests.acceptance.farms import LiveFarm
 from tests.commanding import farm
 from tests.waiting import wait_until
 
@@ -26,7 +26,7 @@ KILLED_FRAMES = 2_000
 
 @pytest.mark.full_size
 def test_whatever_is_killed_the_dataset_holds_each_key_once(
-    disturbed: Live, tmp_path: Path
+    disturbed: LiveFarm, tmp_path: Path
 ) -> None:
     """Submitter, API, exporter and worker, each by SIGKILL at a random moment."""
     frames = int(os.environ.get("FARM_TEST_KILLED_FRAMES", KILLED_FRAMES))

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.acceptance.farms import Live, running
+from tests.acceptance.farms import LiveFarm, running
 
 
 @pytest.fixture(scope="package")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFarm]:
     """A farm with the demo's pipeline."""
     with running(tmp_path_factory.mktemp("live"), "demo") as farm:
         yield farm

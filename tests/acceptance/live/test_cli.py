@@ -22,7 +22,7 @@ from demo.check import read_picture
 from demo.pictures import Combo
 from farm.cli.commands.demo import IMAGES, PROMPTS
 from farm.pipelines.runtime.devices import torch_threads
-from tests.acceptance.farms import Live
+from tests.acceptance.farms import LiveFarm
 from tests.commanding import Outcome, farm, farm_process
 from tests.waiting import wait_until
 
@@ -33,18 +33,18 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def run(live: Live, tmp_path: Path) -> Run:
+def run(live: LiveFarm, tmp_path: Path) -> Run:
     """Run a command in an empty folder, with FARM_DATA as all that is set."""
     return _against(live, tmp_path, farm)
 
 
 @pytest.fixture
-def run_process(live: Live, tmp_path: Path) -> Run:
+def run_process(live: LiveFarm, tmp_path: Path) -> Run:
     """The same in a process of its own, as users run it."""
     return _against(live, tmp_path, farm_process)
 
 
-def _against(live: Live, folder: Path, runner: Run) -> Run:
+def _against(live: LiveFarm, folder: Path, runner: Run) -> Run:
     def command(*words: str, stdin: str = "", **env: str) -> Outcome:
         data = {"FARM_DATA": str(live.farm.data)}
         outcome = runner(*words, env=data | env, cwd=folder, stdin=stdin)
@@ -55,13 +55,13 @@ def _against(live: Live, folder: Path, runner: Run) -> Run:
 
 
 @pytest.fixture(scope="module")
-def rendered(live: Live) -> dict[str, Any]:
+def rendered(live: LiveFarm) -> dict[str, Any]:
     """A job of two prompts times three images, done."""
     job = live.submit(prompts=["a red star", ARABIC], images_per_prompt=3, seed=31, steps=3)
     return live.ended(job["id"])
 
 
-def test_submit_and_watch(run_process: Run, live: Live) -> None:
+def test_submit_and_watch(run_process: Run, live: LiveFarm) -> None:
     words = ["submit", "a red star", ARABIC, "--images", "2", "--seed", "7", "--steps", "3"]
     words += ["--grid", "guidance_scale=2,4", "--label", "made=here", "--watch"]
     plain = run_process(*words)
@@ -111,7 +111,7 @@ def test_bad_jobs_are_one_line_naming_the_field(run: Run, words: list[str], name
 
 
 def test_get_fetches_what_is_missing_and_checks_it(
-    run: Run, live: Live, rendered: dict[str, Any], tmp_path: Path
+    run: Run, live: LiveFarm, rendered: dict[str, Any], tmp_path: Path
 ) -> None:
     beginning = rendered["id"][:8]
     first = run("get", beginning, "--dest", "pictures")
@@ -134,7 +134,7 @@ def test_get_fetches_what_is_missing_and_checks_it(
 
 
 def test_replay_says_identical_and_differs(
-    run: Run, live: Live, rendered: dict[str, Any], tmp_path: Path
+    run: Run, live: LiveFarm, rendered: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(live.image(rendered["id"], 4))
@@ -175,7 +175,7 @@ def test_a_cancelled_job_is_exit_code_3(run: Run) -> None:
     assert "cancelled" in again.err
 
 
-def test_lists(run: Run, live: Live, rendered: dict[str, Any]) -> None:
+def test_lists(run: Run, live: LiveFarm, rendered: dict[str, Any]) -> None:
     table = run("jobs").out
     assert re.search(rf"^{rendered['id'][:8]}  succeeded  +100% .* a red star \(\+1\)", table, re.M)
     found = run("jobs", "--label", "made=here", "--status", "succeeded", "--json").json
@@ -204,7 +204,7 @@ def test_a_wrong_key_is_one_line(run: Run) -> None:
     assert (outcome.code, outcome.err) == (1, "Error: This API key is unknown or revoked.\n")
 
 
-def test_a_watch_outlives_the_api(run_process: Run, live: Live) -> None:
+def test_a_watch_outlives_the_api(run_process: Run, live: LiveFarm) -> None:
     job = live.submit(prompts=["a red star"], images_per_prompt=64, steps=6)
     watched: list[Outcome] = []
     thread = threading.Thread(target=lambda: watched.append(run_process("watch", job["id"])))
@@ -219,7 +219,7 @@ def test_a_watch_outlives_the_api(run_process: Run, live: Live) -> None:
     assert "64 of 64 frames" in watched[0].out
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job(live: Live, run: Run) -> None:
+def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job(live: LiveFarm, run: Run) -> None:
     job = live.submit(prompts=["a red star"], images_per_prompt=200, steps=25)
     ours, theirs = pty.openpty()
     env = {"FARM_DATA": str(live.farm.data), "TERM": "xterm-256color", "COLUMNS": "120"}
@@ -264,7 +264,7 @@ def _drain(terminal: int) -> None:
 
 
 def test_demo_uses_the_farm_that_runs(
-    run: Run, live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, live: LiveFarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("farm.cli.commands.demo.PROMPTS", some := PROMPTS[:2])
     outcome = run("demo", "--dest", "pictures")

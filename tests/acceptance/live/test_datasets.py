@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from farm.pipelines.runtime.devices import torch_threads
-from tests.acceptance.farms import Live
+from tests.acceptance.farms import LiveFarm
 from tests.commanding import farm
 from tests.documented import PAGE
 from tests.parsing import parsed
@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def page(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(live: LiveFarm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every block in an empty folder; gives the folder."""
     folder = tmp_path_factory.mktemp("datasets")
     env = {

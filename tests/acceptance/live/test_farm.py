@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from farm.config import DEMO_CATALOG
-from tests.acceptance.farms import Live
+from tests.acceptance.farms import LiveFarm
 
 MODEL = DEMO_CATALOG.parent / "model"
 PROMPTS = [
@@ -32,11 +32,11 @@ def pixels(content: bytes) -> Any:
 
 
 @pytest.fixture(scope="module")
-def first(live: Live) -> dict[str, Any]:
+def first(live: LiveFarm) -> dict[str, Any]:
     return live.ended(live.submit(**JOB)["id"])
 
 
-def test_eight_prompts_times_four_images(live: Live, first: dict[str, Any]) -> None:
+def test_eight_prompts_times_four_images(live: LiveFarm, first: dict[str, Any]) -> None:
     assert first["status"] == "succeeded"
     assert first["counts"] == {
         "waiting": 0,
@@ -58,7 +58,7 @@ def test_eight_prompts_times_four_images(live: Live, first: dict[str, Any]) -> N
         )
 
 
-def test_the_same_job_again_gives_the_same_bytes(live: Live, first: dict[str, Any]) -> None:
+def test_the_same_job_again_gives_the_same_bytes(live: LiveFarm, first: dict[str, Any]) -> None:
     second = live.ended(live.submit(**JOB)["id"])
     assert second["id"] != first["id"]
     hashes = [[frame["sha256"] for frame in live.frames(job["id"])] for job in (first, second)]
@@ -67,7 +67,7 @@ def test_the_same_job_again_gives_the_same_bytes(live: Live, first: dict[str, An
 
 
 def test_other_neighbours_at_the_same_bucket_give_the_same_pixels(
-    live: Live, first: dict[str, Any]
+    live: LiveFarm, first: dict[str, Any]
 ) -> None:
     alone = live.ended(
         live.submit(
@@ -83,7 +83,7 @@ def test_other_neighbours_at_the_same_bucket_give_the_same_pixels(
     assert mine == theirs
 
 
-def test_the_picture_is_what_bare_diffusers_gives(live: Live, first: dict[str, Any]) -> None:
+def test_the_picture_is_what_bare_diffusers_gives(live: LiveFarm, first: dict[str, Any]) -> None:
     """One batch of the job, by diffusers alone: prompts 0 and 1, four seeds each, batch of 8."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline

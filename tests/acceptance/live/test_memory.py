@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.farms import Live
+from tests.acceptance.farms import LiveFarm
 
 PROC = Path("/proc")
 WIDTHS = [64, 72, 80, 96, 128]
@@ -21,7 +21,7 @@ MOST = 1.05
 pytestmark = pytest.mark.skipif(not (PROC / "self/status").exists(), reason="there is no /proc")
 
 
-def test_five_hundred_frames_of_mixed_sizes_take_no_more_memory_than_fifty(live: Live) -> None:
+def test_five_hundred_frames_of_mixed_sizes_take_no_more_memory_than_fifty(live: LiveFarm) -> None:
     seen = []
     for number in range(JOBS):
         job = live.ended(live.submit(**mixed(number))["id"])
@@ -44,7 +44,7 @@ def mixed(number: int) -> dict[str, Any]:
     }
 
 
-def child_of(live: Live) -> int:
+def child_of(live: LiveFarm) -> int:
     """The process that owns the demo worker's pipeline."""
     worker = next(row for row in live.get("/v1/workers")["data"] if row["pipeline"] == "demo")
     [child] = [

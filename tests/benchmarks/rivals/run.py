@@ -16,7 +16,7 @@ import psycopg
 from farm.local import commands
 from farm.process import cores
 from tests.benchmarks.rivals import results
-from tests.benchmarks.stand import QUIET, ROOT, Stand, wait_closely
+from tests.benchmarks.stand import QUIET, ROOT, BenchServers, wait_closely
 
 MODULES = "tests.benchmarks.rivals"
 
@@ -83,7 +83,7 @@ def installed(name: str) -> bool:
 
 
 @contextmanager
-def running_rival(stand: Stand, name: str, task: str = "nothing") -> Iterator[Rival]:
+def running_rival(stand: BenchServers, name: str, task: str = "nothing") -> Iterator[Rival]:
     """Run a rival on a database of its own, warmed up."""
     number = next(stand.numbers)
     env = {

@@ -15,10 +15,10 @@ from farm.imaging.filters import NEAR
 from farm.services import jobs
 from farm.store import perceptual_hashes
 from farm.store.engine import transaction
-from tests.farming import hire, job_row, new_tenant, sql, submit
+from tests.farming import job_row, new_tenant, register_worker, sql, submit
 from tests.integration.test_following import follow, returned
 from tests.noise import Noise
-from workers.render.loop import RenderLine
+from workers.render.loop import RenderLoop
 
 FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
 PRINTS = int(os.environ.get("FARM_TEST_PRINTS", "20000"))
@@ -36,7 +36,7 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
         priority="bulk",
     )
     accepted = time.perf_counter() - started
-    hand = hire(farm)
+    hand = register_worker(farm)
     for _ in range(3):
         hand.must_claim()
     assert sql(farm, "SELECT count(*) FROM frames")[0][0] == 24
@@ -49,7 +49,7 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
 
 
 def test_the_hook_costs_less_than_a_hundredth_of_a_step(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLine
+    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
 ) -> None:
     """Of a step of five milliseconds, which none that is worth a farm is shorter than."""
     began: list[float] = []
@@ -70,7 +70,7 @@ def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
     large = returned(farm, tenant, FRAMES)
     sql(farm, "ANALYZE")
     bob = new_tenant(farm, "bob")
-    hand = hire(farm)
+    hand = register_worker(farm)
 
     def claims() -> float:
         """The median of another tenant's claims, in seconds."""

@@ -15,7 +15,7 @@ from farm.store import destinations, keys
 from farm.store import exports as stored
 from farm.store.engine import one_statement, transaction
 from farm.store.exports import Shard
-from tests.farming import hire, sql
+from tests.farming import register_worker, sql
 from tests.serving import render
 from workers.exporter import Chores
 
@@ -37,7 +37,7 @@ def submit(client: httpx.Client, **fields: Any) -> str:
 
 def render_all(farm: Farm, *, dead: int | None = None) -> None:
     """Render all frames that wait, except that this ordinal ends dead."""
-    hand = hire(farm)
+    hand = register_worker(farm)
     while lease := hand.claim():
         lost = [frame.fence for frame in lease.frames if frame.ordinal == dead]
         if lost:

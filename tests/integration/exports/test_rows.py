@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from farm.config import DEMO_CATALOG, Settings
 from farm.context import Farm
-from tests.farming import fence, hire, sql
+from tests.farming import fence, register_worker, sql
 from tests.integration.exports.scenes import stored_keys, write_shards
 from tests.serving import render
 
@@ -116,7 +116,7 @@ def submitted(farm: Farm, ann: httpx.Client, asked: Row) -> str:
     source = ann.post("/v1/inputs", content=content).json()["id"]
     answer = ann.post("/v1/jobs", json={**asked["body"], "input": source})
     assert answer.status_code == 202, answer.text
-    hand = hire(farm)
+    hand = register_worker(farm)
     while lease := hand.claim(asked["body"]["pipeline"]):
         dead = [fence(frame) for frame in lease.frames if frame.ordinal in asked["dead"]]
         if dead:

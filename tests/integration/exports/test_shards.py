@@ -17,7 +17,7 @@ from farm.services.exports.service import ShardWriter
 from farm.storage import Artifacts, artifact_key
 from farm.store import exports as stored
 from farm.store.engine import one_statement, transaction
-from tests.farming import hire, sql
+from tests.farming import register_worker, sql
 from tests.integration.exports.scenes import (
     claim_shard,
     download,
@@ -37,7 +37,7 @@ from workers.janitor.janitor import Janitor
 
 
 def test_whole_shards_are_written_while_the_job_renders(farm: Farm, ann: httpx.Client) -> None:
-    hand = hire(farm)
+    hand = register_worker(farm)
     job_id = submit(ann)
     lease = hand.must_claim()
     found = export(ann, job_id, to="webdataset")
@@ -77,7 +77,7 @@ def test_a_frame_retried_after_its_shard_was_written_stays_missing(
 def test_frames_that_a_cancelled_job_never_rendered_are_listed_as_missing(
     farm: Farm, ann: httpx.Client, tmp_path: Path
 ) -> None:
-    hand = hire(farm)
+    hand = register_worker(farm)
     job_id = submit(ann)
     render(hand, hand.must_claim())
     ann.post(f"/v1/jobs/{job_id}/cancel")
@@ -117,7 +117,7 @@ def test_a_shard_is_not_renewed_finished_or_failed_by_a_writer_that_lost_it(
     with one_statement(farm.store) as connection:
         assert not stored.renew(connection, lost, 0.0)
         assert not stored.finish(connection, lost, [], rows=9, missing=0)
-        for _ in range(stored.MOST_FAILURES):
+        for _ in range(stored.MAX_FAILURES):
             stored.fail(connection, lost, "late", counts=True)
         stored.give_back(connection, held)
     assert ann.get(f"/v1/exports/{found['id']}").json()["status"] == "running"
@@ -161,7 +161,7 @@ def test_an_export_waits_while_the_storage_is_away(
 
     with monkeypatch.context() as patched:
         patched.setattr(Artifacts, "put_file", away)
-        for _ in range(stored.MOST_FAILURES + 1):
+        for _ in range(stored.MAX_FAILURES + 1):
             make_due(farm)
             assert write_shards(farm, ann, found)["status"] == "running"
     make_due(farm)
@@ -176,7 +176,7 @@ def test_an_export_fails_when_a_picture_is_gone(farm: Farm, ann: httpx.Client, j
         "WHERE f.ordinal = 0",
     )[0]
     farm.artifacts.delete(artifact_key(tenant, uuid.UUID(job), 0, sha256))
-    for _ in range(stored.MOST_FAILURES):
+    for _ in range(stored.MAX_FAILURES):
         make_due(farm)
         failed = write_shards(farm, ann, found)
     assert failed["status"] == "failed"
@@ -300,7 +300,7 @@ def test_a_shard_becomes_whole_by_an_event(farm: Farm, ann: httpx.Client) -> Non
     assert due(farm)
     write_shards(farm, ann, found)
     assert (looked(farm), due(farm)) == ((3, 0), False)
-    hand = hire(farm)
+    hand = register_worker(farm)
     lease = hand.must_claim()
     assert (looked(farm), due(farm)) == ((3, 0), False), "no frame has come to its end"
     render(hand, lease)

@@ -18,7 +18,7 @@ from farm.errors import Conflict
 from farm.store import leases
 from farm.store.claim import Fence, Lease
 from farm.store.engine import one_statement, transaction
-from tests.farming import hire, sql
+from tests.farming import register_worker, sql
 from tests.integration.model.model import Model
 from workers.janitor.janitor import Janitor
 
@@ -38,7 +38,7 @@ class Moves(RuleBasedStateMachine):
         self.farm = farm
         self.tenants = tenants
         self.model = Model()
-        self.hands = [hire(farm, name) for name in ("hand", "slow", "fast")]
+        self.hands = [register_worker(farm, name) for name in ("hand", "slow", "fast")]
         self.wishes = 0
         self.keyed: dict[str, tuple[Any, uuid.UUID]] = {}
 

@@ -12,7 +12,7 @@ from farm.domain.states import FrameState
 from farm.store import frames, leases
 from farm.store.claim import Fence, Lease
 from farm.store.engine import one_statement, transaction
-from farm.store.frames import Done, Failure
+from farm.store.frames import CompletedFrame, FailedAttempt
 from farm.store.workers import Account
 from tests.farming import fence
 from tests.integration.model.model import LEASE_SECONDS, R, W, digest, parted
@@ -131,7 +131,7 @@ class WorkersMoves(PeoplesMoves):
         """Complete in one statement all that its worker was ever given. Some of it is lost."""
         given = self.model.same_workers(lease)
         done = [
-            Done(item, digest(item), 100 + slot, slot)
+            CompletedFrame(item, digest(item), 100 + slot, slot)
             for other in given
             for slot, item in enumerate(parted(other, "all"))
         ]
@@ -151,13 +151,15 @@ class WorkersMoves(PeoplesMoves):
         fences = parted(lease, "all")
         won = [self.model.is_won(item) for item in fences]
         with transaction(self.farm.store) as connection:
-            done = [Done(item, digest(item), 100, slot) for slot, item in enumerate(fences)]
+            done = [
+                CompletedFrame(item, digest(item), 100, slot) for slot, item in enumerate(fences)
+            ]
             assert frames.already_complete(connection, done) == all(won)
 
     def fail(self, lease: Lease, reason: str = "render_error") -> None:
         """Fail a batch as the render line does. Any of several may be at fault: none is charged."""
         several, memory = len(lease.frames) > 1, reason == "out_of_memory"
-        failure = Failure(
+        failure = FailedAttempt(
             fence(lease.frames[0]),
             reason,
             "It broke.",
@@ -184,7 +186,9 @@ class WorkersMoves(PeoplesMoves):
         """Fail one frame of a batch for good. No other frame is affected."""
         item = fence(lease.frames[-1])
         with self.untouched_unless([item]) as held:
-            failed = self.hand_fails(lease, [Failure(item, "flagged", "No.", retryable=False)])
+            failed = self.hand_fails(
+                lease, [FailedAttempt(item, "flagged", "No.", retryable=False)]
+            )
         for item in held:
             self.model.end(item, "flagged", dead=True)
         assert failed == dict.fromkeys(held, FrameState.DEAD)
@@ -244,6 +248,6 @@ class WorkersMoves(PeoplesMoves):
         given = self.model.same_workers(lease)
         self.model.give_back([other for other in given if other not in known])
 
-    def hand_fails(self, lease: Lease, failures: list[Failure]) -> dict[Fence, FrameState]:
+    def hand_fails(self, lease: Lease, failures: list[FailedAttempt]) -> dict[Fence, FrameState]:
         with transaction(self.farm.store) as connection:
             return frames.fail(connection, lease.id, failures, 0.0)
