@@ -41,7 +41,8 @@ from PIL import Image
 from pydantic import Field
 
 from farm.pipelines.catalog import Pipeline
-from farm.pipelines.family import Batch, Checkpoint, Loaded, Params, padded
+from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, padded
+from farm.pipelines.params import Params
 from farm.pipelines.checkpoints.weights import weights_hash
 from farm.pipelines.params import tailored
 
@@ -65,14 +66,14 @@ class Gradient:
         side = checkpoint.index["side"]
         return tailored(GradientParams, {"width": {"default": side}, "height": {"default": side}})
 
-    def load(self, pipeline: Pipeline) -> Loaded:
+    def load(self, pipeline: Pipeline) -> LoadedPipeline:
         from safetensors.numpy import load_file
 
         folder = Path(pipeline.checkpoint)
         start = int(load_file(folder / "tint" / "model.safetensors")["start"][0])
-        return Loaded(start, "cpu", "float32", None, weights_hash(folder))
+        return LoadedPipeline(start, "cpu", "float32", None, weights_hash(folder))
 
-    def denoise(self, loaded: Loaded, batch: Batch) -> list[Image.Image | None]:
+    def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         pictures: list[Image.Image | None] = []
         frames = padded(batch.frames)
         steps = frames[0].params["steps"]
