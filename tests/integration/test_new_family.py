@@ -41,10 +41,9 @@ from PIL import Image
 from pydantic import Field
 
 from farm.pipelines.catalog import Pipeline
-from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, padded
-from farm.pipelines.params import Params
 from farm.pipelines.checkpoints.weights import weights_hash
-from farm.pipelines.params import tailored
+from farm.pipelines.family import Batch, Checkpoint, LoadedPipeline, padded
+from farm.pipelines.params import Params, tailored
 
 
 class GradientParams(Params):
