@@ -59,7 +59,7 @@ def usable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
 
 
 def sampler_change(scheduler_config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fit a `sampler` field to a checkpoint; see tailoring.
+    """Fit a `sampler` field to a checkpoint; see `params.tailored`.
 
     Args:
         scheduler_config: the checkpoint's scheduler_config.json.

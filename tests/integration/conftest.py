@@ -1,14 +1,16 @@
-"""A pipeline whose every step a test can disturb, and the render line of a worker on it."""
+"""A pipeline whose every step a test can disturb, a worker's render loop on it, and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from farm.context import Farm
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.resolve import ResolvedPipeline
+from tests.bench import CheckpointSandbox
 from tests.noise import Noise, NoiseParams
 from tests.rendering import render_line
 from workers.render.loop import RenderLoop
@@ -28,3 +30,14 @@ def line(farm: Farm, noise: Noise) -> Iterator[RenderLoop]:
     line = render_line(farm, "noise")
     yield line
     line.close()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of checkpoints that nobody spoils: each is made once a module."""
+    return tmp_path_factory.mktemp("good")
+
+
+@pytest.fixture
+def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
+    return CheckpointSandbox(good, tmp_path)

@@ -30,14 +30,8 @@ INDEX = "stable_diffusion/model_index.json"
 SD = 'source = "stable_diffusion"'
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("good")
-
-
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
-    bench = CheckpointSandbox(good, tmp_path)
+def bench(bench: CheckpointSandbox) -> CheckpointSandbox:
     bench.take("stable_diffusion")
     return bench
 

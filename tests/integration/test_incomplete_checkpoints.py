@@ -26,14 +26,8 @@ SD = 'source = "stable_diffusion"'
 SMALL = f"{SD}\ndefaults = {{ width = 64, height = 64 }}"
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("good")
-
-
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
-    bench = CheckpointSandbox(good, tmp_path)
+def bench(bench: CheckpointSandbox) -> CheckpointSandbox:
     bench.take("stable_diffusion")
     return bench
 

@@ -33,14 +33,8 @@ Change = Callable[[Path], None]
 """What is done to the folder of a checkpoint"""
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("good")
-
-
 @pytest.fixture
-def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
-    bench = CheckpointSandbox(good, tmp_path)
+def bench(bench: CheckpointSandbox) -> CheckpointSandbox:
     bench.take("stable_diffusion")
     return bench
 

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -21,16 +20,6 @@ UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
 ENCODER = "text_encoder/model"
 SD = 'source = "stable_diffusion"'
 KANDINSKY = 'source = "kandinsky22_decoder"\nprior = "kandinsky22_prior"'
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("good")
-
-
-@pytest.fixture
-def bench(good: Path, tmp_path: Path) -> CheckpointSandbox:
-    return CheckpointSandbox(good, tmp_path)
 
 
 def refused(bench: CheckpointSandbox, words: str) -> str:
