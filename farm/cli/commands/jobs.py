@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from farm.cli.client import farm_client
 from farm.cli.job_lookup import JobArgument, find_job, short
 from farm.cli.submit_body import pair
 from farm.cli.terminal.console import (
@@ -60,7 +61,7 @@ def jobs(
     for word in label or ():
         key, value = pair(word, "--label")
         wanted[f"label.{key}"] = value
-    with _client() as client:
+    with farm_client() as client:
         if as_json:
             emit(_page(client, wanted, limit))
             return
@@ -103,7 +104,7 @@ def _table(found: list[Job]) -> Table:
 
 def job(job_word: JobArgument, as_json: Json = False) -> None:
     """Show a job whole: its counts, its parameters, why it waits, what went wrong."""
-    with _client() as client:
+    with farm_client() as client:
         found = client.job(find_job(client, job_word))
         if as_json:
             emit(found)
@@ -155,7 +156,7 @@ def _describe_dead(client: FarmClient, found: Job) -> None:
 
 def watch(job_word: JobArgument, as_json: Json = False) -> None:
     """Show a job's progress until it has ended; exit code 3 unless it succeeded."""
-    with _client() as client:
+    with farm_client() as client:
         watch_to_end(client, client.job(find_job(client, job_word)), as_json=as_json)
 
 
@@ -181,7 +182,7 @@ def _steering(verb: str, past: str, about: str) -> Callable[[str, bool], None]:
     """Make the command that steers a job with this verb of the API."""
 
     def command(job_word: JobArgument, as_json: Json = False) -> None:
-        with _client() as client:
+        with farm_client() as client:
             steered = client.steer(find_job(client, job_word), verb)
         if as_json:
             emit(steered)
@@ -197,13 +198,6 @@ cancel = _steering("cancel", "cancelled", "Cancel a job for good; what has succe
 pause = _steering("pause", "paused", "Hold a job back; what runs is finished.")
 resume = _steering("resume", "resumed", "Let a paused job go on.")
 retry = _steering("retry", "tried again", "Give a job's dead frames fresh attempts.")
-
-
-def _client() -> FarmClient:
-    from farm.cli.client.http import FarmClient
-    from farm.config import load_settings
-
-    return FarmClient.of(load_settings())
 
 
 def _plain(text: str) -> str:

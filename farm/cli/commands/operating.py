@@ -5,12 +5,13 @@ They call the API with an operator's key.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 from rich.markup import escape
 
+from farm.cli.client import farm_client
 from farm.cli.terminal.console import (
     Json,
     ago,
@@ -24,9 +25,6 @@ from farm.cli.terminal.console import (
     show_table,
 )
 from farm.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from farm.cli.client.http import FarmClient
 
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
@@ -42,7 +40,7 @@ def tenants(context: typer.Context, as_json: Json = False) -> None:
     """List the tenants and what each of them owns."""
     if context.invoked_subcommand is not None:
         return
-    with _client() as client:
+    with farm_client() as client:
         page = client.get("/v1/tenants")
     if as_json:
         emit(page)
@@ -60,7 +58,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a tenant owns. Use the ID for a tenant that was deleted."""
-    with _client() as client:
+    with farm_client() as client:
         found = client.get(f"/v1/tenants/{quote(tenant, safe='')}")
     _tell(found, as_json)
 
@@ -76,7 +74,7 @@ def delete(
 
     This cannot be undone. Files that were exported to other buckets stay.
     """
-    with _client() as client:
+    with farm_client() as client:
         path = f"/v1/tenants/{quote(tenant, safe='')}"
         found = client.get(path)
         if not yes:
@@ -107,7 +105,7 @@ def destinations(context: typer.Context, as_json: Json = False) -> None:
     """List the export destinations of all tenants."""
     if context.invoked_subcommand is not None:
         return
-    with _client() as client:
+    with farm_client() as client:
         page = client.get("/v1/destinations")
     if as_json:
         emit(page)
@@ -133,7 +131,7 @@ def grant(
 
     Example: farm destinations grant shop s3://datasets/shop
     """
-    with _client() as client:
+    with farm_client() as client:
         made = client.post("/v1/destinations", {"tenant": tenant, "dest": dest, "why": why})
     if as_json:
         emit(made)
@@ -149,7 +147,7 @@ def revoke(
     """Revoke a destination. Files that were exported there stay."""
     if not destination.strip():
         raise InvalidRequest("ID: missing. `farm destinations` lists the IDs.", param="id")
-    with _client() as client:
+    with farm_client() as client:
         client.delete(f"/v1/destinations/{quote(destination, safe='')}", why)
     say(f"Destination {destination} is revoked.")
 
@@ -159,7 +157,7 @@ def actions(
     as_json: Json = False,
 ) -> None:
     """List the actions of operators, newest first."""
-    with _client() as client:
+    with farm_client() as client:
         found = list(client.items("/v1/actions", limit=limit))
     if as_json:
         emit(found)
@@ -171,10 +169,3 @@ def actions(
         shown = (who, each["address"], *words)
         table.add_row(ago(each["at"]), *(escape(one_line(clean(word), 60)) for word in shown))
     show_table(table)
-
-
-def _client() -> FarmClient:
-    from farm.cli.client.http import FarmClient
-    from farm.config import load_settings
-
-    return FarmClient.of(load_settings())

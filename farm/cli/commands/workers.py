@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from farm.cli.client import farm_client
 from farm.cli.terminal.console import (
     Json,
     ago,
@@ -38,7 +39,7 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
     """List the workers that are alive."""
     if context.invoked_subcommand is not None:
         return
-    with _client() as client:
+    with farm_client() as client:
         page = client.get("/v1/workers")
     if as_json:
         emit(page)
@@ -69,19 +70,12 @@ def drain(
     as_json: Json = False,
 ) -> None:
     """Let a worker finish its batch and leave; whoever runs it decides whether it comes back."""
-    with _client() as client:
+    with farm_client() as client:
         found = client.drain(_find(client, worker))
     if as_json:
         emit(found)
     else:
         say(f"{found['name']} claims nothing more, and leaves when its batch is done.")
-
-
-def _client() -> FarmClient:
-    from farm.cli.client.http import FarmClient
-    from farm.config import load_settings
-
-    return FarmClient.of(load_settings())
 
 
 def _find(client: FarmClient, word: str) -> str:
