@@ -23,7 +23,7 @@ from demo.pictures import Combo
 from farm.cli.commands.demo import IMAGES, PROMPTS
 from farm.pipelines.runtime.devices import torch_threads
 from tests.acceptance.farms import LiveFarm
-from tests.commanding import Outcome, farm, farm_process
+from tests.commanding import Outcome, farm, farm_process, inherited
 from tests.waiting import wait_until
 
 LONG = ("--images", "200", "--steps", "25")
@@ -204,19 +204,26 @@ def test_a_wrong_key_is_one_line(run: Run) -> None:
     assert (outcome.code, outcome.err) == (1, "Error: This API key is unknown or revoked.\n")
 
 
-def test_a_watch_outlives_the_api(run_process: Run, live: LiveFarm) -> None:
-    job = live.submit(prompts=["a red star"], images_per_prompt=64, steps=6)
-    watched: list[Outcome] = []
-    thread = threading.Thread(target=lambda: watched.append(run_process("watch", job["id"])))
-    thread.start()
+def test_a_watch_outlives_the_api(live: LiveFarm) -> None:
+    job = live.submit(prompts=["a red star"], images_per_prompt=80, steps=6)
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "farm.cli", "watch", job["id"]],
+        env=inherited() | {"FARM_DATA": str(live.farm.data)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stderr is not None
+    # A farm that never answered is given up sooner.
+    assert job["id"][:8] in watching.stderr.readline()
     live.halfway(job["id"])
     api = live.farm.children["api"]
     restarts = api.restarts
     api.kill()
-    thread.join()
+    out, err = watching.communicate(timeout=240)
     wait_until(lambda: api.restarts > restarts and api.serves(), 60, "the API is back")
-    assert watched[0].code == 0
-    assert "64 of 64 frames" in watched[0].out
+    assert watching.returncode == 0, err
+    assert "80 of 80 frames" in out
 
 
 def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job(live: LiveFarm, run: Run) -> None:
