@@ -105,8 +105,8 @@ def _frame_view(
     row: Any | None,
     attempts: list[schemas.Attempt],
 ) -> schemas.Frame:
-    redraws = row.redraws if row else 0
-    spec = frame_spec(full, ordinal, line, redraws=redraws)
+    rerolls = row.rerolls if row else 0
+    spec = frame_spec(full, ordinal, line, rerolls=rerolls)
     state = FrameState(row.state) if row else unborn_state(job)
     return schemas.Frame.model_validate(
         {
@@ -124,7 +124,7 @@ def _frame_view(
             "sha256": row.sha256.hex() if row and row.sha256 else None,
             "bytes": row.bytes if row else None,
             "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,
-            "redraws": redraws,
+            "rerolls": rerolls,
             "reused": bool(row and row.reused),
             "error": row.error if row else None,
             "flagged": state is FrameState.DEAD and attempts[-1].reason == FLAGGED,

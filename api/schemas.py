@@ -26,7 +26,7 @@ class Page(BaseModel, Generic[Item]):
 class Counts(BaseModel):
     """A job's frames by state; they always add up to `total`."""
 
-    waiting: int = Field(description="not yet claimed, or returned for another attempt")
+    waiting: int = Field(description="not yet claimed, or requeued for another attempt")
     running: int
     succeeded: int
     dead: int
@@ -49,7 +49,7 @@ class Submitted(BaseModel):
     bucket: int | None
     max_attempts: int
     format: Format = "png"
-    top_up: int = 0
+    max_rerolls: int = 0
     reuse: bool = False
     labels: dict[str, str]
 
@@ -89,7 +89,7 @@ class Quote(BaseModel):
     batches: int
     bytes: int | None = Field(description="of all pictures, as expected")
     device_seconds: float | None = Field(description="of all devices together, as expected")
-    seconds_a_frame: float | None
+    seconds_per_frame: float | None
     alike: bool = Field(
         description="whether that was measured on your own frames of the same shape; else on all "
         "frames of the pipeline"
@@ -119,7 +119,7 @@ class Frame(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     ordinal: int
-    state: FrameState = Field(description="ready: returned for another attempt")
+    state: FrameState = Field(description="ready: requeued for another attempt")
     key: str | None = Field(description="its line's, where its job draws an input")
     prompt: str
     negative_prompt: str | None = Field(default=None, description="where its family takes one")
@@ -134,7 +134,7 @@ class Frame(BaseModel):
     sha256: str | None = Field(description="of the image's bytes, in hex")
     bytes: int | None = Field(description="the image's length")
     image_url: str | None = Field(description="where its image is, on this API; null: none yet")
-    redraws: int = Field(description="how often a filter rejected its picture")
+    rerolls: int = Field(description="how often a filter rejected its picture")
     reused: bool = Field(description="its picture is that of another frame")
     error: str | None = Field(description="why the latest attempt failed")
     flagged: bool = Field(description="kept out of the result by the pipeline's safety checker")
@@ -204,7 +204,7 @@ class Export(BaseModel):
     shard_frames: int
     shards: int
     shards_done: int
-    pictures: int = Field(description="in the shards that are done")
+    images: int = Field(description="in the shards that are done")
     missing: int = Field(description="frames of those shards that have no picture")
     bytes: int
     error: str | None
@@ -231,7 +231,7 @@ class Shard(BaseModel):
     done: bool
     attempt: int
     error: str | None
-    pictures: int | None
+    images: int | None
     missing: int | None
     files: list[ExportFile]
 

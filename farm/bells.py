@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 RENDER_TASK = "farm.render"
 """Never renamed in one step: a worker discards a task that it does not know."""
 
-CHORES_TASK = "farm.chores"
-CHORES_LANE = "chores"
+EXPORTER_TASK = "farm.exporter"
+EXPORTER_LANE = "exporter"
 """Of what needs no device: writing datasets"""
 
 MAX_BELLS = 2
@@ -109,8 +109,8 @@ class Bells:
         return self._ring(RENDER_TASK, lane(pipeline))
 
     def ring_chores(self) -> bool:
-        """Wake one worker of chores; returns whether Redis took the bell."""
-        return self._ring(CHORES_TASK, CHORES_LANE)
+        """Wake one exporter; returns whether Redis took the bell."""
+        return self._ring(EXPORTER_TASK, EXPORTER_LANE)
 
     def _ring(self, task: str, queue: str) -> bool:
         return self._add(

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(
         default=5.0, gt=0, description="how often a worker renews its leases"
     )
-    touch_seconds: float = Field(
+    progress_seconds: float = Field(
         default=0.5, gt=0, description="how often, at most, the step hook asks whether to go on"
     )
     transaction_seconds: float = Field(
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         ge=0,
         description="back-off before a frame's second attempt, doubled up to a minute",
     )
-    rest_seconds: float = Field(
+    trip_seconds: float = Field(
         default=10.0,
         gt=0,
         description="how long a worker rests after three different frames failed in a row; doubled"
@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     )
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / f"farm-{os.getuid()}",
-        description="where a worker keeps pictures while the storage is away, and `farm chores` a "
-        "shard while it writes it",
+        description="where a worker keeps pictures while the storage is away, and `farm exporter` "
+        "a shard while it writes it",
     )
     cache_dir: Path = Field(
         default_factory=lambda: _user_cache() / "farm",
@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         description="failpoints and discarding pictures are refused in production",
     )
     failpoints: str = Field(default="", description="where to fail on purpose: point=action:text")
-    discard_pictures: bool = Field(
+    discard_images: bool = Field(
         default=False, description="store no picture, for measuring what all the rest takes"
     )
 
@@ -195,7 +195,7 @@ class Settings(BaseSettings):
     def _only_in_development(self) -> Settings:
         unsafe = {
             "FARM_FAILPOINTS": failpoints.parse(self.failpoints),
-            "FARM_DISCARD_PICTURES": self.discard_pictures,
+            "FARM_DISCARD_IMAGES": self.discard_images,
         }
         for name, given in unsafe.items():
             if given and self.environment == "production":

@@ -135,7 +135,7 @@ class Artifacts:
     def __init__(self, settings: Settings) -> None:
         self.bucket = settings.s3_bucket
         self._presign_seconds = settings.presign_seconds
-        self._discard = settings.discard_pictures
+        self._discard = settings.discard_images
         self._settings = settings
         self._making = threading.Lock()
 
@@ -177,7 +177,7 @@ class Artifacts:
     def put(self, key: str, content: bytes) -> None:
         """Store an image. Storing it again, even cut short in between, changes nothing.
 
-        With `discard_pictures` nothing is stored.
+        With `discard_images` nothing is stored.
 
         Raises:
             StorageRefused: the storage does not take anything from this process.
@@ -210,7 +210,7 @@ class Artifacts:
             raise kind(f"The storage did not take {key} in {bucket}: {why}") from error
 
     def copy(self, source: str, target: str) -> None:
-        """Copy an image within the storage. With `discard_pictures` nothing is copied.
+        """Copy an image within the storage. With `discard_images` nothing is copied.
 
         Raises:
             NotStored: the storage holds no such image.

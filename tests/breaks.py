@@ -59,7 +59,7 @@ AREAS = {
 }
 ALONE = {
     "farm/store/frames.py": "complete|finish|already_complete|fail|end_attempts"
-    "|_(results|reuse|lock|shrink|ending|redraw|columns|fences)",
+    "|_(results|reuse|lock|shrink|ending|reroll|columns|fences)",
     "api/routes/jobs.py": "submit|list_jobs|job_page|_storable",
     "api/routes/inputs.py": "upload|list_inputs|_read|_blocks|_next",
 }

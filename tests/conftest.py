@@ -94,7 +94,7 @@ def settings_on(servers: Servers, database_url: str, folder: Path) -> Settings:
         s3_endpoint_url=servers.s3_endpoint_url,
         s3_bucket=servers.s3_bucket,
         retry_seconds=0.0,
-        touch_seconds=0.05,
+        progress_seconds=0.05,
         transaction_seconds=2.0,
         scratch_dir=folder / "scratch",
         cache_dir=folder / "cache",

@@ -1,4 +1,4 @@
-"""Chores: work without a device. A process on a separate lane writes datasets, shard by shard."""
+"""Exporter: work without a device. A process on a separate lane writes datasets, shard by shard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
 
-from farm.bells import CHORES_LANE, CHORES_TASK, make_app
+from farm.bells import EXPORTER_LANE, EXPORTER_TASK, make_app
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
@@ -38,7 +38,7 @@ AT_ONCE = 2
 """Bells that a process answers at the same time"""
 
 
-class Chores:
+class Exporter:
     """Writes the shards that are whole: several at the same time, each of another tenant."""
 
     def __init__(self, farm: Farm, name: str) -> None:
@@ -145,10 +145,10 @@ class Chores:
 
 
 def run_chores(settings: Settings) -> int:
-    """Be a worker of chores until SIGTERM; returns the exit code."""
+    """Be an exporter until SIGTERM; returns the exit code."""
     farm = open_farm(settings)
     host = socket.gethostname()
-    chores = Chores(farm, f"chores-{os.getpid()}")
+    exporter = Exporter(farm, f"exporter-{os.getpid()}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery answers it
     app = make_app(settings)
 
@@ -158,28 +158,28 @@ def run_chores(settings: Settings) -> int:
 
     @worker_shutting_down.connect(weak=False)
     def shutting_down(**_: Any) -> None:
-        chores.leave()
+        exporter.leave()
 
-    @app.task(name=CHORES_TASK, ignore_result=True)
+    @app.task(name=EXPORTER_TASK, ignore_result=True)
     def answer() -> None:
-        chores.answer()
+        exporter.answer()
 
     warnings.simplefilter("ignore", SecurityWarning)  # of pickled messages: there are none
     worker = app.Worker(
-        hostname=f"chores-{os.getpid()}@{host}",
-        queues=[CHORES_LANE],
+        hostname=f"exporter-{os.getpid()}@{host}",
+        queues=[EXPORTER_LANE],
         pool="threads",
         concurrency=AT_ONCE,
         without_gossip=True,
         without_mingle=True,
         quiet=True,
     )
-    poll = threading.Thread(target=chores.poll, name="poll", daemon=True)
+    poll = threading.Thread(target=exporter.poll, name="poll", daemon=True)
     poll.start()
     try:
         worker.start()
         return int(worker.exitcode or 0)
     finally:
-        chores.leave()
+        exporter.leave()
         poll.join(END_SECONDS)
         farm.close()

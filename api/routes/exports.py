@@ -188,7 +188,7 @@ def _view(export: Export) -> schemas.Export:
         shard_frames=export.shard_frames,
         shards=export.shards,
         shards_done=export.shards_done,
-        pictures=export.pictures,
+        images=export.images,
         missing=export.missing,
         bytes=export.bytes,
         error=export.error,
@@ -206,7 +206,7 @@ def _shard(export_id: uuid.UUID, row: Any) -> schemas.Shard:
         done=row.done,
         attempt=row.attempt,
         error=row.error,
-        pictures=row.rows,
+        images=row.rows,
         missing=row.missing,
         files=[
             schemas.ExportFile(**file, url=f"/v1/exports/{export_id}/files/{file['name']}")

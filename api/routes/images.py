@@ -17,9 +17,9 @@ from api.request_body import read_body
 from farm.imaging.uploads import ALLOWED, IMAGE_ID, OPENERS, PNG
 from farm.services import control_images as use_cases
 from farm.services.control_images import image_key
-from farm.store import images
+from farm.store import control_images as stored
+from farm.store.control_images import StoredImage
 from farm.store.engine import reads, transaction
-from farm.store.images import StoredImage
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -73,7 +73,7 @@ def list_images(
 ) -> schemas.Page[schemas.Image]:
     """List a tenant's control images."""
     with reads(farm.store) as connection:
-        found = images.list_images(connection, caller.tenant_id, limit=limit + 1, after=after)
+        found = stored.list_images(connection, caller.tenant_id, limit=limit + 1, after=after)
     return page(found, limit, _view)
 
 
@@ -87,7 +87,7 @@ def delete_image(farm: FarmDep, caller: Writer, image_id: ImageId) -> None:
     """Delete an image. Its object is deleted from the storage within seconds. Frames that use the
     image and are not rendered yet become dead. Pictures that are rendered stay."""
     with transaction(farm.store) as connection:
-        images.remove_image(connection, caller.tenant_id, image_id)
+        stored.remove_image(connection, caller.tenant_id, image_id)
 
 
 @router.get("/{image_id}", responses=refusals(404), summary="Look at a control image")

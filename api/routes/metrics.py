@@ -19,8 +19,8 @@ from farm.store.engine import transaction
 
 router = APIRouter(tags=["health"])
 
-OUTCOMES = ("succeeded", "returned", "dead", "dropped")
-"""What became of an attempt; returned: for another one; dropped: its lease was lost."""
+OUTCOMES = ("succeeded", "requeued", "dead", "dropped")
+"""What became of an attempt; requeued: for another one; dropped: its lease was lost."""
 
 STAGES = ("denoise", "encode", "put", "commit")
 

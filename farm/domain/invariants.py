@@ -18,7 +18,7 @@ class Invariant(StrEnum):
     DURABILITY = "durability"
     """A job that was accepted is there until it is removed."""
     CONSERVATION = "conservation"
-    """A job's counters and status, its frames, returns and leases agree."""
+    """A job's counters and status, its frames, requeued frames and leases agree."""
     LEDGER = "ledger"
     """Attempts are counted without a gap, up to max_attempts, and each that ended has a reason."""
     SINGLE_WINNER = "single_winner"
@@ -60,7 +60,7 @@ def _counters(job: Any) -> Iterator[str]:
         FrameState.RUNNING: job.rows_running,
         FrameState.SUCCEEDED: job.rows_succeeded,
         FrameState.DEAD: job.rows_dead,
-        # what was returned follows the job's end later
+        # what was requeued follows the job's end later
         FrameState.CANCELLED: job.rows_cancelled + (unborn + job.rows_ready if is_cancelled else 0),
     }
     for state, frames in counted.items():
@@ -72,8 +72,8 @@ def _counters(job: Any) -> Iterator[str]:
         yield f"its counters leave {waiting} waiting, and {frames} frames are"
     if (job.rows, job.last) != (job.cursor, job.cursor - 1):
         yield f"{job.rows} frames have a row, the last at {job.last}; its cursor is {job.cursor}"
-    if job.returns != job.rows_ready:
-        yield f"{job.rows_ready} frames are ready, and {job.returns} stand in returns"
+    if job.requeued != job.rows_ready:
+        yield f"{job.rows_ready} frames are ready, and {job.requeued} stand in requeued_frames"
     if is_cancelled and job.rows_ready and job.behind_from is None:
         yield f"{job.rows_ready} frames are ready, and it is cancelled"
 
@@ -123,7 +123,7 @@ def _ledger(frame: Any) -> Iterator[str]:
     over = frame.state not in {FrameState.RUNNING, FrameState.SUCCEEDED}
     if over and not frame.latest:
         yield f"it is {frame.state}, and its latest attempt is not on record"
-    charged = frame.attempt - frame.spared
+    charged = frame.attempt - frame.uncharged
     if not 0 <= charged <= frame.max_attempts:
         yield f"{charged} attempts are charged, of {frame.max_attempts} at most"
     if frame.without_reason:
@@ -132,7 +132,7 @@ def _ledger(frame: Any) -> Iterator[str]:
 
 def _place(frame: Any) -> Iterator[str]:
     is_ready, is_running = frame.state == FrameState.READY, frame.state == FrameState.RUNNING
-    if is_ready != frame.returned:
-        yield f"it is {frame.state}, and {'' if frame.returned else 'not '}among the returned"
+    if is_ready != frame.requeued:
+        yield f"it is {frame.state}, and {'' if frame.requeued else 'not '}among the requeued"
     if is_running and frame.leases != 1:
         yield f"it is running, and held by {frame.leases} leases"

@@ -106,7 +106,7 @@ class JobSpec(BaseModel):
     )
     max_attempts: int = Field(default=3, ge=1, le=10, description="attempts before a frame is dead")
     format: Format = Field(default="png", description="of the pictures' files; webp is lossless")
-    top_up: int = Field(
+    max_rerolls: int = Field(
         default=10,
         ge=0,
         le=1000,
@@ -206,7 +206,7 @@ class FullSpec(BaseModel):
     bucket: int | None
     max_attempts: int
     format: Format = "png"
-    top_up: int = 0
+    max_rerolls: int = 0
     reuse: bool = False
     labels: dict[str, str]
 
@@ -271,7 +271,7 @@ class FrameSpec(BaseModel):
 
 
 def frame_spec(
-    job: FullSpec, ordinal: int, line: Line, bucket: int | None = None, redraws: int = 0
+    job: FullSpec, ordinal: int, line: Line, bucket: int | None = None, rerolls: int = 0
 ) -> FrameSpec:
     """Derive a frame from its job.
 
@@ -280,7 +280,7 @@ def frame_spec(
         ordinal: its place.
         line: the job's, number `prompt_index(ordinal)`.
         bucket: what it was claimed in, where that is another than was submitted.
-        redraws: how often a filter rejected its picture: each time another seed follows.
+        rerolls: how often a filter rejected its picture: each time another seed follows.
 
     Raises:
         IndexError: the job has no such ordinal.
@@ -296,8 +296,8 @@ def frame_spec(
         if first is None
         else first + ordinal % job.images_per_prompt
     )
-    if redraws:
-        seed = derived_seed(seed, redraws, bits)
+    if rerolls:
+        seed = derived_seed(seed, rerolls, bits)
     params = point.params
     if line.negative_prompt is not None:
         params = {**params, "negative_prompt": line.negative_prompt}

@@ -12,7 +12,7 @@ running   --cancel----> cancelled
 ready     --cancel----> cancelled
 dead      --retry-----> ready
 
-A frame that was never claimed has no row: it is `waiting`. `ready` is a frame returned for another
+A frame that was never claimed has no row: it is `waiting`. `ready` is a frame requeued for another
 attempt. `paused` is a flag beside a job's status, not a status.
 """
 

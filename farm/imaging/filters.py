@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     keep: bool
     score: float
     why: str = ""
-    print: int | None = None
+    perceptual_hash: int | None = None
     """A perceptual hash of 64 bits: then it is kept only where no kept picture of its job has one
     that differs in `NEAR` bits or fewer"""
 
@@ -50,7 +50,7 @@ def near_duplicate(image: Image.Image, spec: FrameSpec) -> Verdict:  # noqa: ARG
     import imagehash
 
     bits = imagehash.phash(image).hash.flatten()
-    return Verdict(True, 0.0, print=int("".join("1" if bit else "0" for bit in bits), 2))
+    return Verdict(True, 0.0, perceptual_hash=int("".join("1" if bit else "0" for bit in bits), 2))
 
 
 BUILT_IN: Mapping[str, Filter] = {"blank": blank, "near_duplicate": near_duplicate}

@@ -71,10 +71,10 @@ def janitor(folder: Folder, env: Mapping[str, str]) -> Program:
     return Program("janitor", farm("janitor"), env, log, Stage.FRONT)
 
 
-def chores(folder: Folder, env: Mapping[str, str]) -> Program:
+def exporter(folder: Folder, env: Mapping[str, str]) -> Program:
     """What writes datasets."""
-    log = folder.logs / "chores.log"
-    return Program("chores", farm("chores"), env, log, Stage.WORKER)
+    log = folder.logs / "exporter.log"
+    return Program("exporter", farm("exporter"), env, log, Stage.WORKER)
 
 
 def worker(

@@ -105,7 +105,7 @@ def _start_farm(
     api = supervisor.start(commands.api(folder, env, port), lasting=False)
     supervisor.start(commands.janitor(folder, env))
     scratch = {"FARM_SCRATCH_DIR": str(folder.path / "scratch")}
-    supervisor.start(commands.chores(folder, {**env, **scratch}))
+    supervisor.start(commands.exporter(folder, {**env, **scratch}))
     own = {**_thread_settings(sum(counts.values())), **scratch}
     for pipeline, count in counts.items():
         for number in range(1, count + 1):

@@ -16,9 +16,9 @@ from farm.context import Farm
 from farm.errors import RenderError, Unavailable
 from farm.imaging.uploads import decoded, is_image_id, normalised
 from farm.storage import Artifacts
-from farm.store import images as stored
+from farm.store import control_images as stored
+from farm.store.control_images import StoredImage
 from farm.store.engine import Transaction, transaction
-from farm.store.images import StoredImage
 
 NO_SUCH_KEY = "NoSuchKey"
 

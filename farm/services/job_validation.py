@@ -200,7 +200,7 @@ def full_spec(
         bucket=job.bucket,
         max_attempts=job.max_attempts,
         format=job.format,
-        top_up=job.top_up,
+        max_rerolls=job.max_rerolls,
         reuse=job.reuse,
         labels=job.labels,
     )

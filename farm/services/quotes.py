@@ -31,7 +31,7 @@ class Quote:
     bytes: int | None
     """of all pictures"""
     device_seconds: float | None
-    seconds_a_frame: float | None
+    seconds_per_frame: float | None
     alike: bool
     """Whether that was measured on the tenant's own frames of the same shape"""
     workers: int
@@ -74,7 +74,7 @@ def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
         batches=sum(-(-frames // bucket) for frames, bucket, _ in runs),
         bytes=None if (size := _sum(runs, "bytes")) is None else round(size),
         device_seconds=seconds,
-        seconds_a_frame=each,
+        seconds_per_frame=each,
         alike=all(pace.alike for _, _, pace in runs),
         workers=workers,
         frames_ahead=ahead,

@@ -28,7 +28,7 @@ SELECT (SELECT count(*) FROM jobs) AS jobs, (SELECT count(*) FROM frames) AS fra
 # Events are pruned oldest first: a job older than the oldest may have lost its own.
 JOBS = text("""
 SELECT j.id, j.status, j.paused, j.open, j.total, j.cursor, j.running, j.succeeded, j.dead,
-       j.cancelled, j.finished_at, j.behind_from, f.*, r.returns, q.queued,
+       j.cancelled, j.finished_at, j.behind_from, f.*, r.requeued, q.queued,
        j.created_at < coalesce((SELECT min(at) FROM events), clock_timestamp()) AS maybe_pruned
 FROM (SELECT * FROM jobs WHERE id > :after AND removed_at IS NULL ORDER BY id LIMIT :limit) j
 CROSS JOIN LATERAL (
@@ -40,7 +40,7 @@ CROSS JOIN LATERAL (
            count(*) FILTER (WHERE state = 'cancelled') AS rows_cancelled
     FROM frames WHERE job_id = j.id
 ) f
-CROSS JOIN LATERAL (SELECT count(*) AS returns FROM returns WHERE job_id = j.id) r
+CROSS JOIN LATERAL (SELECT count(*) AS requeued FROM requeued_frames WHERE job_id = j.id) r
 CROSS JOIN LATERAL (
     SELECT count(*) AS queued FROM events WHERE job_id = j.id AND kind = 'job.queued'
 ) q
@@ -88,9 +88,9 @@ WITH chunk AS MATERIALIZED (
     SELECT id, coalesce(spec ->> 'format', 'png') AS format
     FROM jobs WHERE id IN (SELECT job_id FROM chunk)
 )
-SELECT c.job_id, c.ordinal, c.state, c.attempt, c.spared, c.sha256, c.bytes, s.format,
+SELECT c.job_id, c.ordinal, c.state, c.attempt, c.uncharged, c.sha256, c.bytes, s.format,
        j.tenant_id, j.max_attempts, j.removed_at IS NOT NULL AS removed, a.*,
-       coalesce(h.leases, 0) AS leases, r.job_id IS NOT NULL AS returned
+       coalesce(h.leases, 0) AS leases, r.job_id IS NOT NULL AS requeued
 FROM chunk c
 JOIN jobs j ON j.id = c.job_id
 JOIN formats s ON s.id = c.job_id
@@ -102,7 +102,7 @@ CROSS JOIN LATERAL (
     FROM attempts WHERE job_id = c.job_id AND ordinal = c.ordinal
 ) a
 LEFT JOIN held h ON h.job_id = c.job_id AND h.ordinal = c.ordinal AND h.attempt = c.attempt
-LEFT JOIN returns r ON r.job_id = c.job_id AND r.ordinal = c.ordinal
+LEFT JOIN requeued_frames r ON r.job_id = c.job_id AND r.ordinal = c.ordinal
 ORDER BY c.job_id, c.ordinal
 """)
 
@@ -141,7 +141,7 @@ def sizes(connection: Connection) -> Row[Any]:
 
 
 def jobs_after(connection: Connection, after: uuid.UUID, limit: int) -> Sequence[Row[Any]]:
-    """Read the next jobs: counters, and frames, returns and events counted one by one."""
+    """Read the next jobs: counters, and frames, requeued frames and events counted one by one."""
     return connection.execute(JOBS, {"after": after, "limit": limit}).all()
 
 
@@ -160,7 +160,7 @@ def wrong_leases(connection: Connection, limit: int) -> Sequence[Row[Any]]:
 def frames_after(
     connection: Connection, job_id: uuid.UUID, ordinal: int, limit: int
 ) -> Sequence[Row[Any]]:
-    """Read the next frames, with their attempts counted, who holds them, and whether returned."""
+    """Read the next frames, with their attempts counted, who holds them, and whether requeued."""
     values = {"job_id": job_id, "ordinal": ordinal, "limit": limit}
     return connection.execute(FRAMES, values).all()
 

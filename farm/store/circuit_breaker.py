@@ -18,7 +18,7 @@ MAX_SECONDS = 300.0
 REMEMBERED = 100
 """Frames that failed on a worker; older ones it may claim again like any other."""
 
-FAILING = text("SELECT failing, rests FROM workers WHERE id = :id")
+FAILING = text("SELECT failing, trips FROM workers WHERE id = :id")
 
 NOTE = text("UPDATE workers SET failing = :failing WHERE id = :id")
 
@@ -28,11 +28,11 @@ WITH tenant AS (
     FROM unnest(CAST(:failing AS text[])) AS f (frame)
     JOIN jobs j ON j.id = split_part(f.frame, '/', 1)::uuid
 )
-UPDATE workers SET failing = :failing, rests = rests + 1,
+UPDATE workers SET failing = :failing, trips = trips + 1,
                    avoids = CASE WHEN (SELECT count(*) FROM tenant) = 1
                                  THEN (SELECT tenant_id FROM tenant) END,
-                   resting_until = clock_timestamp() + make_interval(secs => :seconds)
-WHERE id = :id RETURNING resting_until
+                   tripped_until = clock_timestamp() + make_interval(secs => :seconds)
+WHERE id = :id RETURNING tripped_until
 """)
 
 
@@ -41,7 +41,7 @@ def note_failure(
     worker_id: uuid.UUID,
     job_id: uuid.UUID,
     ordinal: int,
-    rest_seconds: float,
+    trip_seconds: float,
 ) -> datetime | None:
     """Note that a frame, or the batch that it was the first of, failed on a worker.
 
@@ -50,7 +50,7 @@ def note_failure(
         worker_id: whose it was.
         job_id: the frame's job.
         ordinal: its place there.
-        rest_seconds: how long the first rest is.
+        trip_seconds: how long the first rest is.
 
     Returns:
         Until when the worker rests, for one tenant or for all; None where it goes on.
@@ -62,7 +62,7 @@ def note_failure(
     if len(failing) < THREE_FRAMES:
         connection.execute(NOTE, {"id": worker_id, "failing": failing})
         return None
-    seconds = min(rest_seconds * 2.0 ** min(row.rests, 30), MAX_SECONDS)
+    seconds = min(trip_seconds * 2.0 ** min(row.trips, 30), MAX_SECONDS)
     values = {"id": worker_id, "failing": failing, "seconds": seconds}
     until: datetime = connection.execute(REST, values).scalar_one()
     return until

@@ -120,5 +120,5 @@ def _claimed(
     place = row.job_id, job.prompt_index(row.ordinal)
     line = Line(row.prompt) if job.input is None else lines[place]
     # The bucket is what the frame was claimed in: it may have been halved since it was submitted.
-    spec = frame_spec(job, row.ordinal, line, row.bucket, row.redraws)
+    spec = frame_spec(job, row.ordinal, line, row.bucket, row.rerolls)
     return ClaimedFrame(row.job_id, row.tenant_id, row.ordinal, row.attempt, spec, job.reuse)

@@ -61,7 +61,7 @@ SELECT DISTINCT coalesce(spec ->> 'format', 'png') FROM jobs WHERE id = ANY(:ids
 
 # Whether shards are whole is looked at where something has changed: those that are new, and those
 # of jobs of which a frame has come to its end since. A frame that has not stands in a lease or
-# among the returned, and both are small. Once whole, a shard stays so.
+# among the requeued, and both are small. Once whole, a shard stays so.
 LOOK = text("""
 WITH news AS (
     DELETE FROM export_news WHERE id IN (
@@ -81,7 +81,7 @@ WITH news AS (
             WHERE o.export_id = c.export_id AND o.done_at IS NULL AND o.job_id IS NOT NULL)
         WHEN j.id IS NULL OR j.removed_at IS NOT NULL OR j.finished_at IS NOT NULL THEN true
         ELSE j.cursor >= c.stop AND NOT EXISTS (
-            SELECT FROM returns r
+            SELECT FROM requeued_frames r
             WHERE r.job_id = c.job_id AND r.ordinal >= c.first AND r.ordinal < c.stop
         ) AND NOT EXISTS (
             SELECT FROM leases l
@@ -158,7 +158,7 @@ WITH done AS (
 ), counted AS (
 UPDATE exports e
 SET shards_done = e.shards_done + (d.job_id IS NOT NULL)::int,
-    pictures = e.pictures + d.rows, missing = e.missing + d.missing,
+    images = e.images + d.rows, missing = e.missing + d.missing,
     bytes = e.bytes + :bytes,
     state = CASE WHEN d.job_id IS NULL THEN 'succeeded' ELSE e.state END,
     finished_at = CASE WHEN d.job_id IS NULL THEN clock_timestamp() ELSE e.finished_at END
@@ -186,7 +186,7 @@ FROM failed f WHERE e.id = f.export_id AND e.state = 'running' AND f.failures >=
 
 COLUMNS = """
 id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, state, error, shards, shards_done,
-pictures, missing, bytes, created_at, finished_at
+images, missing, bytes, created_at, finished_at
 """
 
 ONE = text(f"""
@@ -210,7 +210,7 @@ WHERE export_id = :export_id AND number > :after ORDER BY number LIMIT :limit
 """)
 
 REJECTED_OF = text("""
-SELECT s.number, count(*) AS pictures
+SELECT s.number, count(*) AS images
 FROM export_shards s JOIN attempts a
   ON a.job_id = s.job_id AND a.ordinal >= s.first AND a.ordinal < s.stop
 WHERE s.export_id = :export_id AND a.reason = :reason GROUP BY s.number
@@ -287,7 +287,7 @@ class Export:
     error: str | None
     shards: int
     shards_done: int
-    pictures: int
+    images: int
     missing: int
     bytes: int
     created_at: datetime
@@ -390,7 +390,7 @@ def has_picture(connection: Connection, export_id: uuid.UUID, shard: int, pictur
 def rejected(connection: Connection, export_id: uuid.UUID) -> dict[int, int]:
     """Count the pictures that filters rejected, by shard."""
     rows = connection.execute(REJECTED_OF, {"export_id": export_id, "reason": REJECTED})
-    return {row.number: row.pictures for row in rows}
+    return {row.number: row.images for row in rows}
 
 
 def remove_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.UUID) -> None:

@@ -19,7 +19,7 @@ from farm.domain.spec import Run, shrunk
 from farm.domain.states import FrameState, after_failure, retry_delay
 from farm.store import arrays
 from farm.store.claim import Fence
-from farm.store.returns import INTO_RETURNS
+from farm.store.requeue import INTO_REQUEUED
 from farm.store.tally import Delta, lock_jobs, tally
 from farm.store.workers import ADD, Account
 
@@ -60,14 +60,14 @@ class FailedAttempt:
     """What the process said last, for an operator: a traceback, or lines of its log."""
     charged: bool = True
     """Whether the attempt counts towards max_attempts."""
-    alone: bool = False
+    isolated: bool = False
     """Whether the frame is rendered alone from now on; one that is charged always is."""
     smaller: bool = False
     """Whether a smaller bucket may help: then, where the job left it open, the next one is half."""
     delay_seconds: float | None = None
     """Before the frame may be claimed again; None: longer with each attempt."""
-    redraw: bool = False
-    """Whether its picture was rejected: it is drawn again with another seed, until `top_up`"""
+    reroll: bool = False
+    """Whether its picture was rejected: it is drawn again with another seed, until `max_rerolls`"""
 
 
 LOCK_LEASE = text("SELECT job_ids FROM leases WHERE id = :id FOR UPDATE")
@@ -96,8 +96,8 @@ WHERE f.attempt = d.attempt AND f.state = 'succeeded' AND f.sha256 = d.sha256
 """)
 
 HELD = text("""
-SELECT f.job_id, f.ordinal, f.attempt, f.spared, f.redraws, j.max_attempts,
-       coalesce((j.spec ->> 'top_up')::int, 0) AS top_up
+SELECT f.job_id, f.ordinal, f.attempt, f.uncharged, f.rerolls, j.max_attempts,
+       coalesce((j.spec ->> 'max_rerolls')::int, 0) AS max_rerolls
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
      AS d (job_id, ordinal, attempt)
 JOIN frames f USING (job_id, ordinal) JOIN jobs j ON j.id = f.job_id
@@ -110,26 +110,26 @@ FOR UPDATE OF f
 END = text(f"""
 WITH ended AS (
     UPDATE frames f
-    SET state = d.state, spared = f.spared + d.spared, redraws = f.redraws + d.redraw,
+    SET state = d.state, uncharged = f.uncharged + d.uncharged, rerolls = f.rerolls + d.reroll,
         finished_at = clock_timestamp(),
-        error = d.message, alone = f.alone OR d.alone
+        error = d.message, isolated = f.isolated OR d.isolated
     FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:states AS text[]),
-                CAST(:spared AS smallint[]), CAST(:redraws AS smallint[]),
+                CAST(:uncharged AS smallint[]), CAST(:rerolls AS smallint[]),
                 CAST(:reasons AS text[]), CAST(:messages AS text[]),
-                CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:alone AS bool[]))
-         AS d (job_id, ordinal, state, spared, redraw, reason, message, log, delay, alone)
+                CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:isolated AS bool[]))
+         AS d (job_id, ordinal, state, uncharged, reroll, reason, message, log, delay, isolated)
     WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
     RETURNING f.*, d.reason, d.message, d.log, d.delay
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
     SELECT job_id, ordinal, attempt, worker, reason, message, log, started_at FROM ended
 ), unprinted AS (
-    DELETE FROM prints p USING ended e
+    DELETE FROM perceptual_hashes p USING ended e
     WHERE p.job_id = e.job_id AND p.ordinal = e.ordinal AND e.state = 'dead'
-), returned AS (
-    SELECT job_id, ordinal, delay, alone FROM ended WHERE state = 'ready'
+), requeued AS (
+    SELECT job_id, ordinal, delay, isolated FROM ended WHERE state = 'ready'
 )
-{INTO_RETURNS}""")  # noqa: S608 - constants only
+{INTO_REQUEUED}""")  # noqa: S608 - constants only
 
 CLOSE_LEASE = text("""
 DELETE FROM leases l WHERE l.id = :id AND NOT EXISTS (
@@ -156,9 +156,9 @@ UPDATE jobs SET runs = CAST(:runs AS jsonb),
 WHERE id = :id
 """)
 
-# What waits among the returned follows the job's runs.
+# What waits among the requeued follows the job's runs.
 SHRINK_RETURNS = text("""
-UPDATE returns t SET batch_key = run.key, bucket = run.bucket
+UPDATE requeued_frames t SET batch_key = run.key, bucket = run.bucket
 FROM jobs j CROSS JOIN LATERAL (
     SELECT DISTINCT run ->> 1 AS key, (run ->> 2)::smallint AS bucket
     FROM jsonb_array_elements(j.runs) AS e (run)
@@ -292,7 +292,7 @@ def end_attempts(
     held = connection.execute(HELD, _fences(list(of))).all()
     for fence in _shrink(connection, [failure for failure in failures if failure.smaller]):
         # A smaller bucket is tried next, with neighbours.
-        of[fence] = replace(of[fence], charged=False, alone=False)
+        of[fence] = replace(of[fence], charged=False, isolated=False)
     endings = [
         _ending(row, of[row.job_id, row.ordinal, row.attempt], retry_seconds) for row in held
     ]
@@ -340,12 +340,12 @@ class _Ending:
 
 
 def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _Ending:
-    if failure.redraw:
+    if failure.reroll:
         return _redraw(row, failure)
     charged = failure.charged
-    if failure.reason == WORKER_LOST and row.spared >= LOST_BESIDE_AT_MOST:
+    if failure.reason == WORKER_LOST and row.uncharged >= LOST_BESIDE_AT_MOST:
         charged = True  # whatever it is, it is never there when a process does not end
-    state = after_failure(failure.retryable, row.attempt - row.spared, row.max_attempts)
+    state = after_failure(failure.retryable, row.attempt - row.uncharged, row.max_attempts)
     delay = failure.delay_seconds
     if delay is None:
         delay = retry_delay(row.attempt, retry_seconds)
@@ -354,7 +354,7 @@ def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _End
 
 def _redraw(row: Row[Any], failure: FailedAttempt) -> _Ending:
     """Say what becomes of a frame whose picture was rejected: retried by hand, it may go on."""
-    again = row.redraws % (row.top_up + 1) < row.top_up
+    again = row.rerolls % (row.max_rerolls + 1) < row.max_rerolls
     state = FrameState.READY if again else FrameState.DEAD
     return _Ending(failure, state, charged=not again, delay_seconds=0.0)
 
@@ -365,11 +365,11 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, Any]:
         **_fences([failure.fence for failure in failures]),
         "states": [ending.state for ending in endings],
         "delays": [ending.delay_seconds for ending in endings],
-        "spared": [0 if ending.charged else 1 for ending in endings],
+        "uncharged": [0 if ending.charged else 1 for ending in endings],
         # What may be to blame goes alone from now on.
-        "alone": [failure.alone or failure.charged for failure in failures],
-        "redraws": [
-            int(ending.failure.redraw and ending.state is FrameState.READY) for ending in endings
+        "isolated": [failure.isolated or failure.charged for failure in failures],
+        "rerolls": [
+            int(ending.failure.reroll and ending.state is FrameState.READY) for ending in endings
         ],
         "reasons": [failure.reason for failure in failures],
         "messages": [failure.message for failure in failures],

@@ -16,7 +16,7 @@ from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.errors import Conflict, InvalidRequest, NotFound
 from farm.store.queries import JOB_COLUMNS, get_job
-from farm.store.returns import INTO_RETURNS
+from farm.store.requeue import INTO_REQUEUED
 from farm.store.tally import Delta, tally
 
 PROMPTS_PER_CHUNK = 1000
@@ -61,7 +61,7 @@ WITH j AS (
 ), joins AS (
     SELECT FROM j
 ), chunk AS (
-    INSERT INTO input_chunks (job_id, first, prompts)
+    INSERT INTO job_prompts (job_id, first, prompts)
     SELECT j.id, min(p.n) - 1, array_agg(p.prompt ORDER BY p.n)
     FROM j CROSS JOIN unnest(CAST(:prompts AS text[])) WITH ORDINALITY AS p (prompt, n)
     GROUP BY j.id, (p.n - 1) / {PROMPTS_PER_CHUNK}
@@ -174,7 +174,7 @@ PACE_ANEW = "pace_since = NULL, pace_next = NULL"
 # Returned frames follow a pause, resume or cancel later, in slices: see `follow`. Each call sets
 # another number below 0, so that a slice in progress notices the change.
 FALLS_BEHIND = """
-behind_from = CASE WHEN EXISTS (SELECT FROM returns WHERE job_id = jobs.id)
+behind_from = CASE WHEN EXISTS (SELECT FROM requeued_frames WHERE job_id = jobs.id)
               THEN least(coalesce(behind_from, 0), 0) - 1 END
 """
 
@@ -217,13 +217,13 @@ WHERE behind_from IS NOT NULL AND removed_at IS NULL ORDER BY id LIMIT :limit
 """)
 
 SLICE = """
-SELECT ordinal FROM returns WHERE job_id = :id AND ordinal >= :behind_from
+SELECT ordinal FROM requeued_frames WHERE job_id = :id AND ordinal >= :behind_from
 ORDER BY ordinal LIMIT :slice
 """
 
 CANCEL_SLICE = text(f"""
 WITH slice AS MATERIALIZED ({SLICE}), gone AS (
-    DELETE FROM returns r USING slice s WHERE r.job_id = :id AND r.ordinal = s.ordinal
+    DELETE FROM requeued_frames r USING slice s WHERE r.job_id = :id AND r.ordinal = s.ordinal
 ), cancelled AS (
     UPDATE frames f SET state = 'cancelled', finished_at = clock_timestamp(),
                         error = 'The job was cancelled.'
@@ -234,7 +234,7 @@ SELECT count(*) AS rows, max(ordinal) AS last FROM slice
 
 PAUSE_SLICE = text(f"""
 WITH slice AS MATERIALIZED ({SLICE}), told AS (
-    UPDATE returns r SET paused = :paused FROM slice s
+    UPDATE requeued_frames r SET paused = :paused FROM slice s
     WHERE r.job_id = :id AND r.ordinal = s.ordinal AND r.paused <> :paused
 )
 SELECT count(*) AS rows, max(ordinal) AS last FROM slice
@@ -250,13 +250,13 @@ RETRY_FRAMES = text(f"""
 WITH chosen AS (
     SELECT ordinal FROM frames WHERE job_id = :id AND state = ANY(:from_states)
     ORDER BY ordinal LIMIT :slice
-), returned AS (
-    UPDATE frames f SET state = 'ready', spared = attempt, alone = false,
-                        redraws = f.redraws + (f.redraws > 0)::int  -- another seed
+), requeued AS (
+    UPDATE frames f SET state = 'ready', uncharged = attempt, isolated = false,
+                        rerolls = f.rerolls + (f.rerolls > 0)::int  -- another seed
     FROM chosen c WHERE f.job_id = :id AND f.ordinal = c.ordinal
-    RETURNING f.job_id, f.ordinal, 0.0 AS delay, false AS alone
+    RETURNING f.job_id, f.ordinal, 0.0 AS delay, false AS isolated
 )
-{INTO_RETURNS}""")  # noqa: S608 - constants only
+{INTO_REQUEUED}""")  # noqa: S608 - constants only
 
 RETRY_JOB = text(f"""
 UPDATE jobs SET status = 'running', finished_at = NULL, {PACE_ANEW}
@@ -289,7 +289,7 @@ def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
 def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
     """Cancel a job for good: once committed, no frame of it becomes succeeded.
 
-    The work is that of the frames in flight, whatever the job's size; those that were returned
+    The work is that of the frames in flight, whatever the job's size; those that were requeued
     follow later: see follow. Cancelling twice is once.
     """
     job = _lock(connection, tenant_id, job_id)
@@ -305,7 +305,7 @@ def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
 
 
 def follow(connection: Connection, rows: int) -> bool:
-    """Let returned frames follow what their jobs were told: to pause, to go on, to end.
+    """Let requeued frames follow what their jobs were told: to pause, to go on, to end.
 
     Until they have, no claim takes them: it looks at their job. For one caller at a time, the
     leading janitor.

@@ -21,7 +21,7 @@ DEPTH = text("""
 SELECT pipeline, priority, sum(waiting)::bigint AS waiting FROM (
     SELECT pipeline, priority, total - cursor AS waiting FROM jobs WHERE open
     UNION ALL
-    SELECT pipeline, priority, 1 FROM returns
+    SELECT pipeline, priority, 1 FROM requeued_frames
 ) lane GROUP BY pipeline, priority ORDER BY pipeline, priority
 """)
 
@@ -46,7 +46,7 @@ FROM (
 ) busy ON true
 """)  # noqa: S608 - constants only
 
-BACKING_OFF = text("SELECT min(not_before) FROM returns WHERE job_id = :job_id")
+BACKING_OFF = text("SELECT min(not_before) FROM requeued_frames WHERE job_id = :job_id")
 
 
 def claimable_lanes(connection: Connection) -> list[str]:
@@ -69,5 +69,5 @@ def lane_now(connection: Connection, pipeline: str, tenant_id: uuid.UUID | None 
 
 
 def backing_off_until(connection: Connection, job_id: uuid.UUID) -> Any | None:
-    """When the first of a job's returned frames is due again."""
+    """When the first of a job's requeued frames is due again."""
     return connection.execute(BACKING_OFF, {"job_id": job_id}).scalar_one()

@@ -43,16 +43,16 @@ RETURNING l.id, pid, clock_timestamp() - stepped_at AS still
 """)
 
 EXPIRED = text("""
-SELECT id, worker_id, pipeline, kept, job_ids, ordinals, attempts FROM leases
+SELECT id, worker_id, pipeline, spooled, job_ids, ordinals, attempts FROM leases
 WHERE expires_at < clock_timestamp() ORDER BY expires_at LIMIT 100 FOR UPDATE SKIP LOCKED
 """)
 
 LEASES_OF = text("""
-SELECT id, worker_id, pipeline, kept, job_ids, ordinals, attempts FROM leases
+SELECT id, worker_id, pipeline, spooled, job_ids, ordinals, attempts FROM leases
 WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) ORDER BY id FOR UPDATE
 """)
 
-KEEP = text("UPDATE leases SET kept = true WHERE id = :id")
+MARK_SPOOLED = text("UPDATE leases SET spooled = true WHERE id = :id")
 
 LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
 
@@ -64,7 +64,7 @@ WHERE worker_id = :worker_id ORDER BY id FOR UPDATE
 DROP_LEASES = text("DELETE FROM leases WHERE id = ANY(:ids)")
 
 COUNT_LOST = text("""
-UPDATE workers SET returned = returned + :returned, dead = dead + :dead,
+UPDATE workers SET requeued = requeued + :requeued, dead = dead + :dead,
                    expired = expired + :expired
 WHERE id = :id
 """)
@@ -99,7 +99,7 @@ def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) ->
 
 def keep(connection: Connection, lease_id: uuid.UUID) -> None:
     """Note that a lease's batch is rendered, and waits for the storage."""
-    connection.execute(KEEP, {"id": lease_id})
+    connection.execute(MARK_SPOOLED, {"id": lease_id})
 
 
 def release_forgotten(
@@ -134,7 +134,7 @@ def expire(connection: Connection, retry_seconds: float) -> set[str]:
     _lock_all(connection, leases)
     for lease in leases:
         message = "The worker was not heard of."
-        _drop(connection, lease, "lease_expired", message, retry_seconds, not lease.kept)
+        _drop(connection, lease, "lease_expired", message, retry_seconds, not lease.spooled)
     return {lease.pipeline for lease in leases}
 
 
@@ -167,7 +167,7 @@ def lose(
     leases = connection.execute(LEASES_OF, values).all()
     _lock_all(connection, leases)
     load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
-    known = {lease.id for lease in leases if not lease.kept}
+    known = {lease.id for lease in leases if not lease.spooled}
     suspects = known if on_device is None else known & {on_device}
     for lease in leases:
         suspect, delay_seconds = lease.id in suspects, None
@@ -201,7 +201,7 @@ def _drop(
 ) -> None:
     held = _held_by(lease)
     several = len(held) > 1
-    if lease.kept:
+    if lease.spooled:
         message += " Its picture waited for the storage, and is lost."
     elif not suspect:
         message += " It was not being denoised then."
@@ -216,7 +216,7 @@ def _drop(
             message,
             log=None if several else log,
             charged=suspect and not several,
-            alone=suspect,
+            isolated=suspect,
             delay_seconds=delay_seconds,
         )
         for fence in held
@@ -224,7 +224,7 @@ def _drop(
     ended = end_attempts(connection, FAILED, failures, retry_seconds)
     states = list(ended.values())
     lost = {
-        "returned": states.count(FrameState.READY),
+        "requeued": states.count(FrameState.READY),
         "dead": states.count(FrameState.DEAD),
         "expired": int(reason == "lease_expired"),
     }

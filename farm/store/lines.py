@@ -20,7 +20,7 @@ PROMPTS = text("""
 SELECT w.job_id, w.place, c.prompts[w.place - c.first + 1] AS prompt
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:places AS bigint[])) AS w (job_id, place)
 CROSS JOIN LATERAL (
-    SELECT first, prompts FROM input_chunks c
+    SELECT first, prompts FROM job_prompts c
     WHERE c.job_id = w.job_id AND c.first <= w.place ORDER BY c.first DESC LIMIT 1
 ) c
 """)

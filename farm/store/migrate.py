@@ -223,9 +223,16 @@ def _missing(chain: Sequence[Step], place: _Place) -> list[Step]:
     """List the steps that a database lacks: none where a newer version went further.
 
     Raises:
-        SchemaRefused: that version applied a post step.
+        SchemaRefused: that version applied a post step, or the database is older than the first
+            step.
     """
     known = [step.revision for step in chain]
+    # Revisions are numbers of four digits.
+    if place.at is not None and place.at < known[0]:
+        raise SchemaRefused(
+            f"The database has step {place.at}, of a version before the first release, "
+            f"and cannot be upgraded: use an empty database, or run the version that made this one."
+        )
     if place.floor is not None and place.floor not in known:
         raise SchemaRefused(
             f"The database has step {place.floor}, made for newer versions of the farm only: "

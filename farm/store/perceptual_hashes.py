@@ -7,7 +7,7 @@ import uuid
 
 from sqlalchemy import Connection, text
 
-LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('prints ' || :job_id, 0))")
+LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('perceptual hashes ' || :job_id, 0))")
 
 BY_INDEX = text("SET LOCAL enable_seqscan = off")
 """A job's prints may be a million before Postgres has counted any."""
@@ -18,11 +18,11 @@ FIRSTS = (1, 3, 5, 7)
 # Of two prints that differ in few bits, one of four bands differs in a quarter of them at most: so
 # each band is looked up by its own index, together with all values as near to it.
 NEAREST = text(f"""
-SELECT ordinal, bit_count((print # CAST(:print AS bigint))::bit(64)) AS bits FROM (
+SELECT ordinal, bit_count((hash # CAST(:hash AS bigint))::bit(64)) AS bits FROM (
     {
     " UNION ALL ".join(
-        f"SELECT ordinal, print FROM prints WHERE job_id = CAST(:job_id AS uuid)"
-        f" AND substring(int8send(print), {first}, {BAND_BYTES}) = ANY(:band_{first})"
+        f"SELECT ordinal, hash FROM perceptual_hashes WHERE job_id = CAST(:job_id AS uuid)"
+        f" AND substring(int8send(hash), {first}, {BAND_BYTES}) = ANY(:band_{first})"
         for first in FIRSTS
     )
 }
@@ -32,15 +32,16 @@ ORDER BY bits, ordinal LIMIT 1
 """)  # noqa: S608 - constants only
 
 KEEP = text("""
-INSERT INTO prints (job_id, ordinal, print) VALUES (CAST(:job_id AS uuid), :ordinal, :print)
-ON CONFLICT (job_id, ordinal) DO UPDATE SET print = excluded.print
+INSERT INTO perceptual_hashes (job_id, ordinal, hash)
+VALUES (CAST(:job_id AS uuid), :ordinal, :hash)
+ON CONFLICT (job_id, ordinal) DO UPDATE SET hash = excluded.hash
 """)
 
 
 def keep_print(
     connection: Connection, job_id: uuid.UUID, ordinal: int, hashed: int, near: int
 ) -> tuple[int, int] | None:
-    """Keep a picture's print, unless one of its job is near.
+    """Keep a picture's hash, unless one of its job is near.
 
     One at a time for each job, so that of two alike one is kept. It takes milliseconds, also with a
     million prints.
@@ -56,7 +57,7 @@ def keep_print(
         The nearest frame's ordinal and the bits that differ, where it is near.
     """
     signed = hashed - 2**64 if hashed >= 2**63 else hashed
-    values = {"job_id": str(job_id), "ordinal": ordinal, "print": signed}
+    values = {"job_id": str(job_id), "ordinal": ordinal, "hash": signed}
     content = hashed.to_bytes(8)
     bands = {
         f"band_{first}": _around(content[first - 1 : first - 1 + BAND_BYTES], near // len(FIRSTS))

@@ -91,10 +91,10 @@ def own_jobs(
     return set(rows.scalars())
 
 
-# A returned frame of a cancelled job is cancelled, though its row may follow later.
+# A requeued frame of a cancelled job is cancelled, though its row may follow later.
 LIST_FRAMES = text("""
 SELECT f.ordinal, seen.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
-       f.started_at, f.finished_at, f.redraws, f.reused
+       f.started_at, f.finished_at, f.rerolls, f.reused
 FROM frames f CROSS JOIN LATERAL (
     SELECT CASE
         WHEN f.state = 'ready' AND (SELECT status FROM jobs WHERE id = :job_id) = 'cancelled'

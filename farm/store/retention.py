@@ -66,9 +66,9 @@ DELETE FROM {table} d USING old
 WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for column in key)}
 """)  # noqa: S608 - constants only
     for table, key, order in (  # as an index has it
-        ("returns", ["ordinal"], "ordinal"),
-        ("prints", ["ordinal"], "ordinal"),
-        ("renders", ["tenant_id", "digest"], "job_id"),
+        ("requeued_frames", ["ordinal"], "ordinal"),
+        ("perceptual_hashes", ["ordinal"], "ordinal"),
+        ("reusable_renders", ["tenant_id", "digest"], "job_id"),
         ("attempts", ["ordinal", "attempt"], "ordinal, attempt"),
         ("frames", ["ordinal"], "ordinal"),
     )
@@ -97,8 +97,8 @@ LEFT JOIN LATERAL (
     SELECT ordinal FROM attempts WHERE job_id = j.id ORDER BY ordinal, attempt LIMIT 1
 ) a ON true
 WHERE j.removed_at IS NOT NULL AND f.ordinal IS NULL AND a.ordinal IS NULL
-  AND NOT EXISTS (SELECT FROM prints WHERE job_id = j.id)
-  AND NOT EXISTS (SELECT FROM renders WHERE job_id = j.id)
+  AND NOT EXISTS (SELECT FROM perceptual_hashes WHERE job_id = j.id)
+  AND NOT EXISTS (SELECT FROM reusable_renders WHERE job_id = j.id)
   AND NOT EXISTS (
       SELECT FROM tenants t JOIN events e ON e.job_id = j.id
       WHERE t.id = j.tenant_id AND t.removed_at IS NOT NULL)

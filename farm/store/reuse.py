@@ -13,7 +13,7 @@ from farm.store import arrays
 FIND = text("""
 SELECT d.digest, r.job_id, r.ordinal, f.sha256, f.bytes, f.slot
 FROM (SELECT DISTINCT unnest(CAST(:digests AS bytea[])) AS digest) d
-JOIN renders r ON r.tenant_id = :tenant_id AND r.digest = d.digest
+JOIN reusable_renders r ON r.tenant_id = :tenant_id AND r.digest = d.digest
 JOIN frames f ON f.job_id = r.job_id AND f.ordinal = r.ordinal AND f.state = 'succeeded'
 JOIN jobs j ON j.id = r.job_id AND j.removed_at IS NULL
 """)

@@ -1,9 +1,9 @@
 """The tables. Postgres is the truth: what is not here did not happen.
 
 A job's row holds its spec and a cursor: frames below the cursor have been claimed and have a row,
-frames from it on are waiting and have none. Frames returned for another attempt stand in the small
-table `returns`, so that the wide table `frames` needs no index on its state and its updates stay
-HOT (heap-only: no index entry is written).
+frames from it on are waiting and have none. Frames requeued for another attempt stand in the small
+table `requeued_frames`, so that the wide table `frames` needs no index on its state and
+its updates stay HOT (heap-only: no index entry is written).
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ jobs = Table(
     Column(
         "behind_from",
         BigInteger,
-        comment="returned frames from this ordinal on do not follow yet what the job was told",
+        comment="requeued frames from this ordinal on do not follow yet what the job was told",
     ),
     UniqueConstraint("tenant_id", "idempotency_key"),
     CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
@@ -244,8 +244,8 @@ input_parts = Table(
     Column("content", LargeBinary, nullable=False, comment="lines of JSON, by zlib"),
 )
 
-input_chunks = Table(
-    "input_chunks",
+job_prompts = Table(
+    "job_prompts",
     metadata,
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("first", BigInteger, primary_key=True, comment="index of the chunk's first prompt"),
@@ -266,7 +266,7 @@ exports = Table(
     Column("error", Text),
     Column("shards", Integer, nullable=False),
     Column("shards_done", Integer, nullable=False, server_default=text("0")),
-    Column("pictures", BigInteger, nullable=False, server_default=text("0")),
+    Column("images", BigInteger, nullable=False, server_default=text("0")),
     Column("missing", BigInteger, nullable=False, server_default=text("0")),
     Column("bytes", BigInteger, nullable=False, server_default=text("0")),
     _moment("created_at", now=True),
@@ -325,14 +325,14 @@ frames = Table(
     Column("state", Text, nullable=False),
     Column("attempt", SmallInteger, nullable=False, comment="counted when it is claimed"),
     Column(
-        "spared",
+        "uncharged",
         SmallInteger,
         nullable=False,
         server_default=text("0"),
         comment="attempts that do not count towards max_attempts",
     ),
     Column(
-        "redraws",
+        "rerolls",
         SmallInteger,
         nullable=False,
         server_default=text("0"),
@@ -350,7 +350,7 @@ frames = Table(
     _moment("started_at", null=False),
     _moment("finished_at"),
     Column(
-        "alone",
+        "isolated",
         Boolean,
         nullable=False,
         server_default=text("false"),
@@ -368,31 +368,35 @@ frames = Table(
     postgresql_with={"fillfactor": "75"},
 )
 
-prints = Table(
-    "prints",
+perceptual_hashes = Table(
+    "perceptual_hashes",
     metadata,
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("ordinal", BigInteger, primary_key=True),
-    Column("print", BigInteger, nullable=False, comment="a perceptual hash, as 64 bits"),
+    Column("hash", BigInteger, nullable=False, comment="a perceptual hash, as 64 bits"),
     *(
         # two of its eight bytes
-        Index(f"prints_band_{first}", "job_id", text(f'"substring"(int8send(print), {first}, 2)'))
+        Index(
+            f"perceptual_hashes_band_{first}",
+            "job_id",
+            text(f'"substring"(int8send(hash), {first}, 2)'),
+        )
         for first in (1, 3, 5, 7)
     ),
 )
 
-renders = Table(
-    "renders",
+reusable_renders = Table(
+    "reusable_renders",
     metadata,
     Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
     Column("digest", LargeBinary, primary_key=True, comment="of all that decides its bytes"),
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("ordinal", BigInteger, nullable=False),
-    Index("renders_job", "job_id"),
+    Index("reusable_renders_job", "job_id"),
 )
 
-returns = Table(
-    "returns",
+requeued_frames = Table(
+    "requeued_frames",
     metadata,
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("ordinal", BigInteger, primary_key=True),
@@ -405,9 +409,9 @@ returns = Table(
     # What follows is its job's: here too, so that an index gives the order of claiming.
     _moment("job_created_at", null=False),
     Column("paused", Boolean, nullable=False),
-    Column("alone", Boolean, nullable=False, comment="its attempt failed: no neighbours again"),
+    Column("isolated", Boolean, nullable=False, comment="its attempt failed: no neighbours again"),
     Index(
-        "returns_claim",
+        "requeued_frames_claim",
         "pipeline",
         "tenant_id",
         "priority",
@@ -417,14 +421,14 @@ returns = Table(
         postgresql_where=text("NOT paused"),
     ),
     Index(
-        "returns_fill",
+        "requeued_frames_fill",
         "pipeline",
         "batch_key",
         "priority",
         "job_created_at",
         "job_id",
         "ordinal",
-        postgresql_where=text("NOT paused AND NOT alone"),
+        postgresql_where=text("NOT paused AND NOT isolated"),
     ),
 )
 
@@ -442,8 +446,8 @@ attempts = Table(
     _moment("ended_at", now=True),
 )
 
-images = Table(
-    "images",
+control_images = Table(
+    "control_images",
     metadata,
     Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
     Column("sha256", LargeBinary, primary_key=True, comment="of the PNG in S3; in hex its id"),
@@ -455,10 +459,10 @@ images = Table(
         "state",
         Text,
         nullable=False,
-        server_default="kept",
-        comment="kept; arriving or removing: its object may not be there",
+        server_default="stored",
+        comment="stored; arriving or removing: its object may not be there",
     ),
-    Index("images_removing", "tenant_id", postgresql_where=text("state = 'removing'")),
+    Index("control_images_removing", "tenant_id", postgresql_where=text("state = 'removing'")),
 )
 
 leases = Table(
@@ -474,7 +478,7 @@ leases = Table(
     Column("ordinals", ARRAY(BigInteger), nullable=False),
     Column("attempts", ARRAY(SmallInteger), nullable=False),
     Column(
-        "kept",
+        "spooled",
         Boolean,
         nullable=False,
         server_default=text("false"),
@@ -507,15 +511,15 @@ workers = Table(
         server_default="{}",
         comment="different frames that failed since one last succeeded",
     ),
-    Column("rests", SmallInteger, nullable=False, server_default=text("0")),
-    _moment("resting_until"),
+    Column("trips", SmallInteger, nullable=False, server_default=text("0")),
+    _moment("tripped_until"),
     Column("avoids", Uuid, comment="the tenant whose frames alone failed: it rests for this one"),
     Column("load_seconds", Double, comment="what its child took to load the pipeline"),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
     # What it did since it started: summed by pipeline for /metrics.
     Column("succeeded", BigInteger, nullable=False, server_default=text("0")),
-    Column("returned", BigInteger, nullable=False, server_default=text("0")),
+    Column("requeued", BigInteger, nullable=False, server_default=text("0")),
     Column("dead", BigInteger, nullable=False, server_default=text("0")),
     Column("dropped", BigInteger, nullable=False, server_default=text("0")),
     Column("expired", BigInteger, nullable=False, server_default=text("0")),

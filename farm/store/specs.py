@@ -15,9 +15,9 @@ SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
 
 
 REDRAWN = text("""
-SELECT f.job_id, f.ordinal, f.redraws
+SELECT f.job_id, f.ordinal, f.rerolls
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[])) AS d (job_id, ordinal)
-JOIN frames f USING (job_id, ordinal) WHERE f.redraws > 0
+JOIN frames f USING (job_id, ordinal) WHERE f.rerolls > 0
 """)
 
 
@@ -33,12 +33,12 @@ def frame_specs(
     }
     lines = lines_of(connection, {job_id: job for job_id, (_, job) in jobs.items()}, frames)
     rows = connection.execute(REDRAWN, values)
-    redraws = {(row.job_id, row.ordinal): row.redraws for row in rows}
+    rerolls = {(row.job_id, row.ordinal): row.rerolls for row in rows}
     found = []
     for job_id, ordinal in frames:
         tenant_id, job = jobs[job_id]
         line = lines[job_id, job.prompt_index(ordinal)]
         found.append(
-            (tenant_id, frame_spec(job, ordinal, line, redraws=redraws.get((job_id, ordinal), 0)))
+            (tenant_id, frame_spec(job, ordinal, line, rerolls=rerolls.get((job_id, ordinal), 0)))
         )
     return found

@@ -28,7 +28,7 @@ OWNS = """
 (SELECT count(*) FROM jobs WHERE tenant_id = t.id) AS jobs,
 (SELECT count(*) FROM exports WHERE tenant_id = t.id) AS exports,
 (SELECT count(*) FROM inputs WHERE tenant_id = t.id) AS inputs,
-(SELECT count(*) FROM images WHERE tenant_id = t.id) AS images,
+(SELECT count(*) FROM control_images WHERE tenant_id = t.id) AS images,
 (SELECT count(*) FROM destinations WHERE tenant_id = t.id) AS destinations
 """
 
@@ -90,8 +90,8 @@ SELECT EXISTS (SELECT FROM jobs WHERE tenant_id = :id)
 """)
 
 EMPTIED = text("""
-WITH images AS (
-    DELETE FROM images WHERE tenant_id = :id
+WITH control_images AS (
+    DELETE FROM control_images WHERE tenant_id = :id
 )
 UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
 """)

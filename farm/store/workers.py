@@ -45,7 +45,7 @@ RETURNING name
 """)
 
 SECONDS = ("denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds", "work_seconds")
-SUMMED = ("succeeded", "returned", "dead", "dropped", "expired", "batches", *SECONDS)
+SUMMED = ("succeeded", "requeued", "dead", "dropped", "expired", "batches", *SECONDS)
 
 # Workers come and go; their sums stay, in one row a pipeline that has no host.
 FOLD = text(f"""
@@ -64,18 +64,18 @@ SET {", ".join(f"{column} = workers.{column} + excluded.{column}" for column in 
 
 # Not while it avoids a tenant: what succeeds then is another's.
 IS_WELL = """:well AND come.succeeded > 0
-    AND NOT (w.avoids IS NOT NULL AND w.resting_until > clock_timestamp())"""
+    AND NOT (w.avoids IS NOT NULL AND w.tripped_until > clock_timestamp())"""
 
 # Ends a statement whose CTE `come` has a row: how many frames of the batches succeeded, how many
 # were dropped. A worker on which one succeeds now is well.
 ADD = f"""
 UPDATE workers w
 SET batches = w.batches + :batches, succeeded = w.succeeded + come.succeeded,
-    dropped = w.dropped + come.dropped, returned = w.returned + :returned, dead = w.dead + :dead,
+    dropped = w.dropped + come.dropped, requeued = w.requeued + :requeued, dead = w.dead + :dead,
     {", ".join(f"{column} = w.{column} + :{column}" for column in SECONDS)},
     failing = CASE WHEN {IS_WELL} THEN '{{}}' ELSE w.failing END,
-    rests = CASE WHEN {IS_WELL} THEN 0 ELSE w.rests END,
-    resting_until = CASE WHEN {IS_WELL} THEN NULL ELSE w.resting_until END,
+    trips = CASE WHEN {IS_WELL} THEN 0 ELSE w.trips END,
+    tripped_until = CASE WHEN {IS_WELL} THEN NULL ELSE w.tripped_until END,
     avoids = CASE WHEN {IS_WELL} THEN NULL ELSE w.avoids END
 FROM come WHERE w.id = :worker_id
 """  # noqa: S608 - constants only
@@ -84,12 +84,12 @@ ACCOUNT = text(f"WITH come AS (SELECT :succeeded AS succeeded, :dropped AS dropp
 
 # `w.state` and `w.problem` as they are shown: a worker that rests cannot render either.
 # For the tenant that asks. For an operator (no tenant): for any tenant.
-RESTS_NOW = """w.resting_until > clock_timestamp()
+RESTS_NOW = """w.tripped_until > clock_timestamp()
     AND (w.avoids IS NULL OR CAST(:tenant_id AS uuid) IS NULL OR w.avoids = :tenant_id)"""
 STATE_NOW = f"CASE WHEN {RESTS_NOW} THEN 'failed' ELSE w.state END"
 PROBLEM_NOW = f"""CASE WHEN {RESTS_NOW}
      THEN format('Different frames failed in a row (%s); it tries again at %s UTC.',
-                 cardinality(w.failing), to_char(w.resting_until, 'HH24:MI:SS'))
+                 cardinality(w.failing), to_char(w.tripped_until, 'HH24:MI:SS'))
      ELSE w.problem END"""
 
 LIST = text(f"""
@@ -118,10 +118,10 @@ class Account:
     """What batches came to, added to their worker's sums. Times are in seconds."""
 
     batches: int = 1
-    kept: bool = False
+    spooled: bool = False
     """Whether one waited for the storage: then it says nothing of how the worker does now."""
     succeeded: int = 0
-    returned: int = 0
+    requeued: int = 0
     dead: int = 0
     dropped: int = 0
     denoise_seconds: float = 0.0
@@ -134,15 +134,15 @@ class Account:
     def __add__(self, other: Account) -> Account:
         """Add up several batches."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in ADDED}
-        return Account(**sums, kept=self.kept or other.kept)
+        return Account(**sums, spooled=self.spooled or other.spooled)
 
     def values(self, worker_id: uuid.UUID) -> dict[str, Any]:
         """Give what `ADD` and `ACCOUNT` take."""
         sums = {name: getattr(self, name) for name in ADDED}
-        return {"worker_id": worker_id, "well": not self.kept, **sums}
+        return {"worker_id": worker_id, "well": not self.spooled, **sums}
 
 
-ADDED = [field.name for field in fields(Account) if field.name != "kept"]
+ADDED = [field.name for field in fields(Account) if field.name != "spooled"]
 
 
 def register(

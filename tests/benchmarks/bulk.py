@@ -261,7 +261,7 @@ def run(stand: BenchServers, path: Path, prompts: int, short: bool) -> Row:
         "tenth of what was done before the workers that discard began to stop.",
     )
     with ExitStack() as stack:
-        site = stack.enter_context(stand.site(discard_pictures=True))
+        site = stack.enter_context(stand.site(discard_images=True))
         url, key = stack.enter_context(site.api())
         env = {**site.env, "FARM_API_URL": url, "FARM_API_KEY": key}
         job_id = Command(commands.environment(stand.folder, env)).submit(path, "run")
@@ -282,13 +282,13 @@ def run(stand: BenchServers, path: Path, prompts: int, short: bool) -> Row:
         )
         again = time.monotonic()
         for _ in range(cores()):
-            stack.enter_context(site.worker_at_work("null", FARM_DISCARD_PICTURES="false"))
+            stack.enter_context(site.worker_at_work("null", FARM_DISCARD_IMAGES="false"))
         wait_closely(lambda: _done(site, job_id) == prompts, "all are done")
         if discarded < prompts:  # a short run may be over before it is seen
             rate = (prompts - discarded) / (time.monotonic() - again)
             row.series.append(Series("stored", [rate], "frames/s"))
-        bytes_a_frame = (site.rows(SIZES)[0][0] - before) / prompts
-        row.series.append(Series("Postgres", [bytes_a_frame], "bytes/frame"))
+        bytes_per_frame = (site.rows(SIZES)[0][0] - before) / prompts
+        row.series.append(Series("Postgres", [bytes_per_frame], "bytes/frame"))
         for name in ("page", "job", "frames"):
             times = getattr(looks, name)
             row.series.append(Series(f"p99 of a call: {name}", [percentile(times, 99)], "ms"))

@@ -19,7 +19,7 @@ BUCKET = 64
 SECONDS = 8.0
 TURNS = 5
 LEAST = 0.9
-LARGE = ("frames", "events", "input_chunks")
+LARGE = ("frames", "events", "job_prompts")
 
 # The rows that so many frames leave behind when they were claimed in batches of 64: jobs that are
 # copies of a real one, their frames, their prompts and their events.
@@ -33,8 +33,8 @@ SELECT gen_random_uuid(), tenant_id, pipeline, priority, 'succeeded', false, tot
 FROM jobs, generate_series(1, %(jobs)s) n WHERE id = %(id)s
 """
 CHUNKS = """
-INSERT INTO input_chunks (job_id, first, prompts)
-SELECT j.id, c.first, c.prompts FROM jobs j, input_chunks c
+INSERT INTO job_prompts (job_id, first, prompts)
+SELECT j.id, c.first, c.prompts FROM jobs j, job_prompts c
 WHERE j.status = 'succeeded' AND c.job_id = %(id)s
 """
 FRAMES = """

@@ -81,7 +81,7 @@ def _measure(
     row: Row, stand: BenchServers, counts: Mapping[str, int], turns: int, *, discard: bool
 ) -> None:
     with ExitStack() as stack:
-        site = stack.enter_context(stand.site(discard_pictures=discard))
+        site = stack.enter_context(stand.site(discard_images=discard))
         for _ in range(cores()):
             stack.enter_context(site.worker("null"))
         farm_rate(site, WARM_UP)

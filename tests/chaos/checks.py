@@ -21,7 +21,7 @@ SELECT id, idempotency_key AS key FROM jobs
 WHERE labels ->> 'row' = %(name)s AND NOT id = ANY(%(ids)s)
 """
 FRAMES = """
-SELECT f.job_id, j.tenant_id, f.ordinal, f.state, f.attempt, f.spared, j.max_attempts, f.sha256,
+SELECT f.job_id, j.tenant_id, f.ordinal, f.state, f.attempt, f.uncharged, j.max_attempts, f.sha256,
        f.bytes, (SELECT count(*) FROM attempts a WHERE (a.job_id, a.ordinal) = (f.job_id, f.ordinal)
                  AND a.attempt BETWEEN 1 AND f.attempt) AS ended
 FROM frames f JOIN jobs j ON j.id = f.job_id WHERE f.job_id = ANY(%(ids)s)
@@ -118,7 +118,7 @@ def _check_ledger(findings: Findings, frames: list[Any]) -> None:
         (row["job_id"], row["ordinal"])
         for row in frames
         if row["ended"] != row["attempt"] - (row["state"] == "succeeded")
-        or row["attempt"] - row["spared"] > row["max_attempts"]
+        or row["attempt"] - row["uncharged"] > row["max_attempts"]
     ]
     findings.note("frames with a wrong ledger", wrong)
 

@@ -192,7 +192,7 @@ def many_bells(scene: ChaosRun) -> None:
     scene.pause(0.3, 0.8)
 
 
-SHORT = {"FARM_LEASE_SECONDS": "0.5", "FARM_HEARTBEAT_SECONDS": "3", "FARM_TOUCH_SECONDS": "60"}
+SHORT = {"FARM_LEASE_SECONDS": "0.5", "FARM_HEARTBEAT_SECONDS": "3", "FARM_PROGRESS_SECONDS": "60"}
 
 
 @contextmanager

@@ -80,16 +80,16 @@ CONSERVATION: dict[str, Damage] = {
     ),
     "a ready frame nobody can claim": Damage(
         "ready",
-        "DELETE FROM returns WHERE job_id = :id AND ordinal = 0",
+        "DELETE FROM requeued_frames WHERE job_id = :id AND ordinal = 0",
         frame=0,
-        detail="not among the returned",
+        detail="not among the requeued",
     ),
     "a succeeded frame that may be claimed": Damage(
         "succeeded",
-        "INSERT INTO returns SELECT :id, 1, pipeline, tenant_id, priority, batch_key,"
-        " bucket, not_before, job_created_at, paused, alone FROM returns LIMIT 1",
+        "INSERT INTO requeued_frames SELECT :id, 1, pipeline, tenant_id, priority, batch_key,"
+        " bucket, not_before, job_created_at, paused, isolated FROM requeued_frames LIMIT 1",
         frame=1,
-        detail="it is succeeded, and among the returned",
+        detail="it is succeeded, and among the requeued",
     ),
     "a running frame nobody holds": Damage(
         "running",
@@ -147,13 +147,13 @@ LEDGER: dict[str, Damage] = {
     ),
     "more attempts than allowed": Damage(
         "retried",
-        "UPDATE frames SET spared = 0 WHERE job_id = :id AND ordinal = 0",
+        "UPDATE frames SET uncharged = 0 WHERE job_id = :id AND ordinal = 0",
         frame=0,
         detail="3 attempts are charged, of 2",
     ),
     "a negative number of charged attempts": Damage(
         "partial",
-        "UPDATE frames SET spared = 2 WHERE job_id = :id AND ordinal = 1",
+        "UPDATE frames SET uncharged = 2 WHERE job_id = :id AND ordinal = 1",
         frame=1,
         detail="-1 attempts are charged",
     ),

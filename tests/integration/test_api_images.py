@@ -72,7 +72,7 @@ def send(client: httpx.Client, content: bytes, kind: str = "image/png") -> httpx
 def stored(farm: Farm) -> tuple[int, int]:
     """How many images there are: rows that say so, and objects in the bucket."""
     objects = farm.artifacts._s3.list_objects_v2(Bucket=farm.settings.s3_bucket)
-    kept = sql(farm, "SELECT count(*) FROM images WHERE state = 'kept'")
+    kept = sql(farm, "SELECT count(*) FROM control_images WHERE state = 'stored'")
     return kept[0][0], objects["KeyCount"]
 
 

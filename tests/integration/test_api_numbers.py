@@ -55,7 +55,7 @@ def test_a_picture_with_a_given_seed_is_drawn_again_as_ever(farm: Farm, api: Api
     api.submit(api.client(), seed=31)
     [stored] = sql(farm, "SELECT spec FROM jobs")
     job = FullSpec.model_validate(stored.spec)
-    assert frame_spec(job, 0, Line("a"), redraws=1).seed == 7890612522400008144
+    assert frame_spec(job, 0, Line("a"), rerolls=1).seed == 7890612522400008144
 
 
 @pytest.mark.parametrize("steps", ["2", "2.0", "2e0"])

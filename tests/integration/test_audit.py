@@ -94,7 +94,7 @@ def test_all_findings_are_counted_and_the_first_described(
     farm: Farm, filled: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auditing, "FINDINGS_KEPT", 5)
-    sql(farm, "UPDATE frames SET spared = 9")
+    sql(farm, "UPDATE frames SET uncharged = 9")
     report = audited(farm)
     assert report.wrong[Invariant.LEDGER] == 14
     assert len(report.findings) == 5

@@ -55,7 +55,7 @@ def test_the_command_prints_what_was_checked_and_exits_0(commanded: Farm, filled
 
 
 def test_the_command_prints_each_finding_and_exits_4(commanded: Farm, filled: Jobs) -> None:
-    sql(commanded, "UPDATE frames SET spared = 9 WHERE job_id = :id", id=filled.partial)
+    sql(commanded, "UPDATE frames SET uncharged = 9 WHERE job_id = :id", id=filled.partial)
     outcome = command("audit")
     assert outcome.code == 4
     assert (
@@ -81,7 +81,7 @@ def test_the_command_prints_each_finding_and_exits_4(commanded: Farm, filled: Jo
 def test_an_audit_goes_on_where_it_stopped(
     farm: Farm, filled: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sql(farm, "UPDATE frames SET spared = 9 WHERE job_id = :id", id=filled.partial)
+    sql(farm, "UPDATE frames SET uncharged = 9 WHERE job_id = :id", id=filled.partial)
     whole = audited(farm)
     assert whole.wrong[Invariant.LEDGER] == 2
     for name in ("JOBS_PER_CHUNK", "FRAMES_PER_CHUNK", "EVENTS_PER_CHUNK"):

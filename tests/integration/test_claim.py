@@ -178,7 +178,7 @@ def test_an_interactive_job_is_not_held_up_by_returned_frames(
     urgent = submit(farm, tenant, bucket=4, priority="interactive")
     lease = hand.must_claim()
     assert urgent in {frame.job_id for frame in lease.frames}
-    assert len(lease.frames) == 4  # the returned ones fill what is free
+    assert len(lease.frames) == 4  # the requeued ones fill what is free
 
 
 def test_no_debt_for_work_done_while_nobody_else_asked(farm: Farm) -> None:
@@ -206,14 +206,14 @@ def test_nothing_is_claimed_before_its_back_off_is_over(farm: Farm, tenant: uuid
         fail(connection, lease.id, [failure], 1.0)
         assert lanes.claimable_lanes(connection) == []
     assert hand.claim() is None
-    sql(farm, "UPDATE returns SET not_before = clock_timestamp()")
+    sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp()")
     assert hand.must_claim().frames[0].attempt == 2
 
 
 def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=4, bucket=2)
     hand = register_worker(farm)
-    hand.release(hand.must_claim())  # two frames returned, two not yet born
+    hand.release(hand.must_claim())  # two frames requeued, two not yet born
     jobs.pause(farm, tenant, job_id)
     assert hand.claim() is None
     jobs.resume(farm, tenant, job_id)

@@ -22,7 +22,7 @@ from tests.conftest import settings_on
 from tests.databases import Databases
 from tests.farming import new_tenant, register_worker, submit
 
-LARGE = {"jobs", "frames", "events", "input_chunks", "attempts", "returns"}
+LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames"}
 """Tables that grow with history or backlog; the others hold a row a worker, a tenant, a batch."""
 
 HISTORY = """
@@ -38,11 +38,11 @@ INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started
 SELECT :job, n, 1, 'hand', 'render_error', '', clock_timestamp() FROM generate_series(100, 20000) n;
 INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, 'job.queued', '{}' FROM jobs, generate_series(1, 5);
-INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
-                     job_created_at, paused, alone)
+INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
+                             not_before, job_created_at, paused, isolated)
 SELECT id, 100, 'other', :tenant, 1, 'key', 8, clock_timestamp(), created_at, false, false
 FROM jobs WHERE id <> :job;
-INSERT INTO input_chunks (job_id, first, prompts)
+INSERT INTO job_prompts (job_id, first, prompts)
 SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
 """
 
@@ -56,12 +56,12 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         text("SELECT * FROM pg_temp.leader(:pipeline, :but, CAST(:priority AS smallint))"),
         {"pipeline": "demo", "but": ["a/1"], "priority": 2},
     ),
-    "own returned": (
-        text("SELECT * FROM pg_temp.own_returned(:pipeline, :batch_key, :leader, :but, :free)"),
+    "own requeued": (
+        text("SELECT * FROM pg_temp.own_requeued(:pipeline, :batch_key, :leader, :but, :free)"),
         SOME,
     ),
-    "other returned": (
-        text("SELECT * FROM pg_temp.other_returned(:pipeline, :batch_key, :leader, :but, :free)"),
+    "other requeued": (
+        text("SELECT * FROM pg_temp.other_requeued(:pipeline, :batch_key, :leader, :but, :free)"),
         SOME,
     ),
     "other jobs": (
@@ -78,13 +78,13 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "job_ids": ONE["job_ids"],
             "ordinals": [100],
             "states": ["ready"],
-            "spared": [0],
-            "redraws": [0],
+            "uncharged": [0],
+            "rerolls": [0],
             "reasons": ["render_error"],
             "messages": [""],
             "logs": [None],
             "delays": [0.0],
-            "alone": [False],
+            "isolated": [False],
         },
     ),
     "touch": (leases.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2, "urgent_priority": 0}),

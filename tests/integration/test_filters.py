@@ -29,7 +29,7 @@ from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like
 from tests.farming import attempts_of, frame_rows, job_row, register_worker, sql, submit
 from tests.noise import Noise, NoiseParams
-from workers.exporter import Chores
+from workers.exporter import Exporter
 from workers.render.identity import Identity
 from workers.render.loop import RenderLoop
 
@@ -87,12 +87,12 @@ def test_a_job_keeps_as_many_as_it_asked_for(
     assert (job.status, job.succeeded) == ("succeeded", 300)
     rows, stored = frame_rows(farm, job_id), specs_stored(farm, tenant, job_id)
     for ordinal, spec in stored.items():
-        redraws = rows[ordinal].redraws
+        rerolls = rows[ordinal].rerolls
         assert spec.seed % 3 != 0
-        assert spec.seed == (derived_seed(ordinal, redraws, 63) if redraws else ordinal)
-        assert (redraws > 0) == (ordinal % 3 == 0)
+        assert spec.seed == (derived_seed(ordinal, rerolls, 63) if rerolls else ordinal)
+        assert (rerolls > 0) == (ordinal % 3 == 0)
         reasons = [reason for _, reason in attempts_of(farm, job_id, ordinal)]
-        assert reasons == ["rejected"] * redraws
+        assert reasons == ["rejected"] * rerolls
     assert len({spec.seed for spec in stored.values()}) == 300
     messages = {row.message for row in sql(farm, "SELECT DISTINCT message FROM attempts")}
     assert messages == {f"Filter {HERE}:every_third, score 0: its seed is a multiple of three."}
@@ -107,19 +107,19 @@ def test_the_manifest_tells_what_was_rejected(
     export = use_cases.create(
         farm, tenant, kind="webdataset", job_ids=[job_id], labels={}, shard_frames=5
     )
-    Chores(farm, "chores").answer()
+    Exporter(farm, "exporter").answer()
     manifest = json.loads(farm.artifacts.get(f"{export.prefix}manifest.json"))
     rejected = [int(row.n) for row in sql(farm, "SELECT count(*) AS n FROM attempts")]
     assert [manifest["rejected"]] == rejected
     assert sum(shard["rejected"] for shard in manifest["shards"]) == manifest["rejected"] >= 4
-    assert manifest["pictures"] == 12
+    assert manifest["images"] == 12
 
 
 def test_a_frame_that_is_always_rejected_is_dead_in_the_end(
     farm: Farm, tenant: uuid.UUID, line_with: Make
 ) -> None:
     line = line_with(f"{HERE}:everything")
-    job_id = submit(farm, tenant, pipeline="noise", top_up=2, max_attempts=1)
+    job_id = submit(farm, tenant, pipeline="noise", max_rerolls=2, max_attempts=1)
     line.run()
     job = job_row(farm, tenant, job_id)
     assert (job.status, job.dead) == ("failed", 1)
@@ -127,7 +127,7 @@ def test_a_frame_that_is_always_rejected_is_dead_in_the_end(
     assert "everything, score 0.25" in frame_rows(farm, job_id)[0].error
     jobs.retry(farm, tenant, job_id)
     line.run()
-    seeds = [row.redraws for row in frame_rows(farm, job_id).values()]
+    seeds = [row.rerolls for row in frame_rows(farm, job_id).values()]
     assert seeds == [5]  # three more seeds, none of them again
     assert len(attempts_of(farm, job_id)) == 6
 
@@ -148,9 +148,9 @@ def test_no_two_pictures_of_a_job_look_alike(
             ]
 
     line = line_with("near_duplicate", family=Alike())
-    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=5, seed=0, top_up=200)
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=5, seed=0, max_rerolls=200)
     other = submit(farm, tenant, pipeline="noise", images_per_prompt=2, seed=0)
-    more = submit(farm, tenant, pipeline="noise", images_per_prompt=6, seed=0, top_up=5)
+    more = submit(farm, tenant, pipeline="noise", images_per_prompt=6, seed=0, max_rerolls=5)
     line.run()
     kept = specs_stored(farm, tenant, job_id)
     assert len({spec.seed % 5 for spec in kept.values()}) == 5
@@ -200,7 +200,7 @@ def test_a_frame_that_dies_leaves_no_print(farm: Farm, tenant: uuid.UUID) -> Non
             perceptual_hashes.keep_print(connection, job_id, frame.ordinal, frame.ordinal << 32, 0)
     hand.fail(lease, fences=[lease.frames[0].fence], retryable=False)
     hand.fail(lease, fences=[lease.frames[1].fence])
-    assert sql(farm, "SELECT ordinal FROM prints") == [(1,)]
+    assert sql(farm, "SELECT ordinal FROM perceptual_hashes") == [(1,)]
 
 
 def test_the_built_in_filters_judge_real_pictures() -> None:
@@ -210,7 +210,8 @@ def test_the_built_in_filters_judge_real_pictures() -> None:
     assert not blank(flat, spec).keep
     assert blank(photo, spec).keep
     prints_of = [
-        near_duplicate(each, spec).print for each in (photo, photo.resize((200, 200)), other)
+        near_duplicate(each, spec).perceptual_hash
+        for each in (photo, photo.resize((200, 200)), other)
     ]
     first, smaller, another = [each for each in prints_of if each is not None]
     assert (first ^ smaller).bit_count() <= NEAR

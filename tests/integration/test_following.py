@@ -1,4 +1,4 @@
-"""A job of many returned frames is paused, resumed and cancelled by its row; its frames follow."""
+"""A job of many requeued frames is paused, resumed and cancelled by its row; its frames follow."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ WITH o AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
     SELECT :id, ordinal, 1, 'hand', 'render_error', 'It broke.', clock_timestamp() FROM o
 )
-INSERT INTO returns (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, not_before,
-                     job_created_at, paused, alone)
+INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
+                             not_before, job_created_at, paused, isolated)
 SELECT id, ordinal, pipeline, tenant_id, priority, batch_key, bucket, clock_timestamp(), created_at,
        false, false
 FROM jobs CROSS JOIN o WHERE id = :id
 """
 
 
-def returned(farm: Farm, tenant: uuid.UUID, frames: int, **fields: object) -> uuid.UUID:
+def requeued(farm: Farm, tenant: uuid.UUID, frames: int, **fields: object) -> uuid.UUID:
     """A job whose frames have all failed once, and are due for another attempt."""
     job_id = submit(farm, tenant, images_per_prompt=frames, bucket=4, **fields)
     for first in range(0, frames, 100_000):
@@ -60,12 +60,12 @@ def follow(farm: Farm, rows: int = SLICE) -> bool:
 
 
 def told(farm: Farm, job_id: uuid.UUID) -> tuple[int, int, int]:
-    """How many returned frames of a job are paused, are not, and which are ready."""
+    """How many requeued frames of a job are paused, are not, and which are ready."""
     [row] = sql(
         farm,
         "SELECT count(*) FILTER (WHERE paused) AS paused, count(*) FILTER (WHERE NOT paused) AS on,"
         " (SELECT count(*) FROM frames WHERE job_id = :id AND state = 'ready') AS ready"
-        " FROM returns WHERE job_id = :id",
+        " FROM requeued_frames WHERE job_id = :id",
         id=job_id,
     )
     return row.paused, row.on, row.ready
@@ -74,7 +74,7 @@ def told(farm: Farm, job_id: uuid.UUID) -> tuple[int, int, int]:
 def test_a_paused_job_is_claimed_no_more_before_its_frames_know(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    held = returned(farm, tenant, 3 * SLICE)
+    held = requeued(farm, tenant, 3 * SLICE)
     other = submit(farm, tenant, images_per_prompt=2, bucket=4)
     jobs.pause(farm, tenant, held)
     assert told(farm, held) == (0, 3 * SLICE, 3 * SLICE)
@@ -94,7 +94,7 @@ def test_a_paused_job_is_claimed_no_more_before_its_frames_know(
 def test_a_resumed_job_goes_on_with_what_was_never_told_and_then_with_all(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    job_id = returned(farm, tenant, 3 * SLICE)
+    job_id = requeued(farm, tenant, 3 * SLICE)
     jobs.pause(farm, tenant, job_id)
     follow(farm)
     jobs.resume(farm, tenant, job_id)
@@ -111,7 +111,7 @@ def test_a_pause_in_the_middle_of_a_slice_is_not_forgotten(
     farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slice that let frames go on ends after the job was told to pause again."""
-    job_id = returned(farm, tenant, SLICE // 2)
+    job_id = requeued(farm, tenant, SLICE // 2)
     jobs.pause(farm, tenant, job_id)
     follow(farm)
     jobs.resume(farm, tenant, job_id)
@@ -134,7 +134,7 @@ def test_a_pause_in_the_middle_of_a_slice_is_not_forgotten(
 def test_a_cancelled_job_is_over_at_once_and_its_frames_follow(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    job_id = returned(farm, tenant, 3 * SLICE)
+    job_id = requeued(farm, tenant, 3 * SLICE)
     hand = register_worker(farm)
     lease = hand.must_claim()
     jobs.cancel(farm, tenant, job_id)
@@ -155,8 +155,8 @@ def test_a_cancelled_job_is_over_at_once_and_its_frames_follow(
 def test_frames_of_other_jobs_fill_a_batch_past_those_that_are_held(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    held = [returned(farm, tenant, 3, steps=9) for _ in range(3)]
-    filling = returned(farm, tenant, 2, steps=9)
+    held = [requeued(farm, tenant, 3, steps=9) for _ in range(3)]
+    filling = requeued(farm, tenant, 2, steps=9)
     for job_id in held:
         jobs.pause(farm, tenant, job_id)
     leader = submit(farm, tenant, images_per_prompt=1, steps=9, bucket=4, priority="interactive")
@@ -168,8 +168,8 @@ def test_frames_of_other_jobs_fill_a_batch_past_those_that_are_held(
 def test_a_frame_with_as_many_attempts_as_can_be_counted_is_dead_and_stops_no_lane(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    worn = returned(farm, tenant, 5)
-    sql(farm, "UPDATE frames SET attempt = 32767, spared = 32766 WHERE ordinal < 2")
+    worn = requeued(farm, tenant, 5)
+    sql(farm, "UPDATE frames SET attempt = 32767, uncharged = 32766 WHERE ordinal < 2")
     other = submit(farm, new_tenant(farm, "bob"), images_per_prompt=1)
     hand = register_worker(farm)
     claimed = [frame for _ in range(2) for frame in hand.must_claim().frames]

@@ -125,7 +125,7 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
     line: RenderLoop,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    farm.settings.touch_seconds = 60.0  # the hook does not ask again
+    farm.settings.progress_seconds = 60.0  # the hook does not ask again
     job_id = submit_noise(farm, tenant, images_per_prompt=2)
     lost: list[int] = []
 
@@ -230,4 +230,4 @@ def test_a_broken_tail_ends_its_process_and_claims_nothing_more(
         ):
             assert suspected is None
     assert leases_left(farm) == 0
-    assert sql(farm, "SELECT sum(spared), count(*) FROM frames WHERE state = 'ready'")[0][0] > 0
+    assert sql(farm, "SELECT sum(uncharged), count(*) FROM frames WHERE state = 'ready'")[0][0] > 0

@@ -42,7 +42,7 @@ from workers.render.scratch import NO_LEASE, SHOWN_BYTES, Scratch
 
 
 def all_due(farm: Farm) -> None:
-    sql(farm, "UPDATE returns SET not_before = clock_timestamp() - interval '1 second'")
+    sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp() - interval '1 second'")
 
 
 @pytest.mark.parametrize("reason", ["worker_lost", "lease_expired"])
@@ -61,7 +61,7 @@ def test_a_lost_batch_charges_nobody_and_a_lost_frame_its_own(
     assert len(hand.must_claim().frames) == 8
     lose()
     assert {(row.state, row.attempt) for row in frame_rows(farm, job_id).values()} == {("ready", 1)}
-    assert sql(farm, "SELECT DISTINCT spared FROM frames") == [(1,)]
+    assert sql(farm, "SELECT DISTINCT uncharged FROM frames") == [(1,)]
     deaths = 1
     while job_row(farm, tenant, job_id).status == "running":
         all_due(farm)
@@ -89,7 +89,8 @@ def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
     hand.must_claim()
     hand.lose()
     [row] = sql(
-        farm, "SELECT extract(epoch FROM not_before - clock_timestamp())::float FROM returns"
+        farm,
+        "SELECT extract(epoch FROM not_before - clock_timestamp())::float FROM requeued_frames",
     )
     assert 0.9 * leases.LOADS_BETWEEN * 5.0 < row[0] <= leases.LOADS_BETWEEN * 5.0
 
@@ -263,7 +264,7 @@ def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.
     assert [fence for _, fence in lost if fence is not None] == [(job_id, 20, 1)]
     rows = frame_rows(farm, job_id)
     assert [rows[ordinal].state for ordinal in range(21)] == ["ready"] * 20 + ["dead"]
-    assert sql(farm, "SELECT count(*) FROM returns WHERE alone") == [(0,)]
+    assert sql(farm, "SELECT count(*) FROM requeued_frames WHERE isolated") == [(0,)]
 
 
 def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) -> None:
@@ -298,7 +299,9 @@ def test_only_what_was_on_the_device_is_suspected(farm: Farm, tenant: uuid.UUID)
     for lease in (stored, ahead):
         [frame] = lease.frames
         assert state_of(farm, frame.job_id, frame.ordinal) == "ready"
-        [row] = sql(farm, "SELECT spared, alone FROM frames WHERE ordinal = :n", n=frame.ordinal)
+        [row] = sql(
+            farm, "SELECT uncharged, isolated FROM frames WHERE ordinal = :n", n=frame.ordinal
+        )
         assert row == (1, False)
     told = sql(farm, "SELECT ordinal, traceback FROM attempts ORDER BY ordinal")
     assert [(row.ordinal, row.traceback) for row in told if row.traceback] == [
@@ -319,8 +322,8 @@ def test_a_frame_that_is_never_suspected_is_charged_in_the_end(
         innocent = hand.must_claim()
         with transaction(farm.store) as connection:
             leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0, None, innocent.id)
-        sql(farm, "UPDATE returns SET not_before = clock_timestamp()")
-        sql(farm, "UPDATE workers SET failing = '{}', rests = 0, resting_until = NULL")
+        sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp()")
+        sql(farm, "UPDATE workers SET failing = '{}', trips = 0, tripped_until = NULL")
     assert state_of(farm, job_id) == "dead"
     assert job_row(farm, tenant, other).status == "running"
 

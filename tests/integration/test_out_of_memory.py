@@ -109,7 +109,7 @@ def test_a_late_failure_halves_nothing(farm: Farm, tenant: uuid.UUID) -> None:
     ]
     with transaction(farm.store) as connection:
         assert frames.fail(connection, lease.id, failures, 0.0) == {}
-    assert sql(farm, "SELECT DISTINCT bucket FROM returns") == [(8,)]
+    assert sql(farm, "SELECT DISTINCT bucket FROM requeued_frames") == [(8,)]
     assert other.complete(again)
     assert sql(farm, "SELECT runs -> 0 -> 2 FROM jobs WHERE id = :id", id=job_id) == [(8,)]
 

@@ -52,7 +52,7 @@ def render(hand: FakeWorker, seconds: float, size: int) -> None:
 def test_what_was_never_measured_is_not_known(api: Api) -> None:
     found = quote(api.client(), images_per_prompt=10, seed=5)
     assert (found["frames"], found["batches"]) == (10, 3)
-    for name in ("bytes", "device_seconds", "seconds_a_frame", "ends_at"):
+    for name in ("bytes", "device_seconds", "seconds_per_frame", "ends_at"):
         assert found[name] is None
     assert found["first"]["seed"] == 5
     assert found["last"]["seed"] == 14
@@ -68,7 +68,7 @@ def test_a_quote_follows_from_frames_that_are_alike(farm: Farm, api: Api) -> Non
     render(hand, seconds=2.0, size=1000)
     api.submit(ann, **JOB, images_per_prompt=5)  # waits before it
     found = quote(ann, images_per_prompt=100)
-    assert found["seconds_a_frame"] == pytest.approx(0.5)
+    assert found["seconds_per_frame"] == pytest.approx(0.5)
     assert found["device_seconds"] == pytest.approx(50.0)
     assert (found["bytes"], found["alike"]) == (100_000, True)
     assert (found["workers"], found["frames_ahead"]) == (1, 5)
@@ -76,7 +76,7 @@ def test_a_quote_follows_from_frames_that_are_alike(farm: Farm, api: Api) -> Non
     assert timedelta(seconds=45) < left <= timedelta(seconds=53)
     other = quote(ann, images_per_prompt=100, steps=3)
     assert (other["alike"], other["bytes"]) == (False, None)
-    assert other["seconds_a_frame"] == pytest.approx(0.5)  # as all frames of the pipeline took
+    assert other["seconds_per_frame"] == pytest.approx(0.5)  # as all frames of the pipeline took
     assert quote(api.client("bob"))["alike"] is False
     assert sql(farm, "SELECT device_seconds FROM jobs ORDER BY created_at LIMIT 1") == [(4.0,)]
 

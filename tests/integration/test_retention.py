@@ -24,7 +24,7 @@ from farm.errors import NotFound, Unavailable
 from farm.services import jobs
 from farm.services.control_images import image_key
 from farm.storage import ArtifactName, Artifacts, artifact_key, job_prefix, parse_key
-from farm.store import images, retention
+from farm.store import control_images, retention
 from farm.store.engine import transaction
 from farm.store.leadership import leadership
 from tests.farming import (
@@ -87,7 +87,7 @@ def keys_of(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> list[str]:
 
 def rows_of(farm: Farm, job_id: uuid.UUID) -> Counter[str]:
     tables = {"jobs": "id"} | dict.fromkeys(
-        ("frames", "attempts", "input_chunks", "prints", "renders"), "job_id"
+        ("frames", "attempts", "job_prompts", "perceptual_hashes", "reusable_renders"), "job_id"
     )
     return Counter(
         {
@@ -132,7 +132,7 @@ def test_a_job_past_its_time_is_gone_at_once_and_then_altogether(
     assert rows_of(farm, job_id)["frames"] == 3
     assert len(keys_of(farm, tenant, job_id)) == 3
     sweep(farm)
-    assert rows_of(farm, job_id) == Counter(jobs=1, input_chunks=1)
+    assert rows_of(farm, job_id) == Counter(jobs=1, job_prompts=1)
     assert len(keys_of(farm, tenant, job_id)) == 3
     work.step()
     assert sum(rows_of(farm, job_id).values()) == 0
@@ -207,12 +207,13 @@ def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> 
     hand.complete(lease, [fence(frame) for frame in lease.frames[3:]])
     sql(
         farm,
-        "INSERT INTO prints SELECT :job_id, ordinal, 0 FROM frames WHERE state = 'succeeded'",
+        "INSERT INTO perceptual_hashes SELECT :job_id, ordinal, 0 FROM frames"
+        " WHERE state = 'succeeded'",
         job_id=job_id,
     )
     sql(
         farm,
-        "INSERT INTO renders SELECT :tenant_id, sha256, :job_id, ordinal FROM frames"
+        "INSERT INTO reusable_renders SELECT :tenant_id, sha256, :job_id, ordinal FROM frames"
         " WHERE state = 'succeeded'",
         tenant_id=tenant,
         job_id=job_id,
@@ -222,9 +223,14 @@ def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> 
         retention.remove_due(connection, 10.0)
         retention.delete_rows(connection, 3)
     rows = rows_of(farm, job_id)
-    assert (rows["frames"], rows["attempts"], rows["prints"], rows["renders"]) == (5, 0, 2, 2)
+    assert (
+        rows["frames"],
+        rows["attempts"],
+        rows["perceptual_hashes"],
+        rows["reusable_renders"],
+    ) == (5, 0, 2, 2)
     sql(farm, "DELETE FROM frames")
-    for table in ("prints", "renders"):  # either alone holds the job
+    for table in ("perceptual_hashes", "reusable_renders"):  # either alone holds the job
         with farm.store.connect() as connection:  # and the other is there again after it
             connection.execute(text(f"DELETE FROM {table}"))
             assert retention.empty_jobs(connection, 10) == []
@@ -367,18 +373,19 @@ def test_an_object_of_no_control_image_is_deleted(
     for key in (orphan, foreign):
         farm.artifacts.put(key, LATE)
     with transaction(farm.store) as connection:
-        images.begin_image(connection, tenant, b"a" * 32, width=8, height=8, size=9)
+        control_images.begin_image(connection, tenant, b"a" * 32, width=8, height=8, size=9)
     arriving = image_key(tenant, (b"a" * 32).hex())
     farm.artifacts.put(arriving, LATE)
     look_through(farm, work)
     work.step()
     assert [is_stored(farm, key) for key in (orphan, foreign, arriving)] == [False, True, True]
-    assert sql(farm, "SELECT state FROM images") == [("arriving",)]
-    sql(farm, "UPDATE images SET created_at = created_at - interval '1 hour'")  # it never ended
+    assert sql(farm, "SELECT state FROM control_images") == [("arriving",)]
+    # it never ended
+    sql(farm, "UPDATE control_images SET created_at = created_at - interval '1 hour'")
     look_through(farm, work)
     work.step()
     assert not is_stored(farm, arriving)
-    assert sql(farm, "SELECT count(*) FROM images") == [(0,)]
+    assert sql(farm, "SELECT count(*) FROM control_images") == [(0,)]
 
 
 # A storage that is away

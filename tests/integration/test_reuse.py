@@ -101,7 +101,9 @@ def test_another_tenant_does_not_profit(
     line.run()
     assert noise.batches
     assert job_row(farm, other, job_id).reused == 0
-    digests = [bytes(row.digest) for row in sql(farm, "SELECT DISTINCT digest FROM renders")]
+    digests = [
+        bytes(row.digest) for row in sql(farm, "SELECT DISTINCT digest FROM reusable_renders")
+    ]
     with transaction(farm.store) as connection:
         for owner in (tenant, other):
             found = find_renders(connection, owner, digests)
@@ -154,7 +156,9 @@ def test_a_late_result_says_nothing_of_the_picture_that_won(
     with transaction(farm.store) as connection:
         frames.complete(connection, second.id, [won, late_one])  # one worker's, ended together
         frames.complete(connection, first.id, [late_one])
-    assert [bytes(row.digest) for row in sql(farm, "SELECT digest FROM renders")] == [b"b" * 32]
+    assert [bytes(row.digest) for row in sql(farm, "SELECT digest FROM reusable_renders")] == [
+        b"b" * 32
+    ]
 
 
 def test_a_result_told_twice_is_counted_once(farm: Farm, tenant: uuid.UUID, noise: Noise) -> None:

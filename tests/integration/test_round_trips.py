@@ -63,7 +63,7 @@ def test_a_batch_costs_at_most_three(
     line: RenderLoop,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(farm.settings, "touch_seconds", 60.0)  # touches go by time, not by batch
+    monkeypatch.setattr(farm.settings, "progress_seconds", 60.0)  # touches go by time, not by batch
     others = [new_tenant(farm, name) for name in ("second", "third")]
 
     def work(images: int) -> int:

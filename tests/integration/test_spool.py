@@ -101,7 +101,7 @@ def test_a_full_spool_holds_the_line_back(
     in_hand: list[int] = []
 
     def count() -> None:
-        in_hand.append(sql(farm, "SELECT count(*) FROM leases WHERE NOT kept")[0][0])
+        in_hand.append(sql(farm, "SELECT count(*) FROM leases WHERE NOT spooled")[0][0])
 
     outage.then = count
     line.run()
@@ -191,7 +191,7 @@ def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
         return stored
 
     def look(batches: Sequence[RenderedBatch]) -> None:
-        if any(batch.account.kept for batch in batches):
+        if any(batch.account.spooled for batch in batches):
             others = "SELECT clock_timestamp() - max(stepped_at) FROM leases WHERE id <> :id"
             still = sql(farm, others, id=batches[0].lease.id)[0][0]
             if still is not None:
@@ -271,7 +271,7 @@ def test_all_that_a_worker_holds_is_given_back_at_once(
     assert {row.state for row in rows.values()} == {"ready"}
     assert {attempts_of(farm, job_id, ordinal)[0] for ordinal in rows} == {(1, "released")}
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
-    assert sql(farm, "SELECT DISTINCT spared FROM frames") == [(1,)]
+    assert sql(farm, "SELECT DISTINCT uncharged FROM frames") == [(1,)]
 
 
 def test_a_storage_that_refuses_this_worker_is_left_to_others(
@@ -288,9 +288,9 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
     # Those that were denoised before the storage had refused three are refused too.
     assert THREE_FRAMES <= len(noise.batches) <= THREE_FRAMES + MAX_BATCHES + 1
     assert sql(farm, "SELECT DISTINCT reason FROM attempts") == [("storage_refused",)]
-    assert sql(farm, "SELECT DISTINCT attempt - spared FROM frames") == [(0,)]
+    assert sql(farm, "SELECT DISTINCT attempt - uncharged FROM frames") == [(0,)]
     farm.artifacts = here
-    sql(farm, "UPDATE workers SET resting_until = clock_timestamp()")
+    sql(farm, "UPDATE workers SET tripped_until = clock_timestamp()")
     line.run()
     assert job_row(farm, tenant, job_id).status == "succeeded"
 

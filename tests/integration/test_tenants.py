@@ -20,7 +20,7 @@ from tests.farming import register_worker, sql
 from tests.integration.test_api_images import file, send
 from tests.integration.test_api_refusals import check_problem
 from tests.serving import Api, render, serving
-from workers.exporter import Chores
+from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageWork
 
@@ -56,7 +56,7 @@ def settle(api: Api, name: str) -> httpx.Client:
     hand = register_worker(api.farm)
     render(hand, hand.must_claim())
     client.post(f"/v1/jobs/{done}/exports", json={"to": "webdataset"})
-    Chores(api.farm, "chores").answer()
+    Exporter(api.farm, "exporter").answer()
     running = api.submit(client, images_per_prompt=2, bucket=2)
     assert {str(frame.job_id) for frame in hand.must_claim().frames} == {running["id"]}
     paused = api.submit(client, images_per_prompt=4, bucket=2)

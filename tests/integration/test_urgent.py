@@ -124,7 +124,7 @@ def test_it_is_heard_between_two_batches(
     story: Story, farm: Farm, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next batch may be claimed already: then the line does not look before its end."""
-    monkeypatch.setattr(farm.settings, "touch_seconds", 60.0)
+    monkeypatch.setattr(farm.settings, "progress_seconds", 60.0)
     claims, begin = line._claims, line._begin
     monkeypatch.setattr(claims, "ahead", lambda *_: Claims.ahead(claims, 0.0, 0.0))
     begun: list[uuid.UUID] = []
@@ -249,7 +249,7 @@ def test_the_interrupted_batch_is_seen_to_be_looked_after(
     story: Story, farm: Farm, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or its worker would count as hung once it goes on, where the urgent one took its time."""
-    monkeypatch.setattr(farm.settings, "touch_seconds", 0.02)
+    monkeypatch.setattr(farm.settings, "progress_seconds", 0.02)
     bulk = story.submit("bulk", images=4)
     seen: list[datetime] = []
 

@@ -39,7 +39,7 @@ def test_bytes_and_failures_are_those_of_the_rows(farm: Farm, tenant: uuid.UUID)
     hand.release(hand.must_claim())
     hand.must_claim()
     hand.lose()
-    sql(farm, "UPDATE returns SET not_before = clock_timestamp()")
+    sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp()")
     while again := hand.claim():
         if 0 in [frame.ordinal for frame in again.frames]:
             hand.fail(again)

@@ -47,9 +47,9 @@ def test_production_has_none() -> None:
 
 
 def test_production_stores_its_pictures() -> None:
-    with pytest.raises(ValidationError, match="FARM_DISCARD_PICTURES is set"):
-        Settings(discard_pictures=True)
-    assert Settings(environment="development", discard_pictures=True).discard_pictures
+    with pytest.raises(ValidationError, match="FARM_DISCARD_IMAGES is set"):
+        Settings(discard_images=True)
+    assert Settings(environment="development", discard_images=True).discard_images
 
 
 def test_one_acts_at_its_point_and_for_its_text_alone() -> None:

@@ -25,7 +25,7 @@ LOOK_AGAIN_SECONDS = 60.0
 INPUTS_PER_SWEEP = 10
 """Each with its lines"""
 ROWS_PER_SWEEP = 5000
-"""Rows of removed jobs that a sweep deletes from each table, at most; and returned frames that it
+"""Rows of removed jobs that a sweep deletes from each table, at most; and requeued frames that it
 lets follow their jobs"""
 
 MAX_REST_SECONDS = 10.0
@@ -88,9 +88,9 @@ class Janitor:
             if time.monotonic() >= self._look_again_at:
                 exports.look_again(connection)
                 self._look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
-            chores = exports.any_due(connection)
+            due = exports.any_due(connection)
         for lane in expired:
-            log.warning("Leases of lane %s expired; their frames were returned.", lane)
+            log.warning("Leases of lane %s expired; their frames were requeued.", lane)
         for name in gone:
             log.warning("Worker %s was not heard of: it counts as gone.", name)
         with connection.begin():
@@ -99,7 +99,7 @@ class Janitor:
         for pipeline in waiting:
             if not self._farm.bells.ring(pipeline):
                 break
-        if chores:
+        if due:
             self._farm.bells.ring_chores()
         jobs.follow(connection, ROWS_PER_SWEEP)
         tenants.delete_of_removed(connection)

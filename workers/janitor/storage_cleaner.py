@@ -22,7 +22,7 @@ from farm.storage import (
     parse_key,
     tenant_prefix,
 )
-from farm.store import images, retention, tenants
+from farm.store import control_images, retention, tenants
 from farm.store.engine import transaction
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class StorageWork:
         names = [name for key in old if (name := parse_key(key))]
         with transaction(self._farm.store) as connection:
             found = filter(None, map(parse_image_key, old))
-            images.disown(connection, found, max(orphan_seconds, UPLOAD_SECONDS))
+            control_images.disown(connection, found, max(orphan_seconds, UPLOAD_SECONDS))
         while (deleted := self._delete_orphans(names)) and self._goes_on():
             names = [name for name in names if name not in deleted]
         self._after = page.last or ""
@@ -151,13 +151,13 @@ class StorageWork:
     def _delete_images(self) -> None:
         """Delete the objects of control images that were removed."""
         with transaction(self._farm.store) as connection:
-            removed = images.removed_images(connection, DELETED_AT_ONCE)
+            removed = control_images.removed_images(connection, DELETED_AT_ONCE)
         if removed:
             keys = [image_key(tenant_id, image_id) for tenant_id, image_id in removed]
             self._farm.artifacts.delete_all(keys)
             with transaction(self._farm.store) as connection:
                 for tenant_id, image_id in removed:
-                    images.forget_image(connection, tenant_id, image_id)
+                    control_images.forget_image(connection, tenant_id, image_id)
 
     def _empty_tenants(self) -> None:
         """Delete the objects of removed tenants, once their rows are gone."""

@@ -94,11 +94,11 @@ class BatchCommitter:
             account.succeeded = len(accepted)
             account.dropped = len(done) - len(accepted)
             account.dead = [*ended].count(FrameState.DEAD)
-            account.returned = [*ended].count(FrameState.READY)
+            account.requeued = [*ended].count(FrameState.READY)
             workers.account(connection, me.id, account)
             if batch.suspicious and not done:
                 until = note_failure(
-                    connection, me.id, first.job_id, first.ordinal, settings.rest_seconds
+                    connection, me.id, first.job_id, first.ordinal, settings.trip_seconds
                 )
         if until is not None:
             log.error("%s rests until %s: one frame after another fails", me.name, until)

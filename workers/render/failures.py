@@ -42,7 +42,7 @@ def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[FailedAt
             retryable,
             None if several else text,  # it may tell of other tenants' frames
             charged=charged,
-            alone=several,
+            isolated=several,
             smaller=smaller,
         )
         for frame in claimed
@@ -63,7 +63,7 @@ def flagged(frame: ClaimedFrame) -> FailedAttempt:
 def rejected(frame: ClaimedFrame, name: str, verdict: Verdict) -> FailedAttempt:
     """What becomes of a picture that a filter rejects: it is drawn again, with another seed."""
     message = f"Filter {name}, score {verdict.score:.4g}: {verdict.why or 'rejected'}."
-    return FailedAttempt(frame.fence, REJECTED, message, charged=False, redraw=True)
+    return FailedAttempt(frame.fence, REJECTED, message, charged=False, reroll=True)
 
 
 def named(claimed: Sequence[ClaimedFrame]) -> str:

@@ -30,8 +30,8 @@ class FilterChain:
         """Say what becomes of a picture that is rejected; None where it is kept."""
         for name, judge in self.filters.items():
             verdict = judge(picture, frame.spec)
-            if verdict.keep and verdict.print is not None:
-                verdict = self._alone(frame, verdict, verdict.print)
+            if verdict.keep and verdict.perceptual_hash is not None:
+                verdict = self._alone(frame, verdict, verdict.perceptual_hash)
             if not verdict.keep:
                 return rejected(frame, name, verdict)
         return None

@@ -290,7 +290,7 @@ class BatchFinisher:
 
     def _keep(self, batch: RenderedBatch) -> None:
         log.warning("%s keeps %s", self._identity.name, named(batch.lease.frames))
-        batch.account.kept = True
+        batch.account.spooled = True
         batch.unstored.sort(key=lambda picture: picture.done.slot)
         self._spool.keep(batch)
 

@@ -232,7 +232,7 @@ class RenderLoop:
         if reuses:
             self._tail.begin()  # looking and copying takes a while
         frames, done = self._reuse.split(lease.frames) if reuses else (lease.frames, [])
-        seconds = self._farm.settings.touch_seconds
+        seconds = self._farm.settings.progress_seconds
         watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
         watch.start()
         stages = {"claim": self._claims.window(lease)}

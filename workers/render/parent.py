@@ -213,13 +213,13 @@ class WorkerSupervisor:
             )
             for _, fence in lost:
                 if fence is not None:
-                    note_failure(connection, me, fence[0], fence[1], settings.rest_seconds)
+                    note_failure(connection, me, fence[0], fence[1], settings.trip_seconds)
         self._scratch.forget(pid)
         self._hung.pop(pid, None)
         self._last_words = None
         for pipeline, fence in lost:
             which = "beside it" if fence is None else "of job {} frame {} attempt {}".format(*fence)
-            log.warning("%s: %s The batch %s was returned.", self._identity.name, message, which)
+            log.warning("%s: %s The batch %s was requeued.", self._identity.name, message, which)
             self._farm.bells.ring(pipeline)
 
     def _give_up(self) -> None:

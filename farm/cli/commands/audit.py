@@ -38,7 +38,7 @@ SAVE_SECONDS = 2.0
 
 MEANING = {
     "durability": "every accepted job is there until it is removed",
-    "conservation": "counters, frames, returns, leases and status agree",
+    "conservation": "counters, frames, requeued frames, leases and status agree",
     "ledger": "attempts run 1 to k, each that ended has a reason",
     "single_winner": "one attempt succeeded, the one that the frame names",
     "artifact_truth": "what is stored are the bytes that the row names",

@@ -77,7 +77,7 @@ def export(
         emit(ended)
         return
     missing = f"; {count(ended['missing'])} frames have none" if ended["missing"] else ""
-    say(f"{plural(ended['pictures'], 'picture')} in {where} ({size(ended['bytes'])}){missing}.")
+    say(f"{plural(ended['images'], 'picture')} in {where} ({size(ended['bytes'])}){missing}.")
 
 
 def _watched(client: FarmClient, found: Export) -> Export:

@@ -69,7 +69,7 @@ def worker(pipeline: Annotated[str, typer.Argument(help="A pipeline of the catal
     raise typer.Exit(code)
 
 
-def chores() -> None:
+def exporter() -> None:
     """Write the datasets that are asked for, until SIGTERM."""
     with _process() as settings:
         code = importlib.import_module("workers.exporter").run_chores(settings)

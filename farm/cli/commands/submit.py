@@ -272,7 +272,7 @@ def _show_quote(quote: dict[str, Any], *, as_json: bool) -> None:
         say("None of this pipeline was rendered here before: what it takes is not known.")
     else:
         whose = "frames of yours that are alike" if quote["alike"] else "all of its frames so far"
-        pace = f"{quote['seconds_a_frame']:.3g} s a frame, as {whose} took"
+        pace = f"{quote['seconds_per_frame']:.3g} s a frame, as {whose} took"
         say(f"About {duration(quote['device_seconds'])} of a device ({pace}).")
     if quote["bytes"] is not None:
         say(f"About {size(quote['bytes'])} of pictures.")

@@ -88,7 +88,7 @@ class ExportSummary:
     shards: Sequence[Mapping[str, Any]]
     """number, job, first, stop, pictures, missing, pictures rejected by filters, and files with
     name, bytes, sha256"""
-    pictures: int
+    images: int
     missing: int
     bytes: int
 
@@ -104,7 +104,7 @@ def manifest(cover: ExportSummary) -> bytes:
         "export": cover.export_id,
         "kind": cover.kind,
         "jobs": list(cover.jobs),
-        "pictures": cover.pictures,
+        "images": cover.images,
         "missing": cover.missing,
         "rejected": sum(shard["rejected"] for shard in cover.shards),
         "bytes": cover.bytes,
@@ -133,12 +133,12 @@ tags:
 - synthetic
 - diffusion
 size_categories:
-- {_size_category(cover.pictures)}
+- {_size_category(cover.images)}
 {configs}---
 
 # {_title(cover)}
 
-{cover.pictures:,} pictures in {len(cover.shards):,} shards, {cover.bytes:,} bytes, rendered by
+{cover.images:,} pictures in {len(cover.shards):,} shards, {cover.bytes:,} bytes, rendered by
 {", ".join(pipelines)}; {cover.missing:,} frames have no picture, and stand in `missing.jsonl` with
 their reasons. `manifest.json` lists every shard with its files' sha256.
 
@@ -185,7 +185,7 @@ def croissant(cover: ExportSummary) -> bytes:
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.1",
         "name": _title(cover).lower().replace(" ", "-"),
-        "description": f"{cover.pictures} pictures with their prompts and parameters.",
+        "description": f"{cover.images} pictures with their prompts and parameters.",
         "datePublished": str(max(job["created_at"] for job in cover.jobs))[:10],
         "version": "1.0.0",
         "distribution": [
@@ -225,7 +225,7 @@ def _title(cover: ExportSummary) -> str:
     return f"Farm export {cover.export_id[:8]}"
 
 
-def _size_category(pictures: int) -> str:
+def _size_category(images: int) -> str:
     """As Hugging Face's hub names sizes."""
     for limit, name in (
         (10**3, "n<1K"),
@@ -234,6 +234,6 @@ def _size_category(pictures: int) -> str:
         (10**6, "100K<n<1M"),
         (10**7, "1M<n<10M"),
     ):
-        if pictures < limit:
+        if images < limit:
             return name
     return "10M<n<100M"

@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
         ("job", pa.string()),
         ("ordinal", pa.int64()),
         ("attempt", pa.int16()),
-        ("redraws", pa.int16()),
+        ("rerolls", pa.int16()),
         ("reused", pa.bool_()),
         ("labels", pa.string()),
         ("spec", pa.string()),
@@ -76,7 +76,7 @@ DESCRIPTIONS = {
     "job": "The job's id.",
     "ordinal": "The frame's place in its job.",
     "attempt": "Which attempt succeeded, or failed last.",
-    "redraws": "How often a filter rejected its picture, and another seed was drawn.",
+    "rerolls": "How often a filter rejected its picture, and another seed was drawn.",
     "reused": "Whether the picture is that of another frame that would be the same.",
     "labels": "The line's labels, as a JSON object.",
     "spec": "The frame's whole spec, as JSON: what renders it again.",
@@ -96,7 +96,7 @@ class Frame:
     sha256: bytes | None
     bytes: int | None
     error: str | None
-    redraws: int
+    rerolls: int
     reused: bool
     spec: FrameSpec
     line: Line
@@ -129,7 +129,7 @@ class Frame:
             "job": str(self.job_id),
             "ordinal": self.ordinal,
             "attempt": self.attempt,
-            "redraws": self.redraws,
+            "rerolls": self.rerolls,
             "reused": self.reused,
             "labels": json.dumps(self.line.labels or {}, ensure_ascii=False),
             "spec": self.spec.model_dump_json(),

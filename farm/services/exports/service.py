@@ -262,14 +262,14 @@ class ShardWriter:
                     sha256=row.sha256 if row else None,
                     bytes=row.bytes if row else None,
                     error=row.error if row else NEVER_CLAIMED,
-                    redraws=row.redraws if row else 0,
+                    rerolls=row.rerolls if row else 0,
                     reused=bool(row and row.reused),
                     spec=frame_spec(
                         full,
                         ordinal,
                         line,
                         row.bucket if row else None,
-                        row.redraws if row else 0,
+                        row.rerolls if row else 0,
                     ),
                     line=line,
                 )
@@ -321,7 +321,7 @@ class ShardWriter:
                     "job": str(row.job_id),
                     "first": row.first,
                     "stop": row.stop,
-                    "pictures": row.rows,
+                    "images": row.rows,
                     "missing": row.missing,
                     "rejected": rejected.get(row.number, 0),
                     "files": row.files,
@@ -329,7 +329,7 @@ class ShardWriter:
                 for row in rows
                 if row.job_id is not None
             ],
-            pictures=export.pictures,
+            images=export.images,
             missing=export.missing,
             bytes=export.bytes,
         )

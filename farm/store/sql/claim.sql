@@ -2,40 +2,40 @@
 --
 -- Four functions choose and only read, so that their plans can be looked at; `claim` writes.
 
--- Whether a job's returned frames are to be left alone: what it was told, they may not follow yet.
+-- Whether a job's requeued frames are to be left alone: what it was told, they may not follow yet.
 CREATE FUNCTION pg_temp.is_held(_job_id uuid) RETURNS bool LANGUAGE sql STABLE AS $$
     SELECT NOT EXISTS (
         SELECT FROM jobs j WHERE j.id = _job_id AND NOT j.paused AND j.status <> 'cancelled')
 $$;
 
 -- The first frame of the next batch: the highest priority, then the tenant served least, then a
--- returned frame before a new one, then the oldest job. `_but`: frames, as job/ordinal, left out.
+-- requeued frame before a new one, then the oldest job. `_but`: frames, as job/ordinal, left out.
 -- `_avoided`: a tenant that is left out.
 CREATE FUNCTION pg_temp.leader(
     _pipeline text, _but text[], _priority smallint, _avoided uuid DEFAULT NULL
 ) RETURNS TABLE (
-    job_id uuid, ordinal bigint, alone bool, batch_key text, bucket smallint, priority smallint
+    job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint
 ) LANGUAGE sql STABLE AS $$
-    SELECT head.job_id, head.ordinal, head.alone, head.batch_key, head.bucket, head.priority
+    SELECT head.job_id, head.ordinal, head.isolated, head.batch_key, head.bucket, head.priority
     FROM shares s CROSS JOIN LATERAL (
         -- the tenant's first open job: one probe of jobs_claim
-        (SELECT j.id AS job_id, NULL::bigint AS ordinal, false AS alone,
+        (SELECT j.id AS job_id, NULL::bigint AS ordinal, false AS isolated,
                 j.batch_key, j.bucket, j.priority, j.created_at, 1 AS kind
          FROM jobs j
          WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
          ORDER BY j.priority, j.created_at, j.id LIMIT 1)
         UNION ALL
-        -- the tenant's first frame that is due again: one probe of returns_claim, and one more
+        -- the tenant's first frame that is due again: one probe of requeued_frames_claim, and one more
         -- for each job that is held
         (WITH RECURSIVE head AS (
-            (SELECT r.* FROM returns r
+            (SELECT r.* FROM requeued_frames r
              WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
                AND NOT r.paused AND r.not_before <= statement_timestamp()
                AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
              ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
             UNION ALL
             SELECT next.* FROM head h CROSS JOIN LATERAL (
-                SELECT r.* FROM returns r
+                SELECT r.* FROM requeued_frames r
                 WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
                   AND NOT r.paused AND r.not_before <= statement_timestamp()
                   AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
@@ -45,7 +45,7 @@ CREATE FUNCTION pg_temp.leader(
             ) next
             WHERE pg_temp.is_held(h.job_id)
          )
-         SELECT h.job_id, h.ordinal, h.alone, h.batch_key, h.bucket, h.priority, h.job_created_at, 0
+         SELECT h.job_id, h.ordinal, h.isolated, h.batch_key, h.bucket, h.priority, h.job_created_at, 0
          FROM head h WHERE NOT pg_temp.is_held(h.job_id) LIMIT 1)
     ) head
     WHERE s.pipeline = _pipeline AND s.tenant_id IS DISTINCT FROM _avoided
@@ -55,31 +55,31 @@ CREATE FUNCTION pg_temp.leader(
 $$;
 
 -- Returned frames of the leader's own job that may fill its batch.
-CREATE FUNCTION pg_temp.own_returned(
+CREATE FUNCTION pg_temp.own_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
-    SELECT r.job_id, r.ordinal FROM returns r
+    SELECT r.job_id, r.ordinal FROM requeued_frames r
     WHERE r.job_id = _leader AND r.pipeline = _pipeline AND r.batch_key = _batch_key
-      AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+      AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
       AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
     ORDER BY r.ordinal LIMIT _free
 $$;
 
 -- Those of other jobs, job after job; of those that are held a hundred are stepped over at most.
-CREATE FUNCTION pg_temp.other_returned(
+CREATE FUNCTION pg_temp.other_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int,
     _avoided uuid DEFAULT NULL
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
     WITH RECURSIVE job AS (
-        (SELECT r.priority, r.job_created_at, r.job_id, 1 AS n FROM returns r
+        (SELECT r.priority, r.job_created_at, r.job_id, 1 AS n FROM requeued_frames r
          WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
-           AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+           AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
          ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
         UNION ALL
         SELECT next.*, j.n + 1 FROM job j CROSS JOIN LATERAL (
-            SELECT r.priority, r.job_created_at, r.job_id FROM returns r
+            SELECT r.priority, r.job_created_at, r.job_id FROM requeued_frames r
             WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
-              AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+              AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
               AND (r.priority, r.job_created_at, r.job_id)
                   > (j.priority, j.job_created_at, j.job_id)
             ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1
@@ -87,11 +87,11 @@ CREATE FUNCTION pg_temp.other_returned(
         WHERE j.n < _free + 100
     )
     SELECT f.job_id, f.ordinal FROM job j CROSS JOIN LATERAL (
-        SELECT r.job_id, r.ordinal FROM returns r
+        SELECT r.job_id, r.ordinal FROM requeued_frames r
         WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
           AND r.priority = j.priority AND r.job_created_at = j.job_created_at
           AND r.job_id = j.job_id
-          AND NOT r.paused AND NOT r.alone AND r.not_before <= statement_timestamp()
+          AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
           AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
           AND r.tenant_id IS DISTINCT FROM _avoided
         ORDER BY r.ordinal LIMIT _free
@@ -123,7 +123,7 @@ CREATE FUNCTION pg_temp.claim(
     _priority smallint, _known uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
-    bucket smallint, priority smallint, redraws smallint, more boolean
+    bucket smallint, priority smallint, rerolls smallint, more boolean
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -135,8 +135,8 @@ DECLARE
     n bigint;
     some_ids uuid[];
     some_ordinals bigint[];
-    returned_ids uuid[];
-    returned_ordinals bigint[];
+    requeued_ids uuid[];
+    requeued_ordinals bigint[];
     new_ids uuid[];
     new_counts bigint[];
     ids uuid[];
@@ -148,12 +148,12 @@ DECLARE
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
-    SELECT w.failing, CASE WHEN w.resting_until > clock_timestamp() THEN w.avoids END
+    SELECT w.failing, CASE WHEN w.tripped_until > clock_timestamp() THEN w.avoids END
     INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
-      AND (coalesce(w.resting_until <= clock_timestamp(), true) OR w.avoids IS NOT NULL)
+      AND (coalesce(w.tripped_until <= clock_timestamp(), true) OR w.avoids IS NOT NULL)
       -- after a rest it has one batch at a time
-      AND (w.rests = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
+      AND (w.trips = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
     IF NOT FOUND THEN RETURN; END IF;
 
     -- What was chosen may be cancelled or paused before it is locked: then choose again.
@@ -168,15 +168,15 @@ BEGIN
         IF NOT FOUND THEN RETURN; END IF;
 
         -- 2. The fill, until the bucket is full; but a frame whose attempt failed goes alone.
-        returned_ids := '{}'; returned_ordinals := '{}'; new_ids := '{}'; new_counts := '{}';
-        IF leader.alone THEN
-            returned_ids := ARRAY[leader.job_id]; returned_ordinals := ARRAY[leader.ordinal];
+        requeued_ids := '{}'; requeued_ordinals := '{}'; new_ids := '{}'; new_counts := '{}';
+        IF leader.isolated THEN
+            requeued_ids := ARRAY[leader.job_id]; requeued_ordinals := ARRAY[leader.ordinal];
         ELSE
             free := leader.bucket;
             SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
-            INTO returned_ids, returned_ordinals
-            FROM pg_temp.own_returned(_pipeline, leader.batch_key, leader.job_id, but, free) r;
-            free := free - cardinality(returned_ids);
+            INTO requeued_ids, requeued_ordinals
+            FROM pg_temp.own_requeued(_pipeline, leader.batch_key, leader.job_id, but, free) r;
+            free := free - cardinality(requeued_ids);
             IF free > 0 THEN
                 SELECT least(j.run_end - j.cursor, free) INTO n FROM jobs j
                 WHERE j.id = leader.job_id AND j.open AND j.batch_key = leader.batch_key;
@@ -187,10 +187,10 @@ BEGIN
             IF free > 0 THEN
                 SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
                 INTO some_ids, some_ordinals
-                FROM pg_temp.other_returned(
+                FROM pg_temp.other_requeued(
                     _pipeline, leader.batch_key, leader.job_id, but, free, avoided) r;
-                returned_ids := returned_ids || some_ids;
-                returned_ordinals := returned_ordinals || some_ordinals;
+                requeued_ids := requeued_ids || some_ids;
+                requeued_ordinals := requeued_ordinals || some_ordinals;
                 free := free - cardinality(some_ids);
             END IF;
             IF free > 0 THEN
@@ -202,14 +202,14 @@ BEGIN
         END IF;
 
         -- 3. The jobs' locks, by id.
-        PERFORM FROM jobs j WHERE j.id = ANY(returned_ids || new_ids) ORDER BY j.id FOR UPDATE;
+        PERFORM FROM jobs j WHERE j.id = ANY(requeued_ids || new_ids) ORDER BY j.id FOR UPDATE;
 
         -- 4. Returned frames run again, with the next attempt. One that has had as many as can be
         -- counted is dead, so that it stops no lane.
         ids := '{}'; ordinals := '{}'; attempts := '{}';
-        IF returned_ids <> '{}' THEN
+        IF requeued_ids <> '{}' THEN
             WITH taken AS (
-                DELETE FROM returns r USING unnest(returned_ids, returned_ordinals) AS t (id, ordinal)
+                DELETE FROM requeued_frames r USING unnest(requeued_ids, requeued_ordinals) AS t (id, ordinal)
                 WHERE r.job_id = t.id AND r.ordinal = t.ordinal AND NOT r.paused
                   AND NOT pg_temp.is_held(r.job_id)
                 RETURNING r.job_id, r.ordinal
@@ -305,11 +305,11 @@ BEGIN
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
-    -- 7. Whether something is left, for which another worker should wake up. Of the returned
+    -- 7. Whether something is left, for which another worker should wake up. Of the requeued
     -- frames a few are looked at: this is a hint, and most of them may not be due yet.
     left_over := EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = _pipeline)
         OR EXISTS (SELECT FROM (
-            SELECT r.not_before FROM returns r
+            SELECT r.not_before FROM requeued_frames r
             WHERE r.pipeline = _pipeline AND NOT r.paused LIMIT 100
         ) r WHERE r.not_before <= clock_timestamp());
 
@@ -330,18 +330,18 @@ BEGIN
         FROM f JOIN j USING (id)
     ), chunks AS MATERIALIZED (
         SELECT DISTINCT p.id, c.first FROM placed p CROSS JOIN LATERAL (
-            SELECT c.first FROM input_chunks c
+            SELECT c.first FROM job_prompts c
             WHERE c.job_id = p.id AND c.first <= p.place ORDER BY c.first DESC LIMIT 1
         ) c
     ), texts AS MATERIALIZED (
         SELECT c.job_id AS id, c.first + t.n - 1 AS place, t.prompt
-        FROM chunks JOIN input_chunks c ON c.job_id = chunks.id AND c.first = chunks.first
+        FROM chunks JOIN job_prompts c ON c.job_id = chunks.id AND c.first = chunks.first
         CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
     )
     SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
            leader.bucket, leader.priority,
            CASE WHEN p.attempt = 1 THEN 0::smallint ELSE (
-               SELECT r.redraws FROM frames r WHERE r.job_id = p.id AND r.ordinal = p.ordinal
+               SELECT r.rerolls FROM frames r WHERE r.job_id = p.id AND r.ordinal = p.ordinal
            ) END,
            left_over
     FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;

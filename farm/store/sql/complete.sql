@@ -13,7 +13,7 @@ BEGIN
         FROM (SELECT job_id, count(*) AS frames FROM ended WHERE reused GROUP BY job_id) n
         WHERE j.id = n.job_id
     )
-    INSERT INTO renders AS r (tenant_id, digest, job_id, ordinal)
+    INSERT INTO reusable_renders AS r (tenant_id, digest, job_id, ordinal)
     SELECT DISTINCT ON (tenant_id, digest) tenant_id, digest, job_id, ordinal
     FROM ended WHERE NOT reused ORDER BY tenant_id, digest
     ON CONFLICT (tenant_id, digest) DO UPDATE

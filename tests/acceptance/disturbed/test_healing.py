@@ -111,7 +111,7 @@ def draining(disturbed: LiveFarm, worker_id: str) -> bool:
 
 
 def given_back(disturbed: LiveFarm, jobs: list[str]) -> None:
-    """Check that one frame was returned, at no charge, and that another worker may take it."""
+    """Check that one frame was requeued, at no charge, and that another worker may take it."""
     frames = [frame for job_id in jobs for frame in disturbed.frames(job_id)]
     reasons = [attempt["reason"] for frame in frames for attempt in frame["attempts"]]
     over(disturbed, jobs)

@@ -43,7 +43,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(
     job_id = finished(words, env)["id"]
     assert finished(words, env)["id"] == job_id
 
-    names = ["api", "chores", "worker null-1"]
+    names = ["api", "exporter", "worker null-1"]
     over = threading.Event()
     killed: list[str] = []
 
@@ -70,7 +70,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(
         over.set()
         killer.join()
     told = finished(export, env)
-    assert (told["pictures"], told["missing"]) == (frames, 0)
+    assert (told["images"], told["missing"]) == (frames, 0)
     keys: list[str] = []
     for shard in sorted(dest.glob("data/*.tar")):
         with tarfile.open(shard) as tar:

@@ -16,12 +16,12 @@ from farm.services import jobs
 from farm.store import perceptual_hashes
 from farm.store.engine import transaction
 from tests.farming import job_row, new_tenant, register_worker, sql, submit
-from tests.integration.test_following import follow, returned
+from tests.integration.test_following import follow, requeued
 from tests.noise import Noise
 from workers.render.loop import RenderLoop
 
 FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
-PRINTS = int(os.environ.get("FARM_TEST_PRINTS", "20000"))
+PRINTS = int(os.environ.get("FARM_TEST_HASHES", "20000"))
 
 
 def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
@@ -67,7 +67,7 @@ def test_the_hook_costs_less_than_a_hundredth_of_a_step(
 def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    large = returned(farm, tenant, FRAMES)
+    large = requeued(farm, tenant, FRAMES)
     sql(farm, "ANALYZE")
     bob = new_tenant(farm, "bob")
     hand = register_worker(farm)
@@ -104,14 +104,14 @@ def test_a_print_is_looked_up_in_milliseconds_beside_many(farm: Farm, tenant: uu
     for first in range(0, PRINTS, 100_000):
         sql(
             farm,
-            "INSERT INTO prints"
+            "INSERT INTO perceptual_hashes"
             " SELECT :id, o, ('x' || substr(md5(o::text), 1, 16))::bit(64)::bigint"
             " FROM generate_series(CAST(:first AS bigint), :last) AS o",
             id=job_id,
             first=first,
             last=min(first + 100_000, PRINTS) - 1,
         )
-    sql(farm, "ANALYZE prints")
+    sql(farm, "ANALYZE perceptual_hashes")
     seconds = []
     for number in range(9):
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from farm.store.engine import one_statement, transaction
 from farm.store.exports import Shard
 from tests.farming import register_worker, sql
 from tests.serving import render
-from workers.exporter import Chores
+from workers.exporter import Exporter
 
 LINES: list[dict[str, Any]] = [
     {"prompt": f"a star, number {number} ✨", "key": f"k{number}", "labels": {"n": str(number)}}
@@ -63,7 +63,7 @@ def export(client: httpx.Client, job_id: str, **fields: Any) -> dict[str, Any]:
 
 def write_shards(farm: Farm, client: httpx.Client, found: dict[str, Any]) -> dict[str, Any]:
     """Write all shards that are due. Return the export as the API shows it then."""
-    Chores(farm, "chores").answer()
+    Exporter(farm, "exporter").answer()
     now: dict[str, Any] = client.get(f"/v1/exports/{found['id']}").json()
     return now
 

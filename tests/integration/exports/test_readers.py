@@ -27,7 +27,7 @@ from tests.integration.exports.scenes import (
 )
 from tests.serving import Api
 from tests.waiting import wait_until
-from workers.exporter import Chores
+from workers.exporter import Exporter
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -40,7 +40,7 @@ def test_webdataset_opens_in_public_readers(farm: Farm, ann: httpx.Client, tmp_p
     render_all(farm, dead=6)
     found = written_export(farm, ann, job_id, to="webdataset")
     assert (found["status"], found["shards"], found["shards_done"]) == ("succeeded", 3, 3)
-    assert (found["pictures"], found["missing"]) == (9, 1)
+    assert (found["images"], found["missing"]) == (9, 1)
     folder = download(ann, found, tmp_path / "set")
     tars = sorted(folder.glob("data/*.tar"))
     assert [path.name for path in tars] == ["00000.tar", "00001.tar", "00002.tar"]
@@ -143,7 +143,7 @@ def test_the_command_downloads_an_image_folder_and_repairs_a_broken_file(
     words = ["export", job, "--to", "imagefolder", "--dest", str(dest), "--shard-frames", "4"]
     done = command_while_shards_are_written(farm, ann, [*words, "--json"])
     assert done.code == 0, done.err
-    assert done.json["pictures"] == 10
+    assert done.json["images"] == 10
 
     data = load_dataset("imagefolder", data_dir=str(dest / "data"), split="train")
     assert len(data) == 10
@@ -161,7 +161,7 @@ def command_while_shards_are_written(farm: Farm, ann: httpx.Client, words: list[
     thread = threading.Thread(target=lambda: outcomes.append(command(*words)))
     thread.start()
     wait_until(lambda: ann.get("/v1/exports").json()["data"] != [], 30, "the export was asked for")
-    Chores(farm, "chores").answer()
+    Exporter(farm, "exporter").answer()
     thread.join()
     [outcome] = outcomes
     return outcome

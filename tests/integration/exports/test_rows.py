@@ -149,7 +149,7 @@ def rows_by_the_api(ann: httpx.Client, job_ids: list[str]) -> Iterator[Row]:
 
 SAME_NAMES = (
     *("prompt", "negative_prompt", "seed", "sampler", "width", "height", "format"),
-    *("sha256", "bytes", "ordinal", "attempt", "redraws", "reused", "labels"),
+    *("sha256", "bytes", "ordinal", "attempt", "rerolls", "reused", "labels"),
 )
 
 # Who reads it: each gives rows, with the sha256 of the picture that it found beside a row
@@ -319,7 +319,7 @@ def check(farm: Farm, ann: httpx.Client, asked: list[Row], shard_frames: int) ->
             assert answer.json()["error"]["param"] == "jobs"
             continue
         found = write_shards(farm, ann, answer.json())
-        assert (found["status"], found["pictures"]) == ("succeeded", len(expected)), found
+        assert (found["status"], found["images"]) == ("succeeded", len(expected)), found
         with tempfile.TemporaryDirectory() as place:
             folder = fetched(farm, found, Path(place))
             for read in readers:

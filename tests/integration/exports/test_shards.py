@@ -30,7 +30,7 @@ from tests.integration.exports.scenes import (
     written_export,
 )
 from tests.serving import render
-from workers.exporter import Chores
+from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
 
 # Frames that are not rendered
@@ -69,7 +69,7 @@ def test_a_frame_retried_after_its_shard_was_written_stays_missing(
     ann.post(f"/v1/jobs/{job_id}/retry")
     render_all(farm)
     found = write_shards(farm, ann, found)
-    assert (found["status"], found["pictures"], found["missing"]) == ("succeeded", 9, 1)
+    assert (found["status"], found["images"], found["missing"]) == ("succeeded", 9, 1)
     folder = download(ann, found, tmp_path)
     assert [row["key"] for row in json_lines(folder / "missing.jsonl")] == ["k2"]
 
@@ -82,7 +82,7 @@ def test_frames_that_a_cancelled_job_never_rendered_are_listed_as_missing(
     render(hand, hand.must_claim())
     ann.post(f"/v1/jobs/{job_id}/cancel")
     found = written_export(farm, ann, job_id, to="webdataset")
-    assert (found["pictures"], found["missing"]) == (4, 6)
+    assert (found["images"], found["missing"]) == (4, 6)
     folder = download(ann, found, tmp_path)
     missing = json_lines(folder / "missing.jsonl")
     assert [row["key"] for row in missing] == [f"k{number}" for number in range(4, 10)]
@@ -100,7 +100,7 @@ def test_a_shard_whose_writer_died_is_written_by_another_and_no_other_again(
     assert write_shards(farm, ann, found)["shards_done"] == 2
     make_due(farm)
     now = write_shards(farm, ann, found)
-    assert (now["status"], now["pictures"]) == ("succeeded", 10)
+    assert (now["status"], now["images"]) == ("succeeded", 10)
     attempts = sql(farm, "SELECT attempt FROM export_shards ORDER BY number")
     assert attempts == [(2,), (1,), (1,), (1,)]
 
@@ -126,7 +126,7 @@ def test_a_shard_is_not_renewed_finished_or_failed_by_a_writer_that_lost_it(
     assert attempts == [(3,), (1,), (1,), (1,)]
     with one_statement(farm.store) as connection:
         assert not stored.finish(connection, lost, [], rows=9, missing=0)
-    assert write_shards(farm, ann, found)["pictures"] == 10
+    assert write_shards(farm, ann, found)["images"] == 10
 
 
 def test_a_writer_cut_off_from_postgres_gives_up_when_its_lease_is_over(
@@ -135,14 +135,14 @@ def test_a_writer_cut_off_from_postgres_gives_up_when_its_lease_is_over(
     """Another may write the shard by then, and its files must not be overwritten."""
     export(ann, job, to="webdataset")
     farm.settings.lease_seconds = 0.4
-    chores = Chores(farm, "cut off")
-    shard = chores._claim()
+    exporter = Exporter(farm, "cut off")
+    shard = exporter._claim()
     assert shard is not None
 
     def away(*_: object) -> bool:
         raise Unavailable("Postgres is away.")
 
-    with chores._held(shard) as lost:
+    with exporter._held(shard) as lost:
         assert not lost.wait(1.0)
         monkeypatch.setattr(stored, "renew", away)
         assert lost.wait(10.0)
@@ -213,7 +213,7 @@ def test_a_scratch_folder_that_others_may_write_to_is_refused(
     write_shards(farm, ann, found)
     said = "The folder of whoever writes it cannot be used."
     assert sql(farm, "SELECT DISTINCT error FROM export_shards WHERE attempt = 1") == [(said,)]
-    assert write_shards(farm, ann, found)["pictures"] == 0
+    assert write_shards(farm, ann, found)["images"] == 0
 
 
 def test_a_page_of_frames_is_read_as_it_says(farm: Farm, ann: httpx.Client) -> None:
@@ -261,13 +261,13 @@ def test_a_writer_has_one_shard_of_a_tenant_at_a_time(
     render_all(farm)
     for client, job_id in jobs.items():
         export(client, job_id, to="webdataset")
-    chores = Chores(farm, "w")
-    claimed = [chores._claim() for _ in range(3)]
+    exporter = Exporter(farm, "w")
+    claimed = [exporter._claim() for _ in range(3)]
     assert [shard is not None for shard in claimed] == [True, True, False]
     assert claimed[0] is not None
-    chores._write(claimed[0])
-    chores._busy.clear()
-    assert chores._claim() is not None
+    exporter._write(claimed[0])
+    exporter._busy.clear()
+    assert exporter._claim() is not None
 
 
 def test_a_job_that_still_renders_holds_up_no_other_export(

@@ -21,7 +21,7 @@ READ = {
     "jobs": "SELECT * FROM jobs",
     "frames": "SELECT * FROM frames",
     "attempts": "SELECT * FROM attempts ORDER BY attempt",
-    "returns": "SELECT job_id, ordinal, alone, paused FROM returns",
+    "requeued_frames": "SELECT job_id, ordinal, isolated, paused FROM requeued_frames",
     "leases": "SELECT *, extract(epoch FROM expires_at - clock_timestamp()) AS seconds FROM leases",
     "events": "SELECT * FROM events ORDER BY id",
 }
@@ -34,7 +34,7 @@ def check_database(farm: Farm, model: Model) -> None:
     behind = {row.id: row.behind_from for row in read["jobs"] if row.behind_from is not None}
     check_frames(model, read["frames"], behind)
     check_attempts(model, read["attempts"])
-    check_returns(model, read["returns"], behind)
+    check_requeued(model, read["requeued_frames"], behind)
     check_leases(model, read["leases"])
     check_events(model, read["events"])
 
@@ -69,7 +69,7 @@ def check_jobs(model: Model, read: Rows) -> None:
 def check_frames(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
     """Each frame is where the model has it, and a succeeded one names its winner's bytes.
 
-    A returned frame of a cancelled job, from where `behind` says on, may still be ready.
+    A requeued frame of a cancelled job, from where `behind` says on, may still be ready.
     """
     found = {(row.job_id, row.ordinal): row for row in read}
     for job_id, ordinal, frame in model.every_frame():
@@ -78,7 +78,7 @@ def check_frames(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> N
             follows = ordinal >= behind.get(job_id, ordinal + 1) and row.state == "ready"
             state = FrameState.CANCELLED if follows and model.jobs[job_id].cancelled else row.state
             assert (state, row.attempt) == (frame.state, frame.attempt)
-            assert row.spared == frame.spared
+            assert row.uncharged == frame.uncharged
             won = frame.state is FrameState.SUCCEEDED
             assert row.sha256 == (digest((job_id, ordinal, frame.attempt)) if won else None)
     assert not found
@@ -91,14 +91,14 @@ def check_attempts(model: Model, read: Rows) -> None:
         found.setdefault((row.job_id, row.ordinal), []).append((row.attempt, row.reason))
     for job_id, ordinal, frame in model.every_frame():
         assert found.pop((job_id, ordinal), []) == frame.ended
-        assert frame.attempt - frame.spared <= model.jobs[job_id].max_attempts
+        assert frame.attempt - frame.uncharged <= model.jobs[job_id].max_attempts
         kept = frame.state in (R, FrameState.SUCCEEDED)
         assert frame.attempt == len(frame.ended) + kept
     assert not found
 
 
-def check_returns(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
-    """The table `returns` holds the frames that may be claimed again, and nothing else.
+def check_requeued(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
+    """The table `requeued_frames` holds the frames that may be claimed again, and nothing else.
 
     From where `behind` says on, a job's may still be as before it was paused or cancelled.
     """
@@ -108,7 +108,7 @@ def check_returns(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> 
 
     told = {tuple(row) for row in read if not follows(row.job_id, row.ordinal)}
     assert told == {
-        (job_id, ordinal, frame.alone, model.jobs[job_id].paused)
+        (job_id, ordinal, frame.isolated, model.jobs[job_id].paused)
         for job_id, ordinal, frame in model.every_frame()
         if frame.state is FrameState.READY and not follows(job_id, ordinal)
     }

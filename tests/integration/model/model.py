@@ -29,18 +29,18 @@ class ModelFrame:
 
     state: FrameState = W
     attempt: int = 0
-    spared: int = 0
-    alone: bool = False
+    uncharged: int = 0
+    isolated: bool = False
     ended: list[tuple[int, str]] = field(default_factory=list)
     """The attempts that did not succeed, each with its reason."""
 
-    def end(self, most: int, reason: str, *, charged: bool, dead: bool, alone: bool) -> None:
+    def end(self, most: int, reason: str, *, charged: bool, dead: bool, isolated: bool) -> None:
         """End a running attempt. This is the whole rule of charging."""
         self.ended.append((self.attempt, reason))
-        self.spared += not charged
-        used_up = self.attempt - self.spared >= most
+        self.uncharged += not charged
+        used_up = self.attempt - self.uncharged >= most
         self.state = FrameState.DEAD if charged and (dead or used_up) else FrameState.READY
-        self.alone = self.alone or alone or charged
+        self.isolated = self.isolated or isolated or charged
 
 
 @dataclass
@@ -123,10 +123,10 @@ class Model:
         *,
         charged: bool = True,
         dead: bool = False,
-        alone: bool = False,
+        isolated: bool = False,
     ) -> None:
         most = self.jobs[item[0]].max_attempts
-        self.frame_at(item).end(most, reason, charged=charged, dead=dead, alone=alone)
+        self.frame_at(item).end(most, reason, charged=charged, dead=dead, isolated=isolated)
 
     def drop(self, lease: Lease, reason: str) -> None:
         """End a lease from outside. Any of several frames may be the cause, so none is charged.
@@ -135,7 +135,7 @@ class Model:
         """
         kept, several = lease.id in self.kept, len(lease.frames) > 1
         for item in self.holding(parted(lease, "all")):
-            self.end(item, reason, charged=not (kept or several), alone=several and not kept)
+            self.end(item, reason, charged=not (kept or several), isolated=several and not kept)
 
     def give_back(self, leases: Iterable[Lease]) -> None:
         for lease in leases:

@@ -22,8 +22,15 @@ from tests.farming import register_worker, sql
 from tests.integration.model.model import Model
 from workers.janitor.janitor import Janitor
 
-WRITTEN = ("jobs", "frames", "attempts", "returns", "events")
-ALSO_EMPTIED = ("leases", "workers", "shares", "input_chunks", "prints", "renders")
+WRITTEN = ("jobs", "frames", "attempts", "requeued_frames", "events")
+ALSO_EMPTIED = (
+    "leases",
+    "workers",
+    "shares",
+    "job_prompts",
+    "perceptual_hashes",
+    "reusable_renders",
+)
 
 JOB_IDS: Bundle[uuid.UUID] = Bundle("job_ids")
 LEASES: Bundle[Lease] = Bundle("leases")

@@ -103,7 +103,7 @@ class PeoplesMoves(Moves):
         self.followed(rows)
 
     def followed(self, rows: int) -> bool:
-        """Let a few returned frames follow what their jobs were told; whether more are left."""
+        """Let a few requeued frames follow what their jobs were told; whether more are left."""
         with self.farm.store.connect() as connection:
             return stored.follow(connection, rows)
 
@@ -127,4 +127,8 @@ class PeoplesMoves(Moves):
         with refused_if(job.cancelled or not dead):
             assert jobs.retry(self.farm, job.tenant, job_id) == len(dead)
             for frame in dead:
-                frame.state, frame.spared, frame.alone = FrameState.READY, frame.attempt, False
+                frame.state, frame.uncharged, frame.isolated = (
+                    FrameState.READY,
+                    frame.attempt,
+                    False,
+                )

@@ -104,7 +104,7 @@ class WorkersMoves(PeoplesMoves):
         assert {self.model.frame(frame).state for frame in lease.frames} <= {W, FrameState.READY}
         assert len({(f.spec.bucket, f.spec.params["guidance_scale"]) for f in lease.frames}) == 1
         assert len(lease.frames) <= lease.frames[0].spec.bucket
-        assert len(lease.frames) == 1 or not any(self.model.frame(f).alone for f in lease.frames)
+        assert len(lease.frames) == 1 or not any(self.model.frame(f).isolated for f in lease.frames)
 
     @rule(lease=LEASES, deed=st.sampled_from(DEEDS))
     def use(self, lease: Lease, deed: str) -> None:
@@ -164,7 +164,7 @@ class WorkersMoves(PeoplesMoves):
             reason,
             "It broke.",
             charged=not several,
-            alone=several,
+            isolated=several,
             smaller=memory,
         )
         fences = parted(lease, "all")
@@ -178,8 +178,8 @@ class WorkersMoves(PeoplesMoves):
                     and self.model.jobs[claimed.job_id].open_bucket
                     and claimed.spec.bucket > 1
                 )
-                charged, alone = (False, False) if halved else (not several, several)
-                self.model.end(fence(claimed), reason, charged=charged, alone=alone)
+                charged, isolated = (False, False) if halved else (not several, several)
+                self.model.end(fence(claimed), reason, charged=charged, isolated=isolated)
         assert failed == {item: self.model.frame_at(item).state for item in held}
 
     def flag(self, lease: Lease) -> None:

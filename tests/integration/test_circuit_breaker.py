@@ -29,19 +29,19 @@ def well(frames: Sequence[FrameSpec], step: int) -> None:
 
 def rest_ends(farm: Farm) -> None:
     """Let the time of a rest, and what waits for it, be over."""
-    sql(farm, "UPDATE workers SET resting_until = clock_timestamp() - interval '1 second'")
+    sql(farm, "UPDATE workers SET tripped_until = clock_timestamp() - interval '1 second'")
 
 
 def all_due(farm: Farm) -> None:
-    sql(farm, "UPDATE returns SET not_before = clock_timestamp() - interval '1 second'")
+    sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp() - interval '1 second'")
 
 
-def rests(farm: Farm) -> tuple[int, int, float]:
+def trips(farm: Farm) -> tuple[int, int, float]:
     """How many frames failed in a row, how many rests, and how long the latest still is."""
     [row] = sql(
         farm,
-        "SELECT cardinality(failing), rests,"
-        " coalesce(extract(epoch FROM resting_until - clock_timestamp()), 0)::float FROM workers",
+        "SELECT cardinality(failing), trips,"
+        " coalesce(extract(epoch FROM tripped_until - clock_timestamp()), 0)::float FROM workers",
     )
     return row[0], row[1], row[2]
 
@@ -58,9 +58,9 @@ def test_after_three_different_frames_a_worker_claims_nothing(
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1)
     noise.disturb = broken
     line.run()
-    failing, count, seconds = rests(farm)
+    failing, count, seconds = trips(farm)
     assert (failing, count) == (THREE_FRAMES, 1)
-    assert 0 < seconds <= farm.settings.rest_seconds
+    assert 0 < seconds <= farm.settings.trip_seconds
     batches = len(noise.batches)
     line.run()
     assert len(noise.batches) == batches
@@ -80,9 +80,9 @@ def test_it_tries_one_frame_more_each_time_another_and_rests_grow(
         batches = len(noise.batches)
         line.run()
         assert len(noise.batches) == batches + 1, trial  # one, and it rests again
-        lengths.append(rests(farm)[2])
+        lengths.append(trips(farm)[2])
     assert sql(farm, "SELECT DISTINCT attempt FROM frames WHERE job_id = :id", id=job_id) == [(1,)]
-    base = farm.settings.rest_seconds
+    base = farm.settings.trip_seconds
     wanted = [min(base * 2.0**n, MAX_SECONDS) for n in range(1, 9)]
     assert lengths == pytest.approx(wanted, abs=2.0)
 
@@ -95,7 +95,7 @@ def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, line: Re
     rest_ends(farm)
     all_due(farm)
     line.run()
-    assert rests(farm) == (0, 0, 0.0)
+    assert trips(farm) == (0, 0, 0.0)
     assert job_row(farm, tenant, job_id).status == "succeeded"
 
 
@@ -115,7 +115,7 @@ def test_the_next_trial_is_another_frame_s(
 
     noise.disturb = disturb
     line.run()
-    assert rests(farm)[:2] == (3, 1)
+    assert trips(farm)[:2] == (3, 1)
     assert job_row(farm, tenant, healthy).succeeded == 0
     rest_ends(farm)
     line.run()
@@ -139,7 +139,7 @@ def test_one_frame_that_fails_again_and_again_is_no_reason(
     noise.disturb = broken
     line.run()
     assert job_row(farm, tenant, job_id).dead == 1
-    assert rests(farm)[1] == 0
+    assert trips(farm)[1] == 0
 
 
 def test_a_job_of_nothing_else_ends_all_the_same(
@@ -169,7 +169,7 @@ def test_a_frame_that_cannot_be_is_no_reason_either(
     noise.disturb = disturb
     line.run()
     assert job_row(farm, tenant, job_id).status == "failed"
-    assert rests(farm) == (0, 0, 0.0)
+    assert trips(farm) == (0, 0, 0.0)
 
 
 def test_it_is_said_to_all(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop) -> None:
@@ -219,7 +219,7 @@ def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
     noise.disturb = judged
     line.run()
     assert job_row(farm, bob, good).status == "succeeded"
-    assert rests(farm)[:2] == (THREE_FRAMES, 1)
+    assert trips(farm)[:2] == (THREE_FRAMES, 1)
     with serving(farm) as api:
         [worker] = api.client("bob").get("/v1/workers").json()["data"]
         assert (worker["state"], worker["problem"]) == ("loading", None), "as a test's line is"
@@ -231,7 +231,7 @@ def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
     rest_ends(farm)
     all_due(farm)
     line.run()
-    assert rests(farm)[:2] == (THREE_FRAMES + 1, 2)
+    assert trips(farm)[:2] == (THREE_FRAMES + 1, 2)
     assert job_row(farm, tenant, bad).dead == 0
 
 
@@ -243,7 +243,7 @@ def test_bad_frames_of_two_tenants_rest_a_worker_for_all(
         submit(farm, each, pipeline="noise", images_per_prompt=9, bucket=1)
     noise.disturb = broken
     line.run()
-    assert rests(farm)[:2] == (THREE_FRAMES, 1)
+    assert trips(farm)[:2] == (THREE_FRAMES, 1)
     waiting = submit(farm, carol, pipeline="noise", priority="interactive")
     line.run()
     assert job_row(farm, carol, waiting).status == "queued"

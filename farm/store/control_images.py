@@ -14,57 +14,59 @@ from farm.errors import NotFound, Unavailable
 # The row excludes storing and deleting an object at the same time: its state is `arriving` before
 # the first byte is stored, and `removing` until the object is deleted.
 BEGIN = text("""
-INSERT INTO images (tenant_id, sha256, width, height, bytes, state)
+INSERT INTO control_images (tenant_id, sha256, width, height, bytes, state)
 VALUES (:tenant_id, :sha256, :width, :height, :bytes, 'arriving')
 ON CONFLICT (tenant_id, sha256) DO UPDATE
-SET created_at = CASE WHEN images.state = 'kept' THEN images.created_at ELSE clock_timestamp() END
-WHERE images.state <> 'removing'
+SET created_at = CASE control_images.state
+  WHEN 'stored' THEN control_images.created_at ELSE clock_timestamp()
+END
+WHERE control_images.state <> 'removing'
 RETURNING state
 """)
 
 FINISH = text("""
-UPDATE images SET state = 'kept'
+UPDATE control_images SET state = 'stored'
 WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state <> 'removing'
 RETURNING width, height, bytes, created_at
 """)
 
 FIND = text("""
-SELECT width, height, bytes, created_at FROM images
-WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'kept'
+SELECT width, height, bytes, created_at FROM control_images
+WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'stored'
 """)
 
 LIST = text("""
-SELECT sha256, width, height, bytes, created_at FROM images
-WHERE tenant_id = :tenant_id AND state = 'kept'
+SELECT sha256, width, height, bytes, created_at FROM control_images
+WHERE tenant_id = :tenant_id AND state = 'stored'
   AND (CAST(:after AS bytea) IS NULL OR sha256 > :after)
 ORDER BY sha256 LIMIT :limit
 """)
 
 KNOWN = text("""
-SELECT sha256 FROM images
-WHERE tenant_id = :tenant_id AND sha256 = ANY(:hashes) AND state = 'kept'
+SELECT sha256 FROM control_images
+WHERE tenant_id = :tenant_id AND sha256 = ANY(:hashes) AND state = 'stored'
 """)
 
 REMOVE = text("""
-UPDATE images SET state = 'removing'
-WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'kept' RETURNING sha256
+UPDATE control_images SET state = 'removing'
+WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'stored' RETURNING sha256
 """)
 
-REMOVED = text("SELECT tenant_id, sha256 FROM images WHERE state = 'removing' LIMIT :limit")
+REMOVED = text("SELECT tenant_id, sha256 FROM control_images WHERE state = 'removing' LIMIT :limit")
 
 # A tenant that is not known here may be another farm's, in the same bucket.
 DISOWN = text("""
-INSERT INTO images (tenant_id, sha256, width, height, bytes, state)
+INSERT INTO control_images (tenant_id, sha256, width, height, bytes, state)
 SELECT t.id, d.sha256, 0, 0, 0, 'removing'
 FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:hashes AS bytea[])) AS d (tenant_id, sha256)
 JOIN tenants t ON t.id = d.tenant_id
 ON CONFLICT (tenant_id, sha256) DO UPDATE SET state = 'removing'
-WHERE images.state = 'arriving'
-  AND images.created_at < clock_timestamp() - make_interval(secs => :old)
+WHERE control_images.state = 'arriving'
+  AND control_images.created_at < clock_timestamp() - make_interval(secs => :old)
 """)
 
 FORGET = text("""
-DELETE FROM images
+DELETE FROM control_images
 WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'removing'
 """)
 
