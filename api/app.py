@@ -57,9 +57,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
-        app.state.intakes = Places(inputs.AT_ONCE, inputs.AT_ONCE_A_TENANT)
-        app.state.decoding = CapacityLimiter(images.AT_ONCE)
-        crowd = images.AT_ONCE + images.MAX_WAITING
+        app.state.intakes = Places(inputs.MAX_CONCURRENT_UPLOADS, inputs.MAX_UPLOADS_PER_TENANT)
+        app.state.decoding = CapacityLimiter(images.MAX_CONCURRENT_DECODINGS)
+        crowd = images.MAX_CONCURRENT_DECODINGS + images.MAX_WAITING
         app.state.admitted = Places(2 * crowd, crowd)
         app.state.storage = CapacityLimiter(STORAGE_THREADS)
         app.state.health = CapacityLimiter(HEALTH_THREADS)

@@ -32,7 +32,7 @@ MIN_BYTES_PER_SECOND = 64 * 2**10
 """A body must have come after FIRST_SECONDS, and what it takes at this pace"""
 WITHOUT_KEY = 64
 """Bodies that may arrive at the same time from whoever has no key"""
-KEYS_AT_ONCE = 4
+MAX_CONCURRENT_LOOKUPS = 4
 """Keys that a process looks up for the door at the same time"""
 BODIES, BODIES_PER_TENANT = 256, 64
 """The same from whoever has one"""
@@ -65,7 +65,7 @@ class FrontDoor:
         self.app = app
         self._bodies = Places(BODIES, BODIES_PER_TENANT)
         self._without_key = Places(WITHOUT_KEY, WITHOUT_KEY)
-        self._looking_up = CapacityLimiter(KEYS_AT_ONCE)
+        self._looking_up = CapacityLimiter(MAX_CONCURRENT_LOOKUPS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

@@ -46,7 +46,7 @@ class Farm:
             )
         return self.catalog.pipelines[name]
 
-    def offer(self, name: str) -> ResolvedPipeline:
+    def resolve(self, name: str) -> ResolvedPipeline:
         """Find what may be asked of a pipeline; its checkpoint's configuration is read once.
 
         Raises:

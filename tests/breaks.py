@@ -72,7 +72,7 @@ COMPLETE = ("farm/store/frames.py", "connection.execute(text(COMPLETE)")
 FINISH = ("farm/store/frames.py", "connection.execute(FINISH")
 TALLY = ("farm/store/tally.py", "        TALLY,")
 CALLERS: Mapping[str, Sequence[tuple[str, str]]] = {
-    "leader": [CLAIM, ("farm/store/leases.py", "execute(TOUCH")],
+    "leader": [CLAIM, ("farm/store/leases.py", "execute(REPORT_STEP")],
     "complete": [COMPLETE, FINISH],
     "remember": [("farm/store/frames.py", '"digests": arrays')],
     "added": [TALLY],

@@ -21,7 +21,7 @@ from farm.context import Farm, open_farm
 from farm.local import Servers, embedded_servers
 from farm.store import keys
 from farm.store.engine import transaction
-from tests.databases import Databases
+from tests.support.databases import Databases
 
 # One core is another process's. Read when torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -40,13 +40,13 @@ def main(folder: Path) -> int:
 def rendered() -> bytes:
     """Render a picture as a worker of the demo's pipeline does."""
     prepare_torch(THREADS)
-    offer = resolve_pipeline("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
-    loaded = offer.family.load(offer.pipeline)
-    params = offer.params({}).model_dump()
+    resolved = resolve_pipeline("demo", load_catalog(DEMO_CATALOG).pipelines["demo"])
+    loaded = resolved.family.load(resolved.pipeline)
+    params = resolved.params({}).model_dump()
     frame = FrameSpec(
         pipeline="demo", prompt="a red star on a blue background", seed=31, bucket=1, params=params
     )
-    picture = offer.family.denoise(loaded, Batch([frame]))[0]
+    picture = resolved.family.denoise(loaded, Batch([frame]))[0]
     assert picture is not None
     return Encoder(environment_of(loaded)).encode(picture, frame)
 

@@ -34,7 +34,7 @@ MAX_CHARACTERS = 500
 """of why a shard was not written"""
 POLL_SECONDS = 5.0
 END_SECONDS = 5.0
-AT_ONCE = 2
+MAX_CONCURRENT_SHARDS = 2
 """Bells that a process answers at the same time"""
 
 
@@ -169,7 +169,7 @@ def run_chores(settings: Settings) -> int:
         hostname=f"exporter-{os.getpid()}@{host}",
         queues=[EXPORTER_LANE],
         pool="threads",
-        concurrency=AT_ONCE,
+        concurrency=MAX_CONCURRENT_SHARDS,
         without_gossip=True,
         without_mingle=True,
         quiet=True,

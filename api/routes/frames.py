@@ -65,8 +65,8 @@ def _window(
         rows = {row.ordinal: row for row in found}
     ordinals = list(rows)
     if state is unborn_state(job):
-        unborn = range(max(first, job.cursor), job.total)
-        ordinals += unborn[: limit - len(ordinals)]
+        unclaimed = range(max(first, job.cursor), job.total)
+        ordinals += unclaimed[: limit - len(ordinals)]
     return rows, ordinals
 
 

@@ -34,7 +34,7 @@ UPLOAD: dict[str, Any] = {
         "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in OPENERS},
     }
 }
-AT_ONCE = 2
+MAX_CONCURRENT_DECODINGS = 2
 """Images that a process decodes at the same time: a large one takes some 200 MB meanwhile."""
 MAX_WAITING = 32
 """Uploads that wait for it; they hold no thread, but their bodies"""

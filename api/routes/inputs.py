@@ -24,7 +24,7 @@ from farm.store.engine import reads, transaction
 router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
 
 InputId = Annotated[uuid.UUID, Path(description="the input's id")]
-AT_ONCE, AT_ONCE_A_TENANT = 4, 2
+MAX_CONCURRENT_UPLOADS, MAX_UPLOADS_PER_TENANT = 4, 2
 """Uploads that a process takes at the same time"""
 BLOCK_BYTES = 2**20
 """That are read in one go, in a thread"""

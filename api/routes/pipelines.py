@@ -30,8 +30,8 @@ def _view(farm: Farm, name: str, workers: int) -> schemas.Pipeline:
     entry = farm.catalog.pipelines[name]
     family, schema, problem = entry.family, None, None
     try:
-        offer = farm.offer(name)
-        family, schema = offer.family.name, offer.schema()
+        resolved = farm.resolve(name)
+        family, schema = resolved.family.name, resolved.schema()
     except CatalogError as error:  # one checkpoint that cannot be read hides no other pipeline
         problem = error.message
     return schemas.Pipeline(

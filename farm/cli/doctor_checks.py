@@ -187,8 +187,8 @@ def _catalog(settings: Settings) -> str:
 
 
 def _pipeline(name: str, entry: Pipeline) -> str:
-    offer = resolve_pipeline(name, entry)
-    return f"{offer.family.name} from {entry.checkpoint}"
+    resolved = resolve_pipeline(name, entry)
+    return f"{resolved.family.name} from {entry.checkpoint}"
 
 
 def _workers(store: Store, settings: Settings, name: str) -> str:

@@ -19,7 +19,7 @@ from farm.errors import InvalidRequest
 OnProgress = Callable[[int], object]
 """Is told how many more bytes of the file were read"""
 
-ROWS_AT_ONCE = 1000
+ROWS_PER_BATCH = 1000
 MAX_FIELD_CHARS = 2**20
 TEXT_COLUMN = "prompt"
 """What the lines of a plain text are called"""
@@ -207,7 +207,7 @@ def _read_parquet(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]
             names = tuple(there[place] for place in places)
             share = path.stat().st_size / max(1, file.metadata.num_rows)
             numbers = itertools.count(1)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[*names]):
+            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*names]):
                 told(int(share * batch.num_rows))
                 first = next(numbers)
                 columns = [_values(path, first, name, batch.column(name)) for name in names]

@@ -54,20 +54,21 @@ def check_job(job: Any) -> Iterator[Finding]:
 
 
 def _counters(job: Any) -> Iterator[str]:
-    unborn = job.total - job.cursor
+    unclaimed = job.total - job.cursor
     is_cancelled = job.status == JobStatus.CANCELLED
     counted = {
         FrameState.RUNNING: job.rows_running,
         FrameState.SUCCEEDED: job.rows_succeeded,
         FrameState.DEAD: job.rows_dead,
         # what was requeued follows the job's end later
-        FrameState.CANCELLED: job.rows_cancelled + (unborn + job.rows_ready if is_cancelled else 0),
+        FrameState.CANCELLED: job.rows_cancelled
+        + (unclaimed + job.rows_ready if is_cancelled else 0),
     }
     for state, frames in counted.items():
         if (counter := getattr(job, state)) != frames:
             yield f"its counter says {counter} {state}, and {frames} frames are"
     waiting = job.total - job.running - job.succeeded - job.dead - job.cancelled
-    frames = 0 if is_cancelled else job.rows_ready + unborn
+    frames = 0 if is_cancelled else job.rows_ready + unclaimed
     if waiting != frames:
         yield f"its counters leave {waiting} waiting, and {frames} frames are"
     if (job.rows, job.last) != (job.cursor, job.cursor - 1):

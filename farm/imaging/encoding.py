@@ -38,14 +38,14 @@ class Encoder:
     """Encodes the pictures of one loaded pipeline; safe to share between threads."""
 
     def __init__(
-        self, circumstances: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
+        self, environment: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
     ) -> None:
         """Encode with this provenance; see ProvenanceWriter."""
-        self._scribe = ProvenanceWriter(circumstances, threads_of)
+        self._provenance = ProvenanceWriter(environment, threads_of)
 
     def provenance(self, frame: FrameSpec) -> str:
         """All that decides the bytes of a frame's file, as JSON."""
-        return self._scribe.json(frame)
+        return self._provenance.json(frame)
 
     def encode(self, image: Image.Image, frame: FrameSpec) -> bytes:
         """Encode a frame's picture in the format that the frame asks for.
@@ -53,7 +53,7 @@ class Encoder:
         Raises:
             RenderError: that format cannot hold the picture or its texts.
         """
-        own, shown = self._scribe.json(frame), self._scribe.parameters(frame)
+        own, shown = self._provenance.json(frame), self._provenance.parameters(frame)
         try:
             if frame.format == "png":
                 return png(image, {KEYWORD: own, "parameters": shown})

@@ -48,28 +48,28 @@ class ProvenanceWriter:
     """Writes frames' texts; what they have in common is written once."""
 
     def __init__(
-        self, circumstances: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
+        self, environment: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
     ) -> None:
         """Write for one loaded pipeline.
 
         Args:
-            circumstances: what its frames have in common.
+            environment: what its frames have in common.
             threads_of: the torch threads that a frame is rendered with, where not all have the
-                circumstances' number.
+                environment' number.
         """
-        self._circumstances = RenderEnvironment.model_validate(
-            {name: getattr(circumstances, name) for name in RenderEnvironment.model_fields}
+        self._environment = RenderEnvironment.model_validate(
+            {name: getattr(environment, name) for name in RenderEnvironment.model_fields}
         )
-        self._threads_of = threads_of or (lambda _frame: circumstances.threads)
+        self._threads_of = threads_of or (lambda _frame: environment.threads)
         self._common: dict[int, str] = {}
-        self._model_hash = circumstances.weights[:10]
-        self._version = _quoted(f"farm {circumstances.versions['farm']}")
+        self._model_hash = environment.weights[:10]
+        self._version = _quoted(f"farm {environment.versions['farm']}")
 
     def json(self, frame: FrameSpec) -> str:
         """Write a frame's provenance: the very text of `Provenance.model_dump_json()`."""
         threads = self._threads_of(frame)
         if threads not in self._common:
-            common = self._circumstances.model_copy(update={"threads": threads})
+            common = self._environment.model_copy(update={"threads": threads})
             text = common.model_dump_json().removesuffix("}")
             self._common[threads] = f'{text},"format":1,"frame":'
         return f"{self._common[threads]}{frame.model_dump_json()}}}"

@@ -26,13 +26,13 @@ SETTLED_SECONDS = 2.0
 _folder: Path | None = None
 
 
-def keep_in(folder: Path | None) -> None:
+def configure(folder: Path | None) -> None:
     """Say where this process keeps things, once, at its entry point; None: it keeps nothing."""
     global _folder
     _folder = folder
 
 
-def kept_folder(name: str) -> Path | None:
+def cache_folder(name: str) -> Path | None:
     """A folder of the cache, made if it is missing; None where nothing may be kept.
 
     What lies there is run as code: it must be this user's own, and no other may write to it.
@@ -58,7 +58,7 @@ def file_hash(path: Path) -> str:
 
     It has if its real path, inode, size, or times of writing and of change are others.
     """
-    folder = kept_folder("hashes") if path.stat().st_size >= LARGE else None
+    folder = cache_folder("hashes") if path.stat().st_size >= LARGE else None
     if folder is None:
         return _hashed(path)
     real = path.resolve()

@@ -48,7 +48,7 @@ class LoadedPipeline:
     def __post_init__(self) -> None:
         object.__setattr__(self, "vae_dtypes", tuple(_vae_dtype(pipe) for pipe in self.pipes))
 
-    def twin(self) -> LoadedPipeline:
+    def clone_sharing_weights(self) -> LoadedPipeline:
         """The same weights behind pipeline objects of their own.
 
         What a diffusers call keeps between its steps stands in the pipeline's object and in its
@@ -66,7 +66,7 @@ class LoadedPipeline:
             pipes=tuple(twin for _, twin in known),
         )
 
-    def rest(self) -> None:
+    def reset_after_failure(self) -> None:
         """Put right what a diffusers call leaves behind that was stopped or failed.
 
         What is offloaded goes back to the CPU, and a VAE that was widened to decode is narrowed.

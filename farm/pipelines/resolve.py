@@ -52,8 +52,8 @@ def resolve_pipeline(name: str, pipeline: Pipeline) -> ResolvedPipeline:
         _refuse_unused_parts(pipeline, family)
         params_type = family.tailor(pipeline, checkpoint)
         with_defaults = _with_defaults(params_type, pipeline.defaults)
-        offer = ResolvedPipeline(name, pipeline, family, params_type, with_defaults)
-        _check_buckets(offer)
+        resolved = ResolvedPipeline(name, pipeline, family, params_type, with_defaults)
+        _check_buckets(resolved)
     except CatalogError as error:
         raise CatalogError(f"Pipeline {name}: {error.message}") from error
     except Exception as error:  # whatever a strange configuration leads to
@@ -61,7 +61,7 @@ def resolve_pipeline(name: str, pipeline: Pipeline) -> ResolvedPipeline:
             f"Pipeline {name}: its configuration is not of the form that diffusers writes: "
             f"{type(error).__name__} {error}."
         ) from error
-    return offer
+    return resolved
 
 
 def _refuse_unused_parts(pipeline: Pipeline, family: Family) -> None:
@@ -71,14 +71,14 @@ def _refuse_unused_parts(pipeline: Pipeline, family: Family) -> None:
             raise CatalogError(f"{field}: family {family.name} has no use for it; leave it out.")
 
 
-def _check_buckets(offer: ResolvedPipeline) -> None:
+def _check_buckets(resolved: ResolvedPipeline) -> None:
     """Refuse a bucket for a size of picture that no job could ask for."""
-    needed = sample(offer.params_type)
-    for size in offer.pipeline.bucket:
+    needed = sample(resolved.params_type)
+    for size in resolved.pipeline.bucket:
         if size != "default":
             width, height = map(int, size.split("x"))
             try:
-                offer.params({**needed, "width": width, "height": height})
+                resolved.params({**needed, "width": width, "height": height})
             except ValidationError as error:
                 raise CatalogError(f"bucket.{size}: {_first(error)}.") from error
 

@@ -116,44 +116,44 @@ def buckets(most: int) -> list[int]:
 
 
 def sizes(
-    offer: ResolvedPipeline, added: Sequence[str] = ()
+    resolved: ResolvedPipeline, added: Sequence[str] = ()
 ) -> dict[tuple[int, int], tuple[str, ...]]:
     """The sizes to measure, width and height, each with its names in the bucket table.
 
     Args:
-        offer: the pipeline.
+        resolved: the pipeline.
         added: more sizes, each as `768x512`.
 
     Raises:
         InvalidRequest: a size is not written so, or is none that the pipeline renders.
     """
-    fields = offer.params_type.model_fields
+    fields = resolved.params_type.model_fields
     found: dict[tuple[int, int], tuple[str, ...]] = {}
-    for name in dict.fromkeys([*offer.pipeline.bucket, *added]):
+    for name in dict.fromkeys([*resolved.pipeline.bucket, *added]):
         if name == DEFAULT:
             size = (fields["width"].default, fields["height"].default)
         else:
-            size = _checked_size(offer, name)
+            size = _checked_size(resolved, name)
         found[size] = (*found.get(size, ()), name)
     return found
 
 
-def _checked_size(offer: ResolvedPipeline, name: str) -> tuple[int, int]:
+def _checked_size(resolved: ResolvedPipeline, name: str) -> tuple[int, int]:
     width, _, height = name.partition("x")
     if not (width.isdecimal() and height.isdecimal()) or name.startswith("0") or "x0" in name:
         raise InvalidRequest(f"size {name!r}: write it as 768x512, in pixels.", param="size")
     size = int(width), int(height)
-    if size[0] * size[1] > offer.pipeline.max_pixels:
-        most = offer.pipeline.max_pixels
+    if size[0] * size[1] > resolved.pipeline.max_pixels:
+        most = resolved.pipeline.max_pixels
         raise InvalidRequest(
             f"size {name}: the pipeline renders at most {most} pixels.", param="size"
         )
-    _frames(offer, size, 1, 0, None)
+    _frames(resolved, size, 1, 0, None)
     return size
 
 
 def sweep(
-    offer: ResolvedPipeline,
+    resolved: ResolvedPipeline,
     loaded: LoadedPipeline,
     size: tuple[int, int],
     names: tuple[str, ...],
@@ -163,7 +163,7 @@ def sweep(
     """Time a size of picture at one bucket after another.
 
     Args:
-        offer: the pipeline.
+        resolved: the pipeline.
         loaded: the same, pinned.
         size: width and height, in pixels.
         names: the size's names in the bucket table.
@@ -176,7 +176,7 @@ def sweep(
     points: list[Point] = []
     ended = MOST
     for bucket in buckets(effort.most):
-        point = _measured(offer, loaded, size, bucket, effort, on_batch)
+        point = _measured(resolved, loaded, size, bucket, effort, on_batch)
         if point is None:
             ended = OUT_OF_MEMORY
             break
@@ -188,7 +188,7 @@ def sweep(
 
 
 def _measured(
-    offer: ResolvedPipeline,
+    resolved: ResolvedPipeline,
     loaded: LoadedPipeline,
     size: tuple[int, int],
     bucket: int,
@@ -199,16 +199,16 @@ def _measured(
     watch_peak_memory(loaded.device)
     seconds = []
     try:
-        for batch in _batches(offer, size, bucket, effort):
+        for batch in _batches(resolved, size, bucket, effort):
             started = time.perf_counter()
-            offer.family.denoise(loaded, batch)  # gives pictures: the device has finished
+            resolved.family.denoise(loaded, batch)  # gives pictures: the device has finished
             seconds.append(time.perf_counter() - started)
             on_batch()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # what filled the memory stands in them
-        loaded.rest()
+        loaded.reset_after_failure()
     else:
         return Point(bucket, tuple(seconds[1:]), peak_memory(loaded.device))
     free_what_is_left()
@@ -216,24 +216,24 @@ def _measured(
 
 
 def _batches(
-    offer: ResolvedPipeline, size: tuple[int, int], bucket: int, effort: SweepOptions
+    resolved: ResolvedPipeline, size: tuple[int, int], bucket: int, effort: SweepOptions
 ) -> Iterator[Batch]:
     """The warm-up batch, then those that are timed; each has prompts of its own."""
     picture = Image.new("RGB", size)
     for number in range(1 + effort.batches):
-        frames = _frames(offer, size, bucket, number, effort.steps)
-        image_ids = offer.params_type.image_ids(frames[0].params)
+        frames = _frames(resolved, size, bucket, number, effort.steps)
+        image_ids = resolved.params_type.image_ids(frames[0].params)
         yield Batch(frames, images=dict.fromkeys(image_ids, picture))
 
 
 def _frames(
-    offer: ResolvedPipeline, size: tuple[int, int], bucket: int, number: int, steps: int | None
+    resolved: ResolvedPipeline, size: tuple[int, int], bucket: int, number: int, steps: int | None
 ) -> list[FrameSpec]:
-    given = {**sample(offer.params_type), "width": size[0], "height": size[1]}
+    given = {**sample(resolved.params_type), "width": size[0], "height": size[1]}
     if steps is not None:
         given["steps"] = steps
     try:
-        params = offer.params(given).model_dump()
+        params = resolved.params(given).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -241,7 +241,7 @@ def _frames(
         raise InvalidRequest(f"{where}: {what}.", param=where) from error
     return [
         FrameSpec(
-            pipeline=offer.name,
+            pipeline=resolved.name,
             prompt=f"picture {number} of {place}",
             seed=place,
             bucket=bucket,

@@ -13,7 +13,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "compel", "pillow", "numpy", 
 
 
 def environment_of(loaded: LoadedPipeline) -> RenderEnvironment:
-    """Tell the circumstances that a loaded pipeline renders in, in this process."""
+    """Describe the environment that a loaded pipeline renders in, in this process."""
     return RenderEnvironment(
         weights=loaded.weights,
         device=device_name(loaded.device),

@@ -109,13 +109,13 @@ def replay(
     # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     entry = _entry(catalog, recorded)
-    offer = resolve_pipeline(recorded.frame.pipeline, entry)
-    frame = _checked(picture, recorded, offer)
-    images = {name: find_image(name) for name in offer.params_type.image_ids(frame.params)}
+    resolved = resolve_pipeline(recorded.frame.pipeline, entry)
+    frame = _checked(picture, recorded, resolved)
+    images = {name: find_image(name) for name in resolved.params_type.image_ids(frame.params)}
     prepare_torch(recorded.threads)
-    loaded = offer.family.load(entry)
-    warm_up(offer, loaded, only=frame)
-    fresh = offer.family.denoise(loaded, Batch([frame], on_step, images))[0]
+    loaded = resolved.family.load(entry)
+    warm_up(resolved, loaded, only=frame)
+    fresh = resolved.family.denoise(loaded, Batch([frame], on_step, images))[0]
     if fresh is None:
         raise InvalidRequest("The pipeline's safety checker flags this picture here.")
     now = _provenance(recorded, loaded)
@@ -150,7 +150,7 @@ def _options(recorded: Provenance) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in OPTIONS}
 
 
-def _checked(picture: Image.Image, recorded: Provenance, offer: ResolvedPipeline) -> FrameSpec:
+def _checked(picture: Image.Image, recorded: Provenance, resolved: ResolvedPipeline) -> FrameSpec:
     """The frame, with everything that the picture claims checked: it may come from anywhere."""
     frame = recorded.frame
     if not 1 <= frame.bucket <= MAX_BUCKET:
@@ -161,10 +161,10 @@ def _checked(picture: Image.Image, recorded: Provenance, offer: ResolvedPipeline
         raise damaged(f"{recorded.threads} threads")
     try:
         # Not with the catalog's defaults: what an older PNG leaves out, its worker left out.
-        params = offer.family_params.model_validate(frame.params)
+        params = resolved.family_params.model_validate(frame.params)
     except ValidationError as error:
         raise damaged(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
-    if params.width * params.height > offer.pipeline.max_pixels:
+    if params.width * params.height > resolved.pipeline.max_pixels:
         raise damaged(f"{params.width}x{params.height} pixels")
     if picture.size != (params.width, params.height):
         raise InvalidRequest(

@@ -47,7 +47,7 @@ class CompiledShapes:
 
     shapes: set[Shape] = field(default_factory=set)
 
-    def meet(self, name: str, frame: FrameSpec) -> None:
+    def warn_if_uncompiled(self, name: str, frame: FrameSpec) -> None:
         """Say once in the log that a shape was not declared, and is rendered without compiling."""
         shape = shape_of(frame)
         if self.shapes and shape not in self.shapes:
@@ -63,7 +63,7 @@ class CompiledShapes:
 
 
 def warm_up(
-    offer: ResolvedPipeline, loaded: LoadedPipeline, only: FrameSpec | None = None
+    resolved: ResolvedPipeline, loaded: LoadedPipeline, only: FrameSpec | None = None
 ) -> CompiledShapes:
     """Render a picture of every declared shape, with and without guidance, and keep none.
 
@@ -72,59 +72,59 @@ def warm_up(
     where the pipeline is not compiled.
 
     Args:
-        offer: the pipeline.
+        resolved: the pipeline.
         loaded: the same, pinned.
         only: compile for this frame's shape alone, where it is a declared one.
 
     Raises:
         CatalogError: it cannot be compiled; the message says why.
     """
-    if not offer.pipeline.compile:
+    if not resolved.pipeline.compile:
         return CompiledShapes()
     started = time.monotonic()
-    shapes = set(declared_shapes(offer))
+    shapes = set(declared_shapes(resolved))
     if only is not None:
         shapes &= {shape_of(only)}
-    with graphs_kept(offer.name, offer.pipeline):
+    with graphs_kept(resolved.name, resolved.pipeline):
         for shape in sorted(shapes, key=lambda shape: (shape.width, shape.height, shape.bucket)):
-            _compile_for(offer, loaded, shape)
+            _compile_for(resolved, loaded, shape)
     compile_no_more(is_anything_compiled=bool(shapes))
     seconds = time.monotonic() - started
-    log.info("%s compiled for %d shapes in %.1f s", offer.name, len(shapes), seconds)
+    log.info("%s compiled for %d shapes in %.1f s", resolved.name, len(shapes), seconds)
     return CompiledShapes(shapes)
 
 
-def _compile_for(offer: ResolvedPipeline, loaded: LoadedPipeline, shape: Shape) -> None:
-    for params in _variants(offer, shape):
+def _compile_for(resolved: ResolvedPipeline, loaded: LoadedPipeline, shape: Shape) -> None:
+    for params in _variants(resolved, shape):
         try:
-            offer.family.denoise(loaded, _batch(offer, shape, params))
+            resolved.family.denoise(loaded, _batch(resolved, shape, params))
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise CatalogError(
-                f"{offer.pipeline.source} cannot be compiled for {shape.width}x{shape.height} "
+                f"{resolved.pipeline.source} cannot be compiled for {shape.width}x{shape.height} "
                 f"at bucket {shape.bucket}: {reason}"
             ) from error
 
 
-def default_shape(offer: ResolvedPipeline) -> Shape:
+def default_shape(resolved: ResolvedPipeline) -> Shape:
     """The entry's own size, at its bucket."""
-    fields = offer.params_type.model_fields
+    fields = resolved.params_type.model_fields
     width, height = fields["width"].default, fields["height"].default
-    return Shape(width, height, offer.pipeline.bucket_for(width, height))
+    return Shape(width, height, resolved.pipeline.bucket_for(width, height))
 
 
-def declared_shapes(offer: ResolvedPipeline) -> Iterator[Shape]:
+def declared_shapes(resolved: ResolvedPipeline) -> Iterator[Shape]:
     """Every size of the bucket table, at each bucket that the farm may choose for it.
 
     That is the table's own, and the powers of two below it, for jobs of fewer frames.
     """
-    fields = offer.params_type.model_fields
-    for size, most in offer.pipeline.bucket.items():
+    fields = resolved.params_type.model_fields
+    for size, most in resolved.pipeline.bucket.items():
         if size == "default":
             width, height = fields["width"].default, fields["height"].default
         else:
             width, height = (int(side) for side in size.split("x"))
-        most = offer.pipeline.bucket_for(width, height) if size == "default" else most
+        most = resolved.pipeline.bucket_for(width, height) if size == "default" else most
         bucket = 1
         while bucket < most:
             yield Shape(width, height, bucket)
@@ -132,30 +132,32 @@ def declared_shapes(offer: ResolvedPipeline) -> Iterator[Shape]:
         yield Shape(width, height, most)
 
 
-def _variants(offer: ResolvedPipeline, shape: Shape) -> Iterator[Params]:
+def _variants(resolved: ResolvedPipeline, shape: Shape) -> Iterator[Params]:
     """Parameters of a shape that between them reach every graph: with and without guidance."""
-    fields = offer.params_type.model_fields
+    fields = resolved.params_type.model_fields
     given: dict[str, Any] = {"width": shape.width, "height": shape.height}
     given |= {name: STEPS for name in ("steps", "prior_steps") if name in fields}
-    given |= sample(offer.params_type)
+    given |= sample(resolved.params_type)
     guided = [{}, {"guidance_scale": 1.0}] if "guidance_scale" in fields else [{}]
     for change in guided:
-        yield offer.params({**given, **change})
+        yield resolved.params({**given, **change})
 
 
-def _batch(offer: ResolvedPipeline, shape: Shape, params: Params) -> Batch:
+def _batch(resolved: ResolvedPipeline, shape: Shape, params: Params) -> Batch:
     frame = FrameSpec(
-        pipeline=offer.name,
+        pipeline=resolved.name,
         prompt="",
         seed=0,
         bucket=shape.bucket,
         params=params.model_dump(),
     )
     picture = Image.new("RGB", (shape.width, shape.height))
-    return Batch([frame], images=dict.fromkeys(offer.params_type.image_ids(frame.params), picture))
+    return Batch(
+        [frame], images=dict.fromkeys(resolved.params_type.image_ids(frame.params), picture)
+    )
 
 
-def slot_test(offer: ResolvedPipeline, loaded: LoadedPipeline) -> SlotTest:
+def slot_test(resolved: ResolvedPipeline, loaded: LoadedPipeline) -> SlotTest:
     """Test that a picture's bits do not depend on its slot, for the entry's own size and bucket.
 
     Where memory runs out nothing is known yet: a smaller bucket is tested when it is met.
@@ -163,18 +165,18 @@ def slot_test(offer: ResolvedPipeline, loaded: LoadedPipeline) -> SlotTest:
     Raises:
         CatalogError: they do, whatever is tried.
     """
-    slots, is_short = SlotTest(offer.name, offer.family, offer.params_type), False
+    slots, is_short = SlotTest(resolved.name, resolved.family, resolved.params_type), False
     if loaded.pipes:
-        shape = default_shape(offer)
-        params = next(_variants(offer, shape))
+        shape = default_shape(resolved)
+        params = next(_variants(resolved, shape))
         try:
-            slots.threads(loaded, _batch(offer, shape, params).frames[0])
+            slots.threads(loaded, _batch(resolved, shape, params).frames[0])
         except RenderError as error:
             raise CatalogError(error.message) from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("Memory runs out for %s at its own size and bucket", offer.name)
+            log.warning("Memory runs out for %s at its own size and bucket", resolved.name)
             is_short = True
     if is_short:
         free_what_is_left()  # not before: the error held on to what it had computed

@@ -29,7 +29,7 @@ from farm.store.engine import Transaction, transaction
 JOBS_PER_CHUNK = 100
 FRAMES_PER_CHUNK = 1000
 EVENTS_PER_CHUNK = 10_000
-AT_ONCE = 8
+MAX_CONCURRENT_READS = 8
 """Artifacts that are read at the same time."""
 
 FINDINGS_KEPT = 1000
@@ -221,7 +221,7 @@ def _frames(farm: Farm, place: Place, sample: float) -> _Chunk:
 
 
 def _wrong_artifacts(farm: Farm, frames: list[Any]) -> list[Finding]:
-    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="audit")
+    pool = ThreadPoolExecutor(MAX_CONCURRENT_READS, thread_name_prefix="audit")
     try:
         answers = pool.map(lambda frame: _wrong_artifact(farm, frame), frames)
         return [finding for finding in answers if finding is not None]

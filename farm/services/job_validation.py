@@ -154,7 +154,7 @@ def _check_length(text: str, param: str, limit: int) -> None:
 
 def full_spec(
     job: JobSpec,
-    offer: ResolvedPipeline,
+    resolved: ResolvedPipeline,
     settings: Settings,
     stored_input: StoredInput | None = None,
 ) -> FullSpec:
@@ -162,7 +162,7 @@ def full_spec(
 
     Args:
         job: checked by check_job.
-        offer: its pipeline's.
+        resolved: its pipeline's.
         settings: hold the limits.
         stored_input: what is known of the input that it names.
 
@@ -172,12 +172,12 @@ def full_spec(
     prompts = stored_input.lines if stored_input else len(job.prompts or ())
     _check_total(job, prompts, settings)
     _check_seeds(job, stored_input)
-    _check_names(job, offer)
-    points = [_checked_point(job, offer, given, settings) for given in job.combinations()]
+    _check_names(job, resolved)
+    points = [_checked_point(job, resolved, given, settings) for given in job.combinations()]
     _check_prompts(job, points)
     _check_jpeg_texts(job, points, stored_input)
     if stored_input is not None and stored_input.negatives:
-        _check_takes_negatives(offer)
+        _check_takes_negatives(resolved)
     frames_per_point = prompts * job.images_per_prompt
     keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
     longest = _longest_runs(keys)
@@ -190,10 +190,10 @@ def full_spec(
         seed=job.seed,
         job_seed=secrets.randbits(SEED_BITS) if job.seed is None else job.seed,
         seed_bits=SEED_BITS,
-        params=_base_params(job, offer),
+        params=_base_params(job, resolved),
         grid=job.grid,
         points=[
-            _point(job, offer, params, longest[key] * frames_per_point)
+            _point(job, resolved, params, longest[key] * frames_per_point)
             for params, key in zip(points, keys, strict=True)
         ],
         priority=job.priority,
@@ -206,10 +206,10 @@ def full_spec(
     )
 
 
-def _check_takes_negatives(offer: ResolvedPipeline) -> None:
-    if "negative_prompt" not in offer.params_type.model_fields:
+def _check_takes_negatives(resolved: ResolvedPipeline) -> None:
+    if "negative_prompt" not in resolved.params_type.model_fields:
         raise InvalidRequest(
-            f"input: some of its lines have a negative_prompt, and pipeline {offer.name} takes "
+            f"input: some of its lines have a negative_prompt, and pipeline {resolved.name} takes "
             "none.",
             param="input",
         )
@@ -223,39 +223,39 @@ def _longest_runs(keys: Sequence[str]) -> dict[str, int]:
     return longest
 
 
-def _check_names(job: JobSpec, offer: ResolvedPipeline) -> None:
-    known = offer.params_type.model_fields
+def _check_names(job: JobSpec, resolved: ResolvedPipeline) -> None:
+    known = resolved.params_type.model_fields
     for name in job.params:
         if name not in known:
             raise InvalidRequest(
-                f"{name[:100]!r} is not a field of a job for pipeline {offer.name}; beside "
+                f"{name[:100]!r} is not a field of a job for pipeline {resolved.name}; beside "
                 f"{', '.join(sorted(JOB_FIELDS))} there are {', '.join(known)}.",
                 param=name,
             )
     for name in job.grid:
         if name not in known:
             raise InvalidRequest(
-                f"grid: {name[:100]!r} is not a parameter of pipeline {offer.name}; there are "
+                f"grid: {name[:100]!r} is not a parameter of pipeline {resolved.name}; there are "
                 f"{', '.join(known)}.",
                 param=f"grid.{name}",
             )
 
 
 def _checked_point(
-    job: JobSpec, offer: ResolvedPipeline, given: Mapping[str, Any], settings: Settings
+    job: JobSpec, resolved: ResolvedPipeline, given: Mapping[str, Any], settings: Settings
 ) -> Params:
     try:
-        params = offer.params(given)
+        params = resolved.params(given)
     except ValidationError as error:
         first = error.errors()[0]
         in_grid = bool(first["loc"]) and first["loc"][0] in job.grid
         raise invalid(first, prefix="grid." if in_grid else "") from error
     for name, text in params.texts().items():
         _check_text(params, text, _where(job, name), settings)
-    if params.width * params.height > offer.pipeline.max_pixels:
+    if params.width * params.height > resolved.pipeline.max_pixels:
         raise InvalidRequest(
             f"width x height is {params.width * params.height} pixels; the limit of pipeline "
-            f"{offer.name} is {offer.pipeline.max_pixels}.",
+            f"{resolved.name} is {resolved.pipeline.max_pixels}.",
             param=_where(job, "width"),
         )
     for side in ("width", "height"):
@@ -277,16 +277,16 @@ def _where(job: JobSpec, field: str) -> str:
     return f"grid.{field}" if field in job.grid else field
 
 
-def _base_params(job: JobSpec, offer: ResolvedPipeline) -> dict[str, Any]:
+def _base_params(job: JobSpec, resolved: ResolvedPipeline) -> dict[str, Any]:
     first = {name: values[0] for name, values in job.grid.items()}
-    params = offer.params({**job.params, **first}).model_dump()
+    params = resolved.params({**job.params, **first}).model_dump()
     return {name: value for name, value in params.items() if name not in job.grid}
 
 
-def _point(job: JobSpec, offer: ResolvedPipeline, params: Params, frames: int) -> Point:
+def _point(job: JobSpec, resolved: ResolvedPipeline, params: Params, frames: int) -> Point:
     bucket = job.bucket or chosen_bucket(
         Priority.parse(job.priority),
-        offer.pipeline.bucket_for(params.width, params.height),
+        resolved.pipeline.bucket_for(params.width, params.height),
         frames,
     )
     return Point(

@@ -40,12 +40,12 @@ def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
         InvalidRequest: a field is wrong; the error names it and its limit.
     """
     job = check_job(body, farm.settings)
-    offer = farm.offer(job.pipeline)
+    resolved = farm.resolve(job.pipeline)
     stored_input = _stored_input(farm, tenant_id, job)
-    spec = full_spec(job, offer, farm.settings, stored_input)
+    spec = full_spec(job, resolved, farm.settings, stored_input)
     if stored_input is not None:
-        _check_syntax(farm, spec, offer, stored_input)
-    _check_images(farm, tenant_id, offer, spec)
+        _check_syntax(farm, spec, resolved, stored_input)
+    _check_images(farm, tenant_id, resolved, spec)
     return Checked(job, spec)
 
 
@@ -104,10 +104,10 @@ def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput
 
 
 def _check_syntax(
-    farm: Farm, spec: FullSpec, offer: ResolvedPipeline, stored_input: StoredInput
+    farm: Farm, spec: FullSpec, resolved: ResolvedPipeline, stored_input: StoredInput
 ) -> None:
     """Check the prompt syntax of an input, once: the result is stored with the input."""
-    params = syntax_among([offer.params(point.params) for point in spec.every_point()])
+    params = syntax_among([resolved.params(point.params) for point in spec.every_point()])
     if params is None:
         return
     flaw = stored_input.syntax_flaw
@@ -140,10 +140,10 @@ def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
 
 
 def _check_images(
-    farm: Farm, tenant_id: uuid.UUID, offer: ResolvedPipeline, spec: FullSpec
+    farm: Farm, tenant_id: uuid.UUID, resolved: ResolvedPipeline, spec: FullSpec
 ) -> None:
     """Refuse a job that names an image which its tenant never uploaded."""
-    named = [offer.params_type.image_ids(point.params) for point in spec.every_point()]
+    named = [resolved.params_type.image_ids(point.params) for point in spec.every_point()]
     wanted = {image_id for image_ids in named for image_id in image_ids}
     if not wanted:
         return

@@ -141,7 +141,7 @@ def transaction(store: Store) -> Iterator[Connection]:
     Raises:
         Unavailable: Postgres cannot be reached, or the connection broke. Nothing was committed,
             unless it broke while the answer to COMMIT was on its way. Every write after a claim
-            is fenced, so trying it again is safe; see release_forgotten for the claim itself.
+            is fenced, so trying it again is safe; see release_unknown for the claim itself.
     """
     with _telling_outages(), store.begin() as connection:
         yield connection

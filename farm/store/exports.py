@@ -25,7 +25,7 @@ from farm.errors import NotFound
 MAX_FAILURES = 5
 """Of a shard; then the export has failed"""
 MAX_REST_SECONDS = 60.0
-LOOKED_AT_ONCE = 1_000
+SHARDS_PER_LOOK = 1_000
 """News and new shards; a claim of a shard looks at no more, so that it is never long"""
 
 INSERT = text("""
@@ -411,7 +411,7 @@ def any_due(connection: Connection) -> bool:
 
 def look_again(connection: Connection) -> None:
     """Check shards again that were not whole a minute ago, though their frames were claimed."""
-    connection.execute(LOOK_AGAIN, {"limit": LOOKED_AT_ONCE})
+    connection.execute(LOOK_AGAIN, {"limit": SHARDS_PER_LOOK})
 
 
 def claim_shard(
@@ -426,7 +426,7 @@ def claim_shard(
         busy: tenants of which it writes a shard already.
     """
     values = {"worker": worker, "seconds": seconds, "busy": list(busy)}
-    connection.execute(LOOK, {"limit": LOOKED_AT_ONCE})
+    connection.execute(LOOK, {"limit": SHARDS_PER_LOOK})
     row = connection.execute(CLAIM, values).first()
     return Shard(**row._mapping) if row else None
 

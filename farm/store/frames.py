@@ -184,7 +184,7 @@ def complete(
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
-def finish(
+def complete_batches(
     connection: Connection,
     lease_ids: Sequence[uuid.UUID],
     done: Sequence[CompletedFrame],

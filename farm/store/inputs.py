@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from farm.domain.inputs import InputStats, StoredInput
 from farm.errors import Conflict, NotFound
 
-PARTS_AT_ONCE = 32
+PARTS_PER_INSERT = 32
 
 COLUMNS = """
 id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at, syntax_flaw
@@ -144,5 +144,5 @@ def read_parts(
 
 def _batched(parts: Iterable[tuple[int, bytes]]) -> Iterable[list[tuple[int, bytes]]]:
     left = iter(parts)
-    while some := list(itertools.islice(left, PARTS_AT_ONCE)):
+    while some := list(itertools.islice(left, PARTS_PER_INSERT)):
         yield some

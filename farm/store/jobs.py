@@ -21,7 +21,7 @@ from farm.store.tally import Delta, tally
 
 PROMPTS_PER_CHUNK = 1000
 RETRY_SLICE = 5000
-BEHIND_AT_ONCE = 100
+JOBS_PER_FOLLOW = 100
 """Jobs whose frames are looked at together"""
 
 # Who comes to a lane starts level with those who wait there, or with whoever was served most:
@@ -319,7 +319,7 @@ def follow(connection: Connection, rows: int) -> bool:
         Whether more is left.
     """
     with connection.begin():
-        jobs = connection.execute(BEHIND, {"limit": BEHIND_AT_ONCE}).all()
+        jobs = connection.execute(BEHIND, {"limit": JOBS_PER_FOLLOW}).all()
     more = False
     share = max(1, rows // max(1, len(jobs)))  # a large job holds up no small one
     for job in jobs:
@@ -331,7 +331,7 @@ def follow(connection: Connection, rows: int) -> bool:
         with connection.begin():
             connection.execute(FOLLOWED, {**values, "next": None if is_over else slice_.last + 1})
         more |= not is_over
-    return more or len(jobs) == BEHIND_AT_ONCE
+    return more or len(jobs) == JOBS_PER_FOLLOW
 
 
 def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:

@@ -22,7 +22,7 @@ LOADS_BETWEEN = 12.0
 """A frame that took its child down waits for so many times what loading takes, an hour at most."""
 MAX_SECONDS = 3600.0
 
-TOUCH = text("""
+REPORT_STEP = text("""
 UPDATE leases l SET step = :step, steps = :steps, stepped_at = clock_timestamp()
 WHERE l.id = :id
 RETURNING EXISTS (
@@ -90,19 +90,21 @@ class LeaseStatus:
     """Whether interactive work waits on the lane"""
 
 
-def touch(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> LeaseStatus:
+def report_step(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> LeaseStatus:
     """Report a denoising step, and learn what is new."""
     values = {"id": lease_id, "step": step, "steps": steps}
-    row = connection.execute(TOUCH, {**values, "urgent_priority": Priority.INTERACTIVE}).first()
+    row = connection.execute(
+        REPORT_STEP, {**values, "urgent_priority": Priority.INTERACTIVE}
+    ).first()
     return LeaseStatus() if row is None else LeaseStatus(*row)
 
 
-def keep(connection: Connection, lease_id: uuid.UUID) -> None:
+def mark_spooled(connection: Connection, lease_id: uuid.UUID) -> None:
     """Note that a lease's batch is rendered, and waits for the storage."""
     connection.execute(MARK_SPOOLED, {"id": lease_id})
 
 
-def release_forgotten(
+def release_unknown(
     connection: Connection, worker_id: uuid.UUID, pid: int, known: Sequence[uuid.UUID] = ()
 ) -> None:
     """Return, uncharged, what a child holds without knowing: the reply to its claim was lost.
@@ -138,7 +140,7 @@ def expire(connection: Connection, retry_seconds: float) -> set[str]:
     return {lease.pipeline for lease in leases}
 
 
-def lose(
+def end_child_leases(
     connection: Connection,
     worker_id: uuid.UUID,
     pid: int,

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, text
 from farm.domain.image_formats import Format
 from farm.domain.states import TERMINAL
 
-AT_ONCE = 1000
+MAX_JOBS_PER_CALL = 1000
 """Jobs that are being removed at the same time, at most."""
 
 DAY_SECONDS = 86_400.0
@@ -162,7 +162,11 @@ def remove_due(connection: Connection, days: float) -> list[uuid.UUID]:
     """Remove the jobs that ended more than `days` ago; returns which. 0 days removes none."""
     if days == 0:
         return []
-    values = {"seconds": days * DAY_SECONDS, "terminal": list(TERMINAL), "at_once": AT_ONCE}
+    values = {
+        "seconds": days * DAY_SECONDS,
+        "terminal": list(TERMINAL),
+        "at_once": MAX_JOBS_PER_CALL,
+    }
     return list(connection.execute(REMOVE, values).scalars())
 
 

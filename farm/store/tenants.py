@@ -20,8 +20,8 @@ from farm.store.jobs import cancel_job
 
 LATE_SECONDS = 120.0
 """How long a request that had begun before the removal may still store something"""
-JOBS_AT_ONCE = 100
-INPUTS_AT_ONCE = 10
+JOBS_PER_CALL = 100
+INPUTS_PER_CALL = 10
 
 OWNS = """
 (SELECT count(*) FROM keys WHERE tenant_id = t.id AND revoked_at IS NULL) AS keys,
@@ -121,7 +121,7 @@ def delete_of_removed(connection: Connection) -> None:
     with connection.begin():
         removed = connection.execute(REMOVED, {"late": LATE_SECONDS}).all()
     for tenant in removed:
-        wanted = {"id": tenant.id, "limit": JOBS_AT_ONCE}
+        wanted = {"id": tenant.id, "limit": JOBS_PER_CALL}
         wanted |= {"open": [JobStatus.QUEUED, JobStatus.RUNNING], "terminal": list(TERMINAL)}
         with connection.begin():
             job_ids = connection.execute(OPEN_JOBS, wanted).scalars().all()
@@ -131,7 +131,7 @@ def delete_of_removed(connection: Connection) -> None:
         with connection.begin():
             connection.execute(REMOVE_JOBS, wanted)
             connection.execute(REMOVE_EXPORTS, wanted)
-            connection.execute(DELETE_INPUTS, {**wanted, "limit": INPUTS_AT_ONCE})
+            connection.execute(DELETE_INPUTS, {**wanted, "limit": INPUTS_PER_CALL})
             for statement in DELETE_REST:
                 connection.execute(statement, wanted)
 

@@ -48,7 +48,7 @@ SECONDS = ("denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds",
 SUMMED = ("succeeded", "requeued", "dead", "dropped", "expired", "batches", *SECONDS)
 
 # Workers come and go; their sums stay, in one row a pipeline that has no host.
-FOLD = text(f"""
+ARCHIVE = text(f"""
 WITH old AS (
     DELETE FROM workers
     WHERE gone AND host <> '' AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
@@ -199,9 +199,9 @@ def sweep(connection: Connection, timeout_seconds: float) -> list[str]:
     return list(connection.execute(SWEEP, {"seconds": timeout_seconds}).scalars())
 
 
-def fold(connection: Connection, seconds: float) -> None:
+def archive(connection: Connection, seconds: float) -> None:
     """Fold workers gone for so long into one row a pipeline, which keeps their sums."""
-    connection.execute(FOLD, {"seconds": seconds})
+    connection.execute(ARCHIVE, {"seconds": seconds})
 
 
 def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> None:

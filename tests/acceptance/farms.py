@@ -13,7 +13,7 @@ import pytest
 
 from farm.local import LocalFarm, running_farm
 from farm.pipelines.families.null import write_checkpoint
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 ENDED = {"succeeded", "partial", "failed", "cancelled"}
 QUICK = {

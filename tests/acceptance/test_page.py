@@ -16,9 +16,9 @@ import pytest
 from farm.context import Farm
 from farm.store import leases, workers
 from farm.store.engine import transaction
-from tests.farming import register_worker
-from tests.serving import Api, render, serving
-from tests.waiting import wait_until
+from tests.support.api_server import Api, render, serving
+from tests.support.store import register_worker
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -123,10 +123,10 @@ def test_the_printed_address_signs_in_and_forgets_the_key(api: Api, browser: Chr
 
 def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome) -> None:
     client = api.client()
-    hand = register_worker(api.farm)
+    worker = register_worker(api.farm)
     for prompt in PROMPTS.values():
         api.submit(client, prompts=[prompt], labels={"<b>": prompt[:50]})
-        render(hand, hand.must_claim())
+        render(worker, worker.must_claim())
     open_page(browser, api)
     shown = [each.text for each in browser.find_elements("css selector", ".job .prompt")]
     assert shown == [prompt.strip() for prompt in reversed(PROMPTS.values())]
@@ -143,11 +143,11 @@ def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome)
 
 def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
     client = api.client()
-    hand = register_worker(api.farm)
+    worker = register_worker(api.farm)
     api.submit(api.client("bob"), prompts=["another's"])
-    render(hand, hand.must_claim())
+    render(worker, worker.must_claim())
     job = api.submit(client, images_per_prompt=2, seed=41, bucket=2)
-    render(hand, hand.must_claim())
+    render(worker, worker.must_claim())
     open_page(browser, api)
     wait_for(browser, ".pictures", "seed 42")
     assert "another's" not in text_of(browser, "main")
@@ -160,11 +160,11 @@ def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
 def test_a_large_picture_is_sent_small(api: Api) -> None:
     client = api.client()
     job = api.submit(client, width=248, height=256)
-    hand = register_worker(api.farm)
-    lease = hand.must_claim()
+    worker = register_worker(api.farm)
+    lease = worker.must_claim()
     big = lease.frames[0].spec.params
     big.update(width=1024, height=512)
-    render(hand, lease)
+    render(worker, lease)
     visitor = signed_in(api)
     path = f"/pictures/{job['id']}/0"
     whole, small = visitor.get(path), visitor.get(f"{path}/thumbnail")
@@ -190,15 +190,15 @@ def test_the_page_is_live_and_keeps_its_place(api: Api, browser: Chrome) -> None
     assert "No worker for pipeline demo is alive." in text_of(browser, card)
     button = browser.find_element("css selector", f"{card} button")
     browser.execute_script("arguments[0].focus(); window.sameElement = arguments[0]", button)
-    hand = register_worker(api.farm, "hand")
-    lease = hand.must_claim()
+    worker = register_worker(api.farm, "hand")
+    lease = worker.must_claim()
     with transaction(api.farm.store) as connection:
-        workers.set_state(connection, hand.id, "rendering", device="cpu")
-        leases.touch(connection, lease.id, 12, 25)
+        workers.set_state(connection, worker.id, "rendering", device="cpu")
+        leases.report_step(connection, lease.id, 12, 25)
     wait_for(browser, ".workers", "step 12 of 25")
     wait_for(browser, card, "1 running")
     wait_for(browser, ".pulse", "1 of 1 worker rendering")
-    render(hand, lease)
+    render(worker, lease)
     wait_for(browser, card, "1 of 3 frames")
     assert browser.execute_script("return document.activeElement === window.sameElement")
 

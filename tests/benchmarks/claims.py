@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.benchmarks.figures import Row, in_turn
 from tests.benchmarks.stand import BenchFarm, BenchServers
-from tests.farming import FakeWorker, register_worker
+from tests.support.store import FakeWorker, register_worker
 
 FINISHED = 10_000_000
 WAITING = 1_000_000
@@ -78,7 +78,7 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
         for site in (old, fresh):
             _submit(site, A_JOB * 20, "normal")
         before = _scans(old)
-        ways = {name: partial(rate, hand, seconds) for name, hand in hands.items()}
+        ways = {name: partial(rate, worker, seconds) for name, worker in hands.items()}
         for way in ways.values():
             way()  # what is slow once
         row.series = in_turn(ways, turns, "frames/s")
@@ -110,13 +110,13 @@ def age(site: BenchFarm, finished: int, waiting: int) -> int:
     return jobs
 
 
-def rate(hand: FakeWorker, seconds: float) -> float:
+def rate(worker: FakeWorker, seconds: float) -> float:
     """Claim and complete batch after batch; gives frames a second."""
     started, frames = time.monotonic(), 0
     while (passed := time.monotonic() - started) < seconds:
-        lease = hand.claim("null")
+        lease = worker.claim("null")
         assert lease is not None
-        frames += len(hand.complete(lease))
+        frames += len(worker.complete(lease))
     return frames / passed
 
 

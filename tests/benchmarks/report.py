@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tests.benchmarks.figures import Row, shown
-from tests.machine import machine, replace_between, versions
+from tests.support.machine_info import machine, replace_between, versions
 
 BEGIN = "<!-- what was measured: begin -->"
 END = "<!-- what was measured: end -->"

@@ -31,7 +31,7 @@ from farm.store import keys
 from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like
 from tests.chaos.run import credentials
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 TENANT = "bench"
 READY_SECONDS = 900.0

@@ -19,7 +19,7 @@ import psycopg
 from farm.local.ports import HOST, free_port
 from tests.benchmarks.figures import Row, Series, in_turn, percentile
 from tests.benchmarks.stand import ROOT, BenchFarm, BenchServers
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 CLIENTS = 32
 SECONDS = 10.0

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.checkpoints import save
+from tests.support.checkpoints import save
 
 CATALOG = """
 [pipelines.tiny]
@@ -71,7 +71,7 @@ class Row:
 def measure(repeats: int = 1, kind: str = "stable_diffusion") -> list[Row]:
     """Start cold and then warm, so often, each pair with a cache of its own.
 
-    `kind` is the checkpoint's; see tests/checkpoints.py.
+    `kind` is the checkpoint's; see tests/support/checkpoints.py.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -108,7 +108,7 @@ def _render(folder: Path, cache_folder: Path) -> Start:
 
     from farm.domain.spec import FrameSpec
     from farm.pipelines.catalog import load_catalog
-    from farm.pipelines.disk_cache import keep_in
+    from farm.pipelines.disk_cache import configure
     from farm.pipelines.family import Batch
     from farm.pipelines.resolve import resolve_pipeline
     from farm.pipelines.runtime.devices import prepare_torch
@@ -116,15 +116,15 @@ def _render(folder: Path, cache_folder: Path) -> Start:
 
     prepare_torch(1)
     imported = time.perf_counter()
-    keep_in(cache_folder)
-    offer = resolve_pipeline("tiny", load_catalog(folder / "pipelines.toml").pipelines["tiny"])
-    loaded = offer.family.load(offer.pipeline)
+    configure(cache_folder)
+    resolved = resolve_pipeline("tiny", load_catalog(folder / "pipelines.toml").pipelines["tiny"])
+    loaded = resolved.family.load(resolved.pipeline)
     pinned = time.perf_counter()
-    warm_up(offer, loaded)
+    warm_up(resolved, loaded)
     compiled = time.perf_counter()
-    params = offer.params({"steps": 4}).model_dump()
+    params = resolved.params({"steps": 4}).model_dump()
     frame = FrameSpec(pipeline="tiny", prompt="a star", seed=31, bucket=1, params=params)
-    picture = offer.family.denoise(loaded, Batch([frame]))[0]
+    picture = resolved.family.denoise(loaded, Batch([frame]))[0]
     rendered = time.perf_counter()
     assert picture is not None
     pixels = hashlib.sha256(picture.tobytes()).hexdigest()

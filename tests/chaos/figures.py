@@ -16,7 +16,7 @@ from tests.chaos.load import NULL, Accepted, Load
 from tests.chaos.proxy import Reset
 from tests.chaos.run import SETTLE_SECONDS, Chaos
 from tests.chaos.stack import Process
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 BASELINE_SECONDS = 30.0
 MIN_PACE = 0.8

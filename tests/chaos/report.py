@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.chaos.figures import Figure
 from tests.chaos.run import Result
-from tests.machine import machine, replace_between, versions
+from tests.support.machine_info import machine, replace_between, versions
 
 BEGIN = "<!-- what chaos found: begin -->"
 END = "<!-- what chaos found: end -->"

@@ -22,7 +22,7 @@ from tests.chaos.rows import ROWS, Row
 from tests.chaos.scene import ChaosRun, Skipped
 from tests.chaos.stack import READY_SECONDS, Stack, running_stack
 from tests.chaos.truth import DatabaseProbe
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 RECOVERY_SECONDS = 180.0
 SETTLE_SECONDS = 900.0

@@ -12,7 +12,7 @@ from tests.chaos.load import Load
 from tests.chaos.proxy import Fault, Link
 from tests.chaos.stack import LEASE_SECONDS, Process, Stack
 from tests.chaos.truth import DatabaseProbe
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 PATIENCE_SECONDS = 180.0
 

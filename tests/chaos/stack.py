@@ -21,7 +21,7 @@ from farm.local.servers import Servers, start_servers, supervised
 from farm.local.supervisor import Supervisor
 from farm.pipelines.families.null import write_checkpoint
 from tests.chaos.proxy import Link, Proxies
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 LEASE_SECONDS = 3.0
 STEP_TIMEOUT_SECONDS = 6.0

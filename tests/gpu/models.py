@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import clip_tokenizer, stable_diffusion
+from tests.support.checkpoints import clip_tokenizer, stable_diffusion
 
 
 @dataclass(frozen=True)

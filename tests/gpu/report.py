@@ -55,17 +55,17 @@ class Case:
     device: str
     steps: int
 
-    def offer(self, **loading: Any) -> ResolvedPipeline:
+    def resolve(self, **loading: Any) -> ResolvedPipeline:
         """The catalog entry that loads it so."""
         dtype = "float16" if self.device == "cuda" else "float32"
         entry = Pipeline(source=str(self.folder), device=self.device, dtype=dtype, **loading)
         return resolve_pipeline(self.size.name, entry)
 
     def frames(
-        self, offer: ResolvedPipeline, bucket: int, seeds: Sequence[int], **given: Any
+        self, resolved: ResolvedPipeline, bucket: int, seeds: Sequence[int], **given: Any
     ) -> list[FrameSpec]:
         """Frames of different prompts and seeds, at the checkpoint's own size."""
-        params = offer.params({"steps": self.steps, **given}).model_dump()
+        params = resolved.params({"steps": self.steps, **given}).model_dump()
         return [
             FrameSpec(
                 pipeline=self.size.name,
@@ -79,12 +79,12 @@ class Case:
 
 
 def drawn(
-    offer: ResolvedPipeline, loaded: LoadedPipeline, frames: Sequence[FrameSpec]
+    resolved: ResolvedPipeline, loaded: LoadedPipeline, frames: Sequence[FrameSpec]
 ) -> list[np.ndarray[Any, Any]]:
     """Render frames; refuses pictures of one colour, of which any two are alike."""
-    pictures = [np.asarray(picture) for picture in offer.family.denoise(loaded, Batch(frames))]
+    pictures = [np.asarray(picture) for picture in resolved.family.denoise(loaded, Batch(frames))]
     if any(picture.std() < 1 for picture in pictures):
-        raise SystemExit(f"{offer.name} draws flat pictures: they would prove nothing.")
+        raise SystemExit(f"{resolved.name} draws flat pictures: they would prove nothing.")
     return pictures
 
 
@@ -94,15 +94,15 @@ def parity(case: Case) -> Iterator[str]:
     from diffusers import AutoPipelineForText2Image
 
     auto: Any = AutoPipelineForText2Image
-    offer = case.offer()
-    loaded = offer.family.load(offer.pipeline)
-    dtype = getattr(torch, offer.pipeline.dtype)
+    resolved = case.resolve()
+    loaded = resolved.family.load(resolved.pipeline)
+    dtype = getattr(torch, resolved.pipeline.dtype)
     bare = auto.from_pretrained(str(case.folder), dtype=dtype).to(case.device)
     bare.set_progress_bar_config(disable=True)
     kind, config = type(bare.scheduler), bare.scheduler.config
     for bucket, guidance in itertools.product(case.size.buckets, (7.5, 1.0)):
-        frames = case.frames(offer, bucket, range(bucket), guidance_scale=guidance)
-        ours = drawn(offer, loaded, frames)
+        frames = case.frames(resolved, bucket, range(bucket), guidance_scale=guidance)
+        ours = drawn(resolved, loaded, frames)
         bare.scheduler = kind.from_config(config)
         theirs = bare(
             prompt=[frame.prompt for frame in frames],
@@ -121,16 +121,16 @@ def parity(case: Case) -> Iterator[str]:
 
 def places(case: Case) -> Iterator[str]:
     """Compare a frame in every slot, beside other neighbours, and alone, at a fixed bucket."""
-    offer = case.offer()
-    loaded = offer.family.load(offer.pipeline)
+    resolved = case.resolve()
+    loaded = resolved.family.load(resolved.pipeline)
     for bucket in case.size.buckets:
-        (mine,) = case.frames(offer, bucket, [7])
-        alone = drawn(offer, loaded, [mine])[0]
+        (mine,) = case.frames(resolved, bucket, [7])
+        alone = drawn(resolved, loaded, [mine])[0]
         differ = 0
         for slot in range(bucket):
-            others = case.frames(offer, bucket, range(100 + slot, 100 + slot + bucket - 1))
+            others = case.frames(resolved, bucket, range(100 + slot, 100 + slot + bucket - 1))
             batch = [*others[:slot], mine, *others[slot:]]
-            differ += not np.array_equal(drawn(offer, loaded, batch)[slot], alone)
+            differ += not np.array_equal(drawn(resolved, loaded, batch)[slot], alone)
         yield _row(case, f"every slot of a bucket of {bucket}, other neighbours", differ, bucket)
 
 
@@ -142,15 +142,15 @@ def _row(case: Case, what: str, differ: int, pictures: int) -> str:
 def pace(case: Case) -> Iterator[str]:
     """Time each way of loading, one after another."""
     for name, loading in LOADINGS.items():
-        offer = case.offer(**loading, bucket={"default": max(case.size.buckets)})
-        loaded = offer.family.load(offer.pipeline)
+        resolved = case.resolve(**loading, bucket={"default": max(case.size.buckets)})
+        loaded = resolved.family.load(resolved.pipeline)
         started = time.monotonic()
-        warm_up(offer, loaded)
+        warm_up(resolved, loaded)
         warm = time.monotonic() - started
         for bucket in case.size.buckets:
-            frames = case.frames(offer, bucket, range(bucket))
-            drawn(offer, loaded, frames)
-            seconds = sorted(_timed(case, offer, loaded, frames) / bucket for _ in range(RUNS))
+            frames = case.frames(resolved, bucket, range(bucket))
+            drawn(resolved, loaded, frames)
+            seconds = sorted(_timed(case, resolved, loaded, frames) / bucket for _ in range(RUNS))
             spread = f"{seconds[0]:.3f} to {seconds[-1]:.3f}"
             yield (
                 f"| {case.size.name} | {name} | {bucket} | {statistics.median(seconds):.3f} "
@@ -161,14 +161,16 @@ def pace(case: Case) -> Iterator[str]:
 
 
 def _timed(
-    case: Case, offer: ResolvedPipeline, loaded: LoadedPipeline, frames: Sequence[FrameSpec]
+    case: Case, resolved: ResolvedPipeline, loaded: LoadedPipeline, frames: Sequence[FrameSpec]
 ) -> float:
     import torch
 
     if case.device == "cuda":
         torch.cuda.synchronize()
     started = time.monotonic()
-    offer.family.denoise(loaded, Batch(frames))  # the pictures end on the CPU: nothing is pending
+    resolved.family.denoise(
+        loaded, Batch(frames)
+    )  # the pictures end on the CPU: nothing is pending
     return time.monotonic() - started
 
 

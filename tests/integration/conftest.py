@@ -10,9 +10,9 @@ import pytest
 from farm.context import Farm
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.resolve import ResolvedPipeline
-from tests.bench import CheckpointSandbox
-from tests.noise import Noise, NoiseParams
-from tests.rendering import render_line
+from tests.support.checkpoint_sandbox import CheckpointSandbox
+from tests.support.noise_family import Noise, NoiseParams
+from tests.support.render_loops import render_line
 from workers.render.loop import RenderLoop
 
 
@@ -26,7 +26,7 @@ def noise(farm: Farm) -> Noise:
 
 
 @pytest.fixture
-def line(farm: Farm, noise: Noise) -> Iterator[RenderLoop]:
+def loop(farm: Farm, noise: Noise) -> Iterator[RenderLoop]:
     line = render_line(farm, "noise")
     yield line
     line.close()

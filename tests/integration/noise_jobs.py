@@ -11,8 +11,8 @@ from farm.context import Farm
 from farm.domain.spec import FrameSpec
 from farm.store import workers
 from farm.store.engine import transaction
-from tests.farming import sql, submit
-from tests.noise import Disturb
+from tests.support.noise_family import Disturb
+from tests.support.store import sql, submit
 
 LAST_STEP = 9
 """Index of the last of a batch's ten steps."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from farm.context import Farm
 from farm.services import jobs
-from tests.farming import let_leases_expire, register_worker, submit
-from tests.serving import render
+from tests.support.api_server import render
+from tests.support.store import let_leases_expire, register_worker, submit
 
 
 @dataclass
@@ -30,41 +30,41 @@ class Jobs:
 
 def fill(farm: Farm, tenant: uuid.UUID) -> Jobs:
     """Submit the jobs, and bring each into its situation."""
-    hand = register_worker(farm)
+    worker = register_worker(farm)
 
     def of_two(**fields: object) -> uuid.UUID:
         return submit(farm, tenant, images_per_prompt=2, bucket=2, **fields)
 
     succeeded = of_two()
-    render(hand, hand.must_claim())
+    render(worker, worker.must_claim())
 
     cancelled = submit(farm, tenant, images_per_prompt=4, bucket=2)
-    lease = hand.must_claim()
-    render(hand, lease, 0)
+    lease = worker.must_claim()
+    render(worker, lease, 0)
     jobs.cancel(farm, tenant, cancelled)
 
     retried = of_two(max_attempts=2)
-    hand.fail(hand.must_claim())
-    hand.fail(hand.must_claim(), retryable=False)
-    hand.fail(hand.must_claim(), retryable=False)
+    worker.fail(worker.must_claim())
+    worker.fail(worker.must_claim(), retryable=False)
+    worker.fail(worker.must_claim(), retryable=False)
     jobs.retry(farm, tenant, retried)
-    render(hand, hand.must_claim())
+    render(worker, worker.must_claim())
 
     partial = of_two(max_attempts=1)
-    lease = hand.must_claim()
-    render(hand, lease, 0)
-    hand.fail(lease, fences=[(partial, 1, 1)])
+    lease = worker.must_claim()
+    render(worker, lease, 0)
+    worker.fail(lease, fences=[(partial, 1, 1)])
 
     paused = of_two(priority="interactive")
-    hand.release(hand.must_claim())
+    worker.release(worker.must_claim())
     jobs.pause(farm, tenant, paused)
 
     ready = of_two()
-    hand.must_claim()
+    worker.must_claim()
     let_leases_expire(farm)
 
     running = of_two(priority="interactive")
-    hand.must_claim()
+    worker.must_claim()
 
     queued = of_two(priority="bulk")
     return Jobs(queued, running, ready, paused, partial, retried, cancelled, succeeded)

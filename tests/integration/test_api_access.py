@@ -13,10 +13,10 @@ import pytest
 from farm.context import Farm
 from farm.store import keys, leases, workers
 from farm.store.engine import transaction
-from tests.commanding import farm as command
-from tests.farming import register_worker, sql, submit
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import JOB, Api, render, serving
+from tests.support.api_server import JOB, Api, render, serving
+from tests.support.cli_runner import farm as command
+from tests.support.store import register_worker, sql, submit
 
 
 @pytest.fixture
@@ -125,8 +125,8 @@ def test_some_calls_need_no_key(api: Api) -> None:
 def test_another_tenants_job_is_not_there(api: Api) -> None:
     ann, bob = api.client("ann"), api.client("bob")
     job = api.submit(ann, images_per_prompt=2, bucket=2)
-    hand = register_worker(api.farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(api.farm)
+    render(worker, worker.must_claim())
     path = f"/v1/jobs/{job['id']}"
     for suffix in ("", "/frames", "/frames/0", "/frames/0/image"):
         assert ann.get(path + suffix).status_code in (200, 307)
@@ -149,7 +149,7 @@ def test_workers_show_a_caller_their_own_jobs_only(api: Api) -> None:
     assert len(lease.frames) == 2
     with transaction(api.farm.store) as connection:
         workers.set_state(connection, hand.id, "rendering", device="cpu")
-        leases.touch(connection, lease.id, 12, 25)
+        leases.report_step(connection, lease.id, 12, 25)
     for client, own in ((ann, mine), (bob, theirs), (boss, theirs)):
         [worker] = client.get("/v1/workers").json()["data"]
         assert worker["batch"] == {"frames": 2, "step": 12, "steps": 25, "jobs": [own["id"]]}
@@ -158,14 +158,14 @@ def test_workers_show_a_caller_their_own_jobs_only(api: Api) -> None:
 
 
 def test_workers_tell_how_busy_their_device_was(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    hand, fresh = register_worker(api.farm, "hand"), register_worker(api.farm, "fresh")
+    worker, fresh = register_worker(api.farm, "hand"), register_worker(api.farm, "fresh")
     with transaction(api.farm.store) as connection:
         for denoise_seconds in (1.0, 2.88):
             batch = workers.Account(denoise_seconds=denoise_seconds, work_seconds=2.0)
-            workers.account(connection, hand.id, batch)
+            workers.account(connection, worker.id, batch)
     client = api.client()
     told = {each["name"]: each["busy"] for each in client.get("/v1/workers").json()["data"]}
-    assert told == {hand.name: pytest.approx(3.88 / 4.0), fresh.name: None}
+    assert told == {worker.name: pytest.approx(3.88 / 4.0), fresh.name: None}
     page = signed_in(api, api.key()).get("/").text
     cards = re.findall(r"<article class=\"panel worker\".*?</article>", page, re.DOTALL)
     assert len(cards) == 2
@@ -216,9 +216,9 @@ def test_metrics_name_no_tenant(api: Api) -> None:
 
 
 def test_only_an_operator_drains_a_worker(api: Api, tenant: uuid.UUID) -> None:
-    hand = register_worker(api.farm)
+    worker = register_worker(api.farm)
     submit(api.farm, tenant, images_per_prompt=8)
-    path = f"/v1/workers/{hand.id}/drain"
+    path = f"/v1/workers/{worker.id}/drain"
     for role in ("client", "viewer"):
         refused = api.client(role=role).post(path)
         assert refused.status_code == 403
@@ -226,7 +226,7 @@ def test_only_an_operator_drains_a_worker(api: Api, tenant: uuid.UUID) -> None:
     operator = api.client(role="operator")
     drained = operator.post(path)
     assert (drained.status_code, drained.json()["draining"]) == (202, True)
-    assert hand.claim() is None
+    assert worker.claim() is None
     assert operator.post(path).status_code == 202  # asked again, it drains as before
     unknown = operator.post(f"/v1/workers/{uuid.uuid4()}/drain")
     assert unknown.status_code == 404

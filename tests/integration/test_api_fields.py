@@ -15,9 +15,9 @@ from PIL import Image
 from farm.config import Settings
 from farm.context import Farm
 from farm.pipelines.samplers import SAMPLERS
-from tests.bench import CheckpointSandbox
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import Api, serving
+from tests.support.api_server import Api, serving
+from tests.support.checkpoint_sandbox import CheckpointSandbox
 
 NET = 'controlnets = ["controlnet"]'
 ENTRIES = {
@@ -393,8 +393,8 @@ settings = Settings(pipelines=Path(sys.argv[1]))
 app = create_app(settings)
 app.state.farm = farm = open_farm(settings)
 for name in farm.catalog.pipelines:
-    offer = farm.offer(name)
-    print(name, offer.family.name, "width" in offer.schema()["properties"])
+    resolved = farm.resolve(name)
+    print(name, resolved.family.name, "width" in resolved.schema()["properties"])
 app.openapi()
 heavy = {"torch", "diffusers", "transformers", "compel", "accelerate", "scipy", "numpy"}
 print(sorted(heavy & {*sys.modules}))

@@ -19,9 +19,9 @@ from farm.local.ports import free_port
 from farm.store import workers
 from farm.store.engine import transaction
 from farm.store.workers import Account
-from tests.farming import let_leases_expire, register_worker, sql
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import JOB, Api, listening, render, serving
+from tests.support.api_server import JOB, Api, listening, render, serving
+from tests.support.store import let_leases_expire, register_worker, sql
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_metrics_count_what_happened(api: Api) -> None:
     client = api.client()
     api.submit(client, images_per_prompt=5, bucket=2)
     api.submit(client, priority="bulk", images_per_prompt=100)
-    hand = register_worker(api.farm)
-    lease = hand.must_claim()
-    render(hand, lease)
+    worker = register_worker(api.farm)
+    lease = worker.must_claim()
+    render(worker, lease)
     with transaction(api.farm.store) as connection:
         batch = Account(
             succeeded=2,
@@ -123,8 +123,8 @@ def test_metrics_count_what_happened(api: Api) -> None:
             put_seconds=0.5,
             work_seconds=1.6,
         )
-        workers.account(connection, hand.id, batch)
-    hand.must_claim()
+        workers.account(connection, worker.id, batch)
+    worker.must_claim()
     let_leases_expire(api.farm)
     seen = samples(api.url)
     assert seen["farm_queue_frames", "demo", "interactive"] == 0

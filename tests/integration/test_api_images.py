@@ -16,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from api.routes.images import AT_ONCE, MAX_WAITING
+from api.routes.images import MAX_CONCURRENT_DECODINGS, MAX_WAITING
 from farm.config import Settings
 from farm.context import Farm
 from farm.errors import RenderError, Unavailable
@@ -24,12 +24,12 @@ from farm.imaging import uploads
 from farm.services import control_images
 from farm.storage import Artifacts
 from farm.store.engine import transaction
-from tests.commanding import farm as command
-from tests.farming import new_tenant, sql
 from tests.integration.test_api_health import without
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import Api, serving
-from tests.waiting import wait_until
+from tests.support.api_server import Api, serving
+from tests.support.cli_runner import farm as command
+from tests.support.store import new_tenant, sql
+from tests.support.waiting import wait_until
 from workers.janitor.storage_cleaner import StorageWork
 
 UNKNOWN = "0" * 64
@@ -334,7 +334,7 @@ def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("farm.imaging.uploads._picture", slow)
     client, content = api.client(), file()
-    crowd = AT_ONCE + MAX_WAITING + 5
+    crowd = MAX_CONCURRENT_DECODINGS + MAX_WAITING + 5
     limits = httpx.Limits(max_connections=crowd + 1)
     headers = {**client.headers, "Content-Type": "image/png"}
     with (
@@ -349,8 +349,8 @@ def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.Monkey
         codes = [one.result().status_code for one in sent]
     assert set(codes) == {201, 503}
     # The pool of connections may send away more, where all of them ask for one at the same moment.
-    assert codes.count(201) <= AT_ONCE + MAX_WAITING
-    assert most == AT_ONCE
+    assert codes.count(201) <= MAX_CONCURRENT_DECODINGS + MAX_WAITING
+    assert most == MAX_CONCURRENT_DECODINGS
 
 
 # Deleting

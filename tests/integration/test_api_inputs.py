@@ -21,9 +21,9 @@ from farm.store import jobs
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
 from farm.store.specs import frame_specs
-from tests.farming import register_worker, sql
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import Api, serving
+from tests.support.api_server import Api, serving
+from tests.support.store import register_worker, sql
 
 LINES: list[dict[str, Any]] = [
     {"prompt": "a red star", "key": "first"},
@@ -105,10 +105,10 @@ def test_each_line_is_a_frame_of_its_own(farm: Farm, api: Api) -> None:
     assert [frame["negative_prompt"] for frame in frames[::2]] == ["", "", "blurred"]
     assert frames[2]["labels"] == {"colour": "blue"}
 
-    hand, claimed = register_worker(farm), list[ClaimedFrame]()
-    while lease := hand.claim():
+    worker, claimed = register_worker(farm), list[ClaimedFrame]()
+    while lease := worker.claim():
         claimed += lease.frames
-        hand.complete(lease)
+        worker.complete(lease)
     shown = {frame["ordinal"]: frame for frame in frames}
     assert sorted(frame.ordinal for frame in claimed) == sorted(shown)
     for frame in claimed:
@@ -124,10 +124,10 @@ def test_every_line_of_several_parts_is_claimed(farm: Farm, api: Api) -> None:
     ann, count = api.client(), 2 * LINES_PER_PART + 1
     found = upload(ann, [{"prompt": f"star {number}"} for number in range(count)])
     job = submit(ann, found["id"], bucket=256).json()
-    hand, drawn = register_worker(farm), dict[int, str]()
-    while lease := hand.claim():
+    worker, drawn = register_worker(farm), dict[int, str]()
+    while lease := worker.claim():
         drawn.update({frame.ordinal: frame.spec.prompt for frame in lease.frames})
-        hand.complete(lease)
+        worker.complete(lease)
     assert drawn == {number: f"star {number}" for number in range(count)}
     assert ann.get(f"/v1/jobs/{job['id']}").json()["status"] == "succeeded"
 
@@ -184,7 +184,7 @@ def test_an_upload_that_does_not_go_on_loses_its_place(
 def test_of_too_many_uploads_at_once_some_are_sent_away(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.routes.inputs.AT_ONCE", 0)
+    monkeypatch.setattr("api.routes.inputs.MAX_CONCURRENT_UPLOADS", 0)
     with serving(api.farm) as full:
         response = full.client().post("/v1/inputs", content=jsonl(LINES))
     refused(response, 503, "unavailable")

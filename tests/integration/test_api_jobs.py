@@ -16,8 +16,8 @@ import pytest
 from farm.context import Farm
 from farm.store import frames, workers
 from farm.store.engine import transaction
-from tests.farming import fence, register_worker, sql
-from tests.serving import JOB, Api, render, serving
+from tests.support.api_server import JOB, Api, render, serving
+from tests.support.store import fence, register_worker, sql
 
 JOB_FIELDS = {
     "id", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
@@ -85,8 +85,8 @@ def test_a_job_as_submitted_and_as_returned(client: httpx.Client) -> None:
 
 def test_a_frame_leads_to_its_stored_bytes(api: Api, client: httpx.Client) -> None:
     job = api.submit(client, images_per_prompt=2)
-    hand = register_worker(api.farm, "hand")
-    render(hand, hand.must_claim())
+    worker = register_worker(api.farm, "hand")
+    render(worker, worker.must_claim())
     assert look(client, job)["status"] == "succeeded"
     for frame in frames_of(client, job):
         assert (frame["state"], frame["worker"], frame["attempt"]) == ("succeeded", "hand", 1)
@@ -104,8 +104,8 @@ def test_a_jobs_format_is_that_of_its_images(
 ) -> None:
     job = api.submit(client, format=form)
     assert job["spec"]["format"] == form
-    hand = register_worker(api.farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(api.farm)
+    render(worker, worker.must_claim())
     (frame,) = frames_of(client, job)
     assert frame["format"] == form
     address = client.get(frame["image_url"]).headers["location"]
@@ -117,8 +117,8 @@ def test_a_jobs_format_is_that_of_its_images(
 
 def test_a_stored_spec_that_names_no_format_means_png(api: Api, client: httpx.Client) -> None:
     job = api.submit(client)
-    hand = register_worker(api.farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(api.farm)
+    render(worker, worker.must_claim())
     sql(
         api.farm,
         "UPDATE jobs SET spec = (spec::jsonb - 'format')::json WHERE id = :id",
@@ -133,9 +133,9 @@ def test_a_stored_spec_that_names_no_format_means_png(api: Api, client: httpx.Cl
 def test_frames_are_listed_whole_at_every_moment(api: Api, client: httpx.Client) -> None:
     job = api.submit(client, images_per_prompt=10, bucket=4)
     assert states(client, job) == ["waiting"] * 10
-    hand = register_worker(api.farm)
-    first, second = hand.must_claim(), hand.must_claim()
-    render(hand, first, 0, 1)
+    worker = register_worker(api.farm)
+    first, second = worker.must_claim(), worker.must_claim()
+    render(worker, first, 0, 1)
     with transaction(api.farm.store) as connection:
         failures = [
             frames.FailedAttempt(
@@ -193,8 +193,8 @@ def test_a_picture_s_size_is_told_before_it_is_fetched(
 ) -> None:
     """By HEAD, which downloaders send first; each address is signed for what it was asked by."""
     job = api.submit(client)
-    hand = register_worker(farm, pipeline="demo")
-    render(hand, hand.must_claim())
+    worker = register_worker(farm, pipeline="demo")
+    render(worker, worker.must_claim())
     path = f"/v1/jobs/{job['id']}/frames/0/image"
     told = httpx.head(client.head(path).headers["location"])
     fetched = httpx.get(client.get(path).headers["location"]).raise_for_status()
@@ -235,21 +235,21 @@ def test_steering_a_job(api: Api, client: httpx.Client) -> None:
     paused = client.post(f"{path}/pause").json()
     assert (paused["paused"], paused["waiting_because"]) == (True, "It is paused.")
     assert client.post(f"{path}/resume").json()["paused"] is False
-    hand = register_worker(api.farm)
-    lease = hand.must_claim()
+    worker = register_worker(api.farm)
+    lease = worker.must_claim()
     running = look(client, job)
     assert (running["status"], running["counts"]["running"]) == ("running", 2)
     assert running["waiting_because"] is None
-    hand.fail(lease)
+    worker.fail(lease)
     assert look(client, job)["status"] == "failed"
     again = client.post(f"{path}/retry").json()
     assert (again["status"], again["counts"]["waiting"]) == ("running", 2)
-    lease = hand.must_claim()
-    render(hand, lease, 0)
+    lease = worker.must_claim()
+    render(worker, lease, 0)
     half = look(client, job)
     assert half["progress"] == 0.5
     assert half["eta_seconds"] > 0
-    render(hand, lease, 1)
+    render(worker, lease, 1)
     over = look(client, job)
     assert (over["status"], over["eta_seconds"], over["progress"]) == ("succeeded", None, 1.0)
     for action in ("pause", "resume", "cancel", "retry"):
@@ -275,24 +275,24 @@ def test_waiting_because_tells_why(api: Api, client: httpx.Client) -> None:
 
     def tell(state: str, problem: str | None = None) -> None:
         with transaction(api.farm.store) as connection:
-            workers.set_state(connection, hand.id, state, problem=problem)
+            workers.set_state(connection, worker.id, state, problem=problem)
 
     assert because() == "No worker for pipeline demo is alive."
-    hand = register_worker(api.farm)
+    worker = register_worker(api.farm)
     assert because() == "The workers are loading pipeline demo."
     tell("failed", "no such file")
     assert because() == "The workers cannot render pipeline demo: no such file"
     tell("idle")
     assert because() == "A worker is about to take it."
     api.submit(other, priority="interactive")
-    lease = hand.must_claim()
+    lease = worker.must_claim()
     assert because() == "The workers are busy with other interactive jobs."
-    render(hand, lease)
+    render(worker, lease)
     api.submit(client, priority="interactive")
-    lease = hand.must_claim()
+    lease = worker.must_claim()
     assert because() == "The workers are busy with your other interactive jobs."
-    render(hand, lease)
-    lease = hand.must_claim()
+    render(worker, lease)
+    lease = worker.must_claim()
     assert because() is None
     with transaction(api.farm.store) as connection:
         failure = frames.FailedAttempt(fence(lease.frames[0]), "worker_lost", "It went away.")
@@ -300,7 +300,7 @@ def test_waiting_because_tells_why(api: Api, client: httpx.Client) -> None:
     reason = because() or ""
     assert reason.startswith("It is backing off until ")
     with transaction(api.farm.store) as connection:
-        workers.drain(connection, hand.id)
+        workers.drain(connection, worker.id)
     assert because() == "Every worker of pipeline demo is draining."
 
 

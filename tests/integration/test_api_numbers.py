@@ -10,8 +10,8 @@ import pytest
 from farm.context import Farm
 from farm.domain.inputs import InputReader, unpack
 from farm.domain.spec import FullSpec, Line, frame_spec
-from tests.farming import sql
-from tests.serving import Api, serving
+from tests.support.api_server import Api, serving
+from tests.support.store import sql
 
 JAVASCRIPT = 2**53
 

@@ -13,8 +13,8 @@ import pytest
 
 from farm.config import Settings
 from farm.context import Farm
-from tests.serving import JOB, Api, serving
-from tests.waiting import wait_until
+from tests.support.api_server import JOB, Api, serving
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture

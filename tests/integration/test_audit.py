@@ -18,10 +18,10 @@ from farm.services.audit import audited
 from farm.store import audit as questions
 from farm.store.engine import transaction
 from tests.conftest import settings_on
-from tests.databases import Databases
-from tests.farming import new_tenant, sql
 from tests.integration.damages import DAMAGES, Damage
 from tests.integration.situations import Jobs, fill
+from tests.support.databases import Databases
+from tests.support.store import new_tenant, sql
 
 
 @pytest.fixture(scope="module")

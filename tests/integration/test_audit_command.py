@@ -11,9 +11,9 @@ from farm.context import Farm
 from farm.domain.invariants import Invariant
 from farm.services import audit as auditing
 from farm.services.audit import Phase, Progress, Report, audit, audited
-from tests.commanding import farm as command
-from tests.farming import sql
 from tests.integration.situations import Jobs, fill
+from tests.support.cli_runner import farm as command
+from tests.support.store import sql
 
 
 @pytest.fixture

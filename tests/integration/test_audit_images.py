@@ -11,9 +11,9 @@ from farm.domain.image_formats import Format
 from farm.domain.invariants import Invariant
 from farm.services.audit import audited
 from farm.storage import artifact_key
-from tests.farming import register_worker, sql, submit
 from tests.integration.situations import Jobs, fill
-from tests.serving import render
+from tests.support.api_server import render
+from tests.support.store import register_worker, sql, submit
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_an_image_that_is_deleted_is_found_where_images_are_read(
 @pytest.mark.parametrize("form", ["jpeg", "webp"])
 def test_images_of_every_format_are_read(farm: Farm, tenant: uuid.UUID, form: Format) -> None:
     job_id = submit(farm, tenant, format=form)
-    hand = register_worker(farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(farm)
+    render(worker, worker.must_claim())
     assert audited(farm).ok
     farm.artifacts.delete(key_of_first_image(farm, tenant, job_id, form))
     assert [finding.detail for finding in audited(farm).findings] == ["its image is not stored"]
@@ -61,8 +61,8 @@ def key_of_first_image(
 
 def test_a_sample_reads_a_part_of_the_images(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant, images_per_prompt=64, bucket=64)
-    hand = register_worker(farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(farm)
+    render(worker, worker.must_claim())
     report = audited(farm, sample=0.5)
     assert report.ok
     assert 5 < report.checked[Invariant.ARTIFACT_TRUTH] < 59

@@ -20,10 +20,10 @@ from farm.services.audit import Report, audit, audited
 from farm.store import retention
 from farm.store.claim import Lease
 from farm.store.engine import transaction
-from tests.farming import FakeWorker, job_row, register_worker, sql, submit
 from tests.integration.situations import Jobs, fill
-from tests.serving import render
-from tests.waiting import wait_until
+from tests.support.api_server import render
+from tests.support.store import FakeWorker, job_row, register_worker, sql, submit
+from tests.support.waiting import wait_until
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageWork
 
@@ -87,28 +87,28 @@ def repeated_in_threads(works: list[Iterator[None]]) -> Iterator[list[BaseExcept
 
 def hand_at_work(farm: Farm, number: int, moves: list[int]) -> Iterator[None]:
     """Claim, and then render, fail, release, render a part, or leave the lease to expire."""
-    hand = register_worker(farm, f"hand {number}")
+    worker = register_worker(farm, f"hand {number}")
     choice = random.Random(number)
     while True:
-        lease = hand.claim()
+        lease = worker.claim()
         if lease is not None:
             move = choice.choice(["render", "render", "render", "fail", "release", "part", "leave"])
             if move == "render":
-                render_what_is_held(hand, lease)
+                render_what_is_held(worker, lease)
             elif move == "fail":
-                hand.fail(lease, retryable=choice.random() < 0.7)
+                worker.fail(lease, retryable=choice.random() < 0.7)
             elif move == "release":
-                hand.release(lease)
+                worker.release(lease)
             elif move == "part":
-                render_what_is_held(hand, lease, lease.frames[0].ordinal)
-                hand.fail(lease)
+                render_what_is_held(worker, lease, lease.frames[0].ordinal)
+                worker.fail(lease)
             moves[number] += 1
         yield
 
 
-def render_what_is_held(hand: FakeWorker, lease: Lease, *ordinals: int) -> None:
+def render_what_is_held(worker: FakeWorker, lease: Lease, *ordinals: int) -> None:
     with suppress(AssertionError):  # the frames were cancelled, or the lease expired
-        render(hand, lease, *ordinals)
+        render(worker, lease, *ordinals)
 
 
 def owner_at_work(farm: Farm, tenant: uuid.UUID) -> Iterator[None]:
@@ -158,9 +158,9 @@ def test_a_removed_job_is_no_finding_while_an_event_tells_of_its_removal(
     farm: Farm, filled: Jobs, tenant: uuid.UUID
 ) -> None:
     sql(farm, "DELETE FROM events WHERE id < (SELECT max(id) FROM events)")
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     job_id = submit(farm, tenant, priority="interactive")
-    render(hand, hand.must_claim())
+    render(worker, worker.must_claim())
     sql(
         farm,
         "UPDATE jobs SET finished_at = finished_at - interval '9 days' WHERE id = ANY(:ids)",
@@ -185,8 +185,8 @@ def test_a_job_removed_while_its_image_is_read_is_no_finding(
     farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = submit(farm, tenant)
-    hand = register_worker(farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(farm)
+    render(worker, worker.must_claim())
     measure = farm.artifacts.measure
 
     def too_late(key: str) -> tuple[int, bytes]:
@@ -217,7 +217,7 @@ def test_a_server_that_is_away_for_a_moment_is_asked_again(
         return measure(key)
 
     monkeypatch.setattr(farm.artifacts, "measure", now_and_then)
-    monkeypatch.setattr(auditing, "AT_ONCE", 1)
+    monkeypatch.setattr(auditing, "MAX_CONCURRENT_READS", 1)
     report = audited(farm)
     assert (report.ok, report.checked[Invariant.ARTIFACT_TRUTH]) == (True, 6)
 

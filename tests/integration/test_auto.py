@@ -21,7 +21,7 @@ from farm.pipelines.families.auto import Auto
 from farm.pipelines.family import Batch, Checkpoint
 from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import prepare_torch
-from tests.checkpoints import save
+from tests.support.checkpoints import save
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "transformer": {"sample_size": 64, "patch_size": 2},
@@ -87,17 +87,17 @@ def test_other_classes_of_a_checkpoint_are_taken_as_the_auto_class_takes_them() 
 def test_no_neighbour_s_words_change_a_picture(tmp_path: Path) -> None:
     """CogView4 pads all prompts of a call to the longest, and sees the padding."""
     save("cogview4", tmp_path / "cogview4")
-    offer = resolve_pipeline("cog", Pipeline(source=str(tmp_path / "cogview4"), device="cpu"))
-    assert offer.family.name == "auto"
+    resolved = resolve_pipeline("cog", Pipeline(source=str(tmp_path / "cogview4"), device="cpu"))
+    assert resolved.family.name == "auto"
     prepare_torch(1)
-    loaded = offer.family.load(offer.pipeline)
-    params = offer.params({"steps": 2, "max_sequence_length": 64}).model_dump()
+    loaded = resolved.family.load(resolved.pipeline)
+    params = resolved.params({"steps": 2, "max_sequence_length": 64}).model_dump()
 
     def frame(prompt: str, seed: int) -> FrameSpec:
         return FrameSpec(pipeline="cog", prompt=prompt, seed=seed, bucket=2, params=params)
 
     def drawn(*frames: FrameSpec) -> np.ndarray[Any, Any]:
-        return np.asarray(offer.family.denoise(loaded, Batch(frames))[0])
+        return np.asarray(resolved.family.denoise(loaded, Batch(frames))[0])
 
     alone = drawn(frame("a red star", 1))
     beside = frame("a very long prompt of somebody else, much longer than the other", 2)

@@ -23,9 +23,9 @@ from farm.config import Settings
 from farm.context import Farm
 from farm.local import wheels
 from farm.local.ports import free_port
-from tests.commanding import farm as command
-from tests.farming import submit
-from tests.waiting import wait_until
+from tests.support.cli_runner import farm as command
+from tests.support.store import submit
+from tests.support.waiting import wait_until
 
 
 def test_a_lane_holds_two_bells_at_most(settings: Settings) -> None:

@@ -25,11 +25,11 @@ from farm.errors import CatalogError
 from farm.pipelines.runtime import loading
 from farm.store.engine import transaction
 from farm.store.leadership import leadership
-from tests.bench import CheckpointSandbox
-from tests.commanding import farm as farm_command
-from tests.farming import job_row, sql, submit
-from tests.serving import Api, serving
-from tests.waiting import wait_until
+from tests.support.api_server import Api, serving
+from tests.support.checkpoint_sandbox import CheckpointSandbox
+from tests.support.cli_runner import farm as farm_command
+from tests.support.store import job_row, sql, submit
+from tests.support.waiting import wait_until
 from workers.janitor.janitor import Janitor
 from workers.render import child as module
 from workers.render.child import LOAD_AGAIN_SECONDS, RenderProcess

@@ -13,9 +13,9 @@ from farm.errors import RenderError
 from farm.store.circuit_breaker import MAX_SECONDS, THREE_FRAMES, note_failure
 from farm.store.engine import transaction
 from farm.store.specs import frame_specs
-from tests.farming import job_row, new_tenant, register_worker, sql, submit
-from tests.noise import Noise
-from tests.serving import serving
+from tests.support.api_server import serving
+from tests.support.noise_family import Noise
+from tests.support.store import job_row, new_tenant, register_worker, sql, submit
 from workers.render.loop import RenderLoop
 
 
@@ -53,32 +53,32 @@ def spec_of(farm: Farm, job_id: uuid.UUID, ordinal: int) -> FrameSpec:
 
 
 def test_after_three_different_frames_a_worker_claims_nothing(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1)
     noise.disturb = broken
-    line.run()
+    loop.run()
     failing, count, seconds = trips(farm)
     assert (failing, count) == (THREE_FRAMES, 1)
     assert 0 < seconds <= farm.settings.trip_seconds
     batches = len(noise.batches)
-    line.run()
+    loop.run()
     assert len(noise.batches) == batches
     assert job_row(farm, tenant, job_id).dead == 0
 
 
 def test_it_tries_one_frame_more_each_time_another_and_rests_grow(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1)
     noise.disturb = broken
-    line.run()
+    loop.run()
     lengths = []
     for trial in range(8):
         rest_ends(farm)
         all_due(farm)
         batches = len(noise.batches)
-        line.run()
+        loop.run()
         assert len(noise.batches) == batches + 1, trial  # one, and it rests again
         lengths.append(trips(farm)[2])
     assert sql(farm, "SELECT DISTINCT attempt FROM frames WHERE job_id = :id", id=job_id) == [(1,)]
@@ -87,20 +87,20 @@ def test_it_tries_one_frame_more_each_time_another_and_rests_grow(
     assert lengths == pytest.approx(wanted, abs=2.0)
 
 
-def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop) -> None:
+def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, bucket=1)
     noise.disturb = broken
-    line.run()
+    loop.run()
     noise.disturb = well
     rest_ends(farm)
     all_due(farm)
-    line.run()
+    loop.run()
     assert trips(farm) == (0, 0, 0.0)
     assert job_row(farm, tenant, job_id).status == "succeeded"
 
 
 def test_the_next_trial_is_another_frame_s(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """Three frames of one job are at fault: between two rests the other's go on, and no frame needs
     more than its attempts."""
@@ -114,36 +114,36 @@ def test_the_next_trial_is_another_frame_s(
             raise RuntimeError("It is the frame.")
 
     noise.disturb = disturb
-    line.run()
+    loop.run()
     assert trips(farm)[:2] == (3, 1)
     assert job_row(farm, tenant, healthy).succeeded == 0
     rest_ends(farm)
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, healthy).succeeded == 2
     rested = 2
     while job_row(farm, tenant, guilty).status == "running":
         rest_ends(farm)
         all_due(farm)
-        line.run()
+        loop.run()
         rested += 1
     assert rested <= 4
     assert job_row(farm, tenant, guilty).status == "failed"
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, healthy).status == "succeeded"
 
 
 def test_one_frame_that_fails_again_and_again_is_no_reason(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", max_attempts=10)
     noise.disturb = broken
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, job_id).dead == 1
     assert trips(farm)[1] == 0
 
 
 def test_a_job_of_nothing_else_ends_all_the_same(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """Each is charged as on a worker that is well."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=3, bucket=1, max_attempts=2)
@@ -152,13 +152,13 @@ def test_a_job_of_nothing_else_ends_all_the_same(
     while job_row(farm, tenant, job_id).status != "failed":
         rest_ends(farm)
         all_due(farm)
-        line.run()
+        loop.run()
         trials += 1
         assert trials <= 3 * 2
 
 
 def test_a_frame_that_cannot_be_is_no_reason_either(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """It is dead at once, and so is the next: whoever submitted them hears of it soon."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1)
@@ -167,17 +167,17 @@ def test_a_frame_that_cannot_be_is_no_reason_either(
         raise RenderError("This cannot be drawn.")
 
     noise.disturb = disturb
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, job_id).status == "failed"
     assert trips(farm) == (0, 0, 0.0)
 
 
-def test_it_is_said_to_all(farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop) -> None:
+def test_it_is_said_to_all(farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop) -> None:
     noise.disturb = broken
     with serving(farm) as api:
         client = api.client("default")
         job = submit(farm, tenant, pipeline="noise", images_per_prompt=9, bucket=1)
-        line.run()
+        loop.run()
         [worker] = client.get("/v1/workers").json()["data"]
         assert worker["state"] == "failed"
         assert worker["problem"].startswith("Different frames failed in a row (3); it tries again")
@@ -202,7 +202,7 @@ def test_a_resting_worker_claims_nothing_while_another_does(farm: Farm, tenant: 
 
 
 def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """However urgent they are; and what is well of another tenant ends no rest."""
     bob = new_tenant(farm, "bob")
@@ -217,7 +217,7 @@ def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
 
     bad_seeds = {spec_of(farm, bad, ordinal).seed for ordinal in range(40)}
     noise.disturb = judged
-    line.run()
+    loop.run()
     assert job_row(farm, bob, good).status == "succeeded"
     assert trips(farm)[:2] == (THREE_FRAMES, 1)
     with serving(farm) as api:
@@ -226,24 +226,24 @@ def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
         [worker] = api.client("default").get("/v1/workers").json()["data"]
         assert worker["state"] == "failed"
     batches = len(noise.batches)
-    line.run()
+    loop.run()
     assert len(noise.batches) == batches, "of the other tenant nothing is claimed"
     rest_ends(farm)
     all_due(farm)
-    line.run()
+    loop.run()
     assert trips(farm)[:2] == (THREE_FRAMES + 1, 2)
     assert job_row(farm, tenant, bad).dead == 0
 
 
 def test_bad_frames_of_two_tenants_rest_a_worker_for_all(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     bob, carol = new_tenant(farm, "bob"), new_tenant(farm, "carol")
     for each in (tenant, bob):
         submit(farm, each, pipeline="noise", images_per_prompt=9, bucket=1)
     noise.disturb = broken
-    line.run()
+    loop.run()
     assert trips(farm)[:2] == (THREE_FRAMES, 1)
     waiting = submit(farm, carol, pipeline="noise", priority="interactive")
-    line.run()
+    loop.run()
     assert job_row(farm, carol, waiting).status == "queued"

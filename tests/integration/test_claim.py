@@ -18,7 +18,7 @@ from farm.store import events, lanes, leases, workers
 from farm.store import jobs as stored
 from farm.store.claim import Lease, claim
 from farm.store.engine import transaction
-from tests.farming import (
+from tests.support.store import (
     counts_add_up,
     fence,
     frame_rows,
@@ -36,9 +36,9 @@ def ordinals(lease: Lease) -> list[int]:
 
 
 def claim_all(farm: Farm, name: str = "hand") -> list[Lease]:
-    hand = register_worker(farm, name)
+    worker = register_worker(farm, name)
     leases = []
-    while (lease := hand.claim()) is not None:
+    while (lease := worker.claim()) is not None:
         leases.append(lease)
     return leases
 
@@ -79,10 +79,10 @@ def test_three_tenants_share_a_lane_within_one_batch(farm: Farm) -> None:
     for number, tenant in enumerate(tenants):
         for _ in range(number + 1):  # more jobs do not mean a larger share
             submit(farm, tenant, images_per_prompt=1000, bucket=8, priority="bulk")
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     served: Counter[uuid.UUID] = Counter()
     for _ in range(60):
-        served.update(frame.tenant_id for frame in hand.must_claim().frames)
+        served.update(frame.tenant_id for frame in worker.must_claim().frames)
         shares = [served[tenant] for tenant in tenants]
         assert max(shares) - min(shares) <= 8
     assert set(served.values()) == {160}
@@ -91,10 +91,10 @@ def test_three_tenants_share_a_lane_within_one_batch(farm: Farm) -> None:
 def test_an_interactive_job_submitted_last_is_claimed_next(farm: Farm) -> None:
     for name in ("one", "two", "three"):
         submit(farm, new_tenant(farm, name), images_per_prompt=100, priority="bulk")
-    hand = register_worker(farm)
-    hand.must_claim()
+    worker = register_worker(farm)
+    worker.must_claim()
     urgent = submit(farm, new_tenant(farm, "four"), priority="interactive")
-    assert [frame.job_id for frame in hand.must_claim().frames] == [urgent]
+    assert [frame.job_id for frame in worker.must_claim().frames] == [urgent]
 
 
 def test_a_tenant_that_comes_back_has_no_credit_from_its_absence(farm: Farm) -> None:
@@ -102,13 +102,13 @@ def test_a_tenant_that_comes_back_has_no_credit_from_its_absence(farm: Farm) -> 
     submit(farm, late, images_per_prompt=8, bucket=8)
     claim_all(farm)
     submit(farm, steady, images_per_prompt=10_000, bucket=8)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     for _ in range(20):
-        hand.must_claim()
+        worker.must_claim()
     submit(farm, late, images_per_prompt=10_000, bucket=8)
     served: Counter[uuid.UUID] = Counter()
     for _ in range(20):
-        served.update(frame.tenant_id for frame in hand.must_claim().frames)
+        served.update(frame.tenant_id for frame in worker.must_claim().frames)
     assert abs(served[steady] - served[late]) <= 8
 
 
@@ -140,10 +140,10 @@ def test_a_grid_is_claimed_point_by_point(farm: Farm, tenant: uuid.UUID) -> None
 
 def test_a_returned_frame_is_claimed_again_with_its_own_spec(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant, images_per_prompt=6, bucket=2, grid={"steps": [5, 6]})
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     leases = claim_all(farm)
-    hand.release(leases[4])
-    again = hand.must_claim()
+    worker.release(leases[4])
+    again = worker.must_claim()
     assert [frame.spec for frame in again.frames] == [frame.spec for frame in leases[4].frames]
     assert [frame.attempt for frame in again.frames] == [2, 2]
 
@@ -153,14 +153,14 @@ def test_a_frame_whose_attempt_failed_is_claimed_without_neighbours(
 ) -> None:
     """One bad frame takes its batch down once; then it is alone, and the others succeed."""
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     sizes = []
-    while (lease := hand.claim()) is not None:
+    while (lease := worker.claim()) is not None:
         sizes.append(len(lease.frames))
         if any(frame.ordinal == 5 for frame in lease.frames):
-            hand.fail(lease)
+            worker.fail(lease)
         else:
-            hand.complete(lease)
+            worker.complete(lease)
     assert sizes == [8] + [1] * 9
     job = job_row(farm, tenant, job_id)
     assert (job.status, job.succeeded, job.dead) == ("partial", 7, 1)
@@ -171,12 +171,12 @@ def test_an_interactive_job_is_not_held_up_by_returned_frames(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     submit(farm, tenant, images_per_prompt=40, bucket=4, priority="bulk")
-    hand = register_worker(farm)
-    leases = [hand.must_claim() for _ in range(10)]
+    worker = register_worker(farm)
+    leases = [worker.must_claim() for _ in range(10)]
     for lease in leases:
-        hand.release(lease)
+        worker.release(lease)
     urgent = submit(farm, tenant, bucket=4, priority="interactive")
-    lease = hand.must_claim()
+    lease = worker.must_claim()
     assert urgent in {frame.job_id for frame in lease.frames}
     assert len(lease.frames) == 4  # the requeued ones fill what is free
 
@@ -184,38 +184,38 @@ def test_an_interactive_job_is_not_held_up_by_returned_frames(
 def test_no_debt_for_work_done_while_nobody_else_asked(farm: Farm) -> None:
     early, late = new_tenant(farm, "early"), new_tenant(farm, "late")
     submit(farm, early, images_per_prompt=640, bucket=8)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     for lease in claim_all(farm):
-        hand.complete(lease)
+        worker.complete(lease)
     submit(farm, late, images_per_prompt=1000, bucket=8)
     submit(farm, early, images_per_prompt=1000, bucket=8)
     served: Counter[uuid.UUID] = Counter()
     for _ in range(20):
-        served.update(frame.tenant_id for frame in hand.must_claim().frames)
+        served.update(frame.tenant_id for frame in worker.must_claim().frames)
     assert abs(served[early] - served[late]) <= 8
 
 
 def test_nothing_is_claimed_before_its_back_off_is_over(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
+    worker = register_worker(farm)
+    lease = worker.must_claim()
     from farm.store.frames import FailedAttempt, fail
 
     failure = FailedAttempt(fence(lease.frames[0]), "render_error", "It broke.", delay_seconds=60.0)
     with transaction(farm.store) as connection:
         fail(connection, lease.id, [failure], 1.0)
         assert lanes.claimable_lanes(connection) == []
-    assert hand.claim() is None
+    assert worker.claim() is None
     sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp()")
-    assert hand.must_claim().frames[0].attempt == 2
+    assert worker.must_claim().frames[0].attempt == 2
 
 
 def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=4, bucket=2)
-    hand = register_worker(farm)
-    hand.release(hand.must_claim())  # two frames requeued, two not yet born
+    worker = register_worker(farm)
+    worker.release(worker.must_claim())  # two frames requeued, two not yet born
     jobs.pause(farm, tenant, job_id)
-    assert hand.claim() is None
+    assert worker.claim() is None
     jobs.resume(farm, tenant, job_id)
     claimed = [frame.ordinal for lease in claim_all(farm) for frame in lease.frames]
     assert sorted(claimed) == [0, 1, 2, 3]
@@ -223,11 +223,11 @@ def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uu
 
 def test_a_draining_or_unknown_worker_claims_nothing(farm: Farm, tenant: uuid.UUID) -> None:
     submit(farm, tenant)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     with transaction(farm.store) as connection:
-        workers.drain(connection, hand.id)
-    assert hand.claim() is None
-    assert type(hand)(farm, uuid.uuid4(), "stranger").claim() is None
+        workers.drain(connection, worker.id)
+    assert worker.claim() is None
+    assert type(worker)(farm, uuid.uuid4(), "stranger").claim() is None
     assert register_worker(farm, "another").claim() is not None
 
 
@@ -237,10 +237,10 @@ def test_two_workers_at_once_claim_each_frame_once(farm: Farm, tenant: uuid.UUID
     claimed: list[Any] = []
 
     def work(name: str) -> None:
-        hand = register_worker(farm, name)
-        while (lease := hand.claim()) is not None:
+        worker = register_worker(farm, name)
+        while (lease := worker.claim()) is not None:
             claimed.extend(fence(frame) for frame in lease.frames)
-            hand.complete(lease)
+            worker.complete(lease)
 
     threads = [threading.Thread(target=work, args=(f"hand {n}",)) for n in range(4)]
     for thread in threads:
@@ -308,13 +308,13 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
 
 def test_cancel_is_final(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=6, bucket=2)
-    hand = register_worker(farm)
-    hand.complete(hand.must_claim())
-    hand.fail(hand.must_claim())
-    lease = hand.must_claim()
+    worker = register_worker(farm)
+    worker.complete(worker.must_claim())
+    worker.fail(worker.must_claim())
+    lease = worker.must_claim()
     jobs.cancel(farm, tenant, job_id)
-    assert hand.complete(lease) == set()
-    assert hand.claim() is None
+    assert worker.complete(lease) == set()
+    assert worker.claim() is None
     job = job_row(farm, tenant, job_id)
     assert (job.status, job.running, job.succeeded, job.cancelled) == ("cancelled", 0, 2, 4)
     counts_add_up(farm, tenant, job_id)
@@ -328,9 +328,9 @@ def test_a_job_s_events_come_in_the_order_of_their_commits(farm: Farm, tenant: u
     over = threading.Event()
 
     def work() -> None:
-        hand = register_worker(farm)
-        while (lease := hand.claim()) is not None:
-            hand.complete(lease)
+        worker = register_worker(farm)
+        while (lease := worker.claim()) is not None:
+            worker.complete(lease)
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:

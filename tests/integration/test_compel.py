@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from farm.pipelines.prompts.compel_syntax import MAX_DEPTH, MAX_PIECES, check_compel
 from farm.pipelines.prompts.embeddings import PromptEncoder, Reading
-from tests import checkpoints
+from tests.support import checkpoints
 
 WORDS = ["a", "red star", "t-shirt", "C++", "f/1.8", "don't", "3.5", "é", "赤い星", "!", "a_b"]
 WORDS += ["<|endoftext|>", "<|startoftext|>", "\u3000", "\u00a0", "[x]", "{y}", ":", "|"]

@@ -19,9 +19,9 @@ from farm.pipelines.catalog import load_catalog
 from farm.pipelines.runtime import compiling
 from farm.pipelines.runtime.devices import torch_threads
 from farm.rendering.warmup import Shape, declared_shapes
-from tests.checkpoints import save
-from tests.farming import job_row, submit
-from tests.rendering import render_line
+from tests.support.checkpoints import save
+from tests.support.render_loops import render_line
+from tests.support.store import job_row, submit
 from workers.render.loop import RenderLoop
 
 pytestmark = [
@@ -41,7 +41,7 @@ bucket = { "default" = 2 }
 
 
 @pytest.fixture
-def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RenderLoop]:
+def loop(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RenderLoop]:
     import torch
     from torch._dynamo.utils import counters
 
@@ -58,7 +58,7 @@ def line(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def test_nothing_is_compiled_after_the_warm_up(
-    farm: Farm, tenant: uuid.UUID, line: RenderLoop, caplog: pytest.LogCaptureFixture
+    farm: Farm, tenant: uuid.UUID, loop: RenderLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch
     from torch._dynamo.utils import counters
@@ -76,7 +76,7 @@ def test_nothing_is_compiled_after_the_warm_up(
         submit(farm, tenant, pipeline="tiny", prompts=["a"], steps=2, **fields) for fields in mixed
     ]
     with torch.compiler.set_stance("fail_on_recompile"):
-        line.run()
+        loop.run()
     for job in jobs:
         assert job_row(farm, tenant, job).status == "succeeded"
     assert "is not compiled for" not in caplog.text
@@ -85,7 +85,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     with caplog.at_level(logging.WARNING, "farm.rendering.warmup"):
         for _ in range(2):
             job = submit(farm, tenant, pipeline="tiny", prompts=["a"], **outside)
-            line.run()
+            loop.run()
             assert job_row(farm, tenant, job).status == "succeeded"
     assert caplog.text.count("is not compiled for 96x64 at bucket 2") == 1
     assert counters["stats"]["unique_graphs"] == graphs
@@ -99,7 +99,7 @@ def test_the_declared_shapes(farm: Farm, tmp_path: Path) -> None:
         )
     )
     farm.catalog.pipelines.update(load_catalog(tmp_path / "pipelines.toml").pipelines)
-    assert set(declared_shapes(farm.offer("tiny"))) == {
+    assert set(declared_shapes(farm.resolve("tiny"))) == {
         *(Shape(64, 64, bucket) for bucket in (1, 2)),
         *(Shape(32, 64, bucket) for bucket in (1, 2, 4, 6)),
     }

@@ -16,8 +16,8 @@ from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.family import Batch, Family, StopBatch
 from farm.pipelines.resolve import resolve_pipeline
-from tests.checkpoints import save
-from tests.documented import EXAMPLE_FAMILY
+from tests.support.checkpoints import save
+from tests.support.docs_page import EXAMPLE_FAMILY
 
 NAME = "documented_flux"
 
@@ -54,10 +54,10 @@ def test_it_renders_what_the_family_renders_that_it_replaces(
     documented: Family, entry: Pipeline
 ) -> None:
     asked = {"steps": 2, "width": 64, "height": 32, "guidance_scale": 2.0}
-    offer = resolve_pipeline("tiny", entry)
-    assert offer.family.name == "auto"
-    before = offer.family.denoise(
-        offer.family.load(entry), Batch([frame(1, offer.params(asked).model_dump())])
+    resolved = resolve_pipeline("tiny", entry)
+    assert resolved.family.name == "auto"
+    before = resolved.family.denoise(
+        resolved.family.load(entry), Batch([frame(1, resolved.params(asked).model_dump())])
     )
     steps: list[tuple[int, int]] = []
     loaded = documented.load(entry)

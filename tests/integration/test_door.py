@@ -17,8 +17,8 @@ import pytest
 
 from farm.context import Farm
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import JOB, Api, serving
-from tests.waiting import wait_until
+from tests.support.api_server import JOB, Api, serving
+from tests.support.waiting import wait_until
 
 CROWD = 200
 MAX_BYTES = 100 * 2**20

@@ -19,8 +19,8 @@ from farm.store import events, frames, jobs, lanes, leases, lines, queries, rete
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_JOBS
 from tests.conftest import settings_on
-from tests.databases import Databases
-from tests.farming import new_tenant, register_worker, submit
+from tests.support.databases import Databases
+from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames"}
 """Tables that grow with history or backlog; the others hold a row a worker, a tenant, a batch."""
@@ -87,7 +87,10 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "isolated": [False],
         },
     ),
-    "touch": (leases.TOUCH, {"id": uuid.UUID(int=1), "step": 1, "steps": 2, "urgent_priority": 0}),
+    "report step": (
+        leases.REPORT_STEP,
+        {"id": uuid.UUID(int=1), "step": 1, "steps": 2, "urgent_priority": 0},
+    ),
     "close": (frames.CLOSE_LEASE, {"id": uuid.UUID(int=1)}),
     "cancel": (
         jobs.CANCEL_FRAMES,
@@ -198,13 +201,13 @@ def test_claiming_and_completing_read_no_large_table_from_end_to_end(
 ) -> None:
     """Postgres's own counts of what each call scanned, once its plans are kept between calls."""
     farm, _, job = aged
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     with farm.store.connect() as connection, connection.begin():
         for _ in range(8):  # from the sixth on, a plan is kept for any values
-            lease = hand.claim_in(connection)
+            lease = worker.claim_in(connection)
             assert lease is not None
             assert {frame.job_id for frame in lease.frames} == {job}
-            assert len(hand.complete_in(connection, lease)) == 8
+            assert len(worker.complete_in(connection, lease)) == 8
         scanned = connection.execute(
             text("SELECT relname, seq_scan, idx_scan FROM pg_stat_xact_user_tables")
         ).all()

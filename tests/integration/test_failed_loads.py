@@ -23,7 +23,7 @@ from farm.pipelines.family import LoadedPipeline
 from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime import loading
 from farm.pipelines.runtime.devices import is_out_of_memory
-from tests.bench import RUN, SAFE, CheckpointSandbox, clear
+from tests.support.checkpoint_sandbox import RUN, SAFE, CheckpointSandbox, clear
 
 UNET = "stable_diffusion/unet/diffusion_pytorch_model"
 INDEX = "stable_diffusion/model_index.json"
@@ -43,9 +43,9 @@ def load(entry: Pipeline) -> LoadedPipeline:
 def refused(bench: CheckpointSandbox, words: str = SD) -> str:
     """Check that loading an entry fails, and give back what is said."""
     entry = bench.entry(words)
-    offer = resolve_pipeline("x", entry)
+    resolved = resolve_pipeline("x", entry)
     with pytest.raises(CatalogError) as caught:
-        offer.family.load(entry)
+        resolved.family.load(entry)
     assert not (bench.folder / RUN).exists()
     said = clear(caught.value)
     assert str(bench.folder) not in said, "tenants read this too"
@@ -96,10 +96,10 @@ def test_a_checkpoint_that_cannot_be_loaded_says_why(bench: CheckpointSandbox, c
 
 def test_what_is_spoiled_between_offer_and_load_is_still_found(bench: CheckpointSandbox) -> None:
     entry = bench.entry(SD)
-    offer = resolve_pipeline("x", entry)
+    resolved = resolve_pipeline("x", entry)
     bench.rename(UNET, ".bin")
     with pytest.raises(CatalogError, match="is a pickle"):
-        offer.family.load(entry)
+        resolved.family.load(entry)
 
 
 def test_a_device_that_is_not_there(
@@ -193,16 +193,16 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
     bench: CheckpointSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = bench.entry(SD)
-    offer = resolve_pipeline("x", entry)
+    resolved = resolve_pipeline("x", entry)
     needed = 4 * parameter_count(bench.folder / "stable_diffusion", None)
     monkeypatch.setattr(loading, "free_memory", lambda _device: needed - 1)
     with pytest.raises(OutOfMemory) as caught:
-        offer.family.load(entry)
+        resolved.family.load(entry)
     said = clear(caught.value)
     assert re.search(r"stable_diffusion needs [\d.]+ GiB on cpu .* and [\d.]+ GiB are free", said)
     assert caught.value.retryable
     monkeypatch.setattr(loading, "free_memory", lambda _device: needed)
-    assert offer.family.load(entry).pipe.unet is not None
+    assert resolved.family.load(entry).pipe.unet is not None
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ print(type(family.load(large).pipe).__name__)
 
 def test_memory_that_runs_out_while_loading_is_said_and_survived(bench: CheckpointSandbox) -> None:
     """A limit on this process's own memory, so that torch's allocation fails."""
-    from tests import checkpoints
+    from tests.support import checkpoints
 
     unet = {**checkpoints.UNET, **checkpoints.UP, "block_out_channels": (192, 192)}
     large = checkpoints.stable_diffusion(unet=checkpoints._kit().UNet2DConditionModel(**unet))

@@ -27,8 +27,8 @@ from farm.storage import artifact_key
 from farm.store import perceptual_hashes, workers
 from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like
-from tests.farming import attempts_of, frame_rows, job_row, register_worker, sql, submit
-from tests.noise import Noise, NoiseParams
+from tests.support.noise_family import Noise, NoiseParams
+from tests.support.store import attempts_of, frame_rows, job_row, register_worker, sql, submit
 from workers.exporter import Exporter
 from workers.render.identity import Identity
 from workers.render.loop import RenderLoop
@@ -54,16 +54,16 @@ def line_with(farm: Farm) -> Iterator[Make]:
             family = family or Noise()
             pipeline = Pipeline(source="nowhere", bucket={"default": 4}, filters=list(filters))
             farm.catalog.pipelines["noise"] = pipeline
-            offer = ResolvedPipeline("noise", pipeline, family, NoiseParams, NoiseParams)
-            farm._offers["noise"] = offer
+            resolved = ResolvedPipeline("noise", pipeline, family, NoiseParams, NoiseParams)
+            farm._offers["noise"] = resolved
             identity = Identity(uuid.uuid4(), "noise", "here", 1)
             with transaction(farm.store) as connection:
                 workers.register(
                     connection, identity.id, name="noise", pipeline="noise", host="here", pid=1
                 )
-            line = RenderLoop(farm, identity, offer, family.load(pipeline))
-            stack.callback(line.close)
-            return line
+            loop = RenderLoop(farm, identity, resolved, family.load(pipeline))
+            stack.callback(loop.close)
+            return loop
 
         yield make
 
@@ -193,13 +193,13 @@ def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.
 
 def test_a_frame_that_dies_leaves_no_print(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=2, max_attempts=2, bucket=2)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
+    worker = register_worker(farm)
+    lease = worker.must_claim()
     with transaction(farm.store) as connection:
         for frame in lease.frames:
             perceptual_hashes.keep_print(connection, job_id, frame.ordinal, frame.ordinal << 32, 0)
-    hand.fail(lease, fences=[lease.frames[0].fence], retryable=False)
-    hand.fail(lease, fences=[lease.frames[1].fence])
+    worker.fail(lease, fences=[lease.frames[0].fence], retryable=False)
+    worker.fail(lease, fences=[lease.frames[1].fence])
     assert sql(farm, "SELECT ordinal FROM perceptual_hashes") == [(1,)]
 
 

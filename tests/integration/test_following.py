@@ -14,7 +14,7 @@ from farm.services.audit import audited
 from farm.store import jobs as stored
 from farm.store import lanes
 from farm.store.engine import transaction
-from tests.farming import counts_add_up, job_row, new_tenant, register_worker, sql, submit
+from tests.support.store import counts_add_up, job_row, new_tenant, register_worker, sql, submit
 
 SLICE = 50
 RETURNED = """
@@ -78,9 +78,9 @@ def test_a_paused_job_is_claimed_no_more_before_its_frames_know(
     other = submit(farm, tenant, images_per_prompt=2, bucket=4)
     jobs.pause(farm, tenant, held)
     assert told(farm, held) == (0, 3 * SLICE, 3 * SLICE)
-    hand = register_worker(farm)
-    assert {frame.job_id for frame in hand.must_claim().frames} == {other}
-    assert hand.claim() is None
+    worker = register_worker(farm)
+    assert {frame.job_id for frame in worker.must_claim().frames} == {other}
+    assert worker.claim() is None
     with transaction(farm.store) as connection:
         assert lanes.claimable_lanes(connection) == []
     assert follow(farm)
@@ -98,11 +98,11 @@ def test_a_resumed_job_goes_on_with_what_was_never_told_and_then_with_all(
     jobs.pause(farm, tenant, job_id)
     follow(farm)
     jobs.resume(farm, tenant, job_id)
-    hand = register_worker(farm)
-    assert [frame.ordinal for frame in hand.must_claim().frames] == [*range(SLICE, SLICE + 4)]
+    worker = register_worker(farm)
+    assert [frame.ordinal for frame in worker.must_claim().frames] == [*range(SLICE, SLICE + 4)]
     while follow(farm):
         pass
-    assert [frame.ordinal for frame in hand.must_claim().frames] == [*range(4)]
+    assert [frame.ordinal for frame in worker.must_claim().frames] == [*range(4)]
     assert told(farm, job_id) == (0, 3 * SLICE - 8, 3 * SLICE - 8)
     counts_add_up(farm, tenant, job_id)
 
@@ -135,14 +135,14 @@ def test_a_cancelled_job_is_over_at_once_and_its_frames_follow(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     job_id = requeued(farm, tenant, 3 * SLICE)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
+    worker = register_worker(farm)
+    lease = worker.must_claim()
     jobs.cancel(farm, tenant, job_id)
     job = job_row(farm, tenant, job_id)
     assert (job.status, job.cancelled, job.running) == ("cancelled", 3 * SLICE, 0)
     counts_add_up(farm, tenant, job_id)
-    assert hand.complete(lease) == set()
-    assert hand.claim() is None
+    assert worker.complete(lease) == set()
+    assert worker.claim() is None
     assert findings(farm) == []
     assert told(farm, job_id) == (0, 3 * SLICE - 4, 3 * SLICE - 4)
     while follow(farm):
@@ -171,8 +171,8 @@ def test_a_frame_with_as_many_attempts_as_can_be_counted_is_dead_and_stops_no_la
     worn = requeued(farm, tenant, 5)
     sql(farm, "UPDATE frames SET attempt = 32767, uncharged = 32766 WHERE ordinal < 2")
     other = submit(farm, new_tenant(farm, "bob"), images_per_prompt=1)
-    hand = register_worker(farm)
-    claimed = [frame for _ in range(2) for frame in hand.must_claim().frames]
+    worker = register_worker(farm)
+    claimed = [frame for _ in range(2) for frame in worker.must_claim().frames]
     assert {(frame.job_id, frame.ordinal) for frame in claimed} == {
         (worn, 2),
         (worn, 3),

@@ -16,8 +16,8 @@ import pytest
 
 from farm.errors import CatalogError, NotFinite
 from farm.pipelines.resolve import resolve_pipeline
-from tests.bench import CheckpointSandbox
-from tests.drawing import bare, picture
+from tests.support.checkpoint_sandbox import CheckpointSandbox
+from tests.support.drawing import bare, picture
 
 # diffusers' own samplers hand torch tensors to numpy.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -45,8 +45,8 @@ def said(bench: CheckpointSandbox, words: str = SD) -> str:
     """What is said of an entry that is refused: by its files, or when it is loaded."""
 
     def load() -> None:
-        offer = resolve_pipeline("x", bench.entry(words))
-        offer.family.load(offer.pipeline)
+        resolved = resolve_pipeline("x", bench.entry(words))
+        resolved.family.load(resolved.pipeline)
 
     with pytest.raises(CatalogError) as caught:
         load()
@@ -69,9 +69,9 @@ def test_weights_that_a_class_has_no_place_for_are_named(
 
     path = bench.folder / "stable_diffusion" / FILES[name]
     tensors(path, lambda found: found.update({"surplus.weight": torch.zeros(2)}))
-    offer = resolve_pipeline("x", bench.entry(SD))
+    resolved = resolve_pipeline("x", bench.entry(SD))
     with caplog.at_level(logging.WARNING):
-        offer.family.load(offer.pipeline)
+        resolved.family.load(resolved.pipeline)
     assert f"{name} contains weights that its class does not use: surplus.weight" in caplog.text
 
 

@@ -19,8 +19,8 @@ from farm.context import Farm, open_farm
 from farm.store import workers
 from farm.store.engine import transaction
 from farm.store.leadership import leadership
-from tests.farming import attempts_of, job_row, register_worker, sql, state_of, submit
-from tests.waiting import wait_until
+from tests.support.store import attempts_of, job_row, register_worker, sql, state_of, submit
+from tests.support.waiting import wait_until
 from workers.janitor.janitor import Janitor
 
 
@@ -36,10 +36,10 @@ def bells(farm: Farm) -> int:
 
 def test_an_expired_lease_is_returned_and_its_lane_rung(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     with transaction(farm.store) as connection:
-        workers.seen(connection, hand.id)
-    hand.must_claim()
+        workers.seen(connection, worker.id)
+    worker.must_claim()
     farm.bells._redis.flushdb()
     sweep(farm)
     assert (state_of(farm, job_id), bells(farm)) == ("running", 0)
@@ -71,21 +71,21 @@ def test_a_lane_with_nothing_to_claim_is_left_alone(farm: Farm, tenant: uuid.UUI
 
 
 def test_a_silent_worker_counts_as_gone_until_it_is_heard_again(farm: Farm) -> None:
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     sql(farm, "UPDATE workers SET seen_at = clock_timestamp() - interval '1 hour'")
     sweep(farm)
     assert sql(farm, "SELECT gone FROM workers") == [(True,)]
     with transaction(farm.store) as connection:
-        workers.seen(connection, hand.id)
+        workers.seen(connection, worker.id)
     assert sql(farm, "SELECT gone, state FROM workers") == [(False, "loading")]
 
 
 def test_workers_long_gone_leave_only_their_sums(farm: Farm) -> None:
     for number in range(3):
-        hand = register_worker(farm, f"hand {number}")
+        worker = register_worker(farm, f"hand {number}")
         with transaction(farm.store) as connection:
             batch = workers.Account(succeeded=number, denoise_seconds=0.5)
-            workers.account(connection, hand.id, batch)
+            workers.account(connection, worker.id, batch)
     old = "UPDATE workers SET gone = true, seen_at = clock_timestamp() - interval '2 days'"
     for names, rows in ((["hand 0", "hand 1"], 2), (["hand 2"], 1)):
         sql(farm, f"{old} WHERE name = ANY(:names)", names=names)

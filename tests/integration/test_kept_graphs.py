@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from farm.pipelines.catalog import Pipeline
-from farm.pipelines.disk_cache import keep_in
+from farm.pipelines.disk_cache import configure
 from farm.pipelines.runtime import compile_cache
 from farm.pipelines.runtime.compile_cache import graphs_kept
 from tests.benchmarks.warmstart import measure
@@ -26,7 +26,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
     monkeypatch.setattr(compile_cache, "_chosen", None)
     monkeypatch.setattr(compile_cache, "_locks", [])
-    keep_in(tmp_path / "cache")
+    configure(tmp_path / "cache")
 
     def started() -> Path:
         end()
@@ -39,7 +39,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
     yield started
     end()
-    keep_in(None)
+    configure(None)
     os.environ.pop(compile_cache.VARIABLE, None)
 
 
@@ -118,13 +118,13 @@ from torch._dynamo.utils import counters
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.runtime.compiling import compile_pipe
 from farm.pipelines.runtime.compile_cache import graphs_kept
-from farm.pipelines.disk_cache import keep_in
+from farm.pipelines.disk_cache import configure
 
 class Toy(torch.nn.Module):
     def forward(self, x):
         return (torch.sin(x) * torch.exp(x)).cumsum(0) + x.relu()
 
-keep_in(Path(sys.argv[1]))
+configure(Path(sys.argv[1]))
 torch.set_num_threads(1)
 pipe = SimpleNamespace(transformer=Toy())
 with graphs_kept("x", Pipeline(source="x")), torch.no_grad():

@@ -23,7 +23,6 @@ from farm.services import jobs
 from farm.storage import artifact_key
 from farm.store import workers
 from farm.store.engine import transaction
-from tests.farming import frame_rows, job_row, sql
 from tests.integration.noise_jobs import (
     LAST_STEP,
     at_step,
@@ -32,16 +31,17 @@ from tests.integration.noise_jobs import (
     submit_noise,
     take,
 )
-from tests.noise import Noise
-from tests.waiting import wait_until
+from tests.support.noise_family import Noise
+from tests.support.store import frame_rows, job_row, sql
+from tests.support.waiting import wait_until
 from workers.render.loop import RenderLoop
 
 
 def test_a_batch_is_rendered_stored_and_completed(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant, images_per_prompt=6, seed=1)
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, job_id).status == "succeeded"
     assert [len(batch) for batch in noise.batches] == [4, 4]  # the short one is padded
     for ordinal, row in frame_rows(farm, job_id).items():
@@ -64,7 +64,7 @@ def pixels_of(seed: int) -> NDArray[np.uint8]:
 
 
 def test_the_busy_share_agrees_with_a_stopwatch(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     denoised: list[float] = []
 
@@ -78,7 +78,7 @@ def test_the_busy_share_agrees_with_a_stopwatch(
     noise.disturb = disturb
     submit_noise(farm, tenant, images_per_prompt=12)
     started = time.monotonic()
-    line.run()
+    loop.run()
     whole = time.monotonic() - started
     with transaction(farm.store) as connection:
         [worker] = workers.list_workers(connection)
@@ -88,7 +88,7 @@ def test_the_busy_share_agrees_with_a_stopwatch(
 
 
 def test_progress_is_reported_while_a_batch_denoises(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     submit_noise(farm, tenant)
     seen: list[tuple[int, int]] = []
@@ -99,7 +99,7 @@ def test_progress_is_reported_while_a_batch_denoises(
         return any(row.step > 0 for row in rows)
 
     noise.disturb = at_step(5, lambda: wait_until(reported, 10.0, "the fifth step was reported"))
-    line.run()
+    loop.run()
     assert (5, 10) in seen
 
 
@@ -114,17 +114,17 @@ def test_progress_is_reported_while_a_batch_denoises(
     ids=["one batch", "two full ones", "two that are not full", "never more than two bells"],
 )
 def test_a_claim_that_leaves_something_wakes_another_worker(
-    farm: Farm, tenant: uuid.UUID, line: RenderLoop, fields: dict[str, Any], bells: int
+    farm: Farm, tenant: uuid.UUID, loop: RenderLoop, fields: dict[str, Any], bells: int
 ) -> None:
     submit_noise(farm, tenant, **fields)
     connection = farm.bells._redis
     connection.flushdb()
-    line.run()
+    loop.run()
     assert connection.llen("render.noise") == bells
 
 
 def test_a_batch_that_failed_wakes_workers_for_its_frames(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """They go on one by one, so that all idle workers have something to do."""
     submit_noise(farm, tenant, images_per_prompt=4)
@@ -137,7 +137,7 @@ def test_a_batch_that_failed_wakes_workers_for_its_frames(
             raise RuntimeError
 
     noise.disturb = at_step(0, fail_once)
-    line.run()
+    loop.run()
     assert farm.bells._redis.llen("render.noise") == 2
 
 
@@ -145,7 +145,7 @@ def test_a_batch_that_failed_wakes_workers_for_its_frames(
 
 
 def test_a_cancelled_batch_stops_between_two_steps(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
     steps: list[int] = []
@@ -158,7 +158,7 @@ def test_a_cancelled_batch_stops_between_two_steps(
             take(0.1)
 
     noise.disturb = disturb
-    line.run()
+    loop.run()
     assert 3 <= len(steps) < 10
     assert job_row(farm, tenant, job_id).status == "cancelled"
     assert {row.state for row in frame_rows(farm, job_id).values()} == {"cancelled"}
@@ -166,7 +166,7 @@ def test_a_cancelled_batch_stops_between_two_steps(
 
 
 def test_a_batch_goes_on_while_one_frame_of_it_is_wanted(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     first = submit_noise(farm, tenant, images_per_prompt=2, bucket=4)
     second = submit_noise(farm, tenant, images_per_prompt=2, bucket=4)
@@ -177,7 +177,7 @@ def test_a_batch_goes_on_while_one_frame_of_it_is_wanted(
         take(0.03)
 
     noise.disturb = disturb
-    line.run()
+    loop.run()
     assert len(noise.batches) == 1
     assert job_row(farm, tenant, first).status == "cancelled"
     assert job_row(farm, tenant, second).status == "succeeded"
@@ -189,10 +189,10 @@ def test_a_batch_goes_on_while_one_frame_of_it_is_wanted(
 
 @pytest.mark.parametrize(("form", "extension"), [("jpeg", "jpg"), ("webp", "webp")])
 def test_pictures_are_stored_in_the_jobs_format(
-    farm: Farm, tenant: uuid.UUID, line: RenderLoop, form: Format, extension: str
+    farm: Farm, tenant: uuid.UUID, loop: RenderLoop, form: Format, extension: str
 ) -> None:
     job_id = submit_noise(farm, tenant, seed=1, format=form)
-    line.run()
+    loop.run()
     row = frame_rows(farm, job_id)[0]
     key = artifact_key(tenant, job_id, 0, row.sha256, form)
     assert key.endswith(f".{extension}")
@@ -205,13 +205,13 @@ def test_pictures_are_stored_in_the_jobs_format(
 
 
 def test_jobs_of_different_formats_share_a_batch(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_ids = [
         submit_noise(farm, tenant, bucket=4, images_per_prompt=2, format=form)
         for form in ("png", "webp")
     ]
-    line.run()
+    loop.run()
     assert len(noise.batches) == 1
     for job_id in job_ids:
         assert job_row(farm, tenant, job_id).status == "succeeded"

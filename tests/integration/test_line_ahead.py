@@ -12,10 +12,10 @@ from PIL import Image
 from farm.context import Farm
 from farm.domain.spec import FrameSpec
 from farm.store.claim import Lease
-from tests.farming import job_row
 from tests.integration.noise_jobs import submit_noise, take
-from tests.noise import Noise
-from tests.waiting import wait_until
+from tests.support.noise_family import Noise
+from tests.support.store import job_row
+from tests.support.waiting import wait_until
 from workers.render.finishing import ENCODERS
 from workers.render.lease_watch import LeaseWatch
 from workers.render.loop import RenderLoop
@@ -25,11 +25,11 @@ from workers.render.spool import RenderedBatch
 class Encodings:
     """Record of what a line's tail encodes, and of how many pictures at the same time."""
 
-    def __init__(self, line: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._encode, self._lock = line._tail._encoder.encode, threading.Lock()
+    def __init__(self, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._encode, self._lock = loop._finisher._encoder.encode, threading.Lock()
         self.seeds: list[int] = []
         self.now = self.most = 0
-        monkeypatch.setattr(line._tail._encoder, "encode", self)
+        monkeypatch.setattr(loop._finisher._encoder, "encode", self)
 
     def __call__(self, image: Image.Image, frame: FrameSpec) -> bytes:
         with self._lock:
@@ -44,27 +44,27 @@ class Encodings:
 
 
 @pytest.fixture
-def encodings(line: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> Encodings:
-    return Encodings(line, monkeypatch)
+def encodings(loop: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> Encodings:
+    return Encodings(loop, monkeypatch)
 
 
 def test_the_next_batch_is_claimed_before_the_last_step(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """A claim after the last step would be late. A step may take longer than a claim."""
     begun: list[int] = []
 
     def disturb(_frames: Sequence[FrameSpec], step: int) -> None:
-        line._claims._seconds = 0.0  # however long the first one took
+        loop._claims._seconds = 0.0  # however long the first one took
         if len(noise.batches) > 1:
             return
         take(0.1)
-        if line._claims._ahead is not None:
+        if loop._claims._ahead is not None:
             begun.append(step)
 
     noise.disturb = disturb
     submit_noise(farm, tenant, images_per_prompt=8)
-    line.run()
+    loop.run()
     assert 9 in begun
 
 
@@ -72,12 +72,12 @@ def test_encoding_starts_once_the_device_has_its_next_batch(
     farm: Farm,
     tenant: uuid.UUID,
     noise: Noise,
-    line: RenderLoop,
+    loop: RenderLoop,
     encodings: Encodings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ahead, begin = line._claims.ahead, line._begin
-    monkeypatch.setattr(line._claims, "ahead", lambda *_: ahead(0.0, 0.0))
+    ahead, begin = loop._claims.claim_ahead, loop._begin
+    monkeypatch.setattr(loop._claims, "ahead", lambda *_: ahead(0.0, 0.0))
     encoded_before: list[list[int]] = []
 
     def begin_watched(lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
@@ -87,13 +87,13 @@ def test_encoding_starts_once_the_device_has_its_next_batch(
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
         if step == 5:  # by now the next batch is claimed, and the previous one encoded
-            wait_until(lambda: line._claims.is_ahead or frames[0].seed == 4, 10, "it was ahead")
+            wait_until(lambda: loop._claims.is_ahead or frames[0].seed == 4, 10, "it was ahead")
             wait_until(lambda: len(encodings.seeds) >= frames[0].seed, 10, "it was encoded")
 
-    monkeypatch.setattr(line, "_begin", begin_watched)
+    monkeypatch.setattr(loop, "_begin", begin_watched)
     noise.disturb = disturb
     submit_noise(farm, tenant, images_per_prompt=8, seed=0)
-    line.run()
+    loop.run()
     assert encoded_before == [[], []]
     assert sorted(encodings.seeds) == [*range(8)]
     assert encodings.most <= ENCODERS  # a core is left to the device's thread
@@ -103,21 +103,21 @@ def test_encoding_starts_at_once_when_no_batch_is_claimed_ahead(
     farm: Farm,
     tenant: uuid.UUID,
     noise: Noise,
-    line: RenderLoop,
+    loop: RenderLoop,
     encodings: Encodings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    claim = line._claims.next
-    monkeypatch.setattr(line._claims, "ahead", lambda *_: None)
+    claim = loop._claims.next
+    monkeypatch.setattr(loop._claims, "ahead", lambda *_: None)
 
     def claim_late() -> Lease | None:
         done = 4 * len(noise.batches)
         wait_until(lambda: len(encodings.seeds) == done, 10, "the batch before was encoded")
         return claim()
 
-    monkeypatch.setattr(line._claims, "next", claim_late)
+    monkeypatch.setattr(loop._claims, "next", claim_late)
     job_id = submit_noise(farm, tenant, images_per_prompt=8, seed=0)
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, job_id).status == "succeeded"
 
 
@@ -129,12 +129,12 @@ def test_encoding_starts_at_once_when_no_batch_is_claimed_ahead(
 def test_an_interactive_picture_does_not_queue_behind_the_encoding_of_others(
     farm: Farm,
     tenant: uuid.UUID,
-    line: RenderLoop,
+    loop: RenderLoop,
     monkeypatch: pytest.MonkeyPatch,
     priority: str,
     status: str,
 ) -> None:
-    monkeypatch.setattr(line._tail, "_encoding", None)  # waiting for an encoder fails
+    monkeypatch.setattr(loop._finisher, "_encoding", None)  # waiting for an encoder fails
     job_id = submit_noise(farm, tenant, priority=priority, max_attempts=1)
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, job_id).status == status

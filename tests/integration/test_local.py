@@ -21,7 +21,7 @@ from redis.exceptions import AuthenticationError
 
 from farm.local import Servers, StackError, embedded_servers, wheels
 from farm.local.child import ManagedProcess
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 RESTART_SECONDS = 30
 ALL = {"postgres": True, "valkey": True, "seaweedfs": True}

@@ -21,7 +21,9 @@ from farm.pipelines.family import StopBatch
 from farm.store import jobs, leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import LOST_BESIDE_AT_MOST
-from tests.farming import (
+from tests.support.api_server import serving
+from tests.support.noise_family import Noise
+from tests.support.store import (
     attempts_of,
     frame_rows,
     job_row,
@@ -31,9 +33,7 @@ from tests.farming import (
     state_of,
     submit,
 )
-from tests.noise import Noise
-from tests.serving import serving
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 from workers.render.batch_log import BatchLog
 from workers.render.identity import Identity
 from workers.render.loop import RenderLoop
@@ -49,29 +49,29 @@ def all_due(farm: Farm) -> None:
 def test_a_lost_batch_charges_nobody_and_a_lost_frame_its_own(
     farm: Farm, tenant: uuid.UUID, reason: str
 ) -> None:
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=3)
 
     def lose() -> None:
         if reason == "worker_lost":
-            hand.lose()
+            worker.lose()
         else:
             let_leases_expire(farm)
 
-    assert len(hand.must_claim().frames) == 8
+    assert len(worker.must_claim().frames) == 8
     lose()
     assert {(row.state, row.attempt) for row in frame_rows(farm, job_id).values()} == {("ready", 1)}
     assert sql(farm, "SELECT DISTINCT uncharged FROM frames") == [(1,)]
     deaths = 1
     while job_row(farm, tenant, job_id).status == "running":
         all_due(farm)
-        lease = hand.must_claim()
+        lease = worker.must_claim()
         [frame] = lease.frames
         if frame.ordinal == 5:
             deaths += 1
             lose()
         else:
-            hand.complete(lease)
+            worker.complete(lease)
     rows = frame_rows(farm, job_id)
     assert [row.state for row in rows.values()].count("succeeded") == 7
     assert rows[5].state == "dead"
@@ -82,12 +82,12 @@ def test_a_lost_batch_charges_nobody_and_a_lost_frame_its_own(
 def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     with transaction(farm.store) as connection:
-        workers.set_state(connection, hand.id, "idle", load_seconds=5.0)
+        workers.set_state(connection, worker.id, "idle", load_seconds=5.0)
     submit(farm, tenant)
-    hand.must_claim()
-    hand.lose()
+    worker.must_claim()
+    worker.lose()
     [row] = sql(
         farm,
         "SELECT extract(epoch FROM not_before - clock_timestamp())::float FROM requeued_frames",
@@ -98,10 +98,10 @@ def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
 def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     job_id = submit(farm, tenant)
-    assert len(hand.must_claim().frames) == 1
-    hand.lose("The child ended: signal 11.", "Fatal Python error: Segmentation fault")
+    assert len(worker.must_claim().frames) == 1
+    worker.lose("The child ended: signal 11.", "Fatal Python error: Segmentation fault")
     told = {"operator": "Fatal Python error: Segmentation fault", "client": None, "viewer": None}
     with serving(farm) as api:
         for role, log in told.items():
@@ -252,15 +252,15 @@ def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) ->
 
 def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.UUID) -> None:
     """Twenty pictures wait for the storage; the next frame takes the process down."""
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=21, bucket=1, max_attempts=1)
     for _ in range(20):
-        lease = hand.must_claim()
+        lease = worker.must_claim()
         with transaction(farm.store) as connection:
-            leases.keep(connection, lease.id)
-    hand.must_claim()
+            leases.mark_spooled(connection, lease.id)
+    worker.must_claim()
     with transaction(farm.store) as connection:
-        lost = leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0)
+        lost = leases.end_child_leases(connection, worker.id, worker.pid, "It ended.", 0.0)
     assert [fence for _, fence in lost if fence is not None] == [(job_id, 20, 1)]
     rows = frame_rows(farm, job_id)
     assert [rows[ordinal].state for ordinal in range(21)] == ["ready"] * 20 + ["dead"]
@@ -269,30 +269,32 @@ def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.
 
 def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) -> None:
     """Given back uncharged, a suspect still gets no neighbours; a retry of the dead clears it."""
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=1)
-    hand.must_claim()
-    hand.lose()
+    worker.must_claim()
+    worker.lose()
     all_due(farm)
-    for lease in [hand.must_claim(), hand.must_claim()]:  # two, which could ride together
-        hand.release(lease)
+    for lease in [worker.must_claim(), worker.must_claim()]:  # two, which could ride together
+        worker.release(lease)
     for _ in range(8):
-        lease = hand.must_claim()
+        lease = worker.must_claim()
         assert len(lease.frames) == 1
-        hand.fail(lease)
+        worker.fail(lease)
     assert job_row(farm, tenant, job_id).status == "failed"
     with transaction(farm.store) as connection:
         assert jobs.retry_job(connection, tenant, job_id) == 8
-    assert len(hand.must_claim().frames) == 8
+    assert len(worker.must_claim().frames) == 8
 
 
 def test_only_what_was_on_the_device_is_suspected(farm: Farm, tenant: uuid.UUID) -> None:
     """What the child stored, or had claimed ahead, had no part in its end."""
     submit(farm, tenant, images_per_prompt=3, bucket=1, max_attempts=1)
-    hand = register_worker(farm)
-    stored, denoised, ahead = [hand.must_claim() for _ in range(3)]
+    worker = register_worker(farm)
+    stored, denoised, ahead = [worker.must_claim() for _ in range(3)]
     with transaction(farm.store) as connection:
-        lost = leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0, "words", denoised.id)
+        lost = leases.end_child_leases(
+            connection, worker.id, worker.pid, "It ended.", 0.0, "words", denoised.id
+        )
     [guilty] = denoised.frames
     assert [fence for _, fence in lost if fence] == [guilty.fence]
     assert state_of(farm, guilty.job_id, guilty.ordinal) == "dead"
@@ -313,15 +315,17 @@ def test_a_frame_that_is_never_suspected_is_charged_in_the_end(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1, max_attempts=2)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     losses = LOST_BESIDE_AT_MOST + 2
     other = submit(farm, tenant, images_per_prompt=losses, bucket=1, priority="bulk")
     for _ in range(losses):
-        lease = hand.must_claim()
+        lease = worker.must_claim()
         assert lease.frames[0].job_id == job_id
-        innocent = hand.must_claim()
+        innocent = worker.must_claim()
         with transaction(farm.store) as connection:
-            leases.lose(connection, hand.id, hand.pid, "It ended.", 0.0, None, innocent.id)
+            leases.end_child_leases(
+                connection, worker.id, worker.pid, "It ended.", 0.0, None, innocent.id
+            )
         sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp()")
         sql(farm, "UPDATE workers SET failing = '{}', trips = 0, tripped_until = NULL")
     assert state_of(farm, job_id) == "dead"
@@ -334,16 +338,16 @@ def test_a_child_is_judged_by_what_is_on_its_device(
 ) -> None:
     """What waits for the storage is looked after, however long a batch hangs beside it."""
     submit(farm, tenant, images_per_prompt=2, bucket=1)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     with subprocess.Popen(["sleep", "60"]) as child:
-        hand = replace(hand, pid=child.pid)
-        old, fresh = hand.must_claim(), hand.must_claim()
+        worker = replace(worker, pid=child.pid)
+        old, fresh = worker.must_claim(), worker.must_claim()
         ago = "clock_timestamp() - interval '1 hour'"
         sql(farm, f"UPDATE leases SET stepped_at = {ago} WHERE id = :id", id=old.id)
-        scratch = Scratch(farm.settings.scratch_dir, hand.id)
+        scratch = Scratch(farm.settings.scratch_dir, worker.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(child.pid, old.id if hangs else fresh.id)
-        WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)._beat()
+        WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)._beat()
         if not hangs:
             assert child.poll() is None
             child.kill()
@@ -353,17 +357,17 @@ def test_a_child_is_judged_by_what_is_on_its_device(
 def test_a_process_that_has_a_childs_number_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
     """The number of a child that ended is another program's now; its lease is given back."""
     job_id = submit(farm, tenant)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     argv = ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
     innocent = int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
     try:
-        lease = replace(hand, pid=innocent).must_claim()
+        lease = replace(worker, pid=innocent).must_claim()
         ago = "clock_timestamp() - interval '1 hour'"
         sql(farm, f"UPDATE leases SET stepped_at = {ago} WHERE id = :id", id=lease.id)
-        scratch = Scratch(farm.settings.scratch_dir, hand.id)
+        scratch = Scratch(farm.settings.scratch_dir, worker.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(innocent, lease.id)
-        heart = WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)
+        heart = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
         heart._beat()
         heart._beat()
         assert attempts_of(farm, job_id) == [(1, "worker_lost")]
@@ -377,15 +381,15 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
 ) -> None:
     """It hung while Postgres was away: no lease is left by which the watchdog could see it."""
     submit(farm, tenant)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     farm.settings.step_timeout_seconds = 0.2
     with subprocess.Popen(["sleep", "60"]) as child:
-        hand = replace(hand, pid=child.pid)
-        lease = hand.must_claim()
-        scratch = Scratch(farm.settings.scratch_dir, hand.id)
+        worker = replace(worker, pid=child.pid)
+        lease = worker.must_claim()
+        scratch = Scratch(farm.settings.scratch_dir, worker.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(child.pid, lease.id if lost else None)
-        heart = WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)
+        heart = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
         let_leases_expire(farm)
         heart._beat()
         assert child.poll() is None  # it may still see for itself
@@ -410,12 +414,12 @@ def test_how_a_child_ended_is_waited_for_a_moment(
 ) -> None:
     """The heart may miss the child before Celery does; where nothing is said, it goes on."""
     job_id = submit(farm, tenant)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     with subprocess.Popen(["true"]) as child:
         child.wait(30)
-    replace(hand, pid=child.pid).must_claim()
-    scratch = Scratch(farm.settings.scratch_dir, hand.id)
-    heart = WorkerSupervisor(farm, Identity(hand.id, "demo", "here", 1), scratch)
+    replace(worker, pid=child.pid).must_claim()
+    scratch = Scratch(farm.settings.scratch_dir, worker.id)
+    heart = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
     heart._beat()
     assert sql(farm, "SELECT FROM attempts WHERE reason IS NOT NULL") == []
     if words is not None:
@@ -437,10 +441,10 @@ def test_to_look_after_a_child_leaves_its_exit_code_to_celery() -> None:
 
 @pytest.mark.parametrize("ends", ["well", "badly", "stopped"])
 def test_nothing_is_on_the_device_after_a_batch_however_it_ended(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, ends: str
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, ends: str
 ) -> None:
     """Else an idle child would be taken for one that stays at a lost batch."""
-    scratch = Scratch(farm.settings.scratch_dir, line._identity.id)
+    scratch = Scratch(farm.settings.scratch_dir, loop._identity.id)
     seen: list[uuid.UUID | None] = []
 
     def disturb(_frames: object, _step: int) -> None:
@@ -454,10 +458,10 @@ def test_nothing_is_on_the_device_after_a_batch_however_it_ended(
     submit(farm, tenant, pipeline="noise", max_attempts=1)
     with scratch.held():
         if ends == "stopped":
-            lease = line._claims.now()
+            lease = loop._claims.claim_now()
             assert lease is not None
-            line._render(lease)
+            loop._render(lease)
         else:
-            line.run()
+            loop.run()
         assert seen[0] not in (None, NO_LEASE)
         assert scratch.held_by(os.getpid()) == NO_LEASE

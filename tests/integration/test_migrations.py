@@ -34,8 +34,9 @@ from farm.store import events, lanes, migrate, queries, workers
 from farm.store.engine import transaction
 from farm.store.migrate import FOLDER, SchemaRefused, Stage, Upgrade
 from farm.store.schema import metadata
-from tests.commanding import Outcome, farm_process
-from tests.farming import (
+from tests.support.api_server import listening
+from tests.support.cli_runner import Outcome, farm_process
+from tests.support.store import (
     attempts_of,
     counts_add_up,
     job_row,
@@ -45,8 +46,7 @@ from tests.farming import (
     state_of,
     submit,
 )
-from tests.serving import listening
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 STEP_FILES = sorted((FOLDER / "versions").glob("[0-9]*.py"))
 OURS = [path.name.split("_")[0] for path in STEP_FILES]
@@ -341,12 +341,12 @@ def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UU
     """What a newer version's pre step may do to every table does not disturb this version."""
     for name in metadata.tables:
         sql(farm, f"ALTER TABLE {name} ADD COLUMN later jsonb NOT NULL DEFAULT '[]'")
-    hand, other = register_worker(farm), register_worker(farm, "other")
+    worker, other = register_worker(farm), register_worker(farm, "other")
     succeeding = submit(farm, tenant, images_per_prompt=3, bucket=1)
-    hand.complete(hand.must_claim())
-    hand.fail(hand.must_claim())
-    hand.release(hand.must_claim())
-    hand.must_claim()
+    worker.complete(worker.must_claim())
+    worker.fail(worker.must_claim())
+    worker.release(worker.must_claim())
+    worker.must_claim()
     let_leases_expire(farm)
     jobs.pause(farm, tenant, succeeding)
     jobs.resume(farm, tenant, succeeding)
@@ -354,10 +354,10 @@ def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UU
         other.complete(lease)
     assert job_row(farm, tenant, succeeding).status == "succeeded"
     dying = submit(farm, tenant)
-    hand.fail(hand.must_claim(), retryable=False)
+    worker.fail(worker.must_claim(), retryable=False)
     assert state_of(farm, dying) is FrameState.DEAD
     jobs.retry(farm, tenant, dying)
-    hand.must_claim()
+    worker.must_claim()
     jobs.cancel(farm, tenant, dying)
     assert attempts_of(farm, dying) == [(1, "render_error"), (2, "cancelled")]
     for job_id in (succeeding, dying):
@@ -367,8 +367,8 @@ def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UU
         assert {row.name for row in workers.list_workers(connection)} == {"hand", "other"}
         assert len(queries.list_jobs(connection, tenant, limit=10)) == 2
         assert events.events_of(connection, dying)[-1].kind == "job.cancelled"
-        workers.leave(connection, hand.id)
-        workers.fold(connection, 0.0)
+        workers.leave(connection, worker.id)
+        workers.archive(connection, 0.0)
 
 
 # As processes

@@ -22,9 +22,9 @@ from hypothesis.stateful import invariant, run_state_machine_as_test
 from sqlalchemy import event
 
 from farm.context import Farm
-from tests.farming import new_tenant
 from tests.integration.model.checks import check_database
 from tests.integration.model.workers import WorkersMoves
+from tests.support.store import new_tenant
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "50"))
 

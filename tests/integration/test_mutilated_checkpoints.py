@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from farm.errors import CatalogError
-from tests.bench import CheckpointSandbox, clear
-from tests.drawing import bare, picture
+from tests.support.checkpoint_sandbox import CheckpointSandbox, clear
+from tests.support.drawing import bare, picture
 
 SMALL = 'source = "stable_diffusion"\ndefaults = { width = 64, height = 64 }'
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -24,10 +24,10 @@ from farm.pipelines.families import all_families
 from farm.pipelines.family import Batch
 from farm.pipelines.resolve import resolve_pipeline
 from farm.storage import artifact_key
-from tests.farming import frame_rows, job_row, submit
 from tests.integration.test_api_refusals import check_problem
 from tests.integration.test_child import hire
-from tests.serving import serving
+from tests.support.api_server import serving
+from tests.support.store import frame_rows, job_row, submit
 
 MODULE = '''
 """Gradients: from the colour that the weights hold to one that the job names."""
@@ -132,13 +132,13 @@ def expected(width: int, height: int, grey: int) -> Any:
 
 def test_from_the_catalog_to_a_picture(catalog: Path, added: None) -> None:
     entry = load_catalog(catalog).pipelines["dawn"]
-    offer = resolve_pipeline("dawn", entry)
-    assert offer.family.name == "gradient"
-    params = offer.params({"grey": 200, "height": 8}).model_dump()
+    resolved = resolve_pipeline("dawn", entry)
+    assert resolved.family.name == "gradient"
+    params = resolved.params({"grey": 200, "height": 8}).model_dump()
     frame = FrameSpec(pipeline="dawn", prompt="dawn", seed=1, bucket=2, params=params)
     steps: list[tuple[int, int]] = []
     batch = Batch([frame], lambda *step: steps.append(step))
-    [picture] = offer.family.denoise(offer.family.load(entry), batch)
+    [picture] = resolved.family.denoise(resolved.family.load(entry), batch)
     assert np.abs(np.asarray(picture).astype(int) - expected(24, 8, 200)).max() <= 1
     assert steps == [(1, 2), (2, 2)]
 

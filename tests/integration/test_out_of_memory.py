@@ -15,7 +15,9 @@ from farm.storage import artifact_key
 from farm.store import frames
 from farm.store.engine import transaction
 from farm.store.frames import FailedAttempt
-from tests.farming import (
+from tests.support.api_server import serving
+from tests.support.noise_family import Noise
+from tests.support.store import (
     attempts_of,
     fence,
     frame_rows,
@@ -25,8 +27,6 @@ from tests.farming import (
     sql,
     submit,
 )
-from tests.noise import Noise
-from tests.serving import serving
 from workers.render.loop import RenderLoop
 
 
@@ -44,23 +44,23 @@ class Memory:
             raise MemoryError
 
 
-def run(line: RenderLoop) -> int:
+def run(loop: RenderLoop) -> int:
     """Answer bells until nothing may be claimed; returns how many fresh children that took."""
     children = 0
     while True:
-        line.run()
-        if not line.out_of_memory:
+        loop.run()
+        if not loop.out_of_memory:
             return children
-        line.out_of_memory = False  # as in a fresh child
+        loop.out_of_memory = False  # as in a fresh child
         children += 1
 
 
 def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=10, max_attempts=1)
     noise.disturb = memory = Memory(room=2)
-    assert run(line) == 1
+    assert run(loop) == 1
     assert (memory.buckets[0], set(memory.buckets[1:])) == (4, {2})
     assert len(memory.buckets) <= 7  # the first frame is claimed when another one has succeeded
     assert job_row(farm, tenant, job_id).status == "succeeded"
@@ -77,21 +77,21 @@ def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
 
 
 def test_it_is_halved_until_it_fits(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, max_attempts=1)
     noise.disturb = memory = Memory(room=1)
-    assert run(line) == 2
+    assert run(loop) == 2
     assert memory.buckets == [4, 2] + [1] * 8
     assert job_row(farm, tenant, job_id).status == "succeeded"
 
 
 def test_a_job_that_is_claimed_whole_is_halved_too(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=4, max_attempts=1)
     noise.disturb = memory = Memory(room=1)
-    assert run(line) == 2
+    assert run(loop) == 2
     assert memory.buckets == [4, 2, 1, 1, 1, 1]
     assert job_row(farm, tenant, job_id).status == "succeeded"
 
@@ -115,33 +115,33 @@ def test_a_late_failure_halves_nothing(farm: Farm, tenant: uuid.UUID) -> None:
 
 
 def test_a_bucket_that_was_asked_for_stays(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2, bucket=4, max_attempts=2)
     noise.disturb = memory = Memory(room=2)
-    run(line)
+    run(loop)
     assert set(memory.buckets) == {4}
     assert job_row(farm, tenant, job_id).status == "failed"
     assert attempts_of(farm, job_id) == [(attempt, "out_of_memory") for attempt in (1, 2, 3)]
 
 
 def test_where_not_even_one_fits_the_frame_is_dead(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", max_attempts=2)
     noise.disturb = Memory(room=0)
-    run(line)
+    run(loop)
     assert job_row(farm, tenant, job_id).status == "failed"
     assert attempts_of(farm, job_id) == [(attempt, "out_of_memory") for attempt in (1, 2)]
 
 
 def test_two_workers_that_run_out_at_once_halve_it_once(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12)
-    second = RenderLoop(farm, line._identity, line._offer, line._loaded)
+    second = RenderLoop(farm, loop._identity, loop._resolved, loop._loaded)
     second._claims._unsure = False
-    second._claims.doubt = lambda: None  # type: ignore[method-assign] # what the first one holds
+    second._claims.mark_uncertain = lambda: None  # type: ignore[method-assign] # what the first one holds
     met: list[int] = []
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
@@ -152,7 +152,7 @@ def test_two_workers_that_run_out_at_once_halve_it_once(
             raise MemoryError
 
     noise.disturb = disturb
-    run(line)
+    run(loop)
     second.close()
     assert len(met) == 2
     assert job_row(farm, tenant, job_id).status == "succeeded"
@@ -160,12 +160,12 @@ def test_two_workers_that_run_out_at_once_halve_it_once(
 
 
 def test_the_line_asks_for_a_fresh_process(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     submit(farm, tenant, pipeline="noise", images_per_prompt=12)
     noise.disturb = memory = Memory(room=2)
-    line.run()
-    assert line.out_of_memory
+    loop.run()
+    assert loop.out_of_memory
     assert memory.buckets == [4]  # nothing more was claimed by this process
     assert sql(farm, "SELECT count(*) FROM leases WHERE pid = :pid", pid=os.getpid())[0][0] == 0
 

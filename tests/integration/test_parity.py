@@ -22,11 +22,12 @@ from farm.context import Farm, open_farm
 from farm.imaging.encoding import read
 from farm.local import Servers
 from farm.pipelines.runtime.devices import torch_threads
-from tests.bare import DiffusersReference, Picture, frames_of
-from tests.checkpoints import save
 from tests.conftest import settings_on
-from tests.databases import Databases
-from tests.parity_cases import (
+from tests.support.api_server import serving
+from tests.support.checkpoints import save
+from tests.support.databases import Databases
+from tests.support.diffusers_reference import DiffusersReference, Picture, frames_of
+from tests.support.parity_cases import (
     CASES,
     CATALOG,
     CHECKPOINTS,
@@ -37,8 +38,7 @@ from tests.parity_cases import (
     knob_pairs,
     mixtures,
 )
-from tests.rendering import render_line
-from tests.serving import serving
+from tests.support.render_loops import render_line
 from workers.render.loop import RenderLoop
 
 pytestmark = [
@@ -224,7 +224,7 @@ def test_what_the_safety_checker_flags_is_dead_and_has_no_picture(
 ) -> None:
     expected = studio.bare.pictures("guarded", case.job)
     flagged = [ordinal for ordinal, picture in enumerate(expected) if picture is None]
-    assert 2 <= len(flagged) <= 6, "tests/checkpoints.py: about half should be flagged"
+    assert 2 <= len(flagged) <= 6, "tests/support/checkpoints.py: about half should be flagged"
     job = studio.job(studio.rendered(case))
     assert job["status"] == "partial"
     assert job["counts"]["dead"] == len(flagged)

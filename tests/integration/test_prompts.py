@@ -12,7 +12,7 @@ from PIL import Image
 
 from farm.errors import RenderError
 from farm.pipelines.prompts.embeddings import PromptEncoder, Reading
-from tests.checkpoints import MAKERS
+from tests.support.checkpoints import MAKERS
 from workers.render.control_images import BatchImages, ImageCache
 
 PROMPTS = ["a red star", "نجمة حمراء", "a red star", "🌟 on blue"]

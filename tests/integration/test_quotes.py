@@ -16,10 +16,10 @@ from farm.store import frames, workers
 from farm.store.engine import transaction
 from farm.store.frames import CompletedFrame
 from farm.store.workers import Account
-from tests.commanding import farm as command
-from tests.farming import FakeWorker, register_worker, sql
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import Api, serving
+from tests.support.api_server import Api, serving
+from tests.support.cli_runner import farm as command
+from tests.support.store import FakeWorker, register_worker, sql
 
 JOB: dict[str, Any] = {"pipeline": "demo", "prompts": ["a red star"], "steps": 2, "bucket": 4}
 
@@ -37,16 +37,16 @@ def quote(client: httpx.Client, **fields: Any) -> dict[str, Any]:
     return found
 
 
-def render(hand: FakeWorker, seconds: float, size: int) -> None:
+def render(worker: FakeWorker, seconds: float, size: int) -> None:
     """Render all that waits, each batch in so many seconds, each picture of so many bytes."""
-    while lease := hand.claim():
+    while lease := worker.claim():
         done = [
             CompletedFrame(frame.fence, bytes(32), size, slot)
             for slot, frame in enumerate(lease.frames)
         ]
-        with transaction(hand.farm.store) as connection:
+        with transaction(worker.farm.store) as connection:
             account = Account(denoise_seconds=seconds)
-            frames.finish(connection, [lease.id], done, hand.id, account)
+            frames.complete_batches(connection, [lease.id], done, worker.id, account)
 
 
 def test_what_was_never_measured_is_not_known(api: Api) -> None:
@@ -61,11 +61,11 @@ def test_what_was_never_measured_is_not_known(api: Api) -> None:
 
 
 def test_a_quote_follows_from_frames_that_are_alike(farm: Farm, api: Api) -> None:
-    ann, hand = api.client(), register_worker(farm)
+    ann, worker = api.client(), register_worker(farm)
     with transaction(farm.store) as connection:
-        workers.set_state(connection, hand.id, "idle")
+        workers.set_state(connection, worker.id, "idle")
     api.submit(ann, **JOB, images_per_prompt=8)
-    render(hand, seconds=2.0, size=1000)
+    render(worker, seconds=2.0, size=1000)
     api.submit(ann, **JOB, images_per_prompt=5)  # waits before it
     found = quote(ann, images_per_prompt=100)
     assert found["seconds_per_frame"] == pytest.approx(0.5)
@@ -91,10 +91,10 @@ def test_a_batch_of_several_jobs_is_shared_out(farm: Farm, api: Api) -> None:
 
 
 def test_a_grid_is_quoted_run_by_run(farm: Farm, api: Api) -> None:
-    ann, hand = api.client(), register_worker(farm)
+    ann, worker = api.client(), register_worker(farm)
     for steps, seconds in ((2, 1.0), (3, 3.0)):
         api.submit(ann, **{**JOB, "steps": steps}, images_per_prompt=4)
-        render(hand, seconds=seconds, size=10 * steps)
+        render(worker, seconds=seconds, size=10 * steps)
     job = {name: value for name, value in JOB.items() if name != "steps"}
     response = ann.post(
         "/v1/jobs?dry_run=true", json={**job, "grid": {"steps": [2, 3]}, "images_per_prompt": 8}

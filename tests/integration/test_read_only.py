@@ -15,11 +15,11 @@ from farm.context import Farm
 from farm.errors import Unavailable
 from farm.store.engine import require_writes, transaction
 from farm.store.leadership import leadership
-from tests.farming import attempts_of, job_row, sql, submit
 from tests.integration.noise_jobs import at_step, submit_noise
-from tests.noise import Noise
-from tests.serving import serving
-from tests.waiting import wait_until
+from tests.support.api_server import serving
+from tests.support.noise_family import Noise
+from tests.support.store import attempts_of, job_row, sql, submit
+from tests.support.waiting import wait_until
 from workers.render.loop import RenderLoop
 
 OTHERS_LEAVE = (
@@ -88,7 +88,7 @@ def test_readiness_says_no_while_it_lasts(farm: Farm) -> None:
 
 
 def test_a_batch_in_hand_is_stored_once_it_takes_writes_again(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
     begun, rendered = threading.Event(), threading.Event()
@@ -98,12 +98,12 @@ def test_a_batch_in_hand_is_stored_once_it_takes_writes_again(
         assert rendered.wait(60)
 
     noise.disturb = at_step(5, wait)
-    thread = threading.Thread(target=line.run)
+    thread = threading.Thread(target=loop.run)
     thread.start()
     assert begun.wait(60)
     with read_only(farm):
         rendered.set()
-        wait_until(lambda: line._tail.busy, 60, "the batch is at its end")
+        wait_until(lambda: loop._finisher.busy, 60, "the batch is at its end")
         with pytest.raises(Unavailable):
             require_writes(farm.store)
     thread.join(60)

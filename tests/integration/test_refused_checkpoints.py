@@ -14,7 +14,7 @@ import pytest
 
 from farm.errors import CatalogError
 from farm.pipelines.resolve import resolve_pipeline
-from tests.bench import RUN, SAFE, CheckpointSandbox, clear
+from tests.support.checkpoint_sandbox import RUN, SAFE, CheckpointSandbox, clear
 
 UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
 ENCODER = "text_encoder/model"

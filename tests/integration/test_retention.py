@@ -27,7 +27,8 @@ from farm.storage import ArtifactName, Artifacts, artifact_key, job_prefix, pars
 from farm.store import control_images, retention
 from farm.store.engine import transaction
 from farm.store.leadership import leadership
-from tests.farming import (
+from tests.support.api_server import JOB, render, serving
+from tests.support.store import (
     attempts_of,
     fence,
     job_row,
@@ -37,8 +38,7 @@ from tests.farming import (
     state_of,
     submit,
 )
-from tests.serving import JOB, render, serving
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageWork
 
@@ -60,8 +60,8 @@ def work(farm: Farm) -> StorageWork:
 
 def rendered(farm: Farm, tenant: uuid.UUID, images: int = 3, **fields: object) -> uuid.UUID:
     job_id = submit(farm, tenant, images_per_prompt=images, bucket=images, **fields)
-    hand = register_worker(farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(farm)
+    render(worker, worker.must_claim())
     return job_id
 
 
@@ -152,8 +152,8 @@ def test_a_removed_job_is_unknown_to_the_api(farm: Farm) -> None:
             client.post("/v1/jobs", json=JOB, headers={"Idempotency-Key": "once"}).json()["id"]
             for _ in range(2)
         ]
-        hand = register_worker(farm)
-        render(hand, hand.must_claim())
+        worker = register_worker(farm)
+        render(worker, worker.must_claim())
         other = api.submit(client)["id"]
         job_id = answers[0]
         grow_old(farm, uuid.UUID(job_id))
@@ -187,8 +187,8 @@ def test_only_what_has_ended_long_enough_is_removed(farm: Farm, tenant: uuid.UUI
 
 def test_a_job_that_is_being_retried_is_not_removed(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, max_attempts=1)
-    hand = register_worker(farm)
-    hand.fail(hand.must_claim())
+    worker = register_worker(farm)
+    worker.fail(worker.must_claim())
     grow_old(farm, job_id)
     with transaction(farm.store) as connection:
         connection.execute(text("SELECT FROM jobs FOR UPDATE"))
@@ -201,10 +201,10 @@ def test_a_job_that_is_being_retried_is_not_removed(farm: Farm, tenant: uuid.UUI
 
 def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=1)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
-    hand.fail(lease, fences=[fence(frame) for frame in lease.frames[:3]])
-    hand.complete(lease, [fence(frame) for frame in lease.frames[3:]])
+    worker = register_worker(farm)
+    lease = worker.must_claim()
+    worker.fail(lease, fences=[fence(frame) for frame in lease.frames[:3]])
+    worker.complete(lease, [fence(frame) for frame in lease.frames[3:]])
     sql(
         farm,
         "INSERT INTO perceptual_hashes SELECT :job_id, ordinal, 0 FROM frames"
@@ -271,17 +271,17 @@ def test_only_what_no_frame_will_ever_name_is_deleted(
 ) -> None:
     done = rendered(farm, tenant, 1)
     named = keys_of(farm, tenant, done)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     dead = submit(farm, tenant, max_attempts=1)
-    hand.fail(hand.must_claim())
+    worker.fail(worker.must_claim())
     cancelled = submit(farm, tenant)
-    hand.must_claim()
+    worker.must_claim()
     jobs.cancel(farm, tenant, cancelled)
     ready = submit(farm, tenant)
-    hand.must_claim()
+    worker.must_claim()
     let_leases_expire(farm)
     running = submit(farm, tenant, priority="interactive")
-    hand.must_claim()
+    worker.must_claim()
     waiting = submit(farm, tenant)
     gone = uuid.uuid4()
     states = [state_of(farm, job_id) for job_id in (done, dead, cancelled, ready, running, waiting)]
@@ -318,7 +318,7 @@ def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
     farm: Farm, tenant: uuid.UUID, work: StorageWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("farm.storage.PAGE_KEYS", 2)
-    monkeypatch.setattr("workers.janitor.storage_cleaner.DELETED_AT_ONCE", 1)
+    monkeypatch.setattr("workers.janitor.storage_cleaner.DELETIONS_PER_CALL", 1)
     gone = uuid.uuid4()
     keys = [put(farm, tenant, gone, ordinal, LATE) for ordinal in range(5)]
     for name in ("0-a", "0-b"):  # no artifacts, and first by key

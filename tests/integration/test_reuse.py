@@ -14,7 +14,8 @@ from farm.store import frames, workers
 from farm.store.engine import transaction
 from farm.store.frames import CompletedFrame
 from farm.store.reuse import find_renders
-from tests.farming import (
+from tests.support.noise_family import Noise
+from tests.support.store import (
     frame_rows,
     job_row,
     let_leases_expire,
@@ -23,8 +24,7 @@ from tests.farming import (
     sql,
     submit,
 )
-from tests.noise import Noise
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 from workers.render.loop import RenderLoop
 
 JOB: dict[str, Any] = {"pipeline": "noise", "images_per_prompt": 6, "seed": 1, "reuse": True}
@@ -42,13 +42,13 @@ def watching() -> list[threading.Thread]:
 
 
 def test_a_repeated_job_renders_nothing(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     rendered = len(noise.batches)
     again = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     assert len(noise.batches) == rendered
     job = job_row(farm, tenant, again)
     assert (job.status, job.succeeded, job.reused) == ("succeeded", 6, 6)
@@ -62,13 +62,13 @@ def test_a_repeated_job_renders_nothing(
 
 
 def test_only_what_is_new_is_rendered(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     noise.batches.clear()
     more = submit(farm, tenant, **{**JOB, "images_per_prompt": 8, "seed": 3})
-    line.run()
+    loop.run()
     seeds = {frame.seed for batch in noise.batches for frame in batch}
     assert seeds == {7, 8, 9, 10}
     assert job_row(farm, tenant, more).reused == 4
@@ -79,26 +79,26 @@ def test_only_what_is_new_is_rendered(
     "other", [{"reuse": False}, {"bucket": 2}, {"negative_prompt": "blurred"}, {"format": "webp"}]
 )
 def test_what_would_not_be_the_same_is_rendered(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, other: dict[str, Any]
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, other: dict[str, Any]
 ) -> None:
     submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     noise.batches.clear()
     job_id = submit(farm, tenant, **{**JOB, **other})
-    line.run()
+    loop.run()
     assert noise.batches
     assert job_row(farm, tenant, job_id).reused == 0
 
 
 def test_another_tenant_does_not_profit(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     noise.batches.clear()
     other = new_tenant(farm, "other")
     job_id = submit(farm, other, **JOB)
-    line.run()
+    loop.run()
     assert noise.batches
     assert job_row(farm, other, job_id).reused == 0
     digests = [
@@ -112,31 +112,31 @@ def test_another_tenant_does_not_profit(
 
 
 def test_a_picture_that_is_gone_from_the_storage_is_rendered(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     row = frame_rows(farm, first)[2]
     farm.artifacts.delete(artifact_key(tenant, first, 2, row.sha256))
     noise.batches.clear()
     again = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     assert {frame.seed for batch in noise.batches for frame in batch} == {3}
     assert job_row(farm, tenant, again).reused == 5
     third = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, third).reused == 6  # it is known by its newest place
 
 
 def test_a_removed_job_s_pictures_are_not_used(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     first = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     sql(farm, "UPDATE jobs SET removed_at = clock_timestamp() WHERE id = :id", id=first)
     noise.batches.clear()
     again = submit(farm, tenant, **JOB)
-    line.run()
+    loop.run()
     assert noise.batches
     assert job_row(farm, tenant, again).status == "succeeded"
 
@@ -163,8 +163,8 @@ def test_a_late_result_says_nothing_of_the_picture_that_won(
 
 def test_a_result_told_twice_is_counted_once(farm: Farm, tenant: uuid.UUID, noise: Noise) -> None:
     job_id = submit(farm, tenant, **{**JOB, "images_per_prompt": 1})
-    hand = register_worker(farm, "hand", "noise")
-    lease = hand.claim("noise")
+    worker = register_worker(farm, "hand", "noise")
+    lease = worker.claim("noise")
     assert lease is not None
     done = [CompletedFrame(lease.frames[0].fence, b"a" * 32, 9, 0, b"d" * 32, reused=True)]
     for _ in range(2):

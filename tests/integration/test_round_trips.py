@@ -13,8 +13,8 @@ from sqlalchemy import make_url
 from farm.context import Farm
 from farm.store.engine import open_store
 from tests.chaos.proxy import Connection, Fault, Proxies
-from tests.farming import job_row, new_tenant, submit
-from tests.noise import Noise
+from tests.support.noise_family import Noise
+from tests.support.store import job_row, new_tenant, submit
 from workers.render.loop import RenderLoop
 
 MOST = 3.0
@@ -60,7 +60,7 @@ def test_a_batch_costs_at_most_three(
     tenant: uuid.UUID,
     noise: Noise,
     counted: Counted,
-    line: RenderLoop,
+    loop: RenderLoop,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(farm.settings, "progress_seconds", 60.0)  # touches go by time, not by batch
@@ -74,7 +74,7 @@ def test_a_batch_costs_at_most_three(
             for _ in range(2)
         ]
         before = len(counted.requests)
-        line.run()
+        loop.run()
         for owner, job_id in jobs:
             assert job_row(farm, owner, job_id).status == "succeeded"
         return len(counted.requests) - before

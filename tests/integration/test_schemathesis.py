@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from farm.context import Farm
-from tests.farming import register_worker
-from tests.serving import Api, render, serving
+from tests.support.api_server import Api, render, serving
+from tests.support.store import register_worker
 
 CHECKS = [
     not_a_server_error,
@@ -61,9 +61,9 @@ def test_no_call_fails(api: Api, mode: GenerationMode) -> None:
 def some_job(api: Api) -> str:
     client = api.client()
     job = api.submit(client, images_per_prompt=6, bucket=2, priority="interactive")
-    hand = register_worker(api.farm)
-    render(hand, hand.must_claim())
-    hand.fail(hand.must_claim(), retryable=False)
+    worker = register_worker(api.farm)
+    render(worker, worker.must_claim())
+    worker.fail(worker.must_claim(), retryable=False)
     return str(job["id"])
 
 

@@ -22,7 +22,7 @@ from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.runtime.devices import device_name, even_threads, torch_threads
 from farm.pipelines.runtime.slots import SlotTest
 from farm.rendering.warmup import slot_test
-from tests.checkpoints import save
+from tests.support.checkpoints import save
 
 # diffusers' own samplers hand torch tensors to numpy.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -50,8 +50,8 @@ def pinned(folder: Path, name: str) -> tuple[ResolvedPipeline, LoadedPipeline]:
     else:
         entry = Pipeline(source=name, device="cpu")
         entry.place(folder)
-    offer = resolve_pipeline(name, entry)
-    return offer, offer.family.load(entry)
+    resolved = resolve_pipeline(name, entry)
+    return resolved, resolved.family.load(entry)
 
 
 @pytest.fixture
@@ -60,10 +60,12 @@ def threads_restored() -> Iterator[None]:
         yield
 
 
-def frame(offer: ResolvedPipeline, size: tuple[int, int], bucket: int, seed: int = 5) -> FrameSpec:
-    params = offer.params({"width": size[0], "height": size[1], "steps": STEPS})
+def frame(
+    resolved: ResolvedPipeline, size: tuple[int, int], bucket: int, seed: int = 5
+) -> FrameSpec:
+    params = resolved.params({"width": size[0], "height": size[1], "steps": STEPS})
     return FrameSpec(
-        pipeline=offer.name,
+        pipeline=resolved.name,
         prompt=f"a green ring {seed}",
         seed=seed,
         bucket=bucket,
@@ -72,11 +74,11 @@ def frame(offer: ResolvedPipeline, size: tuple[int, int], bucket: int, seed: int
 
 
 def floats(
-    offer: ResolvedPipeline, loaded: LoadedPipeline, frames: list[FrameSpec]
+    resolved: ResolvedPipeline, loaded: LoadedPipeline, frames: list[FrameSpec]
 ) -> torch.Tensor:
     """Render a batch; gives its pictures before they are rounded."""
     with floats_seen() as seen:
-        offer.family.denoise(loaded, Batch(frames))
+        resolved.family.denoise(loaded, Batch(frames))
     found: torch.Tensor = seen[-1]
     return found
 
@@ -90,14 +92,14 @@ def test_every_slot_gives_the_bits_of_the_first(
     folder: Path, name: str, asked: int, bucket: int, size: tuple[int, int], threads_restored: None
 ) -> None:
     """A frame in all slots, and each frame of a batch in its slot and in the next one."""
-    offer, loaded = pinned(folder, name)
+    resolved, loaded = pinned(folder, name)
     torch.set_num_threads(even_threads(asked))
-    slots = SlotTest(name, offer.family, offer.params_type)
-    frames = [frame(offer, size, bucket, seed) for seed in range(bucket)]
+    slots = SlotTest(name, resolved.family, resolved.params_type)
+    frames = [frame(resolved, size, bucket, seed) for seed in range(bucket)]
     with torch_threads(slots.threads(loaded, frames[0])):
-        alike = floats(offer, loaded, frames[:1] * bucket)
-        mixed = floats(offer, loaded, frames)
-        moved = floats(offer, loaded, [frames[-1], *frames[:-1]])
+        alike = floats(resolved, loaded, frames[:1] * bucket)
+        mixed = floats(resolved, loaded, frames)
+        moved = floats(resolved, loaded, [frames[-1], *frames[:-1]])
     for slot in range(bucket):
         assert torch.equal(alike[slot], mixed[0]), slot
         assert torch.equal(mixed[slot], moved[(slot + 1) % bucket]), slot
@@ -137,37 +139,37 @@ def spoil(monkeypatch: pytest.MonkeyPatch, loaded: LoadedPipeline, needed: int) 
 def test_a_kernel_that_needs_one_thread_gets_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, threads_restored: None
 ) -> None:
-    offer, loaded = pinned(folder, "demo")
+    resolved, loaded = pinned(folder, "demo")
     spoil(monkeypatch, loaded, needed=2)
     torch.set_num_threads(2)
-    slots = SlotTest("demo", offer.family, offer.params_type)
-    assert slots.threads(loaded, frame(offer, (64, 64), 4)) == 1
-    assert slots.threads(loaded, frame(offer, (64, 64), 1)) == 2
-    assert slots.threads_of(frame(offer, (64, 64), 4), 2) == 1
+    slots = SlotTest("demo", resolved.family, resolved.params_type)
+    assert slots.threads(loaded, frame(resolved, (64, 64), 4)) == 1
+    assert slots.threads(loaded, frame(resolved, (64, 64), 1)) == 2
+    assert slots.threads_of(frame(resolved, (64, 64), 4), 2) == 1
 
 
 def test_a_kernel_that_depends_on_the_slot_fails_the_load_and_the_shape(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offer, loaded = pinned(folder, "demo")
+    resolved, loaded = pinned(folder, "demo")
     spoil(monkeypatch, loaded, needed=1)
     with pytest.raises(CatalogError, match="64x64 at bucket 8 to the same bytes"):
-        slot_test(offer, loaded)
-    slots = SlotTest("demo", offer.family, offer.params_type)
+        slot_test(resolved, loaded)
+    slots = SlotTest("demo", resolved.family, resolved.params_type)
     with pytest.raises(RenderError, match="Choose another bucket, such as 1"):
-        slots.threads(loaded, frame(offer, (96, 64), 3))
+        slots.threads(loaded, frame(resolved, (96, 64), 3))
 
 
 def test_a_load_outlives_memory_that_runs_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The farm then halves the bucket, which is tested when it is met."""
-    offer, loaded = pinned(folder, "demo")
+    resolved, loaded = pinned(folder, "demo")
 
     def none_left(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr(loaded.pipe.unet, "forward", none_left)
-        slots = slot_test(offer, loaded)
-    assert slots.threads(loaded, frame(offer, (64, 64), 2)) >= 1
+        slots = slot_test(resolved, loaded)
+    assert slots.threads(loaded, frame(resolved, (64, 64), 2)) >= 1

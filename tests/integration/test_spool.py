@@ -20,8 +20,8 @@ from farm.store.circuit_breaker import THREE_FRAMES
 from farm.store.claim import Lease
 from farm.store.engine import transaction
 from farm.store.leases import LeaseStatus
-from tests.farming import attempts_of, frame_rows, job_row, sql, submit
-from tests.noise import Noise
+from tests.support.noise_family import Noise
+from tests.support.store import attempts_of, frame_rows, job_row, sql, submit
 from workers.render.finishing import MAX_BATCHES
 from workers.render.loop import RenderLoop
 from workers.render.spool import FIRST_SECONDS, MAX_SECONDS, RenderedBatch, Spool
@@ -31,9 +31,9 @@ from workers.render.spool import MAX_BATCHES as MAX_KEPT
 class Outage:
     """The storage is away until it was tried `tries` times with `files` pictures on disk."""
 
-    def __init__(self, farm: Farm, line: RenderLoop, tries: int = 1, files: int = 0) -> None:
+    def __init__(self, farm: Farm, loop: RenderLoop, tries: int = 1, files: int = 0) -> None:
         self.farm, self.here, self.tries, self.files = farm, farm.artifacts, tries, files
-        self.spool = line._tail._spool
+        self.spool = loop._finisher._spool
         self.kept: list[int] = []
         """Files on disk after each try"""
         self.waiting: list[int] = []
@@ -71,11 +71,11 @@ def whole(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
 
 
 def test_what_is_finished_meanwhile_is_stored_when_the_storage_is_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12, max_attempts=1)
-    outage = Outage(farm, line, tries=2, files=12)
-    line.run()
+    outage = Outage(farm, loop, tries=2, files=12)
+    loop.run()
     whole(farm, tenant, job_id)
     assert [len(batch) for batch in noise.batches] == [4, 4, 4]
     assert outage.kept[-2:] == [12, 12]
@@ -93,10 +93,10 @@ def _one_in_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_one_in_the_tail")
 @pytest.mark.parametrize("most_bytes", [1000, 0])  # some three of these pictures, or none
 def test_a_full_spool_holds_the_line_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, most_bytes: int
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, most_bytes: int
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=24)
-    outage = Outage(farm, line, tries=4)
+    outage = Outage(farm, loop, tries=4)
     outage.spool._max_bytes = most_bytes
     in_hand: list[int] = []
 
@@ -104,7 +104,7 @@ def test_a_full_spool_holds_the_line_back(
         in_hand.append(sql(farm, "SELECT count(*) FROM leases WHERE NOT spooled")[0][0])
 
     outage.then = count
-    line.run()
+    loop.run()
     whole(farm, tenant, job_id)
     assert min(in_hand) == 0  # what was claimed ahead is for others meanwhile
     # The one that was kept, and the one that was denoised meanwhile; four more could be claimed.
@@ -113,13 +113,13 @@ def test_a_full_spool_holds_the_line_back(
 
 @pytest.mark.usefixtures("_one_in_the_tail")
 def test_a_disk_that_refuses_holds_the_line_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=24)
-    outage = Outage(farm, line, tries=4)
+    outage = Outage(farm, loop, tries=4)
     outage.spool._folder.parent.parent.mkdir(parents=True, exist_ok=True)
     outage.spool._folder.parent.write_text("a file where the folder should be")
-    line.run()
+    loop.run()
     whole(farm, tenant, job_id)
     assert max(outage.kept) == 0
     assert max(outage.waiting) <= 2
@@ -127,62 +127,62 @@ def test_a_disk_that_refuses_holds_the_line_back(
 
 
 def test_a_kept_batch_that_is_cancelled_is_let_go(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     gone = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
     stays = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
-    outage = Outage(farm, line)
+    outage = Outage(farm, loop)
 
     def disturb(claimed: Sequence[FrameSpec], step: int) -> None:
         if len(noise.batches) == 2 and step == 0:
             jobs.cancel(farm, tenant, gone)
 
     noise.disturb = disturb
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, gone).status == "cancelled"
     whole(farm, tenant, stays)
     assert list(outage.spool._folder.iterdir()) == []
 
 
 def test_a_kept_batch_is_known_of_when_a_claim_s_reply_was_lost(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the child does not know of is given back; what waits in its spool is not."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8)
-    Outage(farm, line)
+    Outage(farm, loop)
 
     def disturb(claimed: Sequence[FrameSpec], step: int) -> None:
-        line._claims.doubt()
+        loop._claims.mark_uncertain()
 
     noise.disturb = disturb
-    line.run()
+    loop.run()
     whole(farm, tenant, job_id)
 
 
 def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(farm, tenant, pipeline="noise", images_per_prompt=4)
-    Outage(farm, line, tries=3)
+    Outage(farm, loop, tries=3)
     touched: list[tuple[int, int]] = []
 
-    def touch(connection: object, lease: uuid.UUID, step: int, steps: int) -> LeaseStatus:
+    def report_step(connection: object, lease: uuid.UUID, step: int, steps: int) -> LeaseStatus:
         touched.append((step, steps))
         return LeaseStatus(wanted=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(leases, "touch", touch)
-        line.run()
+        patch.setattr(leases, "report_step", report_step)
+        loop.run()
     assert touched.count((10, 10)) >= 3  # at every try; the hook's own come in between
 
 
 def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parent must not take a child that stores one batch after another for one that hangs."""
     submit(farm, tenant, pipeline="noise", images_per_prompt=24)
-    Outage(farm, line, tries=1, files=24)
-    put, end = line._tail._put_kept, line._tail._ending.end
+    Outage(farm, loop, tries=1, files=24)
+    put, end = loop._finisher._put_kept, loop._finisher._committer.end
     fresh: list[bool] = []
 
     def put_late(batch: RenderedBatch) -> bool:
@@ -198,9 +198,9 @@ def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
                 fresh.append(still < timedelta(minutes=1))
         end(batches)
 
-    monkeypatch.setattr(line._tail, "_put_kept", put_late)
-    monkeypatch.setattr(line._tail._ending, "end", look)
-    line.run()
+    monkeypatch.setattr(loop._finisher, "_put_kept", put_late)
+    monkeypatch.setattr(loop._finisher._committer, "end", look)
+    loop.run()
     assert len(fresh) == 5
     assert all(fresh)
 
@@ -236,28 +236,28 @@ def test_tries_are_further_and_further_apart(tmp_path: Path) -> None:
 
 
 def test_pictures_that_were_taken_away_are_rendered_again(
-    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, loop: RenderLoop
 ) -> None:
     """Someone empties the folder: the attempt ends like any other that failed."""
     job_id = submit(farm, tenant, pipeline="noise")
-    outage = Outage(farm, line)
+    outage = Outage(farm, loop)
 
     def empty() -> None:
         for path in outage.spool._folder.glob("*.png"):
             path.unlink()
 
     outage.then = empty
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, job_id).status == "succeeded"
     assert attempts_of(farm, job_id) == [(1, "render_error")]
 
 
 def test_all_that_a_worker_holds_is_given_back_at_once(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """As its parent does when its time is up: the child stops, and nobody is charged."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, max_attempts=1)
-    outage = Outage(farm, line, tries=99)
+    outage = Outage(farm, loop, tries=99)
     [worker_id] = sql(farm, "SELECT id FROM workers")[0]
 
     def give_up() -> None:
@@ -266,7 +266,7 @@ def test_all_that_a_worker_holds_is_given_back_at_once(
             sql(farm, "UPDATE workers SET draining = true")
 
     outage.then = give_up
-    line.run()
+    loop.run()
     rows = frame_rows(farm, job_id)
     assert {row.state for row in rows.values()} == {"ready"}
     assert {attempts_of(farm, job_id, ordinal)[0] for ordinal in rows} == {(1, "released")}
@@ -275,7 +275,7 @@ def test_all_that_a_worker_holds_is_given_back_at_once(
 
 
 def test_a_storage_that_refuses_this_worker_is_left_to_others(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its clock or its credentials are wrong: waiting would not help, and no frame is to blame."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1, max_attempts=1)
@@ -283,7 +283,7 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
     with monkeypatch.context() as wrong:
         wrong.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         wrong.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the right one
-        line.run()
+        loop.run()
     farm.artifacts.close()
     # Those that were denoised before the storage had refused three are refused too.
     assert THREE_FRAMES <= len(noise.batches) <= THREE_FRAMES + MAX_BATCHES + 1
@@ -291,17 +291,17 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
     assert sql(farm, "SELECT DISTINCT attempt - uncharged FROM frames") == [(0,)]
     farm.artifacts = here
     sql(farm, "UPDATE workers SET tripped_until = clock_timestamp()")
-    line.run()
+    loop.run()
     assert job_row(farm, tenant, job_id).status == "succeeded"
 
 
 def test_a_kept_batch_that_the_database_refuses_is_not_kept_for_ever(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2, max_attempts=1)
-    outage = Outage(farm, line)
+    outage = Outage(farm, loop)
     sql(farm, "ALTER TABLE frames ADD CHECK (bytes < 10)")
-    line.run()
+    loop.run()
     assert len(outage.spool) == 0
     assert job_row(farm, tenant, job_id).status == "failed"
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0

@@ -37,9 +37,9 @@ def frame(seed: int = 1, bucket: int = 4, prompt: str = "a red star", **params: 
 
 
 def render(
-    loaded: LoadedPipeline, *frames: FrameSpec, offer: ResolvedPipeline = OFFER
+    loaded: LoadedPipeline, *frames: FrameSpec, resolved: ResolvedPipeline = OFFER
 ) -> list[Any]:
-    pictures = offer.family.denoise(loaded, Batch(frames))
+    pictures = resolved.family.denoise(loaded, Batch(frames))
     return [np.asarray(picture) for picture in pictures]
 
 

@@ -14,7 +14,7 @@ from farm.local import StackError
 from farm.local.child import Program, Stage
 from farm.local.processes import MARK, leftovers
 from farm.local.supervisor import Supervisor
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 Script = Callable[..., Program]
 WAIT_SECONDS = 20

@@ -14,17 +14,17 @@ from farm.config import Settings
 from farm.context import Farm
 from farm.store import keys, tenants
 from farm.store.engine import transaction
-from tests.commanding import Outcome
-from tests.commanding import farm as command
-from tests.farming import register_worker, sql
 from tests.integration.test_api_images import file, send
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import Api, render, serving
+from tests.support.api_server import Api, render, serving
+from tests.support.cli_runner import Outcome
+from tests.support.cli_runner import farm as command
+from tests.support.store import register_worker, sql
 from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageWork
 
-OWNING = ("keys", "jobs", "exports", "inputs", "images", "destinations", "shares", "events")
+OWNING = ("keys", "jobs", "exports", "inputs", "control_images", "destinations", "shares", "events")
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ def settle(api: Api, name: str) -> httpx.Client:
     source = client.post("/v1/inputs", content=content).json()["id"]
     body = {"pipeline": "demo", "steps": 2, "bucket": 2}
     done = client.post("/v1/jobs", json={**body, "input": source}).json()["id"]
-    hand = register_worker(api.farm)
-    render(hand, hand.must_claim())
+    worker = register_worker(api.farm)
+    render(worker, worker.must_claim())
     client.post(f"/v1/jobs/{done}/exports", json={"to": "webdataset"})
     Exporter(api.farm, "exporter").answer()
     running = api.submit(client, images_per_prompt=2, bucket=2)
-    assert {str(frame.job_id) for frame in hand.must_claim().frames} == {running["id"]}
+    assert {str(frame.job_id) for frame in worker.must_claim().frames} == {running["id"]}
     paused = api.submit(client, images_per_prompt=4, bucket=2)
     client.post(f"/v1/jobs/{paused['id']}/pause")
     api.bare(Origin=api.url).post("/login", data={"key": api.key(name)})
@@ -192,8 +192,8 @@ def test_actions_are_recorded_with_who_what_and_why(farm: Farm, api: Api) -> Non
     asked = {"tenant": "ann", "dest": "s3://datasets/ann", "why": "ticket 7"}
     for _ in range(2):
         assert operator.post("/v1/destinations", json=asked).status_code == 201
-    hand = register_worker(farm, "hand")
-    assert operator.post(f"/v1/workers/{hand.id}/drain").status_code == 202
+    worker = register_worker(farm, "hand")
+    assert operator.post(f"/v1/workers/{worker.id}/drain").status_code == 202
     newest = operator.get("/v1/actions", params={"limit": 2}).json()
     oldest = operator.get("/v1/actions", params={"after": newest["next"]}).json()
     [drain, *grants] = newest["data"] + oldest["data"]

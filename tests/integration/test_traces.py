@@ -25,11 +25,11 @@ from farm.pipelines.families.null import write_checkpoint
 from farm.store import workers
 from farm.store.engine import transaction
 from farm.tracing import Traces
-from tests.farming import job_row, new_tenant, submit
-from tests.noise import Noise
-from tests.receiving import Received, Receiver, receiving
-from tests.serving import serving
-from tests.waiting import wait_until
+from tests.support.api_server import serving
+from tests.support.noise_family import Noise
+from tests.support.otlp_receiver import Received, Receiver, receiving
+from tests.support.store import job_row, new_tenant, submit
+from tests.support.waiting import wait_until
 from workers.render.identity import Identity
 from workers.render.loop import RenderLoop
 
@@ -85,8 +85,8 @@ def line_of(farm: Farm, pipeline: str) -> RenderLoop:
         workers.register(
             connection, identity.id, name=identity.name, pipeline=pipeline, host="here", pid=1
         )
-    offer = farm.offer(pipeline)
-    return RenderLoop(farm, identity, offer, offer.family.load(offer.pipeline))
+    resolved = farm.resolve(pipeline)
+    return RenderLoop(farm, identity, resolved, resolved.family.load(resolved.pipeline))
 
 
 def test_a_trace_leads_from_the_call_to_the_commit(still: Settings, receiver: Receiver) -> None:
@@ -164,13 +164,13 @@ def test_a_worker_sends_its_last_spans_before_it_ends(still: Settings, receiver:
 
 
 def test_a_batch_of_two_jobs_stands_in_both_traces(
-    farm: Farm, tenant: uuid.UUID, line: RenderLoop, receiver: Receiver
+    farm: Farm, tenant: uuid.UUID, loop: RenderLoop, receiver: Receiver
 ) -> None:
     jobs = {
         submit(farm, tenant, pipeline="noise", bucket=4, images_per_prompt=3): 3,
         submit(farm, new_tenant(farm, "bob"), pipeline="noise", bucket=4): 1,
     }
-    line.run()
+    loop.run()
     leases = set()
     for job_id, frames in jobs.items():
         _, *batch = receiver.await_spans(trace_of(job_id), 6)
@@ -180,10 +180,10 @@ def test_a_batch_of_two_jobs_stands_in_both_traces(
 
 
 def test_spans_are_bounded_by_batches_and_not_by_frames(
-    farm: Farm, tenant: uuid.UUID, line: RenderLoop, receiver: Receiver
+    farm: Farm, tenant: uuid.UUID, loop: RenderLoop, receiver: Receiver
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12)
-    line.run()
+    loop.run()
     farm.close_traces()
     spans = receiver.await_spans(trace_of(job_id), 16)
     assert len(spans) == len(receiver.spans) == 1 + 3 * len(STAGES)
@@ -191,7 +191,7 @@ def test_spans_are_bounded_by_batches_and_not_by_frames(
 
 
 def test_what_failed_is_traced_too(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, receiver: Receiver
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, receiver: Receiver
 ) -> None:
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
         if len(noise.batches) == 1 and step == 5:
@@ -199,7 +199,7 @@ def test_what_failed_is_traced_too(
 
     noise.disturb = disturb
     job_id = submit(farm, tenant, pipeline="noise")
-    line.run()
+    loop.run()
     _, *spans = receiver.await_spans(trace_of(job_id), 8)
     first = [span for span in spans if span.attributes["farm.attempt"] == 1]
     assert [(span.name, span.attributes["farm.succeeded"]) for span in first] == [
@@ -211,7 +211,7 @@ def test_what_failed_is_traced_too(
 
 
 def test_a_job_submitted_twice_has_one_root(
-    farm: Farm, line: RenderLoop, receiver: Receiver
+    farm: Farm, loop: RenderLoop, receiver: Receiver
 ) -> None:
     with serving(farm) as api:
         client = api.client()
@@ -275,7 +275,7 @@ def test_the_endpoint_is_opentelemetrys_own_or_the_farms(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", ["nobody listens", "nobody answers"])
 def test_a_receiver_that_is_away_costs_nothing(
-    farm: Farm, tenant: uuid.UUID, line: RenderLoop, kind: str
+    farm: Farm, tenant: uuid.UUID, loop: RenderLoop, kind: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1] if kind == "nobody answers" else free_port()
@@ -286,7 +286,7 @@ def test_a_receiver_that_is_away_costs_nothing(
         with serving(farm, nowhere) as api:
             job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=40)
             moments.append(time.monotonic())
-            line.run()
+            loop.run()
             moments.append(time.monotonic())
             assert job_row(farm, tenant, job_id).status == "succeeded"
             assert api.submit(api.client())["status"] == "queued"

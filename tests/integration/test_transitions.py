@@ -17,7 +17,7 @@ from farm.store import events
 from farm.store import jobs as stored
 from farm.store.claim import Fence, Lease
 from farm.store.engine import transaction
-from tests.farming import (
+from tests.support.store import (
     FakeWorker,
     attempts_of,
     counts_add_up,
@@ -317,10 +317,10 @@ def test_postgres_settles_a_job_as_the_pure_function_says(
     farm: Farm, tenant: uuid.UUID, succeeded: int, dead: int
 ) -> None:
     job_id = submit(farm, tenant, images_per_prompt=3, bucket=4)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
+    worker = register_worker(farm)
+    lease = worker.must_claim()
     fences = [fence(frame) for frame in lease.frames]
-    hand.complete(lease, fences[:succeeded])
-    hand.fail(lease, retryable=False, fences=fences[succeeded : succeeded + dead])
+    worker.complete(lease, fences[:succeeded])
+    worker.fail(lease, retryable=False, fences=fences[succeeded : succeeded + dead])
     expected = settled(3, succeeded, dead, 0) or JobStatus.RUNNING
     assert job_row(farm, tenant, job_id).status == expected

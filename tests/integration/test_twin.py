@@ -15,8 +15,8 @@ from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import load_catalog
 from farm.pipelines.family import Batch, LoadedPipeline
 from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline, sample
-from tests.checkpoints import save
-from tests.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
+from tests.support.checkpoints import save
+from tests.support.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -40,27 +40,30 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def frames(
-    offer: ResolvedPipeline, seeds: Sequence[int], bucket: int, **asked: Any
+    resolved: ResolvedPipeline, seeds: Sequence[int], bucket: int, **asked: Any
 ) -> list[FrameSpec]:
-    fields = offer.params_type.model_fields
+    fields = resolved.params_type.model_fields
     given = {name: value for name, value in asked.items() if name in fields}
-    params = offer.params({**sample(offer.params_type), **given}).model_dump()
+    params = resolved.params({**sample(resolved.params_type), **given}).model_dump()
     return [
         FrameSpec(
-            pipeline=offer.name, prompt=f"star {seed}", seed=seed, bucket=bucket, params=params
+            pipeline=resolved.name, prompt=f"star {seed}", seed=seed, bucket=bucket, params=params
         )
         for seed in seeds
     ]
 
 
 def pixels(
-    offer: ResolvedPipeline, loaded: LoadedPipeline, some: Sequence[FrameSpec], on_step: Any = None
+    resolved: ResolvedPipeline,
+    loaded: LoadedPipeline,
+    some: Sequence[FrameSpec],
+    on_step: Any = None,
 ) -> Any:
     params = some[0].params
     picture = Image.effect_noise((params["width"], params["height"]), 64).convert("RGB")
-    images = dict.fromkeys(offer.params_type.image_ids(params), picture)
+    images = dict.fromkeys(resolved.params_type.image_ids(params), picture)
     hook = on_step or (lambda _done, _steps: None)
-    drawn = offer.family.denoise(loaded, Batch(some, hook, images))
+    drawn = resolved.family.denoise(loaded, Batch(some, hook, images))
     return [None if one is None else np.asarray(one) for one in drawn]
 
 
@@ -68,9 +71,9 @@ def pixels(
 def test_both_are_as_if_they_ran_alone(
     catalog: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offer = resolve_pipeline(kind, load_catalog(catalog).pipelines[kind])
-    loaded = offer.family.load(offer.pipeline)
-    twin = loaded.twin()
+    resolved = resolve_pipeline(kind, load_catalog(catalog).pipelines[kind])
+    loaded = resolved.family.load(resolved.pipeline)
+    twin = loaded.clone_sharing_weights()
     same = Image.effect_noise((64, 64), 64)
     monkeypatch.setattr(Image, "effect_noise", lambda size, _sigma: same.resize(size))
     own_alone = kind in ("kandinsky", "pixart", "flux")  # they know their own sampler only
@@ -78,16 +81,16 @@ def test_both_are_as_if_they_ran_alone(
     for place, sampler in enumerate(samplers):
         more = {} if sampler is None else {"sampler": sampler}
         few = {"steps": STEPS, "prior_steps": STEPS, "width": 64, "height": 64, **more}
-        bulk = frames(offer, [1, 2, 3], 4, **few)
-        urgent = frames(offer, [9], 1, **{**few, "steps": 4, "guidance_scale": 3.0})
-        alone, urgent_alone = pixels(offer, loaded, bulk), pixels(offer, loaded, urgent)
+        bulk = frames(resolved, [1, 2, 3], 4, **few)
+        urgent = frames(resolved, [9], 1, **{**few, "steps": 4, "guidance_scale": 3.0})
+        alone, urgent_alone = pixels(resolved, loaded, bulk), pixels(resolved, loaded, urgent)
         nested: list[Any] = []
 
         def let_in(step: int, steps: int) -> None:
             if step == 1 + place or step == steps - 1:  # noqa: B023 - called within this turn
-                nested.append(pixels(offer, twin, urgent))  # noqa: B023
+                nested.append(pixels(resolved, twin, urgent))  # noqa: B023
 
-        interrupted = pixels(offer, loaded, bulk, let_in)
+        interrupted = pixels(resolved, loaded, bulk, let_in)
         assert len(nested) == 2
         for pictures, expected in [(interrupted, alone), *((one, urgent_alone) for one in nested)]:
             for one, other in zip(pictures, expected, strict=True):
@@ -98,11 +101,11 @@ def test_both_are_as_if_they_ran_alone(
 
 def test_a_vae_that_a_failed_call_left_widened_is_as_before(catalog: Path) -> None:
     """SDXL decodes in float32, and narrows its VAE only where decoding went well."""
-    offer = resolve_pipeline("sdxl", load_catalog(catalog).pipelines["sdxl"])
-    loaded = offer.family.load(offer.pipeline)
-    twin = loaded.twin()
+    resolved = resolve_pipeline("sdxl", load_catalog(catalog).pipelines["sdxl"])
+    loaded = resolved.family.load(resolved.pipeline)
+    twin = loaded.clone_sharing_weights()
     pinned = loaded.pipe.vae.dtype
     twin.pipe.vae.to(torch.float64)
     assert loaded.pipe.vae.dtype == torch.float64 != pinned  # they share it
-    twin.rest()
+    twin.reset_after_failure()
     assert loaded.pipe.vae.dtype == pinned

@@ -14,8 +14,8 @@ from farm.context import Farm
 from farm.domain.spec import FrameSpec
 from farm.services import jobs
 from farm.store.claim import Lease
-from tests.farming import attempts_of, frame_rows, job_row, sql, submit
-from tests.noise import Noise
+from tests.support.noise_family import Noise
+from tests.support.store import attempts_of, frame_rows, job_row, sql, submit
 from workers.render.claims import Claims
 from workers.render.lease_watch import LeaseWatch
 from workers.render.loop import RenderLoop
@@ -27,8 +27,8 @@ Steps = list[tuple[str, int]]
 class Story:
     """Tells what was denoised when; an interactive job comes at a step of the first batch."""
 
-    def __init__(self, farm: Farm, tenant: uuid.UUID, line: RenderLoop, at: int = 2) -> None:
-        self.farm, self.tenant, self.line, self.at = farm, tenant, line, at
+    def __init__(self, farm: Farm, tenant: uuid.UUID, loop: RenderLoop, at: int = 2) -> None:
+        self.farm, self.tenant, self.line, self.at = farm, tenant, loop, at
         self.steps: Steps = []
         self.urgent: list[uuid.UUID] = []
         self.come = 1
@@ -45,7 +45,7 @@ class Story:
                 self.urgent.append(self.submit("interactive"))
         if prompt == "bulk" and self.steps.count(("urgent", 0)) < len(self.urgent):
             # A step takes its time: long enough to hear the bell, and to claim.
-            wait_for(lambda: self.line._urgent._lease is not None, self.patience)
+            wait_for(lambda: self.line._interactive._lease is not None, self.patience)
         self.also(prompt, step)
 
     def submit(self, priority: str, images: int = 1) -> uuid.UUID:
@@ -73,17 +73,17 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 @pytest.fixture
 def story(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> Story:
     # What comes in the last moments of a batch may be claimed ahead: these steps take no time.
-    monkeypatch.setattr(line._claims, "ahead", lambda *_: None)
-    noise.disturb = told = Story(farm, tenant, line)
+    monkeypatch.setattr(loop._claims, "ahead", lambda *_: None)
+    noise.disturb = told = Story(farm, tenant, loop)
     return told
 
 
-def test_it_waits_for_one_step(story: Story, farm: Farm, line: RenderLoop) -> None:
+def test_it_waits_for_one_step(story: Story, farm: Farm, loop: RenderLoop) -> None:
     bulk = story.submit("bulk", images=8)
-    line.run()
+    loop.run()
     first = [prompt for prompt, _ in story.steps].index("urgent")
     assert story.steps[first - 1] == ("bulk", 2)
     assert story.steps[first : first + 10] == [("urgent", step) for step in range(10)]
@@ -94,25 +94,25 @@ def test_it_waits_for_one_step(story: Story, farm: Farm, line: RenderLoop) -> No
     assert sql(farm, "SELECT succeeded, batches FROM workers") == [(9, 3)]
 
 
-def test_the_bytes_are_those_of_running_alone(story: Story, farm: Farm, line: RenderLoop) -> None:
+def test_the_bytes_are_those_of_running_alone(story: Story, farm: Farm, loop: RenderLoop) -> None:
     def bytes_of(job_id: uuid.UUID) -> list[bytes]:
         return [row.sha256 for _, row in sorted(frame_rows(farm, job_id).items())]
 
     bulk = story.submit("bulk", images=4)
-    line.run()
+    loop.run()
     alone = [story.submit("bulk", images=4), story.submit("interactive")]
-    line.run()
+    loop.run()
     assert [bytes_of(job_id) for job_id in (bulk, *story.urgent)] == [
         bytes_of(job_id) for job_id in alone
     ]
 
 
 def test_several_come_one_after_another_with_a_step_between(
-    story: Story, farm: Farm, line: RenderLoop
+    story: Story, farm: Farm, loop: RenderLoop
 ) -> None:
     story.come = 3
     story.submit("bulk", images=4)
-    line.run()
+    loop.run()
     told = [prompt for prompt, _ in story.steps]
     starts = [place for place, step in enumerate(story.steps) if step == ("urgent", 0)]
     assert len(starts) == 3
@@ -121,30 +121,30 @@ def test_several_come_one_after_another_with_a_step_between(
 
 
 def test_it_is_heard_between_two_batches(
-    story: Story, farm: Farm, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    story: Story, farm: Farm, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next batch may be claimed already: then the line does not look before its end."""
     monkeypatch.setattr(farm.settings, "progress_seconds", 60.0)
-    claims, begin = line._claims, line._begin
-    monkeypatch.setattr(claims, "ahead", lambda *_: Claims.ahead(claims, 0.0, 0.0))
+    claims, begin = loop._claims, loop._begin
+    monkeypatch.setattr(claims, "claim_ahead", lambda *_: Claims.claim_ahead(claims, 0.0, 0.0))
     begun: list[uuid.UUID] = []
 
     def come(lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
         begun.append(lease.id)
         if len(begun) == 2:
             story.urgent.append(story.submit("interactive"))
-            wait_for(line._urgent._told.is_set, 2.0)
+            wait_for(loop._interactive._told.is_set, 2.0)
         return begin(lease)
 
-    monkeypatch.setattr(line, "_begin", come)
+    monkeypatch.setattr(loop, "_begin", come)
     story.at = 99
     story.submit("bulk", images=8)
-    line.run()
+    loop.run()
     second = len(story.steps) - 1 - story.steps[::-1].index(("bulk", 0))
     assert ("urgent", 0) in story.steps[second : second + 3]
 
 
-def test_its_failure_is_its_own(story: Story, farm: Farm, line: RenderLoop) -> None:
+def test_its_failure_is_its_own(story: Story, farm: Farm, loop: RenderLoop) -> None:
     bulk = story.submit("bulk", images=4)
 
     def break_it(prompt: str, step: int) -> None:
@@ -152,13 +152,13 @@ def test_its_failure_is_its_own(story: Story, farm: Farm, line: RenderLoop) -> N
             raise RuntimeError("It broke.")
 
     story.also = break_it
-    line.run()
+    loop.run()
     assert job_row(farm, story.tenant, story.urgent[0]).status == "failed"
     assert job_row(farm, story.tenant, bulk).status == "succeeded"
     assert {row.attempt for row in frame_rows(farm, bulk).values()} == {1}
 
 
-def test_its_cancel_is_its_own(story: Story, farm: Farm, line: RenderLoop) -> None:
+def test_its_cancel_is_its_own(story: Story, farm: Farm, loop: RenderLoop) -> None:
     bulk = story.submit("bulk", images=4)
 
     def cancel_it(prompt: str, step: int) -> None:
@@ -168,14 +168,14 @@ def test_its_cancel_is_its_own(story: Story, farm: Farm, line: RenderLoop) -> No
             threading.Event().wait(0.1 if step > 1 else 0)
 
     story.also = cancel_it
-    line.run()
+    loop.run()
     assert ("urgent", 9) not in story.steps
     assert job_row(farm, story.tenant, story.urgent[0]).status == "cancelled"
     assert job_row(farm, story.tenant, bulk).status == "succeeded"
 
 
 def test_where_there_is_no_memory_it_waits_for_the_batch(
-    story: Story, farm: Farm, line: RenderLoop
+    story: Story, farm: Farm, loop: RenderLoop
 ) -> None:
     story.come, story.patience = 2, 0.1
     bulk = story.submit("bulk", images=4)
@@ -183,13 +183,13 @@ def test_where_there_is_no_memory_it_waits_for_the_batch(
 
     def no_room(prompt: str, step: int) -> None:
         if prompt == "bulk" and ("urgent", 0) in story.steps:
-            held.append(line._urgent._lease is not None)
+            held.append(loop._interactive._lease is not None)
         if prompt == "urgent" and story.steps[-1] != ("bulk", 9) and ("bulk", 9) not in story.steps:
             raise MemoryError
 
     story.also = no_room
-    line.run()
-    assert not line.out_of_memory
+    loop.run()
+    assert not loop.out_of_memory
     assert held
     assert not any(held)  # another worker may have it meanwhile
     told = [prompt for prompt, _ in story.steps]
@@ -200,7 +200,7 @@ def test_where_there_is_no_memory_it_waits_for_the_batch(
         assert {reason for _, reason in attempts_of(farm, job_id)} <= {"released"}
 
 
-def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, line: RenderLoop) -> None:
+def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, loop: RenderLoop) -> None:
     """Nothing could be let in while it is rendered, so it must not stand in the way."""
     story.submit("bulk", images=4)
     normal: list[uuid.UUID] = []
@@ -210,24 +210,24 @@ def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, line: RenderL
             normal.append(story.submit("normal"))
 
     story.at, story.also = 99, come
-    line.run()
+    loop.run()
     told = [prompt for prompt, _ in story.steps]
     assert told == ["bulk"] * 10 + ["normal"] * 10
 
 
 def test_it_can_be_turned_off(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    line._may_interrupt = False
-    noise.disturb = story = Story(farm, tenant, line)
+    loop._may_interrupt = False
+    noise.disturb = story = Story(farm, tenant, loop)
     story.patience = 0.1
     story.submit("bulk", images=4)
-    line.run()
+    loop.run()
     told = [prompt for prompt, _ in story.steps]
     assert told == ["bulk"] * 10 + ["urgent"] * 10
 
 
-def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, line: RenderLoop) -> None:
+def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, loop: RenderLoop) -> None:
     story.submit("bulk", images=4)
 
     def lose(prompt: str, step: int) -> None:
@@ -241,12 +241,12 @@ def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, line: 
                 client.config_set("maxmemory", "0")
 
     story.also = lose
-    line.run()
+    loop.run()
     assert story.steps.index(("urgent", 0)) < story.steps.index(("bulk", 9))
 
 
 def test_the_interrupted_batch_is_seen_to_be_looked_after(
-    story: Story, farm: Farm, line: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    story: Story, farm: Farm, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or its worker would count as hung once it goes on, where the urgent one took its time."""
     monkeypatch.setattr(farm.settings, "progress_seconds", 0.02)
@@ -261,6 +261,6 @@ def test_the_interrupted_batch_is_seen_to_be_looked_after(
             seen.append(sql(farm, query, id=bulk)[0][0])
 
     story.also = look
-    line.run()
+    loop.run()
     assert len(seen) == 10
     assert sorted(set(seen[1:])) == seen[1:]

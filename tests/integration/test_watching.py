@@ -10,8 +10,8 @@ from farm.context import Farm
 from farm.services import jobs
 from farm.store import queries
 from farm.store.engine import transaction
-from tests.farming import FakeWorker, fence, job_row, register_worker, sql, submit
-from tests.serving import serving
+from tests.support.api_server import serving
+from tests.support.store import FakeWorker, fence, job_row, register_worker, sql, submit
 
 
 def later(farm: Farm, job_id: uuid.UUID, seconds: float) -> None:
@@ -25,26 +25,26 @@ def later(farm: Farm, job_id: uuid.UUID, seconds: float) -> None:
     )
 
 
-def render(hand: FakeWorker, batches: int) -> None:
+def render(worker: FakeWorker, batches: int) -> None:
     for _ in range(batches):
-        hand.complete(hand.must_claim())
+        worker.complete(worker.must_claim())
 
 
 def test_bytes_and_failures_are_those_of_the_rows(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=12, bucket=4, max_attempts=2)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
-    hand.fail(lease, fences=[fence(frame) for frame in lease.frames[:2]])
-    hand.complete(lease, [fence(frame) for frame in lease.frames[2:]])
-    hand.release(hand.must_claim())
-    hand.must_claim()
-    hand.lose()
+    worker = register_worker(farm)
+    lease = worker.must_claim()
+    worker.fail(lease, fences=[fence(frame) for frame in lease.frames[:2]])
+    worker.complete(lease, [fence(frame) for frame in lease.frames[2:]])
+    worker.release(worker.must_claim())
+    worker.must_claim()
+    worker.lose()
     sql(farm, "UPDATE requeued_frames SET not_before = clock_timestamp()")
-    while again := hand.claim():
+    while again := worker.claim():
         if 0 in [frame.ordinal for frame in again.frames]:
-            hand.fail(again)
+            worker.fail(again)
         else:
-            hand.complete(again)
+            worker.complete(again)
     job = job_row(farm, tenant, job_id)
     assert job.status == "partial"
     [stored] = sql(farm, "SELECT sum(bytes) FROM frames WHERE job_id = :id", id=job_id)
@@ -61,17 +61,17 @@ def test_bytes_and_failures_are_those_of_the_rows(farm: Farm, tenant: uuid.UUID)
 
 def test_a_late_result_takes_up_nothing(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=2, bucket=2)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
-    hand.complete(lease)
+    worker = register_worker(farm)
+    lease = worker.must_claim()
+    worker.complete(lease)
     before = job_row(farm, tenant, job_id).bytes
-    hand.complete(lease)
+    worker.complete(lease)
     assert job_row(farm, tenant, job_id).bytes == before
 
 
 def test_the_pace_is_that_of_late(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     with serving(farm) as api:
         client = api.client("default")
 
@@ -80,18 +80,18 @@ def test_the_pace_is_that_of_late(farm: Farm, tenant: uuid.UUID) -> None:
             return found["pace"], found["eta_seconds"]
 
         assert seen() == (None, None)
-        hand.must_claim()
+        worker.must_claim()
         assert seen() == (None, None)
         # An hour for the first 32 frames, then 40 frames in 40 seconds, twice.
-        render(hand, 8)
+        render(worker, 8)
         later(farm, job_id, 3600)
         pace, eta = seen()
         assert pace == pytest.approx(32 / 3600, rel=0.01)
         assert eta == pytest.approx(968 * 3600 / 32, rel=0.01)
         for _ in range(2):
-            render(hand, 10)
+            render(worker, 10)
             later(farm, job_id, 40)
-        render(hand, 1)  # the mark is taken with a batch
+        render(worker, 1)  # the mark is taken with a batch
         pace, eta = seen()
         assert pace == pytest.approx(1.1, rel=0.1)
         assert eta == pytest.approx(884 / 1.1, rel=0.1)
@@ -103,10 +103,10 @@ def test_the_pace_is_that_of_late(farm: Farm, tenant: uuid.UUID) -> None:
 def test_a_mark_needs_enough_batches_behind_it(farm: Farm, tenant: uuid.UUID) -> None:
     """One slow batch a minute: a window of half a minute would say nothing, or twice too much."""
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     for _ in range(7):
         later(farm, job_id, 60)
-        render(hand, 1)
+        render(worker, 1)
     row = job_row(farm, tenant, job_id)
     assert row.pace_since_frames == 0
     assert (row.now - row.pace_since).total_seconds() == pytest.approx(360, abs=20)
@@ -114,12 +114,12 @@ def test_a_mark_needs_enough_batches_behind_it(farm: Farm, tenant: uuid.UUID) ->
 
 def test_the_pace_is_told_anew_after_a_pause(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = register_worker(farm)
-    render(hand, 5)
+    worker = register_worker(farm)
+    render(worker, 5)
     jobs.pause(farm, tenant, job_id)
     later(farm, job_id, 3600)
     jobs.resume(farm, tenant, job_id)
-    render(hand, 5)
+    render(worker, 5)
     later(farm, job_id, 10)
     row = job_row(farm, tenant, job_id)
     assert row.succeeded - row.pace_since_frames == 20
@@ -130,12 +130,12 @@ def test_the_pace_of_a_job_that_was_under_way_before_paces_were_told(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
-    hand = register_worker(farm)
-    render(hand, 20)
+    worker = register_worker(farm)
+    render(worker, 20)
     without = "pace_since = NULL, pace_since_frames = 0, pace_next = NULL, pace_next_frames = 0"
     sql(farm, f"UPDATE jobs SET {without}")
     for _ in range(2):
-        render(hand, 10)
+        render(worker, 10)
         later(farm, job_id, 40)
         row = job_row(farm, tenant, job_id)
         seconds = (row.now - row.pace_since).total_seconds()

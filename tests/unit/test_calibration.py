@@ -19,7 +19,7 @@ from farm.pipelines.families import all_families
 from farm.pipelines.families.null import write_checkpoint
 from farm.pipelines.runtime.devices import torch_threads
 from farm.rendering.calibration import Point, best_bucket, buckets, has_stopped_growing
-from tests.commanding import Outcome, farm
+from tests.support.cli_runner import Outcome, farm
 
 
 def point(bucket: int, images_per_second: float, *noise: float) -> Point:

@@ -12,7 +12,7 @@ import pytest
 
 from farm.cli import demo_farm
 from farm.local.ports import free_port
-from tests.commanding import farm
+from tests.support.cli_runner import farm
 
 HEAVY = ("torch", "diffusers", "transformers", "boto3", "celery", "sqlalchemy", "httpx", "PIL")
 

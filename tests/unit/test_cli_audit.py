@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from farm.local.ports import free_port
-from tests.commanding import farm
+from tests.support.cli_runner import farm
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from farm.cli.submit_fields import fields_of, kind_of, lines_of
-from tests.commanding import farm
+from tests.support.cli_runner import farm
 from tests.unit.test_cli_client import Script, handler
 
 

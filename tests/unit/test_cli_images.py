@@ -19,7 +19,7 @@ from farm.cli.commands.images import read_image
 from farm.cli.submit_body import control_word
 from farm.errors import FarmError, InvalidRequest, Unavailable
 from farm.local.ports import free_port
-from tests.commanding import farm
+from tests.support.cli_runner import farm
 from tests.unit.test_cli_client import Script, handler, problem
 
 ID, OTHER = "a1" * 32, "b2" * 32

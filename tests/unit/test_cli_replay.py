@@ -23,8 +23,8 @@ from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import device_name, prepare_torch
 from farm.rendering import replay
 from farm.rendering.environment import library_versions
-from tests.checkpoints import save
-from tests.commanding import Outcome, farm
+from tests.support.checkpoints import save
+from tests.support.cli_runner import Outcome, farm
 
 SIDE = 64
 PARAMS = {"steps": 2, "guidance_scale": 4.0, "sampler": "ddim"}
@@ -58,7 +58,7 @@ def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2, form: Format =
     import torch
 
     torch.set_num_threads(threads)
-    offer = resolve_pipeline("tiny", catalog.pipelines["tiny"])
+    resolved = resolve_pipeline("tiny", catalog.pipelines["tiny"])
     frames = [
         FrameSpec(
             pipeline="tiny",
@@ -70,8 +70,8 @@ def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2, form: Format =
         )
         for prompt, seed in (("a star", 31), ("a moon", 7))[:bucket]
     ]
-    loaded = offer.family.load(offer.pipeline)
-    picture = offer.family.denoise(loaded, Batch(frames))[0]
+    loaded = resolved.family.load(resolved.pipeline)
+    picture = resolved.family.denoise(loaded, Batch(frames))[0]
     assert picture is not None
     return encode(
         picture,
@@ -268,15 +268,15 @@ def test_a_steered_picture_needs_the_image_that_steered_it(
     Image.effect_noise((48, 80), 80).convert("RGB").save(tmp_path / "pose.png")
     steering = normalised((tmp_path / "pose.png").read_bytes(), "image/png", max_pixels=10**6)
     image_id = steering.sha256.hex()
-    offer = resolve_pipeline(
+    resolved = resolve_pipeline(
         "steered", load_catalog(tmp_path / "pipelines.toml").pipelines["steered"]
     )
-    params = offer.params({"steps": 2, "control": [{"image": image_id, "scale": 0.7}]})
+    params = resolved.params({"steps": 2, "control": [{"image": image_id, "scale": 0.7}]})
     prepare_torch(1)
     frame = FrameSpec(pipeline="steered", prompt="a", seed=1, bucket=1, params=params.model_dump())
-    loaded = offer.family.load(offer.pipeline)
+    loaded = resolved.family.load(resolved.pipeline)
     images = {image_id: decoded(steering.content, image_id)}
-    picture = offer.family.denoise(loaded, Batch([frame], images=images))[0]
+    picture = resolved.family.denoise(loaded, Batch([frame], images=images))[0]
     assert picture is not None
     provenance = Provenance(
         frame=frame,

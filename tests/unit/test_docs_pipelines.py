@@ -31,8 +31,8 @@ from farm.pipelines.prompts.compel_syntax import check_compel
 from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.samplers import SAMPLERS
 from farm.services.job_validation import check_job, full_spec
-from tests.commanding import farm
-from tests.documented import CONTROL, EXAMPLE_FAMILY, PAGE, Block, blocks, table_after
+from tests.support.cli_runner import farm
+from tests.support.docs_page import CONTROL, EXAMPLE_FAMILY, PAGE, Block, blocks, table_after
 
 SETTINGS = Settings()
 CONFIGURATION = PAGE.with_name("configuration.md")
@@ -149,13 +149,15 @@ def catalog(checkpoints: Path) -> dict[str, Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def offers(catalog: dict[str, Pipeline]) -> dict[str, ResolvedPipeline]:
+def resolved_pipelines(catalog: dict[str, Pipeline]) -> dict[str, ResolvedPipeline]:
     return {name: resolve_pipeline(name, entry) for name, entry in catalog.items()}
 
 
-def accepted(offers: Mapping[str, ResolvedPipeline], body: Mapping[str, Any]) -> FullSpec:
+def accepted(
+    resolved_pipelines: Mapping[str, ResolvedPipeline], body: Mapping[str, Any]
+) -> FullSpec:
     job = check_job(dict(body), SETTINGS)
-    return full_spec(job, offers[job.pipeline], SETTINGS)
+    return full_spec(job, resolved_pipelines[job.pipeline], SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -181,28 +183,32 @@ def jobs() -> list[Case]:
     ]
 
 
-def test_the_page_has_what_is_checked_here(offers: dict[str, ResolvedPipeline]) -> None:
-    assert {offer.family.name for offer in offers.values()} == set(families.all_families())
+def test_the_page_has_what_is_checked_here(resolved_pipelines: dict[str, ResolvedPipeline]) -> None:
+    assert {resolved.family.name for resolved in resolved_pipelines.values()} == set(
+        families.all_families()
+    )
     assert len(jobs()) > 10
 
 
 def test_the_catalog_s_entries_are_found_to_be_of_their_families(
-    offers: dict[str, ResolvedPipeline],
+    resolved_pipelines: dict[str, ResolvedPipeline],
 ) -> None:
     rows = table_after("<!-- the families -->")
-    found = {name.strip("`"): offers[entry.strip("`")].family.name for name, _, entry in rows}
+    found = {
+        name.strip("`"): resolved_pipelines[entry.strip("`")].family.name for name, _, entry in rows
+    }
     assert found == {name: name for name in families.all_families()}
 
 
 @pytest.mark.parametrize("job", jobs(), ids=str)
 def test_jobs_are_taken_or_refused_as_the_page_says(
-    offers: dict[str, ResolvedPipeline], job: Case
+    resolved_pipelines: dict[str, ResolvedPipeline], job: Case
 ) -> None:
     if job.refused is None:
-        accepted(offers, job.body)
+        accepted(resolved_pipelines, job.body)
         return
     with pytest.raises(InvalidRequest) as caught:
-        accepted(offers, job.body)
+        accepted(resolved_pipelines, job.body)
     assert job.refused["detail"] == job.refused["error"]["message"] == caught.value.message
     assert job.refused["error"]["param"] == caught.value.param
 
@@ -215,7 +221,9 @@ def command_lines() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", command_lines(), ids=" ".join)
 def test_the_command_lines_make_jobs_that_are_taken(
-    offers: dict[str, ResolvedPipeline], monkeypatch: pytest.MonkeyPatch, words: list[str]
+    resolved_pipelines: dict[str, ResolvedPipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
 ) -> None:
     sent: list[dict[str, Any]] = []
 
@@ -226,7 +234,7 @@ def test_the_command_lines_make_jobs_that_are_taken(
     monkeypatch.setattr(submitting, "send", send)
     outcome = farm(*words[1:])
     assert outcome.code == 0, outcome.err
-    accepted(offers, sent[0])
+    accepted(resolved_pipelines, sent[0])
 
 
 def told(field: Field, parent: str) -> list[str]:
@@ -236,9 +244,11 @@ def told(field: Field, parent: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl_refined", "pose", "kandinsky", "pixart"])
-def test_the_tables_of_fields_are_true(offers: dict[str, ResolvedPipeline], name: str) -> None:
+def test_the_tables_of_fields_are_true(
+    resolved_pipelines: dict[str, ResolvedPipeline], name: str
+) -> None:
     parent, expected = "", []
-    for field in fields_of(offers[name].schema()):
+    for field in fields_of(resolved_pipelines[name].schema()):
         expected.append(told(field, f"{parent}." if field.depth else ""))
         parent = parent if field.depth else field.name
     assert [row[:3] for row in table_after(f"<!-- fields of {name} -->")] == expected
@@ -278,17 +288,17 @@ def test_the_family_of_the_example_is_found_by_being_there(
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     families.all_families.cache_clear()
     try:
-        offer = resolve_pipeline("flux", catalog["flux"])
-        assert (offer.family.name, offer.params_type.__name__) == ("flux", "FluxParams")
+        resolved = resolve_pipeline("flux", catalog["flux"])
+        assert (resolved.family.name, resolved.params_type.__name__) == ("flux", "FluxParams")
         body = {"pipeline": "flux", "prompts": ["a red star"], "steps": 4}
-        assert accepted({"flux": offer}, body).point(0).params == {
+        assert accepted({"flux": resolved}, body).point(0).params == {
             "width": 1024,
             "height": 1024,
             "steps": 4,
             "guidance_scale": 3.5,
         }
         with pytest.raises(InvalidRequest, match="width: Input should be a multiple of 16"):
-            accepted({"flux": offer}, {**body, "width": 1000})
+            accepted({"flux": resolved}, {**body, "width": 1000})
     finally:
         monkeypatch.undo()
         families.all_families.cache_clear()

@@ -21,7 +21,7 @@ from farm.imaging.exif_xmp import text_bytes
 from farm.imaging.provenance import Provenance
 from farm.rendering.environment import library_versions
 from tests.benchmarks.encoding import photo_like
-from tests.parsing import parsed
+from tests.support.png_text import parsed
 
 ALL: tuple[Format, ...] = ("png", "jpeg", "webp")
 PROMPTS = [

@@ -84,24 +84,26 @@ def entry(tmp_path: Path) -> Pipeline:
 
 
 @pytest.fixture
-def offer(entry: Pipeline) -> ResolvedPipeline:
+def resolved(entry: Pipeline) -> ResolvedPipeline:
     return resolve_pipeline("null", entry)
 
 
-def frame(offer: ResolvedPipeline, seed: int, prompt: str = "noise", **params: object) -> FrameSpec:
-    whole = offer.params({"step_seconds": 0.0, **params}).model_dump()
+def frame(
+    resolved: ResolvedPipeline, seed: int, prompt: str = "noise", **params: object
+) -> FrameSpec:
+    whole = resolved.params({"step_seconds": 0.0, **params}).model_dump()
     return FrameSpec(pipeline="null", prompt=prompt, seed=seed, bucket=4, params=whole)
 
 
 def test_the_family_null_gives_the_same_noise_for_a_seed(
-    offer: ResolvedPipeline, entry: Pipeline
+    resolved: ResolvedPipeline, entry: Pipeline
 ) -> None:
-    assert offer.family.name == "null"
-    loaded = offer.family.load(entry)
+    assert resolved.family.name == "null"
+    loaded = resolved.family.load(entry)
     steps: list[tuple[int, int]] = []
-    batch = Batch([frame(offer, 1), frame(offer, 2)], lambda *step: steps.append(step))
-    first, second = offer.family.denoise(loaded, batch)
-    [again] = offer.family.denoise(loaded, Batch([frame(offer, 2)]))
+    batch = Batch([frame(resolved, 1), frame(resolved, 2)], lambda *step: steps.append(step))
+    first, second = resolved.family.denoise(loaded, batch)
+    [again] = resolved.family.denoise(loaded, Batch([frame(resolved, 2)]))
     assert first is not None
     assert second is not None
     assert again is not None
@@ -110,10 +112,10 @@ def test_the_family_null_gives_the_same_noise_for_a_seed(
     assert second.tobytes() == again.tobytes() != first.tobytes()
 
 
-def test_the_family_null_stops_at_a_step(offer: ResolvedPipeline, entry: Pipeline) -> None:
+def test_the_family_null_stops_at_a_step(resolved: ResolvedPipeline, entry: Pipeline) -> None:
     def stop(done: int, _steps: int) -> None:
         if done == 2:
             raise StopBatch
 
     with pytest.raises(StopBatch):
-        offer.family.denoise(offer.family.load(entry), Batch([frame(offer, 1)], stop))
+        resolved.family.denoise(resolved.family.load(entry), Batch([frame(resolved, 1)], stop))

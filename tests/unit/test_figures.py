@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.benchmarks import report
 from tests.benchmarks.figures import Ratio, Row, Series, in_turn, percentile
-from tests.machine import replace_between
+from tests.support.machine_info import replace_between
 
 
 def test_ways_are_measured_in_turn_and_each_second_turn_backwards() -> None:

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from farm.pipelines import disk_cache
-from farm.pipelines.disk_cache import LARGE, file_hash, keep_in, kept_folder
+from farm.pipelines.disk_cache import LARGE, cache_folder, configure, file_hash
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(disk_cache, "SETTLED_SECONDS", -1.0)
-    keep_in(tmp_path / "cache")
+    configure(tmp_path / "cache")
     yield tmp_path / "cache"
-    keep_in(None)
+    configure(None)
 
 
 @pytest.fixture
@@ -109,17 +109,17 @@ def test_a_file_that_was_just_written_is_hashed_and_not_remembered(
 
 
 def test_others_may_not_write_there(cache: Path, weights: Path) -> None:
-    assert kept_folder("hashes") is not None
+    assert cache_folder("hashes") is not None
     assert cache.stat().st_mode & 0o777 == 0o700
     cache.chmod(0o777)
-    assert kept_folder("hashes") is None
+    assert cache_folder("hashes") is None
     assert file_hash(weights) == truth(weights)
     assert [*(cache / "hashes").iterdir()] == []
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "file").write_text("")
-    keep_in(tmp_path / "file")
+    configure(tmp_path / "file")
     assert file_hash(weights) == truth(weights)
-    keep_in(None)
+    configure(None)
     assert file_hash(weights) == truth(weights)

@@ -17,7 +17,7 @@ from farm.errors import InvalidRequest
 from farm.imaging.encoding import encode, read
 from farm.imaging.provenance import Provenance, ProvenanceWriter
 from farm.rendering.environment import library_versions
-from tests.parsing import parsed
+from tests.support.png_text import parsed
 
 PROMPTS = [
     "a red star on a blue background",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.proxy import Fault, Freeze, Link, Proxies, Refuse, Reset, Stall, Swallow, Truncate
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 SOON = 0.3
 """Seconds in which an answer would have come"""

@@ -310,11 +310,11 @@ class Wide(Params):
 @pytest.mark.parametrize("side", ["width", "height"])
 def test_a_picture_that_its_format_cannot_hold_is_refused(form: str, limit: int, side: str) -> None:
     pipeline = OFFER.pipeline.model_copy(update={"max_pixels": 10**9})
-    offer = replace(OFFER, pipeline=pipeline, family_params=Wide, params_type=Wide)
+    resolved = replace(OFFER, pipeline=pipeline, family_params=Wide, params_type=Wide)
 
     def submitted(**fields: Any) -> FullSpec:
         body = {"pipeline": OFFER.name, "prompts": ["a star"], "format": form, **fields}
-        return full_spec(check_job(body, SETTINGS), offer, SETTINGS)
+        return full_spec(check_job(body, SETTINGS), resolved, SETTINGS)
 
     assert submitted(**{side: limit}).format == form
     words = f"{side} is {limit + 1} pixels; the limit of format {form} is {limit}"

@@ -19,7 +19,7 @@ from workers.janitor.storage_cleaner import StorageWork
 
 log = logging.getLogger(__name__)
 
-FOLD_SECONDS = 86_400.0
+ARCHIVE_SECONDS = 86_400.0
 LOOK_AGAIN_SECONDS = 60.0
 """Between two checks of shards that may have missed their event."""
 INPUTS_PER_SWEEP = 10
@@ -83,7 +83,7 @@ class Janitor:
             expired = leases.expire(connection, settings.retry_seconds)
         with connection.begin():
             gone = workers.sweep(connection, settings.worker_timeout_seconds)
-            workers.fold(connection, FOLD_SECONDS)
+            workers.archive(connection, ARCHIVE_SECONDS)
             waiting = lanes.claimable_lanes(connection)
             if time.monotonic() >= self._look_again_at:
                 exports.look_again(connection)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 PASS_SECONDS = 3600.0
 """Between two passes over the whole storage, at most; a page a step, so never all at once."""
 
-DELETED_AT_ONCE = 1000
+DELETIONS_PER_CALL = 1000
 """Orphans, or control images"""
 
 UPLOAD_SECONDS = 600.0
@@ -88,7 +88,7 @@ class StorageWork:
             Unavailable: the storage or Postgres is away; the next step goes on from there.
         """
         with transaction(self._farm.store) as connection:
-            empty = retention.empty_jobs(connection, retention.AT_ONCE)
+            empty = retention.empty_jobs(connection, retention.MAX_JOBS_PER_CALL)
         for tenant_id, job_id in empty:
             if self._delete_below(job_prefix(tenant_id, job_id)):
                 with transaction(self._farm.store) as connection:
@@ -105,7 +105,7 @@ class StorageWork:
         Such a place is the client's, and may be a prefix of anything, pictures among it.
         """
         with transaction(self._farm.store) as connection:
-            removed = retention.removed_exports(connection, retention.AT_ONCE)
+            removed = retention.removed_exports(connection, retention.MAX_JOBS_PER_CALL)
         for export in removed:
             own = (self._farm.artifacts.bucket, export_prefix(export.tenant_id, export.id))
             if (export.bucket, export.prefix) != own or self._delete_below(own[1]):
@@ -141,7 +141,7 @@ class StorageWork:
 
     def _delete_orphans(self, names: list[ArtifactName]) -> set[ArtifactName]:
         with transaction(self._farm.store) as connection:
-            places = retention.orphans(connection, names, DELETED_AT_ONCE)
+            places = retention.orphans(connection, names, DELETIONS_PER_CALL)
         orphans = {names[place] for place in places}
         if orphans:
             self._farm.artifacts.delete_all([name.key for name in orphans])
@@ -151,7 +151,7 @@ class StorageWork:
     def _delete_images(self) -> None:
         """Delete the objects of control images that were removed."""
         with transaction(self._farm.store) as connection:
-            removed = control_images.removed_images(connection, DELETED_AT_ONCE)
+            removed = control_images.removed_images(connection, DELETIONS_PER_CALL)
         if removed:
             keys = [image_key(tenant_id, image_id) for tenant_id, image_id in removed]
             self._farm.artifacts.delete_all(keys)

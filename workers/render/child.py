@@ -10,7 +10,7 @@ from collections.abc import Callable
 from farm.config import load_settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
-from farm.pipelines.disk_cache import keep_in
+from farm.pipelines.disk_cache import configure
 from farm.pipelines.family import uses_torch
 from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import even_threads, prepare_torch
@@ -92,10 +92,10 @@ class RenderProcess:
         """Send the last spans of its traces."""
         self._farm.close_traces()
 
-    def _render(self, line: RenderLoop) -> None:
+    def _render(self, loop: RenderLoop) -> None:
         self._say("rendering")
         try:
-            line.run()
+            loop.run()
         finally:
             self._say("idle")
 
@@ -106,7 +106,7 @@ class RenderProcess:
         """
         self._say("loading")
         self._scratch.begin_load()
-        problem = self._try()
+        problem = self._load_pipeline()
         self._scratch.end_load()
         if problem is not None:
             free_what_is_left()  # not before: the error held on to what it had loaded
@@ -117,20 +117,26 @@ class RenderProcess:
         self._pause = min(2 * self._pause, MAX_SECONDS)
         self._say("failed", problem=problem)
 
-    def _try(self) -> str | None:
+    def _load_pipeline(self) -> str | None:
         """Load and pin; returns what kept it from that."""
         name, pipeline, started = self._identity.name, self._identity.pipeline, self._clock()
         try:
-            keep_in(self._farm.settings.cache_dir)
+            configure(self._farm.settings.cache_dir)
             # Read anew for each try: the checkpoint may be another one since.
-            offer = resolve_pipeline(pipeline, self._farm.entry(pipeline))
-            if uses_torch(offer.family):
+            resolved = resolve_pipeline(pipeline, self._farm.entry(pipeline))
+            if uses_torch(resolved.family):
                 prepare_torch(even_threads(self._farm.settings.torch_threads))
-            loaded = offer.family.load(offer.pipeline)
-            warmth = warm_up(offer, loaded)
-            slots = slot_test(offer, loaded)
-            line = RenderLoop(
-                self._farm, self._identity, offer, loaded, warmth, slots, self._batch_log
+            loaded = resolved.family.load(resolved.pipeline)
+            compiled_shapes = warm_up(resolved, loaded)
+            slots = slot_test(resolved, loaded)
+            loop = RenderLoop(
+                self._farm,
+                self._identity,
+                resolved,
+                loaded,
+                compiled_shapes,
+                slots,
+                self._batch_log,
             )
         except FarmError as error:
             problem = one_line(error.message, MAX_CHARACTERS)
@@ -143,7 +149,7 @@ class RenderProcess:
             return type(error).__name__
         seconds = self._clock() - started
         log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
-        self._line = line
+        self._line = loop
         # A fresh process costs more: it starts, and imports what it needs.
         self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
         return None

@@ -51,11 +51,11 @@ class Claims:
         self._thread = ThreadPoolExecutor(1, "claim-ahead")
         self._ahead: Future[Lease | None] | None = None
 
-    def now(self, priority: Priority = Priority.BULK) -> Lease | None:
+    def claim_now(self, priority: Priority = Priority.BULK) -> Lease | None:
         """Claim a batch, of no less urgent work than this; waits while Postgres is away."""
         return retry_while_unavailable(self._identity.name, lambda: self._claim(priority))
 
-    def ahead(self, left_seconds: float, step_seconds: float) -> None:
+    def claim_ahead(self, left_seconds: float, step_seconds: float) -> None:
         """Begin to claim the next batch where the one in hand is nearly done.
 
         Args:
@@ -66,7 +66,7 @@ class Claims:
         if step_seconds <= MAX_STEP_SECONDS:
             early += step_seconds
         if self._ahead is None and left_seconds <= early:
-            self._ahead = self._thread.submit(self.now)
+            self._ahead = self._thread.submit(self.claim_now)
 
     @property
     def is_ahead(self) -> bool:
@@ -79,7 +79,7 @@ class Claims:
     def next(self) -> Lease | None:
         """Give the batch that was claimed ahead, or claim one."""
         ahead, self._ahead = self._ahead, None
-        return ahead.result() if ahead is not None else self.now()
+        return ahead.result() if ahead is not None else self.claim_now()
 
     def give_back(self) -> None:
         """Release what was claimed ahead, uncharged, where it will not be rendered."""
@@ -91,13 +91,13 @@ class Claims:
     def release(self, lease: Lease) -> None:
         """Return a batch that was not rendered, uncharged."""
         retry_while_unavailable(self._identity.name, lambda: self._release(lease))
-        self.over(lease)
+        self.ended(lease)
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()
 
-    def over(self, lease: Lease) -> None:
+    def ended(self, lease: Lease) -> None:
         """Note that a lease has ended."""
         self._in_hand.pop(lease.id, None)  # without the lock: a claim may hold it for long
 
@@ -105,7 +105,7 @@ class Claims:
         """Tell when the claim of a lease in hand began and ended, on the monotonic clock."""
         return self._in_hand[lease.id]
 
-    def doubt(self) -> None:
+    def mark_uncertain(self) -> None:
         """Note that something may have gone wrong: what is not in hand is given back first."""
         self._unsure = True
 
@@ -114,7 +114,7 @@ class Claims:
         with self._lock:
             if self._unsure:
                 with transaction(self._farm.store) as connection:
-                    leases.release_forgotten(connection, me.id, os.getpid(), [*self._in_hand])
+                    leases.release_unknown(connection, me.id, os.getpid(), [*self._in_hand])
             self._unsure = True  # until the reply to this claim is here
             with one_statement(self._farm.store) as connection:
                 lease = claim(

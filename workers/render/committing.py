@@ -50,7 +50,7 @@ class BatchCommitter:
         def finish() -> set[Fence]:
             with one_statement(self._farm.store) as connection:
                 ids = [batch.lease.id for batch in batches]
-                return frames.finish(connection, ids, done, self._identity.id, account)
+                return frames.complete_batches(connection, ids, done, self._identity.id, account)
 
         started = time.monotonic()
         try:

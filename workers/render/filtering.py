@@ -1,4 +1,4 @@
-"""The sieve: a pipeline's filters, applied to each of its pictures before it is stored."""
+"""A pipeline's filters, applied to each of its pictures before it is stored."""
 
 from __future__ import annotations
 

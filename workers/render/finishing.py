@@ -61,7 +61,7 @@ class BatchFinisher:
         encoder: Encoder,
         spool: Spool,
         claims: Claims,
-        sieve: FilterChain,
+        filters: FilterChain,
         reuse: Reuse,
     ) -> None:
         self._farm = farm
@@ -69,10 +69,10 @@ class BatchFinisher:
         self._encoder = encoder
         self._spool = spool
         self._claims = claims
-        self._sieve = sieve
+        self._filters = filters
         self._reuse = reuse
-        self._ending = BatchCommitter(farm, identity)
-        self._pool = ThreadPoolExecutor(THREADS, "tail")
+        self._committer = BatchCommitter(farm, identity)
+        self._pool = ThreadPoolExecutor(THREADS, "encoder")
         self._encoding = threading.Semaphore(ENCODERS)
         self._taken: list[Callable[[], None]] = []
         """What the threads get when the device has its next work"""
@@ -95,7 +95,7 @@ class BatchFinisher:
         """Whether a batch has not come to its end yet."""
         return self._batches > 0 or len(self._spool) > 0
 
-    def take(
+    def add(
         self,
         batch: RenderedBatch,
         pictures: Sequence[Image.Image | None],
@@ -184,7 +184,7 @@ class BatchFinisher:
 
     def _enter(self, batch: RenderedBatch, hasty: bool) -> None:
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name="tail-end", daemon=True)
+            thread = threading.Thread(target=self._run, name="committer", daemon=True)
             thread.start()
             self._thread = thread
 
@@ -216,7 +216,7 @@ class BatchFinisher:
         if picture is None:
             batch.failures.append(flagged(frame))
             return
-        if (failure := self._sieve.rejection(frame, picture)) is not None:
+        if (failure := self._filters.rejection(frame, picture)) is not None:
             batch.failures.append(failure)
             return
         # Whoever waits in front of a screen does not wait for bulk's pictures.
@@ -280,9 +280,9 @@ class BatchFinisher:
 
     def _end(self, batches: Sequence[RenderedBatch]) -> None:
         stored = [batch for batch in batches if not batch.unstored]
-        self._ending.end(stored)
+        self._committer.end(stored)
         for batch in stored:
-            self._claims.over(batch.lease)
+            self._claims.ended(batch.lease)
         for batch in batches:
             if batch.unstored:
                 self._keep(batch)
@@ -296,7 +296,7 @@ class BatchFinisher:
 
         def tell() -> None:
             with transaction(self._farm.store) as connection:
-                leases.keep(connection, batch.lease.id)
+                leases.mark_spooled(connection, batch.lease.id)
 
         retry_while_unavailable(self._identity.name, tell)
 
@@ -313,8 +313,8 @@ class BatchFinisher:
             if (following := self._spool.following()) is not None:
                 # Before this lease ends: the parent must see one that is looked after.
                 retry_while_unavailable(self._identity.name, partial(self._wanted, following))
-            self._ending.end([batch])
-            self._claims.over(batch.lease)
+            self._committer.end([batch])
+            self._claims.ended(batch.lease)
             self._spool.end()
         else:
             self._spool.postpone()
@@ -330,4 +330,4 @@ class BatchFinisher:
     def _wanted(self, batch: RenderedBatch) -> bool:
         """Ask whether a kept batch is still wanted; the parent sees that it is looked after."""
         with transaction(self._farm.store) as connection:
-            return leases.touch(connection, batch.lease.id, *batch.step).wanted
+            return leases.report_step(connection, batch.lease.id, *batch.step).wanted

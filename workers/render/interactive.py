@@ -68,11 +68,11 @@ class InteractiveClaims:
         if self._thread is not None:
             self._thread.join()
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Say that interactive work waits, whoever noticed."""
         self._told.set()
 
-    def last(self) -> Lease | None:
+    def take_last(self) -> Lease | None:
         """Give what was claimed at the very end; no more is, before the next block."""
         with self._claiming:
             return self.take()
@@ -108,6 +108,6 @@ class InteractiveClaims:
                 self._told.set()  # the line claims the most urgent first, or has claimed ahead
                 return
             self._told.clear()
-            self._lease = self._claims.now(Priority.INTERACTIVE)
+            self._lease = self._claims.claim_now(Priority.INTERACTIVE)
         with self._taken:
             self._taken.wait_for(lambda: self._lease is None)

@@ -28,7 +28,7 @@ class LeaseWatch:
         store: Store,
         lease: Lease,
         seconds: float,
-        on_urgent: Callable[[], None] = lambda: None,
+        on_interactive: Callable[[], None] = lambda: None,
     ) -> None:
         """Watch a lease.
 
@@ -36,12 +36,12 @@ class LeaseWatch:
             store: where the lease is.
             lease: whose batch is denoised.
             seconds: how often Postgres is told, at most.
-            on_urgent: called when interactive work was seen to wait.
+            on_interactive: called when interactive work was seen to wait.
         """
         self._store = store
         self._lease = lease
         self._seconds = seconds
-        self._on_urgent = on_urgent
+        self._on_interactive = on_interactive
         self.step = (0, 0)
         self.draining = False
         """Whether the worker was seen to drain"""
@@ -85,7 +85,7 @@ class LeaseWatch:
                     continue
                 self.draining |= news.draining
                 if news.urgent:
-                    self._on_urgent()
+                    self._on_interactive()
                 if not news.wanted:
                     self._unwanted.set()
                     return
@@ -94,7 +94,7 @@ class LeaseWatch:
     def _report(self, step: int, steps: int) -> LeaseStatus | None:
         try:
             with one_statement(self._store) as connection:
-                return leases.touch(connection, self._lease.id, step, steps)
+                return leases.report_step(connection, self._lease.id, step, steps)
         except Unavailable as error:
             # The lease decides when the batch is done; until then it may still be wanted.
             log.warning("lease %s: progress was not reported: %s", self._lease.id, error)

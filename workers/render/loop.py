@@ -58,33 +58,35 @@ class RenderLoop:
         self,
         farm: Farm,
         identity: Identity,
-        offer: ResolvedPipeline,
+        resolved: ResolvedPipeline,
         loaded: LoadedPipeline,
-        warmth: CompiledShapes | None = None,
+        compiled_shapes: CompiledShapes | None = None,
         slots: SlotTest | None = None,
         batch_log: BatchLog | None = None,
     ) -> None:
         self._farm = farm
         self._identity = identity
-        self._offer = offer
+        self._resolved = resolved
         self._loaded = loaded
-        self._warmth = warmth or CompiledShapes()
+        self._compiled_shapes = compiled_shapes or CompiledShapes()
         self._batch_log = batch_log
         self._images = ImageCache(farm.artifacts)
         self._scratch = Scratch(farm.settings.scratch_dir, identity.id)
         self._claims = Claims(farm, identity)
-        self._urgent = InteractiveClaims(farm, identity, self._claims)
+        self._interactive = InteractiveClaims(farm, identity, self._claims)
         spool = Spool(self._scratch.pictures(os.getpid()), farm.settings.spool_bytes)
-        circumstances = environment_of(loaded)
-        self._slots = slots or SlotTest(offer.name, offer.family, offer.params_type)
+        environment = environment_of(loaded)
+        self._slots = slots or SlotTest(resolved.name, resolved.family, resolved.params_type)
         encoder = Encoder(
-            circumstances, lambda frame: self._slots.threads_of(frame, circumstances.threads)
+            environment, lambda frame: self._slots.threads_of(frame, environment.threads)
         )
         self._reuse = Reuse(farm, identity, encoder)
-        sieve = FilterChain(farm, identity, load_filters(offer.pipeline.filters))
-        self._tail = BatchFinisher(farm, identity, encoder, spool, self._claims, sieve, self._reuse)
+        filters = FilterChain(farm, identity, load_filters(resolved.pipeline.filters))
+        self._finisher = BatchFinisher(
+            farm, identity, encoder, spool, self._claims, filters, self._reuse
+        )
         # What is offloaded moves between devices with hooks that know of one call at a time.
-        self._may_interrupt = farm.settings.preempt and not offer.pipeline.offload
+        self._may_interrupt = farm.settings.preempt and not resolved.pipeline.offload
         self._twin: LoadedPipeline | None = None
         self._lent_seconds = 0.0
         """That the batch in hand lent the device to others"""
@@ -96,7 +98,7 @@ class RenderLoop:
 
     def run(self) -> None:
         """Render batch after batch until nothing may be claimed; an outage is waited out."""
-        self._claims.doubt()
+        self._claims.mark_uncertain()
         self._since = time.monotonic()
         try:
             while True:
@@ -105,9 +107,9 @@ class RenderLoop:
                     self._render(lease)
                     if self._broken is not None:
                         raise self._broken
-                elif self._tail.busy:
+                elif self._finisher.busy:
                     self._give_back()
-                    self._tail.wait(seconds=LOOK_SECONDS)
+                    self._finisher.wait(seconds=LOOK_SECONDS)
                     self._since = time.monotonic()
                 else:
                     return
@@ -116,22 +118,22 @@ class RenderLoop:
 
     def close(self) -> None:
         """End the threads beside it, once `run` has returned; a child just ends."""
-        self._urgent.close()
+        self._interactive.close()
         self._claims.close()
-        self._tail.close()
+        self._finisher.close()
 
     def _next(self) -> Lease | None:
-        if self.out_of_memory or self._tail.full:
+        if self.out_of_memory or self._finisher.full:
             return None
         if not self._claims.is_ahead:
-            self._tail.begin()
-        return self._urgent.take() or self._claims.next() or self._urgent.last()
+            self._finisher.begin()
+        return self._interactive.take() or self._claims.next() or self._interactive.take_last()
 
     def _give_back(self) -> None:
         """Release what was claimed and will not be rendered."""
-        self._tail.begin()
+        self._finisher.begin()
         self._claims.give_back()
-        lease = self._urgent.last()
+        lease = self._interactive.take_last()
         if lease is not None:
             self._claims.release(lease)
 
@@ -141,7 +143,7 @@ class RenderLoop:
             self._batch_log.begin()
         batch, watch = self._begin(lease)
         if not batch.frames:
-            self._tail.pass_on(batch, watch)
+            self._finisher.pass_on(batch, watch)
             return
         interruptible = self._may_interrupt and lease.priority is not Priority.INTERACTIVE
         started, self._lent_seconds = time.monotonic(), 0.0
@@ -149,27 +151,27 @@ class RenderLoop:
         def on_step(step: int, steps: int) -> None:
             watch.on_step(step, steps)
             passed = time.monotonic() - started - self._lent_seconds
-            if self._tail.full:
+            if self._finisher.full:
                 return
-            self._claims.ahead(passed / step * (steps - step), passed / step)
-            if interruptible and self._may_interrupt and (urgent := self._urgent.take()):
+            self._claims.claim_ahead(passed / step * (steps - step), passed / step)
+            if interruptible and self._may_interrupt and (urgent := self._interactive.take()):
                 self._interrupt(urgent, lease, watch)
 
         try:
-            with self._urgent.listening() if interruptible else nullcontext():
+            with self._interactive.listening() if interruptible else nullcontext():
                 pictures = self._denoise(self._loaded, batch, on_step)
             now = time.monotonic()
             batch.stages["denoise"] = started, now
             batch.account.denoise_seconds = now - started - self._lent_seconds
             batch.account.work_seconds, self._since = now - self._since, now
-            self._tail.take(batch, pictures, watch)
+            self._finisher.add(batch, pictures, watch)
         except StopBatch:
             self._stop(lease, watch)
         except Exception as error:
             watch.close()
             self.out_of_memory = is_out_of_memory(error)
-            self._tail.fail(batch, error)
-            self._tail.settle()
+            self._finisher.fail(batch, error)
+            self._finisher.settle()
             self._claims.give_back()  # it may mean that this worker must rest
         if watch.draining:
             self._claims.give_back()
@@ -178,19 +180,19 @@ class RenderLoop:
         """Denoise an urgent batch between two steps of another one, which it never touches."""
         started = time.monotonic()
         try:
-            with self._urgent.interrupting(lambda: self._may_interrupt):
+            with self._interactive.interrupting(lambda: self._may_interrupt):
                 self._render_within(lease, watch)
                 self._scratch.hold(os.getpid(), interrupted.id)
         except Exception as error:  # the interrupted batch is not to blame
             self._broken = error
             raise StopBatch from error
-        self._tail.begin()
+        self._finisher.begin()
         self._lent_seconds += time.monotonic() - started
 
     def _render_within(self, lease: Lease, outer: LeaseWatch) -> None:
         batch, watch = self._begin(lease)
         if not batch.frames:
-            self._tail.pass_on(batch, watch)
+            self._finisher.pass_on(batch, watch)
             return
         started = time.monotonic()
 
@@ -199,10 +201,10 @@ class RenderLoop:
             outer.on_other()
 
         try:
-            self._twin = self._twin or self._loaded.twin()
+            self._twin = self._twin or self._loaded.clone_sharing_weights()
             pictures = self._denoise(self._twin, batch, on_step)
             batch.spent("denoise", started)
-            self._tail.take(batch, pictures, watch, hasty=True)
+            self._finisher.add(batch, pictures, watch, hasty=True)
         except StopBatch:
             self._stop(lease, watch)
         except Exception as error:
@@ -210,7 +212,7 @@ class RenderLoop:
             if is_out_of_memory(error):
                 self._stop_interrupting(lease)
             else:
-                self._tail.fail(batch, error)
+                self._finisher.fail(batch, error)
 
     def _stop_interrupting(self, lease: Lease) -> None:
         """Give an urgent batch back for which there is no memory beside another one."""
@@ -228,12 +230,12 @@ class RenderLoop:
     def _begin(self, lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
         """Begin to watch a lease, and see what of it must be rendered."""
         # What filters have not seen is not used again.
-        reuses = not self._offer.pipeline.filters and any(frame.reuse for frame in lease.frames)
+        reuses = not self._resolved.pipeline.filters and any(frame.reuse for frame in lease.frames)
         if reuses:
-            self._tail.begin()  # looking and copying takes a while
+            self._finisher.begin()  # looking and copying takes a while
         frames, done = self._reuse.split(lease.frames) if reuses else (lease.frames, [])
         seconds = self._farm.settings.progress_seconds
-        watch = LeaseWatch(self._farm.store, lease, seconds, self._urgent.tell)
+        watch = LeaseWatch(self._farm.store, lease, seconds, self._interactive.notify)
         watch.start()
         stages = {"claim": self._claims.window(lease)}
         return RenderedBatch(lease, frames, stages, done=done), watch
@@ -255,16 +257,16 @@ class RenderLoop:
             failpoints.reach(self._farm.settings.failpoints, "render.step", prompts)
             on_step(step, steps)
 
-        self._warmth.meet(self._offer.name, specs[0])
+        self._compiled_shapes.warn_if_uncompiled(self._resolved.name, specs[0])
         self._scratch.hold(os.getpid(), batch.lease.id)
-        self._tail.begin()
+        self._finisher.begin()
         try:
             with torch_threads(self._slots.threads(loaded, specs[0])):
-                return self._offer.family.denoise(loaded, Batch(specs, hook, images))
+                return self._resolved.family.denoise(loaded, Batch(specs, hook, images))
         except BaseException as error:
-            loaded.rest()
+            loaded.reset_after_failure()
             if isinstance(error, REFUSALS):
-                raise RenderError(f"{self._offer.name} refuses it: {error}") from error
+                raise RenderError(f"{self._resolved.name} refuses it: {error}") from error
             raise
         finally:
             # However it ended: the parent ends a child that stays at a batch nobody wants.
@@ -272,7 +274,7 @@ class RenderLoop:
 
     def _owners(self, claimed: Sequence[ClaimedFrame]) -> dict[str, uuid.UUID]:
         """Tell whose each image of a batch is."""
-        image_ids = self._offer.params_type.image_ids
+        image_ids = self._resolved.params_type.image_ids
         return {
             image_id: frame.tenant_id
             for frame in claimed

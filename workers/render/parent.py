@@ -208,7 +208,7 @@ class WorkerSupervisor:
         message, tail = self._hung.get(pid, self._last_words or ENDED), self._scratch.log_tail(pid)
         on_device = self._scratch.held_by(pid)
         with transaction(self._farm.store) as connection:
-            lost = leases.lose(
+            lost = leases.end_child_leases(
                 connection, me, pid, message, settings.retry_seconds, tail, on_device
             )
             for _, fence in lost:

@@ -96,16 +96,16 @@ def _measure(
     from farm.pipelines.runtime.devices import even_threads, prepare_torch
     from farm.rendering import calibration
 
-    offer = resolve_pipeline(name, entry)
-    sizes = calibration.sizes(offer, added)
+    resolved = resolve_pipeline(name, entry)
+    sizes = calibration.sizes(resolved, added)
     with busy(f"Loading {name}"):
         prepare_torch(even_threads(settings.torch_threads))
-        loaded = offer.family.load(entry)
-    return [_swept(offer, loaded, size, names, effort) for size, names in sizes.items()], loaded
+        loaded = resolved.family.load(entry)
+    return [_swept(resolved, loaded, size, names, effort) for size, names in sizes.items()], loaded
 
 
 def _swept(
-    offer: ResolvedPipeline,
+    resolved: ResolvedPipeline,
     loaded: LoadedPipeline,
     size: tuple[int, int],
     names: tuple[str, ...],
@@ -115,7 +115,7 @@ def _swept(
 
     total = len(calibration.buckets(effort.most)) * (1 + effort.batches)
     with counted(f"{size[0]}x{size[1]}, batches", total) as count_more:
-        return calibration.sweep(offer, loaded, size, names, effort, lambda: count_more(1))
+        return calibration.sweep(resolved, loaded, size, names, effort, lambda: count_more(1))
 
 
 def _table(entry: Pipeline, sweeps: Sequence[SweepResult], share: float) -> dict[str, int]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 120.0
 LOOK_SECONDS = 1.0
-AT_ONCE = 6
+MAX_CONCURRENT_DOWNLOADS = 6
 """Files that are on their way at the same time"""
 STATE = ".farm-export.json"
 """In the folder: which export it is filled from"""
@@ -118,7 +118,7 @@ class Folder:
             found = self._export(job_id, asked)
             with (
                 counted("Shards", found["shards"] + 1) as count_more,
-                ThreadPoolExecutor(AT_ONCE, "download") as pool,
+                ThreadPoolExecutor(MAX_CONCURRENT_DOWNLOADS, "download") as pool,
             ):
                 for shard in self._shards(found["id"]):
                     for listed in shard["files"]:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient, Job
 
 PATIENCE_SECONDS = 60.0
-AT_ONCE = 6
+MAX_CONCURRENT_DOWNLOADS = 6
 """Pictures that are on their way at the same time."""
 
-QUEUED = 4 * AT_ONCE
+QUEUED = 4 * MAX_CONCURRENT_DOWNLOADS
 TRIES = 3
 """How often a picture is fetched whose bytes are not those that the farm stored."""
 
@@ -107,7 +107,7 @@ def download(client: FarmClient, job: Job, dest: Path) -> DownloadResult:
 def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]) -> Iterator[int]:
     """Do the work of every frame, a few at once, holding no more than a few in memory."""
     pending: set[Future[int]] = set()
-    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="download")
+    pool = ThreadPoolExecutor(MAX_CONCURRENT_DOWNLOADS, thread_name_prefix="download")
     try:
         for frame in frames:
             pending.add(pool.submit(work, frame))

@@ -124,7 +124,7 @@ class Kandinsky22:
             generator=seeded,
             callback_on_step_end=callback,
         ).images
-        loaded.rest()  # as the combined pipeline's own call ends
+        loaded.reset_after_failure()  # as the combined pipeline's own call ends
         return list(pictures[: len(batch.frames)])
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from farm.pipelines.catalog import Pipeline
-from farm.pipelines.disk_cache import kept_folder, write_whole
+from farm.pipelines.disk_cache import cache_folder, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def graphs_kept(name: str, pipeline: Pipeline) -> Iterator[None]:
 def _folder_of(name: str, pipeline: Pipeline) -> Path | None:
     """Choose the folder, see that it is whole, and let torch use it."""
     global _chosen
-    place = kept_folder("compiled")
+    place = cache_folder("compiled")
     if place is None or not _is_ours_to_choose():
         return None
     folder = place / f"{name}-{_key(pipeline)}"

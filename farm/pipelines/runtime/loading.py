@@ -70,7 +70,7 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     dtype = dtype_of(pipeline, device)
     variant = pipeline.variant_of(part)
     source = fetched(part, variant)
-    # Once more: what lies there may have changed since the offer, or has just been fetched.
+    # Once more: the files may have changed since, or have just been fetched.
     check_files(Path(source), variant, part.source, {*unused_in(pipeline), *components})
     _check_memory(pipeline, part, source, device, BYTES[dtype])
     folder, kind = Path(source), getattr(torch, dtype)

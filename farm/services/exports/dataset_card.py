@@ -98,56 +98,59 @@ class ExportSummary:
         return [file for shard in self.shards for file in shard["files"]]
 
 
-def manifest(cover: ExportSummary) -> bytes:
+def manifest(summary: ExportSummary) -> bytes:
     """List every shard with its files' hashes, and how many frames have no picture."""
     content = {
-        "export": cover.export_id,
-        "kind": cover.kind,
-        "jobs": list(cover.jobs),
-        "images": cover.images,
-        "missing": cover.missing,
-        "rejected": sum(shard["rejected"] for shard in cover.shards),
-        "bytes": cover.bytes,
-        "shards": list(cover.shards),
+        "export": summary.export_id,
+        "kind": summary.kind,
+        "jobs": list(summary.jobs),
+        "images": summary.images,
+        "missing": summary.missing,
+        "rejected": sum(shard["rejected"] for shard in summary.shards),
+        "bytes": summary.bytes,
+        "shards": list(summary.shards),
     }
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
-def card(cover: ExportSummary) -> bytes:
+def card(summary: ExportSummary) -> bytes:
     """Write the README of the dataset."""
-    pipelines = sorted({str(job["pipeline"]) for job in cover.jobs})
+    pipelines = sorted({str(job["pipeline"]) for job in summary.jobs})
     configs = (
-        f'configs:\n- config_name: default\n  data_files: "{FILES[cover.kind]}"\n'
-        if cover.kind in FILES
+        f'configs:\n- config_name: default\n  data_files: "{FILES[summary.kind]}"\n'
+        if summary.kind in FILES
         else ""
     )
     columns = "\n".join(f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items())
     jobs = "\n".join(
-        f"- `{job['id']}`: {job['total']:,} frames of {job['pipeline']}" for job in cover.jobs
+        f"- `{job['id']}`: {job['total']:,} frames of {job['pipeline']}" for job in summary.jobs
     )
+    shards = f"{len(summary.shards):,} shards"
+    counts = f"{summary.images:,} pictures in {shards}, {summary.bytes:,} bytes"
+    missing = f"{summary.missing:,} frames have no picture"
     return f"""---
-pretty_name: {json.dumps(_title(cover))}
+pretty_name: {json.dumps(_title(summary))}
 task_categories:
 - text-to-image
 tags:
 - synthetic
 - diffusion
 size_categories:
-- {_size_category(cover.images)}
+- {_size_category(summary.images)}
 {configs}---
 
-# {_title(cover)}
+# {_title(summary)}
 
-{cover.images:,} pictures in {len(cover.shards):,} shards, {cover.bytes:,} bytes, rendered by
-{", ".join(pipelines)}; {cover.missing:,} frames have no picture, and stand in `missing.jsonl` with
+{counts}, rendered by
+{", ".join(pipelines)}; {missing}, and stand in `missing.jsonl` with
 their reasons. `manifest.json` lists every shard with its files' sha256.
 
-{FORMS[cover.kind]}
+{FORMS[summary.kind]}
 
 ```python
 from datasets import load_dataset
 
-data = {LOADED[cover.kind]}
+data = {LOADED[summary.kind]}
 ```
 
 Every picture's file holds how it was rendered: `farm replay PICTURE` renders it again, and compares
@@ -165,7 +168,7 @@ the pixels.
 """.encode()
 
 
-def croissant(cover: ExportSummary) -> bytes:
+def croissant(summary: ExportSummary) -> bytes:
     """Describe the files and their columns for machines."""
     files = [
         {
@@ -177,16 +180,16 @@ def croissant(cover: ExportSummary) -> bytes:
             "encodingFormat": MEDIA_TYPES[f".{file['name'].rpartition('.')[2]}"],
             "sha256": file["sha256"],
         }
-        for file in cover.files
+        for file in summary.files
     ]
-    tables = "data/*/metadata.parquet" if cover.kind == "imagefolder" else "data/*.parquet"
+    tables = "data/*/metadata.parquet" if summary.kind == "imagefolder" else "data/*.parquet"
     content = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.1",
-        "name": _title(cover).lower().replace(" ", "-"),
-        "description": f"{cover.images} pictures with their prompts and parameters.",
-        "datePublished": str(max(job["created_at"] for job in cover.jobs))[:10],
+        "name": _title(summary).lower().replace(" ", "-"),
+        "description": f"{summary.images} pictures with their prompts and parameters.",
+        "datePublished": str(max(job["created_at"] for job in summary.jobs))[:10],
         "version": "1.0.0",
         "distribution": [
             *files,
@@ -221,8 +224,8 @@ def _field(name: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _title(cover: ExportSummary) -> str:
-    return f"Farm export {cover.export_id[:8]}"
+def _title(summary: ExportSummary) -> str:
+    return f"Farm export {summary.export_id[:8]}"
 
 
 def _size_category(images: int) -> str:

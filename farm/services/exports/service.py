@@ -278,16 +278,16 @@ class ShardWriter:
         from farm.services.exports.dataset_card import card, croissant, manifest
         from farm.services.exports.formats import Written
 
-        cover = self._known(shard)
+        summary = self._known(shard)
         contents = {
-            "manifest.json": manifest(cover),
-            "README.md": card(cover),
-            "croissant.json": croissant(cover),
+            "manifest.json": manifest(summary),
+            "README.md": card(summary),
+            "croissant.json": croissant(summary),
         }
         for name, content in contents.items():
             (folder / name).write_bytes(content)
         with (folder / "missing.jsonl").open("wb") as file:
-            for number in [shard["number"] for shard in cover.shards if shard["missing"]]:
+            for number in [shard["number"] for shard in summary.shards if shard["missing"]]:
                 # As the shard has it: what was retried since is in no shard.
                 key = shard.prefix + _missing_name(number)
                 file.write(self.farm.artifacts.get(key, shard.bucket))

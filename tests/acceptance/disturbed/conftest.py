@@ -19,7 +19,7 @@ import pytest
 
 from farm.config import load_env
 from tests.acceptance.farms import QUICK, LiveFarm, null_catalog, running
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 SLOW_JOB = {
     "pipeline": "null",

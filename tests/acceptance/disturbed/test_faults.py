@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from tests.acceptance.farms import LiveFarm
-from tests.waiting import wait_until
+from tests.support.waiting import wait_until
 
 FRAMES = 16
 LONG: dict[str, Any] = {

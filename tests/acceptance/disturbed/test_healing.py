@@ -13,8 +13,8 @@ from typing import Any
 
 from farm.cli.terminal.exit_codes import OK
 from tests.acceptance.farms import LiveFarm
-from tests.commanding import farm_process
-from tests.waiting import wait_until
+from tests.support.cli_runner import farm_process
+from tests.support.waiting import wait_until
 
 SLOW: dict[str, Any] = {"prompts": ["noise"], "step_seconds": 0.1}
 ENDLESS: dict[str, Any] = {**SLOW, "bucket": 8}

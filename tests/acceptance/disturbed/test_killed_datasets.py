@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from tests.acceptance.farms import LiveFarm
-from tests.commanding import farm
-from tests.waiting import wait_until
+from tests.support.cli_runner import farm
+from tests.support.waiting import wait_until
 
 KILLED_FRAMES = 2_000
 

@@ -23,8 +23,8 @@ from demo.pictures import Combo
 from farm.cli.commands.demo import IMAGES, PROMPTS
 from farm.pipelines.runtime.devices import torch_threads
 from tests.acceptance.farms import LiveFarm
-from tests.commanding import Outcome, farm, farm_process, inherited
-from tests.waiting import wait_until
+from tests.support.cli_runner import Outcome, farm, farm_process, inherited
+from tests.support.waiting import wait_until
 
 LONG = ("--images", "200", "--steps", "25")
 ARABIC = "نجمة حمراء على خلفية زرقاء 🌟"

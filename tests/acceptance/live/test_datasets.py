@@ -17,9 +17,9 @@ from PIL import Image
 
 from farm.pipelines.runtime.devices import torch_threads
 from tests.acceptance.farms import LiveFarm
-from tests.commanding import farm
-from tests.documented import PAGE
-from tests.parsing import parsed
+from tests.support.cli_runner import farm
+from tests.support.docs_page import PAGE
+from tests.support.png_text import parsed
 
 DATASETS = PAGE.with_name("datasets.md")
 REPLAYED = 2

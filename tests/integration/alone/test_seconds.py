@@ -15,9 +15,9 @@ from farm.imaging.filters import NEAR
 from farm.services import jobs
 from farm.store import perceptual_hashes
 from farm.store.engine import transaction
-from tests.farming import job_row, new_tenant, register_worker, sql, submit
 from tests.integration.test_following import follow, requeued
-from tests.noise import Noise
+from tests.support.noise_family import Noise
+from tests.support.store import job_row, new_tenant, register_worker, sql, submit
 from workers.render.loop import RenderLoop
 
 FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
@@ -36,9 +36,9 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
         priority="bulk",
     )
     accepted = time.perf_counter() - started
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     for _ in range(3):
-        hand.must_claim()
+        worker.must_claim()
     assert sql(farm, "SELECT count(*) FROM frames")[0][0] == 24
     started = time.perf_counter()
     jobs.cancel(farm, tenant, job_id)
@@ -49,14 +49,14 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
 
 
 def test_the_hook_costs_less_than_a_hundredth_of_a_step(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, line: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
     """Of a step of five milliseconds, which none that is worth a farm is shorter than."""
     began: list[float] = []
     noise.steps = 10_000
     noise.disturb = lambda _frames, _step: began.append(time.perf_counter())
     submit(farm, tenant, pipeline="noise", priority="bulk", images_per_prompt=4)
-    line.run()
+    loop.run()
     assert len(began) == noise.steps
     # The quickest of many rounds: the machine may be busy with something else.
     rounds = [(began[at + 100] - began[at]) / 100 for at in range(0, noise.steps - 100, 100)]
@@ -70,7 +70,7 @@ def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
     large = requeued(farm, tenant, FRAMES)
     sql(farm, "ANALYZE")
     bob = new_tenant(farm, "bob")
-    hand = register_worker(farm)
+    worker = register_worker(farm)
 
     def claims() -> float:
         """The median of another tenant's claims, in seconds."""
@@ -78,7 +78,7 @@ def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
         for _ in range(9):
             job_id = submit(farm, bob, images_per_prompt=4, bucket=4, priority="interactive")
             began = time.perf_counter()
-            lease = hand.must_claim()
+            lease = worker.must_claim()
             seconds.append(time.perf_counter() - began)
             assert {frame.job_id for frame in lease.frames} == {job_id}
         return statistics.median(seconds)

@@ -13,7 +13,7 @@ import pytest
 from farm.config import Settings
 from farm.context import Farm
 from tests.integration.exports.scenes import grant, render_all, submit
-from tests.serving import Api, serving
+from tests.support.api_server import Api, serving
 from workers.janitor.storage_cleaner import StorageWork
 
 

@@ -15,8 +15,8 @@ from farm.store import destinations, keys
 from farm.store import exports as stored
 from farm.store.engine import one_statement, transaction
 from farm.store.exports import Shard
-from tests.farming import register_worker, sql
-from tests.serving import render
+from tests.support.api_server import render
+from tests.support.store import register_worker, sql
 from workers.exporter import Exporter
 
 LINES: list[dict[str, Any]] = [
@@ -37,12 +37,12 @@ def submit(client: httpx.Client, **fields: Any) -> str:
 
 def render_all(farm: Farm, *, dead: int | None = None) -> None:
     """Render all frames that wait, except that this ordinal ends dead."""
-    hand = register_worker(farm)
-    while lease := hand.claim():
+    worker = register_worker(farm)
+    while lease := worker.claim():
         lost = [frame.fence for frame in lease.frames if frame.ordinal == dead]
         if lost:
-            hand.fail(lease, retryable=False, fences=lost)
-        render(hand, lease, *[frame.ordinal for frame in lease.frames if frame.ordinal != dead])
+            worker.fail(lease, retryable=False, fences=lost)
+        render(worker, lease, *[frame.ordinal for frame in lease.frames if frame.ordinal != dead])
 
 
 def grant(farm: Farm, dest: str, tenant: str = "ann") -> None:

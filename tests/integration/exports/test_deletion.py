@@ -9,7 +9,6 @@ from farm.context import Farm
 from farm.services.exports.service import parse_place
 from farm.store import exports as stored
 from farm.store.engine import one_statement
-from tests.farming import sql
 from tests.integration.exports.scenes import (
     export,
     grant,
@@ -19,6 +18,7 @@ from tests.integration.exports.scenes import (
     written_export,
 )
 from tests.integration.test_api_refusals import check_problem
+from tests.support.store import sql
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageWork
 

@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from farm.context import Farm
-from tests.farming import sql
 from tests.integration.exports.scenes import (
     grant,
     render_all,
@@ -18,7 +17,8 @@ from tests.integration.exports.scenes import (
     written_export,
 )
 from tests.integration.test_api_refusals import check_problem
-from tests.serving import Api
+from tests.support.api_server import Api
+from tests.support.store import sql
 
 
 def test_an_export_lies_below_its_destination_in_a_folder_of_its_own(

@@ -14,8 +14,6 @@ import pytest
 from PIL import Image
 
 from farm.context import Farm
-from tests.commanding import Outcome
-from tests.commanding import farm as command
 from tests.integration.exports.scenes import (
     LINES,
     download,
@@ -25,8 +23,10 @@ from tests.integration.exports.scenes import (
     write_shards,
     written_export,
 )
-from tests.serving import Api
-from tests.waiting import wait_until
+from tests.support.api_server import Api
+from tests.support.cli_runner import Outcome
+from tests.support.cli_runner import farm as command
+from tests.support.waiting import wait_until
 from workers.exporter import Exporter
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from farm.config import DEMO_CATALOG, Settings
 from farm.context import Farm
-from tests.farming import fence, register_worker, sql
 from tests.integration.exports.scenes import stored_keys, write_shards
-from tests.serving import render
+from tests.support.api_server import render
+from tests.support.store import fence, register_worker, sql
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache"),
@@ -116,13 +116,13 @@ def submitted(farm: Farm, ann: httpx.Client, asked: Row) -> str:
     source = ann.post("/v1/inputs", content=content).json()["id"]
     answer = ann.post("/v1/jobs", json={**asked["body"], "input": source})
     assert answer.status_code == 202, answer.text
-    hand = register_worker(farm)
-    while lease := hand.claim(asked["body"]["pipeline"]):
+    worker = register_worker(farm)
+    while lease := worker.claim(asked["body"]["pipeline"]):
         dead = [fence(frame) for frame in lease.frames if frame.ordinal in asked["dead"]]
         if dead:
-            hand.fail(lease, retryable=False, fences=dead)
+            worker.fail(lease, retryable=False, fences=dead)
         if alive := [f.ordinal for f in lease.frames if f.ordinal not in asked["dead"]]:
-            render(hand, lease, *alive)
+            render(worker, lease, *alive)
     return str(answer.json()["id"])
 
 

@@ -17,7 +17,6 @@ from farm.services.exports.service import ShardWriter
 from farm.storage import Artifacts, artifact_key
 from farm.store import exports as stored
 from farm.store.engine import one_statement, transaction
-from tests.farming import register_worker, sql
 from tests.integration.exports.scenes import (
     claim_shard,
     download,
@@ -29,7 +28,8 @@ from tests.integration.exports.scenes import (
     write_shards,
     written_export,
 )
-from tests.serving import render
+from tests.support.api_server import render
+from tests.support.store import register_worker, sql
 from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
 
@@ -37,15 +37,15 @@ from workers.janitor.janitor import Janitor
 
 
 def test_whole_shards_are_written_while_the_job_renders(farm: Farm, ann: httpx.Client) -> None:
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     job_id = submit(ann)
-    lease = hand.must_claim()
+    lease = worker.must_claim()
     found = export(ann, job_id, to="webdataset")
     assert write_shards(farm, ann, found)["shards_done"] == 0
-    render(hand, lease)
+    render(worker, lease)
     make_due(farm)
     assert write_shards(farm, ann, found)["shards_done"] == 1
-    hand.release(hand.must_claim())  # the frames wait again
+    worker.release(worker.must_claim())  # the frames wait again
     make_due(farm)
     assert write_shards(farm, ann, found)["shards_done"] == 1
     assert sql(farm, "SELECT sum(attempt) FROM export_shards") == [(1,)]  # nor was it tried
@@ -77,9 +77,9 @@ def test_a_frame_retried_after_its_shard_was_written_stays_missing(
 def test_frames_that_a_cancelled_job_never_rendered_are_listed_as_missing(
     farm: Farm, ann: httpx.Client, tmp_path: Path
 ) -> None:
-    hand = register_worker(farm)
+    worker = register_worker(farm)
     job_id = submit(ann)
-    render(hand, hand.must_claim())
+    render(worker, worker.must_claim())
     ann.post(f"/v1/jobs/{job_id}/cancel")
     found = written_export(farm, ann, job_id, to="webdataset")
     assert (found["images"], found["missing"]) == (4, 6)
@@ -300,10 +300,10 @@ def test_a_shard_becomes_whole_by_an_event(farm: Farm, ann: httpx.Client) -> Non
     assert due(farm)
     write_shards(farm, ann, found)
     assert (looked(farm), due(farm)) == ((3, 0), False)
-    hand = register_worker(farm)
-    lease = hand.must_claim()
+    worker = register_worker(farm)
+    lease = worker.must_claim()
     assert (looked(farm), due(farm)) == ((3, 0), False), "no frame has come to its end"
-    render(hand, lease)
+    render(worker, lease)
     assert (looked(farm), due(farm)) == ((3, 1), True)
     assert write_shards(farm, ann, found)["shards_done"] == 1
     assert (looked(farm), due(farm)) == ((2, 0), False)

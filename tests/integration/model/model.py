@@ -9,7 +9,7 @@ from hashlib import sha256
 
 from farm.domain.states import TERMINAL, FrameState, JobStatus, settled
 from farm.store.claim import ClaimedFrame, Fence, Lease
-from tests.farming import fence
+from tests.support.store import fence
 
 Place = tuple[uuid.UUID, int]
 """Job ID and ordinal of a frame."""

@@ -18,8 +18,8 @@ from farm.errors import Conflict
 from farm.store import leases
 from farm.store.claim import Fence, Lease
 from farm.store.engine import one_statement, transaction
-from tests.farming import register_worker, sql
 from tests.integration.model.model import Model
+from tests.support.store import register_worker, sql
 from workers.janitor.janitor import Janitor
 
 WRITTEN = ("jobs", "frames", "attempts", "requeued_frames", "events")
@@ -50,7 +50,7 @@ class Moves(RuleBasedStateMachine):
         self.keyed: dict[str, tuple[Any, uuid.UUID]] = {}
 
     def who(self, lease: Lease) -> int:
-        return [hand.id for hand in self.hands].index(lease.worker_id)
+        return [worker.id for worker in self.hands].index(lease.worker_id)
 
     def check_nothing_else_is_claimed(self) -> None:
         if not self.model.something_waits():

@@ -14,10 +14,10 @@ from farm.store.claim import Fence, Lease
 from farm.store.engine import one_statement, transaction
 from farm.store.frames import CompletedFrame, FailedAttempt
 from farm.store.workers import Account
-from tests.farming import fence
 from tests.integration.model.model import LEASE_SECONDS, R, W, digest, parted
 from tests.integration.model.moves import LEASES, skewed
 from tests.integration.model.people import PeoplesMoves
+from tests.support.store import fence
 
 # A deed that is listed twice is drawn twice as often.
 DEEDS = [
@@ -141,7 +141,7 @@ class WorkersMoves(PeoplesMoves):
             skewed(self.who(lease)),
             one_statement(self.farm.store) as connection,
         ):
-            accepted = frames.finish(connection, ids, done, lease.worker_id, Account())
+            accepted = frames.complete_batches(connection, ids, done, lease.worker_id, Account())
         assert accepted == set(held)
         for item in held:
             self.model.frame_at(item).state = FrameState.SUCCEEDED
@@ -203,14 +203,14 @@ class WorkersMoves(PeoplesMoves):
     def touch(self, lease: Lease) -> None:
         fences = parted(lease, "all")
         with self.untouched_unless([]), transaction(self.farm.store) as connection:
-            assert leases.touch(connection, lease.id, 1, 2).wanted == any(
+            assert leases.report_step(connection, lease.id, 1, 2).wanted == any(
                 self.model.holding(fences)
             )
 
     def keep(self, lease: Lease) -> None:
         """Report that the batch is rendered and waits for the storage."""
         with self.untouched_unless([]), transaction(self.farm.store) as connection:
-            leases.keep(connection, lease.id)
+            leases.mark_spooled(connection, lease.id)
         self.model.kept.add(lease.id)
 
     # The same for all that its worker holds
@@ -244,7 +244,7 @@ class WorkersMoves(PeoplesMoves):
     def forget_all_but(self, lease: Lease, known: list[Lease]) -> None:
         pid, ids = self.hands[self.who(lease)].pid, [other.id for other in known]
         with transaction(self.farm.store) as connection:
-            leases.release_forgotten(connection, lease.worker_id, pid, ids)
+            leases.release_unknown(connection, lease.worker_id, pid, ids)
         given = self.model.same_workers(lease)
         self.model.give_back([other for other in given if other not in known])
 

@@ -10,16 +10,16 @@ import numpy as np
 from farm.domain.spec import FrameSpec
 from farm.pipelines.family import Batch
 from farm.pipelines.resolve import resolve_pipeline
-from tests.bench import CheckpointSandbox
+from tests.support.checkpoint_sandbox import CheckpointSandbox
 
 
 def picture(bench: CheckpointSandbox, words: str, **params: Any) -> np.ndarray[Any, Any]:
     """Load an entry, and draw what the farm draws."""
-    offer = resolve_pipeline("x", bench.entry(words))
-    loaded = offer.family.load(offer.pipeline)
-    given = offer.params({"steps": 2, "width": 64, "height": 64, **params}).model_dump()
+    resolved = resolve_pipeline("x", bench.entry(words))
+    loaded = resolved.family.load(resolved.pipeline)
+    given = resolved.params({"steps": 2, "width": 64, "height": 64, **params}).model_dump()
     frame = FrameSpec(pipeline="x", prompt="a red star", seed=31, bucket=1, params=given)
-    [drawn] = offer.family.denoise(loaded, Batch([frame]))
+    [drawn] = resolved.family.denoise(loaded, Batch([frame]))
     return np.asarray(drawn)
 
 

@@ -116,7 +116,7 @@ class FakeWorker:
     def lose(self, message: str = "The child ended.", log: str | None = None) -> None:
         """Let this worker's child be gone, as its parent would tell it."""
         with transaction(self.farm.store) as connection:
-            leases.lose(connection, self.id, self.pid, message, 0.0, log)
+            leases.end_child_leases(connection, self.id, self.pid, message, 0.0, log)
 
     def release(self, lease: Lease) -> set[Fence]:
         with transaction(self.farm.store) as connection:
@@ -124,10 +124,10 @@ class FakeWorker:
 
 
 def register_worker(farm: Farm, name: str = "hand", pipeline: str = "demo") -> FakeWorker:
-    hand = FakeWorker(farm, uuid.uuid4(), name)
+    worker = FakeWorker(farm, uuid.uuid4(), name)
     with transaction(farm.store) as connection:
-        workers.register(connection, hand.id, name=name, pipeline=pipeline, host="here", pid=1)
-    return hand
+        workers.register(connection, worker.id, name=name, pipeline=pipeline, host="here", pid=1)
+    return worker
 
 
 def let_leases_expire(farm: Farm) -> set[str]:
@@ -144,9 +144,9 @@ def counts_add_up(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
     assert job.running == states.count("running")
     assert job.succeeded == states.count("succeeded")
     assert job.dead == states.count("dead")
-    unborn = job.total - job.cursor
+    unclaimed = job.total - job.cursor
     if job.status == "cancelled":
-        assert job.cancelled == states.count("cancelled") + unborn
+        assert job.cancelled == states.count("cancelled") + unclaimed
     else:
         waiting = job.total - job.running - job.succeeded - job.dead - job.cancelled
-        assert waiting == states.count("ready") + unborn
+        assert waiting == states.count("ready") + unclaimed

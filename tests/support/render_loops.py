@@ -22,6 +22,6 @@ def render_line(farm: Farm, pipeline: str) -> RenderLoop:
         workers.register(
             connection, identity.id, name=identity.name, pipeline=pipeline, host="here", pid=1
         )
-    offer = farm.offer(pipeline)
-    loaded = offer.family.load(offer.pipeline)
-    return RenderLoop(farm, identity, offer, loaded, warm_up(offer, loaded))
+    resolved = farm.resolve(pipeline)
+    loaded = resolved.family.load(resolved.pipeline)
+    return RenderLoop(farm, identity, resolved, loaded, warm_up(resolved, loaded))

@@ -23,8 +23,8 @@ from farm.storage import artifact_key
 from farm.store import frames, keys
 from farm.store.claim import ClaimedFrame, Lease
 from farm.store.engine import transaction
-from tests.farming import FakeWorker, fence, sql
-from tests.waiting import wait_until
+from tests.support.store import FakeWorker, fence, sql
+from tests.support.waiting import wait_until
 
 JOB: dict[str, Any] = {"pipeline": "demo", "prompts": ["a red star"], "seed": 7, "steps": 2}
 
@@ -85,7 +85,7 @@ def listening(settings: Settings) -> Iterator[str]:
         port.close()
 
 
-def render(hand: FakeWorker, lease: Lease, *ordinals: int) -> None:
+def render(worker: FakeWorker, lease: Lease, *ordinals: int) -> None:
     """Complete a lease's frames, or these ordinals alone, each with a picture in the storage."""
     done = []
     for slot, frame in enumerate(lease.frames):
@@ -95,9 +95,9 @@ def render(hand: FakeWorker, lease: Lease, *ordinals: int) -> None:
         digest = hashlib.sha256(content).digest()
         form = frame.spec.format
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
-        hand.farm.artifacts.put(key, content)
+        worker.farm.artifacts.put(key, content)
         done.append(frames.CompletedFrame(fence(frame), digest, len(content), slot))
-    with transaction(hand.farm.store) as connection:
+    with transaction(worker.farm.store) as connection:
         assert len(frames.complete(connection, lease.id, done)) == len(done)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from farm.errors import CatalogError
 from farm.pipelines.catalog import Pipeline, load_catalog
-from tests.checkpoints import save
+from tests.support.checkpoints import save
 
 SAFE = ".safetensors"
 RUN = "code-was-run"
