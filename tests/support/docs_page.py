@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "pipelines.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 CONTROL = "0" * 64
 """Some uploaded image's id"""
 
