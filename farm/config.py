@@ -17,13 +17,15 @@ from farm import failpoints
 from farm.errors import FarmError
 from farm.redis_address import redis_place
 
+DATA = "farm-data"
+"""Default data folder of `farm up` and `farm demo`."""
 ENV_FILE = "farm.env"
-"""Settings of a data folder, as KEY=value lines, which a shell can read too."""
+"""Name of a data folder's settings file: KEY=value lines, which a shell can read too."""
 DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
 
 
 def _user_cache() -> Path:
-    """Where a user's caches lie: https://specifications.freedesktop.org/basedir-spec/latest/"""
+    """Find the user's cache folder: https://specifications.freedesktop.org/basedir-spec/latest/"""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():
         return given
@@ -34,134 +36,173 @@ def _user_cache() -> Path:
 
 
 class Settings(BaseSettings):
-    """Everything a process of the farm can be told; every field has the variable FARM_<NAME>."""
+    """All settings of a process. The variable of a field is FARM_ and its name in capitals."""
 
     model_config = SettingsConfigDict(env_prefix="FARM_", extra="ignore")
 
     database_url: SecretStr = Field(
         default=SecretStr("postgresql://farm@127.0.0.1:5432/farm"),
-        description="Postgres, as libpq URL",
+        description="Address of Postgres, as a libpq URL",
     )
     redis_url: SecretStr = Field(
         default=SecretStr("redis://127.0.0.1:6379/0"),
-        description="Redis or Valkey: Celery's broker",
+        description="Address of Redis or Valkey, Celery's broker",
     )
-    s3_endpoint_url: str | None = Field(default=None, description="left out for AWS itself")
-    s3_bucket: str = Field(default="farm", description="where artifacts are stored")
+    s3_endpoint_url: str | None = Field(
+        default=None, description="Address of the S3 server; leave it out for AWS"
+    )
+    s3_bucket: str = Field(default="farm", description="Bucket that stores artifacts")
     api_url: str = Field(
-        default="http://127.0.0.1:8000", description="the API, for the command line"
+        default="http://127.0.0.1:8000",
+        description="Address of the API, for the command line",
     )
-    api_key: SecretStr | None = Field(default=None, description="the key the command line uses")
-    pipelines: Path = Field(default=DEMO_CATALOG, description="the catalog, pipelines.toml")
+    api_key: SecretStr | None = Field(default=None, description="API key of the command line")
+    pipelines: Path = Field(default=DEMO_CATALOG, description="Path of the catalog, pipelines.toml")
 
     lease_seconds: float = Field(
-        default=30.0, gt=0, description="how long a claim lasts unless renewed"
+        default=30.0, gt=0, description="Length of a lease that is not renewed. Seconds"
     )
     heartbeat_seconds: float = Field(
-        default=5.0, gt=0, description="how often a worker renews its leases"
+        default=5.0, gt=0, description="Interval at which a worker renews its leases. Seconds"
     )
     progress_seconds: float = Field(
-        default=0.5, gt=0, description="how often, at most, the step hook asks whether to go on"
+        default=0.5,
+        gt=0,
+        description="Minimum interval between two progress reports to Postgres; each also checks"
+        " for cancellation. Seconds",
     )
     transaction_seconds: float = Field(
         default=10.0,
         gt=0,
-        description="Postgres ends a transaction left idle for so long: its holder was stopped",
+        description="Idle time after which Postgres ends a transaction: its holder was stopped."
+        " Seconds",
     )
-    sweep_seconds: float = Field(default=1.0, gt=0, description="the janitor's pace")
+    sweep_seconds: float = Field(
+        default=1.0, gt=0, description="Interval of the janitor's sweeps. Seconds"
+    )
     worker_timeout_seconds: float = Field(
-        default=20.0, gt=0, description="a worker unseen for so long counts as gone"
+        default=20.0,
+        gt=0,
+        description="Time without a sign of life after which a worker counts as gone. Seconds",
     )
     step_timeout_seconds: float = Field(
         default=600.0,
         gt=0,
-        description="a child that shows no step for so long is ended by its parent",
+        description="Time without progress after which a worker ends its render process. Seconds",
     )
     retry_seconds: float = Field(
         default=1.0,
         ge=0,
-        description="back-off before a frame's second attempt, doubled up to a minute",
+        description="Delay before a frame's second attempt; doubled for each further one, up to a"
+        " minute. Seconds",
     )
     trip_seconds: float = Field(
         default=10.0,
         gt=0,
-        description="how long a worker rests after three different frames failed in a row; doubled"
-        " while they go on failing, up to five minutes",
+        description="Pause of a worker that is tripped: three different frames failed in a row."
+        " Doubled each time, up to five minutes. Seconds",
     )
     scratch_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / f"farm-{os.getuid()}",
-        description="where a worker keeps pictures while the storage is away, and `farm exporter` "
-        "a shard while it writes it",
+        description="Folder in which a worker keeps images while the storage is unavailable, and"
+        " `farm exporter` the shard that it writes",
     )
     cache_dir: Path = Field(
         default_factory=lambda: _user_cache() / "farm",
-        description="where workers keep compiled graphs and weights' hashes between starts",
+        description="Folder in which workers keep compiled graphs and hashes of weights",
     )
     spool_bytes: int = Field(
-        default=2 * 2**30, ge=0, description="bytes of pictures that a worker keeps so at most"
+        default=2 * 2**30,
+        ge=0,
+        description="Maximum size of the images that a worker keeps in FARM_SCRATCH_DIR. Bytes",
     )
     grace_seconds: float = Field(
-        default=60.0, gt=0, description="how long a worker may finish its batch"
+        default=60.0,
+        gt=0,
+        description="Time that a stopping worker has to finish its batch. Seconds",
     )
     session_days: float = Field(
-        default=7.0, gt=0, le=365, description="days until a session of the page ends"
+        default=7.0, gt=0, le=365, description="Length of a login to the web page. Days"
     )
     trusted_proxies: str = Field(
         default_factory=lambda: os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1"),
-        description="comma-separated addresses and networks of proxies whose X-Forwarded-Proto and"
-        " X-Forwarded-For headers are trusted, such as 10.0.0.0/8; *: all",
+        description="Proxies whose X-Forwarded-Proto and X-Forwarded-For headers are trusted:"
+        " addresses and networks, separated by commas, for example 10.0.0.5,10.1.0.0/16; * for all",
     )
-    events_days: float = Field(default=30.0, gt=0, description="how long events are kept")
+    events_days: float = Field(default=30.0, gt=0, description="Time that events are kept. Days")
     retention_days: float = Field(
         default=0.0,
         ge=0,
-        description="how long a job or an export is kept after its end, and an input that no job "
-        "draws; 0: for ever",
+        description="Time that a job or an export is kept after its end, and an input that no job"
+        " uses. Days; 0 keeps them forever",
     )
     orphan_seconds: float = Field(
-        default=86_400.0, ge=0, description="objects that no frame names are deleted when older"
+        default=86_400.0,
+        ge=0,
+        description="Age after which a stored object that no frame refers to is deleted. Seconds",
     )
     torch_threads: int = Field(
-        default=0, ge=0, description="torch threads a worker; 0: as torch chooses"
+        default=0, ge=0, description="torch threads of a worker; 0 lets torch choose"
     )
 
     preempt: bool = Field(
         default=True,
-        description="whether an interactive batch is rendered in the middle of another one",
+        description="Render an interactive batch in the middle of another one, between two steps",
     )
 
-    max_job_frames: int = Field(default=10_000_000, ge=1, description="frames a job may hold")
-    max_job_prompts: int = Field(default=100_000, ge=1, description="prompts in one request")
-    max_prompt_chars: int = Field(default=8_000, ge=1, description="characters a prompt may hold")
-    max_grid_points: int = Field(default=1_000, ge=1, description="combinations a grid may span")
+    max_job_frames: int = Field(
+        default=10_000_000, ge=1, description="Maximum number of frames in a job"
+    )
+    max_job_prompts: int = Field(
+        default=100_000, ge=1, description="Maximum number of prompts in one request"
+    )
+    max_prompt_chars: int = Field(
+        default=8_000, ge=1, description="Maximum length of a prompt. Characters"
+    )
+    max_grid_points: int = Field(
+        default=1_000, ge=1, description="Maximum number of combinations in a grid"
+    )
     max_body_bytes: int = Field(
-        default=16 * 2**20, ge=1, description="bytes a request's body may hold"
+        default=16 * 2**20, ge=1, description="Maximum size of a request's body. Bytes"
     )
     max_input_bytes: int = Field(
-        default=4 * 2**30, ge=1, description="bytes an input may hold, unpacked"
+        default=4 * 2**30, ge=1, description="Maximum size of an input, unpacked. Bytes"
     )
     max_image_bytes: int = Field(
-        default=16 * 2**20, ge=1, description="bytes a control image may have as it is sent"
+        default=16 * 2**20,
+        ge=1,
+        description="Maximum size of a control image's file, as sent. Bytes",
     )
     max_image_pixels: int = Field(
         default=4096 * 4096,
         ge=64,
         le=2**27,
-        description="width times height of a control image",
+        description="Maximum width times height of a control image. Pixels",
     )
-    presign_seconds: int = Field(default=600, ge=1, description="how long an image's address lasts")
+    presign_seconds: int = Field(
+        default=600, ge=1, description="Lifetime of an image's download address. Seconds"
+    )
     otlp_endpoint: str = Field(
         default_factory=lambda: os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
-        description="the OTLP/HTTP receiver that traces are sent to; none are where it is empty",
+        description="OTLP/HTTP receiver that traces are sent to, for example http://collector:4318;"
+        " leave it empty to send none",
     )
-    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
+    log_level: str = Field(
+        default="INFO", description="Lowest level that is logged: DEBUG, INFO, WARNING or ERROR"
+    )
     environment: Literal["production", "development"] = Field(
         default="production",
-        description="failpoints and discarding pictures are refused in production",
+        description="production refuses FARM_FAILPOINTS and FARM_DISCARD_IMAGES; development allows"
+        " them",
     )
-    failpoints: str = Field(default="", description="where to fail on purpose: point=action:text")
+    failpoints: str = Field(
+        default="",
+        description="Places to fail on purpose, as point=action:text, for example"
+        " render.step=oom:BIG; several are separated by semicolons",
+    )
     discard_images: bool = Field(
-        default=False, description="store no picture, for measuring what all the rest takes"
+        default=False,
+        description="Render and encode images without storing them, to measure everything else",
     )
 
     @field_validator("redis_url")
@@ -187,7 +228,8 @@ class Settings(BaseSettings):
     def _endpoint_is_http(cls, endpoint: str) -> str:
         if endpoint and not endpoint.startswith(("http://", "https://")):
             raise ValueError(
-                "it, or else OTEL_EXPORTER_OTLP_ENDPOINT, must begin with http:// or https://"
+                "this address (or that of OTEL_EXPORTER_OTLP_ENDPOINT) must begin with http:// or"
+                " https://"
             )
         return endpoint
 
@@ -199,7 +241,10 @@ class Settings(BaseSettings):
         }
         for name, given in unsafe.items():
             if given and self.environment == "production":
-                raise ValueError(f"{name} is set: FARM_ENVIRONMENT must then be development")
+                raise ValueError(
+                    f"{name} is refused in production. Remove it, or set "
+                    "FARM_ENVIRONMENT=development"
+                )
         return self
 
 
@@ -211,12 +256,12 @@ def load_settings() -> Settings:
         if key_file.is_file():
             os.environ.setdefault("FARM_API_KEY", key_file.read_text().strip())
         for name, value in load_env(Path(data)).items():
-            os.environ.setdefault(name, value)  # boto3 looks for AWS_* there itself
+            os.environ.setdefault(name, value)  # boto3 reads AWS_* from there itself
     return Settings()
 
 
 def load_env(data: Path) -> dict[str, str]:
-    """Read `data`/farm.env: FARM_* and AWS_* variables; empty when there is no such file."""
+    """Read the FARM_* and AWS_* variables in `data`/farm.env. Return {} without that file."""
     path = data / ENV_FILE
     if not path.is_file():
         return {}
@@ -225,7 +270,7 @@ def load_env(data: Path) -> dict[str, str]:
 
 
 def format_env(env: Mapping[str, str]) -> str:
-    """Lines that `load_env`, `sh` and dotenv read alike."""
+    """Format variables as lines that `load_env`, `sh` and dotenv all read."""
     return "".join(f"{key}={shlex.quote(value)}\n" for key, value in env.items())
 
 
@@ -234,15 +279,18 @@ def _words(line: str) -> list[str]:
 
 
 def make_private(root: Path) -> None:
-    """Make FARM_SCRATCH_DIR, a folder that nobody else may write to.
+    """Create FARM_SCRATCH_DIR, which only its owner may write to.
 
-    Whoever could, could exchange pictures.
+    Any other user who could write to it could replace images.
 
     Raises:
-        FarmError: it is somebody else's, or others may write to it.
-        OSError: it cannot be made.
+        FarmError: the folder belongs to another user, or others may write to it.
+        OSError: the folder cannot be created.
     """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = root.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise FarmError(f"FARM_SCRATCH_DIR: {root} can be written by others; choose another.")
+        raise FarmError(
+            f"FARM_SCRATCH_DIR: {root} belongs to another user, or others can write to it. "
+            "Choose another folder."
+        )

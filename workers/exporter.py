@@ -1,4 +1,4 @@
-"""Exporter: work without a device. A process on a separate lane writes datasets, shard by shard."""
+"""The exporter: a process without a device. It writes datasets shard by shard, on its own lane."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from farm.store.exports import Shard
 log = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 500
-"""of why a shard was not written"""
+"""Maximum length of a shard's error message, in characters."""
 POLL_SECONDS = 5.0
 END_SECONDS = 5.0
 MAX_CONCURRENT_SHARDS = 2
-"""Bells that a process answers at the same time"""
+"""Bells that one process answers at the same time."""
 
 
 class Exporter:
-    """Writes the shards that are whole: several at the same time, each of another tenant."""
+    """Writes shards whose frames have ended: several at a time, each of a different tenant."""
 
     def __init__(self, farm: Farm, name: str) -> None:
         self._farm = farm
@@ -50,11 +50,11 @@ class Exporter:
         """Tenants of the shards that are being written."""
 
     def leave(self) -> None:
-        """Stop soon: the current shards are given up, and written again by another process."""
+        """Stop soon. The current shards are released, and another process writes them again."""
         self._leaves.set()
 
     def answer(self) -> None:
-        """Answer a bell: write until nothing is due."""
+        """Answer a bell: write shards until none is due."""
         try:
             while not self._leaves.is_set() and (shard := self._claim()) is not None:
                 try:
@@ -66,7 +66,7 @@ class Exporter:
             log.warning("%s waits for the next bell: %s", self._name, error)
 
     def poll(self) -> None:
-        """Look for work now and then until it leaves: a bell may be lost, or Redis away."""
+        """Look for work regularly until `leave`: a bell may be lost, or Redis may not answer."""
         while not self._leaves.wait(POLL_SECONDS):
             try:
                 with one_statement(self._farm.store) as connection:
@@ -74,9 +74,9 @@ class Exporter:
                 if due:
                     self.answer()
             except Unavailable as error:
-                log.warning("%s does not know whether something is due: %s", self._name, error)
+                log.warning("%s could not check for due shards: %s", self._name, error)
             except Exception:
-                log.exception("%s could not look for work", self._name)
+                log.exception("%s failed to check for due shards", self._name)
 
     def _claim(self) -> Shard | None:
         with self._claiming:
@@ -98,23 +98,23 @@ class Exporter:
             with one_statement(self._farm.store) as connection:
                 held = exports.finish(connection, shard, files, rows=pictures, missing=missing)
             if not held:
-                log.warning("%s lost %s: another writes it", self._name, shard)
+                log.warning("%s lost the lease of %s; another process writes it", self._name, shard)
         except Stopped:
-            log.info("%s left %s", self._name, shard)
+            log.info("%s stopped writing %s", self._name, shard)
             with one_statement(self._farm.store) as connection:
                 exports.give_back(connection, shard)
         except Exception as error:
             log.exception("%s could not write %s", self._name, shard)
             said = error.message if isinstance(error, FarmError) else type(error).__name__
             why = one_line(said, MAX_CHARACTERS)
-            # A server that is away comes back; a picture that is gone does not.
+            # A server that does not answer comes back. A deleted picture does not.
             counts = not (isinstance(error, Unavailable) and error.retryable)
             with one_statement(self._farm.store) as connection:
                 exports.fail(connection, shard, why, counts=counts)
 
     @contextmanager
     def _held(self, shard: Shard) -> Iterator[threading.Event]:
-        """Renew a shard's lease in the block; gives what is set once it is lost, or may be."""
+        """Renew a shard's lease in the block. Yield an event, set once the lease may be lost."""
         over, lost = threading.Event(), threading.Event()
         seconds = self._farm.settings.lease_seconds
         ends_at = time.monotonic() + seconds
@@ -131,7 +131,7 @@ class Exporter:
                     ends_at = asked + seconds
                 except Unavailable as error:
                     log.warning("%s: the lease of %s was not renewed: %s", self._name, shard, error)
-                    if time.monotonic() >= ends_at:  # another may write it by now
+                    if time.monotonic() >= ends_at:  # another process may write it now
                         lost.set()
                         return
 
@@ -144,12 +144,12 @@ class Exporter:
             thread.join()
 
 
-def run_chores(settings: Settings) -> int:
-    """Be an exporter until SIGTERM; returns the exit code."""
+def run_exporter(settings: Settings) -> int:
+    """Run an exporter until SIGTERM. Return the exit code."""
     farm = open_farm(settings)
     host = socket.gethostname()
     exporter = Exporter(farm, f"exporter-{os.getpid()}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery answers it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery handles it
     app = make_app(settings)
 
     @setup_logging.connect(weak=False)
@@ -164,7 +164,7 @@ def run_chores(settings: Settings) -> int:
     def answer() -> None:
         exporter.answer()
 
-    warnings.simplefilter("ignore", SecurityWarning)  # of pickled messages: there are none
+    warnings.simplefilter("ignore", SecurityWarning)  # about pickled messages; none are used
     worker = app.Worker(
         hostname=f"exporter-{os.getpid()}@{host}",
         queues=[EXPORTER_LANE],

@@ -1,4 +1,4 @@
-"""Control images: uploaded as a raw body, and named in jobs by the id that the upload answers."""
+"""Control images: uploaded as a raw body. Jobs name them by the ID that the upload returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit, page
 from api.request_body import read_body
-from farm.imaging.uploads import ALLOWED, IMAGE_ID, OPENERS, PNG
+from farm.domain.image_formats import IMAGE_ID, PNG
+from farm.imaging.uploads import ALLOWED, OPENERS
 from farm.services import control_images as use_cases
 from farm.services.control_images import image_key
 from farm.store import control_images as stored
@@ -23,21 +24,21 @@ from farm.store.engine import reads, transaction
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
-ImageId = Annotated[str, Path(pattern=IMAGE_ID, description="the image's id")]
+ImageId = Annotated[str, Path(pattern=IMAGE_ID, description="ID of the image")]
 AfterImage = Annotated[
-    str | None, Query(pattern=IMAGE_ID, description="the `next` of the page before")
+    str | None, Query(pattern=IMAGE_ID, description="Value of `next` of the previous page")
 ]
 UPLOAD: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "the file itself",
+        "description": "Content of the file",
         "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in OPENERS},
     }
 }
 MAX_CONCURRENT_DECODINGS = 2
-"""Images that a process decodes at the same time: a large one takes some 200 MB meanwhile."""
+"""Maximum number of images that a process decodes at the same time. A large one needs 200 MB."""
 MAX_WAITING = 32
-"""Uploads that wait for it; they hold no thread, but their bodies"""
+"""Maximum number of uploads that wait to be decoded. They hold their bodies, but no thread."""
 OTHER_KIND = {"model": schemas.Problem, "description": f"Content-Type is not {ALLOWED}."}
 
 
@@ -55,8 +56,8 @@ async def upload(
     body: Annotated[bytes, Depends(read_body)],
     response: Response,
 ) -> schemas.Image:
-    """Take a PNG, JPEG or WebP as the raw body, and keep it as an RGB PNG, upright, without
-    metadata. The same content again, in whichever of these kinds, answers the same id."""
+    """Upload a PNG, JPEG or WebP as the raw body. It is stored as an RGB PNG, upright, without
+    metadata. The same pixels always get the same ID, in any of these formats."""
     content_type = request.headers.get("content-type", "")
     decoding: CapacityLimiter = request.app.state.decoding
     with request.app.state.admitted.taken(str(caller.tenant_id), "images"):
@@ -71,7 +72,7 @@ async def upload(
 def list_images(
     farm: FarmDep, caller: Reader, limit: Limit = 50, after: AfterImage = None
 ) -> schemas.Page[schemas.Image]:
-    """List a tenant's control images."""
+    """List the control images of the key's tenant."""
     with reads(farm.store) as connection:
         found = stored.list_images(connection, caller.tenant_id, limit=limit + 1, after=after)
     return page(found, limit, _view)
@@ -90,24 +91,26 @@ def delete_image(farm: FarmDep, caller: Writer, image_id: ImageId) -> None:
         stored.remove_image(connection, caller.tenant_id, image_id)
 
 
-@router.get("/{image_id}", responses=refusals(404), summary="Look at a control image")
+@router.get("/{image_id}", responses=refusals(404), summary="Get a control image")
 def get_image(farm: FarmDep, caller: Reader, image_id: ImageId) -> schemas.Image:
-    """Answer with an uploaded image's size and when it came."""
+    """Return the size of an uploaded image, and the time of its upload."""
     return _view(use_cases.get_image(farm, caller.tenant_id, image_id))
 
 
 @router.get(
     "/{image_id}/content",
-    summary="Fetch a control image",
+    summary="Download a control image",
     status_code=307,
     response_class=RedirectResponse,
     responses={
-        307: {"description": "its address, good for minutes, without a key"},
+        307: {
+            "description": "Redirect to its address, which needs no key and expires after minutes"
+        },
         **refusals(404),
     },
 )
 def get_content(farm: FarmDep, caller: Reader, image_id: ImageId, head: IsHead) -> RedirectResponse:
-    """Point to an uploaded image."""
+    """Redirect to the file of an uploaded image."""
     image = use_cases.get_image(farm, caller.tenant_id, image_id)
     address = farm.artifacts.presigned(image_key(caller.tenant_id, image.id), head=head)
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})

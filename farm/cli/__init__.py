@@ -1,6 +1,6 @@
-"""The command line: one module a group of commands, assembled here.
+"""The command line: assembles the commands, which have one module for each group.
 
-Commands import what is heavy when they run, so that `farm --help` and tab keys are quick.
+Commands import heavy modules only when they run, so that `farm --help` is fast.
 """
 
 from __future__ import annotations
@@ -42,7 +42,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-START, RENDER, LOOK, RUN = "Start here", "Jobs", "Look", "Processes and upkeep"
+EXTRAS = {
+    "submit": "files",
+    "export": "files",
+    "api": "server",
+    "janitor": "server",
+    "exporter": "server",
+    "migrate": "server",
+    "keys": "server",
+    "audit": "server",
+    "doctor": "server",
+    "worker": "worker",
+    "calibrate": "worker",
+    "replay": "worker",
+    "up": "local",
+    "demo": "local",
+}
+"""The extra of the package `farm` that each command needs, in full or for some options."""
+OWN_PACKAGES = {"farm", "api", "workers", "migrations"}
+
+START, RENDER, LOOK, RUN = "Start here", "Jobs", "Inspect", "Processes and maintenance"
 OPERATE = "For operators"
 
 app.command("demo", rich_help_panel=START)(demo.demo)
@@ -84,21 +103,25 @@ def _show_version(wanted: bool) -> None:
 def farm(
     _version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """A distributed render farm for text-to-image diffusion."""
 
 
 def main() -> None:
-    """Run a command; an error is one line on standard error, and exit code 1."""
+    """Run a command. On an error, print one line to standard error and exit with code 1."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # text in any script, on any terminal
+            stream.reconfigure(errors="replace")  # prompts may hold characters it cannot show
     try:
         app(prog_name="farm")
     except FarmError as error:
         _fail(error.message)
+    except ModuleNotFoundError as error:
+        _fail(_missing(error))
     except Exception as error:
         _fail(_unexpected(error))
 
@@ -108,6 +131,17 @@ def _fail(message: str) -> None:
     sys.exit(ERROR)
 
 
+def _missing(error: ModuleNotFoundError) -> str:
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    extra = EXTRAS.get(command)
+    if extra is None or (error.name or "farm").split(".")[0] in OWN_PACKAGES:
+        return _unexpected(error)
+    return (
+        f"`farm {command}` needs the package {error.name}, which is not installed. "
+        f"Run: pip install 'farm[{extra}]'"
+    )
+
+
 def _unexpected(error: Exception) -> str:
     from pydantic import ValidationError
 
@@ -115,4 +149,4 @@ def _unexpected(error: Exception) -> str:
         first = error.errors()[0]
         name = "_".join(["farm", *(str(part) for part in first["loc"])]).upper()
         return f"{name}: {first['msg']}."
-    return f"Something went wrong inside the farm: {type(error).__name__}: {error}"
+    return f"The farm failed unexpectedly: {type(error).__name__}: {error}"

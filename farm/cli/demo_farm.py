@@ -1,4 +1,4 @@
-"""The farm that `farm demo` renders on: one that runs already, else one of its own."""
+"""The farm that `farm demo` renders on: a running one, or else one that it starts."""
 
 from __future__ import annotations
 
@@ -18,29 +18,26 @@ from farm.errors import Unavailable
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
 
-DATA = "farm-data"
-"""The folder that `farm up` and `farm demo` use where none is named."""
-
 PORT = 8000
 STARTING_SECONDS = 120.0
-"""How long a farm that somebody else is starting may take."""
+"""Maximum time to wait for a farm that another process is starting, in seconds."""
 
 
 @dataclass(frozen=True)
 class FarmHandle:
-    """A farm that answers."""
+    """A running farm and a client for it."""
 
     client: FarmClient
     url: str
     data: Path | None
-    """Its data folder, where it is known."""
+    """Data folder, or None if unknown."""
     own: bool
-    """Whether it was started here, and ends here."""
+    """True if this process started the farm, and stops it at the end."""
 
 
 @contextmanager
 def running_or_started_farm(data: Path) -> Iterator[FarmHandle]:
-    """Give a farm: FARM_API_URL's, else the one running on `data`, else one started on it."""
+    """Yield the farm at FARM_API_URL, else the one running on `data`, else start one on `data`."""
     if os.environ.get("FARM_API_URL"):
         with _running(None) as host:
             yield host
@@ -53,7 +50,7 @@ def running_or_started_farm(data: Path) -> Iterator[FarmHandle]:
 
 
 def is_held(data: Path) -> bool:
-    """Whether a farm runs on this data folder, or is being started or stopped."""
+    """Return True if a farm on this data folder runs, starts or stops."""
     try:
         with (data / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -66,7 +63,7 @@ def is_held(data: Path) -> bool:
 
 @contextmanager
 def _running(data: Path | None) -> Iterator[FarmHandle]:
-    """Wait until the farm that somebody else runs answers, and use it."""
+    """Wait until a farm of another process answers, and yield it."""
     started = time.monotonic()
     with busy("Waiting for the farm to answer" if data is None else f"Using the farm on {data}"):
         while True:
@@ -78,7 +75,7 @@ def _running(data: Path | None) -> Iterator[FarmHandle]:
                 if data is None or time.monotonic() - started > STARTING_SECONDS:
                     raise
                 time.sleep(0.5)
-    out.print(f"Using the farm that runs already: [bold]{client.address.url}[/]")
+    out.print(f"Using the running farm: [bold]{client.address.url}[/]")
     with client:
         yield FarmHandle(client, client.address.url, data, own=False)
 
@@ -91,18 +88,18 @@ def _open(data: Path | None) -> FarmClient:
         return FarmClient.of(load_settings())
     url, key = load_env(data).get("FARM_API_URL"), data / "api-key"
     if url is None or not key.is_file():
-        raise Unavailable(f"The farm on {data} is still being started.")
+        raise Unavailable(f"The farm on {data} is still starting. Try again in a minute.")
     return FarmClient(url, key.read_text().strip())
 
 
 @contextmanager
 def _started(data: Path) -> Iterator[FarmHandle]:
-    """Start the whole farm on a data folder, and stop it at the end."""
+    """Start the whole farm on a data folder, yield it, and stop it at the end."""
     from farm.cli.client.http import FarmClient
     from farm.local import running_farm
     from farm.local.ports import is_free
 
-    note(f"No farm runs on {data}: starting one. Everything it keeps stays in that folder.", None)
+    note(f"No farm runs on {data}. Starting one. All its data is stored in that folder.", None)
     started = time.monotonic()
     with ExitStack() as stack:
         with busy("Starting Postgres, Valkey, SeaweedFS, the API, the janitor and a worker"):

@@ -1,7 +1,7 @@
-"""Image files from outside: checked before anything is decoded, and brought into one form. Pure.
+"""Uploaded image files: checked before decoding, and normalised to one format. Pure functions.
 
-What is kept of a file is what diffusers would make of it: turned upright as its EXIF says, then
-`convert("RGB")`. It becomes a PNG without metadata, so the same content gives the same bytes.
+The stored image is what diffusers would make of the file: turned upright by its EXIF, then
+`convert("RGB")`. It is a PNG without metadata, so the same content gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from farm.domain.image_formats import JPEG, PNG, WEBP, media_type_of
 from farm.errors import InvalidRequest, RenderError, UnsupportedMediaType
 
-PNG, JPEG, WEBP = "image/png", "image/jpeg", "image/webp"
-
-# Each by itself: Image.open would take any format that fits, and some are handed to programs.
+# One opener per type: Image.open accepts any format, and passes some to external programs.
 OPENERS: Mapping[str, type[ImageFile]] = {
     PNG: PngImageFile,
     JPEG: JpegImageFile,
@@ -34,20 +33,18 @@ OPENERS: Mapping[str, type[ImageFile]] = {
 }
 ALLOWED = f"{PNG}, {JPEG} or {WEBP}"
 
-IMAGE_ID = r"^[0-9a-f]{64}$"
-"""The form of an image's id, the sha256 of what is kept, as a pattern of JSON Schema has it."""
 
 MIN_SIDE = 8
-"""Pixels of the smallest side."""
+"""Minimum width and height, in pixels."""
 
 MAX_SCANS = 100
-"""A JPEG's scans: each goes over the whole picture again, and usual files have at most a dozen."""
+"""Maximum number of scans of a JPEG. Each decodes the whole image again; a dozen is usual."""
 
 MAX_PARTS = 1_000
-"""A file's parts, but for a PNG's pixels: each costs time whatever it holds, and more if packed."""
+"""Maximum number of parts of a file, without a PNG's pixels. Each costs time, more if packed."""
 
 EIGHT_BITS = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"})
-"""Pillow's modes of 8 bits a channel or fewer."""
+"""Modes of Pillow with 8 bits per channel or fewer."""
 
 TURNS: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,27 +55,27 @@ TURNS: Mapping[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation: what makes the picture upright."""
+"""Transposition that turns an image upright, by its EXIF orientation."""
 
 TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 TELLS_TURN = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0")
-"""Keywords of texts in which Pillow looks for EXIF"""
+"""Keywords of texts in which Pillow looks for EXIF."""
 
-# The next marker of a JPEG that has a length; FF 00 is data, FF D0 to D7 and FF 01 stand alone.
+# The next JPEG marker with a length. FF 00 is data; FF D0 to D7 and FF 01 have no length.
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
 START_OF_SCAN, END_OF_IMAGE = b"\xda", b"\xd9"
 
 
 @dataclass(frozen=True)
 class NormalisedImage:
-    """An image as the farm keeps it."""
+    """An image as the farm stores it."""
 
     content: bytes
-    """an RGB PNG without metadata"""
+    """An RGB PNG without metadata."""
     width: int
-    """pixels"""
+    """Width, in pixels."""
     height: int
-    """pixels"""
+    """Height, in pixels."""
 
     @property
     def sha256(self) -> bytes:
@@ -86,46 +83,30 @@ class NormalisedImage:
         return hashlib.sha256(self.content).digest()
 
 
-def is_image_id(word: str) -> bool:
-    """Whether a word has the form of an image's id."""
-    return re.fullmatch(IMAGE_ID[1:-1], word) is not None
-
-
-def media_type_of(content: bytes) -> str | None:
-    """Tell a file's kind from its first bytes; None where it is not one that is taken."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PNG
-    if content.startswith(b"\xff\xd8\xff"):
-        return JPEG
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return WEBP
-    return None
-
-
 def normalised(content: bytes, declared: str, *, max_pixels: int) -> NormalisedImage:
-    """Check an image file, and bring it into the form that is kept.
+    """Check an image file, and convert it to the stored form.
 
     Args:
         content: the file.
-        declared: its media type, as a Content-Type header has it.
-        max_pixels: the limit of width times height, looked at before anything is decoded.
+        declared: its media type, from the Content-Type header.
+        max_pixels: maximum of width times height, checked before decoding.
 
     Raises:
-        UnsupportedMediaType: `declared` is not a kind that is taken.
-        InvalidRequest: the file is of another kind, damaged, too large, too small, animated, or
-            has more than 8 bits a channel.
+        UnsupportedMediaType: `declared` is not an allowed type.
+        InvalidRequest: the file has another type, is damaged, too large, too small, animated, or
+            has more than 8 bits per channel.
     """
     kind = declared.partition(";")[0].strip().lower()
-    kind = JPEG if kind == "image/jpg" else kind  # as many libraries call it
+    kind = JPEG if kind == "image/jpg" else kind  # the name in many libraries
     if kind not in OPENERS:
         raise UnsupportedMediaType(
-            f"Content-Type is {declared[:100]!r}; an image is sent as {ALLOWED}.",
+            f"Content-Type: {declared[:100]!r} is not allowed. Send an image as {ALLOWED}.",
             param="Content-Type",
         )
     found = media_type_of(content)
     if found != kind:
         raise InvalidRequest(
-            f"Content-Type says {kind}, and the image is {found or f'not {ALLOWED}'}.",
+            f"Content-Type: says {kind}, but the image is {found or f'not {ALLOWED}'}.",
             param="Content-Type",
         )
     picture = _picture(content, kind, max_pixels)
@@ -136,10 +117,12 @@ def decoded(content: bytes, image_id: str) -> Image.Image:
     """Decode the PNG of a normalised image, as RGB.
 
     Raises:
-        RenderError: it is not the image of this id.
+        RenderError: the content is not the image with this ID.
     """
     if hashlib.sha256(content).hexdigest() != image_id:
-        raise RenderError(f"What is kept as image {image_id} is another picture.")
+        raise RenderError(
+            f"The stored object of image {image_id} has other content. Upload the image again."
+        )
     image = PngImageFile(io.BytesIO(content))
     image.load()
     return image.convert("RGB")
@@ -158,26 +141,27 @@ def _picture(content: bytes, kind: str, max_pixels: int) -> Image.Image:
     with _reading(kind):
         image.load()
         upright = image.transpose(turn) if (turn := _turn(image)) is not None else image
-        upright.info = {}  # else a colour profile or a transparent colour would be saved with it
+        upright.info = {}  # or a colour profile or transparent colour would be saved too
         return upright.convert("RGB")
 
 
 @contextmanager
 def _reading(kind: str) -> Iterator[None]:
-    """Refuse a file that Pillow cannot read: for damaged ones it raises nearly anything."""
+    """Refuse a file that Pillow cannot read. On damaged files it raises almost any exception."""
     try:
         yield
     except Exception as error:
         raise InvalidRequest(
-            f"The image cannot be read as {kind}: it is damaged, cut short, or of a rare form.",
+            f"The image cannot be read as {kind}: it is damaged, cut short, or in a rare form. "
+            "Save it again with another program.",
             param="image",
         ) from error
 
 
 def _announced_size(content: bytes, kind: str) -> tuple[int, int] | None:
-    """Read width and height from the file's first bytes; None: known only once it is opened.
+    """Read width and height from the first bytes. None if only opening the file shows them.
 
-    A WebP's decoder takes its memory when it is opened, so its size must be known before.
+    A WebP decoder allocates its memory when it opens the file, so its size is checked before.
     """
     head = content[:30].ljust(30, b"\0")
     part = head[12:16]
@@ -202,7 +186,7 @@ def _check_size(size: tuple[int, int] | None, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise InvalidRequest(
             f"The image is {width}x{height}, which is {width * height} pixels; the limit is "
-            f"{max_pixels}.",
+            f"{max_pixels}. Scale it down.",
             param="image",
         )
     if min(size) < MIN_SIDE:
@@ -213,31 +197,31 @@ def _check_size(size: tuple[int, int] | None, max_pixels: int) -> None:
 
 
 def _check_form(image: ImageFile, kind: str) -> None:
-    # Pillow gives an animated PNG a media type of its own.
+    # For an animated PNG, Pillow returns another media type.
     if getattr(image, "n_frames", 1) > 1 or image.get_format_mimetype() != kind:
         raise InvalidRequest("The image is animated; send a single picture.", param="image")
-    # Of 16-bit colours Pillow would drop the lower half without a word.
+    # Pillow silently drops the lower half of 16-bit colours.
     sixteen = any(";16" in str(tile.args) for tile in image.tile)
     if sixteen or image.mode not in EIGHT_BITS:
         raise InvalidRequest(
-            "The image has more than 8 bits a channel; convert it to 8 bits first.", param="image"
+            "The image has more than 8 bits per channel; convert it to 8 bits first.", param="image"
         )
 
 
 def _check_parts(parts: Sequence[bytes]) -> None:
     if len(parts) > MAX_PARTS or parts.count(START_OF_SCAN) > MAX_SCANS:
         raise InvalidRequest(
-            f"The image is a file of more than {MAX_PARTS} parts, or {MAX_SCANS} scans; save it "
-            "in a simpler form.",
+            f"The image file has more than {MAX_PARTS} parts, or {MAX_SCANS} scans; save it in a "
+            "simpler form.",
             param="image",
         )
 
 
 def _jpeg_parts(content: bytes) -> Iterator[bytes]:
-    """Walk through a JPEG's markers to its end, which decoding does not wait for.
+    """Iterate over a JPEG's markers up to its end marker, which decoding does not check.
 
     Raises:
-        EOFError: it has no end.
+        EOFError: the file has no end marker.
     """
     at = 2
     while found := JPEG_MARKER.search(content, at):
@@ -249,10 +233,10 @@ def _jpeg_parts(content: bytes) -> Iterator[bytes]:
 
 
 def _png_parts(content: bytes) -> Iterator[bytes]:
-    """Walk through a PNG's chunks to its end, with their checksums: decoding passes over both.
+    """Iterate over a PNG's chunks, checking its end and checksums, which decoding skips.
 
     Raises:
-        struct.error: it has no end.
+        struct.error: the file has no end.
         ValueError: a checksum is wrong.
     """
     for name, begin, end in _png_chunks(content):
@@ -265,7 +249,7 @@ def _png_parts(content: bytes) -> Iterator[bytes]:
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Give the name of each chunk, and from where to where it goes.
+    """Yield the name, start and end of each chunk.
 
     Raises:
         struct.error: the file has no end.
@@ -279,8 +263,8 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _without_texts(content: bytes) -> bytes:
-    """Leave out a PNG's colour profile and texts: nothing of them is kept, and Pillow refuses a
-    file where they are large. A text that may say which side is up stays."""
+    """Remove a PNG's colour profile and texts, which are not stored. Pillow refuses files in which
+    they are large. Texts that may contain the orientation stay."""
     kept = [content[:8]]
     for name, begin, end in _png_chunks(content):
         if name not in TEXTS or content.startswith(TELLS_TURN, begin + 8):
@@ -289,7 +273,7 @@ def _without_texts(content: bytes) -> bytes:
 
 
 def _no_parts(_content: bytes) -> Iterator[bytes]:
-    """A WebP's own decoder goes through it whole before it decodes anything."""
+    """Return no parts: a WebP decoder checks the whole file before it decodes."""
     return iter(())
 
 
@@ -301,14 +285,14 @@ PARTS: Mapping[str, Callable[[bytes], Iterator[bytes]]] = {
 
 
 def _turn(image: ImageFile) -> Image.Transpose | None:
-    """What makes a picture upright; None: nothing, or its EXIF cannot be read."""
+    """Return the transposition that turns an image upright. None without readable EXIF."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Pillow raises nearly anything here too, and the picture itself is whole
+    except Exception:  # Pillow raises almost any exception here too; the pixels are fine
         return None
 
 
 def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1, compress_type=3)  # quick; as artifacts are
+    picture.save(buffer, format="PNG", compress_level=1, compress_type=3)  # fast, like artifacts
     return buffer.getvalue()

@@ -1,6 +1,6 @@
 """Control images: uploaded by a tenant, named by their content, read by workers.
 
-An image's id is the sha256 of the PNG that is kept, so an id means the same picture for ever.
+An image's ID is the sha256 of the stored PNG, so an ID means the same picture forever.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from botocore.exceptions import ClientError
 from PIL import Image
 
 from farm.context import Farm
+from farm.domain.image_formats import is_image_id
 from farm.errors import RenderError, Unavailable
-from farm.imaging.uploads import decoded, is_image_id, normalised
+from farm.imaging.uploads import decoded, normalised
 from farm.storage import Artifacts
 from farm.store import control_images as stored
 from farm.store.control_images import StoredImage
@@ -27,17 +28,17 @@ KEY = re.compile(r"images/([0-9a-f-]{36})/([0-9a-f]{64})\.png")
 
 
 def images_prefix(tenant_id: uuid.UUID) -> str:
-    """What the keys of a tenant's images begin with."""
+    """Prefix of the storage keys of a tenant's images."""
     return f"images/{tenant_id}/"
 
 
 def image_key(tenant_id: uuid.UUID, image_id: str) -> str:
-    """Name an image in the storage: its tenant, and the hash of its bytes."""
+    """Storage key of an image: its tenant, and the hash of its bytes."""
     return f"{images_prefix(tenant_id)}{image_id}.png"
 
 
 def parse_image_key(key: str) -> tuple[uuid.UUID, str] | None:
-    """Read an image's key as (tenant, id); None for any other key."""
+    """Parse an image's key into (tenant, ID). Return None for any other key."""
     found = KEY.fullmatch(key)
     try:
         return (uuid.UUID(found[1]), found[2]) if found else None
@@ -46,14 +47,14 @@ def parse_image_key(key: str) -> tuple[uuid.UUID, str] | None:
 
 
 def upload(farm: Farm, tenant_id: uuid.UUID, content: bytes, content_type: str) -> StoredImage:
-    """Check an image, bring it into the form that is kept, and store it.
+    """Check an image, convert it to the stored form, and store it.
 
-    Uploading the same content again changes nothing, and gives the same image.
+    A second upload of the same content changes nothing, and returns the same image.
 
     Raises:
-        UnsupportedMediaType: `content_type` is not a kind that is taken.
-        InvalidRequest: the file is of another kind, damaged, or outside the limits.
-        Unavailable: the storage or Postgres is away, or the same image is being deleted.
+        UnsupportedMediaType: `content_type` is not a supported type.
+        InvalidRequest: the file has another type, is damaged, or is outside the limits.
+        Unavailable: Postgres or the storage does not answer, or the image is being deleted.
     """
     image = normalised(content, content_type, max_pixels=farm.settings.max_image_pixels)
     sha256 = image.sha256
@@ -72,26 +73,26 @@ def upload(farm: Farm, tenant_id: uuid.UUID, content: bytes, content_type: str) 
 
 
 def get_image(farm: Farm, tenant_id: uuid.UUID, image_id: str) -> StoredImage:
-    """Look an image up.
+    """Return an image of a tenant.
 
     Raises:
-        NotFound: there is none, or it is another tenant's.
+        NotFound: the image does not exist, or belongs to another tenant.
     """
     with transaction(farm.store) as connection:
         return stored.get_image(connection, tenant_id, image_id)
 
 
 def missing_images(connection: Transaction, tenant_id: uuid.UUID, ids: Collection[str]) -> set[str]:
-    """Tell which ids name no image of a tenant; what has not the form of an id never does."""
+    """Return the IDs that name no image of a tenant, and all texts that are no IDs."""
     known = stored.known_images(connection, tenant_id, filter(is_image_id, ids))
     return set(ids) - known
 
 
 def load_image(artifacts: Artifacts, tenant_id: uuid.UUID, image_id: str) -> Image.Image:
-    """Fetch an image from the storage, checked against its hash and decoded, as RGB.
+    """Read an image from the storage, check its hash, and decode it as RGB.
 
     Raises:
-        RenderError: the storage does not hold it, or holds something else under its name.
+        RenderError: the storage does not hold it, or holds other content under its key.
         Unavailable: the storage does not answer.
     """
     try:

@@ -1,4 +1,4 @@
-"""Image files from outside: what is taken becomes what diffusers would see, the rest is refused."""
+"""Image files from users: accepted ones are decoded as by diffusers, all others are refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 from PIL.ImageCms import ImageCmsProfile, createProfile
 
+from farm.domain.image_formats import is_image_id, media_type_of
 from farm.errors import FarmError, InvalidRequest, UnsupportedMediaType
-from farm.imaging.uploads import NormalisedImage, is_image_id, media_type_of, normalised
+from farm.imaging.uploads import NormalisedImage, normalised
 
 MAX_PIXELS = 4096 * 4096
 SIZE = (24, 16)
@@ -23,7 +24,7 @@ FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
-    """A picture of every colour, no two of whose turns are alike."""
+    """Return a picture of every colour. All its rotations differ."""
     grey = Image.linear_gradient("L").resize(size)
     colours = Image.merge("RGB", (grey, grey.transpose(Image.Transpose.ROTATE_180), grey))
     colours.paste((250, 20, 40), (0, 0, size[0] // 3, size[1] // 3))
@@ -51,10 +52,10 @@ def seen(image: NormalisedImage) -> Image.Image:
 
 
 def as_diffusers(content: bytes) -> Image.Image:
-    """What diffusers.utils.load_image does."""
+    """Decode an image as diffusers.utils.load_image does."""
     opened = Image.open(io.BytesIO(content))
     opened.load()
-    opened.info.pop("transparency", None)  # it makes convert() warn, and changes no colour
+    opened.info.pop("transparency", None)  # it makes convert() warn, but changes no colour
     return ImageOps.exif_transpose(opened).convert("RGB")
 
 
@@ -70,7 +71,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *, depth: int = 8, colour: int = 2, more: bytes = b"") -> bytes:
-    """A PNG by hand: its header, and what is said to follow."""
+    """Build a PNG by hand: its header and these chunks."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more
 
@@ -80,7 +81,7 @@ def whole_png(rows: bytes, **header: int) -> bytes:
     return png(header.pop("width"), header.pop("height"), more=data, **header)
 
 
-# What is taken
+# Accepted images
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_metadata_is_left_behind_and_the_same_content_has_the_same_bytes() -> No
 
 @pytest.mark.parametrize("name", ["profile", "packed text", "packed words", "plain text", "all"])
 def test_large_profiles_and_texts_are_thrown_away_unread(name: str) -> None:
-    """Pillow refuses more than a mebibyte of them, packed or not."""
+    """Pillow refuses more than a mebibyte of them, compressed or not."""
     large = bytes(range(256)) * 12_000  # 3 MB
     parts = {
         "profile": chunk(b"iCCP", b"p\0\0" + zlib.compress(large)),
@@ -224,7 +225,7 @@ def test_other_formats_are_never_opened(
 ) -> None:
     content = file(picture(), kind)
     monkeypatch.setattr(Image, "open", None)
-    with pytest.raises(InvalidRequest, match=f"Content-Type says {declared}, and the image is not"):
+    with pytest.raises(InvalidRequest, match=f"says {declared}, but the image is not"):
         normalised(content, declared, max_pixels=MAX_PIXELS)
 
 
@@ -238,7 +239,7 @@ def test_a_content_of_another_kind_than_declared_is_refused(kind: str, declared:
     with pytest.raises(InvalidRequest) as caught:
         taken(content, declared)
     assert caught.value.message == (
-        f"Content-Type says {FORMATS[declared]}, and the image is {FORMATS[kind]}."
+        f"Content-Type: says {FORMATS[declared]}, but the image is {FORMATS[kind]}."
     )
     assert caught.value.param == "Content-Type"
 
@@ -246,7 +247,7 @@ def test_a_content_of_another_kind_than_declared_is_refused(kind: str, declared:
 @pytest.mark.parametrize("content", [b"", b"\x89", b"\xff\xd8", b"RIFF", b"RIFF\0\0\0\0WEB", b"{}"])
 def test_next_to_nothing_is_no_image(content: bytes) -> None:
     for kind in FORMATS:
-        with pytest.raises(InvalidRequest, match="and the image is not image/png"):
+        with pytest.raises(InvalidRequest, match="but the image is not image/png"):
             taken(content, kind)
 
 
@@ -257,7 +258,7 @@ def test_next_to_nothing_is_no_image(content: bytes) -> None:
 def test_sixteen_bits_a_channel_are_refused(colour: int, channels: int) -> None:
     rows = (b"\0" + b"\x12\x34" * 8 * channels) * 8
     content = whole_png(rows, width=8, height=8, depth=16, colour=colour)
-    assert "more than 8 bits a channel; convert it to 8 bits first" in refused(content)
+    assert "more than 8 bits per channel; convert it to 8 bits first" in refused(content)
 
 
 def test_a_depth_map_of_sixteen_bits_is_refused() -> None:
@@ -285,7 +286,7 @@ def test_a_png_that_says_it_is_animated_is_refused() -> None:
 
 
 def webp(width: int, height: int, *, form: str) -> bytes:
-    """The beginning of a WebP that claims a size."""
+    """Build the beginning of a WebP with this size in its header."""
     if form == "VP8X":
         sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
         part = b"VP8X" + struct.pack("<I", 10) + bytes(4) + sides
@@ -299,7 +300,7 @@ def webp(width: int, height: int, *, form: str) -> bytes:
 
 
 def jpeg(width: int, height: int) -> bytes:
-    """A small JPEG that claims another size."""
+    """Build a small JPEG with another size in its header."""
     content = bytearray(file(picture(), "JPEG"))
     at = content.index(b"\xff\xc0")
     content[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -329,7 +330,7 @@ def test_too_many_pixels_are_refused_before_anything_is_decoded(case: str) -> No
     message = refused(content, kind, max_pixels=100_000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert "; the limit is 100000." in message
+    assert "; the limit is 100000. Scale it down." in message
     assert peak < 1_000_000
 
 
@@ -343,7 +344,7 @@ def test_the_limit_itself_is_allowed() -> None:
     content = file(picture())
     assert taken(content, max_pixels=24 * 16).width == 24
     assert refused(content, max_pixels=24 * 16 - 1) == (
-        "The image is 24x16, which is 384 pixels; the limit is 383."
+        "The image is 24x16, which is 384 pixels; the limit is 383. Scale it down."
     )
 
 
@@ -461,7 +462,7 @@ def test_a_png_without_its_picture_is_refused(content: bytes) -> None:
     assert "cannot be read" in refused(content)
 
 
-# The rest
+# Other cases
 
 
 def test_ids_have_their_form() -> None:

@@ -1,4 +1,4 @@
-"""`farm demo`: from nothing to pictures, on a real farm."""
+"""`farm demo`: start a real farm and render a few pictures on it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.demo_farm import DATA
 from farm.cli.terminal.console import duration, out, plural, program, say
 from farm.cli.terminal.exit_codes import INTERRUPTED, exit_as
 from farm.cli.terminal.signals import interrupted_by_signals
+from farm.config import DATA
 from farm.errors import FarmError, NotFound
 
 if TYPE_CHECKING:
@@ -34,21 +34,27 @@ SEED = 31
 STEPS = 25
 GUIDANCE_SCALE = 2.5
 STALLED_SECONDS = 300.0
-"""How long nothing may move: loading torch for the first time can take minutes."""
+"""Maximum time without progress, in seconds. Loading torch for the first time takes minutes."""
 
 
 def demo(
     data: Annotated[
-        Path, typer.Option(help="The folder that the farm keeps everything in.", envvar="FARM_DATA")
+        Path,
+        typer.Option(
+            help="Data folder of the farm. It is created if missing. Example: /tmp/farm.",
+            envvar="FARM_DATA",
+        ),
     ] = Path(DATA),
-    dest: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("demo-pictures"),
+    dest: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo-pictures"),
     keep_running: Annotated[
-        bool, typer.Option("--keep-running", help="Leave the farm up until Ctrl-C.")
+        bool, typer.Option("--keep-running", help="Keep the farm running until Ctrl-C.")
     ] = False,
 ) -> None:
-    """Start the whole farm on this machine, render a few pictures, and show where they are.
+    """Start the whole farm on this machine, render a few pictures, and print their paths.
 
-    A farm that runs already, on FARM_DATA, --data or FARM_API_URL, is used instead.
+    If a farm already runs on --data, FARM_DATA or FARM_API_URL, that farm is used instead.
+
+    Example: farm demo --data /tmp/farm --dest pictures
     """
     from farm.cli.demo_farm import running_or_started_farm
 
@@ -57,7 +63,7 @@ def demo(
             job = _render(host, dest)
             _tell_what_next(host, dest, keep_running=keep_running)
             if keep_running and host.own:
-                say(f"\nThe farm stays up: {host.url}/ is its page, Ctrl-C stops it.", "bold")
+                say(f"\nThe farm keeps running. Page: {host.url}/  Stop: Ctrl-C", "bold")
                 _until_interrupted()
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
@@ -78,7 +84,7 @@ def _render(host: FarmHandle, dest: Path) -> Job:
 
     _check_pipeline(host)
     images = plural(len(PROMPTS) * IMAGES, "picture")
-    say(f"Rendering {images}: {len(PROMPTS)} prompts, {IMAGES} of each, seeds from {SEED} on.")
+    say(f"Rendering {images}: {len(PROMPTS)} prompts, {IMAGES} of each, starting at seed {SEED}.")
     started = time.monotonic()
     job = host.client.submit(
         {
@@ -93,7 +99,7 @@ def _render(host: FarmHandle, dest: Path) -> Job:
     )
     job = follow(host.client, job, STALLED_SECONDS)
     if not job["counts"]["succeeded"]:
-        raise FarmError(f"The job {summary(job)}. `farm doctor` looks for the reason.")
+        raise FarmError(f"The job rendered nothing: {summary(job)}. Run `farm doctor`.")
     haul = download(host.client, job, dest)
     sheet = _sheet(host, job, dest)
     took = duration(time.monotonic() - started)
@@ -107,13 +113,13 @@ def _check_pipeline(host: FarmHandle) -> None:
     names = [pipeline["name"] for pipeline in host.client.get("/v1/pipelines")["data"]]
     if PIPELINE not in names:
         raise NotFound(
-            f"The farm at {host.url} has no pipeline {PIPELINE}; it has {', '.join(names)}. "
-            'Render with one of them: farm submit "…" --pipeline NAME --watch'
+            f"The farm at {host.url} has no pipeline {PIPELINE}. It has {', '.join(names)}. Submit "
+            'to one of them: farm submit "a red star" --pipeline NAME --watch'
         )
 
 
 def _sheet(host: FarmHandle, job: Job, dest: Path) -> Path:
-    """Save the contact sheet beside the pictures; returns its path."""
+    """Save the contact sheet in the folder of the pictures, and return its path."""
     from PIL import Image
 
     from farm.cli.commands.get import picture_name
@@ -143,12 +149,12 @@ def _tell_what_next(host: FarmHandle, dest: Path, *, keep_running: bool) -> None
     picture = shlex.quote(str(dest / f"0-{SEED}.png"))
     steps = [
         (
-            "Render a picture again from its own text, and compare the pixels:",
+            "Render a picture again from its metadata, and compare the pixels:",
             f"{program()} replay {picture}",
         )
     ]
     if not stays:
-        steps.append((f"Bring the farm up again, with its page at {host.url}/:", up))
+        steps.append((f"Start the farm again, with its page at {host.url}/:", up))
     steps.append(
         (
             "Render something else:"
@@ -157,16 +163,16 @@ def _tell_what_next(host: FarmHandle, dest: Path, *, keep_running: bool) -> None
             f'{folder}{program()} submit "a green star on a black background" --watch',
         )
     )
-    out.print("\n[bold]What next[/]")
+    out.print("\n[bold]Next steps[/]")
     for about, command in steps:
         say(f"  {about}", "dim")
         say(f"    {command}", "cyan")
     if stays and not host.own:
-        say(f"\nIts page: {host.url}/", "bold")
+        say(f"\nPage of the farm: {host.url}/", "bold")
 
 
 def _short(path: Path) -> str:
-    """A path as it is typed from here."""
+    """Return the path relative to the current folder, if it is inside."""
     try:
         return str(path.resolve().relative_to(Path.cwd())) or "."
     except ValueError:

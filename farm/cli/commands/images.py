@@ -1,6 +1,6 @@
-"""`farm images`: control images, uploaded from files and addresses.
+"""`farm images`: upload control images from files and URLs.
 
-The command line fetches what an address names: the farm itself never fetches anything.
+The command line downloads the URLs: the farm itself never downloads anything.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
 
 FETCH_SECONDS = 120.0
-"""How long fetching an address may take in all."""
+"""Maximum total time to download a URL, in seconds."""
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 30.0
-"""How long its server may say nothing."""
+"""Maximum time that its server may send nothing, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,23 @@ def images(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH_OR_URL...", help="PNG, JPEG or WebP files.", show_default=False
+            metavar="PATH_OR_URL...",
+            help="PNG, JPEG or WebP files. With --delete: image IDs.",
+            show_default=False,
         ),
     ],
     as_json: Json = False,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete images. Give their IDs instead of files.")
+        bool,
+        typer.Option("--delete", help="Delete control images. Pass their IDs instead of files."),
     ] = False,
 ) -> None:
-    """Upload control images, and print the id of each.
+    """Upload control images, and print the ID of each.
 
-    The id stands for the picture itself: the same one has the same id. Jobs name it in `control`.
+    The ID depends only on the picture: uploading it again returns the same ID. Pass the ID to
+    `farm submit --control`.
+
+    Example: farm images edges.png https://example.com/pose.jpg
     """
     from farm.cli.client.http import FarmClient
     from farm.config import load_settings
@@ -77,12 +83,12 @@ def images(
 def control_field(
     client: FarmClient, controls: Sequence[ControlWord], limit: int
 ) -> list[dict[str, Any]]:
-    """Upload what is no id already, and lay out a job's field `control`.
+    """Upload every image that is not an ID yet, and build the field `control` of a job.
 
     Raises:
-        InvalidRequest: a file cannot be read, or is none that the farm takes; nothing is sent.
+        InvalidRequest: a file cannot be read or has an unsupported type; nothing is sent.
     """
-    from farm.imaging.uploads import is_image_id
+    from farm.domain.image_formats import is_image_id
 
     given = [word.source for word in controls]
     files = {
@@ -95,32 +101,34 @@ def control_field(
 
 
 def upload(client: FarmClient, file: ImageFile) -> Any:
-    """Send a file; returns the image as the API tells it.
+    """Upload a file, and return the image as the API describes it.
 
     Raises:
-        InvalidRequest: the farm refused it.
+        InvalidRequest: the farm refused the file.
     """
     try:
         with spinning(f"Uploading {file.source}"):
             return client.upload(file.content, file.media_type)
-    except InvalidRequest as error:  # it knows what is wrong, but not with which file
+    except InvalidRequest as error:  # the API's message does not name the file
         raise InvalidRequest(f"{file.source}: {error.message}", param=error.param) from error
 
 
 def read_image(source: str, limit: int) -> ImageFile:
-    """Read a path or fetch an address, of at most `limit` bytes.
+    """Read a file or download a URL, of at most `limit` bytes.
 
     Raises:
-        InvalidRequest: it cannot be read, is larger, or is no kind of file that the farm takes.
-        Unavailable: the address does not answer.
+        InvalidRequest: it cannot be read, is larger, or has an unsupported type.
+        Unavailable: the URL does not answer.
     """
-    from farm.imaging.uploads import media_type_of
+    from farm.domain.image_formats import media_type_of
 
     remote = source.lower().startswith(("http://", "https://"))
     content = _fetched(source, limit) if remote else _read(source, limit)
     media_type = media_type_of(content)
     if media_type is None:
-        raise InvalidRequest(f"{source} is no PNG, JPEG or WebP file.", param="image")
+        raise InvalidRequest(
+            f"{source} is not a PNG, JPEG or WebP file. Convert it to one of them.", param="image"
+        )
     return ImageFile(source, content, media_type)
 
 
@@ -133,7 +141,7 @@ def _read(path: str, limit: int) -> bytes:
 
 
 def _joined(chunks: Iterable[bytes], source: str, limit: int) -> bytes:
-    """Put chunks together, as long as they keep to the limit."""
+    """Join chunks, up to the limit."""
     content = bytearray()
     for chunk in chunks:
         content += chunk
@@ -149,13 +157,13 @@ def _fetched(url: str, limit: int) -> bytes:
 
     from farm.cli.client.address import LOOPBACK
 
-    # Packed, a small answer could unfold to more than memory holds.
+    # A compressed answer could be small and still unpack to more than fits into memory.
     headers = {"User-Agent": f"farm/{__version__}", "Accept-Encoding": "identity"}
     timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
     try:
         local = httpx.URL(url).host in LOOPBACK
         with (
-            spinning(f"Fetching {url}"),
+            spinning(f"Downloading {url}"),
             httpx.Client(
                 headers=headers, timeout=timeout, follow_redirects=True, trust_env=not local
             ) as client,
@@ -163,18 +171,18 @@ def _fetched(url: str, limit: int) -> bytes:
         ):
             return _joined(_chunks(response, url), url, limit)
     except httpx.InvalidURL as error:
-        raise InvalidRequest(f"{url} is no address: {error}.") from error
+        raise InvalidRequest(f"{url} is not a valid URL: {error}.") from error
     except httpx.HTTPError as error:
         reason = str(error) or type(error).__name__
-        raise Unavailable(f"{url} cannot be fetched: {reason}.") from error
+        raise Unavailable(f"{url} cannot be downloaded: {reason}.") from error
 
 
 def _chunks(response: httpx.Response, url: str) -> Iterable[bytes]:
     if not response.is_success:
         answer = f"{response.status_code} {response.reason_phrase}".strip()
-        raise InvalidRequest(f"{url} cannot be fetched: {response.url.host} said {answer}.")
+        raise InvalidRequest(f"{url} cannot be downloaded: {response.url.host} answered {answer}.")
     started = time.monotonic()
     for chunk in response.iter_raw():
         if time.monotonic() - started > FETCH_SECONDS:
-            raise Unavailable(f"{url} cannot be fetched within {FETCH_SECONDS:.0f} seconds.")
+            raise Unavailable(f"{url} cannot be downloaded within {FETCH_SECONDS:.0f} seconds.")
         yield chunk

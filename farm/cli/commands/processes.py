@@ -1,11 +1,7 @@
-"""The farm's own processes: api, janitor, worker, and migrate.
-
-What stands above the core is started by name, since farm never imports api or workers.
-"""
+"""Commands that start the farm's processes: api, janitor, worker, exporter; and migrate."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import signal
 import threading
@@ -27,8 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def api(
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Example for all interfaces: 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on. 0 picks a free one.")
+    ] = 8000,
 ) -> None:
     """Serve the HTTP API and the dashboard."""
     import uvicorn
@@ -42,14 +42,15 @@ def api(
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # the app decides whom it believes
+            proxy_headers=False,  # the app decides which proxies it trusts
             timeout_graceful_shutdown=10,
         )
 
 
 def janitor() -> None:
-    """Expire leases, ring lanes again, prune. Any number may run; one works."""
+    """Expire leases, ring lanes again, and delete old data. Several may run; one works."""
     from farm.context import open_farm
+    from workers.janitor.janitor import Janitor
 
     stop = threading.Event()
     with _process() as settings:
@@ -57,28 +58,36 @@ def janitor() -> None:
             signal.signal(name, lambda *_: stop.set())
         farm = open_farm(settings)
         try:
-            importlib.import_module("workers.janitor.janitor").Janitor(farm).run(stop)
+            Janitor(farm).run(stop)
         finally:
             farm.close()
 
 
-def worker(pipeline: Annotated[str, typer.Argument(help="A pipeline of the catalog.")]) -> None:
-    """Render one pipeline's frames until SIGTERM, which lets it finish its batch."""
+def worker(
+    pipeline: Annotated[
+        str, typer.Argument(help="Name of a pipeline of the catalog, for example sd15.")
+    ],
+) -> None:
+    """Render the frames of one pipeline until SIGTERM. It finishes its batch first."""
+    from workers.render.parent import run_worker
+
     with _process() as settings:
-        code = importlib.import_module("workers.render.parent").run_worker(settings, pipeline)
+        code = run_worker(settings, pipeline)
     raise typer.Exit(code)
 
 
 def exporter() -> None:
-    """Write the datasets that are asked for, until SIGTERM."""
+    """Write the requested dataset exports until SIGTERM."""
+    from workers.exporter import run_exporter
+
     with _process() as settings:
-        code = importlib.import_module("workers.exporter").run_chores(settings)
+        code = run_exporter(settings)
     raise typer.Exit(code)
 
 
 @contextmanager
 def _process() -> Iterator[Settings]:
-    """Start a process: its log, in which an unexpected end stands whole, and a schema it knows."""
+    """Set up the log, check the database schema, and log an unexpected error with its traceback."""
     from farm.config import load_settings
 
     settings = load_settings()
@@ -89,12 +98,12 @@ def _process() -> Iterator[Settings]:
     except FarmError:
         raise
     except Exception as error:
-        log.exception("It ended by an unexpected error")
+        log.exception("The process ended with an unexpected error")
         raise typer.Exit(ERROR) from error
 
 
 def _require_schema(settings: Settings) -> None:
-    """Refuse a schema that this version cannot work on; while Postgres is away, wait for it."""
+    """Refuse a schema that this version cannot use. Wait while Postgres does not answer."""
     from farm.store.engine import open_store
     from farm.store.migrate import require_schema
 
@@ -104,7 +113,7 @@ def _require_schema(settings: Settings) -> None:
             try:
                 return require_schema(store)
             except Unavailable as error:
-                log.warning("Waiting to see the database's schema: %s", error)
+                log.warning("Waiting to read the database schema: %s", error)
                 time.sleep(settings.sweep_seconds)
     finally:
         store.dispose()
@@ -112,10 +121,14 @@ def _require_schema(settings: Settings) -> None:
 
 def migrate(
     pre: Annotated[
-        bool, typer.Option("--pre", help="Only what an older version that still runs can bear.")
+        bool,
+        typer.Option(
+            "--pre",
+            help="Apply only the migrations that an older version, still running, can work with.",
+        ),
     ] = False,
 ) -> None:
-    """Bring the database to the schema that this version knows."""
+    """Migrate the database to the schema of this version."""
     from farm.config import load_settings
     from farm.store.engine import open_store
     from farm.store.migrate import require_schema, upgrade
@@ -129,6 +142,6 @@ def migrate(
     typer.echo(f"Applied: {', '.join(done.applied) or 'nothing'}.")
     if done.left:
         left = ", ".join(done.left)
-        typer.echo(f"Left: {left}. Once no older version runs, run `farm migrate`.")
+        typer.echo(f"Left: {left}. Run `farm migrate` once no older version runs.")
     else:
         typer.echo("The database is up to date.")
