@@ -1,4 +1,4 @@
-"""A pipeline whose every step a test can disturb, a worker's render loop on it, and checkpoints."""
+"""A pipeline with a test hook in every step, a worker's render loop on it, and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from farm.pipelines.catalog import Pipeline
 from farm.pipelines.resolve import ResolvedPipeline
 from tests.support.checkpoint_sandbox import CheckpointSandbox
 from tests.support.noise_family import Noise, NoiseParams
-from tests.support.render_loops import render_line
+from tests.support.render_loops import assembly_of
+from workers.render.assembly import Assembly
 from workers.render.loop import RenderLoop
 
 
@@ -26,15 +27,20 @@ def noise(farm: Farm) -> Noise:
 
 
 @pytest.fixture
-def loop(farm: Farm, noise: Noise) -> Iterator[RenderLoop]:
-    line = render_line(farm, "noise")
-    yield line
-    line.close()
+def assembly(farm: Farm, noise: Noise) -> Iterator[Assembly]:
+    made = assembly_of(farm, "noise")
+    yield made
+    made.loop.close()
+
+
+@pytest.fixture
+def loop(assembly: Assembly) -> RenderLoop:
+    return assembly.loop
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of checkpoints that nobody spoils: each is made once a module."""
+    """Return the folder of undamaged checkpoints. Each is made once per module."""
     return tmp_path_factory.mktemp("good")
 
 

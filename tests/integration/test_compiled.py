@@ -1,7 +1,6 @@
 """A compiled pipeline: every declared shape is compiled before the first claim, and none after.
 
-The graphs are counted with a backend that runs them as they were traced: what inductor makes of
-them is tested by test_kept_graphs.py.
+A backend that runs the graphs as traced counts them. test_kept_graphs.py tests inductor's output.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from farm.pipelines.runtime import compiling
 from farm.pipelines.runtime.devices import torch_threads
 from farm.rendering.warmup import Shape, declared_shapes
 from tests.support.checkpoints import save
-from tests.support.render_loops import render_line
+from tests.support.render_loops import assembly_of
 from tests.support.store import job_row, submit
 from workers.render.loop import RenderLoop
 
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array.
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-    # torch's compiler imports parts of torch that it itself calls deprecated.
+    # torch's compiler imports parts of torch that are deprecated.
     pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
 ]
 
@@ -51,9 +50,9 @@ def loop(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     farm.catalog.pipelines.update(load_catalog(tmp_path / "pipelines.toml").pipelines)
     counters.clear()
     with torch_threads(1):
-        line = render_line(farm, "tiny")
-        yield line
-        line.close()
+        loop = assembly_of(farm, "tiny").loop
+        yield loop
+        loop.close()
     torch.compiler.set_stance("default")
 
 

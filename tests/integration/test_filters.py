@@ -1,5 +1,7 @@
-"""Filters: a picture that is rejected is drawn again with another seed, so that a request for so
-many pictures yields so many."""
+"""Filters: a rejected picture is rendered again with another seed.
+
+So a job yields the requested number of pictures.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,13 @@ from farm.pipelines.resolve import ResolvedPipeline
 from farm.services import jobs
 from farm.services.exports import service as use_cases
 from farm.storage import artifact_key
-from farm.store import perceptual_hashes, workers
+from farm.store import perceptual_hashes
 from farm.store.engine import transaction
 from tests.benchmarks.encoding import photo_like
 from tests.support.noise_family import Noise, NoiseParams
+from tests.support.render_loops import assembly_of
 from tests.support.store import attempts_of, frame_rows, job_row, register_worker, sql, submit
 from workers.exporter import Exporter
-from workers.render.identity import Identity
 from workers.render.loop import RenderLoop
 
 HERE = "tests.integration.test_filters"
@@ -47,7 +49,7 @@ def everything(_image: Image.Image, _spec: FrameSpec) -> Verdict:
 
 @pytest.fixture
 def line_with(farm: Farm) -> Iterator[Make]:
-    """Make the render line of a pipeline with some filters."""
+    """Return a function that builds the render loop of a pipeline with filters."""
     with ExitStack() as stack:
 
         def make(*filters: str, family: Noise | None = None) -> RenderLoop:
@@ -56,12 +58,7 @@ def line_with(farm: Farm) -> Iterator[Make]:
             farm.catalog.pipelines["noise"] = pipeline
             resolved = ResolvedPipeline("noise", pipeline, family, NoiseParams, NoiseParams)
             farm._offers["noise"] = resolved
-            identity = Identity(uuid.uuid4(), "noise", "here", 1)
-            with transaction(farm.store) as connection:
-                workers.register(
-                    connection, identity.id, name="noise", pipeline="noise", host="here", pid=1
-                )
-            loop = RenderLoop(farm, identity, resolved, family.load(pipeline))
+            loop = assembly_of(farm, "noise").loop
             stack.callback(loop.close)
             return loop
 
@@ -69,7 +66,7 @@ def line_with(farm: Farm) -> Iterator[Make]:
 
 
 def specs_stored(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> dict[int, FrameSpec]:
-    """What each picture's own file says."""
+    """Read the spec in each picture's file."""
     found = {}
     for ordinal, row in frame_rows(farm, job_id).items():
         content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
@@ -128,7 +125,7 @@ def test_a_frame_that_is_always_rejected_is_dead_in_the_end(
     jobs.retry(farm, tenant, job_id)
     line.run()
     seeds = [row.rerolls for row in frame_rows(farm, job_id).values()]
-    assert seeds == [5]  # three more seeds, none of them again
+    assert seeds == [5]  # three more seeds, none repeated
     assert len(attempts_of(farm, job_id)) == 6
 
 
@@ -136,7 +133,7 @@ def test_no_two_pictures_of_a_job_look_alike(
     farm: Farm, tenant: uuid.UUID, line_with: Make
 ) -> None:
     class Alike(Noise):
-        """Five pictures in all, whatever the seed."""
+        """A family with only five pictures, for all seeds."""
 
         def denoise(self, loaded: Any, batch: Any) -> list[Image.Image | None]:
             super().denoise(loaded, batch)
@@ -154,7 +151,7 @@ def test_no_two_pictures_of_a_job_look_alike(
     line.run()
     kept = specs_stored(farm, tenant, job_id)
     assert len({spec.seed % 5 for spec in kept.values()}) == 5
-    assert job_row(farm, tenant, other).status == "succeeded"  # another job's are not looked at
+    assert job_row(farm, tenant, other).status == "succeeded"  # not compared: another job's
     job = job_row(farm, tenant, more)
     assert (job.status, job.succeeded, job.dead) == ("partial", 5, 1)
     assert "it looks like frame" in sql(farm, "SELECT message FROM attempts LIMIT 1")[0].message
@@ -171,7 +168,7 @@ def test_prints_are_near_within_six_bits(farm: Farm, tenant: uuid.UUID) -> None:
 
 
 def test_the_nearest_is_found_wherever_its_bits_differ(farm: Farm, tenant: uuid.UUID) -> None:
-    """Against all of a job's prints, looked through one by one."""
+    """Compared with a linear search over all hashes of a job."""
     job_id, other = submit(farm, tenant), submit(farm, tenant)
     drawn, kept = random.Random(3), dict[int, int]()
     with transaction(farm.store) as connection:

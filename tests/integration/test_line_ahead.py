@@ -1,4 +1,4 @@
-"""The render line works ahead: the next batch is claimed early, and encoding waits for it."""
+"""The render loop works ahead: the next batch is claimed early, and encoding waits for it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from tests.integration.noise_jobs import submit_noise, take
 from tests.support.noise_family import Noise
 from tests.support.store import job_row
 from tests.support.waiting import wait_until
+from workers.render.assembly import Assembly
+from workers.render.batch import RenderedBatch
 from workers.render.finishing import ENCODERS
 from workers.render.lease_watch import LeaseWatch
 from workers.render.loop import RenderLoop
-from workers.render.spool import RenderedBatch
 
 
 class Encodings:
-    """Record of what a line's tail encodes, and of how many pictures at the same time."""
+    """Record of a loop's encoded pictures, and of the number encoded at the same time."""
 
-    def __init__(self, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._encode, self._lock = loop._finisher._encoder.encode, threading.Lock()
+    def __init__(self, assembly: Assembly, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._encode, self._lock = assembly.encoder.encode, threading.Lock()
         self.seeds: list[int] = []
         self.now = self.most = 0
-        monkeypatch.setattr(loop._finisher._encoder, "encode", self)
+        monkeypatch.setattr(assembly.encoder, "encode", self)
 
     def __call__(self, image: Image.Image, frame: FrameSpec) -> bytes:
         with self._lock:
@@ -44,22 +45,22 @@ class Encodings:
 
 
 @pytest.fixture
-def encodings(loop: RenderLoop, monkeypatch: pytest.MonkeyPatch) -> Encodings:
-    return Encodings(loop, monkeypatch)
+def encodings(assembly: Assembly, monkeypatch: pytest.MonkeyPatch) -> Encodings:
+    return Encodings(assembly, monkeypatch)
 
 
 def test_the_next_batch_is_claimed_before_the_last_step(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
-    """A claim after the last step would be late. A step may take longer than a claim."""
+    """A claim after the last step is late. A step may take longer than a claim."""
     begun: list[int] = []
 
     def disturb(_frames: Sequence[FrameSpec], step: int) -> None:
-        loop._claims._seconds = 0.0  # however long the first one took
+        assembly.claims._seconds = 0.0  # ignore the duration of the first one
         if len(noise.batches) > 1:
             return
         take(0.1)
-        if loop._claims._ahead is not None:
+        if assembly.claims._ahead is not None:
             begun.append(step)
 
     noise.disturb = disturb
@@ -73,11 +74,12 @@ def test_encoding_starts_once_the_device_has_its_next_batch(
     tenant: uuid.UUID,
     noise: Noise,
     loop: RenderLoop,
+    assembly: Assembly,
     encodings: Encodings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ahead, begin = loop._claims.claim_ahead, loop._begin
-    monkeypatch.setattr(loop._claims, "ahead", lambda *_: ahead(0.0, 0.0))
+    ahead, begin = assembly.claims.claim_ahead, loop._begin
+    monkeypatch.setattr(assembly.claims, "claim_ahead", lambda *_: ahead(0.0, 0.0))
     encoded_before: list[list[int]] = []
 
     def begin_watched(lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
@@ -86,8 +88,8 @@ def test_encoding_starts_once_the_device_has_its_next_batch(
         return begin(lease)
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
-        if step == 5:  # by now the next batch is claimed, and the previous one encoded
-            wait_until(lambda: loop._claims.is_ahead or frames[0].seed == 4, 10, "it was ahead")
+        if step == 5:  # now the next batch is claimed, and the previous one encoded
+            wait_until(lambda: assembly.claims.is_ahead or frames[0].seed == 4, 10, "it was ahead")
             wait_until(lambda: len(encodings.seeds) >= frames[0].seed, 10, "it was encoded")
 
     monkeypatch.setattr(loop, "_begin", begin_watched)
@@ -104,18 +106,19 @@ def test_encoding_starts_at_once_when_no_batch_is_claimed_ahead(
     tenant: uuid.UUID,
     noise: Noise,
     loop: RenderLoop,
+    assembly: Assembly,
     encodings: Encodings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    claim = loop._claims.next
-    monkeypatch.setattr(loop._claims, "ahead", lambda *_: None)
+    claim = assembly.claims.next
+    monkeypatch.setattr(assembly.claims, "claim_ahead", lambda *_: None)
 
     def claim_late() -> Lease | None:
         done = 4 * len(noise.batches)
         wait_until(lambda: len(encodings.seeds) == done, 10, "the batch before was encoded")
         return claim()
 
-    monkeypatch.setattr(loop._claims, "next", claim_late)
+    monkeypatch.setattr(assembly.claims, "next", claim_late)
     job_id = submit_noise(farm, tenant, images_per_prompt=8, seed=0)
     loop.run()
     assert job_row(farm, tenant, job_id).status == "succeeded"
@@ -130,11 +133,12 @@ def test_an_interactive_picture_does_not_queue_behind_the_encoding_of_others(
     farm: Farm,
     tenant: uuid.UUID,
     loop: RenderLoop,
+    assembly: Assembly,
     monkeypatch: pytest.MonkeyPatch,
     priority: str,
     status: str,
 ) -> None:
-    monkeypatch.setattr(loop._finisher, "_encoding", None)  # waiting for an encoder fails
+    monkeypatch.setattr(assembly.finisher, "_encoding", None)  # waiting for an encoder fails
     job_id = submit_noise(farm, tenant, priority=priority, max_attempts=1)
     loop.run()
     assert job_row(farm, tenant, job_id).status == status

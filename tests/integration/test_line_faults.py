@@ -1,4 +1,4 @@
-"""The render line and its faults: errors of a batch, lost replies, servers that are away."""
+"""Faults of the render loop: errors of a batch, lost replies, servers that are away."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from tests.support.store import (
     sql,
     submit,
 )
+from workers.render.assembly import Assembly
 from workers.render.child import RenderProcess
 from workers.render.loop import RenderLoop
 from workers.render.scratch import NO_LEASE
@@ -81,7 +82,7 @@ def test_a_tenant_is_not_shown_the_statement_that_failed(
 def test_a_frame_that_fails_costs_its_neighbours_nothing(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """Two tenants share a batch. The fault of one is neither charged nor shown to the other."""
+    """Two tenants share a batch. One tenant's fault is not charged or shown to the other."""
     other = new_tenant(farm, "other")
     guilty = submit_noise(farm, tenant, prompts=["guilty"], max_attempts=1, bucket=4)
     healthy = submit_noise(farm, other, prompts=["a"], max_attempts=1, bucket=4)
@@ -115,7 +116,7 @@ def test_a_failpoint_acts_on_the_frames_that_name_it(
     assert attempts_of(farm, job_id) == [(1, "out_of_memory")]
 
 
-# Leases and replies that are lost
+# Lost leases and replies
 
 
 def test_a_batch_whose_lease_is_lost_is_dropped(
@@ -125,7 +126,7 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
     loop: RenderLoop,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    farm.settings.progress_seconds = 60.0  # the hook does not ask again
+    farm.settings.progress_seconds = 60.0  # the hook does not check again
     job_id = submit_noise(farm, tenant, images_per_prompt=2)
     lost: list[int] = []
 
@@ -137,7 +138,7 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
     noise.disturb = at_step(LAST_STEP, lose_the_first)
     with caplog.at_level(logging.WARNING):
         loop.run()
-        loop.run()  # the janitor's bell: the claim ahead may have come before the expiry
+        loop.run()  # the janitor's bell: the early claim may precede the expiry
     assert job_row(farm, tenant, job_id).status == "succeeded"
     assert attempts_of(farm, job_id) == [(1, "lease_expired")]
     assert f"job {job_id} frame 0 attempt 1 was dropped" in caplog.text
@@ -147,7 +148,7 @@ def test_a_batch_whose_lease_is_lost_is_dropped(
 def test_a_claim_whose_reply_was_lost_is_released_and_claimed_again(
     farm: Farm, tenant: uuid.UUID, loop: RenderLoop
 ) -> None:
-    """The child does not know of its lease, so it releases it before its next claim."""
+    """The child does not know its lease, so it releases it before its next claim."""
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
     worker_id = sql(farm, "SELECT id FROM workers")[0].id
     forgotten = FakeWorker(farm, worker_id, "forgetful", os.getpid()).claim("noise")
@@ -174,13 +175,13 @@ def test_a_commit_whose_reply_was_lost_is_recognised(farm: Farm, tenant: uuid.UU
     assert job_row(farm, tenant, job_id).succeeded == 1
 
 
-# Commits that fail
+# Failed commits
 
 
 def test_postgres_away_at_the_commit_loses_nothing(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """The commit is tried again when every connection was cut during the last step."""
+    """The commit is tried again after every connection was cut during the last step."""
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
 
     def cut_connections() -> None:
@@ -213,20 +214,21 @@ def test_a_broken_tail_ends_its_process_and_claims_nothing_more(
     tenant: uuid.UUID,
     noise: Noise,
     loop: RenderLoop,
+    assembly: Assembly,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("It broke.")
 
-    monkeypatch.setattr(loop._finisher._committer, "end", broken)
+    monkeypatch.setattr(assembly.committer, "end", broken)
     submit_noise(farm, tenant, images_per_prompt=40)
-    child = RenderProcess(farm, loop._identity)
-    child._line = loop
+    child = RenderProcess(farm, assembly.identity)
+    child._loop = loop
     assert child.answer() is False
     assert 1 <= len(noise.batches) < 10
     with transaction(farm.store) as connection:
         for _, suspected in leases.end_child_leases(
-            connection, loop._identity.id, os.getpid(), "It ended.", 0.0, None, NO_LEASE
+            connection, assembly.identity.id, os.getpid(), "It ended.", 0.0, None, NO_LEASE
         ):
             assert suspected is None
     assert leases_left(farm) == 0

@@ -1,4 +1,4 @@
-"""A batch whose process is gone: who is charged, what is kept of its last words, who waits."""
+"""A batch whose process is gone: charging, the stored last output, and retry delays."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from tests.support.store import (
     submit,
 )
 from tests.support.waiting import wait_until
+from workers.render.assembly import Assembly
 from workers.render.batch_log import BatchLog
 from workers.render.identity import Identity
 from workers.render.loop import RenderLoop
@@ -204,7 +205,7 @@ def test_folders_of_workers_that_were_killed_are_swept(tmp_path: Path) -> None:
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with (
-        pytest.raises(FarmError, match=r"FARM_SCRATCH_DIR: .* can be written by others"),
+        pytest.raises(FarmError, match=r"FARM_SCRATCH_DIR: .* others can write to it"),
         Scratch(tmp_path, uuid.uuid4()).held(),
     ):
         raise AssertionError
@@ -247,11 +248,11 @@ def test_all_leases_of_a_worker_are_given_back(farm: Farm, tenant: uuid.UUID) ->
     assert len(other.complete(held[2])) == 8
     states = [row.state for row in frame_rows(farm, job_id).values()]
     assert (states.count("ready"), states.count("succeeded")) == (16, 8)
-    assert len(mine.must_claim().frames) == 8  # together again: nobody was at fault
+    assert len(mine.must_claim().frames) == 8  # in one batch again: no frame was at fault
 
 
 def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.UUID) -> None:
-    """Twenty pictures wait for the storage; the next frame takes the process down."""
+    """Twenty pictures wait for the storage. The next frame crashes the process."""
     worker = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=21, bucket=1, max_attempts=1)
     for _ in range(20):
@@ -268,13 +269,13 @@ def test_what_a_lost_child_only_kept_is_nobody_s_fault(farm: Farm, tenant: uuid.
 
 
 def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) -> None:
-    """Given back uncharged, a suspect still gets no neighbours; a retry of the dead clears it."""
+    """A suspect released uncharged still gets no neighbours. A retry of dead frames clears it."""
     worker = register_worker(farm)
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8, max_attempts=1)
     worker.must_claim()
     worker.lose()
     all_due(farm)
-    for lease in [worker.must_claim(), worker.must_claim()]:  # two, which could ride together
+    for lease in [worker.must_claim(), worker.must_claim()]:  # two frames that could share a batch
         worker.release(lease)
     for _ in range(8):
         lease = worker.must_claim()
@@ -287,7 +288,7 @@ def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) ->
 
 
 def test_only_what_was_on_the_device_is_suspected(farm: Farm, tenant: uuid.UUID) -> None:
-    """What the child stored, or had claimed ahead, had no part in its end."""
+    """Frames that the child stored or had claimed ahead did not cause its end."""
     submit(farm, tenant, images_per_prompt=3, bucket=1, max_attempts=1)
     worker = register_worker(farm)
     stored, denoised, ahead = [worker.must_claim() for _ in range(3)]
@@ -336,7 +337,7 @@ def test_a_frame_that_is_never_suspected_is_charged_in_the_end(
 def test_a_child_is_judged_by_what_is_on_its_device(
     farm: Farm, tenant: uuid.UUID, hangs: bool
 ) -> None:
-    """What waits for the storage is looked after, however long a batch hangs beside it."""
+    """Batches that wait for the storage keep their leases while another batch hangs."""
     submit(farm, tenant, images_per_prompt=2, bucket=1)
     worker = register_worker(farm)
     with subprocess.Popen(["sleep", "60"]) as child:
@@ -355,7 +356,7 @@ def test_a_child_is_judged_by_what_is_on_its_device(
 
 
 def test_a_process_that_has_a_childs_number_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
-    """The number of a child that ended is another program's now; its lease is given back."""
+    """A dead child's process ID now belongs to another program. The child's lease is released."""
     job_id = submit(farm, tenant)
     worker = register_worker(farm)
     argv = ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
@@ -372,14 +373,14 @@ def test_a_process_that_has_a_childs_number_is_left_alone(farm: Farm, tenant: uu
         heart._beat()
         assert attempts_of(farm, job_id) == [(1, "worker_lost")]
     finally:
-        os.kill(innocent, signal.SIGKILL)  # it is there still
+        os.kill(innocent, signal.SIGKILL)  # it still runs
 
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
     farm: Farm, tenant: uuid.UUID, lost: bool
 ) -> None:
-    """It hung while Postgres was away: no lease is left by which the watchdog could see it."""
+    """It hung while Postgres was away, so the watchdog finds no lease of it."""
     submit(farm, tenant)
     worker = register_worker(farm)
     farm.settings.step_timeout_seconds = 0.2
@@ -392,7 +393,7 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
         heart = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
         let_leases_expire(farm)
         heart._beat()
-        assert child.poll() is None  # it may still see for itself
+        assert child.poll() is None  # it may still notice by itself
 
         def ended() -> bool:
             heart._beat()
@@ -412,7 +413,7 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
 def test_how_a_child_ended_is_waited_for_a_moment(
     farm: Farm, tenant: uuid.UUID, words: str | None
 ) -> None:
-    """The heart may miss the child before Celery does; where nothing is said, it goes on."""
+    """The supervisor may miss the child before Celery does. Without a report it continues."""
     job_id = submit(farm, tenant)
     worker = register_worker(farm)
     with subprocess.Popen(["true"]) as child:
@@ -441,10 +442,10 @@ def test_to_look_after_a_child_leaves_its_exit_code_to_celery() -> None:
 
 @pytest.mark.parametrize("ends", ["well", "badly", "stopped"])
 def test_nothing_is_on_the_device_after_a_batch_however_it_ended(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, ends: str
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly, ends: str
 ) -> None:
-    """Else an idle child would be taken for one that stays at a lost batch."""
-    scratch = Scratch(farm.settings.scratch_dir, loop._identity.id)
+    """Otherwise an idle child would count as one that stays at a lost batch."""
+    scratch = Scratch(farm.settings.scratch_dir, assembly.identity.id)
     seen: list[uuid.UUID | None] = []
 
     def disturb(_frames: object, _step: int) -> None:
@@ -458,7 +459,7 @@ def test_nothing_is_on_the_device_after_a_batch_however_it_ended(
     submit(farm, tenant, pipeline="noise", max_attempts=1)
     with scratch.held():
         if ends == "stopped":
-            lease = loop._claims.claim_now()
+            lease = assembly.claims.claim_now()
             assert lease is not None
             loop._render(lease)
         else:

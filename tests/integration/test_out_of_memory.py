@@ -1,4 +1,4 @@
-"""Memory runs out: an automatic bucket is halved for the rest of its job, and that is recorded."""
+"""Out of memory: an automatic bucket is halved for the rest of its job, and an event records it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from tests.support.store import (
     sql,
     submit,
 )
+from workers.render.assembly import Assembly, assemble
 from workers.render.loop import RenderLoop
 
 
 class Memory:
-    """Room for so many pictures at once."""
+    """A device with memory for a limited number of pictures."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -45,7 +46,7 @@ class Memory:
 
 
 def run(loop: RenderLoop) -> int:
-    """Answer bells until nothing may be claimed; returns how many fresh children that took."""
+    """Answer bells until nothing can be claimed. Return the number of fresh children."""
     children = 0
     while True:
         loop.run()
@@ -62,7 +63,7 @@ def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
     noise.disturb = memory = Memory(room=2)
     assert run(loop) == 1
     assert (memory.buckets[0], set(memory.buckets[1:])) == (4, {2})
-    assert len(memory.buckets) <= 7  # the first frame is claimed when another one has succeeded
+    assert len(memory.buckets) <= 7  # the first frame is claimed after another one has succeeded
     assert job_row(farm, tenant, job_id).status == "succeeded"
     rows = frame_rows(farm, job_id)
     assert {row.bucket for row in rows.values()} == {2}
@@ -97,7 +98,7 @@ def test_a_job_that_is_claimed_whole_is_halved_too(
 
 
 def test_a_late_failure_halves_nothing(farm: Farm, tenant: uuid.UUID) -> None:
-    """The lease is lost, and another worker holds the frames: their bucket stays."""
+    """The lease is lost, and another worker holds the frames. Their bucket stays."""
     late, other = register_worker(farm, "late"), register_worker(farm, "other")
     job_id = submit(farm, tenant, images_per_prompt=8)
     lease = late.must_claim()
@@ -136,12 +137,14 @@ def test_where_not_even_one_fits_the_frame_is_dead(
 
 
 def test_two_workers_that_run_out_at_once_halve_it_once(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, assembly: Assembly
 ) -> None:
+    loop = assembly.loop
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12)
-    second = RenderLoop(farm, loop._identity, loop._resolved, loop._loaded)
-    second._claims._unsure = False
-    second._claims.mark_uncertain = lambda: None  # type: ignore[method-assign] # what the first one holds
+    other = assemble(farm, assembly.identity, assembly.resolved, assembly.loaded)
+    second = other.loop
+    other.claims._unsure = False
+    other.claims.mark_uncertain = lambda: None  # type: ignore[method-assign] # what the first one holds
     met: list[int] = []
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
@@ -166,7 +169,7 @@ def test_the_line_asks_for_a_fresh_process(
     noise.disturb = memory = Memory(room=2)
     loop.run()
     assert loop.out_of_memory
-    assert memory.buckets == [4]  # nothing more was claimed by this process
+    assert memory.buckets == [4]  # this process claimed nothing more
     assert sql(farm, "SELECT count(*) FROM leases WHERE pid = :pid", pid=os.getpid())[0][0] == 0
 
 

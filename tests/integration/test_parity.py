@@ -1,7 +1,7 @@
-"""Every picture of the farm is the one that bare diffusers gives, in every pixel.
+"""Every picture of the farm equals that of bare diffusers, in every pixel.
 
-The farm's API takes the jobs of tiny random checkpoints, the render line of each pipeline renders
-them into the storage, and bare diffusers draws the same pictures, all in this process.
+The farm's API takes jobs for tiny random checkpoints. The render loop of each pipeline renders them
+into the storage. Bare diffusers renders the same pictures. All run in this process.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from tests.support.parity_cases import (
     knob_pairs,
     mixtures,
 )
-from tests.support.render_loops import render_line
+from tests.support.render_loops import assembly_of
 from workers.render.loop import RenderLoop
 
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array,
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-    # and its combined pipeline of Kandinsky calls the decoder as it should no longer be called.
+    # and its combined pipeline of Kandinsky calls the decoder in a deprecated way.
     pytest.mark.filterwarnings("ignore:`callback_steps`:FutureWarning"),
 ]
 
@@ -53,16 +53,16 @@ THREADS = 1
 
 @dataclass
 class ParityFarm:
-    """The farm of this module, beside bare diffusers."""
+    """The farm of this module, and bare diffusers."""
 
     farm: Farm
     client: httpx.Client
     bare: DiffusersReference
     lines: ExitStack
     images: dict[str, str] = field(default_factory=dict)
-    """Control images' ids, by the names that cases use"""
+    """IDs of control images, by the names that cases use."""
     submitted: dict[str, str] = field(default_factory=dict)
-    """Jobs' ids, by what they ask for"""
+    """IDs of jobs, by their request."""
     loaded: dict[str, RenderLoop] = field(default_factory=dict)
 
     def submit(self, pipeline: str, job: dict[str, Any]) -> str:
@@ -85,15 +85,15 @@ class ParityFarm:
         return job
 
     def render(self, pipeline: str) -> None:
-        """Render whatever waits for a pipeline, which is loaded the first time."""
+        """Render all waiting frames of a pipeline. The first call loads it."""
         if pipeline not in self.loaded:
-            self.loaded[pipeline] = render_line(self.farm, pipeline)
+            self.loaded[pipeline] = assembly_of(self.farm, pipeline).loop
             self.lines.callback(self.loaded[pipeline].close)
         with torch_threads(THREADS):
             self.loaded[pipeline].run()
 
     def rendered(self, case: Case) -> str:
-        """The case's job, submitted and rendered the first time; gives its id."""
+        """Return the ID of the case's job. The first call submits and renders it."""
         content = json.dumps([case.pipeline, case.job])
         if content not in self.submitted:
             self.submitted[content] = self.submit(case.pipeline, case.job)
@@ -105,21 +105,21 @@ class ParityFarm:
         return found
 
     def rows(self, job_id: str) -> list[dict[str, Any]]:
-        """A job's frames."""
+        """Read a job's frames."""
         page = self.client.get(f"/v1/jobs/{job_id}/frames", params={"limit": 200}).json()
         assert page["next"] is None
         rows: list[dict[str, Any]] = page["data"]
         return rows
 
     def stored(self, row: dict[str, Any]) -> bytes:
-        """A frame's file, from the storage."""
+        """Read a frame's file from the storage."""
         assert row["state"] == "succeeded", row
         answer = self.client.get(row["image_url"])
         assert answer.status_code == 307, answer.text
         return httpx.get(answer.headers["location"]).raise_for_status().content
 
     def pixels(self, job_id: str) -> list[Any]:
-        """A rendered job's pictures."""
+        """Read a rendered job's pictures."""
         return [pixels(self.stored(row)) for row in self.rows(job_id)]
 
 
@@ -162,7 +162,7 @@ def pixels(picture: bytes | Picture) -> Any:
 
 
 def differing(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[int, str]:
-    """Where pictures differ: by ordinal, in how many pixels and how much."""
+    """Report differing pictures by ordinal, with the number of pixels and the difference."""
     found = {}
     for ordinal, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         if one.shape != other.shape:
@@ -182,14 +182,14 @@ def test_pictures_are_those_of_bare_diffusers(studio: ParityFarm, case: Case) ->
 
 
 def test_what_a_picture_says_of_threads_is_what_torch_had(studio: ParityFarm) -> None:
-    """Else the comparisons would compare two ways of splitting sums."""
+    """Otherwise the tests would compare two ways of splitting sums."""
     row = studio.rows(studio.rendered(CASES[0]))[0]
     assert read(studio.stored(row))[1].threads == studio.bare.threads == THREADS
 
 
 @pytest.mark.parametrize("cases", knob_pairs(), ids=lambda pair: pair[1].name)
 def test_every_knob_changes_the_picture(studio: ParityFarm, cases: tuple[Case, Case]) -> None:
-    """So that parity is not between pictures that no argument reaches."""
+    """Otherwise parity could hold only because an argument has no effect."""
     without, turned = (studio.pixels(studio.rendered(case))[0] for case in cases)
     assert without.shape == turned.shape
     assert (without != turned).any()
@@ -206,7 +206,7 @@ def test_jobs_that_share_a_batch_come_out_as_if_alone(
     job_ids = [studio.submit(pipeline, job) for job in jobs]
     studio.render(pipeline)
     rows = [studio.rows(job_id)[0] for job_id in job_ids]
-    # Alone in its batch each would have the first slot.
+    # In separate batches each would have the first slot.
     assert sorted(row["slot"] for row in rows) == list(range(len(jobs)))
     assert len({row["worker"] for row in rows}) == 1
     ours = [pixels(studio.stored(row)) for row in rows]
@@ -251,7 +251,7 @@ def test_without_its_safety_checker_the_same_checkpoint_draws_everything(
 
 
 def test_diffusers_itself_cannot_negate_several_frames_of_kandinsky(studio: ParityFarm) -> None:
-    """Why such batches are compared with the prior's and the decoder's own calls."""
+    """This is why such batches are compared with the prior's and the decoder's own calls."""
     job = case("", "kandinsky", 1, negative_prompt="blue").job
     one = frames_of(job)[0]
     combined = studio.bare.alone("kandinsky combined", one, 1)

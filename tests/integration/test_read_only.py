@@ -1,4 +1,4 @@
-"""A Postgres that takes no writes, as a standby or a demoted primary, is an outage that ends."""
+"""A read-only Postgres, such as a standby or a demoted primary, is a temporary outage."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.support.api_server import serving
 from tests.support.noise_family import Noise
 from tests.support.store import attempts_of, job_row, sql, submit
 from tests.support.waiting import wait_until
+from workers.render.assembly import Assembly
 from workers.render.loop import RenderLoop
 
 OTHERS_LEAVE = (
@@ -30,9 +31,9 @@ OTHERS_LEAVE = (
 
 @contextmanager
 def read_only(farm: Farm, *, all_leave: bool = False) -> Iterator[None]:
-    """Let the database take no writes, over new connections and over this pool's.
+    """Make the database read-only, for new connections and for this pool's.
 
-    With `all_leave` the connections of others end.
+    With `all_leave` the connections of others are closed.
     """
     name = sql(farm, "SELECT current_database()")[0][0]
     with farm.store.connect().execution_options(isolation_level="AUTOCOMMIT") as other:
@@ -71,7 +72,7 @@ def test_a_write_says_that_postgres_is_away_and_works_again(farm: Farm, tenant: 
 
 
 def test_a_kept_connection_is_seen_to_take_no_writes(farm: Farm) -> None:
-    with read_only(farm), pytest.raises(Unavailable, match="it is read-only"):
+    with read_only(farm), pytest.raises(Unavailable, match="Postgres is read-only"):
         require_writes(farm.store)
 
 
@@ -88,7 +89,7 @@ def test_readiness_says_no_while_it_lasts(farm: Farm) -> None:
 
 
 def test_a_batch_in_hand_is_stored_once_it_takes_writes_again(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
     job_id = submit_noise(farm, tenant, images_per_prompt=4)
     begun, rendered = threading.Event(), threading.Event()
@@ -103,7 +104,7 @@ def test_a_batch_in_hand_is_stored_once_it_takes_writes_again(
     assert begun.wait(60)
     with read_only(farm):
         rendered.set()
-        wait_until(lambda: loop._finisher.busy, 60, "the batch is at its end")
+        wait_until(lambda: assembly.finisher.busy, 60, "the batch is at its end")
         with pytest.raises(Unavailable):
             require_writes(farm.store)
     thread.join(60)

@@ -1,4 +1,4 @@
-"""While the storage is away, finished pictures wait on disk; nothing of them is rendered again."""
+"""While the storage is away, finished pictures wait on disk. None is rendered again."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from farm.store.engine import transaction
 from farm.store.leases import LeaseStatus
 from tests.support.noise_family import Noise
 from tests.support.store import attempts_of, frame_rows, job_row, sql, submit
+from workers.render.assembly import Assembly
+from workers.render.batch import RenderedBatch
 from workers.render.finishing import MAX_BATCHES
 from workers.render.loop import RenderLoop
-from workers.render.spool import FIRST_SECONDS, MAX_SECONDS, RenderedBatch, Spool
+from workers.render.spool import FIRST_SECONDS, MAX_SECONDS, Spool
 from workers.render.spool import MAX_BATCHES as MAX_KEPT
 
 
 class Outage:
-    """The storage is away until it was tried `tries` times with `files` pictures on disk."""
+    """An outage of the storage: ends after `tries` tries with at least `files` pictures on disk."""
 
-    def __init__(self, farm: Farm, loop: RenderLoop, tries: int = 1, files: int = 0) -> None:
+    def __init__(self, farm: Farm, assembly: Assembly, tries: int = 1, files: int = 0) -> None:
         self.farm, self.here, self.tries, self.files = farm, farm.artifacts, tries, files
-        self.spool = loop._finisher._spool
+        self.spool = assembly.spool
         self.kept: list[int] = []
-        """Files on disk after each try"""
+        """Number of files on disk after each try."""
         self.waiting: list[int] = []
-        """Batches that waited then"""
+        """Number of waiting batches after each try."""
         self.then: Callable[[], None] = lambda: None
-        """What else happens after each try"""
+        """Extra action after each try."""
         nowhere = farm.settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
         self.away = farm.artifacts = Artifacts(nowhere)
         self.spool.postpone = self.postpone  # type: ignore[method-assign]
@@ -56,25 +58,25 @@ class Outage:
 
 @pytest.fixture(autouse=True)
 def _quick_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """boto3 itself waits between its tries; here each one fails at once."""
+    """Make each try fail at once: boto3 itself would wait between its tries."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 
 def whole(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Check that a job succeeded, none of it rendered twice, with what its rows say stored."""
+    """Check that a job succeeded, that no frame was rendered twice, and its stored bytes."""
     assert job_row(farm, tenant, job_id).status == "succeeded"
     for ordinal, row in frame_rows(farm, job_id).items():
-        # What was claimed ahead is given back when the spool is full: nobody rendered that.
+        # Frames claimed ahead are released when the spool is full; they were not rendered.
         assert {reason for _, reason in attempts_of(farm, job_id, ordinal)} <= {"released"}
         content = farm.artifacts.get(artifact_key(tenant, job_id, ordinal, row.sha256))
         assert (hashlib.sha256(content).digest(), len(content)) == (row.sha256, row.bytes)
 
 
 def test_what_is_finished_meanwhile_is_stored_when_the_storage_is_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12, max_attempts=1)
-    outage = Outage(farm, loop, tries=2, files=12)
+    outage = Outage(farm, assembly, tries=2, files=12)
     loop.run()
     whole(farm, tenant, job_id)
     assert [len(batch) for batch in noise.batches] == [4, 4, 4]
@@ -91,12 +93,17 @@ def _one_in_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_one_in_the_tail")
-@pytest.mark.parametrize("most_bytes", [1000, 0])  # some three of these pictures, or none
+@pytest.mark.parametrize("most_bytes", [1000, 0])  # room for about three pictures, or none
 def test_a_full_spool_holds_the_line_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, most_bytes: int
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    loop: RenderLoop,
+    assembly: Assembly,
+    most_bytes: int,
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=24)
-    outage = Outage(farm, loop, tries=4)
+    outage = Outage(farm, assembly, tries=4)
     outage.spool._max_bytes = most_bytes
     in_hand: list[int] = []
 
@@ -106,17 +113,17 @@ def test_a_full_spool_holds_the_line_back(
     outage.then = count
     loop.run()
     whole(farm, tenant, job_id)
-    assert min(in_hand) == 0  # what was claimed ahead is for others meanwhile
-    # The one that was kept, and the one that was denoised meanwhile; four more could be claimed.
+    assert min(in_hand) == 0  # other workers may claim the released frames
+    # One batch was spooled, one was denoised during this; four more could be claimed.
     assert max(outage.kept) <= 8
 
 
 @pytest.mark.usefixtures("_one_in_the_tail")
 def test_a_disk_that_refuses_holds_the_line_back(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=24)
-    outage = Outage(farm, loop, tries=4)
+    outage = Outage(farm, assembly, tries=4)
     outage.spool._folder.parent.parent.mkdir(parents=True, exist_ok=True)
     outage.spool._folder.parent.write_text("a file where the folder should be")
     loop.run()
@@ -127,11 +134,11 @@ def test_a_disk_that_refuses_holds_the_line_back(
 
 
 def test_a_kept_batch_that_is_cancelled_is_let_go(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
     gone = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
     stays = submit(farm, tenant, pipeline="noise", images_per_prompt=4)
-    outage = Outage(farm, loop)
+    outage = Outage(farm, assembly)
 
     def disturb(claimed: Sequence[FrameSpec], step: int) -> None:
         if len(noise.batches) == 2 and step == 0:
@@ -145,14 +152,19 @@ def test_a_kept_batch_that_is_cancelled_is_let_go(
 
 
 def test_a_kept_batch_is_known_of_when_a_claim_s_reply_was_lost(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    loop: RenderLoop,
+    assembly: Assembly,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the child does not know of is given back; what waits in its spool is not."""
+    """Leases unknown to the child are released. Batches that wait in its spool are not."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8)
-    Outage(farm, loop)
+    Outage(farm, assembly)
 
     def disturb(claimed: Sequence[FrameSpec], step: int) -> None:
-        loop._claims.mark_uncertain()
+        assembly.claims.mark_uncertain()
 
     noise.disturb = disturb
     loop.run()
@@ -160,10 +172,15 @@ def test_a_kept_batch_is_known_of_when_a_claim_s_reply_was_lost(
 
 
 def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    loop: RenderLoop,
+    assembly: Assembly,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     submit(farm, tenant, pipeline="noise", images_per_prompt=4)
-    Outage(farm, loop, tries=3)
+    Outage(farm, assembly, tries=3)
     touched: list[tuple[int, int]] = []
 
     def report_step(connection: object, lease: uuid.UUID, step: int, steps: int) -> LeaseStatus:
@@ -173,16 +190,21 @@ def test_a_kept_batch_shows_its_parent_that_it_is_looked_after(
     with monkeypatch.context() as patch:
         patch.setattr(leases, "report_step", report_step)
         loop.run()
-    assert touched.count((10, 10)) >= 3  # at every try; the hook's own come in between
+    assert touched.count((10, 10)) >= 3  # at every try; the hook's own reports come in between
 
 
 def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm,
+    tenant: uuid.UUID,
+    noise: Noise,
+    loop: RenderLoop,
+    assembly: Assembly,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The parent must not take a child that stores one batch after another for one that hangs."""
+    """A child that stores one batch after another must not count as hung."""
     submit(farm, tenant, pipeline="noise", images_per_prompt=24)
-    Outage(farm, loop, tries=1, files=24)
-    put, end = loop._finisher._put_kept, loop._finisher._committer.end
+    Outage(farm, assembly, tries=1, files=24)
+    put, end = assembly.drain.put, assembly.committer.end
     fresh: list[bool] = []
 
     def put_late(batch: RenderedBatch) -> bool:
@@ -198,15 +220,15 @@ def test_at_every_end_of_a_kept_batch_the_next_has_just_been_looked_after(
                 fresh.append(still < timedelta(minutes=1))
         end(batches)
 
-    monkeypatch.setattr(loop._finisher, "_put_kept", put_late)
-    monkeypatch.setattr(loop._finisher._committer, "end", look)
+    monkeypatch.setattr(assembly.drain, "put", put_late)
+    monkeypatch.setattr(assembly.committer, "end", look)
     loop.run()
     assert len(fresh) == 5
     assert all(fresh)
 
 
 def test_what_is_kept_is_not_tried_at_once(tmp_path: Path) -> None:
-    """Nor is any other picture: the storage has just refused one."""
+    """No other picture is tried either: the storage has just refused one."""
     now = 0.0
     spool = Spool(tmp_path, 1, lambda: now)
     lease = Lease(uuid.uuid4(), uuid.uuid4(), "noise", Priority.BULK, ())
@@ -232,15 +254,20 @@ def test_tries_are_further_and_further_apart(tmp_path: Path) -> None:
         now = spool._due
     assert max(pauses[:1]) <= FIRST_SECONDS
     assert MAX_SECONDS / 2 < max(pauses) <= MAX_SECONDS
-    assert min(pauses[10:]) < MAX_SECONDS / 2  # full jitter: anywhere below
+    assert min(pauses[10:]) < MAX_SECONDS / 2  # full jitter: any pause below the maximum
 
 
 def test_pictures_that_were_taken_away_are_rendered_again(
-    farm: Farm, tenant: uuid.UUID, settings: Settings, noise: Noise, loop: RenderLoop
+    farm: Farm,
+    tenant: uuid.UUID,
+    settings: Settings,
+    noise: Noise,
+    loop: RenderLoop,
+    assembly: Assembly,
 ) -> None:
-    """Someone empties the folder: the attempt ends like any other that failed."""
+    """Someone empties the folder. The attempt ends like any failed one."""
     job_id = submit(farm, tenant, pipeline="noise")
-    outage = Outage(farm, loop)
+    outage = Outage(farm, assembly)
 
     def empty() -> None:
         for path in outage.spool._folder.glob("*.png"):
@@ -253,11 +280,11 @@ def test_pictures_that_were_taken_away_are_rendered_again(
 
 
 def test_all_that_a_worker_holds_is_given_back_at_once(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
-    """As its parent does when its time is up: the child stops, and nobody is charged."""
+    """The parent does this when its time is up. The child stops, and no frame is charged."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=8, max_attempts=1)
-    outage = Outage(farm, loop, tries=99)
+    outage = Outage(farm, assembly, tries=99)
     [worker_id] = sql(farm, "SELECT id FROM workers")[0]
 
     def give_up() -> None:
@@ -277,15 +304,15 @@ def test_all_that_a_worker_holds_is_given_back_at_once(
 def test_a_storage_that_refuses_this_worker_is_left_to_others(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its clock or its credentials are wrong: waiting would not help, and no frame is to blame."""
+    """Its clock or its credentials are wrong. Waiting would not help, and no frame is at fault."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1, max_attempts=1)
     here, farm.artifacts = farm.artifacts, Artifacts(farm.settings)
     with monkeypatch.context() as wrong:
         wrong.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        wrong.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the right one
+        wrong.setattr("boto3.DEFAULT_SESSION", None)  # it caches the correct one
         loop.run()
     farm.artifacts.close()
-    # Those that were denoised before the storage had refused three are refused too.
+    # Pictures denoised before the storage's third refusal are refused too.
     assert THREE_FRAMES <= len(noise.batches) <= THREE_FRAMES + MAX_BATCHES + 1
     assert sql(farm, "SELECT DISTINCT reason FROM attempts") == [("storage_refused",)]
     assert sql(farm, "SELECT DISTINCT attempt - uncharged FROM frames") == [(0,)]
@@ -296,10 +323,10 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
 
 
 def test_a_kept_batch_that_the_database_refuses_is_not_kept_for_ever(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=2, max_attempts=1)
-    outage = Outage(farm, loop)
+    outage = Outage(farm, assembly)
     sql(farm, "ALTER TABLE frames ADD CHECK (bytes < 10)")
     loop.run()
     assert len(outage.spool) == 0

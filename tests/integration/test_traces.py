@@ -1,4 +1,4 @@
-"""Traces: what a real receiver is sent, and that one which is away costs nothing."""
+"""Traces: the data sent to a real receiver, and a receiver that is away, which costs nothing."""
 
 from __future__ import annotations
 
@@ -22,19 +22,17 @@ from farm.context import Farm, open_farm
 from farm.domain.spec import FrameSpec
 from farm.local.ports import free_port
 from farm.pipelines.families.null import write_checkpoint
-from farm.store import workers
-from farm.store.engine import transaction
 from farm.tracing import Traces
 from tests.support.api_server import serving
 from tests.support.noise_family import Noise
 from tests.support.otlp_receiver import Received, Receiver, receiving
+from tests.support.render_loops import assembly_of
 from tests.support.store import job_row, new_tenant, submit
 from tests.support.waiting import wait_until
-from workers.render.identity import Identity
 from workers.render.loop import RenderLoop
 
 SENDING_SECONDS = 10.0
-"""That one try to send lasts where nobody answers: nothing may wait for one"""
+"""Seconds of one try to send without an answer. Nothing may wait for it."""
 STAGES = ["claim", "denoise", "encode", "put", "complete"]
 
 
@@ -51,7 +49,7 @@ def settings(settings: Settings, receiver: Receiver) -> Settings:
 
 @pytest.fixture
 def still(settings: Settings, tmp_path: Path) -> Settings:
-    """With a catalog of one pipeline, which renders nothing."""
+    """Return settings with a catalog of one pipeline that renders nothing."""
     write_checkpoint(tmp_path / "null")
     catalog = tmp_path / "pipelines.toml"
     catalog.write_text('[pipelines.still]\nsource = "null"\nbucket = { "default" = 4 }\n')
@@ -67,7 +65,7 @@ def root_of(job_id: uuid.UUID | str) -> str:
 
 
 def check_batch(spans: Sequence[Received], root: str, **attributes: str | int) -> None:
-    """A batch's stages: each once, under the job's root, one beginning after the other."""
+    """Check a batch's stages: each once, below the job's root span, in order."""
     assert [span.name for span in spans] == STAGES
     claim, denoise, encode, put, complete = spans
     assert all(span.parent == root for span in spans)
@@ -79,18 +77,8 @@ def check_batch(spans: Sequence[Received], root: str, **attributes: str | int) -
         assert {name: span.attributes[f"farm.{name}"] for name in attributes} == attributes
 
 
-def line_of(farm: Farm, pipeline: str) -> RenderLoop:
-    identity = Identity(uuid.uuid4(), pipeline, "here", 1)
-    with transaction(farm.store) as connection:
-        workers.register(
-            connection, identity.id, name=identity.name, pipeline=pipeline, host="here", pid=1
-        )
-    resolved = farm.resolve(pipeline)
-    return RenderLoop(farm, identity, resolved, resolved.family.load(resolved.pipeline))
-
-
 def test_a_trace_leads_from_the_call_to_the_commit(still: Settings, receiver: Receiver) -> None:
-    """The API and the worker know the job's id and nothing else of each other."""
+    """The API and the worker share only the job's ID."""
     farm = open_farm(still)
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     before = time.time_ns()
@@ -98,7 +86,7 @@ def test_a_trace_leads_from_the_call_to_the_commit(still: Settings, receiver: Re
         client = api.client()
         client.headers["traceparent"] = traceparent
         job = api.submit(client, pipeline="still", images_per_prompt=4, step_seconds=0.01)
-        line = line_of(farm, "still")
+        line = assembly_of(farm, "still").loop
         line.run()
         line.close()
         assert client.get(f"/v1/jobs/{job['id']}").json()["status"] == "succeeded"
@@ -123,7 +111,7 @@ def test_a_trace_leads_from_the_call_to_the_commit(still: Settings, receiver: Re
 
 @contextmanager
 def worker_process(settings: Settings, pipeline: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `farm worker`, which sends its spans at its end and no sooner."""
+    """Run `farm worker`. It sends its spans only at its end."""
     env = {
         "FARM_DATABASE_URL": settings.database_url.get_secret_value(),
         "FARM_REDIS_URL": settings.redis_url.get_secret_value(),
@@ -220,7 +208,7 @@ def test_a_job_submitted_twice_has_one_root(
         assert first["id"] == second["id"]
         [root] = receiver.await_spans(trace_of(first["id"]), 1)
     assert root.links == []
-    assert len(receiver.spans) == 1  # the API has ended, and sent what it had
+    assert len(receiver.spans) == 1  # the API has ended and sent its spans
 
 
 def test_spans_that_cannot_be_made_cost_nothing(
@@ -233,13 +221,13 @@ def test_spans_that_cannot_be_made_cost_nothing(
 
 
 def said_by(words: str) -> str:
-    """What a fresh interpreter prints, without the warnings on standard error."""
+    """Return the standard output of a fresh interpreter, without warnings."""
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
 def test_without_an_endpoint_nothing_of_it_is_loaded() -> None:
-    """redis-py itself loads the SDK's metrics, where they are installed."""
+    """redis-py itself loads the SDK's metrics if they are installed."""
     ours = ("farm.tracing", "opentelemetry.sdk.trace", "opentelemetry.exporter", "google.protobuf")
     words = (
         "import sys, api.app; from workers.render import celery_app;"
@@ -257,7 +245,7 @@ def test_where_it_is_not_installed_the_farm_starts_without() -> None:
         "from farm.config import Settings; from farm.context import open_farm;"
         "assert open_farm(Settings(otlp_endpoint='http://127.0.0.1:4318')).traces is None"
     )
-    assert said_by(words) == "No traces are sent: run pip install 'farm[traces]'."
+    assert said_by(words) == "Traces are not sent: run pip install 'farm[traces]'."
 
 
 def test_the_endpoint_is_opentelemetrys_own_or_the_farms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +257,9 @@ def test_the_endpoint_is_opentelemetrys_own_or_the_farms(monkeypatch: pytest.Mon
     monkeypatch.setenv("FARM_OTLP_ENDPOINT", "")
     assert Settings().otlp_endpoint == ""
     monkeypatch.setenv("FARM_OTLP_ENDPOINT", "collector:4317")
-    with pytest.raises(ValidationError, match="OTEL_EXPORTER_OTLP_ENDPOINT, must begin with http"):
+    with pytest.raises(
+        ValidationError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT\) must begin with http"
+    ):
         Settings()
 
 

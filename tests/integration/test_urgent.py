@@ -1,4 +1,4 @@
-"""An interactive batch is let in between two steps of another one, and touches nothing of it."""
+"""An interactive batch runs between two steps of another batch, and does not change it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from farm.services import jobs
 from farm.store.claim import Lease
 from tests.support.noise_family import Noise
 from tests.support.store import attempts_of, frame_rows, job_row, sql, submit
+from workers.render.assembly import Assembly
+from workers.render.batch import RenderedBatch
 from workers.render.claims import Claims
 from workers.render.lease_watch import LeaseWatch
 from workers.render.loop import RenderLoop
-from workers.render.spool import RenderedBatch
 
 Steps = list[tuple[str, int]]
 
 
 class Story:
-    """Tells what was denoised when; an interactive job comes at a step of the first batch."""
+    """Records the denoised steps. Submits an interactive job at a step of the first batch."""
 
-    def __init__(self, farm: Farm, tenant: uuid.UUID, loop: RenderLoop, at: int = 2) -> None:
-        self.farm, self.tenant, self.line, self.at = farm, tenant, loop, at
+    def __init__(self, farm: Farm, tenant: uuid.UUID, assembly: Assembly, at: int = 2) -> None:
+        self.farm, self.tenant, self.assembly, self.at = farm, tenant, assembly, at
         self.steps: Steps = []
         self.urgent: list[uuid.UUID] = []
         self.come = 1
-        """How many interactive jobs come"""
+        """Number of interactive jobs to submit."""
         self.patience = 30.0
-        """Seconds that a step of bulk lasts at most while one of them is not claimed"""
+        """Maximum seconds that a step of bulk waits until one of them is claimed."""
         self.also: Callable[[str, int], None] = lambda _prompt, _step: None
 
     def __call__(self, frames: Sequence[FrameSpec], step: int) -> None:
@@ -44,8 +45,8 @@ class Story:
             for _ in range(self.come):
                 self.urgent.append(self.submit("interactive"))
         if prompt == "bulk" and self.steps.count(("urgent", 0)) < len(self.urgent):
-            # A step takes its time: long enough to hear the bell, and to claim.
-            wait_for(lambda: self.line._interactive._lease is not None, self.patience)
+            # The step lasts long enough to receive the bell and to claim.
+            wait_for(lambda: self.assembly.interactive._lease is not None, self.patience)
         self.also(prompt, step)
 
     def submit(self, priority: str, images: int = 1) -> uuid.UUID:
@@ -62,7 +63,7 @@ class Story:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until something holds, at most for so long."""
+    """Wait until a condition holds, at most this long."""
     pause = threading.Event()
     for _ in range(round(seconds / 0.01)):
         if condition():
@@ -73,11 +74,11 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 @pytest.fixture
 def story(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, noise: Noise, assembly: Assembly, monkeypatch: pytest.MonkeyPatch
 ) -> Story:
-    # What comes in the last moments of a batch may be claimed ahead: these steps take no time.
-    monkeypatch.setattr(loop._claims, "ahead", lambda *_: None)
-    noise.disturb = told = Story(farm, tenant, loop)
+    # A job at the end of a batch may be claimed ahead: these steps take no time.
+    monkeypatch.setattr(assembly.claims, "claim_ahead", lambda *_: None)
+    noise.disturb = told = Story(farm, tenant, assembly)
     return told
 
 
@@ -121,11 +122,11 @@ def test_several_come_one_after_another_with_a_step_between(
 
 
 def test_it_is_heard_between_two_batches(
-    story: Story, farm: Farm, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
+    story: Story, farm: Farm, loop: RenderLoop, assembly: Assembly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next batch may be claimed already: then the line does not look before its end."""
+    """The next batch may already be claimed. Then the loop does not check before its end."""
     monkeypatch.setattr(farm.settings, "progress_seconds", 60.0)
-    claims, begin = loop._claims, loop._begin
+    claims, begin = assembly.claims, loop._begin
     monkeypatch.setattr(claims, "claim_ahead", lambda *_: Claims.claim_ahead(claims, 0.0, 0.0))
     begun: list[uuid.UUID] = []
 
@@ -133,7 +134,7 @@ def test_it_is_heard_between_two_batches(
         begun.append(lease.id)
         if len(begun) == 2:
             story.urgent.append(story.submit("interactive"))
-            wait_for(loop._interactive._told.is_set, 2.0)
+            wait_for(assembly.interactive._told.is_set, 2.0)
         return begin(lease)
 
     monkeypatch.setattr(loop, "_begin", come)
@@ -175,7 +176,7 @@ def test_its_cancel_is_its_own(story: Story, farm: Farm, loop: RenderLoop) -> No
 
 
 def test_where_there_is_no_memory_it_waits_for_the_batch(
-    story: Story, farm: Farm, loop: RenderLoop
+    story: Story, farm: Farm, loop: RenderLoop, assembly: Assembly
 ) -> None:
     story.come, story.patience = 2, 0.1
     bulk = story.submit("bulk", images=4)
@@ -183,7 +184,7 @@ def test_where_there_is_no_memory_it_waits_for_the_batch(
 
     def no_room(prompt: str, step: int) -> None:
         if prompt == "bulk" and ("urgent", 0) in story.steps:
-            held.append(loop._interactive._lease is not None)
+            held.append(assembly.interactive._lease is not None)
         if prompt == "urgent" and story.steps[-1] != ("bulk", 9) and ("bulk", 9) not in story.steps:
             raise MemoryError
 
@@ -191,7 +192,7 @@ def test_where_there_is_no_memory_it_waits_for_the_batch(
     loop.run()
     assert not loop.out_of_memory
     assert held
-    assert not any(held)  # another worker may have it meanwhile
+    assert not any(held)  # another worker may claim it now
     told = [prompt for prompt, _ in story.steps]
     assert told.count("urgent") == 1 + 2 * 10  # one try, then both after the batch
     assert job_row(farm, story.tenant, bulk).status == "succeeded"
@@ -201,7 +202,7 @@ def test_where_there_is_no_memory_it_waits_for_the_batch(
 
 
 def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, loop: RenderLoop) -> None:
-    """Nothing could be let in while it is rendered, so it must not stand in the way."""
+    """Nothing can run in between while it is rendered, so it must not delay interactive work."""
     story.submit("bulk", images=4)
     normal: list[uuid.UUID] = []
 
@@ -216,10 +217,10 @@ def test_normal_work_waits_for_the_batch(story: Story, farm: Farm, loop: RenderL
 
 
 def test_it_can_be_turned_off(
-    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop, assembly: Assembly
 ) -> None:
-    loop._may_interrupt = False
-    noise.disturb = story = Story(farm, tenant, loop)
+    loop.may_interrupt = False
+    noise.disturb = story = Story(farm, tenant, assembly)
     story.patience = 0.1
     story.submit("bulk", images=4)
     loop.run()
@@ -248,7 +249,7 @@ def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, loop: 
 def test_the_interrupted_batch_is_seen_to_be_looked_after(
     story: Story, farm: Farm, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or its worker would count as hung once it goes on, where the urgent one took its time."""
+    """Otherwise its worker would count as hung after a slow interactive batch."""
     monkeypatch.setattr(farm.settings, "progress_seconds", 0.02)
     bulk = story.submit("bulk", images=4)
     seen: list[datetime] = []

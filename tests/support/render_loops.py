@@ -1,4 +1,4 @@
-"""A worker's render line in the test's own process, on a pipeline that it loads."""
+"""A worker's render loop in the test's own process, on a pipeline that it loads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from farm.context import Farm
 from farm.rendering.warmup import warm_up
 from farm.store import workers
 from farm.store.engine import transaction
+from workers.render.assembly import Assembly, assemble
 from workers.render.identity import Identity
-from workers.render.loop import RenderLoop
 
 
-def render_line(farm: Farm, pipeline: str) -> RenderLoop:
+def assembly_of(farm: Farm, pipeline: str) -> Assembly:
     """Register a worker, load its pipeline and warm it up, as a child does before its first bell.
 
-    `line.run()` then renders until the lane is empty. Whoever asks closes it.
+    `loop.run()` then renders until the lane is empty. The caller closes the loop.
     """
     identity = Identity(uuid.uuid4(), pipeline, "here", 1)
     with transaction(farm.store) as connection:
@@ -24,4 +24,4 @@ def render_line(farm: Farm, pipeline: str) -> RenderLoop:
         )
     resolved = farm.resolve(pipeline)
     loaded = resolved.family.load(resolved.pipeline)
-    return RenderLoop(farm, identity, resolved, loaded, warm_up(resolved, loaded))
+    return assemble(farm, identity, resolved, loaded, warm_up(resolved, loaded))

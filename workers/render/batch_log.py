@@ -1,4 +1,4 @@
-"""What a child logs of its batch, kept where its parent finds it when the child is gone."""
+"""Log file of a child's current batch. Its parent reads the file when the child has died."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class BatchLog(logging.Handler):
-    """A log of the batch in hand; a crash adds the Python stack of every thread."""
+    """A log of the current batch. A crash adds the Python stack of every thread."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        # Unbuffered and appending: a line stands there whatever comes next, and after a truncation
-        # the next one stands at the beginning.
+        # Unbuffered: a line survives a crash. Appending: after a truncation the next line is at the
+        # beginning.
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -28,21 +28,21 @@ class BatchLog(logging.Handler):
         self.setFormatter(logging.Formatter(FORMAT))
 
     def listen(self) -> None:
-        """Take down what the process logs, and where it is when it crashes."""
+        """Record the log of the process, and its stacks when it crashes."""
         logging.getLogger().addHandler(self)
         faulthandler.enable(self._file)
 
     def begin(self) -> None:
-        """Forget what was said of the batch before."""
+        """Erase the log of the previous batch."""
         with suppress(OSError):  # a device has no length
             self._file.truncate(0)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
-        with suppress(OSError, ValueError):  # a full disk must not add a line about each line
+        with suppress(OSError, ValueError):  # a full disk must not cause a log line per line
             self._file.write(f"{self.format(record)}\n".encode(errors="replace"))
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._file.close()
         super().close()

@@ -1,4 +1,4 @@
-"""The Celery app of a worker: its one task, and what a child does when it starts."""
+"""The Celery app of a worker: its one task, and the setup of a child process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _set_up_logs(**_: Any) -> None:
 
 @worker_process_init.connect
 def _start_child(**_: Any) -> None:
-    # SIGTERM to the whole group is the parent's to answer: the batch is finished first.
+    # The parent handles a SIGTERM to the whole group: it lets the batch finish first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     scratch = Scratch(settings.scratch_dir, announced_identity().id)
     batch_log = BatchLog(scratch.log(os.getpid()))
@@ -56,7 +56,7 @@ def render() -> None:
 
 
 def _answer() -> None:
-    """Answer a bell, or a knock: both come in the main thread, the knock perhaps amid a bell."""
+    """Answer a bell or a knock. Both run in the main thread; a knock may interrupt a bell."""
     if not _at_work.acquire(blocking=False):
         return
     try:

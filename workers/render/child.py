@@ -1,4 +1,4 @@
-"""The child: it owns the device, pins the pipeline, and answers bells."""
+"""The child process: owns the device, keeps the pipeline loaded, and answers bells."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from farm.pipelines.runtime.loading import free_what_is_left
 from farm.rendering.warmup import slot_test, warm_up
 from farm.store import workers
 from farm.store.engine import transaction
+from workers.render.assembly import assemble
 from workers.render.batch_log import BatchLog
 from workers.render.identity import Identity, announced_identity
 from workers.render.loop import RenderLoop
@@ -27,15 +28,18 @@ log = logging.getLogger(__name__)
 
 LOAD_AGAIN_SECONDS = 10.0
 MAX_SECONDS = 300.0
-"""Between tries to load a pipeline: twice as long each time, up to this."""
+"""Maximum pause between two tries to load a pipeline, in seconds. It doubles each time."""
 SWITCH_SECONDS = 0.0005
-"""How long the device's thread waits for the interpreter, at most, while the tail is busy in it"""
+"""Maximum time that the device's thread waits for the interpreter, in seconds.
+
+The finisher's threads use the interpreter at the same time.
+"""
 MAX_CHARACTERS = 500
-"""of what a worker says is wrong"""
+"""Maximum length of a worker's problem text, in characters."""
 
 
 class RenderProcess:
-    """Everything the spawned process holds between two bells."""
+    """State of the child process between two bells."""
 
     def __init__(
         self,
@@ -49,15 +53,15 @@ class RenderProcess:
         self._scratch = Scratch(self._farm.settings.scratch_dir, self._identity.id)
         self._clock = clock
         self._batch_log = batch_log
-        self._line: RenderLoop | None = None
+        self._loop: RenderLoop | None = None
         self._pause = LOAD_AGAIN_SECONDS
         self._due = float("-inf")
-        """When to try to load again"""
+        """Time of the next try to load, on the monotonic clock."""
 
     def start(self) -> None:
-        """Pin the pipeline, before the first bell.
+        """Load the pipeline before the first bell.
 
-        Where the child before this one ended while it loaded, so might this one: it waits first.
+        If the previous child died while it loaded, this one might too. So it waits first.
         """
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
@@ -73,23 +77,24 @@ class RenderProcess:
     def answer(self) -> bool:
         """Answer a bell: render until the lane is empty.
 
-        Returns whether this process may go on; a fresh one should where memory ran out, or where
-        something broke that no batch is to blame for.
+        Returns:
+            True if this process may continue. False if a new process must replace it: memory ran
+            out, or an error occurred that no batch caused.
         """
         try:
-            if self._line is None and self._clock() >= self._due:
+            if self._loop is None and self._clock() >= self._due:
                 self._load()
-            if self._line is not None:
-                self._render(self._line)
+            if self._loop is not None:
+                self._render(self._loop)
         except Unavailable as error:
             log.warning("%s waits for the next bell: %s", self._identity.name, error)
         except Exception:
-            log.exception("%s broke; another process goes on", self._identity.name)
+            log.exception("%s failed; a new process replaces it", self._identity.name)
             return False
-        return self._line is None or not self._line.out_of_memory
+        return self._loop is None or not self._loop.out_of_memory
 
     def close(self) -> None:
-        """Send the last spans of its traces."""
+        """Send the last spans of the traces."""
         self._farm.close_traces()
 
     def _render(self, loop: RenderLoop) -> None:
@@ -100,16 +105,16 @@ class RenderProcess:
             self._say("idle")
 
     def _load(self) -> None:
-        """Try to pin the pipeline; where that fails, say why, and try later.
+        """Try to load the pipeline. On failure record the problem, and try later.
 
-        Who rings for later is the janitor, as long as something waits on the lane.
+        The janitor rings for the later try, as long as frames wait on the lane.
         """
         self._say("loading")
         self._scratch.begin_load()
         problem = self._load_pipeline()
         self._scratch.end_load()
         if problem is not None:
-            free_what_is_left()  # not before: the error held on to what it had loaded
+            free_what_is_left()  # not earlier: the error referred to the loaded parts
             self._fail_to_load(problem)
 
     def _fail_to_load(self, problem: str) -> None:
@@ -118,18 +123,18 @@ class RenderProcess:
         self._say("failed", problem=problem)
 
     def _load_pipeline(self) -> str | None:
-        """Load and pin; returns what kept it from that."""
+        """Load the pipeline. Return an error message, or None on success."""
         name, pipeline, started = self._identity.name, self._identity.pipeline, self._clock()
         try:
             configure(self._farm.settings.cache_dir)
-            # Read anew for each try: the checkpoint may be another one since.
+            # Read again for each try: the checkpoint may have changed.
             resolved = resolve_pipeline(pipeline, self._farm.entry(pipeline))
             if uses_torch(resolved.family):
                 prepare_torch(even_threads(self._farm.settings.torch_threads))
             loaded = resolved.family.load(resolved.pipeline)
             compiled_shapes = warm_up(resolved, loaded)
             slots = slot_test(resolved, loaded)
-            loop = RenderLoop(
+            assembly = assemble(
                 self._farm,
                 self._identity,
                 resolved,
@@ -141,16 +146,16 @@ class RenderProcess:
         except FarmError as error:
             problem = one_line(error.message, MAX_CHARACTERS)
             log.error("%s cannot load pipeline %s: %s", name, pipeline, problem)  # noqa: TRY400
-            log.debug("%s tells all of it", name, exc_info=True)
+            log.debug("%s: traceback of this error", name, exc_info=True)
             return problem
         except Exception as error:
             log.exception("%s cannot load pipeline %s", name, pipeline)
-            # What a library says may tell of this machine: that stays in the log.
+            # A message of a library may contain details of this machine: it stays in the log.
             return type(error).__name__
         seconds = self._clock() - started
         log.info("%s loaded %s on %s in %.1f s", name, pipeline, loaded.device, seconds)
-        self._line = loop
-        # A fresh process costs more: it starts, and imports what it needs.
+        self._loop = assembly.loop
+        # A new process takes longer: it also starts and imports modules.
         self._say("idle", device=loaded.device, load_seconds=max(seconds, time.process_time()))
         return None
 

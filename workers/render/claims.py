@@ -1,4 +1,4 @@
-"""What a child claims: now, or ahead, while it still denoises the batch before."""
+"""Claims of a child: immediate ones, and those made ahead during the previous batch."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ from workers.render.identity import Identity
 from workers.render.retry import retry_while_unavailable
 
 REMEMBERED_JOBS = 64
-"""Whose specs are not read again"""
+"""Number of jobs whose specs are cached."""
 REMEMBERED_PARTS = 16
-"""Of inputs: a thousand lines each"""
+"""Number of input parts that are cached. A part has a thousand lines."""
 
 LONGER = 3.0
-"""A claim is begun when the batch before has so many times left as the last claim took …"""
+"""Start the next claim when the current batch has this many claim durations left."""
 MIN_SECONDS = 0.02
-"""… and this: as late as it can be, since what is claimed can no longer be anybody else's …"""
+"""Added to that lead, in seconds.
+
+Claims start late on purpose: other workers can no longer take frames that are claimed.
+"""
 MAX_STEP_SECONDS = 1.0
-"""… or a step before that, where it is a short one: after the step it would be late."""
+"""Longest step that is added to the lead, in seconds: the next check comes after that step."""
 
 MAX_SECONDS = 1.0
-"""That a claim is taken to last: one that waited for an outage says nothing of the next"""
+"""Longest claim duration that counts, in seconds. A claim during an outage is no measure."""
 
 
 class Claims:
-    """Claims one batch after another, and knows which leases this child has in hand."""
+    """Claims one batch after another, and knows which leases this child holds."""
 
     def __init__(self, farm: Farm, identity: Identity) -> None:
         self._farm = farm
@@ -43,24 +46,24 @@ class Claims:
         self._specs: LRUCache[uuid.UUID, FullSpec] = LRUCache(REMEMBERED_JOBS)
         self._parts: LRUCache[tuple[uuid.UUID, int], list[Line]] = LRUCache(REMEMBERED_PARTS)
         self._in_hand: dict[uuid.UUID, tuple[float, float]] = {}
-        """When each lease's claim began and ended"""
+        """Start and end of the claim, by lease, on the monotonic clock."""
         self._lock = threading.Lock()
         self._unsure = True
-        """Whether a lease may be ours that we do not know of: the reply to its claim was lost"""
+        """True if this child may hold a lease that it does not know: a claim's reply was lost."""
         self._seconds = 0.0
         self._thread = ThreadPoolExecutor(1, "claim-ahead")
         self._ahead: Future[Lease | None] | None = None
 
     def claim_now(self, priority: Priority = Priority.BULK) -> Lease | None:
-        """Claim a batch, of no less urgent work than this; waits while Postgres is away."""
+        """Claim a batch of at least this priority. Wait while Postgres does not answer."""
         return retry_while_unavailable(self._identity.name, lambda: self._claim(priority))
 
     def claim_ahead(self, left_seconds: float, step_seconds: float) -> None:
-        """Begin to claim the next batch where the one in hand is nearly done.
+        """Start the claim of the next batch if the current one is nearly done.
 
         Args:
-            left_seconds: what it will still take.
-            step_seconds: when this will be called again.
+            left_seconds: the remaining time of the current batch.
+            step_seconds: the time until the next call.
         """
         early = MIN_SECONDS + LONGER * min(self._seconds, MAX_SECONDS)
         if step_seconds <= MAX_STEP_SECONDS:
@@ -70,26 +73,26 @@ class Claims:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether `next` has a batch at hand."""
+        """True if a batch is claimed already, so that `next` returns it at once."""
         ahead = self._ahead
         if ahead is None or not ahead.done() or ahead.exception() is not None:
             return False
         return ahead.result() is not None
 
     def next(self) -> Lease | None:
-        """Give the batch that was claimed ahead, or claim one."""
+        """Return the batch that was claimed ahead, or claim one."""
         ahead, self._ahead = self._ahead, None
         return ahead.result() if ahead is not None else self.claim_now()
 
     def give_back(self) -> None:
-        """Release what was claimed ahead, uncharged, where it will not be rendered."""
+        """Release the batch that was claimed ahead, uncharged: it will not be rendered."""
         ahead, self._ahead = self._ahead, None
         lease = ahead.result() if ahead is not None else None
         if lease is not None:
             self.release(lease)
 
     def release(self, lease: Lease) -> None:
-        """Return a batch that was not rendered, uncharged."""
+        """Release a batch that was not rendered, uncharged."""
         retry_while_unavailable(self._identity.name, lambda: self._release(lease))
         self.ended(lease)
 
@@ -98,15 +101,15 @@ class Claims:
         self._thread.shutdown()
 
     def ended(self, lease: Lease) -> None:
-        """Note that a lease has ended."""
-        self._in_hand.pop(lease.id, None)  # without the lock: a claim may hold it for long
+        """Record that a lease has ended."""
+        self._in_hand.pop(lease.id, None)  # without the lock: a claim may hold it for a long time
 
     def window(self, lease: Lease) -> tuple[float, float]:
-        """Tell when the claim of a lease in hand began and ended, on the monotonic clock."""
+        """Return start and end of the claim of a held lease, on the monotonic clock."""
         return self._in_hand[lease.id]
 
     def mark_uncertain(self) -> None:
-        """Note that something may have gone wrong: what is not in hand is given back first."""
+        """Record that a claim may have failed: the next claim first releases unknown leases."""
         self._unsure = True
 
     def _claim(self, priority: Priority) -> Lease | None:

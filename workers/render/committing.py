@@ -1,4 +1,4 @@
-"""How batches end in Postgres: completed together, or one by one where something went wrong."""
+"""The end of batches in Postgres: completed together, or one by one after an error."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from farm.store.circuit_breaker import note_failure
 from farm.store.claim import ClaimedFrame, Fence
 from farm.store.engine import one_statement, transaction
 from farm.store.frames import CompletedFrame
+from workers.render.batch import RenderedBatch
 from workers.render.failures import failures, is_suspicious, named
 from workers.render.identity import Identity
 from workers.render.retry import retry_while_unavailable
-from workers.render.spool import RenderedBatch
 
 log = logging.getLogger(__name__)
 
 
 class BatchCommitter:
-    """Ends batches whose pictures are stored, or that failed; waits while Postgres is away."""
+    """Ends batches that are stored or failed. Waits while Postgres does not answer."""
 
     def __init__(self, farm: Farm, identity: Identity) -> None:
         self._farm = farm
         self._identity = identity
         self._commit_seconds = 0.0
-        """What the commit before took: it is told with the next one"""
+        """Duration of the previous commit, in seconds. The next commit records it."""
 
     def end(self, batches: Sequence[RenderedBatch]) -> None:
-        """End batches: all that went well in one commit."""
+        """End batches: all those without failures in one commit."""
         well = [batch for batch in batches if batch.done and not batch.failures]
         rest = [batch for batch in batches if batch not in well]
         if well and not self._end_together(well):
@@ -42,7 +42,7 @@ class BatchCommitter:
             self._end_alone(batch)
 
     def _end_together(self, batches: Sequence[RenderedBatch]) -> bool:
-        """Returns whether any frame was accepted; where none was, each batch is looked at."""
+        """Return True if a frame was accepted. If none was, each batch is ended separately."""
         done = [item for batch in batches for item in batch.done]
         account = sum((batch.account for batch in batches[1:]), batches[0].account)
         account.commit_seconds = self._commit_seconds
@@ -55,8 +55,8 @@ class BatchCommitter:
         started = time.monotonic()
         try:
             accepted = retry_while_unavailable(self._identity.name, finish)
-        except Exception:  # the database refuses what it should take: whose is it?
-            log.exception("%s could not end %d batches at once", self._identity.name, len(batches))
+        except Exception:  # the database refused; ending each batch shows which one is wrong
+            log.exception("%s could not end %d batches together", self._identity.name, len(batches))
             return False
         self._commit_seconds = time.monotonic() - started
         if accepted:
@@ -79,7 +79,7 @@ class BatchCommitter:
         self._trace(batch, started, accepted)
 
     def _complete(self, batch: RenderedBatch) -> Collection[Fence]:
-        """Returns the frames that succeeded."""
+        """Commit a batch, and return the frames that succeeded."""
         done, account, me, until = batch.done, batch.account, self._identity, None
         settings, first = self._farm.settings, batch.lease.frames[0]
         with transaction(self._farm.store) as connection:
@@ -101,12 +101,12 @@ class BatchCommitter:
                     connection, me.id, first.job_id, first.ordinal, settings.trip_seconds
                 )
         if until is not None:
-            log.error("%s rests until %s: one frame after another fails", me.name, until)
+            log.error("%s is tripped until %s: several frames in a row failed", me.name, until)
         self._tell_dropped(done, accepted)
         return accepted
 
     def _trace(self, batch: RenderedBatch, started: float, accepted: Collection[Fence]) -> None:
-        """Add a batch that was committed to the traces of its jobs."""
+        """Add a committed batch to the traces of its jobs."""
         if self._farm.traces is None:
             return
         lease = batch.lease

@@ -1,4 +1,4 @@
-"""The control images of the last batches, decoded and kept: a job's frames often share one."""
+"""Cache of decoded control images: the frames of a job often share one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from farm.services.control_images import load_image
 from farm.storage import Artifacts
 
 KEPT_PIXELS = 64 * 2**20
-"""of three bytes each"""
+"""Maximum size of the cache, in pixels of three bytes."""
 
 
 class ImageCache:
-    """Fetches a tenant's images from the storage, and remembers those used last."""
+    """Reads images of tenants from the storage, and keeps those used last."""
 
     def __init__(self, artifacts: Artifacts, kept_pixels: int = KEPT_PIXELS) -> None:
         self._artifacts = artifacts
@@ -26,7 +26,7 @@ class ImageCache:
         )
 
     def get(self, tenant_id: uuid.UUID, image_id: str) -> Image.Image:
-        """Give an image.
+        """Return an image.
 
         Raises:
             RenderError: the storage does not hold it.
@@ -36,30 +36,30 @@ class ImageCache:
         image = self._kept.get(key)
         if image is None:
             image = load_image(self._artifacts, tenant_id, image_id)
-            with suppress(ValueError):  # larger than all that may be kept
+            with suppress(ValueError):  # larger than the whole cache
                 self._kept[key] = image
         return image
 
 
 class BatchImages(Mapping[str, Image.Image]):
-    """The images of a batch by id, each fetched when it is asked for: all at once may not fit."""
+    """Images of a batch by ID. Each is read on access: all at once may not fit into memory."""
 
     def __init__(self, cache: ImageCache, tenants: Mapping[str, uuid.UUID]) -> None:
-        """Look images up in a cache.
+        """Look up images in a cache.
 
         Args:
-            cache: where they are.
-            tenants: whose each image is, by its id.
+            cache: the cache of the images.
+            tenants: the tenant that owns an image, by image ID.
         """
         self._cache = cache
         self._tenants = tenants
 
     def __getitem__(self, image_id: str) -> Image.Image:
-        """Give an image; see ImageCache.get."""
+        """Return an image; see ImageCache.get."""
         return self._cache.get(self._tenants[image_id], image_id)
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the ids."""
+        """Iterate over the IDs."""
         return iter(self._tenants)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What becomes of frames when something goes wrong: the one place that decides it."""
+"""Consequences of errors for frames. Only this module decides them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from farm.store.frames import FailedAttempt
 
 
 def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[FailedAttempt]:
-    """Map what went wrong to what becomes of the frames."""
+    """Build the failed attempts of frames from an error."""
     text = "".join(traceback.format_exception(error)).replace("\x00", "")
     message = type(error).__name__
     if not tells_statements(error):
@@ -28,7 +28,7 @@ def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[FailedAt
     elif is_out_of_memory(error):
         reason, message, smaller = "out_of_memory", "Memory ran out.", True
     elif several:
-        # Any one of them may be why, and they may be of several tenants: each is tried alone.
+        # Any of them may be the cause, also one of another tenant: each is tried in isolation.
         message = "Its batch failed; it is tried again without the others."
     elif isinstance(error, FarmError):
         message, retryable = error.message, error.retryable
@@ -40,7 +40,7 @@ def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[FailedAt
             reason,
             message,
             retryable,
-            None if several else text,  # it may tell of other tenants' frames
+            None if several else text,  # it may contain data of other tenants
             charged=charged,
             isolated=several,
             smaller=smaller,
@@ -50,22 +50,22 @@ def failures(claimed: Sequence[ClaimedFrame], error: Exception) -> list[FailedAt
 
 
 def is_suspicious(error: Exception) -> bool:
-    """Whether an error may be the worker's own fault, rather than a server's or the frame's."""
+    """Return True if the worker may have caused an error, not a server or the frame."""
     return isinstance(error, StorageRefused) or not isinstance(error, FarmError)
 
 
 def flagged(frame: ClaimedFrame) -> FailedAttempt:
-    """What becomes of a flagged picture: another attempt would give the same one."""
+    """Build the failed attempt of a flagged picture. A retry would give the same picture."""
     message = "The pipeline's safety checker flagged this picture."
     return FailedAttempt(frame.fence, FLAGGED, message, retryable=False)
 
 
 def rejected(frame: ClaimedFrame, name: str, verdict: Verdict) -> FailedAttempt:
-    """What becomes of a picture that a filter rejects: it is drawn again, with another seed."""
+    """Build the failed attempt of a rejected picture. Its frame gets another seed."""
     message = f"Filter {name}, score {verdict.score:.4g}: {verdict.why or 'rejected'}."
     return FailedAttempt(frame.fence, REJECTED, message, charged=False, reroll=True)
 
 
 def named(claimed: Sequence[ClaimedFrame]) -> str:
-    """Name frames, for the log."""
+    """Return the names of frames for the log."""
     return "; ".join(str(frame) for frame in claimed)

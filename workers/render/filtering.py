@@ -1,4 +1,4 @@
-"""A pipeline's filters, applied to each of its pictures before it is stored."""
+"""Filters of a pipeline, applied to each picture before it is stored."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from workers.render.retry import retry_while_unavailable
 
 @dataclass(frozen=True)
 class FilterChain:
-    """Filters by name, in the catalog's order; the first that rejects a picture decides."""
+    """Filters by name, in the catalog's order. The first that rejects a picture decides."""
 
     farm: Farm
     identity: Identity
     filters: Mapping[str, Filter]
 
     def rejection(self, frame: ClaimedFrame, picture: Image.Image) -> FailedAttempt | None:
-        """Say what becomes of a picture that is rejected; None where it is kept."""
+        """Return the failed attempt of a rejected picture, or None if the picture is kept."""
         for name, judge in self.filters.items():
             verdict = judge(picture, frame.spec)
             if verdict.keep and verdict.perceptual_hash is not None:
@@ -37,7 +37,7 @@ class FilterChain:
         return None
 
     def _alone(self, frame: ClaimedFrame, verdict: Verdict, hashed: int) -> Verdict:
-        """Keep a picture's print, unless a kept picture of its job looks like it."""
+        """Store a picture's perceptual hash. Reject it if a stored one of its job is similar."""
 
         def keep() -> tuple[int, int] | None:
             with transaction(self.farm.store) as connection:
@@ -49,4 +49,4 @@ class FilterChain:
         if near is None:
             return verdict
         ordinal, bits = near
-        return Verdict(False, bits, f"it looks like frame {ordinal}, but for {bits} of 64 bits")
+        return Verdict(False, bits, f"it looks like frame {ordinal}: {bits} of 64 bits differ")

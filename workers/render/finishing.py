@@ -1,9 +1,10 @@
-"""The tail of a batch: encode, put, complete. It runs while the next batch is denoised.
+"""Finishing of batches: encode, upload, complete. It runs while the next batch is denoised.
 
-A few threads encode and put; one ends batches, each as soon as all of it is stored, and those that
-are ready together in one commit. While the storage is away, finished batches wait in the spool.
+Several threads encode and upload. One thread ends each batch as soon as all of it is stored, and
+batches that are ready together in one commit. While the storage does not answer, finished batches
+wait in the spool.
 
-What is taken is begun when the device has its next work, so that nothing holds that up.
+A batch is encoded only after the next batch is on the device, so that the device never waits.
 """
 
 from __future__ import annotations
@@ -20,62 +21,65 @@ from functools import partial
 
 from PIL import Image
 
-from farm.context import Farm
 from farm.domain.spec import Priority
-from farm.errors import Unavailable
 from farm.imaging.encoding import Encoder
 from farm.process import cores
 from farm.storage import artifact_key
-from farm.store import leases
 from farm.store.claim import ClaimedFrame
-from farm.store.engine import transaction
 from farm.store.frames import CompletedFrame
+from workers.render.batch import ImageWriter, Picture, RenderedBatch
 from workers.render.claims import Claims
 from workers.render.committing import BatchCommitter
 from workers.render.failures import failures, flagged, is_suspicious, named
 from workers.render.filtering import FilterChain
 from workers.render.identity import Identity
 from workers.render.lease_watch import LeaseWatch
-from workers.render.retry import retry_while_unavailable
 from workers.render.reuse import Reuse
-from workers.render.spool import Picture, RenderedBatch, Spool
+from workers.render.spool import Spool, SpoolDrain
 
 log = logging.getLogger(__name__)
 
 THREADS = 8
-"""That encode and put: an upload mostly waits, and encoding leaves the interpreter alone …"""
+"""Threads that encode and upload. Uploads mostly wait, and encoding releases the interpreter."""
 ENCODERS = max(1, cores() - 1)
-"""… but so many encode at once: whenever the device's thread wakes up, a core is there for it."""
+"""Maximum number of concurrent encodings. It leaves one core free for the device's thread."""
 MAX_BATCHES = 4
+"""Maximum number of unfinished batches before the device waits."""
 MAX_PIXELS = 128 * 2**20
-"""In the tail at once, of three bytes each and what they are encoded to: then the device waits"""
+"""Maximum number of pixels in unfinished batches before the device waits.
+
+A pixel needs three bytes, plus its encoded form.
+"""
 
 
 class BatchFinisher:
-    """One child's: takes what was denoised, and sees to its end."""
+    """Finishes the denoised batches of one child."""
 
     def __init__(
         self,
-        farm: Farm,
         identity: Identity,
         encoder: Encoder,
-        spool: Spool,
-        claims: Claims,
         filters: FilterChain,
         reuse: Reuse,
+        writer: ImageWriter,
+        spool: Spool,
+        drain: SpoolDrain,
+        committer: BatchCommitter,
+        claims: Claims,
     ) -> None:
-        self._farm = farm
         self._identity = identity
         self._encoder = encoder
-        self._spool = spool
-        self._claims = claims
         self._filters = filters
         self._reuse = reuse
-        self._committer = BatchCommitter(farm, identity)
+        self._writer = writer
+        self._spool = spool
+        self._drain = drain
+        self._committer = committer
+        self._claims = claims
         self._pool = ThreadPoolExecutor(THREADS, "encoder")
         self._encoding = threading.Semaphore(ENCODERS)
         self._taken: list[Callable[[], None]] = []
-        """What the threads get when the device has its next work"""
+        """Work for the threads, started when the device has its next batch."""
         self._ready: queue.SimpleQueue[RenderedBatch | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._batches = 0
@@ -87,12 +91,12 @@ class BatchFinisher:
 
     @property
     def full(self) -> bool:
-        """Whether nothing more should be claimed before something is stored."""
+        """True if a batch must be stored before the next one is claimed."""
         return self._spool.full or self._batches >= 2 * MAX_BATCHES
 
     @property
     def busy(self) -> bool:
-        """Whether a batch has not come to its end yet."""
+        """True while a batch is not finished."""
         return self._batches > 0 or len(self._spool) > 0
 
     def add(
@@ -103,13 +107,13 @@ class BatchFinisher:
         *,
         hasty: bool = False,
     ) -> None:
-        """Take over a batch that was denoised, once there is room, for `begin`.
+        """Take over a denoised batch once there is room. `begin` starts the work on it.
 
         Args:
-            batch: with its lease.
-            pictures: one a frame; None where a safety checker balked.
-            watch: watches the lease; closed at the end.
-            hasty: do not wait for room.
+            batch: the batch, with its lease.
+            pictures: one picture per frame; None if a safety checker flagged it.
+            watch: the watch of the lease; it is closed at the end.
+            hasty: True to add the batch without waiting for room.
         """
         items = list(enumerate(zip(batch.frames, pictures, strict=True)))
         batch.pixels = sum(picture.width * picture.height for picture in pictures if picture)
@@ -136,19 +140,19 @@ class BatchFinisher:
         self._taken = [partial(store, share) for share in shares]
 
     def begin(self) -> None:
-        """Begin to store what was taken; whatever waits for the tail begins it too."""
+        """Start to store the added batch. Every wait for the finisher calls this first."""
         taken, self._taken = self._taken, []
         for share in taken:
             self._pool.submit(share)
 
     def pass_on(self, batch: RenderedBatch, watch: LeaseWatch) -> None:
-        """End a batch of which nothing is rendered."""
+        """End a batch without frames to render."""
         watch.close()
         self._enter(batch, hasty=True)
         self._ready.put(batch)
 
     def fail(self, batch: RenderedBatch, error: Exception) -> None:
-        """End a batch that failed as a whole, after all that came before it."""
+        """End a batch that failed as a whole, after all earlier batches."""
         log.error("%s failed at %s", self._identity.name, named(batch.frames), exc_info=error)
         batch.failures = failures(batch.frames, error)
         batch.suspicious = is_suspicious(error)
@@ -161,7 +165,7 @@ class BatchFinisher:
         """Wait until something has changed, or until `condition` holds; at most for `seconds`.
 
         Raises:
-            Exception: what broke the tail itself.
+            Exception: the finisher itself failed with this error.
         """
         self.begin()
         with self._changed:
@@ -172,11 +176,11 @@ class BatchFinisher:
             raise self._broken
 
     def settle(self) -> None:
-        """Wait until nothing is under way; what the spool keeps may still be there."""
+        """Wait until all batches are finished, except for those in the spool."""
         self.wait(lambda: self._batches == 0)
 
     def close(self) -> None:
-        """End the threads, once nothing is under way."""
+        """End the threads. Call it when all batches are finished."""
         self._pool.shutdown()
         self._ready.put(None)
         if self._thread is not None:
@@ -212,14 +216,14 @@ class BatchFinisher:
         picture: Image.Image | None,
         watch: LeaseWatch,
     ) -> None:
-        """Encode and put one frame's picture."""
+        """Encode and upload one frame's picture."""
         if picture is None:
             batch.failures.append(flagged(frame))
             return
         if (failure := self._filters.rejection(frame, picture)) is not None:
             batch.failures.append(failure)
             return
-        # Whoever waits in front of a screen does not wait for bulk's pictures.
+        # Interactive pictures do not wait for those of bulk jobs: a person may be waiting.
         at_once = batch.lease.priority is Priority.INTERACTIVE
         with nullcontext() if at_once else self._encoding:
             started = time.monotonic()
@@ -230,42 +234,27 @@ class BatchFinisher:
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
         done = CompletedFrame(frame.fence, digest, len(content), slot, self._reuse.digest(frame))
         kept = Picture(frame, key, done, content)
-        if self._spool.away or not self._put(batch, kept):
+        if self._spool.away or not self._writer.put(batch, kept):
             batch.unstored.append(kept)
         else:
             watch.on_other()
 
-    def _put(self, batch: RenderedBatch, picture: Picture) -> bool:
-        """Store a picture; returns whether the storage took or refused it for good."""
-        try:
-            started = time.monotonic()
-            self._farm.artifacts.put(picture.key, picture.content())
-            batch.spent("put", started)
-            batch.done.append(picture.done)
-        except Unavailable as error:
-            log.warning("%s could not store %s: %s", self._identity.name, picture.frame, error)
-            return False
-        except Exception as error:
-            log.exception("%s could not store %s", self._identity.name, picture.frame)
-            batch.failures += failures([picture.frame], error)
-            batch.suspicious |= is_suspicious(error)
-        return True
-
     def _run(self) -> None:
-        """End batches, and store what is kept, until it is closed."""
+        """End batches, and store those in the spool, until `close`."""
         try:
             while not self._closed:
                 if batches := self._all_ready():
                     self._end(batches)
-                self._store_kept()
+                if self._drain.store_oldest():
+                    self._leave()
         except Exception as error:
-            log.exception("%s: the tail broke", self._identity.name)
+            log.exception("%s: the finisher failed", self._identity.name)
             with self._changed:
                 self._broken = error
                 self._changed.notify_all()
 
     def _all_ready(self) -> list[RenderedBatch]:
-        """Wait for a batch, or until it is time to look at the spool; gives all that are there."""
+        """Wait for a batch, or until the spool is due. Return all batches that are ready."""
         batches: list[RenderedBatch] = []
         try:
             found = self._ready.get(timeout=self._spool.pause)
@@ -285,49 +274,5 @@ class BatchFinisher:
             self._claims.ended(batch.lease)
         for batch in batches:
             if batch.unstored:
-                self._keep(batch)
+                self._drain.keep(batch)
         self._leave(batches)
-
-    def _keep(self, batch: RenderedBatch) -> None:
-        log.warning("%s keeps %s", self._identity.name, named(batch.lease.frames))
-        batch.account.spooled = True
-        batch.unstored.sort(key=lambda picture: picture.done.slot)
-        self._spool.keep(batch)
-
-        def tell() -> None:
-            with transaction(self._farm.store) as connection:
-                leases.mark_spooled(connection, batch.lease.id)
-
-        retry_while_unavailable(self._identity.name, tell)
-
-    def _store_kept(self) -> None:
-        """Store the batch that has waited longest in the spool, where it is time to try."""
-        batch = self._spool.oldest()
-        if batch is None:
-            return
-        if not retry_while_unavailable(self._identity.name, partial(self._wanted, batch)):
-            log.info("%s lost %s", self._identity.name, named(batch.lease.frames))
-            self._claims.release(batch.lease)
-            self._spool.end()
-        elif self._put_kept(batch):
-            if (following := self._spool.following()) is not None:
-                # Before this lease ends: the parent must see one that is looked after.
-                retry_while_unavailable(self._identity.name, partial(self._wanted, following))
-            self._committer.end([batch])
-            self._claims.ended(batch.lease)
-            self._spool.end()
-        else:
-            self._spool.postpone()
-        self._leave()
-
-    def _put_kept(self, batch: RenderedBatch) -> bool:
-        while batch.unstored:
-            if not self._put(batch, batch.unstored[0]):
-                return False
-            self._spool.stored(batch.unstored.pop(0))
-        return True
-
-    def _wanted(self, batch: RenderedBatch) -> bool:
-        """Ask whether a kept batch is still wanted; the parent sees that it is looked after."""
-        with transaction(self._farm.store) as connection:
-            return leases.report_step(connection, batch.lease.id, *batch.step).wanted

@@ -1,4 +1,4 @@
-"""Interactive work that comes while a less urgent batch is denoised."""
+"""Claims of interactive frames that arrive while a less urgent batch is denoised."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from workers.render.identity import Identity
 log = logging.getLogger(__name__)
 
 DEAF_SECONDS = 1.0
-"""How long Redis is left alone after it did not answer: the watch's news come in any case."""
+"""Pause after Redis did not answer, in seconds. The lease watch reports such frames anyway."""
 
 
 class InteractiveClaims:
-    """Listens for it in a thread of its own and claims it, so that the step hook only looks."""
+    """Listens for interactive frames, and claims them, in a thread. The step hook only checks."""
 
     def __init__(self, farm: Farm, identity: Identity, claims: Claims) -> None:
         self._farm = farm
@@ -37,7 +37,7 @@ class InteractiveClaims:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen in the block, where a batch is denoised that may be interrupted."""
+        """Listen during the block, in which an interruptible batch is denoised."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._listen, name="urgent", daemon=True)
             self._thread.start()
@@ -49,9 +49,9 @@ class InteractiveClaims:
 
     @contextmanager
     def interrupting(self, again: Callable[[], bool]) -> Iterator[None]:
-        """Claim nothing in the block, where urgent work is denoised.
+        """Claim nothing during the block, in which an urgent batch is denoised.
 
-        Look for more after it, if `again` says so then.
+        Listen again after it, if `again` returns True then.
         """
         self._listening.clear()
         try:
@@ -69,16 +69,16 @@ class InteractiveClaims:
             self._thread.join()
 
     def notify(self) -> None:
-        """Say that interactive work waits, whoever noticed."""
+        """Report that interactive frames wait. Any thread may call it."""
         self._told.set()
 
     def take_last(self) -> Lease | None:
-        """Give what was claimed at the very end; no more is, before the next block."""
+        """Return a batch claimed at the very end. No other is claimed before the next block."""
         with self._claiming:
             return self.take()
 
     def take(self) -> Lease | None:
-        """Give a batch that was claimed, if there is one. It never waits for Postgres or Redis."""
+        """Return the claimed batch, if there is one. Never waits for Postgres or Redis."""
         if self._lease is None:
             return None
         with self._taken:
@@ -95,17 +95,17 @@ class InteractiveClaims:
                 if self._told.is_set() or self._farm.bells.await_urgent(self._identity.pipeline):
                     self._claim()
             except Unavailable as error:
-                log.debug("%s hears no bells: %s", self._identity.name, error)
+                log.debug("%s receives no bells: %s", self._identity.name, error)
                 self._told.wait(DEAF_SECONDS)
             except Exception:
-                log.exception("%s could not look for urgent work", self._identity.name)
+                log.exception("%s failed to check for interactive frames", self._identity.name)
                 self._told.wait(DEAF_SECONDS)
 
     def _claim(self) -> None:
         """Claim a batch and wait until it is taken."""
         with self._claiming:
             if self._over or not self._listening.is_set():
-                self._told.set()  # the line claims the most urgent first, or has claimed ahead
+                self._told.set()  # the loop claims the most urgent first, or has claimed ahead
                 return
             self._told.clear()
             self._lease = self._claims.claim_now(Priority.INTERACTIVE)

@@ -1,4 +1,4 @@
-"""What is watched while a batch is in hand: its progress, and whether anybody still wants it."""
+"""Watch of a lease during its batch: reports progress, and checks that it is still wanted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class LeaseWatch:
     """Watches a lease from the first step of its batch until it has ended.
 
-    `on_step` runs between two steps, so it only sets two numbers and looks at a flag; a thread of
-    its own talks to Postgres, at most every `seconds`, and never holds up the device.
+    `on_step` runs between two steps, so it only sets two numbers and reads a flag. A separate
+    thread reports to Postgres, at most every `seconds`, and never delays the device.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class LeaseWatch:
         """Watch a lease.
 
         Args:
-            store: where the lease is.
-            lease: whose batch is denoised.
-            seconds: how often Postgres is told, at most.
-            on_interactive: called when interactive work was seen to wait.
+            store: the store of the lease.
+            lease: the lease of the batch that is denoised.
+            seconds: minimum interval between two reports to Postgres.
+            on_interactive: called when interactive frames are waiting.
         """
         self._store = store
         self._lease = lease
@@ -44,34 +44,34 @@ class LeaseWatch:
         self._on_interactive = on_interactive
         self.step = (0, 0)
         self.draining = False
-        """Whether the worker was seen to drain"""
+        """True once Postgres reported that the worker is draining."""
         self._other = 0
         self._unwanted = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="lease-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the watch."""
         self._thread.start()
 
     def close(self) -> None:
-        """End it."""
+        """End the watch."""
         self._over.set()
 
     def on_step(self, step: int, steps: int) -> None:
-        """Note that `step` of `steps` is done.
+        """Record that `step` of `steps` is done.
 
         Raises:
-            StopBatch: the lease is lost, or every frame of it was cancelled.
+            StopBatch: the lease is lost, or all its frames were cancelled.
         """
         self.step = (step, steps)
         if self._unwanted.is_set():
             raise StopBatch
 
     def on_other(self) -> None:
-        """Note that the child gets on with something that is no step of this batch.
+        """Record progress that is not a step of this batch.
 
-        Another picture is stored, or what was let in between two steps is a step further.
+        For example a picture was stored, or an interrupting batch completed a step.
         """
         self._other += 1
 
@@ -96,7 +96,7 @@ class LeaseWatch:
             with one_statement(self._store) as connection:
                 return leases.report_step(connection, self._lease.id, step, steps)
         except Unavailable as error:
-            # The lease decides when the batch is done; until then it may still be wanted.
+            # The lease is checked when the batch is done. Until then the batch may be wanted.
             log.warning("lease %s: progress was not reported: %s", self._lease.id, error)
         except Exception:
             log.exception("lease %s: progress was not reported", self._lease.id)

@@ -1,7 +1,7 @@
-"""The render line, straight: claim, denoise, and hand over to the tail; until the lane is empty.
+"""The render loop: claim, denoise, and pass to the finisher, until the lane is empty.
 
-The device never waits: the next batch is claimed while one is denoised, and the tail encodes, puts
-and completes beside it. Between two steps of a batch an interactive one may be let in.
+The device never waits. The next batch is claimed while one is denoised. At the same time the
+finisher encodes, uploads and completes. An interactive batch may run between two steps of another.
 """
 
 from __future__ import annotations
@@ -19,40 +19,36 @@ from farm import failpoints
 from farm.context import Farm
 from farm.domain.spec import Priority
 from farm.errors import RenderError
-from farm.imaging.encoding import Encoder
-from farm.imaging.filters import load_filters
 from farm.pipelines.family import Batch, LoadedPipeline, StopBatch
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.pipelines.runtime.devices import is_out_of_memory, torch_threads
 from farm.pipelines.runtime.loading import free_what_is_left
 from farm.pipelines.runtime.slots import SlotTest
-from farm.rendering.environment import environment_of
 from farm.rendering.warmup import CompiledShapes
 from farm.store.claim import ClaimedFrame, Lease
+from workers.render.batch import RenderedBatch
 from workers.render.batch_log import BatchLog
 from workers.render.claims import Claims
 from workers.render.control_images import BatchImages, ImageCache
 from workers.render.failures import named
-from workers.render.filtering import FilterChain
 from workers.render.finishing import BatchFinisher
 from workers.render.identity import Identity
 from workers.render.interactive import InteractiveClaims
 from workers.render.lease_watch import LeaseWatch
 from workers.render.reuse import Reuse
 from workers.render.scratch import Scratch
-from workers.render.spool import RenderedBatch, Spool
 
 log = logging.getLogger(__name__)
 
 REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError)
-"""What diffusers raises where a call cannot be; it would again."""
+"""Errors that diffusers raises for an impossible call. A retry would fail again."""
 
 LOOK_SECONDS = 1.0
-"""Between looks for work while only the tail is busy"""
+"""Interval between two claims while only the finisher is busy, in seconds."""
 
 
 class RenderLoop:
-    """One child's pinned pipeline, and what it does with each batch."""
+    """Loaded pipeline of one child, and its work on each batch."""
 
     def __init__(
         self,
@@ -60,44 +56,43 @@ class RenderLoop:
         identity: Identity,
         resolved: ResolvedPipeline,
         loaded: LoadedPipeline,
-        compiled_shapes: CompiledShapes | None = None,
-        slots: SlotTest | None = None,
+        *,
+        claims: Claims,
+        interactive: InteractiveClaims,
+        finisher: BatchFinisher,
+        reuse: Reuse,
+        slots: SlotTest,
+        scratch: Scratch,
+        compiled_shapes: CompiledShapes,
         batch_log: BatchLog | None = None,
     ) -> None:
         self._farm = farm
         self._identity = identity
         self._resolved = resolved
         self._loaded = loaded
-        self._compiled_shapes = compiled_shapes or CompiledShapes()
+        self._claims = claims
+        self._interactive = interactive
+        self._finisher = finisher
+        self._reuse = reuse
+        self._slots = slots
+        self._scratch = scratch
+        self._compiled_shapes = compiled_shapes
         self._batch_log = batch_log
         self._images = ImageCache(farm.artifacts)
-        self._scratch = Scratch(farm.settings.scratch_dir, identity.id)
-        self._claims = Claims(farm, identity)
-        self._interactive = InteractiveClaims(farm, identity, self._claims)
-        spool = Spool(self._scratch.pictures(os.getpid()), farm.settings.spool_bytes)
-        environment = environment_of(loaded)
-        self._slots = slots or SlotTest(resolved.name, resolved.family, resolved.params_type)
-        encoder = Encoder(
-            environment, lambda frame: self._slots.threads_of(frame, environment.threads)
-        )
-        self._reuse = Reuse(farm, identity, encoder)
-        filters = FilterChain(farm, identity, load_filters(resolved.pipeline.filters))
-        self._finisher = BatchFinisher(
-            farm, identity, encoder, spool, self._claims, filters, self._reuse
-        )
-        # What is offloaded moves between devices with hooks that know of one call at a time.
-        self._may_interrupt = farm.settings.preempt and not resolved.pipeline.offload
+        # Offloading moves parts between devices with hooks that allow one call at a time.
+        self.may_interrupt = farm.settings.preempt and not resolved.pipeline.offload
+        """True while an interactive batch may interrupt another. False once memory ran out."""
         self._twin: LoadedPipeline | None = None
         self._lent_seconds = 0.0
-        """That the batch in hand lent the device to others"""
+        """Time that interrupting batches took from the current batch, in seconds."""
         self._since = 0.0
-        """When there was something to render, and was not accounted yet"""
+        """Start of the working time that is not accounted yet, on the monotonic clock."""
         self._broken: Exception | None = None
         self.out_of_memory = False
-        """Whether memory ran out: then nothing more is claimed, and a fresh process should go on"""
+        """True if memory ran out. Then nothing is claimed, and a new process should continue."""
 
     def run(self) -> None:
-        """Render batch after batch until nothing may be claimed; an outage is waited out."""
+        """Render batch after batch until nothing can be claimed. Wait during an outage."""
         self._claims.mark_uncertain()
         self._since = time.monotonic()
         try:
@@ -117,7 +112,7 @@ class RenderLoop:
             self._give_back()
 
     def close(self) -> None:
-        """End the threads beside it, once `run` has returned; a child just ends."""
+        """End the other threads after `run` has returned. A child process just exits."""
         self._interactive.close()
         self._claims.close()
         self._finisher.close()
@@ -130,7 +125,7 @@ class RenderLoop:
         return self._interactive.take() or self._claims.next() or self._interactive.take_last()
 
     def _give_back(self) -> None:
-        """Release what was claimed and will not be rendered."""
+        """Release batches that were claimed and will not be rendered."""
         self._finisher.begin()
         self._claims.give_back()
         lease = self._interactive.take_last()
@@ -138,14 +133,14 @@ class RenderLoop:
             self._claims.release(lease)
 
     def _render(self, lease: Lease) -> None:
-        """Denoise a batch, and see that its lease ends: in the tail, or here."""
+        """Denoise a batch. Its lease ends in the finisher or, on an error, here."""
         if self._batch_log is not None:
             self._batch_log.begin()
         batch, watch = self._begin(lease)
         if not batch.frames:
             self._finisher.pass_on(batch, watch)
             return
-        interruptible = self._may_interrupt and lease.priority is not Priority.INTERACTIVE
+        interruptible = self.may_interrupt and lease.priority is not Priority.INTERACTIVE
         started, self._lent_seconds = time.monotonic(), 0.0
 
         def on_step(step: int, steps: int) -> None:
@@ -154,7 +149,7 @@ class RenderLoop:
             if self._finisher.full:
                 return
             self._claims.claim_ahead(passed / step * (steps - step), passed / step)
-            if interruptible and self._may_interrupt and (urgent := self._interactive.take()):
+            if interruptible and self.may_interrupt and (urgent := self._interactive.take()):
                 self._interrupt(urgent, lease, watch)
 
         try:
@@ -172,18 +167,18 @@ class RenderLoop:
             self.out_of_memory = is_out_of_memory(error)
             self._finisher.fail(batch, error)
             self._finisher.settle()
-            self._claims.give_back()  # it may mean that this worker must rest
+            self._claims.give_back()  # the failure may trip this worker
         if watch.draining:
             self._claims.give_back()
 
     def _interrupt(self, lease: Lease, interrupted: Lease, watch: LeaseWatch) -> None:
-        """Denoise an urgent batch between two steps of another one, which it never touches."""
+        """Denoise an urgent batch between two steps of another one, without changing that one."""
         started = time.monotonic()
         try:
-            with self._interactive.interrupting(lambda: self._may_interrupt):
+            with self._interactive.interrupting(lambda: self.may_interrupt):
                 self._render_within(lease, watch)
                 self._scratch.hold(os.getpid(), interrupted.id)
-        except Exception as error:  # the interrupted batch is not to blame
+        except Exception as error:  # the interrupted batch is not the cause
             self._broken = error
             raise StopBatch from error
         self._finisher.begin()
@@ -215,24 +210,24 @@ class RenderLoop:
                 self._finisher.fail(batch, error)
 
     def _stop_interrupting(self, lease: Lease) -> None:
-        """Give an urgent batch back for which there is no memory beside another one."""
-        self._may_interrupt = False
+        """Release an urgent batch, because memory does not suffice for two batches."""
+        self.may_interrupt = False
         self._twin = None
         free_what_is_left()
         log.warning(
-            "%s has no memory for an urgent batch within another one; from now on such a batch "
-            "waits for its end: %s",
+            "%s has not enough memory to interrupt a batch. From now on urgent batches wait until "
+            "the current batch ends: %s",
             self._identity.name,
             named(lease.frames),
         )
         self._claims.release(lease)
 
     def _begin(self, lease: Lease) -> tuple[RenderedBatch, LeaseWatch]:
-        """Begin to watch a lease, and see what of it must be rendered."""
-        # What filters have not seen is not used again.
+        """Start the watch of a lease, and find the frames that must be rendered."""
+        # With filters nothing is reused: they must see every picture.
         reuses = not self._resolved.pipeline.filters and any(frame.reuse for frame in lease.frames)
         if reuses:
-            self._finisher.begin()  # looking and copying takes a while
+            self._finisher.begin()  # searching and copying takes time
         frames, done = self._reuse.split(lease.frames) if reuses else (lease.frames, [])
         seconds = self._farm.settings.progress_seconds
         watch = LeaseWatch(self._farm.store, lease, seconds, self._interactive.notify)
@@ -242,13 +237,13 @@ class RenderLoop:
 
     def _stop(self, lease: Lease, watch: LeaseWatch) -> None:
         watch.close()
-        log.info("%s stopped: %s", self._identity.name, named(lease.frames))
+        log.info("%s stopped rendering: %s", self._identity.name, named(lease.frames))
         self._claims.release(lease)
 
     def _denoise(
         self, loaded: LoadedPipeline, batch: RenderedBatch, on_step: Callable[[int, int], None]
     ) -> list[Image.Image | None]:
-        """Denoise a batch, noting meanwhile that it is on the device."""
+        """Denoise a batch, with a note in the scratch folder that it is on the device."""
         specs = [frame.spec for frame in batch.frames]
         images = BatchImages(self._images, self._owners(batch.frames))
         prompts = [spec.prompt for spec in specs]
@@ -266,14 +261,14 @@ class RenderLoop:
         except BaseException as error:
             loaded.reset_after_failure()
             if isinstance(error, REFUSALS):
-                raise RenderError(f"{self._resolved.name} refuses it: {error}") from error
+                raise RenderError(f"Pipeline {self._resolved.name} refuses it: {error}") from error
             raise
         finally:
-            # However it ended: the parent ends a child that stays at a batch nobody wants.
+            # In any case: the parent kills a child that keeps a batch whose lease is lost.
             self._scratch.hold(os.getpid(), None)
 
     def _owners(self, claimed: Sequence[ClaimedFrame]) -> dict[str, uuid.UUID]:
-        """Tell whose each image of a batch is."""
+        """Return the tenant of each image of a batch."""
         image_ids = self._resolved.params_type.image_ids
         return {
             image_id: frame.tenant_id

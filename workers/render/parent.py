@@ -1,4 +1,4 @@
-"""The parent: no device, only the heartbeat; it outlives its child, and says so when it dies."""
+"""The parent process: sends the heartbeat, uses no device, and reports when its child dies."""
 
 from __future__ import annotations
 
@@ -32,19 +32,22 @@ from workers.render.scratch import NO_LEASE, Scratch
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 5.0
-"""What giving a batch back and ending a child may take."""
+"""Time for releasing a batch and ending a child, in seconds."""
 
 ENDED = "The worker's child ended."
 
 EXPLAIN_SECONDS = 1.0
-"""How long a child may be gone before Celery says how it ended."""
+"""Time in which Celery should report how a child ended, in seconds."""
 
 OUTAGE_PATIENCE_SECONDS = 60.0
-"""After Postgres was away no step may have been told for long, though all went well."""
+"""Time after an outage of Postgres in which no child counts as hung, in seconds.
+
+During the outage no steps could be reported.
+"""
 
 
 class WorkerSupervisor:
-    """Renews the worker's leases, ends a hung child, and returns what a dead child held."""
+    """Renews the worker's leases, kills a hung child, and requeues the frames of a dead child."""
 
     def __init__(self, farm: Farm, identity: Identity, scratch: Scratch) -> None:
         self._farm = farm
@@ -60,23 +63,23 @@ class WorkerSupervisor:
         self._outage = float("-inf")
         self._last_words: str | None = None
         self._unexplained: set[int] = set()
-        """Children that are gone, and nobody said yet how they ended"""
+        """Process IDs of dead children whose cause of death is not known yet."""
         self._hung: dict[int, str] = {}
         self._adrift: dict[int, tuple[uuid.UUID, float]] = {}
-        """Children at a batch whose lease is gone: which, and since when"""
+        """Children with a batch whose lease is lost: the lease, and the time it was first seen."""
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat, in a thread of its own."""
+        """Start the heartbeat in a separate thread."""
         self._thread.start()
 
     def drain(self) -> None:
-        """Let the worker claim nothing more; returns at once.
+        """Stop further claims of the worker. Return at once.
 
-        Its batch may be finished within `grace_seconds`, less what it takes to give it back. Asked
-        a second time, it is given back now.
+        The current batch may finish within `grace_seconds`, less the time to release it. A second
+        call releases it now.
         """
-        if self._own_signal:  # what was asked from afar, come back from Celery
+        if self._own_signal:  # sent by `_beat` on a remote request, returned by Celery
             self._own_signal = False
             return
         now = time.monotonic()
@@ -86,7 +89,7 @@ class WorkerSupervisor:
         self._wake.set()
 
     def child_lost(self, last_words: str) -> None:
-        """Look after what a child held that has just ended; returns at once."""
+        """Start to requeue the frames of a child that has just died. Return at once."""
         self._last_words = last_words
         self._wake.set()
 
@@ -125,7 +128,7 @@ class WorkerSupervisor:
             held = leases.renew(connection, me, settings.lease_seconds)
         with transaction(self._farm.store) as connection:
             draining = workers.seen(connection, me)
-            if draining is None:  # stopped for so long that its row was folded
+            if draining is None:  # its row was archived while this process was stopped
                 enlist(connection, self._identity)
             if self._draining:
                 workers.drain(connection, me)
@@ -133,7 +136,7 @@ class WorkerSupervisor:
         if missed:
             self._knock()
         if draining and not self._draining:
-            log.info("%s was asked to drain.", self._identity.name)
+            log.info("%s received a request to drain.", self._identity.name)
             self.drain()
             self._own_signal = True
             os.kill(os.getpid(), signal.SIGTERM)
@@ -147,14 +150,14 @@ class WorkerSupervisor:
         self._unexplained &= gone
 
     def _knock(self) -> None:
-        """Wake the child: it is idle while something waits, so a bell was lost or never rung."""
+        """Wake the child: it is idle while frames wait, so a bell was lost or never rung."""
         for child in billiard.active_children():
             if child.pid is not None:
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, KNOCK)
 
     def _is_explained(self, pid: int) -> bool:
-        """Whether it is known how a child ended, or nobody will say it any more."""
+        """Return True if the cause of a child's death is known, or will stay unknown."""
         if self._last_words or pid in self._hung or pid in self._unexplained or self._leaving:
             self._unexplained.discard(pid)
             return True
@@ -162,10 +165,10 @@ class WorkerSupervisor:
         return False
 
     def _end_hung(self, held: Sequence[Any]) -> None:
-        """End a child that shows no step, and stores no picture, for too long.
+        """Kill a child that reports no step, and stores no picture, for too long.
 
-        What is on its device tells; where nothing is, all that its tail has in hand: of what waits
-        for the storage only the first is looked after again and again.
+        The batch on its device decides. Without one, all its unfinished batches count: of those
+        that wait for the storage, only the first shows progress.
         """
         patience = timedelta(seconds=self._farm.settings.step_timeout_seconds)
         for pid in {lease.pid for lease in held if is_running_child(lease.pid)}:
@@ -173,15 +176,15 @@ class WorkerSupervisor:
             judged = [lease for lease in own if lease.id == device] or own
             still = min(lease.still for lease in judged)
             if still > patience:
-                log.error("%s: child %s hangs; ended", self._identity.name, pid)
+                log.error("%s: child %s hangs; killed", self._identity.name, pid)
                 seconds = still.total_seconds()
-                self._hung[pid] = f"It showed no step for {seconds:.0f} s, and was ended."
+                self._hung[pid] = f"It reported no step for {seconds:.0f} s, and was killed."
                 os.kill(pid, signal.SIGKILL)
 
     def _end_adrift(self, held: Collection[uuid.UUID]) -> None:
-        """End a child that stays at a batch whose lease is lost.
+        """Kill a child that keeps a batch whose lease is lost.
 
-        Between two steps it would have seen that nobody wants it; no lease tells of it any more.
+        Between two steps it would have noticed the loss. No lease shows its progress any more.
         """
         before, self._adrift = self._adrift, {}
         now = time.monotonic()
@@ -195,7 +198,7 @@ class WorkerSupervisor:
             seconds = now - self._adrift[pid][1]
             if seconds > self._farm.settings.step_timeout_seconds:
                 log.error(
-                    "%s: child %s has stayed at lease %s for %.0f s since it was lost; ended",
+                    "%s: child %s kept the batch of lost lease %s for %.0f s; killed",
                     self._identity.name,
                     pid,
                     device,
@@ -218,13 +221,13 @@ class WorkerSupervisor:
         self._hung.pop(pid, None)
         self._last_words = None
         for pipeline, fence in lost:
-            which = "beside it" if fence is None else "of job {} frame {} attempt {}".format(*fence)
+            which = "of job {} frame {} attempt {}".format(*fence) if fence else "off the device"
             log.warning("%s: %s The batch %s was requeued.", self._identity.name, message, which)
             self._farm.bells.ring(pipeline)
 
     def _give_up(self) -> None:
-        """End the child, and so let Celery stop; what it held is given back with the next beat."""
-        log.warning("%s gives its batch back and leaves", self._identity.name)
+        """Kill the child, so that Celery stops. The next heartbeat releases its leases."""
+        log.warning("%s releases its batch and leaves", self._identity.name)
         self._give_up_at, self._given_up = float("inf"), True
         # Celery may wait for a Redis that does not answer.
         abandon = threading.Timer(LEAVE_SECONDS / 2, self._abandon)
@@ -242,27 +245,27 @@ class WorkerSupervisor:
             self._farm.bells.ring(pipeline)
 
     def _abandon(self) -> None:
-        log.warning("%s ends: Celery did not stop in time", self._identity.name)
+        log.warning("%s exits: Celery did not stop in time", self._identity.name)
         goodbye = threading.Thread(target=self.leave, daemon=True)
         goodbye.start()
         goodbye.join(LEAVE_SECONDS / 2 - 0.5)
         os._exit(0)
 
     def leave(self) -> None:
-        """Return what a child that ended still held, and say that the worker is gone."""
+        """Requeue the frames of a dead child, and record that the worker is gone."""
         self._leaving = True
         try:
             self._beat()
             with transaction(self._farm.store) as connection:
                 workers.leave(connection, self._identity.id)
         except FarmError as error:
-            log.warning("%s left without saying so: %s", self._identity.name, error)
+            log.warning("%s left, but could not record it: %s", self._identity.name, error)
 
 
 def is_child(pid: int) -> bool:
-    """Whether a process is this one's child: it runs, or Celery has not read its exit code yet.
+    """Return True if a process is a child: it runs, or Celery has not read its exit code yet.
 
-    A number alone would not do: the system gives that of a child that ended to another process.
+    The process ID is not enough: the system reuses the ID of an ended child.
     """
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -272,7 +275,7 @@ def is_child(pid: int) -> bool:
 
 
 def is_running_child(pid: int) -> bool:
-    """Whether a process is this one's child and runs; its exit code is left for Celery to read."""
+    """Return True if a process is a running child. Its exit code is left for Celery to read."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
@@ -280,7 +283,7 @@ def is_running_child(pid: int) -> bool:
 
 
 def enlist(connection: Connection, identity: Identity) -> None:
-    """Add the worker to those that are alive."""
+    """Register the worker as alive."""
     workers.register(
         connection,
         identity.id,
@@ -292,7 +295,7 @@ def enlist(connection: Connection, identity: Identity) -> None:
 
 
 def run_worker(settings: Settings, pipeline: str) -> int:
-    """Be a worker of one lane until SIGTERM; returns the exit code.
+    """Run a worker of one lane until SIGTERM. Return the exit code.
 
     Raises:
         InvalidRequest: the catalog has no such pipeline.
@@ -300,7 +303,7 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     """
     farm = open_farm(settings)
     farm.entry(pipeline)
-    # Until Celery answers it: leave in order.
+    # Until Celery handles it: exit in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     identity = new_identity(pipeline)
     identity.announce()
@@ -334,7 +337,7 @@ def _connect(heart: WorkerSupervisor) -> None:
 def _serve(pipeline: str, identity: Identity) -> int:
     from workers.render.celery_app import app
 
-    # It warns of pickled messages under root; this app takes JSON only.
+    # It warns of pickled messages under root. This app accepts only JSON.
     warnings.simplefilter("ignore", SecurityWarning)
 
     worker = app.Worker(

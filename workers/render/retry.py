@@ -1,4 +1,4 @@
-"""Trying again and again while Postgres is away."""
+"""Retries while Postgres does not answer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 def retry_while_unavailable(worker: str, work: Callable[[], T]) -> T:
-    """Do something until Postgres lets it be done; it never gives up.
+    """Repeat `work` until Postgres answers, without a limit.
 
-    Without Postgres there is nothing else to do, and a write whose lease was lost meanwhile changes
-    nothing.
+    Without Postgres there is nothing else to do. If the lease was lost during the wait, the write
+    changes nothing.
     """
 
     def tell(state: RetryCallState) -> None:
         outcome = state.outcome
         assert outcome is not None
-        log.warning("%s waits: %s", worker, outcome.exception())
+        log.warning("%s waits for Postgres: %s", worker, outcome.exception())
 
     tries = Retrying(
         retry=retry_if_exception_type(Unavailable),

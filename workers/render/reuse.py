@@ -1,4 +1,4 @@
-"""Pictures used again: what a stored frame of the same tenant shows already is not rendered."""
+"""Reuse of pictures: a frame that equals a stored frame of its tenant is not rendered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Reuse:
-    """Looks for pictures that are stored, by what decides their bytes."""
+    """Finds stored pictures by the hash of all parameters that decide their bytes."""
 
     def __init__(self, farm: Farm, identity: Identity, encoder: Encoder) -> None:
         self._farm = farm
@@ -32,7 +32,7 @@ class Reuse:
         self._encoder = encoder
 
     def digest(self, frame: ClaimedFrame) -> bytes | None:
-        """Hash all that decides a frame's bytes; None where its job does not ask for it."""
+        """Return the hash of all that decides a frame's bytes; None if its job has no reuse."""
         if not frame.reuse:
             return None
         return hashlib.sha256(self._encoder.provenance(frame.spec).encode()).digest()
@@ -40,7 +40,7 @@ class Reuse:
     def split(
         self, claimed: Sequence[ClaimedFrame]
     ) -> tuple[Sequence[ClaimedFrame], list[CompletedFrame]]:
-        """Give the frames that must be rendered, and what is done with those that need not be."""
+        """Return the frames to render, and the completed frames of those that are reused."""
         asked: defaultdict[uuid.UUID, list[ClaimedFrame]] = defaultdict(list)
         for frame in claimed:
             if frame.reuse:
@@ -72,13 +72,13 @@ class Reuse:
         return done
 
     def _copied(self, row: Any, frame: ClaimedFrame) -> bool:
-        """Copy a stored picture to a frame's own key; returns whether it is there."""
+        """Copy a stored picture to a frame's own key. Return True on success."""
         form = frame.spec.format
         source = artifact_key(frame.tenant_id, row.job_id, row.ordinal, row.sha256, form)
         target = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, row.sha256, form)
         try:
             self._farm.artifacts.copy(source, target)
         except FarmError as error:
-            log.warning("%s renders %s: %s", self._identity.name, frame, error)
+            log.warning("%s renders %s without reuse: %s", self._identity.name, frame, error)
             return False
         return True

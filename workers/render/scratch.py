@@ -1,4 +1,4 @@
-"""A worker's folder: what it keeps for a while, and what its child leaves to its parent."""
+"""Scratch folder of a worker: spooled pictures, and notes of a child for its parent."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ NO_LEASE = uuid.UUID(int=0)
 
 
 class Scratch:
-    """The folder of a worker; gone when the worker is."""
+    """The folder of a worker. It is removed when the worker ends."""
 
     def __init__(self, root: Path, worker_id: uuid.UUID) -> None:
         self.folder = root / f"{PREFIX}{worker_id}"
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder, hold it in the block, and remove it after.
+        """Create the folder, lock it during the block, and remove it afterwards.
 
-        Those of workers that were killed are removed first: nobody holds their locks.
+        Folders of killed workers are removed first: no process holds their locks.
 
         Raises:
-            FarmError: the folder around it is somebody else's, or cannot be written.
+            FarmError: the parent folder belongs to another user, or cannot be written.
         """
         root = self.folder.parent
         try:
@@ -47,9 +47,10 @@ class Scratch:
                 lock = _lock(self.folder / "lock")
         except OSError as error:
             raise FarmError(
-                f"FARM_SCRATCH_DIR: {root} cannot be used: {error.strerror}."
+                f"FARM_SCRATCH_DIR: {root} cannot be used: {error.strerror}. "
+                "Set it to a folder that this user can write."
             ) from error
-        assert lock is not None  # nobody else knows of this folder
+        assert lock is not None  # no other process knows this folder
         try:
             yield
         finally:
@@ -57,47 +58,47 @@ class Scratch:
             lock.close()
 
     def pictures(self, pid: int) -> Path:
-        """Where child `pid` keeps pictures that the storage did not take yet."""
+        """Return the folder in which child `pid` keeps pictures that are not stored yet."""
         return self.folder / f"{pid}"
 
     def log(self, pid: int) -> Path:
-        """Where child `pid` logs what it does with its batch."""
+        """Return the path of the log of child `pid` about its batch."""
         return self.folder / f"{pid}.log"
 
     def log_tail(self, pid: int) -> str | None:
-        """Read the end of what a child logged; None where it logged nothing."""
+        """Return the end of a child's log; None if the log is empty or missing."""
         with suppress(OSError), self.log(pid).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
             return file.read().decode(errors="replace").replace("\x00", "").strip() or None
         return None
 
     def hold(self, pid: int, lease_id: uuid.UUID | None) -> None:
-        """Note the lease whose batch child `pid` has on its device; None: it has none there."""
+        """Record the lease whose batch child `pid` has on its device; None if there is no batch."""
         with suppress(OSError):
             self._held(pid).write_text(str(lease_id or NO_LEASE))
 
     def held_by(self, pid: int) -> uuid.UUID | None:
-        """Which lease's batch child `pid` had on its device; None where that is not known.
+        """Return the lease whose batch child `pid` had on its device; None if unknown.
 
-        NO_LEASE where it had none there.
+        NO_LEASE means that there was no batch.
         """
         with suppress(OSError, ValueError):
             return uuid.UUID(self._held(pid).read_text())
         return None
 
     def noted(self) -> list[int]:
-        """The children that noted what they had on their device."""
+        """Return the process IDs of the children that recorded a lease."""
         return [int(path.stem) for path in self.folder.glob("*.lease")]
 
     def forget(self, pid: int) -> None:
-        """Remove what a child left that is gone."""
+        """Remove the files of a dead child."""
         with suppress(OSError):
             self.log(pid).unlink(missing_ok=True)
             self._held(pid).unlink(missing_ok=True)
         shutil.rmtree(self.pictures(pid), ignore_errors=True)
 
     def begin_load(self) -> None:
-        """Note that a child begins to load."""
+        """Record that a child starts to load."""
         begun = self.unfinished_loads()
         try:
             self._loading.write_text(str(begun + 1))
@@ -105,12 +106,12 @@ class Scratch:
             log.warning("%s cannot be written: %s", self._loading, error)
 
     def end_load(self) -> None:
-        """Note that loading ended, well or not."""
+        """Record that loading ended, with or without success."""
         with suppress(OSError):
             self._loading.unlink(missing_ok=True)
 
     def unfinished_loads(self) -> int:
-        """How many children in a row ended while they loaded."""
+        """Return how many children in a row died while they loaded."""
         with suppress(OSError, ValueError):
             return int(self._loading.read_text())
         return 0
@@ -124,7 +125,7 @@ class Scratch:
 
 
 def _lock(path: Path) -> TextIO | None:
-    """Open a file and lock it; None where somebody else holds it."""
+    """Open and lock a file. Return None if another process holds the lock."""
     file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,14 +137,14 @@ def _lock(path: Path) -> TextIO | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock for the block, as soon as it is free."""
+    """Wait for a lock, and hold it during the block."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _sweep(folder: Path) -> None:
-    """Remove a worker's folder, unless the worker lives."""
+    """Remove a worker's folder, unless the worker is alive."""
     lock = _lock(folder / "lock")
     if lock is not None:
         shutil.rmtree(folder, ignore_errors=True)

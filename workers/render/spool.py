@@ -1,77 +1,42 @@
-"""Finished batches that the storage did not take yet: on disk, oldest first, up to a limit.
+"""The spool: finished batches that are not stored yet, on disk, oldest first, up to a limit.
 
-Their leases live on, so nothing of them is rendered again when the storage is back.
+Their leases are renewed, so none of them is rendered again when the storage is back.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from farm.store.claim import ClaimedFrame, Lease
-from farm.store.frames import CompletedFrame, FailedAttempt
-from farm.store.workers import Account
+from farm.store import leases
+from farm.store.engine import Store, transaction
+from workers.render.batch import ImageWriter, Picture, RenderedBatch
+from workers.render.claims import Claims
+from workers.render.committing import BatchCommitter
+from workers.render.failures import named
+from workers.render.identity import Identity
+from workers.render.retry import retry_while_unavailable
 
 log = logging.getLogger(__name__)
 
 MAX_BATCHES = 1000
-"""Kept at once: their leases are renewed together"""
+"""Maximum number of batches in a spool. Their leases are renewed together."""
 FIRST_SECONDS = 0.5
 MAX_SECONDS = 5.0
-"""Between two tries to store what is kept: full jitter below twice as long each time."""
+"""Maximum pause between two tries to store a batch, in seconds. It is random (full jitter).
 
-
-@dataclass
-class Picture:
-    """A frame's picture, encoded: in memory, or in a file."""
-
-    frame: ClaimedFrame
-    key: str
-    done: CompletedFrame
-    held: bytes | Path
-
-    def content(self) -> bytes:
-        """Give its bytes."""
-        return self.held.read_bytes() if isinstance(self.held, Path) else self.held
-
-
-@dataclass(eq=False)
-class RenderedBatch:
-    """A batch that was rendered, and what became of its frames so far."""
-
-    lease: Lease
-    frames: Sequence[ClaimedFrame]
-    """Those of the lease that are rendered"""
-    stages: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """When each stage began and ended, on the monotonic clock"""
-    account: Account = field(default_factory=Account)
-    pixels: int = 0
-    step: tuple[int, int] = (0, 0)
-    unstored: list[Picture] = field(default_factory=list)
-    done: list[CompletedFrame] = field(default_factory=list)
-    failures: list[FailedAttempt] = field(default_factory=list)
-    suspicious: bool = False
-    """Whether the worker itself may be why it failed"""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def spent(self, stage: str, started: float) -> None:
-        """Add to a stage's seconds what has passed since `started`; several threads do."""
-        name, now = f"{stage}_seconds", time.monotonic()
-        with self._lock:
-            setattr(self.account, name, getattr(self.account, name) + now - started)
-            first, last = self.stages.get(stage, (started, now))
-            self.stages[stage] = min(first, started), max(last, now)
+The upper limit of the pause doubles after each try.
+"""
 
 
 class Spool:
-    """One child's; at most `max_bytes` and MAX_BATCHES, and what the tail holds then."""
+    """Spool of one child: at most `max_bytes` and MAX_BATCHES, plus the finisher's batches."""
 
     def __init__(
         self, folder: Path, max_bytes: int, clock: Callable[[], float] = time.monotonic
@@ -82,7 +47,7 @@ class Spool:
         self._batches: deque[RenderedBatch] = deque()
         self._bytes = 0
         self._in_memory: RenderedBatch | None = None
-        """What the disk refused; nothing is rendered beside it"""
+        """Batch that could not be written to disk. While it is here, nothing is rendered."""
         self._pause = FIRST_SECONDS
         self._due = float("-inf")
 
@@ -91,17 +56,17 @@ class Spool:
 
     @property
     def away(self) -> bool:
-        """Whether the storage did not take what was tried last."""
+        """True if the last try to store a batch failed."""
         return len(self._batches) > 0 and self._due > float("-inf")
 
     @property
     def full(self) -> bool:
-        """Whether nothing more should be rendered before something is stored."""
+        """True if a batch must be stored before more is rendered."""
         much = self._bytes >= self._max_bytes or len(self._batches) >= MAX_BATCHES
         return len(self._batches) > 0 and (self._in_memory is not None or much)
 
     def keep(self, batch: RenderedBatch) -> None:
-        """Put a batch last. Where the disk refuses, it stays in memory, and the spool is full."""
+        """Append a batch. If the disk refuses it, it stays in memory, and the spool is full."""
         self._batches.append(batch)
         self._bytes += sum(picture.done.bytes for picture in batch.unstored)
         try:
@@ -117,20 +82,20 @@ class Spool:
             self.postpone()
 
     def oldest(self) -> RenderedBatch | None:
-        """The batch to store next, where it is time to try."""
+        """Return the batch to store next, if it is time to try."""
         return self._batches[0] if self._batches and self._clock() >= self._due else None
 
     def following(self) -> RenderedBatch | None:
-        """The one behind the oldest."""
+        """Return the batch after the oldest one."""
         return self._batches[1] if len(self._batches) > 1 else None
 
     def stored(self, picture: Picture) -> None:
-        """Note that the storage took a picture of the oldest batch: it is well again."""
+        """Record that a picture of the oldest batch is stored: the storage works again."""
         self._pause, self._due = FIRST_SECONDS, float("-inf")
         self._forget(picture)
 
     def end(self) -> None:
-        """Forget the oldest batch: it is stored, or nobody wants it any more."""
+        """Remove the oldest batch: it is stored, or no longer wanted."""
         batch = self._batches.popleft()
         if batch is self._in_memory:
             self._in_memory = None
@@ -144,11 +109,77 @@ class Spool:
                 picture.held.unlink(missing_ok=True)
 
     def postpone(self) -> None:
-        """Note that the storage is still away."""
+        """Record that the storage still does not answer."""
         self._due = self._clock() + random.uniform(0.1, self._pause)  # noqa: S311 - jitter
         self._pause = min(2 * self._pause, MAX_SECONDS)
 
     @property
     def pause(self) -> float | None:
-        """Seconds until it is time to try again; None where nothing is kept."""
+        """Seconds until the next try; None if the spool is empty."""
         return max(0.0, self._due - self._clock()) if self._batches else None
+
+
+class SpoolDrain:
+    """Moves batches into the spool, and from there to the storage and to their end."""
+
+    def __init__(
+        self,
+        store: Store,
+        identity: Identity,
+        spool: Spool,
+        writer: ImageWriter,
+        committer: BatchCommitter,
+        claims: Claims,
+    ) -> None:
+        self._store = store
+        self._identity = identity
+        self._spool = spool
+        self._writer = writer
+        self._committer = committer
+        self._claims = claims
+
+    def keep(self, batch: RenderedBatch) -> None:
+        """Move a batch into the spool. Its lease is renewed until the batch is stored."""
+        log.warning("%s keeps in the spool: %s", self._identity.name, named(batch.lease.frames))
+        batch.account.spooled = True
+        batch.unstored.sort(key=lambda picture: picture.done.slot)
+        self._spool.keep(batch)
+
+        def mark() -> None:
+            with transaction(self._store) as connection:
+                leases.mark_spooled(connection, batch.lease.id)
+
+        retry_while_unavailable(self._identity.name, mark)
+
+    def store_oldest(self) -> bool:
+        """Store the oldest batch and end it, if it is time to try. Return False if it is not."""
+        batch = self._spool.oldest()
+        if batch is None:
+            return False
+        if not retry_while_unavailable(self._identity.name, partial(self._wanted, batch)):
+            log.info("%s lost the lease of %s", self._identity.name, named(batch.lease.frames))
+            self._claims.release(batch.lease)
+            self._spool.end()
+        elif self.put(batch):
+            if (following := self._spool.following()) is not None:
+                # Before this lease ends: the parent must see progress on another lease.
+                retry_while_unavailable(self._identity.name, partial(self._wanted, following))
+            self._committer.end([batch])
+            self._claims.ended(batch.lease)
+            self._spool.end()
+        else:
+            self._spool.postpone()
+        return True
+
+    def put(self, batch: RenderedBatch) -> bool:
+        """Store the images of the oldest batch. Return False as soon as the storage is away."""
+        while batch.unstored:
+            if not self._writer.put(batch, batch.unstored[0]):
+                return False
+            self._spool.stored(batch.unstored.pop(0))
+        return True
+
+    def _wanted(self, batch: RenderedBatch) -> bool:
+        """Return whether a spooled batch is still wanted. The parent sees this as progress."""
+        with transaction(self._store) as connection:
+            return leases.report_step(connection, batch.lease.id, *batch.step).wanted
