@@ -1,4 +1,4 @@
-# make demo and make test need Python 3.11 or newer and nothing else; both work in .venv.
+# make demo and make test need only Python 3.11 or newer. Both work in .venv.
 
 PYTHON ?= python3
 PYTHONS ?= python3.11 python3.12 python3.13
@@ -6,15 +6,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Hundreds of short processes start in the tests: they share what one of them compiled.
+# The tests start hundreds of short processes. They share compiled bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
 PYTEST := $(BIN)/python -m pytest
 QUICK := not slow
 ALONE := tests/integration/alone
-# Whole files and shared farms go to one of four processes, which often wait: for two cores.
+# Each file or shared farm goes to one of four processes. They often wait, so two cores suffice.
 SHARED := --numprocesses 4 --no-loadscope-reorder
-# Run a part, then say how long it took.
+# Run a part, then print its seconds.
 timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s) - begun)) s"
 
 .DEFAULT_GOAL := help
@@ -24,9 +24,9 @@ timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
-setup: $(STAMP) ## Make .venv with everything in it
+setup: $(STAMP) ## Create .venv and install everything
 
-# Done again when what it installs from has changed.
+# Runs again when one of these two files has changed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "The farm needs Python 3.11 or newer: make setup PYTHON=/path/to/it" >&2; exit 1; }
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,traces,dev]' -c constraints.txt
 	touch $@
 
-demo: setup ## Start the whole stack, render, show where the pictures are
+demo: setup ## Start the whole stack, render, and print the folder of the pictures
 	$(BIN)/farm demo
 
 up: setup ## Run the whole farm on this machine until Ctrl-C
@@ -56,11 +56,11 @@ check: setup ## Check a commit, in a minute: lint and the unit tests
 	$(call timed,lint,$(MAKE) --no-print-directory lint)
 	$(call timed,unit tests,$(PYTEST) $(SHARED) -m "$(QUICK)" tests/unit)
 
-# Types need one core for a minute, and tests leave some of both free.
-test: setup ## Check a change: lint and all tests but the slow ones
+# mypy needs one core for a minute, and tests leave parts of two cores free.
+test: setup ## Check a change: lint and all tests except the slow ones
 	@$(BIN)/python --version
 	$(call timed,style,$(MAKE) --no-print-directory style)
-	$(call timed,types and tests beside them,$(MAKE) --no-print-directory -j 2 types tests-together)
+	$(call timed,types together with tests,$(MAKE) --no-print-directory -j 2 types tests-together)
 	$(call timed,tests that measure time,$(MAKE) --no-print-directory tests-alone)
 
 tests-together: setup
@@ -69,7 +69,7 @@ tests-together: setup
 tests-alone: setup
 	$(PYTEST) $(ALONE)
 
-test-slow: setup ## Check a release: what takes too long for every change
+test-slow: setup ## Check a release: the tests that are too slow for every change
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 MODEL_EXAMPLES=1000 \
 	  FARM_TEST_ALL_SLOTS=1 FARM_TEST_BEHIND_FRAMES=1500000 FARM_TEST_HASHES=1000000 \
 	  FARM_TEST_EXPORTS=100 \
@@ -93,11 +93,11 @@ gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
 chaos: setup ## Inject every fault again and again, and write docs/reliability.md
 	$(BIN)/python -m tests.chaos --report docs/reliability.md
 
-bench: setup ## Measure the farm beside what is like it, and write docs/benchmarks.md
+bench: setup ## Compare the farm's speed with similar programs, and write docs/benchmarks.md
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,dev,bench]' -c constraints.txt
 	$(BIN)/python -m tests.benchmarks --report docs/benchmarks.md
 
-clean: ## Remove .venv and what tools cached; data folders stay
+clean: ## Remove .venv and the caches of tools; data folders stay
 	rm -rf .venv .venv-* .pythons .coverage* .hypothesis
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""The HTTP API and the dashboard: thin, over farm."""
+"""The HTTP API and the dashboard: a thin layer over the package `farm`."""

@@ -36,20 +36,25 @@ from farm.config import Settings, load_settings
 from farm.context import open_farm
 
 THREADS = 8
-"""For calls at work at once. Each waits for Postgres again and again, and then for its turn in the
-interpreter: with more of them, each answer comes later, and fewer come in a second."""
+"""Number of threads for calls. Each call waits often for Postgres, and then for the interpreter.
+
+More threads make every response later, and give fewer responses per second.
+"""
 
 
 STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS = 8, 2, 2
-"""Threads of their own, so that none of the above waits for the storage (pictures of the page), for
-the servers that readiness asks, or for what takes long: whole inputs, and many frames at once"""
+"""Number of separate threads for three kinds of calls. The threads above never wait for these.
+
+Storage: pictures of the dashboard. Health: readiness, which asks every server. Slow: long calls,
+such as whole inputs and many frames at once.
+"""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the app.
 
     Args:
-        settings: read from the environment where they are left out.
+        settings: Settings of the farm. Default: from the environment.
     """
     chosen = settings or load_settings()
 
@@ -72,7 +77,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="A distributed render farm for text-to-image diffusion",
         version=metadata.version("farm"),
         lifespan=lifespan,
-        # FastAPI's own pages load scripts from elsewhere; api.dashboard.api_docs needs none.
+        # FastAPI's own pages load scripts from another site; api.dashboard.api_docs does not.
         docs_url=None,
         redoc_url=None,
     )
@@ -100,10 +105,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 class Api(FastAPI):
-    """FastAPI, with the document of api.openapi."""
+    """FastAPI with the OpenAPI document of api.openapi."""
 
     def openapi(self) -> dict[str, Any]:
-        """Describe every call."""
+        """Return the OpenAPI document, which describes every call."""
         if not self.openapi_schema:
             self.openapi_schema = openapi.describe(self)
         return self.openapi_schema

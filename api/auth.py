@@ -1,6 +1,6 @@
-"""Who calls: an API key as `Authorization: Bearer <key>`, and what its role allows.
+"""Authentication by API key (`Authorization: Bearer <key>`), and the rights of each role.
 
-The page's cookie holds no key, but a session that stands for one.
+The dashboard's cookie holds no key, but a session of one.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from farm.store.sessions import find_visitor
 
 OPERATOR = "operator"
 WRITERS = frozenset({"client", OPERATOR})
-"""The roles that may submit and steer jobs; a viewer only looks."""
+"""Roles that may submit, cancel, pause, resume and retry jobs. A viewer may only read."""
 
-bearer = HTTPBearer(auto_error=False, description="An API key: `farm keys create` makes one.")
+bearer = HTTPBearer(auto_error=False, description="API key. Create one with `farm keys create`.")
 
 
 KNOWN = "farm_known"
-"""In a request's scope: a credential and its caller, where the front door has looked it up"""
+"""Key of a request's scope: a credential and its caller, if the front door has looked it up."""
 
 
 @dataclass(frozen=True)
 class Credential:
-    """Proof of who calls: an API key, or a session of the page."""
+    """Credential of a caller: an API key, or a session of the dashboard."""
 
     secret: str
     is_session: bool = False
 
 
 def farm_of(request: Request) -> Farm:
-    """The farm that this app serves."""
+    """Return the farm that this app serves."""
     farm: Farm = request.app.state.farm
     return farm
 
@@ -48,15 +48,15 @@ async def _here(request: Request) -> Farm:
     return farm_of(request)
 
 
-# Async where nothing is waited for: FastAPI calls that right there, the rest in a thread.
+# Async because it waits for nothing: FastAPI calls other dependencies in a thread.
 FarmDep = Annotated[Farm, Depends(_here)]
 
 
 def caller_of(farm: Farm, credential: Credential) -> Caller:
-    """Find whose credential this is.
+    """Return the caller that a credential belongs to.
 
     Raises:
-        Unauthenticated: it is unknown, has ended or was revoked.
+        Unauthenticated: The credential is unknown, has ended or was revoked.
     """
     find = find_visitor if credential.is_session else find_caller
     with reads(farm.store) as connection:
@@ -69,18 +69,18 @@ def caller_of(farm: Farm, credential: Credential) -> Caller:
 
 
 def cookie_name(request: Request) -> str:
-    """Name the page's cookie: browsers keep one set a host, whatever the port."""
+    """Return the name of the session cookie. Browsers share cookies between ports: it has one."""
     return f"farm_session_{request.url.port or 'default'}"
 
 
 def session_of(request: Request) -> Credential | None:
-    """The session in the page's cookie."""
+    """Return the session in the dashboard's cookie, or None."""
     session = request.cookies.get(cookie_name(request))
     return Credential(session, is_session=True) if session else None
 
 
 def credential_of(request: Request) -> Credential | None:
-    """The key in a request's header, or else the session in the page's cookie."""
+    """Return the API key in a request's header, or else the session in the cookie, or None."""
     scheme, _, word = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and word.strip():
         return Credential(word.strip())
@@ -88,10 +88,10 @@ def credential_of(request: Request) -> Credential | None:
 
 
 def known_caller(request: Request, farm: Farm, credential: Credential) -> Caller:
-    """Find whose credential this is, unless the front door has done so.
+    """Return the caller of a credential, without a query if the front door has looked it up.
 
     Raises:
-        Unauthenticated: as `caller_of` does.
+        Unauthenticated: The credential is unknown, has ended or was revoked.
     """
     known: tuple[Credential, Caller] | None = request.scope.get(KNOWN)
     if known is not None and known[0] == credential:
@@ -104,9 +104,9 @@ def reader(
     farm: FarmDep,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Caller:
-    """Let any known key in."""
+    """Require a valid API key of any role."""
     if bearer is None:
-        raise Unauthenticated("This call needs an API key: `Authorization: Bearer <key>`.")
+        raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
     return known_caller(request, farm, Credential(bearer.credentials))
 
 
@@ -114,9 +114,12 @@ Reader = Annotated[Caller, Depends(reader)]
 
 
 async def writer(caller: Reader) -> Caller:
-    """Let in whoever may submit and steer jobs."""
+    """Require a key that may submit and change jobs."""
     if caller.role not in WRITERS:
-        raise Forbidden(f"A {caller.role} key may look, but not change anything.")
+        raise Forbidden(
+            f"This key has the role {caller.role}, which is read-only. "
+            "Use a client or operator key."
+        )
     return caller
 
 
@@ -124,9 +127,9 @@ Writer = Annotated[Caller, Depends(writer)]
 
 
 async def operator(caller: Reader) -> Caller:
-    """Let in whoever looks after the farm's own processes."""
+    """Require an operator's key."""
     if caller.role != OPERATOR:
-        raise Forbidden(f"A {caller.role} key may not steer workers: that takes an operator's.")
+        raise Forbidden(f"This key has the role {caller.role}. Use an operator key.")
     return caller
 
 
@@ -134,10 +137,10 @@ Operator = Annotated[Caller, Depends(operator)]
 
 
 async def acting(request: Request, caller: Operator) -> Actor:
-    """An operator, as their action is recorded."""
+    """Return the operator, for the record of the action."""
     address = request.client.host if request.client else ""
     return Actor(caller.key_id, caller.name, caller.tenant, address)
 
 
 Acting = Annotated[Actor, Depends(acting)]
-Why = Annotated[Storable, Query(max_length=500, description="reason, stored with the action")]
+Why = Annotated[Storable, Query(max_length=500, description="Reason, stored with the action")]

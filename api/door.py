@@ -1,8 +1,7 @@
-"""The front door: what a request's body may take, before anything else looks at the request.
+"""The front door: limits on a request's body, checked before anything else reads the request.
 
-A body has a limit of bytes, a pace that it must keep, and a place while it arrives. Whoever sends a
-valid key has the places of its tenant; without one only `/login` and `/logout` take a body, of a
-few bytes.
+A body has a maximum size, a minimum pace, and a place while it arrives. A caller with a valid key
+uses the places of its tenant. Without a key only `/login` and `/logout` take a body, of a few KiB.
 """
 
 from __future__ import annotations
@@ -25,33 +24,37 @@ from farm.errors import FarmError, TooLarge, TooSlow, Unauthenticated
 SIGNING_IN = {"/login", "/logout"}
 SIGNING_IN_BYTES = 4096
 DRAINED = 4
-"""How many times its limit a body is read on, kept nowhere, so that its sender hears the refusal
-instead of a broken connection."""
+"""A body over its limit is read up to this many times the limit, and the excess is discarded.
+
+The sender then gets the error instead of a broken connection.
+"""
 FIRST_SECONDS = 30.0
+"""Time that every body may take, in seconds."""
 MIN_BYTES_PER_SECOND = 64 * 2**10
-"""A body must have come after FIRST_SECONDS, and what it takes at this pace"""
+"""Minimum pace of a body: its time is FIRST_SECONDS plus its bytes divided by this."""
 WITHOUT_KEY = 64
-"""Bodies that may arrive at the same time from whoever has no key"""
+"""Maximum number of bodies that arrive at the same time from callers without a key."""
 MAX_CONCURRENT_LOOKUPS = 4
-"""Keys that a process looks up for the door at the same time"""
+"""Maximum number of keys that a process looks up for the front door at the same time."""
 BODIES, BODIES_PER_TENANT = 256, 64
-"""The same from whoever has one"""
+"""Maximum number of bodies that arrive at the same time with a key: in all, and per tenant."""
 
 
 @dataclass
 class Limits:
-    """What one body may take."""
+    """Limits of one body."""
 
     bytes: int
+    """Maximum size of the body, in bytes."""
     drained: int
-    """How many bytes are read at most, kept nowhere beyond `bytes`"""
+    """Maximum number of bytes that are read; those beyond `bytes` are discarded."""
 
     @classmethod
     def of(cls, path: str, settings: Settings) -> Limits:
-        """Tell the limits of a call."""
+        """Return the limits of the body of a call."""
         if path in SIGNING_IN:
             return cls(SIGNING_IN_BYTES, DRAINED * SIGNING_IN_BYTES)
-        if path == "/v1/inputs":  # its reader counts, also what it unpacks
+        if path == "/v1/inputs":  # its reader counts the unpacked bytes too
             return cls(2 * settings.max_input_bytes, 2 * settings.max_input_bytes)
         images = path == "/v1/images"
         most = settings.max_image_bytes if images else settings.max_body_bytes
@@ -59,7 +62,7 @@ class Limits:
 
 
 class FrontDoor:
-    """Lets a request with a body in, and watches over the body while it arrives."""
+    """Middleware that admits requests with a body, and enforces limits while the body arrives."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -68,7 +71,7 @@ class FrontDoor:
         self._looking_up = CapacityLimiter(MAX_CONCURRENT_LOOKUPS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http" or not _has_body(scope):
             await self.app(scope, receive, send)
             return
@@ -92,17 +95,17 @@ class FrontDoor:
         await body.end()
 
     async def _tenant(self, request: Request) -> str | None:
-        """Who sends a request; None for a call that needs no key.
+        """Return the ID of the tenant that sends a request; None for a call that needs no key.
 
         Raises:
-            Unauthenticated: it has no key and no session, or one that does not count.
+            Unauthenticated: The request has no valid key and no valid session.
             Unavailable: Postgres does not answer.
         """
         if request.url.path in SIGNING_IN:
             return None
         credential = credential_of(request)
         if credential is None:
-            raise Unauthenticated("This call needs an API key: `Authorization: Bearer <key>`.")
+            raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
         farm: Farm = request.app.state.farm
         caller = await to_thread.run_sync(caller_of, farm, credential, limiter=self._looking_up)
         request.scope[KNOWN] = credential, caller
@@ -110,7 +113,7 @@ class FrontDoor:
 
 
 class Body:
-    """A body on its way in, and what is answered where it breaks its limits."""
+    """A body that arrives, and the response if it breaks its limits."""
 
     def __init__(
         self,
@@ -132,11 +135,11 @@ class Body:
         self._started = False
 
     async def receive(self) -> Message:
-        """Give the next piece.
+        """Return the next piece of the body.
 
         Raises:
-            TooLarge: it is larger than its limit.
-            TooSlow: it does not keep its pace.
+            TooLarge: The body is larger than its limit.
+            TooSlow: The body is slower than the minimum pace.
         """
         if self._over:
             return await self._receive()
@@ -159,7 +162,9 @@ class Body:
             with fail_after(max(0.0, self._began + allowed - now)):
                 message = await self._receive()
         except TimeoutError:
-            raise self._refusal(TooSlow("The body came too slowly.")) from None
+            raise self._refusal(
+                TooSlow("The body came too slowly. Use a faster connection.")
+            ) from None
         self._bytes += len(message.get("body", b""))
         self._over = not message.get("more_body", False)
         if self._over:
@@ -167,20 +172,22 @@ class Body:
         return message
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"The body is larger than the limit of {self._limits.bytes} bytes.")
+        return TooLarge(
+            f"The body is larger than the limit of {self._limits.bytes} bytes. Send less."
+        )
 
     def _refusal(self, error: FarmError) -> FarmError:
         self.refused = error
         return error
 
     async def send(self, message: Message) -> None:
-        """Pass an answer on, unless the body was refused before it began."""
+        """Send a response on, unless the body was refused before the response started."""
         if self.refused is None or self._started:
             self._started = True
             await self._send(message)
 
     async def end(self) -> None:
-        """Answer with the refusal, where there is one."""
+        """Send the error, if the body was refused."""
         if self.refused is not None and not self._started:
             answer = _refuse(self._request, self.refused)
             await answer(self._request.scope, self._receive, self._send)
@@ -192,7 +199,7 @@ def _has_body(scope: Scope) -> bool:
 
 
 def _refuse(request: Request, error: FarmError) -> Response:
-    """Answer, and read nothing more from this connection."""
+    """Return the error response, which also closes the connection."""
     answer = farm_error(request, error)
     answer.headers["Connection"] = "close"
     return answer

@@ -1,4 +1,4 @@
-"""Errors as a client sees them: RFC 9457 problems, and the one place that makes them."""
+"""Error responses: RFC 9457 problems. This is the only module that builds them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-"""Status: the `error.type` that public clients know; the rest follow from the hundred."""
+"""`error.type` of each status, as public clients know it. For others the first digit decides."""
 
 
 class ProblemResponse(JSONResponse):
-    """A problem on the wire."""
+    """A problem as an HTTP response."""
 
     media_type = MEDIA_TYPE
 
     def render(self, content: Any) -> bytes:
-        """Encode a problem, whatever text it quotes."""
+        """Encode a problem. Text that UTF-8 cannot encode is replaced."""
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def problem(
     status: int, code: str, detail: str, param: str | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Lay out a problem, with the `error` object that public clients show beside it."""
+    """Build a problem, with the `error` object that public clients show."""
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {
         "type": f"urn:farm:problem:{code}",
@@ -64,7 +64,7 @@ def _answer(
 
 
 def farm_error(request: Request, error: Exception) -> Response:
-    """Answer with an error of the farm's own."""
+    """Return the response for an error of the farm."""
     assert isinstance(error, FarmError)
     headers = {}
     if isinstance(error, Unauthenticated):
@@ -94,18 +94,18 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 
 def request_id(request: Request) -> str:
-    """The id that this request bears in the logs and in its answer's X-Request-Id."""
+    """Return the ID of a request: it is in the logs and in the response's X-Request-Id header."""
     return str(request.scope.get("farm_request_id", "-"))
 
 
 class Guard:
-    """Names every request, and lets nothing unexpected reach the client but a bare 500."""
+    """Middleware that gives every request an ID and turns an unexpected error into a plain 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -129,13 +129,13 @@ class Guard:
             log.exception("Request %s failed: %s %s", name, scope["method"], scope["path"])
             if started:
                 raise
-            detail = f"Something went wrong inside the farm; its log names request {name}."
+            detail = f"Internal error. The farm's log has the details under request {name}."
             content = problem(500, "internal_error", detail)
             await _answer(Request(scope), content)(scope, receive, named)
 
 
 def install(app: FastAPI) -> None:
-    """Let every error of an app become a problem."""
+    """Install the handlers that turn every error of an app into a problem."""
     app.add_exception_handler(FarmError, farm_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -1,4 +1,4 @@
-"""HEAD wherever GET is: the same answer, less its body."""
+"""HEAD for every path that has GET: the same response without its body."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ASKED = "farm.head"
-"""A key of a request's scope: whether it was HEAD"""
+"""Key of a request's scope: true if the request was HEAD."""
 
 
 class Heads:
-    """Lets the app answer HEAD as it answers GET, and keeps the body back."""
+    """Middleware that passes HEAD to the app as GET, and drops the body of the response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self.app(scope, receive, send)
             return
@@ -32,7 +32,7 @@ class Heads:
 
 
 def is_head(request: Request) -> bool:
-    """Whether a request that is answered as GET was HEAD."""
+    """Return True if a request that is handled as GET was HEAD."""
     return bool(request.scope.get(ASKED))
 
 

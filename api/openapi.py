@@ -1,4 +1,4 @@
-"""OpenAPI that is true: the job's own schema, and problems as what they are."""
+"""The OpenAPI document, with the full schema of a job and the real media type of problems."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from farm.domain.spec import JobSpec, Priority
 from farm.pipelines.families import all_families
 
 REFUSALS = {
-    400: "The body is not JSON, or not text that can be stored.",
+    400: "The body is not JSON, or has text that cannot be stored.",
     401: "The API key is missing, unknown or revoked.",
     403: "The key's role does not allow this call.",
-    404: "There is no such thing, or it is another tenant's.",
-    409: "The call contradicts what is stored.",
+    404: "It does not exist, or it belongs to another tenant.",
+    409: "The call conflicts with the stored state.",
     413: "The body is too large.",
-    422: "A value is outside what its field allows; `error.param` names the field.",
-    503: "A server the farm rests on does not answer; try again.",
+    422: "A value is not allowed for its field. `error.param` names the field.",
+    503: "A server that the farm needs does not answer. Try again.",
 }
 
 Responses = dict[int | str, dict[str, Any]]
 
 
 def refusals(*statuses: int) -> Responses:
-    """Declare the problems that a call answers with."""
+    """Return the OpenAPI responses for the error statuses of a call."""
     return {
         status: {"model": schemas.Problem, "description": REFUSALS[status]} for status in statuses
     }
@@ -57,7 +57,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
 
 
 def _without_null(parameters: list[dict[str, Any]]) -> None:
-    """Drop the form `null` of what may be left out: no address or header can hold it."""
+    """Drop the form `null` of optional parameters: a query or a header cannot hold it."""
     for parameter in parameters:
         forms = parameter["schema"].pop("anyOf", [])
         for form in forms:
@@ -73,14 +73,17 @@ def _mark_problems(responses: dict[str, Any]) -> None:
 
 
 def job_schema(pipelines: list[str], settings: Settings) -> dict[str, Any]:
-    """Describe a job as submitted: its own fields within this farm's limits, and every family's
-    parameters, which may stand in its grid too."""
+    """Build the JSON Schema of a job as submitted.
+
+    It has the job's own fields with this farm's limits, and the parameters of every family. The
+    grid may have these parameters too.
+    """
     schema = JobSpec.model_json_schema()
     schema.pop("$defs")
     fields, parameters = schema["properties"], _parameters()
     fields.pop("params")
     fields["pipeline"]["enum"] = pipelines
-    for name in ("prompts", "input"):  # null is as good as leaving it out, and no use
+    for name in ("prompts", "input"):  # null means the same as no value, so it is not shown
         fields[name] |= fields[name].pop("anyOf")[0]
         fields[name].pop("default")
     schema["oneOf"] = [{"required": ["prompts"]}, {"required": ["input"]}]
@@ -97,14 +100,14 @@ def job_schema(pipelines: list[str], settings: Settings) -> dict[str, Any]:
     }
     schema["properties"] = {**fields, **parameters}
     schema["description"] = (
-        "A job as submitted. `GET /v1/pipelines` tells which parameters each pipeline takes, "
-        "with its own defaults and limits."
+        "A job as submitted. `GET /v1/pipelines` lists the parameters of each pipeline, with its "
+        "defaults and limits."
     )
     return schema
 
 
 def _parameters() -> dict[str, Any]:
-    """Every family's parameters; where two differ, either form."""
+    """Return the parameters of every family. If two families differ, both forms are allowed."""
     found: dict[str, list[dict[str, Any]]] = {}
     for family in all_families().values():
         for name, field in family.params.json_schema()["properties"].items():

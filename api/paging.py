@@ -1,4 +1,4 @@
-"""Pages of what is listed: how many items, after which one, and what tells of more."""
+"""Pages of a list: the parameters `limit` and `after`, and the field `next`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from api import schemas
 from api.schemas import Item
 from farm.errors import InvalidRequest, NotFound
 
-Limit = Annotated[int, Query(ge=1, le=200, description="items a page")]
-After = Annotated[uuid.UUID | None, Query(description="the `next` of the page before")]
+Limit = Annotated[int, Query(ge=1, le=200, description="Number of items per page")]
+After = Annotated[uuid.UUID | None, Query(description="Value of `next` of the previous page")]
 
 
 @contextmanager
 def known_after() -> Iterator[None]:
-    """Look in the block for what a page is to come after.
+    """Report a NotFound of the block as an error of the parameter `after`.
 
     Raises:
-        InvalidRequest: it is not there.
+        InvalidRequest: The item that the page comes after does not exist.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def known_after() -> Iterator[None]:
 
 
 def page(found: Sequence[Any], limit: int, view: Callable[[Any], Item]) -> schemas.Page[Item]:
-    """Show `limit` of what was found, by id; one more was read, to tell whether there is more."""
+    """Build a page of `limit` items. `found` has one more item if there is a next page."""
     shown = found[:limit]
     more = str(shown[-1].id) if len(found) > limit else None
     return schemas.Page(data=[view(each) for each in shown], next=more)

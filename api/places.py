@@ -1,4 +1,4 @@
-"""Places for what is at work at the same time: so many in all, and so many a tenant."""
+"""Limits on concurrent uploads and long calls: in all, and per tenant."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from farm.errors import Unavailable
 T = TypeVar("T")
 
 MAX_WAITING = 16
-"""Long calls of a tenant that wait for its turn"""
+"""Maximum number of long calls of a tenant that wait for their turn."""
 
 
 class Place:
-    """A place that was taken; giving it back twice is once."""
+    """A place that was taken. Giving it back a second time has no effect."""
 
     def __init__(self, give_back: Callable[[], None]) -> None:
         self._give_back: Callable[[], None] | None = give_back
 
     def give_back(self) -> None:
-        """Let somebody else have it."""
+        """Free the place."""
         if self._give_back is not None:
             give_back, self._give_back = self._give_back, None
             give_back()
 
 
 class Places:
-    """Used in the event loop alone."""
+    """A number of places, in all and per tenant. Use it in the event loop only."""
 
     def __init__(self, in_all: int, a_tenant: int) -> None:
         self._in_all = in_all
@@ -44,28 +44,28 @@ class Places:
         """Take a place.
 
         Args:
-            tenant: for whom; None: for somebody without a key.
-            what: is sent, such as "inputs".
+            tenant: ID of the tenant; None for a caller without a key.
+            what: Name of the things that are sent, such as "inputs", for the error message.
 
         Raises:
-            Unavailable: all are taken, or all that this tenant may have.
+            Unavailable: All places are taken, or all places of this tenant.
         """
         if self._taken.total() >= self._in_all or self._taken[tenant] >= self._a_tenant:
-            raise Unavailable(f"Too many {what} are being uploaded; send it again in a moment.")
+            raise Unavailable(f"Too many {what} are being uploaded. Try again in a few seconds.")
         self._taken[tenant] += 1
 
         def give_back() -> None:
             self._taken[tenant] -= 1
-            self._taken += Counter()  # forgets those that have none
+            self._taken += Counter()  # drops the tenants with a count of zero
 
         return Place(give_back)
 
     @contextmanager
     def taken(self, tenant: str | None, what: str) -> Iterator[None]:
-        """Hold a place in the block.
+        """Hold a place during the block.
 
         Raises:
-            Unavailable: as `take` does.
+            Unavailable: All places are taken, or all places of this tenant.
         """
         place = self.take(tenant, what)
         try:
@@ -75,7 +75,7 @@ class Places:
 
 
 class Turns:
-    """Threads for what takes long: one thing of a tenant at a time, and so many in all."""
+    """Threads for long calls: one call per tenant at a time, and a maximum in all."""
 
     def __init__(self, in_all: int) -> None:
         self._limiter = CapacityLimiter(in_all)
@@ -85,7 +85,7 @@ class Turns:
         """Call a function in one of the threads, when it is the tenant's turn.
 
         Raises:
-            Unavailable: so many calls of the tenant wait already, perhaps with large bodies.
+            Unavailable: Too many calls of the tenant wait, perhaps with large bodies.
         """
         lock = self._locks.setdefault(tenant_id, Lock())
         if lock.statistics().tasks_waiting >= MAX_WAITING:

@@ -1,4 +1,4 @@
-"""A request's body: read, and parsed as strict JSON; its limits are the front door's."""
+"""Reading a request's body, and parsing it as strict JSON. The front door limits its size."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from farm.errors import MalformedBody
 
 
 async def read_body(request: Request) -> bytes:
-    """Read a body, whose limits the front door watches.
+    """Read a body. The front door enforces its limits.
 
     Raises:
-        MalformedBody: it was cut short.
+        MalformedBody: The connection ended before the body.
     """
     try:
         return await request.body()
     except ClientDisconnect as error:
-        raise MalformedBody("The body was cut short.") from error
+        raise MalformedBody("The connection ended before the body did. Send it again.") from error
 
 
 def parse_json(body: bytes) -> Any:
     """Parse JSON, without NaN, infinities or lone surrogates.
 
     Raises:
-        MalformedBody: it is something else; the message tells the line and column.
+        MalformedBody: The body is not such JSON. The message has the line and the column.
     """
     try:
         return _whole(from_json(body, allow_inf_nan=False))
@@ -37,7 +37,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """Make every 2.0 in it a 2."""
+    """Convert every whole float in a value to an integer: 2.0 to 2."""
     if isinstance(value, dict):
         return {name: _whole(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""From rows to what is answered: jobs and frames, field by field."""
+"""Conversion of database rows to the API's jobs and frames."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from farm.store.keys import Caller
 from farm.store.lines import lines_of
 
 INSIDE = frozenset({"points", "job_seed", "seed_bits", "params"})
-"""What a stored spec holds beside the fields that a client sent."""
+"""Fields of a stored spec that a client did not send."""
 
 
 def job_view(row: JobRow, lanes: Lanes) -> schemas.Job:
-    """Show a job."""
+    """Return a job in the form of the API."""
     finished = row.succeeded + row.dead + row.cancelled
     fields = {name: value for name, value in row.spec.items() if name not in INSIDE}
     return schemas.Job(
@@ -75,7 +75,11 @@ def frame_views(
     ordinals: Sequence[int],
     caller: Caller,
 ) -> list[schemas.Frame]:
-    """Show some frames of a job; `rows` holds those that have one, by ordinal."""
+    """Return some frames of a job in the form of the API.
+
+    Args:
+        rows: Rows by ordinal. A frame that was never claimed has none.
+    """
     spec = FullSpec.model_validate(job.spec)
     lines = lines_of(connection, {job.id: spec}, [(job.id, ordinal) for ordinal in ordinals])
     attempts: dict[int, list[schemas.Attempt]] = {}
@@ -135,10 +139,10 @@ def _frame_view(
 
 
 def unborn_state(job: JobRow) -> FrameState:
-    """The state of a job's frames that were never claimed, and so have no row."""
+    """Return the state of a job's frames that were never claimed and have no row."""
     return FrameState.CANCELLED if job.status == JobStatus.CANCELLED else FrameState.WAITING
 
 
 def image_url(job_id: uuid.UUID, ordinal: int) -> str:
-    """Where a frame's image is, on this API."""
+    """Return the path of a frame's image on this API."""
     return f"/v1/jobs/{job_id}/frames/{ordinal}/image"

@@ -1,4 +1,4 @@
-"""What the API answers, field by field: OpenAPI is made from these."""
+"""Models of the API's requests and responses. The OpenAPI document is built from them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ class Page(BaseModel, Generic[Item]):
     """One page of a list."""
 
     data: list[Item]
-    next: str | None = Field(description="pass it as `after` for the next page; null: the last")
+    next: str | None = Field(
+        description="Value to pass as `after` to get the next page; null on the last page"
+    )
 
 
 class Counts(BaseModel):
-    """A job's frames by state; they always add up to `total`."""
+    """Number of a job's frames in each state. The numbers always add up to `total`."""
 
-    waiting: int = Field(description="not yet claimed, or requeued for another attempt")
+    waiting: int = Field(description="Not yet claimed, or requeued for another attempt")
     running: int
     succeeded: int
     dead: int
@@ -34,13 +36,15 @@ class Counts(BaseModel):
 
 
 class Submitted(BaseModel):
-    """A job as it was submitted, its defaults filled in; parameters stand beside these fields."""
+    """A job as it was submitted, with its defaults. The pipeline's parameters are fields too."""
 
     model_config = ConfigDict(extra="allow")
 
     pipeline: str
-    prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
-    input: uuid.UUID | None = Field(default=None, description="whose lines the prompts are")
+    prompts: list[str] = Field(description=f"The first {PROMPTS_SHOWN} prompts")
+    input: uuid.UUID | None = Field(
+        default=None, description="ID of the uploaded input that the prompts are from"
+    )
     prompt_count: int
     images_per_prompt: int
     seed: int | None
@@ -55,25 +59,34 @@ class Submitted(BaseModel):
 
 
 class Job(BaseModel):
-    """A job as it stands now."""
+    """A job in its current state."""
 
     id: uuid.UUID
     pipeline: str
     status: JobStatus
     paused: bool
     priority: str
-    total: int = Field(description="frames")
+    total: int = Field(description="Number of frames")
     counts: Counts
-    progress: float = Field(ge=0, le=1, description="the share of frames that are done with")
+    progress: float = Field(ge=0, le=1, description="Share of the frames that have ended")
     pace: float | None = Field(
-        description="frames a second, over the last half minute or more; null: unknown or over"
+        description="Frames per second, over the last 30 seconds or more; null if unknown or "
+        "if the job has ended"
     )
-    eta_seconds: float | None = Field(description="at that pace; null: unknown or over")
-    waiting_because: str | None = Field(description="why nothing of it runs; null: something does")
-    reused: int = Field(description="frames whose picture is that of another frame")
-    device_seconds: float = Field(description="that its succeeded frames were denoised for")
-    bytes: int = Field(description="of its pictures")
-    failures: dict[str, int] = Field(description="attempts that did not succeed, by reason")
+    eta_seconds: float | None = Field(
+        description="Seconds until the job ends at that pace; null if unknown or if it has ended"
+    )
+    waiting_because: str | None = Field(
+        description="Reason why no frame of the job runs now; null if one runs or the job has ended"
+    )
+    reused: int = Field(description="Number of frames whose picture was copied from another frame")
+    device_seconds: float = Field(
+        description="Device time used to denoise its succeeded frames, in seconds"
+    )
+    bytes: int = Field(description="Total size of its pictures, in bytes")
+    failures: dict[str, int] = Field(
+        description="Number of attempts that did not succeed, by reason"
+    )
     labels: dict[str, str]
     created_at: datetime
     started_at: datetime | None
@@ -82,23 +95,27 @@ class Job(BaseModel):
 
 
 class Quote(BaseModel):
-    """What a job would take; null: never measured on this farm."""
+    """Estimate of a job's time and storage. A field is null if this farm never measured it."""
 
     pipeline: str
     frames: int
     batches: int
-    bytes: int | None = Field(description="of all pictures, as expected")
-    device_seconds: float | None = Field(description="of all devices together, as expected")
+    bytes: int | None = Field(description="Expected total size of all pictures")
+    device_seconds: float | None = Field(
+        description="Expected device time of all devices together, in seconds"
+    )
     seconds_per_frame: float | None
     alike: bool = Field(
-        description="whether that was measured on your own frames of the same shape; else on all "
-        "frames of the pipeline"
+        description="True if the pace was measured on your own frames of the same shape; false if "
+        "on all frames of the pipeline"
     )
-    workers: int = Field(description="that could render it now")
-    frames_ahead: int = Field(description="that wait on its lane, and are as urgent or more")
-    ends_at: datetime | None = Field(description="were it submitted now")
-    first: dict[str, Any] = Field(description="the first frame's whole spec")
-    last: dict[str, Any] = Field(description="the last frame's")
+    workers: int = Field(description="Number of workers that can render it now")
+    frames_ahead: int = Field(
+        description="Number of frames that wait on the same lane with the same or a higher priority"
+    )
+    ends_at: datetime | None = Field(description="Expected end if the job is submitted now")
+    first: dict[str, Any] = Field(description="Full spec of the first frame")
+    last: dict[str, Any] = Field(description="Full spec of the last frame")
 
 
 class Attempt(BaseModel):
@@ -108,83 +125,93 @@ class Attempt(BaseModel):
     worker: str
     reason: str
     message: str
-    log: str | None = Field(description="what its process said last; for an operator's key only")
+    log: str | None = Field(
+        description="Last lines of its render process; only with an operator's key"
+    )
     started_at: datetime
     ended_at: datetime
 
 
 class Frame(BaseModel):
-    """A frame with its whole spec; its family's own parameters stand beside these fields."""
+    """A frame with its full spec. The parameters of its pipeline are fields too."""
 
     model_config = ConfigDict(extra="allow")
 
     ordinal: int
-    state: FrameState = Field(description="ready: requeued for another attempt")
-    key: str | None = Field(description="its line's, where its job draws an input")
+    state: FrameState = Field(description="`ready` means requeued for another attempt")
+    key: str | None = Field(description="Key of its input line, if its job uses an input")
     prompt: str
-    negative_prompt: str | None = Field(default=None, description="where its family takes one")
+    negative_prompt: str | None = Field(
+        default=None, description="Only for pipelines that have this parameter"
+    )
     seed: int
-    width: int = Field(description="pixels")
-    height: int = Field(description="pixels")
-    bucket: int = Field(description="the batch size it is denoised in")
-    format: Format = Field(description="of its image")
-    attempt: int = Field(description="the latest attempt's number; 0: not yet claimed")
-    worker: str | None = Field(description="who claimed the latest attempt")
-    slot: int | None = Field(description="its place in the batch, from 0; null: none yet")
-    sha256: str | None = Field(description="of the image's bytes, in hex")
-    bytes: int | None = Field(description="the image's length")
-    image_url: str | None = Field(description="where its image is, on this API; null: none yet")
-    rerolls: int = Field(description="how often a filter rejected its picture")
-    reused: bool = Field(description="its picture is that of another frame")
-    error: str | None = Field(description="why the latest attempt failed")
-    flagged: bool = Field(description="kept out of the result by the pipeline's safety checker")
-    labels: dict[str, str] = Field(description="its line's, where its job draws an input")
-    attempts: list[Attempt] = Field(description="those that did not succeed")
+    width: int = Field(description="Pixels")
+    height: int = Field(description="Pixels")
+    bucket: int = Field(description="Size of the batch that it is denoised in")
+    format: Format = Field(description="Format of its image file")
+    attempt: int = Field(description="Number of the latest attempt; 0 if not yet claimed")
+    worker: str | None = Field(description="Name of the worker that claimed the latest attempt")
+    slot: int | None = Field(description="Position in the batch, from 0; null if it has none yet")
+    sha256: str | None = Field(description="SHA-256 of the image file, in hex")
+    bytes: int | None = Field(description="Size of the image file")
+    image_url: str | None = Field(description="Path of its image on this API; null if it has none")
+    rerolls: int = Field(description="Number of times that a filter rejected its picture")
+    reused: bool = Field(description="True if its picture was copied from another frame")
+    error: str | None = Field(description="Reason why the latest attempt failed")
+    flagged: bool = Field(
+        description="True if the pipeline's safety checker kept its picture out of the result"
+    )
+    labels: dict[str, str] = Field(description="Labels of its input line, if its job uses an input")
+    attempts: list[Attempt] = Field(description="Attempts that did not succeed")
 
 
 class Image(BaseModel):
-    """A control image as it is kept: an RGB PNG without metadata."""
+    """A control image as it is stored: an RGB PNG without metadata."""
 
-    id: str = Field(description="the sha256 of its bytes, in hex")
-    width: int = Field(description="pixels")
-    height: int = Field(description="pixels")
+    id: str = Field(description="SHA-256 of the stored file, in hex")
+    width: int = Field(description="Pixels")
+    height: int = Field(description="Pixels")
     bytes: int
     content_type: str
     created_at: datetime
 
 
 class Input(BaseModel):
-    """An uploaded input: prompts, one a line."""
+    """An uploaded input: prompts, one per line."""
 
     id: uuid.UUID
     lines: int
-    bytes: int = Field(description="unpacked")
-    sha256: str = Field(description="of the lines as they were sent, unpacked; in hex")
-    prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}")
-    keys: bool = Field(description="whether any line has a key")
-    created_at: datetime = Field(description="when it was sent, last")
+    bytes: int = Field(description="Size of the lines, uncompressed")
+    sha256: str = Field(description="SHA-256 of the lines as they were sent, uncompressed; in hex")
+    prompts: list[str] = Field(description=f"The first {PROMPTS_SHOWN} prompts")
+    keys: bool = Field(description="True if any line has a key")
+    created_at: datetime = Field(description="Time of the latest upload of these lines")
 
 
 class ExportAsked(BaseModel):
-    """An export as it is asked for."""
+    """A request to export a job."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    to: Literal["webdataset", "parquet", "imagefolder"] = Field(description="the dataset's form")
+    to: Literal["webdataset", "parquet", "imagefolder"] = Field(description="Format of the dataset")
     dest: str | None = Field(
-        default=None, description="s3://BUCKET/PREFIX; null: the farm's own storage"
+        default=None,
+        description="Destination, such as s3://datasets/shop; null for the farm's own storage",
     )
     shard_frames: int = Field(
-        default=SHARD_FRAMES, ge=1, le=100_000, description="frames of a shard, at most"
+        default=SHARD_FRAMES, ge=1, le=100_000, description="Maximum number of frames in a shard"
     )
 
 
 class ExportOfJobs(ExportAsked):
-    """An export of several jobs as it is asked for: they are named, or bear labels."""
+    """A request to export several jobs, chosen by ID or by labels."""
 
-    jobs: list[str] = Field(default_factory=list, max_length=MAX_JOBS, description="their ids")
+    jobs: list[str] = Field(
+        default_factory=list, max_length=MAX_JOBS, description="IDs of the jobs"
+    )
     labels: dict[LabelText, LabelText] = Field(
-        default_factory=dict, description="or what they all bear"
+        default_factory=dict,
+        description="Labels in place of `jobs`: exports the jobs that have all of them",
     )
 
     @field_validator("labels")
@@ -194,7 +221,7 @@ class ExportOfJobs(ExportAsked):
 
 
 class Export(BaseModel):
-    """A dataset in the making, or made."""
+    """An export: a dataset that is being written, or is finished."""
 
     id: uuid.UUID
     status: Literal["running", "succeeded", "failed"]
@@ -204,8 +231,8 @@ class Export(BaseModel):
     shard_frames: int
     shards: int
     shards_done: int
-    images: int = Field(description="in the shards that are done")
-    missing: int = Field(description="frames of those shards that have no picture")
+    images: int = Field(description="Number of images in the finished shards")
+    missing: int = Field(description="Number of frames in those shards that have no picture")
     bytes: int
     error: str | None
     created_at: datetime
@@ -218,16 +245,16 @@ class ExportFile(BaseModel):
     name: str
     bytes: int
     sha256: str
-    url: str = Field(description="where it is, on this API")
+    url: str = Field(description="Path of the file on this API")
 
 
 class Shard(BaseModel):
-    """A shard of an export; the last is its cover: manifest, card and the like."""
+    """A shard of an export. The last has the dataset files: manifest, dataset card and others."""
 
     number: int
-    job: uuid.UUID | None = Field(description="null: the cover")
-    first: int = Field(description="ordinal of its first frame")
-    stop: int = Field(description="and of the one after its last")
+    job: uuid.UUID | None = Field(description="ID of the job; null for the dataset files")
+    first: int = Field(description="Ordinal of its first frame")
+    stop: int = Field(description="Ordinal of its last frame, plus 1")
     done: bool
     attempt: int
     error: str | None
@@ -237,9 +264,9 @@ class Shard(BaseModel):
 
 
 class Limits(BaseModel):
-    """What a job for a pipeline may hold."""
+    """Limits of a job for a pipeline."""
 
-    max_pixels: int = Field(description="width times height")
+    max_pixels: int = Field(description="Maximum width times height")
     max_job_frames: int
     max_job_prompts: int
     max_prompt_chars: int
@@ -248,25 +275,25 @@ class Limits(BaseModel):
 
 
 class Pipeline(BaseModel):
-    """A pipeline of the catalog, and what a job for it takes."""
+    """A pipeline of the catalog, with its parameters, defaults and limits."""
 
     name: str
     family: str | None
     parameters: dict[str, Any] | None = Field(description="JSON Schema of its parameters")
     defaults: dict[str, Any]
-    buckets: dict[str, int] = Field(description="frames in a batch, by size of picture")
+    buckets: dict[str, int] = Field(description="Number of frames in a batch, by size of picture")
     limits: Limits
-    workers: int = Field(description="workers alive")
-    problem: str | None = Field(description="why it cannot be rendered; null: it can")
+    workers: int = Field(description="Number of workers that are alive")
+    problem: str | None = Field(description="Reason why it cannot be rendered; null if it can")
 
 
 class Batch(BaseModel):
-    """What a worker denoises now."""
+    """The batch that a worker denoises now."""
 
     frames: int
     step: int
-    steps: int = Field(description="0: not yet known")
-    jobs: list[uuid.UUID] = Field(description="your own jobs in it")
+    steps: int = Field(description="Number of steps; 0 if not yet known")
+    jobs: list[uuid.UUID] = Field(description="Your own jobs in the batch")
 
 
 class Worker(BaseModel):
@@ -275,49 +302,49 @@ class Worker(BaseModel):
     id: uuid.UUID
     name: str
     pipeline: str
-    state: str = Field(description="loading, idle, rendering or failed")
-    draining: bool = Field(description="it claims nothing more")
+    state: str = Field(description="One of loading, idle, rendering and failed")
+    draining: bool = Field(description="True if it claims no more frames")
     device: str | None
     started_at: datetime
     seen_at: datetime
-    succeeded: int = Field(description="frames since it started")
+    succeeded: int = Field(description="Number of succeeded frames since it started")
     busy: float | None = Field(
         ge=0,
         le=1,
-        description="the share of the time with work that its device denoised, since it started; "
-        "null: no work yet",
+        description="Share of the time with work in which its device denoised, since it started; "
+        "null if it had no work yet",
     )
     batch: Batch | None
-    host: str | None = Field(description="for an operator's key only")
-    pid: int | None = Field(description="for an operator's key only")
-    problem: str | None = Field(description="why it cannot render")
+    host: str | None = Field(description="Name of its machine; only with an operator's key")
+    pid: int | None = Field(description="ID of its process; only with an operator's key")
+    problem: str | None = Field(description="Reason why it cannot render")
 
 
 class Tenant(BaseModel):
-    """A tenant, and how much it owns."""
+    """A tenant, and the number of things that it owns."""
 
     id: uuid.UUID
-    name: str | None = Field(description="null for a deleted tenant")
+    name: str | None = Field(description="Name; null for a deleted tenant")
     created_at: datetime
-    removed_at: datetime | None = Field(description="time of its deletion; null: not deleted")
+    removed_at: datetime | None = Field(description="Time of its deletion; null if not deleted")
     emptied_at: datetime | None = Field(
-        description="time at which its last row and object were deleted"
+        description="Time at which its last row and object were deleted"
     )
     owns: dict[str, int] = Field(
-        description="number of keys, jobs, exports, inputs, images and destinations"
+        description="Number of keys, jobs, exports, inputs, images and destinations"
     )
 
 
 class DestinationAsked(BaseModel):
-    """A destination to grant."""
+    """A request to grant a destination."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tenant: Storable = Field(min_length=1, max_length=200, description="name of the tenant")
+    tenant: Storable = Field(min_length=1, max_length=200, description="Name of the tenant")
     dest: Storable = Field(
         max_length=1200, description="s3://BUCKET/PREFIX, such as s3://datasets/shop"
     )
-    why: Storable = Field(default="", max_length=500, description="reason, stored with the action")
+    why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
 
 
 class Destination(BaseModel):
@@ -325,7 +352,7 @@ class Destination(BaseModel):
 
     id: uuid.UUID
     tenant: str
-    dest: str = Field(description="exports have folders below it, named by their IDs")
+    dest: str = Field(description="Each export has a folder below it, named by the export's ID")
     created_at: datetime
 
 
@@ -335,9 +362,9 @@ class Action(BaseModel):
     id: int
     at: datetime
     key_id: uuid.UUID
-    who: str = Field(description="the key's name")
-    tenant: str = Field(description="the key's")
-    address: str = Field(description="of the client")
+    who: str = Field(description="Name of the key")
+    tenant: str = Field(description="Tenant of the key")
+    address: str = Field(description="Address of the client")
     verb: str
     target: str
     why: str
@@ -345,14 +372,14 @@ class Action(BaseModel):
 
 
 class Part(BaseModel):
-    """One server that the farm rests on."""
+    """State of one server that the farm needs."""
 
     ok: bool
     detail: str
 
 
 class Readiness(BaseModel):
-    """Whether this process can serve."""
+    """Readiness of this process, and the state of each server that it needs."""
 
     ready: bool
     postgres: Part
@@ -361,13 +388,13 @@ class Readiness(BaseModel):
 
 
 class Health(BaseModel):
-    """This process lives."""
+    """Liveness: the process runs."""
 
     ok: bool = True
 
 
 class ErrorBody(BaseModel):
-    """The form that public clients show."""
+    """Error object in the form that public clients show."""
 
     message: str
     type: str
@@ -376,7 +403,7 @@ class ErrorBody(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 has it."""
+    """An error in the form of RFC 9457."""
 
     type: str
     title: str

@@ -1,4 +1,7 @@
-"""Why nothing of a job runs now: one sentence, and never a name from another tenant's work."""
+"""The reason why no frame of a job runs now, in one sentence.
+
+It never has a name from another tenant's work.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,19 @@ from farm.store import lanes as stored
 from farm.store.engine import Transaction
 
 JobRow = Any
-"""A row of store.reading.get_job or list_jobs."""
+"""A row of store.queries.get_job or list_jobs."""
 
 
 @dataclass
 class Lanes:
-    """What one request knows of the lanes; each is asked after once, however many jobs wait."""
+    """Lanes of one request. Each is read once, even if several jobs wait on it."""
 
     connection: Transaction
     tenant_id: uuid.UUID
     _facts: dict[str, Any] = field(default_factory=dict)
 
     def waiting_because(self, job: JobRow) -> str | None:
-        """Say why nothing of a job runs; None where something does, or where it is over."""
+        """Return the reason why no frame of a job runs; None if one runs or the job has ended."""
         if job.status in TERMINAL or job.running:
             return None
         if job.paused:
@@ -38,7 +41,7 @@ class Lanes:
         return self._facts[pipeline]
 
     def _backing_off(self, job: JobRow) -> str | None:
-        if job.open:  # it has frames that were never claimed: they wait for no back-off
+        if job.open:  # it has frames that were never claimed, which have no back-off
             return None
         until = stored.backing_off_until(self.connection, job.id)
         if until is None or until <= job.now:
@@ -47,7 +50,7 @@ class Lanes:
 
 
 def lane_sentence(pipeline: str, lane: Any) -> str | None:
-    """Say why a lane renders nothing at all; None where a worker of it can."""
+    """Return the reason why a lane renders nothing; None if one of its workers can render."""
     if lane.workers == 0:
         return f"No worker for pipeline {pipeline} is alive."
     if lane.able:

@@ -1,4 +1,4 @@
-"""Numbers and times as people read them. Pure."""
+"""Text form of numbers and times for people. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MINUTE, HOUR, DAY = 60, 3600, 86_400
 
 
 def duration(seconds: float) -> str:
-    """Say how long something takes, in its largest unit: `40 s`, `3 min`, `2 h`, `5 days`."""
+    """Format a duration in its largest unit: `40 s`, `3 min`, `2 h`, `5 days`."""
     if seconds < MINUTE:
         return f"{max(int(seconds), 0)} s"
     if seconds < HOUR:
@@ -20,16 +20,16 @@ def duration(seconds: float) -> str:
 
 
 def ago(moment: datetime, now: datetime) -> str:
-    """Say how long ago a moment was: `just now`, `40 s ago`."""
+    """Format the time since a moment: `just now`, `40 s ago`."""
     seconds = (now - moment).total_seconds()
     return "just now" if seconds < 2 else f"{duration(seconds)} ago"
 
 
 def percent(share: float | None) -> str:
-    """Write a share of 1: `97%`; a dash where it is unknown."""
+    """Format a share of 1 as a percentage: `97%`; a dash if it is unknown."""
     return "—" if share is None else f"{share:.0%}"
 
 
 def count(number: int) -> str:
-    """Write a number with its thousands apart: `1 000 000`, by narrow no-break spaces."""
+    """Format a number with a narrow no-break space between thousands: `1 000 000`."""
     return f"{number:,}".replace(",", "\u202f")

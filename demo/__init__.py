@@ -1,1 +1,1 @@
-"""Scripts that draw the demo pictures, train the demo model on them and check it."""
+"""Scripts that draw the demo pictures, train the demo model on them, and check it."""

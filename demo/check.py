@@ -1,12 +1,12 @@
-"""Checks the demo model: renders combinations and reads shape and colours from the pixels.
+"""Check the demo model: render combinations, and read shape and colours from the pixels.
 
 Run from the root of the repository:
 
     python -m demo.check                                  # the shipped weights
     python -m demo.check --count 200 --scheduler euler    # more pictures, another sampler
 
-The reader measures the pixels with geometry of its own; it shares only the colour values and
-the names with the code that draws. It exits with status 1 below the threshold.
+The reader measures the pixels with separate geometry. It shares only the colour values and the
+names with the drawing code. The exit status is 1 if the result is below the threshold.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 UNKNOWN = "unknown"
-"""What the reader calls a shape or colour that it cannot make out."""
+"""Name of a shape or colour that the reader cannot recognise."""
 
 BORDER = 3
-"""Width of the frame that is taken for the ground, in pixels."""
+"""Width of the border that is measured as the ground, in pixels."""
 
 ANGLES = 72
-"""Directions in which the outline is measured."""
+"""Number of directions in which the outline is measured."""
 
 
 def colour_name(colour: Array, reach: float = 70.0) -> str:
-    """The name of an RGB colour (0 to 255), or UNKNOWN when none lies within `reach`."""
+    """Return the name of an RGB colour (0 to 255), or UNKNOWN if none is within `reach`."""
     distances = {
         name: float(np.linalg.norm(colour - np.array(value)))
         for name, value in pictures.COLOURS.items()
@@ -65,7 +65,7 @@ def colour_name(colour: Array, reach: float = 70.0) -> str:
 
 
 def ground_colour(pixels: Array) -> Array:
-    """Median RGB of the frame around a picture [height, width, 3]."""
+    """Return the median RGB of the border of a picture [height, width, 3]."""
     inner = np.ones(pixels.shape[:2], dtype=bool)
     inner[BORDER:-BORDER, BORDER:-BORDER] = False
     median: Array = np.median(pixels[inner], axis=0)
@@ -73,7 +73,7 @@ def ground_colour(pixels: Array) -> Array:
 
 
 def shape_colour(pixels: Array, ground: Array) -> Array | None:
-    """Median RGB of what stands out clearly from the ground; None when too little does."""
+    """Return the median RGB of pixels that differ clearly from the ground. None if too few do."""
     distance = np.linalg.norm(pixels - ground, axis=2)
     clear = distance > 0.7 * np.percentile(distance, 97)
     if np.percentile(distance, 97) < 40:
@@ -83,14 +83,14 @@ def shape_colour(pixels: Array, ground: Array) -> Array | None:
 
 
 def coverage(pixels: Array, ground: Array, colour: Array) -> Array:
-    """How far each pixel is from the ground towards the shape's colour, 0 to 1."""
+    """Return how much of the shape's colour each pixel has: 0 is the ground, 1 the shape."""
     way = colour - ground
     share: Array = np.clip((pixels - ground) @ way / (way @ way), 0.0, 1.0)
     return share
 
 
 def outside(mask: Flags) -> Flags:
-    """The pixels off the mask that connect to the picture's edge."""
+    """Return the pixels outside the mask that connect to the picture's edge."""
     free = np.pad(~mask, 1, constant_values=True)
     reached = np.zeros_like(free)
     reached[0, :] = reached[-1, :] = reached[:, 0] = reached[:, -1] = True
@@ -107,7 +107,7 @@ def outside(mask: Flags) -> Flags:
 
 
 def sample(field: Array, rows: Array, columns: Array) -> Array:
-    """Values of a field between its pixels, by bilinear interpolation; 0 outside."""
+    """Return values of a field between its pixels, by bilinear interpolation; 0 outside."""
     padded = np.pad(field, 2)
     rows = np.clip(rows + 2, 0, padded.shape[0] - 2)
     columns = np.clip(columns + 2, 0, padded.shape[1] - 2)
@@ -120,7 +120,7 @@ def sample(field: Array, rows: Array, columns: Array) -> Array:
 
 
 def outline(cover: Array) -> Array:
-    """Distance from the centroid to the outline in ANGLES directions, in parts of the mean.
+    """Measure from the centroid to the outline in ANGLES directions, as a fraction of the mean.
 
     Directions run clockwise from straight up.
     """
@@ -149,21 +149,21 @@ EXPECTED: dict[str, dict[int, float]] = {
     "heart": {1: -0.04, 2: -0.17, 3: -0.21, 5: -0.05},
     "cross": {4: 0.34, 8: -0.09},
 }
-"""The outline's harmonics for each upright shape: order to amplitude, negative for a dip at
-the top; a circle has none. A ring's outline is a circle's."""
+"""Harmonics of the outline of each upright shape: amplitude by order, negative for a dip at the
+top. A circle has none. A ring has the outline of a circle."""
 
 ORDERS = np.arange(1, 9)
-"""The harmonics that are compared."""
+"""Orders of the harmonics that are compared."""
 
 NEAR = 0.22
-"""Greatest distance between measured and expected harmonics at which a shape is named."""
+"""Maximum distance of measured and expected harmonics at which a shape is named."""
 
 CLEAR = 0.65
-"""The nearest shape is named only if its distance is below this part of the next one's."""
+"""Maximum distance of the named shape, as a fraction of the next nearest shape's."""
 
 
 def outline_shape(cover: Array) -> str:
-    """The shape whose harmonics, turned up to 14 degrees, fit the outline clearly best."""
+    """Return the shape whose harmonics, turned up to 14 degrees, fit clearly best."""
     measured = np.fft.rfft(outline(cover))[ORDERS] * 2 / ANGLES
     turns = np.radians(np.arange(-14, 15, 2))
     distances: dict[str, float] = {}
@@ -177,7 +177,7 @@ def outline_shape(cover: Array) -> str:
 
 
 def shape_name(cover: Array) -> str:
-    """The shape of a coverage map, or UNKNOWN when it is none of them."""
+    """Return the shape of a coverage map, or UNKNOWN."""
     mask = cover > 0.5
     area = float(mask.mean())
     if not 0.06 < area < 0.45:
@@ -190,7 +190,7 @@ def shape_name(cover: Array) -> str:
 
 
 def read_picture(image: Image.Image) -> Combo:
-    """Shape, colour and ground of a picture, each "unknown" where it cannot be made out."""
+    """Read shape, colour and ground of a picture. Each is "unknown" if not recognised."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     ground = ground_colour(pixels)
     colour = shape_colour(pixels, ground)
@@ -204,7 +204,7 @@ def read_picture(image: Image.Image) -> Combo:
 
 
 class Score(NamedTuple):
-    """Shares of pictures, 0 to 1, with each part right, and with all three."""
+    """Shares of pictures, 0 to 1, with each part right, and with all three right."""
 
     shape: float
     colour: float
@@ -213,7 +213,7 @@ class Score(NamedTuple):
 
 
 def score(wanted: list[Combo], got: list[Combo]) -> Score:
-    """Compares what was asked for with what was read."""
+    """Compare the requested with the read combinations."""
     right = np.array(
         [[a == b for a, b in zip(*pair, strict=True)] for pair in zip(wanted, got, strict=True)]
     )
@@ -222,7 +222,7 @@ def score(wanted: list[Combo], got: list[Combo]) -> Score:
 
 
 def load(model: Path, sampler: str, device: str) -> Pipeline:
-    """The pipeline in float32 with the named sampler (a key of SAMPLERS)."""
+    """Load the pipeline in float32 with the named sampler (a key of SAMPLERS)."""
     # Imported here, so that reading pictures needs neither torch nor diffusers.
     import diffusers
 
@@ -239,7 +239,7 @@ def render(
     combos: list[Combo],
     options: argparse.Namespace,
 ) -> list[Image.Image]:
-    """One picture for each combination, its seed being its place in the list plus --seed."""
+    """Render one picture per combination. Its seed is its index in the list plus --seed."""
     import torch
 
     images: list[Image.Image] = []
@@ -257,13 +257,13 @@ def render(
 
 
 def choose(combos: list[Combo], count: int) -> list[Combo]:
-    """`count` of the combinations in an order of their own; again from the front if short."""
+    """Choose `count` combinations in a fixed random order, repeating the list if it is short."""
     order = pictures.dice("check").sample(combos, len(combos))
     return [order[index % len(order)] for index in range(count)]
 
 
 def sheet(images: list[Image.Image], path: Path, across: int = 12) -> None:
-    """Writes the pictures side by side, `across` (default 12) in a row, as one file."""
+    """Write the pictures to one file, `across` (default 12) in a row."""
     width, height = images[0].size
     rows = -(-len(images) // across)
     canvas = Image.new("RGB", (across * width, rows * height), (128, 128, 128))
@@ -278,7 +278,7 @@ def check(
     combos: list[Combo],
     options: argparse.Namespace,
 ) -> Score:
-    """Renders and reads the combinations, and prints what came out and what went wrong."""
+    """Render and read the combinations, and print the score and the errors."""
     images = render(pipeline, combos, options)
     read = [read_picture(image) for image in images]
     result = score(combos, read)
@@ -296,23 +296,37 @@ def check(
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Check the demo model by its pictures.")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the checkpoint")
-    parser.add_argument("--count", type=int, default=142, help="pictures of each kind")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=142,
+        help="number of held-out pictures, and of trained-on pictures",
+    )
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--guidance", type=float, default=2.5, help="guidance scale")
     parser.add_argument("--scheduler", choices=sorted(SAMPLERS), default="ddim")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
-    parser.add_argument("--threshold", type=float, default=0.9, help="least share on held-out")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.9,
+        help="minimum share of held-out pictures that are right, 0 to 1",
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sheet", type=Path, help="write contact sheets beside this name")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        help="write contact sheets, for example sheet.png: sheet-held-out.png and so on",
+    )
     parser.add_argument("--verbose", action="store_true", help="list the wrong pictures")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Checks held-out and trained-on combinations; 0 when the former reach the threshold."""
+    """Check held-out and trained-on combinations. Return 0 if the former reach the threshold."""
     options = parse()
     pipeline = load(options.model, options.scheduler, options.device)
     held_out = choose(pictures.held_out_combos(), options.count)

@@ -1,4 +1,4 @@
-"""Builds the parts of the demo model and writes them in Stable Diffusion's layout."""
+"""Build the parts of the demo model, and write them in Stable Diffusion's layout."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from demo import pictures
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16
-"""A 64x64 picture becomes a 4x16x16 latent."""
+"""Side of a latent: a 64x64 picture becomes a 4x16x16 latent."""
 
 TEXT_WIDTH = 128
 TEXT_LAYERS = 2
 TEXT_LENGTH = 16
-"""Tokens per caption, start and end included; longer captions are cut."""
+"""Tokens per caption, including start and end. Longer captions are cut."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""How CLIP's tokenizer splits text into words."""
+"""Pattern by which CLIP's tokenizer splits text into words."""
 
 
 Model: TypeAlias = Any
 """A diffusers model, pipeline or scheduler; mypy sees none of the methods they inherit."""
 
 classes: Any = diffusers
-"""The library, whose constructors carry no types."""
+"""The diffusers library, untyped: its constructors have no types."""
 
 
 @dataclass
@@ -49,14 +49,14 @@ class Parts:
 
 
 def parameter_count(module: torch.nn.Module) -> int:
-    """Number of parameters of a module."""
+    """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which each word of the captions is one token.
+    """Build a CLIP tokenizer in which each word of the captions is one token.
 
-    All 256 bytes are in its alphabet, so any other text is spelled out in bytes.
+    Its alphabet has all 256 bytes, so any other text becomes bytes.
     """
     captions = [
         pictures.caption(combo, template)
@@ -83,7 +83,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _as_clip(bpe: Tokenizer, alphabet: list[str]) -> CLIPTokenizer:
-    """Renumbers a trained BPE the way CLIP does: alphabet, word ends, merges, markers."""
+    """Renumber a trained BPE in CLIP's order: alphabet, word ends, merges, markers."""
     with tempfile.TemporaryDirectory() as folder:
         bpe.model.save(folder)
         lines = Path(folder, "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -106,7 +106,7 @@ def _as_clip(bpe: Tokenizer, alphabet: list[str]) -> CLIPTokenizer:
 
 
 def build_vae() -> Model:
-    """The autoencoder: 64x64 RGB in [-1, 1] to 4x16x16 latents and back."""
+    """Build the autoencoder: 64x64 RGB in [-1, 1] to 4x16x16 latents and back."""
     vae = classes.AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -115,20 +115,20 @@ def build_vae() -> Model:
         block_out_channels=(16, 32, 48),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        # Few groups: each keeps how light or strong its channels are to one another, which a
-        # picture of plain colours is all about.
+        # Few groups: a group keeps the relative strength of its channels, on which pictures of
+        # plain colours depend.
         norm_num_groups=1,
         mid_block_add_attention=False,
         sample_size=pictures.SIZE,
     )
     with torch.no_grad():
-        # Starts with little noise in the latents, or learning only begins after many steps.
+        # Start with little noise in the latents: with more, learning begins after many steps.
         vae.quant_conv.bias[LATENT_CHANNELS:] = -6.0
     return vae
 
 
 def build_unet() -> Model:
-    """The denoiser of 4x16x16 latents; it attends to the caption at 8x8 and 4x4."""
+    """Build the denoiser of 4x16x16 latents. It attends to the caption at 8x8 and 4x4."""
     return classes.UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -144,7 +144,7 @@ def build_unet() -> Model:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text encoder: 16 token numbers to 16 vectors of 128."""
+    """Build the text encoder: 16 token numbers to 16 vectors of 128."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -161,7 +161,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_scheduler() -> Model:
-    """The noise schedule: 1000 steps, v-prediction, nearly pure noise at the last one."""
+    """Build the noise schedule: 1000 steps, v-prediction, nearly pure noise at the last one."""
     return classes.DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -176,17 +176,17 @@ def build_scheduler() -> Model:
 
 
 def build_parts() -> Parts:
-    """Every part, freshly initialised from torch's current seed."""
+    """Build every part, initialised from torch's current seed."""
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(tokenizer)
     return Parts(build_vae(), build_unet(), text_encoder, tokenizer)
 
 
 def save_pipeline(parts: Parts, folder: Path) -> None:
-    """Writes the parts to `folder` as fp16 safetensors in Stable Diffusion's layout.
+    """Write the parts to `folder` as fp16 safetensors in Stable Diffusion's layout.
 
-    The files are written beside it first and then moved into place one by one, so that a
-    reader never meets half a file. The parts themselves are left as they are.
+    The files are written next to it first, and then moved into place one by one. So a reader
+    never sees an incomplete file. The parts themselves are not changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".model-", dir=folder.parent))
@@ -203,14 +203,14 @@ def save_pipeline(parts: Parts, folder: Path) -> None:
 
 
 def _load_as_float32(config: Path) -> None:
-    """Makes transformers load the fp16 file as float32, as diffusers does with the others."""
+    """Make transformers load the fp16 file as float32, as diffusers does with the others."""
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["dtype"] = "float32"
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _half_pipeline(parts: Parts) -> Model:
-    """A pipeline over fp16 copies of the parts."""
+    """Build a pipeline of fp16 copies of the parts."""
     vae, unet = build_vae(), build_unet()
     text_encoder: Model = build_text_encoder(parts.tokenizer)
     vae.register_to_config(scaling_factor=parts.vae.config.scaling_factor)

@@ -1,8 +1,8 @@
-"""Draws the 64x64 pictures that the demo model learns from, and words their captions.
+"""Draw the 64x64 pictures that the demo model learns from, and write their captions.
 
 A picture is one large shape in one colour on a plain ground of another colour. A combination
-is a (shape, colour, ground) triple; about 15% of the triples, chosen by a hash of their names,
-are held out: the model never sees them in training and is judged on them.
+is a (shape, colour, ground) triple. About 15% of the triples, chosen by a hash of their names,
+are held out: the model never sees them in training, and is tested on them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SIZE = 64
 """Default side of a picture, in pixels."""
 
 OVERSAMPLE = 4
-"""Shapes are drawn this many times larger, then averaged down, so that edges are smooth."""
+"""Factor by which shapes are drawn larger, then averaged down, for smooth edges."""
 
 HELD_OUT_PERCENT = 15
-"""Share of the combinations kept out of training, in percent (the hash hits it nearly)."""
+"""Share of the combinations kept out of training, in percent. The hash reaches it nearly."""
 
 Rgb = tuple[int, int, int]
 Point = tuple[float, float]
@@ -37,7 +37,7 @@ COLOURS: dict[str, Rgb] = {
     "white": (246, 246, 246),
     "black": (22, 22, 26),
 }
-"""Colour names and their RGB values, 0 to 255; any two lie at least 110 apart."""
+"""Colour names and their RGB values, 0 to 255; any two differ by a distance of at least 110."""
 
 SHAPES: tuple[str, ...] = (
     "circle",
@@ -63,7 +63,7 @@ TEMPLATES: tuple[tuple[str, float], ...] = (
 
 
 class Combo(NamedTuple):
-    """What a picture shows: a shape, its colour, and the colour of the ground."""
+    """The content of a picture: a shape, its colour, and the colour of the ground."""
 
     shape: str
     colour: str
@@ -71,12 +71,12 @@ class Combo(NamedTuple):
 
 
 def dice(*seed: object) -> random.Random:
-    """A generator of random numbers seeded by the words and numbers given; not for secrets."""
+    """Return a random number generator seeded by the given words and numbers. Not for secrets."""
     return random.Random(" ".join(str(part) for part in seed))  # noqa: S311
 
 
 def all_combos() -> list[Combo]:
-    """Every combination in which the shape's colour differs from the ground's."""
+    """List every combination in which the shape's colour differs from the ground's."""
     return [
         Combo(shape, colour, ground)
         for shape in SHAPES
@@ -87,28 +87,28 @@ def all_combos() -> list[Combo]:
 
 
 def is_held_out(combo: Combo) -> bool:
-    """Whether the combination is kept out of training; the same on every machine."""
+    """Return True if the combination is kept out of training. The same on every machine."""
     digest = hashlib.sha256(" ".join(combo).encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
 def held_out_combos() -> list[Combo]:
-    """The combinations that training never shows."""
+    """List the combinations that are not in the training data."""
     return [combo for combo in all_combos() if is_held_out(combo)]
 
 
 def trained_combos() -> list[Combo]:
-    """The combinations that training shows."""
+    """List the combinations in the training data."""
     return [combo for combo in all_combos() if not is_held_out(combo)]
 
 
 def caption(combo: Combo, template: int = 0) -> str:
-    """The caption of a combination in one of the TEMPLATES (default: the main form)."""
+    """Return the caption of a combination in one of the TEMPLATES (default: the main form)."""
     return TEMPLATES[template][0].format(**combo._asdict())
 
 
 def _regular(corners: int, radii: tuple[float, ...] = (1.0,)) -> list[Point]:
-    """Corners at equal angles from the top, at the given radii in turn."""
+    """Return corners at equal angles from the top, with the given radii in turn."""
     points = []
     for index in range(corners):
         angle = 2 * math.pi * index / corners
@@ -173,17 +173,17 @@ _OUTLINES: dict[str, Callable[[], list[Point]]] = {
 }
 
 _RING_HOLE = 0.54
-"""Radius of a ring's hole, in parts of its outer radius."""
+"""Radius of a ring's hole, as a fraction of its outer radius."""
 
 
 def _place(points: list[Point], centre: Point, radius: float, turn: float) -> list[Point]:
-    """Turns the points by `turn` radians, scales them to `radius` and moves them to `centre`."""
+    """Turn the points by `turn` radians, scale them to `radius`, and move them to `centre`."""
     cos, sin = radius * math.cos(turn), radius * math.sin(turn)
     return [(centre[0] + cos * x - sin * y, centre[1] + sin * x + cos * y) for x, y in points]
 
 
 def _mask(shape: str, size: int, centre: Point, radius: float, turn: float) -> Image.Image:
-    """The shape as an 8-bit mask of `size` pixels square; 255 inside, smooth at the edges."""
+    """Draw the shape as an 8-bit mask of `size` pixels square: 255 inside, smooth at the edges."""
     mask = Image.new("L", (size * OVERSAMPLE, size * OVERSAMPLE), 0)
     pen = ImageDraw.Draw(mask)
     scaled = (centre[0] * OVERSAMPLE, centre[1] * OVERSAMPLE)
@@ -196,13 +196,13 @@ def _mask(shape: str, size: int, centre: Point, radius: float, turn: float) -> I
 
 
 def _tint(colour: str, rng: random.Random) -> Rgb:
-    """The colour with up to 6 of 255 added to or taken from each channel."""
+    """Return the colour, with each channel changed randomly by up to 6 of 255."""
     red, green, blue = (min(255, max(0, value + rng.randint(-6, 6))) for value in COLOURS[colour])
     return red, green, blue
 
 
 def draw(combo: Combo, rng: random.Random, size: int = SIZE) -> Image.Image:
-    """Draws the combination as an RGB picture.
+    """Draw the combination as an RGB picture.
 
     Place, size, turn (up to 8 degrees) and tints come from `rng`, so equal seeds give equal
     pictures. The shape is 50 to 70% as wide as the picture. `size` is the side in pixels

@@ -1,4 +1,4 @@
-"""Trains the demo model from nothing and writes it in Stable Diffusion's layout.
+"""Train the demo model from scratch, and write it in Stable Diffusion's layout.
 
 Run from the root of the repository:
 
@@ -6,9 +6,9 @@ Run from the root of the repository:
     python -m demo.train --minutes 15         # a shorter run
     python -m demo.train --steps 10000        # a longer one, for crisper shapes
 
-First the autoencoder learns to rebuild the pictures, then the text encoder to tell the words
-of a caption apart, then the text encoder and the denoiser learn together. What has been
-learned is kept in demo/.state, from which a run that was cut off goes on.
+First the autoencoder learns to rebuild the pictures. Then the text encoder learns to distinguish
+the words of a caption. Then the text encoder and the denoiser learn together. The state is saved in
+demo/.state, from which an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ TOP_RATE = 1e-3
 """Highest learning rate of the joint training."""
 
 LATENT_NOISE = 0.05
-"""Noise added to latents while the autoencoder learns, in parts of their spread, so that small
-errors of the denoiser do not show in the pictures."""
+"""Noise added to latents while the autoencoder learns, as a fraction of their standard deviation.
+It keeps small errors of the denoiser invisible in the pictures."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """How to run: device, seed, and where state files go."""
+    """Settings of a run: device, seed, and folder of the state files."""
 
     device: torch.device
     seed: int
     state: Path
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where it is safe; twice as fast on CPUs and GPUs that have it."""
+        """Use bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
 def learning_rate(progress: float, top: float, warm: float = 0.03) -> float:
-    """Warm-up to `top` over the first `warm` of the run, then a cosine down to 2% of it."""
+    """Return the rate: a warm-up to `top` over the first `warm` of the run, then a cosine to 2%."""
     if progress < warm:
         return top * (0.02 + 0.98 * progress / warm)
     share = (progress - warm) / (1 - warm)
@@ -66,25 +66,25 @@ def learning_rate(progress: float, top: float, warm: float = 0.03) -> float:
 
 
 def as_tensor(images: list[np.ndarray]) -> Tensor:
-    """RGB pictures of 0 to 255 as one tensor [count, 3, 64, 64] in [-1, 1]."""
+    """Convert RGB pictures (0 to 255) to one tensor [count, 3, 64, 64] in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     return (stacked / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def picture_batch(count: int, rng: random.Random) -> tuple[Tensor, list[pictures.Combo]]:
-    """Draws `count` pictures of trained combinations; tensor as in as_tensor."""
+    """Draw `count` pictures of trained combinations. The tensor is as in as_tensor."""
     combos = rng.choices(pictures.trained_combos(), k=count)
     images = [np.asarray(pictures.draw(combo, rng)) for combo in combos]
     return as_tensor(images), combos
 
 
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences between neighbouring pixels, across and down."""
+    """Return the differences of neighbouring pixels, across and down."""
     return images[..., :, 1:] - images[..., :, :-1], images[..., 1:, :] - images[..., :-1, :]
 
 
 def vae_loss(vae: network.Model, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of rebuilding the pictures, and its plain L1 part (in [-1, 1] units)."""
+    """Return the loss of rebuilding the pictures, and its plain L1 part (in [-1, 1] units)."""
     posterior = vae.encode(images).latent_dist
     latents = posterior.sample()
     noise = LATENT_NOISE * latents.detach().std() * torch.randn_like(latents)
@@ -97,7 +97,7 @@ def vae_loss(vae: network.Model, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_vae(run: Run, vae: network.Model, steps: int, batch: int = 16) -> None:
-    """Trains the autoencoder, or loads it when a state file has it finished."""
+    """Train the autoencoder, or load it if a state file has the finished one."""
     path = run.state / "vae.pt"
     vae.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
@@ -124,10 +124,10 @@ def train_vae(run: Run, vae: network.Model, steps: int, batch: int = 16) -> None
 
 @torch.no_grad()
 def centre_latents(run: Run, vae: network.Model, count: int = 1024) -> None:
-    """Folds the latents' means into the autoencoder and sets its scaling_factor.
+    """Move the latents' means into the autoencoder, and set its scaling_factor.
 
-    The pipeline only knows one factor, so each channel's mean and spread go into the weights
-    of the convolutions on both sides of the latents; they then have mean 0 and spread 1.
+    The pipeline has only one factor. So the mean and standard deviation of each channel go into
+    the convolutions on both sides of the latents. The latents then have mean 0 and deviation 1.
     """
     images, _ = picture_batch(count, pictures.dice(run.seed, "centre"))
     latents = encode(run, vae, images)
@@ -145,15 +145,15 @@ def centre_latents(run: Run, vae: network.Model, count: int = 1024) -> None:
 
 @torch.no_grad()
 def encode(run: Run, vae: network.Model, images: Tensor) -> Tensor:
-    """Latents [count, 4, 16, 16] (the posterior's means, unscaled) of pictures as tensor."""
+    """Encode a tensor of pictures to latents [count, 4, 16, 16]: posterior means, unscaled."""
     chunks = torch.split(images, 64)
     return torch.cat([vae.encode(chunk.to(run.device)).latent_dist.mean for chunk in chunks])
 
 
 def latent_set(run: Run, vae: network.Model, count: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents [count, 4, 16, 16] of drawn pictures, and each one's combination.
+    """Return scaled latents [count, 4, 16, 16] of drawn pictures, and their combinations.
 
-    The combination is its index in pictures.trained_combos().
+    A combination is an index in pictures.trained_combos().
     """
     rng = pictures.dice(run.seed, "latents")
     number = {combo: index for index, combo in enumerate(pictures.trained_combos())}
@@ -168,10 +168,10 @@ def latent_set(run: Run, vae: network.Model, count: int) -> tuple[Tensor, Tensor
 
 
 class Learner(torch.nn.Module):
-    """The parts that learn together, with heads that name what a caption says.
+    """The parts that learn together, with heads that classify the content of a caption.
 
-    The heads are used in training only: they make the text encoder's vectors tell shape,
-    colour and ground apart early, which the denoiser alone would take long to teach it.
+    The heads are used only in training. They make the text encoder distinguish shape, colour and
+    ground early. With only the denoiser, this would take long.
     """
 
     def __init__(self, parts: network.Parts) -> None:
@@ -184,14 +184,14 @@ class Learner(torch.nn.Module):
         )
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Text vectors [batch, 16, 128] of token numbers [batch, 16]."""
+        """Compute text vectors [batch, 16, 128] of token numbers [batch, 16]."""
         vectors: Tensor = self.text_encoder(tokens).last_hidden_state
         return vectors
 
     def naming_loss(self, vectors: Tensor, named: Tensor) -> Tensor:
-        """How badly the heads name what captions say, from the vectors after the words.
+        """Return the loss of the heads, from the vectors after the words.
 
-        `named` [batch, 3] holds the right indices, -100 where the caption leaves it open.
+        `named` [batch, 3] has the right indices, or -100 if the caption leaves it open.
         """
         tail = vectors[:, -4:].mean(1).float()
         losses = [
@@ -222,12 +222,12 @@ class Captions:
 
     @staticmethod
     def _tokens(run: Run, parts: network.Parts, texts: list[str]) -> Tensor:
-        """Token numbers [count, 16], padded as the pipeline pads them."""
+        """Tokenize texts to [count, 16], padded as the pipeline pads them."""
         numbers = parts.tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
         return torch.tensor(numbers, device=run.device)
 
     def sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A caption for each label: tokens [batch, 16] and what they name [batch, 3]."""
+        """Draw a caption for each label: tokens [batch, 16] and its right indices [batch, 3]."""
         forms = torch.multinomial(self.shares, len(labels), replacement=True)
         named = self.names[labels].clone()
         named[:, 2][self.open_ground[forms]] = -100
@@ -261,27 +261,27 @@ class Noise:
 
     @classmethod
     def of(cls, run: Run) -> Noise:
-        """The saved scheduler's schedule on the run's device."""
+        """Return the saved scheduler's schedule, on the run's device."""
         kept = network.build_scheduler().alphas_cumprod.to(run.device)
         return cls(kept.sqrt(), (1 - kept).sqrt())
 
     def times(self, batch: int) -> Tensor:
-        """Training steps spread evenly over the batch, somewhat more of them noisy ones.
+        """Spread training steps evenly over the batch, with somewhat more noisy ones.
 
-        Shape and colours are settled while the picture is still nearly all noise.
+        Shape and colours are decided while the picture is still nearly all noise.
         """
         device = self.signal.device
         even = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
         return (even**0.75 * len(self.signal)).long().clamp(max=len(self.signal) - 1)
 
     def mix(self, latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Noised latents and the velocity the denoiser is to predict from them."""
+        """Return noised latents, and the velocity that the denoiser must predict from them."""
         signal, spread = self.signal[times, None, None, None], self.spread[times, None, None, None]
         noise = torch.randn_like(latents)
         return signal * latents + spread * noise, signal * noise - spread * latents
 
     def weight(self, times: Tensor) -> Tensor:
-        """Weight of each training step's loss: 1 for noisy ones, less where SNR is over 5."""
+        """Return the weight of each step's loss: 1 for noisy ones, less if the SNR is over 5."""
         ratio = (self.signal[times] / self.spread[times]) ** 2
         return 5 / (5 + ratio)
 
@@ -289,9 +289,9 @@ class Noise:
 def joint_loss(
     learner: Learner, noise: Noise, latents: Tensor, tokens: Tensor, named: Tensor, empty: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of the text encoder and the denoiser, and its denoising part alone.
+    """Return the loss of text encoder and denoiser, and its denoising part.
 
-    One caption in ten is emptied, which classifier-free guidance needs.
+    One caption in ten is emptied, which classifier-free guidance requires.
     """
     times = noise.times(len(latents))
     noisy, velocity = noise.mix(latents, times)
@@ -307,7 +307,7 @@ def joint_loss(
 
 @torch.no_grad()
 def follow(average: Learner, learner: Learner, step: int) -> None:
-    """Moves the running average of the weights (decay up to 0.999) towards the weights."""
+    """Move the running average of the weights (decay up to 0.999) towards the weights."""
     share = 1 - min(0.999, (1 + step) / (10 + step))
     pairs = zip(average.parameters(), learner.parameters(), strict=True)
     for kept, new in pairs:
@@ -316,7 +316,7 @@ def follow(average: Learner, learner: Learner, step: int) -> None:
 
 @dataclass
 class Joint:
-    """The joint training of text encoder and denoiser, and how far it is."""
+    """The joint training of text encoder and denoiser, with its progress."""
 
     run: Run
     parts: network.Parts
@@ -328,7 +328,7 @@ class Joint:
 
     @classmethod
     def start(cls, run: Run, parts: network.Parts) -> Joint:
-        """From the state file where there is one, else from the start."""
+        """Start from the state file if there is one, else from the beginning."""
         learner = Learner(parts).to(run.device)
         learner.unet.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
@@ -347,7 +347,7 @@ class Joint:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self, output: Path) -> None:
-        """Writes the state file, and the averaged weights as a pipeline to `output`."""
+        """Write the state file, and the averaged weights as a pipeline to `output`."""
         state = {
             "learner": self.learner.state_dict(),
             "average": self.average.state_dict(),
@@ -367,7 +367,7 @@ class Joint:
         )
 
     def update(self, loss: Tensor, rate: float) -> None:
-        """One optimizer step at the given learning rate, and the average's."""
+        """Make one optimizer step with the given learning rate, and update the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -379,7 +379,7 @@ class Joint:
 
 
 def batches(labels: Tensor, batch: int) -> Iterator[Tensor]:
-    """Indices of pictures in shuffled order, `batch` at a time, without end."""
+    """Yield indices of pictures in shuffled order, `batch` at a time, without end."""
     while True:
         order = torch.randperm(len(labels), device=labels.device)
         for chunk in torch.split(order, batch):
@@ -388,7 +388,7 @@ def batches(labels: Tensor, batch: int) -> Iterator[Tensor]:
 
 
 def train_joint(joint: Joint, options: argparse.Namespace) -> None:
-    """Trains text encoder and denoiser until the steps, or the minutes, are used up."""
+    """Train text encoder and denoiser until the steps, or the minutes, are used up."""
     run, learner = joint.run, joint.learner
     torch.manual_seed(run.seed + joint.step)
     captions, noise = Captions(run, joint.parts), Noise.of(run)
@@ -419,7 +419,7 @@ def train_joint(joint: Joint, options: argparse.Namespace) -> None:
 
 
 def progress_of(joint: Joint, options: argparse.Namespace) -> float:
-    """Share of the joint training done, by time when minutes are given, else by steps."""
+    """Return the completed share of the joint training, by minutes if given, else by steps."""
     if options.minutes is not None:
         return float(joint.seconds / (60 * options.minutes))
     return float(joint.step / options.steps)
@@ -428,13 +428,13 @@ def progress_of(joint: Joint, options: argparse.Namespace) -> float:
 def save_state(
     path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Writes a module, its optimizer and the number of steps done; whole or not at all."""
+    """Write a module, its optimizer and the number of steps done, atomically."""
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     write_state(path, state)
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a state file; a run cut off meanwhile leaves the one before it."""
+    """Write a state file atomically: an interrupted run keeps the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".new")
     torch.save(state, scratch)
@@ -442,7 +442,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restores what save_state wrote; the number of steps done, 0 when there is no file."""
+    """Restore a file of save_state. Return the number of steps done, 0 without a file."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -452,13 +452,17 @@ def load_state(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optim
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--steps", type=int, default=2963, help="joint training steps")
-    parser.add_argument("--minutes", type=float, help="length of the joint training, for --steps")
+    parser.add_argument(
+        "--minutes", type=float, help="length of the joint training in minutes, instead of --steps"
+    )
     parser.add_argument("--vae-steps", type=int, default=4500, help="autoencoder training steps")
-    parser.add_argument("--batch", type=int, default=48, help="pictures per joint step")
-    parser.add_argument("--pictures", type=int, default=32768, help="pictures to learn from")
+    parser.add_argument("--batch", type=int, default=48, help="pictures in a joint training step")
+    parser.add_argument(
+        "--pictures", type=int, default=32768, help="number of pictures to learn from"
+    )
     parser.add_argument("--save-every", type=float, default=10, help="minutes between saves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -469,7 +473,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains every part in turn and writes the checkpoint."""
+    """Train every part in turn, and write the checkpoint."""
     options = parse()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

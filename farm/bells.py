@@ -1,7 +1,7 @@
-"""Bells: Celery messages that wake a lane. A hint, never the truth.
+"""Bells: Celery messages that wake the workers of a lane. A bell is only a hint.
 
-Losing or repeating one changes nothing: what may be claimed stands in Postgres, and the janitor
-rings again for every lane where something waits.
+A lost or repeated bell changes nothing. Postgres holds the frames that may be claimed, and the
+janitor rings again for every lane with waiting frames.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ from farm.redis_address import redis_place
 log = logging.getLogger(__name__)
 
 RENDER_TASK = "farm.render"
-"""Never renamed in one step: a worker discards a task that it does not know."""
+"""Name of the bell's task. Never rename it in one step: workers discard unknown tasks."""
 
 EXPORTER_TASK = "farm.exporter"
 EXPORTER_LANE = "exporter"
-"""Of what needs no device: writing datasets"""
+"""Lane of the work that needs no device: writing datasets."""
 
 MAX_BELLS = 2
-"""Bells left waiting on a lane: more would wake nobody else, and Redis stays small."""
+"""Maximum number of waiting bells on a lane. More would wake no other worker and fill Redis."""
 
 PATIENT = {"socket_timeout": 5, "socket_connect_timeout": 5, "health_check_interval": 5}
-"""For a worker, which waits for bells: a half-open connection is noticed within these seconds, one
-after the other."""
+"""Socket options of a worker, in seconds. A half-open connection is detected within their sum."""
 
 HASTY = {"socket_timeout": 1, "socket_connect_timeout": 1}
-"""For whoever rings: nobody waits long for a hint."""
+"""Socket options for ringing, in seconds. They are short, because a bell is only a hint."""
 
 HEARING_SECONDS = 0.25
-"""How long a bell is waited for at a time: less than the socket's patience"""
+"""Length of one wait for a bell, in seconds. Shorter than the socket timeout."""
 
 SILENT_SECONDS = 3.0
-"""How long nothing is rung after Redis did not answer."""
+"""Pause in ringing after Redis did not answer, in seconds."""
 
 
 def lane(pipeline: str) -> str:
@@ -51,12 +50,12 @@ def lane(pipeline: str) -> str:
 
 
 def urgent_lane(pipeline: str) -> str:
-    """Name the list of bells that a worker listens to while it renders something else."""
+    """Name the list of urgent bells, which a worker also reads while it renders something else."""
     return f"urgent.{pipeline}"
 
 
 def make_app(settings: Settings, socket: Mapping[str, int] = PATIENT) -> Celery:
-    """Build the Celery app that rings bells, or that a worker answers them with."""
+    """Build the Celery app, for ringing bells or for a worker that receives them."""
     place = redis_place(settings.redis_url.get_secret_value())
     app = Celery("farm", broker=place.broker, set_as_current=False)
     app.conf.update(
@@ -64,9 +63,9 @@ def make_app(settings: Settings, socket: Mapping[str, int] = PATIENT) -> Celery:
         task_store_errors_even_if_ignored=False,
         task_serializer="json",
         accept_content=["json"],
-        # A bell is acknowledged before the work: leases, not messages, say what must be redone.
+        # A bell is acknowledged before the work: leases, not messages, decide what is redone.
         task_acks_late=False,
-        # A busy worker holds no bell back from an idle one.
+        # A busy worker must not hold back a bell that an idle worker could receive.
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
         worker_pool_start_method="spawn",
@@ -84,7 +83,7 @@ def make_app(settings: Settings, socket: Mapping[str, int] = PATIENT) -> Celery:
 
 
 class Bells:
-    """Rings lanes; one a process."""
+    """Rings the bells of lanes. One instance per process."""
 
     def __init__(self, settings: Settings) -> None:
         self.app = make_app(settings, HASTY)
@@ -93,14 +92,14 @@ class Bells:
         self._silent_until = float("-inf")
 
     def ring(self, pipeline: str, *, urgent: bool = False) -> bool:
-        """Wake one worker of a lane; returns whether Redis took the bell.
+        """Wake one worker of a lane. Return True if Redis accepted the bell.
 
-        An outage is logged and no more: the janitor rings again.
+        An outage is only logged, because the janitor rings again.
 
         Args:
-            pipeline: the lane's.
-            urgent: wake also one that renders something less urgent. Should that bell be lost: it
-                asks Postgres, now and then.
+            pipeline: the pipeline of the lane.
+            urgent: also wake a worker that renders something less urgent. If that bell is lost, the
+                worker still finds the work: it also checks Postgres now and then.
         """
         if urgent and not self._add(
             urgent_lane(pipeline), lambda queue: self._redis.rpush(queue, b"")
@@ -109,7 +108,7 @@ class Bells:
         return self._ring(RENDER_TASK, lane(pipeline))
 
     def ring_chores(self) -> bool:
-        """Wake one exporter; returns whether Redis took the bell."""
+        """Wake one exporter. Return True if Redis accepted the bell."""
         return self._ring(EXPORTER_TASK, EXPORTER_LANE)
 
     def _ring(self, task: str, queue: str) -> bool:
@@ -119,20 +118,20 @@ class Bells:
         )
 
     def _add(self, queue: str, add: Callable[[str], object]) -> bool:
-        """Add a bell to a queue that has few; returns whether Redis answered."""
+        """Add a bell if the queue has few. Return True if Redis answered."""
         if time.monotonic() < self._silent_until:
             return False
         try:
             if self._redis.llen(queue) < MAX_BELLS:
                 add(queue)
         except (redis.RedisError, OperationalError, OSError) as error:
-            log.warning("A bell of %s was not rung: %s", queue, error)
+            log.warning("The bell of %s was not rung: %s", queue, error)
             self._silent_until = time.monotonic() + SILENT_SECONDS
             return False
         return True
 
     def await_urgent(self, pipeline: str) -> bool:
-        """Wait a little for a bell that was rung as urgent; returns whether there was one.
+        """Wait briefly for an urgent bell. Return True if there was one.
 
         Raises:
             Unavailable: Redis does not answer.
@@ -143,13 +142,13 @@ class Bells:
             raise Unavailable(f"Redis does not answer: {error}") from error
 
     def answers(self) -> bool:
-        """Whether Redis answers."""
+        """Return True if Redis answers."""
         try:
             return bool(self._redis.ping())
         except (redis.RedisError, OSError):
             return False
 
     def close(self) -> None:
-        """Give back the connections."""
+        """Close the connections."""
         self.app.close()
         self._redis.close()

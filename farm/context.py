@@ -1,4 +1,4 @@
-"""What every entry point holds: the settings, the catalog and the three servers."""
+"""The context of every entry point: the settings, the catalog and the three servers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Farm:
-    """Opened once, at an entry point, and passed in."""
+    """Settings, catalog and connections. Opened once, at an entry point, and passed in."""
 
     settings: Settings
     catalog: Catalog
@@ -30,7 +30,7 @@ class Farm:
     bells: Bells
     artifacts: Artifacts
     traces: Traces | None = None
-    """None where no endpoint is set"""
+    """Recorder of traces. None if no endpoint is set."""
     _offers: dict[str, ResolvedPipeline] = field(default_factory=dict)
 
     def entry(self, name: str) -> Pipeline:
@@ -42,12 +42,13 @@ class Farm:
         if name not in self.catalog.pipelines:
             names = ", ".join(sorted(self.catalog.pipelines))
             raise InvalidRequest(
-                f"There is no pipeline {name[:100]!r}; there are {names}.", param="pipeline"
+                f"There is no pipeline {name[:100]!r} in the catalog. It has {names}.",
+                param="pipeline",
             )
         return self.catalog.pipelines[name]
 
     def resolve(self, name: str) -> ResolvedPipeline:
-        """Find what may be asked of a pipeline; its checkpoint's configuration is read once.
+        """Find a pipeline with its parameters. Its checkpoint's configuration is read once.
 
         Raises:
             InvalidRequest: there is no such pipeline.
@@ -59,7 +60,7 @@ class Farm:
         return self._offers[name]
 
     def close(self) -> None:
-        """Give back every connection."""
+        """Close every connection."""
         self.store.dispose()
         self.bells.close()
         self.artifacts.close()
@@ -72,7 +73,7 @@ class Farm:
 
 
 def open_farm(settings: Settings) -> Farm:
-    """Open everything the settings name; servers are reached when first needed."""
+    """Open the catalog and the clients of the servers. They connect when first needed."""
     return Farm(
         settings=settings,
         catalog=load_catalog(settings.pipelines),
@@ -89,7 +90,7 @@ def _open_traces(endpoint: str) -> Traces | None:
     try:
         from farm.tracing import Traces
     except ImportError:
-        # The variable may be meant for other programs: no reason not to start.
-        log.warning("No traces are sent: run pip install 'farm[traces]'.")
+        # The variable may be meant for other programs, so the farm starts anyway.
+        log.warning("Traces are not sent: run pip install 'farm[traces]'.")
         return None
     return Traces(endpoint)

@@ -1,10 +1,10 @@
-"""Errors that a user may see: each says what is wrong, where, and whether trying again can help."""
+"""Errors that users may see. Each names the place, the problem, and whether a retry can help."""
 
 from __future__ import annotations
 
 
 def one_line(said: object, limit: int = 300) -> str:
-    """Write what a library says, mostly over several lines, on one line of a sensible length."""
+    """Put a library's message, often several lines, on one line of at most `limit` characters."""
     line = " ".join(str(said).split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
@@ -30,7 +30,7 @@ class InvalidRequest(FarmError):
 
 
 class MalformedBody(FarmError):
-    """The request's body is not JSON, or not text that can be stored."""
+    """The request's body is not JSON, or contains text that cannot be stored."""
 
     code = "malformed_body"
     status = 400
@@ -44,14 +44,14 @@ class TooLarge(FarmError):
 
 
 class TooSlow(FarmError):
-    """The request's body did not come in time, and others may want its place."""
+    """The request's body did not arrive in time; other requests may need its place."""
 
     code = "body_too_slow"
     status = 408
 
 
 class UnsupportedMediaType(FarmError):
-    """The request's body is of a kind that the call does not take."""
+    """The call does not accept this type of request body."""
 
     code = "unsupported_media_type"
     status = 415
@@ -72,7 +72,7 @@ class Forbidden(FarmError):
 
 
 class NotFound(FarmError):
-    """No such thing, or it belongs to another tenant."""
+    """The object does not exist, or it belongs to another tenant."""
 
     code = "not_found"
     status = 404
@@ -86,7 +86,7 @@ class Conflict(FarmError):
 
 
 class Unavailable(FarmError):
-    """A server the farm rests on does not answer; the same call may succeed soon."""
+    """A server that the farm needs does not answer. The same call may succeed soon."""
 
     code = "unavailable"
     status = 503
@@ -94,7 +94,7 @@ class Unavailable(FarmError):
 
 
 class StorageRefused(FarmError):
-    """The storage answers, and refuses: this process's clock or credentials are wrong."""
+    """The storage answers with a refusal: the clock or credentials of this process are wrong."""
 
     code = "storage_refused"
     status = 503
@@ -102,7 +102,7 @@ class StorageRefused(FarmError):
 
 
 class CatalogError(FarmError):
-    """pipelines.toml, or what it names, cannot be used; the message says what to do."""
+    """pipelines.toml or a checkpoint in it cannot be used. The message says what to do."""
 
     code = "catalog_error"
     status = 500
@@ -116,13 +116,13 @@ class OutOfMemory(CatalogError):
 
 
 class RenderError(FarmError):
-    """A frame cannot be rendered, and trying again would not help."""
+    """A frame cannot be rendered, and a retry would not help."""
 
     code = "render_error"
     status = 500
 
 
 class NotFinite(RenderError):
-    """A picture's values overflowed: it would be stored as a black one."""
+    """The values of an image overflowed. It would be stored as a black image."""
 
     code = "not_finite"

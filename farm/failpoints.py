@@ -1,7 +1,7 @@
-"""Failpoints: places where a farm in development fails on purpose, so that its healing is seen.
+"""Failpoints: places where a farm in development fails on purpose, to test its recovery.
 
-`FARM_FAILPOINTS` holds them as `point=action:text`, separated by semicolons. A failpoint acts where
-a prompt contains its text, so whoever submits a job chooses what fails:
+`FARM_FAILPOINTS` has the form `point=action:text`, separated by semicolons. A failpoint acts on
+prompts that contain its text, so the person who submits a job chooses what fails. For example:
 
     submit.committed=exit:EXIT; render.step=segfault:SEGFAULT; render.step=oom:BIG
 
@@ -22,7 +22,7 @@ POINTS = ("submit.committed", "render.step")
 
 @dataclass(frozen=True)
 class Failpoint:
-    """Where to fail, how, and for which prompts."""
+    """A place to fail, the kind of failure, and the text of the prompts it applies to."""
 
     point: str
     action: str
@@ -42,7 +42,7 @@ def _exit() -> None:
 
 
 def _run_out_of_memory() -> None:
-    raise MemoryError("A failpoint says that there is no memory left.")
+    raise MemoryError("Memory ran out, simulated by a failpoint.")
 
 
 ACTIONS: Mapping[str, Callable[[], None]] = {
@@ -54,7 +54,7 @@ ACTIONS: Mapping[str, Callable[[], None]] = {
 
 
 def parse(text: str) -> list[Failpoint]:
-    """Read failpoints as `FARM_FAILPOINTS` holds them.
+    """Parse failpoints in the form of `FARM_FAILPOINTS`.
 
     Raises:
         ValueError: a point or an action is unknown, or a text is missing.
@@ -67,17 +67,17 @@ def _parsed(part: str) -> Failpoint:
     action, _, text = rest.partition(":")
     if point not in POINTS or action not in ACTIONS or not text:
         raise ValueError(
-            f"failpoint {part!r}: write point=action:text, with a point of {', '.join(POINTS)} "
-            f"and an action of {', '.join(ACTIONS)}"
+            f"failpoint {part!r}: write point=action:text, for example render.step=oom:BIG. "
+            f"Points: {', '.join(POINTS)}. Actions: {', '.join(ACTIONS)}"
         )
     return Failpoint(point, action, text)
 
 
 def reach(failpoints: str, point: str, prompts: Sequence[str]) -> None:
-    """Fail here if a failpoint of this point says so for one of the prompts.
+    """Fail here if a failpoint of this point applies to one of the prompts.
 
     Raises:
-        MemoryError: the action is `oom`; the others end or hold up the process.
+        MemoryError: the action is `oom`. The other actions end or block the process.
     """
     for failpoint in parse(failpoints) if failpoints else ():
         if failpoint.point == point and any(failpoint.text in prompt for prompt in prompts):

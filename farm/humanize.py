@@ -1,4 +1,4 @@
-"""Sizes and paces as people read them, on pages and on terminals."""
+"""Readable sizes and rates, for pages and terminals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def size(number: float) -> str:
 
 
 def pace(each_second: float) -> str:
-    """Write frames a second so that there is something before the point: `4.2 frames/min`."""
+    """Write a rate, given in frames per second, in a unit that makes it 1 or more if possible.
+
+    Example: `4.2 frames/min`.
+    """
     for factor, unit in ((1, "s"), (60, "min")):
         if each_second * factor >= 1:
             return f"{each_second * factor:,.1f} frames/{unit}"

@@ -1,4 +1,4 @@
-"""This process: the cores that it may use, and its log lines."""
+"""This process: the number of its cores, and its log lines."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""`QUOTA PERIOD`, both in microseconds, or `max PERIOD`:
-https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files"""
+"""File with the CPU quota: `QUOTA PERIOD`, both in microseconds, or `max PERIOD`. See
+https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files."""
 
 
 def cores() -> int:
-    """Count them: those that it is bound to, and no more than its container's quota pays for."""
+    """Count the cores that this process may use: its CPU affinity, limited by the CPU quota."""
     return max(1, min(_bound(), _paid()))
 
 

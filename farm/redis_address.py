@@ -19,30 +19,30 @@ SENTINEL = re.compile(
 )
 SENTINEL_PORT = 26379
 CHECKS = ("required", "optional", "none")
-"""How the certificate of a server with TLS is checked"""
+"""Values of ssl_cert_reqs: how strictly the certificate of a TLS server is checked."""
 SENTINEL_SECONDS = 1.0
-"""How long one of them may be silent"""
+"""Timeout of a call to one sentinel, in seconds."""
 
 
 @dataclass(frozen=True)
 class RedisPlace:
-    """An address, as Celery takes it and as redis-py does."""
+    """An address in the forms that Celery and redis-py need."""
 
     broker: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Celery's transport options"""
+    """Transport options of Celery."""
     tls: Mapping[str, Any] | None = None
-    """Celery's broker_use_ssl"""
+    """Value of Celery's broker_use_ssl."""
     sentinels: tuple[tuple[str, int], ...] = ()
     password: str | None = None
     db: int = 0
 
     def client(self, **socket: float) -> Any:
-        """Make a client of redis-py, with its arguments for the socket."""
+        """Create a redis-py client, with redis-py's socket arguments."""
         import redis
 
         if not self.sentinels:
-            # a socket's file: what Celery calls redis+socket, redis-py calls unix
+            # a socket file: Celery's redis+socket is redis-py's unix
             url = self.broker.replace("redis+socket://", "unix://", 1)
             return redis.Redis.from_url(url, **socket)
         kind: Any = redis.Sentinel
@@ -53,12 +53,12 @@ class RedisPlace:
 
 
 def redis_place(url: str) -> RedisPlace:
-    """Read an address.
+    """Parse an address.
 
-    The certificate behind `rediss://` is verified, unless the address itself says otherwise.
+    The certificate behind `rediss://` is verified, unless the address turns that off.
 
     Raises:
-        ValueError: it has none of the FORMS.
+        ValueError: the address has none of the FORMS.
     """
     scheme = urlsplit(url).scheme
     if scheme == "sentinel":
@@ -71,7 +71,7 @@ def redis_place(url: str) -> RedisPlace:
 
 
 def _with_tls(url: str) -> RedisPlace:
-    """Read an address with TLS: Celery's words for a certificate's check and redis-py's are one."""
+    """Parse an address with TLS, and write ssl_cert_reqs so that Celery and redis-py accept it."""
     parts = urlsplit(url)
     query = parse_qs(parts.query, keep_blank_values=True)
     if "ssl_cert_reqs" not in query:
@@ -93,7 +93,9 @@ def _sentinel(url: str) -> RedisPlace:
             for host, _, port in (each.partition(":") for each in found["hosts"].split(","))
         )
     except ValueError as error:
-        raise ValueError("the port of a sentinel is not a number") from error
+        raise ValueError(
+            "the port of a sentinel is not a number. Example: sentinel-1:26379"
+        ) from error
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
@@ -105,7 +107,7 @@ def _sentinel(url: str) -> RedisPlace:
         broker=";".join(f"sentinel://{secret}{host}:{port}/{db}" for host, port in sentinels),
         options={
             "master_name": unquote(found["master"]),
-            # One that is away is not asked again and again: there are others.
+            # A sentinel that is down is not retried: there are others.
             "sentinel_kwargs": {
                 "password": of_sentinels,
                 "retry": Retry(NoBackoff(), 0),

@@ -1,7 +1,7 @@
 """Artifacts: the stored images of succeeded frames, in S3-compatible storage.
 
-An artifact's key holds the hash of its content, so a late writer can never change what a frame's
-row points at.
+The key of an artifact contains the hash of its content. So a late writer can never change the
+content that a frame's row refers to.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 NO_SUCH_KEY = "NoSuchKey"
 REFUSED = {400, 401, 403}
-"""Statuses that waiting does not change: the credentials or the clock are wrong."""
+"""HTTP statuses that waiting does not change: the credentials or the clock are wrong."""
 CHUNK_BYTES = 2**18
 PAGE_KEYS = 1000
-"""Keys in a page of a listing, and in one call that deletes: the most that S3 takes."""
+"""Number of keys in a page of a listing, and in one delete call. The maximum of S3."""
 
 KEY = re.compile(r"([0-9a-f-]{36})/([0-9a-f-]{36})/([0-9]{9,18})-([0-9a-f]{64})\.([a-z]+)")
 
 
 class NotStored(Unavailable):
-    """The storage answers, and holds no such image."""
+    """The storage answers, but has no such object."""
 
     retryable = False
 
@@ -52,38 +52,38 @@ class NotStored(Unavailable):
 def artifact_key(
     tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int, sha256: bytes, form: Format = "png"
 ) -> str:
-    """Name an artifact: its tenant, job and frame, the hash of its bytes, and its format."""
+    """Build an artifact's key from its tenant, job, frame, hash of its bytes, and format."""
     name = f"{ordinal:09d}-{sha256.hex()}.{FORMATS[form].extension}"
     return job_prefix(tenant_id, job_id) + name
 
 
 def media_type_of(key: str) -> str:
-    """Tell the media type of a picture by its key."""
+    """Return the media type of an image, from its key."""
     return FORMATS[BY_EXTENSION.get(key.rpartition(".")[2], "png")].media_type
 
 
 def tenant_prefix(tenant_id: uuid.UUID) -> str:
-    """What the keys of a tenant's artifacts begin with."""
+    """Return the prefix of the keys of a tenant's artifacts."""
     return f"{tenant_id}/"
 
 
 def job_prefix(tenant_id: uuid.UUID, job_id: uuid.UUID) -> str:
-    """What the keys of a job's artifacts begin with."""
+    """Return the prefix of the keys of a job's artifacts."""
     return f"{tenant_prefix(tenant_id)}{job_id}/"
 
 
 def exports_prefix(tenant_id: uuid.UUID) -> str:
-    """What the keys of a tenant's exports begin with, in the farm's own storage."""
+    """Return the prefix of the keys of a tenant's exports in the farm's own storage."""
     return f"exports/{tenant_id}/"
 
 
 def export_prefix(tenant_id: uuid.UUID, export_id: uuid.UUID) -> str:
-    """What the keys of an export's files begin with, where nobody asked for another place."""
+    """Return the prefix of an export's files, if the export has no other destination."""
     return f"{exports_prefix(tenant_id)}{export_id}/"
 
 
 class ArtifactName(NamedTuple):
-    """What an artifact's key says."""
+    """The parts of an artifact's key."""
 
     tenant_id: uuid.UUID
     job_id: uuid.UUID
@@ -93,12 +93,12 @@ class ArtifactName(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The key itself."""
+        """The complete key."""
         return artifact_key(self.tenant_id, self.job_id, self.ordinal, self.sha256, self.form)
 
 
 def parse_key(key: str) -> ArtifactName | None:
-    """Read an artifact's key; None for any other key."""
+    """Split an artifact's key into its parts. Return None for any other key."""
     found = KEY.fullmatch(key)
     if found is None or found[5] not in BY_EXTENSION:
         return None
@@ -117,16 +117,16 @@ class StoredObject:
 
     key: str
     age_seconds: float
-    """Since it was stored, by the storage's own clock."""
+    """Seconds since it was stored, by the storage's own clock."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A part of a listing."""
+    """One page of a listing."""
 
     objects: Sequence[StoredObject]
     last: str | None
-    """The key after which the next page begins; None where there is none."""
+    """The key after which the next page begins. None on the last page."""
 
 
 class Artifacts:
@@ -141,8 +141,8 @@ class Artifacts:
 
     @cached_property
     def _s3(self) -> S3Client:
-        """Made when it is needed: not every process stores something."""
-        with self._making:  # boto3's session is not to be used by several threads
+        """The client, made when it is needed: not every process stores something."""
+        with self._making:  # boto3's session is not thread-safe
             return self._client(timeout=15, attempts=2)
 
     def _client(self, timeout: float, attempts: int) -> S3Client:
@@ -151,37 +151,37 @@ class Artifacts:
             "s3",
             endpoint_url=endpoint,
             config=Config(
-                # No proxy of the environment leads to a server on this very machine.
+                # A proxy of the environment cannot reach a server on this machine.
                 proxies={} if endpoint is not None and is_loopback(endpoint) else None,
                 signature_version="s3v4",
                 connect_timeout=min(timeout, 5),
                 read_timeout=timeout,
                 max_pool_connections=16,
                 retries={"mode": "standard", "total_max_attempts": attempts},
-                # Our own sha256 stands in the key and the row; a second checksum only costs time.
+                # The key and the row hold our own sha256; a second checksum only costs time.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 s3={"addressing_style": "path"},
             ),
         )
-        # boto3 sends CRC32 alone; several storages refuse that here, and want what S3 always took.
+        # boto3 sends only CRC32 here. Several storages refuse it and require Content-MD5.
         client.meta.events.register("before-sign.s3.DeleteObjects", _add_content_md5)
         return client
 
     @cached_property
     def _hasty(self) -> S3Client:
-        """For what must not wait: readiness, and looking at a place before it is used."""
+        """The client for calls that must not wait: readiness, and checks of a destination."""
         with self._making:
             return self._client(timeout=2, attempts=1)
 
     def put(self, key: str, content: bytes) -> None:
-        """Store an image. Storing it again, even cut short in between, changes nothing.
+        """Store an image. It is safe to repeat, also after an interrupted try.
 
         With `discard_images` nothing is stored.
 
         Raises:
-            StorageRefused: the storage does not take anything from this process.
-            Unavailable: the storage does not answer, or cannot.
+            StorageRefused: the storage refuses this process's credentials or clock.
+            Unavailable: the storage does not answer, or cannot store it.
         """
         if self._discard:
             return
@@ -191,14 +191,14 @@ class Artifacts:
             )
         except (BotoCoreError, ClientError) as error:
             kind = StorageRefused if _status(error) in REFUSED else Unavailable
-            raise kind(f"The image storage did not take {key}: {_why(error)}") from error
+            raise kind(f"The image storage did not store {key}: {_why(error)}") from error
 
     def put_file(self, bucket: str, key: str, path: Path) -> None:
-        """Store a file, in parts where it is large, in this bucket or another.
+        """Store a file in this bucket or another, in parts if it is large.
 
         Raises:
-            StorageRefused: the storage does not take anything from this process, or not there.
-            Unavailable: the storage does not answer, or cannot.
+            StorageRefused: the storage refuses this process, at all or in that bucket.
+            Unavailable: the storage does not answer, or cannot store it.
         """
         try:
             self._s3.upload_file(str(path), bucket, key)
@@ -207,14 +207,14 @@ class Artifacts:
             status = _status(cause) if isinstance(cause, BotoCoreError | ClientError) else None
             kind = StorageRefused if status in {*REFUSED, 404} else Unavailable
             why = _why(cause or error)
-            raise kind(f"The storage did not take {key} in {bucket}: {why}") from error
+            raise kind(f"The storage did not store {key} in bucket {bucket}: {why}") from error
 
     def copy(self, source: str, target: str) -> None:
         """Copy an image within the storage. With `discard_images` nothing is copied.
 
         Raises:
-            NotStored: the storage holds no such image.
-            Unavailable: the storage does not answer, or cannot.
+            NotStored: the storage has no such image.
+            Unavailable: the storage does not answer, or cannot copy it.
         """
         if self._discard:
             return
@@ -226,10 +226,10 @@ class Artifacts:
             raise _not_given(source, error) from error
 
     def get(self, key: str, bucket: str | None = None) -> bytes:
-        """Read an object, of this bucket unless another is named.
+        """Read an object of this bucket, or of another one.
 
         Raises:
-            NotStored: the storage holds no such image.
+            NotStored: the storage has no such object.
             Unavailable: the storage does not answer.
         """
         try:
@@ -238,10 +238,10 @@ class Artifacts:
             raise _not_given(key, error) from error
 
     def measure(self, key: str) -> tuple[int, bytes]:
-        """Read an image piece by piece; returns its length in bytes and its sha256.
+        """Read an image in chunks. Return its length in bytes and its sha256.
 
         Raises:
-            NotStored: the storage holds no such image.
+            NotStored: the storage has no such image.
             Unavailable: the storage does not answer, or stopped in the middle.
         """
         length, digest = 0, hashlib.sha256()
@@ -255,7 +255,7 @@ class Artifacts:
         return length, digest.digest()
 
     def list_page(self, *, prefix: str = "", after: str = "") -> Page:
-        """List the first PAGE_KEYS objects behind the key `after`, by key.
+        """List the first PAGE_KEYS objects after the key `after`, ordered by key.
 
         Raises:
             Unavailable: the storage does not answer or refuses.
@@ -268,7 +268,7 @@ class Artifacts:
             raise Unavailable(
                 f"The image storage did not list its objects: {_why(error)}"
             ) from error
-        # Its own clock tells both moments, so that no machine's clock makes an object old.
+        # Both times are from the storage's clock, so a wrong local clock cannot make an object old.
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         objects = [
             StoredObject(item["Key"], (now - item["LastModified"]).total_seconds())
@@ -277,7 +277,7 @@ class Artifacts:
         return Page(objects, objects[-1].key if answer["IsTruncated"] else None)
 
     def delete(self, key: str) -> None:
-        """Remove an image; one that is not there is no error.
+        """Delete an image. A missing one is not an error.
 
         Raises:
             Unavailable: the storage does not answer or refuses.
@@ -288,7 +288,7 @@ class Artifacts:
             raise Unavailable(f"The image storage did not delete {key}: {_why(error)}") from error
 
     def delete_all(self, keys: Sequence[str]) -> None:
-        """Remove PAGE_KEYS images at most; one that is not there is no error.
+        """Delete up to PAGE_KEYS images. A missing one is not an error.
 
         Raises:
             Unavailable: the storage does not answer, or refused some of them.
@@ -309,10 +309,10 @@ class Artifacts:
             )
 
     def holds_any(self, bucket: str, prefix: str) -> bool:
-        """Whether a bucket, this one or another, holds an object whose key begins so.
+        """Return True if a bucket, this one or another, has an object with this key prefix.
 
         Raises:
-            StorageRefused: this process may not look there, or there is no such bucket.
+            StorageRefused: this process may not list the bucket, or it does not exist.
             Unavailable: the storage does not answer.
         """
         try:
@@ -323,9 +323,9 @@ class Artifacts:
         return bool(answer.get("Contents"))
 
     def presigned(self, key: str, bucket: str | None = None, *, head: bool = False) -> str:
-        """Make an address that gives the object to whoever holds it, for `presign_seconds`.
+        """Build an address that downloads the object without credentials, for `presign_seconds`.
 
-        With `head` it answers HEAD, and else GET: a signature is for one of the two.
+        It accepts GET, or HEAD if `head` is true: a signature covers only one method.
         """
         return self._s3.generate_presigned_url(
             "head_object" if head else "get_object",
@@ -334,7 +334,7 @@ class Artifacts:
         )
 
     def answers(self) -> bool:
-        """Whether the storage answers and the bucket is there."""
+        """Return True if the storage answers and the bucket exists."""
         try:
             self._hasty.head_bucket(Bucket=self.bucket)
         except (BotoCoreError, ClientError):
@@ -342,14 +342,14 @@ class Artifacts:
         return True
 
     def close(self) -> None:
-        """Give back the connections."""
+        """Close the connections."""
         for name in ("_s3", "_hasty"):
             if name in vars(self):
                 getattr(self, name).close()
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is of this machine alone."""
+    """Return True if only this machine can reach the address."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -365,18 +365,18 @@ def _add_content_md5(request: AWSRequest, **_: object) -> None:
 
 
 def _why(error: BaseException) -> str:
-    """What went wrong, for tenants too: no file and no address of a server.
+    """Describe an error so that tenants may see it: without files or addresses of servers.
 
-    The whole error stands in the log, as the cause of what is raised.
+    The log has the complete error, as the cause of the raised one.
     """
     if isinstance(error, ClientError):
         found = error.response.get("Error", {})
-        return str(found.get("Message") or found.get("Code") or "it gave no reason")
+        return str(found.get("Message") or found.get("Code") or "no reason given")
     return type(error).__name__
 
 
 def _status(error: BotoCoreError | ClientError) -> int | None:
-    """The HTTP status of an answer; None where there was none."""
+    """Return the HTTP status of an answer. None if there was no answer."""
     if not isinstance(error, ClientError):
         return None
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -384,5 +384,5 @@ def _status(error: BotoCoreError | ClientError) -> int | None:
 
 def _not_given(key: str, error: BotoCoreError | ClientError) -> Unavailable:
     if isinstance(error, ClientError) and error.response["Error"]["Code"] == NO_SUCH_KEY:
-        return NotStored(f"The image storage holds no {key}.")
-    return Unavailable(f"The image storage did not give {key}: {_why(error)}")
+        return NotStored(f"The image storage has no {key}.")
+    return Unavailable(f"The image storage did not return {key}: {_why(error)}")

@@ -1,7 +1,7 @@
-"""OpenTelemetry: one trace a job, from its submission to the commit of each of its batches.
+"""OpenTelemetry: one trace per job, from its submission to the commit of each of its batches.
 
-A trace's id is its job's, and the id of its root span follows from that: so every process adds to
-the same trace, and nothing is stored for it. Imported only where an endpoint is set.
+The id of a trace is the id of its job, and the id of its root span is computed from that. So every
+process adds to the same trace, and nothing is stored for it. Imported only if an endpoint is set.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ log = logging.getLogger(__name__)
 Attributes = Mapping[str, str | int]
 
 SEND_MILLISECONDS = 1000.0
-"""Between two sendings: what a killed process had not sent yet is missing."""
+"""Interval between two sends, in milliseconds. A killed process loses its unsent spans."""
 CLOSE_SECONDS = 2.0
-"""That a process waits at its end for the last spans to be taken"""
+"""Maximum time that a process waits at its end for the last spans to be sent, in seconds."""
 
 FLAGS = trace.TraceFlags(trace.TraceFlags.SAMPLED | trace.TraceFlags.RANDOM_TRACE_ID)
-"""A job's id is random where W3C's Trace Context Level 2 wants it: in its last 56 bits."""
+"""Trace flags. A job's id is random in its last 56 bits, as W3C Trace Context Level 2 requires."""
 
 
 class Traces:
-    """Records spans; a thread of its own sends them, and drops them where nobody takes them."""
+    """Records spans. A separate thread sends them, and drops them if no receiver accepts them."""
 
     def __init__(self, endpoint: str) -> None:
-        """Begin to send to the OTLP/HTTP receiver at this base address."""
+        """Start sending to the OTLP/HTTP receiver at this base address."""
         self._ids = _Ids()
         self._provider = TracerProvider(
             sampler=ALWAYS_ON,
-            # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say comes first.
+            # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence.
             resource=Resource.create({SERVICE_NAME: "farm"}).merge(OTELResourceDetector().detect()),
             shutdown_on_exit=False,
             id_generator=self._ids,
@@ -66,10 +66,10 @@ class Traces:
         """Record a job's root span, which ends now.
 
         Args:
-            job_id: the job's.
-            started: when its submission began, on the monotonic clock.
-            traceparent: the client's own, as W3C's Trace Context has it; linked where it is valid.
-            attributes: what the span bears.
+            job_id: the job's ID.
+            started: start of its submission, on the monotonic clock.
+            traceparent: the client's header, as defined by W3C Trace Context; linked if valid.
+            attributes: the attributes of the span.
         """
         with _harmless(), self._ids.of_root(job_id):
             offset = time.time() - time.monotonic()
@@ -85,11 +85,11 @@ class Traces:
     def batch(
         self, jobs: Mapping[uuid.UUID, Attributes], stages: Mapping[str, tuple[float, float]]
     ) -> None:
-        """Record a batch's stages, once in the trace of each job that has frames in it.
+        """Record the stages of a batch, once in the trace of each job with frames in it.
 
         Args:
-            jobs: what the spans in each job's trace bear.
-            stages: when each began and ended, on the monotonic clock.
+            jobs: for each job, the attributes of the spans in its trace.
+            stages: start and end of each stage, on the monotonic clock.
         """
         with _harmless():
             offset = time.time() - time.monotonic()
@@ -108,26 +108,26 @@ class Traces:
                     span.end(_nanoseconds(ended + offset))
 
     def close(self) -> None:
-        """Send what is left, for two seconds at most."""
+        """Send the remaining spans, for two seconds at most."""
         last = threading.Thread(target=self._provider.shutdown, name="traces-close", daemon=True)
         last.start()
         last.join(CLOSE_SECONDS)
 
 
 def root_id(job_id: uuid.UUID) -> int:
-    """Give the id of a job's root span: the first 64 bits of sha256 of the job's id."""
+    """Compute the ID of a job's root span: the first 64 bits of the sha256 of the job's ID."""
     return int.from_bytes(hashlib.sha256(job_id.bytes).digest()[:8])
 
 
 class _Ids(RandomIdGenerator):
-    """Random ids, but for the root span of a job."""
+    """Random IDs, except for the root span of a job."""
 
     def __init__(self) -> None:
         self._here = threading.local()
 
     @contextmanager
     def of_root(self, job_id: uuid.UUID) -> Iterator[None]:
-        """Give a job's ids to the span that this thread starts meanwhile."""
+        """Use a job's IDs for the span that this thread starts inside the block."""
         self._here.job_id = job_id
         try:
             yield
@@ -135,12 +135,12 @@ class _Ids(RandomIdGenerator):
             del self._here.job_id
 
     def generate_trace_id(self) -> int:
-        """Called for a span without a parent: a job's root."""
+        """Return the job's ID. Called for a span without a parent, which is a job's root."""
         job_id: uuid.UUID = self._here.job_id
         return job_id.int
 
     def generate_span_id(self) -> int:
-        """Give a root's id, or a random one."""
+        """Return the ID of a root span, or a random one."""
         job_id: uuid.UUID | None = getattr(self._here, "job_id", None)
         return super().generate_span_id() if job_id is None else root_id(job_id)
 
@@ -159,7 +159,7 @@ def _nanoseconds(seconds: float) -> int:
 
 @contextmanager
 def _harmless() -> Iterator[None]:
-    """Whatever goes wrong in here must not cost a frame."""
+    """Log any error in the block: tracing must never make a frame fail."""
     try:
         yield
     except Exception:

@@ -1,4 +1,4 @@
-"""How alembic reaches the database: the connection is handed over by farm.store.migrate."""
+"""Alembic's environment: it runs on the connection that farm.store.migrate passes in."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
-# pre: only adds, and the version before works on. post: removes or tightens, once it has ended.
+# pre: only adds, so the version before still works. post: removes or restricts, after its end.
 stage = "pre"
 
 

@@ -1,15 +1,15 @@
-"""`python -m tests.breaks`: breaks the code in one place at a time, and looks which test sees it.
+"""`python -m tests.breaks`: breaks the code in one place at a time, and finds the test that fails.
 
-The places are drawn with a seed from lines that tests cover, five in each area. A quicker suite
-still does its work where it sees what the slower one saw. So list the places once, then break
-these very ones in either tree, each with the coverage that `pytest --cov-context=test` measured:
+A seed chooses the places from lines that tests cover, five in each area. A quicker suite is still
+good if it finds the breaks that the slower one found. So list the places once, then break the same
+places in both trees. Each tree needs the coverage that `pytest --cov-context=test` measured:
 
     python -m tests.breaks --tree OLD --data OLD.coverage --list --json places.jsonl
     python -m tests.breaks --tree OLD --data OLD.coverage --from places.jsonl --json old.jsonl
     python -m tests.breaks --tree NEW --data NEW.coverage --from places.jsonl --json new.jsonl
 
-What is broken is a copy of the tree. tests/breaks.jsonl holds the thirty places of seed 15, drawn
-from the coverage of commit 4e47772.
+Only a copy of the tree is broken. tests/breaks.jsonl holds the thirty places of seed 15, chosen
+by the coverage of commit 4e47772.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from typer import echo
 
 AN_AREA = 5
 MAX_TESTS = 150
-"""Of those that cover a line"""
+"""Maximum number of tests to run for a line."""
 CHILDREN = ("tests/acceptance/", "tests/integration/test_child.py")
-"""The tests of what only child processes execute: coverage does not tell for which test"""
+"""Tests of code that only child processes execute. Coverage does not record their test."""
 PYTEST = [sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 LEFT_OUT = shutil.ignore_patterns(
     ".venv", ".git", ".cache", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "farm-data"
@@ -63,9 +63,9 @@ ALONE = {
     "api/routes/jobs.py": "submit|list_jobs|job_page|_storable",
     "api/routes/inputs.py": "upload|list_inputs|_read|_blocks|_next",
 }
-"""Files of which only some functions belong to their area"""
+"""Functions, as a pattern, of files of which only a part belongs to their area."""
 WORDING = {"__repr__", "__str__", "_tell_dropped"}
-"""Functions that only put into words what a log says"""
+"""Functions that only build the text of a log message."""
 
 CLAIM = ("farm/store/claim.py", "rows = connection.execute(")
 COMPLETE = ("farm/store/frames.py", "connection.execute(text(COMPLETE)")
@@ -78,7 +78,7 @@ CALLERS: Mapping[str, Sequence[tuple[str, str]]] = {
     "added": [TALLY],
     "tally": [TALLY, CLAIM, COMPLETE, FINISH],
 }
-"""A function in SQL: the lines in Python that run it; CLAIM for any other"""
+"""Python lines that run a function in SQL. Default: CLAIM."""
 
 SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "and": "or"}
 SWAPS |= {"or": "and", "in": "not in", "not in": "in", "is": "is not", "is not": "is"}
@@ -92,17 +92,17 @@ SQL_SWAPS = {
     r"\b(?i:least)(?=\()": "greatest",
 }
 COMPARES = re.compile(r"\b(WHERE|AND|OR|ON|IF|WHEN)\b")
-"""What stands before a `=` that does not assign"""
+"""Keywords before an `=` that compares and does not assign."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Node = ast.stmt | ast.expr
 Break = tuple[int, str, str]
-"""Where in a text, what stands there, and what comes in its place"""
+"""Offset in a text, the old text there, and its replacement."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the code is broken, and how."""
+    """A place in the code, and the change that breaks it."""
 
     area: str
     file: str
@@ -110,23 +110,23 @@ class Place:
     line: int
     column: int
     text: str
-    """The whole line"""
+    """The whole line."""
     old: str
     new: str
     lines: Sequence[int] = ()
-    """Those of what is broken, and then where its statement begins; none in SQL"""
+    """Line numbers of the broken part, then the first line of its statement. Empty in SQL."""
 
     @property
     def what(self) -> str:
         old, new = (" ".join(text.split())[:60] for text in (self.old, self.new))
-        beside = f" in {self.text.strip()[:70]}" if "\n" not in self.old and len(old) < 9 else ""
-        return f"{old} -> {new or 'nothing'}{beside}"
+        line = f" in {self.text.strip()[:70]}" if "\n" not in self.old and len(old) < 9 else ""
+        return f"{old} -> {new or 'nothing'}{line}"
 
     def start(self, text: str) -> int:
         return sum(len(line) + 1 for line in text.split("\n")[: self.line - 1]) + self.column
 
     def within(self, text: str) -> Place | None:
-        """The place in a text that may have moved; None where it is not to be found."""
+        """Find the place in a text that may have moved. Return None if it is not found."""
         found = [at for at, line in enumerate(text.split("\n"), 1) if line == self.text]
         if self.line not in found and len(found) != 1:
             return None
@@ -137,7 +137,7 @@ class Place:
 
 
 def places_in(area: str, file: str, text: str) -> Iterator[Place]:
-    """Every place where a file can be broken."""
+    """List every place where a file can be broken."""
     found = sql_breaks(text) if file.endswith(".sql") else python_breaks(file, text)
     for function, (start, old, new), lines in found:
         line, column = text.count("\n", 0, start), start - text.rfind("\n", 0, start) - 1
@@ -168,7 +168,7 @@ def python_breaks(file: str, text: str) -> Iterator[tuple[str, Break, list[int]]
         if any(
             ast.unparse(each).startswith(("cache", "lru_cache")) for each in function.decorator_list
         ):
-            continue  # run once a process: it is not told for whom
+            continue  # runs once a process, so coverage records only one test
         if re.fullmatch(ALONE.get(file, ".*"), function.name):
             for node, statement in executed(function):
                 lines = [*range(node.lineno, (node.end_lineno or 0) + 1), statement.lineno]
@@ -187,7 +187,7 @@ def node_breaks(node: Node, text: str) -> Iterator[Break]:
             yield from swaps(values, text)
         case ast.Expr(value=ast.Call() | ast.Await(value=ast.Call())):
             yield gone(node, text, "pass")
-        # Whoever asks can hardly tell False from None.
+        # Callers rarely distinguish False from None.
         case ast.Return(value=value) if value and getattr(value, "value", True):
             yield gone(node, text, "return None")
         case ast.Constant(value=int(number)) if not isinstance(number, bool):
@@ -195,7 +195,7 @@ def node_breaks(node: Node, text: str) -> Iterator[Break]:
 
 
 def gone(node: Node, text: str, new: str) -> Break:
-    """Put something else in a node's place, as many lines long."""
+    """Replace a node by another text with the same number of lines."""
     start, old = segment(node, text)
     return start, old, new + "\n" * old.count("\n")
 
@@ -209,7 +209,7 @@ def swaps(parts: Sequence[ast.expr], text: str) -> Iterator[Break]:
 
 
 def segment(node: Node, text: str) -> tuple[int, str]:
-    """Where a node begins in a text, and what it is there."""
+    """Return a node's offset in a text, and its source."""
     lines = text.split("\n")[: node.lineno]
     before = lines.pop().encode()[: node.col_offset].decode()
     start = sum(len(line) + 1 for line in lines) + len(before)
@@ -217,7 +217,7 @@ def segment(node: Node, text: str) -> tuple[int, str]:
 
 
 def executed(function: Function) -> Iterator[tuple[Node, ast.stmt]]:
-    """What of a function does something, each with its statement: no types, logs or messages."""
+    """Yield the effective nodes of a function with their statements: no types, logs or messages."""
     todo: list[tuple[ast.AST, ast.stmt]] = [(each, each) for each in function.body]
     for node, statement in todo:
         if is_told(node):
@@ -235,7 +235,7 @@ def executed(function: Function) -> Iterator[tuple[Node, ast.stmt]]:
 
 
 def is_told(node: ast.AST) -> bool:
-    """Whether a node only says something, to a person or to mypy."""
+    """Return True if a node is only a message to a person, or a hint for mypy."""
     match node:
         case ast.Raise() | ast.Assert() | ast.JoinedStr() | ast.Import() | ast.ImportFrom():
             return True
@@ -247,7 +247,7 @@ def is_told(node: ast.AST) -> bool:
 
 
 class Seen:
-    """Which tests execute a place, by coverage.py's data."""
+    """The tests that execute a place, by coverage.py's data."""
 
     def __init__(self, data: Path, recorded_in: Path) -> None:
         self._data = CoverageData(str(data))
@@ -256,7 +256,7 @@ class Seen:
         self._files: dict[str, Mapping[int, list[str]]] = {}
 
     def tests(self, place: Place, tree: Path) -> set[str]:
-        """Their names, and those of files; an empty one stands for child processes."""
+        """Return names of tests and files. An empty name means child processes."""
         if place.lines:
             own = self._at(place.file, place.lines[:-1])
             return own or self._at(place.file, place.lines[-1:])
@@ -270,13 +270,13 @@ class Seen:
         if file not in self._files:
             self._files[file] = self._data.contexts_by_lineno(str(self._root / file))
         contexts = {name for line in lines for name in self._files[file].get(line, ())}
-        # What is set up for a file's first test may be there for the rest.
+        # Fixtures set up for a file's first test may serve its other tests.
         whole = {file_of(name) for name in contexts if name.endswith("|setup")}
         return whole | {name.rpartition("|")[0] for name in contexts}
 
 
 def drawn(sources: Path, seen: Seen, seed: int) -> list[Place]:
-    """Five places in each area, no two of them in one function."""
+    """Choose five places in each area, no two in the same function."""
     chosen: list[Place] = []
     for area, patterns in AREAS.items():
         paths = [path for each in patterns.split() for path in sorted(sources.glob(each))]
@@ -295,7 +295,7 @@ def drawn(sources: Path, seen: Seen, seed: int) -> list[Place]:
 
 
 class Trial:
-    """A copy of a tree, in which one place after another is broken and its tests are run."""
+    """A copy of a tree. Breaks one place after another in it, and runs the place's tests."""
 
     def __init__(self, copy: Path, seen: Seen, options: argparse.Namespace) -> None:
         self._copy = copy
@@ -308,14 +308,14 @@ class Trial:
         failed = {each["id"] for each in told if each.get("outcome") == "failed"}
         code, output = self._run("--collect-only", seconds=300.0)
         if code != 0:
-            raise SystemExit(f"No tests are found in {options.tree}:\n{output[-2000:]}")
+            raise SystemExit(f"--tree: {options.tree} has no tests:\n{output[-2000:]}")
         listed = [line for line in output.splitlines() if re.match(r"tests/\S+::", line)]
-        # What failed with nothing broken shows nothing.
+        # A test that fails with nothing broken proves nothing.
         self._known = [name for name in listed if name in (self._walls or listed)]
         self._known = [name for name in self._known if name not in failed]
 
     def tests(self, place: Place) -> list[str]:
-        """The tests to run for a place: quick files first, and in each the quick tests."""
+        """List the tests to run for a place: quick files first, in each file quick tests first."""
         names = self._seen.tests(place, self._copy)
         found = [name for name in self._known if {name, file_of(name)} & names]
         if names == {""}:
@@ -326,7 +326,7 @@ class Trial:
         one = {file_of(name): name for name in found}
         rest = [name for name in found if name not in one.values()]
         chosen = [*one.values(), *rest[: max(0, MAX_TESTS - len(one))]]
-        # A file's tests stay together: what they share is made once.
+        # A file's tests stay together, so that their shared fixtures are made once.
         walls: dict[str, list[float]] = {file: [] for file in one}
         for name in chosen:
             walls[file_of(name)].append(self._walls.get(name, 1.0))
@@ -334,7 +334,7 @@ class Trial:
         return sorted(chosen, key=lambda name: (order[file_of(name)], self._walls.get(name, 1.0)))
 
     def row(self, place: Place) -> dict[str, object]:
-        """Break a place, and tell which test sees it."""
+        """Break a place, and return the test that fails."""
         there = place.within((self._copy / place.file).read_text())
         tests = self.tests(there) if there else []
         caught, seconds = None if there else "not in this tree", 0.0
@@ -365,11 +365,11 @@ class Trial:
 
     def _write(self, path: Path, text: str) -> None:
         path.write_text(text)
-        # It tells its source's time in whole seconds only.
+        # A .pyc file stores its source's time in whole seconds only.
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     def _run(self, *words: str, seconds: float | None = None) -> tuple[int | None, str]:
-        """Run pytest; gives its exit code, None where it took too long, and what it said."""
+        """Run pytest. Return its exit code, or None on a timeout, and its output."""
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(
                 [*PYTEST, *words],
@@ -393,7 +393,7 @@ class Trial:
 
 
 def catcher(code: int | None, output: str, tests: Sequence[str]) -> str | None:
-    """The test that failed, or what else became of a run; None where all passed."""
+    """Return the test that failed, or another outcome of the run. None if all passed."""
     for line in re.findall(r"^(?:FAILED|ERROR) (tests/.*)$", output, re.MULTILINE):
         if named := [name for name in tests if f"{line} - ".startswith(f"{name} - ")]:
             return max(named, key=len)
@@ -420,7 +420,7 @@ def main() -> int:
             keep(options.json, asdict(place))
         return 0
     with tempfile.TemporaryDirectory(prefix="farm-breaks-", ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # Postgres runs as another user where this is root
+        Path(folder).chmod(0o755)  # if this user is root, Postgres runs as another user
         copy = Path(folder) / "tree"
         shutil.copytree(tree, copy, ignore=LEFT_OUT)
         trial = Trial(copy, seen, options)
@@ -451,18 +451,18 @@ def parsed() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--tree", type=Path, default=Path(), help="whose tests are run")
-    add("--sources", type=Path, help="the tree to draw from, where it is another")
-    add("--data", type=Path, required=True, help="coverage.py's, with a context a test")
-    add("--recorded-in", type=Path, help="the tree that the data names, where it is another")
-    add("--durations", type=Path, help="JSON lines, id and wall, of the tests that may be run")
-    add("--from", type=Path, dest="known", help="the places that --list --json wrote")
-    add("--seed", type=int, default=15, help="what draws the places, and tests of too many")
-    add("--places", type=span, default=slice(None), help="some of them, such as 3 or 1-15")
-    add("--seconds", type=float, default=600.0, help="that a place may take")
-    add("--confirm", action="store_true", help="leave out what fails with nothing broken too")
-    add("--list", action="store_true", help="show the places, and break nothing")
-    add("--json", type=Path, help="a file to append a line of JSON a place to")
+    add("--tree", type=Path, default=Path(), help="tree whose tests are run")
+    add("--sources", type=Path, help="tree of the places, if it is another one")
+    add("--data", type=Path, required=True, help="data of coverage.py, with a context per test")
+    add("--recorded-in", type=Path, help="tree that the data names, if it is another")
+    add("--durations", type=Path, help="JSON lines with id and wall of the allowed tests")
+    add("--from", type=Path, dest="known", help="file that --list --json wrote")
+    add("--seed", type=int, default=15, help="seed that chooses places, and tests if too many")
+    add("--places", type=span, default=slice(None), help="some places, for example 3 or 1-15")
+    add("--seconds", type=float, default=600.0, help="maximum time of a place")
+    add("--confirm", action="store_true", help="ignore tests that also fail with nothing broken")
+    add("--list", action="store_true", help="only print the places")
+    add("--json", type=Path, help="file to which a JSON line per place is appended")
     return parser.parse_args()
 
 

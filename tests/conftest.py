@@ -1,4 +1,4 @@
-"""Real servers, started once a session; a fresh copy of a migrated database for each test."""
+"""Real servers, started once per session. A fresh copy of a migrated database for each test."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from farm.store import keys
 from farm.store.engine import transaction
 from tests.support.databases import Databases
 
-# One core is another process's. Read when torch is imported; child processes inherit it.
+# One core is left to other processes. Read on import of torch; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Nothing here speaks TLS: else each client of httpx reads every root certificate, for 27 ms.
+# Tests use no TLS. Without this, each client of httpx reads all root certificates in 27 ms.
 os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.devnull
 
 SHARING = {"live", "disturbed"}
-"""The folders of tests/acceptance whose tests share one farm"""
+"""Folders of tests/acceptance whose tests share one farm."""
 _numbers = itertools.count(1)
 
-# How long an example takes says how busy the machine is, and nothing of the code.
+# An example's duration depends on the machine's load more than on the code.
 hypothesis.settings.register_profile("farm", deadline=None)
 hypothesis.settings.load_profile("farm")
 
 
 LONGEST = "test_parity"
-"""The file that keeps one process busy longest: begun last, it would leave the others idle"""
+"""The slowest file. It begins first; begun last, it would leave the other processes idle."""
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what was imported stays: no collection need look at it
+    gc.freeze()  # imported objects stay: collections can skip them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFarm(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Gives a process whole files, and whole folders whose tests share a farm."""
+    """A scheduler that assigns whole files, and whole folders whose tests share a farm."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.partition("::")[0])
@@ -87,7 +87,7 @@ def settings(servers: Servers, databases: Databases, tmp_path: Path) -> Iterator
 
 
 def settings_on(servers: Servers, database_url: str, folder: Path) -> Settings:
-    """Return the settings of a farm on this database, with a number of Redis of its own."""
+    """Return the settings of a farm on this database, with its own Redis database number."""
     return Settings(
         database_url=SecretStr(database_url),
         redis_url=SecretStr(f"{servers.redis_url.rsplit('/', 1)[0]}/{next(_numbers) % 15 + 1}"),
@@ -107,7 +107,7 @@ def farm(settings: Settings) -> Iterator[Farm]:
     yield opened
     for thread in threading.enumerate():
         if thread.name == "lease-watch":
-            thread.join(10)  # it may be telling its last step
+            thread.join(10)  # it may still report its last step
     opened.close()
 
 

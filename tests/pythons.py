@@ -1,7 +1,7 @@
 """`python -m tests.pythons FOLDER`: render a picture, and replay those of other Pythons.
 
-Each Python leaves a picture of the demo's pipeline in FOLDER, and renders every picture
-that it finds there again. The exit code is 0 where all are identical.
+For example `python -m tests.pythons .pythons`. Each Python stores a picture of the demo's pipeline
+in FOLDER, and renders every picture in FOLDER again. The exit code is 0 if all are identical.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""GPU workers: the render line, the Celery tasks and the janitor, over farm."""
+"""Processes that use the package farm: GPU workers, the exporter and the janitor."""

@@ -1,4 +1,4 @@
-"""/docs: the API's own description for people, from OpenAPI; it loads nothing from elsewhere."""
+"""The page /docs: the OpenAPI document for people. It loads nothing from other sites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Schema = dict[str, Any]
 
 @router.get("/docs")
 def docs(request: Request) -> HTMLResponse:
-    """Show every call: what it takes and what it answers."""
+    """Show every call with its parameters, its body and its responses."""
     document = request.app.openapi()
     schemas = document["components"]["schemas"]
     named = {name: schema for name, schema in schemas.items() if "enum" in schema}
@@ -47,7 +47,7 @@ def _parameters(call: Schema) -> list[Schema]:
 
 
 def _fields(content: Schema, schemas: Schema) -> list[dict[str, str]]:
-    """Lay out the fields of a body, or of the items of a page."""
+    """Return the fields of a body, or of the items of a page."""
     for media in content.get("content", {}).values():
         name = _name(media.get("schema", {}))
         properties = schemas.get(name, {}).get("properties", {})
@@ -80,7 +80,7 @@ def _name(schema: Schema) -> str:
 
 
 def kind(schema: Schema) -> str:
-    """Say in words what a schema allows."""
+    """Describe in words the values that a schema allows."""
     if "anyOf" in schema:
         return " or ".join(kind(form) for form in schema["anyOf"])
     if "enum" in schema:

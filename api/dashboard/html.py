@@ -1,4 +1,4 @@
-"""HTML: the templates, and the headers that every page bears."""
+"""HTML templates, and the headers of every page."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _templates = Environment(
 _templates.filters.update(
     ago=ago, count=count, duration=duration, pace=pace, percent=percent, size=size
 )
-# Part of the static files' addresses, so that a browser never mixes two versions.
+# Part of the static files' URLs, so that a browser never mixes two versions.
 _templates.globals["version"] = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(STATIC.iterdir()))
 ).hexdigest()[:12]
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template; every value is escaped."""
+    """Fill in a template. Every value is escaped."""
     return _templates.get_template(template).render(**values)

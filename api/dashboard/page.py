@@ -1,4 +1,4 @@
-"""The dashboard: jobs, newest pictures, workers; rendered here, kept fresh by a small script."""
+"""The dashboard: jobs, newest pictures and workers. A small script on the page updates it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Status = Annotated[JobStatus | None, Query()]
 def page(
     request: Request, farm: FarmDep, after: After = None, status: Status = None
 ) -> HTMLResponse:
-    """Show the dashboard, or ask for a key."""
+    """Show the dashboard, or the sign-in page."""
     try:
         caller = visitor(request, farm)
     except Unauthenticated:
@@ -60,7 +60,7 @@ def live(
 
 
 class Action(StrEnum):
-    """What the page's buttons do to a job."""
+    """Actions of a job's buttons on the page."""
 
     CANCEL = "cancel"
     PAUSE = "pause"
@@ -80,7 +80,7 @@ USE_CASES: dict[Action, Callable[[Farm, uuid.UUID, uuid.UUID], object]] = {
 async def act(
     request: Request, farm: FarmDep, caller: VisitingWriter, job_id: uuid.UUID, action: Action
 ) -> Response:
-    """Press one of a job's buttons."""
+    """Run the action of one of a job's buttons."""
     slow: Turns = request.app.state.slow
     if action is Action.RETRY:
         await slow.run(caller.tenant_id, use_cases.retry, farm, caller.tenant_id, job_id)
@@ -92,7 +92,7 @@ async def act(
 def contents(
     farm: Farm, caller: Caller, after: uuid.UUID | None, status: JobStatus | None
 ) -> dict[str, Any]:
-    """Gather what the dashboard shows."""
+    """Read everything that the dashboard shows."""
     jobs = job_page(farm, caller.tenant_id, limit=JOBS_SHOWN, after=after, status=status)
     with transaction(farm.store) as connection:
         pictures = newest_pictures(connection, caller.tenant_id, PICTURES_SHOWN)
@@ -115,7 +115,7 @@ def contents(
 
 
 def actions(job: schemas.Job) -> list[Action]:
-    """Name the buttons that a job has now."""
+    """Return the actions whose buttons a job has now."""
     offered = []
     if job.status not in TERMINAL:
         offered += [Action.RESUME if job.paused else Action.PAUSE, Action.CANCEL]

@@ -1,4 +1,4 @@
-"""Pictures on the page: through this server, so that the page loads nothing from elsewhere."""
+"""Pictures of the dashboard. This server sends them, so that the page loads nothing from others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Ordinal = Annotated[int, Path(ge=0)]
 THUMBNAIL_PIXELS = 384
 Give = Callable[[Farm, Caller, uuid.UUID, int], Response]
 
-# An artifact never changes, but another visitor of this browser has another cookie.
+# An artifact never changes, but another user of this browser has another cookie.
 FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Cookie"}
 
 
@@ -33,7 +33,7 @@ FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Co
 async def picture(
     request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
 ) -> Response:
-    """Give a frame's image as it is stored."""
+    """Return a frame's image as it is stored."""
     return await _by_storage(request, _picture, farm, caller, job_id, ordinal)
 
 
@@ -49,14 +49,14 @@ def _picture(farm: Farm, caller: Caller, job_id: uuid.UUID, ordinal: int) -> Res
 async def thumbnail(
     request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
 ) -> Response:
-    """Give a frame's image, made small enough to show many."""
+    """Return a frame's image as a thumbnail."""
     return await _by_storage(request, _thumbnail, farm, caller, job_id, ordinal)
 
 
 async def _by_storage(
     request: Request, give: Give, farm: Farm, caller: Caller, job_id: uuid.UUID, ordinal: int
 ) -> Response:
-    """Give a picture in one of the threads that may wait for the storage."""
+    """Return a picture, read in one of the threads that may wait for the storage."""
     limiter = request.app.state.storage
     return await to_thread.run_sync(give, farm, caller, job_id, ordinal, limiter=limiter)
 

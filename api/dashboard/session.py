@@ -1,6 +1,6 @@
-"""Signing in to the page: a key is exchanged for a session, which a cookie holds.
+"""Signing in to the dashboard: a key is exchanged for a session, which is stored in a cookie.
 
-No script reads the cookie, no other site sends it, and the key itself is kept nowhere.
+Scripts cannot read the cookie, other sites cannot send it, and the key itself is not stored.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ DAY_SECONDS = 86_400.0
 
 
 def visitor(request: Request, farm: FarmDep) -> Caller:
-    """Who looks at the page.
+    """Return the caller of the request's session.
 
     Raises:
-        Unauthenticated: nobody has signed in, the session has ended, or its key was revoked.
+        Unauthenticated: There is no session, it has ended, or its key was revoked.
     """
     session = session_of(request)
     if session is None:
@@ -49,9 +49,13 @@ Visitor = Annotated[Caller, Depends(visitor)]
 
 
 def same_origin(request: Request) -> None:
-    """Refuse what another site's page sends."""
+    """Refuse a request from a page of another site.
+
+    Raises:
+        Forbidden: The `Origin` header names another host.
+    """
     if _host(request.headers.get("origin", "")) != request.headers.get("host"):
-        raise Forbidden("Actions of this page are taken on this page only.")
+        raise Forbidden("The request came from a page of another site. Use the farm's own page.")
 
 
 def _host(origin: str) -> str | None:
@@ -62,9 +66,12 @@ def _host(origin: str) -> str | None:
 
 
 def visiting_writer(caller: Visitor, _origin: Annotated[None, Depends(same_origin)]) -> Caller:
-    """Who may act on the page."""
+    """Require a session that may change jobs, and a request from the page itself."""
     if caller.role not in WRITERS:
-        raise Forbidden(f"A {caller.role} key may look, but not change anything.")
+        raise Forbidden(
+            f"This key has the role {caller.role}, which is read-only. "
+            "Use a client or operator key."
+        )
     return caller
 
 
@@ -72,18 +79,18 @@ VisitingWriter = Annotated[Caller, Depends(visiting_writer)]
 
 
 def wants_html(request: Request) -> bool:
-    """Whether a browser navigates here, rather than the page's own script asking."""
+    """Return True if a browser opens the address; False if the page's script sends the request."""
     return "text/html" in request.headers.get("accept", "")
 
 
 def sign_in_page(problem: str = "", status: int = 200) -> HTMLResponse:
-    """Ask for a key."""
+    """Build the sign-in page, which asks for a key."""
     return HTMLResponse(render("sign_in.html", problem=problem), status, headers=PAGE_HEADERS)
 
 
 @router.post("/login", dependencies=[Depends(same_origin)])
 def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_body)]) -> Response:
-    """Take a key, and begin a session, which the visitor's cookie holds."""
+    """Check a key, and store a new session in the browser's cookie."""
     try:
         caller = caller_of(farm, Credential(_field(body, "key")))
     except Unauthenticated as error:
@@ -106,7 +113,7 @@ def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_
 
 
 def _field(form: bytes, name: str) -> str:
-    """Read one field of a form; empty where it has none, or is no form."""
+    """Return one field of a form; empty if the field is missing or the body is no form."""
     try:
         fields = parse_qs(form.decode("utf-8", "replace"), max_num_fields=MAX_FIELDS)
     except ValueError:
@@ -116,7 +123,7 @@ def _field(form: bytes, name: str) -> str:
 
 @router.post("/logout", dependencies=[Depends(same_origin)])
 def log_out(request: Request, farm: FarmDep) -> Response:
-    """End the visitor's session, and forget the pictures in the browser's cache."""
+    """End the session, and clear the pictures from the browser's cache."""
     session = session_of(request)
     if session is not None:
         with transaction(farm.store) as connection:
@@ -128,5 +135,5 @@ def log_out(request: Request, farm: FarmDep) -> Response:
 
 
 def done(request: Request) -> Response:
-    """End an action: a browser goes back to the page, the page's script is told so."""
+    """Return the response to an action: a redirect for a browser, 204 for the page's script."""
     return RedirectResponse("/", 303) if wants_html(request) else Response(status_code=204)

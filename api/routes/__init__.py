@@ -1,1 +1,1 @@
-"""The routes of the HTTP API, a file for each resource."""
+"""The routes of the HTTP API, one file per resource."""

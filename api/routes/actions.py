@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/actions", tags=["operators"])
 
 MOST = 2**63 - 1
 AfterAction = Annotated[
-    int | None, Query(ge=0, le=MOST, description="the `next` of the page before")
+    int | None, Query(ge=0, le=MOST, description="Value of `next` of the previous page")
 ]
 
 
@@ -25,8 +25,7 @@ AfterAction = Annotated[
 def list_actions(
     farm: FarmDep, _caller: Operator, limit: Limit = 50, after: AfterAction = None
 ) -> schemas.Page[schemas.Action]:
-    """List actions with the key, the verb, the target, the time, the address, the reason and the
-    outcome."""
+    """List actions with key, verb, target, time, address, reason and outcome."""
     with reads(farm.store) as connection:
         found = actions.list_actions(connection, limit=limit + 1, after=after)
     data = [schemas.Action(**row._mapping) for row in found[:limit]]

@@ -17,7 +17,7 @@ from farm.store.engine import reads, transaction
 
 router = APIRouter(prefix="/v1/destinations", tags=["operators"])
 
-DestinationId = Annotated[uuid.UUID, Path(description="the destination's id")]
+DestinationId = Annotated[uuid.UUID, Path(description="ID of the destination")]
 
 
 @router.get("", summary="List export destinations")
@@ -36,7 +36,8 @@ def grant(farm: FarmDep, actor: Acting, asked: schemas.DestinationAsked) -> sche
     with transaction(farm.store) as connection:
         row = destinations.grant(connection, asked.tenant, bucket, prefix)
         if row is None:
-            raise InvalidRequest(f"tenant: there is no tenant {asked.tenant!r}.", param="tenant")
+            message = f"tenant: there is no tenant {asked.tenant!r}. `farm tenants` lists them."
+            raise InvalidRequest(message, param="tenant")
         view = _view(row)
         target = f"tenant {view.tenant}"
         actions.record(connection, actor, "destination.grant", target, asked.why, view.dest)
@@ -54,7 +55,9 @@ def revoke(farm: FarmDep, actor: Acting, destination_id: DestinationId, why: Why
     with transaction(farm.store) as connection:
         row = destinations.revoke(connection, destination_id)
         if row is None:
-            raise NotFound(f"There is no destination {destination_id}.")
+            raise NotFound(
+                f"There is no destination {destination_id}. `farm destinations` lists them."
+            )
         target, outcome = f"tenant {row.tenant}", f"s3://{row.bucket}/{row.prefix}"
         actions.record(connection, actor, "destination.revoke", target, why, outcome)
 

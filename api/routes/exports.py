@@ -1,4 +1,4 @@
-"""Exports: jobs' pictures as datasets, written beside the farm's work, a shard at a time."""
+"""Exports: pictures of jobs as datasets. `farm exporter` writes them, one shard at a time."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ from farm.store.exports import Export
 
 router = APIRouter(prefix="/v1", tags=["exports"])
 
-ExportId = Annotated[uuid.UUID, Path(description="the export's id")]
+ExportId = Annotated[uuid.UUID, Path(description="ID of the export")]
 PICTURE = re.compile(r"data/([0-9]{5})/([0-9]{9,18})\.(?:png|jpg|webp)", re.ASCII)
-"""Of an image folder: its shard, and its number in the dataset"""
-FileName = Annotated[str, Path(description="the file's name within the dataset")]
+"""Name of a picture in an image folder: number of its shard, and its own number."""
+FileName = Annotated[
+    str, Path(description="Name of the file in the dataset, such as data/00000.tar")
+]
 
 
 @router.post(
@@ -42,7 +44,8 @@ FileName = Annotated[str, Path(description="the file's name within the dataset")
 async def export_job(
     request: Request, farm: FarmDep, caller: Writer, job_id: JobId, asked: schemas.ExportAsked
 ) -> schemas.Export:
-    """Begin to write a job's pictures as a dataset; shards follow as they become whole."""
+    """Start an export of a job's pictures as a dataset. A shard is written when all its frames have
+    ended, also while the job still renders."""
     await to_thread.run_sync(_check_job, farm, caller.tenant_id, job_id)
     return await _create(request, farm, caller.tenant_id, asked, [job_id], {})
 
@@ -53,9 +56,10 @@ async def export_job(
 async def export_jobs(
     request: Request, farm: FarmDep, caller: Writer, asked: schemas.ExportOfJobs
 ) -> schemas.Export:
-    """Begin to write several jobs' pictures as one dataset: they are named, or bear labels."""
+    """Start an export of several jobs' pictures as one dataset. Choose the jobs by `jobs` or by
+    `labels`."""
     if bool(asked.jobs) == bool(asked.labels):
-        raise InvalidRequest("jobs: name jobs, or give labels that they bear.", param="jobs")
+        raise InvalidRequest("jobs: pass job IDs as `jobs`, or `labels`, not both.", param="jobs")
     job_ids = [_id(word) for word in asked.jobs]
     return await _create(request, farm, caller.tenant_id, asked, job_ids, asked.labels)
 
@@ -67,7 +71,7 @@ def list_exports(
     limit: Limit = 50,
     after: After = None,
 ) -> schemas.Page[schemas.Export]:
-    """List a tenant's exports."""
+    """List the exports of the key's tenant."""
     with reads(farm.store) as connection:
         if after is not None:
             with known_after():
@@ -76,9 +80,9 @@ def list_exports(
     return page(found, limit, _view)
 
 
-@router.get("/exports/{export_id}", responses=refusals(404), summary="Look at an export")
+@router.get("/exports/{export_id}", responses=refusals(404), summary="Get an export")
 def get_export(farm: FarmDep, caller: Reader, export_id: ExportId) -> schemas.Export:
-    """Answer with how far an export is."""
+    """Return an export with its progress."""
     with reads(farm.store) as connection:
         return _view(exports.get_export(connection, caller.tenant_id, export_id))
 
@@ -90,7 +94,8 @@ def get_export(farm: FarmDep, caller: Reader, export_id: ExportId) -> schemas.Ex
     summary="Delete an export",
 )
 def delete_export(farm: FarmDep, caller: Writer, export_id: ExportId) -> None:
-    """Delete an export, ended or not. Files in the farm's own storage go, those elsewhere stay."""
+    """Delete an export, also a running one. Its files in the farm's own storage are deleted. Its
+    files in a destination stay."""
     with transaction(farm.store) as connection:
         exports.remove_export(connection, caller.tenant_id, export_id)
 
@@ -103,9 +108,9 @@ def list_shards(
     caller: Reader,
     export_id: ExportId,
     limit: Limit = 50,
-    after: Annotated[int, Query(ge=-1, description="the `next` of the page before")] = -1,
+    after: Annotated[int, Query(ge=-1, description="Value of `next` of the previous page")] = -1,
 ) -> schemas.Page[schemas.Shard]:
-    """List shards by number, each with its files once it is done."""
+    """List shards by number. A finished shard has its files."""
     with reads(farm.store) as connection:
         exports.get_export(connection, caller.tenant_id, export_id)
         found = exports.shards_of(connection, export_id, limit=limit + 1, after=after)
@@ -115,28 +120,32 @@ def list_shards(
 
 @router.get(
     "/exports/{export_id}/files/{name:path}",
-    summary="Fetch a file of an export",
+    summary="Download a file of an export",
     status_code=307,
     response_class=RedirectResponse,
     responses={
-        307: {"description": "its address, good for minutes, without a key"},
+        307: {
+            "description": "Redirect to its address, which needs no key and expires after minutes"
+        },
         **refusals(404),
     },
 )
 def get_file(
     farm: FarmDep, caller: Reader, export_id: ExportId, name: FileName, head: IsHead
 ) -> RedirectResponse:
-    """Point to a file of a shard that is done."""
+    """Redirect to a file of a finished shard."""
     with reads(farm.store) as connection:
         export = exports.get_export(connection, caller.tenant_id, export_id)
         if not _lists(connection, export, name):
-            raise NotFound(f"Export {export_id} has no such file, or not yet.")
+            raise NotFound(
+                f"Export {export_id} has no such file, or its shard is not finished yet."
+            )
     address = farm.artifacts.presigned(export.prefix + name, export.bucket, head=head)
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
 
 
 def _lists(connection: Transaction, export: Export, name: str) -> bool:
-    """Whether a file is one of an export's: a shard lists it, or the shard's metadata does."""
+    """Return True if a shard of an export lists a file, or if the shard's metadata does."""
     picture = PICTURE.fullmatch(name)
     if picture is None or export.kind != "imagefolder":
         return "\x00" not in name and exports.has_file(connection, export.id, name)
@@ -161,7 +170,7 @@ async def _create(
         shard_frames=asked.shard_frames,
         dest=asked.dest,
     )
-    # Whether a place elsewhere is free, the storage tells: nobody else waits for that.
+    # A destination is checked in the storage. These threads are separate, so no other call waits.
     limiter = None if asked.dest is None else request.app.state.storage
     return _view(await to_thread.run_sync(create, limiter=limiter))
 
@@ -175,7 +184,7 @@ def _id(word: str) -> uuid.UUID:
     try:
         return uuid.UUID(word)
     except ValueError as error:
-        raise InvalidRequest(f"jobs: {word[:60]!r} is no job's id.", param="jobs") from error
+        raise InvalidRequest(f"jobs: {word[:60]!r} is not a job ID.", param="jobs") from error
 
 
 def _view(export: Export) -> schemas.Export:

@@ -1,4 +1,4 @@
-"""Frames: every one of a job, whether it has a row yet or not, and its image."""
+"""Frames of a job, with and without a row in the database, and their images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from farm.store.engine import Transaction, transaction
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/frames", tags=["frames"])
 
-Ordinal = Annotated[int, Path(ge=0, description="the frame's place in its job, from 0")]
+Ordinal = Annotated[int, Path(ge=0, description="Position of the frame in its job, from 0")]
 
 
 @router.get("", responses=refusals(404), summary="List a job's frames")
@@ -35,14 +35,19 @@ def list_frames(
     caller: Reader,
     job_id: JobId,
     limit: Limit = 50,
-    after: Annotated[int | None, Query(ge=0, description="the `next` of the page before")] = None,
-    state: Annotated[FrameState | None, Query(description="only frames in this state")] = None,
+    after: Annotated[
+        int | None, Query(ge=0, description="Value of `next` of the previous page")
+    ] = None,
+    state: Annotated[FrameState | None, Query(description="Only frames in this state")] = None,
 ) -> schemas.Page[schemas.Frame]:
-    """List frames by ordinal, complete at every moment: those never claimed are `waiting`."""
+    """List the frames of a job by ordinal. The list always has all frames: those never claimed are
+    `waiting`."""
     with transaction(farm.store) as connection:
         job = queries.get_job(connection, caller.tenant_id, job_id)
         if after is not None and after >= job.total:
-            raise InvalidRequest(f"after: the job's last frame is {job.total - 1}.", param="after")
+            raise InvalidRequest(
+                f"after: too large. The job's last frame is {job.total - 1}.", param="after"
+            )
         first = 0 if after is None else after + 1
         rows, ordinals = _window(connection, job, first, limit + 1, state)
         shown = ordinals[:limit]
@@ -54,7 +59,7 @@ def list_frames(
 def _window(
     connection: Transaction, job: JobRow, first: int, limit: int, state: FrameState | None
 ) -> tuple[dict[int, Any], Sequence[int]]:
-    """Choose the ordinals of a page, with the rows of those that have one."""
+    """Return the rows of a page by ordinal, and all its ordinals. Unclaimed frames have no row."""
     if state is None:
         page = range(first, min(first + limit, job.total))
         found = queries.list_frames(connection, job.id, after=first - 1, limit=limit)
@@ -71,7 +76,7 @@ def _window(
 
 
 def _may_hold(job: JobRow, state: FrameState) -> bool:
-    """Whether the job's own counters leave room for a frame in this state: spares a scan."""
+    """Return False if the job's counters show that no frame is in this state. This saves a scan."""
     counted = {
         FrameState.RUNNING: job.running,
         FrameState.SUCCEEDED: job.succeeded,
@@ -82,9 +87,9 @@ def _may_hold(job: JobRow, state: FrameState) -> bool:
     return bool(counted[state] > 0)
 
 
-@router.get("/{ordinal}", responses=refusals(404), summary="Look at a frame")
+@router.get("/{ordinal}", responses=refusals(404), summary="Get a frame")
 def get_frame(farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal) -> schemas.Frame:
-    """Answer with a frame, its whole spec and every attempt at it."""
+    """Return a frame with its full spec and every attempt that did not succeed."""
     with transaction(farm.store) as connection:
         job, row = frame_row(connection, caller.tenant_id, job_id, ordinal)
         return frame_views(connection, job, {ordinal: row} if row else {}, [ordinal], caller)[0]
@@ -92,28 +97,30 @@ def get_frame(farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal) ->
 
 @router.get(
     "/{ordinal}/image",
-    summary="Fetch a frame's image",
+    summary="Download a frame's image",
     status_code=307,
     response_class=RedirectResponse,
     responses={
-        307: {"description": "its address, good for minutes, without a key"},
+        307: {
+            "description": "Redirect to its address, which needs no key and expires after minutes"
+        },
         **refusals(404),
     },
 )
 def get_image(
     farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal, head: IsHead
 ) -> RedirectResponse:
-    """Point to a succeeded frame's image."""
+    """Redirect to the image of a succeeded frame."""
     key = image_key(farm, caller.tenant_id, job_id, ordinal)
     address = farm.artifacts.presigned(key, head=head)
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
 
 
 def image_key(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int) -> str:
-    """Name the artifact of a frame; its extension tells its format.
+    """Return the key of a frame's artifact. Its extension is that of the format.
 
     Raises:
-        NotFound: no such frame, or it has no image.
+        NotFound: There is no such frame, or it has no image.
     """
     with transaction(farm.store) as connection:
         job, row = frame_row(connection, tenant_id, job_id, ordinal)
@@ -126,13 +133,13 @@ def image_key(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int)
 def frame_row(
     connection: Transaction, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int
 ) -> tuple[JobRow, Any | None]:
-    """Read a job and one frame's row, None where it was never claimed.
+    """Read a job and one frame's row. The row is None if the frame was never claimed.
 
     Raises:
-        NotFound: no such job, or no such frame in it.
+        NotFound: There is no such job, or it has no such frame.
     """
     job = queries.get_job(connection, tenant_id, job_id)
     if ordinal >= job.total:
-        raise NotFound(f"Job {job_id} has no frame {ordinal}: its last is {job.total - 1}.")
+        raise NotFound(f"Job {job_id} has no frame {ordinal}. Its last is {job.total - 1}.")
     rows = queries.list_frames(connection, job_id, after=ordinal - 1, limit=1)
     return job, rows[0] if rows and rows[0].ordinal == ordinal else None

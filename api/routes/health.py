@@ -15,14 +15,14 @@ from farm.store.migrate import SchemaRefused, require_schema
 router = APIRouter(tags=["health"])
 
 UNREADY = (
-    "Postgres or S3 is away, Postgres takes no writes, or this version cannot work on the "
+    "Postgres or S3 does not answer, Postgres accepts no writes, or this version cannot use the "
     "database's schema"
 )
 
 
 @router.get("/healthz", summary="Liveness")
 async def healthz() -> schemas.Health:
-    """Answer, whatever else is away; it waits for no thread of the pool."""
+    """Answer even if other servers do not. The call waits for no thread of the pool."""
     return schemas.Health()
 
 
@@ -32,7 +32,7 @@ async def healthz() -> schemas.Health:
     responses={503: {"model": schemas.Readiness, "description": UNREADY}},
 )
 async def readyz(request: Request, farm: FarmDep, response: Response) -> schemas.Readiness:
-    """Tell how each server does; without Redis the farm still serves, only later."""
+    """Return the state of each server. Without Redis the farm still works, but jobs start later."""
     found = await to_thread.run_sync(_readiness, farm, limiter=request.app.state.health)
     response.status_code = 200 if found.ready else 503
     return found

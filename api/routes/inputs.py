@@ -1,4 +1,4 @@
-"""Inputs: prompts by the million, streamed in as lines of JSON, and named in jobs by their id."""
+"""Inputs: millions of prompts, uploaded as lines of JSON. Jobs name them by their ID."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from farm.store.engine import reads, transaction
 
 router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
 
-InputId = Annotated[uuid.UUID, Path(description="the input's id")]
+InputId = Annotated[uuid.UUID, Path(description="ID of the input")]
 MAX_CONCURRENT_UPLOADS, MAX_UPLOADS_PER_TENANT = 4, 2
-"""Uploads that a process takes at the same time"""
+"""Maximum number of uploads at the same time: of a process, and of a tenant."""
 BLOCK_BYTES = 2**20
-"""That are read in one go, in a thread"""
+"""Bytes of an upload that are parsed at once, in a thread."""
 LINES: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": 'lines of `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, '
-        '"labels": …?}`, plain or gzip',
+        "description": 'Lines of JSON, plain or gzip, such as `{"prompt": "a red star", '
+        '"key": "first", "seed": 7, "negative_prompt": "blurred", "labels": {"set": "test"}}`. '
+        "Only `prompt` is required",
         "content": {
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
@@ -50,10 +51,10 @@ LINES: dict[str, Any] = {
 async def upload(
     request: Request, farm: FarmDep, caller: Writer, response: Response
 ) -> schemas.Input:
-    """Take prompts, a line of JSON each, and keep all of them or none.
+    """Upload prompts, one line of JSON each. Either all lines are stored or none.
 
-    Wrong lines are told by their numbers, up to a hundred at once. The same lines again are the
-    same input.
+    The error lists the numbers of wrong lines, up to 100. Uploading the same lines again returns
+    the same input.
     """
     places: Places = request.app.state.intakes
     with places.taken(str(caller.tenant_id), "inputs"), InputReader(farm.settings) as intake:
@@ -63,21 +64,21 @@ async def upload(
     return _view(found)
 
 
-@router.get("/{input_id}", responses=refusals(404), summary="Look at an input")
+@router.get("/{input_id}", responses=refusals(404), summary="Get an input")
 def get_input(farm: FarmDep, caller: Reader, input_id: InputId) -> schemas.Input:
-    """Answer with what is known of an input."""
+    """Return the number of lines of an input, their size, and the first prompts."""
     with reads(farm.store) as connection:
         return _view(inputs.get_input(connection, caller.tenant_id, input_id))
 
 
-@router.get("", summary="List inputs, the one sent last first")
+@router.get("", summary="List inputs, latest upload first")
 def list_inputs(
     farm: FarmDep,
     caller: Reader,
     limit: Limit = 50,
     after: After = None,
 ) -> schemas.Page[schemas.Input]:
-    """List a tenant's inputs."""
+    """List the inputs of the key's tenant."""
     with reads(farm.store) as connection:
         if after is not None:
             with known_after():
@@ -90,13 +91,13 @@ def list_inputs(
     "/{input_id}", status_code=204, responses=refusals(403, 404, 409), summary="Delete an input"
 )
 def delete_input(farm: FarmDep, caller: Writer, input_id: InputId) -> None:
-    """Delete an input that no job draws."""
+    """Delete an input that no job uses."""
     with transaction(farm.store) as connection:
         inputs.delete_input(connection, caller.tenant_id, input_id)
 
 
 async def _read(request: Request, intake: InputReader) -> None:
-    """Read the body through; to its end even when it is refused, so that its sender hears why."""
+    """Read the body to its end, even if it is refused, so that the client gets the error."""
     refused: FarmError | None = None
     left = farm_of(request).settings.max_input_bytes
     async for block in _blocks(request):
@@ -122,7 +123,7 @@ async def _blocks(request: Request) -> AsyncIterator[bytes]:
                 yield bytes(held)
                 held.clear()
     except ClientDisconnect as error:
-        raise MalformedBody("The body was cut short.") from error
+        raise MalformedBody("The connection ended before the body did. Send it again.") from error
     if held:
         yield bytes(held)
 

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look, steer."""
+"""Jobs: submit, list, get, cancel, pause, resume and retry."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from farm.store.keys import Caller
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-JobId = Annotated[uuid.UUID, Path(description="the job's id")]
+JobId = Annotated[uuid.UUID, Path(description="ID of the job")]
 LABEL = "label."
 QUICK_BYTES = 2**18
-"""A longer body may hold so many prompts that checking them takes seconds"""
+"""Maximum size of a body for the usual threads, in bytes. Checking a larger one takes seconds."""
 STEERING = refusals(403, 404, 409)
 
 
@@ -43,7 +43,10 @@ STEERING = refusals(403, 404, 409)
     response_model=schemas.Job,
     summary="Submit a job",
     responses={
-        200: {"model": schemas.Quote, "description": "what it would take, with dry_run"},
+        200: {
+            "model": schemas.Quote,
+            "description": "With dry_run: estimate of time and storage",
+        },
         **refusals(400, 403, 409, 413),
     },
 )
@@ -58,20 +61,19 @@ async def submit(
             alias="Idempotency-Key",
             min_length=1,
             max_length=200,
-            description="the same key and body: the same job, however often it is sent",
+            description="Your own key, such as order-1017. Sending the same key and body again "
+            "returns the first job",
         ),
     ] = None,
     traceparent: Annotated[
         str | None,
-        Header(
-            description="a client's trace, as W3C's Trace Context has it; the job's links to it"
-        ),
+        Header(description="Trace of the client (W3C Trace Context). The job's trace links to it"),
     ] = None,
     dry_run: Annotated[
-        bool, Query(description="store nothing, and answer with what the job would take")
+        bool, Query(description="Store nothing, and return an estimate of time and storage")
     ] = False,
 ) -> Response:
-    """Check a job whole, store it, and answer with it as it stands; it renders when claimed."""
+    """Check a job completely, store it, and return it. Workers claim its frames later."""
     takes_long = b'"input"' in body or len(body) > QUICK_BYTES
     args = farm, caller, body, idempotency_key, traceparent, dry_run
     if takes_long:
@@ -99,7 +101,7 @@ def _submit(
 
 
 def _answer(content: BaseModel, status: int, headers: Mapping[str, str] | None = None) -> Response:
-    """Write an answer here, rather than let FastAPI do it in one more thread."""
+    """Build a response here. FastAPI would do it in another thread."""
     return Response(content.model_dump_json(), status, headers, "application/json")
 
 
@@ -110,10 +112,11 @@ def list_jobs(
     caller: Reader,
     limit: Limit = 50,
     after: After = None,
-    status: Annotated[JobStatus | None, Query(description="only jobs of this status")] = None,
-    pipeline: Annotated[str | None, Query(description="only jobs for this pipeline")] = None,
+    status: Annotated[JobStatus | None, Query(description="Only jobs with this status")] = None,
+    pipeline: Annotated[str | None, Query(description="Only jobs for this pipeline")] = None,
 ) -> schemas.Page[schemas.Job]:
-    """List jobs; `label.KEY=VALUE`, repeatable, keeps those that bear the label."""
+    """List jobs. The query `label.KEY=VALUE`, such as `label.campaign=spring`, selects jobs with
+    that label. Repeat it for several labels."""
     labels = {
         _storable(name): _storable(value, name)
         for name, value in request.query_params.items()
@@ -143,7 +146,7 @@ def job_page(
     """Read one page of a tenant's jobs.
 
     Raises:
-        InvalidRequest: there is no job `after`.
+        InvalidRequest: There is no job `after`.
     """
     with transaction(farm.store) as connection:
         if after is not None:
@@ -162,33 +165,34 @@ def job_page(
         return page(rows, limit, lambda row: job_view(row, lanes))
 
 
-@router.get("/{job_id}", responses=refusals(404), summary="Look at a job")
+@router.get("/{job_id}", responses=refusals(404), summary="Get a job")
 def get_job(farm: FarmDep, caller: Reader, job_id: JobId) -> schemas.Job:
-    """Answer with a job as it stands now."""
+    """Return a job in its current state."""
     return one_job(farm, caller.tenant_id, job_id)
 
 
-@router.post("/{job_id}/cancel", responses=STEERING, summary="Cancel a job for good")
+@router.post("/{job_id}/cancel", responses=STEERING, summary="Cancel a job")
 def cancel(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
-    """Cancel what waits and what runs; what succeeded stays. Cancelling twice is once."""
+    """Cancel all frames that wait or run. Succeeded frames stay. A cancelled job cannot be resumed;
+    cancelling it again has no effect."""
     return _steered(use_cases.cancel, farm, caller.tenant_id, job_id)
 
 
-@router.post("/{job_id}/pause", responses=STEERING, summary="Hold a job back")
+@router.post("/{job_id}/pause", responses=STEERING, summary="Pause a job")
 def pause(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
-    """Claim nothing more of a job; what runs is finished."""
+    """Stop claiming frames of a job. Frames that run are finished."""
     return _steered(use_cases.pause, farm, caller.tenant_id, job_id)
 
 
-@router.post("/{job_id}/resume", responses=STEERING, summary="Let a paused job go on")
+@router.post("/{job_id}/resume", responses=STEERING, summary="Resume a paused job")
 def resume(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
-    """Let a paused job be claimed again."""
+    """Start claiming frames of a paused job again."""
     return _steered(use_cases.resume, farm, caller.tenant_id, job_id)
 
 
-@router.post("/{job_id}/retry", responses=STEERING, summary="Give dead frames fresh attempts")
+@router.post("/{job_id}/retry", responses=STEERING, summary="Retry the dead frames of a job")
 async def retry(request: Request, farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
-    """Return a job's dead frames for as many attempts as they had at first."""
+    """Requeue a job's dead frames, each with its full number of attempts."""
     slow: Turns = request.app.state.slow
     args = _steered, use_cases.retry, farm, caller.tenant_id, job_id
     return await slow.run(caller.tenant_id, *args)
@@ -208,7 +212,7 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:
     """Read one job.
 
     Raises:
-        NotFound: there is none, or it is another tenant's.
+        NotFound: There is no such job, or it belongs to another tenant.
     """
     with reads(farm.store) as connection:
         row = queries.get_job(connection, tenant_id, job_id)
@@ -218,5 +222,5 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:
 def _storable(text: str, param: str | None = None) -> str:
     if "\x00" in text:
         name = (param or text).replace("\x00", "")
-        raise InvalidRequest(f"{name}: no stored text holds the NUL character.", param=name)
+        raise InvalidRequest(f"{name}: contains the NUL character. Remove it.", param=name)
     return text

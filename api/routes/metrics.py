@@ -1,4 +1,4 @@
-"""/metrics: Prometheus text, by pipeline; no tenant, job or prompt ever stands there."""
+"""/metrics: Prometheus text, by pipeline. It never names a tenant, a job or a prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from farm.store.engine import transaction
 router = APIRouter(tags=["health"])
 
 OUTCOMES = ("succeeded", "requeued", "dead", "dropped")
-"""What became of an attempt; requeued: for another one; dropped: its lease was lost."""
+"""Outcomes of an attempt. Requeued: another attempt follows. Dropped: its lease was lost."""
 
 STAGES = ("denoise", "encode", "put", "commit")
 
@@ -32,41 +32,41 @@ STAGES = ("denoise", "encode", "put", "commit")
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 def metrics(farm: FarmDep) -> Response:
-    """Answer without a key: what stands here names no tenant."""
+    """Return the metrics. They name no tenant, so no key is needed."""
     registry = CollectorRegistry()
     registry.register(LaneCollector(farm))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 class LaneCollector(Collector):
-    """Reads the lanes and the workers' sums from Postgres, once a scrape."""
+    """Collector that reads the lanes and the workers' sums from Postgres, once per scrape."""
 
     def __init__(self, farm: Farm) -> None:
         self.farm = farm
 
     def describe(self) -> Iterable[Metric]:
-        """Say nothing in advance, so that registering reads nothing."""
+        """Return nothing, so that registering reads nothing."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Read everything in one transaction, then lay it out."""
+        """Read everything in one transaction, and build the metrics from it."""
         with transaction(self.farm.store) as connection:
             depths = lanes.depths(connection)
             sums = {row.pipeline: row for row in workers.sums(connection)}
             database = queries.database_bytes(connection)
         pipelines = sorted({*self.farm.catalog.pipelines, *sums, *(row.pipeline for row in depths)})
         yield _queue(pipelines, {(row.pipeline, row.priority): row.waiting for row in depths})
-        yield _counter(sums, "farm_frames", "Attempts by what became of them", "outcome", OUTCOMES)
+        yield _counter(sums, "farm_frames", "Attempts by outcome", "outcome", OUTCOMES)
         yield _counter(sums, "farm_stage_seconds", "Seconds spent on batches", "stage", STAGES)
         yield _counter(sums, "farm_work_seconds", "Seconds with something to render")
         yield _counter(sums, "farm_batches", "Batches rendered")
-        yield _counter(sums, "farm_lease_expiries", "Leases that ran out")
+        yield _counter(sums, "farm_lease_expiries", "Leases that expired")
         alive = GaugeMetricFamily("farm_workers_alive", "Workers alive", labels=["pipeline"])
         for pipeline in pipelines:
             alive.add_metric([pipeline], sums[pipeline].alive if pipeline in sums else 0)
         yield alive
         yield GaugeMetricFamily(
-            "farm_database_bytes", "Disk that the farm's tables take up", value=database
+            "farm_database_bytes", "Disk space of the farm's tables", value=database
         )
 
 
@@ -87,13 +87,13 @@ COLUMNS = {
     "farm_batches": "batches",
     "farm_lease_expiries": "expired",
 }
-"""Label or metric: the column of store.workers.sums that it shows."""
+"""Column of store.workers.sums for each label value or metric."""
 
 
 def _counter(
     sums: dict[str, Any], name: str, text: str, label: str = "", values: tuple[str, ...] = ()
 ) -> Metric:
-    """Lay out a counter by pipeline and, where there is one, by a label's values."""
+    """Build a counter by pipeline and, if `label` is set, by the values of that label."""
     counter = CounterMetricFamily(name, text, labels=["pipeline", label] if label else ["pipeline"])
     for pipeline, row in sums.items():
         for value in values or (name,):

@@ -1,4 +1,4 @@
-"""Pipelines: what can be rendered, with which parameters and within which limits."""
+"""Pipelines of the catalog, with their parameters and limits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from farm.store.engine import transaction
 router = APIRouter(prefix="/v1/pipelines", tags=["pipelines"])
 
 
-@router.get("", summary="List what can be rendered")
+@router.get("", summary="List pipelines")
 def list_pipelines(farm: FarmDep, _caller: Reader) -> schemas.Page[schemas.Pipeline]:
-    """List the catalog's pipelines; all of them are on the one page."""
+    """List the catalog's pipelines with parameters, defaults and limits. There is one page."""
     with transaction(farm.store) as connection:
         alive = {name: lanes.lane_now(connection, name).workers for name in farm.catalog.pipelines}
     pipelines = [_view(farm, name, workers) for name, workers in sorted(alive.items())]
@@ -32,7 +32,7 @@ def _view(farm: Farm, name: str, workers: int) -> schemas.Pipeline:
     try:
         resolved = farm.resolve(name)
         family, schema = resolved.family.name, resolved.schema()
-    except CatalogError as error:  # one checkpoint that cannot be read hides no other pipeline
+    except CatalogError as error:  # an unreadable checkpoint must not hide the other pipelines
         problem = error.message
     return schemas.Pipeline(
         name=name,

@@ -15,7 +15,7 @@ from farm.store.engine import Transaction, reads, transaction
 
 router = APIRouter(prefix="/v1/tenants", tags=["operators"])
 
-Tenant = Annotated[str, Path(description="the tenant's name, or its id")]
+Tenant = Annotated[str, Path(description="Name or ID of the tenant")]
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
 
@@ -29,8 +29,8 @@ def list_tenants(farm: FarmDep, _caller: Operator) -> schemas.Page[schemas.Tenan
 
 @router.get("/{tenant}", summary="Show a tenant", responses=refusals(403, 404))
 def get_tenant(farm: FarmDep, _caller: Operator, tenant: Tenant) -> schemas.Tenant:
-    """Return what a tenant owns. Use the ID for a deleted tenant: `emptied_at` is the time at which
-    its last row and object were deleted."""
+    """Return the number of things that a tenant owns. Use the ID for a deleted tenant: `emptied_at`
+    is the time at which its last row and object were deleted."""
     with reads(farm.store) as connection:
         return _view(_found(connection, tenant))
 
@@ -61,7 +61,7 @@ def delete_tenant(farm: FarmDep, actor: Acting, tenant: Tenant, why: Why = "") -
 def _found(connection: Transaction, tenant: str) -> Any:
     row = None if "\x00" in tenant else tenants.find_tenant(connection, tenant)
     if row is None:
-        raise NotFound(f"There is no tenant {tenant!r}.")
+        raise NotFound(f"There is no tenant {tenant!r}. `farm tenants` lists them.")
     return row
 
 

@@ -1,4 +1,4 @@
-"""Workers: who renders, and what each does now."""
+"""Workers: list those that are alive, and drain one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 @router.get("", summary="List the workers that are alive")
 def list_workers(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Worker]:
-    """List workers; all of them are on the one page."""
+    """List workers, with the batch that each renders now. There is one page."""
     with transaction(farm.store) as connection:
         return schemas.Page(data=worker_views(connection, caller), next=None)
 
@@ -29,16 +29,17 @@ def list_workers(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Worker]:
     "/{worker_id}/drain",
     status_code=202,
     responses=refusals(403, 404),
-    summary="Let a worker finish and leave",
+    summary="Drain a worker",
 )
 def drain(
     farm: FarmDep, caller: Operator, actor: Acting, worker_id: uuid.UUID, why: Why = ""
 ) -> schemas.Worker:
-    """Ask a worker to claim nothing more; it ends its batch, deregisters and exits, within
-    FARM_GRACE_SECONDS, as with SIGTERM. What it cannot finish is given back, at no charge."""
+    """Stop a worker as SIGTERM does: it claims no more frames, finishes its batch, deregisters and
+    exits, within FARM_GRACE_SECONDS. Frames that it cannot finish are requeued without using up an
+    attempt."""
     with transaction(farm.store) as connection:
         if not workers.drain(connection, worker_id):
-            raise NotFound(f"There is no worker {worker_id} alive.")
+            raise NotFound(f"There is no worker {worker_id} that is alive.")
         rows = worker_views(connection, caller)
         drained = next(row for row in rows if row.id == worker_id)
         actions.record(
@@ -48,7 +49,7 @@ def drain(
 
 
 def worker_views(connection: Transaction, caller: Caller) -> list[schemas.Worker]:
-    """Show every worker; of the jobs that it renders, the caller's own."""
+    """Return every worker. Of the jobs that it renders, only the caller's own are shown."""
     rows = workers.list_workers(connection, None if caller.role == OPERATOR else caller.tenant_id)
     rendered = {job_id for row in rows for job_id in row.job_ids or ()}
     own = queries.own_jobs(connection, caller.tenant_id, sorted(rendered))

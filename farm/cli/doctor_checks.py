@@ -1,4 +1,4 @@
-"""What `farm doctor` looks at: each check on its own, so that one failure hides no other."""
+"""The checks of `farm doctor`. Each runs separately, so that one failure hides no other."""
 
 from __future__ import annotations
 
@@ -27,60 +27,63 @@ from farm.store.leadership import leadership
 from farm.store.migrate import require_schema
 
 SKEW_SECONDS = 5.0
-"""How far the clocks may differ: leases run on Postgres's, signatures and people on this one."""
+"""Maximum difference of the clocks, in seconds.
+
+Leases use Postgres's clock. Signatures and times shown to people use this machine's.
+"""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found."""
+    """Result of a check."""
 
     name: str
     ok: bool | None
-    """None: it could not be looked at, since what it needs failed"""
+    """True if passed, False if failed, None if skipped because a check that it needs failed."""
     detail: str
-    mend: str = ""
-    """What to do where something is wrong"""
+    remedy: str = ""
+    """Advice for a failure, or empty."""
 
 
 class Wrong(FarmError):
-    """Something is wrong that the check's own advice does not mend."""
+    """A failure whose remedy differs from the check's own."""
 
-    def __init__(self, message: str, mend: str) -> None:
+    def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
-        self.mend = mend
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to look at."""
+    """One check of `farm doctor`."""
 
     name: str
     look: Callable[[], str]
-    """Returns what is there; whatever it raises says what is wrong"""
-    mend: str
+    """Function that returns a description of what it found, or raises what is wrong."""
+    remedy: str
     needs: str = ""
-    """The check that must have passed for this one to mean anything"""
+    """Name of the check that must pass before this one can run."""
 
     def run(self, passed: Collection[str]) -> Finding:
-        """Look, unless what it needs is not among the checks that `passed`."""
+        """Run the check, or skip it if the check that it needs is not in `passed`."""
         if self.needs and self.needs not in passed:
-            return Finding(self.name, ok=None, detail=f"not looked at: it needs {self.needs}")
+            return Finding(self.name, ok=None, detail=f"skipped: it needs {self.needs}")
         try:
             return Finding(self.name, ok=True, detail=self.look())
         except Exception as error:
             message = error.message if isinstance(error, FarmError) else f"{error}"
             detail = " ".join(message.split()) or type(error).__name__
-            mend = error.mend if isinstance(error, Wrong) else self.mend
-            return Finding(self.name, ok=False, detail=detail, mend=mend)
+            remedy = error.remedy if isinstance(error, Wrong) else self.remedy
+            return Finding(self.name, ok=False, detail=detail, remedy=remedy)
 
 
 def all_checks(settings: Settings, store: Store) -> Iterator[Check]:
-    """Yield every check; those of the pipelines follow from what stands in the catalog."""
+    """Yield every check, including those for each pipeline of the catalog."""
     data = os.environ.get("FARM_DATA", "DIR")
-    up = f"`farm up --data {data}` starts it; elsewhere, see"
+    up = f"Start it with `farm up --data {data}`. If it runs elsewhere, set"
     aws = "FARM_S3_ENDPOINT_URL, FARM_S3_BUCKET and AWS_*"
-    clocks = "Let this machine follow a time server (NTP)."
-    yield Check("settings", _settings, f"`farm up --data {data}` makes the folder.")
+    clocks = "Set this machine's clock by a time server (NTP)."
+    yield Check("settings", _settings, f"Create the folder with `farm up --data {data}`.")
     yield Check("postgres", partial(_postgres, store), f"{up} FARM_DATABASE_URL.")
     yield Check("schema", partial(_schema, store), "Run `farm migrate`.", "postgres")
     yield Check("clock", partial(_clock, store), clocks, "postgres")
@@ -89,18 +92,19 @@ def all_checks(settings: Settings, store: Store) -> Iterator[Check]:
     yield Check("api", partial(_api, settings), f"{up} FARM_API_URL and FARM_API_KEY.")
     yield Check("janitor", partial(_janitor, store), "Start one: `farm janitor`.", "postgres")
     yield Check("torch", _torch, "Install the farm again, with constraints.txt.")
-    yield Check("catalog", partial(_catalog, settings), "FARM_PIPELINES names pipelines.toml.")
+    catalog = "Set FARM_PIPELINES to your catalog, for example pipelines.toml."
+    yield Check("catalog", partial(_catalog, settings), catalog)
     yield from _pipeline_checks(settings, store)
 
 
 def _pipeline_checks(settings: Settings, store: Store) -> Iterator[Check]:
     try:
         pipelines = load_catalog(settings.pipelines).pipelines
-    except CatalogError:  # its own check says so
+    except CatalogError:  # the catalog check reports it
         return
     for name, entry in pipelines.items():
         look = partial(_pipeline, name, entry)
-        yield Check(f"pipeline {name}", look, f"See its entry in {settings.pipelines}.")
+        yield Check(f"pipeline {name}", look, f"Correct its entry in {settings.pipelines}.")
         look = partial(_workers, store, settings, name)
         yield Check(f"workers {name}", look, f"Start one: `farm worker {name}`.", "schema")
 
@@ -110,7 +114,7 @@ def _settings() -> str:
     if not data:
         return "FARM_* variables; FARM_DATA is not set"
     if not (Path(data) / ENV_FILE).is_file():
-        raise FarmError(f"FARM_DATA is {data}, which holds no {ENV_FILE}.")
+        raise FarmError(f"FARM_DATA is {data}, which has no file {ENV_FILE}.")
     return str(Path(data) / ENV_FILE)
 
 
@@ -118,7 +122,7 @@ def _postgres(store: Store) -> str:
     try:
         place = server_place(store)
     except Unavailable as error:
-        # What libpq or a pooler says is for operators: it names hosts and users.
+        # The message of libpq or a pooler names hosts and users: only operators see it.
         cause = str(getattr(error.__cause__, "orig", None) or "").strip().partition("\n")[0]
         raise Unavailable(f"{error.message} {cause}".strip()) from error
     require_sessions(store)
@@ -127,7 +131,7 @@ def _postgres(store: Store) -> str:
 
 def _schema(store: Store) -> str:
     require_schema(store)
-    return "at this version's"
+    return "matches this version"
 
 
 def _clock(store: Store) -> str:
@@ -153,17 +157,17 @@ def _s3(settings: Settings) -> str:
         artifacts.put(key, content)
         try:
             if artifacts.get(key) != content:
-                raise FarmError("It gives back other bytes than it was given.")
+                raise FarmError("The bytes read back differ from the bytes written.")
         finally:
-            artifacts.delete_all([key])  # as the janitor deletes
-    return f"bucket {settings.s3_bucket} stores, gives and deletes"
+            artifacts.delete_all([key])  # the call that the janitor uses
+    return f"bucket {settings.s3_bucket} can be written, read and deleted from"
 
 
 def _api(settings: Settings) -> str:
     with FarmClient.of(settings) as client:
         client.get("/readyz")
         client.get("/v1/workers")
-    return f"ready at {settings.api_url}, and takes the key"
+    return f"ready at {settings.api_url}, and accepts the key"
 
 
 CLOSE_SECONDS = 10.0
@@ -172,8 +176,8 @@ CLOSE_SECONDS = 10.0
 def _janitor(store: Store) -> str:
     with leadership(store, CLOSE_SECONDS) as lead:
         if lead is not None:
-            raise FarmError("No janitor is alive: lost work is not taken up again.")
-    return "one leads"
+            raise FarmError("No janitor is alive, so lost frames are not rendered again.")
+    return "one is active"
 
 
 def _torch() -> str:
@@ -206,6 +210,6 @@ def _workers(store: Store, settings: Settings, name: str) -> str:
     if not able:
         raise Wrong(
             f"{plural(len(alive), 'worker')} failed to load it: {alive[0].problem}",
-            "Mend what it says. Its workers try again by themselves.",
+            "Correct that problem. The workers then try again by themselves.",
         )
     return ", ".join(f"{row.name} {row.state}" for row in able)

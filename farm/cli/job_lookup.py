@@ -1,4 +1,4 @@
-"""Jobs by what a user types: a whole id, or the beginning of a recent one's."""
+"""Look up a job by its ID, or by the first characters of a recent job's ID."""
 
 from __future__ import annotations
 
@@ -15,33 +15,39 @@ if TYPE_CHECKING:
 WHOLE = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 BEGINNING = re.compile(r"[0-9a-f-]{6,35}")
 RECENT = 1_000
-"""Jobs that a beginning is looked for in, the newest first."""
+"""Number of newest jobs that are searched for the first characters of an ID."""
 
 SHORT = 8
-"""Characters of an id that lists show."""
+"""Number of characters of an ID in lists."""
 
 JobArgument = Annotated[
     str,
     typer.Argument(
-        metavar="JOB", help="A job's id, or at least its first 6 characters.", show_default=False
+        metavar="JOB",
+        help="ID of the job, or at least its first 6 characters. Example: 1ace7af8.",
+        show_default=False,
     ),
 ]
 
 
 def find_job(client: FarmClient, word: str) -> str:
-    """Return the whole id of the job that `word` names.
+    """Return the full ID of a job.
+
+    Args:
+        client: the farm.
+        word: a full ID, or the first characters of one.
 
     Raises:
-        InvalidRequest: it is no id, or several recent jobs begin so.
-        NotFound: no recent job begins so.
+        InvalidRequest: it is not an ID, or several recent IDs begin with it.
+        NotFound: no recent ID begins with it.
     """
     word = word.strip().lower()
     if WHOLE.fullmatch(word):
         return word
     if not BEGINNING.fullmatch(word):
         raise InvalidRequest(
-            f"{word[:60]!r} is no job: give its id, or at least its first 6 characters; "
-            "`farm jobs` lists them.",
+            f"JOB: {word[:60]!r} is not a job ID. Pass the ID, or at least its first 6 "
+            "characters; `farm jobs` lists them.",
             param="job",
         )
     found = [
@@ -49,13 +55,16 @@ def find_job(client: FarmClient, word: str) -> str:
     ]
     if not found:
         raise NotFound(
-            f"None of the last {RECENT:,} jobs begins with {word}; `farm jobs` lists them."
+            f"None of the last {RECENT:,} job IDs begins with {word}. `farm jobs` lists them."
         )
     if len(found) > 1:
-        raise InvalidRequest(f"{len(found)} jobs begin with {word}: {', '.join(found[:5])}.")
+        raise InvalidRequest(
+            f"JOB: {len(found)} job IDs begin with {word}: {', '.join(found[:5])}. Type more "
+            "characters."
+        )
     return str(found[0])
 
 
 def short(job_id: str) -> str:
-    """The beginning of an id, as lists show it."""
+    """Return the first characters of an ID, as lists show it."""
     return job_id[:SHORT]

@@ -1,4 +1,4 @@
-"""Prompts from a file: its rows, as the lines that an input takes."""
+"""Prompts from a file: converts its rows to the lines of an input."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from farm.domain.numbers import whole
 from farm.errors import InvalidRequest
 
 Fields = dict[str, Any]
-"""A line of an input, as farm.domain.inputs has it"""
+"""A line of an input, as farm.domain.inputs defines it."""
 
 BLOCK_BYTES = 2**18
 MAX_NAMES = 100
-"""Of columns, that are remembered to be told"""
+"""Maximum number of column names, and of header layouts, that are remembered."""
 WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the file is what; those left out are taken where the file has them.
+    """Names of the file's columns. A column not named here is used if the file has it.
 
-    Names are compared without blanks around them and without case.
+    Names are compared without surrounding blanks and without case.
     """
 
     prompt: str = TEXT_COLUMN
@@ -43,47 +43,47 @@ class Columns:
 
     @property
     def named(self) -> dict[str, str]:
-        """The columns that must be there, by the field that they are."""
+        """Return the columns that the file must have, by their field."""
         chosen = {name: getattr(self, name) for name in ("key", "seed", "negative_prompt")}
         return {"prompt": self.prompt, **{name: value for name, value in chosen.items() if value}}
 
 
 class Chosen(NamedTuple):
-    """Where a row's fields and labels stand."""
+    """Positions of a row's fields and labels."""
 
     fields: dict[str, int]
     labels: dict[str, int]
-    """by the label's name"""
+    """Position by the label's name."""
     missing: tuple[str, ...]
-    """columns that were asked for and are not there"""
+    """Requested columns that the row does not have."""
 
 
 class PromptFile:
-    """A file of prompts, which may be read again and again."""
+    """A file of prompts. It can be read several times."""
 
     def __init__(
         self, path: Path, columns: Columns = Columns(), templates: Templates | None = None
     ) -> None:
-        """Look at the file.
+        """Read the file's size.
 
         Raises:
-            InvalidRequest: there is no such file.
+            InvalidRequest: the file cannot be read, or its kind is not supported.
         """
         self._path, self._columns, self._templates = path, columns, templates
         self._used: dict[str, str] = {}
-        """The columns that were read so far, by the field that they are"""
+        """Columns that were used so far, by their field."""
         self._left: dict[str, None] = {}
-        """Those that were not"""
+        """Columns that were not used so far."""
         try:
             self.size = path.stat().st_size
         except OSError as error:
             raise InvalidRequest(f"{path} cannot be read: {error.strerror}.") from error
-        if kind_of(path) == "text":  # its one column has no name
+        if kind_of(path) == "text":  # its only column has no name
             self._columns = replace(columns, prompt=TEXT_COLUMN)
 
     @property
     def columns_read(self) -> str:
-        """Which columns were read, and which were not, for people; nothing of a plain text."""
+        """Return a sentence with the used and the unused columns; empty for plain text."""
         if kind_of(self._path) == "text":
             return ""
         used = (
@@ -94,15 +94,15 @@ class PromptFile:
         return f"Columns: {', '.join(used)}{left}."
 
     def blocks(self, told: OnProgress = lambda _: None) -> Iterator[bytes]:
-        """Give the lines to send, some at a time.
+        """Yield the lines to send, in blocks.
 
         Raises:
-            InvalidRequest: the file cannot be read, or a row of it; the message tells which.
+            InvalidRequest: the file or a row of it cannot be read; the message names the row.
         """
         return _joined(self.lines(told))
 
     def lines(self, told: OnProgress = lambda _: None) -> Iterator[Fields]:
-        """Give the fields of each line."""
+        """Return the fields of each line."""
         found = self._found(told)
         if self._templates:
             found = expanded(found, self._templates)
@@ -130,11 +130,11 @@ class PromptFile:
             chosen = choose(row.names, where)
             never &= {*chosen.missing}
             yield where, self._fields(row, chosen)
-        if where and never:  # each of JSON lines may leave it out, but not all of them
+        if where and never:  # a JSON line may lack a column, but not all of them may
             raise InvalidRequest(f"{self._path}: no line has the column {min(never)!r}.")
 
     def _choose(self, names: tuple[str, ...]) -> Chosen:
-        """Find the columns of a row among its names."""
+        """Find the positions of the wanted columns in a row."""
         places: dict[str, list[int]] = {}
         for number, name in enumerate(names):
             places.setdefault(_folded(name), []).append(number)
@@ -145,14 +145,14 @@ class PromptFile:
             if len(found) > 1:
                 alike = " and ".join(repr(names[place]) for place in found)
                 raise InvalidRequest(
-                    f"the columns {alike} have the same name: rename or remove one of them."
+                    f"the columns {alike} have the same name. Rename or remove one of them."
                 )
             return found[0] if found else None
 
         fields, labels = dict[str, int](), dict[str, int]()
         for field in READ:
             if field == "labels" and self._columns.labels and field not in named:
-                continue  # others are labels, or it is one itself
+                continue  # --label-column names the labels, so a column "labels" has no meaning
             place = find(named.get(field, field))
             if place is not None:
                 fields[field] = place
@@ -193,7 +193,10 @@ class PromptFile:
         except ValueError as error:
             raise InvalidRequest(f"{row.where}: column {row.names[place]!r} {error}.") from error
         if not fields.get("prompt"):
-            raise InvalidRequest(f"{row.where}: the column {self._columns.prompt!r} is empty.")
+            raise InvalidRequest(
+                f"{row.where}: the column {self._columns.prompt!r} is empty. Every row needs a "
+                "prompt."
+            )
         return fields
 
 
@@ -202,7 +205,7 @@ def _folded(name: str) -> str:
 
 
 def _text(value: Any) -> str | None:
-    """Read a text; bytes are decoded."""
+    """Read a text. Bytes are decoded as UTF-8."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bytes):
@@ -210,19 +213,19 @@ def _text(value: Any) -> str | None:
             return value.decode()
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"holds bytes, of which byte {error.start + 1} is not UTF-8"
+                f"holds bytes that are not UTF-8, from byte {error.start + 1}"
             ) from error
     raise ValueError(f"holds {_named(value)}; it must hold text")
 
 
 def _key(value: Any) -> str | None:
-    """Read a key: a text, or a whole number (7 or 7.0), which is named by its digits."""
+    """Read a key: a text, or a whole number (7 or 7.0), which becomes its digits."""
     value = whole(value)
     return str(value) if _is_int(value) else _text(value)
 
 
 def _seed(value: Any) -> int | None:
-    """Read a whole number, however the format says it: 42, 42.0 or "42"."""
+    """Read a seed, a whole number in any form: 42, 42.0 or "42"."""
     if value is None or _is_nan(value):
         return None
     value = whole(value)
@@ -234,27 +237,27 @@ def _seed(value: Any) -> int | None:
         text = (_text(value) or "").strip()
         if WHOLE.fullmatch(text):
             return int(text.partition(".")[0])
-    raise ValueError(f"holds {_shown(value)}; a seed is a whole number")
+    raise ValueError(f"holds {_shown(value)}; a seed is a whole number, such as 42")
 
 
 def _labels(value: Any) -> dict[str, str] | None:
-    """Read labels by name: a mapping, or a JSON object in a text. Those without a value are out."""
+    """Read labels from a mapping, or from a JSON object in a text. Empty labels are dropped."""
     if value is None or _is_nan(value):
         return None
     if isinstance(value, str | bytes):
         with suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, Mapping):
-        raise ValueError(  # noqa: TRY004 - as every other value that is refused
-            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. If other '
-            "columns are to be the labels, name them by --label-column"
+        raise ValueError(  # noqa: TRY004 - every refused value raises ValueError
+            f'holds {_named(value)}; it must hold an object, such as {{"set": "train"}}. To use '
+            "other columns as labels, name them with --label-column"
         )
     found = {_text(name) or "": _label(each) for name, each in value.items()}
     return {name: each for name, each in found.items() if each is not None} or None
 
 
 def _label(value: Any) -> str | None:
-    """Read a label's value: a text, a number, a date, true or false, as Python writes it."""
+    """Read a label's value. Numbers, dates, true and false become text, as Python writes them."""
     if value is None or _is_nan(value):
         return None
     if isinstance(value, bool | int | float | Decimal | date | time):
@@ -269,7 +272,10 @@ READ: dict[str, Callable[[Any], Any]] = {
     "negative_prompt": _text,
     "labels": _labels,
 }
-"""How the value of each field is read: they raise ValueError, with what the column holds"""
+"""Function that reads the value of each field.
+
+It raises ValueError with a message that continues "column 'seed' ", such as "holds 'a'; …".
+"""
 
 
 def _is_int(value: Any) -> bool:
@@ -297,7 +303,10 @@ def _shown(value: Any) -> str:
 
 def _no_column(where: str, column: str, there: Iterable[str]) -> InvalidRequest:
     names = ", ".join(map(str, there)) or "none"
-    return InvalidRequest(f"{where}: there is no column {column!r}; there are {names[:500]}.")
+    return InvalidRequest(
+        f"{where}: there is no column {column!r}. The columns are {names[:500]}. Use one of them, "
+        "for example with --prompt-column."
+    )
 
 
 def _joined(lines: Iterable[Fields]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Rows of a file: JSON lines, CSV, TSV, Parquet or plain text, some of them packed by gzip."""
+"""Rows of a file: JSON lines, CSV, TSV, plain text (also gzip-compressed) or Parquet."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from typing import Any, BinaryIO, NamedTuple
 from farm.errors import InvalidRequest
 
 OnProgress = Callable[[int], object]
-"""Is told how many more bytes of the file were read"""
+"""Function that receives the number of bytes read since its last call."""
 
 ROWS_PER_BATCH = 1000
 MAX_FIELD_CHARS = 2**20
 TEXT_COLUMN = "prompt"
-"""What the lines of a plain text are called"""
+"""Column name for the lines of a plain text file."""
 
-# The longer ones first: a mark of UTF-32 begins with one of UTF-16.
+# UTF-32 comes first: its byte order mark begins with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# By a word of Python's own message.
+# The keys are parts of the messages of Python's csv module.
 CSV_FLAWS = {
     "unexpected end of data": "a quotation mark that opens a field is never closed",
-    "expected after": "a quotation mark stands inside a quoted field; write it twice",
+    "expected after": "a quotation mark inside a quoted field must be written twice",
     "field larger than": f"a field has more than {MAX_FIELD_CHARS} characters",
 }
 
 
 class Row(NamedTuple):
-    """A row: where it stands, the names of its columns, and its values."""
+    """A row: its place (such as `a.csv, line 2`), the names of its columns, and its values."""
 
     where: str
     names: tuple[str, ...]
@@ -48,30 +48,33 @@ class Row(NamedTuple):
 
 
 Wanted = Callable[[tuple[str, ...], str], Sequence[int]]
-"""Which columns are needed, of the names that there are; refuses names that do not fit"""
+"""Function that returns the positions of the needed columns.
+
+It receives the column names and their place. It raises InvalidRequest if a column is missing.
+"""
 
 
 def kind_of(path: Path) -> str:
-    """Tell a file's kind by its name.
+    """Return a file's kind by its name.
 
     Raises:
-        InvalidRequest: it is none that is read.
+        InvalidRequest: the kind is not supported.
     """
     name = path.name.lower().removesuffix(".gz")
     kind = KINDS.get(Path(name).suffix)
     if kind is None or (name != path.name.lower() and kind == "parquet"):
         raise InvalidRequest(
-            f"{path}: prompts are read from {', '.join(KINDS)} files, the texts among them also "
-            "as .gz; a job from .json."
+            f"--from: {path} has an unsupported file type. Use {', '.join(KINDS)} for prompts "
+            "(all but .parquet also with .gz), or .json for a job."
         )
     return kind
 
 
 def read_rows(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]:
-    """Give the rows of a file, one after the other.
+    """Yield the rows of a file.
 
     Raises:
-        InvalidRequest: the file cannot be read, or a row of it; the message tells which.
+        InvalidRequest: the file or a row of it cannot be read; the message names the row.
     """
     try:
         yield from READERS[kind_of(path)](path, wanted, told)
@@ -81,19 +84,22 @@ def read_rows(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, io.TextIOWrapper]]:
-    """Open a text: the file itself, and its characters. Line ends are CR, LF or CRLF."""
+    """Open a text file, and yield the raw file and its decoded text.
+
+    Line ends are CR, LF or CRLF.
+    """
     packed = path.suffix.lower() == ".gz"
     with path.open("rb") as raw, gzip.open(raw) if packed else nullcontext(raw) as file:
         begin = file.peek(4)[:4]
         encoding = next((MARKS[mark] for mark in MARKS if begin.startswith(mark)), "utf-8-sig")
-        # What is wrong is found line by line, so that its number can be told.
+        # Lines are checked one by one, so that an error can name the line's number.
         errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
         with io.TextIOWrapper(file, encoding, errors, newline="") as text:
             yield raw, text
 
 
 def _text_lines(path: Path, told: OnProgress) -> Iterator[str]:
-    """Give a text's lines, with their ends."""
+    """Yield the lines of a text file, with their line ends."""
     with _opened(path) as (raw, text):
         before = 0
         try:
@@ -104,7 +110,7 @@ def _text_lines(path: Path, told: OnProgress) -> Iterator[str]:
                 yield line
         except UnicodeDecodeError as error:
             raise InvalidRequest(
-                f"{path}: it is not whole {text.encoding.upper()}: {error.reason}."
+                f"{path}: it is not valid {text.encoding.upper()}: {error.reason}."
             ) from error
 
 
@@ -114,7 +120,7 @@ def _check_characters(where: str, line: str, encoding: str) -> None:
     except UnicodeEncodeError as error:
         if encoding == "utf-8-sig":
             place = len(line[: error.start].encode()) + 1
-            why = f"byte {place} is not UTF-8; save the file as UTF-8"
+            why = f"byte {place} is not UTF-8. Save the file as UTF-8"
         else:
             why = f"character {error.start + 1} is half a character (a lone surrogate)"
         raise InvalidRequest(f"{where}: {why}.") from error
@@ -156,7 +162,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands there twice")
+        raise ValueError(f"the name {twice!r} occurs twice")
     return found
 
 
@@ -178,7 +184,7 @@ def _read_table(path: Path, wanted: Wanted, told: OnProgress, delimiter: str) ->
         if header:
             wanted(header, f"{path}, line 1")
         if len(header) > 1 and all(name.startswith(" ") for name in header[1:]):
-            # Written as "prompt, key": the blanks after commas belong to no cell of any line.
+            # The header is like "prompt, key": blanks after commas are not part of the cells.
             before = rows.line_num
             rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         for row in rows:
@@ -187,9 +193,9 @@ def _read_table(path: Path, wanted: Wanted, told: OnProgress, delimiter: str) ->
             where = f"{path}, line {before + rows.line_num}"
             if len(row) != len(header):
                 raise InvalidRequest(
-                    f"{where}: it has {len(row)} columns, and the first line {len(header)}."
+                    f"{where}: it has {len(row)} columns, but the first line has {len(header)}."
                 )
-            # A cell has no other way to say that there is nothing.
+            # CSV and TSV have no other way to write a missing value.
             yield Row(where, header, [cell or None for cell in row])
     except csv.Error as error:
         flaw = next((CSV_FLAWS[word] for word in CSV_FLAWS if word in str(error)), str(error))
@@ -215,11 +221,11 @@ def _read_parquet(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]
                     yield Row(f"{path}, row {number}", names, values)
                 numbers = itertools.count(first + batch.num_rows)
     except pa.ArrowException as error:
-        raise InvalidRequest(f"{path} is not Parquet that can be read: {error}.") from error
+        raise InvalidRequest(f"{path} cannot be read as Parquet: {error}.") from error
 
 
 def _values(path: Path, first: int, name: str, column: Any) -> list[Any]:
-    """Give a column's values: those that Python cannot hold are refused by their row."""
+    """Return a column's values. Refuse a value that Python cannot hold, with its row."""
     try:
         values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Prompts that are templates, such as `{red|blue} __animal__`: dynamicprompts fills them in."""
+"""Prompt templates, such as `{red|blue} __animal__`, expanded by dynamicprompts."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from typing import Any
 from farm.errors import InvalidRequest
 
 COMBINATIONS = 1000
-"""Of a template, at most, unless told otherwise"""
+"""Maximum number of combinations of a template, unless a count is given."""
 
 
 @dataclass(frozen=True)
 class Templates:
-    """How templates become prompts."""
+    """Options for expanding templates."""
 
     way: str
-    """combinatorial or random"""
+    """Either `combinatorial` or `random`."""
     count: int | None = None
-    """of each template: 1 at random unless given; else so many of its combinations"""
+    """Number of prompts from each template. Default: 1 if random, else all combinations."""
     seed: int = 0
     wildcards: Path | None = None
-    """a folder of `NAME.txt`, for `__NAME__`"""
+    """Folder with a file `NAME.txt` for each wildcard `__NAME__`."""
 
 
 def expanded(
     lines: Iterable[tuple[str, dict[str, Any]]], templates: Templates
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Make prompts of templates.
+    """Expand templates to prompts.
 
-    A line with a key gives lines with `KEY-0`, `KEY-1`, …
+    A line with the key `KEY` becomes lines with the keys `KEY-0`, `KEY-1`, …
 
     Args:
-        lines: fields, each after where they stand.
-        templates: how.
+        lines: pairs of a place, such as `a.txt, line 2`, and the fields of its line.
+        templates: the options.
 
     Raises:
-        InvalidRequest: a template cannot be read, or names a wildcard that is not there; or its
-            combinations repeat, or are more than `COMBINATIONS` and no count is given.
+        InvalidRequest: a template cannot be read, or a wildcard has no values. Or its combinations
+            repeat, or there are more than `COMBINATIONS` and no count is given.
     """
     generate = _generator(templates)
     for where, line in lines:
@@ -47,11 +47,11 @@ def expanded(
             prompts = generate(line["prompt"])
         except RecursionError as error:
             raise InvalidRequest(
-                f"{where}: the template never ends: a wildcard of it names itself."
+                f"{where}: the template never ends, because a wildcard refers to itself."
             ) from error
         except InvalidRequest as error:
             raise InvalidRequest(f"{where}: {error.message}") from error
-        except Exception as error:  # its parser has errors of several kinds
+        except Exception as error:  # the parser raises exceptions of several types
             raise InvalidRequest(
                 f"{where}: the template {line['prompt'][:100]!r} cannot be read: {error}."
             ) from error
@@ -65,7 +65,7 @@ def _generator(templates: Templates) -> Callable[[str], Sequence[str]]:
     from dynamicprompts.wildcards import WildcardManager
 
     class Wildcards(WildcardManager):
-        """Refuses a wildcard without values: the library would leave its name in the prompt."""
+        """Refuse a wildcard without values: the library would leave its name in the prompt."""
 
         def get_values(self, wildcard: str) -> Any:
             values = super().get_values(wildcard)
@@ -84,19 +84,19 @@ def _generator(templates: Templates) -> Callable[[str], Sequence[str]]:
 def _combinations(
     generate: Callable[[str, int], Sequence[str]], template: str, count: int | None
 ) -> Sequence[str]:
-    # One more than are wanted: so it shows whether there are more.
+    # Ask for one more than wanted, to see if there are more.
     found = generate(template, (count or COMBINATIONS) + 1)
     if count is None and len(found) > COMBINATIONS:
         raise InvalidRequest(
-            f"the template has more than {COMBINATIONS} combinations: say how many are wanted, "
-            "with --template-count, or draw some with --templates random."
+            f"the template has more than {COMBINATIONS} combinations. Set a number with "
+            "--template-count, or use --templates random."
         )
     found = found[:count]
     if repeated := len(found) - len(set(found)):
         twice = next(prompt for prompt in found if found.count(prompt) > 1)
         raise InvalidRequest(
-            f"the template gives {repeated} of its {len(found)} combinations again, such as "
-            f"{twice[:100]!r}: remove what is repeated."
+            f"the template repeats {repeated} of its {len(found)} combinations, such as "
+            f"{twice[:100]!r}. Remove the repeated variants."
         )
     return found
 
@@ -105,11 +105,11 @@ def _no_wildcard(wildcard: str, there: Iterable[str], folder: Path | None) -> In
     name = wildcard.strip("_")
     if folder is None:
         return InvalidRequest(
-            f"the wildcard __{name}__ has no values: give the folder of {name}.txt, with "
-            "--wildcards."
+            f"the wildcard __{name}__ has no values. Pass the folder that has {name}.txt with "
+            "--wildcards DIR."
         )
     names = ", ".join(sorted(there)[:20]) or "none"
     return InvalidRequest(
-        f"the wildcard __{name}__ has no values: {folder} has no {name}.txt, or it is empty; "
-        f"there are {names}."
+        f"the wildcard __{name}__ has no values: {folder} has no {name}.txt, or it is empty. "
+        f"Wildcards in that folder: {names}."
     )

@@ -1,4 +1,4 @@
-"""A job's body, put together from a file and the options of `farm submit`."""
+"""The job that `farm submit` sends, built from a file and the options."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CONTROL_SETTINGS = frozenset({"scale", "start", "end"})
 
 @dataclass(frozen=True)
 class ControlWord:
-    """What a `--control` says."""
+    """A value of `--control`."""
 
     source: str
-    """a path, an address, or the id of an image"""
+    """Path, URL, or image ID."""
     settings: Mapping[str, float]
-    """how much and when it counts"""
+    """Values of scale (weight), start and end (when it applies), if given."""
 
 
 def job_body(
@@ -36,17 +36,17 @@ def job_body(
     grid: Iterable[str] = (),
     labels: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Lay the options over the file's job: what was given on the command line wins.
+    """Build a job from the file's job and the options. Options override the file.
 
     Args:
-        base: the file's job; empty without one.
-        fields: options by their field's name; None where not given.
-        settings: `name=value`, a JSON value or plain text.
-        grid: `name=v1,v2`, or `name=[…]` as JSON.
+        base: the file's job; empty if there is no file.
+        fields: options by the name of their field; None if not given.
+        settings: `name=value`, with a JSON value or plain text.
+        grid: `name=v1,v2`, or `name=[v1, v2]` as JSON.
         labels: `key=value`.
 
     Raises:
-        typer.BadParameter: a word is not of its form, or there is no prompt.
+        typer.BadParameter: an option does not have its form, or there is no prompt.
     """
     body = dict(base)
     body.update({name: value for name, value in fields.items() if value not in (None, [])})
@@ -58,12 +58,12 @@ def job_body(
     if words:
         body["labels"] = {**_object(body.get("labels")), **words}
     if "prompts" not in body and "input" not in body:
-        raise typer.BadParameter("give at least one prompt, or a job with --from FILE")
+        raise typer.BadParameter("prompts: missing. Pass at least one prompt, or --from FILE")
     return {"pipeline": DEFAULT_PIPELINE, **body}
 
 
 def read_job(source: str) -> dict[str, Any]:
-    """Read a job from a JSON file, or from standard input where `source` is `-`.
+    """Read a job from a JSON file, or from standard input if `source` is `-`.
 
     Raises:
         InvalidRequest: it cannot be read, or is not a JSON object.
@@ -78,12 +78,14 @@ def read_job(source: str) -> dict[str, Any]:
     except RecursionError as error:
         raise InvalidRequest(f"{source} is nested too deep.") from error
     if not isinstance(job, dict):
-        raise InvalidRequest(f"{source} is not a job: a job is a JSON object.")
+        raise InvalidRequest(
+            f'{source} is not a job: a job is a JSON object, such as {{"prompts": ["a star"]}}.'
+        )
     return job
 
 
 def value_of(text: str) -> Any:
-    """Read a value as JSON; what is not JSON is the text itself."""
+    """Read a value as JSON. If it is not JSON, return the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -91,7 +93,7 @@ def value_of(text: str) -> Any:
 
 
 def values_of(text: str) -> list[Any]:
-    """Read several values: a JSON list, or values with commas between."""
+    """Read several values: a JSON list, or values separated by commas."""
     whole = value_of(text)
     if isinstance(whole, list):
         return whole
@@ -106,7 +108,7 @@ def pair(word: str, option: str) -> tuple[str, str]:
     """Split `name=value`.
 
     Raises:
-        typer.BadParameter: it has no name or no `=`.
+        typer.BadParameter: the name or the `=` is missing.
     """
     name, equals, value = word.partition("=")
     if not (name.strip() and equals):
@@ -115,9 +117,10 @@ def pair(word: str, option: str) -> tuple[str, str]:
 
 
 def control_word(word: str) -> ControlWord:
-    """Split `PATH,scale=0.8,start=0,end=0.5`.
+    """Split a value of `--control`, such as `edges.png,scale=0.8,start=0,end=0.5`.
 
-    Only a known `name=number` at the end is a setting, and each once: a path may hold commas.
+    Only a known `name=number` at the end is a setting, and each only once, because a path may
+    contain commas.
 
     Raises:
         typer.BadParameter: it names no image.
@@ -127,7 +130,10 @@ def control_word(word: str) -> ControlWord:
         source, name, value = parted
         settings[name] = value
     if not source.strip():
-        raise typer.BadParameter(f"{word!r} names no image", param_hint="--control")
+        raise typer.BadParameter(
+            f"{word!r} names no image. Example: --control edges.png,scale=0.8",
+            param_hint="--control",
+        )
     return ControlWord(source.strip(), settings)
 
 

@@ -1,4 +1,4 @@
-"""`farm submit --fields`: what a pipeline takes, read from its JSON Schema."""
+"""`farm submit --fields`: show a pipeline's parameters, read from its JSON Schema."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ MORE_LIMITS = {
     "multipleOf": "a multiple of",
 }
 COLUMN = 20
-"""Where what is told of a field begins."""
+"""Width of the column with the names, in characters."""
 
 DEEPEST = 4
-"""How far fields within fields are followed."""
+"""Maximum depth of nested fields that are shown."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One parameter, or a field within one."""
+    """A parameter, or a field nested in one."""
 
     name: str
     depth: int
-    """0 for a parameter itself"""
+    """Nesting depth. 0 for a parameter."""
     text: str
-    """what it is for"""
+    """Description."""
     kind: str
-    """its type and limits, in words"""
+    """Type and limits in words, such as `whole number, 1 to 1000`."""
     default: str | None
-    """as JSON; None: it must be given"""
+    """Default as JSON, or None if the field is required."""
 
 
 def show_fields(name: str, *, as_json: bool) -> None:
-    """Show a pipeline's parameters; with `as_json`, the API's own object.
+    """Print a pipeline's parameters, or the API's own object with `as_json`.
 
     Raises:
         InvalidRequest: there is no such pipeline.
-        FarmError: it cannot be rendered.
+        FarmError: the pipeline cannot render.
     """
     from farm.cli.client.http import FarmClient
     from farm.config import load_settings
@@ -64,12 +64,14 @@ def show_fields(name: str, *, as_json: bool) -> None:
         found = {each["name"]: each for each in client.get("/v1/pipelines")["data"]}
     if name not in found:
         names = ", ".join(sorted(found))
-        raise InvalidRequest(f"There is no pipeline {name!r}; there are {names}.", param="pipeline")
+        raise InvalidRequest(
+            f"There is no pipeline {name!r} in the catalog. It has {names}.", param="pipeline"
+        )
     pipeline = found[name]
     if as_json:
         emit(pipeline)
     elif pipeline["problem"]:
-        raise FarmError(f"Pipeline {name} cannot be rendered: {pipeline['problem']}")
+        raise FarmError(f"Pipeline {name} cannot render: {pipeline['problem']}")
     else:
         _show(pipeline)
 
@@ -82,26 +84,26 @@ def _show(pipeline: Mapping[str, Any]) -> None:
     for field in fields_of(pipeline["parameters"]):
         for line in lines_of(field, out.width if out.is_terminal else PIPE_WIDTH):
             out.print(line, soft_wrap=True)
-    say("\nGive any with --set NAME=VALUE, or several values with --grid NAME=V1,V2.")
+    say("\nSet a field with --set NAME=VALUE. Try several values with --grid NAME=V1,V2.")
 
 
 def lines_of(field: Field, width: int) -> list[Text]:
-    """Lay a field out as `--help` does: its name, and beside it what it is for and what it takes.
+    """Lay a field out as `--help` does: the name on the left, description and type on the right.
 
-    A name too long for its column has a line of its own.
+    A name that is too long for its column takes a separate line.
     """
     default = "required" if field.default is None else f"default {field.default}"
     told = [(clean(field.text), ""), (clean(f"{field.kind}; {default}"), "dim")]
     room = max(width - COLUMN, 20)
-    beside = [(line, style) for text, style in told for line in textwrap.wrap(text, room)]
+    lines = [(line, style) for text, style in told for line in textwrap.wrap(text, room)]
     name = "  " * field.depth + clean(field.name)
     names = [name] if len(name) <= COLUMN - 2 else [name, ""]
-    rows = itertools.zip_longest(names, [("", "")] * (len(names) - 1) + beside)
+    rows = itertools.zip_longest(names, [("", "")] * (len(names) - 1) + lines)
     return [Text.assemble(((head or "").ljust(COLUMN), "bold"), tail or "") for head, tail in rows]
 
 
 def fields_of(schema: Schema) -> list[Field]:
-    """List the parameters that a JSON Schema describes, each followed by the fields within it."""
+    """Return the parameters of a JSON Schema, each followed by its nested fields."""
     return list(_fields(schema, schema.get("$defs", {}), 0))
 
 
@@ -118,12 +120,12 @@ def _fields(schema: Schema, known: Schema, depth: int) -> Iterator[Field]:
 
 
 def _written(value: Any) -> str:
-    """Write a value as `--set` reads it."""
+    """Write a value in the form that `--set` reads."""
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def kind_of(schema: Schema, known: Schema) -> str:
-    """Say in words what a schema allows."""
+    """Describe in words the values that a schema allows."""
     schema = _resolved(schema, known)
     if "anyOf" in schema:
         return ", or ".join(kind_of(form, known) for form in schema["anyOf"])
@@ -139,7 +141,7 @@ def kind_of(schema: Schema, known: Schema) -> str:
 
 
 def _item(schema: Schema) -> Schema | None:
-    """What a list holds; where each place has a form of its own, the first."""
+    """Return the schema of a list's items; of the first item if each has a separate schema."""
     first: Schema | None = next(iter(schema.get("prefixItems", ())), None)
     return first or schema.get("items")
 
@@ -170,7 +172,7 @@ def _number(value: Any) -> str:
 
 
 def _inner(schema: Schema, known: Schema) -> Schema | None:
-    """Find the fields that a value, or each item of a list, has of its own."""
+    """Find the schema of the fields nested in a value, or in each item of a list."""
     schema = _resolved(schema, known)
     if "properties" in schema:
         return schema
@@ -179,9 +181,9 @@ def _inner(schema: Schema, known: Schema) -> Schema | None:
 
 
 def _resolved(schema: Schema, known: Schema) -> Schema:
-    """Follow a reference; what stands beside it wins."""
+    """Follow a `$ref`. Keys next to it override the referenced schema."""
     reference = schema.get("$ref")
     if not isinstance(reference, str):
         return schema
-    beside = {key: value for key, value in schema.items() if key != "$ref"}
-    return {**_resolved(known.get(reference.rpartition("/")[2], {}), known), **beside}
+    siblings = {key: value for key, value in schema.items() if key != "$ref"}
+    return {**_resolved(known.get(reference.rpartition("/")[2], {}), known), **siblings}

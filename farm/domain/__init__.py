@@ -1,1 +1,1 @@
-"""Specs, states and invariants: pure, without a server or a library of models."""
+"""Specs, states and invariants: pure code that needs no server and no model library."""

@@ -1,6 +1,6 @@
-"""A grid's points, stored once: what all of them share, and what each axis of the grid gives.
+"""Compact storage of a grid's points: shared parameters once, and the values of each axis.
 
-A grid of 1,000 points with a long negative prompt would hold it 1,000 times otherwise.
+Without it, a grid of 1,000 points would store a long negative prompt 1,000 times.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 FEWEST = 8
-"""Smaller grids are stored point by point"""
+"""Minimum number of points for a layout. Smaller grids are stored point by point."""
 
 
 class Layout(BaseModel):
-    """Points by their axes, the last varying fastest."""
+    """Points of a grid, described by its axes. The last axis varies fastest."""
 
     model_config = ConfigDict(frozen=True)
 
     names: list[str]
-    """Of the parameters, in the order in which a picture's text has them"""
+    """Names of the parameters, in the order of an image's metadata text."""
     axes: dict[str, list[Any]]
     buckets: list[tuple[int, int]]
-    """How many points one after the other have which bucket"""
+    """Buckets of consecutive points: (number of points, bucket)."""
 
     def __len__(self) -> int:
         """Count the points."""
         return math.prod(map(len, self.axes.values()))
 
     def params(self, index: int, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the parameters of a point, with what all points share."""
+        """Return the parameters of a point, including the shared ones."""
         here = {}
         for name, values in reversed(self.axes.items()):
             index, place = divmod(index, len(values))
@@ -41,7 +41,7 @@ class Layout(BaseModel):
         return {name: here[name] if name in here else shared[name] for name in self.names}
 
     def bucket(self, index: int) -> int:
-        """Give the bucket of a point.
+        """Return the bucket of a point.
 
         Raises:
             IndexError: there is no such point.
@@ -58,15 +58,15 @@ def packed(
     shared: Mapping[str, Any],
     grid: Mapping[str, Sequence[Any]],
 ) -> Layout | None:
-    """Lay out points by their axes.
+    """Build the layout of points.
 
     Args:
-        points: `params` and `bucket` of each, the grid's last axis varying fastest.
+        points: `params` and `bucket` of each point; the grid's last axis varies fastest.
         shared: parameters that the points may share.
-        grid: its axes, with as many values as each has.
+        grid: axes of the grid, each with its values.
 
     Returns:
-        The layout; None where it would not give the very same points, or there are few.
+        The layout. None if it would not reproduce the same points, or there are too few.
     """
     if len(points) < FEWEST:
         return None

@@ -1,8 +1,9 @@
-"""Inputs: prompts by the million, one a line of JSON, checked once and kept in parts.
+"""Inputs: millions of prompts, one JSON object per line, checked once and stored in parts.
 
-A line is `{"prompt": …, "key": …?, "seed": …?, "negative_prompt": …?, "labels": …?}`. An
-`InputReader` reads a stream of them, plain or gzip, with flat memory: it keeps a part's lines at a
-time, packs them, and writes them into a file until all of the stream was found good.
+Only `prompt` is required: `{"prompt": "a red star", "key": "p1", "seed": 7, "negative_prompt":
+"blurry", "labels": {"set": "a"}}`. An `InputReader` reads a stream of lines, plain or gzip, with
+constant memory. It holds the lines of one part, packs them, and writes them to a temporary file
+until the whole stream is checked.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ LINES_PER_PART = 1000
 MAX_LINE_BYTES = 2**18
 MAX_KEY_CHARS = 200
 MAX_BAD_LINES = 100
-"""That are told at once"""
+"""Maximum number of wrong lines in one error."""
 PIECE_BYTES = 2**14
-"""Of packed bytes, unpacked at once: what is left of a piece is copied for each file in it"""
+"""Packed bytes that are unpacked at once. The rest of a piece is copied for each file in it."""
 GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 NEEDS_SLOW_CHECK = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
-"""What a NUL or a lone surrogate would show as: such lines are looked at one by one"""
+"""Signs of a NUL or a lone surrogate. A part that contains one is checked line by line."""
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
 class LineFields(TypedDict, total=False):
-    """A line as it is sent."""
+    """One line, as sent by the client."""
 
     prompt: Required[str]
     key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None
@@ -57,32 +58,32 @@ MANY = TypeAdapter(list[LineFields])
 
 @dataclass(frozen=True)
 class StoredInput:
-    """An input as it is kept."""
+    """A stored input."""
 
     id: uuid.UUID
     sha256: bytes
-    """of the lines as they were sent, unpacked"""
+    """Hash of the lines as sent, unpacked."""
     lines: int
     bytes: int
-    """of the lines, unpacked"""
+    """Size of the lines, unpacked."""
     shown: Sequence[str]
-    """its first prompts"""
+    """Its first prompts."""
     top_seed: int | None
-    """the largest of its seeds; None where no line has one"""
+    """Largest of its seeds. None if no line has one."""
     text_bytes: int
-    """of the longest prompt and the longest negative prompt together"""
+    """Size of the longest prompt plus the longest negative prompt."""
     keys: bool
-    """whether any line has a key"""
+    """True if any line has a key."""
     negatives: bool
-    """whether any line has a negative prompt"""
+    """True if any line has a negative prompt."""
     created_at: datetime
     syntax_flaw: str | None
-    """why its prompts cannot be read as weighted ones; empty: they can; None: not looked at yet"""
+    """Syntax error in its prompts as weighted prompts. Empty if none; None if not checked yet."""
 
 
 @dataclass
 class InputStats:
-    """What is found out about an input while it is read."""
+    """Facts about an input, collected while it is read."""
 
     lines: int = 0
     bytes: int = 0
@@ -95,7 +96,7 @@ class InputStats:
 
 
 class BadLines(InvalidRequest):
-    """Lines of an input are wrong: the first hundred are told, each by its number."""
+    """Lines of an input are wrong. The first hundred are listed by their numbers."""
 
     code = "bad_lines"
 
@@ -109,7 +110,7 @@ class BadLines(InvalidRequest):
 
 
 class InputReader:
-    """Reads one input. Used in one thread at a time; a context manager, which removes its file."""
+    """Reads one input, in one thread at a time. A context manager that removes its own file."""
 
     def __init__(self, settings: Settings) -> None:
         self.facts = InputStats()
@@ -120,7 +121,7 @@ class InputReader:
         self._begun = False
         self._rest = b""
         self._number = 0
-        """Lines seen, blank ones too"""
+        """Number of lines so far, with blank ones."""
         self._pending: list[tuple[int, bytes]] = []
         self._problems: list[tuple[int, str]] = []
         self._key_hashes = array("q")
@@ -136,15 +137,15 @@ class InputReader:
 
     @property
     def sha256(self) -> bytes:
-        """The hash of all that was read, unpacked."""
+        """The hash of everything read so far, unpacked."""
         return self._hash.digest()
 
     def feed(self, block: bytes) -> None:
-        """Read on.
+        """Read the next block.
 
         Raises:
-            BadLines: so many lines are wrong that reading on would tell no more.
-            InvalidRequest: it is no gzip, or larger than an input may be.
+            BadLines: the maximum number of wrong lines is reached.
+            InvalidRequest: the gzip is invalid, or the input exceeds the size limit.
         """
         if not self._begun:
             block = self._rest + block
@@ -160,18 +161,18 @@ class InputReader:
 
     def _unpack(self, block: memoryview) -> None:
         self._packed += len(block)
-        if self._packed > self._settings.max_input_bytes:  # files of nothing unpack to nothing
+        if self._packed > self._settings.max_input_bytes:  # empty gzip files unpack to nothing
             raise self._too_large()
         at = 0
         while at < len(block):
-            if self._unpacker.eof:  # gzip files may stand one after the other
+            if self._unpacker.eof:  # gzip files may be concatenated
                 self._unpacker = zlib.decompressobj(31)
             piece = block[at : at + PIECE_BYTES]
             try:
                 self._read(self._unpacker.decompress(piece, 2**20))
             except zlib.error as error:
                 raise InvalidRequest(
-                    f"input: after line {self._number} it is not gzip any more: {error}.",
+                    f"input: the gzip is invalid after line {self._number}: {error}.",
                     param="input",
                 ) from error
             left = self._unpacker.unconsumed_tail or self._unpacker.unused_data
@@ -179,14 +180,16 @@ class InputReader:
 
     def _too_large(self) -> InvalidRequest:
         most = self._settings.max_input_bytes
-        return InvalidRequest(f"input: it is larger than the limit of {most} bytes.", param="input")
+        return InvalidRequest(
+            f"input: too large. The limit is {most} bytes, unpacked.", param="input"
+        )
 
     def end(self) -> InputStats:
-        """Read what is left, and check what only the whole tells.
+        """Read the rest, and run the checks that need all lines.
 
         Raises:
             BadLines: lines are wrong, or share a key.
-            InvalidRequest: it is cut short, or holds no line.
+            InvalidRequest: the input is cut short, or has no line.
         """
         if not self._begun and self._rest:
             self._begin(self._rest)
@@ -194,7 +197,8 @@ class InputReader:
             self.feed(block)
         if self._unpacker is not None and not self._unpacker.eof:
             raise InvalidRequest(
-                f"input: the gzip is cut short, after line {self._number}.", param="input"
+                f"input: the gzip is cut short, after line {self._number}. Send the whole file.",
+                param="input",
             )
         if self._rest:
             self._line(self._rest)
@@ -204,11 +208,14 @@ class InputReader:
         if self._problems:
             raise BadLines(self._problems)
         if not self.facts.lines:
-            raise InvalidRequest("input: it holds no line.", param="input")
+            raise InvalidRequest(
+                'input: it holds no line. Send one JSON object per line: {"prompt": "a red star"}.',
+                param="input",
+            )
         return self.facts
 
     def parts(self) -> Iterator[tuple[int, bytes]]:
-        """Give the packed parts, each with the index of its first line."""
+        """Yield the packed parts, each with the index of its first line."""
         self._parts.seek(0)
         for number, size in enumerate(self._sizes):
             yield number * LINES_PER_PART, self._parts.read(size)
@@ -230,15 +237,16 @@ class InputReader:
         self._rest = lines.pop()
         for line in lines:
             self._line(line)
-        if len(self._rest) > MAX_LINE_BYTES:  # its end may be far: what matters is that it is long
+        if (
+            len(self._rest) > MAX_LINE_BYTES
+        ):  # its end may be far away; only its excess length matters
             self._rest = self._rest[: MAX_LINE_BYTES + 1]
 
     def _line(self, line: bytes) -> None:
         self._number += 1
-        if self._number > self._settings.max_job_frames:  # blank ones too: they cost as much
+        if self._number > self._settings.max_job_frames:  # blank lines count too: they cost as much
             raise InvalidRequest(
-                f"input: it holds more lines than a job may have frames, which is "
-                f"{self._settings.max_job_frames}.",
+                f"input: too many lines. A job has at most {self._settings.max_job_frames} frames.",
                 param="input",
             )
         if not line or line.isspace():
@@ -248,7 +256,7 @@ class InputReader:
             self._check_pending()
 
     def _check_pending(self) -> None:
-        """Check the lines of a part, and put it away, packed."""
+        """Check the lines of a part, and write it to the file, packed."""
         pending, self._pending = self._pending, []
         if not pending:
             return
@@ -270,7 +278,7 @@ class InputReader:
         self._sizes.append(len(part))
 
     def _check_each(self, pending: Sequence[tuple[int, bytes]]) -> None:
-        """Check lines of which some are wrong, one by one."""
+        """Check lines one by one, because some are wrong."""
         for number, line in pending:
             try:
                 self._note(number, _checked(line))
@@ -303,10 +311,10 @@ class InputReader:
 
     def _problem(self, number: int, name: str, size: int, limit: int) -> None:
         unit = "labels" if name == "labels" else "characters"
-        self._problems.append((number, f"{name} holds {size} {unit}; the limit is {limit}"))
+        self._problems.append((number, f"{name} has {size} {unit}; the limit is {limit}"))
 
     def _check_keys(self) -> None:
-        """Find lines that share a key: by hashes, which are few bytes, and then by the keys."""
+        """Find lines that share a key: first by hashes, which are small, then by the keys."""
         import numpy as np
 
         hashes = np.frombuffer(self._key_hashes, np.int64)
@@ -319,7 +327,7 @@ class InputReader:
         first: dict[str, int] = {}
         for number, key in self._keys_of(suspects):
             if first.setdefault(key, number) != number:
-                self._problems.append((number, f"key is that of line {first[key]}"))
+                self._problems.append((number, f"key is the same as in line {first[key]}"))
             if len(self._problems) == MAX_BAD_LINES:
                 return
 
@@ -338,7 +346,7 @@ def _size(text: str) -> int:
 
 
 def _together(lines: Sequence[bytes]) -> list[LineFields] | None:
-    """Check many lines at once; None where any may be wrong."""
+    """Check many lines at once. Return None if any may be wrong."""
     whole = b"[" + b",".join(lines) + b"]"
     if max(map(len, lines)) > MAX_LINE_BYTES or any(each in whole for each in NEEDS_SLOW_CHECK):
         return None
@@ -346,18 +354,18 @@ def _together(lines: Sequence[bytes]) -> list[LineFields] | None:
         found = MANY.validate_json(whole)
     except ValidationError:
         return None
-    # Two lines that are no JSON may be some together.
+    # Two lines that are invalid JSON may be valid when joined.
     return found if len(found) == len(lines) else None
 
 
 def _checked(line: bytes) -> LineFields:
     if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"it is longer than {MAX_LINE_BYTES} bytes")
+        raise ValueError(f"the line is longer than {MAX_LINE_BYTES} bytes")
     try:
         line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
-    from_json(line, allow_inf_nan=False)  # its errors tell the column
+    from_json(line, allow_inf_nan=False)  # its errors name the column
     fields = ONE.validate_json(line)
     for text in (fields["prompt"], fields.get("negative_prompt"), fields.get("key")):
         storable(text or "")
@@ -384,7 +392,7 @@ def pack(lines: Sequence[bytes]) -> bytes:
 
 
 def unpack(part: bytes) -> list[Line]:
-    """Read a part's lines."""
+    """Unpack the lines of a part."""
     lines = zlib.decompress(part).split(b"\n")
     return [
         Line(

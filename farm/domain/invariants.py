@@ -1,4 +1,4 @@
-"""What must hold of a job and of a frame, said as pure functions of what one snapshot shows."""
+"""Invariants of jobs and frames, as pure functions of the rows of one snapshot."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from farm.domain.states import TERMINAL, FrameState, JobStatus, settled
 
 
 class Invariant(StrEnum):
-    """What an audit checks."""
+    """An invariant that an audit checks."""
 
     DURABILITY = "durability"
-    """A job that was accepted is there until it is removed."""
+    """An accepted job exists until it is removed."""
     CONSERVATION = "conservation"
     """A job's counters and status, its frames, requeued frames and leases agree."""
     LEDGER = "ledger"
-    """Attempts are counted without a gap, up to max_attempts, and each that ended has a reason."""
+    """Attempts are numbered without a gap, up to max_attempts. Each ended one has a reason."""
     SINGLE_WINNER = "single_winner"
-    """One attempt of a frame succeeds at most, and it is the one that the frame names."""
+    """At most one attempt of a frame succeeds, and it is the one recorded in the frame."""
     ARTIFACT_TRUTH = "artifact_truth"
-    """What is stored of a succeeded frame are the bytes that its row names."""
+    """The stored bytes of a succeeded frame are those that its row describes."""
 
 
 class Finding(BaseModel, frozen=True):
-    """Something that does not hold."""
+    """A violation of an invariant."""
 
     invariant: Invariant
     job_id: uuid.UUID
@@ -38,7 +38,7 @@ class Finding(BaseModel, frozen=True):
 
     @property
     def where(self) -> str:
-        """The job, the frame and the attempt that it is about, in words."""
+        """The job, the frame and the attempt of the finding, as text."""
         frame = "" if self.ordinal is None else f" frame {self.ordinal}"
         attempt = "" if self.attempt is None else f" attempt {self.attempt}"
         return f"job {self.job_id}{frame}{attempt}"
@@ -49,7 +49,7 @@ def check_job(job: Any) -> Iterator[Finding]:
     for detail in [*_counters(job), *_status(job)]:
         yield Finding(invariant=Invariant.CONSERVATION, job_id=job.id, detail=detail)
     if job.queued > 1 or (job.queued == 0 and not job.maybe_pruned):
-        detail = f"{job.queued} events tell that it was submitted, not 1"
+        detail = f"{job.queued} events record its submission, not 1"
         yield Finding(invariant=Invariant.DURABILITY, job_id=job.id, detail=detail)
 
 
@@ -60,23 +60,23 @@ def _counters(job: Any) -> Iterator[str]:
         FrameState.RUNNING: job.rows_running,
         FrameState.SUCCEEDED: job.rows_succeeded,
         FrameState.DEAD: job.rows_dead,
-        # what was requeued follows the job's end later
+        # requeued frames are cancelled some time after the job's end
         FrameState.CANCELLED: job.rows_cancelled
         + (unclaimed + job.rows_ready if is_cancelled else 0),
     }
     for state, frames in counted.items():
         if (counter := getattr(job, state)) != frames:
-            yield f"its counter says {counter} {state}, and {frames} frames are"
+            yield f"its counter says {counter} {state}, but {frames} frames are"
     waiting = job.total - job.running - job.succeeded - job.dead - job.cancelled
     frames = 0 if is_cancelled else job.rows_ready + unclaimed
     if waiting != frames:
-        yield f"its counters leave {waiting} waiting, and {frames} frames are"
+        yield f"its counters leave {waiting} waiting, but {frames} frames are"
     if (job.rows, job.last) != (job.cursor, job.cursor - 1):
         yield f"{job.rows} frames have a row, the last at {job.last}; its cursor is {job.cursor}"
     if job.requeued != job.rows_ready:
-        yield f"{job.rows_ready} frames are ready, and {job.requeued} stand in requeued_frames"
+        yield f"{job.rows_ready} frames are ready, but {job.requeued} are in requeued_frames"
     if is_cancelled and job.rows_ready and job.behind_from is None:
-        yield f"{job.rows_ready} frames are ready, and it is cancelled"
+        yield f"{job.rows_ready} frames are ready, but it is cancelled"
 
 
 def _status(job: Any) -> Iterator[str]:
@@ -88,9 +88,9 @@ def _status(job: Any) -> Iterator[str]:
         JobStatus.CANCELLED: end is not None,
     }
     if not agrees.get(job.status, end == job.status):
-        yield f"it is {job.status}, and its counters say {end or 'that it goes on'}"
+        yield f"it is {job.status}, but its counters say {end or 'that it has not ended'}"
     if ended != (job.finished_at is not None):
-        yield f"it is {job.status}, and its end is {job.finished_at}"
+        yield f"it is {job.status}, but its end is {job.finished_at}"
     claimable = job.cursor < job.total and not job.paused and not ended
     if job.open != claimable:
         yield f"it is {'open' if job.open else 'closed'} to claims, and should not be"
@@ -103,7 +103,7 @@ def check_frame(frame: Any) -> Iterator[Finding]:
         *((Invariant.CONSERVATION, detail) for detail in _place(frame)),
     ]
     if frame.state == FrameState.SUCCEEDED and frame.latest:
-        found.append((Invariant.SINGLE_WINNER, "the attempt that succeeded is on record as failed"))
+        found.append((Invariant.SINGLE_WINNER, "the attempt that succeeded is recorded as failed"))
     for invariant, detail in found:
         yield Finding(
             invariant=invariant,
@@ -116,17 +116,17 @@ def check_frame(frame: Any) -> Iterator[Finding]:
 
 def _ledger(frame: Any) -> Iterator[str]:
     if frame.earlier != frame.attempt - 1:
-        yield f"{frame.earlier} earlier attempts are on record, not {frame.attempt - 1}"
+        yield f"{frame.earlier} earlier attempts are recorded, not {frame.attempt - 1}"
     if frame.outside:
-        yield f"{frame.outside} attempts are on record that it never had"
+        yield f"{frame.outside} attempts are recorded that it never had"
     if frame.state == FrameState.RUNNING and frame.latest:
-        yield "it is running, and on record as ended"
+        yield "it is running, but recorded as ended"
     over = frame.state not in {FrameState.RUNNING, FrameState.SUCCEEDED}
     if over and not frame.latest:
-        yield f"it is {frame.state}, and its latest attempt is not on record"
+        yield f"it is {frame.state}, but its latest attempt is not recorded"
     charged = frame.attempt - frame.uncharged
     if not 0 <= charged <= frame.max_attempts:
-        yield f"{charged} attempts are charged, of {frame.max_attempts} at most"
+        yield f"{charged} attempts are charged; the maximum is {frame.max_attempts}"
     if frame.without_reason:
         yield f"{frame.without_reason} attempts ended without a reason"
 
@@ -134,6 +134,6 @@ def _ledger(frame: Any) -> Iterator[str]:
 def _place(frame: Any) -> Iterator[str]:
     is_ready, is_running = frame.state == FrameState.READY, frame.state == FrameState.RUNNING
     if is_ready != frame.requeued:
-        yield f"it is {frame.state}, and {'' if frame.requeued else 'not '}among the requeued"
+        yield f"it is {frame.state}, but {'' if frame.requeued else 'not '}among the requeued"
     if is_running and frame.leases != 1:
-        yield f"it is running, and held by {frame.leases} leases"
+        yield f"it is running, but held by {frame.leases} leases"

@@ -1,11 +1,11 @@
-"""What a job asks for, and what each of its frames is: pure functions of the job and an ordinal.
+"""The spec of a job, and of each of its frames: pure functions of the job and an ordinal.
 
     ordinal = (grid * prompts + prompt) * images_per_prompt + image
 
-`JobSpec` is a job as submitted. `FullSpec` is what is stored: every default filled in, the grid
-laid out as points, each with its bucket and batch_key, so that a frame never depends on what the
-catalog says later. The prompts stand beside it, in input chunks; or it names an input, of which
-each line is one.
+`JobSpec` is a job as submitted. `FullSpec` is the stored form: every default is filled in, and the
+grid is a list of points, each with its bucket and batch_key. So later changes of the catalog never
+change a frame. The prompts are stored separately, in chunks; or the spec names an input, whose
+lines are the prompts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROMPTS_SHOWN = 20
 
 
 class Priority(IntEnum):
-    """Claimed in this order."""
+    """Priority of a job. Jobs are claimed in this order."""
 
     INTERACTIVE = 0
     NORMAL = 1
@@ -46,23 +46,25 @@ class Priority(IntEnum):
 
     @classmethod
     def parse(cls, name: str) -> Priority:
-        """Find a priority by its name on the wire."""
+        """Find a priority by its API name."""
         return cls[name.upper()]
 
     @property
     def wire(self) -> str:
-        """The name on the wire."""
+        """The API name."""
         return self.name.lower()
 
 
 def storable(text: str) -> str:
-    """Refuse text that is not Unicode text to Postgres: NUL characters and lone surrogates."""
+    """Refuse text that Postgres cannot store: NUL characters and lone surrogates."""
     if "\x00" in text:
-        raise ValueError("the NUL character cannot be stored")
+        raise ValueError("the NUL character (U+0000) cannot be stored. Remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("a lone surrogate is not a character") from error
+        raise ValueError(
+            "a lone surrogate (half of a character) cannot be stored. Remove it"
+        ) from error
     return text
 
 
@@ -72,7 +74,7 @@ Storable = Annotated[str, AfterValidator(storable)]
 def _priority_name(value: str) -> str:
     names = [priority.wire for priority in Priority]
     if value not in names:
-        raise ValueError(f"allowed are {', '.join(names)}")
+        raise ValueError(f"allowed values: {', '.join(names)}")
     return value
 
 
@@ -81,43 +83,58 @@ MAX_LABELS = 32
 
 
 class JobSpec(BaseModel):
-    """A job as submitted, less what its family takes: that stands in `params`, unchecked."""
+    """A job as submitted. The parameters of its pipeline family are in `params`, unchecked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    pipeline: str = Field(min_length=1, max_length=200, description="a name of the catalog")
-    prompts: list[str] | None = Field(default=None, min_length=1, description="what to draw")
-    input: str | None = Field(
-        default=None, description="in place of prompts: the id of an uploaded input"
+    pipeline: str = Field(
+        min_length=1, max_length=200, description="Name of a pipeline in the catalog"
     )
-    images_per_prompt: int = Field(default=1, ge=1, le=10**9, description="pictures of each prompt")
+    prompts: list[str] | None = Field(
+        default=None, min_length=1, description="Texts to render, one image or more for each"
+    )
+    input: str | None = Field(
+        default=None, description="ID of an uploaded input, instead of `prompts`"
+    )
+    images_per_prompt: int = Field(default=1, ge=1, le=10**9, description="Images of each prompt")
     seed: int | None = Field(
         default=None,
         ge=0,
         le=MAX_SEED,
-        description="picture k of every prompt uses seed + k; null: each frame its own, drawn",
+        description="Seed of the first image of each prompt; image k uses seed + k. null gives each"
+        " frame its own random seed",
     )
     grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
-        default_factory=dict, description="parameter: values; every combination is rendered"
+        default_factory=dict,
+        description='Lists of values by parameter, for example {"steps": [20, 30]}; every'
+        " combination is rendered",
     )
     priority: str = Field(default="normal", description="interactive, normal or bulk")
     bucket: int | None = Field(
-        default=None, ge=1, le=MAX_BUCKET, description="frames in a batch; null: chosen by the farm"
+        default=None,
+        ge=1,
+        le=MAX_BUCKET,
+        description="Frames in a batch; null lets the farm choose",
     )
-    max_attempts: int = Field(default=3, ge=1, le=10, description="attempts before a frame is dead")
-    format: Format = Field(default="png", description="of the pictures' files; webp is lossless")
+    max_attempts: int = Field(
+        default=3, ge=1, le=10, description="Number of attempts before a frame is dead"
+    )
+    format: Format = Field(default="png", description="File format of the images; webp is lossless")
     max_rerolls: int = Field(
         default=10,
         ge=0,
         le=1000,
-        description="how often a picture that a filter rejects is drawn again, with another seed",
+        description="Maximum number of new renderings, each with another seed, of an image that a"
+        " filter rejects",
     )
     reuse: bool = Field(
         default=False,
-        description="take stored pictures of such jobs of yours, where they would be the same",
+        description="Copy images from your other jobs with `reuse`, if they would be the same",
     )
     labels: dict[LabelText, LabelText] = Field(
-        default_factory=dict, max_length=MAX_LABELS, description="your own words, to find it by"
+        default_factory=dict,
+        max_length=MAX_LABELS,
+        description='Your own labels to find the job by, for example {"campaign": "spring"}',
     )
     params: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -136,7 +153,9 @@ class JobSpec(BaseModel):
         try:
             return str(UUID(value))
         except ValueError as error:
-            raise ValueError("this has not the form of an input's id") from error
+            raise ValueError(
+                "not the ID of an input. Example: 0190f3a2-7d44-7c11-9c6e-2f5b8a1d4e77"
+            ) from error
 
     @field_validator("labels")
     @classmethod
@@ -145,7 +164,7 @@ class JobSpec(BaseModel):
 
     @property
     def grid_points(self) -> int:
-        """How many combinations the grid spans."""
+        """Number of combinations in the grid."""
         points = 1
         for values in self.grid.values():
             points *= len(values)
@@ -158,19 +177,19 @@ class JobSpec(BaseModel):
 
 
 Run = tuple[int, str, int]
-"""A stretch of a job's ordinals that share a batch_key: (end, batch_key, bucket)."""
+"""A range of a job's ordinals that share a batch_key: (end, batch_key, bucket)."""
 
 
 class Line(NamedTuple):
-    """What a frame draws: one of its job's prompts, or a line of its input."""
+    """The prompt of a frame: one of its job's prompts, or a line of its input."""
 
     prompt: str
     key: str | None = None
-    """its client's own name for it"""
+    """The client's own ID for it."""
     seed: int | None = None
-    """of its first image; None: as the job says"""
+    """Seed of its first image. None uses the job's."""
     negative_prompt: str | None = None
-    """None: the job's"""
+    """Negative prompt. None uses the job's."""
     labels: dict[str, str] | None = None
 
 
@@ -181,7 +200,9 @@ class Point(BaseModel):
 
     params: dict[str, Any]
     bucket: int
-    batch_key: str = Field(default="", description="a large grid's are kept in `runs` alone")
+    batch_key: str = Field(
+        default="", description="Empty in a large grid, which has it only in `runs`"
+    )
 
 
 class FullSpec(BaseModel):
@@ -191,13 +212,13 @@ class FullSpec(BaseModel):
 
     pipeline: str
     prompt_count: int
-    prompts: list[str] = Field(description=f"the first {PROMPTS_SHOWN}, for people")
+    prompts: list[str] = Field(description=f"The first {PROMPTS_SHOWN} prompts, for display")
     input: UUID | None = None
     images_per_prompt: int
     seed: int | None
-    job_seed: int = Field(description="the seed, or the one drawn for the job")
+    job_seed: int = Field(description="The seed, or the random one of the job")
     seed_bits: int = Field(
-        default=63, description="of the seeds that the farm draws; 63: of a job stored before"
+        default=63, description="Bits of the farm's own seeds; 63 in jobs stored before this field"
     )
     params: dict[str, Any]
     grid: dict[str, list[Any]]
@@ -211,35 +232,35 @@ class FullSpec(BaseModel):
     labels: dict[str, str]
 
     def stored(self) -> str:
-        """Serialize to JSON, a large grid by axis. `runs` has its own column."""
+        """Serialize to JSON, with a large grid stored by axis. `runs` has its own column."""
         data = self.model_dump(mode="json")
         layout = packed(data["points"], data["params"], data["grid"])
         return json.dumps(data if layout is None else {**data, "points": layout.model_dump()})
 
     def point(self, index: int) -> Point:
-        """Give a point of its grid."""
+        """Return a point of the grid."""
         if isinstance(self.points, Layout):
             params = self.points.params(index, self.params)
             return Point(params=params, bucket=self.points.bucket(index))
         return self.points[index]
 
     def every_point(self) -> Iterator[Point]:
-        """Give the points of its grid, in order."""
+        """Iterate over the points of the grid, in order."""
         return map(self.point, range(len(self.points)))
 
     @property
     def frames_per_point(self) -> int:
-        """How many frames each grid point holds."""
+        """Number of frames of each grid point."""
         return self.prompt_count * self.images_per_prompt
 
     @property
     def total(self) -> int:
-        """How many frames the job holds."""
+        """Number of frames of the job."""
         return len(self.points) * self.frames_per_point
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Its stretches, in order."""
+        """Its ranges that share a batch_key, in order."""
         runs: list[Run] = []
         assert not isinstance(self.points, Layout), (
             "the runs of a stored job are a column of its row"
@@ -252,12 +273,12 @@ class FullSpec(BaseModel):
         return runs
 
     def prompt_index(self, ordinal: int) -> int:
-        """Which prompt a frame draws, from 0."""
+        """Return the index of a frame's prompt, from 0."""
         return ordinal // self.images_per_prompt % self.prompt_count
 
 
 class FrameSpec(BaseModel):
-    """One image to render, whole: the same FrameSpec gives the same bytes on the same machine."""
+    """The complete spec of one image. On one machine, equal FrameSpecs give equal bytes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -267,7 +288,7 @@ class FrameSpec(BaseModel):
     bucket: int
     params: dict[str, Any]
     format: Format = "png"
-    """of its file"""
+    """Format of its file."""
 
 
 def frame_spec(
@@ -276,11 +297,11 @@ def frame_spec(
     """Derive a frame from its job.
 
     Args:
-        job: the frame's.
-        ordinal: its place.
-        line: the job's, number `prompt_index(ordinal)`.
-        bucket: what it was claimed in, where that is another than was submitted.
-        rerolls: how often a filter rejected its picture: each time another seed follows.
+        job: the job of the frame.
+        ordinal: the frame's number in the job, from 0.
+        line: the job's line number `prompt_index(ordinal)`.
+        bucket: the bucket it was claimed in, if it differs from the submitted one.
+        rerolls: number of times a filter rejected its image. Each one changes the seed.
 
     Raises:
         IndexError: the job has no such ordinal.
@@ -289,7 +310,7 @@ def frame_spec(
         raise IndexError(f"ordinal {ordinal} is outside 0 to {job.total - 1}")
     point = job.point(ordinal // job.frames_per_point)
     first = job.seed if line.seed is None else line.seed
-    # A seed that was given, by whatever version, is drawn again as ever: its pictures stay.
+    # A seed given by the client always keeps 63 bits, so its images stay the same.
     bits = job.seed_bits if first is None else 63
     seed = (
         derived_seed(job.job_seed, ordinal, bits)
@@ -312,13 +333,13 @@ def frame_spec(
 
 
 def derived_seed(job_seed: int, ordinal: int, bits: int) -> int:
-    """Hash a job's seed and an ordinal to a seed from 0 to 2^bits - 1, the same for ever."""
+    """Hash a job's seed and an ordinal to a seed from 0 to 2^bits - 1. Never change it."""
     digest = hashlib.sha256(f"{job_seed}:{ordinal}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - bits)
 
 
 def batch_key(pipeline: str, bucket: int, scalars: dict[str, Any]) -> str:
-    """Name what frames must share to be denoised together.
+    """Compute the key that frames must share to be denoised together.
 
     Args:
         pipeline: the pipeline's name.
@@ -331,9 +352,9 @@ def batch_key(pipeline: str, bucket: int, scalars: dict[str, Any]) -> str:
 
 
 def shrunk(runs: Sequence[Run], ordinal: int, bucket: int) -> list[Run]:
-    """Give the runs that share a frame's batch_key a smaller bucket, and so another batch_key.
+    """Give runs with a frame's batch_key a smaller bucket, and therefore another batch_key.
 
-    Runs that are as small already stay as they are.
+    Runs with a bucket that small are unchanged.
     """
     _, key, before = next(run for run in runs if ordinal < run[0])
     if before <= bucket:
@@ -345,10 +366,10 @@ def shrunk(runs: Sequence[Run], ordinal: int, bucket: int) -> list[Run]:
 
 
 def chosen_bucket(priority: Priority, catalog_bucket: int, frames: int) -> int:
-    """Choose a batch's size where the job leaves it open.
+    """Choose the bucket of a job that does not set one.
 
-    One for interactive jobs; otherwise the catalog's for that size of picture, but no larger than
-    the next power of two of the job's own frames that can share a batch.
+    Interactive jobs get 1. Other jobs get the catalog's bucket for that image size, but at most the
+    next power of two of the job's frames that can share a batch.
     """
     if priority is Priority.INTERACTIVE:
         return 1

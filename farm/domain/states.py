@@ -1,4 +1,4 @@
-"""The state machine, whole: which transitions a job and a frame may take. Pure.
+"""The complete state machine: the allowed transitions of jobs and frames. Pure functions.
 
 Frame                                      Job
 -----                                      ---
@@ -12,8 +12,8 @@ running   --cancel----> cancelled
 ready     --cancel----> cancelled
 dead      --retry-----> ready
 
-A frame that was never claimed has no row: it is `waiting`. `ready` is a frame requeued for another
-attempt. `paused` is a flag beside a job's status, not a status.
+A frame that was never claimed has no row: it is `waiting`. A frame that is requeued for another
+attempt is `ready`. `paused` is a separate flag of a job, not a status.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from __future__ import annotations
 from enum import StrEnum
 
 FLAGGED = "flagged"
+"""Reason of an attempt whose image the pipeline's safety checker removed from the result."""
 REJECTED = "rejected"
-"""The reason of an attempt whose picture the pipeline's safety checker keeps out of the result."""
+"""Reason of an attempt whose image a filter rejected."""
 
 
 class FrameState(StrEnum):
-    """Where a frame stands; WAITING is the absence of a row."""
+    """State of a frame. WAITING means that the frame has no row."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -37,7 +38,7 @@ class FrameState(StrEnum):
 
 
 class JobStatus(StrEnum):
-    """Where a job stands."""
+    """Status of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -70,7 +71,7 @@ TERMINAL: frozenset[JobStatus] = frozenset({J.SUCCEEDED, J.PARTIAL, J.FAILED, J.
 
 
 def settled(total: int, succeeded: int, dead: int, cancelled: int) -> JobStatus | None:
-    """Name the status a running job ends in, or None while a frame of it waits or runs."""
+    """Return the final status of a running job. None while a frame of it waits or runs."""
     if succeeded + dead + cancelled < total:
         return None
     if succeeded == total:
@@ -79,10 +80,10 @@ def settled(total: int, succeeded: int, dead: int, cancelled: int) -> JobStatus 
 
 
 def after_failure(retryable: bool, charged: int, max_attempts: int) -> FrameState:
-    """Say where a failed attempt leaves its frame; `charged` counts this attempt too."""
+    """Return the state of a frame after a failed attempt. `charged` includes this attempt."""
     return F.READY if retryable and charged < max_attempts else F.DEAD
 
 
 def retry_delay(attempt: int, base_seconds: float) -> float:
-    """Seconds before the next attempt: doubled each time, a minute at most."""
+    """Return the delay before the next attempt, in seconds. It doubles, up to a minute."""
     return min(base_seconds * 2.0 ** min(attempt - 1, 30), 60.0)

@@ -1,7 +1,7 @@
-"""From a picture to its file, with its provenance, and back: PNG, JPEG or WebP.
+"""Encode an image with its provenance as a PNG, JPEG or WebP file, and read it back.
 
-Encoding releases the interpreter for all that is heavy. The same picture and provenance give the
-same bytes, with the library versions that the provenance names.
+The expensive parts of encoding release the interpreter lock. The same image and provenance give the
+same bytes, with the library versions that the provenance lists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from farm.imaging.png import png
 from farm.imaging.provenance import Provenance, ProvenanceWriter, RenderEnvironment
 
 KEYWORD = "farm"
-"""of the PNG's chunk that holds the farm's own JSON"""
+"""Keyword of the PNG chunk with the farm's own JSON."""
 
 JPEG_QUALITY = 95
 UNREADABLE = (
@@ -31,27 +31,27 @@ UNREADABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-"""What Pillow raises for pictures that are damaged, or made to do harm."""
+"""Exceptions of Pillow for images that are damaged, or made to do harm."""
 
 
 class Encoder:
-    """Encodes the pictures of one loaded pipeline; safe to share between threads."""
+    """Encodes the images of one loaded pipeline. Safe to share between threads."""
 
     def __init__(
         self, environment: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
     ) -> None:
-        """Encode with this provenance; see ProvenanceWriter."""
+        """Encode with the provenance of this environment; see ProvenanceWriter."""
         self._provenance = ProvenanceWriter(environment, threads_of)
 
     def provenance(self, frame: FrameSpec) -> str:
-        """All that decides the bytes of a frame's file, as JSON."""
+        """Return everything that decides the bytes of a frame's file, as JSON."""
         return self._provenance.json(frame)
 
     def encode(self, image: Image.Image, frame: FrameSpec) -> bytes:
-        """Encode a frame's picture in the format that the frame asks for.
+        """Encode a frame's image in the format of the frame.
 
         Raises:
-            RenderError: that format cannot hold the picture or its texts.
+            RenderError: that format cannot store the image or its texts.
         """
         own, shown = self._provenance.json(frame), self._provenance.parameters(frame)
         try:
@@ -59,20 +59,20 @@ class Encoder:
                 return png(image, {KEYWORD: own, "parameters": shown})
             return _by_pillow(image, frame.format, exif(shown), xmp(own))
         except (OSError, ValueError) as error:
-            raise RenderError(f"It cannot be stored as {frame.format}: {error}") from error
+            raise RenderError(f"The picture cannot be stored as {frame.format}: {error}") from error
 
 
 def encode(image: Image.Image, provenance: Provenance) -> bytes:
-    """Encode one picture in the format that its frame asks for, with its provenance.
+    """Encode one image in the format of its frame, with its provenance.
 
     Raises:
-        RenderError: that format cannot hold the picture or its texts.
+        RenderError: that format cannot store the image or its texts.
     """
     return Encoder(provenance).encode(image, provenance.frame)
 
 
 def pixels_as_stored(image: Image.Image, form: Format) -> Image.Image:
-    """Give a picture as it comes back from a file: a JPEG's pixels are not those that went in."""
+    """Return an image as it is read back from a file. JPEG changes its pixels."""
     if form != "jpeg":
         return image
     return Image.open(io.BytesIO(_by_pillow(image, form, b"", b"")))
@@ -81,12 +81,12 @@ def pixels_as_stored(image: Image.Image, form: Format) -> Image.Image:
 def _by_pillow(image: Image.Image, form: Format, exif_block: bytes, xmp_packet: bytes) -> bytes:
     buffer = io.BytesIO()
     if form == "jpeg":
-        # 4:4:4, so that colour keeps its resolution.
+        # 4:4:4: colour keeps its full resolution.
         image.save(
             buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif_block, xmp=xmp_packet
         )
     else:
-        # Method 0 is the fastest, and smaller than PNG already (ADR 20).
+        # Method 0 is the fastest, and its files are already smaller than PNG (ADR 20).
         image.save(
             buffer,
             "WEBP",
@@ -101,38 +101,41 @@ def _by_pillow(image: Image.Image, form: Format, exif_block: bytes, xmp_packet: 
 
 
 def read(content: bytes) -> tuple[Image.Image, Provenance, Format]:
-    """Read a picture, its provenance, and the format that it is in.
+    """Read an image, its provenance and its format.
 
     Raises:
-        InvalidRequest: it is no PNG, JPEG or WebP, or was not rendered by the farm.
+        InvalidRequest: the file is not a PNG, JPEG or WebP, or was not rendered by the farm.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # These alone: Pillow hands some other formats to programs of the machine.
+            # Only these: Pillow passes some other formats to external programs.
             image = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
             image.load()
     except UnidentifiedImageError as error:
         raise InvalidRequest(
-            "This is not a PNG, JPEG or WebP, or its beginning is damaged."
+            "The file is not a PNG, JPEG or WebP, or its beginning is damaged."
         ) from error
     except UNREADABLE as error:
-        raise InvalidRequest(f"This is not a picture that can be read: {error}.") from error
+        raise InvalidRequest(f"The picture cannot be read: {error}.") from error
     form = _format_of(image)
     text = image.info.get(KEYWORD) if form == "png" else provenance_of(image.info)
     if not isinstance(text, str):
-        raise InvalidRequest("The picture holds no text of the farm: it cannot be rendered again.")
+        raise InvalidRequest(
+            "The picture has no metadata of the farm, so it cannot be rendered again. Use the "
+            "original file."
+        )
     try:
         return image, Provenance.model_validate_json(text), form
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(
-            f"The picture's text of the farm is damaged: {where}: {first['msg']}."
+            f"The picture's metadata of the farm is damaged: {where}: {first['msg']}."
         ) from error
 
 
 def _format_of(image: Image.Image) -> Format:
     if image.format == "PNG":
         return "png"
-    return "webp" if image.format == "WEBP" else "jpeg"  # MPO too: a JPEG with others behind it
+    return "webp" if image.format == "WEBP" else "jpeg"  # MPO too: a JPEG followed by more JPEGs

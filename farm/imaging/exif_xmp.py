@@ -1,8 +1,8 @@
-"""Texts in JPEG and WebP files: EXIF holds the web UI's, XMP the farm's own.
+"""Texts in JPEG and WebP files: the web UI's text in EXIF, the farm's JSON in XMP.
 
-EXIF's UserComment, in UTF-16, is where AUTOMATIC1111's web UI writes its `parameters` text for both
-kinds of file, and where readers such as sd-parsers look for it. The farm's JSON stands in an XMP
-packet (ISO 16684-1) as `farm:provenance`: XMP is UTF-8, and made for properties of one's own.
+AUTOMATIC1111's web UI writes its `parameters` text of both formats into EXIF's UserComment, in
+UTF-16. Readers such as sd-parsers look for it there. The farm's JSON is in an XMP packet (ISO
+16684-1) as `farm:provenance`: XMP is UTF-8, and made for custom properties.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 LONG, UNDEFINED = 4, 7
 COMMENT_AT = 44
-"""From the TIFF header: its 8 bytes, then two directories of one entry, 18 bytes each"""
+"""Offset of the comment from the TIFF header: 8 bytes of header, 2 x 18 of directories."""
 
 BEFORE = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -26,11 +26,11 @@ BEFORE = (
 AFTER = '</farm:provenance></rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 PROVENANCE = re.compile(rb"<farm:provenance>([^<]*)</farm:provenance>")
 NO_XML = str.maketrans({"\ufffe": "\\ufffe", "\uffff": "\\uffff"})
-"""Characters that XML cannot hold and JSON need not escape"""
+"""Characters that XML cannot contain and JSON does not escape."""
 
 
 def exif(comment: str) -> bytes:
-    """Write an EXIF block whose only field is UserComment (EXIF 2.32, 4.6.5)."""
+    """Build an EXIF block whose only field is UserComment (EXIF 2.32, 4.6.5)."""
     body = b"UNICODE\0" + comment.encode("utf-16-be")
     return b"".join(
         (
@@ -43,19 +43,19 @@ def exif(comment: str) -> bytes:
 
 
 def xmp(provenance: str) -> bytes:
-    """Write an XMP packet around a JSON text."""
+    """Build an XMP packet with a JSON text."""
     return (BEFORE + html.escape(provenance.translate(NO_XML), quote=False) + AFTER).encode()
 
 
 def provenance_of(info: Mapping[str | tuple[int, int], object]) -> str | None:
-    """Find the farm's JSON in what Pillow read; None where there is none."""
+    """Find the farm's JSON in Pillow's `info`. Return None if there is none."""
     packet = info.get("xmp")
     found = PROVENANCE.search(packet) if isinstance(packet, bytes) else None
     return html.unescape(found[1].decode(errors="replace")) if found else None
 
 
 def text_bytes(*texts: str) -> int:
-    """Measure how much room texts take in the larger of the two blocks."""
+    """Return the size of texts, in bytes, in the larger of the two blocks."""
     in_exif = sum(len(text.encode("utf-16-be")) for text in texts)
     in_xmp = 0
     for text in texts:
@@ -65,4 +65,4 @@ def text_bytes(*texts: str) -> int:
 
 
 ESCAPED = {chr(code): 5 for code in range(32)} | {'"': 1, "\\": 1}
-"""What JSON adds to a character, in bytes at most"""
+"""Maximum number of bytes that JSON adds to a character."""

@@ -1,7 +1,8 @@
-"""Filters: what may reject a picture, which is then drawn again with another seed.
+"""Filters: functions that may reject an image, which is then rendered again with another seed.
 
-A filter is a function of a picture and its spec: a built-in one by its name, or MODULE:FUNCTION of
-the operator's own. It says whether to keep the picture, and a score that people see.
+A filter is a function of an image and its spec: a built-in one, for example `blank`, or the
+operator's own as MODULE:FUNCTION, for example `my_filters:sharp`. It returns whether to keep the
+image, and a score that is shown to users.
 """
 
 from __future__ import annotations
@@ -17,36 +18,38 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FLAT = 3.0
-"""Standard deviation of the luminance, of 255, below which a picture is flat"""
+"""Minimum standard deviation of the luminance (0 to 255). An image below it is flat."""
 
 NEAR = 6
-"""Bits, of 64, in which the perceptual hashes of near-duplicates differ at most"""
+"""Maximum number of differing bits, of 64, in the perceptual hashes of near-duplicates."""
 
 
 class Verdict(NamedTuple):
-    """What a filter says of a picture."""
+    """Result of a filter for an image."""
 
     keep: bool
     score: float
     why: str = ""
     perceptual_hash: int | None = None
-    """A perceptual hash of 64 bits: then it is kept only where no kept picture of its job has one
-    that differs in `NEAR` bits or fewer"""
+    """A perceptual hash of 64 bits. The image is then kept only if no kept image of its job has a
+    hash that differs in `NEAR` bits or fewer."""
 
 
 Filter = Callable[["Image.Image", FrameSpec], Verdict]
 
 
 def blank(image: Image.Image, spec: FrameSpec) -> Verdict:  # noqa: ARG001 - every filter has it
-    """Reject a picture of one colour, or nearly so."""
+    """Reject an image of one colour, or nearly one colour."""
     from PIL import ImageStat
 
     deviation = float(ImageStat.Stat(image.convert("L")).stddev[0])
-    return Verdict(deviation >= FLAT, deviation, f"its luminance deviates by less than {FLAT:g}")
+    return Verdict(
+        deviation >= FLAT, deviation, f"the standard deviation of its luminance is below {FLAT:g}"
+    )
 
 
 def near_duplicate(image: Image.Image, spec: FrameSpec) -> Verdict:  # noqa: ARG001
-    """Reject a picture that looks like another one of its job, by imagehash's phash."""
+    """Reject an image that looks like another one of its job, by imagehash's phash."""
     import imagehash
 
     bits = imagehash.phash(image).hash.flatten()
@@ -69,7 +72,8 @@ def _found(name: str) -> Filter:
     module, _, function = name.partition(":")
     if not function:
         raise CatalogError(
-            f"filters: there is no {name!r}; there are {', '.join(BUILT_IN)}, or MODULE:FUNCTION."
+            f"filters: {name!r} is unknown. Use {', '.join(BUILT_IN)}, or your own as "
+            "MODULE:FUNCTION, for example my_filters:sharp."
         )
     try:
         found: Filter = getattr(import_module(module), function)

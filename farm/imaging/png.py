@@ -1,8 +1,9 @@
-"""Writing PNG: on photographs as small as Pillow's default, in about a tenth of its time.
+"""A PNG writer. Photographs are as small as with Pillow's default, in about a tenth of its time.
 
-Filters are chosen by numpy, a block of rows at a time; zlib-ng then packs the bytes. Both release
-the interpreter. Only runs of one byte are packed, so no search for repeats decides the bytes: they
-are the same on every kind of CPU (ADR 20). The format is that of W3C's PNG, third edition.
+numpy chooses the filters, a block of rows at a time; zlib-ng then compresses the bytes. Both
+release the interpreter lock. Only runs of one byte are compressed. No search for repeats decides
+the bytes, so they are the same on every kind of CPU (ADR 20). The format is W3C's PNG, third
+edition.
 """
 
 from __future__ import annotations
@@ -18,34 +19,36 @@ from zlib_ng import zlib_ng
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = b"\0\0\0\0IEND\xaeB`\x82"
 UNCOMPRESSED = b"\0\0\0\0\0"
-"""Of an iTXt chunk: the keyword's end, not packed, no language, no translated keyword"""
+"""Fields of an iTXt chunk: end of keyword, not compressed, no language, no translated keyword."""
 
 COLOUR_TYPES = {"L": 0, "RGB": 2, "LA": 4, "RGBA": 6}
 UP, AVERAGE, PAETH = 2, 3, 4
 
 BLOCK_BYTES = 2**17
-"""Rows are filtered so many bytes at a time: few enough that they stay in a CPU's cache."""
+"""Bytes that are filtered at a time: few enough to stay in a CPU's cache."""
 
 SMALL_BYTES = 2**14
-"""A picture of fewer bytes gets one filter: choosing would take longer than packing."""
+"""An image of fewer bytes gets one filter: choosing would take longer than compressing."""
 
 Bytes = NDArray[np.uint8]
 
 
 def png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
-    """Write a picture, losslessly, with iTXt chunks before its pixels.
+    """Encode an image without loss, with iTXt chunks before its pixels.
 
-    The same picture and texts give the same bytes, with the same zlib-ng.
+    The same image and texts give the same bytes, with the same zlib-ng.
 
     Args:
-        image: of mode L, LA, RGB or RGBA.
-        texts: by keyword; keywords are Latin-1, of 1 to 79 characters.
+        image: an image of mode L, LA, RGB or RGBA.
+        texts: texts by keyword; keywords are Latin-1, of 1 to 79 characters.
 
     Raises:
-        ValueError: the picture is of another mode.
+        ValueError: the image has another mode.
     """
     if image.mode not in COLOUR_TYPES:
-        raise ValueError(f"a picture of mode {image.mode} cannot be written")
+        raise ValueError(
+            f"mode {image.mode} cannot be written. Convert it to {', '.join(COLOUR_TYPES)}"
+        )
     size = struct.pack(">IIBBBBB", *image.size, 8, COLOUR_TYPES[image.mode], 0, 0, 0)
     chunks = [SIGNATURE, _chunk(b"IHDR", size)]
     for keyword, text in texts.items():
@@ -70,7 +73,7 @@ def _packed(image: Image.Image) -> bytes:
 
 
 def _up(rows: Bytes) -> Bytes:
-    """Filter a whole picture by its differences to the row above."""
+    """Filter a whole image by its differences from the row above."""
     filtered = np.empty((rows.shape[0], rows.shape[1] + 1), np.uint8)
     filtered[:, 0] = UP
     filtered[0, 1:] = rows[0]
@@ -79,7 +82,7 @@ def _up(rows: Bytes) -> Bytes:
 
 
 def _blocks(rows: Bytes, pixel_bytes: int) -> Iterator[Bytes]:
-    """Filter a picture block by block."""
+    """Filter an image block by block."""
     height, width = rows.shape
     step = max(1, BLOCK_BYTES // width)
     for start in range(0, height, step):
@@ -91,9 +94,9 @@ def _blocks(rows: Bytes, pixel_bytes: int) -> Iterator[Bytes]:
 
 
 def _best(rows: Bytes, above: Bytes, pixel_bytes: int) -> Bytes:
-    """Filter each row by whichever of Average and Paeth leaves the smaller differences.
+    """Filter each row by Average or Paeth, by the one with the smaller differences.
 
-    The sum of their absolute values tells, as the PNG specification suggests (12.7).
+    The sum of their absolute values decides, as the PNG specification suggests (12.7).
     """
     left, corner = np.zeros_like(rows), np.zeros_like(rows)
     left[:, pixel_bytes:] = rows[:, :-pixel_bytes]
@@ -124,11 +127,11 @@ def _average(left: Bytes, above: Bytes) -> Bytes:
 
 
 def _paeth(left: Bytes, above: Bytes, corner: Bytes) -> Bytes:
-    """Predict as Paeth does (9.4): whichever neighbour is nearest to left + above - corner.
+    """Predict as Paeth does (9.4): take the neighbour that is nearest to left + above - corner.
 
-    In bytes alone: `corner` can only be nearest where it lies between the two others, and there
-    its distance is the difference of theirs. Bytes are chosen by masks, which is many times faster
-    than np.where.
+    Bytes are enough: `corner` can only be nearest if it lies between the two others. Its distance
+    is then the difference of theirs. Masks choose the bytes, which is many times faster than
+    np.where.
     """
     to_left, to_above = _distance(above, corner), _distance(left, corner)
     nearer = np.minimum(to_left, to_above)
@@ -148,7 +151,7 @@ def _distance(one: Bytes, other: Bytes) -> Bytes:
 
 
 def _chosen(where: NDArray[np.bool_], one: Bytes, other: Bytes) -> Bytes:
-    """Take `one` where it is true, else `other`."""
+    """Take `one` where the mask is true, else `other`."""
     mixed: Bytes = one ^ other
     mixed &= np.negative(where.view(np.uint8))
     mixed ^= other

@@ -1,9 +1,8 @@
-"""What a picture's file says of itself: enough to render it again, to the same bytes.
+"""Metadata in an image file: enough to render it again, to the same bytes.
 
-The farm's own JSON, and `parameters`, the text of AUTOMATIC1111's web UI that many viewers show.
-Only what decides the pixels stands there: no job, no time, no worker, no slot; so the same frame
-gives the same file wherever and whenever it is rendered. `encoding` puts both into a
-file.
+It has two parts: the farm's own JSON, and `parameters`, the text of AUTOMATIC1111's web UI that
+many viewers show. Both contain only data that decides the pixels: no job, time, worker or slot. So
+the same frame always gives the same file, at any place and time. `encoding` writes both to a file.
 """
 
 from __future__ import annotations
@@ -21,31 +20,31 @@ TO_QUOTE = re.compile(r'[,:\n"]')
 
 
 class RenderEnvironment(BaseModel):
-    """What all frames have in common that one loaded pipeline renders."""
+    """Properties shared by all frames that one loaded pipeline renders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: str
-    """sha256 over a local checkpoint's files, or over a hub repository's name and commit"""
+    """Hash (sha256) of a local checkpoint's files, or of a hub repository's name and commit."""
     device: str
-    """the CPU with its instruction sets, or the GPU's name: see devices.device_name"""
+    """The CPU with its instruction sets, or the GPU's name: see devices.device_name."""
     dtype: str
     threads: int
-    """torch threads: on a CPU they decide how sums are split, and so the last bits"""
+    """Number of torch threads. On a CPU it decides how sums are split, and so the last bits."""
     versions: dict[str, str]
     options: dict[str, Any] = Field(default_factory=dict)
-    """how it was loaded, where that may show in the last bits: `compile`, `channels_last`"""
+    """Load options that may change the last bits: `compile`, `channels_last`."""
 
 
 class Provenance(RenderEnvironment):
-    """How a picture came to be."""
+    """The complete provenance of an image."""
 
     format: Literal[1] = 1
     frame: FrameSpec
 
 
 class ProvenanceWriter:
-    """Writes frames' texts; what they have in common is written once."""
+    """Writes the texts of frames. The shared part is serialized only once."""
 
     def __init__(
         self, environment: RenderEnvironment, threads_of: Callable[[FrameSpec], int] | None = None
@@ -53,9 +52,9 @@ class ProvenanceWriter:
         """Write for one loaded pipeline.
 
         Args:
-            environment: what its frames have in common.
-            threads_of: the torch threads that a frame is rendered with, where not all have the
-                environment' number.
+            environment: the properties that its frames share.
+            threads_of: number of torch threads of a frame, if not all frames have the
+                environment's number.
         """
         self._environment = RenderEnvironment.model_validate(
             {name: getattr(environment, name) for name in RenderEnvironment.model_fields}
@@ -66,7 +65,7 @@ class ProvenanceWriter:
         self._version = _quoted(f"farm {environment.versions['farm']}")
 
     def json(self, frame: FrameSpec) -> str:
-        """Write a frame's provenance: the very text of `Provenance.model_dump_json()`."""
+        """Return a frame's provenance, exactly as `Provenance.model_dump_json()` writes it."""
         threads = self._threads_of(frame)
         if threads not in self._common:
             common = self._environment.model_copy(update={"threads": threads})
@@ -75,7 +74,7 @@ class ProvenanceWriter:
         return f"{self._common[threads]}{frame.model_dump_json()}}}"
 
     def parameters(self, frame: FrameSpec) -> str:
-        """Write the text of AUTOMATIC1111's web UI: prompt, negative prompt, `Key: value, …`."""
+        """Return the text of AUTOMATIC1111's web UI: prompt, negative prompt, `Key: value, …`."""
         params = frame.params
         lines = [frame.prompt]
         if params.get("negative_prompt"):
@@ -98,7 +97,7 @@ class ProvenanceWriter:
 
 
 def _a1111_clip_skip(clip_skip: int | None) -> int | None:
-    """Count as AUTOMATIC1111 does: there 1 leaves out no layer."""
+    """Convert to AUTOMATIC1111's counting, in which 1 skips no layer."""
     return None if clip_skip is None else clip_skip + 1
 
 

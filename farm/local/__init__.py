@@ -1,6 +1,6 @@
-"""The embedded stack: real servers out of wheels, and the whole farm on one machine.
+"""The embedded stack: real servers from wheels, and the whole farm on one machine.
 
-Importing it loads neither the servers' wheels nor torch.
+Importing this package loads neither the servers' wheels nor torch.
 """
 
 from farm.local.errors import StackError

@@ -1,4 +1,4 @@
-"""One child process of `farm up`: how it is started, watched and ended."""
+"""One child process of `farm up`: starting, watching and ending it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POLL_SECONDS = 0.1
 
 
 class Stage(IntEnum):
-    """When a child is stopped: the lowest stage first, the next when that has ended."""
+    """Order in which children are stopped: lowest first, the next when that has ended."""
 
     WORKER = 0
     FRONT = 1
@@ -41,7 +41,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Program:
-    """What to run and how; `argv[0]` is an absolute path."""
+    """A program to run, with its settings. `argv[0]` is an absolute path."""
 
     name: str
     argv: Sequence[str]
@@ -49,27 +49,27 @@ class Program:
     log: Path
     stage: Stage
     ready: Callable[[], bool] = lambda: True
-    """Whether it serves; an exception means not yet."""
+    """Readiness probe: returns True if the program serves. An exception means not yet."""
     cwd: Path | None = None
     user: int = -1
-    """The user id to run as, for root; -1 stays."""
+    """User ID to run as, if started by root. -1 keeps the current user."""
     stop_signal: signal.Signals = signal.SIGTERM
     grace: float = 15.0
     """Seconds between `stop_signal` and SIGKILL."""
     orphan_signal: signal.Signals = signal.SIGKILL
-    """What it is sent when farm up itself is killed."""
+    """Signal that it receives if farm up itself is killed."""
 
 
 def launched(
     argv: Sequence[str], user: int = -1, orphan_signal: signal.Signals = signal.SIGKILL
 ) -> list[str]:
-    """`argv`, made to end with the thread that starts it, and to run as `user`."""
+    """Build a command line that runs `argv` as `user`, and ends with the thread that starts it."""
     start = [sys.executable, "-I", "-S", str(LAUNCH)]
     return [*start, str(os.getpid()), str(int(orphan_signal)), str(user), *argv]
 
 
 class ManagedProcess:
-    """A running program. The supervisor's thread starts and reaps it; any thread may look."""
+    """A running program. The supervisor's thread starts and reaps it; any thread may read it."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -78,7 +78,7 @@ class ManagedProcess:
         self.restarts = 0
         self.wanted = True
         self.lasting = False
-        """Whether it is started again when it ends; set once it has been ready."""
+        """True if it is started again when it ends. Set once it has been ready."""
         self.outcome: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
@@ -87,12 +87,12 @@ class ManagedProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs now."""
+        """True if its process runs now."""
         return self.pid is not None
 
     def serves(self) -> bool:
-        """Whether its process runs and its readiness probe passes."""
-        # Any error of a client library means the same here: not yet.
+        """Return True if its process runs and its readiness probe passes."""
+        # Any error of a client library means not ready yet.
         with suppress(Exception):
             return self.alive and self.program.ready()
         return False
@@ -108,19 +108,19 @@ class ManagedProcess:
                 os.kill(self.pid, sign)
 
     def end_group(self) -> None:
-        """Send SIGKILL to the process and all it started."""
+        """Send SIGKILL to the process and everything it started."""
         if self.pid is not None:
             signal_group(self.pid, signal.SIGKILL)
 
     def last_lines(self, count: int = 15) -> str:
-        """The end of its log, to show when it fails."""
+        """Return the last lines of its log, to show when it fails."""
         if not self.program.log.is_file():
             return ""
         with self.program.log.open(errors="replace") as file:
             return "".join(deque(file, count)).rstrip()
 
     def tend(self) -> None:
-        """Reap the process if it ended, and start it if it is due; the supervisor calls this."""
+        """Reap the process if it ended, and start it if it is due. Called by the supervisor."""
         if self._process is not None and _has_ended(self._process):
             self._reap(self._process)
         due = self.wanted and time.monotonic() >= self._next_start
@@ -146,7 +146,7 @@ class ManagedProcess:
         self.pid = self._process.pid
 
     def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        # Before reaping: until then no other group can get this number.
+        # Before reaping: until then no other group can get this ID.
         signal_group(process.pid, signal.SIGKILL)
         self.pid, self._process = None, None
         code = process.wait()
@@ -161,7 +161,9 @@ class ManagedProcess:
         delay = min(FIRST_DELAY * 2**self._failures, MAX_DELAY)
         self._failures += 1
         self._next_start = now + delay
-        logger.warning("%s ended (%s); started again in %.1f s", self.name, self.outcome, delay)
+        logger.warning(
+            "%s ended (%s); it is started again in %.1f s", self.name, self.outcome, delay
+        )
         if self._failures % FAILURES_SHOWN == 0:
             logger.warning(
                 "%s keeps ending; the last lines of %s:\n%s",
@@ -171,9 +173,9 @@ class ManagedProcess:
             )
 
     def failure(self, what: str) -> StackError:
-        """The error that tells the user `what` went wrong, with the end of the log."""
+        """Build the error for the user, with `what` went wrong and the last lines of the log."""
         lines = self.last_lines()
-        return StackError(f"{self.name} {what}; its log is {self.program.log}, ending:\n{lines}")
+        return StackError(f"{self.name} {what}. Last lines of its log {self.program.log}:\n{lines}")
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:

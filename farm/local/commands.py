@@ -1,4 +1,4 @@
-"""The farm's own commands, as `farm up` runs them beside the servers."""
+"""The farm's own commands that `farm up` runs in addition to the servers."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ COMMAND_SECONDS = 300.0
 
 
 def environment(folder: Folder, settings: Mapping[str, str]) -> dict[str, str]:
-    """The caller's environment, with the folder's settings in place of any others."""
+    """Return the caller's environment, overridden by the folder's settings."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    # A proxy must not be asked for addresses of this machine.
+    # Addresses of this machine must not go through a proxy.
     direct = ",".join(filter(None, (env.get("NO_PROXY", env.get("no_proxy")), HOST, "localhost")))
     marks = {"FARM_DATA": str(folder.path), MARK: str(folder.path), "PYTHONUNBUFFERED": "1"}
     return {**env, "NO_PROXY": direct, "no_proxy": direct, **marks, **settings}
 
 
 def farm(*words: str) -> list[str]:
-    """The command line of `farm WORDS`, run by this interpreter."""
+    """Build the command line of `farm WORDS`, run by this interpreter."""
     return [sys.executable, "-m", "farm.cli", *words]
 
 
 def run(words: list[str], env: Mapping[str, str], log: Path) -> str:
-    """Run one command to its end; returns its standard output, or raises StackError."""
+    """Run one command to its end. Return its standard output, or raise StackError."""
     with log.open("ab") as errors:
         try:
             done = subprocess.run(  # noqa: S603  the argv is ours
@@ -49,12 +49,14 @@ def run(words: list[str], env: Mapping[str, str], log: Path) -> str:
             )
         except subprocess.SubprocessError:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise StackError(f"farm {words[0]} failed; its log is {log}, ending:\n{tail}") from None
+            raise StackError(
+                f"farm {words[0]} failed. Last lines of its log {log}:\n{tail}"
+            ) from None
     return done.stdout.decode()
 
 
 def api(folder: Folder, env: Mapping[str, str], port: int) -> Program:
-    """The API, ready when /readyz answers 200."""
+    """Describe the API process. It is ready when /readyz answers 200."""
     return Program(
         name="api",
         argv=farm("api", "--host", HOST, "--port", str(port)),
@@ -66,13 +68,13 @@ def api(folder: Folder, env: Mapping[str, str], port: int) -> Program:
 
 
 def janitor(folder: Folder, env: Mapping[str, str]) -> Program:
-    """The janitor."""
+    """Describe the janitor process."""
     log = folder.logs / "janitor.log"
     return Program("janitor", farm("janitor"), env, log, Stage.FRONT)
 
 
 def exporter(folder: Folder, env: Mapping[str, str]) -> Program:
-    """What writes datasets."""
+    """Describe the exporter process, which writes datasets."""
     log = folder.logs / "exporter.log"
     return Program("exporter", farm("exporter"), env, log, Stage.WORKER)
 
@@ -80,7 +82,7 @@ def exporter(folder: Folder, env: Mapping[str, str]) -> Program:
 def worker(
     folder: Folder, env: Mapping[str, str], pipeline: str, number: int, grace: float
 ) -> Program:
-    """One worker of `pipeline`, given `grace` seconds to finish its batch."""
+    """Describe a worker process of `pipeline`. It has `grace` seconds to finish its batch."""
     return Program(
         name=f"worker {pipeline}-{number}",
         argv=farm("worker", pipeline),

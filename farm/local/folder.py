@@ -1,4 +1,4 @@
-"""The data folder: who holds it, its passwords, and where things lie in it."""
+"""The data folder: its lock, its passwords, and the paths in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from farm.local.errors import StackError
 
 @dataclass(frozen=True)
 class Passwords:
-    """What the embedded servers ask for; drawn once for a folder."""
+    """Passwords of the embedded servers, generated once per folder."""
 
     postgres: str
     valkey: str
@@ -26,28 +26,28 @@ class Passwords:
 
 @dataclass(frozen=True)
 class Folder:
-    """A data folder that this process alone holds."""
+    """A data folder that is locked by this process."""
 
     path: Path
     passwords: Passwords
 
     @property
     def api_key(self) -> Path:
-        """Where the operator's key is kept."""
+        """Path of the file with the operator's key."""
         return self.path / "api-key"
 
     @property
     def logs(self) -> Path:
-        """Where each child's log is written."""
+        """Path of the folder with the children's logs."""
         return self.path / "logs"
 
     @property
     def ports(self) -> Path:
-        """Where each server's ports are noted, to keep them where they stay free."""
+        """Path of the folder with each server's ports, which are used again if they are free."""
         return self.path / "ports"
 
     def make(self, name: str) -> Path:
-        """A folder inside that only its owner may read, made if missing."""
+        """Return a subfolder that only its owner may read. Create it if it is missing."""
         path = self.path / name
         path.mkdir(mode=0o700, exist_ok=True)
         return path
@@ -55,14 +55,14 @@ class Folder:
 
 @contextmanager
 def hold(data: Path) -> Iterator[Folder]:
-    """Make `data` if missing and hold it; raises StackError when another farm up does."""
+    """Create `data` if missing, and lock it. Raise StackError if another farm up has locked it."""
     data = data.expanduser().resolve()
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = (data / "lock").open("a+")
     except OSError as error:
         raise StackError(
-            f"Cannot write to {data} ({error.strerror}): choose another with --data."
+            f"Cannot write to {data} ({error.strerror}). Choose another folder with --data."
         ) from None
     with lock:
         try:
@@ -70,8 +70,8 @@ def hold(data: Path) -> Iterator[Folder]:
         except BlockingIOError:
             lock.seek(0)
             raise StackError(
-                f"{data} is in use by another farm up (process {lock.read().strip()}): "
-                "stop that one, or choose another folder with --data."
+                f"{data} is in use by another farm up (process {lock.read().strip()}). "
+                "Stop that one, or choose another folder with --data."
             ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
@@ -80,7 +80,7 @@ def hold(data: Path) -> Iterator[Folder]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Put `text` at `path`, whole or not at all, readable by the owner alone (mode 0600)."""
+    """Write `text` to `path` atomically, readable only by the owner (mode 0600)."""
     draft = path.with_name(path.name + ".new")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -1,11 +1,11 @@
-"""Becomes another program, which ends when the process that started it ends.
+"""Turn this process into another program, which ends when the process that started it ends.
 
-Run as a script, by path and with `python -I -S`, so it imports nothing but the standard
-library: `launch.py PARENT SIGNAL USER ARGV…`. PARENT is the starter's process id, SIGNAL what
-the kernel sends when the starter ends, USER the id to run as, or -1 to stay.
+Run it as a script, by path and with `python -I -S`, so it imports only the standard library:
+`launch.py PARENT SIGNAL USER ARGV…`, for example `launch.py 4711 9 -1 /usr/bin/sleep 60`. PARENT is
+the process ID of the starter. SIGNAL is sent by the kernel when the starter ends. USER is the user
+ID to run as, or -1 to keep the current one.
 
-Doing this in a program of its own, rather than between fork and exec, keeps it safe in a
-process with threads.
+A separate program is safe in a process with threads; code between fork and exec is not.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ class _Capabilities(ctypes.Structure):
 
 
 def main() -> None:
-    """Tie this process to its parent, drop to the user, and become the program."""
+    """Tie this process to its parent, change to the user, and run the program."""
     parent, death_signal, user = (int(word) for word in sys.argv[1:4])
     argv = sys.argv[4:]
     if user >= 0:
         become(user, argv[0])
-    # After the change of user, which clears it.
+    # After the change of user, which would clear it.
     if sys.platform == "linux":
         _call("prctl", PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(CANNOT_START)
-    os.execv(argv[0], argv)  # noqa: S606  no shell is the point
+    os.execv(argv[0], argv)  # noqa: S606  no shell on purpose
 
 
 def become(user: int, program: str) -> None:
-    """Run as `user` from here on, still able to reach `program` and the working folder.
+    """Change to `user`, and stay able to reach `program` and the working folder.
 
-    Either may lie below a folder the user cannot enter (root's home, say). Rather than opening
-    that folder to everyone, the process then keeps the one right to pass through folders.
+    Both may be below a folder that the user cannot enter, for example root's home. The process then
+    keeps only the right to pass through folders, so that folder stays closed to others.
     """
     linux = sys.platform == "linux"
     if linux:
@@ -81,7 +81,7 @@ def _passing_capability() -> int:
     for capability in (CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE):
         if capabilities[0].permitted & 1 << capability:
             return capability
-    sys.exit("This container's root may not enter the folder: choose another with --data.")
+    sys.exit("This container's root may not enter the folder. Choose another one with --data.")
 
 
 def _set_capabilities(bits: int) -> None:

@@ -19,7 +19,10 @@ INITDB_SECONDS = 120.0
 
 
 def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
-    """How to run Postgres on the folder's data, made if missing, and its address."""
+    """Return the program that runs Postgres on the folder's data, and its address.
+
+    Missing data is created.
+    """
     home = folder.make("postgres")
     user = _own(home)
     data = home / "data"
@@ -55,7 +58,7 @@ def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
 
 
 def _own(home: Path) -> int:
-    """Postgres refuses to run as root: then it runs as its folder's owner, or as nobody."""
+    """Return the user to run as. Root is refused, so it is the folder's owner, or nobody."""
     if os.geteuid() != 0:
         return -1
     owner = home.stat().st_uid
@@ -67,7 +70,7 @@ def _own(home: Path) -> int:
 
 
 def _initdb(folder: Folder, home: Path, user: int, env: dict[str, str]) -> None:
-    """Make the data under another name first, so that a half-made one is never used."""
+    """Create the data under another name first, so that incomplete data is never used."""
     draft = home / "draft"
     if draft.exists():
         shutil.rmtree(draft)
@@ -99,4 +102,4 @@ def _run(argv: list[str], home: Path, user: int, env: dict[str, str], text: str 
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = str(error.stderr or error)
-        raise StackError(f"Postgres's data cannot be made in {home}:\n{said}") from None
+        raise StackError(f"Postgres's data cannot be created in {home}:\n{said}") from None

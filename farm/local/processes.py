@@ -1,4 +1,4 @@
-"""Finding and ending processes that a farm up left behind, and signalling groups."""
+"""Find and end processes that a farm up left behind, and send signals to groups."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# In the environment of every child of a farm up, so of their children too.
+# In the environment of every child of a farm up, and so of their children too.
 MARK = "FARM_UP_DATA"
 
 
 def leftovers(data: Path) -> list[int]:
-    """Ids of live processes started, at whatever remove, by a farm up on `data` (Linux only)."""
+    """Return the IDs of live processes below any farm up on `data`, at any depth (Linux only)."""
     mark = f"{MARK}={data}".encode()
     proc = Path("/proc")
     pids = (int(entry.name) for entry in proc.glob("[0-9]*"))
@@ -21,9 +21,9 @@ def leftovers(data: Path) -> list[int]:
 
 
 def end_leftovers(data: Path, seconds: float = 10.0) -> int:
-    """End what an earlier farm up on `data` left running; returns how many it were."""
+    """End the processes that an earlier farm up on `data` left behind. Return their number."""
     found = leftovers(data)
-    for sign in (signal.SIGINT, signal.SIGKILL):  # on SIGINT Postgres ends its own
+    for sign in (signal.SIGINT, signal.SIGKILL):  # on SIGINT Postgres ends its children
         deadline = time.monotonic() + seconds / 2
         for pid in leftovers(data):
             with suppress(ProcessLookupError):
@@ -34,8 +34,8 @@ def end_leftovers(data: Path, seconds: float = 10.0) -> int:
 
 
 def signal_group(group: int, sign: int) -> None:
-    """Send `sign` to every process of a group; one that is gone already is no error."""
-    with suppress(ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
+    """Send `sign` to every process of a group. A group that has ended is not an error."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS: EPERM if only zombies are left
         os.killpg(group, sign)
 
 

@@ -33,8 +33,8 @@ OPTIONS = (
     "-s3.localSocket=s3.sock",
     "-filer.localSocket=filer.sock",
     "-master.telemetry=false",
-    "-master.electionTimeout=1s",  # it stands alone; by default a restart waits 10 to 20 s
-    # A bucket opens seven volumes; they grow as they fill and take no space ahead.
+    "-master.electionTimeout=1s",  # a single master; by default a restart waits 10 to 20 s
+    # A bucket opens seven volumes. They grow as they fill, and reserve no space.
     "-master.volumeSizeLimitMB=1024",
     "-volume.max=1000",
     "-volume.id=farm",  # not address:port, which changes between runs
@@ -42,7 +42,7 @@ OPTIONS = (
 
 
 def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
-    """How to run SeaweedFS on the folder's data, and its S3 address."""
+    """Return the program that runs SeaweedFS on the folder's data, and its S3 address."""
     home = folder.make("seaweedfs")
     remove_sockets(folder)
     ports = free_ports(2 * len(PARTS), folder.ports / "seaweedfs")
@@ -58,14 +58,14 @@ def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
         stage=Stage.SEAWEEDFS,
         ready=lambda: _stores(url, folder.passwords),
         cwd=home,
-        # What it has acknowledged is written. Its graceful stop waits 15 s for its own streams.
+        # Acknowledged data is on disk. A graceful stop would wait 15 s for internal streams.
         stop_signal=signal.SIGKILL,
     )
     return running, url
 
 
 def remove_sockets(folder: Folder) -> None:
-    """SeaweedFS also listens on sockets in /tmp, and leaves some of them behind."""
+    """Delete SeaweedFS's sockets in /tmp, some of which it leaves behind."""
     for part, port in product(PARTS, noted_ports(folder.ports / "seaweedfs")):
         with suppress(OSError):
             Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink()  # noqa: S108  its choice
@@ -78,9 +78,9 @@ def _identities(passwords: Passwords) -> dict[str, object]:
 
 
 def _stores(url: str, passwords: Passwords) -> bool:
-    """Whether an object can be stored; makes the bucket if missing.
+    """Store a test object, and return True on success. Create the bucket if it is missing.
 
-    The S3 port answers before a volume can be written, so nothing less will do.
+    A simpler check is not enough: the S3 port answers before a volume is writable.
     """
     from botocore.config import Config
 
@@ -96,7 +96,7 @@ def _stores(url: str, passwords: Passwords) -> bool:
 
 @cache
 def _session(access_key: str, secret_key: str) -> boto3.Session:
-    """Keep what boto3 reads about S3: reading it takes longer than asking the server."""
+    """Cache the session: boto3 needs more time to read its S3 data than to ask the server."""
     import boto3
 
     return boto3.Session(

@@ -16,7 +16,7 @@ from farm.local.processes import MARK, end_leftovers
 from farm.local.supervisor import Supervisor
 
 START_SECONDS = 60.0
-# A port can be taken by another process after it was found free.
+# Another process can take a port after it was found free.
 START_TRIES = 3
 INHERITED = ("PATH", "LANG", "TMPDIR", "TZ")
 
@@ -25,7 +25,7 @@ Plan = Callable[[Folder, dict[str, str]], tuple[Program, str]]
 
 @dataclass(frozen=True)
 class Servers:
-    """The running servers: their addresses with credentials, and their processes."""
+    """The running servers: addresses with credentials, and processes."""
 
     database_url: str
     redis_url: str
@@ -40,7 +40,7 @@ class Servers:
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables that point any process of the farm, and boto3, at these servers."""
+        """Environment variables with which the farm's processes and boto3 use these servers."""
         return {
             "FARM_DATABASE_URL": self.database_url,
             "FARM_REDIS_URL": self.redis_url,
@@ -54,11 +54,14 @@ class Servers:
 
 @contextmanager
 def embedded_servers(data: Path) -> Iterator[Servers]:
-    """Run the three servers on the folder `data` (made if missing) until the block is left.
+    """Run the three servers on the folder `data` (made if missing) until the end of the block.
 
-    They come up in a few seconds, are started again on the same port and data when they end,
-    and leave no process behind. Raises StackError when `data` is in use, the [local] extra is
-    missing, or a server does not come up within 60 s.
+    They start in a few seconds. A server that ends is restarted on the same port and data. No
+    process is left behind.
+
+    Raises:
+        StackError: `data` is in use, the [local] extra is missing, or a server does not start
+            within 60 s.
     """
     with supervised(data) as (folder, supervisor):
         yield start_servers(folder, supervisor)
@@ -66,7 +69,7 @@ def embedded_servers(data: Path) -> Iterator[Servers]:
 
 @contextmanager
 def supervised(data: Path) -> Iterator[tuple[Folder, Supervisor]]:
-    """Hold the folder, with nothing of an earlier run left running before or after."""
+    """Lock the folder, and end all leftover processes before and after the block."""
     with hold(data) as folder:
         end_leftovers(folder.path)
         for part in (folder.logs, folder.ports):
@@ -80,8 +83,8 @@ def supervised(data: Path) -> Iterator[tuple[Folder, Supervisor]]:
 
 
 def start_servers(folder: Folder, supervisor: Supervisor) -> Servers:
-    """Start the servers at the same time and wait until each one serves."""
-    # The slowest first: the others, and making Postgres's data, fall into its start.
+    """Start the servers in parallel, and wait until each one serves."""
+    # The slowest first: the others, and Postgres's initdb, run during its start.
     plans = (seaweedfs.program, valkey.program, postgres.program)
     starting = [_start(plan, folder, supervisor) for plan in plans]
     settled = [
@@ -112,7 +115,7 @@ def _start(plan: Plan, folder: Folder, supervisor: Supervisor) -> tuple[ManagedP
 def _settle(
     plan: Plan, started: tuple[ManagedProcess, str], folder: Folder, supervisor: Supervisor
 ) -> tuple[ManagedProcess, str]:
-    """Wait until the server serves; one that ends at its start is tried again, on free ports."""
+    """Wait until the server serves. If it ends at its start, try again on free ports."""
     for tries_left in reversed(range(START_TRIES)):
         child, _url = started
         try:

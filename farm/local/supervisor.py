@@ -1,4 +1,4 @@
-"""Keeps the children of `farm up` running, and ends them in order."""
+"""The supervisor of `farm up`: keeps its children running, and ends them in order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HASTENED_SECONDS = 3.0
 
 
 class Supervisor:
-    """Starts children again with back-off when they end; on leaving the block, stops them all.
+    """Restarts children that end, with back-off. At the end of the block it stops them all.
 
-    One thread starts every child and lives as long as they do: the kernel ends a child with the
-    thread that started it.
+    One thread starts every child and lives as long as they do, because the kernel ends a child
+    together with the thread that started it.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Supervisor:
             self._thread.join()
 
     def start(self, program: Program, *, lasting: bool = True) -> ManagedProcess:
-        """Start a child; without `lasting` it is not started again until `ready` has seen it."""
+        """Start a child. Without `lasting`, it is not restarted before `ready` has returned."""
         child = ManagedProcess(program)
         child.lasting = lasting
         with self._changed:
@@ -58,7 +58,7 @@ class Supervisor:
         return child
 
     def ready(self, child: ManagedProcess, seconds: float) -> ManagedProcess:
-        """Wait until `child` serves; raises StackError when it ends, or after `seconds`."""
+        """Wait until `child` serves. Raise StackError if it ends, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while not child.serves():
             if child.outcome is not None and not child.lasting:
@@ -70,7 +70,7 @@ class Supervisor:
         return child
 
     def stop(self, *children: ManagedProcess) -> None:
-        """End children for good, together: their stop signal, their grace, then SIGKILL."""
+        """Stop children together, without restart: stop signal, grace period, then SIGKILL."""
         with self._changed:
             for child in children:
                 child.wanted = False
@@ -80,19 +80,19 @@ class Supervisor:
         while running := [child for child in children if child.alive]:
             for child in set(running) - killed:
                 if time.monotonic() - asked > self._grace(child):
-                    logger.warning("%s did not stop in time and is killed", child.name)
+                    logger.warning("%s did not stop in time, so it is killed", child.name)
                     child.end_group()
                     killed.add(child)
             self._pause(POLL_SECONDS / 2)
 
     def forget(self, child: ManagedProcess) -> None:
-        """Stop a child, and list it no more."""
+        """Stop a child, and remove it from the list."""
         self.stop(child)
         with self._changed:
             self.children.remove(child)
 
     def hasten(self) -> None:
-        """Cut short the grace that children being stopped are given."""
+        """Shorten the grace period of children that are being stopped."""
         self._hastened.set()
 
     def _grace(self, child: ManagedProcess) -> float:
@@ -112,7 +112,7 @@ class Supervisor:
 
     @contextmanager
     def _hastened_by_signals(self) -> Iterator[None]:
-        """While stopping, let Ctrl-C and SIGTERM hasten the end instead of breaking it off."""
+        """During the stop, make Ctrl-C and SIGTERM shorten the grace period, not abort the stop."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,4 +1,4 @@
-"""The whole farm on one machine: servers, migrations, API, janitor and workers."""
+"""The whole farm on one machine: servers, migrations, API, janitor, exporter and workers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ READY_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class LocalFarm:
-    """A running farm: how to reach it, and its processes by name (`worker demo-1`, `api`, …)."""
+    """A running farm: its address, and its processes by name, such as `worker demo-1` or `api`."""
 
     url: str
     api_key: str
     data: Path
     env: dict[str, str]
-    """What farm.env holds."""
+    """Variables in farm.env."""
     servers: Servers
     children: dict[str, ManagedProcess]
 
@@ -42,11 +42,16 @@ def running_farm(
     pipelines: Path | None = None,
     workers: Mapping[str, int] | None = None,
 ) -> Iterator[LocalFarm]:
-    """Run a whole farm on the folder `data` until the block is left.
+    """Run a whole farm on the folder `data` until the end of the block.
 
-    `port` is the API's, 0 for any free one; `pipelines` the catalog, by default
-    FARM_PIPELINES or the demo's; `workers` how many for each pipeline, 1 where not given.
-    Raises StackError when the port is taken, a pipeline is unknown or a part does not start.
+    Args:
+        data: the data folder.
+        port: port of the API; 0 for any free one.
+        pipelines: the catalog; by default FARM_PIPELINES, or the demo's.
+        workers: number of workers by pipeline; 1 for pipelines that are not listed.
+
+    Raises:
+        StackError: the port is taken, a pipeline is unknown, or a part does not start.
     """
     settings = Settings()
     catalog = (pipelines or settings.pipelines).expanduser().resolve()
@@ -66,10 +71,11 @@ def running_farm(
 
 
 def worker_counts(names: list[str], asked: Mapping[str, int]) -> dict[str, int]:
-    """Workers for each pipeline: as asked, else one; raises StackError for an unknown name."""
+    """Return the number of workers of each pipeline, 1 by default. Raise StackError if unknown."""
     if unknown := sorted(set(asked) - set(names)):
         raise StackError(
-            f"The catalog has no pipeline {unknown[0]!r}: --workers takes {', '.join(names)}."
+            f"--workers: there is no pipeline {unknown[0]!r} in the catalog. "
+            f"It has {', '.join(names)}."
         )
     return {name: asked.get(name, 1) for name in names}
 
@@ -79,14 +85,14 @@ def _port(port: int) -> int:
         return free_port()
     if not is_free(port):
         raise StackError(
-            f"Port {port} is taken or not allowed: choose another with --port N, "
+            f"Port {port} is taken or not allowed. Choose another one, for example --port 8001, "
             "or any free one with --port 0."
         )
     return port
 
 
 def _api_key(folder: Folder, env: Mapping[str, str]) -> str:
-    """The operator's key kept in the folder, made the first time."""
+    """Return the operator's key in the folder. Create it the first time."""
     if not folder.api_key.is_file():
         words = ["keys", "create", "--tenant", "default", "--role", "operator", "--json"]
         output = commands.run(words, env, folder.logs / "keys.log")
@@ -115,7 +121,7 @@ def _start_farm(
 
 
 def _thread_settings(workers: int) -> dict[str, str]:
-    """The cores shared out, so that workers do not wait for each other's threads."""
+    """Divide the cores, so that workers do not wait for the threads of others."""
     threads = str(max(1, cores() // max(1, workers)))
     return {
         "FARM_TORCH_THREADS": threads,

@@ -20,11 +20,11 @@ maxmemory-policy noeviction
 
 
 def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
-    """How to run Valkey on the folder's data, and its address with the password."""
+    """Return the program that runs Valkey on the folder's data, and its address with password."""
     home = folder.make("valkey")
     password = folder.passwords.valkey
     [port] = free_ports(1, folder.ports / "valkey")
-    # In a file: the command line can be read by every user of the machine.
+    # In a file, because every user of the machine can read the command line.
     config = home / "valkey.conf"
     write_private(config, CONFIG.format(host=HOST, port=port, password=password))
     url = f"redis://:{password}@{HOST}:{port}/0"

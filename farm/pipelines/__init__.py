@@ -1,1 +1,1 @@
-"""What can be rendered: the catalog, the families, their parameters and checkpoints."""
+"""Pipelines: the catalog, the families, their parameters and their checkpoints."""

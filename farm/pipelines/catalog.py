@@ -1,4 +1,4 @@
-"""The catalog: pipelines.toml, the only pipelines a client can ever ask for."""
+"""The catalog, pipelines.toml: the only pipelines that a client can ask for."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ from farm.errors import CatalogError
 
 
 class Weights(BaseModel):
-    """Where weights come from: a hub repository, or a folder beside the catalog."""
+    """Source of weights: a hub repository, or a folder next to the catalog."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
-        min_length=1, description="a hub repository, or a folder beside the catalog"
+        min_length=1,
+        description="a hub repository such as owner/name, or a folder next to the catalog",
     )
-    revision: str | None = Field(default=None, description="the hub repository's commit")
-    variant: str | None = Field(default=None, description="the weights' variant, such as fp16")
+    revision: str | None = Field(default=None, description="commit of the hub repository")
+    variant: str | None = Field(default=None, description="variant of the weights, such as fp16")
 
     _folder: Path = PrivateAttr(default=Path())
 
     @property
     def checkpoint(self) -> str:
-        """A local folder's path where there is one, else the hub repository's name."""
+        """Path of the local folder, if it exists; else the name of the hub repository."""
         local = self._folder / self.source
         return str(local) if local.is_dir() else self.source
 
     @property
     def is_local(self) -> bool:
-        """Whether the checkpoint lies in a local folder."""
+        """True if the checkpoint is in a local folder."""
         return (self._folder / self.source).is_dir()
 
 
@@ -53,51 +54,53 @@ def _written_short(value: object) -> object:
 
 
 Part = Annotated[Weights, BeforeValidator(_written_short)]
-"""Weights beside the pipeline's own; the catalog may write the source alone."""
+"""Weights in addition to the pipeline's own. The catalog may give only the source."""
 
 
 class Pipeline(Weights):
-    """One entry of the catalog: a family, its weights, how to load them."""
+    """One entry of the catalog: a family, its weights, and how to load them."""
 
     family: str | None = Field(
-        default=None, description="left out: found from the checkpoint's class"
+        default=None,
+        description="its family; left out: found from the class of the checkpoint",
     )
-    refiner: Part | None = Field(default=None, description="the SDXL refiner's weights")
+    refiner: Part | None = Field(default=None, description="weights of the SDXL refiner")
     controlnets: list[Part] = Field(
-        default_factory=list, description="the ControlNets' weights; a job's `control` follows them"
+        default_factory=list,
+        description="weights of the ControlNets; `control` of a job has the same order",
     )
-    prior: Part | None = Field(default=None, description="the Kandinsky 2.2 prior's weights")
+    prior: Part | None = Field(default=None, description="weights of the Kandinsky 2.2 prior")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="auto: float16 on cuda, float32 on the CPU"
+        default="auto", description="type of the weights; auto: float16 on cuda, float32 on the CPU"
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
-        default="auto", description="auto: cuda where there is one, else the CPU"
+        default="auto", description="device to render on; auto: cuda if there is one, else the CPU"
     )
     offload: Literal["", "model", "sequential", "group"] = Field(
-        default="", description="on cuda: what is moved to the CPU while it is not needed"
+        default="", description="on cuda: unit that moves to the CPU while it is not needed"
     )
     channels_last: bool = Field(
-        default=False, description="convolutions' weights laid out with their channels last"
+        default=False, description="store the weights of convolutions with the channels last"
     )
     compile: Literal["", "default", "reduce-overhead", "max-autotune"] = Field(
-        default="", description="torch.compile's mode for the UNet or transformer and the VAE"
+        default="", description="mode of torch.compile for the UNet or transformer and the VAE"
     )
     safety_checker: bool | None = Field(
-        default=None, description="left out: as the checkpoint has it"
+        default=None, description="use a safety checker; left out: if the checkpoint has one"
     )
     bucket: dict[str, int] = Field(
         default_factory=lambda: {"default": 1},
-        description="frames a batch, by picture size ('1024x1024') with a 'default'",
+        description="frames per batch, by picture size ('1024x1024') and 'default'",
     )
     defaults: dict[str, JsonValue] = Field(
-        default_factory=dict, description="parameters' values where a job leaves them out"
+        default_factory=dict, description="values for the parameters that a job leaves out"
     )
     filters: list[str] = Field(
         default_factory=list,
-        description="what may reject a picture: blank, near_duplicate, or MODULE:FUNCTION",
+        description="filters that may reject a picture: blank, near_duplicate, MODULE:FUNCTION",
     )
     max_pixels: int = Field(
-        default=2048 * 2048, ge=64, description="width times height of the largest picture"
+        default=2048 * 2048, ge=64, description="limit for width times height, in pixels"
     )
 
     @field_validator("refiner", "prior", mode="before")
@@ -108,7 +111,7 @@ class Pipeline(Weights):
     @model_validator(mode="after")
     def _compiled_in_place(self) -> Pipeline:
         if self.compile and self.offload:
-            raise ValueError("compile and offload exclude each other: leave one of them empty")
+            raise ValueError("compile and offload cannot be combined: leave one of them empty")
         return self
 
     @field_validator("filters")
@@ -124,28 +127,28 @@ class Pipeline(Weights):
     def _buckets_in_range(cls, value: dict[str, int]) -> dict[str, int]:
         for size, frames in value.items():
             if size != "default" and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
-                raise ValueError(f"bucket of {size!r}: write a size as '1024x1024', or 'default'")
+                raise ValueError(f"bucket of {size!r}: write a size like '1024x1024', or 'default'")
             if not 1 <= frames <= MAX_BUCKET:
                 raise ValueError(f"bucket of {size} is {frames}: allowed are 1 to {MAX_BUCKET}")
         return {"default": 1, **value}
 
     def bucket_for(self, width: int, height: int) -> int:
-        """Frames in a batch of pictures of this size."""
+        """Return the number of frames in a batch of pictures of this size."""
         return self.bucket.get(f"{width}x{height}", self.bucket["default"])
 
     @property
     def parts(self) -> dict[str, Weights]:
-        """The weights beside the pipeline's own, by where the catalog names them."""
+        """The weights in addition to the pipeline's own, by field of the catalog."""
         named = {"refiner": self.refiner, "prior": self.prior}
         nets = {f"controlnets.{index}": net for index, net in enumerate(self.controlnets)}
         return {name: part for name, part in named.items() if part is not None} | nets
 
     def variant_of(self, part: Weights) -> str | None:
-        """The variant of some of its weights: the entry's own, unless the part names another."""
+        """Return the variant of some weights: their own if they name one, else the entry's."""
         return (self.variant if part.variant is None else part.variant) or None
 
     def place(self, folder: Path) -> None:
-        """Say which folder local sources are relative to."""
+        """Set the folder that local sources are relative to."""
         for weights in (self, *self.parts.values()):
             weights._folder = folder
 

@@ -1,4 +1,4 @@
-"""Changing the catalog's file by program: one entry's bucket table, and not a character beside."""
+"""Edits of the catalog file: one entry's bucket table changes, and no other character."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from farm.pipelines.catalog import load_catalog
 
 
 def bucket_line(table: Mapping[str, int]) -> str:
-    """Write a bucket table as the catalog has it: `{ "default" = 4, "64x64" = 8 }`."""
+    """Format a bucket table as the catalog has it: `{ "default" = 4, "64x64" = 8 }`."""
     return "{ " + ", ".join(f'"{size}" = {frames}' for size, frames in table.items()) + " }"
 
 
 def write_buckets(path: Path, name: str, table: Mapping[str, int]) -> None:
-    """Give one entry of the catalog another bucket table; comments and all else stay as they are.
+    """Replace the bucket table of one entry. Comments and all other entries stay unchanged.
 
-    The file is replaced as a whole, and only by one that says the same but for this table.
+    The file is replaced in one step, and only if nothing but this table differs.
 
     Args:
         path: pipelines.toml.
-        name: the entry.
-        table: frames a batch by size of picture, whole.
+        name: name of the entry.
+        table: frames per batch by picture size; replaces the whole table.
 
     Raises:
-        CatalogError: the file cannot be read, changed or written; it is as it was.
+        CatalogError: the file cannot be read, changed or written. It is unchanged.
     """
     real = path.resolve()
     if real == DEMO_CATALOG.resolve():
         raise CatalogError(
-            f"The catalog {path} is the program's own: copy it, and name the copy by FARM_PIPELINES"
+            f"The catalog {path} is part of the program. Copy it, and set "
+            "FARM_PIPELINES to the copy."
         )
     before = load_catalog(real)
     try:
@@ -58,7 +59,9 @@ def write_buckets(path: Path, name: str, table: Mapping[str, int]) -> None:
         wanted = before.model_dump()
         wanted["pipelines"][name]["bucket"] = {"default": 1, **table}
         if load_catalog(draft).model_dump() != wanted:
-            raise CatalogError(f"The catalog {path} is written in a way that cannot be changed.")
+            raise CatalogError(
+                f"The catalog {path} has a form that the program cannot edit. Edit it by hand."
+            )
         draft.chmod(real.stat().st_mode)
         draft.replace(real)
     except OSError as error:
@@ -71,7 +74,7 @@ def _changed(text: str, name: str, table: Mapping[str, int]) -> str:
     document = tomlkit.parse(text)
     entry: Any = document["pipelines"][name]
     old = entry.get("bucket")
-    if isinstance(old, Table):  # under a header of its own
+    if isinstance(old, Table):  # under its own header
         for size in [size for size in old if size not in table]:
             del old[size]
         for size, frames in table.items():

@@ -1,6 +1,6 @@
-"""What is kept on disk between two starts of a process, so that the second is quicker.
+"""Cache on disk that makes the next start of a process faster.
 
-Everything here may be lost, damaged or of another version at any time: it is then made anew.
+Entries may be lost, damaged or of another version at any time. They are then made again.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 Key = list[str | int]
-"""What a hash was computed from"""
+"""File facts that a hash belongs to. If one of them changes, the hash is computed again."""
 LARGE = 2**20
-"""Bytes; smaller files are hashed sooner than their hash is looked up"""
+"""Minimum size of a file whose hash is cached. Bytes. Smaller files are faster to hash again."""
 SETTLED_SECONDS = 2.0
-"""A file that changed later might change again within the clock's grain, unseen"""
+"""Minimum age of a change before the hash is cached. Seconds.
+
+A younger file might change again within the clock's resolution, unseen.
+"""
 
 _folder: Path | None = None
 
 
 def configure(folder: Path | None) -> None:
-    """Say where this process keeps things, once, at its entry point; None: it keeps nothing."""
+    """Set the cache folder of this process, once, at its entry point. None: no cache."""
     global _folder
     _folder = folder
 
 
 def cache_folder(name: str) -> Path | None:
-    """A folder of the cache, made if it is missing; None where nothing may be kept.
+    """Return a folder of the cache, made if it is missing. None if there can be no cache.
 
-    What lies there is run as code: it must be this user's own, and no other may write to it.
+    Its files are run as code: the folder must belong to this user, and only this user may write.
     """
     if _folder is None:
         return None
@@ -45,18 +48,18 @@ def cache_folder(name: str) -> Path | None:
             owned.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = owned.stat()
             if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-                log.warning("%s is not this user's alone to write to: nothing is kept there", owned)
+                log.warning("%s can be written by other users, so it is not used as cache", owned)
                 return None
     except OSError as error:
-        log.warning("%s: nothing is kept there: %s", place, error.strerror)
+        log.warning("%s cannot be used as cache: %s", place, error.strerror)
         return None
     return place
 
 
 def file_hash(path: Path) -> str:
-    """Hash a file's content (sha256, hex); a large one only if it has changed since the last time.
+    """Hash a file's content (sha256, hex). A large file is hashed again only if it has changed.
 
-    It has if its real path, inode, size, or times of writing and of change are others.
+    It has changed if its real path, inode, size, or times of writing and of change differ.
     """
     folder = cache_folder("hashes") if path.stat().st_size >= LARGE else None
     if folder is None:
@@ -86,7 +89,7 @@ def _read(entry: Path, key: Key) -> str | None:
         found = json.loads(entry.read_bytes())
         content = found["sha256"]
         is_whole = found["check"] == _check(key, content)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+    except (OSError, ValueError, KeyError, TypeError):  # no entry, or a damaged one
         return None
     return str(content) if is_whole else None
 
@@ -100,11 +103,11 @@ def _check(key: Key, content: str) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of the cache at once, or not at all where the disk does not take it."""
+    """Write a file of the cache in one step. Write nothing if the disk refuses it."""
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
     except OSError as error:
-        log.warning("%s is not kept: %s", path, error.strerror)
+        log.warning("%s is not cached: %s", path, error.strerror)
         return
     draft = Path(name)
     try:
@@ -112,6 +115,6 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
         draft.replace(path)
     except OSError as error:
-        log.warning("%s is not kept: %s", path, error.strerror)
+        log.warning("%s is not cached: %s", path, error.strerror)
     finally:
         draft.unlink(missing_ok=True)

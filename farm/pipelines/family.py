@@ -1,4 +1,4 @@
-"""What a family is: how a kind of pipeline is described, loaded and denoised."""
+"""Families: how each kind of pipeline is described, loaded and denoised."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 StepHook = Callable[[int, int], None]
-"""Called after every denoising step with (steps done, steps in all); raises StopBatch to end."""
+"""Called after every denoising step with (steps done, all steps). Raises StopBatch to end."""
 
 
 class StopBatch(Exception):
-    """Raised by the step hook: nothing of this batch is wanted any more."""
+    """Raised by the step hook if no frame of the batch is wanted any more."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,25 @@ class LoadedPipeline:
     device: str
     dtype: str
     scheduler_config: Any
-    """The checkpoint's own: each batch's sampler is built from it, whatever ran before."""
+    """Configuration of the checkpoint's own sampler. Each batch builds its sampler from it."""
     weights: str
-    """What names the weights: see loading."""
+    """Name of the weights: a hash, see `_weights` in loading."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """How it was loaded, where that may show in the last bits: `compile`, `channels_last`."""
+    """Options of loading that may change the last bits: `compile`, `channels_last`, `offload`."""
     extras: Mapping[str, Any] = field(default_factory=dict)
-    """What else its family keeps with it, by name: a refiner, a prompt encoder."""
+    """Objects that its family keeps with it, by name: a refiner, a prompt encoder."""
     pipes: tuple[Any, ...] = ()
-    """All that was pinned, `pipe` first"""
+    """All pinned pipelines. `pipe` comes first."""
     vae_dtypes: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vae_dtypes", tuple(_vae_dtype(pipe) for pipe in self.pipes))
 
     def clone_sharing_weights(self) -> LoadedPipeline:
-        """The same weights behind pipeline objects of their own.
+        """Copy the pipeline objects, and share the weights.
 
-        What a diffusers call keeps between its steps stands in the pipeline's object and in its
-        sampler. With a twin, a batch can be denoised in the middle of another.
+        A diffusers call keeps its state between steps in the pipeline object and in the sampler.
+        With a copy, a batch can be denoised in the middle of another.
         """
         known = [(pipe, _twin_of(pipe)) for pipe in self.pipes]
 
@@ -67,9 +67,9 @@ class LoadedPipeline:
         )
 
     def reset_after_failure(self) -> None:
-        """Put right what a diffusers call leaves behind that was stopped or failed.
+        """Clean up after a diffusers call that was stopped or failed.
 
-        What is offloaded goes back to the CPU, and a VAE that was widened to decode is narrowed.
+        Move offloaded models back to the CPU, and give a VAE that was widened its dtype back.
         """
         for pipe, dtype in zip(self.pipes, self.vae_dtypes, strict=True):
             pipe.maybe_free_model_hooks()
@@ -82,7 +82,7 @@ def _vae_dtype(pipe: Any) -> Any:
 
 
 def _twin_of(pipe: Any) -> Any:
-    """Copy a pipeline's object, and those of which it is combined; never a weight."""
+    """Copy a pipeline object, and the pipelines that it combines. Copy no weights."""
     from diffusers import DiffusionPipeline
 
     twin = copy(pipe)
@@ -94,49 +94,49 @@ def _twin_of(pipe: Any) -> Any:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's own configuration, read without loading any weights."""
+    """Configuration of a checkpoint, read without loading any weights."""
 
     index: Mapping[str, Any]
-    """model_index.json, or a single model's config.json"""
+    """Content of model_index.json, or of the config.json of a single model."""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """component: its config.json or scheduler_config.json"""
+    """Content of config.json or scheduler_config.json, by component."""
     parts: Mapping[str, Checkpoint] = field(default_factory=dict)
-    """the catalog's other weights, as `Pipeline.parts` names them"""
+    """Configurations of the entry's other weights, by their names in `Pipeline.parts`."""
 
     @property
     def class_name(self) -> str:
-        """The diffusers class that it says it is."""
+        """Name of its diffusers class, as its index has it."""
         return str(self.index.get("_class_name"))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames that share a batch_key, to be denoised together."""
+    """Frames that share a batch_key, and are denoised together."""
 
     frames: Sequence[FrameSpec]
     on_step: StepHook = lambda _done, _steps: None
     images: Mapping[str, Image.Image] = field(default_factory=dict)
-    """The uploaded images that the frames need, by id."""
+    """Uploaded images that the frames need, by ID."""
 
 
 class Family(Protocol):
-    """One kind of pipeline. A new family is one new module with a `family` of this shape."""
+    """One kind of pipeline. A new family is one new module with a `family` of this type."""
 
     name: str
     params: type[Params]
-    """What its jobs take, whatever the checkpoint."""
+    """Parameters of its jobs, before they are fitted to a checkpoint."""
     parts: tuple[str, ...]
-    """The other weights that it uses, by the catalog's fields: refiner, controlnets, prior."""
+    """Fields of the catalog with other weights that it uses: refiner, controlnets, prior."""
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        """Whether it renders an entry that names no family."""
+        """Return True if it renders this entry, which names no family."""
         ...
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        """Fit `params` to one entry: its defaults, its limits, the samplers it can use.
+        """Fit `params` to one entry: its defaults, its limits, and its usable samplers.
 
         Raises:
-            CatalogError: the entry cannot be rendered; the message says what is missing.
+            CatalogError: the entry cannot be rendered; the message names what is missing.
         """
         ...
 
@@ -149,21 +149,21 @@ class Family(Protocol):
         ...
 
     def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
-        """Render a batch; returns one image a frame, in order, None where a safety checker balked.
+        """Render a batch. Return one image per frame, in order; None for a flagged one.
 
-        Short batches are padded up to the frames' bucket, since an image's bits depend on the
-        batch's shape, though not on its neighbours or its place in it.
+        Short batches are padded to the bucket of the frames. The bits of an image depend on the
+        shape of its batch, but not on its neighbours or its slot.
         """
         ...
 
 
 def uses_torch(family: Family) -> bool:
-    """Whether a family computes with torch: every one that does not say `torchless = True`."""
+    """Return True if a family computes with torch: all do, except those with `torchless = True`."""
     return not getattr(family, "torchless", False)
 
 
 def padded(frames: Sequence[FrameSpec]) -> list[FrameSpec]:
-    """Fill a short batch up to its bucket with repeats of its last frame.
+    """Fill a short batch to its bucket with repeats of its last frame.
 
     Raises:
         ValueError: there are no frames, or more than the bucket holds.
@@ -175,18 +175,18 @@ def padded(frames: Sequence[FrameSpec]) -> list[FrameSpec]:
 
 
 def generators(frames: Sequence[FrameSpec]) -> list[torch.Generator]:
-    """Seed one generator a frame, on the CPU so that a seed means the same on every device."""
+    """Seed one generator per frame, on the CPU: a seed then means the same on every device."""
     import torch
 
     return [torch.Generator("cpu").manual_seed(frame.seed) for frame in frames]
 
 
 def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[str, Any]]:
-    """Make a `callback_on_step_end` for one diffusers call, or several one after another.
+    """Build a `callback_on_step_end` for one diffusers call, or for several in sequence.
 
     Args:
-        on_step: told of every step.
-        share: the first call's share of all steps.
+        on_step: called after every step.
+        share: share of all steps that the first call takes, from 0 to 1.
     """
     done, steps = 0, 0
 
@@ -203,10 +203,10 @@ def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[s
 
 
 def unflagged(output: Any) -> list[Image.Image | None]:
-    """Take a pipeline's pictures, without those that its safety checker flagged.
+    """Return the pictures of a pipeline's output; None for those that its safety checker flagged.
 
-    `output` holds PIL pictures or, asked for with `output_type="pt"`, one tensor of them: on a fast
-    device diffusers' own way from there to PIL, on the CPU, takes longer than a step.
+    `output` holds PIL pictures or, with `output_type="pt"`, one tensor of them. diffusers converts
+    that tensor to PIL on the CPU, which takes longer than a step on a fast device.
     """
     images = output.images
     pictures = images if isinstance(images, list) else to_pictures(images)
@@ -215,13 +215,13 @@ def unflagged(output: Any) -> list[Image.Image | None]:
 
 
 def to_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """Make 8-bit pictures, with the very values of diffusers' `numpy_to_pil`.
+    """Convert to 8-bit pictures, with exactly the values of diffusers' `numpy_to_pil`.
 
     Args:
         images: (batch, 3, height, width), from 0 to 1, on any device.
 
     Raises:
-        NotFinite: a value of any of them is infinite or NaN.
+        NotFinite: a value is infinite or NaN.
     """
     import torch
     from PIL import Image
@@ -230,10 +230,10 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
         seen.append(images)
     elif not images.isfinite().all():
         raise NotFinite(
-            "The picture's values are not finite: the numbers overflowed. A dtype with a larger "
-            "range may help, such as bfloat16 or float32."
+            "The picture's values are not finite: the numbers overflowed. Try a dtype with a "
+            "larger range, such as bfloat16 or float32."
         )
-    # Both round half to even, in float32.
+    # torch and numpy both round half to even, in float32.
     values = (images.float() * 255).round().to(torch.uint8)
     return [Image.fromarray(one) for one in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
@@ -243,10 +243,10 @@ _SEEN: ContextVar[list[torch.Tensor] | None] = ContextVar("floats", default=None
 
 @contextmanager
 def floats_seen() -> Iterator[list[torch.Tensor]]:
-    """Collect what is computed for a batch in the block: latents of each step, and pictures.
+    """Collect the tensors computed for a batch in the block: latents of each step, and pictures.
 
-    Each tensor's first dimension is the batch's, or a multiple of it; pictures are those that
-    `to_pictures` is given, before it rounds them.
+    The first dimension of each tensor is the batch's size, or a multiple of it. Pictures are
+    collected in `to_pictures`, before rounding.
     """
     seen: list[torch.Tensor] = []
     token = _SEEN.set(seen)

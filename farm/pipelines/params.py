@@ -1,4 +1,4 @@
-"""Parameters of families, and how they are fitted to one checkpoint: defaults and limits."""
+"""Parameters of families, and the defaults and limits that fit them to one checkpoint."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ STRICT = ConfigDict(
     strict=True,
     validate_default=True,
     allow_inf_nan=False,
-    hide_input_in_errors=True,  # one tenant's words must not show in another's error
+    hide_input_in_errors=True,  # an error must not show another tenant's text
 )
-"""For everything that a client sends."""
+"""Configuration of every model that a client sends."""
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
 class Params(BaseModel):
-    """Parameters every family takes. A family adds its own by deriving from this."""
+    """Parameters that every family takes. A family derives from this class and adds its own."""
 
     model_config = STRICT
 
     PER_FRAME: ClassVar[frozenset[str]] = frozenset({"negative_prompt"})
-    """Fields that may differ between the frames of a batch; all others belong to batch_key."""
+    """Fields that may differ between the frames of a batch. All others belong to batch_key."""
 
-    width: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
-    height: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
+    width: int = Field(ge=8, le=8192, multiple_of=8, description="width of the picture, in pixels")
+    height: int = Field(
+        ge=8, le=8192, multiple_of=8, description="height of the picture, in pixels"
+    )
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """The fields' JSON Schema, whole: without references to other parts of it."""
+        """Return the JSON Schema of the fields, with every reference replaced by its definition."""
         schema = cls.model_json_schema()
         definitions = schema.pop("$defs", {})
 
@@ -55,11 +57,11 @@ class Params(BaseModel):
         return inlined
 
     def scalars(self) -> dict[str, Any]:
-        """The values that a diffusers call takes once for a whole batch."""
+        """Return the values that a diffusers call takes once for a whole batch."""
         return self.model_dump(exclude=set(self.PER_FRAME))
 
     def texts(self) -> dict[str, str]:
-        """The texts among the fields, by field: they are limited as prompts are."""
+        """Return the text fields by name. They have the same limits as prompts."""
         return {
             name: value
             for name in type(self).model_fields
@@ -68,27 +70,27 @@ class Params(BaseModel):
 
     @staticmethod
     def image_ids(params: Mapping[str, Any]) -> list[str]:
-        """The uploaded images that a frame of these parameters needs."""
+        """Return the IDs of the uploaded images that a frame with these parameters needs."""
         return []
 
     @property
     def reads_syntax(self) -> bool:
-        """Whether a prompt may be one that cannot be read."""
+        """True if prompts have a syntax, so that a prompt can be invalid."""
         return False
 
     def check_prompt(self, text: str) -> None:
-        """Refuse a prompt that cannot be read as these parameters say; asked where `reads_syntax`.
+        """Refuse a prompt that these parameters cannot read. Called only if `reads_syntax`.
 
         Raises:
-            ValueError: what is wrong, and where.
+            ValueError: the prompt is invalid; the message says what is wrong, and where.
         """
 
 
 class Negatable(Params):
-    """Parameters of a family whose pictures can be steered away from a text."""
+    """Parameters of a family that takes negative prompts."""
 
     negative_prompt: str | None = Field(
-        default="", description="what to keep out of the picture; null: as diffusers has it"
+        default="", description="text to keep out of the picture; null: the default of diffusers"
     )
 
     @field_validator("negative_prompt")
@@ -103,11 +105,11 @@ LIMITS = {"ge": Ge, "le": Le, "multiple_of": MultipleOf, "min_length": MinLen, "
 
 
 def tailored(base: type[P], changes: Mapping[str, Mapping[str, Any]]) -> type[P]:
-    """Derive parameters whose fields differ from `base` only in what `changes` names.
+    """Derive parameters from `base`, and change only the fields that `changes` names.
 
     Args:
         base: the family's parameters.
-        changes: field: arguments of pydantic's Field (`default`, `le`, …), and `annotation`
+        changes: by field, arguments of pydantic's Field (`default`, `le`, …), and `annotation`
             for a narrower type.
     """
     fields: dict[str, Any] = {

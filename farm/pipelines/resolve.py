@@ -1,4 +1,4 @@
-"""Offers: what a client may ask of a pipeline, known without loading its weights or torch."""
+"""Resolve catalog entries to what a client may ask, without loading weights or torch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from farm.pipelines.params import Params, tailored
 
 @dataclass(frozen=True)
 class ResolvedPipeline:
-    """One pipeline of the catalog, as a client sees it."""
+    """Catalog entry with its family and parameters, as a client sees it."""
 
     name: str
     pipeline: Pipeline
     family: Family
     family_params: type[Params]
-    """The family's parameters, fitted to the checkpoint"""
+    """Parameters of the family, fitted to the checkpoint."""
     params_type: type[Params]
-    """The same, with the catalog's defaults"""
+    """Parameters of the family, fitted to the checkpoint, with the defaults of the catalog."""
 
     def params(self, given: Mapping[str, Any]) -> Params:
-        """Check a grid point's parameters, with every default filled in.
+        """Check the parameters of a grid point, and fill in every default.
 
         Raises:
             ValidationError: a value is outside what its field allows.
@@ -35,16 +35,16 @@ class ResolvedPipeline:
         return self.params_type.model_validate(given)
 
     def schema(self) -> dict[str, Any]:
-        """The parameters' JSON Schema, with this pipeline's own defaults."""
+        """Return the JSON Schema of the parameters, with the defaults of this pipeline."""
         return self.params_type.json_schema()
 
 
 def resolve_pipeline(name: str, pipeline: Pipeline) -> ResolvedPipeline:
-    """Read what a pipeline's checkpoint and family offer.
+    """Find the family of a pipeline, and fit its parameters to the checkpoint.
 
     Raises:
-        CatalogError: the checkpoint cannot be read, no family renders it, or the catalog's
-            defaults are not what the family takes.
+        CatalogError: the checkpoint cannot be read, no family renders it, or the family does
+            not take the defaults of the catalog.
     """
     try:
         checkpoint = read_checkpoint(pipeline)
@@ -56,7 +56,7 @@ def resolve_pipeline(name: str, pipeline: Pipeline) -> ResolvedPipeline:
         _check_buckets(resolved)
     except CatalogError as error:
         raise CatalogError(f"Pipeline {name}: {error.message}") from error
-    except Exception as error:  # whatever a strange configuration leads to
+    except Exception as error:  # any error that an unusual configuration leads to
         raise CatalogError(
             f"Pipeline {name}: its configuration is not of the form that diffusers writes: "
             f"{type(error).__name__} {error}."
@@ -68,11 +68,11 @@ def _refuse_unused_parts(pipeline: Pipeline, family: Family) -> None:
     for part in pipeline.parts:
         field = part.partition(".")[0]
         if field not in family.parts:
-            raise CatalogError(f"{field}: family {family.name} has no use for it; leave it out.")
+            raise CatalogError(f"{field}: family {family.name} does not use it. Remove it.")
 
 
 def _check_buckets(resolved: ResolvedPipeline) -> None:
-    """Refuse a bucket for a size of picture that no job could ask for."""
+    """Refuse a bucket for a picture size that no job can ask for."""
     needed = sample(resolved.params_type)
     for size in resolved.pipeline.bucket:
         if size != "default":
@@ -84,7 +84,7 @@ def _check_buckets(resolved: ResolvedPipeline) -> None:
 
 
 def sample(params_type: type[Params]) -> dict[str, Any]:
-    """Give examples of the fields that have no default."""
+    """Return an example of each field that has no default."""
     return {
         field: info.examples[0]
         for field, info in params_type.model_fields.items()
@@ -102,7 +102,7 @@ def _with_defaults(params_type: type[Params], defaults: Mapping[str, Any]) -> ty
     for field in defaults:
         if field not in params_type.model_fields:
             raise CatalogError(
-                f"defaults.{field}: there is no such parameter; there are "
+                f"defaults.{field}: unknown parameter. This pipeline has "
                 f"{', '.join(params_type.model_fields)}."
             )
     changed = tailored(

@@ -1,4 +1,4 @@
-"""The samplers a job may name, and the diffusers class each stands for."""
+"""The samplers that a job may name, with the diffusers class of each."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""They stand in for each other: each is built `from_config` of any other's configuration."""
+"""Class and options by name. Each can be built `from_config` of any other's configuration."""
 
 
 def sampler_field(names: Collection[str]) -> Any:
-    """Type a `sampler` field: one of `names`, or null for the checkpoint's own."""
+    """Build the type of a `sampler` field: one of `names`, or null for the checkpoint's own."""
     known = sorted(names)
 
     def check(name: str) -> str:
         if name not in known:
             raise ValueError(
-                f"this pipeline cannot use such a sampler; there are {', '.join(known)}"
+                f"this pipeline cannot use this sampler. Use one of {', '.join(known)}"
                 if known
-                else "this pipeline has only its checkpoint's own sampler; leave it null"
+                else "this pipeline has only the sampler of its checkpoint. Leave it null"
             )
         return name
 
@@ -49,17 +49,17 @@ SamplerName = sampler_field(SAMPLERS)
 
 
 def usable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
-    """Name the samplers that may replace a checkpoint's own: none where it is of another kind.
+    """List the samplers that may replace a checkpoint's own. None if its own is of another kind.
 
-    diffusers calls them `KarrasDiffusionSchedulers`; flow matching and consistency models have
-    others, which no class of this table can stand in for.
+    diffusers calls them `KarrasDiffusionSchedulers`. Flow matching and consistency models have
+    other samplers, which no class of this table can replace.
     """
     classes = {class_name for class_name, _options in SAMPLERS.values()}
     return list(SAMPLERS) if scheduler_config.get("_class_name") in classes else []
 
 
 def sampler_change(scheduler_config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Fit a `sampler` field to a checkpoint; see `params.tailored`.
+    """Return the changes that fit a `sampler` field to a checkpoint; see `params.tailored`.
 
     Args:
         scheduler_config: the checkpoint's scheduler_config.json.
@@ -74,7 +74,7 @@ def sampler_change(scheduler_config: Mapping[str, Any], names: Collection[str]) 
 
 
 def sampler_of(scheduler_config: Mapping[str, Any]) -> str | None:
-    """Name the sampler that a checkpoint's scheduler_config.json stands for, if it has a name."""
+    """Return the name of the sampler in a checkpoint's scheduler_config.json; None: it has none."""
     for name, (class_name, options) in SAMPLERS.items():
         if class_name == scheduler_config.get("_class_name") and not options:
             return name
@@ -82,9 +82,9 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> str | None:
 
 
 def sampler_config(pipe: Any) -> dict[str, Any] | None:
-    """Describe a pipeline's own sampler, for build_sampler(); None: it has none.
+    """Return the configuration of a pipeline's own sampler, for build_sampler(); None: it has none.
 
-    The file's class may be missing or another than the index's, which is the one that is loaded.
+    The class in the file may be missing, or differ from the index. diffusers loads the index's.
     """
     sampler = getattr(pipe, "scheduler", None)
     config = getattr(sampler, "config", None)
@@ -92,17 +92,17 @@ def sampler_config(pipe: Any) -> dict[str, Any] | None:
 
 
 def build_sampler(name: str | None, config: Any) -> Any:
-    """Build a fresh sampler, as each batch needs one: samplers keep state between steps.
+    """Build a new sampler. Each batch needs one, because samplers keep state between steps.
 
     Args:
         name: a key of SAMPLERS; None for the checkpoint's own class.
-        config: the checkpoint's, by sampler_config().
+        config: configuration of the checkpoint's sampler, from sampler_config().
     """
     import diffusers
 
     class_name, options = (config["_class_name"], {}) if name is None else SAMPLERS[name]
     if class_name == config["_class_name"] and not options:
-        # from_config() takes defaults where the checkpoint's file had no value, and a pipeline may
-        # have mended just those.
+        # from_config() takes defaults where the checkpoint's file had no value, but a pipeline may
+        # have corrected exactly those.
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
     return getattr(diffusers, class_name).from_config(config, **options)

@@ -1,1 +1,1 @@
-"""Rendering in this process: warm-up, calibration, replay."""
+"""Rendering in this process: warm-up, calibration and replay."""

@@ -1,4 +1,4 @@
-"""Which bucket is worth its memory: batches of growing size are timed, size of picture by size."""
+"""Calibration: time batches of growing size, for each image size, to find the best bucket."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from farm.pipelines.family import LoadedPipeline
 
 DEFAULT = "default"
-"""The bucket table's name for every size that it does not list"""
+"""Name in the bucket table for every size that it does not list."""
 GROWTH = 1.02
-"""Less than so much faster than the best before counts as no faster: that much is noise"""
+"""Minimum speed-up over the best bucket before, as a factor. A smaller one is noise."""
 PATIENCE = 2
-"""Buckets in a row that bring no growth end a sweep: one of them may have been disturbed"""
+"""Buckets in a row without growth that end a sweep. One alone may have been disturbed."""
 
 OUT_OF_MEMORY = "out_of_memory"
 NO_GROWTH = "no_growth"
@@ -36,62 +36,63 @@ MOST = "most"
 
 @dataclass(frozen=True)
 class Point:
-    """One bucket, as it was measured."""
+    """Measurement of one bucket."""
 
     bucket: int
     seconds: tuple[float, ...]
-    """of each timed batch, in the order they ran"""
+    """Seconds of each timed batch, in the order they ran."""
     peak_bytes: int
-    """the most memory in use meanwhile: see devices.peak_memory"""
+    """Peak memory during the batches, in bytes: see devices.peak_memory."""
 
     @property
     def batch_seconds(self) -> float:
-        """The median of the timed batches."""
+        """Median of the timed batches, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def images_per_second(self) -> float:
-        """Pictures a second, at the median."""
+        """Images per second, at the median."""
         return self.bucket / self.batch_seconds
 
     @property
     def seconds_per_image(self) -> float:
-        """Seconds a picture, at the median."""
+        """Seconds per image, at the median."""
         return self.batch_seconds / self.bucket
 
     @property
     def spread(self) -> float:
-        """From the fastest batch to the slowest, as a share of the median."""
+        """Difference of the slowest and the fastest batch, as a share of the median."""
         return (max(self.seconds) - min(self.seconds)) / self.batch_seconds
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """One size of picture, and what each bucket gave."""
+    """Measurements of every bucket for one image size."""
 
     width: int
     height: int
     names: tuple[str, ...]
-    """under which the bucket table has the size: `64x64`, `default`"""
+    """Names of the size in the bucket table, for example `64x64` or `default`."""
     points: tuple[Point, ...]
     ended: str
-    """`most`: all were tried; `no_growth`; `out_of_memory`: at the bucket after the last point"""
+    """Reason for the end: `most` (all were tried), `no_growth`, or `out_of_memory` (at the bucket
+    after the last point)."""
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How far a sweep goes, and how carefully."""
+    """Extent and precision of a sweep."""
 
     most: int = 16
-    """the largest bucket that is tried"""
+    """Largest bucket that is tried."""
     batches: int = 3
-    """that are timed for each, after one that is not"""
+    """Number of timed batches per bucket, after one that is not timed."""
     steps: int | None = None
-    """denoising steps; None: as the pipeline's own default"""
+    """Number of denoising steps. None uses the pipeline's default."""
 
 
 def best_bucket(points: Sequence[Point], share: float) -> Point:
-    """Choose the smallest bucket that reaches a share of the best pictures a second.
+    """Choose the smallest bucket that reaches a share of the best images per second.
 
     Raises:
         ValueError: there are no points.
@@ -102,7 +103,7 @@ def best_bucket(points: Sequence[Point], share: float) -> Point:
 
 
 def has_stopped_growing(points: Sequence[Point]) -> bool:
-    """Whether the last buckets were no faster than the best before them."""
+    """Return True if the last buckets were no faster than the best before them."""
     if len(points) <= PATIENCE:
         return False
     best = max(point.images_per_second for point in points[:-PATIENCE])
@@ -110,7 +111,7 @@ def has_stopped_growing(points: Sequence[Point]) -> bool:
 
 
 def buckets(most: int) -> list[int]:
-    """The buckets that are tried: the powers of two below `most`, and `most`."""
+    """List the buckets to try: the powers of two below `most`, and `most`."""
     powers = [2**power for power in range(MAX_BUCKET.bit_length()) if 2**power < most]
     return [*powers, most]
 
@@ -118,14 +119,14 @@ def buckets(most: int) -> list[int]:
 def sizes(
     resolved: ResolvedPipeline, added: Sequence[str] = ()
 ) -> dict[tuple[int, int], tuple[str, ...]]:
-    """The sizes to measure, width and height, each with its names in the bucket table.
+    """Return the sizes to measure, as (width, height), with their names in the bucket table.
 
     Args:
         resolved: the pipeline.
-        added: more sizes, each as `768x512`.
+        added: more sizes, for example `768x512`.
 
     Raises:
-        InvalidRequest: a size is not written so, or is none that the pipeline renders.
+        InvalidRequest: a size has another form, or the pipeline cannot render it.
     """
     fields = resolved.params_type.model_fields
     found: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -141,12 +142,15 @@ def sizes(
 def _checked_size(resolved: ResolvedPipeline, name: str) -> tuple[int, int]:
     width, _, height = name.partition("x")
     if not (width.isdecimal() and height.isdecimal()) or name.startswith("0") or "x0" in name:
-        raise InvalidRequest(f"size {name!r}: write it as 768x512, in pixels.", param="size")
+        raise InvalidRequest(
+            f"size {name!r}: write width and height in pixels, for example 768x512.", param="size"
+        )
     size = int(width), int(height)
     if size[0] * size[1] > resolved.pipeline.max_pixels:
         most = resolved.pipeline.max_pixels
         raise InvalidRequest(
-            f"size {name}: the pipeline renders at most {most} pixels.", param="size"
+            f"size {name}: the pipeline renders at most {most} pixels. Choose a smaller size.",
+            param="size",
         )
     _frames(resolved, size, 1, 0, None)
     return size
@@ -160,18 +164,18 @@ def sweep(
     effort: SweepOptions,
     on_batch: Callable[[], None] = lambda: None,
 ) -> SweepResult:
-    """Time a size of picture at one bucket after another.
+    """Time one image size at one bucket after another.
 
     Args:
         resolved: the pipeline.
-        loaded: the same, pinned.
+        loaded: the same pipeline, loaded.
         size: width and height, in pixels.
         names: the size's names in the bucket table.
-        effort: how far, and how carefully.
-        on_batch: told of every batch that was rendered.
+        effort: extent and precision of the sweep.
+        on_batch: called after every rendered batch.
 
     Raises:
-        InvalidRequest: the pipeline takes no such steps.
+        InvalidRequest: the pipeline does not accept that number of steps.
     """
     points: list[Point] = []
     ended = MOST
@@ -195,19 +199,19 @@ def _measured(
     effort: SweepOptions,
     on_batch: Callable[[], None],
 ) -> Point | None:
-    """Time one bucket; None where memory runs out."""
+    """Time one bucket. Return None if memory runs out."""
     watch_peak_memory(loaded.device)
     seconds = []
     try:
         for batch in _batches(resolved, size, bucket, effort):
             started = time.perf_counter()
-            resolved.family.denoise(loaded, batch)  # gives pictures: the device has finished
+            resolved.family.denoise(loaded, batch)  # returns images: the device has finished
             seconds.append(time.perf_counter() - started)
             on_batch()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # what filled the memory stands in them
+        traceback.clear_frames(error.__traceback__)  # the frames hold what filled the memory
         loaded.reset_after_failure()
     else:
         return Point(bucket, tuple(seconds[1:]), peak_memory(loaded.device))
@@ -218,7 +222,7 @@ def _measured(
 def _batches(
     resolved: ResolvedPipeline, size: tuple[int, int], bucket: int, effort: SweepOptions
 ) -> Iterator[Batch]:
-    """The warm-up batch, then those that are timed; each has prompts of its own."""
+    """Yield the warm-up batch, then the timed ones. Each has its own prompts."""
     picture = Image.new("RGB", size)
     for number in range(1 + effort.batches):
         frames = _frames(resolved, size, bucket, number, effort.steps)

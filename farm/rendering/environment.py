@@ -1,4 +1,4 @@
-"""What this process renders with: the device, torch's threads, the versions of libraries."""
+"""The rendering environment of this process: device, torch threads, versions of libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "compel", "pillow", "numpy", 
 
 
 def environment_of(loaded: LoadedPipeline) -> RenderEnvironment:
-    """Describe the environment that a loaded pipeline renders in, in this process."""
+    """Describe the environment in which this process renders with a loaded pipeline."""
     return RenderEnvironment(
         weights=loaded.weights,
         device=device_name(loaded.device),
@@ -25,5 +25,5 @@ def environment_of(loaded: LoadedPipeline) -> RenderEnvironment:
 
 
 def library_versions() -> dict[str, str]:
-    """Tell the version of every library that has a part in a picture's bytes."""
+    """Return the version of every library that influences the bytes of an image."""
     return {"farm": __version__, **{name: metadata.version(name) for name in LIBRARIES}}

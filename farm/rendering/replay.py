@@ -1,7 +1,7 @@
-"""Rendering a picture again from its own text, and comparing the pixels.
+"""Replay: render an image again from its metadata, and compare the pixels.
 
-A JPEG's pixels are not those that were rendered: the new rendering is made a JPEG too, and what
-comes back from both is compared.
+JPEG changes the rendered pixels. So the new rendering is also encoded as a JPEG, and the decoded
+pixels of both are compared.
 """
 
 from __future__ import annotations
@@ -38,52 +38,54 @@ MAX_THREADS = 1_024
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two pictures of the same size differ."""
+    """Difference of two images of the same size."""
 
     pixels: int
-    """how many differ"""
+    """Number of pixels that differ."""
     largest: int
-    """the largest difference of a channel, of 255"""
+    """Largest difference of a channel, 1 to 255."""
     first: tuple[int, int]
-    """x and y of the first that differs, row by row from the top left"""
+    """Position (x, y) of the first different pixel, row by row from the top left."""
     box: tuple[int, int, int, int]
-    """left, top, right, bottom around all that differ; right and bottom are just outside"""
+    """Left, top, right, bottom of the different area. Right and bottom are just outside."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A picture beside its new rendering."""
+    """An image, its new rendering, and their difference."""
 
     recorded: Provenance
     now: Provenance
     picture: Image.Image
     fresh: Image.Image
-    """as it was rendered, whatever the format"""
+    """The new rendering, before encoding."""
     form: Format
-    """the picture's; of a JPEG what was compared are the pixels of two JPEGs"""
+    """Format of the image. For JPEG, the pixels of two JPEGs were compared."""
     difference: Difference | None
-    """None: every pixel is the same"""
+    """None if every pixel is the same."""
     notes: list[str]
-    """What is not as it was when the picture was rendered, a sentence each"""
+    """Changes of the environment since the image was rendered, one sentence each."""
 
     @property
     def compared(self) -> str:
-        """What was compared, in words."""
+        """The compared data, as text."""
         return "pixels" if FORMATS[self.form].lossless else "pixels of the JPEG, encoded again"
 
     @property
     def identical(self) -> bool:
-        """Whether every pixel is the same."""
+        """True if every pixel is the same."""
         return self.difference is None
 
 
 FindImage = Callable[[str], Image.Image]
-"""Gives the control image of an id, as RGB; raises InvalidRequest where it has none."""
+"""Function that returns the control image with an ID, as RGB, or raises InvalidRequest."""
 
 
 def no_image(image_id: str) -> Image.Image:
-    """Find no image: for pictures that need none."""
-    raise InvalidRequest(f"The picture was steered by image {image_id}, which is not at hand.")
+    """Refuse every control image: for replays that need none."""
+    raise InvalidRequest(
+        f"The picture was rendered with control image {image_id}, which is missing here."
+    )
 
 
 def replay(
@@ -92,21 +94,21 @@ def replay(
     on_step: StepHook = lambda _done, _steps: None,
     find_image: FindImage = no_image,
 ) -> Replay:
-    """Render a picture again, as it was: bucket, dtype, and on a CPU the number of threads.
+    """Render an image again with its bucket, dtype and, on a CPU, number of threads.
 
     Args:
-        content: the bytes of a PNG, a JPEG or a WebP.
-        catalog: where its pipeline is looked up.
+        content: the bytes of a PNG, a JPEG or a WebP file.
+        catalog: the catalog with its pipeline.
         on_step: called after every denoising step.
-        find_image: gives the control images that steered it.
+        find_image: returns its control images.
 
     Raises:
-        InvalidRequest: the picture holds no provenance, the catalog has no such pipeline, or the
+        InvalidRequest: the image has no provenance, the catalog has no such pipeline, or the
             sizes differ.
         CatalogError: the pipeline cannot be loaded.
     """
     picture, recorded, form = read(content)
-    # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
+    # Read once, when torch is loaded. Spinning threads slow a busy machine down many times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     entry = _entry(catalog, recorded)
     resolved = resolve_pipeline(recorded.frame.pipeline, entry)
@@ -117,20 +119,22 @@ def replay(
     warm_up(resolved, loaded, only=frame)
     fresh = resolved.family.denoise(loaded, Batch([frame], on_step, images))[0]
     if fresh is None:
-        raise InvalidRequest("The pipeline's safety checker flags this picture here.")
+        raise InvalidRequest(
+            "The pipeline's safety checker flags the new rendering, so nothing can be compared."
+        )
     now = _provenance(recorded, loaded)
     difference = compare(picture, pixels_as_stored(fresh, form))
     return Replay(recorded, now, picture, fresh, form, difference, list(_notes(recorded, now)))
 
 
 def _entry(catalog: Catalog, recorded: Provenance) -> Pipeline:
-    """The catalog's entry, bound to the device and dtype that the picture was rendered with."""
+    """Return the catalog's entry, with the device and dtype that rendered the image."""
     name = recorded.frame.pipeline
     if name not in catalog.pipelines:
         names = ", ".join(sorted(catalog.pipelines))
         raise InvalidRequest(
-            f"The picture was rendered by pipeline {name[:100]!r}, which this catalog does not "
-            f"have; it has {names}. FARM_PIPELINES names another catalog."
+            f"The picture was rendered by pipeline {name[:100]!r}, which is not in this catalog. "
+            f"It has {names}. Set FARM_PIPELINES to the right catalog."
         )
     if recorded.dtype not in DTYPES:
         raise damaged(f"dtype {recorded.dtype[:40]!r}")
@@ -142,7 +146,7 @@ def _entry(catalog: Catalog, recorded: Provenance) -> Pipeline:
 
 
 def _options(recorded: Provenance) -> dict[str, Any]:
-    """How the pipeline was loaded, checked as a catalog entry's own options are."""
+    """Return the options with which the pipeline was loaded, checked like those of an entry."""
     try:
         entry = Pipeline.model_validate({"source": "-", **recorded.options})
     except ValidationError as error:
@@ -151,7 +155,7 @@ def _options(recorded: Provenance) -> dict[str, Any]:
 
 
 def _checked(picture: Image.Image, recorded: Provenance, resolved: ResolvedPipeline) -> FrameSpec:
-    """The frame, with everything that the picture claims checked: it may come from anywhere."""
+    """Check everything in the image's metadata, which may have any origin. Return the frame."""
     frame = recorded.frame
     if not 1 <= frame.bucket <= MAX_BUCKET:
         raise damaged(f"bucket {frame.bucket}")
@@ -160,7 +164,7 @@ def _checked(picture: Image.Image, recorded: Provenance, resolved: ResolvedPipel
     if not 0 <= recorded.threads <= MAX_THREADS:
         raise damaged(f"{recorded.threads} threads")
     try:
-        # Not with the catalog's defaults: what an older PNG leaves out, its worker left out.
+        # Without the catalog's defaults: parameters missing in an older PNG were not used.
         params = resolved.family_params.model_validate(frame.params)
     except ValidationError as error:
         raise damaged(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
@@ -168,15 +172,15 @@ def _checked(picture: Image.Image, recorded: Provenance, resolved: ResolvedPipel
         raise damaged(f"{params.width}x{params.height} pixels")
     if picture.size != (params.width, params.height):
         raise InvalidRequest(
-            f"The picture differs in size: it is {picture.width}x{picture.height}, and was "
-            f"rendered as {params.width}x{params.height}."
+            f"The picture was resized: it is {picture.width}x{picture.height}, but was rendered as "
+            f"{params.width}x{params.height}. Use the original file."
         )
     return frame.model_copy(update={"params": params.model_dump()})
 
 
 def damaged(what: str) -> InvalidRequest:
-    """The error for provenance that no worker wrote."""
-    return InvalidRequest(f"The picture's text of the farm is damaged: {what}.")
+    """Build the error for provenance that no worker wrote."""
+    return InvalidRequest(f"The picture's metadata of the farm is damaged: {what}.")
 
 
 def _provenance(recorded: Provenance, loaded: LoadedPipeline) -> Provenance:
@@ -186,8 +190,8 @@ def _provenance(recorded: Provenance, loaded: LoadedPipeline) -> Provenance:
 def _notes(recorded: Provenance, now: Provenance) -> Iterator[str]:
     if now.weights != recorded.weights:
         yield (
-            f"The weights of pipeline {now.frame.pipeline} are not those that rendered it: "
-            f"{now.weights[:12]} now, {recorded.weights[:12]} then."
+            f"The weights of pipeline {now.frame.pipeline} have changed: {now.weights[:12]} here; "
+            f"the picture was rendered with {recorded.weights[:12]}."
         )
     for name, then in (("device", recorded.device), ("dtype", recorded.dtype)):
         here = getattr(now, name)
@@ -202,14 +206,15 @@ def _notes(recorded: Provenance, now: Provenance) -> Iterator[str]:
 
 
 def compare(picture: Image.Image, fresh: Image.Image) -> Difference | None:
-    """Compare two pictures pixel by pixel; None where they are the same.
+    """Compare two images pixel by pixel. Return None if they are the same.
 
     Raises:
-        InvalidRequest: they are of different kinds, such as RGB and grey.
+        InvalidRequest: they have different modes, such as RGB and grey.
     """
     if picture.mode != fresh.mode:
         raise InvalidRequest(
-            f"The picture differs in kind: it is {picture.mode}, and was rendered as {fresh.mode}."
+            f"The picture was converted: its mode is {picture.mode}, but it was rendered as "
+            f"{fresh.mode}. Use the original file."
         )
     channels = ImageChops.difference(picture, fresh).split()
     deepest = channels[0]
@@ -229,10 +234,10 @@ def compare(picture: Image.Image, fresh: Image.Image) -> Difference | None:
 
 
 def read_picture(path: Path) -> bytes:
-    """Read a picture's file.
+    """Read an image file.
 
     Raises:
-        InvalidRequest: it cannot be read.
+        InvalidRequest: the file cannot be read.
     """
     try:
         return path.read_bytes()

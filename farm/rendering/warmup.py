@@ -1,4 +1,4 @@
-"""Compiling before the first claim: every shape that the catalog's buckets can give a batch."""
+"""Warm-up: compile every declared shape of the catalog's buckets before the first claim."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from farm.pipelines.runtime.slots import SlotTest
 log = logging.getLogger(__name__)
 
 STEPS = 5
-"""Enough for a refiner, which takes a fifth of them, to have one."""
+"""Number of steps. The smallest number of which a refiner, which takes a fifth, gets one."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides whether a batch must be compiled for."""
+    """Shape of a batch. Each shape is compiled separately."""
 
     width: int
     height: int
@@ -37,24 +37,24 @@ class Shape:
 
 
 def shape_of(frame: FrameSpec) -> Shape:
-    """Tell a frame's shape."""
+    """Return the shape of a frame."""
     return Shape(frame.params["width"], frame.params["height"], frame.bucket)
 
 
 @dataclass
 class CompiledShapes:
-    """The shapes that are compiled, and which others were met."""
+    """The compiled shapes, and the others that were already logged."""
 
     shapes: set[Shape] = field(default_factory=set)
 
     def warn_if_uncompiled(self, name: str, frame: FrameSpec) -> None:
-        """Say once in the log that a shape was not declared, and is rendered without compiling."""
+        """Log once per shape that it was not declared, and is rendered without compiling."""
         shape = shape_of(frame)
         if self.shapes and shape not in self.shapes:
             self.shapes.add(shape)
             log.warning(
-                "Pipeline %s is not compiled for %dx%d at bucket %d, which its catalog entry does "
-                "not declare: such batches are rendered slower",
+                "Pipeline %s is not compiled for %dx%d at bucket %d, so such batches are slower. "
+                "To change that, add the size to `bucket` in its catalog entry",
                 name,
                 shape.width,
                 shape.height,
@@ -65,19 +65,18 @@ class CompiledShapes:
 def warm_up(
     resolved: ResolvedPipeline, loaded: LoadedPipeline, only: FrameSpec | None = None
 ) -> CompiledShapes:
-    """Render a picture of every declared shape, with and without guidance, and keep none.
+    """Render an image of every declared shape, with and without guidance, and discard it.
 
-    Afterwards this process compiles nothing more: what a client asks for beyond the declared
-    shapes is rendered as it is, so that a picture's bits depend on its spec alone. Does nothing
-    where the pipeline is not compiled.
+    Afterwards this process compiles nothing more. Other shapes are rendered without compiling, so
+    an image's bits depend only on its spec. If the pipeline is not compiled, this does nothing.
 
     Args:
         resolved: the pipeline.
-        loaded: the same, pinned.
-        only: compile for this frame's shape alone, where it is a declared one.
+        loaded: the same pipeline, loaded.
+        only: compile only the shape of this frame, if it is a declared one.
 
     Raises:
-        CatalogError: it cannot be compiled; the message says why.
+        CatalogError: the pipeline cannot be compiled; the message says why.
     """
     if not resolved.pipeline.compile:
         return CompiledShapes()
@@ -107,16 +106,16 @@ def _compile_for(resolved: ResolvedPipeline, loaded: LoadedPipeline, shape: Shap
 
 
 def default_shape(resolved: ResolvedPipeline) -> Shape:
-    """The entry's own size, at its bucket."""
+    """Return the shape of the entry's default size, at its bucket."""
     fields = resolved.params_type.model_fields
     width, height = fields["width"].default, fields["height"].default
     return Shape(width, height, resolved.pipeline.bucket_for(width, height))
 
 
 def declared_shapes(resolved: ResolvedPipeline) -> Iterator[Shape]:
-    """Every size of the bucket table, at each bucket that the farm may choose for it.
+    """Yield every size of the bucket table, at each bucket that the farm may choose for it.
 
-    That is the table's own, and the powers of two below it, for jobs of fewer frames.
+    These are the table's bucket, and the powers of two below it, for jobs of fewer frames.
     """
     fields = resolved.params_type.model_fields
     for size, most in resolved.pipeline.bucket.items():
@@ -133,7 +132,7 @@ def declared_shapes(resolved: ResolvedPipeline) -> Iterator[Shape]:
 
 
 def _variants(resolved: ResolvedPipeline, shape: Shape) -> Iterator[Params]:
-    """Parameters of a shape that between them reach every graph: with and without guidance."""
+    """Yield parameters that together reach every graph of a shape: with and without guidance."""
     fields = resolved.params_type.model_fields
     given: dict[str, Any] = {"width": shape.width, "height": shape.height}
     given |= {name: STEPS for name in ("steps", "prior_steps") if name in fields}
@@ -158,12 +157,12 @@ def _batch(resolved: ResolvedPipeline, shape: Shape, params: Params) -> Batch:
 
 
 def slot_test(resolved: ResolvedPipeline, loaded: LoadedPipeline) -> SlotTest:
-    """Test that a picture's bits do not depend on its slot, for the entry's own size and bucket.
+    """Test that an image's bits do not depend on its slot, for the entry's default size and bucket.
 
-    Where memory runs out nothing is known yet: a smaller bucket is tested when it is met.
+    If memory runs out, the result is open: a smaller bucket is tested when a batch uses it.
 
     Raises:
-        CatalogError: they do, whatever is tried.
+        CatalogError: the bits depend on the slot with every setting that was tried.
     """
     slots, is_short = SlotTest(resolved.name, resolved.family, resolved.params_type), False
     if loaded.pipes:
@@ -176,8 +175,10 @@ def slot_test(resolved: ResolvedPipeline, loaded: LoadedPipeline) -> SlotTest:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("Memory runs out for %s at its own size and bucket", resolved.name)
+            log.warning(
+                "Memory runs out for pipeline %s at its default size and bucket", resolved.name
+            )
             is_short = True
     if is_short:
-        free_what_is_left()  # not before: the error held on to what it had computed
+        free_what_is_left()  # not earlier: the error still referred to the results
     return slots

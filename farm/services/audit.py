@@ -1,8 +1,8 @@
-"""The audit: the invariants checked on a farm that is alive, its database against its storage.
+"""The audit: checks the invariants on a running farm, and compares its database with its storage.
 
-It reads and never mends. What must agree is read in one snapshot, so that nothing which merely
-moved is reported. It walks leases, jobs, frames and events, chunk by chunk with flat memory, and
-its report says after each chunk where it stands, so that it can go on from there.
+It reads only, and repairs nothing. Rows that must agree are read in one snapshot, so a row that
+has just changed is not reported. The audit reads leases, jobs, frames and events in chunks, with
+constant memory. After each chunk the report holds the position, so that an audit can be resumed.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ MAX_CONCURRENT_READS = 8
 """Artifacts that are read at the same time."""
 
 FINDINGS_KEPT = 1000
-"""A report counts them all, and describes the first."""
+"""Findings that a report describes. It counts the others."""
 
 TRIES = 5
-"""How often a server that does not answer is asked, over some eight seconds."""
+"""Tries per query while a server does not answer. They take about eight seconds."""
 
 FIRST = uuid.UUID(int=0)
 T = TypeVar("T")
 
 
 class Phase(StrEnum):
-    """What an audit walks through, in this order."""
+    """Phases of an audit, in their order."""
 
     LEASES = "leases"
     JOBS = "jobs"
@@ -53,7 +53,7 @@ class Phase(StrEnum):
 
 
 class Place(BaseModel, frozen=True):
-    """Where an audit stands: behind this job, frame or event."""
+    """Position of an audit: after this job, frame or event."""
 
     phase: Phase = Phase.LEASES
     job_id: uuid.UUID = FIRST
@@ -61,37 +61,37 @@ class Place(BaseModel, frozen=True):
     event: int = 0
 
     def behind(self) -> Place:
-        """The beginning of the next phase."""
+        """Return the start of the next phase."""
         phases = list(Phase)
         return Place(phase=phases[phases.index(self.phase) + 1])
 
 
 class Report(BaseModel):
-    """What an audit has come to, and where it stands."""
+    """Results and position of an audit."""
 
     checked: dict[Invariant, int] = Field(default_factory=lambda: dict.fromkeys(Invariant, 0))
-    """Jobs under durability and conservation, frames under the others."""
+    """Number of checks: jobs for durability and conservation, frames for the others."""
     wrong: dict[Invariant, int] = Field(default_factory=lambda: dict.fromkeys(Invariant, 0))
-    """All that was found, by invariant."""
+    """Number of findings, by invariant."""
     findings: list[Finding] = []
-    """The first FINDINGS_KEPT of them."""
+    """The first findings, at most FINDINGS_KEPT."""
     place: Place = Place()
     walked: dict[Phase, int] = Field(default_factory=lambda: dict.fromkeys(Phase, 0))
 
     @property
     def ok(self) -> bool:
-        """Whether everything held that was checked."""
+        """True if nothing was found."""
         return not any(self.wrong.values())
 
     @property
     def finished(self) -> bool:
-        """Whether it has gone through everything."""
+        """True if every phase is done."""
         return self.place.phase is Phase.DONE
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an audit is within a phase; the total is what there was when it began."""
+    """Progress within a phase. The total was counted when the audit began."""
 
     phase: Phase
     done: int
@@ -100,7 +100,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What one step came to."""
+    """Result of one step."""
 
     walked: int
     place: Place
@@ -109,7 +109,7 @@ class _Chunk:
 
 
 def audited(farm: Farm, *, sample: float = 1.0) -> Report:
-    """Audit a farm from the beginning to the end; see `audit`."""
+    """Run a whole audit; see `audit`."""
     report = Report()
     for _ in audit(farm, report, sample=sample):
         pass
@@ -117,21 +117,21 @@ def audited(farm: Farm, *, sample: float = 1.0) -> Report:
 
 
 def audit(farm: Farm, report: Report, *, sample: float = 1.0) -> Iterator[Finding | Progress]:
-    """Check what must hold, from where `report` stands, and note everything in it.
+    """Check the invariants from the report's position on, and add the results to the report.
 
-    Whenever something is yielded, the report may be stored, and another audit go on with it.
+    At each yield the report may be stored. A later audit can resume with it.
 
     Args:
-        farm: what is checked; only its database and its storage are asked.
-        report: what is filled in: a new one, or that of an audit which was broken off.
-        sample: the share of the succeeded frames whose artifacts are read, drawn at random;
-            1 reads all, 0 none.
+        farm: the farm to check; only its database and its storage are read.
+        report: the report to fill in: a new one, or that of an interrupted audit.
+        sample: the share of succeeded frames whose artifacts are read, chosen at random:
+            1 reads all of them, 0 none.
 
     Yields:
-        Each finding, and after each chunk how far the audit is.
+        Each finding, and after each chunk the progress.
 
     Raises:
-        Unavailable: Postgres or the storage does not answer, though asked several times.
+        Unavailable: Postgres or the storage did not answer after several tries.
     """
     sizes = _read(farm, stored.sizes)
     totals = {Phase.JOBS: sizes.jobs, Phase.FRAMES: sizes.frames, Phase.EVENTS: sizes.events}
@@ -169,7 +169,7 @@ def _leases(farm: Farm, place: Place) -> _Chunk:
             job_id=row.job_id,
             ordinal=row.ordinal,
             attempt=row.attempt,
-            detail=f"lease {row.lease_id} holds it, and the frame is at {row.latest or 'none'}",
+            detail=f"lease {row.lease_id} holds it, but its attempt is {row.latest or 'none'}",
         )
         for row in rows
     ]
@@ -190,13 +190,13 @@ def _winners(farm: Farm, job_ids: list[uuid.UUID]) -> Iterator[Finding]:
     rows = _read(farm, lambda c: stored.wrong_winners(c, job_ids, FINDINGS_KEPT))
     for row in rows:
         told = ", ".join(map(str, row.attempts))
-        now = f"{row.state} at attempt {row.attempt}" if row.state else "not there"
+        now = f"{row.state} at attempt {row.attempt}" if row.state else "missing"
         yield Finding(
             invariant=Invariant.SINGLE_WINNER,
             job_id=row.job_id,
             ordinal=row.ordinal,
             attempt=row.attempts[0],
-            detail=f"events tell that attempt {told} succeeded; it is {now}",
+            detail=f"events say that attempt {told} succeeded, but the frame is {now}",
         )
 
 
@@ -242,7 +242,7 @@ def _wrong_artifact(farm: Farm, frame: Any) -> Finding | None:
             f"{length} bytes with sha256 {digest.hex()} are stored, not {frame.bytes} with "
             f"{frame.sha256.hex()}"
         )
-    # Its job may have been removed while the storage was asked.
+    # The job may have been removed while the storage was read.
     now = _read(farm, lambda c: stored.succeeded_frame(c, frame.job_id, frame.ordinal))
     if now is None or (now.bytes, now.sha256) != (frame.bytes, frame.sha256):
         return None
@@ -261,7 +261,7 @@ def _events(farm: Farm, place: Place, last_event: int) -> _Chunk:
         Finding(
             invariant=Invariant.DURABILITY,
             job_id=job_id,
-            detail="it was accepted, and is not there; no event tells that it was removed",
+            detail="the job was accepted but is missing, and no event says that it was removed",
         )
         for job_id in chunk.lost or []
     ]
@@ -281,10 +281,10 @@ def _read(farm: Farm, question: Callable[[Transaction], T]) -> T:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """Ask again while a server does not answer.
+    """Repeat a query while a server does not answer.
 
     Raises:
-        Unavailable: it did not answer TRIES times.
+        Unavailable: the server did not answer TRIES times.
     """
     tries = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, Unavailable) and error.retryable),

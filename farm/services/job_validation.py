@@ -1,4 +1,4 @@
-"""From a request's body to a FullSpec: every field checked, every default filled in. Pure."""
+"""Turn a request's body into a FullSpec: check every field, fill in every default. No I/O."""
 
 from __future__ import annotations
 
@@ -32,20 +32,22 @@ from farm.pipelines.resolve import ResolvedPipeline
 JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
 
 SEED_BITS = 53
-"""Of the seeds that the farm draws: JavaScript, and many a JSON reader, round larger numbers."""
+"""Size of generated seeds, in bits. JavaScript and many JSON readers round larger numbers."""
 
 JPEG_TEXT_BYTES = 60_000
-"""Of a frame's prompts, in a JPEG: a block of metadata ends at 64 KiB (ITU T.81, B.1.1.4)."""
+"""Limit of a frame's prompts in a JPEG. A metadata block ends at 64 KiB (ITU T.81, B.1.1.4)."""
 
 
 def check_job(body: Any, settings: Settings) -> JobSpec:
-    """Check everything of a submitted job but what its family takes.
+    """Check a submitted job, except for the parameters of its pipeline's family.
 
     Raises:
         InvalidRequest: a field is wrong.
     """
     if not isinstance(body, dict):
-        raise InvalidRequest("A job is a JSON object.")
+        raise InvalidRequest(
+            'A job must be a JSON object, such as {"pipeline": "demo", "prompts": ["a star"]}.'
+        )
     try:
         job = JobSpec.model_validate(
             {name: value for name, value in body.items() if name in JOB_FIELDS}
@@ -59,20 +61,24 @@ def check_job(body: Any, settings: Settings) -> JobSpec:
 
 def _check_limits(job: JobSpec, settings: Settings) -> None:
     if job.prompts is None and job.input is None:
-        raise InvalidRequest("prompts: give some, or as input the id of some.", param="prompts")
+        raise InvalidRequest(
+            "prompts: missing. Pass a list of prompts, or the ID of an uploaded input as `input`.",
+            param="prompts",
+        )
     if job.prompts is not None and job.input is not None:
-        raise InvalidRequest("input: it stands in place of prompts; leave one out.", param="input")
+        raise InvalidRequest("input: it replaces prompts. Pass only one of the two.", param="input")
     if job.prompts and len(job.prompts) > settings.max_job_prompts:
         raise InvalidRequest(
-            f"prompts holds {len(job.prompts)} prompts; the limit is {settings.max_job_prompts}. "
-            "Upload more of them as an input.",
+            f"prompts: {len(job.prompts)} prompts; the limit is {settings.max_job_prompts}. "
+            "Upload them as an input, and pass its ID as `input`.",
             param="prompts",
         )
     for index, prompt in enumerate(job.prompts or ()):
         _check_length(prompt, f"prompts.{index}", settings.max_prompt_chars)
     if job.grid_points > settings.max_grid_points:
         raise InvalidRequest(
-            f"grid spans {job.grid_points} combinations; the limit is {settings.max_grid_points}.",
+            f"grid: {job.grid_points} combinations; the limit is {settings.max_grid_points}. "
+            "Remove some values, or submit several jobs.",
             param="grid",
         )
 
@@ -81,8 +87,8 @@ def _check_total(job: JobSpec, prompts: int, settings: Settings) -> None:
     total = job.grid_points * prompts * job.images_per_prompt
     if total > settings.max_job_frames:
         raise InvalidRequest(
-            f"grid x prompts x images_per_prompt is {total} frames; the limit is "
-            f"{settings.max_job_frames}.",
+            f"images_per_prompt: grid x prompts x images_per_prompt is {total} frames; "
+            f"the limit is {settings.max_job_frames}. Submit several smaller jobs.",
             param="images_per_prompt",
         )
 
@@ -92,13 +98,14 @@ def _check_seeds(job: JobSpec, stored_input: StoredInput | None) -> None:
     for where, seed in seeds.items():
         if seed is not None and seed + job.images_per_prompt - 1 > MAX_SEED:
             raise InvalidRequest(
-                f"{where}: the largest seed + images_per_prompt - 1 is above {MAX_SEED}.",
+                f"{where}: the largest seed + images_per_prompt - 1 is above {MAX_SEED}. "
+                "Use a smaller seed.",
                 param=where,
             )
 
 
 def _check_prompts(job: JobSpec, points: Sequence[Params]) -> None:
-    """Check every prompt in each syntax that the grid asks for."""
+    """Check every prompt in each syntax that occurs in the grid."""
     reader = syntax_among(points)
     if reader is not None:
         for index, prompt in enumerate(job.prompts or ()):
@@ -106,29 +113,30 @@ def _check_prompts(job: JobSpec, points: Sequence[Params]) -> None:
 
 
 def syntax_among(points: Sequence[Params]) -> Params | None:
-    """Give a point whose prompts may be such that they cannot be read; None where none is."""
+    """Return a grid point whose prompts have a syntax that can be wrong; None if no point has."""
     return next((params for params in points if params.reads_syntax), None)
 
 
 def _check_jpeg_texts(
     job: JobSpec, points: Sequence[Params], stored_input: StoredInput | None
 ) -> None:
-    """Refuse prompts that a JPEG has no room for, each with the longest negative prompt."""
+    """Refuse prompts that do not fit into a JPEG with the longest negative prompt."""
     if job.format != "jpeg":
         return
-    beside = max(text_bytes(*params.texts().values()) for params in points)
-    if stored_input is not None and stored_input.text_bytes + beside > JPEG_TEXT_BYTES:
+    others = max(text_bytes(*params.texts().values()) for params in points)
+    if stored_input is not None and stored_input.text_bytes + others > JPEG_TEXT_BYTES:
         raise InvalidRequest(
-            f"input: with the job's, a line's texts take {stored_input.text_bytes + beside} bytes; "
-            f"the limit of format jpeg is {JPEG_TEXT_BYTES}.",
+            f"input: the texts of a line and of the job take {stored_input.text_bytes + others} "
+            f"bytes; the limit of format jpeg is {JPEG_TEXT_BYTES}. Shorten them, or use another "
+            "format.",
             param="input",
         )
     for index, prompt in enumerate(job.prompts or ()):
-        size = text_bytes(prompt) + beside
+        size = text_bytes(prompt) + others
         if size > JPEG_TEXT_BYTES:
             raise InvalidRequest(
-                f"prompts.{index} takes {size} bytes with the texts beside it; the limit of format "
-                f"jpeg is {JPEG_TEXT_BYTES}.",
+                f"prompts.{index}: with the job's other texts it takes {size} bytes; the limit of "
+                f"format jpeg is {JPEG_TEXT_BYTES}. Shorten them, or use another format.",
                 param=f"prompts.{index}",
             )
 
@@ -148,7 +156,7 @@ def _check_syntax(params: Params, text: str, param: str) -> None:
 def _check_length(text: str, param: str, limit: int) -> None:
     if len(text) > limit:
         raise InvalidRequest(
-            f"{param} holds {len(text)} characters; the limit is {limit}.", param=param
+            f"{param}: {len(text)} characters; the limit is {limit}. Shorten it.", param=param
         )
 
 
@@ -158,16 +166,16 @@ def full_spec(
     settings: Settings,
     stored_input: StoredInput | None = None,
 ) -> FullSpec:
-    """Fill in every default, lay out the grid, and decide each point's bucket and batch_key.
+    """Fill in every default, expand the grid, and choose each point's bucket and batch_key.
 
     Args:
-        job: checked by check_job.
-        resolved: its pipeline's.
-        settings: hold the limits.
-        stored_input: what is known of the input that it names.
+        job: the job, checked by check_job.
+        resolved: the job's pipeline.
+        settings: the limits.
+        stored_input: facts about the input that the job names.
 
     Raises:
-        InvalidRequest: a parameter is unknown to the family, or outside what it allows.
+        InvalidRequest: the family does not know a parameter, or does not allow its value.
     """
     prompts = stored_input.lines if stored_input else len(job.prompts or ())
     _check_total(job, prompts, settings)
@@ -209,14 +217,14 @@ def full_spec(
 def _check_takes_negatives(resolved: ResolvedPipeline) -> None:
     if "negative_prompt" not in resolved.params_type.model_fields:
         raise InvalidRequest(
-            f"input: some of its lines have a negative_prompt, and pipeline {resolved.name} takes "
-            "none.",
+            f"input: some lines have a negative_prompt, but pipeline {resolved.name} takes none. "
+            "Remove it from the lines, or use another pipeline.",
             param="input",
         )
 
 
 def _longest_runs(keys: Sequence[str]) -> dict[str, int]:
-    """How many grid points of a key stand together at most: a batch never spans two runs."""
+    """Length of the longest run of grid points, by key. A batch never spans two runs."""
     longest: dict[str, int] = {}
     for key, run in itertools.groupby(keys):
         longest[key] = max(longest.get(key, 0), len(list(run)))
@@ -228,14 +236,15 @@ def _check_names(job: JobSpec, resolved: ResolvedPipeline) -> None:
     for name in job.params:
         if name not in known:
             raise InvalidRequest(
-                f"{name[:100]!r} is not a field of a job for pipeline {resolved.name}; beside "
-                f"{', '.join(sorted(JOB_FIELDS))} there are {', '.join(known)}.",
+                f"{name[:100]!r}: unknown field. Fields of every job: "
+                f"{', '.join(sorted(JOB_FIELDS))}. "
+                f"Fields of pipeline {resolved.name}: {', '.join(known)}.",
                 param=name,
             )
     for name in job.grid:
         if name not in known:
             raise InvalidRequest(
-                f"grid: {name[:100]!r} is not a parameter of pipeline {resolved.name}; there are "
+                f"grid: {name[:100]!r} is not a parameter of pipeline {resolved.name}. Use one of: "
                 f"{', '.join(known)}.",
                 param=f"grid.{name}",
             )
@@ -255,7 +264,7 @@ def _checked_point(
     if params.width * params.height > resolved.pipeline.max_pixels:
         raise InvalidRequest(
             f"width x height is {params.width * params.height} pixels; the limit of pipeline "
-            f"{resolved.name} is {resolved.pipeline.max_pixels}.",
+            f"{resolved.name} is {resolved.pipeline.max_pixels}. Use a smaller size.",
             param=_where(job, "width"),
         )
     for side in ("width", "height"):
@@ -267,13 +276,14 @@ def _check_side(job: JobSpec, field: str, pixels: int) -> None:
     limit = FORMATS[job.format].max_side
     if pixels > limit:
         raise InvalidRequest(
-            f"{field} is {pixels} pixels; the limit of format {job.format} is {limit}.",
+            f"{field} is {pixels} pixels; the limit of format {job.format} is {limit}. "
+            "Use a smaller size, or another format.",
             param=_where(job, field),
         )
 
 
 def _where(job: JobSpec, field: str) -> str:
-    """Name a field as whoever sent it did: in the grid, or beside it."""
+    """Return a field's name as the client sent it: with the prefix `grid.` if it is in the grid."""
     return f"grid.{field}" if field in job.grid else field
 
 
@@ -297,7 +307,7 @@ def _point(job: JobSpec, resolved: ResolvedPipeline, params: Params, frames: int
 
 
 def invalid(error: ErrorDetails, prefix: str = "") -> InvalidRequest:
-    """Say what pydantic found wrong, in the words of whoever sent it."""
+    """Build the error for the client from an error of pydantic, with the client's field name."""
     where = prefix + ".".join(str(part) for part in error["loc"] if part != "[key]")
     reason = error["msg"].removeprefix("Value error, ").rstrip(".")
     return InvalidRequest(f"{where[:200]}: {reason[:500]}.", param=where[:200] or None)

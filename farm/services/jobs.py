@@ -1,4 +1,4 @@
-"""What people do with jobs: submit, cancel, pause, resume, retry."""
+"""Use cases of jobs: check, submit, cancel, pause, resume, retry."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from farm.store.lines import all_lines
 
 @dataclass(frozen=True)
 class Checked:
-    """A job that may be submitted."""
+    """A job that passed every check."""
 
     job: JobSpec
     spec: FullSpec
 
 
 def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
-    """Check a job whole, and fill in every default.
+    """Check every field of a job, and fill in every default.
 
     Raises:
         InvalidRequest: a field is wrong; the error names it and its limit.
@@ -56,18 +56,18 @@ def submit(
     idempotency_key: str | None = None,
     traceparent: str | None = None,
 ) -> Row[Any]:
-    """Check a job, store it whole in one transaction, and ring its lane.
+    """Check a job, store it in one transaction, and ring its lane.
 
     Args:
-        farm: where.
-        tenant_id: whose the job is.
-        body: the job, as it was sent.
-        idempotency_key: names the submission, so that it may be repeated.
-        traceparent: the client's own trace, which the job's is linked to.
+        farm: the farm that stores the job.
+        tenant_id: the tenant that owns the job.
+        body: the job, as the client sent it.
+        idempotency_key: name of this submission. With it, a client can safely submit again.
+        traceparent: trace of the client. The trace of the job is linked to it.
 
     Returns:
-        The job's row, as store.reading.get_job reads it; for a repeated idempotency key, that of
-        the job it made before.
+        The job's row, as `store.queries.get_job` reads it. For a repeated idempotency key this is
+        the row of the first job.
 
     Raises:
         InvalidRequest: a field is wrong; the error names it and its limit. Nothing is stored.
@@ -76,7 +76,7 @@ def submit(
     started = time.monotonic()
     idempotency = _idempotency(idempotency_key, body)
     if idempotency is not None:
-        # Before the checks: the same body was accepted then, whatever the catalog says now.
+        # Before the checks: the same body was accepted then, even if the catalog has changed.
         with reads(farm.store) as connection:
             found = stored.same_job(connection, tenant_id, idempotency)
         if found is not None:
@@ -106,7 +106,7 @@ def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput
 def _check_syntax(
     farm: Farm, spec: FullSpec, resolved: ResolvedPipeline, stored_input: StoredInput
 ) -> None:
-    """Check the prompt syntax of an input, once: the result is stored with the input."""
+    """Check the prompt syntax of an input. This runs once: the input's row keeps the result."""
     params = syntax_among([resolved.params(point.params) for point in spec.every_point()])
     if params is None:
         return
@@ -126,7 +126,7 @@ def _syntax_flaw(farm: Farm, params: Params, stored_input: StoredInput) -> str:
                 try:
                     params.check_prompt(text)
                 except ValueError as error:
-                    return f"input: its line with index {index}: {error}."
+                    return f"input: line with index {index}: {error}."
     return ""
 
 
@@ -142,7 +142,7 @@ def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
 def _check_images(
     farm: Farm, tenant_id: uuid.UUID, resolved: ResolvedPipeline, spec: FullSpec
 ) -> None:
-    """Refuse a job that names an image which its tenant never uploaded."""
+    """Raise InvalidRequest if a job names an image that its tenant has not uploaded."""
     named = [resolved.params_type.image_ids(point.params) for point in spec.every_point()]
     wanted = {image_id for image_ids in named for image_id in image_ids}
     if not wanted:
@@ -153,32 +153,37 @@ def _check_images(
         for place, image_id in enumerate(image_ids):
             if image_id in missing:
                 where = "grid.control" if "control" in spec.grid else f"control.{place}.image"
-                raise InvalidRequest(f"{where}: there is no image {image_id}.", param=where)
+                raise InvalidRequest(
+                    f"{where}: image {image_id} was not found. Upload it first: POST /v1/images.",
+                    param=where,
+                )
 
 
 def _idempotency(key: str | None, body: Any) -> Idempotency | None:
     if key is None:
         return None
     if not 1 <= len(key) <= 200:
-        raise InvalidRequest("Idempotency-Key holds 1 to 200 characters.", param="Idempotency-Key")
+        raise InvalidRequest(
+            "Idempotency-Key: wrong length. Use 1 to 200 characters.", param="Idempotency-Key"
+        )
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return Idempotency(key, hashlib.sha256(text.encode()).digest())
 
 
 def cancel(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Cancel a job for good; see store.jobs.cancel_job."""
+    """Cancel a job permanently; see `store.jobs.cancel_job`."""
     with transaction(farm.store) as connection:
         stored.cancel_job(connection, tenant_id, job_id)
 
 
 def pause(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Hold a job back; what runs is finished."""
+    """Pause a job. Its running frames still finish."""
     with transaction(farm.store) as connection:
         stored.pause_job(connection, tenant_id, job_id)
 
 
 def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Let a paused job go on, and ring its lane."""
+    """Resume a paused job, and ring its lane."""
     with transaction(farm.store) as connection:
         stored.resume_job(connection, tenant_id, job_id)
         pipeline = queries.get_job(connection, tenant_id, job_id).pipeline
@@ -186,7 +191,7 @@ def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
 
 
 def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
-    """Give a job's dead frames fresh attempts, and ring its lane; returns how many."""
+    """Requeue a job's dead frames with new attempts, and ring its lane. Return their number."""
     frames = 0
     while True:
         with transaction(farm.store) as connection:

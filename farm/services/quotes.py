@@ -1,4 +1,4 @@
-"""Quotes: what a job would take, before it is submitted; nothing is stored."""
+"""Quotes: estimates of a job's time and size before it is submitted. Nothing is stored."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from farm.store.estimates import Pace
 from farm.store.lines import lines_of
 
 NEW = uuid.UUID(int=0)
-"""Stands for the job that is not there"""
+"""Placeholder ID for a job that is not stored."""
 
 
 @dataclass(frozen=True)
 class Quote:
-    """What a job would take. What was never measured on this farm is None."""
+    """Estimate for a job. A value that this farm never measured is None."""
 
     pipeline: str
     frames: int
     batches: int
     bytes: int | None
-    """of all pictures"""
+    """Size of all pictures, in bytes."""
     device_seconds: float | None
     seconds_per_frame: float | None
     alike: bool
-    """Whether that was measured on the tenant's own frames of the same shape"""
+    """True if the estimate comes from the tenant's own frames of the same shape."""
     workers: int
-    """that could render it now"""
+    """Workers that could render the job now."""
     frames_ahead: int
-    """that wait on its lane, and are as urgent or more"""
+    """Frames waiting on the job's lane with the same or a higher priority."""
     ends_at: datetime | None
-    """were it submitted now, and nothing more urgent after it"""
+    """Expected end if the job is submitted now, and no more urgent job follows."""
     first: FrameSpec
     last: FrameSpec
 
 
 def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
-    """Check a job as if it were submitted, and say what it would take.
+    """Check a job as if it were submitted, and estimate its time and size.
 
     Raises:
         InvalidRequest: a field is wrong.
@@ -87,14 +87,14 @@ def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
 
 
 def _runs(spec: FullSpec) -> Iterator[tuple[int, str, int]]:
-    """Give each run's frames, batch_key and bucket."""
+    """Yield the number of frames, batch_key and bucket of each run."""
     starts = [0, *(end for end, _, _ in spec.runs)]
     for (start, end), (_, key, bucket) in zip(pairwise(starts), spec.runs, strict=True):
         yield end - start, key, bucket
 
 
 def _sum(runs: list[tuple[int, int, Pace]], name: str) -> float | None:
-    """Add up over all frames; None where a run's is not known."""
+    """Sum of a value over all frames; None if it is unknown for a run."""
     each = [(frames, getattr(pace, name)) for frames, _, pace in runs]
     if any(value is None for _, value in each):
         return None

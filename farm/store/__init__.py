@@ -1,1 +1,1 @@
-"""Postgres: the only place with SQL. One function a transition, each given an open connection."""
+"""Postgres: the only package with SQL. Each transition is one function on an open connection."""

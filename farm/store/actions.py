@@ -1,4 +1,4 @@
-"""Actions: what operators did, each recorded in the transaction that did it."""
+"""Actions: a log of what operators did. Each is recorded in the transaction that performs it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ORDER BY id DESC LIMIT :limit
 
 @dataclass(frozen=True)
 class Actor:
-    """Who acts, and from where."""
+    """The person or program that acts, known by its API key."""
 
     key_id: uuid.UUID
     name: str
-    """the key's"""
+    """Name of the key."""
     tenant: str
-    """the key's"""
+    """Name of the key's tenant."""
     address: str
-    """of the client, as the API sees it"""
+    """Network address of the client, as the API sees it."""
 
 
 def record(
@@ -40,12 +40,12 @@ def record(
     """Record an action.
 
     Args:
-        connection: in the transaction that does it: both are committed, or neither.
-        actor: who.
-        verb: what, such as `tenant.delete`.
-        target: on what, such as `tenant ann`.
-        why: the reason that was given; empty: none.
-        outcome: what came of it.
+        connection: in the transaction of the action, so that both are committed or neither.
+        actor: the key that acts.
+        verb: the kind of action, for example `tenant.delete`.
+        target: the object of the action, for example `tenant ann`.
+        why: the reason given; empty for none.
+        outcome: the result of the action.
     """
     connection.execute(
         INSERT,
@@ -65,5 +65,5 @@ def record(
 def list_actions(
     connection: Connection, *, limit: int, after: int | None = None
 ) -> Sequence[Row[Any]]:
-    """Read a page of actions, newest first, beginning below the id `after`."""
+    """Read a page of actions, newest first, starting below the id `after`."""
     return connection.execute(LIST, {"limit": limit, "after": after}).all()

@@ -1,4 +1,4 @@
-"""Arrays as Postgres reads them: psycopg looks at each item, and takes twenty times as long."""
+"""Arrays in Postgres's text form: twenty times as fast as psycopg, which looks at each item."""
 
 from __future__ import annotations
 

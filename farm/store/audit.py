@@ -1,7 +1,7 @@
-"""What an audit reads: each answer is one statement, so one snapshot of a farm that is alive.
+"""Queries of an audit. Each is one statement, and so one snapshot of the running farm.
 
-Jobs and frames are walked in the order of their primary keys, events in the order of their ids.
-A job that is being removed is left out: its rows go piece by piece.
+Jobs and frames are read in the order of their primary keys, and events in the order of their ids.
+A job that is being removed is left out, since its rows are deleted in pieces.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 STATEMENT_MILLISECONDS = 900_000
-"""A job of ten million frames is counted in one statement."""
+"""Time limit in milliseconds: one statement counts a job of ten million frames."""
 
 ONLY_READ = text("SET TRANSACTION READ ONLY")
 
@@ -25,7 +25,7 @@ SELECT (SELECT count(*) FROM jobs) AS jobs, (SELECT count(*) FROM frames) AS fra
        (SELECT coalesce(max(id), 0) FROM events) AS last_event
 """)
 
-# Events are pruned oldest first: a job older than the oldest may have lost its own.
+# Events are pruned oldest first. A job older than the oldest event may have lost its events.
 JOBS = text("""
 SELECT j.id, j.status, j.paused, j.open, j.total, j.cursor, j.running, j.succeeded, j.dead,
        j.cancelled, j.finished_at, j.behind_from, f.*, r.requeued, q.queued,
@@ -47,7 +47,7 @@ CROSS JOIN LATERAL (
 ORDER BY j.id
 """)
 
-# Once succeeded a frame stays so: an event that tells of it must agree with its row.
+# A succeeded frame stays succeeded, so its event must agree with its row.
 WINNERS = text("""
 SELECT t.job_id, t.ordinal, t.attempts, f.state, f.attempt
 FROM (
@@ -84,7 +84,7 @@ WITH chunk AS MATERIALIZED (
     CROSS JOIN LATERAL unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
     GROUP BY 1, 2, 3
 ), formats AS MATERIALIZED (
-    -- once a job: a spec may be long; one that says nothing is older than formats
+    -- once per job, since a spec may be long; one without a format is older than formats
     SELECT id, coalesce(spec ->> 'format', 'png') AS format
     FROM jobs WHERE id IN (SELECT job_id FROM chunk)
 )
@@ -112,7 +112,7 @@ WHERE f.job_id = :job_id AND f.ordinal = :ordinal AND f.state = 'succeeded'
   AND j.removed_at IS NULL
 """)
 
-# Removing a job says so in an event of its own; the event of its beginning may outlive its row.
+# A removed job has an event `job.removed`, so its event `job.queued` may outlive its row.
 QUEUED = text("""
 WITH chunk AS MATERIALIZED (
     SELECT id, job_id, kind FROM events WHERE id > :after AND id <= :last
@@ -130,18 +130,18 @@ FROM chunk c
 
 
 def only_read(connection: Connection) -> None:
-    """Let a transaction that has just begun read, for as long as it takes, and never write."""
+    """Make a transaction that has just begun read-only, with a long time limit."""
     connection.execute(ONLY_READ)
     connection.execute(TAKE_LONG)
 
 
 def sizes(connection: Connection) -> Row[Any]:
-    """Count jobs, frames and events, and name the last event."""
+    """Count jobs, frames and events, and read the id of the last event."""
     return connection.execute(SIZES).one()
 
 
 def jobs_after(connection: Connection, after: uuid.UUID, limit: int) -> Sequence[Row[Any]]:
-    """Read the next jobs: counters, and frames, requeued frames and events counted one by one."""
+    """Read the next jobs: counters, and counts of frames, requeued frames and `job.queued`."""
     return connection.execute(JOBS, {"after": after, "limit": limit}).all()
 
 
@@ -153,23 +153,23 @@ def wrong_winners(
 
 
 def wrong_leases(connection: Connection, limit: int) -> Sequence[Row[Any]]:
-    """Find what leases hold that is no attempt of any frame."""
+    """Find entries of leases that are not an attempt of any frame."""
     return connection.execute(LEASES, {"limit": limit}).all()
 
 
 def frames_after(
     connection: Connection, job_id: uuid.UUID, ordinal: int, limit: int
 ) -> Sequence[Row[Any]]:
-    """Read the next frames, with their attempts counted, who holds them, and whether requeued."""
+    """Read the next frames: numbers of attempts and of leases, and True if requeued."""
     values = {"job_id": job_id, "ordinal": ordinal, "limit": limit}
     return connection.execute(FRAMES, values).all()
 
 
 def succeeded_frame(connection: Connection, job_id: uuid.UUID, ordinal: int) -> Row[Any] | None:
-    """Read what a frame's artifact must be; None where it has none any more."""
+    """Read the sha256 and size that a frame's artifact must have. None if it has none now."""
     return connection.execute(SUCCEEDED, {"job_id": job_id, "ordinal": ordinal}).first()
 
 
 def queued_after(connection: Connection, after: int, last: int, limit: int) -> Row[Any]:
-    """Read the next events up to `last`; gives the jobs that they began and that are lost."""
+    """Read the next events up to `last`. Return the jobs that they queued and that are lost."""
     return connection.execute(QUEUED, {"after": after, "last": last, "limit": limit}).one()

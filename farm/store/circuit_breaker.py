@@ -1,9 +1,9 @@
-"""A worker whose different frames fail in a row rests: a circuit breaker, one a worker.
+"""Circuit breaker, one per worker: a worker on which different frames fail in a row is tripped.
 
-After THREE_FRAMES it claims nothing for a while; where all that failed is one tenant's, nothing of
-this tenant, and it serves the others. Then it claims one batch;
-a success ends the matter (workers.account), a failure lets it rest twice as long. What failed on it
-is what it claims last (sql/claim.sql), so that this batch is another frame's where there is one.
+After THREE_FRAMES it claims nothing for a while. If all failed frames belong to one tenant, it
+leaves out this tenant only and serves the others. Then it is half-open and claims one batch. A
+success closes the breaker (workers.account); a failure doubles the pause. A worker claims frames
+that failed on it last (sql/claim.sql), so the trial batch has other frames if there are any.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sqlalchemy import Connection, text
 THREE_FRAMES = 3
 MAX_SECONDS = 300.0
 REMEMBERED = 100
-"""Frames that failed on a worker; older ones it may claim again like any other."""
+"""Failed frames to remember per worker. It may claim older ones like any other frame."""
 
 FAILING = text("SELECT failing, trips FROM workers WHERE id = :id")
 
@@ -43,17 +43,17 @@ def note_failure(
     ordinal: int,
     trip_seconds: float,
 ) -> datetime | None:
-    """Note that a frame, or the batch that it was the first of, failed on a worker.
+    """Record that a frame, or the batch that begins with it, failed on a worker.
 
     Args:
-        connection: where the frame's attempt was ended, before this.
-        worker_id: whose it was.
+        connection: in the transaction in which the frame's attempt was ended before.
+        worker_id: the worker on which it failed.
         job_id: the frame's job.
-        ordinal: its place there.
-        trip_seconds: how long the first rest is.
+        ordinal: the frame's ordinal in this job.
+        trip_seconds: the length of the first pause.
 
     Returns:
-        Until when the worker rests, for one tenant or for all; None where it goes on.
+        The time until which the worker is tripped, for one tenant or for all. None if it is not.
     """
     row = connection.execute(FAILING, {"id": worker_id}).first()
     if row is None:

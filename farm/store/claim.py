@@ -1,4 +1,4 @@
-"""Claiming: how a worker gets its next batch. What is chosen, and how, stands in sql/claim.sql."""
+"""Claiming: how a worker gets its next batch. The choice is made in sql/claim.sql."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from farm.store import arrays
 from farm.store.lines import Parts, lines_of
 
 Fence = tuple[uuid.UUID, int, int]
-"""(job, ordinal, attempt): what a write after a claim must match."""
+"""(job, ordinal, attempt): the values that a write after a claim must match."""
 
 
 @dataclass(frozen=True)
 class ClaimedFrame:
-    """A frame that a worker may render: its fence is (job_id, ordinal, attempt)."""
+    """A frame that a worker may render. Its fence is (job_id, ordinal, attempt)."""
 
     job_id: uuid.UUID
     tenant_id: uuid.UUID
@@ -27,11 +27,11 @@ class ClaimedFrame:
     attempt: int
     spec: FrameSpec
     reuse: bool = False
-    """Whether a stored picture will do, where it would be the same"""
+    """True if a stored artifact may be reused, provided that its bytes would be the same."""
 
     @property
     def fence(self) -> Fence:
-        """What a write after the claim must match."""
+        """Values that a write after the claim must match."""
         return self.job_id, self.ordinal, self.attempt
 
     def __str__(self) -> str:
@@ -46,10 +46,10 @@ class Lease:
     worker_id: uuid.UUID
     pipeline: str
     priority: Priority
-    """The most urgent of its frames'"""
+    """Priority of its most urgent frame."""
     frames: tuple[ClaimedFrame, ...]
     more: bool = False
-    """Whether the lane had more when it was claimed: another worker should wake up"""
+    """True if the lane had more work after this claim, so that another worker should wake up."""
 
 
 CLAIM = text("""
@@ -71,23 +71,23 @@ def claim(
     known: MutableMapping[uuid.UUID, FullSpec] | None = None,
     parts: Parts | None = None,
 ) -> Lease | None:
-    """Claim the next batch of a lane, or None where nothing may be claimed.
+    """Claim the next batch of a lane. Return None if nothing may be claimed.
 
-    A worker that drains or rests, or is unknown, claims nothing.
+    A worker that is draining, tripped or unknown claims nothing.
 
     Args:
-        connection: in a transaction, or in none: it is one statement.
-        pipeline: the lane's.
-        worker_id: whose the lease is.
+        connection: in a transaction or not: this is one statement.
+        pipeline: the pipeline of the lane.
+        worker_id: the owner of the lease.
         worker: the worker's name.
-        pid: the process that renders.
-        lease_seconds: how long the lease lasts unless it is renewed.
-        priority: the least urgent work that is wanted.
-        known: specs of jobs that were met before; those met now are added.
-        parts: parts of inputs that were met before; those met now are added.
+        pid: the ID of the process that renders.
+        lease_seconds: the duration of the lease, unless it is renewed.
+        priority: the least urgent priority to claim.
+        known: a cache of job specs, to which new specs are added.
+        parts: a cache of input parts, to which new parts are added.
     """
     specs: MutableMapping[uuid.UUID, FullSpec] = {} if known is None else known
-    before = dict(specs)  # what a cache forgets meanwhile is still here
+    before = dict(specs)  # a copy, since a cache may drop entries during the query
     lease_id = uuid.uuid4()
     rows = connection.execute(
         CLAIM,
@@ -119,6 +119,6 @@ def _claimed(
 ) -> ClaimedFrame:
     place = row.job_id, job.prompt_index(row.ordinal)
     line = Line(row.prompt) if job.input is None else lines[place]
-    # The bucket is what the frame was claimed in: it may have been halved since it was submitted.
+    # The bucket of the claim, not of the spec: it may have been halved since the submission.
     spec = frame_spec(job, row.ordinal, line, row.bucket, row.rerolls)
     return ClaimedFrame(row.job_id, row.tenant_id, row.ordinal, row.attempt, spec, job.reuse)

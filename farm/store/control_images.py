@@ -1,4 +1,4 @@
-"""Control images: which ones a tenant has uploaded. Their bytes are in S3."""
+"""Control images: the rows of the images that tenants have uploaded. Their bytes are in S3."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 
 from farm.errors import NotFound, Unavailable
 
-# The row excludes storing and deleting an object at the same time: its state is `arriving` before
+# The row prevents storing and deleting an object at the same time: its state is `arriving` before
 # the first byte is stored, and `removing` until the object is deleted.
 BEGIN = text("""
 INSERT INTO control_images (tenant_id, sha256, width, height, bytes, state)
@@ -54,7 +54,7 @@ WHERE tenant_id = :tenant_id AND sha256 = :sha256 AND state = 'stored' RETURNING
 
 REMOVED = text("SELECT tenant_id, sha256 FROM control_images WHERE state = 'removing' LIMIT :limit")
 
-# A tenant that is not known here may be another farm's, in the same bucket.
+# Objects of unknown tenants are left: they may belong to another farm in the same bucket.
 DISOWN = text("""
 INSERT INTO control_images (tenant_id, sha256, width, height, bytes, state)
 SELECT t.id, d.sha256, 0, 0, 0, 'removing'
@@ -79,7 +79,7 @@ class StoredImage:
     """An uploaded image."""
 
     id: str
-    """the sha256 of its PNG's bytes, in hex"""
+    """SHA-256 of its PNG's bytes, in hex."""
     width: int
     height: int
     bytes: int
@@ -95,7 +95,7 @@ def begin_image(
     height: int,
     size: int,
 ) -> None:
-    """Note that an image of `size` bytes is about to be stored.
+    """Record that an image of `size` bytes is about to be stored.
 
     Raises:
         Unavailable: the same image is being deleted.
@@ -107,7 +107,7 @@ def begin_image(
 
 
 def finish_image(connection: Connection, tenant_id: uuid.UUID, sha256: bytes) -> StoredImage:
-    """Note that an image is stored; one that was there already stays as it is.
+    """Record that an image is stored. The row of an image stored before does not change.
 
     Raises:
         Unavailable: it was deleted during the upload.
@@ -145,7 +145,7 @@ def list_images(
 
 
 def remove_image(connection: Connection, tenant_id: uuid.UUID, image_id: str) -> None:
-    """Remove an image: it is gone for everybody at once, and its object soon.
+    """Remove an image. It is hidden at once, and its object is deleted soon.
 
     Raises:
         NotFound: there is none, or it is another tenant's.
@@ -156,7 +156,7 @@ def remove_image(connection: Connection, tenant_id: uuid.UUID, image_id: str) ->
 
 
 def removed_images(connection: Connection, limit: int) -> list[tuple[uuid.UUID, str]]:
-    """Name images whose objects may be deleted, as (tenant, id)."""
+    """List images whose objects may be deleted, as (tenant, id)."""
     rows = connection.execute(REMOVED, {"limit": limit})
     return [(row.tenant_id, row.sha256.hex()) for row in rows]
 
@@ -164,9 +164,9 @@ def removed_images(connection: Connection, limit: int) -> list[tuple[uuid.UUID, 
 def disown(
     connection: Connection, images: Iterable[tuple[uuid.UUID, str]], old_seconds: float
 ) -> None:
-    """Note objects in the storage as removed images, by (tenant, id), where no row names them.
+    """Mark stored objects without a row as removed images, by (tenant, id).
 
-    So are those whose upload began longer than `old_seconds` ago, and did not end.
+    Images whose upload began more than `old_seconds` ago, and did not end, are marked too.
     """
     pairs = list(images)
     values = {
@@ -178,7 +178,7 @@ def disown(
 
 
 def forget_image(connection: Connection, tenant_id: uuid.UUID, image_id: str) -> None:
-    """Delete a removed image's row: nothing is left of it."""
+    """Delete the row of a removed image. Nothing is left of it."""
     wanted = {"tenant_id": tenant_id, "sha256": bytes.fromhex(image_id)}
     connection.execute(FORGET, wanted)
 
@@ -186,7 +186,7 @@ def forget_image(connection: Connection, tenant_id: uuid.UUID, image_id: str) ->
 def known_images(
     connection: Connection, tenant_id: uuid.UUID, image_ids: Iterable[str]
 ) -> set[str]:
-    """Tell which of some images are a tenant's."""
+    """Return those of the given images that belong to a tenant."""
     hashes = [bytes.fromhex(image_id) for image_id in image_ids]
     rows = connection.execute(KNOWN, {"tenant_id": tenant_id, "hashes": hashes})
     return {bytes(sha256).hex() for sha256 in rows.scalars()}

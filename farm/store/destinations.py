@@ -1,4 +1,4 @@
-"""Destinations: where a tenant may export to, besides the farm's own storage."""
+"""Destinations: places to which a tenant may export, in addition to the farm's own storage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, text
 
 COLUMNS = "d.id, t.name AS tenant, d.bucket, d.prefix, d.created_at"
 
-# The update changes nothing: without it a row that is there would not be returned.
+# The update changes nothing. Without it an existing row would not be returned.
 GRANT = text(f"""
 WITH d AS (
     INSERT INTO destinations (id, tenant_id, bucket, prefix)
@@ -40,13 +40,13 @@ SELECT EXISTS (
 
 
 def grant(connection: Connection, tenant: str, bucket: str, prefix: str) -> Row[Any] | None:
-    """Let a tenant export to a bucket, below a prefix; None where there is no such tenant.
+    """Allow a tenant to export to a bucket, below a prefix. Return None if there is no such tenant.
 
     Args:
         connection: in a transaction.
-        tenant: its name.
+        tenant: the tenant's name.
         bucket: the bucket's name.
-        prefix: what keys begin with: empty, or ends with a slash.
+        prefix: the beginning of the keys: empty, or ending with a slash, for example `datasets/`.
     """
     values = {"id": uuid.uuid4(), "tenant": tenant, "bucket": bucket, "prefix": prefix}
     return connection.execute(GRANT, values).first()
@@ -60,11 +60,11 @@ def list_destinations(
 
 
 def revoke(connection: Connection, destination_id: uuid.UUID) -> Row[Any] | None:
-    """Take a destination away; gives what it was, None where there is no such one."""
+    """Delete a destination. Return it, or None if there is none with this ID."""
     return connection.execute(REVOKE, {"id": destination_id}).first()
 
 
 def covers(connection: Connection, tenant_id: uuid.UUID, bucket: str, prefix: str) -> bool:
-    """Whether a tenant may export to a place: it lies at or below one of its destinations."""
+    """Return True if a tenant may export to a place: at or below one of its destinations."""
     values = {"tenant_id": tenant_id, "bucket": bucket, "prefix": prefix}
     return bool(connection.execute(COVERS, values).scalar_one())

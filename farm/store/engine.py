@@ -1,4 +1,4 @@
-"""The connection to Postgres. Whoever holds the `Store` decides where a transaction ends."""
+"""Connections to Postgres. The owner of the `Store` decides where a transaction ends."""
 
 from __future__ import annotations
 
@@ -30,29 +30,31 @@ CONNECT_SECONDS = 5
 POOL_SIZE = 10
 STATEMENT_MILLISECONDS = 30_000
 IDLE_SECONDS = 1.0
-"""A connection left alone for longer is tried before it is used: one more round trip."""
+"""Idle time after which a connection is tested before use, which costs a round trip. Seconds."""
 IDLE_IN_TRANSACTION = "25P03"
 READ_ONLY = "25006"
-"""A standby, or a primary that became one: another server may be the primary now"""
+"""SQLSTATE of a standby, or of a demoted primary. Another server may be the primary now."""
 TRY_AGAIN = {"08", "40", "53", "57", "58"}
-"""SQLSTATE classes: connection, rollback (a deadlock's victim), resources, operator, its system."""
+"""SQLSTATE classes to retry: connection, rollback (deadlock), resources, operator, system."""
 
-ROUTINES = "SET LOCAL check_function_bodies = off;\n" + "".join(  # the tables may not be there yet
+ROUTINES = "SET LOCAL check_function_bodies = off;\n" + "".join(  # the tables may not exist yet
     (Path(__file__).parent / "sql" / f"{name}.sql").read_text(encoding="utf-8")
     for name in ("tally", "claim", "complete")
 )
-"""What takes several statements and is asked for with every batch: one round trip each. They live
-in each connection's `pg_temp`, so that a process always runs those of its own version."""
+"""Routines that run with every batch: several statements in one round trip.
+
+They are created in each connection's `pg_temp`, so a process always runs those of its version.
+"""
 
 Store = Engine
 """A pool of connections to Postgres."""
 
 Transaction = Connection
-"""A connection inside a transaction: what `transaction` gives."""
+"""A connection inside a transaction, as `transaction` yields it."""
 
 
 def open_store(settings: Settings) -> Store:
-    """Open a pool of connections; the first one is made when it is first needed."""
+    """Open a pool of connections. The first connection is made when it is first needed."""
     address = _checked(settings.database_url.get_secret_value())
     idle = round(settings.transaction_seconds * 1000)
     store = create_engine(
@@ -69,23 +71,24 @@ def open_store(settings: Settings) -> Store:
 
 
 def _checked(address: str) -> str:
-    """Refuse what libpq cannot read; its own message may hold the password."""
+    """Refuse an address that libpq cannot read. libpq's message may contain the password."""
     try:
         ports = str(psycopg.conninfo.conninfo_to_dict(address).get("port") or "")
     except psycopg.ProgrammingError:
         ports = "unknown"
     if not ports.replace(",", "0").isdigit() and ports:
         raise FarmError(
-            "FARM_DATABASE_URL is no address that libpq reads; its form is "
-            "postgresql://USER:PASSWORD@HOST:PORT/NAME."
+            "FARM_DATABASE_URL: not a Postgres address. Use the form "
+            "postgresql://USER:PASSWORD@HOST:PORT/NAME, "
+            "for example postgresql://farm:secret@127.0.0.1:5432/farm."
         )
     return address
 
 
 def _connect(address: str, idle_milliseconds: int) -> psycopg.Connection[Any]:
-    """Connect as libpq does, which knows several hosts, and make the session the farm's.
+    """Connect through libpq, which accepts several hosts, and set up the session.
 
-    Its settings are SET: a pooler between here and Postgres knows no `options`.
+    Settings are SET, since a pooler in front of Postgres does not pass on `options`.
     """
     connection = psycopg.connect(
         address,
@@ -99,7 +102,7 @@ def _connect(address: str, idle_milliseconds: int) -> psycopg.Connection[Any]:
         tcp_user_timeout=15_000,
     )
     try:
-        # A process stopped in the middle of a claim must not hold the lane's lock for ever.
+        # A process stopped in the middle of a claim must not hold the lane's lock forever.
         connection.execute(
             f"SET statement_timeout = {STATEMENT_MILLISECONDS}; SET timezone = 'UTC';"
             f"SET idle_in_transaction_session_timeout = {idle_milliseconds};{ROUTINES}".encode()
@@ -112,7 +115,7 @@ def _connect(address: str, idle_milliseconds: int) -> psycopg.Connection[Any]:
 
 
 def _leave_read_only(context: ExceptionContext) -> None:
-    """Drop every connection to a server that takes no writes: none of them will do any more."""
+    """Drop every connection to a server that takes no writes: all of them are useless."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 
@@ -136,12 +139,12 @@ def _try_idle_ones(store: Engine) -> None:
 
 @contextmanager
 def transaction(store: Store) -> Iterator[Connection]:
-    """Run a block in one transaction, committed at its end and rolled back by an exception.
+    """Run a block in one transaction. Commit at its end, or roll back on an exception.
 
     Raises:
         Unavailable: Postgres cannot be reached, or the connection broke. Nothing was committed,
-            unless it broke while the answer to COMMIT was on its way. Every write after a claim
-            is fenced, so trying it again is safe; see release_unknown for the claim itself.
+            unless it broke before the reply to COMMIT arrived. Every write after a claim is
+            fenced, so a retry is safe. For the claim itself see release_unknown.
     """
     with _telling_outages(), store.begin() as connection:
         yield connection
@@ -149,7 +152,7 @@ def transaction(store: Store) -> Iterator[Connection]:
 
 @contextmanager
 def one_statement(store: Store) -> Iterator[Connection]:
-    """Run a block of one statement, committed by itself: one round trip rather than three.
+    """Run a block of one statement with autocommit: one round trip instead of three.
 
     Raises:
         Unavailable: as `transaction` does.
@@ -160,9 +163,9 @@ def one_statement(store: Store) -> Iterator[Connection]:
 
 @contextmanager
 def reads(store: Store) -> Iterator[Connection]:
-    """Run a block that only reads; each statement sees what is committed when it begins.
+    """Run a block that only reads. Each statement sees the data committed before it begins.
 
-    A transaction would see no more, and cost two round trips.
+    A transaction would see no more, and would cost two more round trips.
 
     Raises:
         Unavailable: as `transaction` does.
@@ -180,11 +183,12 @@ def _telling_outages() -> Iterator[None]:
             raise Unavailable("Postgres does not answer.") from error
         raise
     except PoolTimeout as error:
-        raise Unavailable("Every connection to Postgres is in use.") from error
+        message = "Every connection to Postgres is in use. Try again in a few seconds."
+        raise Unavailable(message) from error
 
 
 def is_outage(error: DBAPIError) -> bool:
-    """Whether an error means that Postgres was away, rather than that the statement was wrong."""
+    """Return True if an error means that Postgres was away, not that the statement was wrong."""
     state = getattr(error.orig, "sqlstate", None)
     if state in {IDLE_IN_TRANSACTION, READ_ONLY}:
         return True
@@ -202,19 +206,19 @@ def require_writes(store: Store) -> None:
     with reads(store) as connection:
         if connection.execute(text("SHOW transaction_read_only")).scalar_one() == "on":
             connection.invalidate()
-            raise Unavailable("Postgres takes no writes: it is read-only.")
+            raise Unavailable("Postgres is read-only. Connect the farm to the primary server.")
 
 
 def tells_statements(error: Exception) -> bool:
-    """Whether an error's text holds SQL and its parameters: for operators alone."""
+    """Return True if an error's text contains SQL and parameters, which only operators may see."""
     return isinstance(error, SQLAlchemyError)
 
 
 def server_place(store: Store) -> str:
-    """Tell the host and port of the Postgres that answers.
+    """Return `host:port` of the Postgres server that answers.
 
     Raises:
-        Unavailable: none does; its cause is what libpq says.
+        Unavailable: no server answers. Its cause is libpq's error.
     """
     with transaction(store) as connection:
         info = connection.connection.driver_connection.info  # type: ignore[union-attr]  # psycopg's
@@ -222,11 +226,11 @@ def server_place(store: Store) -> str:
 
 
 def require_sessions(store: Store) -> None:
-    """Return if each connection has a session of Postgres for itself.
+    """Return if each connection has its own Postgres session.
 
     Raises:
-        FarmError: a pooler gives one session to several connections, so what one sets, another
-            has: no claim can work, and no stopped process would lose its locks.
+        FarmError: a pooler shares one session among several connections, so they share settings.
+            No claim can work then, and a stopped process would keep its locks.
         Unavailable: Postgres cannot be reached.
     """
     with _telling_outages(), store.connect() as one, store.connect() as other:
@@ -235,8 +239,8 @@ def require_sessions(store: Store) -> None:
         probe = text("SELECT current_setting('farm.probe', true)")
         if other.execute(probe).scalar_one() == "set":
             raise FarmError(
-                "A pooler in front of Postgres shares sessions among connections. Let it pool "
-                "sessions (PgBouncer: pool_mode = session)."
+                "A pooler in front of Postgres shares one session among several connections. "
+                "Set it to session pooling (PgBouncer: pool_mode = session)."
             )
         one.execute(text("RESET farm.probe"))
         one.commit()

@@ -1,4 +1,4 @@
-"""Paces: how long a frame takes on this farm, and how large its picture is."""
+"""Paces: device time of a frame on this farm, and the size of its image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 
 RECENT_JOBS = 50
 SAMPLED_FRAMES = 100
-"""Of each job, for the size of their pictures"""
+"""Frames of each job that are read for the average image size."""
 
 OWN = text("""
 WITH job AS (
@@ -39,18 +39,18 @@ FROM workers WHERE pipeline = :pipeline
 
 @dataclass(frozen=True)
 class Pace:
-    """What a frame takes, as far as it is known."""
+    """Cost of one frame, as far as it is known."""
 
     seconds: float | None
-    """of a device"""
+    """Device time, in seconds."""
     bytes: float | None
-    """of its picture's file"""
+    """Size of the image file, in bytes."""
     alike: bool
-    """Whether it was measured on the tenant's own frames of the same shape"""
+    """True if measured on the tenant's own frames with the same batch key."""
 
 
 def pace_of(connection: Connection, tenant_id: uuid.UUID, pipeline: str, batch_key: str) -> Pace:
-    """Tell the pace of frames like these: by the tenant's recent ones, or else by all."""
+    """Estimate the pace of frames from the tenant's similar frames, or else from all frames."""
     values: dict[str, Any] = {"tenant_id": tenant_id, "pipeline": pipeline, "batch_key": batch_key}
     limits = {"jobs": RECENT_JOBS, "frames": SAMPLED_FRAMES}
     own = connection.execute(OWN, {**values, **limits}).one()

@@ -1,7 +1,7 @@
-"""Events: what happened, appended by each transition in its own transaction (an outbox).
+"""Events: a log that each transition appends to in its own transaction (an outbox).
 
-Of one job's events a reader may rely on the order of their ids: each is appended under the job's
-row lock, so a lower id was committed before a higher one was drawn.
+The events of one job are in the order of their ids. Each is appended under the job's row lock, so
+a lower id was committed before a higher one was generated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SELECT id, at, kind, data FROM events
 WHERE job_id = :job_id AND id > :after ORDER BY id LIMIT :limit
 """)
 
-# now(), not clock_timestamp(): an index takes only what stays the same for a statement.
+# now(), not clock_timestamp(): an index scan needs a value that is constant within a statement.
 PRUNE = text("""
 WITH old AS MATERIALIZED (
     SELECT id FROM events WHERE at < now() - make_interval(secs => :seconds)
@@ -30,10 +30,10 @@ DELETE FROM events e USING old WHERE e.id = old.id
 def events_of(
     connection: Connection, job_id: uuid.UUID, *, after: int = 0, limit: int = 1000
 ) -> Sequence[Row[Any]]:
-    """Read a job's events, oldest first, from the one after id `after` on."""
+    """Read a job's events, oldest first, starting after the id `after`."""
     return connection.execute(OF_JOB, {"job_id": job_id, "after": after, "limit": limit}).all()
 
 
 def prune(connection: Connection, days: float) -> int:
-    """Delete events older than `days`, ten thousand at a time; returns how many."""
+    """Delete up to ten thousand events older than `days`. Return the number deleted."""
     return connection.execute(PRUNE, {"seconds": days * 86_400}).rowcount

@@ -1,11 +1,11 @@
-"""Exports: datasets in the making, a row a shard; a worker's right to a shard is a lease too.
+"""Exports: datasets that are being written, one row per shard. A shard is claimed by a lease too.
 
-A shard is a range of a job's frames. It may be written once every frame of it has come to its end,
-so an export of a job that still renders goes on with it. The last row has no job: it is the
-dataset's cover, whole with the last of the others.
+A shard is a range of a job's frames. It is whole, and may be written, once all its frames have
+ended. So an export of a job that still renders advances with the job. The last row has no job: it
+holds the dataset files, and is whole once all other shards are done.
 
-A transition that ends frames notes their job in `export_news`, where a shard waits for it: nobody
-asks again and again whether a shard is whole.
+A transition that ends frames adds their job to `export_news` if a shard waits for it. So shards
+need no polling.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from farm.domain.states import REJECTED
 from farm.errors import NotFound
 
 MAX_FAILURES = 5
-"""Of a shard; then the export has failed"""
+"""Failures of one shard after which its export has failed."""
 MAX_REST_SECONDS = 60.0
 SHARDS_PER_LOOK = 1_000
-"""News and new shards; a claim of a shard looks at no more, so that it is never long"""
+"""News rows, and new shards, that one claim checks at most, so that no claim takes long."""
 
 INSERT = text("""
 INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, shards)
 VALUES (:id, :tenant_id, :kind, :job_ids, :shard_frames, :bucket, :prefix, :shards)
 """)
 
-# Shards are numbered through, job after job; `base` is what a job's frames are named from.
+# Shards are numbered across all jobs, in job order. Image number = `base` of the job + ordinal.
 INSERT_SHARDS = text("""
 WITH job AS (
     SELECT j.id, j.total, d.place,
@@ -59,9 +59,9 @@ FORMATS_OF = text("""
 SELECT DISTINCT coalesce(spec ->> 'format', 'png') FROM jobs WHERE id = ANY(:ids) ORDER BY 1
 """)
 
-# Whether shards are whole is looked at where something has changed: those that are new, and those
-# of jobs of which a frame has come to its end since. A frame that has not stands in a lease or
-# among the requeued, and both are small. Once whole, a shard stays so.
+# Only these shards are checked: new ones, and those of jobs with frames that ended since. A claimed
+# frame that has not ended is in a lease or in requeued_frames; both are small. A whole shard stays
+# whole.
 LOOK = text("""
 WITH news AS (
     DELETE FROM export_news WHERE id IN (
@@ -96,8 +96,8 @@ FROM judged j
 WHERE s.export_id = j.export_id AND s.number = j.number AND s.whole IS NOT TRUE
 """)
 
-# What was judged in the very moment in which a job came to its end, or by a version that notes
-# nothing, is looked at again.
+# Checks again: a shard may have been checked while its job ended, or its frames may have been ended
+# by a version that writes no news.
 LOOK_AGAIN = text("""
 WITH doubtful AS (
     SELECT s.export_id, s.number
@@ -112,8 +112,8 @@ UPDATE export_shards s SET whole = NULL
 FROM doubtful d WHERE s.export_id = d.export_id AND s.number = d.number AND s.whole = false
 """)
 
-# Tenants take turns: the tenant whose last claim is oldest comes first, and a process writes one
-# shard of a tenant at a time.
+# Tenants take turns: the tenant with the oldest last claim is first. A process writes one shard of
+# a tenant at a time.
 CLAIM = text("""
 WITH turn AS MATERIALIZED (
     SELECT e.id FROM (
@@ -141,7 +141,7 @@ RETURNING s.export_id, s.number, s.job_id, s.first, s.stop, s.base, s.attempt, e
           e.bucket, e.prefix
 """)
 
-# A shard that waits is due; one that is being written is due again when its lease ends.
+# `due_at` of a waiting shard is in the past; that of a shard being written is its lease's end.
 RENEW = text("""
 UPDATE export_shards SET due_at = clock_timestamp() + make_interval(secs => :seconds)
 WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND done_at IS NULL
@@ -253,7 +253,7 @@ class Shard:
     export_id: uuid.UUID
     number: int
     job_id: uuid.UUID | None
-    """None: the cover"""
+    """Job of the shard's frames. None for the shard of dataset files."""
     first: int
     stop: int
     base: int
@@ -265,7 +265,7 @@ class Shard:
 
     @property
     def fence(self) -> dict[str, Any]:
-        """What a write after the claim must match."""
+        """Values that a write after the claim must match."""
         return {"export_id": self.export_id, "number": self.number, "attempt": self.attempt}
 
     def __str__(self) -> str:
@@ -274,7 +274,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Export:
-    """An export as it stands."""
+    """An export and its counters."""
 
     id: uuid.UUID
     tenant_id: uuid.UUID
@@ -295,12 +295,12 @@ class Export:
 
 
 def formats_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> list[str]:
-    """Tell the formats of some jobs' pictures."""
+    """Read the image formats that some jobs use, without repeats."""
     return list(connection.execute(FORMATS_OF, {"ids": list(job_ids)}).scalars())
 
 
 def count_shards(connection: Connection, job_ids: Sequence[uuid.UUID], frames: int) -> int:
-    """Count the shards of so many frames that some jobs make."""
+    """Count the shards of some jobs, if a shard holds `frames` frames."""
     values = {"ids": list(job_ids), "frames": frames}
     return int(connection.execute(COUNT_SHARDS, values).scalar_one())
 
@@ -321,14 +321,14 @@ def insert_export(
 
     Args:
         connection: in a transaction.
-        export_id: a new one.
-        tenant_id: whose it and its jobs are.
+        export_id: a new ID.
+        tenant_id: the owner of the export and of its jobs.
         kind: webdataset, parquet or imagefolder.
-        job_ids: in the order in which they are written.
-        shard_frames: of a shard, at most.
-        shards: how many that makes: see count_shards.
-        bucket: where it goes.
-        prefix: of its objects' keys.
+        job_ids: the jobs, in the order of writing.
+        shard_frames: frames in a shard, at most.
+        shards: the number of shards; see count_shards.
+        bucket: the S3 bucket to write to.
+        prefix: the first part of its objects' keys.
     """
     values = {
         "id": export_id,
@@ -368,33 +368,33 @@ def list_exports(
 def shards_of(
     connection: Connection, export_id: uuid.UUID, *, limit: int, after: int = -1
 ) -> Sequence[Row[Any]]:
-    """Read a page of an export's shards, its cover last."""
+    """Read a page of an export's shards. The shard of dataset files is the last."""
     return connection.execute(
         SHARDS, {"export_id": export_id, "limit": limit, "after": after}
     ).all()
 
 
 def has_file(connection: Connection, export_id: uuid.UUID, name: str) -> bool:
-    """Whether a shard that is done lists such a file."""
+    """Return True if a finished shard contains a file of this name."""
     listed = json.dumps([{"name": name}])
     values = {"export_id": export_id, "listed": listed}
     return bool(connection.execute(LISTED, values).scalar_one())
 
 
 def has_picture(connection: Connection, export_id: uuid.UUID, shard: int, picture: int) -> bool:
-    """Whether a picture of that number belongs to a shard that is done."""
+    """Return True if the image with this number belongs to the given shard, and it is finished."""
     values = {"export_id": export_id, "number": shard, "picture": picture}
     return bool(connection.execute(HOLDS, values).scalar_one())
 
 
 def rejected(connection: Connection, export_id: uuid.UUID) -> dict[int, int]:
-    """Count the pictures that filters rejected, by shard."""
+    """Count the images that filters rejected, by shard."""
     rows = connection.execute(REJECTED_OF, {"export_id": export_id, "reason": REJECTED})
     return {row.number: row.images for row in rows}
 
 
 def remove_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.UUID) -> None:
-    """Remove an export: it is gone for everybody at once, and its files soon.
+    """Remove an export. It is hidden at once, and its files are deleted soon.
 
     Raises:
         NotFound: there is none, or it is another tenant's.
@@ -405,25 +405,25 @@ def remove_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.
 
 
 def any_due(connection: Connection) -> bool:
-    """Whether a shard may wait for a worker."""
+    """Return True if a shard may be waiting for a worker."""
     return bool(connection.execute(DUE).scalar_one())
 
 
 def look_again(connection: Connection) -> None:
-    """Check shards again that were not whole a minute ago, though their frames were claimed."""
+    """Recheck shards that were not whole a minute ago, though all their frames were claimed."""
     connection.execute(LOOK_AGAIN, {"limit": SHARDS_PER_LOOK})
 
 
 def claim_shard(
     connection: Connection, worker: str, seconds: float, busy: Collection[uuid.UUID] = ()
 ) -> Shard | None:
-    """Find the shards that have become whole, and claim one, of the tenant whose turn it is.
+    """Find the shards that have become whole, and claim one of the tenant whose turn it is.
 
     Args:
-        connection: in no transaction, best: each of both is one statement.
-        worker: who claims.
-        seconds: how long its lease lasts.
-        busy: tenants of which it writes a shard already.
+        connection: best in no transaction: each of the two steps is one statement.
+        worker: the name of the worker.
+        seconds: the duration of its lease.
+        busy: tenants of which this process is writing a shard already.
     """
     values = {"worker": worker, "seconds": seconds, "busy": list(busy)}
     connection.execute(LOOK, {"limit": SHARDS_PER_LOOK})
@@ -432,7 +432,7 @@ def claim_shard(
 
 
 def renew(connection: Connection, shard: Shard, seconds: float) -> bool:
-    """Renew a shard's lease; returns whether it still holds."""
+    """Renew a shard's lease. Return False if the lease was lost."""
     return connection.execute(RENEW, {**shard.fence, "seconds": seconds}).first() is not None
 
 
@@ -444,7 +444,7 @@ def finish(
     rows: int,
     missing: int,
 ) -> bool:
-    """Note that a shard is written; returns whether its lease still held."""
+    """Mark a shard as written. Return False if its lease was lost before."""
     values = {
         **shard.fence,
         "files": json.dumps(list(files)),
@@ -456,13 +456,13 @@ def finish(
 
 
 def fail(connection: Connection, shard: Shard, error: str, *, counts: bool) -> None:
-    """Note why a shard was not written; it is tried again, later each time.
+    """Record why a shard was not written. It is retried with a growing delay.
 
     Args:
-        connection: in a transaction, or in none: it is one statement.
+        connection: in a transaction or not: this is one statement.
         shard: the shard.
-        error: why.
-        counts: after MAX_FAILURES of these the export has failed.
+        error: the reason.
+        counts: True if this counts as a failure. After MAX_FAILURES the export has failed.
     """
     rest = min(2.0 ** min(shard.attempt, 10), MAX_REST_SECONDS)
     values = {**shard.fence, "error": error, "seconds": rest, "most": MAX_FAILURES}
@@ -470,5 +470,5 @@ def fail(connection: Connection, shard: Shard, error: str, *, counts: bool) -> N
 
 
 def give_back(connection: Connection, shard: Shard) -> None:
-    """Let another write a shard, at once."""
+    """Release a shard, so that another worker can claim it at once."""
     connection.execute(RENEW, {**shard.fence, "seconds": 0.0})

@@ -1,7 +1,7 @@
-"""What happens to frames after their claim: complete, fail, release.
+"""Transitions of frames after their claim: complete, fail, release.
 
-Every write is fenced by (job, ordinal, attempt, running). No row matched means that the lease was
-lost: the result is dropped, and the caller is told which were accepted.
+Every write is fenced by (job, ordinal, attempt, running). If no row matches, the lease was lost:
+the result is dropped, and the caller gets the fences that were accepted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from farm.store.tally import Delta, lock_jobs, tally
 from farm.store.workers import ADD, Account
 
 FAILED = "frames.failed"
-"""The event of attempts that did not succeed, whoever is to blame"""
+"""Kind of the event of unsuccessful attempts, charged or not."""
 
 WORKER_LOST = "worker_lost"
-"""Why an attempt ended whose process did"""
+"""Reason of an attempt whose process ended."""
 
 LOST_BESIDE_AT_MOST = 10
-"""So often a frame's process may end, uncharged, while another frame is on the device"""
+"""Uncharged attempts of a frame after which the loss of its process is always charged."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +42,32 @@ class CompletedFrame:
     bytes: int
     slot: int
     digest: builtins.bytes | None = None
-    """Of all that decides its bytes, where it may be used again"""
+    """Hash of everything that decides the artifact's bytes, if it may be reused."""
     reused: bool = False
-    """Whether it is the picture of another frame"""
+    """True if the artifact is a copy of another frame's artifact."""
 
 
 @dataclass(frozen=True)
 class FailedAttempt:
-    """An attempt that did not succeed."""
+    """An unsuccessful attempt."""
 
     fence: Fence
     reason: str
-    """A word: render_error, worker_lost, lease_expired, released, …"""
+    """One word, for example render_error, worker_lost, lease_expired or released."""
     message: str
     retryable: bool = True
     log: str | None = None
-    """What the process said last, for an operator: a traceback, or lines of its log."""
+    """Last output of the process, for an operator: a traceback, or lines of its log."""
     charged: bool = True
-    """Whether the attempt counts towards max_attempts."""
+    """True if the attempt counts towards max_attempts."""
     isolated: bool = False
-    """Whether the frame is rendered alone from now on; one that is charged always is."""
+    """True to isolate the frame from now on. A charged frame is always isolated."""
     smaller: bool = False
-    """Whether a smaller bucket may help: then, where the job left it open, the next one is half."""
+    """True if a smaller bucket may help. If the job left it open, the next bucket is half."""
     delay_seconds: float | None = None
-    """Before the frame may be claimed again; None: longer with each attempt."""
+    """Delay before the frame may be claimed again, in seconds. None: grows with each attempt."""
     reroll: bool = False
-    """Whether its picture was rejected: it is drawn again with another seed, until `max_rerolls`"""
+    """True if a filter rejected the image. Up to `max_rerolls` other seeds are tried."""
 
 
 LOCK_LEASE = text("SELECT job_ids FROM leases WHERE id = :id FOR UPDATE")
@@ -106,7 +106,7 @@ ORDER BY f.job_id, f.ordinal
 FOR UPDATE OF f
 """)
 
-# The frame leaves `running`, its attempt goes on record, and a ready one may be claimed again.
+# The frame leaves `running`, its attempt is recorded, and a ready frame may be claimed again.
 END = text(f"""
 WITH ended AS (
     UPDATE frames f
@@ -138,7 +138,7 @@ DELETE FROM leases l WHERE l.id = :id AND NOT EXISTS (
     WHERE f.attempt = d.attempt AND f.state = 'running')
 """)
 
-# Where the job left its bucket open: what a frame was claimed in, and the job's runs.
+# For jobs that left their bucket open: the bucket of a frame's claim, and the job's runs.
 ROOM = text("""
 SELECT j.id, j.runs, f.ordinal, f.bucket
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
@@ -148,7 +148,7 @@ WHERE f.attempt = d.attempt AND f.state = 'running' AND f.bucket > 1 AND j.spec 
 ORDER BY j.id, f.ordinal
 """)
 
-# A job that is claimed whole stands behind its last run.
+# In a job that is claimed whole, `run` is one more than the index of the last run.
 SHRINK = text("""
 UPDATE jobs SET runs = CAST(:runs AS jsonb),
                 batch_key = coalesce(CAST(:runs AS jsonb) -> run ->> 1, batch_key),
@@ -156,7 +156,7 @@ UPDATE jobs SET runs = CAST(:runs AS jsonb),
 WHERE id = :id
 """)
 
-# What waits among the requeued follows the job's runs.
+# The job's requeued frames get the new buckets too.
 SHRINK_RETURNS = text("""
 UPDATE requeued_frames t SET batch_key = run.key, bucket = run.bucket
 FROM jobs j CROSS JOIN LATERAL (
@@ -174,9 +174,9 @@ def complete(
     done: Sequence[CompletedFrame],
     seconds: float = 0.0,
 ) -> set[Fence]:
-    """Make frames `succeeded`; returns the fences accepted, the others lost their lease.
+    """Complete frames. Return the fences that were accepted; the others had lost their lease.
 
-    `seconds` is how long a device denoised them, all together.
+    `seconds` is the device time that denoising all of them took.
     """
     if not done:
         return set()
@@ -191,9 +191,9 @@ def complete_batches(
     worker_id: uuid.UUID,
     account: Account,
 ) -> set[Fence]:
-    """Complete batches of which every frame is done, and add them to their worker's sums.
+    """Complete whole batches, and add them to their worker's sums, in one statement.
 
-    Where none is accepted nothing is added: see already_complete. One statement.
+    If no frame is accepted, nothing is added: see already_complete.
     """
     results = _results(lease_ids, done, account.denoise_seconds)
     values = {**results, "done": len(done), **account.values(worker_id)}
@@ -216,7 +216,7 @@ def _results(
 
 
 def _reuse(done: Sequence[CompletedFrame]) -> dict[str, str | None]:
-    """Both are null where no job of a batch asks for it."""
+    """Return the arrays of digests and of reuse. Both are null if no job of a batch asks for it."""
     if not any(item.digest for item in done):
         return {"digests": None, "reused": None}
     return {
@@ -226,7 +226,7 @@ def _reuse(done: Sequence[CompletedFrame]) -> dict[str, str | None]:
 
 
 def already_complete(connection: Connection, done: Sequence[CompletedFrame]) -> bool:
-    """Whether these very results are what the frames hold: the reply to a COMMIT was lost."""
+    """Return True if the frames have exactly these results: the reply to a COMMIT was lost."""
     sha256 = arrays.byte_strings(item.sha256 for item in done)
     values = {**_fences([item.fence for item in done]), "sha256": sha256}
     return bool(connection.execute(ALREADY, values).scalar_one() == len(done))
@@ -238,7 +238,7 @@ def fail(
     failures: Sequence[FailedAttempt],
     retry_seconds: float,
 ) -> dict[Fence, FrameState]:
-    """End attempts that did not succeed; returns where each accepted frame went: ready or dead."""
+    """End unsuccessful attempts. Return the new state of each accepted frame: ready or dead."""
     if not failures:
         return {}
     _lock(connection, lease_id, [failure.fence for failure in failures])
@@ -248,7 +248,7 @@ def fail(
 
 
 def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> set[Fence]:
-    """Return frames that were claimed but not rendered, at no charge to their attempts."""
+    """Release frames that were claimed but not rendered. Their attempts are uncharged."""
     _lock(connection, lease_id, fences)
     released = give_back(connection, fences)
     connection.execute(CLOSE_LEASE, {"id": lease_id})
@@ -256,18 +256,17 @@ def release(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]
 
 
 def give_back(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
-    """Return frames, uncharged and due at once; their jobs must be locked."""
+    """Requeue frames, uncharged and due at once. Their jobs must be locked."""
+    message = "The worker released the frame without rendering it."
     failures = [
-        FailedAttempt(
-            fence, "released", "The worker gave it back.", charged=False, delay_seconds=0.0
-        )
+        FailedAttempt(fence, "released", message, charged=False, delay_seconds=0.0)
         for fence in fences
     ]
     return set(end_attempts(connection, "frames.released", failures, 0.0))
 
 
 def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) -> None:
-    """Lock a lease and every job of it, also those that a later write of the transaction needs."""
+    """Lock a lease and all its jobs, including those that later writes of the transaction need."""
     lease = connection.execute(LOCK_LEASE, {"id": lease_id}).first()
     lock_jobs(connection, [*(lease.job_ids if lease else []), *(job_id for job_id, _, _ in fences)])
 
@@ -275,16 +274,16 @@ def _lock(connection: Connection, lease_id: uuid.UUID, fences: Sequence[Fence]) 
 def end_attempts(
     connection: Connection, kind: str, failures: Sequence[FailedAttempt], retry_seconds: float
 ) -> dict[Fence, FrameState]:
-    """End attempts, as far as they still run; their jobs must be locked.
+    """End the attempts that still run. Their jobs must be locked.
 
     Args:
         connection: in a transaction.
-        kind: the event's.
-        failures: why each ended.
+        kind: the kind of the event.
+        failures: the attempts, each with its reason.
         retry_seconds: the back-off before a second attempt.
 
     Returns:
-        Where each went: ready or dead.
+        The new state of each frame: ready or dead.
     """
     if not failures:
         return {}
@@ -313,9 +312,9 @@ def end_attempts(
 
 
 def _shrink(connection: Connection, failures: Sequence[FailedAttempt]) -> list[Fence]:
-    """Halve the bucket of what did not fit in memory, for the rest of its job too.
+    """Halve the bucket of frames that did not fit in memory, and of the rest of their jobs.
 
-    Returns those whose job had left the bucket open, so that it could be halved.
+    Return the frames whose bucket was halved: those of jobs that had left it open.
     """
     if not failures:
         return []
@@ -344,7 +343,7 @@ def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _End
         return _redraw(row, failure)
     charged = failure.charged
     if failure.reason == WORKER_LOST and row.uncharged >= LOST_BESIDE_AT_MOST:
-        charged = True  # whatever it is, it is never there when a process does not end
+        charged = True  # its processes end too often, so the frame may be the cause after all
     state = after_failure(failure.retryable, row.attempt - row.uncharged, row.max_attempts)
     delay = failure.delay_seconds
     if delay is None:
@@ -353,7 +352,7 @@ def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _End
 
 
 def _redraw(row: Row[Any], failure: FailedAttempt) -> _Ending:
-    """Say what becomes of a frame whose picture was rejected: retried by hand, it may go on."""
+    """Decide the state of a frame whose image was rejected. A retry by hand restarts the count."""
     again = row.rerolls % (row.max_rerolls + 1) < row.max_rerolls
     state = FrameState.READY if again else FrameState.DEAD
     return _Ending(failure, state, charged=not again, delay_seconds=0.0)
@@ -366,7 +365,7 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, Any]:
         "states": [ending.state for ending in endings],
         "delays": [ending.delay_seconds for ending in endings],
         "uncharged": [0 if ending.charged else 1 for ending in endings],
-        # What may be to blame goes alone from now on.
+        # A frame that may be the cause is isolated from now on.
         "isolated": [failure.isolated or failure.charged for failure in failures],
         "rerolls": [
             int(ending.failure.reroll and ending.state is FrameState.READY) for ending in endings

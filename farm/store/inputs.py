@@ -1,4 +1,4 @@
-"""Inputs: rows that say what is known of each, and their lines, packed, a thousand a part."""
+"""Inputs: one row of facts each, and their lines, packed into parts of a thousand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = """
 id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at, syntax_flaw
 """
 
-# The same lines again are the same input.
+# The same lines sent again are the same input.
 INSERT = text(f"""
 INSERT INTO inputs (id, tenant_id, sha256, lines, bytes, shown, top_seed, text_bytes, keys,
                     negatives)
@@ -29,7 +29,7 @@ INSERT_PART = text(
     "INSERT INTO input_parts (input_id, first, content) VALUES (:input_id, :first, :content)"
 )
 
-# Sent again, it is kept from now on.
+# Sending an input again restarts its retention time.
 SAME = text(f"""
 UPDATE inputs SET created_at = clock_timestamp(), syntax_flaw = NULL
 WHERE tenant_id = :tenant_id AND sha256 = :sha256 RETURNING {COLUMNS}
@@ -68,7 +68,7 @@ def insert_input(
     facts: InputStats,
     parts: Iterable[tuple[int, bytes]],
 ) -> StoredInput:
-    """Store an input with its parts; returns it, or the same one stored before."""
+    """Insert an input with its parts. Return it, or the same input inserted before."""
     values = {
         "id": uuid.uuid4(),
         "tenant_id": tenant_id,
@@ -105,37 +105,39 @@ def get_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID)
 
 
 def judge_syntax(connection: Connection, input_id: uuid.UUID, flaw: str) -> None:
-    """Note why an input's prompts cannot be read as weighted ones; empty: they can."""
+    """Record why an input's prompts cannot be read as weighted prompts. Empty if they can."""
     connection.execute(JUDGE, {"id": input_id, "flaw": flaw})
 
 
 def list_inputs(
     connection: Connection, tenant_id: uuid.UUID, *, limit: int, after: uuid.UUID | None = None
 ) -> list[StoredInput]:
-    """Read a page of a tenant's inputs, the one that was sent last first."""
+    """Read a page of a tenant's inputs, the one sent last first."""
     rows = connection.execute(LIST, {"tenant_id": tenant_id, "limit": limit, "after": after})
     return [StoredInput(**row._mapping) for row in rows]
 
 
 def delete_input(connection: Connection, tenant_id: uuid.UUID, input_id: uuid.UUID) -> None:
-    """Delete an input that no job draws.
+    """Delete an input that no job uses.
 
     Raises:
         NotFound: there is none, or it is another tenant's.
-        Conflict: a job draws it.
+        Conflict: a job uses it.
     """
     if connection.execute(LOCK, {"id": input_id, "tenant_id": tenant_id}).first() is None:
         raise NotFound(f"There is no input {input_id}.")
     jobs = connection.execute(DRAWN, {"id": input_id}).scalar_one()
     if jobs:
-        raise Conflict(f"Input {input_id} is drawn by {jobs} jobs; it goes after them.")
+        raise Conflict(
+            f"Input {input_id} is used by {jobs} jobs. Delete it after retention has removed them."
+        )
     connection.execute(DELETE, {"id": input_id})
 
 
 def read_parts(
     connection: Connection, wanted: Sequence[tuple[uuid.UUID, int]]
 ) -> dict[tuple[uuid.UUID, int], bytes]:
-    """Read parts, named by their input and the index of their first line."""
+    """Read parts of inputs. A part is named by its input and the index of its first line."""
     rows = connection.execute(
         PARTS, {"ids": [part[0] for part in wanted], "firsts": [part[1] for part in wanted]}
     )

@@ -1,4 +1,4 @@
-"""Jobs: written once, then steered by their owner: pause, resume, cancel, retry."""
+"""Jobs: insert, and the owner's commands: pause, resume, cancel, retry."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from farm.store.tally import Delta, tally
 PROMPTS_PER_CHUNK = 1000
 RETRY_SLICE = 5000
 JOBS_PER_FOLLOW = 100
-"""Jobs whose frames are looked at together"""
+"""Jobs that one call of `follow` handles at most."""
 
-# Who comes to a lane starts level with those who wait there, or with whoever was served most:
-# no credit for absence, and no debt for work done while nobody else asked.
+# A tenant that joins a lane starts at the smallest share of the tenants that wait there, or at the
+# largest share if nobody waits. So absence earns no credit, and work done while nobody else waited
+# costs nothing later.
 JOIN_LANE = """
 INSERT INTO shares (pipeline, tenant_id, served)
 SELECT :pipeline, :tenant_id, coalesce(min(s.served) FILTER (WHERE busy), max(s.served), 0)
@@ -47,7 +48,7 @@ WHERE NOT EXISTS (
 
 JOIN_AGAIN = text(f"WITH joins AS (SELECT) {JOIN_LANE}")
 
-# The job with its prompts and its event. The lane comes last: claims of it write that row too.
+# Inserts the job, its prompts and its event. The lane's row is last, since claims write it too.
 INSERT_JOB = text(f"""
 WITH j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
@@ -85,11 +86,11 @@ WHERE tenant_id = :tenant_id AND idempotency_key = :idempotency_key
 
 @dataclass(frozen=True)
 class Idempotency:
-    """What makes a repeated submission the same one."""
+    """Values by which a repeated submission is recognized."""
 
     key: str
     digest: bytes
-    """sha256 of the request's body in canonical form."""
+    """SHA-256 of the request's body in canonical form."""
 
 
 def insert_job(
@@ -100,13 +101,13 @@ def insert_job(
     prompts: Sequence[str],
     idempotency: Idempotency | None,
 ) -> Row[Any]:
-    """Store a job with its prompts; returns its row, or that of the same job submitted before.
+    """Insert a job with its prompts. Return its row, or that of the same job submitted before.
 
-    It is one statement.
+    This is one statement.
 
     Raises:
         Conflict: the idempotency key was used with another body.
-        InvalidRequest: its input was deleted meanwhile.
+        InvalidRequest: its input was deleted before the insert.
     """
     run_end, batch_key, bucket = spec.runs[0]
     values = {
@@ -132,10 +133,12 @@ def insert_job(
     except IntegrityError as error:
         if spec.input is None or not isinstance(error.orig, ForeignKeyViolation):
             raise
-        raise InvalidRequest("input: it was deleted meanwhile.", param="input") from error
+        raise InvalidRequest(
+            f"input: {spec.input} has just been deleted. Upload it again.", param="input"
+        ) from error
     if inserted is not None:
         return inserted
-    # Only an idempotency key collides: the same job came in at the same moment.
+    # Only an idempotency key can collide: the same job was submitted at the same moment.
     assert idempotency is not None
     same = same_job(connection, tenant_id, idempotency)
     assert same is not None
@@ -157,7 +160,8 @@ def same_job(
         return None
     if row.idempotency_digest != idempotency.digest:
         raise Conflict(
-            f"Idempotency-Key {idempotency.key!r} was used for job {row.id} with another body.",
+            f"Idempotency-Key: {idempotency.key!r} was used for job {row.id} with another body. "
+            "Send the same body, or a new key.",
             param="Idempotency-Key",
         )
     return get_job(connection, tenant_id, row.id)
@@ -168,10 +172,10 @@ SELECT {JOB_COLUMNS} FROM jobs j
 WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDATE
 """)  # noqa: S608 - constants only
 
-# What stood still says nothing of the pace when it goes on.
+# The pace before a pause or an end says nothing of the pace after it.
 PACE_ANEW = "pace_since = NULL, pace_next = NULL"
 
-# Returned frames follow a pause, resume or cancel later, in slices: see `follow`. Each call sets
+# Requeued frames are updated later, in slices: see `follow`. Each pause, resume or cancel sets
 # another number below 0, so that a slice in progress notices the change.
 FALLS_BEHIND = """
 behind_from = CASE WHEN EXISTS (SELECT FROM requeued_frames WHERE job_id = jobs.id)
@@ -205,7 +209,7 @@ UPDATE jobs SET status = 'cancelled', open = false, paused = false, running = 0,
 WHERE id = :id
 """)  # noqa: S608 - constants only
 
-# Its shards are whole now.
+# The job's shards are whole now.
 EXPORT_NEWS = text("""
 INSERT INTO export_news (job_id)
 SELECT :id WHERE EXISTS (SELECT FROM export_shards WHERE job_id = :id AND whole IS NOT TRUE)
@@ -240,7 +244,7 @@ WITH slice AS MATERIALIZED ({SLICE}), told AS (
 SELECT count(*) AS rows, max(ordinal) AS last FROM slice
 """)  # noqa: S608 - constants only
 
-# Not after another pause, resume or cancel in between: then all of its frames are behind again.
+# No update after another pause, resume or cancel: then all frames of the job are behind again.
 FOLLOWED = text("""
 UPDATE jobs SET behind_from = :next
 WHERE id = :id AND behind_from = :behind_from AND paused = :paused AND status = :status
@@ -265,9 +269,9 @@ WHERE id = :id AND status = ANY(:from_states)
 
 
 def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Hold a job back: what runs is finished, nothing more is claimed.
+    """Pause a job: running frames are finished, and no more are claimed.
 
-    Whatever the job's size, this writes its row alone: see follow.
+    This writes only the job's row, for a job of any size: see follow.
     """
     job = _lock(connection, tenant_id, job_id)
     _refuse_terminal(job, "paused")
@@ -277,7 +281,7 @@ def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
 
 
 def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Let a paused job be claimed again."""
+    """Resume a paused job, so that its frames are claimed again."""
     job = _lock(connection, tenant_id, job_id)
     _refuse_terminal(job, "resumed")
     if job.paused:
@@ -287,10 +291,10 @@ def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
 
 
 def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Cancel a job for good: once committed, no frame of it becomes succeeded.
+    """Cancel a job for good: after the commit, no frame of it becomes succeeded.
 
-    The work is that of the frames in flight, whatever the job's size; those that were requeued
-    follow later: see follow. Cancelling twice is once.
+    The cost grows with the running frames only, not with the job's size. Requeued frames are
+    updated later: see follow. A second cancel changes nothing.
     """
     job = _lock(connection, tenant_id, job_id)
     if job.status == JobStatus.CANCELLED:
@@ -305,23 +309,23 @@ def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
 
 
 def follow(connection: Connection, rows: int) -> bool:
-    """Let requeued frames follow what their jobs were told: to pause, to go on, to end.
+    """Update the requeued frames of jobs that were paused, resumed or cancelled.
 
-    Until they have, no claim takes them: it looks at their job. For one caller at a time, the
-    leading janitor.
+    Until then a claim checks the job itself, so it takes no frame wrongly. Only one caller at a
+    time: the leading janitor.
 
     Args:
-        connection: in no transaction: the frames are written in one, the job in the next, since a
-            job is locked before its frames everywhere else.
+        connection: in no transaction. Frames are written in one transaction and the job in the
+            next, since everywhere else a job is locked before its frames.
         rows: frames to write, at most.
 
     Returns:
-        Whether more is left.
+        True if more is left.
     """
     with connection.begin():
         jobs = connection.execute(BEHIND, {"limit": JOBS_PER_FOLLOW}).all()
     more = False
-    share = max(1, rows // max(1, len(jobs)))  # a large job holds up no small one
+    share = max(1, rows // max(1, len(jobs)))  # a large job does not delay a small one
     for job in jobs:
         values = {**job._mapping, "slice": share, "from_states": _from_states("cancel")}
         with connection.begin():
@@ -335,16 +339,19 @@ def follow(connection: Connection, rows: int) -> bool:
 
 
 def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
-    """Give the first RETRY_SLICE of a job's dead frames fresh attempts; returns how many.
+    """Requeue the first RETRY_SLICE dead frames of a job with fresh attempts. Return the number.
 
-    A slice a transaction, so that claims of the lane do not wait long for the job's row.
+    One transaction writes one slice, so that claims do not wait long for the job's row.
 
     Raises:
         Conflict: the job was cancelled, or has no dead frames.
     """
     job = _lock(connection, tenant_id, job_id)
     if job.status == JobStatus.CANCELLED or job.dead == 0:
-        raise Conflict(f"Job {job_id} is {job.status} and has {job.dead} dead frames to retry.")
+        raise Conflict(
+            f"Job {job_id} cannot be retried: its status is {job.status}, "
+            f"and it has {job.dead} dead frames."
+        )
     frames: int = connection.execute(
         RETRY_FRAMES, {"id": job_id, "from_states": _from_states("retry"), "slice": RETRY_SLICE}
     ).rowcount
@@ -375,7 +382,7 @@ def _lock(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> Ro
 
 def _refuse_terminal(job: Row[Any], wish: str) -> None:
     if job.status in TERMINAL:
-        raise Conflict(f"Job {job.id} is {job.status}: it cannot be {wish} any more.")
+        raise Conflict(f"Job {job.id} cannot be {wish}: it has ended as {job.status}.")
 
 
 def _append(connection: Connection, job_id: uuid.UUID, kind: str) -> None:

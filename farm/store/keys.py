@@ -1,4 +1,4 @@
-"""Tenants and their API keys. Only a key's hash is stored: it is shown once, when it is made."""
+"""Tenants and their API keys. A key is shown once, when it is made: only its hash is stored."""
 
 from __future__ import annotations
 
@@ -44,31 +44,33 @@ UPDATE keys SET revoked_at = coalesce(revoked_at, clock_timestamp()) WHERE id = 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who a key belongs to."""
+    """The owner of a key."""
 
     key_id: uuid.UUID
     tenant_id: uuid.UUID
     tenant: str
     role: str
     name: str
-    """the key's"""
+    """Name of the key."""
 
 
 def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
-    """Find a tenant by name, made if it is new.
+    """Find a tenant by name, or insert it if it is new.
 
     Raises:
-        InvalidRequest: the name is the id of a tenant that was removed.
+        InvalidRequest: the name is the id of a removed tenant.
     """
     row = connection.execute(TENANT, {"id": uuid.uuid4(), "name": name}).first()
     if row is None:
-        raise InvalidRequest(f"tenant: {name} is the ID of a deleted tenant.", param="tenant")
+        raise InvalidRequest(
+            f"tenant: {name} is the ID of a deleted tenant. Choose another name.", param="tenant"
+        )
     found: uuid.UUID = row.id
     return found
 
 
 def create_key(connection: Connection, tenant: str, role: str, name: str = "") -> tuple[str, str]:
-    """Make a key for a tenant; returns (its id, the key itself), which is never shown again."""
+    """Create a key for a tenant. Return (id, key). The key itself is never shown again."""
     key_id, key = uuid.uuid4(), f"farm_{secrets.token_urlsafe(32)}"
     connection.execute(
         CREATE,
@@ -85,7 +87,7 @@ def create_key(connection: Connection, tenant: str, role: str, name: str = "") -
 
 
 def find_caller(connection: Connection, key: str) -> Caller | None:
-    """Find whose key this is; None where it is unknown or revoked."""
+    """Find the owner of a key. None if the key is unknown or revoked."""
     row = connection.execute(FIND, {"digest": digest_of(key)}).first()
     return Caller(**row._mapping) if row else None
 
@@ -96,11 +98,11 @@ def list_keys(connection: Connection) -> Sequence[Row[Any]]:
 
 
 def revoke_key(connection: Connection, key_id: uuid.UUID) -> bool:
-    """Revoke a key; returns whether there is one of that id."""
+    """Revoke a key. Return False if there is no key with this ID."""
     return connection.execute(REVOKE, {"id": key_id}).first() is not None
 
 
 def digest_of(secret: str) -> bytes:
-    """Hash a key or a session: what the tables hold of it."""
-    # It holds 256 random bits, so one round of a plain hash cannot be turned back.
+    """Hash a key or a session. The tables contain only this hash."""
+    # The secret has 256 random bits, so one round of a plain hash cannot be reversed.
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()

@@ -1,4 +1,4 @@
-"""Lanes: what waits on each, and why nothing of a job runs."""
+"""Lanes: the waiting work of each, and the reasons why a job does not run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ BACKING_OFF = text("SELECT min(not_before) FROM requeued_frames WHERE job_id = :
 
 
 def claimable_lanes(connection: Connection) -> list[str]:
-    """Name the pipelines on which something may be claimed now."""
+    """List the pipelines on which something may be claimed now."""
     return list(connection.execute(CLAIMABLE, {"least": Priority.BULK}).scalars())
 
 
@@ -60,14 +60,14 @@ def depths(connection: Connection) -> Sequence[Row[Any]]:
 
 
 def lane_now(connection: Connection, pipeline: str, tenant_id: uuid.UUID | None = None) -> Row[Any]:
-    """Count a lane's workers: all, able, draining, loading, failed; and say why one failed.
+    """Count a lane's workers: all, able, draining, loading and failed. Add why one failed.
 
-    `busy_priority` is that of the most urgent work that they render, None where there is none;
-    `busy_own` whether it is the tenant's.
+    `busy_priority` is the priority of the most urgent work that they render, or None. `busy_own`
+    is True if that work belongs to the tenant.
     """
     return connection.execute(LANE_NOW, {"pipeline": pipeline, "tenant_id": tenant_id}).one()
 
 
 def backing_off_until(connection: Connection, job_id: uuid.UUID) -> Any | None:
-    """When the first of a job's requeued frames is due again."""
+    """Return the time at which the first of a job's requeued frames is due again."""
     return connection.execute(BACKING_OFF, {"job_id": job_id}).scalar_one()

@@ -1,4 +1,4 @@
-"""Leadership: of any number of janitors one works, by a lock Postgres drops with its holder."""
+"""Leadership: one of several janitors works, under a lock that ends with its connection."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ STEP_DOWN = text("SELECT pg_advisory_unlock(hashtextextended('janitor', 0))")
 
 @contextmanager
 def leadership(store: Store, idle_seconds: float) -> Iterator[Connection | None]:
-    """Try to lead: gives the connection that holds the lock, or None while another leads.
+    """Try to become the leader. Yield the connection with the lock, or None if another leads.
 
-    All of the leader's work goes through that connection, so that whoever lost the lock with its
-    connection cannot work on. A leader that says nothing for `idle_seconds` was stopped, or its
-    machine is gone: Postgres closes the connection.
+    The leader does all its work through that connection, so a process that lost the lock cannot
+    continue. A leader silent for `idle_seconds` was stopped, or its machine is gone: Postgres
+    closes the connection.
 
     Raises:
         Unavailable: Postgres cannot be reached, or the connection broke.

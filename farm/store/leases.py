@@ -1,6 +1,7 @@
-"""The life of leases: renewed, touched and kept; expired, lost with a child, or given back.
+"""Leases: renew them, report steps, mark them as spooled, and end them.
 
-A lease is a worker's right to a batch until `expires_at`, on Postgres's clock alone.
+A lease is a worker's right to a batch until `expires_at`. Only Postgres's clock counts. A lease
+ends early if its child process dies, or if the worker releases it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from farm.store.frames import FAILED, WORKER_LOST, FailedAttempt, end_attempts, 
 from farm.store.tally import lock_jobs
 
 LOADS_BETWEEN = 12.0
-"""A frame that took its child down waits for so many times what loading takes, an hour at most."""
+"""Retry delay of a frame that ended its process, as a multiple of the pipeline's load time."""
 MAX_SECONDS = 3600.0
+"""Longest such delay, in seconds."""
 
 REPORT_STEP = text("""
 UPDATE leases l SET step = :step, steps = :steps, stepped_at = clock_timestamp()
@@ -34,7 +36,7 @@ RETURNING EXISTS (
         l.pipeline, '{}', CAST(:urgent_priority AS smallint))) AS urgent
 """)
 
-# Whoever locks several leases and waits for them does so by id.
+# Statements that wait for the locks of several leases take them in the order of their ids.
 RENEW = text("""
 WITH mine AS (SELECT id FROM leases WHERE worker_id = :worker_id ORDER BY id FOR UPDATE)
 UPDATE leases l SET expires_at = clock_timestamp() + make_interval(secs => :seconds)
@@ -71,27 +73,27 @@ WHERE id = :id
 
 
 def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> Sequence[Row[Any]]:
-    """Extend every lease a worker holds; returns (id, pid, still) of each.
+    """Extend every lease that a worker holds. Return (id, pid, still) of each.
 
-    `still` is the time since the lease's last denoising step, on Postgres's clock.
+    `still` is the time since the last denoising step of the lease, on Postgres's clock.
     """
     return connection.execute(RENEW, {"worker_id": worker_id, "seconds": lease_seconds}).all()
 
 
 @dataclass(frozen=True)
 class LeaseStatus:
-    """What a worker learns when it reports a step."""
+    """Reply to a worker that reports a step."""
 
     wanted: bool = False
-    """Whether any frame of the lease is still wanted"""
+    """True if any frame of the lease is still wanted."""
     draining: bool = False
-    """Whether the worker is to claim nothing more"""
+    """True if the worker must not claim more."""
     urgent: bool = False
-    """Whether interactive work waits on the lane"""
+    """True if interactive work waits on the lane."""
 
 
 def report_step(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> LeaseStatus:
-    """Report a denoising step, and learn what is new."""
+    """Record a denoising step, and read the status of the lease."""
     values = {"id": lease_id, "step": step, "steps": steps}
     row = connection.execute(
         REPORT_STEP, {**values, "urgent_priority": Priority.INTERACTIVE}
@@ -100,23 +102,23 @@ def report_step(connection: Connection, lease_id: uuid.UUID, step: int, steps: i
 
 
 def mark_spooled(connection: Connection, lease_id: uuid.UUID) -> None:
-    """Note that a lease's batch is rendered, and waits for the storage."""
+    """Mark a lease's batch as rendered and waiting for the storage."""
     connection.execute(MARK_SPOOLED, {"id": lease_id})
 
 
 def release_unknown(
     connection: Connection, worker_id: uuid.UUID, pid: int, known: Sequence[uuid.UUID] = ()
 ) -> None:
-    """Return, uncharged, what a child holds without knowing: the reply to its claim was lost.
+    """Release the leases of a child that it does not know: the reply to its claim was lost.
 
-    Called by the child itself; `known` are the leases that it knows of.
+    Their attempts are uncharged. The child itself calls this, with the leases that it knows.
     """
     values = {"worker_id": worker_id, "pid": pid, "known": list(known)}
     _release_leases(connection, connection.execute(LEASES_OF, values).all())
 
 
 def release_all(connection: Connection, worker_id: uuid.UUID) -> set[str]:
-    """Return, uncharged, all that a worker holds; returns the lanes to ring."""
+    """Release all leases of a worker, uncharged. Return the lanes to ring."""
     leases = connection.execute(ALL_LEASES_OF, {"worker_id": worker_id}).all()
     _release_leases(connection, leases)
     return {lease.pipeline for lease in leases}
@@ -131,11 +133,11 @@ def _release_leases(connection: Connection, leases: Sequence[Row[Any]]) -> None:
 
 
 def expire(connection: Connection, retry_seconds: float) -> set[str]:
-    """End the leases whose time is up, on Postgres's clock; returns the lanes to ring."""
+    """End the leases that have expired on Postgres's clock. Return the lanes to ring."""
     leases = connection.execute(EXPIRED).all()
     _lock_all(connection, leases)
     for lease in leases:
-        message = "The worker was not heard of."
+        message = "The worker's lease expired: it was not renewed in time."
         _drop(connection, lease, "lease_expired", message, retry_seconds, not lease.spooled)
     return {lease.pipeline for lease in leases}
 
@@ -149,21 +151,21 @@ def end_child_leases(
     log: str | None = None,
     on_device: uuid.UUID | None = None,
 ) -> list[tuple[str, Fence | None]]:
-    """End the leases of a worker's child that is gone, by pid.
+    """End every lease held by a dead child process, and end the attempts of its frames.
 
     Args:
         connection: in a transaction.
-        worker_id: whose child it was.
-        pid: the child's.
-        message: why it is gone.
+        worker_id: the worker that owned the child.
+        pid: the child's process ID.
+        message: the reason of its end.
         retry_seconds: the back-off before a second attempt.
-        log: what it said last.
-        on_device: the lease whose batch it was denoising, or any other id where it had none there;
-            the others had no part in its end. None: any of them may be why.
+        log: the last output of the child.
+        on_device: the lease whose batch it was denoising; the other leases are not suspects. If it
+            denoised none, any other ID. None means that every lease is a suspect.
 
     Returns:
-        The lane of each, to ring, and the first frame of what it was rendering; None for what had
-        no part in it.
+        For each lease, the lane to ring and the batch's first frame. The frame is None for a lease
+        that is not a suspect.
     """
     values = {"worker_id": worker_id, "pid": pid, "known": []}
     leases = connection.execute(LEASES_OF, values).all()
@@ -174,7 +176,7 @@ def end_child_leases(
     for lease in leases:
         suspect, delay_seconds = lease.id in suspects, None
         if load_seconds is not None and len(lease.job_ids) == 1 and suspect:
-            # It will kill the next child too: the lane keeps its pace if loading anew is rare.
+            # It may kill the next child too. The lane keeps its pace if reloads are rare.
             delay_seconds = min(LOADS_BETWEEN * load_seconds, MAX_SECONDS)
         _drop(
             connection,
@@ -204,13 +206,13 @@ def _drop(
     held = _held_by(lease)
     several = len(held) > 1
     if lease.spooled:
-        message += " Its picture waited for the storage, and is lost."
+        message += " The picture was waiting for the storage, and is lost."
     elif not suspect:
-        message += " It was not being denoised then."
+        message += " This frame was not being denoised at that time."
     elif several:
-        # Any one of them may be why: nobody is charged, and each is tried alone. The log may tell
-        # of other tenants' frames.
-        message += " Its batch is tried again frame by frame."
+        # Any of the frames may be the cause: none is charged, and each is retried isolated. The log
+        # is not kept: it may contain other tenants' frames.
+        message += " The frames of this batch are tried again one by one."
     failures = [
         FailedAttempt(
             fence,
@@ -235,7 +237,7 @@ def _drop(
 
 
 def _lock_all(connection: Connection, leases: Sequence[Row[Any]]) -> None:
-    """Lock the jobs of all leases at once: one after the other would break the order of locks."""
+    """Lock the jobs of all leases at once. One lease at a time would break the lock order."""
     lock_jobs(connection, [job_id for lease in leases for job_id in lease.job_ids])
 
 

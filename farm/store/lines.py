@@ -1,4 +1,4 @@
-"""From frames to what they draw: a prompt of their job, or a line of its input."""
+"""Prompts of frames: each is a prompt of the frame's job, or a line of the job's input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from farm.store import arrays
 from farm.store.inputs import read_parts
 
 Parts = MutableMapping[tuple[uuid.UUID, int], list[Line]]
-"""Parts of inputs that were read before, by input and index of the first line"""
+"""Cache of parts of inputs, by input and index of the part's first line."""
 
 PROMPTS = text("""
 SELECT w.job_id, w.place, c.prompts[w.place - c.first + 1] AS prompt
@@ -32,16 +32,16 @@ def lines_of(
     frames: Iterable[tuple[uuid.UUID, int]],
     known: Parts | None = None,
 ) -> dict[tuple[uuid.UUID, int], Line]:
-    """Read what some frames draw.
+    """Read the lines that some frames use.
 
     Args:
-        connection: where they are.
+        connection: a connection to the frames' database.
         jobs: the frames' jobs.
-        frames: (job, ordinal) of each.
-        known: parts of inputs that were met before; those met now are added.
+        frames: (job, ordinal) of each frame.
+        known: a cache of input parts, to which new parts are added.
 
     Returns:
-        By job and `prompt_index` of the ordinal.
+        The lines, by job and `prompt_index` of the ordinal.
     """
     own: list[tuple[uuid.UUID, int]] = []
     named: defaultdict[tuple[uuid.UUID, int], list[tuple[uuid.UUID, int]]] = defaultdict(list)
@@ -62,7 +62,7 @@ def lines_of(
 
 
 def all_lines(connection: Connection, stored_input: StoredInput) -> Iterator[tuple[int, Line]]:
-    """Read an input through, a few parts at a time; gives each line with its index."""
+    """Read a whole input, part by part. Yield each line with its index."""
     for first in range(0, stored_input.lines, LINES_PER_PART):
         [part] = read_parts(connection, [(stored_input.id, first)]).values()
         yield from enumerate(unpack(part), first)

@@ -1,8 +1,8 @@
-"""Migrations: bring the database to the schema that this version knows, and refuse a strange one.
+"""Migrations: upgrade the database to this version's schema, and refuse an incompatible one.
 
-Steps form one chain. A `pre` step only adds, so that the version before it works on; a `post` step
-removes or tightens, so that only code that knows it may work. The newest post step that was applied
-stands in the database as its floor, in the comment of alembic's table.
+Steps form one chain. A `pre` step only adds, so the version before it can still work. A `post` step
+removes or restricts, so only code that knows it may work. The newest post step that was applied is
+the database's floor. It is stored in the comment of alembic's table.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ log = logging.getLogger(__name__)
 
 FOLDER = Path(migrations.__file__).parent
 
-# A step may take long, and so may waiting for another's.
+# A step may take long, and so may waiting for the step of another process.
 NO_LIMIT = text(
     "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"
 )
 LOCK_SECONDS = 2
 LOCK_TIMEOUT = text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
 PAUSE_SECONDS = 3.0
-"""Between two tries, in which the queries that had to wait are answered"""
+"""Pause between two tries, in seconds. Queries that waited are answered in it."""
 LOCK_NOT_AVAILABLE = "55P03"
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
 FLOOR = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
 
 
 class SchemaRefused(FarmError):
-    """This version cannot work on the database as it is; the message says what to do."""
+    """This version cannot work on the database. The message says what to do."""
 
     code = "schema_refused"
     status = 503
 
 
 class Stage(StrEnum):
-    """When a step is applied: before new code starts, or after the last old process has ended."""
+    """Time of a step: before new code starts, or after the last old process has ended."""
 
     PRE = "pre"
     POST = "post"
@@ -69,7 +69,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Upgrade:
-    """What an upgrade came to: the steps applied, and those left for later, by revision."""
+    """Result of an upgrade: the steps applied and the steps left for later, by revision."""
 
     applied: list[str]
     left: list[str]
@@ -77,7 +77,7 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a database stands: its last step, and the newest post step among all it has."""
+    """State of a database: its last step, and the newest of its post steps."""
 
     at: str | None
     floor: str | None
@@ -85,17 +85,17 @@ class _Place:
 
 @cache
 def steps(folder: Path = FOLDER) -> tuple[Step, ...]:
-    """Read this version's steps, the oldest first."""
+    """Read this version's steps, oldest first."""
     scripts = [*ScriptDirectory.from_config(_config(folder)).walk_revisions()]
     return tuple(Step(script.revision, Stage(script.module.stage)) for script in scripts[::-1])
 
 
 def require_schema(store: Store, folder: Path = FOLDER) -> None:
-    """Return if this version may work on the database: no pre step lacks, no post step is strange.
+    """Return if this version can work on the database: it has every pre step, no unknown post step.
 
     Raises:
-        SchemaRefused: the database is older than this version needs, or a newer version changed it
-            too far.
+        SchemaRefused: the database is older than this version needs, or a newer version made a
+            change that this version cannot handle.
         Unavailable: Postgres cannot be reached.
     """
     with transaction(store) as connection:
@@ -108,16 +108,16 @@ def require_schema(store: Store, folder: Path = FOLDER) -> None:
 
 
 def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> Upgrade:
-    """Apply the steps that are missing, each in a transaction; two callers take turns.
+    """Apply the missing steps, each in its own transaction. Two callers take turns.
 
-    `pre_only` stops before the first post step, so that an older version may run on; an empty
-    database, on which nothing runs, gets every step all the same, in one transaction.
+    `pre_only` stops before the first post step, so that an older version can keep running. An empty
+    database, on which nothing runs, still gets every step, in one transaction.
 
-    A step waits for a lock for LOCK_SECONDS at most, since every query behind it waits too; then it
-    is undone, and tried again after a while.
+    A step waits LOCK_SECONDS at most for a lock, since every query behind it waits too. Then it is
+    rolled back, and tried again after a pause.
 
     Raises:
-        SchemaRefused: a newer version changed the database too far for this one.
+        SchemaRefused: a newer version made a change that this version cannot handle.
         Unavailable: Postgres cannot be reached.
     """
     chain = steps(folder)
@@ -138,12 +138,12 @@ def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> U
 
 
 def _apply(store: Store, upto: Sequence[Step], folder: Path) -> None:
-    """Apply all steps up to one, in one transaction, as soon as its locks can be had."""
+    """Apply all steps up to the given one, in one transaction, as soon as its locks are free."""
     tries = Retrying(
         retry=retry_if_exception(_waited_for_lock),
         wait=wait_fixed(PAUSE_SECONDS),
         before_sleep=lambda _: log.warning(
-            "A step waits for a lock that another query holds, and is tried again in %g s",
+            "A migration step could not get a lock that another query holds. Next try in %g s",
             PAUSE_SECONDS,
         ),
         reraise=True,
@@ -167,7 +167,7 @@ def _waited_for_lock(error: BaseException) -> bool:
 
 
 def downgrade(store: Store, revision: str = "base", *, folder: Path = FOLDER) -> None:
-    """Take steps back down to `revision`; what they added is lost."""
+    """Revert steps down to `revision`. Tables and data that they added are lost."""
     with _alone(store, folder) as (connection, config):
         alembic.command.downgrade(config, revision)
         _write_floor(connection, steps(folder))
@@ -184,14 +184,14 @@ def check(store: Store) -> None:
 
 
 def new_step(store: Store, message: str) -> None:
-    """Write the migration that takes the database to the tables of farm.store.schema."""
+    """Write a migration from the database's tables to those of farm.store.schema."""
     with _alone(store, FOLDER) as (_, config):
         alembic.command.revision(config, message, autogenerate=True)
 
 
 @contextmanager
 def _alone(store: Store, folder: Path) -> Iterator[tuple[Connection, Config]]:
-    """Run a block of alembic's commands in one transaction, when no other migrates."""
+    """Run a block of alembic's commands in one transaction, while no other process migrates."""
     with transaction(store) as connection:
         connection.execute(NO_LIMIT)
         connection.execute(LOCK)
@@ -220,7 +220,7 @@ def _write_floor(connection: Connection, chain: Sequence[Step]) -> None:
 
 
 def _missing(chain: Sequence[Step], place: _Place) -> list[Step]:
-    """List the steps that a database lacks: none where a newer version went further.
+    """List the steps that a database lacks. Empty if a newer version has applied more steps.
 
     Raises:
         SchemaRefused: that version applied a post step, or the database is older than the first
@@ -231,12 +231,12 @@ def _missing(chain: Sequence[Step], place: _Place) -> list[Step]:
     if place.at is not None and place.at < known[0]:
         raise SchemaRefused(
             f"The database has step {place.at}, of a version before the first release, "
-            f"and cannot be upgraded: use an empty database, or run the version that made this one."
+            "and cannot be upgraded. Use an empty database, or run the version that made this one."
         )
     if place.floor is not None and place.floor not in known:
         raise SchemaRefused(
-            f"The database has step {place.floor}, made for newer versions of the farm only: "
-            "run one that knows it."
+            f"The database has step {place.floor}, which only newer versions of the farm support. "
+            "Run one of them."
         )
     if place.at is None:
         return list(chain)
@@ -248,7 +248,7 @@ def _older(missing: Sequence[Step]) -> str:
     between = [step.revision for step in missing if step.stage is Stage.POST]
     if between:
         return (
-            f"{lacks}, and step {between[-1]} before it is not for older versions: "
-            "once no process of theirs runs, run `farm migrate`."
+            f"{lacks}. Older versions cannot use step {between[-1]} before it. "
+            "Stop their processes, then run `farm migrate`."
         )
-    return f"{lacks}: run `farm migrate`, or `farm migrate --pre` while an older version runs."
+    return f"{lacks}. Run `farm migrate`, or `farm migrate --pre` while an older version runs."

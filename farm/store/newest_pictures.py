@@ -1,4 +1,4 @@
-"""The newest pictures of a tenant, found through the events: no index on frames is needed."""
+"""The newest images of a tenant, found through the events, so that frames need no index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 from farm.domain.spec import FrameSpec
 from farm.store.specs import frame_specs
 
-# An event tells of at least one frame, so no more events are read than pictures wanted.
+# An event contains at least one frame, so no more events are read than images wanted.
 NEWEST = text("""
 SELECT f.job_id, f.ordinal, f.finished_at
 FROM (
@@ -24,7 +24,7 @@ FROM (
 ) done
 CROSS JOIN LATERAL (
     SELECT * FROM frames WHERE job_id = e.job_id AND ordinal = done.ordinal AND state = 'succeeded'
-    OFFSET 0  -- one probe a frame, even where the planner does not know yet how large a job is
+    OFFSET 0  -- one probe per frame, even if the planner does not know yet how large a job is
 ) f
 ORDER BY e.id DESC, f.ordinal LIMIT :limit
 """)
@@ -41,7 +41,7 @@ class Picture:
 
 
 def newest_pictures(connection: Connection, tenant_id: uuid.UUID, limit: int) -> list[Picture]:
-    """Read a tenant's pictures rendered last, newest first; a picture is known while events are."""
+    """Read a tenant's newest images, newest first. Images whose events were pruned are missing."""
     rows = connection.execute(NEWEST, {"tenant_id": tenant_id, "limit": limit}).all()
     specs = frame_specs(connection, [(row.job_id, row.ordinal) for row in rows])
     return [

@@ -1,4 +1,4 @@
-"""Prints: perceptual hashes of a job's kept pictures, so that no two look alike."""
+"""Perceptual hashes of a job's kept images, so that no two of them look alike."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sqlalchemy import Connection, text
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('perceptual hashes ' || :job_id, 0))")
 
 BY_INDEX = text("SET LOCAL enable_seqscan = off")
-"""A job's prints may be a million before Postgres has counted any."""
+"""Use the indexes, though Postgres may not know yet that a job has a million hashes."""
 BAND_BYTES = 2
 FIRSTS = (1, 3, 5, 7)
-"""The first byte of each band, as SQL counts them"""
+"""Index of the first byte of each band, from 1, as SQL counts."""
 
-# Of two prints that differ in few bits, one of four bands differs in a quarter of them at most: so
-# each band is looked up by its own index, together with all values as near to it.
+# If two hashes differ in few bits, one of their four bands differs in a quarter of these at most.
+# So each band is looked up in its own index, together with all values as near to it.
 NEAREST = text(f"""
 SELECT ordinal, bit_count((hash # CAST(:hash AS bigint))::bit(64)) AS bits FROM (
     {
@@ -27,7 +27,7 @@ SELECT ordinal, bit_count((hash # CAST(:hash AS bigint))::bit(64)) AS bits FROM 
     )
 }
 ) candidate
-WHERE ordinal <> :ordinal  -- its own earlier one, which it replaces
+WHERE ordinal <> :ordinal  -- not the frame's own earlier hash, which is replaced
 ORDER BY bits, ordinal LIMIT 1
 """)  # noqa: S608 - constants only
 
@@ -41,20 +41,21 @@ ON CONFLICT (job_id, ordinal) DO UPDATE SET hash = excluded.hash
 def keep_print(
     connection: Connection, job_id: uuid.UUID, ordinal: int, hashed: int, near: int
 ) -> tuple[int, int] | None:
-    """Keep a picture's hash, unless one of its job is near.
+    """Store an image's hash, unless the job has a similar one.
 
-    One at a time for each job, so that of two alike one is kept. It takes milliseconds, also with a
-    million prints.
+    Calls of one job run one at a time, so one of two similar images is kept. A call takes
+    milliseconds, even with a million hashes.
 
     Args:
         connection: in a transaction.
-        job_id: the frame's.
-        ordinal: the frame's.
-        hashed: 64 bits, as a number from 0.
-        near: bits in which two may differ, and are alike.
+        job_id: the frame's job.
+        ordinal: the frame's ordinal.
+        hashed: the 64-bit hash, as an unsigned number.
+        near: the most bits in which two similar hashes differ.
 
     Returns:
-        The nearest frame's ordinal and the bits that differ, where it is near.
+        The ordinal of the most similar frame and the number of bits that differ. None if no frame
+        is similar.
     """
     signed = hashed - 2**64 if hashed >= 2**63 else hashed
     values = {"job_id": str(job_id), "ordinal": ordinal, "hash": signed}
@@ -73,7 +74,7 @@ def keep_print(
 
 
 def _around(band: bytes, bits: int) -> list[bytes]:
-    """All that differs from a band in so many bits, at most."""
+    """List all values that differ from a band in `bits` bits at most."""
     number, places = int.from_bytes(band), range(8 * len(band))
     return [
         (number ^ sum(1 << place for place in flipped)).to_bytes(len(band))

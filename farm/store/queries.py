@@ -1,4 +1,4 @@
-"""What people look at: one job, pages of jobs and of frames, attempts and prompts."""
+"""Queries for people: one job, pages of jobs and of frames, and attempts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ j.pace_since, j.pace_since_frames, j.spec, j.labels,
 j.created_at, j.started_at, j.finished_at, clock_timestamp() AS now
 """
 
-# A removed job is gone for everybody, though it is deleted piece by piece.
+# A removed job is hidden from everybody, while its rows are deleted in pieces.
 ONE_JOB = text(f"""
 SELECT {JOB_COLUMNS} FROM jobs j
 WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL
@@ -58,7 +58,7 @@ def list_jobs(
     pipeline: str | None = None,
     labels: dict[str, str] | None = None,
 ) -> Sequence[Row[Any]]:
-    """Read a page of a tenant's jobs, newest first, from the one after `after` on."""
+    """Read a page of a tenant's jobs, newest first, starting after the job `after`."""
     return connection.execute(
         LIST_JOBS,
         {
@@ -73,7 +73,7 @@ def list_jobs(
 
 
 def database_bytes(connection: Connection) -> int:
-    """How much of a disk the farm's tables and indexes take up."""
+    """Return the disk space of the farm's tables and indexes, in bytes."""
     size: int = connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one()
     return size
 
@@ -86,12 +86,12 @@ SELECT id FROM jobs WHERE tenant_id = :tenant_id AND id = ANY(:ids) AND removed_
 def own_jobs(
     connection: Connection, tenant_id: uuid.UUID, job_ids: Sequence[uuid.UUID]
 ) -> set[uuid.UUID]:
-    """Tell which of some jobs are a tenant's."""
+    """Return those of the given jobs that belong to a tenant."""
     rows = connection.execute(OWN_JOBS, {"tenant_id": tenant_id, "ids": list(job_ids)})
     return set(rows.scalars())
 
 
-# A requeued frame of a cancelled job is cancelled, though its row may follow later.
+# A requeued frame of a cancelled job counts as cancelled, though its row is updated later.
 LIST_FRAMES = text("""
 SELECT f.ordinal, seen.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
        f.started_at, f.finished_at, f.rerolls, f.reused
@@ -106,7 +106,7 @@ ORDER BY f.ordinal LIMIT :limit
 """)
 
 IN_ORDER = text("SET LOCAL enable_bitmapscan = off")
-"""A job may be a million rows before Postgres has counted any, and thinks it had better sort."""
+"""Read frames by index: without statistics of a large new job, Postgres would sort its rows."""
 
 FRAME_ATTEMPTS = text("""
 SELECT ordinal, attempt, worker, reason, message, traceback AS log, started_at, ended_at
@@ -133,5 +133,5 @@ def list_frames(
 def frame_attempts(
     connection: Connection, job_id: uuid.UUID, ordinals: Sequence[int]
 ) -> Sequence[Row[Any]]:
-    """Read the attempts that did not succeed, of some frames of a job."""
+    """Read the unsuccessful attempts of some frames of a job."""
     return connection.execute(FRAME_ATTEMPTS, {"job_id": job_id, "ordinals": list(ordinals)}).all()

@@ -1,4 +1,4 @@
-"""How a frame is requeued for another attempt: the one statement that writes `requeued_frames`."""
+"""Requeuing a frame for another attempt: the one statement that inserts into `requeued_frames`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, bat
 SELECT f.job_id, f.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
        clock_timestamp() + make_interval(secs => f.delay), j.created_at, j.paused, f.isolated
 FROM requeued f JOIN jobs j ON j.id = f.job_id CROSS JOIN LATERAL (
-    -- the run of the job's ordinals that the frame lies in
+    -- the run of the job's ordinals that contains the frame
     SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
     FROM jsonb_array_elements(j.runs) WITH ORDINALITY AS t (run, place)
     WHERE (run ->> 0)::bigint > f.ordinal ORDER BY place LIMIT 1
 ) r
 """
-"""Ends a statement whose CTE `requeued` has job_id, ordinal, delay (seconds) and isolated."""
+"""End of a statement whose CTE `requeued` has job_id, ordinal, delay (seconds) and isolated."""

@@ -1,8 +1,8 @@
-"""What goes: jobs, exports and inputs kept long enough, and the artifacts that no frame names.
+"""Retention: deletes old jobs, exports and inputs, and artifacts that no frame refers to.
 
-A job that is removed is gone for everybody at once. Then its rows are deleted, piece by piece, then
-its objects, and its own row last: whoever takes over finds there what is left to do. An export goes
-in the same way. An input goes when no job draws it.
+A removed job is hidden from everybody at once. Then its rows are deleted in pieces, then its
+objects, and the job's own row last. So a janitor that takes over finds there the work that is
+left. Exports are deleted in the same way. An input is deleted when no job uses it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from farm.domain.image_formats import Format
 from farm.domain.states import TERMINAL
 
 MAX_JOBS_PER_CALL = 1000
-"""Jobs that are being removed at the same time, at most."""
+"""Maximum number of jobs that are being removed at the same time."""
 
 DAY_SECONDS = 86_400.0
 
 ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes, Format]
-"""(tenant, job, ordinal, sha256): what an artifact's key says."""
+"""(tenant, job, ordinal, sha256, format): the parts of an artifact's key."""
 
-# now(), not clock_timestamp(): an index takes only what stays the same for a statement.
+# now(), not clock_timestamp(): an index scan needs a value that is constant within a statement.
 REMOVE = text("""
 WITH due AS (
     SELECT id FROM jobs
@@ -37,7 +37,7 @@ WITH due AS (
     LIMIT greatest(0, :at_once - (SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL))
     FOR UPDATE SKIP LOCKED
 ), removed AS (
-    -- its idempotency key may be used anew
+    -- its idempotency key may be used again
     UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL
     FROM due WHERE j.id = due.id
     RETURNING j.id, j.tenant_id
@@ -51,7 +51,7 @@ SELECT id, tenant_id, 'job.removed', '{}' FROM removed
 RETURNING job_id
 """)
 
-# A row that somebody looks at under a lock waits for the next sweep.
+# A locked row waits for the next sweep.
 DELETE_ROWS = {
     table: text(f"""
 WITH old AS (
@@ -65,7 +65,7 @@ WITH old AS (
 DELETE FROM {table} d USING old
 WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for column in key)}
 """)  # noqa: S608 - constants only
-    for table, key, order in (  # as an index has it
+    for table, key, order in (  # the order of an index
         ("requeued_frames", ["ordinal"], "ordinal"),
         ("perceptual_hashes", ["ordinal"], "ordinal"),
         ("reusable_renders", ["tenant_id", "digest"], "job_id"),
@@ -74,7 +74,7 @@ WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for c
     )
 }
 
-# The events of a job are kept after its removal, for streams; those of a removed tenant are not.
+# A removed job keeps its events, for streams, unless its tenant is removed too.
 DELETE_EVENTS = text("""
 WITH old AS (
     SELECT e.id
@@ -87,7 +87,7 @@ WITH old AS (
 DELETE FROM events d USING old WHERE d.id = old.id
 """)
 
-# Ordered as the index is: one probe of it for each job, however large the planner thinks a job is.
+# In index order: one probe of the index per job, for any job size that the planner assumes.
 EMPTY = text("""
 SELECT j.id, j.tenant_id FROM jobs j
 LEFT JOIN LATERAL (
@@ -112,7 +112,7 @@ UPDATE exports SET removed_at = clock_timestamp()
 WHERE finished_at < now() - make_interval(secs => :seconds) AND removed_at IS NULL
 """)
 
-# Whoever still writes a shard of it finds out when the lease is to be renewed.
+# A process that still writes a shard of it notices the removal when it renews the lease.
 REMOVED_EXPORTS = text("""
 SELECT id, tenant_id, bucket, prefix FROM exports e
 WHERE removed_at IS NOT NULL AND NOT EXISTS (
@@ -130,7 +130,7 @@ WHERE created_at < now() - make_interval(secs => :seconds)
 ORDER BY created_at LIMIT :limit FOR UPDATE SKIP LOCKED
 """)
 
-# Looked for again: a job may have come just before the lock.
+# Jobs are checked again: one may have been inserted just before the lock.
 DELETE_INPUTS = text("""
 DELETE FROM inputs i
 WHERE id = ANY(:ids) AND NOT EXISTS (SELECT FROM jobs WHERE input_id = i.id)
@@ -141,14 +141,14 @@ unnest(CAST(:tenant_ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:ordinals AS 
        CAST(:hashes AS bytea[])) WITH ORDINALITY AS d (tenant_id, job_id, ordinal, sha256, place)
 """
 
-# A tenant that is not known here may be another farm's, in the same bucket.
+# Objects of unknown tenants are left: they may belong to another farm in the same bucket.
 OF_NO_JOB = text(f"""
 SELECT d.place FROM {NAMED} JOIN tenants t ON t.id = d.tenant_id
 WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = d.job_id) LIMIT :limit
 """)  # noqa: S608 - constants only
 
-# Nothing that is chosen here can be named again later: a frame that is cancelled or succeeded stays
-# so. A dead one may be retried, and succeed with these very bytes: they stay as long as its job.
+# No frame can refer to these artifacts later, since `cancelled` and `succeeded` are final. A dead
+# frame may be retried, and succeed with the same bytes: its artifacts stay as long as its job.
 OF_NO_FRAME = text(f"""
 SELECT d.place FROM {NAMED}
 JOIN jobs j ON j.id = d.job_id AND j.tenant_id = d.tenant_id AND j.removed_at IS NULL
@@ -159,7 +159,7 @@ LIMIT :limit
 
 
 def remove_due(connection: Connection, days: float) -> list[uuid.UUID]:
-    """Remove the jobs that ended more than `days` ago; returns which. 0 days removes none."""
+    """Remove the jobs that ended more than `days` ago. Return their IDs. 0 days removes none."""
     if days == 0:
         return []
     values = {
@@ -171,7 +171,7 @@ def remove_due(connection: Connection, days: float) -> list[uuid.UUID]:
 
 
 def delete_rows(connection: Connection, limit: int) -> int:
-    """Delete up to `limit` rows of each table that belong to removed jobs; returns how many."""
+    """Delete up to `limit` rows of removed jobs from each table. Return the number of rows."""
     return sum(
         connection.execute(statement, {"limit": limit}).rowcount
         for statement in (*DELETE_ROWS.values(), DELETE_EVENTS)
@@ -179,34 +179,34 @@ def delete_rows(connection: Connection, limit: int) -> int:
 
 
 def empty_jobs(connection: Connection, limit: int) -> list[tuple[uuid.UUID, uuid.UUID]]:
-    """Name removed jobs whose frames are deleted, as (tenant, job): their objects may go."""
+    """List removed jobs without frames, as (tenant, job). Their objects may be deleted."""
     rows = connection.execute(EMPTY, {"limit": limit})
     return [(row.tenant_id, row.id) for row in rows]
 
 
 def forget(connection: Connection, job_id: uuid.UUID) -> None:
-    """Delete a removed job's own row, with its prompts: nothing is left of it."""
+    """Delete a removed job's own row and its prompts. Nothing is left of it."""
     connection.execute(FORGET, {"id": job_id})
 
 
 def remove_exports(connection: Connection, days: float) -> None:
-    """Remove the exports that ended more than `days` ago; 0 days removes none."""
+    """Remove the exports that ended more than `days` ago. 0 days removes none."""
     if days > 0:
         connection.execute(REMOVE_EXPORTS, {"seconds": days * DAY_SECONDS})
 
 
 def removed_exports(connection: Connection, limit: int) -> Sequence[Row[Any]]:
-    """Name removed exports that nobody writes to any more: id, tenant_id, bucket and prefix."""
+    """List removed exports to which no process writes: id, tenant_id, bucket and prefix."""
     return connection.execute(REMOVED_EXPORTS, {"limit": limit}).all()
 
 
 def forget_export(connection: Connection, export_id: uuid.UUID) -> None:
-    """Delete a removed export's rows: nothing is left of it."""
+    """Delete the rows of a removed export. Nothing is left of it."""
     connection.execute(FORGET_EXPORT, {"id": export_id})
 
 
 def delete_inputs(connection: Connection, days: float, limit: int) -> None:
-    """Delete inputs that were sent more than `days` ago and no job draws; 0 days deletes none."""
+    """Delete inputs sent more than `days` ago that no job uses. 0 days deletes none."""
     if days > 0:
         values = {"seconds": days * DAY_SECONDS, "limit": limit}
         ids = list(connection.execute(LOCK_INPUTS, values).scalars())
@@ -214,10 +214,10 @@ def delete_inputs(connection: Connection, days: float, limit: int) -> None:
 
 
 def orphans(connection: Connection, names: Sequence[ArtifactName], limit: int) -> list[int]:
-    """Choose, of some artifacts, up to `limit` that no frame names, nor ever will.
+    """Find up to `limit` of the given artifacts that no frame refers to, now or later.
 
     Returns:
-        Their places among `names`.
+        Their indexes in `names`.
     """
     values = {
         "tenant_ids": [name[0] for name in names],

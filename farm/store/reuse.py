@@ -1,4 +1,4 @@
-"""Renders: succeeded frames by all that decides their bytes, for jobs that use pictures again."""
+"""Reusable renders: succeeded frames, by a digest of everything that decides their bytes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ JOIN jobs j ON j.id = r.job_id AND j.removed_at IS NULL
 def find_renders(
     connection: Connection, tenant_id: uuid.UUID, digests: Sequence[bytes]
 ) -> dict[bytes, Row[Any]]:
-    """Find a tenant's stored pictures by digest: job_id, ordinal, sha256, bytes and slot."""
+    """Find a tenant's stored artifacts by digest: job_id, ordinal, sha256, bytes and slot."""
     values = {"tenant_id": tenant_id, "digests": arrays.byte_strings(digests)}
     return {bytes(row.digest): row for row in connection.execute(FIND, values)}

@@ -1,9 +1,9 @@
-"""The tables. Postgres is the truth: what is not here did not happen.
+"""The tables. Postgres is the only source of truth about jobs and frames.
 
-A job's row holds its spec and a cursor: frames below the cursor have been claimed and have a row,
-frames from it on are waiting and have none. Frames requeued for another attempt stand in the small
-table `requeued_frames`, so that the wide table `frames` needs no index on its state and
-its updates stay HOT (heap-only: no index entry is written).
+A job's row contains its spec and a cursor. Frames below the cursor have been claimed and have a
+row. Frames from the cursor on are waiting and have none. Frames requeued for another attempt are in
+the small table `requeued_frames`. So the wide table `frames` needs no index on its state, and its
+updates stay HOT (heap-only: no index entry is written).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ tenants = Table(
     "tenants",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("name", Text, nullable=False, unique=True),  # its id, once it is removed
+    Column("name", Text, nullable=False, unique=True),  # the id, once the tenant is removed
     _moment("created_at", now=True),
     _moment("removed_at"),
     _moment("emptied_at"),
@@ -74,7 +74,7 @@ keys = Table(
     Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
     Column("role", Text, nullable=False),
     Column("name", Text, nullable=False, server_default=""),
-    Column("prefix", Text, nullable=False, comment="its first characters, to know it by"),
+    Column("prefix", Text, nullable=False, comment="first characters of the key, to recognize it"),
     Column("digest", LargeBinary, nullable=False, unique=True, comment="sha256 of the key"),
     _moment("created_at", now=True),
     _moment("revoked_at"),
@@ -87,9 +87,9 @@ actions = Table(
     Column("id", BigInteger, Identity(), primary_key=True),
     _moment("at", now=True),
     Column("key_id", Uuid, nullable=False),
-    Column("who", Text, nullable=False, comment="the key's name"),
-    Column("tenant", Text, nullable=False, comment="the key's"),
-    Column("address", Text, nullable=False, comment="of the client"),
+    Column("who", Text, nullable=False, comment="name of the key"),
+    Column("tenant", Text, nullable=False, comment="tenant of the key"),
+    Column("address", Text, nullable=False, comment="network address of the client"),
     Column("verb", Text, nullable=False),
     Column("target", Text, nullable=False),
     Column("why", Text, nullable=False),
@@ -102,7 +102,12 @@ destinations = Table(
     Column("id", Uuid, primary_key=True),
     Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
     Column("bucket", Text, nullable=False),
-    Column("prefix", Text, nullable=False, comment="of the keys: empty, or ends with a slash"),
+    Column(
+        "prefix",
+        Text,
+        nullable=False,
+        comment="start of the objects' keys: empty, or ends with a slash",
+    ),
     _moment("created_at", now=True),
     UniqueConstraint("tenant_id", "bucket", "prefix"),
 )
@@ -110,7 +115,7 @@ destinations = Table(
 sessions = Table(
     "sessions",
     metadata,
-    Column("digest", LargeBinary, primary_key=True, comment="sha256 of what the browser keeps"),
+    Column("digest", LargeBinary, primary_key=True, comment="sha256 of the secret in the browser"),
     Column("key_id", ForeignKey("keys.id", ondelete="CASCADE"), nullable=False),
     _moment("created_at", now=True),
     _moment("ends_at", null=False),
@@ -126,7 +131,9 @@ jobs = Table(
     Column("priority", SmallInteger, nullable=False, comment="0 interactive, 1 normal, 2 bulk"),
     Column("status", Text, nullable=False, server_default=JobStatus.QUEUED),
     Column("paused", Boolean, nullable=False, server_default=text("false")),
-    Column("open", Boolean, nullable=False, comment="frames from the cursor on may be claimed"),
+    Column(
+        "open", Boolean, nullable=False, comment="true: frames from the cursor on may be claimed"
+    ),
     Column("total", BigInteger, nullable=False),
     Column("cursor", BigInteger, nullable=False, server_default=text("0")),
     Column("run", Integer, nullable=False, server_default=text("0"), comment="index into runs"),
@@ -143,18 +150,16 @@ jobs = Table(
         Double,
         nullable=False,
         server_default=text("0"),
-        comment="that its succeeded frames were denoised for",
+        comment="device time of its succeeded frames",
     ),
     Column("reused", BigInteger, nullable=False, server_default=text("0")),
-    Column(
-        "bytes", BigInteger, nullable=False, server_default=text("0"), comment="of its pictures"
-    ),
+    Column("bytes", BigInteger, nullable=False, server_default=text("0"), comment="of its images"),
     Column(
         "failures",
         JSONB,
         nullable=False,
         server_default="{}",
-        comment="attempts that did not succeed, by reason",
+        comment="numbers of unsuccessful attempts, by reason",
     ),
     _moment("pace_since"),
     Column("pace_since_frames", BigInteger, nullable=False, server_default=text("0")),
@@ -173,7 +178,7 @@ jobs = Table(
     Column(
         "behind_from",
         BigInteger,
-        comment="requeued frames from this ordinal on do not follow yet what the job was told",
+        comment="ordinal from which requeued frames are not updated yet",
     ),
     UniqueConstraint("tenant_id", "idempotency_key"),
     CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
@@ -221,16 +226,20 @@ inputs = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
-    Column("sha256", LargeBinary, nullable=False, comment="of its lines as they were sent"),
+    Column("sha256", LargeBinary, nullable=False, comment="sha256 of its lines as they were sent"),
     Column("lines", BigInteger, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("shown", ARRAY(Text), nullable=False, comment="its first prompts"),
     Column("top_seed", BigInteger),
-    Column("text_bytes", Integer, nullable=False, comment="of a line's prompts, at most"),
+    Column("text_bytes", Integer, nullable=False, comment="most bytes of one line's prompts"),
     Column("keys", Boolean, nullable=False),
     Column("negatives", Boolean, nullable=False),
     _moment("created_at", now=True),
-    Column("syntax_flaw", Text, comment="of its prompts as weighted ones; null: not looked at yet"),
+    Column(
+        "syntax_flaw",
+        Text,
+        comment="error in its prompts as weighted prompts; null: not checked yet",
+    ),
     UniqueConstraint("tenant_id", "sha256"),
     Index("inputs_newest", "tenant_id", "created_at", "id"),
     Index("inputs_oldest", "created_at"),
@@ -241,7 +250,7 @@ input_parts = Table(
     metadata,
     Column("input_id", ForeignKey("inputs.id", ondelete="CASCADE"), primary_key=True),
     Column("first", BigInteger, primary_key=True, comment="index of the part's first line"),
-    Column("content", LargeBinary, nullable=False, comment="lines of JSON, by zlib"),
+    Column("content", LargeBinary, nullable=False, comment="lines of JSON, compressed with zlib"),
 )
 
 job_prompts = Table(
@@ -290,10 +299,10 @@ export_shards = Table(
     metadata,
     Column("export_id", ForeignKey("exports.id", ondelete="CASCADE"), primary_key=True),
     Column("number", Integer, primary_key=True),
-    Column("job_id", Uuid, comment="null: the cover, which comes last"),
+    Column("job_id", Uuid, comment="null: the dataset files, which are the last shard"),
     Column("first", BigInteger, nullable=False, comment="ordinal of its first frame"),
     Column("stop", BigInteger, nullable=False),
-    Column("base", BigInteger, nullable=False, comment="added to an ordinal it names a picture"),
+    Column("base", BigInteger, nullable=False, comment="base + ordinal is the number of an image"),
     Column("attempt", SmallInteger, nullable=False, server_default=text("0")),
     Column("failures", SmallInteger, nullable=False, server_default=text("0")),
     Column("worker", Text),
@@ -303,7 +312,7 @@ export_shards = Table(
     Column("missing", Integer),
     Column("files", JSONB),
     Column("error", Text),
-    Column("whole", Boolean, comment="whether it may be written; null: not looked at yet"),
+    Column("whole", Boolean, comment="true: may be written; null: not checked yet"),
     Index("export_shards_due", "export_id", "number", postgresql_where=text("done_at IS NULL")),
     Index("export_shards_new", "export_id", postgresql_where=text("whole IS NULL")),
     Index("export_shards_waiting", "job_id", postgresql_where=text("whole IS NOT TRUE")),
@@ -314,7 +323,7 @@ export_news = Table(
     "export_news",
     metadata,
     Column("id", BigInteger, Identity(), primary_key=True),
-    Column("job_id", Uuid, nullable=False, comment="some of its frames have ended"),
+    Column("job_id", Uuid, nullable=False, comment="job of which some frames have ended"),
 )
 
 frames = Table(
@@ -323,7 +332,12 @@ frames = Table(
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("ordinal", BigInteger, primary_key=True),
     Column("state", Text, nullable=False),
-    Column("attempt", SmallInteger, nullable=False, comment="counted when it is claimed"),
+    Column(
+        "attempt",
+        SmallInteger,
+        nullable=False,
+        comment="number of the latest attempt, counted at the claim",
+    ),
     Column(
         "uncharged",
         SmallInteger,
@@ -336,17 +350,17 @@ frames = Table(
         SmallInteger,
         nullable=False,
         server_default=text("0"),
-        comment="how often a filter rejected its picture",
+        comment="number of images that a filter rejected",
     ),
     Column(
         "reused",
         Boolean,
         nullable=False,
         server_default=text("false"),
-        comment="its picture is that of another frame",
+        comment="true: its artifact is a copy of another frame's",
     ),
-    Column("worker", Text, nullable=False, comment="who claimed the latest attempt"),
-    Column("bucket", SmallInteger, comment="what its latest attempt was claimed in"),
+    Column("worker", Text, nullable=False, comment="name of the worker of the latest attempt"),
+    Column("bucket", SmallInteger, comment="bucket of the latest attempt"),
     _moment("started_at", null=False),
     _moment("finished_at"),
     Column(
@@ -354,17 +368,17 @@ frames = Table(
         Boolean,
         nullable=False,
         server_default=text("false"),
-        comment="an attempt at it failed: no neighbours again",
+        comment="true: an attempt failed, so it gets no neighbours",
     ),
     Column("slot", SmallInteger, comment="place in the batch, from 0"),
     Column("sha256", LargeBinary),
     Column("bytes", Integer),
-    Column("error", Text, comment="why the latest attempt failed"),
+    Column("error", Text, comment="reason why the latest attempt failed"),
     CheckConstraint(_one_of("state", list(ROW_STATES)), name="state"),
     CheckConstraint(
         "(state = 'succeeded') = (sha256 IS NOT NULL AND bytes IS NOT NULL)", name="artifact"
     ),
-    # Room on each page for the one update that most frames get.
+    # Space on each page for the one update that most frames get.
     postgresql_with={"fillfactor": "75"},
 )
 
@@ -373,7 +387,7 @@ perceptual_hashes = Table(
     metadata,
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("ordinal", BigInteger, primary_key=True),
-    Column("hash", BigInteger, nullable=False, comment="a perceptual hash, as 64 bits"),
+    Column("hash", BigInteger, nullable=False, comment="perceptual hash of 64 bits"),
     *(
         # two of its eight bytes
         Index(
@@ -389,7 +403,9 @@ reusable_renders = Table(
     "reusable_renders",
     metadata,
     Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
-    Column("digest", LargeBinary, primary_key=True, comment="of all that decides its bytes"),
+    Column(
+        "digest", LargeBinary, primary_key=True, comment="hash of everything that decides its bytes"
+    ),
     Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("ordinal", BigInteger, nullable=False),
     Index("reusable_renders_job", "job_id"),
@@ -406,10 +422,15 @@ requeued_frames = Table(
     Column("batch_key", Text, nullable=False),
     Column("bucket", SmallInteger, nullable=False),
     _moment("not_before", null=False),
-    # What follows is its job's: here too, so that an index gives the order of claiming.
+    # The next columns repeat the job's, so that an index has the order of claiming.
     _moment("job_created_at", null=False),
     Column("paused", Boolean, nullable=False),
-    Column("isolated", Boolean, nullable=False, comment="its attempt failed: no neighbours again"),
+    Column(
+        "isolated",
+        Boolean,
+        nullable=False,
+        comment="true: its attempt failed, so it gets no neighbours",
+    ),
     Index(
         "requeued_frames_claim",
         "pipeline",
@@ -450,7 +471,12 @@ control_images = Table(
     "control_images",
     metadata,
     Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
-    Column("sha256", LargeBinary, primary_key=True, comment="of the PNG in S3; in hex its id"),
+    Column(
+        "sha256",
+        LargeBinary,
+        primary_key=True,
+        comment="sha256 of the PNG in S3; in hex it is the image's id",
+    ),
     Column("width", Integer, nullable=False),
     Column("height", Integer, nullable=False),
     Column("bytes", Integer, nullable=False),
@@ -460,7 +486,7 @@ control_images = Table(
         Text,
         nullable=False,
         server_default="stored",
-        comment="stored; arriving or removing: its object may not be there",
+        comment="stored, arriving or removing; the object may be missing unless it is stored",
     ),
     Index("control_images_removing", "tenant_id", postgresql_where=text("state = 'removing'")),
 )
@@ -470,7 +496,9 @@ leases = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("worker_id", Uuid, nullable=False),
-    Column("pid", Integer, nullable=False, comment="the child that renders the batch"),
+    Column(
+        "pid", Integer, nullable=False, comment="process ID of the child that renders the batch"
+    ),
     Column("pipeline", Text, nullable=False),
     _moment("created_at", now=True),
     _moment("expires_at", null=False),
@@ -482,7 +510,7 @@ leases = Table(
         Boolean,
         nullable=False,
         server_default=text("false"),
-        comment="its batch is rendered, and waits for the storage",
+        comment="true: its batch is rendered and waits for the storage",
     ),
     Column("step", Integer, nullable=False, server_default=text("0")),
     Column("steps", Integer, nullable=False, server_default=text("0")),
@@ -503,21 +531,21 @@ workers = Table(
     Column("draining", Boolean, nullable=False, server_default=text("false")),
     Column("gone", Boolean, nullable=False, server_default=text("false")),
     Column("device", Text),
-    Column("problem", Text, comment="why it cannot render"),
+    Column("problem", Text, comment="reason why it cannot render"),
     Column(
         "failing",
         ARRAY(Text),
         nullable=False,
         server_default="{}",
-        comment="different frames that failed since one last succeeded",
+        comment="different frames that failed since the last success",
     ),
     Column("trips", SmallInteger, nullable=False, server_default=text("0")),
     _moment("tripped_until"),
-    Column("avoids", Uuid, comment="the tenant whose frames alone failed: it rests for this one"),
-    Column("load_seconds", Double, comment="what its child took to load the pipeline"),
+    Column("avoids", Uuid, comment="tenant to leave out while tripped, if only its frames failed"),
+    Column("load_seconds", Double, comment="time in which its child loaded the pipeline"),
     _moment("started_at", now=True),
     _moment("seen_at", now=True),
-    # What it did since it started: summed by pipeline for /metrics.
+    # Sums since the worker's start, added up by pipeline for /metrics.
     Column("succeeded", BigInteger, nullable=False, server_default=text("0")),
     Column("requeued", BigInteger, nullable=False, server_default=text("0")),
     Column("dead", BigInteger, nullable=False, server_default=text("0")),
@@ -533,7 +561,7 @@ workers = Table(
         Double,
         nullable=False,
         server_default=text("0"),
-        comment="on the wall, while there was something to render",
+        comment="wall-clock time while there was something to render",
     ),
     CheckConstraint(_one_of("state", ["loading", "idle", "rendering", "failed"]), "state"),
     Index("workers_pipeline", "pipeline"),
@@ -545,7 +573,9 @@ shares = Table(
     metadata,
     Column("pipeline", Text, primary_key=True),
     Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
-    Column("served", BigInteger, nullable=False, comment="frames claimed: fair share's clock"),
+    Column(
+        "served", BigInteger, nullable=False, comment="number of frames claimed, for fair share"
+    ),
 )
 
 events = Table(

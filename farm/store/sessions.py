@@ -1,4 +1,4 @@
-"""Sessions of the page: a browser keeps random words, the table their hash, a key and an end."""
+"""Dashboard sessions: the browser keeps a random secret; the table, its hash, key and end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRUNE = text("DELETE FROM sessions WHERE ends_at < now()")
 
 
 def open_session(connection: Connection, caller: Caller, seconds: float) -> str:
-    """Begin a session of so many seconds; returns what the browser keeps, never shown again."""
+    """Open a session of `seconds`. Return the secret for the browser; it is never shown again."""
     session = secrets.token_urlsafe(32)
     values = {"digest": digest_of(session), "key_id": caller.key_id, "seconds": seconds}
     connection.execute(OPEN, values)
@@ -34,13 +34,13 @@ def open_session(connection: Connection, caller: Caller, seconds: float) -> str:
 
 
 def find_visitor(connection: Connection, session: str) -> Caller | None:
-    """Find whose session this is; None where it is unknown, has ended, or its key was revoked."""
+    """Find the owner of a session. None if it is unknown or ended, or its key was revoked."""
     row = connection.execute(FIND, {"digest": digest_of(session)}).first()
     return Caller(**row._mapping) if row else None
 
 
 def end_session(connection: Connection, session: str) -> None:
-    """End a session before its time."""
+    """End a session early."""
     connection.execute(END, {"digest": digest_of(session)})
 
 

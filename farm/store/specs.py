@@ -1,4 +1,4 @@
-"""From frames to their specs: each job is read once, and only the prompts that are needed."""
+"""Specs of frames. Each job is read once, and only the prompts that are needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JOIN frames f USING (job_id, ordinal) WHERE f.rerolls > 0
 def frame_specs(
     connection: Connection, frames: Sequence[tuple[uuid.UUID, int]]
 ) -> list[tuple[uuid.UUID, FrameSpec]]:
-    """Derive the specs of some frames, given as (job, ordinal); returns (tenant, spec) of each."""
+    """Derive the specs of some frames, given as (job, ordinal). Return (tenant, spec) of each."""
     rows = connection.execute(SPECS, {"ids": sorted({job_id for job_id, _ in frames})})
     jobs = {row.id: (row.tenant_id, FullSpec.model_validate(row.spec)) for row in rows}
     values = {

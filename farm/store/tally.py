@@ -1,8 +1,7 @@
 """The one statement that changes a job's counters, settles its status and appends the event.
 
-Every transition of frames ends here, in the same transaction. Locks are always taken in the same
-order, leases, then jobs by id, then frames, then workers, so that no two transactions wait for each
-other in a ring.
+Every transition of frames ends with it, in the same transaction. Locks are always taken in one
+order: leases, then jobs by id, then frames, then workers. So transactions cannot deadlock.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ LOCK_JOBS = text("SELECT id FROM jobs WHERE id = ANY(:ids) ORDER BY id FOR UPDAT
 
 @dataclass
 class Delta:
-    """What one transition does to one job's counters, and what its event tells."""
+    """Changes of one job's counters by one transition, and the data of its event."""
 
     running: int = 0
     succeeded: int = 0
     dead: int = 0
     cancelled: int = 0
     failures: Counter[str] = field(default_factory=Counter)
-    """Attempts that did not succeed, by reason"""
+    """Numbers of unsuccessful attempts, by reason."""
     data: dict[str, Any] = field(default_factory=dict)
 
 
 def lock_jobs(connection: Connection, job_ids: Iterable[uuid.UUID]) -> None:
-    """Lock jobs in the order of their ids, before any of their frames is touched."""
+    """Lock jobs in the order of their ids, before any of their frames is written."""
     connection.execute(LOCK_JOBS, {"ids": sorted(set(job_ids))})
 
 
@@ -46,9 +45,9 @@ SELECT pg_temp.tally(
 
 
 def tally(connection: Connection, kind: str, deltas: Mapping[uuid.UUID, Delta]) -> None:
-    """Apply each job's delta, settle it if that was its last frame, and append `kind` to events.
+    """Apply each job's delta, settle jobs whose last frame has ended, and append `kind` to events.
 
-    The jobs must be locked. Postgres refuses, by constraint, counters that do not add up.
+    The jobs must be locked. A constraint in Postgres refuses counters that do not add up.
     """
     if not deltas:
         return

@@ -1,8 +1,8 @@
 """Tenants, and their removal with everything they own.
 
-A tenant that is removed is gone at once: its keys are refused, and its name is free for another.
-Then the janitor deletes what it owned, piece by piece. The row itself stays, without a name: by its
-id whatever a late worker still stores for it is known, and deleted too.
+A removed tenant is gone at once: its keys are refused, and its name is free for another tenant.
+Then the janitor deletes everything it owned, in pieces. Its row stays, without a name. By its id
+the farm recognizes objects that a late worker still stores for it, and deletes them too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from farm.errors import Conflict, NotFound
 from farm.store.jobs import cancel_job
 
 LATE_SECONDS = 120.0
-"""How long a request that had begun before the removal may still store something"""
+"""Time in which a request that began before the removal may still store something. Seconds."""
 JOBS_PER_CALL = 100
 INPUTS_PER_CALL = 10
 
@@ -98,17 +98,17 @@ UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
 
 
 def list_tenants(connection: Connection) -> Sequence[Row[Any]]:
-    """Read every tenant that is not removed, by name, with what it owns."""
+    """Read every tenant that is not removed, by name, with counts of what it owns."""
     return connection.execute(LIST).all()
 
 
 def find_tenant(connection: Connection, word: str) -> Row[Any] | None:
-    """Read one tenant by its name, or by its id, removed or not, with what it owns."""
+    """Read one tenant by name, or by id, removed or not, with counts of what it owns."""
     return connection.execute(ONE, {"word": word}).first()
 
 
 def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:
-    """Remove a tenant. Its keys and sessions are refused from now on: see `keys.FIND`."""
+    """Remove a tenant. Its keys and sessions are refused from then on: see `keys.FIND`."""
     connection.execute(REMOVE, {"id": tenant_id})
 
 
@@ -137,7 +137,7 @@ def delete_of_removed(connection: Connection) -> None:
 
 
 def settled(connection: Connection) -> list[uuid.UUID]:
-    """Name the removed tenants without rows but images, for whom nothing can come any more."""
+    """List removed tenants that own only images, and for whom no late request can store more."""
     removed = connection.execute(REMOVED, {"late": LATE_SECONDS}).all()
     return [
         tenant.id
@@ -147,5 +147,5 @@ def settled(connection: Connection) -> list[uuid.UUID]:
 
 
 def mark_emptied(connection: Connection, tenant_id: uuid.UUID) -> None:
-    """Note that nothing is left of a removed tenant: its objects are deleted."""
+    """Mark a removed tenant as emptied: its objects are deleted, and nothing else is left."""
     connection.execute(EMPTIED, {"id": tenant_id})

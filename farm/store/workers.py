@@ -1,4 +1,4 @@
-"""Workers: who renders, what each does now, and the sums behind /metrics."""
+"""Workers: their states, what each renders now, and the sums behind /metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ INSERT INTO workers (id, name, pipeline, host, pid, state)
 VALUES (:id, :name, :pipeline, :host, :pid, 'loading')
 """)
 
-# One that was stopped for a while, and counted as gone, is back.
 MISSES_WORK = text("""
 SELECT EXISTS (
     SELECT FROM workers w
@@ -24,6 +23,7 @@ SELECT EXISTS (
       AND EXISTS (SELECT FROM pg_temp.leader(w.pipeline, '{}', CAST(:least AS smallint))))
 """)
 
+# A worker that was stopped for a while, and marked as gone, is no longer gone.
 SEEN = text("""
 UPDATE workers SET seen_at = clock_timestamp(), gone = false WHERE id = :id RETURNING draining
 """)
@@ -47,7 +47,7 @@ RETURNING name
 SECONDS = ("denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds", "work_seconds")
 SUMMED = ("succeeded", "requeued", "dead", "dropped", "expired", "batches", *SECONDS)
 
-# Workers come and go; their sums stay, in one row a pipeline that has no host.
+# Sums of workers that are gone are kept in one row per pipeline, which has no host.
 ARCHIVE = text(f"""
 WITH old AS (
     DELETE FROM workers
@@ -62,12 +62,12 @@ ON CONFLICT (id) DO UPDATE
 SET {", ".join(f"{column} = workers.{column} + excluded.{column}" for column in SUMMED)}
 """)  # noqa: S608 - constants only
 
-# Not while it avoids a tenant: what succeeds then is another's.
+# Not while it leaves out a tenant: only other tenants' frames can succeed then.
 IS_WELL = """:well AND come.succeeded > 0
     AND NOT (w.avoids IS NOT NULL AND w.tripped_until > clock_timestamp())"""
 
-# Ends a statement whose CTE `come` has a row: how many frames of the batches succeeded, how many
-# were dropped. A worker on which one succeeds now is well.
+# End of a statement whose CTE `come` has one row: the numbers of the batches' frames that succeeded
+# and that were dropped. A success closes the worker's circuit breaker.
 ADD = f"""
 UPDATE workers w
 SET batches = w.batches + :batches, succeeded = w.succeeded + come.succeeded,
@@ -82,13 +82,13 @@ FROM come WHERE w.id = :worker_id
 
 ACCOUNT = text(f"WITH come AS (SELECT :succeeded AS succeeded, :dropped AS dropped) {ADD}")
 
-# `w.state` and `w.problem` as they are shown: a worker that rests cannot render either.
-# For the tenant that asks. For an operator (no tenant): for any tenant.
+# True while a worker is tripped for the tenant that asks, or, for an operator (no tenant), for any
+# tenant. It is shown as failed then, since it cannot render.
 RESTS_NOW = """w.tripped_until > clock_timestamp()
     AND (w.avoids IS NULL OR CAST(:tenant_id AS uuid) IS NULL OR w.avoids = :tenant_id)"""
 STATE_NOW = f"CASE WHEN {RESTS_NOW} THEN 'failed' ELSE w.state END"
 PROBLEM_NOW = f"""CASE WHEN {RESTS_NOW}
-     THEN format('Different frames failed in a row (%s); it tries again at %s UTC.',
+     THEN format('%s different frames failed in a row. The worker tries again at %s UTC.',
                  cardinality(w.failing), to_char(w.tripped_until, 'HH24:MI:SS'))
      ELSE w.problem END"""
 
@@ -99,7 +99,7 @@ SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device,
        least(w.denoise_seconds, w.work_seconds) / nullif(w.work_seconds, 0) AS busy,
        l.step, l.steps, l.job_ids, l.ordinals, l.stepped_at
 FROM workers w LEFT JOIN LATERAL (
-    -- the batch that it denoises, rather than one that it stores or has claimed ahead
+    -- the batch being denoised, rather than one being stored or claimed ahead
     SELECT * FROM leases l WHERE l.worker_id = w.id
     ORDER BY (l.step > 0 AND l.step < l.steps) DESC, l.stepped_at DESC LIMIT 1
 ) l ON true
@@ -115,11 +115,11 @@ FROM workers GROUP BY pipeline ORDER BY pipeline
 
 @dataclass
 class Account:
-    """What batches came to, added to their worker's sums. Times are in seconds."""
+    """Sums over one or more batches, to be added to the worker's sums. Times are in seconds."""
 
     batches: int = 1
     spooled: bool = False
-    """Whether one waited for the storage: then it says nothing of how the worker does now."""
+    """True if a batch waited for the storage. Its success then does not close the breaker."""
     succeeded: int = 0
     requeued: int = 0
     dead: int = 0
@@ -129,7 +129,7 @@ class Account:
     put_seconds: float = 0.0
     commit_seconds: float = 0.0
     work_seconds: float = 0.0
-    """Of the clock on the wall, while there was something to render"""
+    """Wall-clock time during which there was something to render."""
 
     def __add__(self, other: Account) -> Account:
         """Add up several batches."""
@@ -137,7 +137,7 @@ class Account:
         return Account(**sums, spooled=self.spooled or other.spooled)
 
     def values(self, worker_id: uuid.UUID) -> dict[str, Any]:
-        """Give what `ADD` and `ACCOUNT` take."""
+        """Return the parameters of `ADD` and `ACCOUNT`."""
         sums = {name: getattr(self, name) for name in ADDED}
         return {"worker_id": worker_id, "well": not self.spooled, **sums}
 
@@ -148,7 +148,7 @@ ADDED = [field.name for field in fields(Account) if field.name != "spooled"]
 def register(
     connection: Connection, worker_id: uuid.UUID, *, name: str, pipeline: str, host: str, pid: int
 ) -> None:
-    """Add a worker that starts to load its pipeline."""
+    """Insert a worker that starts to load its pipeline."""
     connection.execute(
         REGISTER,
         {"id": worker_id, "name": name, "pipeline": pipeline, "host": host, "pid": pid},
@@ -156,13 +156,13 @@ def register(
 
 
 def misses_work(connection: Connection, worker_id: uuid.UUID) -> bool:
-    """Whether a worker is idle while something of its lane may be claimed."""
+    """Return True if a worker is idle or failed while work of its lane may be claimed."""
     values = {"id": worker_id, "least": Priority.BULK}
     return bool(connection.execute(MISSES_WORK, values).scalar_one())
 
 
 def seen(connection: Connection, worker_id: uuid.UUID) -> bool | None:
-    """Note a worker's heartbeat; returns whether it is to drain, None where it is unknown."""
+    """Record a worker's heartbeat. Return True if it must drain, None if it is unknown."""
     draining: bool | None = connection.execute(SEEN, {"id": worker_id}).scalar()
     return draining
 
@@ -176,48 +176,48 @@ def set_state(
     problem: str | None = None,
     load_seconds: float | None = None,
 ) -> None:
-    """Say what a worker does now: loading, idle, rendering or failed."""
+    """Write a worker's state: loading, idle, rendering or failed."""
     values = {"device": device, "problem": problem, "load_seconds": load_seconds}
     connection.execute(SET_STATE, {"id": worker_id, "state": state, **values})
 
 
 def leave(connection: Connection, worker_id: uuid.UUID) -> None:
-    """Note that a worker has ended."""
+    """Mark a worker as gone: it has ended."""
     connection.execute(LEAVE, {"id": worker_id})
 
 
 def drain(connection: Connection, worker_id: uuid.UUID) -> bool:
-    """Let a worker claim nothing more; its parent sees it, and leaves.
+    """Drain a worker: it claims nothing more, and its parent process ends it.
 
-    Returns whether the worker is alive.
+    Return False if the worker is not alive.
     """
     return connection.execute(DRAIN, {"id": worker_id}).rowcount > 0
 
 
 def sweep(connection: Connection, timeout_seconds: float) -> list[str]:
-    """Mark workers that were not heard of as gone; returns their names."""
+    """Mark workers without a heartbeat for `timeout_seconds` as gone. Return their names."""
     return list(connection.execute(SWEEP, {"seconds": timeout_seconds}).scalars())
 
 
 def archive(connection: Connection, seconds: float) -> None:
-    """Fold workers gone for so long into one row a pipeline, which keeps their sums."""
+    """Move the sums of workers gone for `seconds` into one row per pipeline, and delete them."""
     connection.execute(ARCHIVE, {"seconds": seconds})
 
 
 def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> None:
-    """Add batches to their worker's sums."""
+    """Add the sums of batches to their worker's sums."""
     connection.execute(ACCOUNT, batch.values(worker_id))
 
 
 def list_workers(connection: Connection, tenant_id: uuid.UUID | None = None) -> Sequence[Row[Any]]:
-    """Read every worker that is not gone, with the batch it renders.
+    """Read every worker that is not gone, with the batch that it renders.
 
-    One that rests counts as failed: where it does so for a tenant alone, for this `tenant_id`, or
-    where none is given.
+    A tripped worker has the state failed. If it is tripped for one tenant only, that holds if
+    `tenant_id` is this tenant or None.
     """
     return connection.execute(LIST, {"tenant_id": tenant_id}).all()
 
 
 def sums(connection: Connection) -> Sequence[Row[Any]]:
-    """Sum what all workers ever did, by pipeline."""
+    """Read the sums of all workers ever, by pipeline."""
     return connection.execute(SUMS).all()

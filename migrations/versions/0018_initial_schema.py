@@ -1,4 +1,4 @@
-"""The initial schema. Steps 1 to 17 were of development versions, before the first release."""
+"""The initial schema. Steps 1 to 17 belonged to development versions before the first release."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("key_id", sa.Uuid(), nullable=False),
-        sa.Column("who", sa.Text(), nullable=False, comment="the key's name"),
-        sa.Column("tenant", sa.Text(), nullable=False, comment="the key's"),
-        sa.Column("address", sa.Text(), nullable=False, comment="of the client"),
+        sa.Column("who", sa.Text(), nullable=False, comment="name of the key"),
+        sa.Column("tenant", sa.Text(), nullable=False, comment="tenant of the key"),
+        sa.Column("address", sa.Text(), nullable=False, comment="network address of the client"),
         sa.Column("verb", sa.Text(), nullable=False),
         sa.Column("target", sa.Text(), nullable=False),
         sa.Column("why", sa.Text(), nullable=False),
@@ -60,14 +60,21 @@ def upgrade() -> None:
     op.create_table(
         "export_news",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
-        sa.Column("job_id", sa.Uuid(), nullable=False, comment="some of its frames have ended"),
+        sa.Column(
+            "job_id", sa.Uuid(), nullable=False, comment="job of which some frames have ended"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("export_news_pkey")),
     )
     op.create_table(
         "leases",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("worker_id", sa.Uuid(), nullable=False),
-        sa.Column("pid", sa.Integer(), nullable=False, comment="the child that renders the batch"),
+        sa.Column(
+            "pid",
+            sa.Integer(),
+            nullable=False,
+            comment="process ID of the child that renders the batch",
+        ),
         sa.Column("pipeline", sa.Text(), nullable=False),
         sa.Column(
             "created_at",
@@ -84,7 +91,7 @@ def upgrade() -> None:
             sa.Boolean(),
             server_default=sa.text("false"),
             nullable=False,
-            comment="its batch is rendered, and waits for the storage",
+            comment="true: its batch is rendered and waits for the storage",
         ),
         sa.Column("step", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("steps", sa.Integer(), server_default=sa.text("0"), nullable=False),
@@ -124,13 +131,13 @@ def upgrade() -> None:
         sa.Column("draining", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("gone", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("device", sa.Text(), nullable=True),
-        sa.Column("problem", sa.Text(), nullable=True, comment="why it cannot render"),
+        sa.Column("problem", sa.Text(), nullable=True, comment="reason why it cannot render"),
         sa.Column(
             "failing",
             sa.ARRAY(sa.Text()),
             server_default="{}",
             nullable=False,
-            comment="different frames that failed since one last succeeded",
+            comment="different frames that failed since the last success",
         ),
         sa.Column("trips", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("tripped_until", sa.DateTime(timezone=True), nullable=True),
@@ -138,13 +145,13 @@ def upgrade() -> None:
             "avoids",
             sa.Uuid(),
             nullable=True,
-            comment="the tenant whose frames alone failed: it rests for this one",
+            comment="tenant to leave out while tripped, if only its frames failed",
         ),
         sa.Column(
             "load_seconds",
             sa.Double(),
             nullable=True,
-            comment="what its child took to load the pipeline",
+            comment="time in which its child loaded the pipeline",
         ),
         sa.Column(
             "started_at",
@@ -173,7 +180,7 @@ def upgrade() -> None:
             sa.Double(),
             server_default=sa.text("0"),
             nullable=False,
-            comment="on the wall, while there was something to render",
+            comment="wall-clock time while there was something to render",
         ),
         sa.CheckConstraint(
             "state IN ('loading', 'idle', 'rendering', 'failed')", name=op.f("workers_state_check")
@@ -192,7 +199,10 @@ def upgrade() -> None:
         "control_images",
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column(
-            "sha256", sa.LargeBinary(), nullable=False, comment="of the PNG in S3; in hex its id"
+            "sha256",
+            sa.LargeBinary(),
+            nullable=False,
+            comment="sha256 of the PNG in S3; in hex it is the image's id",
         ),
         sa.Column("width", sa.Integer(), nullable=False),
         sa.Column("height", sa.Integer(), nullable=False),
@@ -208,7 +218,7 @@ def upgrade() -> None:
             sa.Text(),
             server_default="stored",
             nullable=False,
-            comment="stored; arriving or removing: its object may not be there",
+            comment="stored, arriving or removing; the object may be missing unless it is stored",
         ),
         sa.ForeignKeyConstraint(
             ["tenant_id"], ["tenants.id"], name=op.f("control_images_tenant_id_fkey")
@@ -228,7 +238,10 @@ def upgrade() -> None:
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column("bucket", sa.Text(), nullable=False),
         sa.Column(
-            "prefix", sa.Text(), nullable=False, comment="of the keys: empty, or ends with a slash"
+            "prefix",
+            sa.Text(),
+            nullable=False,
+            comment="start of the objects' keys: empty, or ends with a slash",
         ),
         sa.Column(
             "created_at",
@@ -305,14 +318,20 @@ def upgrade() -> None:
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column(
-            "sha256", sa.LargeBinary(), nullable=False, comment="of its lines as they were sent"
+            "sha256",
+            sa.LargeBinary(),
+            nullable=False,
+            comment="sha256 of its lines as they were sent",
         ),
         sa.Column("lines", sa.BigInteger(), nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("shown", sa.ARRAY(sa.Text()), nullable=False, comment="its first prompts"),
         sa.Column("top_seed", sa.BigInteger(), nullable=True),
         sa.Column(
-            "text_bytes", sa.Integer(), nullable=False, comment="of a line's prompts, at most"
+            "text_bytes",
+            sa.Integer(),
+            nullable=False,
+            comment="most bytes of one line's prompts",
         ),
         sa.Column("keys", sa.Boolean(), nullable=False),
         sa.Column("negatives", sa.Boolean(), nullable=False),
@@ -326,7 +345,7 @@ def upgrade() -> None:
             "syntax_flaw",
             sa.Text(),
             nullable=True,
-            comment="of its prompts as weighted ones; null: not looked at yet",
+            comment="error in its prompts as weighted prompts; null: not checked yet",
         ),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("inputs_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("inputs_pkey")),
@@ -341,7 +360,10 @@ def upgrade() -> None:
         sa.Column("role", sa.Text(), nullable=False),
         sa.Column("name", sa.Text(), server_default="", nullable=False),
         sa.Column(
-            "prefix", sa.Text(), nullable=False, comment="its first characters, to know it by"
+            "prefix",
+            sa.Text(),
+            nullable=False,
+            comment="first characters of the key, to recognize it",
         ),
         sa.Column("digest", sa.LargeBinary(), nullable=False, comment="sha256 of the key"),
         sa.Column(
@@ -363,7 +385,10 @@ def upgrade() -> None:
         sa.Column("pipeline", sa.Text(), nullable=False),
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column(
-            "served", sa.BigInteger(), nullable=False, comment="frames claimed: fair share's clock"
+            "served",
+            sa.BigInteger(),
+            nullable=False,
+            comment="number of frames claimed, for fair share",
         ),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("shares_tenant_id_fkey")),
         sa.PrimaryKeyConstraint("pipeline", "tenant_id", name=op.f("shares_pkey")),
@@ -372,14 +397,19 @@ def upgrade() -> None:
         "export_shards",
         sa.Column("export_id", sa.Uuid(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("job_id", sa.Uuid(), nullable=True, comment="null: the cover, which comes last"),
+        sa.Column(
+            "job_id",
+            sa.Uuid(),
+            nullable=True,
+            comment="null: the dataset files, which are the last shard",
+        ),
         sa.Column("first", sa.BigInteger(), nullable=False, comment="ordinal of its first frame"),
         sa.Column("stop", sa.BigInteger(), nullable=False),
         sa.Column(
             "base",
             sa.BigInteger(),
             nullable=False,
-            comment="added to an ordinal it names a picture",
+            comment="base + ordinal is the number of an image",
         ),
         sa.Column("attempt", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("failures", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
@@ -399,7 +429,7 @@ def upgrade() -> None:
             "whole",
             sa.Boolean(),
             nullable=True,
-            comment="whether it may be written; null: not looked at yet",
+            comment="true: may be written; null: not checked yet",
         ),
         sa.ForeignKeyConstraint(
             ["export_id"],
@@ -443,7 +473,12 @@ def upgrade() -> None:
         sa.Column(
             "first", sa.BigInteger(), nullable=False, comment="index of the part's first line"
         ),
-        sa.Column("content", sa.LargeBinary(), nullable=False, comment="lines of JSON, by zlib"),
+        sa.Column(
+            "content",
+            sa.LargeBinary(),
+            nullable=False,
+            comment="lines of JSON, compressed with zlib",
+        ),
         sa.ForeignKeyConstraint(
             ["input_id"], ["inputs.id"], name=op.f("input_parts_input_id_fkey"), ondelete="CASCADE"
         ),
@@ -460,7 +495,10 @@ def upgrade() -> None:
         sa.Column("status", sa.Text(), server_default="queued", nullable=False),
         sa.Column("paused", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column(
-            "open", sa.Boolean(), nullable=False, comment="frames from the cursor on may be claimed"
+            "open",
+            sa.Boolean(),
+            nullable=False,
+            comment="true: frames from the cursor on may be claimed",
         ),
         sa.Column("total", sa.BigInteger(), nullable=False),
         sa.Column("cursor", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
@@ -493,7 +531,7 @@ def upgrade() -> None:
             sa.Double(),
             server_default=sa.text("0"),
             nullable=False,
-            comment="that its succeeded frames were denoised for",
+            comment="device time of its succeeded frames",
         ),
         sa.Column("reused", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column(
@@ -501,14 +539,14 @@ def upgrade() -> None:
             sa.BigInteger(),
             server_default=sa.text("0"),
             nullable=False,
-            comment="of its pictures",
+            comment="of its images",
         ),
         sa.Column(
             "failures",
             postgresql.JSONB(astext_type=sa.Text()),
             server_default="{}",
             nullable=False,
-            comment="attempts that did not succeed, by reason",
+            comment="numbers of unsuccessful attempts, by reason",
         ),
         sa.Column("pace_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column(
@@ -540,7 +578,7 @@ def upgrade() -> None:
             "behind_from",
             sa.BigInteger(),
             nullable=True,
-            comment="requeued frames from this ordinal on do not follow yet what the job was told",
+            comment="ordinal from which requeued frames are not updated yet",
         ),
         sa.CheckConstraint(
             "status IN ('queued', 'running', 'succeeded', 'partial', 'failed', 'cancelled')",
@@ -609,7 +647,10 @@ def upgrade() -> None:
     op.create_table(
         "sessions",
         sa.Column(
-            "digest", sa.LargeBinary(), nullable=False, comment="sha256 of what the browser keeps"
+            "digest",
+            sa.LargeBinary(),
+            nullable=False,
+            comment="sha256 of the secret in the browser",
         ),
         sa.Column("key_id", sa.Uuid(), nullable=False),
         sa.Column(
@@ -652,7 +693,10 @@ def upgrade() -> None:
         sa.Column("ordinal", sa.BigInteger(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column(
-            "attempt", sa.SmallInteger(), nullable=False, comment="counted when it is claimed"
+            "attempt",
+            sa.SmallInteger(),
+            nullable=False,
+            comment="number of the latest attempt, counted at the claim",
         ),
         sa.Column(
             "uncharged",
@@ -666,21 +710,23 @@ def upgrade() -> None:
             sa.SmallInteger(),
             server_default=sa.text("0"),
             nullable=False,
-            comment="how often a filter rejected its picture",
+            comment="number of images that a filter rejected",
         ),
         sa.Column(
             "reused",
             sa.Boolean(),
             server_default=sa.text("false"),
             nullable=False,
-            comment="its picture is that of another frame",
+            comment="true: its artifact is a copy of another frame's",
         ),
-        sa.Column("worker", sa.Text(), nullable=False, comment="who claimed the latest attempt"),
+        sa.Column(
+            "worker", sa.Text(), nullable=False, comment="name of the worker of the latest attempt"
+        ),
         sa.Column(
             "bucket",
             sa.SmallInteger(),
             nullable=True,
-            comment="what its latest attempt was claimed in",
+            comment="bucket of the latest attempt",
         ),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
@@ -689,12 +735,14 @@ def upgrade() -> None:
             sa.Boolean(),
             server_default=sa.text("false"),
             nullable=False,
-            comment="an attempt at it failed: no neighbours again",
+            comment="true: an attempt failed, so it gets no neighbours",
         ),
         sa.Column("slot", sa.SmallInteger(), nullable=True, comment="place in the batch, from 0"),
         sa.Column("sha256", sa.LargeBinary(), nullable=True),
         sa.Column("bytes", sa.Integer(), nullable=True),
-        sa.Column("error", sa.Text(), nullable=True, comment="why the latest attempt failed"),
+        sa.Column(
+            "error", sa.Text(), nullable=True, comment="reason why the latest attempt failed"
+        ),
         sa.CheckConstraint(
             "(state = 'succeeded') = (sha256 IS NOT NULL AND bytes IS NOT NULL)",
             name=op.f("frames_artifact_check"),
@@ -725,7 +773,7 @@ def upgrade() -> None:
         "perceptual_hashes",
         sa.Column("job_id", sa.Uuid(), nullable=False),
         sa.Column("ordinal", sa.BigInteger(), nullable=False),
-        sa.Column("hash", sa.BigInteger(), nullable=False, comment="a perceptual hash, as 64 bits"),
+        sa.Column("hash", sa.BigInteger(), nullable=False, comment="perceptual hash of 64 bits"),
         sa.ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("perceptual_hashes_job_id_fkey"), ondelete="CASCADE"
         ),
@@ -771,7 +819,7 @@ def upgrade() -> None:
             "isolated",
             sa.Boolean(),
             nullable=False,
-            comment="its attempt failed: no neighbours again",
+            comment="true: its attempt failed, so it gets no neighbours",
         ),
         sa.ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("requeued_frames_job_id_fkey"), ondelete="CASCADE"
@@ -796,7 +844,10 @@ def upgrade() -> None:
         "reusable_renders",
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
         sa.Column(
-            "digest", sa.LargeBinary(), nullable=False, comment="of all that decides its bytes"
+            "digest",
+            sa.LargeBinary(),
+            nullable=False,
+            comment="hash of everything that decides its bytes",
         ),
         sa.Column("job_id", sa.Uuid(), nullable=False),
         sa.Column("ordinal", sa.BigInteger(), nullable=False),

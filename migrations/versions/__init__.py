@@ -1,1 +1,1 @@
-"""One module a step."""
+"""Migration steps, one module each."""

@@ -1,4 +1,4 @@
-"""A whole farm for tests, as `farm up` runs it, with short leases."""
+"""A whole farm for tests, run by `farm up` with short leases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICK = {
 
 @dataclass(frozen=True)
 class LiveFarm:
-    """A running farm, and a client with its operator's key."""
+    """A running farm, and a client with an operator key."""
 
     farm: LocalFarm
     client: httpx.Client
@@ -54,7 +54,7 @@ class LiveFarm:
         return job
 
     def halfway(self, job_id: str) -> dict[str, Any]:
-        """Wait until some frames of a job are done and some run."""
+        """Wait until some frames of a job are done and others run."""
 
         def between() -> dict[str, Any] | None:
             job: dict[str, Any] = self.get(f"/v1/jobs/{job_id}")
@@ -87,7 +87,7 @@ class LiveFarm:
 
 
 def null_catalog(folder: Path) -> Path:
-    """Write a catalog of one pipeline that loads nothing and waits in each step."""
+    """Write a catalog with one pipeline that loads nothing and waits in each step."""
     write_checkpoint(folder / "null")
     path = folder / "pipelines.toml"
     path.write_text('[pipelines.null]\nsource = "null"\nbucket = { "default" = 16 }\n')
@@ -96,7 +96,7 @@ def null_catalog(folder: Path) -> Path:
 
 @contextmanager
 def running(data: Path, pipeline: str, catalog: Path | None = None) -> Iterator[LiveFarm]:
-    """Run a whole farm with short leases, in the block."""
+    """Run a whole farm with short leases during the block."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in QUICK.items():
             patch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""A few rows of `make chaos`, once or twice each: nothing is lost, and nothing done twice."""
+"""A few rows of `make chaos`, once or twice each. Nothing is lost, and nothing is done twice."""
 
 from __future__ import annotations
 

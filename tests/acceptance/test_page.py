@@ -1,4 +1,4 @@
-"""The dashboard in a real browser: signed in, live, safe against what prompts hold."""
+"""The dashboard in a real browser: signed in, live, safe against HTML in prompts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def browser(chrome: Chrome) -> Iterator[Chrome]:
 
 
 def text_of(browser: Chrome, selector: str) -> str:
-    """What an element shows now; empty where there is none."""
+    """Return the text of an element, or an empty text if there is none."""
     script = "return document.querySelector(arguments[0])?.innerText ?? ''"
     return str(browser.execute_script(script, selector))
 
@@ -89,7 +89,7 @@ def open_page(browser: Chrome, api: Api, role: str = "client") -> None:
 
 @pytest.fixture(autouse=True)
 def connections_ahead() -> Iterator[None]:
-    """Chromium connects ahead: what comes while uvicorn ends, nobody closes."""
+    """Chromium opens connections ahead. Nothing closes those that open while uvicorn ends."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)

@@ -1,6 +1,6 @@
-"""`python -m tests.benchmarks`: every figure a ratio of two things measured in turn, in one run.
+"""`python -m tests.benchmarks`: each figure is a ratio of two things measured in turn, in one run.
 
-The exit code is 0 where every goal is met.
+The exit code is 0 if every goal is met.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> int:
     started, found = time.monotonic(), list[Row]()
     with tempfile.TemporaryDirectory(prefix="farm-bench-", ignore_cleanup_errors=True) as folder:
         for letter in options.rows:
-            # Fresh servers for each: what one leaves behind slows the next down.
+            # Fresh servers for each row: the data of one row slows the next one down.
             with running_stand(Path(options.data or folder) / letter) as stand:
                 rows = ROWS[letter](stand, options.short)
             echo("\n\n".join(report.section(row) for row in rows) + "\n")
@@ -60,10 +60,14 @@ def main() -> int:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--rows", type=letters, default=list(ROWS), help="such as a,b")
-    parser.add_argument("--short", action="store_true", help="seconds a row, without goals")
-    parser.add_argument("--report", type=Path, help="the page to write what was found into")
-    parser.add_argument("--data", help="a folder to keep, with every process's log")
+    parser.add_argument(
+        "--rows", type=letters, default=list(ROWS), help="letters of rows, for example a,b"
+    )
+    parser.add_argument("--short", action="store_true", help="a few seconds per row, without goals")
+    parser.add_argument(
+        "--report", type=Path, help="page for the results, for example docs/benchmarks.md"
+    )
+    parser.add_argument("--data", help="folder for all data and logs; it is kept")
     options = parser.parse_args()
     logging.getLogger("farm").setLevel(logging.ERROR)
     return options

@@ -1,7 +1,7 @@
 """Row g: a million distinct prompts from a file, and a million frames to the end.
 
-Prompts are submitted by `farm submit --from`, beside copying one realistic row a frame into the
-same Postgres. Frames are null renders, whose pictures are discarded but for the last.
+`farm submit --from` is compared with copying one realistic row per frame into the same Postgres.
+Frames are null renders. All their pictures except the last ones are discarded.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from tests.benchmarks.stand import BenchFarm, BenchServers, wait_closely
 PROMPTS = 1_000_000
 STORED = 50_000
 STOPPING = 25_000
-"""That workers render at most after most are done, until they have stopped"""
+"""Maximum number of frames that workers render between the signal to stop and their end."""
 SHORT = 4_000
 SHORT_STORED = 1_000
 BATCH = 256
 LEAST = 2.0
 MAX_MEMORY = 300.0
-"""MB"""
+"""Maximum memory of a process, in MB."""
 MAX_CALL_MS = 100.0
 MIN_CLAIM = 0.9
 LOOK_SECONDS = 0.5
 WORDS = ("old", "small", "bright", "dark", "red", "green", "blue", "castle", "harbour", "forest")
-"""A prompt is drawn from"""
+"""Words from which prompts are generated."""
 
-# As farms do that keep a row for each frame from the start.
+# The table of a farm that stores a row for each frame from the start.
 CREATE = """
 CREATE TABLE copied (
     id uuid PRIMARY KEY, job_id uuid NOT NULL, ordinal bigint NOT NULL, state text NOT NULL,
@@ -57,12 +57,12 @@ COPY copied (id, job_id, ordinal, state, priority, prompt, negative_prompt, seed
 PARAMS = json.dumps({"width": 32, "height": 32, "steps": 1, "cfg": 7.5, "sampler": "ddim"})
 SIZES = """
 SELECT pg_total_relation_size('frames') + pg_total_relation_size('events')
-       + pg_total_relation_size('input_parts') + pg_total_relation_size('returns')
+       + pg_total_relation_size('input_parts') + pg_total_relation_size('requeued_frames')
 """
 
 
 def rows(stand: BenchServers, short: bool) -> list[Row]:
-    """Measure the submission, and then the run."""
+    """Measure the submission, then the run."""
     prompts = SHORT if short else PROMPTS
     path = stand.folder.path / "prompts.jsonl"
     write_prompts(path, prompts)
@@ -85,13 +85,13 @@ def write_prompts(path: Path, count: int) -> None:
 
 @dataclass
 class Memory:
-    """What a process took at most, in MB; 0 where the machine does not tell."""
+    """Peak memory of a process, in MB. 0 if the machine does not report it."""
 
     pid: int
     last: float = 0.0
 
     def most(self) -> float:
-        """Look at it again; one that has ended took what was seen last."""
+        """Read the memory again. After the process's end the last value counts."""
         with suppress(OSError):
             status = Path(f"/proc/{self.pid}/status").read_text()
             for line in status.splitlines():
@@ -102,7 +102,7 @@ class Memory:
 
 @dataclass
 class Command:
-    """`farm submit --from` as users run it, and the memory that it took at most."""
+    """`farm submit --from` as users run it, with its peak memory."""
 
     env: dict[str, str]
     memory: list[float] = field(default_factory=list)
@@ -132,14 +132,15 @@ def submission(
     api: tuple[str, str],
     short: bool,
 ) -> Row:
-    """Distinct prompts by the command line, and by COPY."""
+    """Submit distinct prompts by the command line, and by COPY."""
     row = Row(
         "g",
         "A million prompts from a file",
-        f"{prompts:,} distinct prompts of about 100 characters, a line of JSON each, by `farm "
-        "submit --from`: until the job is accepted, the command's own start included. And a row a "
-        "frame - id, job, ordinal, state, priority, prompts, seed, parameters, time; indexed by "
-        "id, and by job and state - by COPY into the same Postgres.",
+        f"{prompts:,} distinct prompts of about 100 characters, one line of JSON each, by `farm "
+        "submit --from`. The time is until the job is accepted, with the command's own start. "
+        "Compared with one row per frame, by COPY into the same Postgres. The row has id, job, "
+        "ordinal, state, priority, prompts, seed, parameters and time; it is indexed by id, and "
+        "by job and state.",
     )
     url, key = api
     env = {**site.env, "FARM_API_URL": url, "FARM_API_KEY": key}
@@ -178,7 +179,7 @@ def submission(
 
 
 def _another(path: Path, number: int) -> Path:
-    """The same file but for its first line: the same lines would be the same input."""
+    """Write the same file with another first line: equal lines would be the same input."""
     other = path.with_name(f"prompts-{number}.jsonl")
     with path.open() as source, other.open("w") as target:
         next(source)
@@ -190,7 +191,7 @@ def _another(path: Path, number: int) -> Path:
 
 @contextmanager
 def memory_of(url: str) -> Iterator[Memory]:
-    """Watch the API of an address."""
+    """Measure the peak memory of the API at an address during the block."""
     port = url.rpartition(":")[2]
     found = [
         int(path.parent.name)
@@ -211,7 +212,7 @@ def _words(path: Path) -> list[str]:
 
 @dataclass
 class Looks:
-    """What somebody who watches waits for, all the while."""
+    """Call times of a client that watches a job, in ms."""
 
     url: str
     key: str
@@ -219,7 +220,7 @@ class Looks:
     page: list[float] = field(default_factory=list)
     job: list[float] = field(default_factory=list)
     frames: list[float] = field(default_factory=list)
-    """ms"""
+    """Durations in ms, as in the two fields above."""
     _over: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
@@ -249,16 +250,16 @@ class Looks:
 
 
 def run(stand: BenchServers, path: Path, prompts: int, short: bool) -> Row:
-    """All frames of the job to the end; the last are stored."""
+    """Render all frames of the job. The pictures of the last ones are stored."""
     stored = SHORT_STORED if short else STORED
     most = prompts - stored - (0 if short else STOPPING)
     row = Row(
         "g2",
         "A million frames to the end",
-        f"The same prompts as null renders, by a worker for every core, with somebody who looks at "
-        f"the page, the job and its frames twice a second. The pictures of all but the last "
-        f"{stored:,} are discarded. Claims are timed by their events, in the first and in the last "
-        "tenth of what was done before the workers that discard began to stop.",
+        f"The same prompts as null renders, with a worker for every core. A client reads the page, "
+        f"the job and its frames twice a second. The pictures of all but the last {stored:,} are "
+        "discarded. Claims are timed by their events. Compared are the first and the last tenth "
+        "of the frames that were done before the workers that discard began to stop.",
     )
     with ExitStack() as stack:
         site = stack.enter_context(stand.site(discard_images=True))
@@ -284,7 +285,7 @@ def run(stand: BenchServers, path: Path, prompts: int, short: bool) -> Row:
         for _ in range(cores()):
             stack.enter_context(site.worker_at_work("null", FARM_DISCARD_IMAGES="false"))
         wait_closely(lambda: _done(site, job_id) == prompts, "all are done")
-        if discarded < prompts:  # a short run may be over before it is seen
+        if discarded < prompts:  # a short run may end before it is observed
             rate = (prompts - discarded) / (time.monotonic() - again)
             row.series.append(Series("stored", [rate], "frames/s"))
         bytes_per_frame = (site.rows(SIZES)[0][0] - before) / prompts
@@ -311,7 +312,7 @@ FROM events WHERE job_id = %s AND kind = 'frames.claimed'
 
 
 def _judge_claims(row: Row, site: BenchFarm, job_id: str, frames: int, short: bool) -> None:
-    """Compare the first and the last tenth; before workers stop, and what they held comes back."""
+    """Compare the first and the last tenth, before workers stop and release their frames."""
     share = frames // (2 if short else 10)
     for name, first in (("claims at first", 0), ("claims at last", frames - share)):
         seconds = site.rows(CLAIMS, job_id, first, first + share)[0][0]

@@ -1,4 +1,4 @@
-"""Row e: claiming and completing with a long history and a long backlog, beside an empty farm."""
+"""Row e: claiming and completing with a long history and backlog, compared with an empty farm."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.support.store import FakeWorker, register_worker
 FINISHED = 10_000_000
 WAITING = 1_000_000
 A_JOB = 100_000
-"""Frames of each job of the history"""
+"""Frames of each job of the history."""
 BUCKET = 64
 SECONDS = 8.0
 TURNS = 5
 LEAST = 0.9
 LARGE = ("frames", "events", "job_prompts")
 
-# The rows that so many frames leave behind when they were claimed in batches of 64: jobs that are
-# copies of a real one, their frames, their prompts and their events.
+# The rows of frames that were claimed in batches of 64: jobs copied from a real one, with their
+# frames, prompts and events.
 JOBS = """
 INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,
                   batch_key, bucket, runs, succeeded, max_attempts, spec, labels, created_at,
@@ -66,10 +66,10 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
         row = Row(
             "e",
             "Claims with a long history",
-            f"{finished:,} finished frames of {jobs} jobs and {waiting:,} frames waiting in other "
-            f"jobs behind, beside an empty database of the same server. One worker's claims of "
-            f"{BUCKET} frames, each completed before the next, through the functions that a child "
-            f"calls; {seconds:g} s a turn.",
+            f"A database with {finished:,} finished frames of {jobs} jobs, and {waiting:,} frames "
+            "that wait in other jobs, against an empty database of the same server. One worker "
+            f"claims {BUCKET} frames at a time and completes them before the next claim, through "
+            f"the functions that a child calls. A turn takes {seconds:g} s.",
         )
         hands = {
             "old": register_worker(old.farm, "old", "null"),
@@ -80,7 +80,7 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
         before = _scans(old)
         ways = {name: partial(rate, worker, seconds) for name, worker in hands.items()}
         for way in ways.values():
-            way()  # what is slow once
+            way()  # the first run is slow
         row.series = in_turn(ways, turns, "frames/s")
         scans = {name: n - before[name] for name, n in _scans(old).items() if n > before[name]}
     row.add_ratio("old", "fresh", least=None if short else LEAST)
@@ -88,17 +88,17 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
     if scans:
         row.problems.append(f"Large tables were read from end to end: {scans}.")
     else:
-        row.notes.append(f"Postgres counted no sequential scan of {told} meanwhile.")
+        row.notes.append(f"In that time Postgres counted no sequential scan of {told}.")
     return [row]
 
 
 def age(site: BenchFarm, finished: int, waiting: int) -> int:
-    """Give a farm a past and a backlog; returns the number of jobs of the past."""
+    """Fill a farm with a history and a backlog. Return the number of jobs of the history."""
     total = min(A_JOB, finished)
     first = _submit(site, total, "bulk")
     jobs = finished // total
     values = {"id": first, "total": total, "jobs": jobs}
-    # Each row's foreign keys are right: checking ten million of them takes minutes.
+    # The foreign keys are right. Checking ten million of them would take minutes.
     site.connection.execute("SET session_replication_role = replica")
     for statement in (JOBS, CHUNKS, FRAMES, EVENTS):
         site.connection.execute(statement, values)
@@ -111,7 +111,7 @@ def age(site: BenchFarm, finished: int, waiting: int) -> int:
 
 
 def rate(worker: FakeWorker, seconds: float) -> float:
-    """Claim and complete batch after batch; gives frames a second."""
+    """Claim and complete batch after batch. Return frames per second."""
     started, frames = time.monotonic(), 0
     while (passed := time.monotonic() - started) < seconds:
         lease = worker.claim("null")
@@ -133,6 +133,6 @@ def _submit(site: BenchFarm, frames: int, priority: str) -> uuid.UUID:
 
 
 def _scans(site: BenchFarm) -> dict[str, int]:
-    """Sequential scans of each large table so far; connections tell of theirs when they close."""
+    """Count sequential scans of each large table. Connections report theirs when they close."""
     site.farm.store.dispose()
     return dict(site.rows(SCANS, list(LARGE)))

@@ -1,6 +1,6 @@
-"""Clients that submit one-image jobs over HTTP, as a process of their own.
+"""Clients that submit one-image jobs over HTTP, in a separate process.
 
-`python -m tests.benchmarks.clients HOST PORT KEY CLIENTS SECONDS` prints what they got as JSON.
+`python -m tests.benchmarks.clients HOST PORT KEY CLIENTS SECONDS` prints the answers as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BODY = {"pipeline": "null", "prompts": ["a red star"], "width": 32, "height": 32
 def submit_on(
     host: str, port: int, key: str, until: float, number: int, found: list[tuple[float, str]]
 ) -> None:
-    """Submit one job after the other on one connection, until the time is over."""
+    """Submit one job after the other on one connection, until the deadline."""
     connection = http.client.HTTPConnection(host, port, timeout=30)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     body = json.dumps({**BODY, "seed": number})
@@ -31,7 +31,7 @@ def submit_on(
 
 
 def main(host: str, port: int, key: str, clients: int, seconds: float) -> dict[str, object]:
-    """Let so many clients submit for so long; gives each answer's seconds and job, "" if none."""
+    """Run the clients. Return the seconds and job ID of each answer, with "" if it was refused."""
     found: list[tuple[float, str]] = []
     started = time.monotonic()
     threads = [

@@ -1,7 +1,7 @@
 """Rows h and i: rows a and d again on a CUDA device, with models of the real sizes.
 
-Stable Diffusion 1.5 and SDXL with random weights, eager and compiled: what is measured depends on
-shapes, not on what was learned. They are left out where there is no such device.
+Stable Diffusion 1.5 and SDXL with random weights, eager and compiled: speed depends on shapes, not
+on learned values. Without such a device these rows are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.gpu.models import SIZES, Size, save
 STEPS = 30
 FRAMES = {"sd15": 256, "sdxl": 48}
 BATCHES = {"sd15": (4, 8, 16), "sdxl": (1, 2, 4)}
-"""That the bare loop tries, to find its best"""
+"""Batch sizes that the bare loop tries, to find its fastest."""
 LEAST = 0.97
 COUNTER = [
     "nvidia-smi",
@@ -33,7 +33,7 @@ COUNTER = [
     "--format=csv,noheader,nounits",
     "--loop-ms=100",
 ]
-"""Per cent of the last moments in which the device had something to do, ten times a second"""
+"""Command that prints the device's busy share in per cent, ten times a second."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Case:
     letter: str
     size: Size
     loop: Loop
-    """The best bare one"""
+    """The bare loop with the fastest batch size."""
     short: bool
 
     @property
@@ -58,9 +58,9 @@ class Case:
 
 
 def rows(letter: str, name: str, stand: BenchServers, short: bool) -> list[Row]:
-    """Measure a model, eager and compiled; none where there is no CUDA device.
+    """Measure a model, eager and compiled. Return no rows without a CUDA device.
 
-    A short run takes a tiny model, eager, on whatever device there is.
+    A short run takes a tiny model, eager, on any device.
     """
     import torch
 
@@ -104,9 +104,9 @@ def _pictures(stand: BenchServers, case: Case) -> Row:
     row = Row(
         case.letter,
         f"Pictures of {case.name} on a device",
-        f"{case.told} {loop.frames} pictures in {loop.steps} steps. The best loop is of batches "
-        f"of {loop.batch} and writes nowhere; the plain one renders one by one, encodes by "
-        "Pillow's default and puts each picture before the next. The farm's time is from "
+        f"{case.told} {loop.frames} pictures in {loop.steps} steps. The best loop has batches of "
+        f"{loop.batch} and writes no files. The plain loop renders one by one, encodes with "
+        "Pillow's default and uploads each picture before the next. The farm's time is from "
         "submitting until the last picture is durable.",
     )
     plain = replace(loop, batch=1, frames=-(-loop.frames // 8), serial=True)
@@ -134,7 +134,7 @@ def _farm_rate(site: BenchFarm, case: Case, busy: list[float]) -> float:
 
 @contextmanager
 def _counting(busy: list[float]) -> Iterator[None]:
-    """Add the device's busy share in the block, as its driver counts it."""
+    """Add the device's busy share in the block, as counted by its driver."""
     with subprocess.Popen(COUNTER, stdout=subprocess.PIPE, text=True) as counter:
         try:
             yield

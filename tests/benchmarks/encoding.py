@@ -1,10 +1,9 @@
-"""Row f: how long a picture's file takes and how long it is, beside Pillow's default and the way
-before; and how fast it is stored.
+"""Row f: time and size of encoding a picture, and speed of storing it.
 
-The pictures are drawn here, from a seed: soft shapes of every size, each octave half as strong as
-the one before, mostly without colour, and a grain that is stronger where it is light. Pillow's
-default brings them to about the share of their bytes that it brings photographs to, in about the
-same time; the record of the decision (ADR 20) compares the two.
+Compared are Pillow's default and the former way. The pictures are generated here from a seed: soft
+shapes of every size, each octave half as strong as the one before, mostly without colour, and a
+grain that is stronger in light places. Pillow's default compresses them about as much as
+photographs, in about the same time. ADR 20 compares the two.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Write = Callable[[Image.Image], bytes]
 
 
 def photo_like(side: int, seed: int = 1) -> Image.Image:
-    """Draw a square RGB picture that packs as photographs do, the same for a seed."""
+    """Generate a square RGB picture from a seed. It compresses like a photograph."""
     random = np.random.default_rng(seed)
     shapes = np.full((side, side, 3), 127.5)
     octaves = side.bit_length() - 2
@@ -53,7 +52,7 @@ def photo_like(side: int, seed: int = 1) -> Image.Image:
 
 
 def _greyish(colours: NDArray[np.float64], share: float) -> NDArray[np.float64]:
-    """Take so much of the colour away."""
+    """Remove this share of the colour."""
     grey = colours.mean(axis=2, keepdims=True)
     mixed: NDArray[np.float64] = share * grey + (1 - share) * colours
     return mixed
@@ -78,7 +77,7 @@ BASE = "Pillow's default"
 
 
 def rows(stand: BenchServers, short: bool) -> list[Row]:
-    """Measure encoding, and storing what was encoded."""
+    """Measure encoding, and storing an encoded picture."""
     return [encode(3 if short else RUNS), store(stand, 4 if short else PUTS)]
 
 
@@ -87,7 +86,7 @@ def encode(runs: int = RUNS) -> Row:
     row = Row(
         "f",
         "Encoding a picture",
-        "Pictures drawn from a seed, which pack as photographs do; one thread.",
+        "Pictures generated from a seed, which compress like photographs; one thread.",
     )
     for side in SIDES:
         image = photo_like(side)
@@ -111,12 +110,12 @@ def _ms(write: Write, image: Image.Image) -> float:
 
 
 def store(stand: BenchServers, puts: int) -> Row:
-    """Time putting one encoded picture after another, by the farm and by boto3 as it comes."""
+    """Time storing one encoded picture after another, by the farm and by plain boto3."""
     row = Row(
         "f2",
         "Storing a picture",
-        f"{puts} puts of one encoded picture of 1024x1024, one after the other, each under a key "
-        "of its own, into the same storage.",
+        f"{puts} puts of one encoded picture of 1024x1024, one after the other, each under its "
+        "own key, into the same storage.",
     )
     content, settings = png(photo_like(1024), TEXTS), stand.servers
     plain = boto3.client("s3", endpoint_url=settings.s3_endpoint_url)
@@ -137,7 +136,7 @@ def store(stand: BenchServers, puts: int) -> Row:
             "boto3": lambda: rate(by_boto3),
         }
         for way in ways.values():
-            way()  # connects
+            way()  # opens connections
         row.series = in_turn(ways, 3, "puts/s")
     row.add_ratio("farm", "boto3")
     return row

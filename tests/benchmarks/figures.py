@@ -1,4 +1,4 @@
-"""Things measured in turn, and the ratios between them."""
+"""Measurements taken in turn, and the ratios between them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Way = Callable[[], float]
-"""Does one thing once, and tells how much: a rate, or seconds"""
+"""Does one thing once. Returns a rate or seconds."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """What one way gave, a value a turn."""
+    """Measurements of one way, one value per turn."""
 
     name: str
     values: Sequence[float]
@@ -24,13 +24,13 @@ class Series:
 
     @property
     def spread(self) -> str:
-        """The least and the most."""
+        """Format the smallest and the largest value."""
         return f"{shown(min(self.values))} - {shown(max(self.values))}"
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One thing by another: the two of a turn by each other, then the median over the turns."""
+    """Ratio of two measurements: divided in each turn, then the median over the turns."""
 
     what: str
     values: Sequence[float]
@@ -43,13 +43,13 @@ class Ratio:
 
     @property
     def ok(self) -> bool:
-        """Whether the goal is met; without one, always."""
+        """Return True if the goal is met, or if there is none."""
         low = self.least is None or self.median >= self.least
         return low and (self.most is None or self.median <= self.most)
 
     @property
     def goal(self) -> str:
-        """The goal in words."""
+        """Format the goal, for example "at least 0.95"."""
         if self.least is not None:
             return f"at least {shown(self.least)}"
         return "" if self.most is None else f"at most {shown(self.most)}"
@@ -57,7 +57,7 @@ class Ratio:
 
 @dataclass
 class Row:
-    """One row of the suite: what was measured, how, and what it came to."""
+    """One row of the suite: its subject, its method and its results."""
 
     letter: str
     title: str
@@ -66,7 +66,7 @@ class Row:
     ratios: list[Ratio] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """What must not be: something lost, or bytes that differ"""
+    """Faults, for example lost frames or bytes that differ."""
 
     @property
     def ok(self) -> bool:
@@ -91,8 +91,10 @@ class Row:
 
 
 def in_turn(ways: Mapping[str, Way], turns: int, unit: str) -> list[Series]:
-    """Measure every way once a turn, each second turn in reverse order, so that no drift of the
-    machine favours one of them."""
+    """Measure every way once per turn.
+
+    Every second turn is in reverse order, so that no drift of the machine favours one way.
+    """
     values: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns):
         names = list(ways) if turn % 2 == 0 else [*ways][::-1]
@@ -102,14 +104,14 @@ def in_turn(ways: Mapping[str, Way], turns: int, unit: str) -> list[Series]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest rank: the least value that so many percent do not exceed."""
+    """Return the percentile by nearest rank."""
     ordered = sorted(values)
     rank = -(-len(ordered) * percent // 100)  # rounded up
     return ordered[max(0, int(rank) - 1)]
 
 
 def shown(value: float) -> str:
-    """Three digits that matter."""
+    """Format a value with three significant digits."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Row d: how long an interactive picture takes on a lane saturated by bulk, and what bulk pays."""
+"""Row d: latency of interactive pictures on a lane saturated by bulk, and the cost for bulk."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BULK_BUCKET = 4
 STEPS = 4
 TURNS = 4
 BATCHES = 20
-"""Of bulk, in a turn"""
+"""Number of bulk batches in a turn."""
 PICTURES = 15
-"""Interactive ones, in a turn"""
+"""Number of interactive pictures in a turn."""
 PAUSE_SECONDS = 0.6
-"""Between two of them, at most: so that each meets bulk at another moment"""
+"""Maximum pause between two of them, in seconds. Each arrives at another moment of bulk."""
 MOST = 1.2
-"""Times the idle latency, plus one step of bulk"""
+"""Allowed latency as a multiple of the idle latency. One step of bulk is added."""
 UNDER_WAY = """
 SELECT succeeded > 0 OR EXISTS (SELECT FROM leases WHERE step > 0) FROM jobs WHERE id = %s
 """
@@ -39,33 +39,33 @@ DIGESTS = "SELECT sha256 FROM frames WHERE job_id = %s ORDER BY ordinal"
 
 @dataclass(frozen=True)
 class Work:
-    """What the lanes are given."""
+    """Jobs that the lanes get."""
 
     turns: int = TURNS
     batches: int = BATCHES
     pictures: int = PICTURES
     pipeline: str = "null"
     bucket: int = BULK_BUCKET
-    """Of bulk; an interactive picture has one of 1"""
+    """Bucket of bulk. An interactive picture has bucket 1."""
     fields: Mapping[str, Any] = field(
         default_factory=lambda: {"width": 64, "height": 64, "step_seconds": STEP_SECONDS}
     )
     step_seconds: float | None = STEP_SECONDS
-    """None: as bulk alone shows it"""
+    """Seconds of a step. None: measured with a bulk job by itself."""
 
 
 @dataclass
 class Lane:
-    """A site of its own, and what was seen of it."""
+    """A separate farm, and its measurements."""
 
     site: BenchFarm
     work: Work
     latencies: list[list[float]] = field(default_factory=list)
-    """Seconds, by turn"""
+    """Latencies in seconds, by turn."""
     device_seconds: list[float] = field(default_factory=list)
-    """That interactive pictures were on the device, by turn"""
+    """Seconds in which interactive pictures used the device, by turn."""
     frame_seconds: list[float] = field(default_factory=list)
-    """That they took from their claim to their commit, by turn"""
+    """Seconds of interactive pictures from claim to commit, by turn."""
     bulk_seconds: list[float] = field(default_factory=list)
     digests: dict[str, list[bytes]] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class Lane:
         )
 
     def saturated(self, turn: int) -> None:
-        """Let interactive pictures come while a bulk job is rendered, and see both to their end."""
+        """Submit interactive pictures while a bulk job is rendered. Wait until both are done."""
         started, batches = time.time(), self.work.batches
         job_id = self.bulk(batches)
         wait_closely(lambda: bool(self.site.rows(UNDER_WAY, job_id)[0][0]), "bulk was under way")
@@ -113,7 +113,7 @@ class Lane:
             by_turn.append(float(self.site.rows(query)[0][0]) - sum(by_turn))
 
     def alone(self, batches: int) -> float:
-        """Seconds of the same bulk job with nothing beside it."""
+        """Return the seconds of the same bulk job without other jobs."""
         return self.site.seconds(time.time(), self.bulk(batches), batches * self.work.bucket)
 
     def _digests(self, job_id: uuid.UUID) -> list[bytes]:
@@ -149,8 +149,9 @@ def measure(stand: BenchServers, row: Row, work: Work, short: bool) -> None:
                 lanes[name].saturated(turn)
     row.how += (
         f" Bulk: batches of {work.bucket} in {BULK_STEPS} steps; an interactive picture has "
-        f"{STEPS}, and {work.pictures} of them come in a turn, each from 0 to {PAUSE_SECONDS} s "
-        "after the one before. A latency is from submitting until Postgres says that it succeeded."
+        f"{STEPS}, and {work.pictures} of them arrive in a turn, each from 0 to {PAUSE_SECONDS} s "
+        "after the one before. A latency is the time from submitting until the frame has "
+        "succeeded in Postgres."
     )
     for name, lane in lanes.items():
         for percent in (50, 95):
@@ -179,8 +180,8 @@ def _judge(row: Row, work: Work, lanes: dict[str, Lane], alone: list[float], sho
     ]
     idle = lanes["idle"]
     lost = [
-        beside - by_itself
-        for beside, by_itself in zip(lanes["on"].bulk_seconds, alone, strict=True)
+        shared - by_itself
+        for shared, by_itself in zip(lanes["on"].bulk_seconds, alone, strict=True)
     ]
     row.ratios += [
         Ratio(
@@ -195,14 +196,14 @@ def _judge(row: Row, work: Work, lanes: dict[str, Lane], alone: list[float], sho
     ]
     if work.step_seconds is not None:
         steps = work.pictures * STEPS * work.step_seconds
-        what = "bulk's loss ÷ their steps, as if nothing were between"
+        what = "bulk's loss ÷ their steps, without anything between them"
         row.ratios.append(Ratio(what, [each / steps for each in lost]))
     row.notes.append(
-        f"A bulk job alone took {alone[0]:.2f} s in the first turn, beside interactive pictures "
-        f"{lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
-        f"{lanes['off'].bulk_seconds[0]:.2f} s without. The idle lane's device "
-        f"had those for {idle.device_seconds[0]:.2f} s, with the prompt and the picture, and they "
-        f"took {idle.frame_seconds[0]:.2f} s there from claim to commit."
+        f"A bulk job by itself took {alone[0]:.2f} s in the first turn. With interactive pictures "
+        f"it took {lanes['on'].bulk_seconds[0]:.2f} s with preemption and "
+        f"{lanes['off'].bulk_seconds[0]:.2f} s without. On the idle lane they used the device "
+        f"for {idle.device_seconds[0]:.2f} s, with prompt and picture, and took "
+        f"{idle.frame_seconds[0]:.2f} s from claim to commit."
     )
     _compare_bytes(row, lanes)
 

@@ -1,4 +1,4 @@
-"""Row a: real pictures a second beside bare diffusers loops, and how busy a device is kept."""
+"""Row a: real pictures per second compared with bare diffusers loops; busy share of a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.benchmarks.stand import QUIET, ROOT, BenchFarm, BenchServers
 
 FRAMES = 512
 BATCHES = (4, 8, 16, 32)
-"""That the bare loop tries, to find its best"""
+"""Batch sizes that the bare loop tries, to find its fastest."""
 LEAST = 0.95
 STEPS = 20
 STEP_SECONDS = 0.015
@@ -35,18 +35,18 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
 
 
 def demo(stand: BenchServers, short: bool) -> Row:
-    """The demo's pipeline on the CPU, every core."""
+    """Measure the demo's pipeline on the CPU, with every core."""
     frames, turns, threads = (8, 1, 1) if short else (FRAMES, TURNS, cores())
     batches = (8,) if short else BATCHES
     best = batches[0] if short else best_batch(stand, frames // 4, threads)
     row = Row(
         "a",
         "Pictures of the demo's pipeline",
-        f"{frames} pictures of 64x64, 25 steps, {threads} torch threads each. The best loop is of "
+        f"{frames} pictures of 64x64, 25 steps, {threads} torch threads each. The best loop has "
         f"batches of {best}, which was the fastest of {', '.join(map(str, batches))}, and writes "
-        "nowhere; the plain one renders one by one, encodes by Pillow's default and puts each "
-        "picture before the next. The farm's job has the bucket of the best loop; its time is "
-        "from submitting until the last picture is durable.",
+        "no files. The plain loop renders one by one, encodes with Pillow's default and uploads "
+        "each picture before the next. The farm's job has the bucket of the best loop. Its time "
+        "is from submitting until the last picture is durable.",
     )
     settings = {"FARM_TORCH_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     with stand.site() as site, site.worker("demo", **settings):
@@ -64,13 +64,13 @@ def demo(stand: BenchServers, short: bool) -> Row:
 
 
 def best_batch(stand: BenchServers, frames: int, threads: int) -> int:
-    """Find the batch in which a bare loop is fastest."""
+    """Find the fastest batch size of a bare loop."""
     rates = {batch: bare(stand, Loop(batch, frames, threads)) for batch in BATCHES}
     return max(rates, key=lambda batch: rates[batch])
 
 
 def bare(stand: BenchServers, loop: Loop) -> float:
-    """Pictures a second of a bare loop; whole batches."""
+    """Measure a bare loop's pictures per second, in whole batches."""
     frames = -(-loop.frames // loop.batch) * loop.batch
     env = {
         **commands.environment(stand.folder, {**stand.servers.env, **QUIET}),
@@ -91,7 +91,7 @@ def bare(stand: BenchServers, loop: Loop) -> float:
 
 
 def farm_rate(site: BenchFarm, pipeline: str, loop: Loop) -> float:
-    """Pictures a second of the farm, which renders the same as a loop."""
+    """Measure the farm's pictures per second. It renders the same pictures as a loop."""
     started = time.time()
     job_id = site.submit(
         pipeline=pipeline,
@@ -109,15 +109,15 @@ def farm_rate(site: BenchFarm, pipeline: str, loop: Loop) -> float:
 
 
 def device(stand: BenchServers, short: bool) -> Row:
-    """A device that is simulated: its steps wait, and use no CPU."""
+    """Measure a simulated device. Its steps wait and use no CPU."""
     batches, turns = (4, 1) if short else (DEVICE_BATCHES, TURNS)
     row = Row(
         "a2",
         "A simulated device",
         f"{batches} batches of {BUCKET} pictures of {SIDE}x{SIDE}, like photographs; a batch is "
-        f"{STEPS} steps that wait {STEP_SECONDS * 1000:.0f} ms each. Alone, the steps wait in a "
-        "loop with nothing around; the farm encodes and stores every picture, and its time is "
-        "from submitting until the last one is durable.",
+        f'{STEPS} steps that wait {STEP_SECONDS * 1000:.0f} ms each. For "alone", the steps wait '
+        "in a plain loop. The farm encodes and stores every picture. Its time is from submitting "
+        "until the last one is durable.",
     )
     with stand.site() as site, site.worker("photo"):
         device_seconds(site, 1)
@@ -130,12 +130,14 @@ def device(stand: BenchServers, short: bool) -> Row:
         after = site.rows(BOOKS)[0]
     row.add_ratio("alone", "farm", what="busy (alone ÷ farm)", least=None if short else MIN_BUSY)
     share = (after[0] - before[0]) / (after[1] - before[1])
-    row.notes.append(f"The worker's own books say that the device was busy for {share:.1%}.")
+    row.notes.append(
+        f"By the worker's own account the device was busy for {share:.1%} of the time."
+    )
     return row
 
 
 def alone(batches: int) -> float:
-    """Seconds of the steps with nothing around."""
+    """Measure the seconds of the steps in a plain loop."""
     started = time.monotonic()
     for _ in range(batches * STEPS):
         time.sleep(STEP_SECONDS)
@@ -143,7 +145,7 @@ def alone(batches: int) -> float:
 
 
 def device_seconds(site: BenchFarm, batches: int) -> float:
-    """Seconds from submitting so many batches to the last one's commit."""
+    """Measure the seconds from submitting the batches to the last one's commit."""
     started, frames = time.time(), batches * BUCKET
     job_id = site.submit(
         pipeline="photo",

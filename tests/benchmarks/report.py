@@ -1,4 +1,4 @@
-"""What the suite found, as text and in docs/benchmarks.md."""
+"""The suite's results, as text and in docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RIVALS = ("procrastinate", "dramatiq", "pillow", "zlib-ng")
 
 
 def page(rows: Sequence[Row], seconds: float) -> str:
-    """All that a run found, with where and when."""
+    """Format the results of a run, with its machine, versions and date."""
     there = [name for name in RIVALS if find_spec(name.replace("-", "_").replace("pillow", "PIL"))]
     told = [
         f"Run on {datetime.now(UTC):%Y-%m-%d} in {seconds / 60:.0f} minutes.",
@@ -27,7 +27,7 @@ def page(rows: Sequence[Row], seconds: float) -> str:
 
 
 def section(row: Row) -> str:
-    """One row: what was measured, and the ratios."""
+    """Format one row: its measurements and ratios."""
     return "\n".join([f"### {row.letter}: {row.title}", "", row.how, "", *_lines(row)])
 
 
@@ -52,5 +52,5 @@ def _lines(row: Row) -> Iterator[str]:
 
 
 def write(path: Path, text: str) -> None:
-    """Put what was measured between the page's two markers."""
+    """Write the results between the page's two markers."""
     replace_between(path, BEGIN, END, text)

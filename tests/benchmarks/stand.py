@@ -1,4 +1,4 @@
-"""What the rows are measured on: the embedded servers, and farms with processes of their own."""
+"""The base of all measurements: the embedded servers, and farms with their own processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.waiting import wait_until
 
 TENANT = "bench"
 READY_SECONDS = 900.0
-"""A pipeline that is compiled takes minutes."""
+"""Maximum wait for a worker, in seconds. Compiling a pipeline takes minutes."""
 DONE_SECONDS = 600.0
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.005
@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FARM_ENVIRONMENT": "development"}
 SMALL_SIDE = 32
 PHOTOS = 8
-"""Different pictures that the lane `photo` gives"""
+"""Number of different pictures of the lane `photo`."""
 
 IDLE = "SELECT count(*) FROM workers WHERE state = 'idle' AND NOT gone AND pid = %s"
 FINISHED = "SELECT extract(epoch FROM finished_at)::float8 FROM jobs WHERE id = %s"
@@ -52,7 +52,7 @@ SUCCEEDED = "SELECT succeeded, dead, cancelled FROM jobs WHERE id = %s"
 
 @dataclass
 class BenchFarm:
-    """One farm: a database and a Redis database of its own, on servers that all share."""
+    """One farm with its own database and Redis database, on shared servers."""
 
     stand: BenchServers
     farm: Farm
@@ -68,10 +68,10 @@ class BenchFarm:
         return self.connection.execute(statement, values).fetchall()
 
     def done(self, job_id: uuid.UUID, frames: int) -> None:
-        """Wait until every frame of a job has succeeded, as Postgres says.
+        """Wait until every frame of a job has succeeded in Postgres.
 
         Raises:
-            AssertionError: one did not, or it takes too long.
+            AssertionError: a frame failed, or it takes too long.
         """
 
         def all_succeeded() -> bool:
@@ -84,8 +84,8 @@ class BenchFarm:
     def seconds(self, started: float, job_id: uuid.UUID, frames: int) -> float:
         """Wait until every frame of a job has succeeded.
 
-        Returns the seconds from `started`, by time.time, until the job was finished by its own row:
-        it says so to the millisecond, however seldom is looked. Postgres runs on this machine.
+        Return the seconds from `started`, by time.time, until the job's `finished_at`. That time is
+        exact to a millisecond, even with rare polling. Postgres runs on this machine.
         """
         self.done(job_id, frames)
         finished: float = self.rows(FINISHED, job_id)[0][0]
@@ -93,7 +93,7 @@ class BenchFarm:
 
     @contextmanager
     def worker(self, pipeline: str, **settings: str) -> Iterator[ManagedProcess]:
-        """Run a worker, parent and child, as users do; it is idle when the block begins."""
+        """Run a worker, parent and child, as users do. It is idle when the block begins."""
         with self.worker_at_work(pipeline, **settings) as child:
             wait_until(
                 lambda: self.rows(IDLE, child.pid)[0][0] == 1, READY_SECONDS, "a worker was idle"
@@ -102,7 +102,7 @@ class BenchFarm:
 
     @contextmanager
     def worker_at_work(self, pipeline: str, **settings: str) -> Iterator[ManagedProcess]:
-        """Run a worker that finds work, and so is never idle."""
+        """Run a worker that finds work at once, so it is never idle."""
         folder = self.stand.folder
         env = commands.environment(folder, {**self.env, **settings})
         program = commands.worker(folder, env, pipeline, next(self.stand.numbers), GRACE_SECONDS)
@@ -111,7 +111,7 @@ class BenchFarm:
 
     @contextmanager
     def api(self) -> Iterator[tuple[str, str]]:
-        """Run the API, as `farm api` does; gives its address, and an API key."""
+        """Run the API by `farm api`. Yield its address and an API key."""
         port = free_port()
         env = commands.environment(self.stand.folder, self.env)
         program = commands.api(self.stand.folder, env, port)
@@ -124,7 +124,7 @@ class BenchFarm:
 
 @dataclass
 class BenchServers:
-    """The servers, and what starts processes beside them."""
+    """The servers, and the supervisor of other processes."""
 
     folder: Folder
     servers: Servers
@@ -133,7 +133,7 @@ class BenchServers:
 
     @contextmanager
     def site(self, **settings: Any) -> Iterator[BenchFarm]:
-        """Make a farm with an empty database.
+        """Create a farm with an empty database.
 
         Args:
             settings: fields of Settings.
@@ -171,18 +171,18 @@ class BenchServers:
         farm.close()
 
     def database(self, name: str) -> str:
-        """Make an empty database; returns its address."""
+        """Create an empty database. Return its address."""
         with psycopg.connect(self.servers.database_url, autocommit=True) as connection:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         return f"{self.servers.database_url.rpartition('/')[0]}/{name}"
 
     def redis(self, number: int) -> str:
-        """The address of one of Redis's databases."""
+        """Return the address of one of Redis's databases."""
         return f"{self.servers.redis_url.rpartition('/')[0]}/{number % 15 + 1}"
 
     @contextmanager
     def running(self, program: Program) -> Iterator[ManagedProcess]:
-        """Run a program in the block."""
+        """Run a program during the block."""
         name = f"{program.name} {next(self.numbers)}"
         log = self.folder.logs / f"{name.replace(' ', '-')}.log"
         child = self.supervisor.start(replace(program, name=name, log=log))
@@ -195,7 +195,7 @@ class BenchServers:
     def python(
         self, name: str, argv: list[str], env: Mapping[str, str]
     ) -> Iterator[ManagedProcess]:
-        """Run a program of the suite's own in the block."""
+        """Run a program of the suite during the block."""
         path = {"PYTHONPATH": str(ROOT), **QUIET}
         program = Program(
             name=name,
@@ -212,7 +212,7 @@ class BenchServers:
 
 @contextmanager
 def running_stand(data: Path) -> Iterator[BenchServers]:
-    """Run the servers on the folder `data` until the block is left."""
+    """Run the servers on the folder `data` during the block."""
     with supervised(data) as (folder, supervisor):
         servers = start_servers(folder, supervisor)
         _write_catalog(folder.path)
@@ -221,7 +221,7 @@ def running_stand(data: Path) -> Iterator[BenchServers]:
 
 
 def _write_catalog(folder: Path) -> None:
-    """Three lanes: a fixed small picture at once, pictures like photographs, and the demo's."""
+    """Write three lanes: a fixed small picture, pictures like photographs, and the demo's."""
     write_checkpoint(folder / "null", [small_picture()])
     pictures = [photo_like(1024, seed) for seed in range(PHOTOS)]
     write_checkpoint(folder / "photo", pictures)
@@ -235,20 +235,20 @@ def _write_catalog(folder: Path) -> None:
 
 
 def small_picture() -> Image.Image:
-    """The picture of null renders."""
+    """Return the picture of null renders."""
     return photo_like(SMALL_SIDE)
 
 
 def wait_closely(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition; seen within 5 ms, or half a hundredth of what it takes.
+    """Wait for a condition, with a delay of at most 5 ms or half a per cent of the wait.
 
-    To look more often would take the cores from what is measured.
+    More frequent polling would take the cores from the measured work.
 
     Raises:
-        AssertionError: it did not come, in ten minutes.
+        AssertionError: the condition did not hold within ten minutes.
     """
     started = time.monotonic()
     while not condition():
         passed = time.monotonic() - started
-        assert passed < DONE_SECONDS, f"waited in vain until {what}"
+        assert passed < DONE_SECONDS, f"timeout while waiting until {what}"
         time.sleep(max(POLL_SECONDS, passed / 200))

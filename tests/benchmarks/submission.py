@@ -1,4 +1,4 @@
-"""Row c: submitting, one-image jobs over HTTP, and jobs of a million frames."""
+"""Row c: submitting one-image jobs over HTTP, and jobs of a million frames."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ CREATE TABLE plain (job int, ordinal int, seed bigint, prompt text, PRIMARY KEY 
 
 @dataclass
 class Front:
-    """An API that takes jobs, and what its clients saw."""
+    """An API that takes jobs, and the measurements of its clients."""
 
     url: str
     key: str
     database: psycopg.Connection[tuple[int]]
     p50: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
-    """ms"""
+    """99th percentiles in ms, by turn."""
     refused: int = 0
     lost: int = 0
 
     def rate(self, seconds: float) -> float:
-        """Let the clients submit for so long; gives jobs accepted a second."""
+        """Let the clients submit for this time. Return accepted jobs per second."""
         at = urlsplit(self.url)
         words = [str(at.hostname), str(at.port), self.key, str(CLIENTS), str(seconds)]
         done = subprocess.run(
@@ -77,14 +77,14 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
 
 
 def over_http(stand: BenchServers, site: BenchFarm, short: bool) -> Row:
-    """One-image jobs of many clients at once."""
+    """Measure one-image jobs of many clients at once."""
     seconds, turns = (1.0, 1) if short else (SECONDS, TURNS)
     row = Row(
         "c",
         "Submitting one-image jobs over HTTP",
-        f"{CLIENTS} clients, each with a connection of its own, submit for {seconds:.0f} s in a "
-        "turn, from another process of the same machine. The plain service is FastAPI that checks "
-        "a key and commits one row, in one uvicorn process as the farm's API is.",
+        f"{CLIENTS} clients, each with its own connection, submit for {seconds:.0f} s in a turn, "
+        "from another process of the same machine. The plain service is FastAPI that checks a key "
+        "and commits one row. Like the farm's API, it is one uvicorn process.",
     )
     with site.api() as (url, key), plain_api(stand) as plain:
         fronts = {"farm": Front(url, key, site.connection), "plain service": plain}
@@ -115,7 +115,7 @@ def over_http(stand: BenchServers, site: BenchFarm, short: bool) -> Row:
 
 @contextmanager
 def plain_api(stand: BenchServers) -> Iterator[Front]:
-    """Run the plain service on a database of its own."""
+    """Run the plain service on its own database."""
     from tests.benchmarks.rivals import plain_api as service
 
     port, database_url = free_port(), stand.database("plain")
@@ -137,13 +137,14 @@ def _serves(port: int) -> bool:
 
 
 def in_bulk(site: BenchFarm, short: bool) -> Row:
-    """One job of a million frames, beside copying a row a frame into a table."""
+    """Measure one job of a million frames, and copying one row per frame into a table."""
     prompts, turns = (1_000, 1) if short else (PROMPTS, TURNS)
     row = Row(
         "c2",
         "Submitting a million frames",
-        f"One job of {prompts:,} prompts with {IMAGES} images each, checked and stored; and a row "
-        "a frame - job, ordinal, seed, prompt - by COPY into a table with a primary key.",
+        f"One job of {prompts:,} prompts with {IMAGES} images each, checked and stored. Compared "
+        "with one row per frame (job, ordinal, seed, prompt), by COPY into a table with a primary "
+        "key.",
     )
     site.connection.execute(CREATE)
     turn = iter(range(turns))

@@ -1,4 +1,4 @@
-"""Row b: null renders a second, from submitting them to each being durably done in Postgres."""
+"""Row b: null renders per second, from submitting them until all are durable in Postgres."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ FRAMES = {
 }
 STORED = {"farm": 4_000, "celery": 1_500, "celery by hand": 1_500}
 SHORT = {"farm": 1_024, "celery": 64}
-"""How many each does in a turn"""
+"""Number of tasks of each side in a short turn."""
 WARM_UP = 2_048
-"""Frames before any is counted: connections, and what is imported once"""
+"""Number of frames before the measurement, which open connections and import modules."""
 TURNS = 3
 LEAST = 20.0
 MIN_STORED = 3.0
 
 
 def rows(stand: BenchServers, short: bool) -> list[Row]:
-    """Measure without the storage, and then with it."""
+    """Measure without the storage, then with it."""
     return [queue(stand, short), stored(stand, short)]
 
 
 def queue(stand: BenchServers, short: bool) -> Row:
-    """Without the storage on either side: the queue itself."""
+    """Measure the queue itself, without the storage on any side."""
     counts = SHORT if short else {name: n for name, n in FRAMES.items() if _there(name)}
     row = Row(
         "b",
         "Null renders, without the storage",
-        "A pipeline that gives a fixed picture of 32x32 at once. The farm: one job with a prompt a "
-        "frame; pictures are encoded and discarded. The others: a task a frame. Plain Celery keeps "
-        "results in Postgres by its own database backend; Celery by hand, dramatiq (both on Redis) "
-        "and procrastinate (on Postgres) write a row in the task. All have workers for every core. "
-        "From submitting until the last frame is succeeded, or the last result is in its row.",
+        "A pipeline that returns a fixed picture of 32x32 at once. The farm: one job with one "
+        "prompt per frame; pictures are encoded and discarded. The others: one task per frame. "
+        "Plain Celery keeps results in Postgres with its own database backend. Celery by hand, "
+        "dramatiq (both on Redis) and procrastinate (on Postgres) write a row in the task. All "
+        "have workers for every core. The time is from submitting until the last frame has "
+        "succeeded, or the last result is in its row.",
     )
     _measure(row, stand, counts, 1 if short else TURNS, discard=True)
     _compare(row, counts, LEAST, short)
@@ -52,13 +53,13 @@ def queue(stand: BenchServers, short: bool) -> Row:
 
 
 def stored(stand: BenchServers, short: bool) -> Row:
-    """With pictures in S3 on both sides."""
+    """Measure with pictures in S3 on both sides."""
     counts = SHORT if short else STORED
     row = Row(
         "b2",
         "Null renders, with the storage",
-        "The same, but each picture is stored in S3 before its row says so; Celery's tasks encode "
-        "by Pillow and put by boto3.",
+        "The same, but each picture is stored in S3 before its row is written. Celery's tasks "
+        "encode with Pillow and upload with boto3.",
     )
     _measure(row, stand, counts, 1 if short else TURNS, discard=False)
     _compare(row, counts, MIN_STORED, short)
@@ -94,7 +95,7 @@ def _measure(
 
 
 def farm_rate(site: BenchFarm, frames: int) -> float:
-    """Submit one job of so many prompts, and wait until all its frames have succeeded."""
+    """Submit one job with a prompt per frame, and wait until all its frames have succeeded."""
     prompts = [f"noise {number}" for number in range(frames)]
     started = time.monotonic()
     job_id = site.submit(

@@ -1,7 +1,7 @@
-"""From a worker's start to its first picture: with an empty cache, and with what that one kept.
+"""Time from a worker's start to its first picture, with an empty cache and with a filled one.
 
-Each start is a process of its own, on a tiny compiled Stable Diffusion. Run as a module with a
-catalog's folder and a cache's, it is such a start.
+Each start is a separate process, on a tiny compiled Stable Diffusion. Such a process is
+`python -m tests.benchmarks.warmstart CATALOG_FOLDER CACHE_FOLDER`.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ device = "cpu"
 compile = "default"
 """
 SECONDS = 600.0
-"""that a start may take"""
+"""Maximum duration of a start, in seconds."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start, and what it spent its seconds on."""
+    """One start, with the seconds of its parts."""
 
     imports: float
     loading: float
     compiling: float
     picture: float
-    """the first picture that is kept"""
+    """Seconds of the first picture that is kept."""
     pixels: str
-    """its sha256"""
+    """SHA-256 of that picture's pixels."""
     found: int
-    """graphs that an earlier start had kept"""
+    """Number of graphs found in the cache."""
     compiled: int
-    """graphs that were compiled"""
+    """Number of graphs that were compiled."""
 
     @property
     def seconds(self) -> float:
-        """From the first import to the first picture."""
+        """Return the seconds from the first import to the first picture."""
         return self.imports + self.loading + self.compiling + self.picture
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cold start beside a warm one."""
+    """A cold start and a warm one."""
 
     cold: Start
     warm: Start
 
     @property
     def share(self) -> float:
-        """Of the cold start's time, what the warm one takes."""
+        """Return the warm start's time as a share of the cold one's."""
         return self.warm.seconds / self.cold.seconds
 
     @property
     def is_same_picture(self) -> bool:
-        """Whether both gave the same pixels."""
+        """Return True if both rendered the same pixels."""
         return self.warm.pixels == self.cold.pixels
 
 
 def measure(repeats: int = 1, kind: str = "stable_diffusion") -> list[Row]:
-    """Start cold and then warm, so often, each pair with a cache of its own.
+    """Start cold and then warm, `repeats` times. Each pair has its own cache.
 
-    `kind` is the checkpoint's; see tests/support/checkpoints.py.
+    `kind` is the checkpoint's kind; see tests/support/checkpoints.py.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,7 +102,7 @@ def start(folder: Path, cache: Path) -> Start:
 
 def _render(folder: Path, cache_folder: Path) -> Start:
     began = time.perf_counter()
-    import diffusers  # noqa: F401 - what loading would import first of all
+    import diffusers  # noqa: F401 - loading would import these first
     import transformers  # noqa: F401
     from torch._dynamo.utils import counters
 

@@ -1,6 +1,6 @@
-"""`python -m tests.chaos`: every fault of the table, injected again and again into a whole farm.
+"""`python -m tests.chaos`: injects every fault of the table many times into a whole farm.
 
-The exit code is 0 where every row is ok and the audit holds.
+The exit code is 0 if every row is ok and the audit finds nothing.
 """
 
 from __future__ import annotations
@@ -51,16 +51,24 @@ def main() -> int:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1, help="repeats a run's random choices")
-    parser.add_argument("--rows", type=numbers, default=full(), help="such as 1,2,8")
-    parser.add_argument("--times", type=int, default=20, help="how often each fault is injected")
-    parser.add_argument("--frames", type=int, default=10_000, help="frames in all, at least")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of all random choices, to repeat a run"
+    )
+    parser.add_argument(
+        "--rows", type=numbers, default=full(), help="numbers of rows, for example 1,2,8"
+    )
+    parser.add_argument("--times", type=int, default=20, help="number of injections of each fault")
+    parser.add_argument(
+        "--frames", type=int, default=10_000, help="least number of frames, in total"
+    )
     parser.add_argument("--short", action="store_true", help="a few rows, once or twice each")
     parser.add_argument(
-        "--figures", action="store_true", help="measure pace and memory too, as a full run does"
+        "--figures", action="store_true", help="also measure pace and memory, as in a full run"
     )
-    parser.add_argument("--report", type=Path, help="the page to write the table into")
-    parser.add_argument("--data", help="a folder to keep, with every process's log")
+    parser.add_argument(
+        "--report", type=Path, help="page for the table, for example docs/reliability.md"
+    )
+    parser.add_argument("--data", help="folder for all data and logs; it is kept")
     options = parser.parse_args()
     if options.short:
         options.rows, options.times = numbers(SHORT), min(options.times, 2)
@@ -70,7 +78,7 @@ def parsed() -> argparse.Namespace:
 
 
 def full() -> list[int]:
-    """Every row; the one with the bulk job last."""
+    """List all rows; the one with the bulk job is last."""
     return sorted(ROWS, key=lambda number: (number == BULK, number))
 
 
@@ -82,7 +90,7 @@ def numbers(text: str) -> list[int]:
 
 
 def audited(running: Chaos) -> tuple[bool, str]:
-    """Run `farm audit` on the farm; returns whether all holds, and a line about it."""
+    """Run `farm audit` on the farm. Return True if it finds nothing, and a line for the table."""
     env = commands.environment(running.stack.folder, running.stack.env)
     done = subprocess.run(
         commands.farm("audit", "--json"), env=env, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""What must hold of every job that was accepted, once all is over."""
+"""Checks of every accepted job at the end of a row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHOWN = 5
 
 @dataclass
 class Findings:
-    """What was found of one row's jobs."""
+    """Findings about one row's jobs."""
 
     frames: int = 0
     lost: int = 0
@@ -55,7 +55,7 @@ class Findings:
 def check(
     truth: DatabaseProbe, artifacts: Artifacts, name: str, accepted: list[Accepted]
 ) -> Findings:
-    """Check the accepted jobs of a row against the database, and the storage."""
+    """Compare the accepted jobs of a row with the database and the storage."""
     ids = [job.id for job in accepted]
     findings = Findings(frames=sum(job.total for job in accepted))
     jobs = {row["id"]: row for row in truth.rows(JOBS, ids=ids)}
@@ -113,7 +113,7 @@ def _count_doubled(
 
 
 def _check_ledger(findings: Findings, frames: list[Any]) -> None:
-    """Attempts run from 1, each that ended has one reason, and none is beyond the limit."""
+    """Check that attempts count from 1, that each ended one has one reason, and the limit."""
     wrong = [
         (row["job_id"], row["ordinal"])
         for row in frames

@@ -1,4 +1,4 @@
-"""A clock that is an hour off, for one process and its children: Linux, by LD_PRELOAD."""
+"""A wrong clock for one process and its children, by LD_PRELOAD on Linux."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 
 def shifted(folder: Path, seconds: int) -> dict[str, str] | None:
-    """Environment variables that set a process's clock off; None where there is no way to.
+    """Return environment variables that shift a process's clock, or None if that is impossible.
 
-    A C compiler is enough; without one, libfaketime is looked for.
+    It needs a C compiler or libfaketime.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is not None:

@@ -1,4 +1,4 @@
-"""Two figures beside the table: the pace beside a poisoned frame, and a minute without S3."""
+"""Two figures below the table: pace while a poisoned frame runs, and a minute without S3."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from tests.support.waiting import wait_until
 BASELINE_SECONDS = 30.0
 MIN_PACE = 0.8
 MAX_DEATHS = 3 + 3
-"""max_attempts, and log2 of the bucket"""
+"""Maximum deaths of a child: max_attempts plus log2 of the bucket."""
 OUTAGE_SECONDS = 60.0
 MAX_GROWTH_BYTES = 64 * 2**20
 BUSY = 60_000
-"""Frames of a job that outlasts what is measured beside it"""
+"""Frames of the busy job. It outlasts the measurement."""
 
 SUCCEEDED = "SELECT succeeded FROM jobs WHERE id = %(id)s"
 STATES = "SELECT state, count(*) AS n FROM frames WHERE job_id = %(id)s GROUP BY state"
 TWICE = """
 SELECT count(DISTINCT ordinal) AS n FROM attempts WHERE job_id = %(id)s AND reason <> 'released'
 """
-"""What was claimed ahead and given back was never rendered."""
+"""Counts frames that were rendered twice. Frames claimed ahead and released are not."""
 OPEN = "SELECT status FROM jobs WHERE id = %(id)s"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A sentence, and whether what was measured is as it should be."""
+    """A sentence with a measurement, and True if it meets its goal."""
 
     ok: bool
     text: str
@@ -48,13 +48,13 @@ class Figure:
 
 
 def figures(running: Chaos) -> Iterator[Figure]:
-    """Measure both, one after the other."""
+    """Measure both figures, one after the other."""
     yield poisoned_pace(running)
     yield without_storage(running)
 
 
 def poisoned_pace(running: Chaos) -> Figure:
-    """How much of its pace a tenant's job keeps while another's frame kills its workers."""
+    """Measure the pace of a tenant's job while another tenant's frame kills its workers."""
     with loaded(running, "busy") as (load, busy), another_tenant(running) as other:
         before = pace(running, busy.id, BASELINE_SECONDS)
         other.poison_attempts = 3
@@ -70,7 +70,7 @@ def poisoned_pace(running: Chaos) -> Figure:
     ok = states == {"succeeded": 7, "dead": 1} and deaths <= MAX_DEATHS and share >= MIN_PACE
     return Figure(
         ok,
-        f"A frame that ends its process by a segmentation fault, in a bucket of 8, beside another "
+        f"A frame that ends its process by a segmentation fault, in a bucket of 8, with another "
         f"tenant's job on the same lane of two workers: {deaths} deaths of a child, "
         f"{states.get('succeeded', 0)} neighbours succeeded, and the other job kept {share:.0%} of "
         f"its pace ({before:.0f} frames a second) in the {seconds:.0f} s that it took:",
@@ -78,7 +78,7 @@ def poisoned_pace(running: Chaos) -> Figure:
 
 
 def without_storage(running: Chaos) -> Figure:
-    """What a minute without S3 costs a lane at work."""
+    """Measure the cost of a minute without S3 on a busy lane."""
     workers = running.stack.workers("null")
     links = [link for worker in workers for link in running.stack.links("seaweedfs", worker.name)]
     scratch = Path(running.stack.env["FARM_SCRATCH_DIR"])
@@ -104,9 +104,9 @@ def without_storage(running: Chaos) -> Figure:
     ok = twice == 0 and kept > 100 and growth <= MAX_GROWTH_BYTES
     return Figure(
         ok,
-        f"A minute without S3 on a lane at work: {during} frames succeeded meanwhile, {kept:,} "
-        f"finished pictures waited on disk at most, {twice} frames were rendered twice, and a "
-        f"worker's memory grew by {growth / 2**20:.0f} MiB at most:",
+        f"A minute without S3 on a lane at work: {during} frames succeeded in that time, "
+        f"{kept:,} finished pictures waited on disk at most, {twice} frames were rendered twice, "
+        f"and a worker's memory grew by {growth / 2**20:.0f} MiB at most:",
     )
 
 
@@ -124,7 +124,7 @@ def loaded(running: Chaos, name: str) -> Iterator[tuple[Load, Accepted]]:
 
 @contextmanager
 def another_tenant(running: Chaos) -> Iterator[Load]:
-    """Submit as somebody else."""
+    """Yield the load of another tenant."""
     key = running.stack.key("another")
     load = Load(running.stack, "poison", f"{running.seed} poison", key)
     try:
@@ -142,7 +142,7 @@ def ended(running: Chaos, job_id: UUID) -> bool:
 
 
 def pace(running: Chaos, job_id: UUID, seconds: float) -> float:
-    """Frames a second of a job."""
+    """Measure a job's frames per second."""
     done, started = succeeded(running, job_id), time.monotonic()
     time.sleep(seconds)
     return (succeeded(running, job_id) - done) / (time.monotonic() - started)
@@ -156,7 +156,7 @@ def cancel(running: Chaos, load: Load, job: Accepted) -> None:
 
 
 def children_bytes(workers: Sequence[Process]) -> int:
-    """Resident bytes of the workers' children."""
+    """Return the resident bytes of the workers' children."""
     parents = ",".join(str(worker.pid) for worker in workers)
     listing = ["ps", "--no-headers", "-o", "rss", "--ppid", parents]
     done = subprocess.run(listing, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The load: jobs submitted over HTTP, each again and again with its key until it is accepted."""
+"""The load: jobs submitted over HTTP. Each is repeated with its key until it is accepted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.chaos.stack import Stack
 from tests.chaos.truth import DatabaseProbe
 
 BACKLOG = 48
-"""Frames that are kept waiting or running"""
+"""Number of frames kept waiting or running."""
 MAX_ATTEMPTS = 10
 SUBMIT_SECONDS = 60.0
 REPEATED = 0.15
-"""The share of accepted jobs that are submitted once more"""
+"""Share of accepted jobs that are submitted a second time."""
 NULL: dict[str, Any] = {
     "pipeline": "null",
     "width": 32,
@@ -34,17 +34,17 @@ DEMO: dict[str, Any] = {"pipeline": "demo", "width": 64, "height": 64, "steps": 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A job that was answered with a 2xx."""
+    """A job whose submission was answered with a 2xx."""
 
     id: UUID
     key: str
     total: int
     poison: frozenset[int] = frozenset()
-    """Ordinals that may not succeed"""
+    """Ordinals that must not succeed."""
 
 
 class Load:
-    """What one row submits, and all that was accepted of it."""
+    """The jobs of one row: submits them, and records the accepted ones."""
 
     def __init__(self, stack: Stack, name: str, seed: str, api_key: str | None = None) -> None:
         self.accepted: list[Accepted] = []
@@ -78,7 +78,7 @@ class Load:
         return self.submit({**DEMO, "prompts": ["a red star"], "images_per_prompt": frames})
 
     def poison(self, word: str, frames: int = 8) -> Accepted:
-        """Submit a job of which one frame, at random, fails as the failpoint of a word says."""
+        """Submit a job with one random frame that triggers the failpoint of a word."""
         bad = self._random.randrange(frames)
         prompts = [word if index == bad else "noise" for index in range(frames)]
         body = {**NULL, "prompts": prompts, "max_attempts": self.poison_attempts}
@@ -90,7 +90,7 @@ class Load:
         poison: set[int] | None = None,
         first: str | None = None,
     ) -> Accepted:
-        """Submit a job until it is accepted, by either API in turn, beginning with `first`."""
+        """Submit a job until it is accepted, to both APIs in turn, beginning with `first`."""
         with self._lock:
             self._numbers += 1
             key = f"{self.name}-{self._numbers}"
@@ -131,7 +131,7 @@ class Load:
 
     @contextmanager
     def steady(self) -> Iterator[None]:
-        """Go on submitting beside the block, as fast as frames are done."""
+        """Submit jobs while the block runs, as fast as frames are done."""
         thread = threading.Thread(target=self._submit_on, name=f"load {self.name}")
         thread.start()
         try:

@@ -1,7 +1,7 @@
-"""A TCP proxy that misbehaves as it is told: one link for each process and server.
+"""A TCP proxy with faults: one link for each process and server.
 
-All links live in one thread with an event loop. A link's fault may be changed at any moment, from
-any thread, and holds for the connections that are there as well as for new ones.
+All links run in one thread with an event loop. Any thread may change a link's fault at any moment.
+A fault applies to existing and new connections.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ UNAVAILABLE = (
 
 
 class Cut(Exception):
-    """Raised by a fault: both sides of the connection are reset."""
+    """Raised by a fault to reset both sides of the connection."""
 
 
 @dataclass(eq=False)
 class Connection:
-    """One client's connection, and its other half to the server."""
+    """A client's connection, and the connection to the server that belongs to it."""
 
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
     sent: int = 0
-    """Bytes from the client that were let through"""
+    """Number of bytes forwarded from the client."""
     muted: bool = False
-    """Whether the server's next answer is swallowed"""
+    """True if the server's next answer is dropped."""
     frozen: bool = False
-    """Whether nothing moves on it any more, though new connections are served"""
+    """True if this connection forwards nothing any more. New connections are served."""
 
     @property
     def port(self) -> int | None:
-        """The port by which the server knows it."""
+        """Return the connection's client port, as the server sees it."""
         return self.server.get_extra_info("sockname")[1] if self.server else None
 
     def reset(self) -> None:
@@ -52,17 +52,17 @@ class Connection:
 
 
 class Fault:
-    """What a link does to the bytes; this one does nothing."""
+    """Base of all faults, which change the bytes of a link. This one changes nothing."""
 
     resets = False
-    """Whether the connections that are there when it begins are reset"""
+    """True if the fault resets existing connections when it begins."""
     freezes = False
-    """Whether they are frozen"""
+    """True if the fault freezes existing connections when it begins."""
     stalls = False
-    """Whether nothing moves, in either direction, until it is over"""
+    """True if nothing is forwarded in either direction until the fault ends."""
 
     async def connect(self) -> None:
-        """Called before the server is connected to."""
+        """Called before a connection to the server is opened."""
 
     async def request(self, connection: Connection, data: bytes) -> bytes:
         return data
@@ -72,19 +72,19 @@ class Fault:
 
 
 class Stall(Fault):
-    """Nothing moves, and nobody is told; what was held back goes on when it is over."""
+    """Forwards nothing and closes nothing. Delayed bytes are forwarded when it ends."""
 
     stalls = True
 
 
 class Freeze(Fault):
-    """The connections that are there never move again; new ones are as good as any."""
+    """Existing connections forward nothing any more. New ones work."""
 
     freezes = True
 
 
 class Reset(Fault):
-    """Every connection is reset, and so is each new one."""
+    """Resets every existing and every new connection."""
 
     resets = True
 
@@ -94,7 +94,7 @@ class Reset(Fault):
 
 @dataclass
 class Truncate(Fault):
-    """A connection is cut once the client has sent so many bytes."""
+    """Resets a connection after this many bytes from the client."""
 
     limit: int
 
@@ -110,12 +110,12 @@ class Truncate(Fault):
 
 @dataclass
 class Swallow(Fault):
-    """The request reaches the server, its answer is dropped, and the connection is cut."""
+    """Forwards a request, drops the server's answer, and resets the connection."""
 
     trigger: bytes
     times: int = 1
     skip: int = 0
-    """Requests that are answered before"""
+    """Number of matching requests that are answered first."""
 
     async def request(self, connection: Connection, data: bytes) -> bytes:
         if self.trigger in data:
@@ -132,7 +132,7 @@ class Swallow(Fault):
 
 @dataclass
 class Slow(Fault):
-    """Every piece of data comes later."""
+    """Delays every piece of data."""
 
     seconds: float
 
@@ -146,7 +146,7 @@ class Slow(Fault):
 
 
 class Refuse(Fault):
-    """Every request over HTTP is answered with a 503."""
+    """Answers every HTTP request with a 503."""
 
     async def request(self, connection: Connection, data: bytes) -> bytes:
         connection.client.write(UNAVAILABLE)
@@ -160,10 +160,10 @@ HEALTHY = Fault()
 
 @dataclass(eq=False)
 class Link:
-    """A port of this machine that leads to a server."""
+    """A port of this machine that is forwarded to a server."""
 
     owner: str
-    """The process that it is for"""
+    """Name of the process that uses it."""
     server: str
     target: tuple[str, int]
     loop: asyncio.AbstractEventLoop
@@ -174,21 +174,21 @@ class Link:
     _watched: tuple[bytes, threading.Event] | None = None
 
     def begin(self, fault: Fault) -> None:
-        """Misbehave from now on; returns when that is so."""
+        """Begin a fault. Return when it is active."""
         asyncio.run_coroutine_threadsafe(self.set(fault), self.loop).result()
 
     def heal(self) -> None:
-        """Behave again."""
+        """End the fault."""
         self.begin(HEALTHY)
 
     def watch(self, trigger: bytes) -> threading.Event:
-        """Tell, by the event, when a client has sent this."""
+        """Return an event that is set when a client has sent these bytes."""
         seen = threading.Event()
         self._watched = (trigger, seen)
         return seen
 
     async def set(self, fault: Fault) -> None:
-        """Misbehave from now on; called in the loop's thread."""
+        """Begin a fault. Must be called in the loop's thread."""
         self.fault = fault
         for connection in self.connections:
             connection.sent = 0
@@ -210,7 +210,7 @@ class Link:
                 asyncio.create_task(self._pump(connection, server, writer, False)),
             ]
             try:
-                # Either side may close: what the other still had to say is said by then.
+                # Either side may close; the other side's remaining bytes were forwarded by then.
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for pump in pumps:
@@ -242,7 +242,7 @@ class Link:
                 if is_request:
                     connection.sent += len(passed)
                     self._tell(passed)
-            await self._flowing(connection)  # nor does the end of a connection get through
+            await self._flowing(connection)  # the end of a connection is delayed too
         except (Cut, OSError):
             connection.reset()
 
@@ -256,7 +256,7 @@ class Link:
 
 
 class Proxies:
-    """The thread that all links live in."""
+    """The thread that runs all links."""
 
     def __init__(self) -> None:
         self.links: list[Link] = []
@@ -275,7 +275,7 @@ class Proxies:
         self._loop.close()
 
     def link(self, owner: str, server: str, host: str, port: int) -> Link:
-        """Open a link from `owner` to a server on a port of its own."""
+        """Open a link from `owner` to a server on a new port."""
         link = Link(owner, server, (host, port), self._loop)
         link.port = self._do(lambda: self._listen(link))
         self.links.append(link)

@@ -1,4 +1,4 @@
-"""The version before this one, taken out of the repository's history."""
+"""The version before this one, read from the repository's history."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def earlier(folder: Path) -> Path:
-    """Unpack the tree from before the newest change of the database; gives its folder.
+    """Unpack the tree from before the newest change of the database. Return its folder.
 
     Raises:
         Skipped: this tree has no history, or no earlier version knows today's database.

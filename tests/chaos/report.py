@@ -19,7 +19,7 @@ HEADER = (
 
 
 def line(result: Result) -> str:
-    """One row of the table."""
+    """Format one row of the table."""
     worst = f"{max(result.recoveries):.1f} s" if result.recoveries else ""
     cells = [
         result.number,
@@ -35,7 +35,7 @@ def line(result: Result) -> str:
 
 
 def verdict(result: Result) -> str:
-    """Ok, or why not."""
+    """Return "ok" or the reason of a failure."""
     if result.skipped:
         return f"skipped: {result.skipped}"
     if result.ok:
@@ -47,7 +47,7 @@ def verdict(result: Result) -> str:
 def page(
     results: Sequence[Result], measured: Sequence[Figure], audit: str, seed: int, seconds: float
 ) -> str:
-    """All that a run found, with where and when."""
+    """Format the results of a run, with its machine, versions and date."""
     ordered = sorted(results, key=lambda result: result.number)
     frames = sum(result.findings.frames for result in results)
     times = sum(result.times for result in results)
@@ -65,5 +65,5 @@ def page(
 
 
 def write(path: Path, text: str) -> None:
-    """Put what a run found between the page's two markers."""
+    """Write the results between the page's two markers."""
     replace_between(path, BEGIN, END, text)

@@ -1,4 +1,4 @@
-"""The faults: each row of the table is a function that injects one once."""
+"""The faults: each row of the table is a function that injects one fault once."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Around = Callable[[ChaosRun], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Row:
-    """A fault, and how it is injected."""
+    """A fault, and the function that injects it."""
 
     number: int
     fault: str
     inject: Callable[[ChaosRun], None]
     around: Around
-    """What stands around all injections: a worker of another kind, a check at the end"""
+    """Context around all injections, for example an extra worker or a check at the end."""
     steady: bool
-    """Whether jobs are submitted beside the fault; else each injection submits one to a quiet lane,
-    where only a bell can wake a worker"""
+    """True if jobs are submitted during the fault. If False, each injection submits one job to an
+    idle lane, where only a bell can wake a worker."""
     most: int
-    """How often it is injected at most: it takes long"""
+    """Maximum number of injections, for a fault that takes long."""
     mixes: bool
-    """Whether it may be one of many at random"""
+    """True if row 20 may choose it at random."""
 
 
 ROWS: dict[int, Row] = {}
@@ -54,7 +54,7 @@ def row(
     most: int = 1000,
     mixes: bool = True,
 ) -> Callable[[Callable[[ChaosRun], None]], Callable[[ChaosRun], None]]:
-    """Enter a function into the table."""
+    """Add a function to the table."""
 
     def enter(inject: Callable[[ChaosRun], None]) -> Callable[[ChaosRun], None]:
         ROWS[number] = Row(number, fault, inject, around, steady, most, mixes)
@@ -65,7 +65,7 @@ def row(
 
 @contextmanager
 def late_results(scene: ChaosRun) -> Iterator[None]:
-    """Check that a result came too late at least once: else nothing was tried."""
+    """Check that at least one result was too late. Without one, the row tested nothing."""
     before = scene.truth.dropped()
     yield
     if scene.truth.dropped() == before:
@@ -99,7 +99,7 @@ def zombie(scene: ChaosRun) -> None:
     worker.signal(signal.SIGSTOP)
     try:
         scene.wait(lambda: worker.pid not in scene.truth.holders(), "its lease expired")
-        scene.pause(0.3, 0.8)  # another worker claims the frames meanwhile
+        scene.pause(0.3, 0.8)  # in that time another worker claims the frames
     finally:
         worker.signal(signal.SIGCONT)
 
@@ -197,7 +197,7 @@ SHORT = {"FARM_LEASE_SECONDS": "0.5", "FARM_HEARTBEAT_SECONDS": "3", "FARM_PROGR
 
 @contextmanager
 def short_leases(scene: ChaosRun) -> Iterator[None]:
-    """One more worker, whose lease is shorter than a batch and renewed too late."""
+    """Run one more worker. Its lease is shorter than a batch and renewed too late."""
     worker = scene.stack.add_worker("null", "short", SHORT)
     scene.load.step_seconds = 0.25
     try:
@@ -234,7 +234,7 @@ def cut_off(scene: ChaosRun) -> None:
 
 
 def poisoned(scene: ChaosRun, word: str) -> None:
-    """Submit a job of which one frame fails for ever, and wait until it has done so once."""
+    """Submit a job with one frame that always fails, and wait until it has failed once."""
     job = scene.load.poison(word)
     [ordinal] = job.poison
     scene.wait(lambda: scene.truth.reasons(job.id, ordinal), "the poison frame had failed")
@@ -257,10 +257,10 @@ def hang(scene: ChaosRun) -> None:
 
 @contextmanager
 def wrong_clocks(scene: ChaosRun) -> Iterator[None]:
-    """Two more workers, one an hour ahead and one an hour behind."""
+    """Run two more workers, with clocks an hour ahead and an hour behind."""
     ahead, behind = (clock.shifted(scene.stack.folder.path, hour) for hour in (3600, -3600))
     if ahead is None or behind is None:
-        raise Skipped("neither a C compiler nor libfaketime is on this machine")
+        raise Skipped("this machine has no C compiler and no libfaketime")
     early = scene.stack.add_worker("null", "ahead", ahead)
     late = scene.stack.add_worker("null", "behind", behind)
     try:
@@ -283,7 +283,7 @@ def wrong_clock(scene: ChaosRun) -> None:
     pid = early.pid
     early.end()
     scene.wait(lambda: pid not in scene.truth.holders(), "its lease expired")
-    # S3 refuses what they sign, so that they rest ever longer; a fresh worker has not rested yet.
+    # S3 refuses their signatures, so their pauses grow. A fresh worker has not paused yet.
     late.end(signal.SIGTERM)
     for worker in (early, late):
         worker.start()
@@ -312,7 +312,7 @@ def leader_killed(scene: ChaosRun) -> None:
     scene.stack.processes[leading[0]].restart()
 
 
-@row(22, "A rolling deploy: the version before renders beside this one", most=3, mixes=False)
+@row(22, "A rolling deploy: the version before renders together with this one", most=3, mixes=False)
 def rolling_deploy(scene: ChaosRun) -> None:
     tree = release.earlier(scene.stack.folder.path)
     [current] = scene.stack.workers("demo")
@@ -332,7 +332,7 @@ def rolling_deploy(scene: ChaosRun) -> None:
 
 @contextmanager
 def nothing_wasted(scene: ChaosRun) -> Iterator[None]:
-    """Check that no process ended meanwhile, and no attempt."""
+    """Check that no process and no attempt ended in the block."""
 
     def now() -> tuple[dict[str, int | None], int]:
         pids = {name: process.pid for name, process in scene.stack.processes.items()}
@@ -346,7 +346,7 @@ def nothing_wasted(scene: ChaosRun) -> Iterator[None]:
 
 @row(23, "Postgres takes no writes, as after a failover", around=nothing_wasted, mixes=False)
 def read_only(scene: ChaosRun) -> None:
-    """For less than a lease: after it nobody knows whether its worker is there."""
+    """Make Postgres read-only for less than a lease. After a lease, workers count as lost."""
     url, own = scene.stack.servers.database_url, "-c default_transaction_read_only=off"
     with psycopg.connect(url, autocommit=True, options=own) as operator:
         operator.execute("ALTER SYSTEM SET default_transaction_read_only = on")
@@ -364,7 +364,7 @@ def redis_silent(scene: ChaosRun) -> None:
     server.signal(signal.SIGSTOP)
     try:
         job = scene.load.null(scene.random.randint(4, 16))
-        # Its own frames alone: row 20 has a bulk job beside it.
+        # Waits only for its own frames: in row 20 a bulk job runs too.
         scene.wait(lambda: scene.truth.is_over(job.id), "it was rendered without Redis")
     finally:
         server.signal(signal.SIGCONT)

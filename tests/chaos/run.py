@@ -1,4 +1,4 @@
-"""Runs rows: load, faults, recovery, and what must hold at the end."""
+"""Runs rows: load, faults, recovery, and the checks at the end."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ RECOVERY_SECONDS = 180.0
 SETTLE_SECONDS = 900.0
 DEMO_FRAMES = 12
 BULK = 20
-"""The row under whose bulk job everything happens"""
+"""Number of the row with a bulk job, during which all other faults happen."""
 
 
 @dataclass
 class Result:
-    """One line of the table."""
+    """Result of a row, one line of the table."""
 
     number: int
     fault: str
@@ -51,14 +51,14 @@ class Result:
 
 @dataclass
 class Chaos:
-    """A running farm, and the seed of all that is done to it."""
+    """A running farm, and the seed of all random choices."""
 
     stack: Stack
     truth: DatabaseProbe
     artifacts: Artifacts
     seed: int
     poison_attempts: int
-    """The attempts that a frame gets which is made to fail"""
+    """Number of attempts of a poison frame."""
 
     def ready(self) -> None:
         """Wait until every worker has loaded its pipeline."""
@@ -73,9 +73,9 @@ class Chaos:
         """Run one row.
 
         Args:
-            number: the row's.
-            times: how often the fault is injected, unless the row takes too long for it.
-            bulk_frames: the frames of the bulk job, for row 20.
+            number: number of the row.
+            times: number of injections; fewer if the row has a lower maximum.
+            bulk_frames: number of frames of the bulk job, for row 20.
         """
         row, started = ROWS[number], time.monotonic()
         result = Result(row.number, row.fault)
@@ -121,7 +121,7 @@ class Chaos:
         wait_until(lambda: not self.truth.outstanding(), RECOVERY_SECONDS, "all was done")
 
     def _recovered(self, row: Row) -> float:
-        """Wait for the next frame that succeeds, or until all did; returns the seconds."""
+        """Wait until the next frame succeeds, or all are done. Return the seconds."""
         ended = time.time()
         if not row.steady:
             self._done()
@@ -138,10 +138,10 @@ class Chaos:
 
 @contextmanager
 def chaos(data: Path, seed: int, short: bool = False) -> Iterator[Chaos]:
-    """Run a farm on the folder `data` to disturb.
+    """Run a farm for chaos on the folder `data`.
 
-    A `short` one has no worker for the demo's lane, and a poison frame gets one attempt: a frame
-    that ended its process waits for several times what loading takes before the next.
+    A `short` one has no worker for the demo's lane, and a poison frame gets one attempt. A frame
+    that ended its process waits several times the load time before its next attempt.
     """
     with (
         running_stack(data, Random(seed), demo_workers=0 if short else 1) as stack,
@@ -166,7 +166,7 @@ def chaos(data: Path, seed: int, short: bool = False) -> Iterator[Chaos]:
 
 @contextmanager
 def credentials(env: Mapping[str, str]) -> Iterator[None]:
-    """Let boto3 use a farm's keys in the block; it remembers the first ones that it meets."""
+    """Let boto3 use a farm's keys in the block. boto3 caches the first keys that it reads."""
     variables = {name: value for name, value in env.items() if name.startswith("AWS_")}
     with mock.patch.dict(os.environ, variables), mock.patch.object(boto3, "DEFAULT_SESSION", None):
         yield

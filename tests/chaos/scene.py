@@ -1,4 +1,4 @@
-"""What a row of the table has at hand while it is run."""
+"""The run of one row: the farm, its load, and actions for faults."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PATIENCE_SECONDS = 180.0
 
 
 class Skipped(Exception):
-    """Raised where a row cannot be run on this machine; the message says why."""
+    """Raised if a row cannot run on this machine. The message has the reason."""
 
 
 @dataclass
 class ChaosRun:
-    """One row being run: the farm, its load, and the random choices."""
+    """A running row: the farm, its load, and the random choices."""
 
     stack: Stack
     truth: DatabaseProbe
@@ -33,7 +33,7 @@ class ChaosRun:
 
     @contextmanager
     def noting_errors(self) -> Iterator[None]:
-        """Let whatever goes wrong in the block fail the row, and go on."""
+        """Record an error in the block as a problem of the row, and continue."""
         try:
             yield
         except Skipped:
@@ -45,11 +45,11 @@ class ChaosRun:
         wait_until(condition, PATIENCE_SECONDS, what)
 
     def pause(self, least: float, most: float) -> None:
-        """Let the fault last for a random while."""
+        """Keep the fault for a random time."""
         time.sleep(self.random.uniform(least, most))
 
     def rendering(self, processes: Sequence[Process]) -> Process:
-        """Wait until some of these workers hold leases, and choose one of them."""
+        """Wait until some of these workers hold leases. Return one of them."""
         chosen: list[Process] = []
 
         def found() -> bool:
@@ -61,14 +61,14 @@ class ChaosRun:
         return self.random.choice(chosen)
 
     def storing(self, processes: Sequence[Process]) -> Process:
-        """Wait until a worker is storing a picture, and give it: its batch is all but done."""
+        """Wait until a worker is storing a picture. Return it: its batch is almost done."""
         process = self.rendering(processes)
         [link] = self.stack.links("seaweedfs", process.name)
         link.watch(b"PUT ").wait(LEASE_SECONDS)
         return process
 
     def idle(self, processes: Sequence[Process]) -> None:
-        """Wait until workers have loaded their pipeline and have nothing to do."""
+        """Wait until workers have loaded their pipeline and are idle."""
 
         def ready() -> bool:
             states = {
@@ -80,7 +80,7 @@ class ChaosRun:
         self.wait(ready, "the workers were idle")
 
     def faulty(self, links: Sequence[Link], fault: Fault, least: float, most: float) -> None:
-        """Let links misbehave for a random while."""
+        """Put a fault on links for a random time."""
         for link in links:
             link.begin(fault)
         try:

@@ -1,4 +1,4 @@
-"""The farm that chaos disturbs: a whole one, each process behind links of its own."""
+"""The whole farm for chaos. Each process has its own links to the servers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ READY_SECONDS = 300.0
 
 
 class Process:
-    """A program of the farm; like any process manager, the supervisor starts it when it ends."""
+    """A program of the farm. Like any process manager, the supervisor restarts it when it ends."""
 
     def __init__(self, supervisor: Supervisor, child: ManagedProcess) -> None:
         self._supervisor = supervisor
@@ -69,18 +69,18 @@ class Process:
         return self._child.program
 
     def signal(self, sign: Signals) -> None:
-        """Send a signal to the process and all that it started."""
+        """Send a signal to the process and all its descendants."""
         if self._child.pid is not None:
             signal_group(self._child.pid, sign)
 
     def end(self, sign: Signals = SIGKILL) -> None:
-        """Let it end by a signal, for good until `start`."""
+        """End it by a signal. It stays ended until `start`."""
         self.leave_ended()
         self.signal(sign)
         self.ended()
 
     def leave_ended(self) -> None:
-        """Do not start it again by itself when it ends."""
+        """Turn off the automatic restart."""
         self._child.lasting = False
 
     def ended(self) -> None:
@@ -88,7 +88,7 @@ class Process:
         wait_until(lambda: not self._child.alive, 60.0, f"{self.name} ended")
 
     def start(self, env: Mapping[str, str] | None = None) -> None:
-        """Start it again, at once: without the pause that a failing program gets."""
+        """Start it again at once, without the pause of a failing program."""
         program = self.program if env is None else replace(self.program, env=env)
         self._supervisor.forget(self._child)
         self._child = self._supervisor.start(program)
@@ -101,7 +101,7 @@ class Process:
         self._supervisor.ready(self._child, READY_SECONDS)
 
     def forget(self) -> None:
-        """Stop it, for good."""
+        """Stop it permanently."""
         self.signal(SIGCONT)
         self._supervisor.forget(self._child)
 
@@ -116,14 +116,14 @@ class Stack:
     supervisor: Supervisor
     random: Random
     env: dict[str, str]
-    """What reaches the servers without a link between"""
+    """Environment with the servers' own addresses, without links."""
     processes: dict[str, Process] = field(default_factory=dict)
     apis: dict[str, str] = field(default_factory=dict)
-    """The addresses of the APIs, by process"""
+    """Addresses of the APIs, by process name."""
     api_key: str = ""
 
     def links(self, server: str, *owners: str) -> list[Link]:
-        """The links to a server, of these processes or of all."""
+        """List the links to a server, of these processes or of all."""
         return [
             link
             for link in self.proxies.links
@@ -138,7 +138,7 @@ class Stack:
         ]
 
     def linked(self, owner: str, settings: Mapping[str, str] | None = None) -> dict[str, str]:
-        """The environment of a process, whose every server is reached through a link of its own."""
+        """Return the environment of a process, with its own link to every server."""
         urls = {}
         for server, variable in VARIABLES.items():
             url = urlsplit(self.env[variable])
@@ -186,20 +186,20 @@ class Stack:
         del self.processes[process.name]
 
     def key(self, tenant: str) -> str:
-        """Make an operator's key of a tenant."""
+        """Create an operator key of a tenant."""
         words = ("keys", "create", "--tenant", tenant, "--role", "operator", "--json")
         key: str = json.loads(self.command(*words).splitlines()[-1])["key"]
         return key
 
     def command(self, *words: str) -> str:
-        """Run one of the farm's commands; raises StackError where it fails."""
+        """Run one of the farm's commands. Raise StackError if it fails."""
         env = commands.environment(self.folder, self.env)
         return commands.run([*words], env, self.folder.logs / f"{words[0]}.log")
 
 
 @contextmanager
 def running_stack(data: Path, rng: Random, demo_workers: int) -> Iterator[Stack]:
-    """Run the farm on the folder `data` until the block is left."""
+    """Run the farm on the folder `data` during the block."""
     with supervised(data) as (folder, supervisor), Proxies() as proxies:
         servers = start_servers(folder, supervisor)
         places = {
@@ -225,7 +225,7 @@ def running_stack(data: Path, rng: Random, demo_workers: int) -> Iterator[Stack]
 
 
 def _catalog(data: Path) -> Path:
-    """Two lanes: one that renders nothing, quickly, and the demo's."""
+    """Write a catalog of two lanes: a quick one that renders nothing, and the demo's."""
     write_checkpoint(data / "null")
     demo = DEMO_CATALOG.with_name("model")
     path = data / "pipelines.toml"

@@ -1,4 +1,4 @@
-"""What Postgres says, asked directly: no link and none of the farm's code stands between."""
+"""Direct queries to Postgres, without a link and without the farm's code."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ SELECT reason FROM attempts WHERE job_id = %(job_id)s AND ordinal = %(ordinal)s 
 
 
 class DatabaseProbe:
-    """A connection to Postgres that outlives Postgres; for one thread."""
+    """A connection that is opened again after a crash of Postgres. For one thread."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._connection: psycopg.Connection[dict[str, Any]] | None = None
 
     def rows(self, statement: str, **values: Any) -> list[dict[str, Any]]:
-        """Read; tried again while Postgres is away, for a minute."""
+        """Read rows. Retry for a minute while Postgres is away."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
@@ -71,40 +71,40 @@ class DatabaseProbe:
             self._connection.close()
 
     def outstanding(self) -> int:
-        """Frames that are yet to be done."""
+        """Count the frames that are not done yet."""
         return int(self.rows(OUTSTANDING)[0]["frames"])
 
     def holders(self) -> set[int]:
-        """The workers that hold a lease, by process id."""
+        """Return the process IDs of the workers that hold a lease."""
         return {row["pid"] for row in self.rows(HOLDERS)}
 
     def workers(self, pids: Sequence[int | None]) -> list[dict[str, Any]]:
-        """The workers of these processes."""
+        """Read the workers of these processes."""
         return self.rows(WORKERS, pids=[pid for pid in pids if pid is not None])
 
     def dropped(self) -> int:
-        """Frames that were done too late, by all workers so far."""
+        """Count the results that were dropped as too late, of all workers so far."""
         return int(self.rows(DROPPED)[0]["frames"])
 
     def next_success(self, after: float) -> float | None:
-        """When the first frame succeeded after a time, both as seconds since the epoch."""
+        """Return the time of the first success after a time, both in seconds since the epoch."""
         at: float | None = self.rows(NEXT_SUCCESS, after=after)[0]["at"]
         return at
 
     def leader_port(self) -> int | None:
-        """The client's port of the connection that holds the janitors' lock."""
+        """Return the client port of the connection that holds the janitors' lock."""
         rows = self.rows(LEADER)
         return rows[0]["client_port"] if rows else None
 
     def attempts_ended(self) -> int:
-        """How many attempts have ended without success, of all jobs."""
+        """Count the attempts of all jobs that ended without success."""
         return int(self.rows("SELECT count(*) AS attempts FROM attempts")[0]["attempts"])
 
     def is_over(self, job_id: UUID) -> bool:
-        """Whether a job has come to its end."""
+        """Return True if a job has ended."""
         statement = "SELECT finished_at IS NOT NULL AS over FROM jobs WHERE id = %(job_id)s"
         return bool(self.rows(statement, job_id=job_id)[0]["over"])
 
     def reasons(self, job_id: UUID, ordinal: int) -> list[str]:
-        """Why each attempt at a frame ended that did not succeed."""
+        """List the reasons of a frame's failed attempts."""
         return [row["reason"] for row in self.rows(ATTEMPTS, job_id=job_id, ordinal=ordinal)]

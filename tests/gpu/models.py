@@ -16,13 +16,13 @@ class Size:
 
     name: str
     side: int
-    """pixels of a picture's side"""
+    """Width and height of a picture, in pixels."""
     buckets: tuple[int, ...]
     make: Callable[[], Any]
 
 
 def save(size: Size, folder: Path) -> Path:
-    """Save a checkpoint of a size; gives back the folder."""
+    """Save a checkpoint of a size. Return the folder."""
     import torch
 
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def _vae(**config: Any) -> Any:
 
 
 def sd15() -> Any:
-    """As stable-diffusion-v1-5 is configured."""
+    """Build a pipeline configured as stable-diffusion-v1-5."""
     from transformers import CLIPTextModel
 
     kit = _kit()
@@ -82,7 +82,7 @@ def sd15() -> Any:
 
 
 def sdxl() -> Any:
-    """As stable-diffusion-xl-base-1.0 is configured."""
+    """Build a pipeline configured as stable-diffusion-xl-base-1.0."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     kit = _kit()
@@ -131,4 +131,4 @@ SIZES = {
     "sdxl": Size("sdxl", 1024, (1, 2), sdxl),
     "tiny": Size("tiny", 64, (1, 4), stable_diffusion),
 }
-"""`tiny` is for trying the script itself, on any device"""
+"""Sizes by name. `tiny` is for testing the script itself, on any device."""

@@ -1,8 +1,8 @@
-"""What a GPU makes of the farm's promises: `make gpu` measures it, and writes docs/gpu.md.
+"""`make gpu`: checks the farm's promises on a GPU, measures its speed, and writes docs/gpu.md.
 
-Random weights of the sizes of Stable Diffusion 1.5 and SDXL, built from their configurations: what
-is measured depends on shapes, not on what was learned. Every figure is a median with the smallest
-and the largest, of one run on one machine.
+It uses random weights of the sizes of Stable Diffusion 1.5 and SDXL, built from their
+configurations. Speed depends on shapes, not on learned values. Every figure is a median with the
+smallest and the largest value, of one run on one machine.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Case:
     steps: int
 
     def resolve(self, **loading: Any) -> ResolvedPipeline:
-        """The catalog entry that loads it so."""
+        """Resolve the catalog entry that loads it in this way."""
         dtype = "float16" if self.device == "cuda" else "float32"
         entry = Pipeline(source=str(self.folder), device=self.device, dtype=dtype, **loading)
         return resolve_pipeline(self.size.name, entry)
@@ -64,7 +64,7 @@ class Case:
     def frames(
         self, resolved: ResolvedPipeline, bucket: int, seeds: Sequence[int], **given: Any
     ) -> list[FrameSpec]:
-        """Frames of different prompts and seeds, at the checkpoint's own size."""
+        """Build frames with different prompts and seeds, in the checkpoint's own size."""
         params = resolved.params({"steps": self.steps, **given}).model_dump()
         return [
             FrameSpec(
@@ -81,10 +81,10 @@ class Case:
 def drawn(
     resolved: ResolvedPipeline, loaded: LoadedPipeline, frames: Sequence[FrameSpec]
 ) -> list[np.ndarray[Any, Any]]:
-    """Render frames; refuses pictures of one colour, of which any two are alike."""
+    """Render frames. Refuse pictures of one colour, because all of them look equal."""
     pictures = [np.asarray(picture) for picture in resolved.family.denoise(loaded, Batch(frames))]
     if any(picture.std() < 1 for picture in pictures):
-        raise SystemExit(f"{resolved.name} draws flat pictures: they would prove nothing.")
+        raise SystemExit(f"{resolved.name} renders pictures of one colour, which prove nothing.")
     return pictures
 
 
@@ -120,7 +120,7 @@ def parity(case: Case) -> Iterator[str]:
 
 
 def places(case: Case) -> Iterator[str]:
-    """Compare a frame in every slot, beside other neighbours, and alone, at a fixed bucket."""
+    """Compare a frame in every slot, with other neighbours, and by itself, at a fixed bucket."""
     resolved = case.resolve()
     loaded = resolved.family.load(resolved.pipeline)
     for bucket in case.size.buckets:
@@ -170,7 +170,7 @@ def _timed(
     started = time.monotonic()
     resolved.family.denoise(
         loaded, Batch(frames)
-    )  # the pictures end on the CPU: nothing is pending
+    )  # the pictures are on the CPU now, so nothing is pending
     return time.monotonic() - started
 
 
@@ -187,7 +187,7 @@ def _forget(device: str) -> None:
 
 
 def page(device: str, steps: int, rows: dict[str, list[str]]) -> str:
-    """Lay out docs/gpu.md."""
+    """Format docs/gpu.md."""
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     dtype = "float16" if device == "cuda" else "float32"
     return "\n".join(
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("No CUDA device is here. `make gpu` measures one; nothing was written.")
+        sys.exit("This machine has no CUDA device. `make gpu` needs one. Nothing was written.")
     prepare_torch(0)
     rows: dict[str, list[str]] = {"bytes": [], "pace": []}
     with tempfile.TemporaryDirectory() as name:
@@ -244,7 +244,7 @@ def main() -> None:
     given.page.write_text(page(given.device, given.steps, rows), encoding="utf-8")
     print(f"Written: {given.page}")
     if any(DIFFERS in row for row in rows["bytes"]):
-        sys.exit("Some pictures are not what they should be: see the page.")
+        sys.exit("Some pictures differ. See the page.")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ DURABILITY: dict[str, Damage] = {
     "a job that is gone": Damage(
         "succeeded",
         "DELETE FROM jobs WHERE id = :id",
-        detail="not there",
+        detail="is missing",
     ),
     "a job without an event of its submission": Damage(
         "partial",
@@ -56,17 +56,17 @@ CONSERVATION: dict[str, Damage] = {
         "running",
         "DELETE FROM frames WHERE job_id = :id AND ordinal = 1",
         frame=1,
-        detail="at none",
+        detail="its attempt is none",
     ),
     "a wrong status": Damage(
         "partial",
         "UPDATE jobs SET status = 'succeeded' WHERE id = :id",
-        detail="it is succeeded, and its counters say partial",
+        detail="it is succeeded, but its counters say partial",
     ),
     "a job that never ends": Damage(
         "succeeded",
         "UPDATE jobs SET status = 'running', finished_at = NULL WHERE id = :id",
-        detail="it is running, and its counters say succeeded",
+        detail="it is running, but its counters say succeeded",
     ),
     "a waiting job with an end": Damage(
         "queued",
@@ -89,7 +89,7 @@ CONSERVATION: dict[str, Damage] = {
         "INSERT INTO requeued_frames SELECT :id, 1, pipeline, tenant_id, priority, batch_key,"
         " bucket, not_before, job_created_at, paused, isolated FROM requeued_frames LIMIT 1",
         frame=1,
-        detail="it is succeeded, and among the requeued",
+        detail="it is succeeded, but among the requeued",
     ),
     "a running frame nobody holds": Damage(
         "running",
@@ -108,7 +108,7 @@ CONSERVATION: dict[str, Damage] = {
         "running",
         "UPDATE leases SET attempts = '{1,7}'",
         frame=1,
-        detail="the frame is at 1",
+        detail="its attempt is 1",
     ),
 }
 
@@ -117,7 +117,7 @@ LEDGER: dict[str, Damage] = {
         "retried",
         "DELETE FROM attempts WHERE job_id = :id AND ordinal = 0 AND attempt = 1",
         frame=0,
-        detail="1 earlier attempts are on record, not 2",
+        detail="1 earlier attempts are recorded, not 2",
     ),
     "an attempt too many": Damage(
         "partial",
@@ -130,14 +130,14 @@ LEDGER: dict[str, Damage] = {
         "partial",
         "DELETE FROM attempts WHERE job_id = :id",
         frame=1,
-        detail="is not on record",
+        detail="is not recorded",
     ),
     "a running frame that has ended": Damage(
         "running",
         "INSERT INTO attempts SELECT job_id, ordinal, attempt, worker, 'x', '', '',"
         " started_at FROM frames WHERE job_id = :id AND ordinal = 0",
         frame=0,
-        detail="it is running, and on record as ended",
+        detail="it is running, but recorded as ended",
     ),
     "an attempt without a reason": Damage(
         "ready",
@@ -149,7 +149,7 @@ LEDGER: dict[str, Damage] = {
         "retried",
         "UPDATE frames SET uncharged = 0 WHERE job_id = :id AND ordinal = 0",
         frame=0,
-        detail="3 attempts are charged, of 2",
+        detail="3 attempts are charged; the maximum is 2",
     ),
     "a negative number of charged attempts": Damage(
         "partial",
@@ -165,7 +165,7 @@ SINGLE_WINNER: dict[str, Damage] = {
         "INSERT INTO attempts SELECT job_id, ordinal, attempt, worker, 'x', '', '',"
         " started_at FROM frames WHERE job_id = :id AND ordinal = 0",
         frame=0,
-        detail="on record as failed",
+        detail="recorded as failed",
     ),
     "two winners in the events": Damage(
         "succeeded",
@@ -181,7 +181,7 @@ SINGLE_WINNER: dict[str, Damage] = {
         "INSERT INTO attempts SELECT job_id, ordinal, 1, worker, 'x', '', '', started_at"
         " FROM frames WHERE job_id = :id AND ordinal = 1",
         frame=1,
-        detail="attempt 1 succeeded; it is succeeded at attempt 2",
+        detail="attempt 1 succeeded, but the frame is succeeded at attempt 2",
     ),
     "a winner in the events for a frame that failed": Damage(
         "partial",
@@ -189,7 +189,7 @@ SINGLE_WINNER: dict[str, Damage] = {
         " SELECT id, tenant_id, 'frames.succeeded', '{\"frames\": [[1, 1]]}' FROM jobs"
         " WHERE id = :id",
         frame=1,
-        detail="it is dead at attempt 1",
+        detail="the frame is dead at attempt 1",
     ),
 }
 

@@ -24,7 +24,7 @@ def submit_noise(farm: Farm, tenant: uuid.UUID, **fields: Any) -> uuid.UUID:
 
 
 def at_step(number: int, act: Callable[[], object]) -> Disturb:
-    """Return a disturbance that acts at this step of every batch."""
+    """Return a hook that acts at this step of every batch."""
 
     def disturb(_frames: Sequence[FrameSpec], step: int) -> None:
         if step == number:
@@ -34,7 +34,7 @@ def at_step(number: int, act: Callable[[], object]) -> Disturb:
 
 
 def always(error: Exception) -> Disturb:
-    """Return a disturbance that raises this error at the first step."""
+    """Return a hook that raises this error at the first step."""
 
     def disturb(_frames: Sequence[FrameSpec], _step: int) -> None:
         raise error
@@ -43,12 +43,12 @@ def always(error: Exception) -> Disturb:
 
 
 def take(seconds: float) -> None:
-    """Last so long, as a step or an encoding of a real pipeline does."""
+    """Take this time, like a step or an encoding of a real pipeline."""
     threading.Event().wait(seconds)
 
 
 def lane_sums(farm: Farm) -> dict[str, Any]:
-    """Read what the lane's workers have counted."""
+    """Read the sums of the lane's workers."""
     with transaction(farm.store) as connection:
         return dict(workers.sums(connection)[0]._mapping)
 

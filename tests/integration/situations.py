@@ -1,4 +1,4 @@
-"""A job in each situation, for tests that look at a whole farm."""
+"""A job in each situation, for tests of a whole farm."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.support.store import let_leases_expire, register_worker, submit
 
 @dataclass
 class Jobs:
-    """IDs of eight jobs of two frames each. The cancelled one has four, of which it never ran two.
+    """IDs of eight jobs of two frames each. The cancelled one has four; two of them never ran.
 
-    The jobs have 14 frames on record, and six of them succeeded.
+    The jobs have 14 frames with rows, and six of them succeeded.
     """
 
     queued: uuid.UUID
@@ -29,7 +29,7 @@ class Jobs:
 
 
 def fill(farm: Farm, tenant: uuid.UUID) -> Jobs:
-    """Submit the jobs, and bring each into its situation."""
+    """Submit the jobs, and put each into its situation."""
     worker = register_worker(farm)
 
     def of_two(**fields: object) -> uuid.UUID:

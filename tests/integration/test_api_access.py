@@ -1,4 +1,4 @@
-"""Who may do what: keys, roles, and tenants that see nothing of each other."""
+"""Access: keys, roles, and tenants that see nothing of each other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_revoked_key_is_unknown(api: Api) -> None:
 
 
 def signed_in(api: Api, key: str) -> httpx.Client:
-    """A browser that has signed in with a key."""
+    """Return a browser that is signed in with a key."""
     visitor = api.bare(Origin=api.url)
     assert visitor.post("/login", data={"key": key}).status_code == 204
     return visitor
@@ -227,7 +227,7 @@ def test_only_an_operator_drains_a_worker(api: Api, tenant: uuid.UUID) -> None:
     drained = operator.post(path)
     assert (drained.status_code, drained.json()["draining"]) == (202, True)
     assert worker.claim() is None
-    assert operator.post(path).status_code == 202  # asked again, it drains as before
+    assert operator.post(path).status_code == 202  # a second request changes nothing
     unknown = operator.post(f"/v1/workers/{uuid.uuid4()}/drain")
     assert unknown.status_code == 404
     assert operator.post("/v1/workers/x/drain").json()["error"]["param"] == "worker_id"

@@ -1,4 +1,4 @@
-"""What the API refuses of each pipeline's own fields, and what it tells of them beforehand."""
+"""Each pipeline's own fields: the API's refusals, and its descriptions of the fields."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def upload(client: httpx.Client, colour: str) -> str:
 
 
 Case = tuple[str, dict[str, Any], str]
-"""A pipeline, a job's fields, and the field that the refusal names"""
+"""A pipeline, a job's fields, and the field that the refusal names."""
 
 
 def compel(**fields: Any) -> dict[str, Any]:
@@ -155,7 +155,7 @@ SYNTAX: dict[str, tuple[str, str]] = {
     "weights for other parts": ('("a", "b").blend(1)', "weights for 1"),
     "swap": ("a cat.swap(dog)", "swap cannot be used"),
     "a LoRA": ("a cat withLora(pixel, 0.5)", "withLora cannot be used"),
-    "empty brackets": ("a () b", "hold nothing"),
+    "empty brackets": ("a () b", "are empty"),
     "brackets that are deep": ("(" * 9 + "a" + ")" * 9, "8 deep"),
 }
 
@@ -165,7 +165,7 @@ def job(pipeline: str, **fields: Any) -> dict[str, Any]:
 
 
 def refused(client: httpx.Client, body: dict[str, Any]) -> tuple[str, str]:
-    """Check that a job is refused; gives back the field and the message."""
+    """Check that a job is refused. Return the field and the message."""
     problem = check_problem(client.post("/v1/jobs", json=body), 422)
     assert len(problem["detail"]) < 1000
     assert "\n" not in problem["detail"]
@@ -197,7 +197,7 @@ def test_a_field_that_misses_its_other_half_is_named(api: Api) -> None:
     ):
         named, detail = refused(client, job("sdxl", **fields))
         assert named == "negative_target_size"
-        assert "give negative_original_size and negative_target_size together" in detail
+        assert "set negative_original_size and negative_target_size together" in detail
     assert api.jobs_stored() == 0
 
 
@@ -232,7 +232,7 @@ def test_plain_prompts_take_any_text(api: Api) -> None:
 
 
 def controls(mine: str, foreign: str) -> dict[str, Case]:
-    """Wrong ways to name control images; `net` takes one, `nets` two."""
+    """Wrong ways to name control images. `net` takes one, `nets` takes two."""
     good = {"image": mine}
     return {
         "none at all": ("net", {}, "control"),
@@ -319,11 +319,11 @@ def test_fields_at_their_limits_are_taken(api: Api) -> None:
 
 
 SIDES = {"kandinsky": 512, "flux": 1024}
-"""The default width and height; that of the others is 64."""
+"""Default width and height, in pixels. Other pipelines: 64."""
 MULTIPLES = {"kandinsky": 64, "flux": 16, "pixart": 16}
-"""of which a width and a height must be; for the others of 8"""
+"""Width and height must be a multiple of this. Other pipelines: 8."""
 SAMPLERS_OF: dict[str, set[str]] = {"kandinsky": {"ddpm"}, "flux": set()}
-"""Which of the samplers a pipeline can use; the others: all"""
+"""Samplers that a pipeline can use. Other pipelines: all."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sd": {"steps": 50, "guidance_scale": 7.5, "sampler": "pndm", "negative_prompt": "", "eta": 0},
     "sdxl": {"steps": 30, "guidance_scale": 5, "sampler": "dpmpp_2m", "denoising_end": None},
@@ -349,11 +349,11 @@ def test_each_pipeline_tells_what_a_job_for_it_takes(api: Api) -> None:
             assert fields[size]["multipleOf"] == MULTIPLES.get(name, 8), name
         assert samplers(fields) == SAMPLERS_OF.get(name, set(SAMPLERS)), name
         assert DEFAULTS[name].items() <= row["defaults"].items(), (name, row["defaults"])
-        assert "$ref" not in str(row["parameters"]), "whoever reads it needs nothing else"
+        assert "$ref" not in str(row["parameters"]), "the row is complete without references"
 
 
 def samplers(fields: dict[str, Any]) -> set[str]:
-    """The names that a `sampler` field takes, beside null."""
+    """Return the names that a `sampler` field takes, without null."""
     forms = fields["sampler"]["anyOf"] if "sampler" in fields else []
     return {name for form in forms for name in form.get("enum", [])}
 

@@ -1,4 +1,4 @@
-"""Health, metrics, OpenAPI, and what the API says while a server is away."""
+"""Health, metrics, OpenAPI, and the API's answers while a server is away."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def api(farm: Farm) -> Iterator[Api]:
 
 
 def without(settings: Settings, server: str) -> Settings:
-    """The same settings, with one server's address where nothing listens."""
+    """Return the same settings, with an address for one server where nothing listens."""
     nowhere = f"127.0.0.1:{free_port()}"
     urls: dict[str, dict[str, Any]] = {
         "postgres": {"database_url": SecretStr(f"postgresql://farm@{nowhere}/farm")},
@@ -93,11 +93,11 @@ def test_without_redis_a_job_is_still_taken(farm: Farm) -> None:
 
 
 ORDER = ("pipeline", "priority", "outcome", "stage")
-"""Of the labels"""
+"""Order of the labels."""
 
 
 def samples(url: str) -> dict[tuple[str, ...], float]:
-    """Every sample of /metrics, by its name, its pipeline, if it has one, and its other label."""
+    """Return the samples of /metrics, by name, pipeline (if any) and other label."""
     text = httpx.get(f"{url}/metrics").text
     return {
         (sample.name, *(sample.labels[name] for name in ORDER if name in sample.labels)): (

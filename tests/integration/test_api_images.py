@@ -1,5 +1,7 @@
-"""Control images over HTTP: uploaded once, seen by their tenant alone, and nothing left behind by
-what is refused."""
+"""Control images over HTTP: uploaded once and visible only to their tenant.
+
+Refused uploads leave nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ MAX_BYTES, MAX_PIXELS = 50_000, 256 * 128
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
     limits = {"max_image_bytes": MAX_BYTES, "max_image_pixels": MAX_PIXELS}
-    # A bucket of the test's own, so that its objects can be counted.
+    # A separate bucket, so that its objects can be counted.
     return settings.model_copy(update={**limits, "s3_bucket": f"images-{uuid.uuid4().hex}"})
 
 
@@ -70,7 +72,7 @@ def send(client: httpx.Client, content: bytes, kind: str = "image/png") -> httpx
 
 
 def stored(farm: Farm) -> tuple[int, int]:
-    """How many images there are: rows that say so, and objects in the bucket."""
+    """Count the images: rows, and objects in the bucket."""
     objects = farm.artifacts._s3.list_objects_v2(Bucket=farm.settings.s3_bucket)
     kept = sql(farm, "SELECT count(*) FROM control_images WHERE state = 'stored'")
     return kept[0][0], objects["KeyCount"]
@@ -179,9 +181,9 @@ REFUSED: dict[str, tuple[bytes, str, int, str]] = {
     "not an image": (b"{}", "image/png", 422, "is not image/png, image/jpeg or image/webp"),
     "a GIF said to be a PNG": (file("GIF"), "image/png", 422, "is not image/png"),
     "a JPEG said to be a PNG": (file("JPEG"), "image/png", 422, "the image is image/jpeg"),
-    "a type that is not taken": (file("GIF"), "image/gif", 415, "sent as image/png, image/jpeg"),
-    "no type": (file(), "", 415, "sent as image/png"),
-    "a form": (file(), "multipart/form-data; boundary=x", 415, "sent as image/png"),
+    "a type that is not taken": (file("GIF"), "image/gif", 415, "as image/png, image/jpeg"),
+    "no type": (file(), "", 415, "as image/png"),
+    "a form": (file(), "multipart/form-data; boundary=x", 415, "as image/png"),
     "half a PNG": (file()[:-20], "image/png", 422, "damaged, cut short"),
     "half a JPEG": (file("JPEG")[:-20], "image/jpeg", 422, "damaged, cut short"),
     "half a WebP": (file("WEBP")[:-20], "image/webp", 422, "damaged, cut short"),
@@ -276,7 +278,7 @@ def test_the_commands_agree_with_the_api(
     assert command("submit", "--fields", "--json").json == demo
 
 
-# What workers and jobs ask
+# Requests by workers and jobs
 
 
 def test_a_worker_loads_the_picture_itself(farm: Farm, tenant: uuid.UUID) -> None:
@@ -293,7 +295,7 @@ def test_a_lost_or_changed_object_is_no_use_to_try_again(farm: Farm, tenant: uui
     with pytest.raises(RenderError, match="holds no image"):
         control_images.load_image(farm.artifacts, tenant_of(farm), image.id)
     farm.artifacts.put(control_images.image_key(tenant, image.id), file(size=(8, 8)))
-    with pytest.raises(RenderError, match="is another picture") as changed:
+    with pytest.raises(RenderError, match="has other content") as changed:
         control_images.load_image(farm.artifacts, tenant, image.id)
     assert not missing.value.retryable
     assert not changed.value.retryable
@@ -302,7 +304,7 @@ def test_a_lost_or_changed_object_is_no_use_to_try_again(farm: Farm, tenant: uui
 def test_a_storage_that_is_away_may_be_asked_again(farm: Farm, tenant: uuid.UUID) -> None:
     image = control_images.upload(farm, tenant, file(), "image/png")
     nowhere = Artifacts(without(farm.settings, "s3"))
-    with pytest.raises(Unavailable, match="did not give"):
+    with pytest.raises(Unavailable, match="did not return"):
         control_images.load_image(nowhere, tenant, image.id)
     nowhere.close()
 
@@ -318,7 +320,7 @@ def test_missing_images_are_told(farm: Farm, tenant: uuid.UUID) -> None:
 
 
 def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two are decoded at a time; the others wait without a thread, and too many are sent away."""
+    """Two are decoded at a time. Others wait without a thread, and excess uploads are refused."""
     counting, go_on = threading.Lock(), threading.Event()
     inside, most = 0, 0
 
@@ -348,7 +350,7 @@ def test_a_crowd_of_uploads_holds_up_nobody(api: Api, monkeypatch: pytest.Monkey
         go_on.set()
         codes = [one.result().status_code for one in sent]
     assert set(codes) == {201, 503}
-    # The pool of connections may send away more, where all of them ask for one at the same moment.
+    # The connection pool may refuse more of them, if all ask for one at the same moment.
     assert codes.count(201) <= MAX_CONCURRENT_DECODINGS + MAX_WAITING
     assert most == MAX_CONCURRENT_DECODINGS
 

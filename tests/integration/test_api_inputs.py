@@ -1,4 +1,4 @@
-"""Inputs over HTTP, and jobs that draw them: claimed, shown and rendered line by line."""
+"""Inputs over HTTP, and jobs that use them: claimed, shown and rendered line by line."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_inputs_are_listed_and_deleted_where_no_job_draws_them(farm: Farm, api: 
     page = ann.get("/v1/inputs?limit=2").json()
     assert page["data"] == [found[2], found[1]]
     assert ann.get(f"/v1/inputs?limit=2&after={page['next']}").json()["data"] == [found[0]]
-    # What is sent again is the newest again.
+    # An input that is sent again is the newest again.
     assert upload(ann, [{"prompt": "star 0"}])["id"] == found[0]["id"]
     assert ann.get("/v1/inputs").json()["data"][0]["id"] == found[0]["id"]
 

@@ -38,7 +38,7 @@ def client(api: Api) -> httpx.Client:
 
 
 def frames_of(client: httpx.Client, job: dict[str, Any], **query: Any) -> list[dict[str, Any]]:
-    """Every frame of a job, page after page."""
+    """Read every frame of a job, page by page."""
     found: list[dict[str, Any]] = []
     after: str | None = None
     while True:
@@ -191,7 +191,7 @@ def test_a_frame_without_an_image_says_its_state(api: Api, client: httpx.Client)
 def test_a_picture_s_size_is_told_before_it_is_fetched(
     farm: Farm, api: Api, client: httpx.Client
 ) -> None:
-    """By HEAD, which downloaders send first; each address is signed for what it was asked by."""
+    """Downloaders send HEAD first. Each address is signed for the method of its request."""
     job = api.submit(client)
     worker = register_worker(farm, pipeline="demo")
     render(worker, worker.must_claim())
@@ -336,7 +336,7 @@ def test_a_million_frames_are_one_row(api: Api, client: httpx.Client) -> None:
 def test_a_grid_of_a_thousand_points_takes_less_than_three_times_its_request(
     api: Api, client: httpx.Client
 ) -> None:
-    """With a long negative prompt of the words of this repository's license."""
+    """The job has a long negative prompt, made of this repository's license."""
     words = (Path(__file__).parents[2] / "LICENSE").read_text().lower().split()
     grid = {
         "steps": [*range(10, 20)],

@@ -1,4 +1,4 @@
-"""Numbers on the wire: whole ones however they are written, and seeds that JavaScript keeps."""
+"""Numbers in JSON: whole numbers in every notation, and seeds that are exact in JavaScript."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seeds_of(api: Api, job_id: str) -> list[int]:
 def test_seeds_that_the_farm_draws_survive_javascript(api: Api) -> None:
     drawn = seeds_of(api, api.submit(api.client(), seed=None, images_per_prompt=100)["id"])
     assert len(set(drawn)) == 100
-    # What JSON.parse gives is the nearest double.
+    # JSON.parse returns the nearest double.
     assert [int(float(seed)) for seed in drawn] == drawn
     assert max(drawn) < JAVASCRIPT
     again = api.submit(api.client(), seed=int(float(drawn[7])))
@@ -51,7 +51,7 @@ def test_a_job_stored_before_keeps_the_seeds_that_it_had(farm: Farm, api: Api) -
 
 
 def test_a_picture_with_a_given_seed_is_drawn_again_as_ever(farm: Farm, api: Api) -> None:
-    """A reroll of a job with a seed: its bytes are those of every version."""
+    """A reroll of a job with a seed has the same bytes in every version."""
     api.submit(api.client(), seed=31)
     [stored] = sql(farm, "SELECT spec FROM jobs")
     job = FullSpec.model_validate(stored.spec)

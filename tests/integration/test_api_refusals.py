@@ -1,4 +1,4 @@
-"""What the API refuses: each refusal names what is wrong, and leaves nothing behind."""
+"""Refusals of the API: each names the fault, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def api(farm: Farm) -> Iterator[Api]:
 
 
 def check_problem(response: httpx.Response, status: int) -> dict[str, Any]:
-    """Check that a refusal has the form that every client can rely on."""
+    """Check that a refusal has the documented form."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["x-request-id"]
@@ -167,7 +167,7 @@ def test_an_endless_body_is_not_read_to_its_end(api: Api) -> None:
             sent += 65_536
             yield b" " * 65_536
 
-    with suppress(httpx.TransportError):  # the server may close before the client has sent all
+    with suppress(httpx.TransportError):  # the server may close before the whole body is sent
         check_problem(client.post("/v1/jobs", content=endless()), 413)
     assert sent < 50_000_000
     assert api.jobs_stored() == 0

@@ -1,4 +1,4 @@
-"""The audit is silent on a sound farm, and names each damage."""
+"""The audit reports nothing on a sound farm, and reports each damage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.store import new_tenant, sql
 def filled_once(
     servers: Servers, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Jobs]]:
-    """Name of a database with a job in each situation, and the jobs' IDs."""
+    """Return the name of a database with a job in each situation, and the jobs' IDs."""
     with databases.fresh() as name:
         folder = tmp_path_factory.mktemp("filled")
         farm = open_farm(settings_on(servers, databases.url(name), folder))
@@ -41,7 +41,7 @@ def filled_once(
 def settings(
     servers: Servers, databases: Databases, filled_once: tuple[str, Jobs], tmp_path: Path
 ) -> Iterator[Settings]:
-    """Settings of a farm on a copy of that database. All copies share the stored images."""
+    """Return settings of a farm on a copy of that database. All copies share the stored images."""
     with databases.copy(filled_once[0]) as name:
         yield settings_on(servers, databases.url(name), tmp_path)
 

@@ -1,4 +1,4 @@
-"""`farm audit`: what it prints, its exit codes, and an audit that goes on where it stopped."""
+"""`farm audit`: its output, its exit codes, and an audit that continues after a stop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def commanded(farm: Farm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fa
 def test_the_command_prints_what_was_checked_and_exits_0(commanded: Farm, filled: Jobs) -> None:
     outcome = command("audit")
     assert outcome.code == 0
-    assert outcome.out.splitlines()[-1] == "Everything that was checked holds."
+    assert outcome.out.splitlines()[-1] == "All checks passed."
     rows = [line.split()[:4] for line in outcome.out.splitlines()[1:-1]]
     assert ["conservation", "8", "jobs", "0"] in rows
     assert ["ledger", "14", "frames", "0"] in rows
@@ -59,7 +59,7 @@ def test_the_command_prints_each_finding_and_exits_4(commanded: Farm, filled: Jo
     outcome = command("audit")
     assert outcome.code == 4
     assert (
-        f"ledger: job {filled.partial} frame 1 attempt 1: -8 attempts are charged, of 1 at most"
+        f"ledger: job {filled.partial} frame 1 attempt 1: -8 attempts are charged; the maximum is 1"
         in outcome.out.splitlines()
     )
     assert outcome.out.splitlines()[-1] == "2 findings."
@@ -71,11 +71,11 @@ def test_the_command_prints_each_finding_and_exits_4(commanded: Farm, filled: Jo
         "job_id": str(filled.partial),
         "ordinal": 0,
         "attempt": 1,
-        "detail": "-8 attempts are charged, of 1 at most",
+        "detail": "-8 attempts are charged; the maximum is 1",
     }
 
 
-# An audit that stopped
+# An interrupted audit
 
 
 def test_an_audit_goes_on_where_it_stopped(
@@ -113,7 +113,7 @@ def test_the_command_keeps_its_place_in_a_file_and_goes_on(
     monkeypatch.setenv("FARM_S3_BUCKET", "no-such-bucket")
     outcome = command("audit", "--resume", str(file))
     assert (outcome.code, outcome.out) == (5, "")
-    assert outcome.err.splitlines()[-1].startswith("Error: The image storage did not give")
+    assert outcome.err.splitlines()[-1].startswith("Error: The image storage did not return")
     kept = Report.model_validate_json(file.read_bytes())
     assert kept.place.phase is Phase.FRAMES
     assert kept.checked[Invariant.CONSERVATION] == 8

@@ -1,4 +1,4 @@
-"""The audit reads stored images, and finds those that are deleted or have other bytes."""
+"""The audit reads stored images. It finds deleted images and images with other bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit reports nothing that merely changes while it reads, and no server that is away."""
+"""The audit reports no changes made while it reads, and no server that is away."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def filled(farm: Farm, tenant: uuid.UUID) -> Jobs:
     return fill(farm, tenant)
 
 
-# A farm at work
+# A busy farm
 
 
 def test_nothing_that_merely_moves_is_reported(
     farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hands make every move, an owner steers jobs and a janitor removes them during the audits."""
+    """Fake workers, an owner of jobs and a janitor work during the audits."""
     for name, size in {"JOBS_PER_CHUNK": 7, "FRAMES_PER_CHUNK": 7, "EVENTS_PER_CHUNK": 50}.items():
         monkeypatch.setattr(auditing, name, size)
     moves = [0, 0]
@@ -63,7 +63,7 @@ def test_nothing_that_merely_moves_is_reported(
 
 @contextmanager
 def repeated_in_threads(works: list[Iterator[None]]) -> Iterator[list[BaseException]]:
-    """Go through each of these in a thread until the block ends. Yield the errors they raise."""
+    """Iterate over each of these in a thread until the block ends. Yield the errors they raise."""
     over = threading.Event()
     failures: list[BaseException] = []
 
@@ -86,7 +86,7 @@ def repeated_in_threads(works: list[Iterator[None]]) -> Iterator[list[BaseExcept
 
 
 def hand_at_work(farm: Farm, number: int, moves: list[int]) -> Iterator[None]:
-    """Claim, and then render, fail, release, render a part, or leave the lease to expire."""
+    """Claim, then render, fail, release, render a part, or let the lease expire."""
     worker = register_worker(farm, f"hand {number}")
     choice = random.Random(number)
     while True:
@@ -146,7 +146,7 @@ def upkeep_at_work(farm: Farm) -> Iterator[None]:
         yield
 
 
-# Jobs that are removed
+# Removed jobs
 
 
 def test_pruned_events_are_no_finding(farm: Farm, filled: Jobs) -> None:
@@ -168,7 +168,7 @@ def test_a_removed_job_is_no_finding_while_an_event_tells_of_its_removal(
     )
     with transaction(farm.store) as connection:
         assert len(retention.remove_due(connection, 5.0)) == 3
-    for _ in range(6):  # after each piece that is deleted
+    for _ in range(6):  # after each deleted piece
         assert audited(farm).ok
         with transaction(farm.store) as connection:
             retention.delete_rows(connection, 1)
@@ -202,7 +202,7 @@ def test_a_job_removed_while_its_image_is_read_is_no_finding(
     assert not audited(farm).ok
 
 
-# Servers that are away
+# Unreachable servers
 
 
 def test_a_server_that_is_away_for_a_moment_is_asked_again(

@@ -1,4 +1,4 @@
-"""The family of last resort, over every class that AutoPipelineForText2Image knows."""
+"""The fallback family, with every class that AutoPipelineForText2Image knows."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 PICTURES = Pipeline(source="somewhere", defaults={"width": 512, "height": 512})
 
 
-# As the farm reads them: importing all of diffusers takes four seconds of each process.
-# Kolors needs sentencepiece, without which diffusers leaves it out of its table.
+# Read without imports, as the farm does: importing diffusers takes four seconds a process.
+# Kolors needs sentencepiece. Without it diffusers leaves Kolors out of its table.
 KNOWN_CLASSES = sorted({name for name in _tables()[TABLES[0]].values() if "Kolors" not in name})
 
 
@@ -45,7 +45,7 @@ def test_the_classes_are_those_of_diffusers_own_table() -> None:
 
 @pytest.mark.parametrize("class_name", KNOWN_CLASSES)
 def test_every_class_is_offered_or_refused_in_clear(class_name: str) -> None:
-    """Each default is the one that the class itself has, as Python sees it."""
+    """Each default equals that of the class itself, read by Python."""
     import inspect
 
     import diffusers
@@ -60,7 +60,7 @@ def test_every_class_is_offered_or_refused_in_clear(class_name: str) -> None:
             assert argument.default == real[name].default, name
     checkpoint = Checkpoint({"_class_name": class_name}, CONFIGS)
     if "Control" in class_name or "num_frames" in real:
-        with pytest.raises(CatalogError, match=r"also needs an image|renders films"):
+        with pytest.raises(CatalogError, match=r"also needs an image|renders videos"):
             Auto().tailor(PICTURES, checkpoint)
         return
     params = Auto().tailor(PICTURES, checkpoint)
@@ -85,7 +85,7 @@ def test_other_classes_of_a_checkpoint_are_taken_as_the_auto_class_takes_them() 
 
 
 def test_no_neighbour_s_words_change_a_picture(tmp_path: Path) -> None:
-    """CogView4 pads all prompts of a call to the longest, and sees the padding."""
+    """CogView4 pads all prompts of a call to the longest, and the padding has an effect."""
     save("cogview4", tmp_path / "cogview4")
     resolved = resolve_pipeline("cog", Pipeline(source=str(tmp_path / "cogview4"), device="cpu"))
     assert resolved.family.name == "auto"
@@ -100,14 +100,14 @@ def test_no_neighbour_s_words_change_a_picture(tmp_path: Path) -> None:
         return np.asarray(resolved.family.denoise(loaded, Batch(frames))[0])
 
     alone = drawn(frame("a red star", 1))
-    beside = frame("a very long prompt of somebody else, much longer than the other", 2)
-    assert (drawn(frame("a red star", 1), beside) == alone).all()
+    neighbour = frame("a very long prompt of somebody else, much longer than the other", 2)
+    assert (drawn(frame("a red star", 1), neighbour) == alone).all()
 
-    # It would: in one call of diffusers itself, with the same seeds, the picture is another.
+    # In one call of diffusers itself, with the same seeds, the picture differs.
     import torch
 
     both = loaded.pipe(
-        prompt=["a red star", beside.prompt],
+        prompt=["a red star", neighbour.prompt],
         num_inference_steps=2,
         max_sequence_length=64,
         height=params["height"],

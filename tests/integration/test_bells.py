@@ -1,4 +1,4 @@
-"""Bells: rung on the real Redis, and no great matter where there is none."""
+"""Bells: rung on the real Redis, and not essential without one."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_a_redis_that_accepts_and_stays_silent_holds_nobody_up(
             connection.close()
 
 
-# Where Redis is
+# Addresses of Redis
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """A certificate that nobody vouches for, with its key."""
+    """Create a self-signed certificate with its key."""
     path = tmp_path / "both.pem"
     words = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -keyout {path}"
     done = ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -87,7 +87,7 @@ def certificate(tmp_path: Path) -> Path:
 
 @contextmanager
 def behind_tls(certificate: Path) -> Iterator[tuple[int, list[str]]]:
-    """A server that does nothing but TLS: its port, and how each handshake ended."""
+    """Run a server that only does TLS. Yield its port and the results of handshakes."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     ends: list[str] = []
@@ -114,7 +114,7 @@ def behind_tls(certificate: Path) -> Iterator[tuple[int, list[str]]]:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl on the PATH")
 def test_a_certificate_behind_rediss_is_verified(settings: Settings, certificate: Path) -> None:
-    """By whoever rings, and by Celery, which would take any."""
+    """The farm's client verifies it, and so does Celery, which accepts any by default."""
     with behind_tls(certificate) as (port, ends):
         url = f"rediss://127.0.0.1:{port}/0"
         bells = Bells(settings.model_copy(update={"redis_url": SecretStr(url)}))
@@ -135,7 +135,7 @@ def test_a_certificate_behind_rediss_is_verified(settings: Settings, certificate
 
 @pytest.fixture
 def sentinel(settings: Settings, tmp_path: Path) -> Iterator[str]:
-    """A Sentinel that watches the tests' Valkey; gives the address by it."""
+    """Run a Sentinel that watches the tests' Valkey. Yield the farm's address for it."""
     valkey = urlsplit(settings.redis_url.get_secret_value())
     port, config = free_port(), tmp_path / "sentinel.conf"
     config.write_text(

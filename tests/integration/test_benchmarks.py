@@ -1,6 +1,6 @@
-"""A short version of every row of `make bench`: it runs, loses nothing and gives figures.
+"""A short version of every row of `make bench`: it runs, loses nothing and returns figures.
 
-How fast things are is a matter of the machine, and is not judged here.
+Speed depends on the machine and is not judged here.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def ratio(row: Row, start: str) -> float:
     return next(found.median for found in row.ratios if found.what.startswith(start))
 
 
-@pytest.mark.timeout(600)  # it loads torch again and again, on however busy a machine
+@pytest.mark.timeout(600)  # it loads torch many times, perhaps on a busy machine
 def test_real_pictures_and_a_simulated_device(stand: BenchServers) -> None:
     check(pictures.rows(stand, short=True))
 
 
 @pytest.mark.timeout(600)
 def test_a_device(stand: BenchServers) -> None:
-    """A tiny model, on the CPU where there is no other."""
+    """A tiny model, on the CPU if there is no other device."""
     check(cuda.rows("h", "sd15", stand, short=True))
 
 

@@ -1,4 +1,4 @@
-"""A worker whose pipeline cannot be loaded: it says why everywhere, tries again, and goes on."""
+"""A worker whose pipeline cannot be loaded: it reports the reason, tries again, and recovers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def api(farm: Farm) -> Iterator[Api]:
 
 
 class Clock:
-    """One that stands still until it is told to go on."""
+    """A clock that stands still until a test moves it."""
 
     now = 1000.0
 
@@ -80,7 +80,7 @@ class Clock:
 
 
 def hire(farm: Farm, pipeline: str, clock: Clock | None = None) -> RenderProcess:
-    """A worker's child, enlisted as its parent does."""
+    """Return a worker's child, registered in the same way as by its parent."""
     identity = Identity(uuid.uuid4(), pipeline, "here", os.getpid())
     with transaction(farm.store) as connection:
         enlist(connection, identity)
@@ -89,21 +89,21 @@ def hire(farm: Farm, pipeline: str, clock: Clock | None = None) -> RenderProcess
 
 @contextmanager
 def reopened(farm: Farm) -> Iterator[Farm]:
-    """The farm as a worker opens it that starts now."""
+    """Open the farm again, as a newly started worker does."""
     opened = open_farm(farm.settings)
     yield opened
     opened.close()
 
 
 def worker(farm: Farm) -> Any:
-    """The state and the problem of the only worker."""
+    """Read the state and the problem of the only worker."""
     [row] = sql(farm, "SELECT state, problem FROM workers")
     return row
 
 
 @contextmanager
 def told_of(settings: Settings, api: Api) -> Iterator[None]:
-    """Let commands of this process find the farm."""
+    """Set the variables for commands of this process."""
     env = variables(settings) | {"FARM_API_URL": api.url, "FARM_API_KEY": api.key()}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
@@ -145,14 +145,14 @@ def no_memory(bench: CheckpointSandbox) -> Iterator[None]:
 
 PICKLE = (
     "Pipeline sd: stable_diffusion: unet/diffusion_pytorch_model.bin is a pickle, which can run "
-    "any code; only safetensors are loaded."
+    "any code. Only safetensors are loaded."
 )
 NO_PRIOR = (
-    "Pipeline kandinsky: kandinsky22_decoder draws from the embeddings of a prior: name one as "
-    "`prior`, such as kandinsky-community/kandinsky-2-2-prior."
+    "Pipeline kandinsky: kandinsky22_decoder needs a prior, which makes embeddings of prompts. Set "
+    "`prior`, for example to kandinsky-community/kandinsky-2-2-prior."
 )
 NO_MEMORY = (
-    "Out of memory: stable_diffusion needs 0.0 GiB on cpu for its weights alone, and 0.0 GiB are "
+    "Out of memory: stable_diffusion needs 0.0 GiB on cpu for its weights, but 0.0 GiB are "
     f"free. {loading.HELP}"
 )
 
@@ -171,7 +171,7 @@ def test_a_failed_load_is_told_everywhere(
     spoiled: Callable[[CheckpointSandbox], AbstractContextManager[None]],
     reason: str,
 ) -> None:
-    """The job was taken while all was well."""
+    """The job was accepted before the fault."""
     client = api.client()
     job = api.submit(client, pipeline=pipeline, **SMALL)
     with spoiled(bench):
@@ -179,7 +179,7 @@ def test_a_failed_load_is_told_everywhere(
             child = hire(started, pipeline)
             child.start()
             assert worker(farm) == ("failed", reason)
-            child.answer()  # too early to try again
+            child.answer()  # too early for the next try
         [logged] = [record for record in caplog.records if record.name == module.__name__]
         assert logged.levelname == "ERROR"
         assert logged.getMessage().endswith(f" cannot load pipeline {pipeline}: {reason}")
@@ -198,7 +198,7 @@ def test_a_failed_load_is_told_everywhere(
 
 
 def check_doctor(farm: Farm, api: Api, pipeline: str, reason: str) -> None:
-    """The doctor says it of the workers, and of the pipeline where its files show it."""
+    """Check the doctor's report on the workers, and on the pipeline if its files are faulty."""
     with told_of(farm.settings, api):
         outcome, plain = farm_command("doctor", "--json"), farm_command("doctor")
     assert (outcome.code, plain.code) == (1, 1)
@@ -211,7 +211,7 @@ def check_doctor(farm: Farm, api: Api, pipeline: str, reason: str) -> None:
     assert any(
         line.endswith(f"1 worker failed to load it: {reason}") for line in plain.out.splitlines()
     )
-    assert "Mend what it says. Its workers try again by themselves." in plain.out
+    assert "Correct that problem. The workers then try again by themselves." in plain.out
     assert f"farm worker {pipeline}" not in plain.out, "there is one"
     assert "Traceback" not in plain.out + plain.err
 
@@ -243,12 +243,12 @@ def test_a_mended_checkpoint_is_loaded_and_what_waits_rendered(
 def test_another_checkpoint_in_its_place_is_taken_as_what_it_is(
     farm: Farm, bench: CheckpointSandbox, tenant: uuid.UUID
 ) -> None:
-    """Offers are remembered; a worker that tries again looks anew."""
+    """Resolved pipelines are cached. A worker that tries again reads the files again."""
     clock = Clock()
     child = hire(farm, "sd", clock)
     bench.change("stable_diffusion/unet/config.json", block_out_channels=[32, 32])
     child.start()
-    assert "are not of the shapes" in worker(farm).problem
+    assert "do not have the shapes" in worker(farm).problem
     bench.take("sdxl")
     shutil.rmtree(bench.folder / "stable_diffusion")
     (bench.folder / "sdxl").rename(bench.folder / "stable_diffusion")
@@ -265,7 +265,7 @@ def test_tries_are_further_and_further_apart(farm: Farm, monkeypatch: pytest.Mon
 
     def fail(_name: str, _entry: object) -> None:
         tries.append(clock.now)
-        clock.now += 7  # a failing load takes its time, too
+        clock.now += 7  # a failing load takes time, too
         raise CatalogError("It is broken.")
 
     monkeypatch.setattr(module, "resolve_pipeline", fail)
@@ -308,7 +308,7 @@ def test_the_janitor_rings_for_a_lane_whose_worker_failed(
     with pickle(bench):
         hire(farm, "sd").start()
     bells = farm.bells._redis
-    bells.flushdb()  # the first bell is lost, or was answered in vain
+    bells.flushdb()  # the first bell is lost, or was answered without success
     with leadership(farm.store, 5.0) as connection:
         assert connection is not None
         Janitor(farm).sweep(connection)
@@ -318,9 +318,9 @@ def test_the_janitor_rings_for_a_lane_whose_worker_failed(
 def test_a_lane_s_only_worker_comes_back_without_anyone_s_help(
     farm: Farm, bench: CheckpointSandbox, tenant: uuid.UUID
 ) -> None:
-    """The real worker and a janitor; the first pause passes in real time."""
+    """Uses the real worker and a janitor. The first pause passes in real time."""
     job_id = submit(farm, tenant, pipeline="sd", **SMALL)
-    farm.bells._redis.flushdb()  # nobody but the janitor rings
+    farm.bells._redis.flushdb()  # only the janitor rings
     with pickle(bench), worker_process(farm.settings) as process:
         wait_until(lambda: failed(farm, process), 120, "the worker has failed to load")
         with janitor(farm):
@@ -328,7 +328,7 @@ def test_a_lane_s_only_worker_comes_back_without_anyone_s_help(
             wait_until(
                 lambda: job_row(farm, tenant, job_id).status == "succeeded",
                 120,
-                "the worker has loaded the mended checkpoint and rendered the job",
+                "the worker has loaded the repaired checkpoint and rendered the job",
             )
         assert process.poll() is None, "it is the same process"
 
@@ -364,7 +364,7 @@ def janitor(farm: Farm) -> Iterator[None]:
 def test_a_child_that_ended_while_it_loaded_makes_the_next_one_wait(
     farm: Farm, tenant: uuid.UUID, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As after the kernel ended it for its memory: the pool starts the next one at once."""
+    """As after the kernel's OOM killer: the pool starts the next one at once."""
     clock = Clock()
     child = hire(farm, "sd", clock)
     scratch = child._scratch

@@ -1,4 +1,4 @@
-"""A worker on which one frame after another fails rests; no frame is burnt, and it comes back."""
+"""A worker trips when frame after frame fails on it. No frame is spent, and it recovers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def well(frames: Sequence[FrameSpec], step: int) -> None:
 
 
 def rest_ends(farm: Farm) -> None:
-    """Let the time of a rest, and what waits for it, be over."""
+    """Let the pause of a tripped worker, and waits of its frames, be over."""
     sql(farm, "UPDATE workers SET tripped_until = clock_timestamp() - interval '1 second'")
 
 
@@ -37,7 +37,7 @@ def all_due(farm: Farm) -> None:
 
 
 def trips(farm: Farm) -> tuple[int, int, float]:
-    """How many frames failed in a row, how many rests, and how long the latest still is."""
+    """Read the failures in a row, the number of trips, and the seconds left of the last trip."""
     [row] = sql(
         farm,
         "SELECT cardinality(failing), trips,"
@@ -79,7 +79,7 @@ def test_it_tries_one_frame_more_each_time_another_and_rests_grow(
         all_due(farm)
         batches = len(noise.batches)
         loop.run()
-        assert len(noise.batches) == batches + 1, trial  # one, and it rests again
+        assert len(noise.batches) == batches + 1, trial  # one frame, then it trips again
         lengths.append(trips(farm)[2])
     assert sql(farm, "SELECT DISTINCT attempt FROM frames WHERE job_id = :id", id=job_id) == [(1,)]
     base = farm.settings.trip_seconds
@@ -102,8 +102,10 @@ def test_a_success_ends_it(farm: Farm, tenant: uuid.UUID, noise: Noise, loop: Re
 def test_the_next_trial_is_another_frame_s(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """Three frames of one job are at fault: between two rests the other's go on, and no frame needs
-    more than its attempts."""
+    """Three frames of one job are at fault. Between two trips the other job's frames continue.
+
+    No frame needs more than its attempts.
+    """
     guilty = submit(
         farm, tenant, pipeline="noise", prompts=["guilty"], images_per_prompt=3, bucket=1
     )
@@ -145,7 +147,7 @@ def test_one_frame_that_fails_again_and_again_is_no_reason(
 def test_a_job_of_nothing_else_ends_all_the_same(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """Each is charged as on a worker that is well."""
+    """Each frame is charged as on a sound worker."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=3, bucket=1, max_attempts=2)
     noise.disturb = broken
     trials = 0
@@ -160,7 +162,7 @@ def test_a_job_of_nothing_else_ends_all_the_same(
 def test_a_frame_that_cannot_be_is_no_reason_either(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """It is dead at once, and so is the next: whoever submitted them hears of it soon."""
+    """It is dead at once, and so is the next one, so their owner learns it soon."""
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=20, bucket=1)
 
     def disturb(frames: Sequence[FrameSpec], step: int) -> None:
@@ -180,7 +182,7 @@ def test_it_is_said_to_all(farm: Farm, tenant: uuid.UUID, noise: Noise, loop: Re
         loop.run()
         [worker] = client.get("/v1/workers").json()["data"]
         assert worker["state"] == "failed"
-        assert worker["problem"].startswith("Different frames failed in a row (3); it tries again")
+        assert worker["problem"].startswith("3 different frames failed in a row. The worker tries")
         because = client.get(f"/v1/jobs/{job}").json()["waiting_because"]
         assert because == f"The workers cannot render pipeline noise: {worker['problem']}"
 
@@ -204,7 +206,7 @@ def test_a_resting_worker_claims_nothing_while_another_does(farm: Farm, tenant: 
 def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """However urgent they are; and what is well of another tenant ends no rest."""
+    """Their urgency does not matter. A success of another tenant does not reset the breaker."""
     bob = new_tenant(farm, "bob")
     bad = submit(
         farm, tenant, pipeline="noise", images_per_prompt=40, bucket=1, priority="interactive"

@@ -1,4 +1,4 @@
-"""What is claimed, in which order, by whom; and that it costs what it should."""
+"""Claims: their frames, their order, their workers and their cost."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_urgent_jobs_come_first_and_older_ones_before_younger(
 def test_three_tenants_share_a_lane_within_one_batch(farm: Farm) -> None:
     tenants = [new_tenant(farm, name) for name in ("one", "two", "three")]
     for number, tenant in enumerate(tenants):
-        for _ in range(number + 1):  # more jobs do not mean a larger share
+        for _ in range(number + 1):  # more jobs do not increase the share
             submit(farm, tenant, images_per_prompt=1000, bucket=8, priority="bulk")
     worker = register_worker(farm)
     served: Counter[uuid.UUID] = Counter()
@@ -132,7 +132,7 @@ def test_a_grid_is_claimed_point_by_point(farm: Farm, tenant: uuid.UUID) -> None
         grid={"guidance_scale": [2.0, 4.0], "negative_prompt": ["", "blue"]},
     )
     leases = claim_all(farm)
-    # negative_prompt differs freely within a batch, guidance_scale does not
+    # negative_prompt may differ within a batch, guidance_scale may not
     assert [ordinals(lease) for lease in leases] == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]]
     scales = [{frame.spec.params["guidance_scale"] for frame in lease.frames} for lease in leases]
     assert scales == [{2.0}, {2.0}, {4.0}, {4.0}]
@@ -151,7 +151,7 @@ def test_a_returned_frame_is_claimed_again_with_its_own_spec(farm: Farm, tenant:
 def test_a_frame_whose_attempt_failed_is_claimed_without_neighbours(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    """One bad frame takes its batch down once; then it is alone, and the others succeed."""
+    """One bad frame makes its batch fail once. Then it is isolated, and the others succeed."""
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=8)
     worker = register_worker(farm)
     sizes = []
@@ -178,7 +178,7 @@ def test_an_interactive_job_is_not_held_up_by_returned_frames(
     urgent = submit(farm, tenant, bucket=4, priority="interactive")
     lease = worker.must_claim()
     assert urgent in {frame.job_id for frame in lease.frames}
-    assert len(lease.frames) == 4  # the requeued ones fill what is free
+    assert len(lease.frames) == 4  # requeued frames fill the free slots
 
 
 def test_no_debt_for_work_done_while_nobody_else_asked(farm: Farm) -> None:
@@ -213,7 +213,7 @@ def test_nothing_is_claimed_before_its_back_off_is_over(farm: Farm, tenant: uuid
 def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=4, bucket=2)
     worker = register_worker(farm)
-    worker.release(worker.must_claim())  # two frames requeued, two not yet born
+    worker.release(worker.must_claim())  # two frames requeued, two unclaimed
     jobs.pause(farm, tenant, job_id)
     assert worker.claim() is None
     jobs.resume(farm, tenant, job_id)
@@ -256,7 +256,7 @@ def test_two_workers_at_once_claim_each_frame_once(farm: Farm, tenant: uuid.UUID
 def test_cancel_races_with_claim_and_complete_without_deadlock(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    """Jobs share batches, so that transitions touch several jobs at a time."""
+    """Jobs share batches, so each transition changes several jobs."""
     job_ids = [submit(farm, tenant, images_per_prompt=60, bucket=16) for _ in range(8)]
     problems: list[BaseException] = []
 
@@ -284,7 +284,7 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
                 continue
 
     def beat() -> None:
-        """What a worker's heart does meanwhile, in its two transactions."""
+        """Do a worker supervisor's heartbeat, in its two transactions."""
         for worker in sql(farm, "SELECT id FROM workers") * 30:
             with transaction(farm.store) as connection:
                 leases.renew(connection, worker.id, 60.0)
@@ -323,7 +323,7 @@ def test_cancel_is_final(farm: Farm, tenant: uuid.UUID) -> None:
 
 
 def test_a_job_s_events_come_in_the_order_of_their_commits(farm: Farm, tenant: uuid.UUID) -> None:
-    """A reader that goes on after the last id it saw misses nothing, whoever writes meanwhile."""
+    """A reader that continues after its last ID misses nothing, even with concurrent writers."""
     job_id = submit(farm, tenant, images_per_prompt=120, bucket=2)
     over = threading.Event()
 
@@ -393,7 +393,7 @@ def test_a_worker_stopped_in_the_middle_of_its_claim_holds_up_nobody(
     assert claimed is not None
     again = register_worker(
         farm
-    ).must_claim()  # waits until Postgres has ended the transaction left idle
+    ).must_claim()  # waits until Postgres has ended the idle transaction
     assert [frame.attempt for frame in again.frames] == [1]
     with pytest.raises(InternalError, match="idle-in-transaction"):
         transaction_of_the_stopped.commit()

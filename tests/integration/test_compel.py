@@ -1,4 +1,4 @@
-"""Compel itself, on a tiny CLIP: what the checker takes it encodes, what it fails at is refused."""
+"""Compel itself, on a tiny CLIP: it encodes all accepted prompts, and its failures are refused."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def encoder(kind: str) -> PromptEncoder:
 
 
 def fails(text: str) -> bool:
-    """Whether Compel itself raises something."""
+    """Return True if Compel itself raises an error."""
     [compel] = encoder("stable_diffusion")._compel(None).values()
     try:
         compel([text])
@@ -111,7 +111,7 @@ def test_what_the_checker_takes_compel_encodes(text: str) -> None:
     encodes("stable_diffusion", text)
 
 
-@settings(max_examples=50)  # the parser is the same; there are two encoders
+@settings(max_examples=50)  # the same parser, with two encoders
 @given(text=weighted | mixtures)
 def test_what_the_checker_takes_two_encoders_encode(text: str) -> None:
     encodes("sdxl", text)
@@ -138,7 +138,7 @@ def encodes(kind: str, text: str) -> None:
     ],
 )
 def test_what_compel_fails_at_is_refused(text: str) -> None:
-    """Those that the test above would meet, were they taken."""
+    """The test above would fail with these prompts if they were accepted."""
     assert fails(text)
     assert not is_taken(text)
 
@@ -158,14 +158,14 @@ def test_the_parser_s_memory_changes_no_result(text: str) -> None:
     from compel.prompt_parser import PromptParser
 
     assume(is_taken(text))
-    assume(text.count("(") + text.count('"') <= 8)  # without it, brackets take their time
+    assume(text.count("(") + text.count('"') <= 8)  # without the limit, brackets take long
     parsed = PromptParser().parse_conjunction(text)
     with nothing_remembered():
         assert PromptParser().parse_conjunction(text) == parsed
 
 
 def test_nested_brackets_are_parsed_at_once() -> None:
-    """Without the parser's memory the first of these takes two minutes; with it, 0.02 s."""
+    """Without the parser's memory the first of these takes two minutes, with it 0.02 s."""
     from compel.prompt_parser import PromptParser
 
     groups = MAX_PIECES // MAX_DEPTH

@@ -1,4 +1,4 @@
-"""The family that docs/pipelines.md shows renders the very pixels of the one that it replaces."""
+"""The example family of docs/pipelines.md renders the same pixels as the family it replaces."""
 
 from __future__ import annotations
 

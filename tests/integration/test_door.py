@@ -1,4 +1,4 @@
-"""The front door: what stalls, trickles or floods costs others nothing."""
+"""Overload of the API: clients that stall, trickle or flood do not delay others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.waiting import wait_until
 
 CROWD = 200
 MAX_BYTES = 100 * 2**20
-"""That the API's memory may grow by"""
+"""Allowed growth of the API's memory, in bytes."""
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def api(farm: Farm) -> Iterator[Api]:
 
 
 def connect(api: Api, path: str, length: int, *headers: str) -> socket.socket:
-    """Send the head of a request, whose body is to come."""
+    """Send the head of a request without its body."""
     at = urlsplit(api.url)
     sender = socket.create_connection((str(at.hostname), at.port or 0), timeout=30)
     lines = [f"POST {path} HTTP/1.1", f"Host: {at.netloc}", f"Content-Length: {length}", *headers]
@@ -45,7 +45,7 @@ def origin(api: Api) -> str:
 
 
 def answer(sender: socket.socket) -> str:
-    """Read a response whole: its body may come after its head."""
+    """Read a whole response. Its body may arrive after its head."""
     told = b""
     with sender:
         while more := sender.recv(65_536):
@@ -102,9 +102,9 @@ def test_a_body_that_keeps_its_pace_may_take_long(
 
 
 def test_a_tenant_has_places_of_its_own(api: Api) -> None:
-    """One that sends many bodies at once, and finishes none, is sent away; others are not."""
+    """A tenant that sends many unfinished bodies at once is refused. Others are not."""
     key = f"Authorization: Bearer {api.key('ann')}"
-    # A few more than there are: one may be sent away for a submission that holds a place.
+    # A few more than the places: a submission may hold a place, so that one is refused.
     stalled = [connect(api, "/v1/jobs", 100, key) for _ in range(70)]
     ann, bob = api.client("ann"), api.client("bob")
     wait_until(lambda: ann.post("/v1/jobs", json=JOB).status_code == 503, 30, "ann's are taken")
@@ -115,7 +115,7 @@ def test_a_tenant_has_places_of_its_own(api: Api) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return this process's resident memory, in bytes."""
     text = Path("/proc/self/status").read_text()
     [line] = [line for line in text.splitlines() if line.startswith("VmRSS:")]
     return int(line.split()[1]) * 1024
@@ -124,7 +124,7 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
 @pytest.mark.parametrize("kind", ["floods", "stalls at the login", "stalls elsewhere"])
 def test_a_crowd_without_keys_costs_little(api: Api, kind: str) -> None:
-    """Two hundred clients; the API runs in this process, so its memory is this one's."""
+    """Two hundred clients. The API runs in this process, so this process's memory is measured."""
     client = api.client()
     assert client.post("/v1/jobs", json=JOB).status_code == 202
     before, block, over = resident(), os.urandom(2**16), threading.Event()
@@ -155,7 +155,7 @@ def test_a_crowd_without_keys_costs_little(api: Api, kind: str) -> None:
 
 
 def test_a_storage_that_is_silent_holds_up_no_submission(farm: Farm) -> None:
-    """Readiness waits for it, as the page's pictures do, in threads of its own."""
+    """Readiness and the page's pictures wait for it in separate threads."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         port = silent.getsockname()[1]
         settings = farm.settings.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{port}"})

@@ -1,4 +1,4 @@
-"""The hot queries never read a large table from end to end, however large the history."""
+"""The hot queries never read a large table from end to end, even with a large history."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.databases import Databases
 from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames"}
-"""Tables that grow with history or backlog; the others hold a row a worker, a tenant, a batch."""
+"""Tables that grow with history or backlog. Others have a row per worker, tenant or batch."""
 
 HISTORY = """
 INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,
@@ -134,14 +134,14 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
 
 @pytest.fixture
 def settings(servers: Servers, databases: Databases, tmp_path: Path) -> Iterator[Settings]:
-    """On a database that no other test has filled: plans go by the sizes of its files."""
+    """Return settings on a database that no other test has used: plans depend on file sizes."""
     with databases.copy() as name:
         yield settings_on(servers, databases.url(name), tmp_path)
 
 
 @pytest.fixture
 def aged(farm: Farm) -> tuple[Farm, uuid.UUID, uuid.UUID]:
-    """A farm with a long history; its job is the one that the queries ask for."""
+    """Return a farm with a long history, and the job that the queries read."""
     tenant = new_tenant(farm, "old")
     job = submit(farm, tenant, images_per_prompt=200_000, bucket=8)
     with transaction(farm.store) as connection:
@@ -179,7 +179,7 @@ def test_no_hot_query_scans_a_large_table(aged: tuple[Farm, uuid.UUID, uuid.UUID
 def _sequential(node: dict[str, Any]) -> Iterator[str]:
     if node["Node Type"] == "Seq Scan":
         yield node["Relation Name"]
-    # What stands in a routine must show: a plan that only calls it tells nothing.
+    # Statements inside a routine must be inlined: a plan that only calls it shows nothing.
     assert node.get("Function Name", "unnest") in {"unnest", "jsonb_array_elements"}
     for child in node.get("Plans", []):
         yield from _sequential(child)
@@ -199,11 +199,11 @@ def test_the_check_itself_sees_a_sequential_scan(
 def test_claiming_and_completing_read_no_large_table_from_end_to_end(
     aged: tuple[Farm, uuid.UUID, uuid.UUID],
 ) -> None:
-    """Postgres's own counts of what each call scanned, once its plans are kept between calls."""
+    """Uses Postgres's own scan counters, after its plans are cached."""
     farm, _, job = aged
     worker = register_worker(farm)
     with farm.store.connect() as connection, connection.begin():
-        for _ in range(8):  # from the sixth on, a plan is kept for any values
+        for _ in range(8):  # from the sixth call on, Postgres uses a generic plan
             lease = worker.claim_in(connection)
             assert lease is not None
             assert {frame.job_id for frame in lease.frames} == {job}

@@ -1,4 +1,4 @@
-"""What only loading shows: each failure is one clear line, and leaves the process able to go on."""
+"""Faults found only on loading: each is one clear line, and the process continues."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load(entry: Pipeline) -> LoadedPipeline:
 
 
 def refused(bench: CheckpointSandbox, words: str = SD) -> str:
-    """Check that loading an entry fails, and give back what is said."""
+    """Check that loading an entry fails. Return the message."""
     entry = bench.entry(words)
     resolved = resolve_pipeline("x", entry)
     with pytest.raises(CatalogError) as caught:
@@ -58,15 +58,15 @@ SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
         lambda bench: bench.change(
             "stable_diffusion/unet/config.json", block_out_channels=[32, 32]
         ),
-        r"weights are not of the shapes that its configuration says \(\S+ expected shape",
+        r"weights do not have the shapes that its configuration states \(\S+ expected shape",
     ),
     "a VAE of other shapes": (
         lambda bench: bench.change("stable_diffusion/vae/config.json", block_out_channels=[32] * 4),
-        "weights are not of the shapes that its configuration says",
+        "weights do not have the shapes that its configuration states",
     ),
     "a text encoder of other shapes": (
         lambda bench: bench.change("stable_diffusion/text_encoder/config.json", hidden_size=64),
-        "weights are not of the shapes that its configuration says",
+        "weights do not have the shapes that its configuration states",
     ),
     "a component of no known class": (
         lambda bench: bench.change(INDEX, unet=["diffusers", "No"]),
@@ -82,7 +82,7 @@ SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
     ),
     "code where diffusers would look for it": (
         lambda bench: bench.write_code("stable_diffusion/None.py"),
-        r"None\.py is code of its own, which is never run",
+        r"None\.py is custom code, which is never run",
     ),
 }
 
@@ -108,7 +108,7 @@ def test_a_device_that_is_not_there(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     entry = bench.entry(SD).model_copy(update={"device": "cuda"})
     entry.place(bench.folder)
-    with pytest.raises(CatalogError, match="wants the device cuda, and torch finds no CUDA dev"):
+    with pytest.raises(CatalogError, match="needs the device cuda, but torch finds no CUDA dev"):
         load(entry)
 
 
@@ -121,7 +121,7 @@ def first(module: Any) -> torch.Tensor:
 def test_a_variant_that_some_components_have_is_taken_where_it_is(
     bench: CheckpointSandbox, name: str
 ) -> None:
-    """As diffusers does for a folder, and says only in its log."""
+    """diffusers does the same for a folder, and reports it only in its log."""
     plain = load(bench.entry(SD)).pipe
     folder = bench.folder / "stable_diffusion"
     weights = {key: 2 * tensor for key, tensor in load_file(folder / f"{name}{SAFE}").items()}
@@ -135,9 +135,9 @@ def test_a_variant_that_some_components_have_is_taken_where_it_is(
 
 
 def test_a_variant_without_plain_weights_must_be_asked_for(bench: CheckpointSandbox) -> None:
-    """The rest of the checkpoint may be plain."""
+    """The other components of the checkpoint may be plain."""
     bench.rename(UNET, f".fp16{SAFE}")
-    with pytest.raises(CatalogError, match=r"no weights as plain .*; there is variant fp16"):
+    with pytest.raises(CatalogError, match=r"no weights as plain .*; set `variant` to fp16"):
         resolve_pipeline("x", bench.entry(SD))
     assert load(bench.entry(f'{SD}\nvariant = "fp16"')).pipe.unet is not None
 
@@ -159,13 +159,13 @@ def test_weights_in_several_files_are_loaded(bench: CheckpointSandbox, variant: 
 
 
 def count(pipe: Any) -> int:
-    """Numbers in the modules that a pipeline has in memory."""
+    """Count the numbers in a pipeline's loaded modules."""
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     return sum(tensor.numel() for module in modules for tensor in module.state_dict().values())
 
 
 def test_only_what_is_loaded_counts_and_matters(bench: CheckpointSandbox) -> None:
-    """A repository often holds the same weights once more, in its root and as pickles."""
+    """A repository often holds the same weights a second time, in its root and as pickles."""
     folder = bench.folder / "stable_diffusion"
     before = parameter_count(folder, None)
     assert before == count(load(bench.entry(SD)).pipe)
@@ -199,7 +199,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
     with pytest.raises(OutOfMemory) as caught:
         resolved.family.load(entry)
     said = clear(caught.value)
-    assert re.search(r"stable_diffusion needs [\d.]+ GiB on cpu .* and [\d.]+ GiB are free", said)
+    assert re.search(r"stable_diffusion needs [\d.]+ GiB on cpu .* but [\d.]+ GiB are free", said)
     assert caught.value.retryable
     monkeypatch.setattr(loading, "free_memory", lambda _device: needed)
     assert resolved.family.load(entry).pipe.unet is not None
@@ -250,7 +250,7 @@ print(type(family.load(large).pipe).__name__)
 
 
 def test_memory_that_runs_out_while_loading_is_said_and_survived(bench: CheckpointSandbox) -> None:
-    """A limit on this process's own memory, so that torch's allocation fails."""
+    """A limit on the process's own memory makes torch's allocation fail."""
     from tests.support import checkpoints
 
     unet = {**checkpoints.UNET, **checkpoints.UP, "block_out_channels": (192, 192)}
@@ -262,7 +262,7 @@ def test_memory_that_runs_out_while_loading_is_said_and_survived(bench: Checkpoi
 
 
 def run_alone(words: str, *args: str, **env: str) -> str:
-    """Run some Python in a process of its own; returns what it printed."""
+    """Run Python code in a separate process. Return its output."""
     done = subprocess.run(
         [sys.executable, "-c", words, *args],
         capture_output=True,
@@ -298,7 +298,7 @@ for source in sys.argv[3:]:
 
 
 def cached(bench: CheckpointSandbox, home: Path, source: str) -> None:
-    """Lay a checkpoint into the hub's cache, as a download would have."""
+    """Put a checkpoint into the hub's cache, like a download."""
     commit = "0123456789" * 4
     kept = home / "hub" / f"models--{source.replace('/', '--')}"
     (kept / "refs").mkdir(parents=True)
@@ -309,7 +309,7 @@ def cached(bench: CheckpointSandbox, home: Path, source: str) -> None:
 def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(
     bench: CheckpointSandbox, tmp_path: Path
 ) -> None:
-    """It takes the connection and stays silent; the hub's own client would wait for ever."""
+    """It accepts the connection and stays silent. The hub's own client would wait forever."""
     home = tmp_path / "home"
     cached(bench, home, "some-org/here")
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -325,10 +325,10 @@ def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(
         ).splitlines()
     first, again, here = told[0::2]
     assert first.endswith(
-        "some-org/gone is no folder beside the catalog, and the hub does not give it: "
+        "some-org/gone is not a folder next to the catalog, and fetching it from the hub failed: "
         "ReadTimeout: timed out"
     )
-    assert again.endswith("It did not answer a moment ago.")
+    assert again.endswith("The hub did not answer a moment ago.")
     assert here == "loaded"
     seconds = [float(number) for number in told[1::2]]
     assert 1.0 <= seconds[0] < 30.0
@@ -352,6 +352,6 @@ def test_without_a_hub_what_was_fetched_before_is_loaded(
         ).splitlines()
         here, gone = told[0::2]
         assert here == "loaded"
-        assert "is no folder beside the catalog, and the hub does not give it: " in gone
+        assert "is not a folder next to the catalog, and fetching it from the hub failed: " in gone
         assert "a moment ago" not in gone, "it answered at once, so it may be asked again"
         assert float(told[3]) < 5.0

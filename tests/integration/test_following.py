@@ -1,4 +1,4 @@
-"""A job of many requeued frames is paused, resumed and cancelled by its row; its frames follow."""
+"""Pausing, resuming or cancelling a job changes its row. Its many requeued frames follow later."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FROM jobs CROSS JOIN o WHERE id = :id
 
 
 def requeued(farm: Farm, tenant: uuid.UUID, frames: int, **fields: object) -> uuid.UUID:
-    """A job whose frames have all failed once, and are due for another attempt."""
+    """Create a job whose frames have all failed once and are due for another attempt."""
     job_id = submit(farm, tenant, images_per_prompt=frames, bucket=4, **fields)
     for first in range(0, frames, 100_000):
         last = min(first + 100_000, frames) - 1
@@ -60,7 +60,7 @@ def follow(farm: Farm, rows: int = SLICE) -> bool:
 
 
 def told(farm: Farm, job_id: uuid.UUID) -> tuple[int, int, int]:
-    """How many requeued frames of a job are paused, are not, and which are ready."""
+    """Count a job's requeued frames that are paused and not paused, and its ready frames."""
     [row] = sql(
         farm,
         "SELECT count(*) FILTER (WHERE paused) AS paused, count(*) FILTER (WHERE NOT paused) AS on,"
@@ -110,7 +110,7 @@ def test_a_resumed_job_goes_on_with_what_was_never_told_and_then_with_all(
 def test_a_pause_in_the_middle_of_a_slice_is_not_forgotten(
     farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slice that let frames go on ends after the job was told to pause again."""
+    """The slice that resumes frames ends after the job was paused again."""
     job_id = requeued(farm, tenant, SLICE // 2)
     jobs.pause(farm, tenant, job_id)
     follow(farm)
@@ -184,4 +184,5 @@ def test_a_frame_with_as_many_attempts_as_can_be_counted_is_dead_and_stops_no_la
     [(state, error)] = sql(
         farm, "SELECT DISTINCT state, error FROM frames WHERE ordinal < 2 AND job_id = :id", id=worn
     )
-    assert (state, error) == (FrameState.DEAD, "It has had more attempts than can be counted.")
+    assert state == FrameState.DEAD
+    assert error == "The frame has had 32767 attempts, and more cannot be counted."

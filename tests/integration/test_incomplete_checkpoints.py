@@ -1,6 +1,6 @@
-"""Checkpoints that are not whole: refused with the component's name, or drawn as diffusers draws.
+"""Incomplete checkpoints: refused with the component's name, or rendered exactly as by diffusers.
 
-Nothing is ever filled in at random.
+Missing weights are never filled with random values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def bench(bench: CheckpointSandbox) -> CheckpointSandbox:
 
 
 def tensors(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the tensors of a file of weights."""
+    """Change the tensors of a weights file."""
     from safetensors.torch import load_file, save_file
 
     found = load_file(path)
@@ -42,7 +42,7 @@ def tensors(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def said(bench: CheckpointSandbox, words: str = SD) -> str:
-    """What is said of an entry that is refused: by its files, or when it is loaded."""
+    """Return the message for a refused entry: from its files, or from loading."""
 
     def load() -> None:
         resolved = resolve_pipeline("x", bench.entry(words))
@@ -86,7 +86,7 @@ def test_a_component_that_has_only_a_variant_is_found_without_loading(
 ) -> None:
     for name in names:
         only_a_variant(bench, name)
-    with pytest.raises(CatalogError, match=r"has no weights as plain .*; there is variant"):
+    with pytest.raises(CatalogError, match=r"has no weights as plain .*; set `variant` to"):
         resolve_pipeline("x", bench.entry(SD))
 
 
@@ -144,7 +144,7 @@ def test_a_unet_that_does_not_say_its_size_takes_the_entry_s(
     else:
         without(folder / "unet/config.json", "sample_size")
     assert (picture(bench, SMALL) == bare(folder)).all()
-    assert "put width and height into the entry's defaults" in said(bench)
+    assert "Set width and height in the entry's `defaults`" in said(bench)
 
 
 @pytest.mark.parametrize("name", ["conv_out.bias", "conv_out.weight", "conv_norm_out.weight"])
@@ -170,7 +170,7 @@ def test_a_refiner_need_not_have_what_it_shares_with_the_base(bench: CheckpointS
 
 @pytest.mark.parametrize("name", ["tokenizer/config.json", "tokenizer/._tokenizer.json"])
 def test_files_that_nobody_reads_do_no_harm(bench: CheckpointSandbox, name: str) -> None:
-    """People copy the folder of a CLIP; macOS leaves files that begin with a dot."""
+    """Users copy a CLIP's whole folder, and macOS adds files that begin with a dot."""
     folder = bench.folder / "stable_diffusion"
     before = bare(folder)
     (folder / name).write_bytes(b"{}" if name.endswith("config.json") else b"\xff")
@@ -195,7 +195,7 @@ def test_a_single_model_with_a_variant_alone_is_found_without_loading(
     resolve_pipeline("x", bench.entry(words))
     plain = folder / "diffusion_pytorch_model.safetensors"
     plain.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(CatalogError, match=r"has no weights as plain .*; there is variant fp16"):
+    with pytest.raises(CatalogError, match=r"has no weights as plain .*; set `variant` to fp16"):
         resolve_pipeline("x", bench.entry(words))
     resolve_pipeline(
         "x", bench.entry(f'{SD}\ncontrolnets = [{{ source = "controlnet", variant = "fp16" }}]')

@@ -1,4 +1,4 @@
-"""The janitor: what it sweeps, and that of any number one works."""
+"""The janitor: its sweeps, and the election of one leader."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_old_events_are_pruned(farm: Farm, tenant: uuid.UUID) -> None:
         " SELECT job_id, tenant_id, kind, '{}', at - interval '90 days'"
         " FROM events, generate_series(1, 12000)",
     )
-    for _ in range(3):  # ten thousand a sweep
+    for _ in range(3):  # ten thousand per sweep
         sweep(farm)
     assert sql(farm, "SELECT count(*) FROM events") == [(1,)]
 
@@ -172,13 +172,13 @@ def test_a_standby_takes_over_from_a_leader_that_is_killed_or_stopped(
 
 
 def sessions(farm: Farm) -> int:
-    """How often somebody has connected to the database."""
+    """Count the connections to the database so far."""
     where = "FROM pg_stat_database WHERE datname = current_database()"
     return int(sql(farm, f"SELECT sessions {where}")[0][0])
 
 
 def leads(farm: Farm) -> int | None:
-    """The backend that holds the janitors' lock."""
+    """Return the backend that holds the janitors' lock."""
     rows = sql(
         farm,
         "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
@@ -190,7 +190,7 @@ def leads(farm: Farm) -> int | None:
 
 @contextmanager
 def janitor_process(farm: Farm) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `farm janitor` as a process of its own."""
+    """Run `farm janitor` in a separate process."""
     settings = farm.settings
     env = {
         "FARM_DATABASE_URL": settings.database_url.get_secret_value(),

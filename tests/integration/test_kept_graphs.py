@@ -1,4 +1,4 @@
-"""Compiled graphs between two starts: found again while whole, made anew when damaged."""
+"""Compiled graphs are reused by the next start. Damaged ones are compiled again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIBRARY = "ab/kernel.so"
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Path]]:
-    """Let a process begin after the one before has ended; gives the folder that torch is told."""
+    """Yield a function that simulates the next process start. It returns torch's cache folder."""
     monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
     monkeypatch.setattr(compile_cache, "_chosen", None)
     monkeypatch.setattr(compile_cache, "_locks", [])
@@ -45,7 +45,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 @pytest.fixture
 def folder(start: Callable[[], Path]) -> Path:
-    """Where a first start has kept a library."""
+    """Return the cache folder after a first start, with a library in it."""
     folder = start()
     with graphs_kept("x", ENTRY):
         (folder / LIBRARY).parent.mkdir()
@@ -60,7 +60,7 @@ def test_a_whole_folder_is_used_again(start: Callable[[], Path], folder: Path) -
 
 
 def cut_off(folder: Path) -> None:
-    (folder / LIBRARY).write_bytes(b"code")  # as a full disk leaves it
+    (folder / LIBRARY).write_bytes(b"code")  # as after a full disk
 
 
 def change_a_byte(folder: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_folder_in_which_a_process_works_is_left_alone(
     start: Callable[[], Path], folder: Path
 ) -> None:
     add_a_file(folder)
-    with graphs_kept("x", ENTRY):  # the start before holds its lock still
+    with graphs_kept("x", ENTRY):  # the previous start still holds its lock
         assert (folder / LIBRARY).exists()
 
 
@@ -136,7 +136,7 @@ print(cache["autograd_cache_hit"], cache["autograd_cache_miss"], y.numpy().tobyt
 
 
 def compiled(cache: Path) -> tuple[int, int, str]:
-    """Compile in a process of its own: the graphs found and made, and what they computed."""
+    """Compile in a separate process. Return the graphs found and compiled, and their result."""
     inherited = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(cache)],

@@ -1,4 +1,4 @@
-"""The render line: a batch from its claim to its commit."""
+"""The render loop: a batch from its claim to its commit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_batch_is_rendered_stored_and_completed(
 
 
 def pixels_of(seed: int) -> NDArray[np.uint8]:
-    """Return the pixels that the family `noise` draws from a seed."""
+    """Return the pixels that the family `noise` generates from a seed."""
     return np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)
 
 
@@ -126,7 +126,7 @@ def test_a_claim_that_leaves_something_wakes_another_worker(
 def test_a_batch_that_failed_wakes_workers_for_its_frames(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """They go on one by one, so that all idle workers have something to do."""
+    """The frames are rendered one by one, so all idle workers get one."""
     submit_noise(farm, tenant, images_per_prompt=4)
     failed: list[bool] = []
 
@@ -141,7 +141,7 @@ def test_a_batch_that_failed_wakes_workers_for_its_frames(
     assert farm.bells._redis.llen("render.noise") == 2
 
 
-# Jobs that are cancelled
+# Cancelled jobs
 
 
 def test_a_cancelled_batch_stops_between_two_steps(

@@ -1,4 +1,4 @@
-"""The embedded servers, as they are: started, killed, stopped, started again."""
+"""The real embedded servers: started, killed, stopped, started again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def servers(data: Path) -> Iterator[Servers]:
 
 
 def remember(servers: Servers, word: str) -> None:
-    """Store the word in all three."""
+    """Store the word in all three servers."""
     with psycopg.connect(servers.database_url) as database:
         database.execute("CREATE TABLE IF NOT EXISTS memory (word text PRIMARY KEY)")
         database.execute("INSERT INTO memory VALUES (%s)", (word,))
@@ -50,7 +50,7 @@ def remember(servers: Servers, word: str) -> None:
 
 
 def recalled(servers: Servers, word: str) -> dict[str, bool]:
-    """Which of the three still know the word."""
+    """List the servers that still have the word."""
     known = {}
     with psycopg.connect(servers.database_url) as database:
         row = database.execute("SELECT 1 FROM memory WHERE word = %s", (word,)).fetchone()
@@ -78,7 +78,7 @@ def s3_client(servers: Servers, secret_key: str) -> Iterator[Any]:
 
 
 def processes_on(data: Path) -> list[str]:
-    """Every live process that names the folder, works in it or was started for it."""
+    """List the live processes that name the folder, work in it or were started for it."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         if int(process.name) == os.getpid():
@@ -144,7 +144,7 @@ def test_a_killed_server_comes_back_with_its_data(
     remember(servers, name)
     kill_and_wait(getattr(servers, name))
     assert recalled(servers, name) == ALL
-    assert f"{name} ended (signal 9); started again in 0.2 s" in caplog.messages
+    assert f"{name} ended (signal 9); it is started again in 0.2 s" in caplog.messages
 
 
 def test_a_second_up_on_the_same_folder_is_refused(servers: Servers, data: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_second_up_on_the_same_folder_is_refused(servers: Servers, data: Path)
 
 
 def test_data_survives_a_stop_and_nothing_is_left_running(tmp_path: Path) -> None:
-    """In a folder that nobody else may enter, not even the user as whom root runs Postgres."""
+    """The folder is private. Even the user that runs Postgres for root may not enter it."""
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     data = private / "a folder" / "not made yet"

@@ -1,5 +1,7 @@
-"""Migrations: the schema is the tables', steps come in the order of a rolling deploy, and no
-process starts on a schema that it does not know."""
+"""Migrations: the schema equals the tables, and steps follow the order of a rolling deploy.
+
+No process starts on a schema that it does not know.
+"""
 
 from __future__ import annotations
 
@@ -71,9 +73,9 @@ def tables(farm: Farm) -> set[str]:
 
 @pytest.fixture
 def release(tmp_path: Path) -> Callable[..., Path]:
-    """Make the steps of a newer version: ours, and one more for each stage named.
+    """Create the steps of a newer version: ours, and one more for each named stage.
 
-    Step 9000, 9001, … each makes a table of its name: step_9000, …
+    The additional steps are numbered from 9000. Each creates a table of its name: step_9000.
     """
 
     def make(name: str, *stages: str) -> Path:
@@ -125,11 +127,11 @@ def test_a_forgotten_migration_is_noticed(farm: Farm) -> None:
     assert "forgotten" in str(difference.value)
 
 
-# Each step's file
+# Files of steps
 
 
 class Recorder:
-    """Stands for alembic's `op` in a step, and notes what the step would do."""
+    """Replaces alembic's `op` in a step, and records the step's operations."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
@@ -143,7 +145,7 @@ class Recorder:
 
 
 def what_old_code_cannot_bear(path: Path) -> list[str]:
-    """List what of a step's upgrade does more than add."""
+    """List the operations of a step's upgrade that do more than add."""
     step = load(path)
     recorder = step.op = Recorder()  # type: ignore[attr-defined]
     step.upgrade()
@@ -152,7 +154,7 @@ def what_old_code_cannot_bear(path: Path) -> list[str]:
         f"{name} {args[0] if args else ''}"
         for name, args, options in recorder.calls
         if name not in ("f", "create_table", "add_column", "create_index")
-        # Old code inserts rows without the new column, and knows of no new uniqueness.
+        # Old code inserts rows without the new column, and does not know a new unique constraint.
         or (name == "add_column" and args[0] not in made and is_demanded(args[1]))
         or (name == "create_index" and args[1] not in made and options.get("unique"))
     ]
@@ -217,13 +219,13 @@ def test_pre_steps_stop_before_the_first_post_step(
     assert (stands_at(farm), floor_of(farm)) == (["9001"], None)
     assert tables(farm) == {"step_9000", "step_9001"}
     migrate.require_schema(farm.store, newer)
-    migrate.require_schema(farm.store)  # the version before works on
+    migrate.require_schema(farm.store)  # the version before continues
 
     done = migrate.upgrade(farm.store, folder=newer)
     assert done == Upgrade(["9002"], [])
     assert (stands_at(farm), floor_of(farm)) == (["9002"], "9002")
     migrate.require_schema(farm.store, newer)
-    with pytest.raises(SchemaRefused, match=r"^The database has step 9002, .*: run one that"):
+    with pytest.raises(SchemaRefused, match=r"^The database has step 9002, .* Run one of"):
         migrate.require_schema(farm.store)
 
 
@@ -257,7 +259,7 @@ def test_a_pre_step_behind_a_post_step_waits_for_it(
     assert stands_at(farm) == ["9000"]
     with pytest.raises(SchemaRefused, match=r"lacks step 9002.* step 9001 before it") as refusal:
         migrate.require_schema(farm.store, newer)
-    assert refusal.value.message.endswith("once no process of theirs runs, run `farm migrate`.")
+    assert refusal.value.message.endswith("Stop their processes, then run `farm migrate`.")
 
 
 def test_an_empty_database_gets_every_step_at_once(
@@ -309,7 +311,7 @@ def test_a_step_that_fails_leaves_nothing_behind(farm: Farm, release: Callable[.
 def test_a_step_that_waits_for_a_lock_holds_up_nobody_for_long(
     farm: Farm, tenant: uuid.UUID, release: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader holds `jobs` open: what a step wants of it, no submission may wait for behind it."""
+    """A reader holds `jobs` open. Submissions must not wait behind the step's lock request."""
     monkeypatch.setattr(migrate, "PAUSE_SECONDS", 0.3)
     newer = release("newer", "pre")
     step = newer / "versions" / "9000_more.py"
@@ -338,7 +340,7 @@ def test_the_tasks_name_is_what_every_version_rings() -> None:
 
 
 def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UUID) -> None:
-    """What a newer version's pre step may do to every table does not disturb this version."""
+    """This version works after a newer version's pre step has changed every table."""
     for name in metadata.tables:
         sql(farm, f"ALTER TABLE {name} ADD COLUMN later jsonb NOT NULL DEFAULT '[]'")
     worker, other = register_worker(farm), register_worker(farm, "other")
@@ -371,7 +373,7 @@ def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UU
         workers.archive(connection, 0.0)
 
 
-# As processes
+# Separate processes
 
 
 def env_of(settings: Settings) -> dict[str, str]:
@@ -384,7 +386,7 @@ def env_of(settings: Settings) -> dict[str, str]:
 
 
 def refusal(settings: Settings, process: str) -> str:
-    """Start a process that must not start; gives its one line on standard error."""
+    """Start a process that must refuse to start. Return its line on standard error."""
     ended = farm_process(*PROCESSES[process], env=env_of(settings), seconds=60)
     assert ended.code == 1
     assert ended.out == ""
@@ -394,7 +396,7 @@ def refusal(settings: Settings, process: str) -> str:
 
 @contextmanager
 def started(settings: Settings, process: str) -> Iterator[Callable[[str], bool]]:
-    """Run a process; gives whether its log holds some words by now, unless it has ended."""
+    """Run a process. Yield a function that looks for words in its log while it runs."""
     running = subprocess.Popen(
         [sys.executable, "-m", "farm.cli", *PROCESSES[process]],
         env=env_of(settings) | {"PYTHONUNBUFFERED": "1"},
@@ -424,7 +426,7 @@ def started(settings: Settings, process: str) -> Iterator[Callable[[str], bool]]
 def test_no_process_starts_on_an_older_schema(farm: Farm, process: str) -> None:
     migrate.downgrade(farm.store)
     assert refusal(farm.settings, process) == (
-        f"Error: The database lacks step {NEWEST}, which this version of the farm needs: run "
+        f"Error: The database lacks step {NEWEST}, which this version of the farm needs. Run "
         "`farm migrate`, or `farm migrate --pre` while an older version runs."
     )
 
@@ -435,8 +437,8 @@ def test_no_process_starts_on_a_schema_for_newer_versions_only(
 ) -> None:
     migrate.upgrade(farm.store, folder=release("newer", "post"))
     assert refusal(farm.settings, process) == (
-        "Error: The database has step 9000, made for newer versions of the farm only: "
-        "run one that knows it."
+        "Error: The database has step 9000, which only newer versions of the farm support. "
+        "Run one of them."
     )
 
 
@@ -445,14 +447,14 @@ def test_a_process_starts_beside_a_newer_versions_pre_step(
 ) -> None:
     migrate.upgrade(farm.store, folder=release("newer", "pre"))
     with started(farm.settings, "janitor") as said:
-        wait_until(lambda: said("This janitor leads."), 60, "the janitor leads")
+        wait_until(lambda: said("This janitor is the leader."), 60, "the janitor leads")
 
 
 def test_a_process_that_starts_without_postgres_waits_for_it(settings: Settings) -> None:
     url = SecretStr(f"postgresql://farm@127.0.0.1:{free_port()}/farm")
     nowhere = settings.model_copy(update={"database_url": url})
     with started(nowhere, "janitor") as said:
-        wait_until(lambda: said("Waiting to see the database's schema"), 60, "it waits")
+        wait_until(lambda: said("Waiting to read the database schema"), 60, "it waits")
 
 
 def test_readiness_tells_of_a_schema_for_newer_versions_only(
@@ -478,7 +480,7 @@ def test_the_command_says_what_it_applied_and_what_is_left(
     done = run("--pre")
     assert (done.code, done.err) == (0, "")
     assert done.out == (
-        "Applied: 9000, 9001.\nLeft: 9002. Once no older version runs, run `farm migrate`.\n"
+        "Applied: 9000, 9001.\nLeft: 9002. Run `farm migrate` once no older version runs.\n"
     )
     assert run().out == "Applied: 9002.\nThe database is up to date.\n"
     assert run().out == "Applied: nothing.\nThe database is up to date.\n"

@@ -1,9 +1,9 @@
-"""The store against a model of it: any order of moves, by several workers, zombies among them.
+"""The store against a model: any order of moves, by several workers, zombies among them.
 
-Hypothesis chooses the moves: people submit, pause, resume, cancel and retry; workers claim and use
-every lease that they ever had, also long after it was taken away; leases lapse, and are swept.
-After each move the whole database must be what the model says it is. The store may choose which
-frames a claim takes; the choice is only checked to be a legal one.
+Hypothesis chooses the moves. People submit, pause, resume, cancel and retry. Workers claim and use
+every lease that they ever had, even long after its loss. Leases lapse and are swept. After each
+move the whole database must equal the model. The store may choose the frames of a claim; the test
+only checks that the choice is legal.
 
 `MODEL_EXAMPLES=5000 python -m pytest tests/integration/test_model.py` runs longer, with other moves
 each time. The model and the moves are in `tests/integration/model/`.
@@ -30,7 +30,7 @@ EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "50"))
 
 
 class StoreMachine(WorkersMoves):
-    """All moves, and the database against the model after each."""
+    """All moves, with a comparison of database and model after each."""
 
     @invariant()
     def the_database_is_the_model(self) -> None:
@@ -38,7 +38,7 @@ class StoreMachine(WorkersMoves):
 
 
 def refuse_times(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-    """Fail where a statement is given a point in time: leases live by Postgres's clock alone."""
+    """Fail if a statement has a time as parameter: leases use only Postgres's clock."""
     many = parameters if isinstance(parameters, list) else [parameters]
     for value in (value for values in many for value in dict(values or {}).values()):
         recent = abs(value - time.time()) < 86_400 if isinstance(value, int | float) else False

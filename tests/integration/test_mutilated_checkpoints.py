@@ -1,6 +1,6 @@
-"""Mutilated checkpoints: refused by component and file, or drawn as bare diffusers draws them.
+"""Mutilated checkpoints: refused by component and file, or rendered as by bare diffusers.
 
-What is said before anything is loaded: test_refused_checkpoints.py.
+test_refused_checkpoints.py tests the messages before loading.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ENCODER = "text_encoder/model.safetensors"
 pytestmark = [
     # diffusers' own samplers hand torch tensors to numpy.array,
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-    # and it repairs what an old configuration leaves out.
+    # and it adds values that an old configuration lacks.
     pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning"),
 ]
 
 Change = Callable[[Path], None]
-"""What is done to the folder of a checkpoint"""
+"""A change of a checkpoint's folder."""
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def typed(name: str, dtype: str) -> Change:
 
 
 def config(name: str, **values: Any) -> Change:
-    """Change values of a JSON file; those that are `...` are taken out."""
+    """Change values of a JSON file. A value of `...` removes the key."""
 
     def do(folder: Path) -> None:
         known = json.loads((folder / name).read_text()) | values

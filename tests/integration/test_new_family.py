@@ -1,4 +1,4 @@
-"""A new family is one new file: with it alone, jobs for it are taken, described and rendered."""
+"""A new family is one new file. Its jobs are then accepted, described and rendered."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ class Gradient:
 family = Gradient()
 '''
 START = 16
-"""The grey that the weights hold"""
+"""Grey value in the weights."""
 
 
 @pytest.fixture
 def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package as it would be with the file in it."""
+    """Return the package with the new file in it."""
     folder = tmp_path / "families"
     folder.mkdir()
     (folder / "gradient.py").write_text(MODULE)
@@ -109,7 +109,7 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Path:
-    """An entry that names no family: its checkpoint's class is enough."""
+    """Write an entry without a family: its checkpoint's class is enough."""
     tint = tmp_path / "dawn" / "tint"
     tint.mkdir(parents=True)
     save_file({"start": np.array([START], np.int32)}, tint / "model.safetensors")
@@ -149,7 +149,7 @@ def test_without_the_file_there_is_no_such_family(catalog: Path) -> None:
 
 
 def test_from_a_client_to_the_storage(farm: Farm, tenant: uuid.UUID) -> None:
-    """The API describes and checks its fields, a worker renders it, the picture tells of it."""
+    """The API describes and checks its fields, a worker renders it, the picture records it."""
     with serving(farm) as api:
         client = api.client()
         [listed] = client.get("/v1/pipelines").json()["data"]

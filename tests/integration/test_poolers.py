@@ -1,4 +1,4 @@
-"""Postgres by several hosts, and behind a pooler."""
+"""Postgres with several hosts, and behind a pooler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from farm.local.ports import free_port
 from farm.store.engine import Store, open_store, require_sessions, server_place
 
 KNOWN = {"user", "database", "application_name", "client_encoding"}
-"""Parameters of a startup message that PgBouncer takes"""
+"""Parameters of a startup message that PgBouncer accepts."""
 
 
 def opened(settings: Settings, url: str) -> Store:
@@ -27,7 +27,7 @@ def opened(settings: Settings, url: str) -> Store:
 
 
 def refusal(code: str, message: str) -> bytes:
-    """An ErrorResponse of Postgres's protocol."""
+    """Return an ErrorResponse of Postgres's protocol."""
     fields = b"".join(
         kind + value.encode() + b"\0"
         for kind, value in ((b"S", "FATAL"), (b"V", "FATAL"), (b"C", code), (b"M", message))
@@ -37,7 +37,7 @@ def refusal(code: str, message: str) -> bytes:
 
 @contextmanager
 def pooler(host: str, port: int) -> Iterator[int]:
-    """Stand before Postgres and refuse, as PgBouncer does, what a startup message may not hold."""
+    """Run a proxy before Postgres. Like PgBouncer, it refuses unknown startup parameters."""
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
@@ -53,7 +53,7 @@ def pooler(host: str, port: int) -> Iterator[int]:
                 message = client.recv(size - 4, socket.MSG_WAITALL)
                 if struct.unpack_from(">I", message)[0] >> 16 == 3:
                     break
-                client.sendall(b"N")  # neither TLS nor GSS
+                client.sendall(b"N")  # no TLS and no GSS
             words = message[4:].rstrip(b"\0").split(b"\0")
             unknown = {name.decode() for name in words[::2]} - KNOWN
             if unknown:
@@ -137,7 +137,7 @@ def test_what_a_pooler_refuses_is_told_to_operators(settings: Settings) -> None:
 def test_sessions_that_are_shared_are_found(settings: Settings) -> None:
     store = open_store(settings)
     require_sessions(store)
-    with store.connect() as connection:  # as if a pooler had given this session to both
+    with store.connect() as connection:  # as with a pooler that shares this session
         name = make_url(settings.database_url.get_secret_value()).database
         connection.execute(text(f"ALTER DATABASE {name} SET farm.probe = 'set'"))
         connection.commit()

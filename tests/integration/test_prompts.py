@@ -1,4 +1,4 @@
-"""Prompt embeddings: each text encoded once, to the bits that encoding it again would give."""
+"""Prompt embeddings: each text is encoded once, with the same bits as a second encoding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pipe(kind: str) -> Any:
 
 
 def rows_seen(pipeline: Any) -> list[int]:
-    """How many texts each call of the last text encoder is given, from now on."""
+    """Record the number of texts in each later call of the last text encoder."""
     seen: list[int] = []
     encoder = getattr(pipeline, "text_encoder_2", None) or pipeline.text_encoder
     encoder.register_forward_pre_hook(
@@ -51,7 +51,7 @@ def test_remembered_or_not_gives_equal_bits(kind: str, syntax: str) -> None:
     remembering, forgetful = PromptEncoder(pipeline), PromptEncoder(pipeline, remembered_bytes=0)
     remembering.arguments(["something else", *PROMPTS[1:]], ["x"] * 4, reading)
     for place, negative in enumerate(NEGATIVES):
-        # Beside other neighbours each time, and in another place.
+        # Each time with other neighbours, and in another slot.
         prompts = [PROMPTS[place], "b", "c", "d"]
         [found, *_] = remembering.arguments(prompts, [negative, "y", "y", "y"], reading)
         [fresh] = forgetful.arguments([PROMPTS[place]], [negative], reading)
@@ -68,7 +68,7 @@ def test_a_text_is_encoded_once(kind: str) -> None:
     seen = rows_seen(pipeline)
     for _ in range(3):
         encoder.arguments(PROMPTS, NEGATIVES, Reading("plain", None, bucket=4))
-    assert seen == [4, 4]  # three prompts filled up to the bucket, and two negative ones
+    assert seen == [4, 4]  # three prompts padded to the bucket, and two negative ones
     encoder.arguments(PROMPTS, NEGATIVES, Reading("plain", None, bucket=2))
     assert seen[2:] == [2, 2, 2]  # another shape: three prompts by two, and two negative ones
 
@@ -79,7 +79,7 @@ def test_what_is_remembered_is_bounded() -> None:
     room = 2 * row["prompt_embeds"].nbytes
     encoder = PromptEncoder(pipeline, remembered_bytes=room)
     seen = rows_seen(pipeline)
-    for text in ("a", "b", "a", "c", "a", "b"):  # b is forgotten for c, as it was used less lately
+    for text in ("a", "b", "a", "c", "a", "b"):  # c replaces b, the least recently used
         encoder.arguments([text], None, Reading("plain", None, bucket=1))
     assert len(seen) == 4
 
@@ -105,4 +105,4 @@ def test_images_are_fetched_once_and_bounded(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RenderError):
         images["gone"]
     assert BatchImages(images._cache, {"a": bob})["a"].size == (10, 10)
-    assert fetched[-1] == "a"  # another tenant's is another image
+    assert fetched[-1] == "a"  # the same ID of another tenant is another image

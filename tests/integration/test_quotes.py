@@ -1,4 +1,4 @@
-"""Quotes: what a job would take, from what was measured here; and nothing is stored."""
+"""Quotes: a job's expected time and size, from this farm's measurements. Nothing is stored."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def quote(client: httpx.Client, **fields: Any) -> dict[str, Any]:
 
 
 def render(worker: FakeWorker, seconds: float, size: int) -> None:
-    """Render all that waits, each batch in so many seconds, each picture of so many bytes."""
+    """Render all waiting frames, with these seconds per batch and bytes per picture."""
     while lease := worker.claim():
         done = [
             CompletedFrame(frame.fence, bytes(32), size, slot)
@@ -76,7 +76,7 @@ def test_a_quote_follows_from_frames_that_are_alike(farm: Farm, api: Api) -> Non
     assert timedelta(seconds=45) < left <= timedelta(seconds=53)
     other = quote(ann, images_per_prompt=100, steps=3)
     assert (other["alike"], other["bytes"]) == (False, None)
-    assert other["seconds_per_frame"] == pytest.approx(0.5)  # as all frames of the pipeline took
+    assert other["seconds_per_frame"] == pytest.approx(0.5)  # the mean of the pipeline's frames
     assert quote(api.client("bob"))["alike"] is False
     assert sql(farm, "SELECT device_seconds FROM jobs ORDER BY created_at LIMIT 1") == [(4.0,)]
 
@@ -128,7 +128,7 @@ def test_the_command_says_it_in_words(
     monkeypatch.setenv("FARM_API_URL", api.url)
     monkeypatch.setenv("FARM_API_KEY", api.key())
     words = ["submit", "a red star", "--images", "8", "--set", "bucket=4", "--dry-run"]
-    assert "what it takes is not known" in command(*words).out
+    assert "The duration is unknown" in command(*words).out
     assert command(*words, "--json").json["frames"] == 8
     api.submit(api.client(), **{**JOB, "steps": 25}, guidance_scale=2.5, images_per_prompt=8)
     render(register_worker(farm), seconds=2.0, size=1000)

@@ -1,6 +1,7 @@
-"""Catalog entries that cannot be rendered: refused in one clear line, before any weight is loaded.
+"""Unusable catalog entries: refused in one clear line, before any weight is loaded.
 
-So the API, `farm doctor` and the workers all say it. What only loading shows: test_failed_loads.py.
+So the API, `farm doctor` and the workers all report it. test_failed_loads.py tests faults found
+only on loading.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KANDINSKY = 'source = "kandinsky22_decoder"\nprior = "kandinsky22_prior"'
 
 
 def refused(bench: CheckpointSandbox, words: str) -> str:
-    """Check that an entry is refused, and give back what is said."""
+    """Check that an entry is refused. Return the message."""
     entry = bench.entry(words)
     with pytest.raises(CatalogError) as caught:
         resolve_pipeline("x", entry)
@@ -49,39 +50,39 @@ def no_weights(bench: CheckpointSandbox) -> None:
 
 
 def with_header(header: bytes) -> bytes:
-    """A safetensors file without tensors."""
+    """Build a safetensors file with this header and no tensors."""
     return len(header).to_bytes(8, "little") + header
 
 
 SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
     "a pickled UNet": (
         lambda bench: bench.rename(f"stable_diffusion/{UNET}", ".bin"),
-        r"unet/diffusion_pytorch_model\.bin is a pickle, .* only safetensors are loaded",
+        r"unet/diffusion_pytorch_model\.bin is a pickle, .* Only safetensors are loaded",
     ),
     "a pickled text encoder": (
         lambda bench: bench.rename(f"stable_diffusion/{ENCODER}", ".bin"),
         r"text_encoder/model\.bin is a pickle",
     ),
-    "a component with code of its own": (
+    "a component with custom code": (
         own_component,
-        r"its unet is a own\.Own with code of its own, which is never run",
+        r"its unet is a own\.Own with custom code, which is never run",
     ),
     "code that is named for a library": (
         lambda bench: bench.write_code("stable_diffusion/unet/diffusers.py"),
-        r"its unet is a diffusers\.UNet2DConditionModel with code of its own",
+        r"its unet is a diffusers\.UNet2DConditionModel with custom code",
     ),
     "a component from another library": (
         lambda bench: bench.change("stable_diffusion/model_index.json", unet=["os", "system"]),
-        r"its unet is a os\.system with code of its own",
+        r"its unet is a os\.system with custom code",
     ),
     "a component from a path": (
         lambda bench: bench.change("stable_diffusion/model_index.json", unet=["../own", "Own"]),
-        r"its unet is a \.\./own\.Own with code of its own",
+        r"its unet is a \.\./own\.Own with custom code",
     ),
-    "a class with code of its own": (class_of_its_own, "a pipeline with code of its own is never"),
+    "a class with custom code": (class_of_its_own, "Pipelines with custom code are never"),
     "no class": (
         lambda bench: bench.change("stable_diffusion/model_index.json", _class_name=None),
-        "names no class of diffusers",
+        "names no diffusers class",
     ),
     "an unknown class": (
         lambda bench: bench.change("stable_diffusion/model_index.json", _class_name="NoSuch"),
@@ -117,7 +118,7 @@ SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
     ),
     "a UNet for inpainting": (
         lambda bench: bench.change("stable_diffusion/unet/config.json", in_channels=9),
-        "stable_diffusion cannot begin a picture: it was made to go on from another",
+        "stable_diffusion cannot render from a prompt only: it was trained to change another",
     ),
     "a class that takes a picture": (
         lambda bench: bench.change(
@@ -143,11 +144,11 @@ SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
     ),
     "weights that are cut off": (
         lambda bench: bench.cut(f"stable_diffusion/{UNET}{SAFE}", 0.5),
-        r"unet/diffusion_pytorch_model\.safetensors is damaged: it holds \d+ bytes in place of \d+",
+        r"unet/diffusion_pytorch_model\.safetensors is damaged: it has \d+ bytes instead of \d+",
     ),
     "weights that are cut off early": (
         lambda bench: bench.cut(f"stable_diffusion/{ENCODER}{SAFE}", 0.0005),
-        r"text_encoder/model\.safetensors is damaged: it does not begin as safetensors do",
+        r"text_encoder/model\.safetensors is damaged: it does not begin like a safetensors file",
     ),
     "weights of noise": (
         lambda bench: bench.write(f"stable_diffusion/{VAE}{SAFE}", os.urandom(5_000)),
@@ -167,7 +168,7 @@ SPOILED: dict[str, tuple[Callable[[CheckpointSandbox], None], str]] = {
     ),
     "no weights at all": (
         no_weights,
-        "holds no weights as safetensors",
+        "has no weights as safetensors",
     ),
 }
 
@@ -190,7 +191,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "a family that there is not": (
         ("stable_diffusion",),
         f'{SD}\nfamily = "dreams"',
-        "family 'dreams' is unknown; there are auto, controlnet",
+        "family 'dreams' is unknown. Use one of auto, controlnet",
     ),
     "a refiner of another class": (
         ("sdxl",),
@@ -210,17 +211,17 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no prior": (
         ("kandinsky22_decoder",),
         'source = "kandinsky22_decoder"',
-        "draws from the embeddings of a prior: name one as `prior`",
+        "needs a prior, which makes embeddings of prompts. Set `prior`",
     ),
     "no ControlNet": (
         ("stable_diffusion",),
         f'{SD}\nfamily = "controlnet"',
-        "has no ControlNet: name some as `controlnets`",
+        "has no ControlNet. List at least one in `controlnets`",
     ),
     "SDXL's ControlNet on Stable Diffusion": (
         ("stable_diffusion", "controlnet_sdxl"),
         f'{SD}\ncontrolnets = ["controlnet_sdxl"]',
-        "controlnets.0 is for another base: its cross_attention_dim is 64, and that of .* 32",
+        "controlnets.0 is for another base: its cross_attention_dim is 64, but that of .* 32",
     ),
     "Stable Diffusion's ControlNet on SDXL": (
         ("sdxl", "controlnet"),
@@ -240,22 +241,22 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "ControlNets on Kandinsky by name": (
         ("kandinsky22_decoder", "kandinsky22_prior", "controlnet"),
         f'{KANDINSKY}\nfamily = "kandinsky22"\ncontrolnets = ["controlnet"]',
-        "controlnets: family kandinsky22 has no use for it",
+        "controlnets: family kandinsky22 does not use it",
     ),
     "ControlNets on Flux": (
         ("flux", "controlnet"),
         'source = "flux"\nfamily = "auto"\ncontrolnets = ["controlnet"]',
-        "controlnets: family auto has no use for it",
+        "controlnets: family auto does not use it",
     ),
     "a refiner on Stable Diffusion": (
         ("stable_diffusion", "sdxl_refiner"),
         f'{SD}\nrefiner = "sdxl_refiner"',
-        "refiner: family stable_diffusion has no use for it",
+        "refiner: family stable_diffusion does not use it",
     ),
     "a refiner as the pipeline": (
         ("sdxl_refiner",),
         'source = "sdxl_refiner"',
-        "sdxl_refiner cannot begin a picture: it was made to go on from another",
+        "sdxl_refiner cannot render from a prompt only: it was trained to change another",
     ),
     "a prior as the pipeline": (
         ("kandinsky22_prior",),
@@ -270,22 +271,22 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no such variant": (
         ("stable_diffusion",),
         f'{SD}\nvariant = "fp16"',
-        "stable_diffusion has no variant 'fp16': no file is named so",
+        "stable_diffusion has no files of variant 'fp16'",
     ),
     "no such variant of a part": (
         ("stable_diffusion", "controlnet"),
         f'{SD}\ncontrolnets = [{{ source = "controlnet", variant = "fp16" }}]',
-        "controlnets.0 controlnet has no variant 'fp16'",
+        "controlnets.0 controlnet has no files of variant 'fp16'",
     ),
     "no safety checker": (
         ("stable_diffusion",),
         f"{SD}\nsafety_checker = true",
-        "has no safety checker; safety_checker is true",
+        "has no safety checker. Remove safety_checker = true",
     ),
     "a default of no field": (
         ("stable_diffusion",),
         f'{SD}\ndefaults = {{ "colour" = "red" }}',
-        "defaults.colour: there is no such parameter; there are width",
+        "defaults.colour: unknown parameter. This pipeline has width",
     ),
     "a default out of range": (
         ("stable_diffusion",),
@@ -295,7 +296,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "a default of a wrong type": (
         ("stable_diffusion",),
         f'{SD}\ndefaults = {{ "sampler" = "magic" }}',
-        "defaults.sampler: this pipeline cannot use such a sampler",
+        "defaults.sampler: this pipeline cannot use this sampler",
     ),
     "a default deeper than the text encoder": (
         ("stable_diffusion",),
@@ -361,10 +362,10 @@ def test_unknown_and_wrong_keys_are_refused(
 def test_an_empty_folder_is_no_checkpoint(bench: CheckpointSandbox) -> None:
     (bench.folder / "empty").mkdir()
     said = refused(bench, 'source = "empty"')
-    assert "empty holds no model_index.json: it is no checkpoint of diffusers" in said
+    assert "empty has no model_index.json, so it is not a diffusers checkpoint" in said
 
 
 @pytest.mark.parametrize("source", ["./gone", "/models/gone", "a/b/c", "../gone", "two words"])
 def test_a_folder_that_is_not_there_is_named(bench: CheckpointSandbox, source: str) -> None:
     said = refused(bench, f'source = "{source}"')
-    assert f"There is no folder {source} beside the catalog, and the hub has no names like" in said
+    assert f"There is no folder {source} next to the catalog, and the hub allows no such" in said

@@ -1,4 +1,4 @@
-"""Retention and orphans: what is deleted, in which order, and what never is."""
+"""Retention and orphans: deleted objects, their order, and objects that are never deleted."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def put(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID, ordinal: int, content:
 
 
 def look_through(farm: Farm, work: StorageWork) -> None:
-    """Make one whole pass over the storage."""
+    """Do one whole pass over the storage."""
     work.step()
     while work._after:
         work.step()
@@ -121,7 +121,7 @@ def is_stored(farm: Farm, key: str) -> bool:
 def test_a_job_past_its_time_is_gone_at_once_and_then_altogether(
     farm: Farm, tenant: uuid.UUID, work: StorageWork
 ) -> None:
-    work._pass_due_at = math.inf  # the orphans are not looked for yet
+    work._pass_due_at = math.inf  # no search for orphans yet
     job_id = rendered(farm, tenant)
     kept = rendered(farm, tenant)
     grow_old(farm, job_id)
@@ -165,7 +165,7 @@ def test_a_removed_job_is_unknown_to_the_api(farm: Farm) -> None:
         for verb in ("cancel", "pause", "resume", "retry"):
             assert client.post(f"/v1/jobs/{job_id}/{verb}").status_code == 404, verb
         assert [job["id"] for job in client.get("/v1/jobs").json()["data"]] == [other]
-        # Its idempotency key makes a new job.
+        # Its idempotency key creates a new job.
         again = client.post("/v1/jobs", json=JOB, headers={"Idempotency-Key": "once"}).json()["id"]
         assert answers == [job_id, job_id]
         assert again not in (job_id, other)
@@ -230,8 +230,8 @@ def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> 
         rows["reusable_renders"],
     ) == (5, 0, 2, 2)
     sql(farm, "DELETE FROM frames")
-    for table in ("perceptual_hashes", "reusable_renders"):  # either alone holds the job
-        with farm.store.connect() as connection:  # and the other is there again after it
+    for table in ("perceptual_hashes", "reusable_renders"):  # each by itself holds the job
+        with farm.store.connect() as connection:  # and the other is restored after it
             connection.execute(text(f"DELETE FROM {table}"))
             assert retention.empty_jobs(connection, 10) == []
     with transaction(farm.store) as connection:
@@ -321,7 +321,7 @@ def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
     monkeypatch.setattr("workers.janitor.storage_cleaner.DELETIONS_PER_CALL", 1)
     gone = uuid.uuid4()
     keys = [put(farm, tenant, gone, ordinal, LATE) for ordinal in range(5)]
-    for name in ("0-a", "0-b"):  # no artifacts, and first by key
+    for name in ("0-a", "0-b"):  # not artifacts, and first by key
         farm.artifacts.put(f"{job_prefix(tenant, gone)}{name}", LATE)
     # A pass that begins just before these keys.
     work._after = job_prefix(tenant, gone)
@@ -330,7 +330,7 @@ def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
         work.step()
         left.append(sum(is_stored(farm, key) for key in keys))
     assert left == [5, 3, 1, 0]
-    # The next one waits for as long as an object must be old, an hour at most.
+    # The next pass waits for the minimum age of an object, one hour at most.
     farm.settings = farm.settings.model_copy(update={"orphan_seconds": 1e6})
     work._after = "~"
     work.step()
@@ -345,7 +345,7 @@ def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
 def test_no_lock_is_held_while_the_storage_deletes(
     farm: Farm, tenant: uuid.UUID, work: StorageWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dead frame may be retried, so its objects stay; for all others nothing need be locked."""
+    """A dead frame may be retried, so its objects stay. All others need no lock."""
     done, cancelled = rendered(farm, tenant, 1), submit(farm, tenant)
     register_worker(farm).must_claim()
     jobs.cancel(farm, tenant, cancelled)
@@ -388,12 +388,12 @@ def test_an_object_of_no_control_image_is_deleted(
     assert sql(farm, "SELECT count(*) FROM control_images") == [(0,)]
 
 
-# A storage that is away
+# An unreachable storage
 
 
 @contextmanager
 def silence() -> Iterator[str]:
-    """A server that takes connections and says nothing; gives its address."""
+    """Run a server that accepts connections and stays silent. Yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -446,7 +446,7 @@ def test_a_silent_storage_delays_no_lease_and_what_is_left_goes_later(
     assert keys_of(farm, tenant, old) == []
     for thread in threading.enumerate():
         if thread.name == "storage-work":
-            thread.join(30)  # it was left to wait for the storage, and may ask Postgres once more
+            thread.join(30)  # it still waits for the storage, and may query Postgres once more
     deaf.close()
 
 
@@ -479,7 +479,7 @@ def test_the_storages_refusal_to_delete_is_told(farm: Farm, settings: Settings) 
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """A storage that takes the call, and deletes one object of two."""
+    """A storage that accepts the call, but does not delete the object b."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

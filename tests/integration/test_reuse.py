@@ -1,4 +1,4 @@
-"""Pictures used again: a job that asks for it renders nothing that its tenant has stored."""
+"""Reuse: a job with `reuse` does not render pictures that its tenant has stored."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_picture_that_is_gone_from_the_storage_is_rendered(
     assert job_row(farm, tenant, again).reused == 5
     third = submit(farm, tenant, **JOB)
     loop.run()
-    assert job_row(farm, tenant, third).reused == 6  # it is known by its newest place
+    assert job_row(farm, tenant, third).reused == 6  # its newest place is on record
 
 
 def test_a_removed_job_s_pictures_are_not_used(
@@ -154,7 +154,7 @@ def test_a_late_result_says_nothing_of_the_picture_that_won(
     late_one = CompletedFrame(first.frames[0].fence, b"a" * 32, 9, 0, b"a" * 32)
     won = CompletedFrame(second.frames[0].fence, b"b" * 32, 9, 0, b"b" * 32)
     with transaction(farm.store) as connection:
-        frames.complete(connection, second.id, [won, late_one])  # one worker's, ended together
+        frames.complete(connection, second.id, [won, late_one])  # both completed together
         frames.complete(connection, first.id, [late_one])
     assert [bytes(row.digest) for row in sql(farm, "SELECT digest FROM reusable_renders")] == [
         b"b" * 32

@@ -1,4 +1,4 @@
-"""What a batch costs in round trips to Postgres, counted on the wire."""
+"""The number of round trips to Postgres per batch, counted on the wire."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST = 3.0
 
 @dataclass
 class Counted(Fault):
-    """Notes each message from the client: it waits for the answer before it sends another."""
+    """Records each message from the client. The client waits for an answer before the next one."""
 
     requests: list[bytes] = field(default_factory=list)
 
@@ -33,7 +33,7 @@ class Counted(Fault):
 
 @pytest.fixture
 def counted(farm: Farm) -> Iterator[Counted]:
-    """Let the farm reach Postgres through a proxy that counts."""
+    """Connect the farm to Postgres through a proxy that counts."""
     url = make_url(farm.settings.database_url.get_secret_value())
     with Proxies() as proxies:
         link = proxies.link("line", "postgres", url.host or "127.0.0.1", url.port or 5432)
@@ -63,11 +63,11 @@ def test_a_batch_costs_at_most_three(
     loop: RenderLoop,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(farm.settings, "progress_seconds", 60.0)  # touches go by time, not by batch
+    monkeypatch.setattr(farm.settings, "progress_seconds", 60.0)  # reports go by time, not by batch
     others = [new_tenant(farm, name) for name in ("second", "third")]
 
     def work(images: int) -> int:
-        """Render two jobs of each tenant; returns how many messages that took."""
+        """Render two jobs of each tenant. Return the number of messages."""
         jobs = [
             (owner, submit(farm, owner, pipeline="noise", bucket=4, images_per_prompt=images))
             for owner in [tenant, *others]
@@ -79,7 +79,7 @@ def test_a_batch_costs_at_most_three(
             assert job_row(farm, owner, job_id).status == "succeeded"
         return len(counted.requests) - before
 
-    work(6)  # connections are opened, and statements prepared
+    work(6)  # opens connections and prepares statements
     few, many = work(6), work(46)
     batches = (46 - 6) * 6 // 4
     assert 1.0 < (many - few) / batches <= MOST, (few, many)

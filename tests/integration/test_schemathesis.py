@@ -1,5 +1,4 @@
-"""Whatever OpenAPI allows, and much that it does not: no call answers with a 5xx, nor with what its
-own description does not tell."""
+"""Random calls, valid and invalid by OpenAPI: no 5xx and no undocumented answer."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ CHECKS = [
     response_schema_conformance,
 ]
 EXAMPLES = 20
-"""For each call, of each kind."""
+"""Number of examples for each call, of each kind."""
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def api(farm: Farm) -> Iterator[Api]:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_call_fails(api: Api, mode: GenerationMode) -> None:
-    """Half of the calls that name a job name one that is there, with frames in several states."""
+    """Half of the calls with a job ID use an existing job, with frames in several states."""
     answered: set[tuple[str, int]] = set()
     for found in schemathesis.openapi.from_url(f"{api.url}/openapi.json").get_all_operations():
         assert isinstance(found, Ok), found
@@ -73,11 +72,11 @@ def _takes_something(operation: Any) -> bool:
 
 
 FRAMING = {"content-length", "transfer-encoding"}
-"""Headers of HTTP itself: what they say wrongly is refused before any call is known."""
+"""Headers of HTTP itself. Wrong values are refused before the call is known."""
 
 
 def _try(operation: Any, mode: GenerationMode, job_id: str, headers: dict[str, str]) -> set[int]:
-    """Make one call in many ways; returns the statuses it answered with."""
+    """Make one call in many ways. Return the statuses of the answers."""
     answered: set[int] = set()
 
     @settings(

@@ -1,4 +1,4 @@
-"""A frame's bits do not depend on its slot: what is split unevenly is found."""
+"""A frame's bits do not depend on its slot: uneven splits are found."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def pinned(folder: Path, name: str) -> tuple[ResolvedPipeline, LoadedPipeline]:
-    """A pipeline, loaded once."""
+    """Load a pipeline once."""
     if name == "demo":
         entry = load_catalog(DEMO_CATALOG).pipelines["demo"]
     else:
@@ -76,7 +76,7 @@ def frame(
 def floats(
     resolved: ResolvedPipeline, loaded: LoadedPipeline, frames: list[FrameSpec]
 ) -> torch.Tensor:
-    """Render a batch; gives its pictures before they are rounded."""
+    """Render a batch. Return its pictures before rounding."""
     with floats_seen() as seen:
         resolved.family.denoise(loaded, Batch(frames))
     found: torch.Tensor = seen[-1]
@@ -91,7 +91,7 @@ def floats(
 def test_every_slot_gives_the_bits_of_the_first(
     folder: Path, name: str, asked: int, bucket: int, size: tuple[int, int], threads_restored: None
 ) -> None:
-    """A frame in all slots, and each frame of a batch in its slot and in the next one."""
+    """Renders a frame in all slots, and each frame of a batch in its slot and in the next one."""
     resolved, loaded = pinned(folder, name)
     torch.set_num_threads(even_threads(asked))
     slots = SlotTest(name, resolved.family, resolved.params_type)
@@ -106,7 +106,7 @@ def test_every_slot_gives_the_bits_of_the_first(
 
 
 def test_the_instruction_set_that_one_dnn_chose_is_told() -> None:
-    """It chooses once for each process, and may be told to choose less than the CPU has."""
+    """oneDNN chooses once per process. An environment variable can limit its choice."""
     ask = "from farm.pipelines.runtime.devices import device_name; print(device_name('cpu'))"
     less = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX"}
     told = subprocess.run(
@@ -124,7 +124,7 @@ def test_threads_are_a_power_of_two() -> None:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, loaded: LoadedPipeline, needed: int) -> None:
-    """Let the last slot's bits differ where torch has at least so many threads."""
+    """Make the last slot's bits differ if torch has at least this many threads."""
     forward = loaded.pipe.unet.forward
 
     def uneven(*args: Any, **kwargs: Any) -> Any:
@@ -163,7 +163,7 @@ def test_a_kernel_that_depends_on_the_slot_fails_the_load_and_the_shape(
 def test_a_load_outlives_memory_that_runs_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The farm then halves the bucket, which is tested when it is met."""
+    """The farm then halves the bucket, and tests the new bucket at its first use."""
     resolved, loaded = pinned(folder, "demo")
 
     def none_left(*_: Any, **__: Any) -> Any:

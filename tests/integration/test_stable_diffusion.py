@@ -1,4 +1,4 @@
-"""The family on the demo's real weights: what may and may not change a picture."""
+"""The family with the demo's real weights: fields and batches that may change a picture."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_neighbours_and_slot_change_nothing(loaded: LoadedPipeline) -> None:
 
 
 def test_a_short_batch_is_padded_up_to_its_bucket(loaded: LoadedPipeline) -> None:
-    """Seen from inside: the UNet is given the bucket's frames, with and without the prompt."""
+    """The UNet gets the bucket's number of frames, with and without the prompt."""
     given: set[int] = set()
 
     def look(_unet: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:

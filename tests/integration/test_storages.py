@@ -1,4 +1,4 @@
-"""Storages that want what S3 always took, and proxies of the environment that lead elsewhere."""
+"""Storages that require S3's older headers, and proxy variables that must be ignored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MISSING = (
 
 @contextmanager
 def wanting_md5(endpoint: str) -> Iterator[str]:
-    """Stand before an S3 server; refuse to delete objects without the right Content-MD5."""
+    """Run a proxy before an S3 server. It refuses deletions without a correct Content-MD5."""
     place = urlsplit(endpoint).netloc
 
     class Handler(BaseHTTPRequestHandler):
@@ -50,7 +50,7 @@ def wanting_md5(endpoint: str) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 - as http.server wants it
+        do_GET = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 - http.server's names
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -72,7 +72,7 @@ def test_objects_are_deleted_where_content_md5_is_wanted(settings: Settings) -> 
             artifacts.put(key, b"x")
         artifacts.delete_all(["md5/a", "md5/b"])
         artifacts.close()
-        assert "stores, gives and deletes" in _s3(through)
+        assert "can be written, read and deleted from" in _s3(through)
     assert not Artifacts(settings).list_page(prefix="md5/").objects
 
 
@@ -81,7 +81,7 @@ def test_a_server_of_this_machine_is_reached_without_a_proxy(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert "stores, gives and deletes" in _s3(settings)
+    assert "can be written, read and deleted from" in _s3(settings)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The supervisor, on small programs that end, linger or misbehave."""
+"""The supervisor, with small programs that end, linger or fail."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_child_that_keeps_ending_waits_longer_and_shows_its_log(
         wait_until(lambda: child.restarts == 3, WAIT_SECONDS, "it was started four times")
     lines = [row.getMessage() for row in caplog.records if row.name == "farm.local.child"]
     assert lines[:3] == [
-        f"worker demo-1 ended (exit code 3); started again in {delay} s"
+        f"worker demo-1 ended (exit code 3); it is started again in {delay} s"
         for delay in ("0.2", "0.4", "0.8")
     ]
     assert lines[3].startswith("worker demo-1 keeps ending")

@@ -1,4 +1,4 @@
-"""Tenants that are deleted: gone at once, then with everything they own; and who did it."""
+"""Deleted tenants: gone at once, later with everything they own; and the record of who did it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWNING = ("keys", "jobs", "exports", "inputs", "control_images", "destinations",
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    # A bucket of the test's own, so that all of its objects can be listed.
+    # A separate bucket, so that all of its objects can be listed.
     return settings.model_copy(update={"s3_bucket": f"tenants-{uuid.uuid4().hex}"})
 
 
@@ -46,7 +46,7 @@ def operator(api: Api) -> httpx.Client:
 
 
 def settle(api: Api, name: str) -> httpx.Client:
-    """A tenant with some of everything: its client."""
+    """Create a tenant with some data of every kind. Return its client."""
     client = api.client(name)
     send(client, file())
     content = b'{"prompt": "a star"}\n{"prompt": "a ring"}\n'
@@ -66,7 +66,7 @@ def settle(api: Api, name: str) -> httpx.Client:
 
 
 def owned(farm: Farm, tenant_id: str) -> dict[str, int]:
-    """How many rows of each table are a tenant's, and how many objects: those that are some."""
+    """Count a tenant's rows in each table, and its objects. Zeros are left out."""
     rows = {
         table: sql(farm, f"SELECT count(*) FROM {table} WHERE tenant_id = :id", id=tenant_id)[0][0]
         for table in OWNING
@@ -81,7 +81,7 @@ def id_of(farm: Farm, name: str) -> str:
 
 
 def clean_up(farm: Farm) -> None:
-    """All that the janitor does, until it has nothing more to do."""
+    """Run all the janitor's work until nothing is left."""
     work = StorageWork(farm, threading.Event())
     work.lead(True)
     for _ in range(4):
@@ -231,7 +231,7 @@ def test_an_operators_commands(api: Api) -> None:
     told("destinations", "revoke", listed["id"])
     assert "ann" in told("tenants").out
     assert "owns 1 keys, 0 jobs" in told("tenants", "show", "ann").out
-    told("tenants", "delete", "ann", code=1)  # nobody says yes
+    told("tenants", "delete", "ann", code=1)  # the prompt gets no answer
     deleted = told("tenants", "delete", "ann", "--yes", "--why", "it asked us to", "--json").json
     assert deleted["removed_at"] is not None
     assert "is being deleted" in told("tenants", "show", deleted["id"]).out

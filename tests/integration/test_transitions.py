@@ -1,4 +1,4 @@
-"""Every transition of the state machine is taken, and every other is refused by the database."""
+"""Every transition of the state machine is made. The database refuses every other one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.store import (
 
 @dataclass
 class Scene:
-    """One job of one frame, and the worker that holds or held it."""
+    """One job of one frame, with the worker that holds or held it."""
 
     farm: Farm
     tenant: uuid.UUID
@@ -101,7 +101,7 @@ def retry(scene: Scene) -> None:
 
 def _lease(scene: Scene) -> Lease:
     if scene.lease is None:
-        # A worker that never claimed, with a fence it made up.
+        # A worker that never claimed, with an invented fence.
         claimed = register_worker(scene.farm, "elsewhere").must_claim()
         scene.hand.release(claimed)
         raise AssertionError("a waiting frame has no fence")
@@ -219,7 +219,7 @@ def test_retry_gives_fresh_attempts(scene: Scene) -> None:
 
 
 def reach_job(scene: Scene, status: JobStatus) -> None:
-    """Two frames, so that `partial` can be reached."""
+    """Move a job of two frames to a status. With two frames `partial` is possible."""
     scene.job_id = submit(scene.farm, scene.tenant, images_per_prompt=2, bucket=2)
     if status is JobStatus.QUEUED:
         return

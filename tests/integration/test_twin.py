@@ -1,4 +1,4 @@
-"""A batch denoised in the middle of another, through a twin: both are as if they ran alone."""
+"""A batch denoised in the middle of another, through a twin. Both have the same pixels as alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 STEPS = 6
 KINDS = [line[len("[pipelines.") : -1] for line in CATALOG.splitlines() if line.startswith("[pipe")]
 SAMPLERS = ("dpmpp_2m", "euler_a", "heun")
-"""With a memory, with noise of their own, with two calls a step"""
+"""Samplers with a memory, with their own noise, and with two calls a step."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_both_are_as_if_they_ran_alone(
     twin = loaded.clone_sharing_weights()
     same = Image.effect_noise((64, 64), 64)
     monkeypatch.setattr(Image, "effect_noise", lambda size, _sigma: same.resize(size))
-    own_alone = kind in ("kandinsky", "pixart", "flux")  # they know their own sampler only
+    own_alone = kind in ("kandinsky", "pixart", "flux")  # they support only their own sampler
     samplers = (None,) if own_alone else SAMPLERS if kind == "sd" else SAMPLERS[:1]
     for place, sampler in enumerate(samplers):
         more = {} if sampler is None else {"sampler": sampler}
@@ -100,7 +100,7 @@ def test_both_are_as_if_they_ran_alone(
 
 
 def test_a_vae_that_a_failed_call_left_widened_is_as_before(catalog: Path) -> None:
-    """SDXL decodes in float32, and narrows its VAE only where decoding went well."""
+    """SDXL decodes in float32, and narrows its VAE only after a successful decoding."""
     resolved = resolve_pipeline("sdxl", load_catalog(catalog).pipelines["sdxl"])
     loaded = resolved.family.load(resolved.pipeline)
     twin = loaded.clone_sharing_weights()

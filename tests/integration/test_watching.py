@@ -1,4 +1,4 @@
-"""What a job tells who watches it: its pace, what failed and why, and what it takes up."""
+"""Watching a job: its pace, its failures with their reasons, and its size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.store import FakeWorker, fence, job_row, register_worker, sql
 
 
 def later(farm: Farm, job_id: uuid.UUID, seconds: float) -> None:
-    """Let time pass for a job's pace."""
+    """Move the times of a job's pace into the past."""
     sql(
         farm,
         "UPDATE jobs SET pace_since = pace_since - make_interval(secs => :seconds),"
@@ -91,17 +91,17 @@ def test_the_pace_is_that_of_late(farm: Farm, tenant: uuid.UUID) -> None:
         for _ in range(2):
             render(worker, 10)
             later(farm, job_id, 40)
-        render(worker, 1)  # the mark is taken with a batch
+        render(worker, 1)  # a batch sets the mark
         pace, eta = seen()
         assert pace == pytest.approx(1.1, rel=0.1)
         assert eta == pytest.approx(884 / 1.1, rel=0.1)
-        # Nothing comes: it sinks.
+        # Without new frames the pace sinks.
         later(farm, job_id, 360)
         assert seen()[0] == pytest.approx(0.11, rel=0.1)
 
 
 def test_a_mark_needs_enough_batches_behind_it(farm: Farm, tenant: uuid.UUID) -> None:
-    """One slow batch a minute: a window of half a minute would say nothing, or twice too much."""
+    """One slow batch a minute: a window of half a minute would be empty, or show twice the pace."""
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
     worker = register_worker(farm)
     for _ in range(7):

@@ -1,5 +1,5 @@
-"""The API as a test meets it: uvicorn on a free port, a client for each tenant and role, and
-frames that end with a real picture in the storage."""
+"""The API under test: uvicorn on a free port, a client for each tenant and role, and completed
+frames with a real picture in the storage."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ class Api:
         return job
 
     def jobs_stored(self) -> int:
-        """How many jobs there are, of any tenant."""
+        """Count the jobs of all tenants."""
         return int(sql(self.farm, "SELECT count(*) FROM jobs")[0][0])
 
 
 @contextmanager
 def serving(farm: Farm, settings: Settings | None = None) -> Iterator[Api]:
-    """Serve the API, by default with the farm's own settings, on a free port of loopback."""
+    """Serve the API on a free port of loopback, by default with the farm's own settings."""
     with listening(settings or farm.settings) as url, ExitStack() as clients:
         yield Api(farm, url, clients)
 
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[str]:
-    """Run uvicorn in a thread; gives its address."""
+    """Run uvicorn in a thread. Return its address."""
     config = uvicorn.Config(
         create_app(settings), log_config=None, access_log=False, proxy_headers=False
     )
@@ -86,7 +86,7 @@ def listening(settings: Settings) -> Iterator[str]:
 
 
 def render(worker: FakeWorker, lease: Lease, *ordinals: int) -> None:
-    """Complete a lease's frames, or these ordinals alone, each with a picture in the storage."""
+    """Complete a lease's frames, or only these ordinals, each with a picture in the storage."""
     done = []
     for slot, frame in enumerate(lease.frames):
         if ordinals and frame.ordinal not in ordinals:
@@ -102,7 +102,7 @@ def render(worker: FakeWorker, lease: Lease, *ordinals: int) -> None:
 
 
 def picture(frame: ClaimedFrame) -> bytes:
-    """Draw something that its seed decides."""
+    """Return a picture that depends on its seed only."""
     width, height = frame.spec.params["width"], frame.spec.params["height"]
     hue = frame.spec.seed * 47 % 360
     image = Image.new("RGB", (width, height), f"hsl({hue}, 45%, 82%)")

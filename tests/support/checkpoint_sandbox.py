@@ -1,4 +1,4 @@
-"""A folder with a catalog and tiny checkpoints, for tests to spoil and to mend."""
+"""A folder with a catalog and tiny checkpoints that tests damage and restore."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.support.checkpoints import save
 
 SAFE = ".safetensors"
 RUN = "code-was-run"
-"""What code that comes with a checkpoint would leave beside the catalog"""
+"""Name of the file next to the catalog that a checkpoint's own code would write."""
 
 
 @dataclass
 class CheckpointSandbox:
-    """The checkpoints lie beside the catalog, each under the name of its kind."""
+    """A catalog, with the checkpoints next to it, each under the name of its kind."""
 
     good: Path
-    """Where each kind is kept as it was saved"""
+    """Folder with an undamaged copy of each kind."""
     folder: Path
 
     @property
@@ -30,7 +30,7 @@ class CheckpointSandbox:
         return self.folder / "pipelines.toml"
 
     def take(self, *kinds: str) -> None:
-        """Bring checkpoints, or bring them back as they were."""
+        """Copy checkpoints into the folder, or restore them."""
         for kind in kinds:
             if not (self.good / kind).exists():
                 save(kind, self.good / kind)
@@ -38,14 +38,14 @@ class CheckpointSandbox:
             shutil.copytree(self.good / kind, self.folder / kind)
 
     def write_catalog(self, **entries: str) -> None:
-        """Write the entries, each as lines of TOML; they are pinned on the CPU."""
+        """Write the entries, each as lines of TOML. They are pinned on the CPU."""
         words = [
             f'[pipelines.{name}]\ndevice = "cpu"\n{words}\n' for name, words in entries.items()
         ]
         self.catalog.write_text("\n".join(words))
 
     def entry(self, words: str) -> Pipeline:
-        """The one entry of a catalog, named x."""
+        """Write a catalog with one entry, named x. Return the entry."""
         self.write_catalog(x=words)
         return load_catalog(self.catalog).pipelines["x"]
 
@@ -58,21 +58,21 @@ class CheckpointSandbox:
         (self.folder / name).write_bytes(content)
 
     def cut(self, name: str, share: float) -> None:
-        """Keep only the beginning of a file."""
+        """Truncate a file."""
         content = (self.folder / name).read_bytes()
         self.write(name, content[: int(len(content) * share)])
 
     def rename(self, name: str, ending: str) -> None:
-        """Give weights another ending."""
+        """Change the suffix of a file of weights."""
         (self.folder / f"{name}{SAFE}").rename(self.folder / f"{name}{ending}")
 
     def write_code(self, name: str) -> None:
-        """Add a module that leaves a mark when it is run."""
+        """Add a module that writes the file RUN when it is run."""
         (self.folder / name).write_text(f"open({str(self.folder / RUN)!r}, 'w')\nclass Own: ...\n")
 
 
 def clear(error: CatalogError) -> str:
-    """Check that a message is one line for people, and give it back."""
+    """Check that a message is one readable line. Return it."""
     said = error.message
     assert "\n" not in said
     assert len(said) < 600

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every class, saved by save_pretrained, the same weights each time."""
+"""Tiny random checkpoints of every class, saved by save_pretrained. Their weights never change."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 SIDE = 64
-"""Pixels of a default picture"""
+"""Default width and height of a picture, in pixels."""
 WIDTH = 16
-"""Features of the smallest layers"""
+"""Number of features of the smallest layers."""
 VAE_BLOCKS = (16, 16, 16, 16)
-"""Four, since a ControlNet's pictures are made eight times smaller"""
+"""Features of each block. Four blocks, because a ControlNet scales its pictures down by eight."""
 
 
 def save(kind: str, folder: Path) -> Path:
-    """Save a checkpoint; `kind` is a name of KINDS. Gives back the folder."""
+    """Save a checkpoint. `kind` is a name of KINDS. Return the folder."""
     import torch
 
     torch.manual_seed(sum(kind.encode()))
@@ -32,7 +32,7 @@ def _kit() -> Any:
 
 
 def clip_tokenizer() -> Any:
-    """A CLIP tokenizer of single bytes, so that any script is told apart."""
+    """Build a CLIP tokenizer of single bytes, which keeps the characters of any script apart."""
     from transformers import CLIPTokenizer
 
     kind: Any = CLIPTokenizer
@@ -46,7 +46,7 @@ def clip_tokenizer() -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """The visible character that byte-level BPE writes for each of the 256 bytes."""
+    """Return the visible character that byte-level BPE writes for each of the 256 bytes."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return [*map(chr, shown), *(chr(256 + place) for place in range(len(hidden)))]
@@ -106,7 +106,7 @@ REFINER_ADDITION = {
 
 
 def stable_diffusion(**changes: Any) -> Any:
-    """Stable Diffusion 1.x in its layout."""
+    """Stable Diffusion 1.x, in its own layout."""
     from transformers import CLIPTextModel
 
     kit = _kit()
@@ -196,7 +196,7 @@ def sdxl_refiner() -> Any:
 
 
 def controlnet(**addition: Any) -> Any:
-    """A ControlNet whose zero convolutions are not zero, as after training."""
+    """A ControlNet as after training: its zero convolutions are not zero."""
     import torch
 
     net = _kit().ControlNetModel(
@@ -253,7 +253,7 @@ def kandinsky22_decoder() -> Any:
 
 
 def kandinsky22_prior() -> Any:
-    """Kandinsky 2.2's prior, with the spread of real embeddings: a fresh one gives only 0."""
+    """Kandinsky 2.2's prior, with the spread of real embeddings. A fresh one returns only zeros."""
     import torch
     from transformers import (
         CLIPImageProcessor,
@@ -380,7 +380,7 @@ def flux() -> Any:
 
 
 def cogview4() -> Any:
-    """CogView4: its prompts are padded to the longest of the call, and the padding is seen."""
+    """CogView4. It pads prompts to the longest of the call, and the padding changes the picture."""
     from transformers import GlmConfig, GlmModel
 
     kit = _kit()
@@ -417,7 +417,7 @@ def cogview4() -> Any:
 
 
 def least_stable_diffusion() -> Any:
-    """As few kinds of layers as there can be, for a compiler that takes a second for each."""
+    """Stable Diffusion with the fewest kinds of layers: compiling takes a second for each kind."""
     one_block = {"block_out_channels": (WIDTH,), "sample_size": SIDE // 8}
     types = {
         "down_block_types": ("CrossAttnDownBlock2D",),

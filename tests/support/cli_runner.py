@@ -1,4 +1,4 @@
-"""The command line as a test runs it: in this process, or as a user does, in one of its own."""
+"""Running the command line in tests: in this process, or in a separate one as users do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from farm.cli import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command came to."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -29,16 +29,16 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        """The last line of standard output, as JSON."""
+        """Return the last line of standard output, parsed as JSON."""
         return json.loads(self.out.splitlines()[-1])
 
 
 def farm(
     *words: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, stdin: str = ""
 ) -> Outcome:
-    """Run `farm WORDS` in this process, and leave of it no variable and no S3 credentials.
+    """Run `farm WORDS` in this process. Leave no variables and no S3 credentials behind.
 
-    With `env`, its variables are the only ones that are called FARM_*.
+    With `env`, no other FARM_* variables are set.
     """
     out, err = io.StringIO(), io.StringIO()
     code: int | str | None = 0
@@ -66,7 +66,7 @@ def farm_process(
     stdin: str = "",
     seconds: float = 240,
 ) -> Outcome:
-    """Run `farm WORDS` in a process of its own, with only the FARM_* variables of `env`."""
+    """Run `farm WORDS` in a separate process, with only the FARM_* variables of `env`."""
     done = subprocess.run(
         [sys.executable, "-m", "farm.cli", *words],
         env=inherited() | dict(env),
@@ -81,7 +81,7 @@ def farm_process(
 
 
 def inherited() -> dict[str, str]:
-    """Of this process's variables those that say nothing of a farm, and a terminal's width."""
+    """Return this process's variables that do not concern a farm, and a terminal's width."""
     ours = ("FARM_", "AWS_")
     found = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return found | {"COLUMNS": "120"}

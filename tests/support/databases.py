@@ -1,6 +1,6 @@
-"""Databases for tests. A copy of 336 files costs more than most tests: one is used again, emptied.
+"""Databases for tests. A copy has 336 files and costs more than most tests, so copies are reused.
 
-A test that changed more than rows, or left much behind, has its copy dropped.
+A reused copy is emptied first. It is dropped if a test changed more than rows or left many rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from farm.store.engine import open_store
 TEMPLATE = "farm_template"
 _numbers = itertools.count(1)
 
-# What a fresh copy holds in tables that migrations fill.
+# Rows of a fresh copy, in the tables that migrations fill.
 KEEP_ROWS = """
 DO $$ DECLARE name text; filled boolean; BEGIN
   CREATE SCHEMA kept;
@@ -36,7 +36,7 @@ LEAVE = """
 SELECT bool_and(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
 """
-# Any change of a table or a function writes a row of one of these, and so does ANALYZE.
+# A change of a table or a function writes a row into one of these, and so does ANALYZE.
 SHAPE = """
 WITH ours AS (SELECT oid, xmin FROM pg_class WHERE relnamespace = 'public'::regnamespace),
 written AS (
@@ -69,7 +69,7 @@ SELECT pg_stat_reset()
 
 
 class Databases:
-    """The databases of one server of Postgres. Not for several threads."""
+    """The databases of one Postgres server. Not thread-safe."""
 
     def __init__(self, url: str) -> None:
         self._url = make_url(url)
@@ -80,12 +80,12 @@ class Databases:
         return self._url.set(database=name).render_as_string(hide_password=False)
 
     def prepare(self) -> None:
-        """Make the template, on a server that nothing else uses."""
-        # These databases live for one test each: no crash of the machine need find them again.
+        """Create the template, on a server that nothing else uses."""
+        # These databases live for one test each, so they need not survive a crash of the machine.
         self.run("ALTER SYSTEM SET fsync = off")
         self.run("ALTER SYSTEM SET wal_init_zero = off")
         self.run("SELECT pg_reload_conf()")
-        # Each test connects several times, and 4,096 rounds of a hash take a tenth of its time.
+        # Each test connects several times; 4,096 rounds of a hash would take a tenth of its time.
         self.run("SET scram_iterations = 1")
         self.run(f"ALTER USER CURRENT_USER PASSWORD '{self._url.password}'")
         self.run(f"CREATE DATABASE {TEMPLATE}")
@@ -98,7 +98,7 @@ class Databases:
 
     @contextmanager
     def fresh(self) -> Iterator[str]:
-        """Lend a database as `prepare` left the template: its name."""
+        """Lend a database in the state of the template. Yield its name."""
         name = self._free.pop() if self._free else self._copy(TEMPLATE)
         yield name
         if self._emptied(name):
@@ -108,13 +108,13 @@ class Databases:
 
     @contextmanager
     def copy(self, of: str = TEMPLATE) -> Iterator[str]:
-        """Lend a copy of a database that nobody is connected to, for this test alone: its name."""
+        """Lend a new copy of a database that has no connections, for one test. Yield its name."""
         name = self._copy(of)
         yield name
         self._drop(name)
 
     def run(self, statement: str) -> None:
-        """Run a statement, over one connection for all tests: a new one costs as much as a test."""
+        """Run a statement on a shared connection: opening a new one costs as much as a test."""
         connection = _kept(self._url.render_as_string(hide_password=False))
         if connection.closed:
             _kept.cache_clear()
@@ -130,7 +130,7 @@ class Databases:
         self.run(f"DROP DATABASE {name} WITH (FORCE)")
 
     def _emptied(self, name: str) -> bool:
-        """Give a database back what a fresh one holds, unless more than its rows was changed."""
+        """Reset a database to a fresh one's rows. Return False if more than rows was changed."""
         with self._connected(name) as connection:
             connection.execute(LEAVE)
             if connection.execute(SHAPE).fetchone() != self._shape:

@@ -1,9 +1,8 @@
-"""Bare diffusers: the pictures that its documentation's own calls give for a job's frames.
+"""Bare diffusers: renders a job's frames by the calls of diffusers' own documentation.
 
-It shares no code with the farm but the table of samplers and the setting of torch's threads: what
-a job means is written here once
-more, from diffusers' side. A field that a job leaves out is left out of the call too, so that the
-farm's defaults are held against diffusers' own.
+It shares only the table of samplers and the setting of torch's threads with the farm. The meaning
+of a job is written here a second time, from diffusers' side. A field that a job leaves out is left
+out of the call too, so the farm's defaults are compared with diffusers' own.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from farm.pipelines.runtime.devices import torch_threads
 from farm.pipelines.samplers import SAMPLERS
 
 Picture = Image.Image | None
-"""None: the safety checker flagged it."""
+"""A picture, or None if the safety checker flagged it."""
 
 HANDOVER = 0.8
-"""Where diffusers' guide to SDXL lets the refiner go on"""
+"""Share of the steps after which the refiner takes over, as in diffusers' guide to SDXL."""
 ARGUMENTS = {"steps": "num_inference_steps", "prior_steps": "prior_num_inference_steps"}
-"""A job's field: the argument that it stands for, where the names differ"""
+"""Diffusers' argument for a job's field, if their names differ."""
 OTHERWISE = {"negative_prompt", "sampler", "prompt_syntax", "control", "denoising_end"}
-"""Fields that are no argument of the same meaning"""
+"""Fields that are not arguments of the same meaning."""
 OF_REFINER = {"aesthetic_score", "negative_aesthetic_score"}
 OF_PIXART = {"use_resolution_binning": False, "clean_caption": False}
-"""The defaults of its entry in the test's catalog"""
+"""Defaults of PixArt's entry in the test's catalog."""
 OF_JOB = {"prompts", "images_per_prompt", "seed", "bucket", "grid"}
 
 
@@ -51,7 +50,7 @@ class Frame:
 
 
 def frames_of(job: Mapping[str, Any]) -> list[Frame]:
-    """Lay out a job's frames by ordinal: grid points, in them prompts, in them seeds."""
+    """List a job's frames by ordinal: grid points, then prompts, then seeds."""
     shared = {name: value for name, value in job.items() if name not in OF_JOB}
     grid = job.get("grid", {})
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -67,12 +66,12 @@ class DiffusersReference:
     """Pipelines of diffusers, loaded from the checkpoints of one folder."""
 
     def __init__(self, folder: Path, images: Mapping[str, Image.Image], threads: int) -> None:
-        """Prepare to draw.
+        """Prepare to render.
 
         Args:
-            folder: holds the checkpoints, each named for its kind; see checkpoints.MAKERS.
+            folder: checkpoints, each named for its kind; see checkpoints.MAKERS.
             images: control images, by the names that jobs use here.
-            threads: torch's, as the farm's workers have them.
+            threads: number of torch's threads, the same as in the farm's workers.
         """
         self._folder = folder
         self._images = images
@@ -81,9 +80,9 @@ class DiffusersReference:
         self._schedulers: dict[str, Any] = {}
 
     def pictures(self, pipeline: str, job: Mapping[str, Any]) -> list[Picture]:
-        """Draw a job, in batches of its bucket, each short one filled up with its last frame."""
+        """Render a job in batches of its bucket. A short batch is padded with its last frame."""
         frames, bucket = frames_of(job), job["bucket"]
-        if job.get("prompt_syntax") == "compel":  # whose prompts may differ in length
+        if job.get("prompt_syntax") == "compel":  # its prompts may differ in length
             return [self.alone(pipeline, frame, bucket) for frame in frames]
         points = itertools.groupby(frames, key=lambda frame: frame.params)
         return [
@@ -94,11 +93,11 @@ class DiffusersReference:
         ]
 
     def alone(self, pipeline: str, frame: Frame, bucket: int) -> Picture:
-        """Draw one frame in a batch that holds nothing else."""
+        """Render one frame in a batch without other frames."""
         return self.together(pipeline, [frame], bucket)[0]
 
     def together(self, pipeline: str, frames: list[Frame], bucket: int) -> list[Picture]:
-        """Draw frames that differ in prompt, negative prompt and seed by one call."""
+        """Render frames that differ in prompt, negative prompt and seed in one call."""
         import torch
 
         filled = frames + [frames[-1]] * (bucket - len(frames))
@@ -112,7 +111,7 @@ class DiffusersReference:
 
     @cached_property
     def kinds(self) -> dict[str, Callable[[list[Frame], dict[str, Any]], Any]]:
-        """How to draw with each pipeline of the test's catalog, and Kandinsky in both ways."""
+        """Return a render function for each pipeline of the catalog and Kandinsky's variants."""
 
         def plainly(source: str, nets: tuple[str, ...] = (), **components: Any) -> Any:
             return lambda frames, given: self._plain(
@@ -136,10 +135,10 @@ class DiffusersReference:
             "flux": plainly("flux"),
         }
 
-    # Pipelines, as diffusers' documentation loads them.
+    # Pipelines, loaded as in diffusers' documentation.
 
     def _auto(self, source: str, nets: tuple[str, ...] = (), **components: Any) -> str:
-        """AutoPipelineForText2Image, with ControlNets if there are any; gives its name here."""
+        """Load AutoPipelineForText2Image, with ControlNets if any. Return its name here."""
         from diffusers import AutoPipelineForText2Image, ControlNetModel
 
         def load() -> Any:
@@ -154,7 +153,7 @@ class DiffusersReference:
         return self._loaded(" ".join([source, *nets, *components]), load)
 
     def _refiner(self) -> str:
-        """SDXL's refiner, sharing with its base what diffusers' guide lets it share."""
+        """Load SDXL's refiner. It shares with its base the components named in diffusers' guide."""
         from diffusers import DiffusionPipeline
 
         base = self._pipes[self._auto("sdxl")]
@@ -167,7 +166,7 @@ class DiffusersReference:
         )
 
     def _connected(self) -> str:
-        """Kandinsky's prior and decoder in the pipeline that the Auto class would combine."""
+        """Load Kandinsky's prior and decoder into the combined pipeline of the Auto class."""
         from diffusers import (
             KandinskyV22CombinedPipeline,
             KandinskyV22Pipeline,
@@ -198,7 +197,7 @@ class DiffusersReference:
         return name
 
     def _ready(self, name: str, frames: list[Frame]) -> Any:
-        """A pipeline with the sampler that is asked for, untouched by any call before."""
+        """Return a pipeline with a new sampler of the requested kind, without any old state."""
         import diffusers
 
         pipe, own = self._pipes[name], self._schedulers[name]
@@ -210,7 +209,7 @@ class DiffusersReference:
             pipe.scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
         return pipe
 
-    # Calls, as diffusers' documentation makes them.
+    # Calls, as in diffusers' documentation.
 
     def _plain(self, name: str, frames: list[Frame], given: dict[str, Any]) -> Any:
         pipe = self._ready(name, frames)
@@ -245,15 +244,15 @@ class DiffusersReference:
         return draw(frames, given)
 
     def _combined(self, frames: list[Frame], given: dict[str, Any]) -> Any:
-        """Kandinsky's combined pipeline."""
+        """Render with Kandinsky's combined pipeline."""
         pipe = self._kandinsky_pipe(frames)
         return pipe(**_prompts(pipe, frames), **_arguments(frames), **given)
 
     def _apart(self, frames: list[Frame], given: dict[str, Any]) -> Any:
-        """Kandinsky's prior, then its decoder, called as the combined pipeline calls them.
+        """Call Kandinsky's prior and then its decoder, as the combined pipeline does.
 
-        The prior draws noise for the prompts and then for the negative prompts. The combined
-        pipeline cannot pass it a generator for each of both.
+        The prior generates noise for the prompts and then for the negative prompts. The combined
+        pipeline cannot pass a generator for each of the two.
         """
         pipe = self._kandinsky_pipe(frames)
         arguments, seeded = _arguments(frames), given["generator"]
@@ -277,14 +276,14 @@ class DiffusersReference:
         return pipe
 
     def _control(self, frames: list[Frame]) -> dict[str, Any]:
-        """The arguments for ControlNets: one value for one net, else lists in their order."""
+        """Return the arguments for ControlNets: one value for one net, lists for several."""
         from diffusers.utils.loading_utils import load_image
 
         nets = frames[0].params.get("control")
         if nets is None:
             return {}
         asked = {
-            # As diffusers' guides load pictures; given RGBA itself, it would resize it otherwise.
+            # RGB, as diffusers' guides load pictures: it resizes RGBA in a different way.
             "image": [load_image(self._images[net["image"]]) for net in nets],
             "controlnet_conditioning_scale": [net.get("scale", 1.0) for net in nets],
             "control_guidance_start": [net.get("start", 0.0) for net in nets],
@@ -294,8 +293,10 @@ class DiffusersReference:
 
 
 def _show_inside(encoder: Any) -> None:
-    """Mend diffusers 0.42 and Compel 2.5 beside transformers 5: for clip_skip both still look for
-    `text_model`, which a CLIPTextModel now is itself."""
+    """Patch CLIPTextModel of transformers 5 for the clip_skip of diffusers 0.42 and Compel 2.5.
+
+    Both look for its attribute `text_model`. In transformers 5 the model itself is the text model.
+    """
     if encoder is not None and not hasattr(encoder, "text_model"):
         encoder.__dict__["text_model"] = encoder
 
@@ -314,7 +315,7 @@ def _arguments(frames: list[Frame]) -> dict[str, Any]:
 
 
 def _prompts(pipe: Any, frames: list[Frame]) -> dict[str, Any]:
-    """Prompts and negative prompts as texts, or as the embeddings that Compel makes of them."""
+    """Return prompts and negative prompts as texts, or as embeddings made by Compel."""
     if frames[0].params.get("prompt_syntax") == "compel":
         return _weighted(pipe, frames)
     texts: dict[str, Any] = {"prompt": [frame.prompt for frame in frames]}
@@ -324,7 +325,7 @@ def _prompts(pipe: Any, frames: list[Frame]) -> dict[str, Any]:
 
 
 def _weighted(pipe: Any, frames: list[Frame]) -> dict[str, Any]:
-    """What Compel's own wrappers make of one frame's prompts, repeated for a batch of it."""
+    """Encode one frame's prompts by Compel's own wrappers, repeated for a batch of that frame."""
     from compel import Compel, CompelForSD, CompelForSDXL, ReturnedEmbeddingsType
 
     frame = frames[0]
@@ -353,7 +354,7 @@ def _weighted(pipe: Any, frames: list[Frame]) -> dict[str, Any]:
 
 
 def _weighted_for_refiner(pipe: Any, frame: Frame, count: int) -> dict[str, Any]:
-    """Compel over the only text encoder of a refiner, for which it has no wrapper."""
+    """Encode by Compel with the refiner's only text encoder. Compel has no wrapper for it."""
     from compel import Compel, ReturnedEmbeddingsType
 
     compel = Compel(

@@ -1,4 +1,4 @@
-"""docs/pipelines.md as tests read it: its blocks of code and its tables."""
+"""Reading docs/pipelines.md in tests: its blocks of code and its tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 CONTROL = "0" * 64
-"""Some uploaded image's id"""
+"""ID of an uploaded image."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Block:
     language: str
     text: str
     line: int
-    """where it begins"""
+    """Line number of its beginning."""
 
     def __str__(self) -> str:
         return f"{self.language}-line-{self.line}"
 
 
 def blocks(language: str, page: Path = PAGE) -> list[Block]:
-    """Every block of a language, in the page's order."""
+    """List all blocks of a language, in the page's order."""
     text = page.read_text(encoding="utf-8")
     return [
         Block(language, found[1], text.count("\n", 0, found.start(1)) + 1)
@@ -34,7 +34,7 @@ def blocks(language: str, page: Path = PAGE) -> list[Block]:
 
 
 def table_after(mark: str, page: Path = PAGE) -> list[list[str]]:
-    """The rows of the table that stands behind a comment, without its header."""
+    """Read the rows of the table after a comment, without its header."""
     lines = page.read_text(encoding="utf-8").partition(f"{mark}\n")[2].splitlines()
     rows = []
     for line in lines:
@@ -49,4 +49,4 @@ def _example_family() -> Block:
 
 
 EXAMPLE_FAMILY = _example_family()
-"""The module of a whole family that the page shows"""
+"""Source of the page's example module, a whole family."""

@@ -1,4 +1,4 @@
-"""One picture by the farm's pipelines, and the same by diffusers alone."""
+"""One picture rendered by the farm's pipelines, and the same picture by bare diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.checkpoint_sandbox import CheckpointSandbox
 
 
 def picture(bench: CheckpointSandbox, words: str, **params: Any) -> np.ndarray[Any, Any]:
-    """Load an entry, and draw what the farm draws."""
+    """Load an entry and render the farm's picture."""
     resolved = resolve_pipeline("x", bench.entry(words))
     loaded = resolved.family.load(resolved.pipeline)
     given = resolved.params({"steps": 2, "width": 64, "height": 64, **params}).model_dump()
@@ -24,7 +24,7 @@ def picture(bench: CheckpointSandbox, words: str, **params: Any) -> np.ndarray[A
 
 
 def bare(folder: Path) -> np.ndarray[Any, Any]:
-    """Draw the same by diffusers alone."""
+    """Render the same picture by bare diffusers."""
     import torch
     from diffusers import AutoPipelineForText2Image
 

@@ -1,4 +1,4 @@
-"""Where and with what something was measured, and the pages that tell of it."""
+"""Machine and versions of a measurement, and the pages that report it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ PACKAGES = ("celery", "sqlalchemy", "psycopg", "torch", "diffusers", "boto3")
 
 
 def replace_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Put a text between two markers of a page."""
+    """Replace the text between two markers of a page."""
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(end)
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def machine() -> str:
-    """The processor, the cores that may be used, the memory and the system."""
+    """Return the processor, the usable cores, the memory and the system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{_processor()}, {cores()} cores, {memory:.0f} GiB, {_system()}"
 
 
 def versions(also: Sequence[str] = ()) -> str:
-    """Python, the packages that matter here, and the servers."""
+    """Return the versions of Python, the relevant packages and the servers."""
     packages = [f"{name} {version(name)}" for name in (*PACKAGES, *also)]
     return ", ".join([f"Python {platform.python_version()}", *packages, *_servers()])
 

@@ -1,4 +1,4 @@
-"""A family of the tests' own: seeded noise, ten steps a batch, into which a test may step."""
+"""A family for tests only: seeded noise, ten steps a batch, with a hook for tests."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Disturb = Callable[[Sequence[FrameSpec], int], None]
 
 
 class NoiseParams(Negatable):
-    """Nothing but a size."""
+    """Parameters: only a size."""
 
     width: int = 8
     height: int = 8
 
 
 class Noise:
-    """A family that draws seeded noise, ten steps a batch, and lets the test step in."""
+    """A family that renders seeded noise in ten steps a batch, and calls the test's hook."""
 
     name = "noise"
     params: type[Params] = NoiseParams

@@ -1,4 +1,4 @@
-"""A receiver of traces: OTLP over HTTP, as a collector takes it, decoded by OTLP's own messages."""
+"""A receiver of traces: OTLP over HTTP, like a collector, decoded with OTLP's own classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 
 @dataclass(frozen=True)
 class Received:
-    """A span, with its ids in hex."""
+    """A span, with its IDs in hex."""
 
     trace: str
     id: str
@@ -28,7 +28,7 @@ class Received:
     name: str
     started: int
     ended: int
-    """Nanoseconds since 1970"""
+    """Time of its end, in nanoseconds since 1970."""
     links: list[tuple[str, str]]
     attributes: dict[str, Any]
     service: str
@@ -36,14 +36,14 @@ class Received:
 
 @dataclass
 class Receiver:
-    """Where it listens, and what has come."""
+    """The receiver's address, and the spans that it received."""
 
     url: str
     spans: list[Received] = field(default_factory=list)
     paths: set[str] = field(default_factory=set)
 
     def await_spans(self, trace: str, number: int) -> list[Received]:
-        """The spans of a trace in the order of their beginnings, once there are so many."""
+        """Wait until a trace has this many spans. Return them in the order of their beginnings."""
 
         def of_trace() -> list[Received]:
             return [span for span in list(self.spans) if span.trace == trace]
@@ -54,7 +54,7 @@ class Receiver:
 
 @contextmanager
 def receiving() -> Iterator[Receiver]:
-    """Receive on a free port of loopback."""
+    """Run a receiver on a free port of loopback."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -70,7 +70,7 @@ def receiving() -> Iterator[Receiver]:
             self.wfile.write(answer)
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Write no log."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         receiver = Receiver(f"http://127.0.0.1:{server.server_port}")

@@ -1,6 +1,6 @@
-"""The jobs whose pictures must be those of bare diffusers, one for each thing that a call can say.
+"""Jobs whose pictures must equal those of bare diffusers, one for each feature of a call.
 
-They stand here as a client would send them, but that a control image goes by a name of IMAGES.
+They have the form that a client sends, except that a control image is given by a name of IMAGES.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ defaults = { use_resolution_binning = false, clean_caption = false }
 [pipelines.flux]
 source = "flux"
 """
-"""Each entry also gets OF_ALL."""
+"""Catalog of the parity tests. Each entry also gets OF_ALL."""
 OF_ALL = 'device = "cpu"\nbucket = { "default" = 4 }\n'
 CHECKPOINTS = (
     "stable_diffusion",
@@ -73,7 +73,7 @@ ARABIC = "نجمة حمراء على خلفية زرقاء"
 CHINESE = "蓝色背景上的红星"
 EMOJI = "🔴⭐ on a 🟦 👩‍🚀"
 LONG = "a very long story of " + ", ".join(f"star number {number}" for number in range(20))
-"""Far more than 77 tokens, and than 154"""
+"""Prompt of far more than 77 tokens, and more than 154."""
 
 SMALL = {"width": 64, "height": 64}
 FIRST: dict[str, Any] = {"image": "rings"}
@@ -98,12 +98,12 @@ IMAGES = {
     "grey": _image(41, 130, "L"),
     "clear": _image(128, 128, "RGBA"),
 }
-"""Control images of several shapes and kinds, few of the size of a picture"""
+"""Control images of several shapes and kinds. Few have the size of a picture."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A job, and how it is called in a test's name."""
+    """A job, with its name for test IDs."""
 
     name: str
     pipeline: str
@@ -114,11 +114,11 @@ class Case:
 
 
 def case(what: str, pipeline: str, bucket: int = 4, **fields: Any) -> Case:
-    """A job of few steps, of one frame or, where its bucket has room, of two."""
+    """Build a job of few steps. It has two frames if its bucket has room, else one."""
     own: dict[str, Any] = {"prompts": PROMPTS[: min(bucket, 2)], "seed": 31, "steps": 3}
     if pipeline == "kandinsky":
         own |= {"steps": 2, "prior_steps": 2}
-    if pipeline in ("kandinsky", "flux", *CONTROL):  # whose own sizes are large, or the image's
+    if pipeline in ("kandinsky", "flux", *CONTROL):  # their default size is large, or the image's
         own |= SMALL
     job = {**own, **fields, "bucket": bucket}
     if pipeline in CONTROL and "control" not in job.get("grid", {}):
@@ -140,7 +140,7 @@ SIZES = {
     "pixart": {(32, 64): 4, (96, 64): 1},
     "flux": {(32, 64): 4, (96, 64): 1},
 }
-"""Smaller than a pipeline's own, not square, odd in latents; each at one bucket"""
+"""Sizes smaller than the default, not square, odd in latents. Each is tested at one bucket."""
 GUIDANCE: dict[str, dict[str, Any]] = {
     **{
         name: {"grid": {"guidance_scale": [6.5, 1.0]}} for name in (*OF_CLIP, "kandinsky", "pixart")
@@ -168,11 +168,11 @@ def sizes() -> list[Case]:
 
 
 def defaults() -> list[Case]:
-    """Jobs that say next to nothing, so that diffusers' own defaults decide."""
+    """Jobs with few fields, so that diffusers' own defaults apply."""
     least: dict[str, Any] = {"prompts": PROMPTS[:1], "seed": 5, "bucket": 1}
     return [
         *(Case(f"{name}-defaults", name, least) for name in ("sd", "sdxl", "refined", "pixart")),
-        # Their own sizes are large.
+        # Their default sizes are large.
         Case("kandinsky-own-size", "kandinsky", least | {"steps": 1, "prior_steps": 2}),
         Case("flux-own-size", "flux", least | {"steps": 1}),
         case("defaults", "net", 1, steps=50),
@@ -194,7 +194,7 @@ NEGATIVES = {"negative_prompt": ["blue, blurred", "", None]}
 
 
 def negatives() -> list[Case]:
-    """A negative prompt, an empty one and none, which SDXL and Kandinsky tell apart."""
+    """A negative prompt, an empty one and none. SDXL and Kandinsky treat the three differently."""
     cases = [
         case("negatives", pipeline, bucket, prompts=PROMPTS[:1], **seeds, grid=NEGATIVES)
         for pipeline in ("sd", "sdxl", "refined", "net", "nets", "sdxl_nets", "kandinsky")
@@ -206,7 +206,7 @@ def negatives() -> list[Case]:
 
 
 def samplers() -> list[Case]:
-    """Every sampler on Stable Diffusion, some on the others."""
+    """Every sampler on Stable Diffusion, and some on the other pipelines."""
     some = ("dpmpp_2m_sde", "euler_a", "heun", "unipc")
     named = {
         "sd": sorted(SAMPLERS),
@@ -217,7 +217,7 @@ def samplers() -> list[Case]:
         "pixart": ("ddim", "euler"),
         "kandinsky": ("ddpm",),
     }
-    early: dict[str, Any] = {"refined": {"denoising_end": 0.5}}  # several steps on either side
+    early: dict[str, Any] = {"refined": {"denoising_end": 0.5}}  # several steps on each side
     return [
         case(f"sampler-{name}", pipeline, steps=4, sampler=name, **early.get(pipeline, {}))
         for pipeline, names in named.items()
@@ -226,7 +226,7 @@ def samplers() -> list[Case]:
 
 
 def knobs() -> list[Case]:
-    """What else a call takes, at values of its own."""
+    """The other arguments of a call, at values different from the defaults."""
     cases = [
         case("clip-skip", pipeline, grid={"clip_skip": [1, 2]}, negative_prompt="blue")
         for pipeline in ("sd", "sdxl", "refined", "net", "sdxl_nets")
@@ -269,7 +269,7 @@ TOLD: dict[str, Any] = {
 
 
 def prompts() -> list[Case]:
-    """Prompts in any script, none at all, and longer ones than the text encoder reads."""
+    """Prompts in any script, an empty prompt, and prompts longer than the text encoder's limit."""
     texts = [ARABIC, CHINESE, EMOJI, "", LONG]
     return [
         case("prompts", pipeline, prompts=texts, negative_prompt=LONG)
@@ -278,7 +278,7 @@ def prompts() -> list[Case]:
 
 
 def handovers() -> list[Case]:
-    """Where the base hands over to the refiner; at null it does not."""
+    """Shares of the steps after which the base hands over to the refiner. At null it does not."""
     ends = [0.01, 0.2, 0.5, 0.8, 0.99, None]
     return [
         case("handover", "refined", 1, steps=10, grid={"denoising_end": ends}),
@@ -287,7 +287,7 @@ def handovers() -> list[Case]:
 
 
 def controls() -> list[Case]:
-    """Control images of any size and kind; how much and when each net counts; guess mode."""
+    """Control images of any size and kind; each net's scale and range of steps; guess mode."""
     counted: list[list[dict[str, Any]]] = [
         [{"image": "grey", "scale": 1.7, "start": 0.0, "end": 0.4}, {"image": "clear"}],
         [{"image": "clear", "scale": 0.0}, {"image": "stripes", "scale": 0.3, "start": 0.5}],
@@ -318,7 +318,7 @@ LONG_WEIGHTED = f"(a tale)1.4 of {LONG}"
 
 
 def compels() -> list[Case]:
-    """Compel's weights, blends and conjunctions, and prompts as long as one likes."""
+    """Compel's weights, blends and conjunctions, and very long prompts."""
     told: dict[str, Any] = {"prompt_syntax": "compel"}
     cases = [
         case("compel", pipeline, bucket, prompts=WEIGHTED, **told, negative_prompt="(blue)1.3")
@@ -359,7 +359,7 @@ def compels() -> list[Case]:
 
 
 def _knob(pipeline: str, change: dict[str, Any], **base: Any) -> tuple[Case, Case]:
-    """A job, and the same but for one field: their pictures must not be the same."""
+    """A job, and the same job with one field changed. Their pictures must differ."""
     name = next(iter(change))
     return case("base", pipeline, 1, **base), case(name, pipeline, 1, **{**base, **change})
 
@@ -378,7 +378,7 @@ OF_EACH: dict[str, Any] = {
 
 
 def knob_pairs() -> list[tuple[Case, Case]]:
-    """Every field that a case sets, each on its own."""
+    """Every field that a case sets, each as a separate pair."""
     compel: dict[str, Any] = {"prompts": [WEIGHTED[0]]}
     told = {"negative_original_size": [64, 64], "negative_target_size": [64, 64]}
     pairs = []
@@ -413,7 +413,7 @@ def knob_pairs() -> list[tuple[Case, Case]]:
 
 
 def mixtures() -> list[tuple[str, list[dict[str, Any]]]]:
-    """Jobs of one frame each that may ride in one batch, and differ in whatever they may."""
+    """Jobs of one frame each that may share a batch and differ in all allowed fields."""
     texts: list[dict[str, Any]] = [
         {"prompts": [PROMPTS[0]], "seed": 1, "negative_prompt": "blue"},
         {"prompts": [ARABIC], "seed": 2, "negative_prompt": ""},

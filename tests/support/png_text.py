@@ -1,4 +1,4 @@
-"""sd-parsers, as an independent reader of the text that web UIs write into pictures."""
+"""sd-parsers: an independent reader of the text that web UIs write into pictures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sd_parsers import ParserManager
 from sd_parsers.data import PromptInfo
 
 REMEMBERING = ("_jpeg_usercomment", "_png_stenographic_alpha")
-"""Its modules that keep the last picture's text by `id()`, which a later picture may have too"""
+"""Its modules that cache the last picture's text by `id()`. A later picture may have the same."""
 
 
 def parsed(picture: str | IO[bytes]) -> PromptInfo:
-    """Read a picture's text, with nothing kept of a picture before.
+    """Read a picture's text, with the caches of earlier pictures cleared.
 
     Args:
         picture: a path, or an open file.

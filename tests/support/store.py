@@ -1,4 +1,4 @@
-"""Small words for tests that drive the store: submit, claim, complete, and so on."""
+"""Short functions for tests of the store: submit, claim, complete, and so on."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sql(farm: Farm, statement: str, **values: Any) -> Any:
 
 @dataclass(frozen=True)
 class FakeWorker:
-    """A worker whose every move the test makes."""
+    """A worker whose every action is a call by the test."""
 
     farm: Farm
     id: uuid.UUID
@@ -114,7 +114,7 @@ class FakeWorker:
             return frames.fail(connection, lease.id, failures, 0.0)
 
     def lose(self, message: str = "The child ended.", log: str | None = None) -> None:
-        """Let this worker's child be gone, as its parent would tell it."""
+        """End the leases of this worker's child, as its parent does when the child has ended."""
         with transaction(self.farm.store) as connection:
             leases.end_child_leases(connection, self.id, self.pid, message, 0.0, log)
 
@@ -131,14 +131,14 @@ def register_worker(farm: Farm, name: str = "hand", pipeline: str = "demo") -> F
 
 
 def let_leases_expire(farm: Farm) -> set[str]:
-    """Move every lease's end into the past, and expire."""
+    """Move every lease's end into the past, then expire them."""
     sql(farm, "UPDATE leases SET expires_at = clock_timestamp() - interval '1 second'")
     with transaction(farm.store) as connection:
         return leases.expire(connection, 0.0)
 
 
 def counts_add_up(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Check conservation: the job's counters against its frames, counted one by one."""
+    """Check conservation: compare the job's counters with its frames, counted one by one."""
     job = job_row(farm, tenant, job_id)
     states = [row.state for row in frame_rows(farm, job_id).values()]
     assert job.running == states.count("running")

@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], T], seconds: float, what: str) -> T:
-    """Return the first true value of `condition`; fails, saying `what`, after `seconds`."""
+    """Return the first true value of `condition`. Fail with the text `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds:g} s in vain until {what}")
+            raise AssertionError(f"timeout after {seconds:g} s while waiting until {what}")
         time.sleep(0.05)
     return value

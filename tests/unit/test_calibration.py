@@ -1,4 +1,4 @@
-"""Which bucket is chosen, when a sweep ends, and what is left of the catalog's file."""
+"""Calibration: the chosen bucket, the end of a sweep, and the catalog file afterwards."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ source  =   "x"
 bucket = { "default" = 1 }
 
 [pipelines.tiny]
-source     = "y"   # beside this file
+source     = "y"   # next to this file
 {bucket}
 defaults   = { "steps" = 2 }   # quick
 
@@ -142,7 +142,7 @@ def test_a_link_to_the_catalog_stays_one(tmp_path: Path) -> None:
 
 def test_the_programs_own_catalog_is_not_changed() -> None:
     before = DEMO_CATALOG.read_bytes()
-    with pytest.raises(CatalogError, match="copy it"):
+    with pytest.raises(CatalogError, match="Copy it"):
         write_buckets(DEMO_CATALOG, "demo", {"default": 2})
     assert DEMO_CATALOG.read_bytes() == before
 
@@ -174,7 +174,7 @@ TABLE = 'bucket = { "default" = 1, "128x128" = 3, "256x256" = 7 }'
 
 @pytest.fixture
 def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A catalog whose one pipeline runs out of memory."""
+    """Write a catalog with one pipeline, which runs out of memory."""
     folder = tmp_path / "families"
     folder.mkdir()
     (folder / "narrow.py").write_text(FAMILY)
@@ -207,7 +207,7 @@ def test_memory_that_runs_out_ends_the_sweep_of_its_size(catalog: Path) -> None:
     tried = [[at["bucket"] for at in item["points"]] for item in said["sizes"]]
     assert tried == [[1, 2, 4], [1], []]
     assert said["bucket"] == {"default": 4, "128x128": 1, "256x256": 7}
-    # Steps wait as long whatever the bucket: the largest that fits is by far the fastest.
+    # Steps wait equally long at every bucket, so the largest that fits is by far the fastest.
     text = catalog.read_text()
     table = 'bucket = { "default" = 4, "128x128" = 1, "256x256" = 7 }'
     assert text.replace(table, TABLE) == (
@@ -220,8 +220,8 @@ def test_it_tells_people_what_to_paste(catalog: Path) -> None:
     done = calibrate("--share", "1")
     assert done.code == OK, done.err
     assert done.out.splitlines()[-1].startswith('bucket = { "default" = 4,')
-    assert "Memory ran out beyond bucket 4." in done.out
-    assert "Memory runs out for a single picture of this size" in done.out
+    assert "Memory ran out above bucket 4." in done.out
+    assert "Out of memory: even one picture of this size does not fit" in done.out
     assert "recommended" in done.out
     assert catalog.read_text() == before
 
@@ -233,14 +233,14 @@ def test_where_no_picture_fits_that_is_an_error(catalog: Path) -> None:
     )
     done = calibrate("--write")
     assert done.code == ERROR
-    assert "Memory runs out for a single picture" in done.err
+    assert "even a single picture does not fit" in done.err
 
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--size", "64"], ERROR, "size '64': write it as 768x512"),
-        (["--size", "0x64"], ERROR, "write it as 768x512"),
+        (["--size", "64"], ERROR, "size '64': write width and height"),
+        (["--size", "0x64"], ERROR, "write width and height"),
         (["--size", "60x64"], ERROR, "width"),
         (["--size", "8192x8192"], ERROR, "at most 4194304 pixels"),
         (["--most", "257"], USAGE, "--most"),
@@ -257,7 +257,7 @@ def test_bad_input_is_named(catalog: Path, words: list[str], code: int, said: st
 def test_an_unknown_pipeline_is_named(catalog: Path) -> None:
     done = farm("calibrate", "y")
     assert done.code == ERROR
-    assert "There is no pipeline 'y'; there are x." in done.err
+    assert "There is no pipeline 'y' in the catalog. It has x." in done.err
 
 
 def test_the_demo_is_swept() -> None:
@@ -273,6 +273,6 @@ def test_the_demo_is_swept() -> None:
         for at in item["points"]:
             assert len(at["seconds"]) == 2
             assert at["images_per_second"] * at["seconds_per_image"] == pytest.approx(1)
-            assert 2**27 < at["peak_bytes"] < 2**33  # the process has torch in it
+            assert 2**27 < at["peak_bytes"] < 2**33  # the process has loaded torch
     assert set(said["bucket"]) == {"default", "64x64", "32x32"}
     assert not said["written"]

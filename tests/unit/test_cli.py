@@ -1,4 +1,4 @@
-"""The commands as a whole: quick to start, and every failure one line."""
+"""All commands: they start quickly, and every failure is one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAVY = ("torch", "diffusers", "transformers", "boto3", "celery", "sqlalchemy", 
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No farm is set, and none is near."""
+    """Set no farm, and make sure that none is found."""
     for name in os.environ:
         if name.startswith("FARM_"):
             monkeypatch.delenv(name)
@@ -40,7 +40,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
     text = farm("--help").out
     commands = "up demo doctor submit watch get cancel pause resume retry jobs job workers replay"
     assert [name for name in [*commands.split(), "audit"] if f" {name} " not in text] == []
-    assert "Exit codes: 0 done" in text
+    assert "Exit codes: 0 success" in text
 
 
 def test_the_version_is_told() -> None:
@@ -84,14 +84,14 @@ def test_without_a_key_one_line_says_what_to_set(words: list[str]) -> None:
     outcome = farm(*words)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
-        "Error: No API key is set. Set FARM_DATA or FARM_API_URL and FARM_API_KEY.\n"
+        "Error: No API key is set. Set FARM_DATA, or FARM_API_URL and FARM_API_KEY.\n"
     )
 
 
 def test_a_folder_beside_is_pointed_out(tmp_path: Path) -> None:
     (tmp_path / "farm-data").mkdir()
     (tmp_path / "farm-data" / "farm.env").touch()
-    assert farm("jobs").err.endswith("There is a farm's folder here: set FARM_DATA=farm-data.\n")
+    assert farm("jobs").err.endswith("This folder contains a farm: set FARM_DATA=farm-data.\n")
 
 
 def test_a_farm_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_a_farm_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     outcome = farm("jobs")
     assert outcome.code == 1
     assert outcome.err.startswith(
-        f"Error: The farm at {url} does not answer: is `farm up` running?"
+        f"Error: The farm at {url} does not answer. Is `farm up` running?"
     )
     assert outcome.err.count("\n") == 1
 
@@ -116,14 +116,12 @@ def test_a_bad_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_unexpected_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
-        raise ZeroDivisionError("by nought")
+        raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr("farm.config.load_settings", broken)
     outcome = farm("jobs")
     assert outcome.code == 1
-    assert outcome.err == (
-        "Error: Something went wrong inside the farm: ZeroDivisionError: by nought\n"
-    )
+    assert outcome.err == ("Error: The farm failed unexpectedly: ZeroDivisionError: by zero\n")
 
 
 def test_a_held_folder_is_noticed(tmp_path: Path) -> None:
@@ -159,5 +157,5 @@ def test_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch": True,
         "catalog": False,
     }
-    assert all(check["mend"] for check in found.values() if check["ok"] is False)
+    assert all(check["remedy"] for check in found.values() if check["ok"] is False)
     assert "nowhere.toml cannot be read" in found["catalog"]["detail"]

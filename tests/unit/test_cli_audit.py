@@ -1,4 +1,4 @@
-"""`farm audit` without a farm: misuse, servers that are away, a file that is none of its own."""
+"""`farm audit` without a farm: misuse, servers that are away, a file of another program."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def test_a_file_that_no_audit_kept_is_refused_and_left(content: str, tmp_path: P
     file.write_text(content)
     outcome = farm("audit", "--resume", str(file))
     assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err == f"Error: {file} is not what an audit keeps: remove it.\n"
+    assert outcome.err == (
+        f"Error: --resume: {file} is not a progress file of an audit. "
+        "Remove it or choose another.\n"
+    )
     assert file.read_text() == content
 
 
@@ -51,4 +54,4 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_its_exit_codes_stand_in_the_help() -> None:
     text = " ".join(farm("--help").out.split())
-    assert "4 something does not hold that must (audit); 5 a server is away (audit)" in text
+    assert "4 a check failed (audit); 5 a server does not answer (audit)" in text

@@ -1,4 +1,4 @@
-"""A job's body out of the options of `farm submit`."""
+"""The body of a job, built from the options of `farm submit`."""
 
 from __future__ import annotations
 

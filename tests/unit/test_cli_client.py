@@ -1,4 +1,4 @@
-"""The API's client: what it sends again, and what a user reads when it fails."""
+"""The API's client: its retries, and its messages for users."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class Script:
-    """A server that gives the answers it was told, one after another, the last for ever."""
+    """A server with prepared answers, sent one after another. The last one is repeated."""
 
     url: str = ""
     answers: list[Answer] = field(default_factory=list)
@@ -63,7 +63,7 @@ def handler(script: Script) -> Callable[..., BaseHTTPRequestHandler]:
         do_GET = do_POST = answer  # noqa: N815  http.server's names
 
         def log_message(self, *args: object) -> None:
-            """Keep still."""
+            """Write no log."""
 
     return Handler
 
@@ -143,7 +143,7 @@ def test_a_retry_of_dead_frames_is_sent_once(script: Script, client: FarmClient)
 def test_whatever_else_answers_is_named(script: Script, client: FarmClient) -> None:
     script.tell(404, b"<html>nginx</html>")
     script.tell(200, b"<html>welcome</html>")
-    with pytest.raises(FarmError, match=r"What answers at http\S+ said 404 Not Found to /v1/jobs"):
+    with pytest.raises(FarmError, match=r"server at http\S+ answered 404 Not Found to /v1/jobs"):
         client.job(JOB)
     with pytest.raises(FarmError, match="is not a farm"):
         client.job(JOB)
@@ -160,10 +160,10 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FARM_DATA", "/nowhere")
     with (
         FarmClient(f"http://127.0.0.1:{free_port()}", "k") as client,
-        pytest.raises(Unavailable, match=r"does not answer: is `farm up` running\?") as caught,
+        pytest.raises(Unavailable, match=r"does not answer\. Is `farm up` running\?") as caught,
     ):
         client.job(JOB)
-    assert "/nowhere, which holds no farm.env" in caught.value.message
+    assert "/nowhere, which has no file farm.env" in caught.value.message
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://x", "http://", "x"])
@@ -210,13 +210,13 @@ def test_a_beginning_must_name_one_job(script: Script, client: FarmClient) -> No
     other = "4f2a81ff-0000-4000-8000-000000000000"
     script.tell(200, {"data": [{"id": f"{JOB}1"}, {"id": other}], "next": None})
     assert find_job(client, "4f2a81c") == f"{JOB}1"
-    with pytest.raises(InvalidRequest, match=f"2 jobs begin with 4f2a81: {JOB}1, {other}"):
+    with pytest.raises(InvalidRequest, match=f"2 job IDs begin with 4f2a81: {JOB}1, {other}"):
         find_job(client, "4f2a81")
-    with pytest.raises(NotFound, match="None of the last 1,000 jobs begins with abcdef"):
+    with pytest.raises(NotFound, match="None of the last 1,000 job IDs begins with abcdef"):
         find_job(client, "abcdef")
 
 
 @pytest.mark.parametrize("word", ["", "4f2a8", "zzzzzz", "../../etc", "*", "x" * 500])
 def test_what_is_no_id_is_refused(client: FarmClient, word: str) -> None:
-    with pytest.raises(InvalidRequest, match="is no job"):
+    with pytest.raises(InvalidRequest, match="is not a job ID"):
         find_job(client, word)

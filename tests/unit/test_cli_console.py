@@ -1,4 +1,4 @@
-"""What the commands print: numbers, times, text from elsewhere."""
+"""Output of the commands: numbers, times, text from other sources."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_text_from_elsewhere_cannot_steer_the_terminal() -> None:
 def test_a_prompt_is_shown_letter_by_letter(
     capsys: pytest.CaptureFixture[str], prompt: str
 ) -> None:
-    """A word between colons is no emoji here."""
+    """A word between colons is not shown as an emoji."""
     table = columns("prompt", "more")
     table.add_row(escape(prompt), tail(prompt))
     say(prompt)

@@ -1,4 +1,4 @@
-"""`farm submit --fields`: a pipeline's JSON Schema in words."""
+"""`farm submit --fields`: a pipeline's JSON Schema as text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Part(BaseModel):
 
 
 class Everything(BaseModel):
-    """One field of each kind that a family may have."""
+    """One field of each possible kind."""
 
     width: int = Field(ge=8, le=8192, multiple_of=8, description="pixels")
     sampler: Literal["ddim", "euler"] | None = Field(default=None, description="null: its own")
@@ -136,6 +136,8 @@ def test_a_pipeline_that_is_not_there_or_cannot_be_rendered(script: Script) -> N
     script.tell(200, {"data": [broken, pipeline("demo")], "next": None})
     outcome = farm("submit", "--fields", "--pipeline", "nothing")
     assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err == "Error: There is no pipeline 'nothing'; there are broken, demo.\n"
+    assert outcome.err == (
+        "Error: There is no pipeline 'nothing' in the catalog. It has broken, demo.\n"
+    )
     outcome = farm("submit", "--fields", "--pipeline", "broken")
-    assert outcome.err == "Error: Pipeline broken cannot be rendered: No model_index.json.\n"
+    assert outcome.err == "Error: Pipeline broken cannot render: No model_index.json.\n"

@@ -1,4 +1,4 @@
-"""`farm images` and `--control`: what is read and fetched, and what is sent."""
+"""`farm images` and `--control`: files and addresses that are read, and requests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def uploaded(image_id: str) -> dict[str, Any]:
 
 @pytest.fixture
 def script() -> Iterator[Script]:
-    """A server that plays the farm, or somebody's web server."""
+    """Run a server that acts as the farm or as another web server."""
     script = Script()
     with ThreadingHTTPServer(("127.0.0.1", 0), handler(script)) as server:
         script.url = f"http://127.0.0.1:{server.server_port}"
@@ -51,7 +51,7 @@ def script() -> Iterator[Script]:
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: Script) -> None:
-    """An empty folder, and the script as the farm."""
+    """Change into an empty folder, with the script as the farm."""
     for name in os.environ:
         if name.startswith("FARM_"):
             monkeypatch.delenv(name)
@@ -76,7 +76,10 @@ def test_other_files_are_refused_before_anything_is_sent(kind: str, script: Scri
     for words in (["images", "picture.png"], ["submit", "x", "--control", "picture.png"]):
         outcome = farm(*words)
         assert (outcome.code, outcome.out) == (1, "")
-        assert outcome.err == "Error: picture.png is no PNG, JPEG or WebP file.\n"
+        assert (
+            outcome.err
+            == "Error: picture.png is not a PNG, JPEG or WebP file. Convert it to one of them.\n"
+        )
     assert script.asked == []
 
 
@@ -106,13 +109,15 @@ def test_an_address_is_fetched_without_the_key(script: Script) -> None:
 
 def test_an_address_that_gives_no_image_is_refused(script: Script) -> None:
     script.tell(404, b"nothing")
-    with pytest.raises(InvalidRequest, match=r"cannot be fetched: 127\.0\.0\.1 said 404 Not Found"):
+    with pytest.raises(
+        InvalidRequest, match=r"cannot be downloaded: 127\.0\.0\.1 answered 404 Not Found"
+    ):
         read_image(f"{script.url}/picture.png", LIMIT)
 
 
 def test_an_address_of_a_page_is_refused(script: Script) -> None:
     script.tell(200, b"<html>")
-    with pytest.raises(InvalidRequest, match="is no PNG, JPEG or WebP file"):
+    with pytest.raises(InvalidRequest, match="is not a PNG, JPEG or WebP file"):
         read_image(f"{script.url}/picture.png", LIMIT)
 
 
@@ -127,24 +132,24 @@ def test_an_address_that_sends_too_slowly_is_given_up(
 ) -> None:
     monkeypatch.setattr("farm.cli.commands.images.FETCH_SECONDS", -1.0)
     script.tell(200, file())
-    with pytest.raises(Unavailable, match="cannot be fetched within"):
+    with pytest.raises(Unavailable, match="cannot be downloaded within"):
         read_image(f"{script.url}/picture.png", LIMIT)
 
 
 def test_redirects_end(script: Script) -> None:
     script.tell(302, b"", Location="/again")
-    with pytest.raises(FarmError, match="cannot be fetched: Exceeded maximum allowed redirects"):
+    with pytest.raises(FarmError, match="cannot be downloaded: Exceeded maximum allowed redirects"):
         read_image(f"{script.url}/picture.png", LIMIT)
 
 
 @pytest.mark.parametrize("url", ["http://", "https://[", "http://x:y/"])
 def test_what_is_no_address_is_refused(url: str) -> None:
-    with pytest.raises(FarmError, match=r"is no address|cannot be fetched"):
+    with pytest.raises(FarmError, match=r"is not a valid URL|cannot be downloaded"):
         read_image(url, LIMIT)
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(Unavailable, match=r"cannot be fetched: .*refused"):
+    with pytest.raises(Unavailable, match=r"cannot be downloaded: .*refused"):
         read_image(f"http://127.0.0.1:{free_port()}/picture.png", LIMIT)
 
 

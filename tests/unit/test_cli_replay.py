@@ -1,4 +1,4 @@
-"""Rendering again from the PNG alone, on a tiny random checkpoint made here."""
+"""Rendering again from only a PNG, with a tiny random checkpoint that is made here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same_threads() -> Iterator[None]:
 
 
 def rendered(catalog: Catalog, threads: int = 1, bucket: int = 2, form: Format = "png") -> bytes:
-    """A picture as a worker renders it, beside another frame."""
+    """Render a picture as a worker does, in a batch with another frame."""
     import torch
 
     torch.set_num_threads(threads)
@@ -92,14 +92,14 @@ def content(catalog: Catalog) -> bytes:
 
 
 def altered(content: bytes, **changes: Any) -> bytes:
-    """The same picture, whose text claims something else."""
+    """Return the same picture with a changed text."""
     picture, provenance, _ = read(content)
     frame = provenance.frame.model_copy(update=changes.pop("frame", {}))
     return encode(picture, provenance.model_copy(update={**changes, "frame": frame}))
 
 
 def repainted(content: bytes, *places: tuple[int, int]) -> bytes:
-    """The picture with its text as it was, and some pixels turned over."""
+    """Return the picture with its old text and some inverted pixels."""
     picture = Image.open(io.BytesIO(content))
     text = PngImagePlugin.PngInfo()
     for name, value in picture.info.items():
@@ -166,7 +166,7 @@ def test_other_weights_are_said_so(folder: Path, content: bytes, tmp_path: Path)
     again = replay.replay(content, load_catalog(tmp_path / "other" / "pipelines.toml"))
     assert not again.identical
     assert len(again.notes) == 1
-    assert again.notes[0].startswith("The weights of pipeline tiny are not those that rendered it")
+    assert again.notes[0].startswith("The weights of pipeline tiny have changed: ")
 
 
 def test_everything_that_differs_is_noted(catalog: Catalog, content: bytes) -> None:
@@ -181,11 +181,11 @@ def test_everything_that_differs_is_noted(catalog: Catalog, content: bytes) -> N
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"frame": {"pipeline": "gone"}}, "this catalog does not have; it has tiny"),
+        ({"frame": {"pipeline": "gone"}}, "is not in this catalog. It has tiny"),
         ({"frame": {"bucket": 10**9}}, "damaged: bucket"),
         ({"frame": {"seed": -1}}, "damaged: seed"),
         ({"frame": {"params": {**SIZE, "steps": 10**9}}}, "damaged: .*1000"),
-        ({"frame": {"params": {**SIZE, "width": 4096}}}, "differs in size: it is 64x64"),
+        ({"frame": {"params": {**SIZE, "width": 4096}}}, "was resized: it is 64x64"),
         ({"threads": 10**6}, "damaged: 1000000 threads"),
         ({"dtype": "__doc__"}, "damaged: dtype"),
     ],
@@ -198,13 +198,13 @@ def test_claims_that_no_worker_wrote_are_refused(
 
 
 def test_another_kind_of_picture_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="differs in kind: it is L"):
+    with pytest.raises(InvalidRequest, match="its mode is L"):
         replay.compare(Image.new("L", (8, 8)), Image.new("RGB", (8, 8)))
 
 
 @pytest.fixture
 def commands(folder: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of `good.png` and `bad.png`, with the catalog set."""
+    """Return the folder of `good.png` and `bad.png`, with the catalog set."""
     monkeypatch.delenv("FARM_DATA", raising=False)
     monkeypatch.setenv("FARM_PIPELINES", str(folder / "pipelines.toml"))
     (tmp_path / "good.png").write_bytes(content)
@@ -261,7 +261,7 @@ channels_last = true
 def test_a_steered_picture_needs_the_image_that_steered_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its worker rendered it: the same image, and the weights laid out in the same way."""
+    """The replay needs the worker's control image and the same memory layout of the weights."""
     save("stable_diffusion", tmp_path / "tiny")
     save("controlnet", tmp_path / "net")
     (tmp_path / "pipelines.toml").write_text(STEERED)
@@ -295,7 +295,7 @@ def test_a_steered_picture_needs_the_image_that_steered_it(
     monkeypatch.setenv("FARM_PIPELINES", str(tmp_path / "pipelines.toml"))
     without = farm("replay", str(tmp_path / "steered.png"))
     assert without.code == 1
-    assert f"steered by image {image_id}: give its file by --control" in without.err
+    assert f"--control: missing the file of control image {image_id}" in without.err
     given = farm("replay", str(tmp_path / "steered.png"), "--control", str(tmp_path / "pose.png"))
     assert given.code == 0, given.err
     assert given.out.startswith("identical")

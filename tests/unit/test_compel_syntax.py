@@ -1,6 +1,6 @@
-"""The checker of Compel's syntax: what it takes, what it refuses and where, and how long it takes.
+"""The checker of Compel's syntax: accepted prompts, refusals with their place, and its speed.
 
-That Compel itself agrees is seen in tests/integration/test_compel.py.
+tests/integration/test_compel.py compares it with Compel itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from farm.pipelines.prompts.compel_syntax import MAX_DEPTH, MAX_PIECES, MAX_SIGNS, check_compel
 
 LONGEST = 8_000
-"""Characters that a prompt may hold"""
+"""Maximum number of characters of a prompt."""
 
 
 def refusal(text: str) -> str:
@@ -98,11 +98,11 @@ def test_weights_and_mixtures_are_taken(text: str) -> None:
         ('(a "red) star"', 8, "never opened"),
         ('"a (red" star)', 4, "never closed"),
         ("\\(a)", 4, "never opened"),
-        ("a () b", 3, "hold nothing"),
-        ("( )1.1", 1, "hold nothing"),
-        ("(())", 2, "hold nothing"),
-        ('a "" b', 3, "hold nothing"),
-        ('(a "" b)0.5', 4, "hold nothing"),
+        ("a () b", 3, "are empty"),
+        ("( )1.1", 1, "are empty"),
+        ("(())", 2, "are empty"),
+        ('a "" b', 3, "are empty"),
+        ('(a "" b)0.5', 4, "are empty"),
         ("(" * (MAX_DEPTH + 1) + "a" + ")" * (MAX_DEPTH + 1), MAX_DEPTH + 1, "at most 8 deep"),
         ("a cat.swap(a dog)", 6, "swap cannot be used"),
         ("a cat.swap (a dog)", 6, "swap cannot be used"),
@@ -115,15 +115,15 @@ def test_weights_and_mixtures_are_taken(text: str) -> None:
         ("(cat)101", 6, "at most 100"),
         ('"Blade Runner"2049', 15, "at most 100"),
         ("cat" + "+" * (MAX_SIGNS + 1), 4, "at most 50 plus signs"),
-        ('("a", "b").blend(1, 1, 1)', 11, "2 parts, and weights for 3"),
-        ('("a", "b").blend(1)', 11, "2 parts, and weights for 1"),
-        ('("a", "b").and(1)', 11, "2 parts, and weights for 1"),
-        ('("a", "b").blend(1, much)', 18, "'much' is no weight"),
-        ('("a", "b").blend(1, 1e5)', 18, "'1e5' is no weight"),
+        ('("a", "b").blend(1, 1, 1)', 11, "2 parts, but weights for 3"),
+        ('("a", "b").blend(1)', 11, "2 parts, but weights for 1"),
+        ('("a", "b").and(1)', 11, "2 parts, but weights for 1"),
+        ('("a", "b").blend(1, much)', 18, "'much' is not a weight"),
+        ('("a", "b").blend(1, 1e5)', 18, "'1e5' is not a weight"),
         ('("a", "b").blend(1, 101)', 18, "at most 100"),
-        ('("a", "b").blend(no_normalize, 1)', 18, "'no_normalize' is no weight"),
-        ('("a", "b").and(1, 1, no_normalize)', 16, "'no_normalize' is no weight"),
-        ('("a", "b").blend(1, -1)', 11, "add up to nothing"),
+        ('("a", "b").blend(no_normalize, 1)', 18, "'no_normalize' is not a weight"),
+        ('("a", "b").and(1, 1, no_normalize)', 16, "'no_normalize' is not a weight"),
+        ('("a", "b").blend(1, -1)', 11, "add up to 0"),
         ('a ("a", "b").blend(1, 1)', 13, "must be the whole prompt"),
         ('("a", "b").blend(1, 1) a', 11, "must be the whole prompt"),
         ('("a", "b").and() a', 11, "must be the whole prompt"),
@@ -179,7 +179,7 @@ HARD += ['",', '("', "((", "1.", "+-", "a+-", ".blend    ", ".attend    "]
 
 @pytest.mark.parametrize("unit", HARD)
 def test_the_longest_prompt_is_checked_at_once(unit: str) -> None:
-    """Measured: below 10 ms each. A check that took a square of the length would take minutes."""
+    """Measured: below 10 ms each. A check with quadratic time would take minutes."""
     for before, after in (("", ""), ("(", ").blend(1)"), ('("', '").blend(1)'), ("a.attend(", ")")):
         text = before + (unit * 10 * LONGEST)[: 10 * LONGEST] + after
         started = time.perf_counter()

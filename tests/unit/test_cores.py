@@ -1,4 +1,4 @@
-"""Cores: those that are bound, and no more than a container's quota pays for."""
+"""The number of cores: those of the process's affinity, limited by a container's quota."""
 
 from __future__ import annotations
 

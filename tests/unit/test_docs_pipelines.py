@@ -1,8 +1,7 @@
-"""docs/pipelines.md, held against the code: its catalog loads, its jobs are taken, its tables are
-true.
+"""docs/pipelines.md against the code: its catalog loads, its jobs are accepted, its tables hold.
 
-The checkpoints that it names are put in place as the JSON files of the real ones, as far as the
-farm reads them, beside empty weights: neither torch nor a download is needed.
+Its checkpoints are replaced by those JSON files of the real ones that the farm reads, with empty
+weights. So no torch and no download are needed.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ SDXL_UNET = {
     "addition_embed_type": "text_time",
 }
 Configs = Mapping[str, tuple[str, Mapping[str, Any]]]
-"""component: its class and its configuration"""
+"""Class and configuration of each component."""
 
 SDXL: Configs = {
     "vae": ("AutoencoderKL", VAE),
@@ -109,11 +108,11 @@ NETS = {
     "diffusers/controlnet-canny-sdxl-1.0": SDXL_UNET,
 }
 NO_TENSORS = struct.pack("<Q", 2) + b"{}"
-"""A safetensors file that holds nothing"""
+"""Content of an empty safetensors file."""
 
 
 def weigh(place: Path, config: Mapping[str, Any], name: str = "config.json") -> None:
-    """Put a component down: its configuration, and weights plain and as fp16."""
+    """Write a component: its configuration, and its weights as plain and as fp16."""
     place.mkdir(parents=True)
     (place / name).write_text(json.dumps(config))
     for file in ("model.safetensors", "model.fp16.safetensors"):
@@ -137,7 +136,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def catalog(checkpoints: Path) -> dict[str, Pipeline]:
-    """Every entry of the page; one name means one entry."""
+    """Load every entry of the page. Equal names must be equal entries."""
     found: dict[str, Pipeline] = {}
     for block in blocks("toml"):
         entries = Catalog.model_validate(tomllib.loads(block.text)).pipelines
@@ -167,7 +166,7 @@ class Case:
     block: Block
     body: dict[str, Any]
     refused: dict[str, Any] | None
-    """The problem that stands behind it, if it is refused"""
+    """The error that follows it on the page, or None if the job is accepted."""
 
     def __str__(self) -> str:
         return str(self.block)

@@ -1,4 +1,4 @@
-"""Pictures as PNG, JPEG and WebP: pixels, texts, and what others read of them."""
+"""Pictures as PNG, JPEG and WebP: pixels, texts, and their reading by other programs."""
 
 from __future__ import annotations
 
@@ -133,12 +133,12 @@ def test_a_file_without_a_format_in_its_text_is_read() -> None:
 def test_files_of_others_are_refused(form: Format) -> None:
     buffer = io.BytesIO()
     PICTURE.save(buffer, form.upper())
-    with pytest.raises(InvalidRequest, match="holds no text of the farm"):
+    with pytest.raises(InvalidRequest, match="has no metadata of the farm"):
         read(buffer.getvalue())
     content = encode(PICTURE, provenance(form))
-    with pytest.raises(InvalidRequest, match="not a picture that can be read"):
+    with pytest.raises(InvalidRequest, match="The picture cannot be read"):
         read(content[: len(content) // 2])
-    with pytest.raises(InvalidRequest, match="text of the farm is damaged"):
+    with pytest.raises(InvalidRequest, match="metadata of the farm is damaged"):
         read(content.replace(b'"bucket":8', b'"bucket":x'))
 
 
@@ -155,7 +155,7 @@ def test_texts_within_the_limit_fit_a_jpeg(texts: list[str]) -> None:
     measured = text_bytes(*texts)
     bare = encode(PICTURE, provenance("jpeg", ""))
     full = encode(PICTURE, provenance("jpeg", "".join(texts)))
-    # Both blocks grow; neither by more than was measured.
+    # Both blocks grow, but not by more than was measured.
     assert len(full) - len(bare) <= 2 * measured
 
 

@@ -1,4 +1,4 @@
-"""Failpoints are read from one line, act where a prompt says so, and never in production."""
+"""Failpoints are read from one line, are triggered by a prompt, and never act in production."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_what_is_unknown_or_incomplete_is_refused(text: str) -> None:
 
 
 def test_production_has_none() -> None:
-    with pytest.raises(ValidationError, match="FARM_ENVIRONMENT must then be development"):
+    with pytest.raises(ValidationError, match="set FARM_ENVIRONMENT=development"):
         Settings(failpoints=TWO)
     assert Settings(environment="development", failpoints=TWO).failpoints == TWO
 
 
 def test_production_stores_its_pictures() -> None:
-    with pytest.raises(ValidationError, match="FARM_DISCARD_IMAGES is set"):
+    with pytest.raises(ValidationError, match="FARM_DISCARD_IMAGES is refused in production"):
         Settings(discard_images=True)
     assert Settings(environment="development", discard_images=True).discard_images
 

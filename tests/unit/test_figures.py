@@ -1,4 +1,4 @@
-"""How the suite of benchmarks puts its figures together."""
+"""The calculation of the benchmark suite's figures."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Inputs as they are read: every form a file of lines may have, and each thing wrong with it by
-its line."""
+"""Reading inputs: every form of a file of lines, and each error with its line number."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ Read = Callable[..., tuple[list[Line], InputReader]]
 
 @pytest.fixture
 def read() -> Iterator[Read]:
-    """Read a stream in blocks of some size; gives its lines."""
+    """Read a stream in blocks of some size. Return its lines."""
     opened: list[InputReader] = []
 
     def read_in(content: bytes, block: int = 7, settings: Settings = SETTINGS) -> Any:
@@ -142,7 +141,7 @@ def test_a_long_text_a_long_line_and_too_many_labels_name_the_limit(read: Read) 
     assert "33 labels; the limit is 32" in told[3]
     huge = jsonl({"prompt": "a"}, {"prompt": "a" * 5 * 2**20}, {"prompt": "b"})
     told = problems(read, huge, block=2**20)
-    assert told == {2: f"it is longer than {MAX_LINE_BYTES} bytes."}
+    assert told == {2: f"the line is longer than {MAX_LINE_BYTES} bytes."}
 
 
 def test_a_wrong_line_far_into_the_file_is_found_by_its_number(read: Read) -> None:
@@ -163,13 +162,13 @@ def test_keys_are_different(read: Read) -> None:
     read(jsonl(*keyed), 2**16)
     keyed += [{"prompt": "again", "key": "k7"}, {"prompt": "again", "key": "k7"}]
     told = problems(read, jsonl(*keyed), block=2**16)
-    assert told == {3002: "key is that of line 9.", 3003: "key is that of line 9."}
+    assert told == {3002: "key is the same as in line 9.", 3003: "key is the same as in line 9."}
 
 
 def test_however_many_share_a_key_few_are_looked_at(read: Read) -> None:
     told = problems(read, b'{"prompt": "a", "key": "k"}\n' * 20_000, block=2**16)
     assert sorted(told) == [*range(2, MAX_BAD_LINES + 2)]
-    assert set(told.values()) == {"key is that of line 1."}
+    assert set(told.values()) == {"key is the same as in line 1."}
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0)])
@@ -190,13 +189,11 @@ def test_gzip_that_is_cut_short_or_damaged_is_refused(read: Read) -> None:
 
 def test_limits_of_bytes_and_lines(read: Read) -> None:
     content = jsonl(*({"prompt": str(n)} for n in range(100)))
-    with pytest.raises(InvalidRequest, match="larger than the limit of 500 bytes"):
+    with pytest.raises(InvalidRequest, match=r"too large\. The limit is 500 bytes"):
         read(gzip.compress(content), settings=SETTINGS.model_copy(update={"max_input_bytes": 500}))
     few = SETTINGS.model_copy(update={"max_job_frames": 99})
     for lines in (content, b"\n" * 100):
-        with pytest.raises(
-            InvalidRequest, match="more lines than a job may have frames, which is 99"
-        ):
+        with pytest.raises(InvalidRequest, match=r"too many lines\. A job has at most 99 frames"):
             read(lines, settings=few)
 
 

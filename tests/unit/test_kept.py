@@ -1,4 +1,4 @@
-"""What is kept between starts: found again while nothing changed, made anew when anything did."""
+"""The disk cache between starts: used while nothing has changed, and made again after a change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def entry(cache: Path) -> Path:
 
 
 def forged(cache: Path, key_of: Path) -> str:
-    """Put another hash into the entry, rightly checked, so that a hit can be told."""
+    """Put another hash with a valid checksum into the entry, so that a hit is visible."""
     status = key_of.stat()
     key: disk_cache.Key = [
         str(key_of.resolve()),
@@ -67,7 +67,7 @@ def test_a_changed_file_is_read_again(cache: Path, weights: Path) -> None:
     before = weights.stat()
     with weights.open("r+b") as file:
         file.write(b"b")
-    # The size and the time of writing are as they were, as some tools leave them.
+    # Size and modification time are unchanged, as some tools leave them.
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file_hash(weights) == truth(weights) != mark
     assert file_hash(weights) == truth(weights)

@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md are those that import-linter checks."""
+"""The layers of docs/architecture.md equal those that import-linter checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns: what takes long of one tenant leaves others' turns alone."""
+"""Turns: one tenant's slow work does not delay the turns of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PNG files of ours, read by Pillow and by a reader that follows the specification step by step."""
+"""The farm's PNG files, read by Pillow and by a reader that follows the specification."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def paeth(a: int, b: int, c: int) -> int:
-    """The one that is nearest to a + b - c, the first of equals."""
+    """Return the value nearest to a + b - c, the first of equals."""
     away_a, away_b, away_c = abs(b - c), abs(a - c), abs(a + b - 2 * c)
     if away_a <= away_b and away_a <= away_c:
         return a
@@ -51,11 +51,11 @@ PREDICTED: list[Callable[[int, int, int], int]] = [
     lambda a, b, _c: (a + b) // 2,
     paeth,
 ]
-"""By filter type: a byte from those left of it (a), above (b), and above the left one (c)"""
+"""Predictors by filter type, from the bytes to the left (a), above (b) and above left (c)."""
 
 
 def unfiltered(kind: int, row: bytearray, above: bytearray, step: int) -> bytearray:
-    """Section 9 of the specification."""
+    """Undo a row's filter (section 9 of the specification)."""
     if kind == 0:
         return row
     predicted = PREDICTED[kind]
@@ -66,7 +66,7 @@ def unfiltered(kind: int, row: bytearray, above: bytearray, step: int) -> bytear
 
 
 def pixels(content: bytes) -> tuple[str, int, int, bytes]:
-    """Decode it as the specification says: mode, width, height and bytes."""
+    """Decode a PNG by the specification. Return mode, width, height and bytes."""
     found = list(chunks(content))
     assert [kind for kind, _ in found if kind != b"iTXt"] == [b"IHDR", b"IDAT", b"IEND"]
     width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", found[0][1])
@@ -92,7 +92,7 @@ def check(image: Image.Image) -> None:
 
 
 def drawn(mode: str, width: int, height: int, seed: int, levels: int) -> Image.Image:
-    """Noise of so many levels: of few there are runs and equal neighbours."""
+    """Generate noise with this number of levels. Few levels make runs and equal neighbours."""
     values = np.random.default_rng(seed).integers(0, levels, (height, width, CHANNELS[mode]))
     return Image.frombytes(
         mode, (width, height), (values * (255 // (levels - 1))).astype(np.uint8).tobytes()
@@ -125,7 +125,7 @@ def test_any_large_picture_comes_back(mode: str, size: tuple[int, int]) -> None:
 
 
 def test_the_bytes_are_those_of_every_machine() -> None:
-    """With zlib-ng 1.1.0; provenance names its version."""
+    """The bytes are those of zlib-ng 1.1.0. Provenance records its version."""
     image = drawn("RGB", 160, 120, seed=1, levels=17)
     assert hashlib.sha256(png(image, {"farm": "{}"})).hexdigest() == HASH
 

@@ -1,4 +1,4 @@
-"""Files of prompts, in every form that they come in, and each thing wrong with one by its row."""
+"""Files of prompts, in every supported form, and each error with its row number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file(tmp_path: Path, name: str, content: bytes) -> Path:
 
 
 def lines(path: Path, columns: Columns = AS_IT_IS, **options: Any) -> list[dict[str, Any]]:
-    """What is sent, as the farm reads it."""
+    """Return the lines that are sent, as read by the farm."""
     blocks = [*PromptFile(path, columns, **options).blocks()]
     with InputReader(Settings()) as intake:
         for block in blocks:
@@ -117,8 +117,8 @@ def test_all_of_the_file_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.csv", b"caption\na\n", "line 1: there is no column 'prompt'; there are caption"),
-        ("p.csv", b"prompt,key\na\n", "line 2: it has 1 columns, and the first line 2"),
+        ("p.csv", b"caption\na\n", "line 1: there is no column 'prompt'. The columns are caption"),
+        ("p.csv", b"prompt,key\na\n", "line 2: it has 1 columns, but the first line has 2"),
         ("p.csv", b"prompt\n\xff\n", "line 2: byte 1 is not UTF-8"),
         ("p.csv", b'prompt\n"a\n', "line 2: a quotation mark that opens a field is never closed"),
         ("p.csv", b"prompt,key\n,k\n", "line 2: the column 'prompt' is empty"),
@@ -135,9 +135,9 @@ def test_all_of_the_file_is_counted(tmp_path: Path) -> None:
         ("p.jsonl", b"", None),
         ("p.txt", b"\xff", "line 1: byte 1 is not UTF-8"),
         ("p.txt.gz", gzip.compress(b"a\nb\n", mtime=0)[:-9], "cannot be read"),
-        ("p.parquet", b"nonsense", "not Parquet that can be read"),
-        ("p.png", b"", "prompts are read from .jsonl"),
-        ("p.parquet.gz", b"", "prompts are read from .jsonl"),
+        ("p.parquet", b"nonsense", "cannot be read as Parquet"),
+        ("p.png", b"", "unsupported file type. Use .jsonl"),
+        ("p.parquet.gz", b"", "unsupported file type. Use .jsonl"),
     ],
 )
 def test_what_is_wrong_is_told_by_its_row(
@@ -149,7 +149,7 @@ def test_what_is_wrong_is_told_by_its_row(
 
 def test_a_parquet_file_without_the_column_names_those_that_there_are(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "x": [1]}), tmp_path / "p.parquet")
-    with pytest.raises(InvalidRequest, match="no column 'prompt'; there are text, x"):
+    with pytest.raises(InvalidRequest, match=r"no column 'prompt'\. The columns are text, x"):
         lines(tmp_path / "p.parquet")
     pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
     with pytest.raises(InvalidRequest, match="row 2: the column 'prompt' is empty"):

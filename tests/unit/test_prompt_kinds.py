@@ -1,4 +1,4 @@
-"""What people's files of prompts hold: each value is taken as it is meant, or refused by row."""
+"""Values in users' files of prompts: each is read as intended, or refused with its row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMBINED = Templates("combinatorial")
 
 
 def parquet(tmp_path: Path, **columns: Any) -> Path:
-    """Write a file of Parquet: a column is an Arrow array, or values whose type Arrow finds."""
+    """Write a Parquet file. A column is an Arrow array, or values whose type Arrow infers."""
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table(columns), path)
     return path
@@ -37,7 +37,7 @@ def refused(path: Path, columns: Columns = AS_IT_IS, **options: Any) -> str:
     return caught.value.message
 
 
-# Case 4: what is no text.
+# Case 4: values that are not text.
 
 
 @pytest.mark.parametrize("text", ["a red star", "étoile rouge", "星"])
@@ -49,7 +49,7 @@ def test_bytes_are_decoded(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([b"ok", b"\xff"], "row 2: column 'prompt' holds bytes, of which byte 1 is not UTF-8"),
+        ([b"ok", b"\xff"], "row 2: column 'prompt' holds bytes that are not UTF-8, from byte 1"),
         ([["a red star", "a star"], ["b"]], "row 1: column 'prompt' holds a list; it must hold"),
         ([{"en": "a red star"}], "row 1: column 'prompt' holds an object; it must hold text"),
         ([1.5, math.nan], "row 1: column 'prompt' holds 1.5 (float); it must hold text"),
@@ -88,7 +88,7 @@ def test_a_wildcard_that_is_not_there_is_named(tmp_path: Path, way: str, templat
     path = file(tmp_path, "p.txt", f"a star\n{template}\n".encode())
     said = refused(path, templates=Templates(way, 50, wildcards=tmp_path))
     assert "line 2: the wildcard __animal__ has no values" in said
-    assert said.endswith("there are colour.") or "there are colour, p" in said
+    assert said.endswith("folder: colour.") or "folder: colour, p" in said
     said = refused(path, templates=Templates(way, 50))
     assert "--wildcards" in said
 
@@ -105,7 +105,7 @@ def test_a_wildcard_that_another_one_names_is_looked_for_too(tmp_path: Path) -> 
 @pytest.mark.filterwarnings("ignore:'delimited_list' deprecated")  # dynamicprompts' own
 def test_combinations_that_repeat_or_are_too_many_are_refused(tmp_path: Path) -> None:
     path = file(tmp_path, "p.txt", b"a {ab|a}{c|bc} star\n")
-    assert "gives 1 of its 4 combinations again, such as 'a abc star'" in refused(
+    assert "repeats 1 of its 4 combinations, such as 'a abc star'" in refused(
         path, templates=COMBINED
     )
     many = file(tmp_path, "p.txt", b"{a|b|c|d}{a|b|c|d}{a|b|c|d}{a|b|c|d}{a|b|c|d}\n")
@@ -142,7 +142,7 @@ def test_columns_of_one_name_in_parquet_and_json(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "p.parquet")
     assert "the columns 'prompt' and 'prompt'" in refused(tmp_path / "p.parquet")
     path = file(tmp_path, "p.jsonl", b'{"prompt": "a", "prompt": "b"}\n')
-    assert "line 1: it is not JSON: the name 'prompt' stands there twice" in refused(path)
+    assert "line 1: it is not JSON: the name 'prompt' occurs twice" in refused(path)
 
 
 def test_columns_of_one_name_that_nobody_needs_do_no_harm(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_line_ends_and_encodings(tmp_path: Path, end: str, encoding: str, kind: 
     else:
         written = prompts if kind == "txt" else ["prompt", *prompts]
     content = (end.join(written) + end).encode(encoding)
-    if encoding == "utf-16-le":  # one without its mark cannot be told from others
+    if encoding == "utf-16-le":  # without a byte order mark it cannot be detected
         content = b"\xff\xfe" + content
     found = lines(file(tmp_path, f"p.{kind}", content))
     assert found == [{"prompt": prompt} for prompt in prompts]
@@ -252,14 +252,14 @@ def test_a_line_end_inside_a_field_stays(tmp_path: Path) -> None:
             b'prompt\n"a\nb\n',
             "line 3: a quotation mark that opens a field is never closed",
         ),
-        ("p.csv", b'prompt\n"a"b\n', "line 2: a quotation mark stands inside a quoted field"),
+        ("p.csv", b'prompt\n"a"b\n', "line 2: a quotation mark inside a quoted field"),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"prompt": }\n',
             "line 2: it is not JSON: Expecting value, at",
         ),
-        ("p.txt", "ok\ngrün\n".encode("latin-1"), "line 2: byte 3 is not UTF-8; save the file as"),
-        ("p.txt", "ok\r".encode("utf-16")[:-1], "it is not whole UTF-16"),
+        ("p.txt", "ok\ngrün\n".encode("latin-1"), "line 2: byte 3 is not UTF-8. Save the file as"),
+        ("p.txt", "ok\r".encode("utf-16")[:-1], "it is not valid UTF-16"),
         ("p.txt", b"\xff\xfe\x00\xd8\n\x00", "line 1: character 1 is half a character"),
     ],
 )
@@ -290,7 +290,7 @@ def test_other_seeds_are_refused(tmp_path: Path, value: Any) -> None:
     assert "a seed is a whole number" in refused(parquet(tmp_path, prompt=["a"], seed=[value]))
 
 
-# What any reader of a format finds is what is sent, or the refusal names the row.
+# The sent values equal those of any reader of the format, or the refusal names the row.
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=20)
 BYTES = st.binary(max_size=4)
@@ -307,7 +307,7 @@ HEADERS = st.sampled_from(["prompt", " Prompt", "PROMPT\t"])
 
 
 def meant(value: Any) -> str | None:
-    """The text that a cell means; None where it must be refused."""
+    """Return the intended text of a cell, or None if it must be refused."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
@@ -405,7 +405,7 @@ def test_a_text_is_read_line_by_line(
         assert "it holds no line" in refused(path)
 
 
-# What a reader of the change found.
+# Cases found in review.
 
 
 @pytest.mark.parametrize("seed", [2**53 + 1, 2**53, 6139422181443594405, 0])
@@ -436,7 +436,7 @@ def test_blanks_after_the_commas_of_a_csv_belong_to_no_cell(tmp_path: Path) -> N
 
 def test_a_column_labels_is_not_read_where_other_columns_are_labels(tmp_path: Path) -> None:
     path = parquet(tmp_path, prompt=["a"], labels=[[1, 2]], split=["train"])
-    assert "name them by --label-column" in refused(path)
+    assert "name them with --label-column" in refused(path)
     assert lines(path, Columns(labels=("split",))) == [
         {"prompt": "a", "labels": {"split": "train"}}
     ]

@@ -1,4 +1,4 @@
-"""What a PNG says of itself, read back by us and by an independent reader."""
+"""Provenance in a PNG, read back by the farm and by an independent reader."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ def test_an_independent_reader_reads_it(prompt: str, negative: str) -> None:
 def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     picture().save(buffer, "PNG")
-    with pytest.raises(InvalidRequest, match="holds no text of the farm"):
+    with pytest.raises(InvalidRequest, match="has no metadata of the farm"):
         read(buffer.getvalue())
     for content in (b"", b"hello", encode(picture(), provenance("x"))[:200]):
-        with pytest.raises(InvalidRequest, match=r"not a (PNG|picture)"):
+        with pytest.raises(InvalidRequest, match=r"not a PNG|cannot be read"):
             read(content)
 
 
@@ -127,7 +127,7 @@ def test_a_damaged_text_is_refused() -> None:
 
 
 def _png_with(chunk: bytes, body: bytes) -> bytes:
-    """A picture with one chunk of the test's own, right after its header."""
+    """Build a picture with an extra chunk right after its header."""
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")
     content = plain.getvalue()

@@ -1,4 +1,4 @@
-"""The proxy of the chaos tests does to a connection what it says."""
+"""The proxy of the chaos tests: each fault has its documented effect on a connection."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.chaos.proxy import Fault, Freeze, Link, Proxies, Refuse, Reset, Stall
 from tests.support.waiting import wait_until
 
 SOON = 0.3
-"""Seconds in which an answer would have come"""
+"""Seconds within which an answer would arrive."""
 
 
 class Echo:
-    """A server that answers every piece with itself, and keeps what it was sent."""
+    """A server that sends every piece back, and records all received bytes."""
 
     def __init__(self) -> None:
         self.heard = b""
@@ -161,7 +161,7 @@ def test_it_answers_in_the_server_s_place(client: socket.socket, link: Link, ech
 
 def test_a_server_that_is_away_ends_the_connection() -> None:
     with socket.socket() as silent, Proxies() as proxies:
-        silent.bind(("127.0.0.1", 0))  # and does not listen
+        silent.bind(("127.0.0.1", 0))  # but does not listen
         link = proxies.link("test", "nobody", "127.0.0.1", silent.getsockname()[1])
         assert link.fault.__class__ is Fault
         with connect(link) as client:

@@ -1,4 +1,4 @@
-"""An address of Redis means the same to Celery and to redis-py."""
+"""An address of Redis has the same meaning for Celery and for redis-py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of a release is the changelog's section of its version."""
+"""The text of a release equals its version's section of the changelog."""
 
 from __future__ import annotations
 

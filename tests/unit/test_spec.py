@@ -84,7 +84,7 @@ def test_ordinals_outside_the_job_are_refused() -> None:
 
 
 def test_a_derived_seed_never_changes() -> None:
-    """Pinned: another value would draw other pictures for jobs that exist."""
+    """The values are pinned: other values would change the pictures of existing jobs."""
     assert derived_seed(31, 0, 63) == 7220534278658160695
     assert derived_seed(31, 1, 63) == 7890612522400008144
     assert derived_seed(31, 0, 53) == 7220534278658160695 >> 10
@@ -175,7 +175,7 @@ def test_the_bucket_chosen(priority: str, bucket: int, frames: int, expected: in
 
 def test_a_bucket_counts_the_frames_that_can_share_it() -> None:
     job = plan(images_per_prompt=2, grid={"negative_prompt": ["", "blue"], "steps": [5, 6]})
-    # frames that can share a batch stand two by two: no larger bucket would ever be full
+    # frames that can share a batch come in pairs, so a larger bucket would never be full
     assert {point.bucket for point in job.every_point()} == {2}
     assert [end for end, _, _ in job.runs] == [2, 4, 6, 8]
     together = plan(images_per_prompt=2, grid={"steps": [5, 6], "negative_prompt": ["", "blue"]})
@@ -300,7 +300,7 @@ def test_a_missing_family_or_checkpoint_is_said(tmp_path: Path) -> None:
 
 
 class Wide(Params):
-    """Of a family without a limit of its own."""
+    """Parameters of a family without its own limit."""
 
     width: int = Field(default=64)
     height: int = Field(default=64)

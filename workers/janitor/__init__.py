@@ -1,1 +1,1 @@
-"""The janitor: expired leases, retention, and deletion in the storage."""
+"""The janitor: expires leases, applies retention, and deletes from the storage."""

@@ -1,6 +1,6 @@
-"""The janitor: it expires leases, rings again for lanes where something waits, and tidies up.
+"""The janitor: expires leases, rings again for lanes with waiting frames, and cleans up.
 
-Any number run; the one that holds a lock in Postgres works, another takes over when it ends.
+Several janitors may run. The leader holds a lock in Postgres; another takes over when it ends.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ log = logging.getLogger(__name__)
 
 ARCHIVE_SECONDS = 86_400.0
 LOOK_AGAIN_SECONDS = 60.0
-"""Between two checks of shards that may have missed their event."""
+"""Interval between two checks for shards that missed their event, in seconds."""
 INPUTS_PER_SWEEP = 10
-"""Each with its lines"""
+"""Inputs that one sweep deletes, each with its lines."""
 ROWS_PER_SWEEP = 5000
-"""Rows of removed jobs that a sweep deletes from each table, at most; and requeued frames that it
-lets follow their jobs"""
+"""Maximum number of rows of removed jobs that a sweep deletes per table.
+
+Also the maximum number of requeued frames that it updates after their jobs.
+"""
 
 MAX_REST_SECONDS = 10.0
-"""Between two tries while Postgres is away."""
+"""Maximum pause between two tries while Postgres does not answer, in seconds."""
 
 END_SECONDS = 5.0
 
 
 class Janitor:
-    """Sweeps every `sweep_seconds` while it leads."""
+    """Sweeps every `sweep_seconds` while it is the leader."""
 
     def __init__(self, farm: Farm) -> None:
         self._farm = farm
@@ -44,7 +46,7 @@ class Janitor:
         self._patience = max(settings.transaction_seconds, 3 * settings.sweep_seconds)
 
     def run(self, stop: threading.Event) -> None:
-        """Sweep until `stop` is set; an outage of Postgres is logged and outlived."""
+        """Sweep until `stop` is set. An outage of Postgres is logged, and does not end it."""
         storage = StorageWork(self._farm, stop)
         storage.start()
         failures = 0
@@ -53,16 +55,16 @@ class Janitor:
                 with leadership(self._farm.store, self._patience) as connection:
                     failures = 0
                     if connection is not None:
-                        log.info("This janitor leads.")
+                        log.info("This janitor is the leader.")
                         self._lead(connection, storage, stop)
             except Unavailable as error:
                 failures += 1
-                log.warning("The janitor waits: %s", error)
+                log.warning("The janitor waits for Postgres: %s", error)
             stop.wait(self._rest(failures))
         storage.join(END_SECONDS)
 
     def _rest(self, failures: int) -> float:
-        """Seconds before the next try, drawn so that not all janitors try at once."""
+        """Random pause before the next try in seconds, so that janitors do not try together."""
         pace = self._farm.settings.sweep_seconds
         longest = min(pace * 2 ** min(failures, 10), MAX_REST_SECONDS)
         return random.uniform(0, longest) if failures else pace  # noqa: S311 - no secret
@@ -77,7 +79,7 @@ class Janitor:
             storage.lead(False)
 
     def sweep(self, connection: Connection) -> None:
-        """Do everything that is due once."""
+        """Run each task of a sweep once."""
         settings = self._farm.settings
         with connection.begin():
             expired = leases.expire(connection, settings.retry_seconds)
@@ -92,7 +94,7 @@ class Janitor:
         for lane in expired:
             log.warning("Leases of lane %s expired; their frames were requeued.", lane)
         for name in gone:
-            log.warning("Worker %s was not heard of: it counts as gone.", name)
+            log.warning("Worker %s sent no heartbeat; it counts as gone.", name)
         with connection.begin():
             events.prune(connection, settings.events_days)
             sessions.prune(connection)
@@ -111,4 +113,4 @@ class Janitor:
         with connection.begin():
             retention.delete_rows(connection, ROWS_PER_SWEEP)
         if removed:
-            log.info("Removed %d jobs that ended long ago.", len(removed))
+            log.info("Removed %d jobs whose retention time is over.", len(removed))

@@ -1,7 +1,7 @@
-"""What the janitor does in the image storage: it deletes what no frame names any more.
+"""Storage cleaner of the janitor: deletes objects that no frame refers to any more.
 
-At a pace of its own, beside the sweep: a storage that is slow or away never delays a lease.
-Nothing here needs to be done by one janitor alone, it would only be done twice.
+It runs in its own thread, so that a slow or missing storage never delays the sweep of leases.
+If two janitors do this work at once, it is done twice, which does no harm.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from farm.store.engine import transaction
 log = logging.getLogger(__name__)
 
 PASS_SECONDS = 3600.0
-"""Between two passes over the whole storage, at most; a page a step, so never all at once."""
+"""Maximum interval between two passes over the storage, in seconds. One step reads one page."""
 
 DELETIONS_PER_CALL = 1000
-"""Orphans, or control images"""
+"""Maximum number of orphans, or of control images, per deletion."""
 
 UPLOAD_SECONDS = 600.0
-"""After so long an upload that has not ended never will"""
+"""Time after which an upload that has not finished counts as failed, in seconds."""
 
 MAX_REST_SECONDS = 60.0
 
 
 class StorageWork:
-    """Deletes what was removed, and orphans, in a thread, while its janitor leads."""
+    """Thread that deletes removed objects and orphans while its janitor is the leader."""
 
     def __init__(self, farm: Farm, stop: threading.Event) -> None:
         self._farm = farm
@@ -51,18 +51,18 @@ class StorageWork:
         self._thread = threading.Thread(target=self._run, name="storage-work", daemon=True)
 
     def start(self) -> None:
-        """Begin, in a thread of its own, which ends once `stop` is set."""
+        """Start the thread. It ends once `stop` is set."""
         self._thread.start()
 
     def lead(self, leads: bool) -> None:
-        """Say whether the janitor leads: only then anything is done."""
+        """Set whether the janitor is the leader. The thread works only then."""
         if leads:
             self._leads.set()
         else:
             self._leads.clear()
 
     def join(self, seconds: float) -> None:
-        """Wait for the thread's end; one that waits for the storage is left to its process's."""
+        """Wait for the thread to end. A thread that waits for the storage ends with the process."""
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -74,18 +74,18 @@ class StorageWork:
                     failures = 0
                 except Unavailable as error:
                     failures += 1
-                    log.warning("What is left in the storage stays for now: %s", error)
+                    log.warning("Deletion in the storage is postponed: %s", error)
                 except Exception:
                     failures += 1
-                    log.exception("What is left in the storage stays for now")
+                    log.exception("Deletion in the storage is postponed")
             rest = min(pace * 2 ** min(failures, 10), MAX_REST_SECONDS)
             self._stop.wait(random.uniform(rest / 2, rest) if failures else pace)  # noqa: S311
 
     def step(self) -> None:
-        """Empty what is being removed, and look through one page for orphans.
+        """Delete the objects of removed jobs, and check one page for orphans.
 
         Raises:
-            Unavailable: the storage or Postgres is away; the next step goes on from there.
+            Unavailable: the storage or Postgres does not answer. The next step continues.
         """
         with transaction(self._farm.store) as connection:
             empty = retention.empty_jobs(connection, retention.MAX_JOBS_PER_CALL)
@@ -100,9 +100,9 @@ class StorageWork:
             self._look_through_page()
 
     def _empty_exports(self) -> None:
-        """Delete the files of removed exports, unless they lie where a client wished.
+        """Delete the files of removed exports, except at destinations that a client chose.
 
-        Such a place is the client's, and may be a prefix of anything, pictures among it.
+        Such a place belongs to the client. Its prefix may also cover other files, even images.
         """
         with transaction(self._farm.store) as connection:
             removed = retention.removed_exports(connection, retention.MAX_JOBS_PER_CALL)
@@ -116,7 +116,7 @@ class StorageWork:
         return self._leads.is_set() and not self._stop.is_set()
 
     def _delete_below(self, prefix: str) -> bool:
-        """Delete every object whose key begins so; returns whether none is left."""
+        """Delete every object with this prefix. Return True if none is left."""
         artifacts = self._farm.artifacts
         while self._goes_on():
             found = artifacts.list_page(prefix=prefix).objects
@@ -145,7 +145,7 @@ class StorageWork:
         orphans = {names[place] for place in places}
         if orphans:
             self._farm.artifacts.delete_all([name.key for name in orphans])
-            log.info("Deleted %d objects that no frame names.", len(orphans))
+            log.info("Deleted %d objects that no frame refers to.", len(orphans))
         return orphans
 
     def _delete_images(self) -> None:
@@ -168,4 +168,4 @@ class StorageWork:
             if all(self._delete_below(prefix) for prefix in prefixes):
                 with transaction(self._farm.store) as connection:
                     tenants.mark_emptied(connection, tenant_id)
-                log.info("Nothing is left of tenant %s, which was removed.", tenant_id)
+                log.info("Deleted all objects of the removed tenant %s.", tenant_id)

@@ -1,11 +1,11 @@
 "use strict";
-// Keeps the dashboard fresh, sends its buttons without leaving it, and signs in from /#key=….
+// Updates the dashboard, sends its actions without a page load, and signs in from /#key=….
 
 const PACE = 1000;
 const said = document.getElementById("said");
 const say = (text) => { if (said.textContent !== text) said.textContent = text; };
 
-// Change only what differs, so that focus, scroll, selection and loaded pictures stay.
+// Change only the nodes that differ, so that focus, scroll, selection and loaded pictures stay.
 function morph(old, fresh) {
   if (old.isEqualNode(fresh)) return;
   if (old.nodeName !== fresh.nodeName || (old.id || "") !== (fresh.id || "")) {
@@ -47,7 +47,7 @@ async function refresh() {
     if (said.dataset.of === "outage") say("");
   } catch {
     said.dataset.of = "outage";
-    say("The farm does not answer. What you see is what it last said.");
+    say("The farm does not answer. This page shows its last known state.");
   }
 }
 
@@ -70,7 +70,7 @@ document.addEventListener("submit", async (event) => {
   await refresh();
 });
 
-// The address that `farm up` prints bears the key behind its #, which no server ever sees.
+// The address that `farm up` prints has the key after the #. Browsers send that part to no server.
 async function signIn() {
   const key = new URLSearchParams(location.hash.slice(1)).get("key");
   if (!key) return;

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def farm_client() -> FarmClient:
-    """Open a client of the farm that the settings name; its modules are imported when needed."""
+    """Open a client for the farm in the settings. Heavy modules are imported only here."""
     from farm.cli.client.http import FarmClient
     from farm.config import load_settings
 

@@ -1,4 +1,4 @@
-"""A client of the farm's HTTP API, whose every failure is a FarmError of one clear line."""
+"""A client for the farm's HTTP API. Every failure is a FarmError with a clear message."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Job = dict[str, Any]
 
 PAGE = 200
 FIRST_CONTACT_SECONDS = 1.0
-"""How long a farm that never answered is tried."""
+"""Time to retry a farm that has never answered, in seconds."""
 PATIENCE_SECONDS = 6.0
-"""How long a farm that is away, or answers 503, is tried again."""
+"""Time to retry a farm that answered before, but now is silent or answers 503, in seconds."""
 TIMEOUT = httpx.Timeout(30.0, connect=5.0)
 UPLOAD = httpx.Timeout(600.0, connect=5.0)
-"""For millions of lines, which are stored before they are answered"""
+"""Timeout for uploads: the API stores millions of lines before it answers."""
 
 ERRORS: dict[str, type[FarmError]] = {
     kind.code: kind
@@ -37,29 +37,31 @@ ERRORS: dict[str, type[FarmError]] = {
 
 
 class FarmClient:
-    """One farm, one key. Safe to share between threads."""
+    """Client for one farm with one key. Safe to share between threads."""
 
     def __init__(self, url: str, key: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.address = Address(url)
         self.patience_seconds = patience_seconds
         self._reached = False
         if not (key.isascii() and key.isprintable()):
-            raise InvalidRequest("The API key holds characters that no key has: copy it again.")
+            raise InvalidRequest(
+                "The API key has characters that no key has. Copy it again (FARM_API_KEY)."
+            )
         self._http = httpx.Client(
             base_url=self.address.url,
             headers={"Authorization": f"Bearer {key}", "Accept": "application/json"},
             timeout=TIMEOUT,
             follow_redirects=True,
-            # A proxy must not be asked for addresses of this machine.
+            # Requests to this machine must not go through a proxy.
             trust_env=not self.address.is_local,
         )
 
     @classmethod
     def of(cls, settings: Settings, patience_seconds: float = PATIENCE_SECONDS) -> Self:
-        """Open the farm that the settings name.
+        """Open a client for the farm in the settings.
 
         Raises:
-            Unauthenticated: there is no key in them.
+            Unauthenticated: the settings have no key.
         """
         address = Address(settings.api_url)
         if settings.api_key is None:
@@ -82,13 +84,13 @@ class FarmClient:
         return self._object(self._send("GET", path, params=params))
 
     def content(self, path: str) -> bytes:
-        """Read an image, wherever its address leads."""
+        """Read an image. Redirects to other servers are followed."""
         return self._send("GET", path).content
 
     def items(
         self, path: str, params: Mapping[str, str | int] | None = None, limit: int | None = None
     ) -> Iterator[Any]:
-        """Read a list through, page after page, up to `limit` items."""
+        """Yield the items of a list, page by page, up to `limit` items."""
         after: str | None = None
         given = 0
         while limit is None or given < limit:
@@ -102,55 +104,55 @@ class FarmClient:
                 return
 
     def submit(self, body: Mapping[str, Any], idempotency_key: str | None = None) -> Job:
-        """Submit a job, once, however often the call has to be tried."""
+        """Submit a job. Retries of the call never create a second job."""
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return self._job(self._send("POST", "/v1/jobs", json=body, headers=headers))
 
     def quote(self, body: Mapping[str, Any]) -> Any:
-        """Ask what a job would take."""
+        """Ask the API how long a job would take, without submitting it."""
         params = {"dry_run": "true"}
         return self._object(self._send("POST", "/v1/jobs", json=body, params=params))
 
     def job(self, job_id: str) -> Job:
-        """Read a job as it stands now."""
+        """Read the current state of a job."""
         return self._job(self._send("GET", f"/v1/jobs/{job_id}"))
 
     def upload(self, content: bytes, media_type: str) -> Any:
-        """Upload a control image; sent again, it is the same image."""
+        """Upload a control image. Uploading it again returns the same image."""
         headers = {"Content-Type": media_type}
         return self._object(self._send("POST", "/v1/images", content=content, headers=headers))
 
     def upload_input(self, lines: Callable[[], Iterable[bytes]]) -> Any:
-        """Upload an input; sent again, it is the same input.
+        """Upload an input. Uploading it again returns the same input.
 
         Args:
-            lines: gives what is sent, from the beginning, whenever it is called.
+            lines: returns the lines from the beginning; called again for each retry.
         """
         headers = {"Content-Type": "application/jsonl"}
         response = self._send("POST", "/v1/inputs", stream=lines, headers=headers, timeout=UPLOAD)
         return self._object(response)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Ask for something; tried once, since a repeat would be another."""
+        """Send a POST request. It is not retried, because a retry could create a second object."""
         return self._object(self._send("POST", path, json=body, again=False))
 
     def delete(self, path: str, why: str = "") -> Any:
-        """Delete something, or take it away; gives what is answered, if anything."""
+        """Send a DELETE request, and return the answer's object, or None if it has none."""
         response = self._send("DELETE", path, params={"why": why} if why else None)
         return self._object(response) if response.content else None
 
     def download(self, path: str, file: Path) -> None:
-        """Read a file, however large, wherever its address leads."""
+        """Download into a file of any size. Redirects to other servers are followed."""
         self._send("GET", path, into=file)
 
     def steer(self, job_id: str, verb: str) -> Job:
         """Cancel, pause, resume or retry a job."""
-        # A second `retry` is a conflict, so an answer that was lost must not be asked for again.
+        # A second `retry` is a conflict, so it must not be sent again after a lost answer.
         again = verb != "retry"
         return self._job(self._send("POST", f"/v1/jobs/{job_id}/{verb}", again=again))
 
     def drain(self, worker_id: str) -> Any:
-        """Let a worker finish its batch and leave."""
+        """Stop a worker after its current batch."""
         return self._object(self._send("POST", f"/v1/workers/{worker_id}/drain"))
 
     def _send(
@@ -163,15 +165,15 @@ class FarmClient:
         into: Path | None = None,
         **request: Any,
     ) -> httpx.Response:
-        """Send until it is answered, as long as patience lasts.
+        """Send a request, and retry it until it is answered or the patience runs out.
 
         Args:
-            method: HTTP's.
-            path: on the farm.
-            again: a repeat does no harm.
-            stream: gives the body, from its beginning, for each try.
-            into: the file that a good answer's body is written into.
-            request: what else httpx takes.
+            method: HTTP method.
+            path: path on the farm.
+            again: True if the request may be repeated without harm.
+            stream: returns the body from its beginning; called for each try.
+            into: file for the body of a successful answer.
+            request: more arguments for httpx.
         """
         started = time.monotonic()
         pause = 0.2
@@ -188,7 +190,7 @@ class FarmClient:
             except (httpx.InvalidURL, httpx.HTTPError) as error:
                 raise InvalidRequest(f"{self.address.url}{path}: {error}.") from error
             except ValueError as error:
-                raise InvalidRequest(f"This cannot be sent as JSON: {error}.") from error
+                raise InvalidRequest(f"The job cannot be sent as JSON: {error}.") from error
             else:
                 self._reached = True
                 if response.is_success:
@@ -228,7 +230,8 @@ class FarmClient:
             code, param = problem["error"]["code"], problem["error"]["param"]
             if lines := problem.get("lines"):
                 told = [f"line {line['line']}: {line['message']}" for line in lines]
-                return InvalidRequest("\n".join(["The input is not stored.", *told]), param=param)
+                told = ["The input was not stored. Correct these lines:", *told]
+                return InvalidRequest("\n".join(told), param=param)
             kind = ERRORS.get(code, FarmError)
             return kind(str(problem["detail"]), param=param)
         except (ValueError, KeyError, TypeError):
@@ -242,7 +245,9 @@ class FarmClient:
         try:
             return response.json()
         except ValueError as error:
-            raise FarmError(f"What answers at {self.address.url} is not a farm.") from error
+            raise FarmError(
+                f"The server at {self.address.url} is not a farm. Check FARM_API_URL."
+            ) from error
 
 
 def _retry_after(response: httpx.Response) -> float:

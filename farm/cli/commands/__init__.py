@@ -1,1 +1,1 @@
-"""One file a command, or a group of commands."""
+"""The commands, one module for each command or group of commands."""

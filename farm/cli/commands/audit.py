@@ -1,4 +1,4 @@
-"""`farm audit`: check what must hold, the database against the storage, on a farm that is alive."""
+"""`farm audit`: check the invariants of the database and the storage while the farm runs."""
 
 from __future__ import annotations
 
@@ -32,41 +32,47 @@ if TYPE_CHECKING:
     from farm.services.audit import Report
 
 SHOWN = 20
-"""Findings that are printed; --json gives up to a thousand."""
+"""Number of findings that are printed. --json gives up to a thousand."""
 
 SAVE_SECONDS = 2.0
 
 MEANING = {
-    "durability": "every accepted job is there until it is removed",
+    "durability": "every accepted job exists until retention removes it",
     "conservation": "counters, frames, requeued frames, leases and status agree",
-    "ledger": "attempts run 1 to k, each that ended has a reason",
-    "single_winner": "one attempt succeeded, the one that the frame names",
-    "artifact_truth": "what is stored are the bytes that the row names",
+    "ledger": "attempts are numbered 1 to k, and each ended one has a reason",
+    "single_winner": "one attempt succeeded, and the frame refers to it",
+    "artifact_truth": "the stored bytes match the length and sha256 of the row",
 }
 JOBS = {"durability", "conservation"}
-"""Checked by the job; the others by the frame."""
+"""Invariants that are checked once per job. The others are checked once per frame."""
 
 
 def audit(
     sample: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of the pictures that are read, at random")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the pictures to read, chosen at random. Example: 0.01 reads 1%.",
+        ),
     ] = 1.0,
     no_artifacts: Annotated[
-        bool, typer.Option("--no-artifacts", help="Read no picture, the database alone.")
+        bool, typer.Option("--no-artifacts", help="Check only the database, read no pictures.")
     ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Keep there how far it is, and go on from there; removed at the end.",
+            help="File that saves the progress, to continue after an interruption. It is removed "
+            "at the end. Example: audit.json.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check that no frame was lost or done twice, and that every picture is what was rendered.
 
-    Reads the database and the storage of a farm that may be at work, and mends nothing. Exit code
-    4 where something does not hold, 5 where a server is away.
+    It reads the database and the storage, also while the farm runs. It repairs nothing. Exit code
+    4 if a check fails, 5 if a server does not answer.
     """
     from farm.config import load_settings
     from farm.context import open_farm
@@ -87,7 +93,7 @@ def audit(
 
 
 def _walk(farm: Farm, report: Report, sample: float, keep: Callable[[], None]) -> None:
-    """Audit, with a bar for each phase: of what is left of it."""
+    """Run the audit with a progress bar for each phase. A bar covers only the remaining work."""
     from farm.services.audit import Progress, audit
 
     before = dict(report.walked)
@@ -112,22 +118,24 @@ def _load(file: Path | None) -> Report:
     try:
         return Report.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise InvalidRequest(f"{file} is not what an audit keeps: remove it.") from error
+        raise InvalidRequest(
+            f"--resume: {file} is not a progress file of an audit. Remove it or choose another."
+        ) from error
     except OSError as error:
         raise FarmError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 @contextmanager
 def _kept(report: Report, file: Path | None) -> Iterator[Callable[[], None]]:
-    """Keep a report in a file, now and then and where it is broken off.
+    """Save a report to a file from time to time, and when the audit is interrupted.
 
-    Gives what is to be called after each step. A finished one's file is removed.
+    Yields the function to call after each step. The file of a finished report is removed.
     """
     content, saved_at = report.model_dump_json(), time.monotonic()
 
     def keep() -> None:
         nonlocal content, saved_at
-        # Here the report is whole: a signal may come in the middle of a step.
+        # The report is consistent only between steps: a signal may interrupt one.
         if file is not None:
             content = report.model_dump_json()
             if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -162,7 +170,7 @@ def _object(report: Report) -> dict[str, Any]:
 
 
 def _tell(report: Report) -> None:
-    table = columns("invariant", "checked", "wrong", "it says", right=("wrong",))
+    table = columns("invariant", "checked", "wrong", "meaning", right=("wrong",))
     for invariant, wrong in report.wrong.items():
         checked = plural(report.checked[invariant], "job" if invariant in JOBS else "frame")
         name = invariant.replace("_", " ")
@@ -172,8 +180,8 @@ def _tell(report: Report) -> None:
         say(f"{finding.invariant.replace('_', ' ')}: {finding.where}: {finding.detail}")
     wrong = sum(report.wrong.values())
     if wrong > SHOWN:
-        note(f"The first {SHOWN} of {count(wrong)}; --json gives more.")
+        note(f"Only the first {SHOWN} of {count(wrong)} findings are shown. --json gives more.")
     if report.ok:
-        say("Everything that was checked holds.", "bold green")
+        say("All checks passed.", "bold green")
     else:
         say(f"{plural(wrong, 'finding')}.", "bold red")

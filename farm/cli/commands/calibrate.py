@@ -1,4 +1,4 @@
-"""`farm calibrate`: time a pipeline at one bucket after another, and say which is worth it."""
+"""`farm calibrate`: measure a pipeline's speed at several buckets, and recommend one."""
 
 from __future__ import annotations
 
@@ -21,38 +21,60 @@ if TYPE_CHECKING:
     from farm.rendering.calibration import Point, SweepOptions, SweepResult
 
 BAR = 30
-"""Characters of the longest bar"""
+"""Length of the longest bar, in characters."""
 DEVICE_MEMORY, PROCESS_MEMORY = "device memory", "process memory"
 
 
 def calibrate(
-    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="An entry of the catalog.")],
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PIPELINE", help="Name of a pipeline of the catalog, for example sd15."
+        ),
+    ],
     sizes: Annotated[
         list[str] | None,
-        typer.Option("--size", metavar="WxH", help="Measure this size of picture too; repeatable."),
+        typer.Option(
+            "--size",
+            metavar="WxH",
+            help="Picture size to measure in addition to the sizes in the catalog. Repeat for "
+            "several sizes. Example: 768x512.",
+        ),
     ] = None,
-    most: Annotated[int, typer.Option(min=1, max=256, help="The largest bucket to try.")] = 16,
+    most: Annotated[int, typer.Option(min=1, max=256, help="Largest bucket to try.")] = 16,
     batches: Annotated[
-        int, typer.Option(min=1, max=100, help="Batches that are timed for each bucket.")
+        int, typer.Option(min=1, max=100, help="Number of timed batches for each bucket.")
     ] = 3,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Denoising steps; else the pipeline's own.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Number of denoising steps. Fewer steps finish sooner.",
+            show_default="the pipeline's",
+        ),
     ] = None,
     share: Annotated[
         float,
-        typer.Option(min=0.01, max=1, help="The share of the best images/s that is good enough."),
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Share of the best images/s that is good enough. The smallest bucket that "
+            "reaches it is recommended.",
+        ),
     ] = 0.97,
     write: Annotated[
-        bool, typer.Option("--write", help="Change the entry's bucket table in the catalog.")
+        bool, typer.Option("--write", help="Write the result to the catalog's bucket table.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Find the bucket that each size of picture is rendered fastest in.
+    """Find the fastest bucket (batch size) for each picture size of a pipeline.
 
-    Renders with the pipeline itself on this machine and needs no server, only the catalog
-    (FARM_PIPELINES; by default the demo's). For each size of the entry's bucket table, buckets 1,
-    2, 4, … are timed until memory runs out, or two in a row are no faster. The smallest that is
-    fast enough (--share) is recommended.
+    It renders on this machine. It needs no server, only the catalog (FARM_PIPELINES; default: the
+    demo's). For each size in the pipeline's bucket table it times the buckets 1, 2, 4, …
+    It stops when memory runs out, or when two buckets in a row are no faster.
+
+    Example: farm calibrate sd15 --size 768x512 --write
     """
     from farm.config import load_settings
     from farm.pipelines.catalog_edit import bucket_line, write_buckets
@@ -68,12 +90,15 @@ def calibrate(
             _tell(done, share, loaded.device)
     if write:
         write_buckets(settings.pipelines, pipeline, table)
-        note(f"{settings.pipelines} has it now: jobs submitted from now on use it.", None)
+        note(f"Written to {settings.pipelines}. Jobs submitted from now on use it.", None)
     if as_json:
         emit(_object(pipeline, loaded, sweeps, effort, share) | {"bucket": table, "written": write})
         return
     if not write:
-        note(f"For [pipelines.{pipeline}] in {settings.pipelines}; --write puts it there:", None)
+        note(
+            f"Add this line to [pipelines.{pipeline}] in {settings.pipelines}, or use --write:",
+            None,
+        )
     say(f"bucket = {bucket_line(table)}")
 
 
@@ -83,14 +108,14 @@ def _entry(settings: Settings, name: str) -> Pipeline:
     catalog = load_catalog(settings.pipelines)
     if name not in catalog.pipelines:
         names = ", ".join(sorted(catalog.pipelines))
-        raise InvalidRequest(f"There is no pipeline {name[:100]!r}; there are {names}.")
+        raise InvalidRequest(f"There is no pipeline {name[:100]!r} in the catalog. It has {names}.")
     return catalog.pipelines[name]
 
 
 def _measure(
     settings: Settings, name: str, entry: Pipeline, added: Sequence[str], effort: SweepOptions
 ) -> tuple[list[SweepResult], LoadedPipeline]:
-    # Read once, when torch is loaded: threads that spin slow a busy machine down manyfold.
+    # Torch reads this once, when it is loaded. Spinning threads make a busy machine much slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from farm.pipelines.resolve import resolve_pipeline
     from farm.pipelines.runtime.devices import even_threads, prepare_torch
@@ -119,11 +144,13 @@ def _swept(
 
 
 def _table(entry: Pipeline, sweeps: Sequence[SweepResult], share: float) -> dict[str, int]:
-    """The entry's bucket table, with what was found in place of what stood there."""
+    """Return the entry's bucket table, updated with the recommended buckets."""
     from farm.rendering.calibration import best_bucket
 
     if not any(done.points for done in sweeps):
-        raise OutOfMemory("Memory runs out for a single picture, whatever its size.")
+        raise OutOfMemory(
+            "Out of memory: even a single picture does not fit, at any size. Try a smaller --size."
+        )
     table = dict(entry.bucket)
     for done in sweeps:
         if done.points:
@@ -138,7 +165,7 @@ def _tell(done: SweepResult, share: float, device: str) -> None:
     if done.points:
         chosen = best_bucket(done.points, share)
         fastest = max(point.images_per_second for point in done.points)
-        names = "bucket", "images/s", "s an image", "spread", _memory(device)
+        names = "bucket", "images/s", "s per image", "spread", _memory(device)
         table = columns(*names, "", right=names)
         for point in done.points:
             table.add_row(*_cells(point), tail(_bar(point, fastest, is_chosen=point is chosen)))
@@ -167,16 +194,16 @@ def _ending(done: SweepResult) -> str:
     from farm.rendering.calibration import NO_GROWTH, OUT_OF_MEMORY
 
     if not done.points:
-        return "Memory runs out for a single picture of this size: its bucket stays as it is."
+        return "Out of memory: even one picture of this size does not fit. Its bucket is unchanged."
     if done.ended == OUT_OF_MEMORY:
-        return f"Memory ran out beyond bucket {done.points[-1].bucket}."
+        return f"Memory ran out above bucket {done.points[-1].bucket}."
     if done.ended == NO_GROWTH:
         return "Larger buckets were not tried: the last two were no faster."
     return "All buckets were tried."
 
 
 def _memory(device: str) -> str:
-    """Say what `peak_memory` measures on a device."""
+    """Return the name of the memory that `peak_memory` measures on a device."""
     return DEVICE_MEMORY if device == "cuda" else PROCESS_MEMORY
 
 

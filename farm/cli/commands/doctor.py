@@ -1,4 +1,4 @@
-"""`farm doctor`: look at everything the farm rests on, and say what to do."""
+"""`farm doctor`: check everything that the farm depends on, and print a remedy for each failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME_WIDTH = 16
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check every part that the farm rests on, and say what to do where one fails."""
+    """Check every part that the farm depends on. Print what to do about each failure."""
     findings: list[Finding] = []
     for finding in _findings():
         findings.append(finding)
@@ -32,13 +32,13 @@ def doctor(as_json: Json = False) -> None:
     elif failed:
         say(f"{plural(len(failed), 'check')} of {len(findings)} failed.", "bold red")
     else:
-        say("All is well.", "bold green")
+        say("All checks passed.", "bold green")
     if failed:
         raise typer.Exit(ERROR)
 
 
 def _findings() -> Iterator[Finding]:
-    with spinning("Looking"):
+    with spinning("Checking"):
         from farm.cli.doctor_checks import all_checks
         from farm.config import load_settings
         from farm.store.engine import open_store
@@ -61,12 +61,14 @@ def _show(finding: Finding) -> None:
     mark, style = marks(out.encoding)[finding.ok]
     line = Text.assemble((mark, style), f" {finding.name:<{NAME_WIDTH}} ", clean(finding.detail))
     out.print(line, soft_wrap=True)
-    if finding.mend:
-        out.print(Text(" " * (len(mark) + NAME_WIDTH + 2) + finding.mend, "yellow"), soft_wrap=True)
+    if finding.remedy:
+        out.print(
+            Text(" " * (len(mark) + NAME_WIDTH + 2) + finding.remedy, "yellow"), soft_wrap=True
+        )
 
 
 def marks(encoding: str) -> dict[bool | None, tuple[str, str]]:
-    """The marks of each outcome, with their styles, as the terminal can show them."""
+    """Return the mark and the style of each outcome, in characters that the terminal can show."""
     plain = not encoding.lower().startswith("utf")
     return {
         True: ("ok  " if plain else "✓", "bold green"),

@@ -1,4 +1,4 @@
-"""`farm export`: a job's pictures as a dataset, in a folder here or in a bucket."""
+"""`farm export`: write a job's pictures as a dataset, into a local folder or a bucket."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 120.0
 LOOK_SECONDS = 1.0
 MAX_CONCURRENT_DOWNLOADS = 6
-"""Files that are on their way at the same time"""
+"""Number of files that are downloaded at the same time."""
 STATE = ".farm-export.json"
-"""In the folder: which export it is filled from"""
+"""File in the folder that records which export fills it."""
 
 Export = dict[str, Any]
 File = dict[str, Any]
 
 
 class Form(StrEnum):
-    """A dataset's form."""
+    """Dataset formats."""
 
     WEBDATASET = "webdataset"
     PARQUET = "parquet"
@@ -44,19 +44,25 @@ class Form(StrEnum):
 
 def export(
     job_word: JobArgument,
-    to: Annotated[Form, typer.Option(help="The dataset's form.")],
+    to: Annotated[Form, typer.Option(help="Dataset format.")],
     dest: Annotated[
-        str, typer.Option(metavar="DIR-or-S3", help="A folder, or s3://BUCKET/PREFIX.")
+        str,
+        typer.Option(
+            metavar="DIR-or-S3",
+            help="Folder, or s3://BUCKET/PREFIX. Examples: shapes, s3://datasets/shop/shapes.",
+        ),
     ],
     shard_frames: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Frames of a shard, at most.")
+        int, typer.Option(min=1, max=100_000, help="Maximum number of frames in a shard.")
     ] = 10_000,
     as_json: Json = False,
 ) -> None:
     """Write a job's pictures as a dataset.
 
-    Shards come as they become whole, also while the job renders. Stopped half-way, the same command
-    goes on where it was: what is in the folder, whole, is not fetched again.
+    Each shard is written as soon as all its frames have ended, also while the job still renders.
+    After an interruption, run the same command again: it does not download complete files again.
+
+    Example: farm export 1ace7af8 --to webdataset --dest shapes
     """
     from farm.cli.client.http import FarmClient
     from farm.config import load_settings
@@ -76,7 +82,7 @@ def export(
     if as_json:
         emit(ended)
         return
-    missing = f"; {count(ended['missing'])} frames have none" if ended["missing"] else ""
+    missing = f"; {count(ended['missing'])} frames have no picture" if ended["missing"] else ""
     say(f"{plural(ended['images'], 'picture')} in {where} ({size(ended['bytes'])}){missing}.")
 
 
@@ -96,7 +102,7 @@ def _watched(client: FarmClient, found: Export) -> Export:
 
 def _succeeded(found: Export) -> Export:
     if found["status"] == "failed":
-        raise FarmError(f"Export {found['id']} has failed: {found['error']}")
+        raise FarmError(f"Export {found['id']} failed: {found['error']}")
     return found
 
 
@@ -108,7 +114,7 @@ class Folder:
     path: Path
 
     def fill(self, job_id: str, asked: dict[str, Any]) -> Export:
-        """Fetch every shard's files as they are done, but those that are there, whole.
+        """Download the files of each shard once it is done, except those already complete here.
 
         Raises:
             FarmError: the folder cannot be written, or the export has failed.
@@ -131,28 +137,28 @@ class Folder:
         return _succeeded(self.client.get(f"/v1/exports/{found['id']}"))
 
     def _export(self, job_id: str, asked: dict[str, Any]) -> Export:
-        """Find the export that the folder was being filled from, or begin one."""
+        """Find the export that the folder is filled from, or start one."""
         state = self.path / STATE
         wanted = {"job": job_id, **asked}
         if state.is_file():
             before = json.loads(state.read_text())
             if before["asked"] != wanted:
                 raise FarmError(
-                    f"{self.path} holds another export: of job {before['asked']['job']} as "
-                    f"{before['asked']['to']}. Choose another folder."
+                    f"--dest: {self.path} already holds another export: job "
+                    f"{before['asked']['job']} as {before['asked']['to']}. Choose another folder."
                 )
             try:
                 found: Export = self.client.get(f"/v1/exports/{before['export']}")
                 if found["status"] != "failed":
                     return found
             except NotFound:
-                note("The export that it was filled from is gone; another begins.")
+                note("The export that filled this folder was deleted. A new export starts.")
         found = self.client.post(f"/v1/jobs/{job_id}/exports", asked)
         state.write_text(json.dumps({"asked": wanted, "export": found["id"]}))
         return found
 
     def _shards(self, export_id: str) -> Iterator[dict[str, Any]]:
-        """Give the shards in order, each once it is done."""
+        """Yield the shards in order, each once it is done."""
         after = -1
         while True:
             page = self.client.get(
@@ -172,7 +178,7 @@ class Folder:
             time.sleep(LOOK_SECONDS)
 
     def _pictures(self, index: File) -> Iterator[File]:
-        """Name the pictures that an image folder's metadata list."""
+        """Yield the pictures that are listed in an image folder's metadata."""
         folder, url = index["name"].rpartition("/")[0], index["url"].rpartition("/")[0]
         from pyarrow import parquet
 
@@ -190,8 +196,8 @@ class Folder:
         self.client.download(file["url"], draft)
         if _digest(draft) != file["sha256"]:
             raise FarmError(
-                f"{file['name']} is not what was exported: its bytes do not match its sha256 "
-                f"{file['sha256']}."
+                f"{file['name']} is damaged: its bytes do not match its sha256 {file['sha256']}. "
+                "Run the command again."
             )
         draft.replace(path)
 

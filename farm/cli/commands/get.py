@@ -1,4 +1,4 @@
-"""`farm get`: a job's pictures, each checked, and only those that are not there yet."""
+"""`farm get`: download a job's pictures, except those already there, and check each."""
 
 from __future__ import annotations
 
@@ -25,38 +25,40 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 60.0
 MAX_CONCURRENT_DOWNLOADS = 6
-"""Pictures that are on their way at the same time."""
+"""Number of pictures that are downloaded at the same time."""
 
 QUEUED = 4 * MAX_CONCURRENT_DOWNLOADS
 TRIES = 3
-"""How often a picture is fetched whose bytes are not those that the farm stored."""
+"""Maximum number of downloads of a picture whose bytes do not match its sha256."""
 
 
 @dataclass
 class DownloadResult:
-    """What a download came to."""
+    """Counts of a finished download."""
 
     fetched: int = 0
     kept: int = 0
-    """Pictures that were already there, whole."""
+    """Number of pictures that were already there and complete."""
     fetched_bytes: int = 0
 
     @property
     def pictures(self) -> int:
-        """How many of the job's pictures are there now."""
+        """Return how many of the job's pictures are in the folder now."""
         return self.fetched + self.kept
 
 
 def get(
     job_word: JobArgument,
-    dest: Annotated[Path, typer.Option(help="The folder to fill; made if missing.")],
+    dest: Annotated[Path, typer.Option(help="Folder for the pictures. It is created if missing.")],
     as_json: Json = False,
 ) -> None:
-    """Download the pictures of a job's succeeded frames as ORDINAL-SEED.png, .jpg or
-    .webp.
+    """Download the pictures of a job as ORDINAL-SEED.png, .jpg or .webp.
 
-    Each is checked against its sha256; those that are there already, whole, are not fetched
-    again. Exit code 3 unless the job has succeeded, so that no script takes a part for the whole.
+    Only succeeded frames have a picture. Each file is checked against its sha256, and complete
+    files are not downloaded again. The exit code is 3 unless the job succeeded, so that a script
+    notices missing pictures.
+
+    Example: farm get 1ace7af8 --dest pictures
     """
     from farm.cli.client.http import FarmClient
     from farm.config import load_settings
@@ -75,16 +77,16 @@ def get(
 def _tell(job: Job, haul: DownloadResult, dest: Path) -> None:
     kept = f", {count(haul.kept)} already there" if haul.kept else ""
     pictures = plural(haul.pictures, "picture")
-    say(f"{pictures} in {dest} ({size(haul.fetched_bytes)} fetched{kept}).")
+    say(f"{pictures} in {dest} ({size(haul.fetched_bytes)} downloaded{kept}).")
     if job["status"] == "succeeded":
         return
     rest = f"The job is {job['status']}: {count(haul.pictures)} of {plural(job['total'], 'frame')}."
-    again = f" Once there are more: farm get {short(job['id'])} --dest {dest}"
+    again = f" Download the rest later: farm get {short(job['id'])} --dest {dest}"
     note(rest + ("" if job["status"] in TERMINAL else again))
 
 
 def download(client: FarmClient, job: Job, dest: Path) -> DownloadResult:
-    """Fetch what is missing of a job's pictures into `dest`.
+    """Download the pictures of a job that are missing in `dest`.
 
     Raises:
         FarmError: the folder cannot be written, or a picture's bytes stay wrong.
@@ -105,7 +107,7 @@ def download(client: FarmClient, job: Job, dest: Path) -> DownloadResult:
 
 
 def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]) -> Iterator[int]:
-    """Do the work of every frame, a few at once, holding no more than a few in memory."""
+    """Call `work` for every frame, a few at a time, with only a few in memory."""
     pending: set[Future[int]] = set()
     pool = ThreadPoolExecutor(MAX_CONCURRENT_DOWNLOADS, thread_name_prefix="download")
     try:
@@ -122,13 +124,13 @@ def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]
 
 
 def picture_name(frame: dict[str, Any]) -> str:
-    """The file's name of a frame's picture."""
-    kind = FORMATS[frame.get("format", "png")]  # an older farm says nothing of it
+    """Return the file name of a frame's picture."""
+    kind = FORMATS[frame.get("format", "png")]  # an older farm has no such field
     return f"{int(frame['ordinal'])}-{int(frame['seed'])}.{kind.extension}"
 
 
 def _fetch(client: FarmClient, frame: dict[str, Any], dest: Path) -> int:
-    """Fetch a frame's picture unless it is there; returns the bytes fetched."""
+    """Download a frame's picture unless it is there. Return the number of bytes downloaded."""
     path = dest / picture_name(frame)
     if path.is_file() and _digest(path.read_bytes()) == frame["sha256"]:
         return 0
@@ -138,13 +140,13 @@ def _fetch(client: FarmClient, frame: dict[str, Any], dest: Path) -> int:
             _write(path, content)
             return len(content)
     raise FarmError(
-        f"The picture of frame {frame['ordinal']} is not the one that was rendered: its bytes do "
-        f"not match its sha256 {frame['sha256']}."
+        f"The picture of frame {frame['ordinal']} is damaged: its bytes do not match its sha256 "
+        f"{frame['sha256']}. Check the storage with `farm audit`."
     )
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     draft = path.with_suffix(".part")
     draft.write_bytes(content)
     draft.replace(path)

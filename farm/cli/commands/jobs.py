@@ -1,4 +1,4 @@
-"""Jobs: list, look, watch, steer."""
+"""Commands for jobs: list, show, watch, cancel, pause, resume, retry."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient, Job
 
 WATCH_PATIENCE_SECONDS = 120.0
-"""How long a farm may be away in the middle of a watch."""
+"""Maximum time that the farm may not answer during a watch, in seconds."""
 
 DEAD_SHOWN = 5
 
@@ -43,16 +43,25 @@ DEAD_SHOWN = 5
 def jobs(
     status: Annotated[
         str | None,
-        typer.Option(help="queued, running, succeeded, partial, failed or cancelled."),
+        typer.Option(
+            help="Only jobs with this status: queued, running, succeeded, partial, failed or "
+            "cancelled."
+        ),
     ] = None,
-    pipeline: Annotated[str | None, typer.Option(help="Only jobs for this pipeline.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(help="Only jobs for this pipeline. Example: demo.")
+    ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only jobs that bear it.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Only jobs with this label. Repeat for several. Example: campaign=spring.",
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of jobs to list.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, newest first."""
     wanted: dict[str, str | int] = {}
     if status:
         wanted["status"] = status
@@ -67,13 +76,13 @@ def jobs(
             return
         found = list(client.items("/v1/jobs", wanted, limit))
     if not found:
-        say("No jobs." if not wanted else "No such jobs.", "dim")
+        say("There are no jobs." if not wanted else "No job matches.", "dim")
         return
     show_table(_table(found))
 
 
 def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> dict[str, Any]:
-    """One page as the API gives it; what is longer than a page, put together the same way."""
+    """Return one page as the API returns it. Join several pages into one of the same form."""
     from farm.cli.client.http import PAGE
 
     if limit <= PAGE:
@@ -103,7 +112,7 @@ def _table(found: list[Job]) -> Table:
 
 
 def job(job_word: JobArgument, as_json: Json = False) -> None:
-    """Show a job whole: its counts, its parameters, why it waits, what went wrong."""
+    """Show one job: its frame counts, its parameters, why it waits, and its errors."""
     with farm_client() as client:
         found = client.job(find_job(client, job_word))
         if as_json:
@@ -151,17 +160,17 @@ def _describe_dead(client: FarmClient, found: Job) -> None:
             f"frame {frame['ordinal']} is dead: {one_line(frame['error'] or 'no reason', 300)}",
             "red",
         )
-    note(f"Give dead frames fresh attempts: farm retry {short(found['id'])}")
+    note(f"Try the dead frames again: farm retry {short(found['id'])}")
 
 
 def watch(job_word: JobArgument, as_json: Json = False) -> None:
-    """Show a job's progress until it has ended; exit code 3 unless it succeeded."""
+    """Show a job's progress until it has ended. The exit code is 3 unless it succeeded."""
     with farm_client() as client:
         watch_to_end(client, client.job(find_job(client, job_word)), as_json=as_json)
 
 
 def watch_to_end(client: FarmClient, found: Job, *, as_json: bool) -> None:
-    """Follow a job to its end, say what became of it, and exit as it did."""
+    """Follow a job to its end, print its result, and exit with its exit code."""
     from farm.cli.terminal.job_progress import follow, summary
 
     client.patience_seconds = WATCH_PATIENCE_SECONDS
@@ -179,7 +188,7 @@ def watch_to_end(client: FarmClient, found: Job, *, as_json: bool) -> None:
 
 
 def _steering(verb: str, past: str, about: str) -> Callable[[str, bool], None]:
-    """Make the command that steers a job with this verb of the API."""
+    """Build the command that calls this verb of the API for a job."""
 
     def command(job_word: JobArgument, as_json: Json = False) -> None:
         with farm_client() as client:
@@ -194,14 +203,16 @@ def _steering(verb: str, past: str, about: str) -> Callable[[str, bool], None]:
     return command
 
 
-cancel = _steering("cancel", "cancelled", "Cancel a job for good; what has succeeded stays.")
-pause = _steering("pause", "paused", "Hold a job back; what runs is finished.")
-resume = _steering("resume", "resumed", "Let a paused job go on.")
-retry = _steering("retry", "tried again", "Give a job's dead frames fresh attempts.")
+cancel = _steering(
+    "cancel", "cancelled", "Cancel a job. This cannot be undone. Finished pictures are kept."
+)
+pause = _steering("pause", "paused", "Pause a job. Frames that are running are finished.")
+resume = _steering("resume", "resumed", "Resume a paused job.")
+retry = _steering("retry", "tried again", "Try a job's dead frames again, with new attempts.")
 
 
 def _plain(text: str) -> str:
-    """Text that rich must not take for markup."""
+    """Escape a text, so that rich does not read it as markup."""
     from rich.markup import escape
 
     return escape(text)

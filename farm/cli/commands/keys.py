@@ -1,4 +1,4 @@
-"""API keys: create, list, revoke. These speak with the database itself, as an operator may."""
+"""API keys: create, list, revoke. These commands connect to the database, not to the API."""
 
 from __future__ import annotations
 
@@ -16,33 +16,48 @@ from farm.errors import InvalidRequest, NotFound
 if TYPE_CHECKING:
     from farm.store.engine import Connection
 
-app = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
+app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 
 
 @app.command()
 def create(
-    tenant: Annotated[str, typer.Option(help="Whose key; made if it is new.")] = "default",
-    role: Annotated[str, typer.Option(help="client, operator or viewer")] = "client",
-    name: Annotated[str, typer.Option(help="A note, to know the key by.")] = "",
+    tenant: Annotated[
+        str, typer.Option(help="Tenant that owns the key. It is created if it does not exist.")
+    ] = "default",
+    role: Annotated[
+        str,
+        typer.Option(
+            help="client (submits jobs), operator (also manages tenants and workers) or viewer "
+            "(read-only)."
+        ),
+    ] = "client",
+    name: Annotated[
+        str, typer.Option(help="Note that says what the key is for. Example: backend.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """Make a key and show it, once."""
+    """Create an API key and print it. It is printed only once.
+
+    Example: farm keys create --tenant shop --role client --name backend
+    """
     from farm.store import keys
 
     if role not in keys.ROLES:
-        raise InvalidRequest(f"--role: {role!r} is none of {', '.join(keys.ROLES)}.", param="role")
+        raise InvalidRequest(
+            f"--role: {role!r} is not a role. Use one of {', '.join(keys.ROLES)}.", param="role"
+        )
     with _connection() as connection:
         key_id, key = keys.create_key(connection, tenant, role, name)
     if as_json:
         emit({"id": key_id, "tenant": tenant, "role": role, "key": key})
     else:
         typer.echo(key)
-        note(f"This {role} key of tenant {tenant} is not shown again.")
+        note(f"Save this {role} key of tenant {tenant} now. It is not shown again.")
 
 
 @app.command("list")
 def list_keys(as_json: Json = False) -> None:
-    """Show every key's description; the keys themselves are not stored."""
+    """List the API keys by ID, tenant, role and note. The keys themselves are not stored."""
     from farm.store import keys
 
     with _connection() as connection:
@@ -64,18 +79,20 @@ def list_keys(as_json: Json = False) -> None:
 
 @app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")],
+    key_id: Annotated[str, typer.Argument(help="ID of the key, from `farm keys list`.")],
 ) -> None:
-    """Revoke a key, at once and for good."""
+    """Revoke an API key. It takes effect at once and cannot be undone."""
     from farm.store import keys
 
     try:
         wanted = uuid.UUID(key_id)
     except ValueError as error:
-        raise InvalidRequest(f"{key_id!r} is not a key's id.", param="key_id") from error
+        raise InvalidRequest(
+            f"{key_id!r} is not the ID of a key. `farm keys list` lists the IDs.", param="key_id"
+        ) from error
     with _connection() as connection:
         if not keys.revoke_key(connection, wanted):
-            raise NotFound(f"There is no key {key_id}.")
+            raise NotFound(f"There is no key {key_id}. `farm keys list` lists the keys.")
     say(f"Key {key_id} is revoked.")
 
 

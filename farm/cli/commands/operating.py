@@ -123,7 +123,14 @@ def destinations(context: typer.Context, as_json: Json = False) -> None:
 @destinations_app.command()
 def grant(
     tenant: Tenant,
-    dest: Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX", show_default=False)],
+    dest: Annotated[
+        str,
+        typer.Argument(
+            metavar="s3://BUCKET/PREFIX",
+            help="Prefix in a bucket. Exports may go to it or below it.",
+            show_default=False,
+        ),
+    ],
     why: Why = "",
     as_json: Json = False,
 ) -> None:

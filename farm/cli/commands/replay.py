@@ -1,4 +1,4 @@
-"""`farm replay`: render a picture again from its own text, and say whether it is the same."""
+"""`farm replay`: render a picture again from its metadata, and compare the two."""
 
 from __future__ import annotations
 
@@ -23,25 +23,38 @@ if TYPE_CHECKING:
 
 
 def replay(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture of the farm.")],
+    image: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGE", help="Picture that a farm rendered. Example: pictures/0-31.png."
+        ),
+    ],
     control: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="An image that steered it; else the farm is asked."),
+        typer.Option(
+            metavar="FILE",
+            help="Control image of the picture. Repeat for several. Default: downloaded from the "
+            "farm. Example: edges.png.",
+        ),
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep the new rendering, in the same format."),
+        typer.Option(
+            metavar="FILE",
+            help="File for the new rendering, in the picture's format. Example: again.png.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Render a picture again from its own text, and compare every pixel.
+    """Render a picture again from its metadata, and compare every pixel.
 
-    A JPEG does not hold the rendered pixels: the new rendering is encoded as it was, and the pixels
-    of the two JPEGs are compared.
+    It prints `identical`, or `differs` with exit code 1. Pixels are identical on the same kind of
+    device with the same libraries. Differences in weights, device or libraries are listed.
 
-    Prints `identical`, or `differs` with exit code 1. A picture repeats its bits on the same kind
-    of device with the same libraries; what is not as it was is noted. The pipeline is looked up in
-    the catalog (FARM_PIPELINES; by default the demo's).
+    A JPEG does not hold the rendered pixels. Its new rendering is encoded the same way, and the
+    pixels of the two JPEGs are compared.
+
+    The pipeline must be in the catalog (FARM_PIPELINES; default: the demo's).
     """
     from farm.config import load_settings
     from farm.pipelines.catalog import load_catalog
@@ -66,7 +79,7 @@ def replay(
 
 
 def _finder(files: Sequence[Path], settings: Settings) -> FindImage:
-    """Find control images among files, and else at the farm whose key this is."""
+    """Build a function that finds a control image: in the files, or on the configured farm."""
     from farm.cli.client.http import FarmClient
     from farm.cli.commands.images import read_image
     from farm.imaging.uploads import decoded, normalised
@@ -85,8 +98,8 @@ def _finder(files: Sequence[Path], settings: Settings) -> FindImage:
                     content = client.content(f"/v1/images/{image_id}/content")
             except FarmError as error:
                 raise InvalidRequest(
-                    f"The picture was steered by image {image_id}: give its file by --control. "
-                    f"The farm does not give it: {error.message}"
+                    f"--control: missing the file of control image {image_id}. Pass it with "
+                    f"--control FILE. It could not be downloaded from the farm: {error.message}"
                 ) from error
         return decoded(content, image_id)
 

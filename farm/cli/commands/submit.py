@@ -1,4 +1,4 @@
-"""`farm submit`: a job from a prompt or two, or from a file."""
+"""`farm submit`: submit a job, with prompts from the command line or from a file."""
 
 from __future__ import annotations
 
@@ -43,128 +43,199 @@ farm submit --from prompts.csv --prompt-column caption --pipeline sdxl --priorit
 
 
 class TemplateWay(StrEnum):
-    """How a template becomes prompts."""
+    """Ways to choose among a template's variants."""
 
     COMBINATORIAL = "combinatorial"
     RANDOM = "random"
 
 
-def submit(  # one argument an option: this is the command's own declaration
+def submit(  # one argument for each option: typer reads the options from this signature
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw.")
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="Text that describes the picture."),
     ] = None,
     pipeline: Annotated[
         str | None,
-        typer.Option(help="A pipeline of the catalog.", show_default=DEFAULT_PIPELINE),
+        typer.Option(help="Name of a pipeline of the catalog.", show_default=DEFAULT_PIPELINE),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Pictures of each prompt.", show_default="1")
+        int | None, typer.Option(help="Number of pictures for each prompt.", show_default="1")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Picture k uses seed + k; without it each seed is drawn.")
+        int | None,
+        typer.Option(
+            help="Seed of each prompt's first picture. The next ones use seed + 1, seed + 2 …",
+            show_default="random seeds",
+        ),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Width in pixels, a multiple of 8. Example: 768.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Height in pixels, a multiple of 8. Example: 512.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of denoising steps.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="How closely to follow the prompt.")
+        float | None,
+        typer.Option(help="Strength of the prompt; higher follows it more closely. Example: 7.5."),
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="Such as ddim or euler.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Name of the sampler, for example ddim or euler.")
+    ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What to keep out of the picture.")
+        str | None,
+        typer.Option(help='Things that must not be in the picture. Example: "text, blur".'),
     ] = None,
     control: Annotated[
         list[str] | None,
         typer.Option(
             metavar="IMAGE[,scale=N]",
-            help="A control image: a path, address or id; ,start=N and ,end=N may follow too. "
-            "One for each net, in order.",
+            help="Control image: a path, a URL or an image ID. ,scale=N ,start=N ,end=N may "
+            "follow. Repeat for each ControlNet, in order. Example: edges.png,scale=0.8,end=0.5.",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other field; JSON, or plain text."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other field (see --fields), as JSON or plain text. Repeat for several. "
+            "Example: max_rerolls=3.",
+        ),
     ] = None,
     grid: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=V1,V2", help="Render every combination of these values."),
+        typer.Option(
+            metavar="NAME=V1,V2",
+            help="Values of a field to try. Repeat for several fields: every combination is "
+            "rendered. Example: steps=10,25.",
+        ),
     ] = None,
     priority: Annotated[
-        str | None, typer.Option(help="interactive, normal or bulk.", show_default="normal")
+        str | None,
+        typer.Option(help="Priority: interactive, normal or bulk.", show_default="normal"),
     ] = None,
     bucket: Annotated[
-        int | None, typer.Option(help="Frames in a batch; the farm chooses by default.")
+        int | None,
+        typer.Option(help="Batch size, in frames.", show_default="chosen by the farm"),
     ] = None,
     max_attempts: Annotated[
-        int | None, typer.Option(help="Attempts before a frame is dead.", show_default="3")
+        int | None,
+        typer.Option(help="Number of attempts before a frame is dead.", show_default="3"),
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="png, jpeg or webp (lossless).", show_default="png"),
+        typer.Option(
+            "--format", help="File format: png, jpeg or webp (lossless).", show_default="png"
+        ),
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Your own words, to find the job by."),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Label to find the job by. Repeat for several. Example: campaign=spring.",
+        ),
     ] = None,
     source: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Prompts: .jsonl, .csv, .tsv, .parquet or .txt; or a job: .json, '-' for standard "
-            "input.",
+            help="File of prompts (.jsonl, .csv, .tsv, .parquet or .txt), or a job (.json; - reads "
+            "standard input).",
         ),
     ] = None,
     name: Annotated[
         str | None,
         typer.Option(
-            help="Of a job from a file of prompts: the same file and name are the same job.",
-            show_default="the file's",
+            help="Name for a job from a file of prompts. Submitting the same file and name again "
+            "returns the same job.",
+            show_default="the file's name",
         ),
     ] = None,
     prompt_column: Annotated[
-        str, typer.Option(help="The column of the file that holds the prompts.")
+        str, typer.Option(help="Column of the file with the prompts.")
     ] = "prompt",
     key_column: Annotated[
-        str | None, typer.Option(help="That with your own name for each.", show_default="key")
+        str | None,
+        typer.Option(
+            help="Column with your own ID for each prompt.", show_default="key, if the file has it"
+        ),
     ] = None,
     seed_column: Annotated[
-        str | None, typer.Option(help="That with each one's seed.", show_default="seed")
+        str | None,
+        typer.Option(
+            help="Column with a seed for each prompt.", show_default="seed, if the file has it"
+        ),
     ] = None,
     negative_column: Annotated[
         str | None,
-        typer.Option(help="That with negative prompts.", show_default="negative_prompt"),
+        typer.Option(
+            help="Column with a negative prompt for each prompt.",
+            show_default="negative_prompt, if the file has it",
+        ),
     ] = None,
     label_column: Annotated[
-        list[str] | None, typer.Option(help="One to keep as a label; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Column to store as a label on each picture. Repeat for several columns."
+        ),
     ] = None,
     templates: Annotated[
         TemplateWay | None,
-        typer.Option(help="The prompts are templates, as dynamicprompts has them."),
+        typer.Option(
+            help="Treat the prompts in the file as dynamicprompts templates, and use all "
+            'combinations or random ones. Example template: "a {red|blue} __animal__".'
+        ),
     ] = None,
     template_count: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Prompts of each: 1 at random unless given; all combinations, up to 1000."
+            min=1,
+            help="Number of prompts from each template.",
+            show_default="1 if random; all, up to 1000, if combinatorial",
         ),
     ] = None,
-    template_seed: Annotated[int, typer.Option(help="What templates are drawn by.")] = 0,
+    template_seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed for choosing template variants, so that a rerun gives the same prompts."
+        ),
+    ] = 0,
     wildcards: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder of NAME.txt, for __NAME__.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with the values of template wildcards: animal.txt for __animal__.",
+        ),
     ] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="Sent twice with the same job, it makes one.")
+        str | None,
+        typer.Option(
+            help="Submitting again with the same key and job returns the first job instead of a "
+            "new one. Example: order-1017.",
+        ),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--fields", help="Show what the pipeline takes, and submit nothing.")
+        bool,
+        typer.Option(
+            "--fields", help="Show the fields that the pipeline accepts, and submit nothing."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and submit nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the number of frames and the estimated time and storage, and submit "
+            "nothing.",
+        ),
     ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay until it has ended.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show progress, and wait until the job has ended.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Submit a job: prompts x images x a grid of parameters."""
+    """Submit a job: prompts x images x combinations of --grid."""
     if show:
         show_fields(pipeline or DEFAULT_PIPELINE, as_json=as_json)
         return
@@ -219,8 +290,10 @@ def send(
     watch: bool,
     as_json: bool,
 ) -> None:
-    """Upload the control images and the prompts, and submit a body with them; with `watch`, stay
-    until the job has ended and exit as it did."""
+    """Upload the control images and the prompts, and submit a job that uses them.
+
+    With `watch`, wait until the job has ended, and exit with its exit code.
+    """
     from farm.cli.client.http import FarmClient
     from farm.cli.commands.jobs import watch_to_end
     from farm.config import load_settings
@@ -234,7 +307,7 @@ def send(
             if not as_json and file.columns_read:
                 note(file.columns_read)
             body = {**body, "input": uploaded["id"]}
-            # The same file under the same name is the same job, though it was stopped half-way.
+            # The same file and name give the same job, also when an earlier run was interrupted.
             word = f"{idempotency_key} {uploaded['id']}".encode("utf-8", "surrogateescape")
             idempotency_key = sha256(word).hexdigest()
         if dry_run:
@@ -246,14 +319,14 @@ def send(
             if file is None:
                 raise
             raise Conflict(
-                "This file was submitted under this name before, with other options: choose "
-                "another --name."
+                "--name: this file was submitted under this name before, with other options. "
+                "Choose another --name."
             ) from error
         if not as_json:
             frames = plural(job["total"], "frame")
             say(f"Job {job['id']}: {frames} of {job['pipeline']}, {job['priority']} priority.")
             if file is not None and job["status"] != "queued":
-                say(f"It was submitted before, and is {job['status']}.", "dim")
+                say(f"This job was submitted before. It is {job['status']}.", "dim")
         if watch:
             watch_to_end(client, job, as_json=as_json)
         elif as_json:
@@ -269,17 +342,18 @@ def _show_quote(quote: dict[str, Any], *, as_json: bool) -> None:
     frames = plural(quote["frames"], "frame")
     say(f"{frames} of {quote['pipeline']}; batches: {count(quote['batches'])}.")
     if quote["device_seconds"] is None:
-        say("None of this pipeline was rendered here before: what it takes is not known.")
+        say("The duration is unknown: this pipeline has not rendered anything here yet.")
     else:
-        whose = "frames of yours that are alike" if quote["alike"] else "all of its frames so far"
-        pace = f"{quote['seconds_per_frame']:.3g} s a frame, as {whose} took"
-        say(f"About {duration(quote['device_seconds'])} of a device ({pace}).")
+        whose = "your similar frames" if quote["alike"] else "all of its frames so far"
+        pace = f"{quote['seconds_per_frame']:.3g} s per frame, measured on {whose}"
+        say(f"About {duration(quote['device_seconds'])} of device time ({pace}).")
     if quote["bytes"] is not None:
         say(f"About {size(quote['bytes'])} of pictures.")
     workers = plural(quote["workers"], "worker")
-    say(f"{plural(quote['frames_ahead'], 'frame')} before it, for {workers} that can render it.")
+    ahead = plural(quote["frames_ahead"], "frame")
+    say(f"{ahead} queued before it, for {workers} that can render it.")
     if quote["ends_at"]:
-        say(f"It would end at about {quote['ends_at'][:16].replace('T', ' ')} UTC.")
+        say(f"Estimated end: {quote['ends_at'][:16].replace('T', ' ')} UTC.")
     for name in ("first", "last"):
         say(f"The {name} frame: {json.dumps(quote[name], ensure_ascii=False)}", "dim")
 

@@ -1,4 +1,4 @@
-"""`farm up`: the whole farm on this machine, until Ctrl-C."""
+"""`farm up`: run the whole farm on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,20 +22,33 @@ console = Console(highlight=False, emoji=False, soft_wrap=True)
 def up(
     data: Annotated[
         Path,
-        typer.Option(help="Folder that everything is kept in.", envvar="FARM_DATA"),
+        typer.Option(
+            help="Data folder of the farm. It is created if missing. Example: /tmp/farm.",
+            envvar="FARM_DATA",
+        ),
     ] = Path("farm-data"),
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="The API's port; 0: any free one.")
+        int, typer.Option(min=0, max=65535, help="Port of the API. 0 picks a free one.")
     ] = 8000,
     pipelines: Annotated[
-        Path | None, typer.Option(help="The catalog, pipelines.toml; by default the demo's.")
+        Path | None,
+        typer.Option(
+            help="Catalog file. Example: pipelines.toml.", show_default="the demo's catalog"
+        ),
     ] = None,
     workers: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=COUNT", help="Workers for a pipeline, 1 by default."),
+        typer.Option(
+            metavar="NAME=COUNT",
+            help="Number of workers for a pipeline. Repeat for several pipelines. Example: sd15=2.",
+            show_default="1 for each pipeline",
+        ),
     ] = None,
 ) -> None:
-    """Run the whole farm on this machine until Ctrl-C: servers, API, janitor and workers."""
+    """Run the whole farm on this machine until Ctrl-C: servers, API, janitor and workers.
+
+    Example: farm up --data /tmp/farm --pipelines pipelines.toml --workers sd15=2
+    """
     counts = dict(_count(word) for word in workers or [])
     with suppress(KeyboardInterrupt), interrupted_by_signals():
         console.print("Starting Postgres, Valkey, SeaweedFS and the farm …", style="dim")
@@ -50,7 +63,8 @@ def _count(word: str) -> tuple[str, int]:
     name, _, count = word.partition("=")
     if not (name and count.isdecimal()):
         raise InvalidRequest(
-            f"--workers takes NAME=COUNT, such as demo=2, and not {word!r}.", param="workers"
+            f"--workers: {word!r} is not of the form NAME=COUNT. Example: --workers demo=2.",
+            param="workers",
         )
     return name, int(count)
 
@@ -58,7 +72,7 @@ def _count(word: str) -> tuple[str, int]:
 def _show(farm: LocalFarm) -> None:
     console.print(f"Farm is ready: {farm.url}", style="bold green")
     rows = {
-        # With the key only where a person looks: standard output may go to a file.
+        # The key is shown only on a terminal: standard output may go to a file.
         "page": f"{farm.url}/#key={farm.api_key}" if console.is_terminal else f"{farm.url}/",
         "data": farm.data,
         "key": farm.data / "api-key",

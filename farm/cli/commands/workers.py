@@ -1,4 +1,4 @@
-"""`farm workers`: who renders, and what each does now; and letting one leave."""
+"""`farm workers`: list the workers and their current work; drain one."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
 
 SHOWN = 4
-"""Workers whose busy share is told beside a job"""
+"""Number of workers whose busy share is shown under a job's progress."""
 
-app = typer.Typer(help="Workers: who renders, and what each does now.")
+app = typer.Typer(help="List the workers and their current work. Drain a worker.")
 
 
 @app.callback(invoke_without_command=True)
 def workers(context: typer.Context, as_json: Json = False) -> None:
-    """List the workers that are alive."""
+    """List the workers that are alive, with their state and current work."""
     if context.invoked_subcommand is not None:
         return
     with farm_client() as client:
@@ -45,7 +45,7 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
         emit(page)
         return
     if not page["data"]:
-        say("No worker is alive: `farm worker PIPELINE` starts one.", "yellow")
+        say("No worker is alive. Start one with `farm worker PIPELINE`.", "yellow")
         return
     names = ("worker", "state", "device", "frames", "busy", "seen", "doing")
     table = columns(*names, right=("frames", "busy"))
@@ -66,31 +66,42 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
 
 @app.command()
 def drain(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name or id.")],
+    worker: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORKER", help="Name or ID of a worker, from `farm workers`: demo-1f3a9c02."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Let a worker finish its batch and leave; whoever runs it decides whether it comes back."""
+    """Stop a worker after its current batch.
+
+    The process exits. The service that runs it, such as `farm up`, may start another.
+    """
     with farm_client() as client:
         found = client.drain(_find(client, worker))
     if as_json:
         emit(found)
     else:
-        say(f"{found['name']} claims nothing more, and leaves when its batch is done.")
+        say(f"Worker {found['name']} claims no more frames. It exits after its current batch.")
 
 
 def _find(client: FarmClient, word: str) -> str:
     word = word.strip()
     if not word:
-        raise InvalidRequest("Which worker? `farm workers` lists them.", param="worker")
+        raise InvalidRequest(
+            "WORKER: missing. Pass a worker's name or ID; `farm workers` lists them.",
+            param="worker",
+        )
     alive = client.get("/v1/workers")["data"]
     found = [each["id"] for each in alive if word in (each["name"], each["id"])]
     if not found:
-        raise NotFound(f"No worker {word[:60]!r} is alive; `farm workers` lists them.")
+        raise NotFound(f"No worker {word[:60]!r} is alive. `farm workers` lists the workers.")
     return str(found[0])
 
 
 def busyness(workers: list[dict[str, Any]], pipeline: str) -> str:
-    """Write how busy the devices of a pipeline's workers were: `busy: demo-1f3a9c02 97%`."""
+    """Write the busy shares of a pipeline's workers, such as `busy: demo-1f3a9c02 97%`."""
     known = [
         f"{clean(each['name'])} {percent(each['busy'])}"
         for each in workers
@@ -101,7 +112,7 @@ def busyness(workers: list[dict[str, Any]], pipeline: str) -> str:
 
 
 def doing(worker: dict[str, Any]) -> str:
-    """Say what a worker does now."""
+    """Describe a worker's current work, such as `8 frames, step 3 of 25`."""
     if worker["problem"]:
         return one_line(worker["problem"], 100)
     batch = worker["batch"]

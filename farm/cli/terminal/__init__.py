@@ -1,1 +1,1 @@
-"""Printing: tables, progress bars, exit codes, signals."""
+"""Terminal output: tables, progress bars, exit codes, signals."""

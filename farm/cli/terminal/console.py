@@ -1,7 +1,7 @@
-"""What the commands print with, and numbers and times as people read them.
+"""Functions that print text and tables, and that format numbers and times.
 
-Results go to standard output, progress and errors to standard error, so that a pipe gets results
-alone.
+Results go to standard output. Progress and errors go to standard error, so that a pipe receives
+only results.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-# Not `:word:` either: prompts are shown letter by letter.
+# Emoji codes such as `:star:` are off too: prompts are shown exactly as written.
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 
 Json = Annotated[
     bool,
-    typer.Option("--json", help="Print the API's own object, for scripts.", show_default=False),
+    typer.Option("--json", help="Print JSON for scripts, one object per line.", show_default=False),
 ]
 
 SPINNER = "dots" if err.encoding.lower().startswith("utf") else "line"
 
 PIPE_WIDTH = 200
-"""Columns of a table that no terminal bounds."""
+"""Width of a table in a pipe or a file, in characters."""
 
 STATUS_STYLES = {
     "queued": "cyan",
@@ -52,19 +52,19 @@ def emit(value: Any) -> None:
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print text that is no markup, however long, to standard output."""
+    """Print text to standard output, without markup and without wrapping."""
     out.print(clean(text), style=style, markup=False, soft_wrap=True)
 
 
 def note(text: str, style: str | None = "dim") -> None:
-    """Tell a person at the terminal something that is no result: on standard error."""
+    """Print a message that is not a result to standard error."""
     err.print(clean(text), style=style, markup=False, soft_wrap=True)
 
 
 def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
-    """A plain table with these columns, `right` of them aligned to the right.
+    """Build a plain table with these columns. Those in `right` are aligned to the right.
 
-    The last column alone gives way where the terminal is narrow: give it `tail(…)`.
+    Only the last column shrinks on a narrow terminal: fill it with `tail(text)`.
     """
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in names:
@@ -74,24 +74,24 @@ def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def tail(text: str) -> Text:
-    """The last cell of a row, cut where the terminal ends."""
+    """Build the last cell of a row, which is cut at the end of the terminal."""
     return Text(clean(text), no_wrap=True, overflow="ellipsis")
 
 
 def show_table(table: Table) -> None:
-    """Print a table: to the terminal's width, or wide where there is none."""
+    """Print a table, as wide as the terminal, or PIPE_WIDTH wide without one."""
     console = out if out.is_terminal else Console(highlight=False, emoji=False, width=PIPE_WIDTH)
     console.print(table)
 
 
 def styled_status(job: dict[str, Any]) -> str:
-    """A job's status, or `paused`, as rich markup."""
+    """Return a job's status, or `paused`, as rich markup."""
     status = "paused" if job["paused"] and job["finished_at"] is None else job["status"]
     return f"[{STATUS_STYLES.get(status, 'default')}]{status}[/]"
 
 
 def clean(text: str) -> str:
-    """Text from elsewhere, safe for a terminal: no escape sequences, nothing turned around."""
+    """Make text safe for a terminal: replace control characters and direction overrides."""
     return "".join("\ufffd" if _harmful(char) else char for char in text)
 
 
@@ -102,13 +102,13 @@ def _harmful(char: str) -> bool:
 
 
 def one_line(text: str, limit: int = 60) -> str:
-    """The beginning of a text, on one line."""
+    """Return the beginning of a text on one line, at most `limit` characters."""
     line = " ".join(clean(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def duration(seconds: float) -> str:
-    """Say how long something takes: `4.2 s`, `3 min 20 s`, `2 h 5 min`, `5 days`."""
+    """Write a duration: `4.2 s`, `3 min 20 s`, `2 h 5 min`, `5 days`."""
     if seconds < 10:
         return f"{max(seconds, 0):.1f} s"
     whole = round(seconds)
@@ -122,35 +122,35 @@ def duration(seconds: float) -> str:
 
 
 def ago(moment: str, now: datetime | None = None) -> str:
-    """Say how long ago a moment of the API (ISO 8601) was."""
+    """Write how long ago a time of the API (ISO 8601) was: `5 min 0 s ago`."""
     seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds()
     return "just now" if seconds < 2 else f"{duration(round(seconds))} ago"
 
 
 def count(number: int) -> str:
-    """Write a number with its thousands apart: `1,000,000`."""
+    """Write a number with thousands separators: `1,000,000`."""
     return f"{number:,}"
 
 
 def numbered(counts: dict[str, int]) -> str:
-    """Write counts by word, without those that are nought: `12 waiting, 3 worker lost`."""
+    """Write counts with their names, without those that are 0: `12 waiting, 3 worker lost`."""
     return ", ".join(
         f"{count(number)} {name.replace('_', ' ')}" for name, number in counts.items() if number
     )
 
 
 def percent(share: float | None) -> str:
-    """Write a share of 1: `97%`; a dash where it is unknown."""
+    """Write a share of 1 as a percentage, such as `97%`, or a dash if it is unknown."""
     return "—" if share is None else f"{share:.0%}"
 
 
 def plural(number: int, noun: str) -> str:
-    """Write a number of things: `1 frame`, `24 frames`."""
+    """Write a number with its noun: `1 frame`, `24 frames`."""
     return f"{count(number)} {noun}" + ("" if number == 1 else "s")
 
 
 def program() -> str:
-    """How this command is typed here: by its name where the path has it, else by its file."""
+    """Return how to type this command: `farm` if it is on the PATH, else the path of its file."""
     file = Path(sys.argv[0])
     if shutil.which("farm") or file.name != "farm":
         return "farm"

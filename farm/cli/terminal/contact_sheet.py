@@ -1,4 +1,4 @@
-"""A contact sheet: a job's pictures in rows, each row with its prompt."""
+"""Contact sheet: a job's pictures in rows, each row with its prompt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 CELL = 144
-"""Side of a picture on the sheet, in pixels."""
+"""Width and height of a picture on the sheet, in pixels."""
 
 GAP = 14
 MARGIN = 40
@@ -36,7 +36,7 @@ class Row:
 def contact_sheet(
     title: str, subtitle: str, heads: Sequence[str], rows: Sequence[Row]
 ) -> Image.Image:
-    """Lay pictures out in rows, each with its prompt to the left and `heads` over the columns."""
+    """Draw pictures in rows, with the prompts on the left and `heads` above the columns."""
     width = 2 * MARGIN + LABEL_WIDTH + len(heads) * (CELL + GAP) - GAP
     top = MARGIN + TITLE_HEIGHT + HEAD_HEIGHT
     sheet = Image.new("RGB", (width, top + len(rows) * (CELL + GAP) - GAP + MARGIN), PAPER)
@@ -55,9 +55,9 @@ def contact_sheet(
 
 
 def _place(sheet: Image.Image, picture: Image.Image, x: int, y: int) -> None:
-    """Set a picture into its cell, with round corners and a hairline around it."""
+    """Draw a picture in its cell, with round corners and a thin outline."""
     scaled = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
-    # Drawn four times as large and averaged down, so that the corners are smooth.
+    # The mask is drawn four times as large and scaled down, so that the corners are smooth.
     mask = Image.new("L", (4 * CELL, 4 * CELL), 0)
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, 4 * CELL, 4 * CELL), 4 * CORNER, fill=255)
     sheet.paste(scaled, (x, y), mask.resize((CELL, CELL), Image.Resampling.LANCZOS))

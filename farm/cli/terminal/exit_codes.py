@@ -1,4 +1,4 @@
-"""Exit codes, the same for every command."""
+"""Exit codes, shared by all commands."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ AWAY = 5
 INTERRUPTED = 130
 
 EPILOG = (
-    "Exit codes: 0 done; 1 an error, in one line on standard error; 2 the command was misused; "
-    "3 the job did not succeed (watch, get, submit --watch); 4 something does not hold that must "
-    "(audit); 5 a server is away (audit); 130 Ctrl-C."
+    "Exit codes: 0 success; 1 error, with one line on standard error; 2 wrong options or "
+    "arguments; 3 the job did not succeed (watch, get, submit --watch, demo); 4 a check failed "
+    "(audit); 5 a server does not answer (audit); 130 Ctrl-C."
 )
 
 
 def exit_as(job: Mapping[str, Any]) -> None:
-    """Leave with exit code 3 unless the job succeeded."""
+    """Exit with code 3 unless the job succeeded."""
     if job["status"] != "succeeded":
         raise typer.Exit(NOT_SUCCEEDED)

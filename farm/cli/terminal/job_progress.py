@@ -1,4 +1,4 @@
-"""Following a job to its end: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a job until its end: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient, Job
 
 FIRST_PAUSE, MAX_PAUSE = 0.25, 1.0
-"""Seconds between two looks at a job."""
+"""First and longest pause between two reads of a job, in seconds."""
 
 
 class Stalled(FarmError):
-    """Nothing of a job moved for too long; the message says why it waits."""
+    """A job made no progress for too long. The message gives the reason."""
 
     code = "stalled"
 
 
 class View(Protocol):
-    """Shows a job as it stands."""
+    """Display of a job's current state."""
 
     def show(self, job: Job, busy: str = "") -> None:
-        """Show it; `busy` is the workers' share of work."""
+        """Show a job. `busy` is a text with the busy shares of its workers."""
         ...
 
 
 def follow(client: FarmClient, job: Job, stalled_seconds: float | None = None) -> Job:
-    """Show a job until it has ended; returns it as it then stands.
+    """Show a job until it has ended, and return its final state.
 
     Args:
         client: the farm.
         job: the job as last read.
-        stalled_seconds: how long nothing of it may move; None for ever.
+        stalled_seconds: maximum time without progress; None for no limit.
 
     Raises:
-        Stalled: nothing moved for so long.
-        typer.Exit: Ctrl-C; the job itself goes on.
+        Stalled: the job made no progress for that time.
+        typer.Exit: Ctrl-C was pressed; the job itself continues.
     """
     try:
         with _view() as view:
             return _watch(client, job, view, stalled_seconds)
     except KeyboardInterrupt as error:
         name = short(job["id"])
-        note(f"The job goes on: farm watch {name} shows it again, farm cancel {name} ends it.")
+        note(f"The job continues. Show it: farm watch {name}  Cancel it: farm cancel {name}")
         raise typer.Exit(INTERRUPTED) from error
 
 
@@ -88,8 +88,8 @@ def _watch(client: FarmClient, job: Job, view: View, stalled_seconds: float | No
         if job["status"] in TERMINAL:
             return job
         if stalled_seconds is not None and now - moved > stalled_seconds:
-            why = job["waiting_because"] or "A worker runs it, but finishes no frame."
-            raise Stalled(f"Nothing moved for {duration(stalled_seconds)}. {why}")
+            why = job["waiting_because"] or "A worker renders it, but no frame was finished."
+            raise Stalled(f"The job made no progress for {duration(stalled_seconds)}. {why}")
         time.sleep(pause)
         pause = min(pause * 1.2, MAX_PAUSE)
         job = client.job(job["id"])
@@ -106,13 +106,13 @@ def _view() -> Iterator[View]:
 
 
 class Lines:
-    """A line whenever the job's status, its tenth of progress, or why it waits has changed."""
+    """Prints a line when the status, the progress (by 10%) or the reason to wait changes."""
 
     def __init__(self) -> None:
         self._shown: tuple[Any, ...] = ()
 
     def show(self, job: Job, busy: str = "") -> None:
-        """Print a line if there is something new."""
+        """Print a line if something changed."""
         why = job["waiting_because"]
         news = (job["status"], job["paused"], int(job["progress"] * 10), why)
         if news != self._shown:
@@ -122,7 +122,7 @@ class Lines:
 
 
 class Bar:
-    """A bar over a line of counts, drawn again eight times a second."""
+    """A progress bar above a line of counts, redrawn eight times a second."""
 
     def __init__(self) -> None:
         self._job: Job | None = None
@@ -130,11 +130,11 @@ class Bar:
         self._spinner = Spinner(SPINNER, style="blue")
 
     def show(self, job: Job, busy: str = "") -> None:
-        """Take the job's newest state."""
+        """Store the job's newest state for the next redraw."""
         self._job, self._busy = job, busy
 
     def __rich__(self) -> Group | Text:
-        """Draw it."""
+        """Draw the bar."""
         job = self._job
         if job is None:
             return Text()
@@ -153,7 +153,7 @@ class Bar:
 
 
 def finished(job: Job) -> int:
-    """How many of a job's frames are done with."""
+    """Return how many of a job's frames have ended."""
     counts = job["counts"]
     return int(counts["succeeded"] + counts["dead"] + counts["cancelled"])
 
@@ -172,7 +172,7 @@ def headline(job: Job) -> Text:
 
 
 def detail(job: Job) -> str:
-    """Write the counts that are not nought, what is stored, what failed, and why nothing runs."""
+    """Write the counts above 0, the stored bytes, the failed attempts, and why the job waits."""
     stored = f", {size(job['bytes'])}" if job["bytes"] else ""
     failed = f"failed attempts: {numbered(job['failures'])}" if job["failures"] else None
     sentences = (numbered(job["counts"]) + stored, failed, job["waiting_because"])
@@ -180,7 +180,7 @@ def detail(job: Job) -> str:
 
 
 def summary(job: Job) -> str:
-    """Say what became of a job, in one sentence."""
+    """Write a job's result in one line: `partial: 11 of 1,200 frames in 12 s (1 dead)`."""
     counts = job["counts"]
     done = f"{count(counts['succeeded'])} of {plural(job['total'], 'frame')}"
     seconds = _seconds(job)

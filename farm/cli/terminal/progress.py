@@ -1,4 +1,4 @@
-"""A bar for anything long that can be counted: live on a terminal, plain lines elsewhere."""
+"""Progress of long work: a live bar or spinner on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from farm.cli.terminal.console import SPINNER, count, err, note
 
 @contextmanager
 def counted(what: str, total: int, *, size: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show how far something is, on standard error; gives the function that counts so many more.
+    """Show progress on standard error. Yields a function that adds to the count.
 
     Args:
-        what: is done.
-        total: to be counted.
-        size: what is counted are bytes.
+        what: name of the work, such as `Downloading`.
+        total: count at the end.
+        size: True if bytes are counted.
     """
     if not err.is_terminal:
         yield _lines(what, total)
@@ -55,9 +55,9 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
 
 @contextmanager
 def spinning(what: str) -> Iterator[Callable[[str], None]]:
-    """Turn a spinner on a terminal, and say nothing elsewhere; gives what says more.
+    """Show a spinner on a terminal, and nothing elsewhere. Yields a function that adds details.
 
-    Nothing may be printed meanwhile: the spinner has its line for itself.
+    Nothing else may be printed while the spinner runs: it owns its line.
     """
     if not err.is_terminal:
         yield lambda _more: None
@@ -68,7 +68,10 @@ def spinning(what: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def busy(what: str) -> Iterator[Callable[[str], None]]:
-    """Say what takes a while, with a spinner on a terminal; gives the function that says more."""
+    """Print a line that work is running; on a terminal, show a spinner instead.
+
+    Yields a function that adds details.
+    """
     if not err.is_terminal:
         note(f"{what} …", None)
     with spinning(what) as say_more:

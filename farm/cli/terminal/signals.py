@@ -1,4 +1,4 @@
-"""Ending in order on every signal that asks for an end."""
+"""Orderly end on SIGINT, SIGTERM and SIGHUP."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import FrameType
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end the block as Ctrl-C does: by KeyboardInterrupt.
+    """Raise KeyboardInterrupt in the block on Ctrl-C, SIGTERM and a closed terminal.
 
-    Ctrl-C too where it was ignored, as a shell does for what it starts in the background.
+    Ctrl-C works even if it was ignored before, as shells do for background processes.
     """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:

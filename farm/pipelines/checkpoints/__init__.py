@@ -1,1 +1,1 @@
-"""Checkpoints as files: read and checked before a weight is loaded."""
+"""Checkpoint files: read and checked before any weight is loaded."""

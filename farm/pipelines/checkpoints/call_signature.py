@@ -1,4 +1,4 @@
-"""What a pipeline class of diffusers takes, read from its source: importing it would take torch."""
+"""Calls of diffusers' pipeline classes, read from their source: an import would need torch."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ from typing import Any
 from farm.errors import CatalogError
 
 TABLES = ("AUTO_TEXT2IMAGE", "AUTO_IMAGE2IMAGE", "AUTO_INPAINT")
-"""of auto_pipeline.py; a key stands for the same checkpoints in each"""
+"""Tables of auto_pipeline.py. A key means the same checkpoints in each."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a pipeline's call."""
+    """Argument of a pipeline's call."""
 
     annotation: str
-    """as the source has it"""
+    """Annotation, as the source has it."""
     default: Any
-    """its value where the source has it as a constant, else None"""
+    """Default value, if the source has it as a constant; else None."""
     is_known: bool
-    """whether that is its default"""
+    """True if `default` is the real default."""
     is_required: bool
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A pipeline class's call, and what its source tells of how it works."""
+    """Call of a pipeline class, and facts about how it works, both from its source."""
 
     arguments: Mapping[str, Argument]
     default_sample_size: int | None
-    """the latents' side that the class falls back on, where its source names one"""
+    """Side of the latents that the class falls back on, if its source names one."""
     default_side: int | None
-    """the picture's side that its call falls back on, where its source names one"""
+    """Side of the picture that its call falls back on, if its source names one. Pixels."""
     packs_latents: bool
-    """whether it denoises squares of two by two latents"""
+    """True if it denoises squares of two by two latents."""
     takes_any_sampler: bool
-    """whether its loop leaves to the sampler what the sampler's step takes"""
+    """True if its loop scales the input, and passes only what the sampler's step takes."""
     prompts_stand_alone: bool
-    """whether it pads each prompt to a fixed length, whatever stands beside it in the batch"""
+    """True if it pads each prompt to a fixed length, whatever the other prompts in the batch."""
 
 
 def diffusers_folder() -> Path:
-    """Where diffusers is installed, found without importing it.
+    """Return the folder of the installed diffusers, without importing it.
 
     Raises:
         CatalogError: it is not installed.
     """
     spec = importlib.util.find_spec("diffusers")
     if spec is None or not spec.submodule_search_locations:
-        raise CatalogError("diffusers is not installed.")
+        raise CatalogError("diffusers is not installed. Install it, and try again.")
     return Path(spec.submodule_search_locations[0])
 
 
 @cache
 def read_signature(class_name: str) -> Signature | None:
-    """Read the call of a pipeline class; None where the installed diffusers has no such class."""
+    """Read the call of a pipeline class; None if the installed diffusers has no such class."""
     if not class_name.isidentifier():
         return None
     pattern = re.compile(rf"^class {class_name}\(", re.MULTILINE)
@@ -74,9 +74,9 @@ def read_signature(class_name: str) -> Signature | None:
 
 @cache
 def model_defaults(class_name: str) -> Mapping[str, Any]:
-    """Read what a model class of diffusers takes for what its configuration leaves out.
+    """Read the defaults of a diffusers model class, for fields that a configuration leaves out.
 
-    Only constants; empty where the installed diffusers has no such class.
+    Only constants. Empty if the installed diffusers has no such class.
     """
     if not class_name.isidentifier():
         return {}
@@ -98,14 +98,14 @@ def _model_defaults(module: ast.Module, class_name: str) -> Mapping[str, Any]:
                 for name, argument in arguments
                 if argument.is_known and not argument.is_required
             }
-            # As JSON has them.
+            # JSON has lists instead of tuples.
             return {name: [*d] if isinstance(d, tuple) else d for name, d in found.items()}
     return {}
 
 
 @cache
 def _tables() -> dict[str, dict[str, str]]:
-    """The tables of AutoPipeline: by name, the class of each key."""
+    """Return the tables of AutoPipeline: by name, the class of each key."""
     path = diffusers_folder() / "pipelines" / "auto_pipeline.py"
     found: dict[str, dict[str, str]] = {name: {} for name in TABLES}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -127,7 +127,10 @@ def _entries(node: ast.Assign, table: str) -> Iterator[tuple[str, str]]:
 
 
 def text_to_image_class(class_name: str) -> str | None:
-    """The class that AutoPipelineForText2Image takes for a checkpoint of another; None: none."""
+    """Return the class that AutoPipelineForText2Image uses for a checkpoint of this class.
+
+    None if it uses no class.
+    """
     tables = _tables()
     for name in TABLES:
         for key, known in tables[name].items():
@@ -162,7 +165,7 @@ def _method(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
 
 
 def _arguments(call: ast.FunctionDef) -> Iterator[tuple[str, Argument]]:
-    positional = call.args.args[1:]  # less self
+    positional = call.args.args[1:]  # without self
     missing = len(positional) - len(call.args.defaults)
     defaults: list[ast.expr | None] = [*[None] * missing, *call.args.defaults]
     pairs = [
@@ -202,9 +205,9 @@ def _default_side(call: ast.FunctionDef) -> int | None:
 
 
 def _prompts_stand_alone(node: ast.ClassDef) -> bool:
-    """Whether every tokenizer's call of a class pads to a fixed length.
+    """Return True if every tokenizer call of a class pads to a fixed length.
 
-    Many also tokenize once more, unpadded, to warn of what is cut off: nothing is made of that.
+    Many classes tokenize again, unpadded, to warn of a cut prompt. That call does not count.
     """
     fixed = 0
     cuts_to_the_longest = re.search(r"\.sum\(-1\)\.max\(", ast.unparse(node))

@@ -1,4 +1,4 @@
-"""The hub, as far as checkpoints come from it: never waited for without end."""
+"""Downloads of checkpoints from the hub, with limits on the waiting time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from farm.pipelines.catalog import Weights
 from farm.pipelines.checkpoints.layout import INDEX
 
 HUB_SECONDS = 10.0
-"""How long the hub may be silent"""
+"""Time limit for an answer of the hub. Seconds."""
 HUB_AWAY_SECONDS = 30.0
-"""How long nobody waits for it again then"""
+"""Time without further requests after the hub was silent that long. Seconds."""
 
 
 def folder_of_configs(weights: Weights) -> Path:
-    """Find the folder that holds the JSON files of some weights, fetched where they are not here.
+    """Return the folder with the JSON files of some weights. Fetch them if they are not local.
 
     Raises:
-        CatalogError: there is no such folder, and the hub does not give one.
+        CatalogError: there is no such folder, and the hub has none or does not answer.
     """
     return Path(weights.checkpoint) if weights.is_local else _from_hub(weights)
 
@@ -31,12 +31,12 @@ _hub_is_away_until = float("-inf")
 
 
 def hub_is_away() -> bool:
-    """Whether the hub kept somebody waiting in vain a moment ago."""
+    """Return True if a request to the hub timed out within HUB_AWAY_SECONDS."""
     return time.monotonic() < _hub_is_away_until
 
 
 def _from_hub(weights: Weights) -> Path:
-    """Fetch the JSON files; while the hub is away, take what is here."""
+    """Fetch the JSON files. While the hub is away, use only local ones."""
     global _hub_is_away_until
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -52,14 +52,14 @@ def _from_hub(weights: Weights) -> Path:
         )
     except HFValidationError as error:
         raise CatalogError(
-            f"There is no folder {weights.source} beside the catalog, and the hub has no names "
-            "like this."
+            f"There is no folder {weights.source} next to the catalog, and the hub allows no such "
+            "name. Set `source` to a folder, or to a repository such as owner/name."
         ) from error
-    except Exception as error:  # the hub's client raises those of its HTTP library too
-        reason = "It did not answer a moment ago." if is_away else hub_says(error)
+    except Exception as error:  # the hub's client also raises errors of its HTTP library
+        reason = "The hub did not answer a moment ago." if is_away else hub_says(error)
         raise CatalogError(
-            f"{weights.source} is no folder beside the catalog, and the hub does not give it: "
-            f"{reason}"
+            f"{weights.source} is not a folder next to the catalog, and fetching it from the hub "
+            f"failed: {reason}"
         ) from error
     finally:
         if time.monotonic() - started >= HUB_SECONDS:
@@ -68,7 +68,7 @@ def _from_hub(weights: Weights) -> Path:
 
 
 def hub_says(error: BaseException) -> str:
-    """Say in one line why the hub did not give something."""
+    """Return in one line why a request to the hub failed."""
     cause = error.__cause__ or error
     said = str(cause).partition("For more information check:")[0]
     return one_line(f"{type(cause).__name__}: {said}")
@@ -76,7 +76,7 @@ def hub_says(error: BaseException) -> str:
 
 @cache
 def make_hub_hasty() -> None:
-    """Let the hub's client give up after HUB_SECONDS: as it comes, it waits for ever."""
+    """Set a timeout of HUB_SECONDS on the hub's client, which has no limit by default."""
     from huggingface_hub import get_session, set_client_factory
 
     session = get_session()
@@ -94,19 +94,22 @@ def make_hub_hasty() -> None:
 
 
 _fetched: dict[tuple[str, str | None, str | None], str] = {}
-"""The folder of what was fetched last: a hub repository's newest commit may be another by now."""
+"""Folder of the last fetch, by source, revision and variant.
+
+The newest commit of a hub repository may have changed since.
+"""
 
 
 def fetched_before(weights: Weights, variant: str | None) -> str | None:
-    """Give the folder that `fetched` gave last, whatever the hub would give now."""
+    """Return the folder that `fetched` returned last, whatever the hub has now."""
     return _fetched.get((weights.source, weights.revision, variant))
 
 
 def fetched(weights: Weights, variant: str | None) -> str:
-    """Give the local folder of some weights, downloaded from the hub where they are not here yet.
+    """Return the local folder of some weights. Download them from the hub if they are missing.
 
     Raises:
-        CatalogError: the hub does not give them.
+        CatalogError: the download failed.
     """
     if weights.is_local:
         return weights.checkpoint
@@ -120,12 +123,12 @@ def fetched(weights: Weights, variant: str | None) -> str:
     else:  # a single model, such as a ControlNet
         mark = f"*.{variant}*.safetensors" if variant else "*.safetensors"
         fetch = partial(snapshot_download, allow_patterns=["*.json", mark])
-    # Where the hub is away, all of it may be here.
+    # While the hub is away, try the local files first.
     errors: dict[bool, Exception] = {}
     for is_local in (True, False) if hub_is_away() else (False, True):
         try:
             folder = fetch(weights.source, revision=weights.revision, local_files_only=is_local)
-        except Exception as error:  # the hub's client raises those of its HTTP library too
+        except Exception as error:  # the hub's client also raises errors of its HTTP library
             errors[is_local] = error
         else:
             _fetched[weights.source, weights.revision, variant] = str(folder)

@@ -1,4 +1,4 @@
-"""A checkpoint's folder as diffusers lays it out: the JSON files, and the components they name."""
+"""Folder of a checkpoint in the layout of diffusers: JSON files, and the components they name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
     """Read a JSON file of a checkpoint.
 
     Raises:
-        CatalogError: it cannot be read, or is no object.
+        CatalogError: it cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
 
 
 def component(index: Mapping[str, Any], name: str) -> list[str] | None:
-    """A component's library and class, as model_index.json has them; None: it has none."""
+    """Return the library and class of a component, from model_index.json; None: not in it."""
     value = index.get(name)
     if not isinstance(value, list) or len(value) != 2:
         return None
@@ -37,7 +37,7 @@ def component(index: Mapping[str, Any], name: str) -> list[str] | None:
 
 
 def components(index: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Every component with its library and class."""
+    """Yield every component with its library and class."""
     for name in index:
         found = component(index, name)
         if found:

@@ -1,6 +1,6 @@
-"""What a checkpoint is, read from its JSON files; and whether the farm would load it at all.
+"""Checkpoints read from their JSON files; those that the farm must not load are refused.
 
-Only code of the installed libraries is run. Neither torch nor any weight is needed to say so.
+Only code of the installed libraries is run. Reading needs neither torch nor any weight.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from farm.pipelines.family import Checkpoint
 
 LIBRARIES = frozenset({"diffusers", "transformers"})
 SHARED = {"refiner": frozenset({"text_encoder_2", "vae"})}
-"""Components that a part takes from the entry's own checkpoint"""
+"""Components that a part takes from the entry's own checkpoint, by part."""
 
 
 def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
-    """Read the configuration of everything an entry names, from folders or the hub.
+    """Read the configuration of all weights that an entry names, from folders or the hub.
 
     Raises:
         CatalogError: there is no such checkpoint, it is not one of diffusers, it is damaged, or
-            the farm does not load its like: pickles, code of its own, a variant that is not there.
+            the farm does not load it: pickles, custom code, a missing variant.
     """
     parts = {
         name: _read(
@@ -41,26 +41,31 @@ def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
     }
     whole = _read(pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline))
     if pipeline.safety_checker and not component(whole.index, "safety_checker"):
-        raise CatalogError(f"{pipeline.source} has no safety checker; safety_checker is true.")
+        raise CatalogError(
+            f"{pipeline.source} has no safety checker. Remove safety_checker = true from the entry."
+        )
     _refuse_without_picture(whole, pipeline.source)
-    class_name = text_to_image_class(whole.class_name) or whole.class_name  # as the Auto class does
+    class_name = text_to_image_class(whole.class_name) or whole.class_name  # like the Auto class
     return Checkpoint({**whole.index, "_class_name": class_name}, whole.configs, parts)
 
 
 def _refuse_without_picture(checkpoint: Checkpoint, where: str) -> None:
-    """Refuse what was trained to go on from another picture, though the Auto class would load it.
+    """Refuse a checkpoint that needs an input picture, although the Auto class would load it.
 
-    Its UNet takes that picture beside the latents, as for inpainting, or it is SDXL's refiner.
+    Either its UNet takes a picture in addition to the latents, as for inpainting, or it is the
+    refiner of SDXL.
     """
     unet, vae = checkpoint.configs.get("unet", {}), checkpoint.configs.get("vae", {})
     channels, latents = unet.get("in_channels"), vae.get("latent_channels")
     takes_more = channels is not None and latents is not None and channels != latents
     if takes_more or checkpoint.index.get("requires_aesthetics_score"):
-        raise CatalogError(f"{where} cannot begin a picture: it was made to go on from another.")
+        raise CatalogError(
+            f"{where} cannot render from a prompt only: it was trained to change another picture."
+        )
 
 
 def unused_in(pipeline: Pipeline) -> Collection[str]:
-    """Name the components that an entry does without."""
+    """Return the components that an entry does not use."""
     return {"safety_checker"} if pipeline.safety_checker is False else ()
 
 
@@ -81,7 +86,7 @@ def _read(
 def _read_configs(folder: Path, where: str) -> Checkpoint:
     if not (folder / INDEX).is_file():
         if not (folder / CONFIG_NAMES[0]).is_file():
-            raise CatalogError(f"{where} holds no {INDEX}: it is no checkpoint of diffusers.")
+            raise CatalogError(f"{where} has no {INDEX}, so it is not a diffusers checkpoint.")
         config = read_json(folder, CONFIG_NAMES[0], where)
         return Checkpoint(index={**model_defaults(str(config.get("_class_name"))), **config})
     index = read_json(folder, INDEX, where)
@@ -97,7 +102,7 @@ def _read_configs(folder: Path, where: str) -> Checkpoint:
 def _as_diffusers_reads(
     index: Mapping[str, Any], name: str, folder: Path, file: str, where: str
 ) -> Mapping[str, Any]:
-    """Read a component's configuration: its class is the index's, and gives what is left out."""
+    """Read a component's configuration. The index names its class; the class has the defaults."""
     config = read_json(folder, f"{name}/{file}", where)
     found = component(index, name)
     if found is None or found[0] != "diffusers":
@@ -108,29 +113,29 @@ def _as_diffusers_reads(
 def _refuse_own_code(checkpoint: Checkpoint, folder: Path, where: str) -> None:
     if not isinstance(checkpoint.index.get("_class_name"), str):
         raise CatalogError(
-            f"{where} names no class of diffusers: a pipeline with code of its own is never run."
+            f"{where} names no diffusers class. Pipelines with custom code are never run."
         )
-    if not (folder / INDEX).is_file():  # a single model, whose own class alone is loaded
+    if not (folder / INDEX).is_file():  # a single model: only its own class is loaded
         return
     for name, library, class_name in components(checkpoint.index):
         known = library in LIBRARIES or _is_of_diffusers(library)
         if not known or (folder / name / f"{library}.py").is_file():
             raise CatalogError(
                 f"{where}: its {one_line(name, 50)} is a {one_line(f'{library}.{class_name}', 100)}"
-                " with code of its own, which is never run."
+                " with custom code, which is never run."
             )
 
 
 def _is_of_diffusers(library: str) -> bool:
-    """Some components, such as a safety checker, stand in the module of their pipeline."""
+    """Return True for a pipeline's module: it may hold components, such as a safety checker."""
     return library.isidentifier() and (diffusers_folder() / "pipelines" / library).is_dir()
 
 
 def require_class(checkpoint: Checkpoint, allowed: tuple[str, ...], where: str) -> None:
-    """Refuse a checkpoint of another class.
+    """Refuse a checkpoint whose class is not allowed.
 
     Raises:
-        CatalogError: it is one.
+        CatalogError: its class is not in `allowed`.
     """
     if checkpoint.class_name not in allowed:
         raise CatalogError(
@@ -139,7 +144,7 @@ def require_class(checkpoint: Checkpoint, allowed: tuple[str, ...], where: str) 
 
 
 def config_of(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
-    """A component's configuration.
+    """Return a component's configuration.
 
     Raises:
         CatalogError: the checkpoint has no such component.
@@ -147,13 +152,13 @@ def config_of(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
     if component not in checkpoint.configs:
         file = "scheduler_config.json" if component == "scheduler" else "config.json"
         raise CatalogError(
-            f"The checkpoint has no {component}/{file}, or its {INDEX} names no {component}."
+            f"The checkpoint has no {component}/{file}, or its {INDEX} does not name {component}."
         )
     return checkpoint.configs[component]
 
 
 def vae_scale(vae: Mapping[str, Any]) -> int:
-    """Pixels to a latent's side, as diffusers derives it from a VAE's configuration."""
-    # AutoencoderTiny of older versions names its decoder's alone.
+    """Compute the pixels per side of a latent from a VAE's configuration, like diffusers."""
+    # AutoencoderTiny of older versions has only those of its decoder.
     channels = vae.get("block_out_channels") or vae["decoder_block_out_channels"]
     return int(2 ** (len(channels) - 1))

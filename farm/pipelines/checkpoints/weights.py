@@ -1,6 +1,6 @@
-"""The files of a checkpoint's weights: whether they can be loaded, how much they hold, their hash.
+"""Weight files of a checkpoint: checks, parameter counts and hashes.
 
-Only safetensors are loaded, never pickles. No weight is read to say so, only the files' headers.
+Only safetensors are loaded, never pickles. Checks read only the headers of the files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from farm.pipelines.disk_cache import file_hash
 SAFE = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 MAX_HEADER_BYTES = 100_000_000
-"""of a safetensors file, as its library has it"""
+"""Limit for the header of a safetensors file, the same as in its library. Bytes."""
 NOT_A_VOCABULARY = frozenset(
     {
         "added_tokens.json",
@@ -30,25 +30,28 @@ NOT_A_VOCABULARY = frozenset(
         "tokenizer_config.json",
     }
 )
-"""With these files alone a tokenizer loads, and reads every prompt as unknown words."""
+"""Files of a tokenizer that hold no vocabulary.
+
+With only these, a tokenizer loads, and reads every prompt as unknown words.
+"""
 SHARD = r"(-\d{5}-of-\d{5})?"
 STEM = rf"(model|diffusion_pytorch_model){SHARD}"
-"""How diffusers and transformers name weights, whole or one of several files"""
+"""Names of weight files in diffusers and transformers, for one file or one of several."""
 PLAIN = re.compile(STEM + re.escape(SAFE))
 WEIGHTLESS = re.compile("Tokenizer|Processor|FeatureExtractor|Scheduler")
-"""Classes that have no weights, though their folder may hold a config.json"""
+"""Classes that have no weights, although their folder may have a config.json."""
 WEIGHED = {SAFE, ".json", ".txt", ".model"}
-"""Files that decide what is drawn; a README or a preview picture does not."""
+"""Suffixes of files that affect the pictures. A README or a preview picture does not."""
 
 
 def check_files(
     folder: Path, variant: str | None, where: str, unused: Collection[str] = ()
 ) -> None:
-    """Refuse a folder whose files cannot be loaded, or not as they should.
+    """Refuse a folder whose files cannot be loaded, or would be loaded wrongly.
 
     Raises:
-        CatalogError: it has pickles in place of safetensors, no file of the variant, a damaged
-            one, or a tokenizer without its vocabulary.
+        CatalogError: it has pickles instead of safetensors, no file of the variant, a damaged
+            file, or a tokenizer without its vocabulary.
     """
     try:
         places = [place for place in _places(folder) if place.name not in unused]
@@ -58,9 +61,9 @@ def check_files(
             _refuse_broken_json(place, folder, where)
         files = [path for place in places for path in loaded_files(place, variant)]
         if not any(_files(place, f"*{SAFE}") for place in places):
-            raise CatalogError(f"{where} holds no weights as safetensors.")
+            raise CatalogError(f"{where} has no weights as safetensors.")
         if variant and not any(_is_variant(path.name, variant) for path in files):
-            raise CatalogError(f"{where} has no variant {variant!r}: no file is named so.")
+            raise CatalogError(f"{where} has no files of variant {variant!r}. Change `variant`.")
         for path in files:
             _refuse_damaged(path, folder, where)
         _refuse_missing_parts(folder, variant, where, unused)
@@ -70,7 +73,7 @@ def check_files(
 
 
 def _places(folder: Path) -> list[Path]:
-    """The folders that weights are loaded from: its components', or a single model's own."""
+    """Return the folders with weights: those of the components, or that of a single model."""
     if not (folder / INDEX).is_file():
         return [folder]
     index = read_json(folder, INDEX, folder.name)
@@ -84,7 +87,7 @@ def _refuse_pickles(place: Path, folder: Path, where: str) -> None:
     if pickled and not any(name.endswith(SAFE) for name in names):
         shown = (place / pickled[0]).relative_to(folder)
         raise CatalogError(
-            f"{where}: {shown} is a pickle, which can run any code; only safetensors are loaded."
+            f"{where}: {shown} is a pickle, which can run any code. Only safetensors are loaded."
         )
 
 
@@ -100,7 +103,7 @@ def _refuse_missing_shards(place: Path, folder: Path, where: str) -> None:
 
 
 def _refuse_broken_json(place: Path, folder: Path, where: str) -> None:
-    """Refuse a file that its library could not read: those of tokenizers too."""
+    """Refuse a JSON file that its library could not read, also one of a tokenizer."""
     for path in _files(place, "*.json"):
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +115,7 @@ def _refuse_broken_json(place: Path, folder: Path, where: str) -> None:
 def _refuse_missing_parts(
     folder: Path, variant: str | None, where: str, unused: Collection[str]
 ) -> None:
-    """Refuse a checkpoint without a component that its index names, or without its weights."""
+    """Refuse a checkpoint that lacks a component named in its index, or the weights of one."""
     if not (folder / INDEX).is_file():
         if not loaded_files(folder, variant):
             raise CatalogError(f"{where} has no {_no_weights(folder, 'diffusers')}.")
@@ -127,41 +130,41 @@ def _refuse_missing_parts(
         if WEIGHTLESS.search(class_name):
             continue
         described, weighed = (place / "config.json").is_file(), loaded_files(place, variant)
-        if weighed and not described and library == "transformers":  # which then takes defaults
+        if weighed and not described and library == "transformers":  # which would use defaults
             raise CatalogError(f"{where}: {name}/config.json is missing.")
         if described and not weighed:
             raise CatalogError(f"{where}: its {name} has no {_no_weights(place, library, name)}.")
     needs_pictures = component(index, "safety_checker") and "safety_checker" not in unused
     if needs_pictures and not component(index, "feature_extractor"):
         raise CatalogError(
-            f"{where}: its safety_checker needs a feature_extractor, which {INDEX} does not name; "
-            "put safety_checker = false into the entry to do without both."
+            f"{where}: its safety_checker needs a feature_extractor, which {INDEX} does not name. "
+            "Set safety_checker = false in the entry to use neither."
         )
 
 
 def _no_weights(place: Path, library: str, component_name: str = "") -> str:
-    """Say which file is missing, and which variants there are."""
+    """Return which file is missing, and which variants exist."""
     kinds = {path.name.split(".")[1] for path in _files(place, f"*.*{SAFE}")}
-    others = f"; there is variant {' or '.join(sorted(kinds))}" if kinds else ""
+    others = f"; set `variant` to {' or '.join(sorted(kinds))}" if kinds else ""
     file = f"{'diffusion_pytorch_model' if library == 'diffusers' else 'model'}{SAFE}"
     shown = f"{component_name}/{file}" if component_name else file
     return f"weights as plain safetensors: {shown} is missing{others}"
 
 
 def loaded_files(place: Path, variant: str | None) -> list[Path]:
-    """The weights that diffusers loads from a folder: those of the variant, else the plain ones."""
+    """Return the weight files that diffusers loads: those of the variant, else the plain ones."""
     files = _files(place, f"*{SAFE}")
     wanted = [path for path in files if variant and _is_variant(path.name, variant)]
     return wanted or [path for path in files if PLAIN.fullmatch(path.name)]
 
 
 def _files(place: Path, pattern: str) -> list[Path]:
-    """Its files, but for those that hide: macOS leaves some beside the others."""
+    """Return the files of a folder, without the hidden ones, which macOS adds."""
     return sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
 
 
 def named_files(place: Path, variant: str | None) -> str:
-    """Name, for people, the files that say what a model is, and those with its weights."""
+    """Return the names of a model's configuration and weight files, for a message."""
     index = [INDEX] if (place.parent / INDEX).is_file() else []
     shards = [path.name for path in _files(place, f"*{SAFE}.index*.json")]
     weights = shards or [path.name for path in loaded_files(place, variant)]
@@ -169,12 +172,12 @@ def named_files(place: Path, variant: str | None) -> str:
 
 
 def has_variant(place: Path, variant: str) -> bool:
-    """Whether a folder holds weights of a variant."""
+    """Return True if a folder holds weights of a variant."""
     return any(_is_variant(path.name, variant) for path in _files(place, f"*{SAFE}"))
 
 
 def _is_variant(name: str, variant: str) -> bool:
-    """Whether a file is named for a variant, whole or one of several."""
+    """Return True if a name is that of a variant's file, for one file or one of several."""
     return re.fullmatch(rf"{STEM}\.{re.escape(variant)}{SHARD}{re.escape(SAFE)}", name) is not None
 
 
@@ -193,23 +196,23 @@ def _refuse_empty_tokenizers(folder: Path, where: str) -> None:
         if "Tokenizer" in class_name:
             names = {path.name for path in (folder / name).glob("*")}
             if not names - NOT_A_VOCABULARY:
-                raise CatalogError(f"{where}: its {name} has no vocabulary; a file is missing.")
+                raise CatalogError(f"{where}: its {name} has no vocabulary. A file is missing.")
         if class_name.startswith("CLIPTokenizer") and not _says_its_length(folder / name):
             raise CatalogError(
-                f"{where}: {name}/tokenizer_config.json must say model_max_length: how many tokens "
-                "its text encoder reads."
+                f"{where}: {name}/tokenizer_config.json must set model_max_length, the number of "
+                "tokens that its text encoder reads."
             )
 
 
 def _says_its_length(place: Path) -> bool:
-    """Without it transformers takes a length that its own encoder cannot use."""
+    """Return True if a tokenizer has its length. Without it, transformers uses an unusable one."""
     path = place / "tokenizer_config.json"
     said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return isinstance(said, dict) and bool({"model_max_length", "max_len"} & said.keys())
 
 
 def weights_hash(folder: Path) -> str:
-    """Hash every file of a checkpoint that decides what is drawn, names included (sha256, hex)."""
+    """Hash the files of a checkpoint that affect the pictures, names included (sha256, hex)."""
     digest = hashlib.sha256()
     for path in _weighed_files(folder):
         digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
@@ -223,7 +226,7 @@ def _weighed_files(folder: Path) -> Iterator[Path]:
 
 
 def parameter_count(folder: Path, variant: str | None) -> int:
-    """Count the parameters that loading a folder would bring into memory."""
+    """Count the parameters that loading a folder would put into memory."""
     return sum(
         prod(tensor["shape"])
         for place in _places(folder)
@@ -233,18 +236,18 @@ def parameter_count(folder: Path, variant: str | None) -> int:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """Read which tensors a safetensors file holds: eight bytes of length, then JSON.
+    """Read the header of a safetensors file: eight bytes of length, then JSON.
 
     See https://huggingface.co/docs/safetensors#format
 
     Raises:
-        ValueError: it is none, or it is cut off.
+        ValueError: it is not a safetensors file, or it is cut off.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError("it does not begin as safetensors do, or is cut off")
+            raise ValueError("it does not begin like a safetensors file, or is cut off")
         header = json.loads(file.read(length))
     try:
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
@@ -255,5 +258,5 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not all(isinstance(number, int) for number in (end, *shapes)):
         raise ValueError("its header is not that of safetensors")
     if size != 8 + length + end:
-        raise ValueError(f"it holds {size} bytes in place of {8 + length + end}")
+        raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
     return tensors

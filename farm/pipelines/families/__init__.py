@@ -1,4 +1,4 @@
-"""Families of pipelines, found by listing this package: a new family is one new module."""
+"""Families of pipelines, found by listing this package. A new family is one new module."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from farm.pipelines.checkpoints.read import read_checkpoint
 from farm.pipelines.family import Checkpoint, Family
 
 LAST_RESORT = "auto"
-"""The family of whatever no other family renders."""
+"""Family of all checkpoints that no other family renders."""
 
 
 @cache
 def all_families() -> dict[str, Family]:
-    """Every family by name: each module of this package that has a `family`."""
+    """Return every family by name: that of each module of this package with a `family`."""
     modules = (
         importlib.import_module(f"{__name__}.{info.name}")
         for info in pkgutil.iter_modules(__path__)
@@ -27,7 +27,7 @@ def all_families() -> dict[str, Family]:
 
 
 def family_of(pipeline: Pipeline, checkpoint: Checkpoint) -> Family:
-    """Find the family of a catalog entry: the one it names, else by its checkpoint's class.
+    """Return the family of a catalog entry: the one that it names, else by the checkpoint's class.
 
     Raises:
         CatalogError: no family renders it.
@@ -36,7 +36,7 @@ def family_of(pipeline: Pipeline, checkpoint: Checkpoint) -> Family:
     if pipeline.family is not None:
         if pipeline.family not in families:
             raise CatalogError(
-                f"family {pipeline.family!r} is unknown; there are {', '.join(sorted(families))}."
+                f"family {pipeline.family!r} is unknown. Use one of {', '.join(sorted(families))}."
             )
         return families[pipeline.family]
     for family in sorted(families.values(), key=lambda family: family.name == LAST_RESORT):

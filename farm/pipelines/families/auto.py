@@ -1,4 +1,4 @@
-"""Whatever else AutoPipelineForText2Image knows, with the parameters of its own call."""
+"""Every other class that AutoPipelineForText2Image knows, with the parameters of its call."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RENAMED = {"num_inference_steps": "steps", "prior_num_inference_steps": "prior_steps"}
-"""diffusers' argument: the farm's field"""
+"""Fields of the farm, by the diffusers argument that they are passed as."""
 GIVEN = frozenset(
     {"prompt", "height", "width", "generator", "output_type", "return_dict", "callback_steps"}
     | {"num_images_per_prompt", "num_videos_per_prompt"}
 )
-"""Arguments that the farm itself fills in, or that would change what a frame is"""
+"""Arguments that the farm fills in itself, or that would change the meaning of a frame."""
 TEXT = re.compile(r"(negative_)?prompt(_\d)?")
 SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool}
 LIMITS: dict[type, dict[str, Any]] = {
@@ -51,15 +51,15 @@ LIMITS: dict[type, dict[str, Any]] = {
 }
 STEPS = {"ge": 1, "le": 1000}
 MAX_TOKENS = 512
-"""as many as the T5 encoders of these pipelines take"""
+"""Maximum number of tokens that the T5 encoders of these pipelines take."""
 Text = Annotated[str, AfterValidator(storable)]
 
 
 class AutoParams(Params):
-    """Grown by the fields of one pipeline's call."""
+    """Parameters that every class takes. `tailor` adds the fields of one pipeline's call."""
 
     def scalars(self) -> dict[str, Any]:
-        """Add which texts are null: a call takes one for each frame, or none at all."""
+        """Add the names of null texts: a call takes a text for each frame, or none at all."""
         absent = sorted(name for name in self.PER_FRAME if getattr(self, name, None) is None)
         return {**super().scalars(), "absent": absent}
 
@@ -72,17 +72,17 @@ class Auto:
     parts: tuple[str, ...] = ()
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        """Render every class of the Auto class's table."""
+        """Accept every class in the table of the Auto class."""
         return text_to_image_class(checkpoint.class_name) == checkpoint.class_name
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        """Make fields of the call's arguments, as far as they are numbers, switches and texts."""
+        """Make a field of each argument of the call that is a number, a switch or a text."""
         signature = _signature_of(checkpoint)
         fields: dict[str, Any] = dict(_fields(signature.arguments))
         scheduler = checkpoint.configs.get("scheduler", {})
         change = sampler_change(scheduler, SAMPLERS if signature.takes_any_sampler else ())
         if change["default"] is not None:
-            described = Field(default=change["default"], description="the sampler")
+            described = Field(default=change["default"], description="name of the sampler")
             fields["sampler"] = (change["annotation"], described)
         made: Any = create_model(checkpoint.class_name, __base__=AutoParams, **fields)
         made.PER_FRAME = frozenset(name for name in fields if TEXT.fullmatch(name))
@@ -95,7 +95,7 @@ class Auto:
         return pin(pipeline, [pipe])
 
     def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
-        """Render a batch by the pipeline's own call; see Family.denoise."""
+        """Render a batch with the pipeline's own call; see Family.denoise."""
         class_name = type(loaded.pipe).__name__
         signature = read_signature(class_name)
         if signature is None:
@@ -117,10 +117,10 @@ class Auto:
 
 
 def _groups(frames: Sequence[FrameSpec], signature: Signature) -> list[list[int]]:
-    """The places of the frames that may share a call.
+    """Return groups of frames that may share a call, by their places in the batch.
 
-    Some classes pad or cut every prompt to the longest one of the call: there, only frames with
-    the same texts may share one, or a neighbour's words would change a picture.
+    Some classes pad or cut every prompt to the longest one of the call. There, only frames with
+    the same texts share a call: else a neighbour's words would change a picture.
     """
     if signature.prompts_stand_alone:
         return [list(range(len(frames)))]
@@ -134,7 +134,7 @@ def _groups(frames: Sequence[FrameSpec], signature: Signature) -> list[list[int]
 def _call(
     signature: Signature, frames: Sequence[FrameSpec], callback: Any, on_step: StepHook
 ) -> dict[str, Any]:
-    """The arguments of a call for frames that share everything but texts and seeds."""
+    """Return the arguments of a call, for frames that differ only in texts and seeds."""
     params = frames[0].params
     call: dict[str, Any] = {
         "prompt": [frame.prompt for frame in frames],
@@ -156,7 +156,7 @@ def _call(
 
 
 def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, Any, Any], None]:
-    """What pipelines take that are older than `callback_on_step_end`."""
+    """Build a callback for pipelines that are older than `callback_on_step_end`."""
 
     def callback(step: int, _timestep: Any, _latents: Any) -> None:
         on_step(step + 1, max(step + 1, steps))
@@ -168,7 +168,7 @@ def _signature_of(checkpoint: Checkpoint) -> Signature:
     class_name = checkpoint.class_name
     signature = read_signature(class_name)
     if signature is None or text_to_image_class(class_name) != class_name:
-        raise CatalogError(f"AutoPipelineForText2Image knows no {class_name}.")
+        raise CatalogError(f"AutoPipelineForText2Image does not know the class {class_name}.")
     needed = [
         name
         for name, argument in signature.arguments.items()
@@ -177,9 +177,11 @@ def _signature_of(checkpoint: Checkpoint) -> Signature:
     if "Control" in class_name:
         needed.append("an image")
     if needed:
-        raise CatalogError(f"A {class_name} also needs {', '.join(needed)}: no family gives it.")
+        raise CatalogError(
+            f"A {class_name} also needs {', '.join(needed)}, which no family passes."
+        )
     if "num_frames" in signature.arguments:
-        raise CatalogError(f"A {class_name} renders films; the farm renders pictures.")
+        raise CatalogError(f"A {class_name} renders videos. The farm renders only pictures.")
     return signature
 
 
@@ -187,7 +189,7 @@ def _fields(arguments: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[Any,
     for name, argument in arguments.items():
         if name in GIVEN or name.startswith("_") or not argument.is_known:
             continue
-        described = f"{name}, as diffusers has it"
+        described = f"{name}, as in diffusers"
         kinds = {part.strip() for part in argument.annotation.split("|")}
         is_optional = "None" in kinds or argument.default is None
         if TEXT.fullmatch(name):
@@ -217,7 +219,7 @@ def _limits(name: str, kind: type, default: Any) -> dict[str, Any]:
 def _sizes(
     pipeline: Pipeline, checkpoint: Checkpoint, signature: Signature
 ) -> dict[str, dict[str, Any]]:
-    """The default size and what it must be a multiple of, from the models' configurations."""
+    """Return the default size, and its divisor, from the configurations of the models."""
     model = checkpoint.configs.get("transformer") or checkpoint.configs.get("unet") or {}
     vae = checkpoint.configs.get("vae") or checkpoint.configs.get("movq")
     scale = _scale(vae) if vae else 1
@@ -237,8 +239,8 @@ def _sizes(
             changes[name]["default"] = default
         elif name not in pipeline.defaults:
             raise CatalogError(
-                f"{pipeline.source} does not say how large its pictures are: put width and "
-                "height into the entry's defaults."
+                f"{pipeline.source} does not state the size of its pictures. Set width and height "
+                "in the entry's `defaults`."
             )
     return changes
 
@@ -248,7 +250,7 @@ def _side(sample_size: Any, place: int) -> int:
 
 
 def _scale(vae: Mapping[str, Any]) -> int:
-    """Pixels to a latent's side; without a VAE, the pixels themselves are denoised."""
+    """Return the pixels per side of a latent. Without a VAE, the pixels themselves are denoised."""
     if "block_out_channels" in vae:
         return vae_scale(vae)
     if "encoder_block_out_channels" in vae:
@@ -263,8 +265,8 @@ def _check_sizes(pictures: list[Image.Image | None], frame: FrameSpec, class_nam
     for picture in pictures:
         if picture is not None and picture.size != size:
             raise RenderError(
-                f"{class_name} draws {picture.width}x{picture.height} where {size[0]}x{size[1]} "
-                "is asked for; ask for a size that it draws."
+                f"{class_name} renders {picture.width}x{picture.height} instead of "
+                f"{size[0]}x{size[1]}. Choose a size that it can render."
             )
 
 

@@ -1,4 +1,4 @@
-"""What Stable Diffusion, SDXL and their ControlNets share: CLIP's prompts, guidance, a sampler."""
+"""Base of Stable Diffusion, SDXL and their ControlNets: CLIP's prompts, guidance, a sampler."""
 
 from __future__ import annotations
 
@@ -23,20 +23,28 @@ if TYPE_CHECKING:
 
 
 class ClipParams(Negatable):
-    """What the calls of these pipelines have in common."""
+    """Parameters that the calls of these pipelines share."""
 
-    steps: Steps = Field(default=50, description="denoising steps")
+    steps: Steps = Field(default=50, description="number of denoising steps")
     guidance_scale: Guidance = Field(
-        default=7.5, description="how closely to follow the prompt; up to 1: freely"
+        default=7.5, description="strength of the prompt; up to 1: no guidance"
     )
-    sampler: SamplerName = Field(default=None, description="null: the checkpoint's own")
+    sampler: SamplerName = Field(
+        default=None, description="name of the sampler; null: the checkpoint's own"
+    )
     prompt_syntax: Literal["plain", "compel"] = Field(
-        default="plain", description="compel: weights such as (red)1.5, blends, long prompts"
+        default="plain",
+        description="compel: weights such as (red)1.5, blends, long prompts; plain: none",
     )
     clip_skip: int | None = Field(
-        default=None, ge=1, le=32, description="the text encoder's last layers left out"
+        default=None,
+        ge=1,
+        le=32,
+        description="number of the text encoder's last layers to leave out",
     )
-    eta: float = Field(default=0.0, ge=0.0, le=1.0, description="noise that the sampler ddim adds")
+    eta: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="noise that the sampler ddim adds, 0 to 1"
+    )
 
     @field_validator("clip_skip")
     @classmethod
@@ -44,31 +52,31 @@ class ClipParams(Negatable):
         allowed = cls.compel_clip_skips()
         if info.data.get("prompt_syntax") == "compel" and value not in allowed:
             shown = " or ".join("null" if skip is None else str(skip) for skip in allowed)
-            raise ValueError(f"with prompt_syntax compel it must be {shown}")
+            raise ValueError(f"with prompt_syntax compel, it must be {shown}")
         return value
 
     @classmethod
     def compel_clip_skips(cls) -> tuple[int | None, ...]:
-        """The values of clip_skip that Compel knows for this pipeline."""
+        """Return the values of clip_skip that Compel knows for this pipeline."""
         return None, 1
 
     @property
     def reads_syntax(self) -> bool:
-        """Whether a prompt may be one that cannot be read."""
+        """True if prompts have a syntax, so that a prompt can be invalid."""
         return self.prompt_syntax == "compel"
 
     def check_prompt(self, text: str) -> None:
-        """Refuse what is not Compel's syntax, where it was asked for."""
+        """Refuse a prompt that is not in Compel's syntax, if the job asked for that syntax."""
         if self.reads_syntax:
             check_compel(text)
 
     @property
     def is_guided(self) -> bool:
-        """Whether diffusers denoises with and without the prompt, and negative prompts count."""
+        """True if diffusers denoises with and without the prompt, and negative prompts count."""
         return self.guidance_scale > 1.0
 
     def call(self) -> dict[str, Any]:
-        """The arguments of a diffusers call that these pipelines share."""
+        """Return the arguments of a diffusers call that these pipelines share."""
         return {
             "width": self.width,
             "height": self.height,
@@ -80,7 +88,7 @@ class ClipParams(Negatable):
 
 
 def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Fit the shared fields to an entry: its size, its samplers, its text encoders' depth.
+    """Return changes that fit the shared fields to an entry: size, samplers, clip_skip.
 
     Raises:
         CatalogError: the checkpoint lacks a component.
@@ -93,7 +101,7 @@ def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[s
     encoders = [config for name, config in checkpoint.configs.items() if "text_encoder" in name]
     layers = min((config.get("num_hidden_layers", 12) for config in encoders), default=12)
     change["clip_skip"] = {"le": max(layers - 1, 1)}
-    if pipeline.offload == "sequential":  # Compel looks for its encoders where they are not
+    if pipeline.offload == "sequential":  # Compel expects its encoders on the device
         change["prompt_syntax"] = {"annotation": Literal["plain"]}
     return change
 
@@ -101,12 +109,12 @@ def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[s
 def _size(
     pipeline: Pipeline, sample_size: int | Sequence[int] | None, scale: int
 ) -> dict[str, dict[str, Any]]:
-    """The default size, where the UNet says for which it was trained."""
+    """Return the default size, if the UNet states the size that it was trained for."""
     if sample_size is None:
         if not {"width", "height"} <= set(pipeline.defaults):
             raise CatalogError(
-                f"{pipeline.source} does not say how large its pictures are: put width and "
-                "height into the entry's defaults."
+                f"{pipeline.source} does not state the size of its pictures. Set width and height "
+                "in the entry's `defaults`."
             )
         return {}
     height, width = (
@@ -117,13 +125,13 @@ def _size(
 
 @dataclass(frozen=True)
 class Group:
-    """Frames of a batch whose prompts are equally long, padded to their bucket."""
+    """Frames of a batch with prompts of equal length, padded to their bucket."""
 
     frames: list[FrameSpec]
     prompts: list[dict[str, Any]]
-    """The embeddings, for each encoder, as a diffusers call takes them"""
+    """Embeddings for each encoder, as arguments of a diffusers call."""
     callback: Callable[..., dict[str, Any]]
-    """For `callback_on_step_end`"""
+    """Argument `callback_on_step_end`."""
 
     def generators(self) -> list[Any]:
         """Seed a generator for each frame."""
@@ -138,17 +146,17 @@ def render_in_groups(
     *,
     share: float = 1.0,
 ) -> list[Image.Image | None]:
-    """Render a batch in as many calls as its prompts have lengths: mostly one.
+    """Render a batch in one call for each length of its prompts: mostly one.
 
-    Only Compel makes prompts longer than the others. Filling up the others beside them would
-    change their pictures, which shall not depend on their neighbours.
+    Only Compel makes prompts of different lengths. Padding the shorter ones would change their
+    pictures, which must not depend on their neighbours.
 
     Args:
         batch: the frames.
-        params: what they share.
-        encoders: for the prompts of each pipe that `render` calls.
-        render: renders a group; returns a picture a frame, padding included.
-        share: the part of the steps that the first diffusers call of `render` takes.
+        params: parameters that they share.
+        encoders: encoders for the prompts, one for each pipe that `render` calls.
+        render: renders a group, and returns one picture per frame, padding included.
+        share: share of the steps that the first diffusers call of `render` takes, from 0 to 1.
     """
     encoded = [_encoded(batch.frames, params, encoder) for encoder in encoders]
     by_length: dict[tuple[int, ...], list[int]] = {}

@@ -1,4 +1,4 @@
-"""ControlNets on Stable Diffusion and SDXL: pictures that steer the layout."""
+"""ControlNets on Stable Diffusion and SDXL: control images that steer the layout."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ SAMPLE_ID = "0" * 64
 
 
 class Control(BaseModel):
-    """One net's picture, and how much and when it counts."""
+    """Control image of one net, with its weight and its range of steps."""
 
     model_config = STRICT
 
-    image: str = Field(pattern="^[0-9a-f]{64}$", description="an uploaded image's id")
-    scale: float = Field(default=1.0, ge=0.0, le=10.0, description="how much it counts")
+    image: str = Field(pattern="^[0-9a-f]{64}$", description="ID of an uploaded image")
+    scale: float = Field(default=1.0, ge=0.0, le=10.0, description="weight of the image; 0: none")
     start: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="the share of the steps before it counts"
+        default=0.0, ge=0.0, le=1.0, description="share of the steps after which the image counts"
     )
     end: float = Field(
-        default=1.0, ge=0.0, le=1.0, description="the share of the steps after which it does not"
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="share of the steps after which the image no longer counts",
     )
 
     @field_validator("end")
@@ -51,36 +54,36 @@ class Control(BaseModel):
 
 
 class Controlled(ClipParams):
-    """What steering adds to a call's parameters."""
+    """Parameters of a call with ControlNets."""
 
     PER_FRAME: ClassVar[frozenset[str]] = ClipParams.PER_FRAME | {"control"}
 
     control: list[Control] = Field(
         min_length=1,
         max_length=8,
-        description="an image for each of the pipeline's ControlNets, in the catalog's order",
+        description="one image for each ControlNet of the pipeline, in the order of the catalog",
     )
     guess_mode: bool = Field(
-        default=False, description="the nets try to recognise the image without a prompt"
+        default=False, description="let the nets recognise the image without a prompt"
     )
 
     def scalars(self) -> dict[str, Any]:
-        """Leave out the images, which differ freely within a batch, but not how they count."""
+        """Leave out the images, which may differ within a batch. Keep their weights and ranges."""
         counts = [net.model_dump(exclude={"image"}) for net in self.control]
         return {**super().scalars(), "control": counts}
 
     @staticmethod
     def image_ids(params: Mapping[str, Any]) -> list[str]:
-        """The images in the order of the nets."""
+        """Return the IDs of the images, in the order of the nets."""
         return [net["image"] for net in params["control"]]
 
 
 class StableDiffusionControlNetParams(Controlled):
-    """What StableDiffusionControlNetPipeline's call takes."""
+    """Parameters of StableDiffusionControlNetPipeline's call."""
 
 
 class SDXLControlNetParams(MicroConditioned, Controlled):
-    """What StableDiffusionXLControlNetPipeline's call takes."""
+    """Parameters of StableDiffusionXLControlNetPipeline's call."""
 
 
 class ControlNet:
@@ -91,17 +94,19 @@ class ControlNet:
     parts: tuple[str, ...] = ("controlnets",)
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        """Render whatever base the catalog gives ControlNets to."""
+        """Accept every entry with ControlNets, whatever its base."""
         return bool(pipeline.controlnets)
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        """Fit the base, and take as many images as there are nets."""
+        """Fit the parameters to the base, and require one image for each net."""
         require_class(checkpoint, (*SD_CLASSES, *SDXL_CLASSES), pipeline.source)
         nets = {
             name: part for name, part in checkpoint.parts.items() if name.startswith("controlnets")
         }
         if not nets:
-            raise CatalogError(f"{pipeline.source} has no ControlNet: name some as `controlnets`.")
+            raise CatalogError(
+                f"{pipeline.source} has no ControlNet. List at least one in `controlnets`."
+            )
         for name, net in nets.items():
             _check_net(name, net, checkpoint)
         of_sdxl = checkpoint.class_name in SDXL_CLASSES
@@ -111,7 +116,7 @@ class ControlNet:
         return tailored(base, clip_changes(pipeline, checkpoint) | {"control": count})
 
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
-        """Load the nets, then the base through AutoPipelineForText2Image with them."""
+        """Load the nets, then the base with them, through AutoPipelineForText2Image."""
         nets = [load_part(pipeline, net, NET) for net in pipeline.controlnets]
         pipe = load_pipe(pipeline, controlnet=nets[0] if len(nets) == 1 else nets)
         return pin(pipeline, [pipe], {"prompts": PromptEncoder(pipe), "nets": len(nets)})
@@ -122,7 +127,9 @@ class ControlNet:
         family_params = SDXLControlNetParams if of_sdxl else StableDiffusionControlNetParams
         params = family_params.model_validate(batch.frames[0].params)
         if len(params.control) != loaded.extras["nets"]:
-            raise RenderError("This pipeline no longer has as many ControlNets as the job names.")
+            raise RenderError(
+                "This pipeline no longer has as many ControlNets as the job has images."
+            )
 
         def render(group: Group) -> list[Image.Image | None]:
             loaded.pipe.scheduler = build_sampler(params.sampler, loaded.scheduler_config)
@@ -143,24 +150,24 @@ class ControlNet:
 
 
 def _check_net(name: str, net: Checkpoint, base: Checkpoint) -> None:
-    """Refuse a net that was made for another base: their layers would not fit."""
+    """Refuse a net that was made for another base, because its layers would not fit."""
     require_class(net, (NET,), name)
     unet = config_of(base, "unet")
     for key in ("cross_attention_dim", "block_out_channels", "addition_embed_type"):
         if net.index.get(key) != unet.get(key):
             raise CatalogError(
-                f"{name} is for another base: its {key} is {net.index.get(key)}, and that of "
-                f"the pipeline's UNet {unet.get(key)}."
+                f"{name} is for another base: its {key} is {net.index.get(key)}, but that of the "
+                f"pipeline's UNet is {unet.get(key)}."
             )
 
 
 def _steering(
     loaded: LoadedPipeline, params: Controlled, frames: list[FrameSpec], batch: Batch
 ) -> dict[str, Any]:
-    """The arguments for the nets: one value where there is one net, else lists in their order.
+    """Return the arguments for the nets: one value for one net, else lists in their order.
 
-    The images are made ready by the pipeline's own processor, and passed as one tensor a net:
-    the form in which every ControlNet pipeline takes another image for each frame.
+    The pipeline's own processor prepares the images, and each net gets one tensor. In this form
+    every ControlNet pipeline takes a different image for each frame.
     """
     import torch
 
@@ -168,7 +175,7 @@ def _steering(
     images, scales, starts, ends = [], [], [], []
     for place, net in enumerate(params.control):
         pictures = (batch.images[frame.params["control"][place]["image"]] for frame in frames)
-        # One by one: uploads may be large, and what is kept of each is the frame's size.
+        # One by one: uploads may be large, and each is resized to the frame's size.
         sized = [
             processor.preprocess(picture, height=params.height, width=params.width)
             for picture in pictures

@@ -1,4 +1,4 @@
-"""Kandinsky 2.2: a prior draws an image's embedding from the prompt, a decoder the image."""
+"""Kandinsky 2.2: a prior makes an image's embedding from the prompt, a decoder the image."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ if TYPE_CHECKING:
 CLASSES = ("KandinskyV22Pipeline",)
 PRIOR = "KandinskyV22PriorPipeline"
 SAMPLERS = ("ddpm",)
-"""The decoder's loop neither scales its input nor leaves out a generator, as others would need."""
+"""Samplers of the decoder. Others need a scaled input, or take no generator."""
 
 
 class KandinskyParams(Negatable):
-    """What KandinskyV22CombinedPipeline's call takes."""
+    """Parameters of KandinskyV22CombinedPipeline's call."""
 
     negative_prompt: str | None = Field(
-        default=None, description="what to keep out of the picture; null: nothing in particular"
+        default=None, description="text to keep out of the picture; null: nothing"
     )
-    steps: Steps = Field(default=100, description="the decoder's denoising steps")
+    steps: Steps = Field(default=100, description="number of denoising steps of the decoder")
     guidance_scale: Guidance = Field(
-        default=4.0, description="how closely the decoder follows the prior; up to 1: freely"
+        default=4.0, description="strength of the prior in the decoder; up to 1: no guidance"
     )
-    prior_steps: Steps = Field(default=25, description="the prior's denoising steps")
+    prior_steps: Steps = Field(default=25, description="number of denoising steps of the prior")
     prior_guidance_scale: Guidance = Field(
-        default=4.0, description="how closely the prior follows the prompt; up to 1: freely"
+        default=4.0, description="strength of the prompt in the prior; up to 1: no guidance"
     )
-    sampler: SamplerName = Field(default=None, description="null: the decoder's own")
+    sampler: SamplerName = Field(
+        default=None, description="name of the sampler; null: the decoder's own"
+    )
 
     def scalars(self) -> dict[str, Any]:
-        """Add whether there are negative prompts: the prior's call has one for all or for none."""
+        """Add `is_negated`: the prior's call takes negative prompts for all frames or for none."""
         return {**super().scalars(), "is_negated": self.negative_prompt is not None}
 
 
@@ -59,16 +61,16 @@ class Kandinsky22:
     parts: tuple[str, ...] = ("prior",)
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        """Render Kandinsky 2.2's decoder."""
+        """Accept the decoder of Kandinsky 2.2."""
         return checkpoint.class_name in CLASSES
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        """Give the sizes that the decoder can draw."""
+        """Fit the sizes and the samplers to the decoder."""
         require_class(checkpoint, CLASSES, pipeline.source)
         if "prior" not in checkpoint.parts:
             raise CatalogError(
-                f"{pipeline.source} draws from the embeddings of a prior: name one as `prior`, "
-                "such as kandinsky-community/kandinsky-2-2-prior."
+                f"{pipeline.source} needs a prior, which makes embeddings of prompts. Set `prior`, "
+                "for example to kandinsky-community/kandinsky-2-2-prior."
             )
         require_class(checkpoint.parts["prior"], (PRIOR,), "The prior")
         scale = vae_scale(config_of(checkpoint, "movq"))
@@ -78,11 +80,11 @@ class Kandinsky22:
         return tailored(KandinskyParams, changes)
 
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
-        """Load prior and decoder, and combine them as the Auto class would from the hub."""
+        """Load prior and decoder, and combine them like the Auto class does from the hub."""
         from diffusers import KandinskyV22CombinedPipeline
 
         if pipeline.prior is None:
-            raise CatalogError(f"{pipeline.source} needs a prior.")
+            raise CatalogError(f"{pipeline.source} needs a prior. Set `prior` in the entry.")
         prior = load_part(pipeline, pipeline.prior, PRIOR)
         decoder = load_pipe(pipeline, CLASSES[0])
         combined: Any = KandinskyV22CombinedPipeline
@@ -92,7 +94,7 @@ class Kandinsky22:
         return pin(pipeline, [pipe], extras)
 
     def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
-        """Render a batch as KandinskyV22CombinedPipeline does; see Family.denoise."""
+        """Render a batch like KandinskyV22CombinedPipeline; see Family.denoise."""
         frames = padded(batch.frames)
         params = KandinskyParams.model_validate(frames[0].params)
         callback = step_callback(
@@ -124,15 +126,15 @@ class Kandinsky22:
             generator=seeded,
             callback_on_step_end=callback,
         ).images
-        loaded.reset_after_failure()  # as the combined pipeline's own call ends
+        loaded.reset_after_failure()  # like the end of the combined pipeline's own call
         return list(pictures[: len(batch.frames)])
 
 
 def _of_the_prior(seeded: list[Any], *, is_negated: bool) -> list[Any]:
-    """Each frame's generator for its prompt and again for its negative prompt.
+    """Return each frame's generator for its prompt, and again for its negative prompt.
 
-    The prior draws noise for both; given one generator for each frame, diffusers itself fails on
-    more than one frame, and on one frame draws as this does.
+    The prior generates noise for both. With one generator per frame, diffusers itself fails on
+    more than one frame. On one frame it generates the same noise as this.
     """
     return [*seeded, *seeded] if is_negated and len(seeded) > 1 else seeded
 

@@ -1,5 +1,7 @@
-"""A family that renders nothing: it waits for each step and gives noise, or pictures that lie in
-its checkpoint. For benches and chaos."""
+"""Family that renders nothing, for benchmarks and chaos tests.
+
+It waits at each step, and returns noise, or pictures from its checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,18 @@ CLASS = "NullPipeline"
 
 
 class NullParams(Params):
-    """How large the noise is, and how long it takes."""
+    """Size of the noise, and number and duration of its steps."""
 
-    width: int = Field(default=64, ge=8, le=8192, multiple_of=8, description="pixels")
-    height: int = Field(default=64, ge=8, le=8192, multiple_of=8, description="pixels")
-    steps: int = Field(default=4, ge=1, le=1000, description="steps, with nothing done in them")
-    step_seconds: float = Field(default=0.01, ge=0.0, le=10.0, description="how long a step waits")
+    width: int = Field(
+        default=64, ge=8, le=8192, multiple_of=8, description="width of the picture, in pixels"
+    )
+    height: int = Field(
+        default=64, ge=8, le=8192, multiple_of=8, description="height of the picture, in pixels"
+    )
+    steps: int = Field(default=4, ge=1, le=1000, description="number of steps, which only wait")
+    step_seconds: float = Field(
+        default=0.01, ge=0.0, le=10.0, description="duration of a step, in seconds"
+    )
 
 
 class Null:
@@ -43,21 +51,21 @@ class Null:
     parts: tuple[str, ...] = ()
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        """Render what `write_checkpoint` writes."""
+        """Accept the checkpoints that `write_checkpoint` writes."""
         return checkpoint.class_name == CLASS
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        """Every checkpoint is the same."""
+        """Return the same parameters for every checkpoint."""
         return NullParams
 
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
-        """Pin nothing but the checkpoint's pictures, if there are any."""
+        """Load only the pictures of the checkpoint, if it has any."""
         folder = Path(pipeline.checkpoint)
         pictures = {"pictures": _pictures(folder)}
         return LoadedPipeline(None, NONE, "float32", None, weights_hash(folder), extras=pictures)
 
     def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
-        """Wait as long as the frames say, and give each what belongs to its seed and size."""
+        """Wait for the time of the steps, and return a picture for each frame's seed and size."""
         params = NullParams.model_validate(batch.frames[0].params)
         for step in range(1, params.steps + 1):
             time.sleep(params.step_seconds)
@@ -71,7 +79,7 @@ class Null:
 
 
 def noise(seed: int, width: int, height: int) -> Image.Image:
-    """Draw a picture of random colours, always the same for a seed and a size."""
+    """Return a picture of random colours, always the same for a seed and a size."""
     from PIL import Image
 
     content = random.Random(seed).randbytes(width * height * 3)  # noqa: S311 - pictures, no secrets
@@ -85,11 +93,11 @@ def _pictures(folder: Path) -> list[Image.Image]:
 
 
 def write_checkpoint(folder: Path, pictures: Sequence[Image.Image] = ()) -> None:
-    """Make the folder that a catalog entry of this family names as its source; 50 bytes in all.
+    """Write a checkpoint folder for a catalog entry of this family; 50 bytes without pictures.
 
     Args:
-        folder: made if missing.
-        pictures: what is given instead of noise to frames of their size, chosen by the seed.
+        folder: folder of the checkpoint; made if missing.
+        pictures: pictures for frames of their size, instead of noise, chosen by the seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": CLASS}))

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, alone or handing over to its refiner."""
+"""Stable Diffusion XL, with or without its refiner."""
 
 from __future__ import annotations
 
@@ -22,36 +22,39 @@ if TYPE_CHECKING:
 CLASSES = ("StableDiffusionXLPipeline",)
 REFINER = "StableDiffusionXLImg2ImgPipeline"
 HANDOVER = 0.8
-"""Where the base hands over to the refiner, as in diffusers' own guide."""
+"""Share of the steps after which the refiner takes over, as in diffusers' own guide."""
 
 Pixels = Annotated[list[Annotated[int, Field(ge=0, le=16384)]], Field(min_length=2, max_length=2)]
-"""Two numbers as diffusers has them, the vertical one first"""
+"""Two numbers in the order of diffusers, the vertical one first."""
 
 
 class MicroConditioned(ClipParams):
-    """The sizes and crops that SDXL's training pictures were labelled with."""
+    """Sizes and crops of the kind that SDXL's training pictures were labelled with."""
 
     guidance_scale: Guidance = Field(
-        default=5.0, description="how closely to follow the prompt; up to 1: freely"
+        default=5.0, description="strength of the prompt; up to 1: no guidance"
     )
     negative_prompt: str | None = Field(
-        default=None, description="what to keep out of the picture; null: nothing in particular"
+        default=None, description="text to keep out of the picture; null: nothing"
     )
     original_size: Pixels | None = Field(
-        default=None, description="height and width it looks photographed in; null: the picture's"
+        default=None,
+        description="height and width of the photo it looks cut from; null: the picture's",
     )
     crops_coords_top_left: Pixels = Field(
-        default=[0, 0], description="top and left of the crop it looks cut from"
+        default=[0, 0], description="top and left of the crop it looks like, in that photo"
     )
     target_size: Pixels | None = Field(
         default=None, description="height and width it looks made for; null: the picture's"
     )
     negative_original_size: Pixels | None = Field(
-        default=None, description="to keep away from; together with negative_target_size"
+        default=None, description="original_size to avoid; set it with negative_target_size"
     )
-    negative_crops_coords_top_left: Pixels = Field(default=[0, 0], description="to keep away from")
+    negative_crops_coords_top_left: Pixels = Field(
+        default=[0, 0], description="crops_coords_top_left to avoid"
+    )
     negative_target_size: Pixels | None = Field(
-        default=None, description="to keep away from; together with negative_original_size"
+        default=None, description="target_size to avoid; set it with negative_original_size"
     )
 
     @field_validator("negative_target_size")
@@ -60,16 +63,16 @@ class MicroConditioned(ClipParams):
         if "negative_original_size" in info.data and (value is None) != (
             info.data["negative_original_size"] is None
         ):
-            raise ValueError("give negative_original_size and negative_target_size together")
+            raise ValueError("set negative_original_size and negative_target_size together")
         return value
 
     @classmethod
     def compel_clip_skips(cls) -> tuple[int | None, ...]:
-        """Compel takes SDXL's penultimate layer, always."""
+        """Return only None: Compel always takes SDXL's penultimate layer."""
         return (None,)
 
     def micro_conditions(self) -> dict[str, Any]:
-        """The arguments of a diffusers call that these fields stand for."""
+        """Return these fields as arguments of a diffusers call."""
         return {
             "original_size": _pair(self.original_size),
             "crops_coords_top_left": _pair(self.crops_coords_top_left),
@@ -85,25 +88,27 @@ def _pair(value: list[int] | None) -> tuple[int, int] | None:
 
 
 class SDXLParams(MicroConditioned):
-    """What StableDiffusionXLPipeline's call takes, and its refiner's."""
+    """Parameters of StableDiffusionXLPipeline's call, and of its refiner's."""
 
     guidance_rescale: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="how far to undo guidance's overexposure"
+        default=0.0, ge=0.0, le=1.0, description="correction of overexposure by guidance; 0: none"
     )
     denoising_end: float | None = Field(
         default=None,
         ge=0.01,
         le=0.99,
-        description="the share of the steps after which the refiner goes on; null: no refiner",
+        description="share of the steps after which the refiner takes over; null: no refiner",
     )
-    aesthetic_score: float = Field(default=6.0, ge=0.0, le=10.0, description="for the refiner")
+    aesthetic_score: float = Field(
+        default=6.0, ge=0.0, le=10.0, description="aesthetic score for the refiner"
+    )
     negative_aesthetic_score: float = Field(
-        default=2.5, ge=0.0, le=10.0, description="for the refiner"
+        default=2.5, ge=0.0, le=10.0, description="aesthetic score to avoid, for the refiner"
     )
 
 
 class RefinerlessParams(SDXLParams):
-    """For entries without a refiner: nothing could finish what stops early."""
+    """Parameters of entries without a refiner. The base must run all steps there."""
 
     @field_validator("denoising_end")
     @classmethod
@@ -121,28 +126,30 @@ class SDXL:
     parts: tuple[str, ...] = ("refiner",)
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        """Render SDXL without ControlNets."""
+        """Accept SDXL without ControlNets."""
         return checkpoint.class_name in CLASSES and not pipeline.controlnets
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        """Give the checkpoint's size and sampler; with a refiner, hand over to it by default."""
+        """Fit size and sampler to the checkpoint. A refiner takes over by default."""
         require_class(checkpoint, CLASSES, pipeline.source)
         changes = clip_changes(pipeline, checkpoint)
         if "refiner" not in checkpoint.parts:
             return tailored(RefinerlessParams, changes)
         require_class(checkpoint.parts["refiner"], (REFINER,), "The refiner")
         if pipeline.offload == "group":
-            raise CatalogError("offload = group cannot move what base and refiner share.")
+            raise CatalogError("offload = group does not work with a refiner. Use offload = model.")
         return tailored(SDXLParams, changes | {"denoising_end": {"default": HANDOVER}})
 
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
-        """Load the base through the Auto class; the refiner shares what diffusers' guide shares."""
+        """Load the base through the Auto class. The refiner shares parts as in diffusers' guide."""
         base = load_pipe(pipeline)
         extras: dict[str, Any] = {"prompts": PromptEncoder(base)}
         if pipeline.refiner is None:
             return pin(pipeline, [base], extras)
         if base.text_encoder_2 is None:
-            raise CatalogError(f"{pipeline.source} has no second text encoder to share.")
+            raise CatalogError(
+                f"{pipeline.source} has no second text encoder for the refiner to use."
+            )
         refiner = load_part(
             pipeline,
             pipeline.refiner,
@@ -163,7 +170,7 @@ class SDXL:
         encoders = [loaded.extras["prompts"]]
         if params.denoising_end is not None:
             if "refiner" not in loaded.extras:
-                raise RenderError("This pipeline no longer has the refiner that the job asks for.")
+                raise RenderError("This pipeline no longer has the refiner that the job uses.")
             encoders.append(loaded.extras["refiner_prompts"])
 
         def render(group: Group) -> list[Image.Image | None]:
@@ -183,7 +190,7 @@ class SDXL:
                 return unflagged(base)
             return _refined(loaded, params, group, base.images, generators)
 
-        share = max(params.denoising_end or 1.0, 1 / params.steps)  # the base takes one at least
+        share = max(params.denoising_end or 1.0, 1 / params.steps)  # the base takes at least one
         return render_in_groups(batch, params, encoders, render, share=share)
 
 
@@ -193,7 +200,7 @@ def _refined(
     refiner = loaded.extras["refiner"]
     refiner.scheduler = build_sampler(params.sampler, loaded.extras["refiner_scheduler_config"])
     call = params.call()
-    del call["width"], call["height"]  # the latents' own
+    del call["width"], call["height"]  # the latents have the size
     output = refiner(
         **group.prompts[1],
         **call,

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and every checkpoint in its layout."""
+"""Stable Diffusion 1.x and 2.x, and every checkpoint in their layout."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CLASSES = ("StableDiffusionPipeline",)
 
 
 class StableDiffusionParams(ClipParams):
-    """What StableDiffusionPipeline's call takes."""
+    """Parameters of StableDiffusionPipeline's call."""
 
     guidance_rescale: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="how far to undo guidance's overexposure"
+        default=0.0, ge=0.0, le=1.0, description="correction of overexposure by guidance; 0: none"
     )
 
 
@@ -37,11 +37,11 @@ class StableDiffusion:
     parts: tuple[str, ...] = ()
 
     def fits(self, pipeline: Pipeline, checkpoint: Checkpoint) -> bool:
-        """Render Stable Diffusion without ControlNets."""
+        """Accept Stable Diffusion without ControlNets."""
         return checkpoint.class_name in CLASSES and not pipeline.controlnets
 
     def tailor(self, pipeline: Pipeline, checkpoint: Checkpoint) -> type[Params]:
-        """Give the checkpoint's own size, sampler and depth of the text encoder."""
+        """Fit the size, the sampler and the depth of the text encoder to the checkpoint."""
         require_class(checkpoint, CLASSES, pipeline.source)
         return tailored(StableDiffusionParams, clip_changes(pipeline, checkpoint))
 

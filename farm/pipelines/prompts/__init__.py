@@ -1,1 +1,1 @@
-"""Prompts as embeddings, and Compel's syntax."""
+"""Prompts: embeddings, and the syntax of Compel."""

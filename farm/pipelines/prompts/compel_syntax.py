@@ -1,8 +1,8 @@
-"""Compel's prompt syntax, checked without torch: https://github.com/damian0815/compel
+"""Check of Compel's prompt syntax, without torch: https://github.com/damian0815/compel
 
-Compel reads what it cannot parse as plain text, and passes over what needs more than one pipeline
-call. Someone who asked for its syntax would rather be told. So this takes less than Compel does,
-and in a time that grows with the text's length alone: a job may hold 100,000 prompts.
+Compel reads a prompt that it cannot parse as plain text, and ignores parts that need several
+pipeline calls. Users of the syntax need an error instead. So this check accepts less than Compel.
+Its time is linear in the length of the text, because a job may have 100,000 prompts.
 """
 
 from __future__ import annotations
@@ -12,33 +12,39 @@ from dataclasses import dataclass, field
 
 import pyparsing
 
-# Compel's grammar tries every bracket in four ways, and each of them once more for every bracket
-# around it: eight deep it takes minutes. With its results remembered it takes milliseconds. Set
-# here since this is imported wherever Compel is going to be.
+# Compel's grammar tries every bracket in four ways, and each again for every bracket around it.
+# Brackets eight deep take minutes; with remembered results they take milliseconds. Set here,
+# because this module is imported everywhere that Compel is used.
 pyparsing.ParserElement.enable_packrat()
 
 MAX_DEPTH = 8
-"""Brackets within brackets"""
+"""Maximum depth of brackets within brackets."""
 MAX_PIECES = 100
-"""Brackets, quotations and words with signs: what may have a weight"""
+"""Maximum number of brackets, quotations and words with signs: all that may have a weight."""
 MAX_PIECES_TIMES_LENGTH = 100_000
-"""Compel encodes the whole prompt once more for each weight below 1, and keeps all of them."""
+"""Maximum of pieces times characters.
+
+For each weight below 1, Compel encodes the whole prompt again, and keeps the result.
+"""
 MAX_SIGNS = 50
-"""Plus signs in a row"""
+"""Maximum number of plus signs in a row."""
 MAX_WEIGHT = 100.0
 
 SPACE = r"[ \t\r\n]*"
 NUMBER = r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+)|-?[0-9]+"
 QUOTATION = r'"(?:[^"\\\r\n]|\\"?)*+"'
 MARKS = re.compile(r'\\[()",.+\-=]|[()"]')
-"""What opens or closes, and what a backslash makes plain"""
+"""Characters that open or close, and those that a backslash makes plain."""
 SIGNS = re.compile(rf"\+{{{MAX_SIGNS + 1},}}")
 SIGNED = re.compile(r'(?<=[^ \t\r\n()"+\-])(?:[+-]{2,}+|[+-](?=[\s(),.="]|$))')
 LONE_SIGN = re.compile(r'(?<![^\s(",.=+\-])(?:[+-]{2,}+|[+-](?=[\s(),.="]|$))')
-"""Signs that follow no word: Compel takes the brackets and quotation marks around for plain ones"""
+"""Signs that follow no word.
+
+Compel then reads the brackets and quotation marks around them as plain ones.
+"""
 STRANGE_SPACE = re.compile(r"[\v\f]")
 LONE_SPACE = re.compile(r'(?<![^ \t\r\n(),."+\-=])[^\S \t\r\n]++(?=[ \t\r\n(),."+\-=]|$)')
-"""A space that Compel takes for a word, and its tokenizer for nothing: it fails at their weights"""
+"""Spaces that Compel reads as a word, and its tokenizer as nothing: their weights fail."""
 UNSUPPORTED = re.compile(rf"\.(swap){SPACE}\(|\b(withLora|useLora){SPACE}\(")
 WEIGHT = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 OPERATOR = re.compile(rf"\.(?:blend|and|add|attend){SPACE}\(")
@@ -56,12 +62,12 @@ def check_compel(text: str) -> None:
     """Refuse a prompt that Compel would misread.
 
     Raises:
-        ValueError: what is wrong, and at which character (the first is 1).
+        ValueError: names the problem and the position of its character (the first is 1).
     """
     if found := STRANGE_SPACE.search(text):
-        raise _wrong(text, found.start(), "this kind of line break cannot be used here")
+        raise _wrong(text, found.start(), "use a plain line break instead of this kind")
     if found := SIGNS.search(text):
-        raise _wrong(text, found.start(), f"at most {MAX_SIGNS} plus signs may stand in a row")
+        raise _wrong(text, found.start(), f"use at most {MAX_SIGNS} plus signs in a row")
     mixture = MIX.search(text)
     arguments = frozenset(operator.end() - 1 for operator in OPERATOR.finditer(text))
     _check_marks(text, _Opened(arguments, is_mixed=mixture is not None))
@@ -70,7 +76,11 @@ def check_compel(text: str) -> None:
     for operator in ATTEND.finditer(text):
         attention = ATTENTION.match(text, operator.start())
         if attention is None:
-            raise _wrong(text, operator.start(), "attend takes plus signs, minus signs or a number")
+            raise _wrong(
+                text,
+                operator.start(),
+                "attend takes plus signs, minus signs or a number, such as .attend(1.5)",
+            )
         if attention[1]:
             _weight(text, operator.start(), attention[1])
     if mixture:
@@ -79,23 +89,23 @@ def check_compel(text: str) -> None:
 
 @dataclass
 class _Opened:
-    """What was opened and is not closed yet, on the way through a text."""
+    """Brackets and quotations that are open at the current position in a text."""
 
     arguments: frozenset[int]
-    """Where an operator's brackets open: they may be empty"""
+    """Positions where brackets of operators open. Those may be empty."""
     is_mixed: bool
-    """Whether the text's parts may be empty"""
+    """True if the text is a blend or conjunction, whose parts may be empty."""
     places: list[int] = field(default_factory=list)
     brackets: int = 0
     is_quoted: bool = False
     last: int = -1
-    """Where the last mark stood"""
+    """Position of the last mark."""
     spans: list[tuple[int, int]] = field(default_factory=list)
-    """From where to where each pair went that is not an operator's"""
+    """Start and end of each closed pair that does not belong to an operator."""
     operators: list[tuple[int, int]] = field(default_factory=list)
-    """The operators' pairs"""
+    """Start and end of each closed pair of an operator."""
     ends: set[int] = field(default_factory=set)
-    """Where quotations ended"""
+    """Positions where quotations ended."""
 
 
 def _check_marks(text: str, opened: _Opened) -> None:
@@ -113,14 +123,16 @@ def _check_marks(text: str, opened: _Opened) -> None:
     most = min(MAX_PIECES, MAX_PIECES_TIMES_LENGTH // max(len(text), 1))
     if pieces > most:
         reason = (
-            f"so long a prompt holds at most {most} brackets, quotations and words with signs; "
-            f"there are {pieces}"
+            f"a prompt of this length takes at most {most} brackets, quotations and words with "
+            f"signs, but has {pieces}"
         )
         raise _wrong(text, 0, reason)
     if not opened.is_mixed:
         _check_lone_signs(text, opened)
     if pieces and (lone := LONE_SPACE.search(text)):
-        raise _wrong(text, lone.start(), "no weight can be given to a space; write a plain one")
+        raise _wrong(
+            text, lone.start(), "no weight can be given to a space of this kind. Use a plain one"
+        )
 
 
 def _check_lone_signs(text: str, opened: _Opened) -> None:
@@ -129,7 +141,7 @@ def _check_lone_signs(text: str, opened: _Opened) -> None:
         inside = any(start < place < end for start, end in opened.spans)
         weighs = any(start < place < end for start, end in opened.operators)
         if inside and not weighs and place - 1 not in opened.ends:
-            reason = "a sign inside brackets or quotation marks follows a word; a plain one is \\-"
+            reason = "a sign inside brackets or quotes follows a word. Write \\- for a plain one"
             raise _wrong(text, place, reason)
 
 
@@ -140,7 +152,7 @@ def _open(text: str, place: int, opened: _Opened) -> None:
         return
     opened.brackets += 1
     if opened.brackets > MAX_DEPTH:
-        raise _wrong(text, place, f"brackets stand at most {MAX_DEPTH} deep")
+        raise _wrong(text, place, f"nest brackets at most {MAX_DEPTH} deep")
 
 
 def _close(text: str, place: int, opened: _Opened) -> None:
@@ -148,15 +160,15 @@ def _close(text: str, place: int, opened: _Opened) -> None:
     is_empty = start is not None and opened.last == start and not text[start + 1 : place].strip()
     if text[place] == ")":
         if start is None or text[start] == '"':
-            raise _wrong(text, place, "this bracket was never opened; a plain one is \\)")
+            raise _wrong(text, place, "this bracket was never opened. Write \\) for a plain one")
         if is_empty and start not in opened.arguments:
-            raise _wrong(text, start, "these brackets hold nothing; plain ones are \\(\\)")
+            raise _wrong(text, start, "these brackets are empty. Write \\(\\) for plain ones")
         opened.brackets -= 1
     else:
         if start is None or text[start] == "(":
             raise _never_closed(text, place if start is None else start)
         if is_empty and not (opened.is_mixed and opened.brackets == 1):
-            raise _wrong(text, start, 'these quotation marks hold nothing; plain ones are \\"')
+            raise _wrong(text, start, 'these quotation marks are empty. Write \\" for plain ones')
         opened.is_quoted = False
         opened.ends.add(place)
     opened.places.pop()
@@ -167,12 +179,12 @@ def _close(text: str, place: int, opened: _Opened) -> None:
 
 def _never_closed(text: str, place: int) -> ValueError:
     if text[place] == "(":
-        return _wrong(text, place, "this bracket is never closed; a plain one is \\(")
-    return _wrong(text, place, 'this quotation mark is never closed; a plain one is \\"')
+        return _wrong(text, place, "this bracket is never closed. Write \\( for a plain one")
+    return _wrong(text, place, 'this quotation mark is never closed. Write \\" for a plain one')
 
 
 def _check_mixture(text: str, operator: re.Match[str]) -> None:
-    """Check a blend or a conjunction, which Compel knows only as the whole of a prompt."""
+    """Check a blend or a conjunction. Compel accepts them only as the whole prompt."""
     name, place = operator[1], operator.start()
     mixture = MIXTURE.fullmatch(text)
     if mixture is None:
@@ -188,18 +200,20 @@ def _check_mixture(text: str, operator: re.Match[str]) -> None:
         given.pop()
     weights = [_weight(text, mixture.start(3), weight) for weight in given]
     if weights and len(weights) != parts:
-        raise _wrong(text, place, f"it has {parts} parts, and weights for {len(weights)}")
+        raise _wrong(text, place, f"it has {parts} parts, but weights for {len(weights)}")
     if weights and is_normalised and abs(sum(weights)) < 1e-6:
-        reason = f"its weights add up to nothing; {UNNORMALISED} after them leaves them as they are"
+        reason = f"its weights add up to 0. Add {UNNORMALISED} after them to keep them unchanged"
         raise _wrong(text, place, reason)
 
 
 def _weight(text: str, place: int, said: str) -> float:
     if not re.fullmatch(NUMBER, said):
-        raise _wrong(text, place, f"{said[:20]!r} is no weight")
+        raise _wrong(text, place, f"{said[:20]!r} is not a weight, such as 1.5")
     weight = float(said)
     if abs(weight) > MAX_WEIGHT:
-        reason = f"a weight is at most {MAX_WEIGHT:g}; a space keeps a plain number from being one"
+        reason = (
+            f"a weight is at most {MAX_WEIGHT:g}. If it is a plain number, put a space before it"
+        )
         raise _wrong(text, place, reason)
     return weight
 

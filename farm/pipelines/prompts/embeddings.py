@@ -1,8 +1,8 @@
-"""Prompts to embeddings for the pipelines that read CLIP, each text encoded once.
+"""Embeddings of prompts, for the pipelines with CLIP. Each text is encoded once.
 
-A text encoder's bits depend on the shape of its batch, like a UNet's. So plain prompts are encoded
-in the batch that a diffusers call would make of them, filled up where some are known already; and
-a remembered embedding has the very bits that encoding again would give.
+The bits of a text encoder's output depend on the shape of its batch, like those of a UNet. So
+plain prompts are encoded in the batch of a diffusers call, filled up if some are known already.
+A remembered embedding has exactly the bits that encoding again would have.
 """
 
 from __future__ import annotations
@@ -21,36 +21,37 @@ if TYPE_CHECKING:
     import torch
 
 REMEMBERED_BYTES = 64 * 2**20
+"""Memory for remembered embeddings, per encoder. Bytes."""
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 UNREADABLE = (RuntimeError, AssertionError, ValueError, IndexError, AttributeError, TypeError)
-"""What Compel raises where it cannot follow a prompt"""
+"""Errors that Compel raises for a prompt that it cannot read."""
 
 
 @dataclass(frozen=True)
 class Embeds:
-    """What a text encoder makes of one text."""
+    """Embeddings of one text."""
 
     tokens: torch.Tensor
-    """(1, tokens, features)"""
+    """Shape (1, tokens, features)."""
     pooled: torch.Tensor | None
-    """(1, features); None where the pipeline takes none"""
+    """Shape (1, features). None if the pipeline takes none."""
 
     @property
     def size(self) -> int:
-        """Bytes of memory."""
+        """Memory that it takes. Bytes."""
         return sum(tensor.nbytes for tensor in (self.tokens, self.pooled) if tensor is not None)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the prompts of a batch are to be read."""
+    """Options for reading the prompts of a batch."""
 
     syntax: str
-    """plain or compel"""
+    """Syntax of the prompts: plain or compel."""
     clip_skip: int | None
-    """the text encoder's last layers that are left out"""
+    """Number of the text encoder's last layers that are left out."""
     bucket: int
-    """prompts in the diffusers call"""
+    """Number of prompts in the diffusers call."""
 
 
 class PromptEncoder:
@@ -60,8 +61,8 @@ class PromptEncoder:
         """Encode with `pipe`'s own text encoders.
 
         Args:
-            pipe: Stable Diffusion's, SDXL's or its refiner's, or one of their ControlNets'.
-            remembered_bytes: memory that remembered embeddings may take.
+            pipe: pipeline of Stable Diffusion, SDXL or its refiner, or one with ControlNets.
+            remembered_bytes: memory for remembered embeddings.
         """
         self._pipe = pipe
         self._known: LRUCache[tuple[object, ...], Embeds] = LRUCache(
@@ -72,17 +73,17 @@ class PromptEncoder:
     def arguments(
         self, prompts: Sequence[str], negatives: Sequence[str | None] | None, reading: Reading
     ) -> list[dict[str, torch.Tensor]]:
-        """Encode prompts, each with its negative prompt, as a diffusers call takes them.
+        """Encode prompts, each with its negative prompt, to arguments of a diffusers call.
 
         Args:
             prompts: one for each frame.
-            negatives: one for each frame; None for all where guidance is off.
+            negatives: one for each frame; None if guidance is off.
             reading: how to read them.
 
         Returns:
-            For each frame `prompt_embeds` and, where the call takes them,
+            For each frame `prompt_embeds` and, if the call takes them,
             `negative_prompt_embeds`, `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`,
-            each with a first dimension of 1. Positive and negative ones are equally long.
+            each with a first dimension of 1. Positive and negative ones have equal lengths.
         """
         import torch
 
@@ -97,16 +98,16 @@ class PromptEncoder:
     def _negative(
         self, texts: Sequence[str | None], positive: Sequence[Embeds], reading: Reading
     ) -> Iterator[Embeds]:
-        """Encode negative prompts; None is zeros where the pipeline says so, else empty.
+        """Encode negative prompts. None is zeros if the pipeline's config says so, else empty.
 
-        diffusers leaves clip_skip out for them, Compel does not.
+        diffusers ignores clip_skip for them, Compel does not.
         """
         if reading.syntax == "plain":
             reading = replace(reading, clip_skip=None)
         zeros = getattr(self._pipe.config, "force_zeros_for_empty_prompt", False)
         found = self._encode([text or "" for text in texts], reading)
-        for text, embeds, beside in zip(texts, found, positive, strict=True):
-            yield _zeros_like(beside) if text is None and zeros else embeds
+        for text, embeds, opposite in zip(texts, found, positive, strict=True):
+            yield _zeros_like(opposite) if text is None and zeros else embeds
 
     def _encode(self, texts: Sequence[str], reading: Reading) -> list[Embeds]:
         keys = {text: (text, *_decisive(reading)) for text in texts}
@@ -114,7 +115,7 @@ class PromptEncoder:
         missing = [text for text, embeds in found.items() if embeds is None]
         for text, fresh in self._encoded(missing, reading):
             found[text] = fresh
-            with suppress(ValueError):  # larger than all that may be remembered
+            with suppress(ValueError):  # larger than the whole cache
                 self._known[keys[text]] = fresh
         return [embeds for text in texts if (embeds := found[text]) is not None]
 
@@ -145,7 +146,7 @@ class PromptEncoder:
         ]
 
     def _weighted(self, text: str, reading: Reading) -> Embeds:
-        """Encode one text as Compel's own CompelForSD and CompelForSDXL do."""
+        """Encode one text like Compel's own CompelForSD and CompelForSDXL."""
         import torch
 
         encoded = []
@@ -153,24 +154,24 @@ class PromptEncoder:
         try:
             for name, compel in self._compel(reading.clip_skip).items():
                 encoded.append(compel([text]))
-                if name == SECOND:  # not by Compel's own call, which fails at weights of parts
+                if name == SECOND:  # Compel's own call fails if parts have weights
                     provider = compel.conditioning_provider
                     pooled = provider.get_pooled_embeddings([text], device=compel.device)
         except UNREADABLE as error:
             if is_out_of_memory(error):
                 raise
-            raise RenderError(f"Compel cannot weigh this prompt: {error}") from error
+            raise RenderError(f"Compel cannot encode this prompt: {error}") from error
         longest = max(tokens.shape[1] for tokens in encoded)
         empty = self._empty(reading.clip_skip)
         filled = [_filled(*pair, longest) for pair in zip(encoded, empty, strict=True)]
         return Embeds(torch.cat(filled, dim=-1), pooled)
 
     def _compel(self, clip_skip: int | None) -> dict[str, Any]:
-        """Compel for each text encoder, in the order in which their features stand."""
+        """Return a Compel for each text encoder, in the order of their features."""
         import torch
         from compel import Compel, ReturnedEmbeddingsType
 
-        known = clip_skip, torch.get_num_threads()  # it encodes an empty text when it is made
+        known = clip_skip, torch.get_num_threads()  # Compel encodes an empty text when built
         if known in self._compels:
             return self._compels[known]
         pipe = self._pipe
@@ -194,7 +195,7 @@ class PromptEncoder:
         return self._compels[known]
 
     def _empty(self, clip_skip: int | None) -> list[torch.Tensor]:
-        """What fills up a text that is shorter, for each text encoder: an empty one."""
+        """Return an empty text's embedding for each text encoder, to fill up shorter texts."""
         empty = [
             compel.conditioning_provider.empty_z for compel in self._compel(clip_skip).values()
         ]
@@ -217,7 +218,7 @@ class PromptEncoder:
 
 
 def _decisive(reading: Reading) -> tuple[object, ...]:
-    """What beside its text decides an embedding's bits: Compel encodes each text alone."""
+    """Return all that decides an embedding's bits, except its text. Compel encodes texts singly."""
     import torch
 
     bucket = 1 if reading.syntax == "compel" else reading.bucket

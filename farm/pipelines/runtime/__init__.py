@@ -1,1 +1,1 @@
-"""Pipelines in memory: loaded, pinned on a device, compiled."""
+"""Pipelines in memory: loading them, pinning them on a device, compiling them."""

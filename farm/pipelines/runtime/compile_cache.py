@@ -1,8 +1,8 @@
-"""Compiled graphs, kept between two starts: torch's own cache, in a folder that is checked first.
+"""Cache of compiled graphs between two starts: torch's own cache, in a folder that is checked.
 
-torch looks up a graph by all that it was compiled from, but trusts the files that it finds; a
-library that was cut off would end the process. So each file's hash is written down once a pipeline
-is compiled, and whatever differs at the next start is thrown away.
+torch looks up a graph by all that it was compiled from, but trusts the files that it finds. A
+library that was cut off would crash the process. So the hash of each file is stored after a
+pipeline is compiled. A folder that differs at the next start is deleted.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from farm.pipelines.disk_cache import cache_folder, write_whole
 log = logging.getLogger(__name__)
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-"""Where torch keeps what its compiler made; read whenever it compiles"""
+"""Variable for the folder of torch's compiler cache. torch reads it at every compilation."""
 UNUSED_SECONDS = 30 * 86_400.0
-"""Graphs that no process has asked for so long are deleted"""
+"""Time without use after which graphs are deleted. Seconds."""
 
 _chosen: str | None = None
-"""What this process set the variable to: a value of the user's own is left alone"""
+"""Value that this process gave to the variable. A value set by the user is not changed."""
 _locks: list[int] = []
-"""Held, shared, until this process ends: nobody clears a folder that torch works in"""
+"""File descriptors of shared locks, held until this process ends.
+
+They keep other processes from clearing a folder that torch works in.
+"""
 
 
 @contextmanager
 def graphs_kept(name: str, pipeline: Pipeline) -> Iterator[None]:
-    """Let torch find the graphs of an earlier start, and keep those that it compiles meanwhile."""
+    """Let torch use the graphs of an earlier start, and keep those compiled in the block."""
     folder = _folder_of(name, pipeline)
     if folder is None:
         yield
@@ -48,7 +51,7 @@ def graphs_kept(name: str, pipeline: Pipeline) -> Iterator[None]:
 
 
 def _folder_of(name: str, pipeline: Pipeline) -> Path | None:
-    """Choose the folder, see that it is whole, and let torch use it."""
+    """Choose the folder, check it, and let torch use it."""
     global _chosen
     place = cache_folder("compiled")
     if place is None or not _is_ours_to_choose():
@@ -59,7 +62,7 @@ def _folder_of(name: str, pipeline: Pipeline) -> Path | None:
         folder.mkdir(mode=0o700, exist_ok=True)
         _enter(folder)
     except OSError as error:
-        log.warning("%s: no compiled graphs are kept: %s", folder, error.strerror)
+        log.warning("%s: compiled graphs cannot be cached: %s", folder, error.strerror)
         return None
     os.environ[VARIABLE] = _chosen = str(folder)
     return folder
@@ -68,12 +71,12 @@ def _folder_of(name: str, pipeline: Pipeline) -> Path | None:
 def _is_ours_to_choose() -> bool:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    # torch sets the variable itself where it is not set.
+    # torch sets the variable itself if it is not set.
     return os.environ.get(VARIABLE) in {None, _chosen, default_cache_dir()}
 
 
 def _key(pipeline: Pipeline) -> str:
-    """Name what graphs are good for: an entry, this torch and Python, and this kind of CPU."""
+    """Return the cache key of graphs: for an entry, this torch and Python, and this kind of CPU."""
     import torch
 
     parts = [pipeline.model_dump_json(), torch.__version__, sys.version, *_cpu()]
@@ -81,29 +84,29 @@ def _key(pipeline: Pipeline) -> str:
 
 
 def _cpu() -> Iterator[str]:
-    """Yield what this CPU can do: compilers are told to use all of it."""
+    """Yield the capabilities of this CPU, because compilers use all of them."""
     yield platform.machine()
     with suppress(OSError):  # another system
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features", "model name")):
                 yield line
             if not line:
-                return  # the first core's
+                return  # end of the first core
 
 
 def _enter(folder: Path) -> None:
-    """Take a folder into use; what is damaged in it goes, unless a process works in it already."""
+    """Start to use a folder. Delete a damaged one, unless a process works in it already."""
     lock = os.open(_lock(folder), os.O_RDWR | os.O_CREAT, 0o600)
     _locks.append(lock)
     os.utime(_lock(folder))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pass  # it was checked by those who use it
+        pass  # the process that uses it has checked it
     else:
         try:
             _check(folder)
-        finally:  # whoever comes next must not wait for this process
+        finally:  # the next process must not wait for this one
             fcntl.flock(lock, fcntl.LOCK_SH)
         return
     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -117,17 +120,17 @@ def _check(folder: Path) -> None:
     if known == _hashes(folder):
         return
     if known is not None:
-        log.warning("%s is damaged, and is compiled anew", folder)
+        log.warning("%s is damaged, so it is compiled again", folder)
     _manifest(folder).unlink(missing_ok=True)
     shutil.rmtree(folder)
     folder.mkdir(mode=0o700)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Hash every file; locks, which are empty and come and go, are left out."""
+    """Hash every file, except locks, which are empty and do not last."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        with suppress(FileNotFoundError):  # another process's draft, which has its name now
+        with suppress(FileNotFoundError):  # another process has renamed its draft
             if path.is_file() and path.stat().st_size:
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
                 found[path.relative_to(folder).as_posix()] = content
@@ -144,7 +147,7 @@ def _forget_unused(place: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 _manifest(folder).unlink(missing_ok=True)
             except BlockingIOError:
-                pass  # a process that has run for so long
+                pass  # a process that has run that long
             finally:
                 os.close(lock)
 

@@ -1,4 +1,4 @@
-"""torch.compile for what of a pipeline takes the time."""
+"""torch.compile for the slow parts of a pipeline."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 BACKEND = "inductor"
-"""What makes code of the graphs that torch traced"""
+"""Backend that turns the graphs traced by torch into code."""
 MAX_SHAPES = 1024
-"""Shapes that a compiled module may be compiled for; torch's own limit of 8 is for accidents."""
+"""Maximum number of shapes per compiled module. torch's own limit of 8 guards against accidents."""
 
 
 def compile_pipe(pipe: Any, mode: str) -> None:
-    """Let torch compile what takes the time, when it is first called in each shape."""
+    """Let torch compile the slow parts, at their first call in each shape."""
     import torch
     import torch._dynamo
     import torch._inductor.config
@@ -23,7 +23,7 @@ def compile_pipe(pipe: Any, mode: str) -> None:
         "fullgraph": True,
         "dynamic": False,
     }
-    # Of this torch, the processes that compile beside were seen to stop for good.
+    # More threads start helper processes, which were seen to hang with this torch.
     torch._inductor.config.compile_threads = 1
     torch._dynamo.config.recompile_limit = MAX_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = MAX_SHAPES
@@ -37,7 +37,7 @@ def compile_pipe(pipe: Any, mode: str) -> None:
 
 
 def compile_no_more(*, is_anything_compiled: bool) -> None:
-    """From now on, run what is not compiled yet as it is."""
+    """Stop compiling: from now on, run all that is not compiled yet uncompiled."""
     import torch
 
     compiler: Any = torch.compiler
@@ -45,7 +45,7 @@ def compile_no_more(*, is_anything_compiled: bool) -> None:
 
 
 def _outputs_kept(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
-    """Copy what CUDA graphs give out: their next call writes over it, and samplers look back."""
+    """Copy the output of CUDA graphs: the next call overwrites it, but samplers still read it."""
     if mode == "default":
         return forward
     import torch
@@ -62,9 +62,9 @@ def _outputs_kept(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
 
 
 def _timesteps_alike(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a compiled UNet its timesteps as floats: some samplers count in whole numbers.
+    """Pass timesteps to a compiled UNet as floats, because some samplers use integers.
 
-    The UNet makes floats of them itself; here, two graphs become one.
+    The UNet converts them itself. Converting here makes one graph of two.
     """
 
     def alike(sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:

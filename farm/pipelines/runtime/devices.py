@@ -1,4 +1,4 @@
-"""The device a pipeline is pinned on, and what of it decides a picture's bits."""
+"""Devices that pipelines are pinned on, and their settings that decide a picture's bits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from farm.pipelines.catalog import Pipeline
 from farm.process import cores
 
 NONE = "none"
-"""The device of a family that computes nothing"""
+"""Device of a family that computes nothing."""
 
 
 def device_of(pipeline: Pipeline) -> str:
-    """The device a pipeline is pinned on: cuda or cpu.
+    """Return the device that a pipeline is pinned on: cuda or cpu.
 
     Raises:
-        CatalogError: it must be cuda, and there is none.
+        CatalogError: the entry requires cuda, and there is none.
     """
     import torch
 
@@ -35,13 +35,14 @@ def device_of(pipeline: Pipeline) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if pipeline.device == "cuda" and not torch.cuda.is_available():
         raise CatalogError(
-            f"{pipeline.source} wants the device cuda, and torch finds no CUDA device here."
+            f"{pipeline.source} needs the device cuda, but torch finds no CUDA device here. Change "
+            "`device`, or use a machine with a GPU."
         )
     return pipeline.device
 
 
 def dtype_of(pipeline: Pipeline, device: str) -> str:
-    """The floating point type that a pipeline's weights are loaded in, as torch names it."""
+    """Return the floating point type for a pipeline's weights, as torch names it."""
     if pipeline.dtype == "auto":
         return "float16" if device == "cuda" else "float32"
     return pipeline.dtype
@@ -50,7 +51,7 @@ def dtype_of(pipeline: Pipeline, device: str) -> str:
 def device_name(device: str) -> str:
     """Return the name that decides the bits of a device: the GPU, or the instruction sets of a CPU.
 
-    These are torch's own and oneDNN's: `cpu AVX512, oneDNN Intel AVX 10.1`.
+    For a CPU these are torch's and oneDNN's, for example `cpu AVX512, oneDNN Intel AVX 10.1`.
     """
     if device == NONE:
         return device
@@ -67,9 +68,9 @@ ISA = re.compile(rb",isa:([^,\n]+)")
 
 @cache
 def onednn_isa() -> str:
-    """The instruction set that oneDNN chose in this process; empty where torch is without oneDNN.
+    """Return the instruction set that oneDNN chose in this process. Empty if torch has no oneDNN.
 
-    It says so only in the log of its verbose mode, once, on standard output:
+    oneDNN prints it only in the log of its verbose mode, once, on standard output:
     https://uxlfoundation.github.io/oneDNN/dev_guide_verbose.html
     """
     import torch
@@ -96,7 +97,7 @@ def onednn_isa() -> str:
 
 
 def thread_count(device: str) -> int:
-    """Torch threads in use on a CPU, where they decide how sums are split; 0 elsewhere."""
+    """Return torch's threads on a CPU, where they decide how sums are split; 0 on other devices."""
     if device != "cpu":
         return 0
     import torch
@@ -105,7 +106,7 @@ def thread_count(device: str) -> int:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a device now."""
+    """Return the free memory of a device now, in bytes."""
     import torch
 
     if device == "cuda":
@@ -119,12 +120,12 @@ def _free_of_machine() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):  # another system, which does not tell
+    except (OSError, ValueError):  # another system without these values
         return sys.maxsize
 
 
 def _free_of_container() -> int:
-    """What a control group leaves, with the page cache, which would give way."""
+    """Return the free bytes of the control group, including its page cache, which can be freed."""
     group = Path("/sys/fs/cgroup")
     try:
         most = int((group / "memory.max").read_text())
@@ -136,7 +137,7 @@ def _free_of_container() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that there is no memory left."""
+    """Return True if an error, or one of its causes, means that memory ran out."""
     cause: BaseException | None = error
     for _ in range(MAX_CAUSES):
         if cause is None:
@@ -148,6 +149,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 MAX_CAUSES = 10
+"""Maximum number of causes that are followed."""
 
 
 def _says_out_of_memory(error: BaseException) -> bool:
@@ -161,9 +163,9 @@ def _says_out_of_memory(error: BaseException) -> bool:
 
 
 def even_threads(threads: int) -> int:
-    """Round torch's threads down to a power of two; 0: its own choice, as far as there are cores.
+    """Round torch's threads down to a power of two; 0: its own choice, but at most one per core.
 
-    A batch that is split into 3 or 6 parts is split within a frame; see slots.
+    With 3 or 6 threads, a batch is split within a frame; see slots.
     """
     import torch
 
@@ -172,7 +174,7 @@ def even_threads(threads: int) -> int:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many threads in the block; 0: as many as now."""
+    """Let torch use this number of threads in the block; 0: no change."""
     if not threads:
         yield
         return
@@ -187,7 +189,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def prepare_torch(threads: int) -> None:
-    """Set this process's threads (0: torch's own choice), and only kernels that repeat their bits.
+    """Set this process's threads (0: torch's own choice), and allow only deterministic kernels.
 
     Must run before anything is loaded on a device.
     """
@@ -216,22 +218,22 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def watch_peak_memory(device: str) -> None:
-    """Begin anew to note the most memory in use; see peak_memory."""
+    """Reset the peak of memory in use; see peak_memory."""
     import torch
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
     # 5 resets the peak: https://docs.kernel.org/filesystems/proc.html
-    with suppress(OSError):  # another system: the peak is that since the process began
+    with suppress(OSError):  # another system: the peak stays that since process start
         CLEAR_REFS.write_text("5")
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes in use since watch_peak_memory.
+    """Return the peak of memory in use since watch_peak_memory, in bytes.
 
-    On a GPU those that torch had allocated. On the CPU those of the whole process, its libraries
-    and weights included; where the system cannot begin anew, the most since the process began.
+    On a GPU: memory that torch had allocated. On the CPU: memory of the whole process, with its
+    libraries and weights. If the system cannot reset the peak: the peak since process start.
     """
     import torch
 

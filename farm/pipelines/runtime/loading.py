@@ -1,4 +1,4 @@
-"""Loading weights through diffusers and pinning them. torch is imported inside functions only."""
+"""Load weights through diffusers, and pin them. torch is imported only inside functions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_pipe(pipeline: Pipeline, class_name: str = AUTO, **components: Any) -> 
     Args:
         pipeline: the entry.
         class_name: the diffusers class to load through.
-        components: what to use in place of the checkpoint's own.
+        components: components to use instead of the checkpoint's own.
 
     Raises:
         CatalogError: it cannot be loaded; the message says why.
@@ -70,7 +70,7 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     dtype = dtype_of(pipeline, device)
     variant = pipeline.variant_of(part)
     source = fetched(part, variant)
-    # Once more: the files may have changed since, or have just been fetched.
+    # Check again: the files may have changed since, or have just been fetched.
     check_files(Path(source), variant, part.source, {*unused_in(pipeline), *components})
     _check_memory(pipeline, part, source, device, BYTES[dtype])
     folder, kind = Path(source), getattr(torch, dtype)
@@ -90,15 +90,15 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
         loaded = loader.from_pretrained(
             source, variant=variant, dtype=kind, use_safetensors=True, **components
         )
-    _mend(getattr(loaded, "text_encoder", None))
+    _remedy(getattr(loaded, "text_encoder", None))
     return loaded
 
 
-def _mend(text_encoder: Any) -> None:
-    """Let clip_skip work: diffusers 0.42 looks for a `text_model` that transformers 5.6 took away.
+def _remedy(text_encoder: Any) -> None:
+    """Make clip_skip work: diffusers 0.42 needs a `text_model`, which transformers 5.6 removed.
 
-    See https://github.com/huggingface/diffusers/issues/14124. Set past torch's own registry, in
-    which a module cannot be a part of itself.
+    See https://github.com/huggingface/diffusers/issues/14124. The attribute bypasses torch's
+    registry, in which a module cannot contain itself.
     """
     if text_encoder is not None and not hasattr(text_encoder, "text_model"):
         object.__setattr__(text_encoder, "text_model", text_encoder)
@@ -107,10 +107,10 @@ def _mend(text_encoder: Any) -> None:
 def pin(
     pipeline: Pipeline, pipes: Sequence[Any], extras: Mapping[str, Any] | None = None
 ) -> LoadedPipeline:
-    """Put pipelines on their device, as the catalog says; the first is the one that is called.
+    """Put pipelines on their device, as the catalog says. The first is the one that is called.
 
     Raises:
-        CatalogError: the device has no room for them.
+        CatalogError: the device has not enough memory.
     """
     device = device_of(pipeline)
     for pipe in pipes:
@@ -129,7 +129,7 @@ def pin(
 
 
 def _options(pipeline: Pipeline, device: str) -> dict[str, Any]:
-    """The options that are set, and that do something on this device."""
+    """Return the options that are set, and that have an effect on this device."""
     given = {name: value for name in OPTIONS if (value := getattr(pipeline, name))}
     if device == "cpu":
         given.pop("offload", None)
@@ -147,7 +147,7 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
                 module.to(memory_format=torch.channels_last)
     if device == "cpu":
         if pipeline.offload:
-            log.info("offload = %r means nothing on the CPU", pipeline.offload)
+            log.info("offload = %r has no effect on the CPU", pipeline.offload)
         pipe.to(device)
     elif pipeline.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -158,7 +158,7 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
             torch.device(device),
             offload_type="leaf_level",
             use_stream=True,
-            # SDXL's is cast to float32 to decode, which the copy that comes back would undo.
+            # SDXL's VAE is cast to float32 to decode. The copy that comes back would undo this.
             exclude_modules=[name for name in ("vae", "movq") if hasattr(pipe, name)],
         )
     else:
@@ -171,7 +171,7 @@ def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
 def _told(
     pipeline: Pipeline, part: Weights, where: str | None = None, files: str | None = None
 ) -> Iterator[None]:
-    """Turn what the libraries raise into one clear line, which names the component's files."""
+    """Turn errors of the libraries into one clear line that names the component's files."""
     try:
         yield
     except FarmError:
@@ -182,7 +182,7 @@ def _told(
             raise CatalogError(
                 f"{where or part.source} cannot be loaded{source}: {_reason(error, part)}"
             ) from error
-        traceback.clear_frames(error.__traceback__)  # what was loaded so far stands in them
+        traceback.clear_frames(error.__traceback__)  # they hold what was loaded so far
         free_what_is_left()
         device = device_of(pipeline)
         raise OutOfMemory(
@@ -196,37 +196,37 @@ SHAPES = re.compile(r"ignore_mismatched_sizes|size mismatch|expected shape")
 
 
 def _reason(error: Exception, part: Weights) -> str:
-    """What a library says, in one line, and without where this machine keeps its checkpoints."""
+    """Return the message of a library in one line, without the paths of this machine."""
     said = one_line(str(error).replace(part.checkpoint, part.source)) or type(error).__name__
     if code := OWN_CODE.search(said):
-        return f"{code[1]} is code of its own, which is never run."
+        return f"{code[1]} is custom code, which is never run."
     if not SHAPES.search(str(error)):
         return said
-    detail = re.search(r"(\S+) expected shape .*? but got .*?\)", said)  # one_line cuts far behind
+    detail = re.search(r"(\S+) expected shape .*? but got .*?\)", said)  # one_line cuts much later
     shown = f" ({detail[0]})" if detail else ""
-    return f"its weights are not of the shapes that its configuration says{shown}."
+    return f"its weights do not have the shapes that its configuration states{shown}."
 
 
-HELP = "A smaller dtype, `offload` on a GPU, or fewer workers on this machine may help."
+HELP = "Try a smaller dtype, `offload` on a GPU, or fewer workers on this machine."
 
 
 def free_what_is_left() -> None:
-    """Give back what a failed load holds: its tensors, and torch's own reserve on a GPU."""
+    """Free the memory of a failed load: its tensors, and torch's reserve on a GPU."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+        torch.cuda.empty_cache()  # no effect if CUDA was never used
 
 
 def _check_memory(pipeline: Pipeline, part: Weights, source: str, device: str, width: int) -> None:
-    """Refuse what cannot fit before it drives the machine out of memory."""
+    """Refuse weights that cannot fit, before the machine runs out of memory."""
     needed = parameter_count(Path(source), pipeline.variant_of(part)) * width
     for place in {"cpu"} if pipeline.offload else {"cpu", device}:
         free = free_memory(place)
         if needed > free:
             raise OutOfMemory(
-                f"Out of memory: {part.source} needs {_gib(needed)} on {place} for its weights "
-                f"alone, and {_gib(free)} are free. {HELP}"
+                f"Out of memory: {part.source} needs {_gib(needed)} on {place} for its weights, "
+                f"but {_gib(free)} are free. {HELP}"
             )
 
 
@@ -235,7 +235,7 @@ def _gib(size: int) -> str:
 
 
 def _weights(pipeline: Pipeline) -> str:
-    """Name the weights: a folder by its content, a hub repository by its commit and variant."""
+    """Name the weights: a hash of a folder's content, or of a hub commit and variant."""
     own = _name_of_weights(pipeline, pipeline.variant_of(pipeline))
     if not pipeline.parts:
         return own
@@ -250,5 +250,5 @@ def _name_of_weights(weights: Weights, variant: str | None) -> str:
         content = weights_hash(Path(weights.checkpoint))
         return hashlib.sha256(f"{content} {variant}".encode()).hexdigest() if variant else content
     folder = Path(fetched_before(weights, variant) or fetched(weights, variant))
-    # The hub's cache may hold files of other variants beside those that were loaded.
+    # The hub's cache may also hold files of variants that were not loaded.
     return hashlib.sha256(f"{weights.source} {folder.name} {variant}".encode()).hexdigest()

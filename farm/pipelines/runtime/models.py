@@ -1,8 +1,8 @@
-"""A checkpoint's models, each loaded whole.
+"""Models of a checkpoint, each loaded completely.
 
-transformers fills what a file lacks with random numbers, and says so in a log alone. So each model
-is loaded by itself, with its report: missing weights are an error, and those that the class has no
-place for are named in a warning.
+transformers fills missing weights with random numbers, and only logs it. So each model is loaded
+separately, with its report. Missing weights are an error. Weights that the class does not use are
+named in a warning.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from farm.pipelines.checkpoints.weights import has_variant, named_files
 log = logging.getLogger(__name__)
 
 SHOWN = 3
-"""Names of weights in a message"""
+"""Maximum number of weight names in a message."""
 
 
 def model_classes(folder: Path, where: str) -> Iterator[tuple[str, Any]]:
-    """Name the models among a checkpoint's components, each with its class.
+    """Yield the models among a checkpoint's components, each with its class.
 
     Args:
-        folder: the checkpoint.
-        where: its name, for people.
+        folder: folder of the checkpoint.
+        where: name of the checkpoint for messages.
     """
     for name, library, class_name in components(read_json(folder, INDEX, where)):
         kind = _model_class(library, class_name)
@@ -40,14 +40,14 @@ def load_model(kind: Any, folder: Path, where: str, variant: str | None, dtype: 
     """Load a model of a class of diffusers or transformers, on the CPU.
 
     Args:
-        kind: the class.
-        folder: its own.
-        where: its name, for people.
-        variant: of its files, where there are such; else the plain ones.
-        dtype: torch's.
+        kind: class of the model.
+        folder: folder of the model.
+        where: name of the model for messages.
+        variant: variant of its files; the plain ones if it has none of this variant.
+        dtype: dtype of torch.
 
     Raises:
-        CatalogError: it lacks weights that its class needs.
+        CatalogError: weights that its class needs are missing.
     """
     of_transformers = kind.__module__.startswith("transformers.") or not _is_mixin(kind)
     chosen = {"variant": variant} if variant and has_variant(folder, variant) else {}
@@ -69,7 +69,7 @@ def _is_mixin(kind: Any) -> bool:
 
 
 def _model_class(library: str, class_name: str) -> Any | None:
-    """Find a component's class, as diffusers does; None for what has no weights."""
+    """Return a component's class, found like in diffusers; None for one without weights."""
     import torch
 
     module = (

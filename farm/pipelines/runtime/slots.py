@@ -1,9 +1,9 @@
-"""A frame's bits must not depend on its slot in the batch: a test of each shape, on the device.
+"""Test of each shape on the device: a frame's bits must not depend on its slot in the batch.
 
-torch splits an operation among its threads, and computes what is left over at the end of each part
-with scalar code in place of SIMD code, which rounds some functions differently (silu, sigmoid,
-gelu). Where a part ends within a frame, that frame's slot decides its last bits. So each shape is
-tested before it is rendered, and rendered with one thread where more make a difference.
+torch splits an operation among its threads. It computes the rest at the end of each part with
+scalar code instead of SIMD code, which rounds some functions differently (silu, sigmoid, gelu). If
+a part ends within a frame, that frame's slot decides its last bits. So each shape is tested before
+it is rendered. If more threads make a difference, it is rendered with one.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from farm.pipelines.runtime.devices import thread_count, torch_threads
 log = logging.getLogger(__name__)
 
 FEWEST_STEPS = 2
-"""Every step runs the same kernels; some samplers need two."""
+"""Number of steps of a test. Every step runs the same kernels; some samplers need two."""
 FEWEST_OF_REFINED = 5
-"""A refiner takes a fifth of them."""
+"""Number of steps of a test with a refiner, which takes a fifth of them."""
 PROMPT = "a red star"
+"""Prompt of the test."""
 PROBE, NEIGHBOUR = 7, 11
-"""Seeds: of the frame that is looked at, and of those beside it"""
+"""Seed of the tested frame, and seed of its neighbours."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a frame decides how a batch is split."""
+    """Facts about a frame that decide how its batch is split."""
 
     width: int
     height: int
@@ -42,7 +43,7 @@ class Shape:
 
     @classmethod
     def of(cls, frame: FrameSpec) -> Shape:
-        """Tell a frame's shape."""
+        """Return a frame's shape."""
         params = frame.params
         guided = (params.get("guidance_scale") or 0.0) > 1.0
         return cls(params["width"], params["height"], frame.bucket, guided)
@@ -50,7 +51,7 @@ class Shape:
 
 @dataclass
 class SlotTest:
-    """The shapes of one pinned pipeline that were tested, and the threads that each is given."""
+    """Tested shapes of one pinned pipeline, with the number of threads for each."""
 
     name: str
     family: Family
@@ -58,18 +59,18 @@ class SlotTest:
     _threads: dict[Shape, int] = field(default_factory=dict)
 
     def threads_of(self, frame: FrameSpec, otherwise: int) -> int:
-        """Torch's threads for a frame's shape, `otherwise` where that was not tested."""
+        """Return torch's threads for a frame's shape, or `otherwise` if it was not tested."""
         return self._threads.get(Shape.of(frame), otherwise)
 
     def threads(self, loaded: LoadedPipeline, frame: FrameSpec) -> int:
-        """Torch's threads for a frame's shape, which is tested when it is first met; 0 on a GPU.
+        """Return torch's threads for a frame's shape; 0 on a GPU. Test the shape at its first use.
 
         Args:
-            loaded: what will render it.
-            frame: the first of a batch.
+            loaded: pipeline that will render it.
+            frame: first frame of a batch.
 
         Raises:
-            RenderError: the bits depend on the slot, whatever is tried.
+            RenderError: the bits depend on the slot, even with one thread.
         """
         shape = Shape.of(frame)
         if shape not in self._threads:
@@ -85,8 +86,8 @@ class SlotTest:
                 if self._is_even(loaded, frame):
                     if threads < most:
                         log.warning(
-                            "Pipeline %s renders %dx%d at bucket %d with one thread: with %d the "
-                            "bits depend on the slot",
+                            "Pipeline %s renders %dx%d at bucket %d with one thread: with %d "
+                            "threads the bits depend on the slot",
                             self.name,
                             shape.width,
                             shape.height,
@@ -101,15 +102,14 @@ class SlotTest:
         )
 
     def _is_even(self, loaded: LoadedPipeline, frame: FrameSpec) -> bool:
-        """Whether a probe comes out alike in all slots, and in the first one beside others."""
+        """Return True if a probe has the same bits in all slots, and with other neighbours."""
         probe, other = (_quickest(frame, seed) for seed in (PROBE, NEIGHBOUR))
-        beside = frame.bucket - 1
         alike = self._bits(loaded, [probe] * frame.bucket)
-        mixed = self._bits(loaded, [probe, *[other] * beside])
+        mixed = self._bits(loaded, [probe, *[other] * (frame.bucket - 1)])
         return alike == alike[:1] * frame.bucket and mixed[0] == alike[0]
 
     def _bits(self, loaded: LoadedPipeline, frames: list[FrameSpec]) -> list[list[bytes]]:
-        """Render frames; gives for each slot the bits of its latents and of its picture."""
+        """Render frames. Return, for each slot, the bits of its latents and of its picture."""
         params = frames[0].params
         blank = Image.new("RGB", (params["width"], params["height"]))
         images = dict.fromkeys(self.params_type.image_ids(params), blank)
@@ -125,7 +125,7 @@ class SlotTest:
 
 
 def _quickest(frame: FrameSpec, seed: int) -> FrameSpec:
-    """A frame of the same shape that takes the fewest steps."""
+    """Return a frame of the same shape with the fewest steps."""
     params = frame.params
     steps = FEWEST_STEPS if params.get("denoising_end") is None else FEWEST_OF_REFINED
     other = {"steps": steps, "prior_steps": steps, "sampler": None, "prompt_syntax": "plain"}

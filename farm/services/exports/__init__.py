@@ -1,1 +1,1 @@
-"""Exports: a job's images as datasets, in the forms that training code reads."""
+"""Exports: images of jobs as datasets, in the formats that training code reads."""

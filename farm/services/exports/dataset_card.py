@@ -1,7 +1,7 @@
-"""A dataset's cover: its manifest, what is missing, its card, and its Croissant metadata.
+"""Summary files of a dataset: its manifest, its card, and its Croissant metadata.
 
-The card is what Hugging Face's hub shows, with the configuration that `load_dataset` reads from a
-folder. Croissant is MLCommons' vocabulary for datasets, 1.1: https://docs.mlcommons.org/croissant
+Hugging Face's hub shows the card. It also holds the configuration that `load_dataset` reads from
+a folder. Croissant 1.1 is MLCommons' vocabulary for datasets: https://docs.mlcommons.org/croissant
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CONTEXT: Mapping[str, Any] = {
     "transform": "cr:transform",
 }
 TYPES = {"string": "sc:Text", "double": "sc:Float", "bool": "sc:Boolean"}
-"""Croissant's by Arrow's; the rest are whole numbers"""
+"""Croissant type by Arrow type. All other types are integers."""
 
 MEDIA_TYPES = {
     ".parquet": "application/x-parquet",
@@ -70,8 +70,8 @@ LOADED = {
 }
 FORMS = {
     "webdataset": "WebDataset shards: `.png` (or `.jpg`, `.webp`), `.txt` with the prompt and "
-    "`.json` with every column, and beside each a Parquet with the same columns, which also lists "
-    "the frames that have no picture.",
+    "`.json` with every column. Each has a Parquet with the same columns, which also lists the "
+    "frames that have no picture.",
     "parquet": "Parquet shards with the pictures in the column `image`.",
     "imagefolder": "The pictures' own files, with a `metadata.parquet` in each folder.",
 }
@@ -79,27 +79,29 @@ FORMS = {
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What is known of a dataset once its shards are written."""
+    """Facts about a dataset whose shards are written."""
 
     export_id: str
     kind: str
     jobs: Sequence[Mapping[str, Any]]
-    """id, pipeline, total, created_at of each"""
+    """Jobs, each with id, pipeline, total and created_at."""
     shards: Sequence[Mapping[str, Any]]
-    """number, job, first, stop, pictures, missing, pictures rejected by filters, and files with
-    name, bytes, sha256"""
+    """Shards, each with number, job, first, stop, images, missing, rejected and files.
+
+    `rejected` counts images that filters rejected. Each file has name, bytes and sha256.
+    """
     images: int
     missing: int
     bytes: int
 
     @property
     def files(self) -> list[Mapping[str, Any]]:
-        """Every file that the manifest lists."""
+        """All files that the manifest lists."""
         return [file for shard in self.shards for file in shard["files"]]
 
 
 def manifest(summary: ExportSummary) -> bytes:
-    """List every shard with its files' hashes, and how many frames have no picture."""
+    """Build the manifest: every shard with its files' hashes, and the number of missing frames."""
     content = {
         "export": summary.export_id,
         "kind": summary.kind,
@@ -114,7 +116,7 @@ def manifest(summary: ExportSummary) -> bytes:
 
 
 def card(summary: ExportSummary) -> bytes:
-    """Write the README of the dataset."""
+    """Build the README of the dataset."""
     pipelines = sorted({str(job["pipeline"]) for job in summary.jobs})
     configs = (
         f'configs:\n- config_name: default\n  data_files: "{FILES[summary.kind]}"\n'
@@ -142,8 +144,8 @@ size_categories:
 # {_title(summary)}
 
 {counts}, rendered by
-{", ".join(pipelines)}; {missing}, and stand in `missing.jsonl` with
-their reasons. `manifest.json` lists every shard with its files' sha256.
+{", ".join(pipelines)}. {missing}; `missing.jsonl` lists them with
+the reasons. `manifest.json` lists every shard with the sha256 of its files.
 
 {FORMS[summary.kind]}
 
@@ -153,8 +155,8 @@ from datasets import load_dataset
 data = {LOADED[summary.kind]}
 ```
 
-Every picture's file holds how it was rendered: `farm replay PICTURE` renders it again, and compares
-the pixels.
+Every picture file holds all its parameters. `farm replay PICTURE` renders the picture again and
+compares the pixels, for example `farm replay 000000000.png`.
 
 ## Jobs
 
@@ -162,14 +164,14 @@ the pixels.
 
 ## Columns
 
-| column | what it is |
+| column | meaning |
 | --- | --- |
 {columns}
 """.encode()
 
 
 def croissant(summary: ExportSummary) -> bytes:
-    """Describe the files and their columns for machines."""
+    """Build the machine-readable description of the files and their columns."""
     files = [
         {
             "@type": "cr:FileObject",
@@ -229,7 +231,7 @@ def _title(summary: ExportSummary) -> str:
 
 
 def _size_category(images: int) -> str:
-    """As Hugging Face's hub names sizes."""
+    """Size category in the form of Hugging Face's hub, for example `1K<n<10K`."""
     for limit, name in (
         (10**3, "n<1K"),
         (10**4, "1K<n<10K"),

@@ -1,13 +1,13 @@
-"""Shards: some thousand frames each, written to files one after the other with flat memory.
+"""Writers of shards: some thousand frames each, written frame by frame with constant memory.
 
-WebDataset: `00000.tar` with `.png`, `.txt` and `.json` of each picture, and `00000.parquet` beside
-it, as img2dataset lays them out. Parquet: pictures embedded as Hugging Face's `datasets` has them.
-Image folder: the pictures' own files, and `metadata.parquet`.
+WebDataset: `00000.tar` with `.png`, `.txt` and `.json` of each picture, and `00000.parquet` next
+to it, in the layout of img2dataset. Parquet: pictures embedded as in Hugging Face's `datasets`.
+Image folder: the picture files, and `metadata.parquet`.
 
-Every shard has the same columns of the same types, whatever its rows hold, because loaders look at
-the first rows alone. A shard without pictures has no tar and no folder of images.
+Every shard has the same columns of the same types, whatever its rows hold, because loaders read
+only the first rows. A shard without pictures has no tar and no folder of images.
 
-The same frames give the same bytes: nothing tells when or by whom a shard was written.
+The same frames give the same bytes: a shard does not record its time or its writer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from farm.services.exports.rows import SCHEMA, Frame, without_nulls
 
 ROWS_PER_GROUP = 1000
 PICTURES_PER_GROUP = 100
-"""Of an embedded Parquet: they are held in memory together"""
+"""Row group of an embedded Parquet, in pictures. A whole group is held in memory."""
 
 Pictured = tuple[Frame, bytes | None]
-"""A frame, and its picture's file; None where it has none"""
+"""A frame, and the content of its picture file; None if it has no picture."""
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 FOLDER = pa.schema([("file_name", pa.string()), *SCHEMA])
 EMBEDDED = pa.schema([("image", IMAGE), *SCHEMA]).with_metadata(
-    # What `datasets` reads to decode the column: its Features, as JSON.
+    # `datasets` decodes the column by this text: its Features, as JSON.
     {
         "huggingface": json.dumps(
             {
@@ -61,24 +61,24 @@ class Written:
     """One file of a shard."""
 
     name: str
-    """within the dataset"""
+    """Path of the file within the dataset."""
     path: Path
     listed: bool = True
-    """Whether the manifest lists it; pictures of an image folder stand in its metadata"""
+    """True if the manifest lists it. Pictures of an image folder are listed in its metadata."""
 
     @property
     def bytes(self) -> int:
-        """Its length."""
+        """Length of the file, in bytes."""
         return self.path.stat().st_size
 
     def sha256(self) -> str:
-        """Hash its content; in hex."""
+        """Return the SHA-256 of the content, in hex."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
-    """Write a shard as a tar, with a Parquet that lists its pictures and what is missing."""
+    """Write a shard as a tar, with a Parquet that lists its pictures and its missing frames."""
     name = f"{number:05d}"
     tar_path, table_path = folder / f"{name}.tar", folder / f"{name}.parquet"
     pictures = 0
@@ -100,7 +100,7 @@ def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> l
 
 
 def write_parquet(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
-    """Write a shard as a Parquet with the pictures in it."""
+    """Write a shard as a Parquet with embedded pictures."""
     path = folder / f"{number:05d}.parquet"
     with _table(path, EMBEDDED, PICTURES_PER_GROUP) as table:
         for frame, picture in frames:
@@ -111,7 +111,7 @@ def write_parquet(number: int, frames: Iterable[Pictured], folder: Path) -> list
 
 
 def write_imagefolder(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
-    """Write a shard as a folder of pictures with their metadata."""
+    """Write a shard as a folder of picture files with their metadata."""
     name = f"{number:05d}"
     (folder / name).mkdir(exist_ok=True)
     index, pictures = folder / name / "metadata.parquet", []
@@ -133,7 +133,7 @@ WRITERS: Mapping[str, Callable[[int, Iterable[Pictured], Path], list[Written]]] 
 
 
 class _Rows:
-    """Writes rows into a Parquet file, a group at a time."""
+    """Writes rows to a Parquet file, one row group at a time."""
 
     def __init__(self, path: Path, schema: pa.Schema, group: int) -> None:
         self._writer = ParquetWriter(path, schema, compression="zstd")

@@ -1,7 +1,7 @@
-"""One row a frame: what a reader of the dataset learns of it, and what renders it again.
+"""Rows of a dataset: one per frame, with its facts and the spec that renders it again.
 
-`key, caption, status, error_message, width, height, sha256` are as img2dataset names them, and
-`prompt, seed, step, cfg, sampler` as DiffusionDB does.
+The names `key, caption, status, error_message, width, height, sha256` come from img2dataset, and
+`prompt, seed, step, cfg, sampler` from DiffusionDB.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
         ("spec", pa.string()),
     ]
 )
-"""Of the Parquet beside a shard, and of the columns beside an embedded picture"""
+"""Columns of a shard's Parquet. An embedded Parquet has them in addition to the picture."""
 
 NOTHING: dict[str, str | int | float | bool] = {
     "string": "",
@@ -54,41 +54,41 @@ NOTHING: dict[str, str | int | float | bool] = {
     "double": 0.0,
     "bool": False,
 }
-"""What stands for null in JSON, by the column's type"""
+"""Replacement of null in JSON, by the column's type."""
 
 DESCRIPTIONS = {
-    "key": "The client's own name for the line, or else the picture's name in this dataset.",
-    "caption": "The prompt that was drawn.",
-    "status": "success, or the state that the frame ended in: dead or cancelled.",
-    "error_message": "Why there is no picture.",
-    "width": "Of the picture, in pixels.",
-    "height": "Of the picture, in pixels.",
-    "sha256": "Of the picture's file, in hex.",
-    "bytes": "Of the picture's file.",
-    "prompt": "The prompt that was drawn.",
-    "negative_prompt": "What was kept out of the picture.",
-    "seed": "Of the picture's own generator.",
-    "step": "Denoising steps.",
+    "key": "The client's own ID for the prompt. Without one: the picture's name in this dataset.",
+    "caption": "The prompt of the picture, as in the column prompt.",
+    "status": "success, or the final state of the frame: dead or cancelled.",
+    "error_message": "Reason why there is no picture.",
+    "width": "Width of the picture, in pixels.",
+    "height": "Height of the picture, in pixels.",
+    "sha256": "SHA-256 of the picture file, in hex.",
+    "bytes": "Size of the picture file, in bytes.",
+    "prompt": "The prompt of the picture.",
+    "negative_prompt": "The negative prompt: what the picture should not show.",
+    "seed": "Seed of the picture's random generator.",
+    "step": "Number of denoising steps.",
     "cfg": "Guidance scale.",
-    "sampler": "The diffusion scheduler.",
-    "pipeline": "The catalog's entry that rendered it.",
-    "format": "Of the picture's file: png, jpeg or webp.",
-    "job": "The job's id.",
-    "ordinal": "The frame's place in its job.",
-    "attempt": "Which attempt succeeded, or failed last.",
-    "rerolls": "How often a filter rejected its picture, and another seed was drawn.",
-    "reused": "Whether the picture is that of another frame that would be the same.",
-    "labels": "The line's labels, as a JSON object.",
-    "spec": "The frame's whole spec, as JSON: what renders it again.",
+    "sampler": "The sampler (diffusion scheduler).",
+    "pipeline": "Catalog entry that rendered the picture.",
+    "format": "Format of the picture file: png, jpeg or webp.",
+    "job": "ID of the job.",
+    "ordinal": "Number of the frame in its job, from 0.",
+    "attempt": "Number of the attempt that succeeded, or failed last.",
+    "rerolls": "Number of times a filter rejected a picture and another seed was used.",
+    "reused": "true if the picture was copied from an identical frame.",
+    "labels": "Labels of the prompt, as a JSON object.",
+    "spec": "The complete spec of the frame, as JSON. It renders the picture again.",
 }
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame that has come to its end, with all that is told of it."""
+    """A frame that has ended, with all its facts for the dataset."""
 
     name: str
-    """of its files, within the dataset: nine digits or more"""
+    """Name of its files within the dataset, at least nine digits, for example 000000042."""
     job_id: uuid.UUID
     ordinal: int
     state: str
@@ -103,11 +103,11 @@ class Frame:
 
     @property
     def succeeded(self) -> bool:
-        """Whether there is a picture."""
+        """True if there is a picture."""
         return self.sha256 is not None
 
     def row(self) -> dict[str, Any]:
-        """Lay it out as SCHEMA has it."""
+        """Return the row in the form of SCHEMA."""
         params = self.spec.params
         return {
             "key": self.line.key or self.name,
@@ -137,9 +137,9 @@ class Frame:
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Give each null of a row an empty value of its column's type, for JSON.
+    """Replace each null of a row by an empty value of its column's type, for JSON.
 
-    JSON has no schema: `load_dataset("webdataset")` takes a column's type from the first five
+    JSON has no schema. `load_dataset("webdataset")` takes a column's type from the first five
     pictures, and fails at the first text in a column that began with nulls.
     """
     return {

@@ -1,4 +1,4 @@
-"""What people do with exports: make one, and what a worker does for each of its shards."""
+"""Use cases of exports: create one, and write each of its shards."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from farm.services.exports.rows import Frame
 
 SHARD_FRAMES = 10_000
-"""As img2dataset has it"""
+"""Default number of frames per shard, as in img2dataset."""
 MAX_SHARDS = 10_000
 MAX_JOBS = 100
 PAGE = 500
-"""Frames whose rows and lines are read together"""
+"""Frames whose rows and lines are read with one query."""
 FETCHES = 8
-"""Pictures fetched from the storage at the same time, and held in memory"""
+"""Pictures read from the storage at the same time. They are held in memory."""
 ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w.=/-]*))?", re.ASCII)
 NEVER_CLAIMED = "The job was cancelled."
 
@@ -51,23 +51,24 @@ def create(
     shard_frames: int = SHARD_FRAMES,
     dest: str | None = None,
 ) -> Export:
-    """Lay out an export of jobs, and ring for whoever writes it.
+    """Store an export of jobs, and ring for an exporter that writes it.
 
     Args:
-        farm: where.
-        tenant_id: whose the jobs are.
+        farm: the farm that stores the export.
+        tenant_id: the tenant that owns the jobs.
         kind: webdataset, parquet or imagefolder.
-        job_ids: which jobs, in this order.
-        labels: or those that bear all of these.
-        shard_frames: of a shard, at most.
-        dest: `s3://BUCKET/PREFIX`, at or below a destination that the tenant was granted: the
-            export lies below it, in a folder named by its id. None: the farm's own storage.
+        job_ids: the jobs, in the order of the dataset.
+        labels: used without `job_ids`: export the jobs that have all of these labels.
+        shard_frames: maximum number of frames per shard.
+        dest: `s3://BUCKET/PREFIX`, for example `s3://datasets/ann`. It must be at or below a
+            destination that the tenant was granted. The files go into a folder below it, named
+            by the export's ID. None means the farm's own storage.
 
     Raises:
-        InvalidRequest: there is no such job, their formats do not go together, or no such place
-            may be written to.
-        StorageRefused: the farm may not look into the bucket.
-        Unavailable: Postgres or the storage is away.
+        InvalidRequest: a job does not exist, the jobs' formats differ, or the tenant may not
+            write to `dest`.
+        StorageRefused: the farm may not list the bucket.
+        Unavailable: Postgres or the storage does not answer.
     """
     export_id = uuid.uuid4()
     if dest is None:
@@ -82,8 +83,8 @@ def create(
         shards = stored.count_shards(connection, chosen, shard_frames)
         if shards > MAX_SHARDS:
             raise InvalidRequest(
-                f"shard_frames: with {shard_frames} frames each there are {shards} shards; the "
-                f"limit is {MAX_SHARDS}.",
+                f"shard_frames: {shard_frames} frames per shard make {shards} shards; the limit is "
+                f"{MAX_SHARDS}. Use more frames per shard.",
                 param="shard_frames",
             )
         export = stored.insert_export(
@@ -104,13 +105,13 @@ def create(
 def _bearing(
     connection: Transaction, tenant_id: uuid.UUID, labels: Mapping[str, str]
 ) -> list[uuid.UUID]:
-    """Name the jobs that bear some labels, the oldest first; one more than may be, at most."""
+    """Return the jobs with all of these labels, oldest first; at most one above the limit."""
     newest = queries.list_jobs(connection, tenant_id, limit=MAX_JOBS + 1, labels=dict(labels))
     return [job.id for job in reversed(newest)]
 
 
 def _granted(farm: Farm, tenant_id: uuid.UUID, dest: str, export_id: uuid.UUID) -> tuple[str, str]:
-    """Find where a tenant's export lies below a destination: its bucket and prefix."""
+    """Return the bucket and the prefix of an export below a granted destination."""
     bucket, above = parse_place(dest, "dest")
     with reads(farm.store) as connection:
         if not destinations.covers(connection, tenant_id, bucket, above):
@@ -121,72 +122,85 @@ def _granted(farm: Farm, tenant_id: uuid.UUID, dest: str, export_id: uuid.UUID) 
             )
     prefix = f"{above}{export_id}/"
     if farm.artifacts.holds_any(bucket, prefix):
-        raise InvalidRequest(f"dest: s3://{bucket}/{prefix} is not empty.", param="dest")
+        raise InvalidRequest(
+            f"dest: s3://{bucket}/{prefix} is not empty. Try again: each export gets a new folder.",
+            param="dest",
+        )
     return bucket, prefix
 
 
 def parse_place(place: str, param: str) -> tuple[str, str]:
-    """Read `s3://BUCKET/PREFIX` as a bucket and a prefix: empty, or with a slash at its end.
+    """Parse `s3://BUCKET/PREFIX` into a bucket and a prefix, which is empty or ends with a slash.
 
     Raises:
-        InvalidRequest: it has another form; the error names the field `param`.
+        InvalidRequest: the place has another form; the error names the field `param`.
     """
     found = ADDRESS.fullmatch(place)
     if found is None:
-        raise InvalidRequest(f"{param}: must have the form s3://BUCKET/PREFIX.", param=param)
+        raise InvalidRequest(
+            f"{param}: must have the form s3://BUCKET/PREFIX, for example s3://datasets/ann.",
+            param=param,
+        )
     prefix = (found[2] or "").strip("/")
     if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
-        raise InvalidRequest(f"{param}: remove the parts that are empty, `.` or `..`.", param=param)
+        raise InvalidRequest(
+            f"{param}: the prefix has a part that is empty, `.` or `..`. Remove it.", param=param
+        )
     return found[1], f"{prefix}/" if prefix else ""
 
 
 def _check_jobs(own: set[uuid.UUID], chosen: Sequence[uuid.UUID]) -> None:
     if missing := [job_id for job_id in chosen if job_id not in own]:
-        raise InvalidRequest(f"jobs: there is no job {missing[0]}.", param="jobs")
+        raise InvalidRequest(f"jobs: job {missing[0]} was not found. Check the ID.", param="jobs")
     if not chosen:
-        raise InvalidRequest("labels: no job bears them.", param="labels")
+        raise InvalidRequest(
+            "labels: no job has all of these labels. Check their names and values.", param="labels"
+        )
     if len(chosen) > MAX_JOBS or len(set(chosen)) < len(chosen):
         raise InvalidRequest(
-            f"jobs: different ones, and {MAX_JOBS} at most, may be exported together.",
+            f"jobs: too many, or one is repeated. Pass at most {MAX_JOBS} jobs, each of them once.",
             param="jobs",
         )
 
 
 def _check_formats(formats: Sequence[str]) -> None:
-    """Refuse what loaders of WebDataset would leave out: they know the first samples' files."""
+    """Refuse mixed formats: WebDataset loaders skip files unlike those of the first samples."""
     if len(formats) > 1:
         raise InvalidRequest(
-            f"jobs: their pictures are {' and '.join(formats)}, and a WebDataset holds pictures of "
-            "one format. Export the jobs of each format on their own, or to parquet.",
+            f"jobs: their pictures are {' and '.join(formats)}, but a WebDataset must have one "
+            "format. Export the jobs of each format separately, or export to parquet.",
             param="jobs",
         )
 
 
 @dataclass
 class ShardWriter:
-    """Writes shards: reads frames and pictures, and puts files, always of one shard at a time."""
+    """Writes one shard at a time: reads its frames and pictures, and uploads its files."""
 
     farm: Farm
     wanted: Callable[[], bool] = lambda: True
-    """Whether to go on"""
+    """Returns False once writing should stop."""
 
     def write(self, shard: Shard) -> tuple[list[dict[str, Any]], int, int]:
-        """Write a shard, or the cover, and put its files where they belong.
+        """Write a shard, or the dataset's summary files, and upload the files.
 
         Returns:
-            What the manifest lists, the pictures and the frames that have none.
+            The files for the manifest, the number of pictures, and that of frames without one.
 
         Raises:
-            Unavailable: the storage or Postgres is away.
-            FarmError: FARM_SCRATCH_DIR cannot be used; its cause tells why, for the log.
-            NotFound: its job was removed.
-            Stopped: it is not wanted any more.
+            Unavailable: the storage or Postgres does not answer.
+            FarmError: FARM_SCRATCH_DIR cannot be used; its cause has the reason, for the log.
+            NotFound: the job was removed.
+            Stopped: `wanted` returned False.
         """
         scratch = self.farm.settings.scratch_dir  # a shard may have many GB
         try:
             make_private(scratch)
         except (FarmError, OSError) as error:
-            raise FarmError("The folder of whoever writes it cannot be used.") from error
+            raise FarmError(
+                "The exporter's scratch folder cannot be used. "
+                "Ask an operator to check FARM_SCRATCH_DIR."
+            ) from error
         with tempfile.TemporaryDirectory(prefix="farm-export-", dir=scratch) as folder:
             if shard.job_id is None:
                 return self._put(shard, self._cover(shard, Path(folder))), 0, 0
@@ -219,7 +233,7 @@ class ShardWriter:
         return self._put(shard, files), pictures, missing
 
     def _pictured(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Pictured]:
-        """Give each frame with its picture; the next few are fetched meanwhile."""
+        """Yield each frame with its picture, while the next few are fetched."""
         frames = self.frames(shard, job_id)
         with ThreadPoolExecutor(FETCHES, "fetch") as pool:
             while some := list(itertools.islice(frames, 4 * FETCHES)):
@@ -235,7 +249,7 @@ class ShardWriter:
         return self.farm.artifacts.get(key)
 
     def frames(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Frame]:
-        """Give the frames of a shard, whether they have a picture or not."""
+        """Yield all frames of a shard, also those without a picture."""
         from farm.services.exports.rows import Frame
 
         parts: Parts = {}
@@ -251,7 +265,9 @@ class ShardWriter:
             for ordinal in range(first, stop):
                 row = rows.get(ordinal)
                 if row is not None and row.state in (FrameState.RUNNING, FrameState.READY):
-                    raise Unavailable(f"Frame {ordinal} of job {job_id} was retried meanwhile.")
+                    raise Unavailable(
+                        f"Frame {ordinal} of job {job_id} was retried during the export."
+                    )
                 line = lines[job_id, full.prompt_index(ordinal)]
                 yield Frame(
                     name=f"{shard.base + ordinal:09d}",
@@ -288,7 +304,7 @@ class ShardWriter:
             (folder / name).write_bytes(content)
         with (folder / "missing.jsonl").open("wb") as file:
             for number in [shard["number"] for shard in summary.shards if shard["missing"]]:
-                # As the shard has it: what was retried since is in no shard.
+                # Copied from the shard: frames that were retried later are in no shard.
                 key = shard.prefix + _missing_name(number)
                 file.write(self.farm.artifacts.get(key, shard.bucket))
         return [Written(name, folder / name) for name in (*contents, "missing.jsonl")]
@@ -350,7 +366,7 @@ def _missing_name(number: int) -> str:
 
 
 def _missing_line(frame: Frame) -> bytes:
-    """Tell a frame that has no picture, and why."""
+    """Describe a frame without a picture, with the reason."""
     row = frame.row()
     names = ("key", "status", "error_message", "prompt", "seed", "job", "ordinal")
     line = {name: row[name] for name in names}
@@ -358,4 +374,4 @@ def _missing_line(frame: Frame) -> bytes:
 
 
 class Stopped(Exception):
-    """A shard is not written on: its lease is lost, or its worker leaves."""
+    """Writing of a shard stopped: its lease is lost, or its exporter leaves."""

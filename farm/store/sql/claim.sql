@@ -1,16 +1,17 @@
--- Claiming a batch, in one call: the one place where a frame starts to run.
+-- Claims a batch in one call. This is the only place where a frame starts to run.
 --
--- Four functions choose and only read, so that their plans can be looked at; `claim` writes.
+-- Four functions choose. They only read, so that their plans can be examined. `claim` writes.
 
--- Whether a job's requeued frames are to be left alone: what it was told, they may not follow yet.
+-- True if a job's requeued frames must not be claimed: the job is paused, cancelled or gone, and
+-- its rows in requeued_frames may not be updated yet.
 CREATE FUNCTION pg_temp.is_held(_job_id uuid) RETURNS bool LANGUAGE sql STABLE AS $$
     SELECT NOT EXISTS (
         SELECT FROM jobs j WHERE j.id = _job_id AND NOT j.paused AND j.status <> 'cancelled')
 $$;
 
--- The first frame of the next batch: the highest priority, then the tenant served least, then a
--- requeued frame before a new one, then the oldest job. `_but`: frames, as job/ordinal, left out.
--- `_avoided`: a tenant that is left out.
+-- Returns the first frame of the next batch: by highest priority, then the tenant served least,
+-- then a requeued frame before a new one, then the oldest job. `_but`: frames to leave out, as
+-- job/ordinal. `_avoided`: a tenant to leave out.
 CREATE FUNCTION pg_temp.leader(
     _pipeline text, _but text[], _priority smallint, _avoided uuid DEFAULT NULL
 ) RETURNS TABLE (
@@ -25,8 +26,8 @@ CREATE FUNCTION pg_temp.leader(
          WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
          ORDER BY j.priority, j.created_at, j.id LIMIT 1)
         UNION ALL
-        -- the tenant's first frame that is due again: one probe of requeued_frames_claim, and one more
-        -- for each job that is held
+        -- the tenant's first requeued frame that is due: one probe of requeued_frames_claim, and one
+        -- more for each job that is held
         (WITH RECURSIVE head AS (
             (SELECT r.* FROM requeued_frames r
              WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
@@ -54,7 +55,7 @@ CREATE FUNCTION pg_temp.leader(
     LIMIT 1
 $$;
 
--- Returned frames of the leader's own job that may fill its batch.
+-- Returns requeued frames of the leader's own job that may fill its batch.
 CREATE FUNCTION pg_temp.own_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
@@ -65,7 +66,7 @@ CREATE FUNCTION pg_temp.own_requeued(
     ORDER BY r.ordinal LIMIT _free
 $$;
 
--- Those of other jobs, job after job; of those that are held a hundred are stepped over at most.
+-- Returns requeued frames of other jobs, in job order. It skips a hundred held jobs at most.
 CREATE FUNCTION pg_temp.other_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int,
     _avoided uuid DEFAULT NULL
@@ -99,7 +100,7 @@ CREATE FUNCTION pg_temp.other_requeued(
     WHERE j.job_id <> _leader AND NOT pg_temp.is_held(j.job_id) LIMIT _free
 $$;
 
--- Other open jobs whose next frames may fill it, each with how many of them it gives.
+-- Returns other open jobs whose next frames may fill the batch, each with the number of frames.
 CREATE FUNCTION pg_temp.other_jobs(
     _pipeline text, _batch_key text, _leader uuid, _free int, _avoided uuid DEFAULT NULL
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
@@ -116,8 +117,8 @@ CREATE FUNCTION pg_temp.other_jobs(
     ) o WHERE o.before < _free
 $$;
 
--- The batch, a row a frame, in the order of its slots; none where nothing may be claimed.
--- `_priority`: what is less urgent is left alone. `_known`: jobs whose specs are not needed again.
+-- Claims a batch. Returns one row per frame, in the order of slots, or no rows if nothing may be
+-- claimed. `_priority`: less urgent work is left out. `_known`: jobs whose specs the caller has.
 CREATE FUNCTION pg_temp.claim(
     _pipeline text, _worker_id uuid, _worker text, _pid int, _lease_id uuid, _seconds float,
     _priority smallint, _known uuid[]
@@ -152,13 +153,13 @@ BEGIN
     INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
       AND (coalesce(w.tripped_until <= clock_timestamp(), true) OR w.avoids IS NOT NULL)
-      -- after a rest it has one batch at a time
+      -- a half-open worker has one batch at a time
       AND (w.trips = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
     IF NOT FOUND THEN RETURN; END IF;
 
-    -- What was chosen may be cancelled or paused before it is locked: then choose again.
+    -- Chosen jobs may be cancelled or paused before they are locked. Then choose again.
     FOR choice IN 1..5 LOOP
-        -- 1. The leader. What failed on this very worker leads only where nothing else is there.
+        -- 1. The leader. A frame that failed on this worker leads only if there is no other.
         but := failing;
         SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority, avoided);
         IF NOT FOUND AND but <> '{}' THEN
@@ -167,7 +168,7 @@ BEGIN
         END IF;
         IF NOT FOUND THEN RETURN; END IF;
 
-        -- 2. The fill, until the bucket is full; but a frame whose attempt failed goes alone.
+        -- 2. The fill, until the bucket is full. An isolated frame gets no neighbours.
         requeued_ids := '{}'; requeued_ordinals := '{}'; new_ids := '{}'; new_counts := '{}';
         IF leader.isolated THEN
             requeued_ids := ARRAY[leader.job_id]; requeued_ordinals := ARRAY[leader.ordinal];
@@ -204,8 +205,8 @@ BEGIN
         -- 3. The jobs' locks, by id.
         PERFORM FROM jobs j WHERE j.id = ANY(requeued_ids || new_ids) ORDER BY j.id FOR UPDATE;
 
-        -- 4. Returned frames run again, with the next attempt. One that has had as many as can be
-        -- counted is dead, so that it stops no lane.
+        -- 4. Requeued frames run again, with the next attempt. A frame whose attempts cannot be
+        -- counted further becomes dead, so that it does not block the lane.
         ids := '{}'; ordinals := '{}'; attempts := '{}';
         IF requeued_ids <> '{}' THEN
             WITH taken AS (
@@ -216,7 +217,7 @@ BEGIN
             ), worn AS (
                 UPDATE frames f
                 SET state = 'dead', finished_at = clock_timestamp(),
-                    error = 'It has had more attempts than can be counted.'
+                    error = 'The frame has had 32767 attempts, and more cannot be counted.'
                 FROM taken t
                 WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
                   AND f.attempt >= 32767
@@ -246,8 +247,8 @@ BEGIN
             END IF;
         END IF;
 
-        -- 5. Cursors advance, and frames come into being. The cursor moves only here, under the
-        -- lane's lock; a cancel or a pause in between closes the job.
+        -- 5. Cursors advance, and new frames are inserted. A cursor moves only here, under the
+        -- lane's lock. A cancel or a pause in between sets the job's `open` to false.
         IF new_ids <> '{}' THEN
             WITH take AS (
                 SELECT * FROM unnest(new_ids, new_counts) AS t (id, n)
@@ -281,7 +282,7 @@ BEGIN
     END LOOP;
     IF ids = '{}' THEN RETURN; END IF;
 
-    -- 6. The lease, the shares and the books.
+    -- 6. The lease, the shares, the jobs' counters and the events.
     SELECT array_agg(f.id ORDER BY f.id, f.ordinal),
            array_agg(f.ordinal ORDER BY f.id, f.ordinal),
            array_agg(f.attempt ORDER BY f.id, f.ordinal)
@@ -305,16 +306,16 @@ BEGIN
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
-    -- 7. Whether something is left, for which another worker should wake up. Of the requeued
-    -- frames a few are looked at: this is a hint, and most of them may not be due yet.
+    -- 7. True if work is left, so that another worker should wake up. Only a few requeued frames
+    -- are checked: this is a hint, and most of them may not be due yet.
     left_over := EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = _pipeline)
         OR EXISTS (SELECT FROM (
             SELECT r.not_before FROM requeued_frames r
             WHERE r.pipeline = _pipeline AND NOT r.paused LIMIT 100
         ) r WHERE r.not_before <= clock_timestamp());
 
-    -- 8. What each frame draws. A chunk of prompts is unpacked once, whatever it is needed for.
-    -- Lines of an input are not here: whoever claims keeps its parts, which serve many batches.
+    -- 8. The prompt of each frame. A chunk of prompts is unpacked once for all of its frames. Lines
+    -- of an input are not read here: the caller caches the input's parts for many batches.
     RETURN QUERY
     WITH f AS (
         SELECT * FROM unnest(ids, ordinals, attempts)

@@ -1,4 +1,4 @@
--- Remembers succeeded frames by all that decides their bytes, and counts what was used again.
+-- Stores succeeded frames by a digest of everything that decides their bytes, and counts reuses.
 CREATE FUNCTION pg_temp.remember(_job_ids uuid[], _ordinals bigint[], _digests bytea[])
 RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
 BEGIN
@@ -20,12 +20,12 @@ BEGIN
     SET job_id = excluded.job_id, ordinal = excluded.ordinal;
 END $$;
 
--- Ends batches whose pictures are stored, in one call; gives the frames that were accepted.
+-- Completes batches whose artifacts are stored, in one call. Returns the frames that were accepted.
 --
--- `_digests`, `_reused`: null, but for jobs that use pictures again.
--- `_seconds`: of a device, for all of them; each frame had the same share.
+-- `_digests`, `_reused`: null, except for jobs that reuse artifacts.
+-- `_seconds`: device time of all frames together. Each frame gets the same share.
 --
--- Fenced: a frame that is not `running` with this attempt was lost meanwhile, and is left alone.
+-- Fenced: a frame that is not `running` with this attempt has been lost, and is not changed.
 CREATE FUNCTION pg_temp.complete(
     _lease_ids uuid[], _job_ids uuid[], _ordinals bigint[], _attempts smallint[],
     _sha256 bytea[], _bytes int[], _slots smallint[], _seconds float, _digests bytea[],
@@ -67,7 +67,7 @@ BEGIN
           GROUP BY f.id) d;
 
     IF _digests IS NOT NULL THEN
-        -- of what was accepted: a late result says nothing of the picture that won
+        -- only accepted frames: a late result is not the stored artifact
         PERFORM pg_temp.remember(array_agg(d.id), array_agg(d.ordinal), array_agg(d.digest))
         FROM unnest(_job_ids, _ordinals, _attempts, _digests) AS d (id, ordinal, attempt, digest)
         JOIN unnest(ids, ordinals, attempts) AS a (id, ordinal, attempt)

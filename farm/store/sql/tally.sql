@@ -1,14 +1,14 @@
--- Every transition of frames ends here, in its own transaction: it changes the jobs' counters,
--- settles their status and appends the events. The jobs must be locked.
+-- Changes the jobs' counters, settles their status and appends the events. Every transition of
+-- frames ends with this call, in the same transaction. The jobs must be locked.
 --
--- A job settles when its last frame does: `states.settled`, said in SQL, where it is atomic.
--- Postgres refuses, by constraint, counters that do not add up.
+-- A job settles when its last frame ends: this is `states.settled` in SQL, where it is atomic.
+-- A constraint refuses counters that do not add up.
 --
--- A job's pace is told from the mark `pace_since` on: half a minute and eight batches behind the
--- present, or more, so that it neither jumps with each batch nor remembers yesterday. Without a
--- mark it is told anew.
+-- A job's pace is measured from the mark `pace_since`, which is at least 30 seconds and eight
+-- batches old. So the pace does not jump with each batch, and old batches do not count. Without a
+-- mark the measurement starts again.
 
--- Two counts by word, put together.
+-- Adds up two objects of counts by word.
 CREATE FUNCTION pg_temp.added(_some jsonb, _more jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE AS $$
     SELECT _some || coalesce(jsonb_object_agg(
         word, n::bigint + coalesce((_some ->> word)::bigint, 0)), '{}')
@@ -73,7 +73,7 @@ BEGIN
     UNION ALL
     SELECT id, tenant_id, 'job.' || status, '{}' FROM written WHERE status <> before;
 
-    -- Where frames have come to their end, a shard of an export may have become whole.
+    -- Frames have ended, so a shard of an export may have become whole.
     INSERT INTO export_news (job_id)
     SELECT d.id FROM unnest(_ids, _succeeded, _dead) AS d (id, succeeded, dead)
     WHERE (d.succeeded > 0 OR d.dead > 0)

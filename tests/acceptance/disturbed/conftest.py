@@ -1,6 +1,6 @@
 """One farm for the tests of this folder, which stop and kill its processes.
 
-It is begun twice: the first one is killed whole, in the middle of jobs, and the second goes on.
+It is started twice. All processes of the first start are killed during jobs; the second continues.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SLOW_JOB = {
 
 @dataclass(frozen=True)
 class Killed:
-    """What is left of a farm whose processes were all killed."""
+    """A farm whose processes were all killed: its folder and its jobs."""
 
     data: Path
     catalog: Path
@@ -53,7 +53,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
             return any(job["counts"]["succeeded"] for job in found)
 
         wait_until(some_done, 120.0, "some frames were done")
-        process.send_signal(signal.SIGSTOP)  # it is to start nothing again meanwhile
+        process.send_signal(signal.SIGSTOP)  # it must restart nothing during this
         for pid in reversed(descendants(process.pid)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -63,19 +63,19 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
 
 @pytest.fixture(scope="package")
 def half_done(killed: Killed) -> Sequence[str]:
-    """The jobs that were in the middle when everything was killed."""
+    """Return the jobs that were half done when everything was killed."""
     return killed.job_ids
 
 
 @pytest.fixture(scope="package")
 def disturbed(killed: Killed) -> Iterator[LiveFarm]:
-    """A farm whose pipeline only waits in each step, and loads at once."""
+    """Run a farm with a pipeline that loads at once and only waits in each step."""
     with running(killed.data, "null", killed.catalog) as farm:
         yield farm
 
 
 def descendants(pid: int) -> list[int]:
-    """Every process below one, itself first."""
+    """List a process and all its descendants."""
     listing = subprocess.run(
         ["ps", "--no-headers", "-e", "-o", "pid,ppid"], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -88,7 +88,7 @@ def descendants(pid: int) -> list[int]:
 
 @contextmanager
 def farm_up(data: Path, catalog: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """Run `farm up` on a folder, in a process of its own, until it is ready."""
+    """Run `farm up` on a folder in a separate process. Return when it is ready."""
     places = ["--data", str(data), "--pipelines", str(catalog)]
     process = subprocess.Popen(
         [sys.executable, "-m", "farm.cli", "up", "--port", "0", *places],

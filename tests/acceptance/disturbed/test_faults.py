@@ -1,4 +1,4 @@
-"""Processes die in the middle of a job; the job ends as if nothing had happened, and says so."""
+"""Processes die during a job. The job ends as without the fault, and its events record it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG: dict[str, Any] = {
     "step_seconds": 0.08,
     "bucket": 4,
 }
-"""Four batches of a second each"""
+"""A job of four batches of one second each."""
 
 
 def parent_of(disturbed: LiveFarm) -> int:
@@ -35,7 +35,7 @@ def parent_of(disturbed: LiveFarm) -> int:
 
 
 def child_of(pid: int) -> int:
-    """The worker's spawned child: the process with the device."""
+    """Return the worker's spawned child, the process that owns the device."""
     listing = subprocess.run(
         ["ps", "--no-headers", "-o", "pid,args", "--ppid", str(pid)],
         capture_output=True,
@@ -52,7 +52,7 @@ def child_of(pid: int) -> int:
 
 
 def all_succeeded_once(disturbed: LiveFarm, job_id: str) -> list[dict[str, Any]]:
-    """Check the end against the database itself, and the pictures against the storage."""
+    """Compare the job's end with the database, and its pictures with the storage."""
     job = disturbed.ended(job_id, 180.0)
     assert job["status"] == "succeeded", job
     frames = disturbed.frames(job_id)
@@ -110,7 +110,7 @@ def test_valkey_is_killed_with_its_data(disturbed: LiveFarm) -> None:
         if path.is_file() and path.suffix in {".aof", ".rdb", ".manifest"}:
             path.unlink()
     valkey.kill()
-    second = disturbed.submit(**LONG)["id"]  # its bell may be lost
+    second = disturbed.submit(**LONG)["id"]  # its bell may get lost
     wait_until(lambda: valkey.restarts > before, 30.0, "Valkey was started again")
     assert reasons(all_succeeded_once(disturbed, job_id)) == set()
     assert reasons(all_succeeded_once(disturbed, second)) == set()
@@ -134,7 +134,7 @@ def another_worker(disturbed: LiveFarm) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_stopped_worker_comes_back_too_late(disturbed: LiveFarm) -> None:
-    """Its lease expires, another worker renders the frames, and its own result is dropped."""
+    """Its lease expires, another worker renders the frames, and its late result is dropped."""
     with another_worker(disturbed) as process:
 
         def seen() -> dict[str, Any]:
@@ -178,7 +178,7 @@ def test_an_idle_worker_finds_work_while_redis_is_silent(disturbed: LiveFarm) ->
     assert valkey is not None
     os.kill(valkey, signal.SIGSTOP)
     try:
-        for _ in range(2):  # the second one finds a child that has answered a knock before
+        for _ in range(2):  # the second turn meets a child that has already answered a knock
             asked = disturbed.submit(prompts=["noise"], steps=1, priority="interactive")
             assert disturbed.ended(asked["id"], 20.0)["status"] == "succeeded"
     finally:

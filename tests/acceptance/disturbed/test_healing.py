@@ -1,4 +1,4 @@
-"""Workers that are asked to leave do, and in time; a farm that was killed whole goes on."""
+"""Workers that are told to stop do so in time. A farm that was killed as a whole recovers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDLESS: dict[str, Any] = {**SLOW, "bucket": 8}
 def worker_process(
     disturbed: LiveFarm, **env: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run another worker of the lane; gives its process and its id."""
+    """Run another worker of the lane. Return its process and its ID."""
     one = {"OMP_NUM_THREADS": "1", "FARM_TORCH_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "farm.cli", "worker", "null"],
@@ -58,8 +58,8 @@ def renders(disturbed: LiveFarm, worker_id: str) -> bool:
 
 
 def both_busy(disturbed: LiveFarm, worker_id: str) -> list[str]:
-    """Give every worker of the lane a batch that would take minutes; returns the jobs."""
-    # Not the same steps: else both would ride in one batch.
+    """Give every worker of the lane a batch that would take minutes. Return the jobs."""
+    # Different steps, so that the jobs do not share a batch.
     jobs = [disturbed.submit(**ENDLESS, steps=steps, max_attempts=1)["id"] for steps in (1000, 999)]
     wait_until(lambda: renders(disturbed, worker_id), 60.0, "the second worker rendered")
     return jobs
@@ -83,7 +83,7 @@ def test_a_worker_drained_from_afar_finishes_and_leaves(disturbed: LiveFarm) -> 
         assert worker_id not in [row["id"] for row in listed(disturbed)]
     assert disturbed.ended(job["id"])["status"] == "succeeded"
     frames = disturbed.frames(job["id"])
-    # What it had claimed ahead was given back; nothing that it had begun was.
+    # Frames that it had claimed ahead were released; frames that it had begun were not.
     earlier = [attempt for frame in frames for attempt in frame["attempts"]]
     assert {attempt["reason"] for attempt in earlier} <= {"released"}
     assert len(earlier) in (0, 4)
@@ -111,7 +111,7 @@ def draining(disturbed: LiveFarm, worker_id: str) -> bool:
 
 
 def given_back(disturbed: LiveFarm, jobs: list[str]) -> None:
-    """Check that one frame was requeued, at no charge, and that another worker may take it."""
+    """Check that one frame was requeued uncharged, and that another worker may claim it."""
     frames = [frame for job_id in jobs for frame in disturbed.frames(job_id)]
     reasons = [attempt["reason"] for frame in frames for attempt in frame["attempts"]]
     over(disturbed, jobs)
@@ -132,7 +132,7 @@ def test_a_grace_that_ends_gives_the_batch_back(disturbed: LiveFarm) -> None:
 def test_a_farm_killed_whole_goes_on_where_it_was(
     disturbed: LiveFarm, half_done: Sequence[str]
 ) -> None:
-    """This folder's farm began on the data of one whose processes were all killed."""
+    """This folder's farm started on the data of a farm whose processes were all killed."""
     listed_now = disturbed.get("/v1/jobs", limit=200)["data"]
     assert {job["id"] for job in listed_now} >= {*half_done}
     for job_id in half_done:

@@ -1,4 +1,4 @@
-"""A dataset is made while everything that makes it is killed."""
+"""A dataset is created while every process that creates it is killed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KILLED_FRAMES = 2_000
 def test_whatever_is_killed_the_dataset_holds_each_key_once(
     disturbed: LiveFarm, tmp_path: Path
 ) -> None:
-    """Submitter, API, exporter and worker, each by SIGKILL at a random moment."""
+    """Submitter, API, exporter and worker are each killed by SIGKILL at a random moment."""
     frames = int(os.environ.get("FARM_TEST_KILLED_FRAMES", KILLED_FRAMES))
     drawn = random.Random(11)
     path = tmp_path / "prompts.jsonl"
@@ -85,7 +85,7 @@ def test_whatever_is_killed_the_dataset_holds_each_key_once(
 
 
 def kill_at(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Kill a process after so long, unless it has ended by itself."""
+    """Kill a process after this many seconds, unless it has ended by itself."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     process.kill()
@@ -103,7 +103,7 @@ def start(words: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def finished(words: list[str], env: dict[str, str]) -> Any:
-    """Run a command until it succeeds: the API may be away when it asks."""
+    """Run a command until it succeeds, because the API may be away."""
     last = ""
 
     def done() -> Any:

@@ -1,4 +1,4 @@
-"""One farm for the tests of this folder, which look at it and add jobs to it."""
+"""One farm for the tests of this folder, which read from it and add jobs to it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.acceptance.farms import LiveFarm, running
 
 @pytest.fixture(scope="package")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFarm]:
-    """A farm with the demo's pipeline."""
+    """Run a farm with the demo's pipeline."""
     with running(tmp_path_factory.mktemp("live"), "demo") as farm:
         yield farm

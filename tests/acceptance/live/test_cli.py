@@ -1,4 +1,4 @@
-"""The command line against a whole farm: in this process, where nothing needs one of its own."""
+"""The command line against a whole farm. Commands run in this process where possible."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run(live: LiveFarm, tmp_path: Path) -> Run:
-    """Run a command in an empty folder, with FARM_DATA as all that is set."""
+    """Run a command in an empty folder, with only FARM_DATA set."""
     return _against(live, tmp_path, farm)
 
 
 @pytest.fixture
 def run_process(live: LiveFarm, tmp_path: Path) -> Run:
-    """The same in a process of its own, as users run it."""
+    """Run a command in a separate process, as users do."""
     return _against(live, tmp_path, farm_process)
 
 
@@ -56,7 +56,7 @@ def _against(live: LiveFarm, folder: Path, runner: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def rendered(live: LiveFarm) -> dict[str, Any]:
-    """A job of two prompts times three images, done."""
+    """Return a finished job of two prompts times three images."""
     job = live.submit(prompts=["a red star", ARABIC], images_per_prompt=3, seed=31, steps=3)
     return live.ended(job["id"])
 
@@ -138,7 +138,7 @@ def test_replay_says_identical_and_differs(
 ) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(live.image(rendered["id"], 4))
-    with torch_threads(1):  # in this process, where torch is imported already
+    with torch_threads(1):  # in this process, which has already imported torch
         same = run("replay", str(path))
     assert (same.code, same.out.split()[0]) == (0, "identical"), same.out + same.err
     picture = read_image(path)
@@ -181,7 +181,7 @@ def test_lists(run: Run, live: LiveFarm, rendered: dict[str, Any]) -> None:
     found = run("jobs", "--label", "made=here", "--status", "succeeded", "--json").json
     assert {job["labels"]["made"] for job in found["data"]} <= {"here"}
     assert run("jobs", "--limit", "1", "--json").json["next"] is not None
-    assert run("jobs", "--pipeline", "nothing").out == "No such jobs.\n"
+    assert run("jobs", "--pipeline", "nothing").out == "No job matches.\n"
     assert ARABIC in run("job", rendered["id"]).out
     assert run("job", rendered["id"], "--json").json == rendered
     (worker,) = run("workers", "--json").json["data"]
@@ -191,7 +191,7 @@ def test_lists(run: Run, live: LiveFarm, rendered: dict[str, Any]) -> None:
 def test_doctor_finds_all_well(run: Run, run_process: Run) -> None:
     outcome = run("doctor")
     assert outcome.code == 0, outcome.out
-    assert outcome.out.splitlines()[-1] == "All is well."
+    assert outcome.out.splitlines()[-1] == "All checks passed."
     assert "✓ s3" in outcome.out
     plain = run_process("doctor", PYTHONIOENCODING="ascii", FARM_API_KEY="farm_wrong")
     assert plain.code == 1
@@ -214,7 +214,7 @@ def test_a_watch_outlives_the_api(live: LiveFarm) -> None:
         text=True,
     )
     assert watching.stderr is not None
-    # A farm that never answered is given up sooner.
+    # A farm that never answered gets a shorter timeout.
     assert job["id"][:8] in watching.stderr.readline()
     live.halfway(job["id"])
     api = live.farm.children["api"]
@@ -230,7 +230,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job(live: LiveFarm, 
     job = live.submit(prompts=["a red star"], images_per_prompt=200, steps=25)
     ours, theirs = pty.openpty()
     env = {"FARM_DATA": str(live.farm.data), "TERM": "xterm-256color", "COLUMNS": "120"}
-    # Run in the background, this process ignores Ctrl-C, and what it starts would too.
+    # A process in the background ignores Ctrl-C, and its children would too.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watching = subprocess.Popen(
         [sys.executable, "-m", "farm.cli", "watch", job["id"]],
@@ -262,7 +262,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_leaves_the_job(live: LiveFarm, 
 
 
 def _drain(terminal: int) -> None:
-    """Read what is still to come: a process that nobody reads from cannot end."""
+    """Read the remaining output: a process with a full pipe cannot end."""
     try:
         while os.read(terminal, 4096):
             pass
@@ -276,7 +276,7 @@ def test_demo_uses_the_farm_that_runs(
     monkeypatch.setattr("farm.cli.commands.demo.PROMPTS", some := PROMPTS[:2])
     outcome = run("demo", "--dest", "pictures")
     assert outcome.code == 0, outcome.err
-    assert f"Using the farm that runs already: {live.farm.url}" in outcome.out
+    assert f"Using the running farm: {live.farm.url}" in outcome.out
     check_demo(tmp_path / "pictures", some)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").glob("*-*.png")}
     assert run("demo", "--dest", "pictures").code == 0
@@ -296,7 +296,7 @@ def test_demo_from_nothing(tmp_path: Path) -> None:
     assert processes_naming(tmp_path) == []
     away = farm_process("jobs", env={"FARM_DATA": "farm-data"}, cwd=tmp_path)
     assert away.code == 1
-    assert "is `farm up` running?" in away.err
+    assert "Is `farm up` running?" in away.err
 
 
 def read_image(path: Path) -> Image.Image:
@@ -305,7 +305,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def check_demo(folder: Path, prompts: Sequence[str]) -> None:
-    """Every picture is there, and nearly all show what their prompt says."""
+    """Check that every picture is there, and that almost all show their prompt."""
     pictures = {path.name: read_image(path) for path in folder.glob("*-*.png")}
     sheet = pictures.pop("contact-sheet.png")
     assert sheet.width > 600
@@ -318,7 +318,7 @@ def check_demo(folder: Path, prompts: Sequence[str]) -> None:
 
 
 def processes_naming(folder: Path) -> list[str]:
-    """Every live process that names the folder."""
+    """List the live processes with the folder in their command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""docs/datasets.md, run block by block: from a Parquet of prompts to `load_dataset`."""
+"""docs/datasets.md, run block by block: from a Parquet file of prompts to `load_dataset`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def page(live: LiveFarm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run every block in an empty folder; gives the folder."""
+    """Run every block in an empty folder. Return the folder."""
     folder = tmp_path_factory.mktemp("datasets")
     env = {
         **os.environ,
@@ -74,7 +74,7 @@ def test_every_picture_says_how_it_was_rendered(page: Path) -> None:
         with Image.open(page / "out" / name) as picture:
             assert f"Seed: {row['seed']}" in picture.info["parameters"]
     rows = int(os.environ.get("FARM_TEST_REPLAYED_ROWS", REPLAYED))
-    with torch_threads(1):  # each replay sets what its picture was rendered with
+    with torch_threads(1):  # each replay sets its picture's number of threads
         for name in random.Random(5).sample(pngs, rows):
             replayed = farm("replay", str(page / "out" / name), "--json")
             assert replayed.code == 0, replayed.err

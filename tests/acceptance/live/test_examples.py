@@ -1,4 +1,4 @@
-"""The five examples run as their page says, in an empty folder, against a running farm."""
+"""The five examples, run by the commands of their page in an empty folder on a running farm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The farm as its users meet it: pictures over HTTP, the same bytes every time."""
+"""The farm as its users see it: pictures over HTTP, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_other_neighbours_at_the_same_bucket_give_the_same_pixels(
 
 
 def test_the_picture_is_what_bare_diffusers_gives(live: LiveFarm, first: dict[str, Any]) -> None:
-    """One batch of the job, by diffusers alone: prompts 0 and 1, four seeds each, batch of 8."""
+    """Bare diffusers renders one batch of the job: prompts 0 and 1, four seeds each, batch of 8."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 

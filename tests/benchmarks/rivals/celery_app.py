@@ -1,7 +1,7 @@
-"""Plain Celery, tuned for many short tasks as its guide on optimizing says.
+"""Plain Celery, tuned for many short tasks as in its guide on optimizing.
 
-A task each frame on Redis, acknowledged late, many prefetched; a prefork worker with a process a
-core; each result is one row, written by the task through its process's own connection. That is
+One task per frame on Redis, acknowledged late, many prefetched. A prefork worker has one process
+per core. The task writes its result as one row, through its process's own connection. That is
 faster than Celery's result backend for databases, which reads before it writes.
 """
 
@@ -40,5 +40,5 @@ def nothing(run: int, number: int) -> None:
 
 @app.task
 def picture(run: int, number: int) -> None:
-    """Store a picture, and write a row."""
+    """Store a picture and write a row."""
     _connections[0].execute(results.INSERT, results.picture(run, number))

@@ -1,6 +1,6 @@
-"""Plain Celery that keeps its results in Postgres, by its own database backend.
+"""Plain Celery that keeps its results in Postgres with its own database backend.
 
-A task each frame on Redis, with the settings that its guide on optimizing has for many short ones;
+One task per frame on Redis, with the settings of its guide on optimizing for many short tasks.
 `celery_app` writes its rows itself, which is faster.
 """
 
@@ -29,11 +29,11 @@ app.conf.update(
 
 @app.task
 def nothing(run: int, number: int) -> str:
-    """Give a result."""
+    """Return a result."""
     return results.nothing(run, number)[2].hex()
 
 
 @app.task
 def picture(run: int, number: int) -> str:
-    """Store a picture, and give its hash."""
+    """Store a picture and return its hash."""
     return results.picture(run, number)[2].hex()

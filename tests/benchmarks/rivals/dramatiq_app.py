@@ -1,4 +1,4 @@
-"""dramatiq on Redis: its own numbers of processes and threads, and a pool of connections."""
+"""dramatiq on Redis: its default numbers of processes and threads, and a pool of connections."""
 
 from __future__ import annotations
 

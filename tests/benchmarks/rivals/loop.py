@@ -1,7 +1,7 @@
-"""Plain diffusers loops, as a process of their own.
+"""Plain diffusers loops, in a separate process.
 
 `python -m tests.benchmarks.rivals.loop JSON`, with the fields of `Loop`, loads the model, warms up,
-and prints the seconds that the loop took.
+and prints the seconds of the loop.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Keep = Callable[[Image.Image, int], None]
 
 @dataclass(frozen=True)
 class Loop:
-    """What is rendered, and how."""
+    """The pictures of a loop, and the way of rendering them."""
 
     batch: int
     frames: int
     threads: int = 0
-    """0: as torch chooses"""
+    """Number of torch's threads. 0: torch's default."""
     serial: bool = False
-    """Encode each picture by Pillow's default, and put it into S3 before the next one is begun"""
+    """Encode each picture with Pillow's default, and store it in S3 before the next one begins."""
     model: str = str(DEMO_CATALOG.with_name("model"))
     side: int = 64
     steps: int = 25
@@ -41,11 +41,11 @@ class Loop:
     device: str = "cpu"
     dtype: str = "float32"
     compiled: bool = False
-    """As diffusers' guide to torch.compile has it: the UNet, and the VAE's decoder"""
+    """Compile the UNet and the VAE's decoder, as in diffusers' guide to torch.compile."""
 
 
 def seconds_of(loop: Loop) -> float:
-    """Render so many frames; returns the seconds, without those of loading and warming up."""
+    """Render the frames. Return the seconds, without loading and warming up."""
     import torch
     from diffusers import AutoPipelineForText2Image
 
@@ -80,7 +80,7 @@ def seconds_of(loop: Loop) -> float:
 
 
 def upload() -> Keep:
-    """Store pictures one by one, as boto3's guide shows it."""
+    """Store pictures one by one, as in boto3's guide."""
     import boto3
 
     s3 = boto3.client("s3", endpoint_url=os.environ["FARM_S3_ENDPOINT_URL"])

@@ -1,6 +1,6 @@
-"""The least that a service must do which takes jobs over HTTP: check a key, and commit a row.
+"""The smallest service that takes jobs over HTTP: it checks a key and commits a row.
 
-FastAPI and a pool of connections, served by uvicorn in one process as `farm api` is.
+FastAPI and a pool of connections, served by uvicorn in one process, like `farm api`.
 """
 
 from __future__ import annotations

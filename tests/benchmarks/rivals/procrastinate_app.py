@@ -1,5 +1,8 @@
-"""procrastinate, whose queue is in Postgres: asynchronous tasks, many at a time in each worker, as
-its guide advises for short ones that wait for the network; its own driver, psycopg 3."""
+"""procrastinate, with its queue in Postgres and its own driver, psycopg 3.
+
+Asynchronous tasks, many at a time in each worker, as its guide advises for short tasks that wait
+for the network.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every rival does for a task: a row in Postgres and, where asked, a picture in S3."""
+"""The work of a task, the same for every rival: a row in Postgres, optionally a picture in S3."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ WHERE status = 'SUCCESS' AND starts_with(task_id, format('%%s-', %s::int))
 
 
 def nothing(run: int, number: int) -> tuple[int, int, bytes, int]:
-    """The result of a task that draws nothing; as wide as one with a picture."""
+    """Return the result of a task without a picture, as wide as one with a picture."""
     return run, number, bytes(32), 0
 
 
 def picture(run: int, number: int) -> tuple[int, int, bytes, int]:
-    """Encode the picture of the farm's null renders by Pillow, and store it."""
+    """Encode the picture of the farm's null renders with Pillow, and store it."""
     buffer = io.BytesIO()
     _picture().save(buffer, "PNG")
     content = buffer.getvalue()
@@ -51,7 +51,7 @@ def _picture() -> Image.Image:
 
 @cache
 def _s3() -> S3Client:
-    """One client a process, as boto3's guide says."""
+    """Return the process's only client, as in boto3's guide."""
     import boto3
     from botocore.config import Config
 

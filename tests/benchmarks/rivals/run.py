@@ -1,4 +1,4 @@
-"""Rivals as the suite runs them: workers on the same servers, and a process that submits."""
+"""Running rivals: workers on the same servers, and a process that submits."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ WORKERS: Mapping[str, list[list[str]]] = {
     "dramatiq": [_words("dramatiq {modules}.dramatiq_app --processes {cores} --threads 8")],
 }
 WARM_UP = 50
-"""Tasks before any is counted"""
+"""Number of tasks before the measurement."""
 
 
 @dataclass
 class Rival:
-    """One whose workers run; `rate` does so many tasks, and gives tasks a second."""
+    """A rival with running workers. `rate` runs tasks and returns tasks per second."""
 
     name: str
     database: psycopg.Connection[Any]
@@ -52,7 +52,7 @@ class Rival:
     _runs: int = 0
 
     def rate(self, count: int) -> float:
-        """Submit so many tasks, and wait until each has its row."""
+        """Submit tasks, and wait until each has its row."""
         self._runs += 1
         started = time.monotonic()
         self._say(f"{self._runs} {count}")
@@ -72,19 +72,19 @@ class Rival:
         self._submitter.stdin.flush()
 
     def _done(self) -> int:
-        time.sleep(0.02)  # counting takes its share of what is measured
+        time.sleep(0.02)  # counting takes time of the measurement
         count = results.COUNT_OF_CELERY if self.name == "celery" else results.COUNT
         return int(self.database.execute(count, (self._runs,)).fetchone()[0])  # type: ignore[index]
 
 
 def installed(name: str) -> bool:
-    """Whether a rival can be run here: the extra `bench` installs those that the farm has not."""
+    """Return True if a rival can run here. The extra `bench` installs the missing ones."""
     return find_spec(name.split()[0]) is not None
 
 
 @contextmanager
 def running_rival(stand: BenchServers, name: str, task: str = "nothing") -> Iterator[Rival]:
-    """Run a rival on a database of its own, warmed up."""
+    """Run a rival on its own database, warmed up."""
     number = next(stand.numbers)
     env = {
         "BENCH_DATABASE_URL": stand.database(f"rival_{number}"),

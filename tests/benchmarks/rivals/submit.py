@@ -1,7 +1,7 @@
 """Submits many tasks of one rival: `python -m tests.benchmarks.rivals.submit RIVAL TASK`.
 
-Reads lines of `RUN COUNT` and answers each, once all are submitted; a process of its own, so that
-the suite's own modules stay out of the way.
+It reads lines of `RUN COUNT`, for example `1 3000`, and answers each when all are submitted. It is
+a separate process, so that it does not load the suite's own modules.
 """
 
 from __future__ import annotations

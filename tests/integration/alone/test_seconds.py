@@ -1,4 +1,4 @@
-"""What measures seconds: it runs after the other tests, in one process."""
+"""Tests that measure seconds. They run after the other tests, in one process."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
 def test_the_hook_costs_less_than_a_hundredth_of_a_step(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    """Of a step of five milliseconds, which none that is worth a farm is shorter than."""
+    """The step takes five milliseconds. Real steps on a farm are longer."""
     began: list[float] = []
     noise.steps = 10_000
     noise.disturb = lambda _frames, _step: began.append(time.perf_counter())
     submit(farm, tenant, pipeline="noise", priority="bulk", images_per_prompt=4)
     loop.run()
     assert len(began) == noise.steps
-    # The quickest of many rounds: the machine may be busy with something else.
+    # The quickest of many rounds, because the machine may be busy.
     rounds = [(began[at + 100] - began[at]) / 100 for at in range(0, noise.steps - 100, 100)]
     assert min(rounds) < 0.01 * 0.005, min(rounds)
 
@@ -73,7 +73,7 @@ def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
     worker = register_worker(farm)
 
     def claims() -> float:
-        """The median of another tenant's claims, in seconds."""
+        """Return the median of another tenant's claims, in seconds."""
         seconds = []
         for _ in range(9):
             job_id = submit(farm, bob, images_per_prompt=4, bucket=4, priority="interactive")

@@ -24,7 +24,7 @@ def settings(settings: Settings) -> Settings:
 
 @pytest.fixture
 def elsewhere(farm: Farm) -> str:
-    """Another bucket, into which Ann may export, below `ann/`."""
+    """Return another bucket, into which Ann may export below `ann/`."""
     bucket = f"to-{farm.settings.s3_bucket}"
     farm.artifacts._s3.create_bucket(Bucket=bucket)
     grant(farm, f"s3://{bucket}/ann")
@@ -50,7 +50,7 @@ def bob(api: Api) -> httpx.Client:
 
 @pytest.fixture
 def job(farm: Farm, ann: httpx.Client) -> str:
-    """ID of a job of Ann's whose ten pictures are rendered."""
+    """Return the ID of a job of Ann's with ten rendered pictures."""
     job_id = submit(ann)
     render_all(farm)
     return job_id
@@ -58,7 +58,7 @@ def job(farm: Farm, ann: httpx.Client) -> str:
 
 @pytest.fixture
 def storage_work(farm: Farm) -> StorageWork:
-    """The leading janitor's work in the storage. Each step deletes what was removed."""
+    """Return the leading janitor's work in the storage. Each step deletes removed objects."""
     work = StorageWork(farm, threading.Event())
     work.lead(True)
     return work

@@ -36,7 +36,7 @@ def submit(client: httpx.Client, **fields: Any) -> str:
 
 
 def render_all(farm: Farm, *, dead: int | None = None) -> None:
-    """Render all frames that wait, except that this ordinal ends dead."""
+    """Render all waiting frames, except that this ordinal ends dead."""
     worker = register_worker(farm)
     while lease := worker.claim():
         lost = [frame.fence for frame in lease.frames if frame.ordinal == dead]
@@ -62,7 +62,7 @@ def export(client: httpx.Client, job_id: str, **fields: Any) -> dict[str, Any]:
 
 
 def write_shards(farm: Farm, client: httpx.Client, found: dict[str, Any]) -> dict[str, Any]:
-    """Write all shards that are due. Return the export as the API shows it then."""
+    """Write all shards that are due. Return the export from the API afterwards."""
     Exporter(farm, "exporter").answer()
     now: dict[str, Any] = client.get(f"/v1/exports/{found['id']}").json()
     return now
@@ -73,7 +73,7 @@ def written_export(farm: Farm, client: httpx.Client, job_id: str, **fields: Any)
 
 
 def make_due(farm: Farm) -> None:
-    """Let all shards that are not written be due now, those that a writer holds included."""
+    """Make all unwritten shards due now, including those that a writer holds."""
     sql(farm, "UPDATE export_shards SET due_at = clock_timestamp() WHERE done_at IS NULL")
 
 

@@ -1,4 +1,4 @@
-"""Exports that are deleted: by their owner, while they are written, and by retention."""
+"""Deletion of exports: by their owner, while they are written, and by retention."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_deleted_export_goes_with_its_files(
 def test_deleting_an_export_takes_nothing_that_a_client_placed(
     farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork, where: str
 ) -> None:
-    """As where it began before exports had folders of their own: a prefix of pictures, perhaps."""
+    """Older exports had no folder of their own: their prefix may hold a client's pictures."""
     [row] = sql(farm, "SELECT tenant_id FROM jobs")
     dest = f"s3://{farm.settings.s3_bucket}" + where.format(tenant=row.tenant_id, job=job)
     grant(farm, dest)

@@ -1,4 +1,4 @@
-"""The places of exports: what was granted, tenants that may read them, requests refused."""
+"""The places of exports: grants, tenants that may read them, refused requests."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_bucket_that_is_not_there_is_told_when_the_export_is_asked_for(
 def test_a_picture_of_another_export_in_the_same_folder_is_not_served(
     farm: Farm, ann: httpx.Client, bob: httpx.Client, job: str, elsewhere: str
 ) -> None:
-    """As where an export began before destinations were granted: two shared a folder."""
+    """Before destinations were granted, two exports could share a folder."""
     grant(farm, f"s3://{elsewhere}/ann", tenant="bob")
     written = written_export(farm, ann, job, to="imagefolder", dest=f"s3://{elsewhere}/ann")
     theirs = submit(bob)
@@ -109,11 +109,11 @@ def test_a_picture_of_another_export_in_the_same_folder_is_not_served(
     sql(farm, "UPDATE exports SET prefix = :to RETURNING id", to=shared)
     at = f"/v1/exports/{found['id']}/files/data/00000"
     assert bob.get(f"{at}/000000001.png").status_code == 307
-    for number in (2, 3):  # of Ann's first shard, which holds four
+    for number in (2, 3):  # two frames of Ann's first shard, which holds four
         check_problem(bob.get(f"{at}/{number:09d}.png"), 404)
 
 
-# Who may read
+# Access
 
 
 def test_an_export_is_its_tenants_alone(
@@ -136,7 +136,7 @@ def test_only_the_files_of_an_export_are_served(farm: Farm, ann: httpx.Client, j
     assert ann.get(f"{at}/files/manifest.json").status_code == 307
 
 
-# Requests that are refused
+# Refused requests
 
 
 @pytest.mark.parametrize(

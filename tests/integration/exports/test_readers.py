@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 # WebDataset
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its reader's files
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its files
 def test_webdataset_opens_in_public_readers(farm: Farm, ann: httpx.Client, tmp_path: Path) -> None:
     job_id = submit(ann)
     render_all(farm, dead=6)
@@ -167,10 +167,10 @@ def command_while_shards_are_written(farm: Farm, ann: httpx.Client, words: list[
     return outcome
 
 
-# The files that describe a dataset
+# Description files of a dataset
 
 
-@pytest.mark.filterwarnings("ignore:The inplace keyword")  # its reader's own, as the next
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # from its reader, like the next one
 @pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")
 def test_manifest_readme_and_croissant_describe_every_format(
     farm: Farm, ann: httpx.Client, job: str, tmp_path: Path

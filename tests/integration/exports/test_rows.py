@@ -1,6 +1,6 @@
-"""Whatever jobs an export holds, every reader finds the same rows in every form.
+"""For random jobs in an export, every reader finds the same rows in every form.
 
-`FARM_TEST_EXPORTS=100 python -m pytest tests/integration/exports/test_rows.py` tries more of them.
+`FARM_TEST_EXPORTS=100 python -m pytest tests/integration/exports/test_rows.py` tests more exports.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from tests.support.store import fence, register_worker, sql
 
 pytestmark = [
     pytest.mark.usefixtures("own_cache"),
-    # What webdataset reads from it closes late.
+    # webdataset closes its files late.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 EXAMPLES = int(os.environ.get("FARM_TEST_EXPORTS", "4"))
 Row = dict[str, Any]
 
-# What is asked for
+# Random jobs
 
 TEXTS = st.one_of(
-    # Readers of JSON take some of these for something else than text.
+    # Readers of JSON do not read some of these as text.
     st.sampled_from(["2024-01-01", "2024-01-01 12:00:00", "7", "1.5", "true", "null", "NaN", "{}"]),
     st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12),
 ).filter(lambda text: text.strip() == text)
@@ -48,7 +48,7 @@ LABELS = st.dictionaries(st.sampled_from(["set", "n"]), TEXTS, max_size=2)
 
 @st.composite
 def job_inputs(draw: st.DrawFn) -> list[Row]:
-    """Draw lines of an input; what a line leaves out is null in its row, or the job's."""
+    """Generate lines of an input. A missing field is null in its row, or the job's value."""
     keys = draw(st.lists(TEXTS, min_size=1, max_size=7, unique=True))
     keyed = draw(st.booleans())
     lines = []
@@ -68,7 +68,7 @@ def job_inputs(draw: st.DrawFn) -> list[Row]:
 
 @st.composite
 def jobs_asked(draw: st.DrawFn) -> Row:
-    """Draw a job, with what an input adds to it, and the ordinals that shall end dead."""
+    """Generate a job with an input, and the ordinals that end dead."""
     grid: dict[str, list[Any]] = {}
     if draw(st.booleans()):
         grid["sampler"] = ["ddim", "euler"]
@@ -95,7 +95,7 @@ def jobs_asked(draw: st.DrawFn) -> Row:
 
 @pytest.fixture
 def settings(settings: Settings, tmp_path: Path) -> Settings:
-    """The catalog has `nameless` too: the demo's model, with a sampler the farm cannot name."""
+    """Add the pipeline `nameless`: the demo's model, with a sampler unknown to the farm."""
     model = DEMO_CATALOG.parent / "model"
     shutil.copytree(model, tmp_path / "nameless")
     scheduler = tmp_path / "nameless/scheduler/scheduler_config.json"
@@ -107,11 +107,11 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
     return settings.model_copy(update={"pipelines": tmp_path / "pipelines.toml"})
 
 
-# What becomes of it
+# Rendering and expected rows
 
 
 def submitted(farm: Farm, ann: httpx.Client, asked: Row) -> str:
-    """Submit a job, and render it but for its dead frames. Return its ID."""
+    """Submit a job, and render it except for its dead frames. Return its ID."""
     content = b"".join(json.dumps(line).encode() + b"\n" for line in asked["lines"])
     source = ann.post("/v1/inputs", content=content).json()["id"]
     answer = ann.post("/v1/jobs", json={**asked["body"], "input": source})
@@ -127,7 +127,7 @@ def submitted(farm: Farm, ann: httpx.Client, asked: Row) -> str:
 
 
 def rows_by_the_api(ann: httpx.Client, job_ids: list[str]) -> Iterator[Row]:
-    """Say what the dataset must hold, by what the API tells of each frame."""
+    """Yield the expected rows of the dataset, built from the API's frames."""
     base = 0
     for job_id in job_ids:
         job = ann.get(f"/v1/jobs/{job_id}").json()
@@ -152,7 +152,7 @@ SAME_NAMES = (
     *("sha256", "bytes", "ordinal", "attempt", "rerolls", "reused", "labels"),
 )
 
-# Who reads it: each gives rows, with the sha256 of the picture that it found beside a row
+# Readers: each returns rows, with the sha256 of the picture that it found for a row
 
 
 def loaded(*words: str, column: str = "image", **options: Any) -> list[Row]:
@@ -229,7 +229,7 @@ HAVE_NULLS = [
 
 
 def comparable(row: Row) -> Row:
-    """Leave the spec out of a row, once it is what the row says, and read its labels."""
+    """Compare a row's spec with its fields, then remove the spec and parse the labels."""
     spec = json.loads(row.pop("spec"))
     assert (spec["prompt"], spec["seed"]) == (row["prompt"], row["seed"])
     for name in ("negative_prompt", "sampler"):
@@ -242,7 +242,7 @@ def by_place(rows: list[Row]) -> list[Row]:
 
 
 def told_by(read: Callable[[Path], list[Row]], rows: list[Row]) -> list[Row]:
-    """Say how a reader tells rows: JSON has an empty text where there is none."""
+    """Return the rows in a reader's form: JSON has an empty text instead of null."""
     empty = {} if read in HAVE_NULLS else dict.fromkeys(NULLABLE, "")
     return [
         {**row, "picture": row["sha256"]}
@@ -252,7 +252,7 @@ def told_by(read: Callable[[Path], list[Row]], rows: list[Row]) -> list[Row]:
 
 
 def fetched(farm: Farm, found: Row, folder: Path) -> Path:
-    """Fetch every file of an export, as its storage has them."""
+    """Fetch every file of an export from its storage."""
     [(bucket, prefix)] = sql(
         farm, "SELECT bucket, prefix FROM exports WHERE id = :id", id=found["id"]
     )
@@ -264,7 +264,7 @@ def fetched(farm: Farm, found: Row, folder: Path) -> Path:
 
 
 def plain(lines: list[Row], dead: Collection[int] = (), **body: Any) -> Row:
-    """Ask for a job of these lines."""
+    """Return a job of these lines."""
     whole = {"pipeline": "demo", "steps": 2, "seed": 7, "max_attempts": 1, **body}
     return {"body": whole, "lines": lines, "dead": dead}
 
@@ -305,7 +305,7 @@ def test_every_form_has_the_same_rows_in_every_reader(
 
 
 def check(farm: Farm, ann: httpx.Client, asked: list[Row], shard_frames: int) -> None:
-    """Export jobs in every form, and compare each reader's rows with what the API tells."""
+    """Export jobs in every form, and compare each reader's rows with the API."""
     job_ids = [submitted(farm, ann, each) for each in asked]
     expected = [*rows_by_the_api(ann, job_ids)]
     if not expected:

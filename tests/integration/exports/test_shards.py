@@ -1,4 +1,4 @@
-"""Shards: when each is written, what it leaves out, and what happens when its writer fails."""
+"""Shards: the time of writing, frames that are left out, and faults of writers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.store import register_worker, sql
 from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
 
-# Frames that are not rendered
+# Frames without a picture
 
 
 def test_whole_shards_are_written_while_the_job_renders(farm: Farm, ann: httpx.Client) -> None:
@@ -48,7 +48,7 @@ def test_whole_shards_are_written_while_the_job_renders(farm: Farm, ann: httpx.C
     worker.release(worker.must_claim())  # the frames wait again
     make_due(farm)
     assert write_shards(farm, ann, found)["shards_done"] == 1
-    assert sql(farm, "SELECT sum(attempt) FROM export_shards") == [(1,)]  # nor was it tried
+    assert sql(farm, "SELECT sum(attempt) FROM export_shards") == [(1,)]  # and no attempt was made
     render_all(farm)
     make_due(farm)
     assert write_shards(farm, ann, found)["shards_done"] == 3
@@ -132,7 +132,7 @@ def test_a_shard_is_not_renewed_finished_or_failed_by_a_writer_that_lost_it(
 def test_a_writer_cut_off_from_postgres_gives_up_when_its_lease_is_over(
     farm: Farm, ann: httpx.Client, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another may write the shard by then, and its files must not be overwritten."""
+    """Another writer may have the shard by then. Its files must not be overwritten."""
     export(ann, job, to="webdataset")
     farm.settings.lease_seconds = 0.4
     exporter = Exporter(farm, "cut off")
@@ -148,7 +148,7 @@ def test_a_writer_cut_off_from_postgres_gives_up_when_its_lease_is_over(
         assert lost.wait(10.0)
 
 
-# A storage that is away, and one that has lost a picture
+# An unreachable storage, and a storage that lost a picture
 
 
 def test_an_export_waits_while_the_storage_is_away(
@@ -180,7 +180,7 @@ def test_an_export_fails_when_a_picture_is_gone(farm: Farm, ann: httpx.Client, j
         make_due(farm)
         failed = write_shards(farm, ann, found)
     assert failed["status"] == "failed"
-    assert "The image storage holds no " in failed["error"]
+    assert "The image storage has no " in failed["error"]
 
 
 def test_a_failed_upload_tells_no_file_and_no_address(
@@ -196,7 +196,7 @@ def test_a_failed_upload_tells_no_file_and_no_address(
     told = [row[0] for row in sql(farm, "SELECT error FROM export_shards WHERE error IS NOT NULL")]
     assert told
     for error in told:
-        assert error.startswith("The storage did not take ")
+        assert error.startswith("The storage did not store ")
         for secret in (str(farm.settings.scratch_dir), "farm-export-", address, "127.0.0.1"):
             assert secret not in error
 
@@ -204,20 +204,22 @@ def test_a_failed_upload_tells_no_file_and_no_address(
 def test_a_scratch_folder_that_others_may_write_to_is_refused(
     farm: Farm, ann: httpx.Client
 ) -> None:
-    """Whoever could, could exchange pictures before they are put into a dataset."""
+    """Anyone with write access could replace pictures before they enter a dataset."""
     job_id = submit(ann)
     render_all(farm)
     found = export(ann, job_id, to="webdataset")
     farm.settings.scratch_dir.mkdir(parents=True, exist_ok=True)
     farm.settings.scratch_dir.chmod(0o777)
     write_shards(farm, ann, found)
-    said = "The folder of whoever writes it cannot be used."
+    said = (
+        "The exporter's scratch folder cannot be used. Ask an operator to check FARM_SCRATCH_DIR."
+    )
     assert sql(farm, "SELECT DISTINCT error FROM export_shards WHERE attempt = 1") == [(said,)]
     assert write_shards(farm, ann, found)["images"] == 0
 
 
 def test_a_page_of_frames_is_read_as_it_says(farm: Farm, ann: httpx.Client) -> None:
-    """`SET LOCAL` does nothing outside a transaction, and only a warning says so."""
+    """`SET LOCAL` has no effect outside a transaction, and causes only a warning."""
     notices: list[str] = []
 
     def listen(connection: Any, _record: object) -> None:
@@ -234,7 +236,7 @@ def test_a_page_of_frames_is_read_as_it_says(farm: Farm, ann: httpx.Client) -> N
     assert notices == []
 
 
-# Whose turn it is
+# Order of writing
 
 
 def test_tenants_take_turns(farm: Farm, ann: httpx.Client, bob: httpx.Client) -> None:
@@ -256,7 +258,7 @@ def test_tenants_take_turns(farm: Farm, ann: httpx.Client, bob: httpx.Client) ->
 def test_a_writer_has_one_shard_of_a_tenant_at_a_time(
     farm: Farm, ann: httpx.Client, bob: httpx.Client
 ) -> None:
-    """So that a large export of one never takes all that a process can do."""
+    """One tenant's large export must never occupy a whole process."""
     jobs = {client: submit(client) for client in (ann, bob)}
     render_all(farm)
     for client, job_id in jobs.items():
@@ -283,7 +285,7 @@ def test_a_job_that_still_renders_holds_up_no_other_export(
 
 
 def looked(farm: Farm) -> tuple[int, int]:
-    """How many shards wait to become whole, and how much news there is of their jobs."""
+    """Count the shards that are not whole yet, and the pending events of their jobs."""
     [(waiting,)] = sql(farm, "SELECT count(*) FROM export_shards WHERE NOT whole AND number < 3")
     [(news,)] = sql(farm, "SELECT count(*) FROM export_news")
     return waiting, news
@@ -320,7 +322,7 @@ def test_a_farm_of_finished_exports_asks_nothing_of_them(
         written_export(farm, ann, job, to="webdataset")
     assert not due(farm)
     with transaction(farm.store) as connection:
-        connection.execute(text("SET LOCAL enable_seqscan = off"))  # the tables are small here
+        connection.execute(text("SET LOCAL enable_seqscan = off"))  # the test's tables are small
         explained = connection.execute(text(f"EXPLAIN (ANALYZE, FORMAT JSON) {stored.DUE.text}"))
         plan = explained.scalar_one()[0]["Plan"]
     assert rows_read(plan) == 0
@@ -330,7 +332,7 @@ def test_a_farm_of_finished_exports_asks_nothing_of_them(
 
 
 def rows_read(plan: dict[str, Any]) -> int:
-    """How many rows the scans of a plan gave or left out."""
+    """Return the number of rows that the scans of a plan returned or removed."""
     own = 0
     if plan["Node Type"] != "Bitmap Index Scan" and "Scan" in plan["Node Type"]:
         own = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
@@ -338,7 +340,7 @@ def rows_read(plan: dict[str, Any]) -> int:
 
 
 def test_a_shard_that_misses_its_event_is_looked_at_again(farm: Farm, ann: httpx.Client) -> None:
-    """As where an older version ends the frames, which notes nothing."""
+    """An older version ends the frames without such an event."""
     job_id = submit(ann)
     found = export(ann, job_id, to="webdataset")
     write_shards(farm, ann, found)

@@ -54,7 +54,7 @@ def read_all(farm: Farm) -> dict[str, Rows]:
 
 
 def check_jobs(model: Model, read: Rows) -> None:
-    """Durability and conservation."""
+    """Check durability and conservation."""
     rows = {row.id: row for row in read}
     assert set(rows) == set(model.jobs)
     for job_id, job in model.jobs.items():
@@ -67,9 +67,9 @@ def check_jobs(model: Model, read: Rows) -> None:
 
 
 def check_frames(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
-    """Each frame is where the model has it, and a succeeded one names its winner's bytes.
+    """Each frame has the model's state, and a succeeded one has the hash of its winner's bytes.
 
-    A requeued frame of a cancelled job, from where `behind` says on, may still be ready.
+    A requeued frame of a cancelled job may still be ready, from the ordinal in `behind` on.
     """
     found = {(row.job_id, row.ordinal): row for row in read}
     for job_id, ordinal, frame in model.every_frame():
@@ -85,7 +85,7 @@ def check_frames(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> N
 
 
 def check_attempts(model: Model, read: Rows) -> None:
-    """Ledger: attempts run from 1, each that ended has one reason, at most one is open."""
+    """Ledger: attempts count from 1, each ended one has one reason, at most one is open."""
     found: dict[Place, list[tuple[int, str]]] = {}
     for row in read:
         found.setdefault((row.job_id, row.ordinal), []).append((row.attempt, row.reason))
@@ -98,9 +98,9 @@ def check_attempts(model: Model, read: Rows) -> None:
 
 
 def check_requeued(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
-    """The table `requeued_frames` holds the frames that may be claimed again, and nothing else.
+    """The table `requeued_frames` holds exactly the frames that may be claimed again.
 
-    From where `behind` says on, a job's may still be as before it was paused or cancelled.
+    A job's rows from the ordinal in `behind` on may still be as before its pause or cancel.
     """
 
     def follows(job_id: uuid.UUID, ordinal: int) -> bool:
@@ -122,7 +122,7 @@ def check_requeued(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) ->
 
 
 def check_leases(model: Model, read: Rows) -> None:
-    """Each running attempt stands in one lease, whose end is on Postgres's clock."""
+    """Each running attempt belongs to one lease, with an end by Postgres's clock."""
     held = Counter[Fence]()
     for row in read:
         low, high = (-60, 0) if row.id in model.lapsed else (LEASE_SECONDS - 120, LEASE_SECONDS)
@@ -136,7 +136,7 @@ def check_leases(model: Model, read: Rows) -> None:
 
 
 def check_events(model: Model, read: Rows) -> None:
-    """Each attempt is announced as it begins and as it ends; nothing is after a cancel."""
+    """Each attempt has an event at its begin and at its end. None follows a cancel."""
     announced, last = Counter[Announced](), dict[uuid.UUID, str]()
     for row in read:
         assert last.get(row.job_id) != "cancelled", f"{row.kind} after a cancel"

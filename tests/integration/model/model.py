@@ -1,4 +1,4 @@
-"""The model of the store: what jobs, frames and leases must be after each move."""
+"""The model of the store: the expected jobs, frames and leases after each move."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ W, R = FrameState.WAITING, FrameState.RUNNING
 
 @dataclass
 class ModelFrame:
-    """A frame: its state, and the attempts that it went through."""
+    """A frame: its state and its attempts."""
 
     state: FrameState = W
     attempt: int = 0
     uncharged: int = 0
     isolated: bool = False
     ended: list[tuple[int, str]] = field(default_factory=list)
-    """The attempts that did not succeed, each with its reason."""
+    """Attempts that failed, each with its reason."""
 
     def end(self, most: int, reason: str, *, charged: bool, dead: bool, isolated: bool) -> None:
-        """End a running attempt. This is the whole rule of charging."""
+        """End a running attempt, by the complete rule of charging."""
         self.ended.append((self.attempt, reason))
         self.uncharged += not charged
         used_up = self.attempt - self.uncharged >= most
@@ -45,7 +45,7 @@ class ModelFrame:
 
 @dataclass
 class ModelJob:
-    """A job: its frames, of which those never claimed have no row, and its owner's wishes."""
+    """A job: its frames and its owner's requests. Frames never claimed have no row."""
 
     tenant: uuid.UUID
     frames: list[ModelFrame]
@@ -68,7 +68,7 @@ class ModelJob:
 
     @property
     def paused(self) -> bool:
-        """True while it is held back. A job that has ended is not, nor when it is retried."""
+        """True while the job is paused. An ended job is not paused, and stays so after a retry."""
         self.held = self.held and self.status not in TERMINAL
         return self.held
 
@@ -79,15 +79,15 @@ class ModelJob:
 
 
 class Model:
-    """All jobs, and all leases that workers were ever given."""
+    """All jobs, and all leases that workers ever had."""
 
     def __init__(self) -> None:
         self.jobs: dict[uuid.UUID, ModelJob] = {}
         self.given: list[Lease] = []
         self.lapsed: set[uuid.UUID] = set()
-        """IDs of leases whose time is up and that nobody has expired."""
+        """IDs of leases that are over but not expired yet."""
         self.kept: set[uuid.UUID] = set()
-        """IDs of leases whose batch is rendered and waits for the storage."""
+        """IDs of leases with a rendered batch that waits for the storage."""
 
     def something_waits(self) -> bool:
         return any(job.claimable for job in self.jobs.values())
@@ -99,7 +99,7 @@ class Model:
         return self.frame_at((claimed.job_id, claimed.ordinal))
 
     def holding(self, fences: Iterable[Fence]) -> list[Fence]:
-        """List those attempts that still run: only these may a write change."""
+        """List the attempts that still run. A write may change only these."""
         return [
             item
             for item in fences
@@ -129,9 +129,9 @@ class Model:
         self.frame_at(item).end(most, reason, charged=charged, dead=dead, isolated=isolated)
 
     def drop(self, lease: Lease, reason: str) -> None:
-        """End a lease from outside. Any of several frames may be the cause, so none is charged.
+        """End a lease from outside. With several frames none is charged: any may be the cause.
 
-        None is charged either when the batch was rendered and only waited for the storage.
+        A batch that was rendered and only waited for the storage is not charged either.
         """
         kept, several = lease.id in self.kept, len(lease.frames) > 1
         for item in self.holding(parted(lease, "all")):
@@ -143,7 +143,7 @@ class Model:
                 self.end(item, "released", charged=False)
 
     def same_workers(self, lease: Lease) -> list[Lease]:
-        """List all leases that the same worker was ever given."""
+        """List all leases that the same worker ever had."""
         return [other for other in self.given if other.worker_id == lease.worker_id]
 
     def expire_lapsed(self) -> None:

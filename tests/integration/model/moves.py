@@ -58,7 +58,7 @@ class Moves(RuleBasedStateMachine):
 
     @contextmanager
     def untouched_unless(self, fences: list[Fence]) -> Iterator[list[Fence]]:
-        """Yield those attempts that still run. Without any, the block may change nothing at all."""
+        """Yield the attempts that still run. If there are none, the block must change nothing."""
         held = self.model.holding(fences)
         before = None if held else self.written()
         yield held
@@ -71,10 +71,10 @@ class Moves(RuleBasedStateMachine):
             query = "SELECT " + ", ".join(row.format(table) for table in WRITTEN)
             return connection.execute(text(query)).one()
 
-    # Time's moves
+    # Moves of time
 
     def lapse(self, lease: Lease) -> None:
-        """Let a lease's time be up, on Postgres's clock."""
+        """Let a lease end, by Postgres's clock."""
         past = "expires_at = clock_timestamp() - interval '1 second'"
         sql(self.farm, f"UPDATE leases SET {past} WHERE id = :id", id=lease.id)
         self.model.lapsed.add(lease.id)
@@ -87,7 +87,7 @@ class Moves(RuleBasedStateMachine):
     @precondition(lambda self: self.model.lapsed)
     @rule()
     def sweep(self) -> None:
-        """The janitor does everything that is due."""
+        """Run all due work of the janitor."""
         with self.farm.store.connect() as connection:
             Janitor(self.farm).sweep(connection)
         self.model.expire_lapsed()
@@ -104,7 +104,7 @@ def refused_if(refused: bool) -> Iterator[None]:
 
 @contextmanager
 def skewed(who: int) -> Iterator[None]:
-    """Let a worker's own clock be right, or hours behind or ahead."""
+    """Set a worker's own clock: correct, hours behind or hours ahead."""
     hours = (0, -5, 5)[who]
     with mock.patch("time.time", return_value=time.time() + 3600 * hours):
         yield

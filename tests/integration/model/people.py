@@ -1,4 +1,4 @@
-"""People's moves: submit, pause, resume, cancel and retry."""
+"""Moves of people: submit, pause, resume, cancel and retry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from farm.store.claim import Lease
 from tests.integration.model.model import ModelFrame, ModelJob, R, W
 from tests.integration.model.moves import JOB_IDS, Moves, refused_if
 
-# A wish that is listed twice is drawn twice as often.
+# A request that is listed twice is chosen twice as often.
 WISHES = ["retry", "resume", "pause", "resume", "retry", "retry", "resume", "cancel"]
 
 
@@ -103,7 +103,7 @@ class PeoplesMoves(Moves):
         self.followed(rows)
 
     def followed(self, rows: int) -> bool:
-        """Let a few requeued frames follow what their jobs were told; whether more are left."""
+        """Apply their jobs' requests to a few requeued frames. Return True if more are left."""
         with self.farm.store.connect() as connection:
             return stored.follow(connection, rows)
 

@@ -1,4 +1,4 @@
-"""Workers' moves: they claim, and use every lease that they ever had, however old it is."""
+"""Moves of workers: they claim, and use every lease that they ever had, even old ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.integration.model.moves import LEASES, skewed
 from tests.integration.model.people import PeoplesMoves
 from tests.support.store import fence
 
-# A deed that is listed twice is drawn twice as often.
+# A move that is listed twice is chosen twice as often.
 DEEDS = [
     "complete",
     "complete first",
@@ -62,7 +62,7 @@ class WorkersMoves(PeoplesMoves):
     @precondition(lambda self: self.model.something_waits())
     @rule(target=LEASES, who=st.integers(0, 2))
     def claim_and_complete(self, who: int) -> Lease:
-        """Do what a worker does when all is well."""
+        """Claim and complete a batch, the normal case."""
         lease = self.take(who)
         self.complete(lease)
         return lease
@@ -84,7 +84,7 @@ class WorkersMoves(PeoplesMoves):
         with skewed(who):
             lease = self.hands[who].claim(lease_seconds=LEASE_SECONDS)
         assert lease is not None
-        # IDs are random. In the order of submission, the same moves mean the same in each run.
+        # IDs are random. In the order of submission, equal moves have equal effects in each run.
         order = [*self.model.jobs]
         by_age = sorted(lease.frames, key=lambda frame: (order.index(frame.job_id), frame.ordinal))
         lease = replace(lease, frames=tuple(by_age))
@@ -98,7 +98,7 @@ class WorkersMoves(PeoplesMoves):
         return lease
 
     def check_choice(self, lease: Lease) -> None:
-        """A batch holds what may be claimed, of one shape, and a lone frame is alone in it."""
+        """A batch holds claimable frames of one shape. An isolated frame is the only one in it."""
         assert len({(frame.job_id, frame.ordinal) for frame in lease.frames}) == len(lease.frames)
         assert all(self.model.jobs[frame.job_id].claimable for frame in lease.frames)
         assert {self.model.frame(frame).state for frame in lease.frames} <= {W, FrameState.READY}
@@ -108,7 +108,7 @@ class WorkersMoves(PeoplesMoves):
 
     @rule(lease=LEASES, deed=st.sampled_from(DEEDS))
     def use(self, lease: Lease, deed: str) -> None:
-        """Use a lease, however old it is."""
+        """Use a lease of any age."""
         self.do(lease, deed)
 
     def do(self, lease: Lease, deed: str) -> None:
@@ -128,7 +128,7 @@ class WorkersMoves(PeoplesMoves):
             self.model.frame_at(item).state = FrameState.SUCCEEDED
 
     def finish(self, lease: Lease) -> None:
-        """Complete in one statement all that its worker was ever given. Some of it is lost."""
+        """Complete all leases that its worker ever had in one statement. Some of them are lost."""
         given = self.model.same_workers(lease)
         done = [
             CompletedFrame(item, digest(item), 100 + slot, slot)
@@ -147,7 +147,7 @@ class WorkersMoves(PeoplesMoves):
             self.model.frame_at(item).state = FrameState.SUCCEEDED
 
     def ask_whether_complete(self, lease: Lease) -> None:
-        """Ask as after a COMMIT whose answer was lost."""
+        """Ask for completion, as after a COMMIT with a lost answer."""
         fences = parted(lease, "all")
         won = [self.model.is_won(item) for item in fences]
         with transaction(self.farm.store) as connection:
@@ -157,7 +157,7 @@ class WorkersMoves(PeoplesMoves):
             assert frames.already_complete(connection, done) == all(won)
 
     def fail(self, lease: Lease, reason: str = "render_error") -> None:
-        """Fail a batch as the render line does. Any of several may be at fault: none is charged."""
+        """Fail a batch as the render loop does. With several frames none is charged."""
         several, memory = len(lease.frames) > 1, reason == "out_of_memory"
         failure = FailedAttempt(
             fence(lease.frames[0]),
@@ -172,7 +172,7 @@ class WorkersMoves(PeoplesMoves):
             failed = self.hand_fails(lease, [replace(failure, fence=item) for item in fences])
         for claimed in lease.frames:
             if fence(claimed) in held:
-                # A batch too large for the memory is tried again, smaller, with all its frames.
+                # A batch that is too large for the memory is tried again with a smaller bucket.
                 halved = (
                     memory
                     and self.model.jobs[claimed.job_id].open_bucket
@@ -183,7 +183,7 @@ class WorkersMoves(PeoplesMoves):
         assert failed == {item: self.model.frame_at(item).state for item in held}
 
     def flag(self, lease: Lease) -> None:
-        """Fail one frame of a batch for good. No other frame is affected."""
+        """Fail one frame of a batch permanently. No other frame is affected."""
         item = fence(lease.frames[-1])
         with self.untouched_unless([item]) as held:
             failed = self.hand_fails(
@@ -213,7 +213,7 @@ class WorkersMoves(PeoplesMoves):
             leases.mark_spooled(connection, lease.id)
         self.model.kept.add(lease.id)
 
-    # The same for all that its worker holds
+    # The same for all leases of the worker
 
     def renew(self, lease: Lease) -> None:
         with skewed(self.who(lease)), transaction(self.farm.store) as connection:
@@ -224,7 +224,7 @@ class WorkersMoves(PeoplesMoves):
         self.model.lapsed -= ids
 
     def lose(self, lease: Lease) -> None:
-        """End the child, or let its parent take it for dead. It may still act afterwards."""
+        """End the child, or let its parent consider it dead. It may still act afterwards."""
         self.hands[self.who(lease)].lose()
         for other in self.model.same_workers(lease):
             self.model.drop(other, "worker_lost")
@@ -235,7 +235,7 @@ class WorkersMoves(PeoplesMoves):
         self.model.give_back(self.model.same_workers(lease))
 
     def forget(self, lease: Lease) -> None:
-        """Lose the reply to a claim. The child releases the leases that it does not know of."""
+        """Lose the reply to a claim. The child releases the leases that it does not know."""
         self.forget_all_but(lease, [])
 
     def forget_older(self, lease: Lease) -> None:
