@@ -25,7 +25,10 @@ DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"
 
 
 def _user_cache() -> Path:
-    """Find the user's cache folder: https://specifications.freedesktop.org/basedir-spec/latest/"""
+    """Find the user's cache folder.
+
+    Source: https://specifications.freedesktop.org/basedir-spec/latest/
+    """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():
         return given

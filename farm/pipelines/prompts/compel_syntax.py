@@ -1,5 +1,6 @@
-"""Check of Compel's prompt syntax, without torch: https://github.com/damian0815/compel
+"""Check of Compel's prompt syntax, without torch.
 
+Source: https://github.com/damian0815/compel
 Compel reads a prompt that it cannot parse as plain text, and ignores parts that need several
 pipeline calls. Users of the syntax need an error instead. So this check accepts less than Compel.
 Its time is linear in the length of the text, because a job may have 100,000 prompts.
