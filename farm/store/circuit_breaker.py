@@ -1,6 +1,6 @@
 """Circuit breaker, one per worker: a worker on which different frames fail in a row is tripped.
 
-After THREE_FRAMES it claims nothing for a while. If all failed frames belong to one tenant, it
+After TRIP_AFTER_FRAMES it claims nothing for a while. If all failed frames belong to one tenant, it
 leaves out this tenant only and serves the others. Then it is half-open and claims one batch. A
 success closes the breaker (workers.account); a failure doubles the pause. A worker claims frames
 that failed on it last (sql/claim.sql), so the trial batch has other frames if there are any.
@@ -13,7 +13,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-THREE_FRAMES = 3
+TRIP_AFTER_FRAMES = 3
 MAX_SECONDS = 300.0
 REMEMBERED = 100
 """Failed frames to remember per worker. It may claim older ones like any other frame."""
@@ -59,7 +59,7 @@ def note_failure(
     if row is None:
         return None
     failing = [*dict.fromkeys([*row.failing, f"{job_id}/{ordinal}"])][-REMEMBERED:]
-    if len(failing) < THREE_FRAMES:
+    if len(failing) < TRIP_AFTER_FRAMES:
         connection.execute(NOTE, {"id": worker_id, "failing": failing})
         return None
     seconds = min(trip_seconds * 2.0 ** min(row.trips, 30), MAX_SECONDS)

@@ -29,7 +29,7 @@ FAILED = "frames.failed"
 WORKER_LOST = "worker_lost"
 """Reason of an attempt whose process ended."""
 
-LOST_BESIDE_AT_MOST = 10
+MAX_UNCHARGED_LOSSES = 10
 """Uncharged attempts of a frame after which the loss of its process is always charged."""
 
 
@@ -342,7 +342,7 @@ def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _End
     if failure.reroll:
         return _redraw(row, failure)
     charged = failure.charged
-    if failure.reason == WORKER_LOST and row.uncharged >= LOST_BESIDE_AT_MOST:
+    if failure.reason == WORKER_LOST and row.uncharged >= MAX_UNCHARGED_LOSSES:
         charged = True  # its processes end too often, so the frame may be the cause after all
     state = after_failure(failure.retryable, row.attempt - row.uncharged, row.max_attempts)
     delay = failure.delay_seconds

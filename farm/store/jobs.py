@@ -173,7 +173,7 @@ WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL FOR UPDAT
 """)  # noqa: S608 - constants only
 
 # The pace before a pause or an end says nothing of the pace after it.
-PACE_ANEW = "pace_since = NULL, pace_next = NULL"
+RESET_PACE = "pace_since = NULL, pace_next = NULL"
 
 # Requeued frames are updated later, in slices: see `follow`. Each pause, resume or cancel sets
 # another number below 0, so that a slice in progress notices the change.
@@ -183,7 +183,8 @@ behind_from = CASE WHEN EXISTS (SELECT FROM requeued_frames WHERE job_id = jobs.
 """
 
 SET_PAUSED = text(f"""
-UPDATE jobs SET paused = :paused, open = cursor < total AND NOT :paused, {PACE_ANEW}, {FALLS_BEHIND}
+UPDATE jobs SET paused = :paused, open = cursor < total AND NOT :paused,
+    {RESET_PACE}, {FALLS_BEHIND}
 WHERE id = :id
 """)  # noqa: S608 - constants only
 
@@ -263,7 +264,7 @@ WITH chosen AS (
 {INTO_REQUEUED}""")  # noqa: S608 - constants only
 
 RETRY_JOB = text(f"""
-UPDATE jobs SET status = 'running', finished_at = NULL, {PACE_ANEW}
+UPDATE jobs SET status = 'running', finished_at = NULL, {RESET_PACE}
 WHERE id = :id AND status = ANY(:from_states)
 """)  # noqa: S608 - constants only
 

@@ -19,7 +19,7 @@ from farm.store.claim import Fence
 from farm.store.frames import FAILED, WORKER_LOST, FailedAttempt, end_attempts, give_back
 from farm.store.tally import lock_jobs
 
-LOADS_BETWEEN = 12.0
+RETRY_DELAY_PER_LOAD = 12.0
 """Retry delay of a frame that ended its process, as a multiple of the pipeline's load time."""
 MAX_SECONDS = 3600.0
 """Longest such delay, in seconds."""
@@ -177,7 +177,7 @@ def end_child_leases(
         suspect, delay_seconds = lease.id in suspects, None
         if load_seconds is not None and len(lease.job_ids) == 1 and suspect:
             # It may kill the next child too. The lane keeps its pace if reloads are rare.
-            delay_seconds = min(LOADS_BETWEEN * load_seconds, MAX_SECONDS)
+            delay_seconds = min(RETRY_DELAY_PER_LOAD * load_seconds, MAX_SECONDS)
         _drop(
             connection,
             lease,

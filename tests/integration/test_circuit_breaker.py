@@ -10,7 +10,7 @@ import pytest
 from farm.context import Farm
 from farm.domain.spec import FrameSpec
 from farm.errors import RenderError
-from farm.store.circuit_breaker import MAX_SECONDS, THREE_FRAMES, note_failure
+from farm.store.circuit_breaker import MAX_SECONDS, TRIP_AFTER_FRAMES, note_failure
 from farm.store.engine import transaction
 from farm.store.specs import frame_specs
 from tests.support.api_server import serving
@@ -59,7 +59,7 @@ def test_after_three_different_frames_a_worker_claims_nothing(
     noise.disturb = broken
     loop.run()
     failing, count, seconds = trips(farm)
-    assert (failing, count) == (THREE_FRAMES, 1)
+    assert (failing, count) == (TRIP_AFTER_FRAMES, 1)
     assert 0 < seconds <= farm.settings.trip_seconds
     batches = len(noise.batches)
     loop.run()
@@ -196,7 +196,7 @@ def test_a_resting_worker_claims_nothing_while_another_does(farm: Farm, tenant: 
     resting, other = register_worker(farm, "resting"), register_worker(farm, "other")
     submit(farm, tenant, images_per_prompt=8)
     with transaction(farm.store) as connection:
-        for ordinal in range(THREE_FRAMES):
+        for ordinal in range(TRIP_AFTER_FRAMES):
             until = note_failure(connection, resting.id, uuid.uuid4(), ordinal, 60.0)
     assert until is not None
     assert resting.claim() is None
@@ -221,7 +221,7 @@ def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
     noise.disturb = judged
     loop.run()
     assert job_row(farm, bob, good).status == "succeeded"
-    assert trips(farm)[:2] == (THREE_FRAMES, 1)
+    assert trips(farm)[:2] == (TRIP_AFTER_FRAMES, 1)
     with serving(farm) as api:
         [worker] = api.client("bob").get("/v1/workers").json()["data"]
         assert (worker["state"], worker["problem"]) == ("loading", None), "as a test's line is"
@@ -233,7 +233,7 @@ def test_bad_frames_of_one_tenant_rest_a_worker_for_this_tenant_alone(
     rest_ends(farm)
     all_due(farm)
     loop.run()
-    assert trips(farm)[:2] == (THREE_FRAMES + 1, 2)
+    assert trips(farm)[:2] == (TRIP_AFTER_FRAMES + 1, 2)
     assert job_row(farm, tenant, bad).dead == 0
 
 
@@ -245,7 +245,7 @@ def test_bad_frames_of_two_tenants_rest_a_worker_for_all(
         submit(farm, each, pipeline="noise", images_per_prompt=9, bucket=1)
     noise.disturb = broken
     loop.run()
-    assert trips(farm)[:2] == (THREE_FRAMES, 1)
+    assert trips(farm)[:2] == (TRIP_AFTER_FRAMES, 1)
     waiting = submit(farm, carol, pipeline="noise", priority="interactive")
     loop.run()
     assert job_row(farm, carol, waiting).status == "queued"

@@ -20,7 +20,7 @@ from farm.errors import FarmError
 from farm.pipelines.family import StopBatch
 from farm.store import jobs, leases, workers
 from farm.store.engine import transaction
-from farm.store.frames import LOST_BESIDE_AT_MOST
+from farm.store.frames import MAX_UNCHARGED_LOSSES
 from tests.support.api_server import serving
 from tests.support.noise_family import Noise
 from tests.support.store import (
@@ -93,7 +93,7 @@ def test_a_frame_that_took_its_child_down_waits_for_what_loading_costs(
         farm,
         "SELECT extract(epoch FROM not_before - clock_timestamp())::float FROM requeued_frames",
     )
-    assert 0.9 * leases.LOADS_BETWEEN * 5.0 < row[0] <= leases.LOADS_BETWEEN * 5.0
+    assert 0.9 * leases.RETRY_DELAY_PER_LOAD * 5.0 < row[0] <= leases.RETRY_DELAY_PER_LOAD * 5.0
 
 
 def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
@@ -317,7 +317,7 @@ def test_a_frame_that_is_never_suspected_is_charged_in_the_end(
 ) -> None:
     job_id = submit(farm, tenant, images_per_prompt=1, max_attempts=2)
     worker = register_worker(farm)
-    losses = LOST_BESIDE_AT_MOST + 2
+    losses = MAX_UNCHARGED_LOSSES + 2
     other = submit(farm, tenant, images_per_prompt=losses, bucket=1, priority="bulk")
     for _ in range(losses):
         lease = worker.must_claim()

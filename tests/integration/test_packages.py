@@ -118,7 +118,7 @@ def test_an_empty_environment_has_the_callers_commands(tmp_path: Path) -> None:
     installed = {re.split(r"-\d", path.stem)[0] for path in site.glob("*.dist-info")}
     assert len(installed) < 40
     assert installed.isdisjoint({"torch", "diffusers", "psycopg", "boto3"})
-    assert not (site / "demo").exists()
+    assert not (site / "farm/demo/training").exists()
     farm = str(tmp_path / "venv/bin/farm")
     for words in (["--help"], ["submit", "--help"], ["jobs", "--help"], ["export", "--help"]):
         assert subprocess.run([farm, *words], check=True, capture_output=True).stdout

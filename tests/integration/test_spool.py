@@ -16,7 +16,7 @@ from farm.domain.spec import FrameSpec, Priority
 from farm.services import jobs
 from farm.storage import Artifacts, artifact_key
 from farm.store import leases
-from farm.store.circuit_breaker import THREE_FRAMES
+from farm.store.circuit_breaker import TRIP_AFTER_FRAMES
 from farm.store.claim import Lease
 from farm.store.engine import transaction
 from farm.store.leases import LeaseStatus
@@ -313,7 +313,7 @@ def test_a_storage_that_refuses_this_worker_is_left_to_others(
         loop.run()
     farm.artifacts.close()
     # Pictures denoised before the storage's third refusal are refused too.
-    assert THREE_FRAMES <= len(noise.batches) <= THREE_FRAMES + MAX_BATCHES + 1
+    assert TRIP_AFTER_FRAMES <= len(noise.batches) <= TRIP_AFTER_FRAMES + MAX_BATCHES + 1
     assert sql(farm, "SELECT DISTINCT reason FROM attempts") == [("storage_refused",)]
     assert sql(farm, "SELECT DISTINCT attempt - uncharged FROM frames") == [(0,)]
     farm.artifacts = here

@@ -11,8 +11,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from demo import check, pictures
-from demo.pictures import Combo
+from farm.demo.training import check, pictures
+from farm.demo.training.pictures import Combo
 
 
 def drawn(combo: Combo, seed: int, size: int = pictures.SIZE) -> Image.Image:

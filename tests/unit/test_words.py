@@ -79,6 +79,8 @@ def test_no_archaic_words() -> None:
         for name, content in texts().items()
         for number, line in enumerate(content.splitlines(), 1)
         for match in archaic.finditer(line)
+        # Its tables have the names of before.
+        if not (name == "CHANGELOG.md" and line.startswith("|"))
     ]
     assert found == [], "\n".join(["", *found])
 

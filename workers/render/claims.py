@@ -23,9 +23,9 @@ REMEMBERED_JOBS = 64
 REMEMBERED_PARTS = 16
 """Number of input parts that are cached. A part has a thousand lines."""
 
-LONGER = 3.0
+CLAIM_LEAD_FACTOR = 3.0
 """Start the next claim when the current batch has this many claim durations left."""
-MIN_SECONDS = 0.02
+CLAIM_LEAD_SECONDS = 0.02
 """Added to that lead, in seconds.
 
 Claims start late on purpose: other workers can no longer take frames that are claimed.
@@ -65,7 +65,7 @@ class Claims:
             left_seconds: the remaining time of the current batch.
             step_seconds: the time until the next call.
         """
-        early = MIN_SECONDS + LONGER * min(self._seconds, MAX_SECONDS)
+        early = CLAIM_LEAD_SECONDS + CLAIM_LEAD_FACTOR * min(self._seconds, MAX_SECONDS)
         if step_seconds <= MAX_STEP_SECONDS:
             early += step_seconds
         if self._ahead is None and left_seconds <= early:

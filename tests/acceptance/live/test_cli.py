@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from demo.check import read_picture
-from demo.pictures import Combo
 from farm.cli.commands.demo import IMAGES, PROMPTS
+from farm.demo.training.check import read_picture
+from farm.demo.training.pictures import Combo
 from farm.pipelines.runtime.devices import torch_threads
 from tests.acceptance.farms import LiveFarm
 from tests.support.cli_runner import Outcome, farm, farm_process, inherited

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from demo import pictures
+from farm.demo.training import pictures
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 16

@@ -2,13 +2,13 @@
 
 Run from the root of the repository:
 
-    python -m demo.train                      # what made the shipped weights
-    python -m demo.train --minutes 15         # a shorter run
-    python -m demo.train --steps 10000        # a longer one, for crisper shapes
+    python -m farm.demo.training.train                      # what made the shipped weights
+    python -m farm.demo.training.train --minutes 15         # a shorter run
+    python -m farm.demo.training.train --steps 10000        # a longer one, for crisper shapes
 
 First the autoencoder learns to rebuild the pictures. Then the text encoder learns to distinguish
 the words of a caption. Then the text encoder and the denoiser learn together. The state is saved in
-demo/.state, from which an interrupted run continues.
+farm/demo/training/.state, from which an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from demo import network, pictures
+from farm.demo.training import network, pictures
 
 STATE = Path(__file__).parent / ".state"
 """Default folder of the state files; git ignores it."""
 
-MODEL = Path(__file__).parent.parent / "farm" / "demo" / "model"
+MODEL = Path(__file__).parents[1] / "model"
 """Default folder of the checkpoint: the one that ships."""
 
 TOP_RATE = 1e-3

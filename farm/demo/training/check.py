@@ -2,8 +2,8 @@
 
 Run from the root of the repository:
 
-    python -m demo.check                                  # the shipped weights
-    python -m demo.check --count 200 --scheduler euler    # more pictures, another sampler
+    python -m farm.demo.training.check                                  # the shipped weights
+    python -m farm.demo.training.check --count 200 --scheduler euler    # more pictures, another sampler
 
 The reader measures the pixels with separate geometry. It shares only the colour values and the
 names with the drawing code. The exit status is 1 if the result is below the threshold.
@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from demo import pictures
-from demo.pictures import Combo
+from farm.demo.training import pictures
+from farm.demo.training.pictures import Combo
 
-MODEL = Path(__file__).parent.parent / "farm" / "demo" / "model"
+MODEL = Path(__file__).parents[1] / "model"
 """Default folder of the checkpoint: the one that ships."""
 
 SAMPLERS: dict[str, str] = {
