@@ -3,7 +3,7 @@
 Run from the root of the repository:
 
     python -m farm.demo.training.check                                  # the shipped weights
-    python -m farm.demo.training.check --count 200 --scheduler euler    # more pictures, another sampler
+    python -m farm.demo.training.check --count 200 --scheduler euler    # more pictures
 
 The reader measures the pixels with separate geometry. It shares only the colour values and the
 names with the drawing code. The exit status is 1 if the result is below the threshold.
