@@ -44,7 +44,7 @@ CONSERVATION: dict[str, Damage] = {
     "a wrong counter": Damage(
         "cancelled",
         "UPDATE jobs SET cancelled = cancelled - 1 WHERE id = :id",
-        detail="counter says 2 cancelled, and 3",
+        detail="counter says 2 cancelled, but 3",
     ),
     "more waiting frames than there are": Damage(
         "ready",

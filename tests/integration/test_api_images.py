@@ -273,7 +273,7 @@ def test_the_commands_agree_with_the_api(
         f"Error: {path}: The image is animated; send a single picture.\n"
     )
     shown = command("submit", "--fields")
-    assert "\nsteps               denoising steps\n" in shown.out, shown.err
+    assert "\nsteps               number of denoising steps\n" in shown.out, shown.err
     [demo] = api.client().get("/v1/pipelines").json()["data"]
     assert command("submit", "--fields", "--json").json == demo
 

@@ -142,3 +142,34 @@ def test_an_interactive_picture_does_not_queue_behind_the_encoding_of_others(
     job_id = submit_noise(farm, tenant, priority=priority, max_attempts=1)
     loop.run()
     assert job_row(farm, tenant, job_id).status == status
+
+
+def test_a_frame_requeued_while_the_lane_looked_empty_is_rendered(
+    farm: Farm,
+    tenant: uuid.UUID,
+    loop: RenderLoop,
+    assembly: Assembly,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its batch ends after a claim that found nothing, and before the loop looks for work."""
+    encode, following = assembly.encoder.encode, assembly.claims.next
+    tries: list[int] = []
+
+    def fails_once(image: Image.Image, frame: FrameSpec) -> bytes:
+        tries.append(frame.seed)
+        if len(tries) == 1:
+            raise RuntimeError("It fails.")
+        return encode(image, frame)
+
+    def claim_and_wait() -> Lease | None:
+        lease = following()
+        if lease is None:
+            wait_until(lambda: not assembly.finisher.busy, 30, "the batch has ended")
+        return lease
+
+    monkeypatch.setattr(assembly.encoder, "encode", fails_once)
+    monkeypatch.setattr(assembly.claims, "next", claim_and_wait)
+    job_id = submit_noise(farm, tenant)
+    loop.run()
+    assert job_row(farm, tenant, job_id).status == "succeeded"
+    assert len(tries) == 2

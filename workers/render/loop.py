@@ -97,12 +97,14 @@ class RenderLoop:
         self._since = time.monotonic()
         try:
             while True:
+                # Read before the claim: a batch that ends in between may requeue frames.
+                busy = self._finisher.busy
                 lease = self._next()
                 if lease is not None:
                     self._render(lease)
                     if self._broken is not None:
                         raise self._broken
-                elif self._finisher.busy:
+                elif busy:
                     self._give_back()
                     self._finisher.wait(seconds=LOOK_SECONDS)
                     self._since = time.monotonic()
