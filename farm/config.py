@@ -17,8 +17,6 @@ from farm import failpoints
 from farm.errors import FarmError
 from farm.redis_address import redis_place
 
-DATA = "farm-data"
-"""Default data folder of `farm up` and `farm demo`."""
 ENV_FILE = "farm.env"
 """Name of a data folder's settings file: KEY=value lines, which a shell can read too."""
 DEMO_CATALOG = Path(__file__).parent / "demo" / "pipelines.toml"

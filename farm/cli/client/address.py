@@ -7,7 +7,8 @@ from pathlib import Path
 
 import httpx
 
-from farm.config import DATA, ENV_FILE
+from farm.cli.client import DATA
+from farm.config import ENV_FILE
 from farm.errors import FarmError, InvalidRequest, Unavailable
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.cli.client import DATA
 from farm.cli.terminal.console import duration, out, plural, program, say
 from farm.cli.terminal.exit_codes import INTERRUPTED, exit_as
 from farm.cli.terminal.signals import interrupted_by_signals
-from farm.config import DATA
 from farm.errors import FarmError, NotFound
 
 if TYPE_CHECKING:

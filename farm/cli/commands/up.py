@@ -6,15 +6,18 @@ import shlex
 import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from farm.cli.client import DATA
 from farm.cli.terminal.console import program
 from farm.cli.terminal.signals import interrupted_by_signals
 from farm.errors import InvalidRequest
-from farm.local.up import LocalFarm, running_farm
+
+if TYPE_CHECKING:
+    from farm.local.up import LocalFarm
 
 console = Console(highlight=False, emoji=False, soft_wrap=True)
 
@@ -26,7 +29,7 @@ def up(
             help="Data folder of the farm. It is created if missing. Example: /tmp/farm.",
             envvar="FARM_DATA",
         ),
-    ] = Path("farm-data"),
+    ] = Path(DATA),
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the API. 0 picks a free one.")
     ] = 8000,
@@ -49,6 +52,8 @@ def up(
 
     Example: farm up --data /tmp/farm --pipelines pipelines.toml --workers sd15=2
     """
+    from farm.local.up import running_farm
+
     counts = dict(_count(word) for word in workers or [])
     with suppress(KeyboardInterrupt), interrupted_by_signals():
         console.print("Starting Postgres, Valkey, SeaweedFS and the farm …", style="dim")
