@@ -8,8 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from api.words import ago, count, duration, percent
-from farm.humanize import pace, size
+from farm.humanize import ago, count, duration, pace, percent, size
 
 STATIC = Path(__file__).parent / "static"
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farm.cli.terminal.console import duration, note, out
+from farm.cli.terminal.console import note, out
 from farm.cli.terminal.progress import busy
 from farm.errors import Unavailable
+from farm.humanize import duration
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from farm.bells import Bells
 from farm.cli.client.http import FarmClient
-from farm.cli.terminal.console import duration, plural
 from farm.config import ENV_FILE, Settings
 from farm.errors import CatalogError, FarmError, Unavailable
+from farm.humanize import duration, plural
 from farm.pipelines.catalog import Pipeline, load_catalog
 from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import device_name, device_of

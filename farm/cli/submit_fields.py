@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.text import Text
 
-from farm.cli.terminal.console import PIPE_WIDTH, clean, count, emit, out, plural, say
+from farm.cli.terminal.console import PIPE_WIDTH, clean, emit, out, say
 from farm.errors import FarmError, InvalidRequest
+from farm.humanize import count, plural
 
 Schema = Mapping[str, Any]
 

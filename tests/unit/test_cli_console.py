@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -13,23 +12,10 @@ from rich.markup import escape
 from farm.cli.commands.doctor import marks
 from farm.cli.commands.get import picture_name
 from farm.cli.commands.workers import busyness, doing
-from farm.cli.terminal.console import (
-    ago,
-    clean,
-    columns,
-    count,
-    duration,
-    note,
-    one_line,
-    percent,
-    plural,
-    say,
-    show_table,
-    tail,
-)
+from farm.cli.terminal.console import clean, columns, note, one_line, say, show_table, tail
 from farm.cli.terminal.contact_sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
 from farm.cli.terminal.job_progress import Bar, Lines, detail, finished, headline, summary
-from farm.humanize import pace, size
+from farm.humanize import pace, percent, size
 
 JOB: dict[str, Any] = {
     "id": "4f2a81c3-0000-4000-8000-000000000000",
@@ -48,33 +34,7 @@ JOB: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "0.0 s"),
-        (-3, "0.0 s"),
-        (4.21, "4.2 s"),
-        (59.4, "59 s"),
-        (60, "1 min 0 s"),
-        (3599.4, "59 min 59 s"),
-        (7500, "2 h 5 min"),
-        (5 * 86_400, "5 days"),
-    ],
-)
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
-def test_how_long_ago() -> None:
-    now = datetime(2026, 1, 1, 0, 5, tzinfo=UTC)
-    assert ago("2026-01-01T00:00:00.5Z", now) == "5 min 0 s ago"
-    assert ago("2026-01-01T00:05:01Z", now) == "just now"
-
-
-def test_numbers() -> None:
-    assert count(1_000_000) == "1,000,000"
-    assert plural(1, "frame") == "1 frame"
-    assert plural(2000, "frame") == "2,000 frames"
+def test_sizes() -> None:
     assert [size(n) for n in (812, 4096, 3 * 2**30, 2**42)] == [
         "812 bytes",
         "4.0 KiB",

@@ -11,21 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.terminal.console import (
-    Json,
-    columns,
-    count,
-    emit,
-    note,
-    plural,
-    say,
-    show_table,
-    tail,
-)
+from farm.cli.terminal.console import Json, columns, emit, note, say, show_table, tail
 from farm.cli.terminal.exit_codes import AWAY, WRONG
 from farm.cli.terminal.progress import counted
 from farm.cli.terminal.signals import interrupted_by_signals
 from farm.errors import FarmError, InvalidRequest, Unavailable
+from farm.humanize import count, plural
 
 if TYPE_CHECKING:
     from farm.context import Farm

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm.cli.client import DATA
-from farm.cli.terminal.console import duration, out, plural, program, say
+from farm.cli.terminal.console import out, program, say
 from farm.cli.terminal.exit_codes import INTERRUPTED, exit_as
 from farm.cli.terminal.signals import interrupted_by_signals
 from farm.errors import FarmError, NotFound
+from farm.humanize import duration, plural
 
 if TYPE_CHECKING:
     from farm.cli.client.http import Job

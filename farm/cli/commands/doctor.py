@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import typer
 from rich.text import Text
 
-from farm.cli.terminal.console import Json, clean, emit, out, plural, say
+from farm.cli.terminal.console import Json, clean, emit, out, say
 from farm.cli.terminal.exit_codes import ERROR
 from farm.cli.terminal.progress import spinning
+from farm.humanize import plural
 
 if TYPE_CHECKING:
     from farm.cli.doctor_checks import Finding

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farm.cli.job_lookup import JobArgument, find_job
-from farm.cli.terminal.console import Json, count, emit, note, plural, say
+from farm.cli.terminal.console import Json, emit, note, say
 from farm.cli.terminal.progress import counted
 from farm.errors import FarmError, NotFound
-from farm.humanize import size
+from farm.humanize import count, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farm.cli.job_lookup import JobArgument, find_job, short
-from farm.cli.terminal.console import Json, count, emit, note, plural, say
+from farm.cli.terminal.console import Json, emit, note, say
 from farm.cli.terminal.exit_codes import exit_as
 from farm.cli.terminal.progress import counted
 from farm.domain.image_formats import FORMATS
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError
-from farm.humanize import size
+from farm.humanize import count, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient, Job

@@ -13,14 +13,10 @@ from farm.cli.job_lookup import JobArgument, find_job, short
 from farm.cli.submit_body import pair
 from farm.cli.terminal.console import (
     Json,
-    ago,
     clean,
     columns,
-    count,
-    duration,
     emit,
     note,
-    numbered,
     one_line,
     out,
     say,
@@ -29,7 +25,7 @@ from farm.cli.terminal.console import (
     tail,
 )
 from farm.cli.terminal.exit_codes import exit_as
-from farm.humanize import pace, size
+from farm.humanize import ago, count, duration, numbered, pace, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient, Job

@@ -12,19 +12,9 @@ import typer
 from rich.markup import escape
 
 from farm.cli.client import farm_client
-from farm.cli.terminal.console import (
-    Json,
-    ago,
-    clean,
-    columns,
-    count,
-    emit,
-    note,
-    one_line,
-    say,
-    show_table,
-)
+from farm.cli.terminal.console import Json, clean, columns, emit, note, one_line, say, show_table
 from farm.errors import InvalidRequest
+from farm.humanize import ago, count
 
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.terminal.console import Json, count, emit, note, out, say
+from farm.cli.terminal.console import Json, emit, note, out, say
 from farm.cli.terminal.exit_codes import ERROR
 from farm.cli.terminal.progress import busy
 from farm.errors import FarmError, InvalidRequest
+from farm.humanize import count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,10 +17,10 @@ from farm.cli.prompt_file import Columns, PromptFile
 from farm.cli.prompt_templates import Templates
 from farm.cli.submit_body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
 from farm.cli.submit_fields import show_fields
-from farm.cli.terminal.console import Json, count, duration, emit, note, out, plural, say
+from farm.cli.terminal.console import Json, emit, note, out, say
 from farm.cli.terminal.progress import counted
 from farm.errors import Conflict
-from farm.humanize import size
+from farm.humanize import count, duration, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient

@@ -8,20 +8,9 @@ import typer
 from rich.markup import escape
 
 from farm.cli.client import farm_client
-from farm.cli.terminal.console import (
-    Json,
-    ago,
-    clean,
-    columns,
-    count,
-    emit,
-    one_line,
-    percent,
-    say,
-    show_table,
-    tail,
-)
+from farm.cli.terminal.console import Json, clean, columns, emit, one_line, say, show_table, tail
 from farm.errors import InvalidRequest, NotFound
+from farm.humanize import ago, count, percent
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import sys
 import unicodedata
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,48 +104,6 @@ def one_line(text: str, limit: int = 60) -> str:
     """Return the beginning of a text on one line, at most `limit` characters."""
     line = " ".join(clean(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def duration(seconds: float) -> str:
-    """Write a duration: `4.2 s`, `3 min 20 s`, `2 h 5 min`, `5 days`."""
-    if seconds < 10:
-        return f"{max(seconds, 0):.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 2 * 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{count(round(whole / 86_400))} days"
-
-
-def ago(moment: str, now: datetime | None = None) -> str:
-    """Write how long ago a time of the API (ISO 8601) was: `5 min 0 s ago`."""
-    seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds()
-    return "just now" if seconds < 2 else f"{duration(round(seconds))} ago"
-
-
-def count(number: int) -> str:
-    """Write a number with thousands separators: `1,000,000`."""
-    return f"{number:,}"
-
-
-def numbered(counts: dict[str, int]) -> str:
-    """Write counts with their names, without those that are 0: `12 waiting, 3 worker lost`."""
-    return ", ".join(
-        f"{count(number)} {name.replace('_', ' ')}" for name, number in counts.items() if number
-    )
-
-
-def percent(share: float | None) -> str:
-    """Write a share of 1 as a percentage, such as `97%`, or a dash if it is unknown."""
-    return "—" if share is None else f"{share:.0%}"
-
-
-def plural(number: int, noun: str) -> str:
-    """Write a number with its noun: `1 frame`, `24 frames`."""
-    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
 
 
 def program() -> str:

@@ -18,21 +18,11 @@ from rich.text import Text
 
 from farm.cli.commands.workers import busyness
 from farm.cli.job_lookup import short
-from farm.cli.terminal.console import (
-    SPINNER,
-    STATUS_STYLES,
-    clean,
-    count,
-    duration,
-    err,
-    note,
-    numbered,
-    plural,
-)
+from farm.cli.terminal.console import SPINNER, STATUS_STYLES, clean, err, note
 from farm.cli.terminal.exit_codes import INTERRUPTED
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError
-from farm.humanize import pace, size
+from farm.humanize import count, duration, numbered, pace, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient, Job

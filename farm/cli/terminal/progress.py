@@ -15,7 +15,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from farm.cli.terminal.console import SPINNER, count, err, note
+from farm.cli.terminal.console import SPINNER, err, note
+from farm.humanize import count
 
 
 @contextmanager
