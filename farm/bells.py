@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import redis
 from celery import Celery
@@ -88,7 +87,7 @@ class Bells:
     def __init__(self, settings: Settings) -> None:
         self.app = make_app(settings, HASTY)
         place = redis_place(settings.redis_url.get_secret_value())
-        self._redis: Any = place.client(**HASTY)
+        self._redis = place.client(**HASTY)
         self._silent_until = float("-inf")
 
     def ring(self, pipeline: str, *, urgent: bool = False) -> bool:

@@ -6,8 +6,11 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 FORMS = (
     "redis://HOST:PORT/DB, rediss://HOST:PORT/DB, redis+socket:///PATH or "
@@ -24,20 +27,27 @@ SENTINEL_SECONDS = 1.0
 """Timeout of a call to one sentinel, in seconds."""
 
 
+class TransportOptions(TypedDict, total=False):
+    """Transport options of Celery for a Sentinel group. Empty for one server."""
+
+    master_name: str
+    sentinel_kwargs: dict[str, object]
+    """Arguments of redis-py for the connections to the sentinels."""
+
+
 @dataclass(frozen=True)
 class RedisPlace:
     """An address in the forms that Celery and redis-py need."""
 
     broker: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Transport options of Celery."""
-    tls: Mapping[str, Any] | None = None
+    options: TransportOptions = field(default_factory=TransportOptions)
+    tls: Mapping[str, object] | None = None
     """Value of Celery's broker_use_ssl."""
     sentinels: tuple[tuple[str, int], ...] = ()
     password: str | None = None
     db: int = 0
 
-    def client(self, **socket: float) -> Any:
+    def client(self, **socket: float) -> Redis:
         """Create a redis-py client, with redis-py's socket arguments."""
         import redis
 
@@ -45,11 +55,12 @@ class RedisPlace:
             # a socket file: Celery's redis+socket is redis-py's unix
             url = self.broker.replace("redis+socket://", "unix://", 1)
             return redis.Redis.from_url(url, **socket)
-        kind: Any = redis.Sentinel
+        kind: Any = redis.Sentinel  # it has no types
         sentinel = kind(list(self.sentinels), sentinel_kwargs=self.options["sentinel_kwargs"])
-        return sentinel.master_for(
+        client: Redis = sentinel.master_for(
             self.options["master_name"], db=self.db, password=self.password, **socket
         )
+        return client
 
 
 def redis_place(url: str) -> RedisPlace:

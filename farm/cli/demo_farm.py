@@ -70,7 +70,7 @@ def _running(data: Path | None) -> Iterator[FarmHandle]:
         while True:
             try:
                 client = _open(data)
-                client.get("/v1/pipelines")
+                client.pipelines()
                 break
             except Unavailable:
                 if data is None or time.monotonic() - started > STARTING_SECONDS:

@@ -165,8 +165,8 @@ def _s3(settings: Settings) -> str:
 
 def _api(settings: Settings) -> str:
     with FarmClient.of(settings) as client:
-        client.get("/readyz")
-        client.get("/v1/workers")
+        client.check_ready()
+        client.workers()
     return f"ready at {settings.api_url}, and accepts the key"
 
 

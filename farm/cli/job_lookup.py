@@ -50,9 +50,7 @@ def find_job(client: FarmClient, word: str) -> str:
             "characters; `farm jobs` lists them.",
             param="job",
         )
-    found = [
-        job["id"] for job in client.items("/v1/jobs", limit=RECENT) if job["id"].startswith(word)
-    ]
+    found = [job["id"] for job in client.jobs(limit=RECENT) if job["id"].startswith(word)]
     if not found:
         raise NotFound(
             f"None of the last {RECENT:,} job IDs begins with {word}. `farm jobs` lists them."
@@ -62,7 +60,7 @@ def find_job(client: FarmClient, word: str) -> str:
             f"JOB: {len(found)} job IDs begin with {word}: {', '.join(found[:5])}. Type more "
             "characters."
         )
-    return str(found[0])
+    return found[0]
 
 
 def short(job_id: str) -> str:

@@ -12,15 +12,12 @@ from datetime import date, time
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from farm.cli.prompt_tables import TEXT_COLUMN, OnProgress, Row, kind_of, read_rows
-from farm.cli.prompt_templates import Templates, expanded
+from farm.cli.prompt_templates import Fields, Templates, expanded
 from farm.domain.numbers import whole
 from farm.errors import InvalidRequest
-
-Fields = dict[str, Any]
-"""A line of an input, as farm.domain.inputs defines it."""
 
 BLOCK_BYTES = 2**18
 MAX_NAMES = 100
@@ -180,18 +177,20 @@ class PromptFile:
     def _fields(self, row: Row, chosen: Chosen) -> Fields:
         if "prompt" not in chosen.fields:
             raise _no_column(row.where, self._columns.prompt, row.names)
-        fields = Fields()
+        fields, labels = Fields(), dict[str, str]()
         try:
             for field, place in chosen.fields.items():
                 value = READ[field](row.values[place])
                 if value is not None:
                     fields[field] = value
             for label, place in chosen.labels.items():
-                value = _label(row.values[place])
-                if value is not None:
-                    fields.setdefault("labels", {})[label] = value
+                text = _label(row.values[place])
+                if text is not None:
+                    labels[label] = text
         except ValueError as error:
             raise InvalidRequest(f"{row.where}: column {row.names[place]!r} {error}.") from error
+        if labels:
+            fields["labels"] = labels
         if not fields.get("prompt"):
             raise InvalidRequest(
                 f"{row.where}: the column {self._columns.prompt!r} is empty. Every row needs a "
@@ -204,7 +203,7 @@ def _folded(name: str) -> str:
     return name.strip().casefold()
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     """Read a text. Bytes are decoded as UTF-8."""
     if value is None or isinstance(value, str):
         return value
@@ -218,13 +217,13 @@ def _text(value: Any) -> str | None:
     raise ValueError(f"holds {_named(value)}; it must hold text")
 
 
-def _key(value: Any) -> str | None:
+def _key(value: object) -> str | None:
     """Read a key: a text, or a whole number (7 or 7.0), which becomes its digits."""
     value = whole(value)
     return str(value) if _is_int(value) else _text(value)
 
 
-def _seed(value: Any) -> int | None:
+def _seed(value: object) -> int | None:
     """Read a seed, a whole number in any form: 42, 42.0 or "42"."""
     if value is None or _is_nan(value):
         return None
@@ -240,7 +239,7 @@ def _seed(value: Any) -> int | None:
     raise ValueError(f"holds {_shown(value)}; a seed is a whole number, such as 42")
 
 
-def _labels(value: Any) -> dict[str, str] | None:
+def _labels(value: object) -> dict[str, str] | None:
     """Read labels from a mapping, or from a JSON object in a text. Empty labels are dropped."""
     if value is None or _is_nan(value):
         return None
@@ -256,7 +255,7 @@ def _labels(value: Any) -> dict[str, str] | None:
     return {name: each for name, each in found.items() if each is not None} or None
 
 
-def _label(value: Any) -> str | None:
+def _label(value: object) -> str | None:
     """Read a label's value. Numbers, dates, true and false become text, as Python writes them."""
     if value is None or _is_nan(value):
         return None
@@ -265,7 +264,7 @@ def _label(value: Any) -> str | None:
     return _text(value)
 
 
-READ: dict[str, Callable[[Any], Any]] = {
+READ: dict[str, Callable[[object], str | int | dict[str, str] | None]] = {
     "prompt": _text,
     "key": _key,
     "seed": _seed,
@@ -278,15 +277,15 @@ It raises ValueError with a message that continues "column 'seed' ", such as "ho
 """
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_nan(value: Any) -> bool:
+def _is_nan(value: object) -> bool:
     return isinstance(value, float | Decimal) and math.isnan(value)
 
 
-def _named(value: Any) -> str:
+def _named(value: object) -> str:
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
@@ -296,7 +295,7 @@ def _named(value: Any) -> str:
     return _shown(value)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     shown = f"{value!r:.100}"
     return shown if isinstance(value, str) else f"{shown} ({type(value).__name__})"
 

@@ -12,9 +12,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from farm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 OnProgress = Callable[[int], object]
 """Function that receives the number of bytes read since its last call."""
@@ -44,7 +47,7 @@ class Row(NamedTuple):
 
     where: str
     names: tuple[str, ...]
-    values: Sequence[Any]
+    values: Sequence[object]
 
 
 Wanted = Callable[[tuple[str, ...], str], Sequence[int]]
@@ -157,7 +160,7 @@ def _read_jsonl(path: Path, _wanted: Wanted, told: OnProgress) -> Iterator[Row]:
         yield Row(where, tuple(record), [*record.values()])
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -224,10 +227,10 @@ def _read_parquet(path: Path, wanted: Wanted, told: OnProgress) -> Iterator[Row]
         raise InvalidRequest(f"{path} cannot be read as Parquet: {error}.") from error
 
 
-def _values(path: Path, first: int, name: str, column: Any) -> list[Any]:
+def _values(path: Path, first: int, name: str, column: pa.Array) -> list[object]:
     """Return a column's values. Refuse a value that Python cannot hold, with its row."""
     try:
-        values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
+        values: list[object] = column.to_pylist(maps_as_pydicts="strict")
     except (ValueError, KeyError, TypeError):
         values = []
         for number, cell in enumerate(column, first):

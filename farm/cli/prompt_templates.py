@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from farm.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from dynamicprompts.wildcards.values import WildcardValues
+
+Fields = dict[str, str | int | dict[str, str]]
+"""A line of an input, as farm.domain.inputs defines it."""
 
 COMBINATIONS = 1000
 """Maximum number of combinations of a template, unless a count is given."""
@@ -27,8 +33,8 @@ class Templates:
 
 
 def expanded(
-    lines: Iterable[tuple[str, dict[str, Any]]], templates: Templates
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines: Iterable[tuple[str, Fields]], templates: Templates
+) -> Iterator[tuple[str, Fields]]:
     """Expand templates to prompts.
 
     A line with the key `KEY` becomes lines with the keys `KEY-0`, `KEY-1`, …
@@ -43,8 +49,9 @@ def expanded(
     """
     generate = _generator(templates)
     for where, line in lines:
+        template = str(line["prompt"])
         try:
-            prompts = generate(line["prompt"])
+            prompts = generate(template)
         except RecursionError as error:
             raise InvalidRequest(
                 f"{where}: the template never ends, because a wildcard refers to itself."
@@ -53,11 +60,13 @@ def expanded(
             raise InvalidRequest(f"{where}: {error.message}") from error
         except Exception as error:  # the parser raises exceptions of several types
             raise InvalidRequest(
-                f"{where}: the template {line['prompt'][:100]!r} cannot be read: {error}."
+                f"{where}: the template {template[:100]!r} cannot be read: {error}."
             ) from error
         for number, prompt in enumerate(prompts):
-            key = {"key": f"{line['key']}-{number}"} if "key" in line else {}
-            yield where, {**line, "prompt": prompt, **key}
+            copy: Fields = {**line, "prompt": prompt}
+            if "key" in line:
+                copy["key"] = f"{line['key']}-{number}"
+            yield where, copy
 
 
 def _generator(templates: Templates) -> Callable[[str], Sequence[str]]:
@@ -67,7 +76,7 @@ def _generator(templates: Templates) -> Callable[[str], Sequence[str]]:
     class Wildcards(WildcardManager):
         """Refuse a wildcard without values: the library would leave its name in the prompt."""
 
-        def get_values(self, wildcard: str) -> Any:
+        def get_values(self, wildcard: str) -> WildcardValues:
             values = super().get_values(wildcard)
             if not values:
                 raise _no_wildcard(wildcard, self.get_collection_names(), templates.wildcards)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -29,13 +28,13 @@ class ControlWord:
 
 
 def job_body(
-    base: Mapping[str, Any],
-    fields: Mapping[str, Any],
+    base: Mapping[str, object],
+    fields: Mapping[str, object],
     *,
     settings: Iterable[str] = (),
     grid: Iterable[str] = (),
     labels: Iterable[str] = (),
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Build a job from the file's job and the options. Options override the file.
 
     Args:
@@ -62,7 +61,7 @@ def job_body(
     return {"pipeline": DEFAULT_PIPELINE, **body}
 
 
-def read_job(source: str) -> dict[str, Any]:
+def read_job(source: str) -> dict[str, object]:
     """Read a job from a JSON file, or from standard input if `source` is `-`.
 
     Raises:
@@ -84,7 +83,7 @@ def read_job(source: str) -> dict[str, Any]:
     return job
 
 
-def value_of(text: str) -> Any:
+def value_of(text: str) -> object:
     """Read a value as JSON. If it is not JSON, return the text itself."""
     try:
         return json.loads(text)
@@ -92,7 +91,7 @@ def value_of(text: str) -> Any:
         return text
 
 
-def values_of(text: str) -> list[Any]:
+def values_of(text: str) -> list[object]:
     """Read several values: a JSON list, or values separated by commas."""
     whole = value_of(text)
     if isinstance(whole, list):
@@ -147,5 +146,5 @@ def _last_setting(word: str) -> tuple[str, str, float] | None:
     return (rest, name, value) if name in CONTROL_SETTINGS and math.isfinite(value) else None
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}

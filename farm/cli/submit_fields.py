@@ -7,13 +7,16 @@ import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from farm.cli.terminal.console import PIPE_WIDTH, clean, emit, out, say
 from farm.errors import FarmError, InvalidRequest
 from farm.humanize import count, plural
+
+if TYPE_CHECKING:
+    from farm.cli.client.objects import Pipeline
 
 Schema = Mapping[str, Any]
 
@@ -62,7 +65,7 @@ def show_fields(name: str, *, as_json: bool) -> None:
     from farm.config import load_settings
 
     with FarmClient.of(load_settings()) as client:
-        found = {each["name"]: each for each in client.get("/v1/pipelines")["data"]}
+        found = {each["name"]: each for each in client.pipelines()["data"]}
     if name not in found:
         names = ", ".join(sorted(found))
         raise InvalidRequest(
@@ -77,12 +80,12 @@ def show_fields(name: str, *, as_json: bool) -> None:
         _show(pipeline)
 
 
-def _show(pipeline: Mapping[str, Any]) -> None:
+def _show(pipeline: Pipeline) -> None:
     workers = plural(pipeline["workers"], "worker")
     pixels = count(pipeline["limits"]["max_pixels"])
     say(f"Pipeline {pipeline['name']}: family {pipeline['family']}, {workers} alive.")
     say(f"A picture has at most {pixels} pixels.\n")
-    for field in fields_of(pipeline["parameters"]):
+    for field in fields_of(pipeline["parameters"] or {}):
         for line in lines_of(field, out.width if out.is_terminal else PIPE_WIDTH):
             out.print(line, soft_wrap=True)
     say("\nSet a field with --set NAME=VALUE. Try several values with --grid NAME=V1,V2.")
@@ -120,7 +123,7 @@ def _fields(schema: Schema, known: Schema, depth: int) -> Iterator[Field]:
             yield from _fields(inner, known, depth + 1)
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     """Write a value in the form that `--set` reads."""
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
@@ -159,16 +162,14 @@ def _limits(schema: Schema) -> Iterator[str]:
 
 def _bounds(schema: Schema, low: str, high: str) -> str:
     least, most = schema.get(low), schema.get(high)
-    if least is None and most is None:
-        return ""
+    if least is None:
+        return "" if most is None else f"at most {_number(most)}"
     if most is None:
         return f"at least {_number(least)}"
-    if least is None:
-        return f"at most {_number(most)}"
     return _number(most) if least == most else f"{_number(least)} to {_number(most)}"
 
 
-def _number(value: Any) -> str:
+def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else str(value)
 
 

@@ -88,7 +88,7 @@ def client(script: Script) -> Iterator[FarmClient]:
 
 def test_the_key_goes_along(script: Script, client: FarmClient) -> None:
     script.tell(200, {"id": JOB})
-    assert client.job(JOB) == {"id": JOB}
+    assert client.job(JOB)["id"] == JOB
     assert script.asked[0][2]["Authorization"] == "Bearer farm_key"
 
 
@@ -119,7 +119,7 @@ def test_503_is_tried_again_with_the_same_idempotency_key(
 ) -> None:
     script.tell(503, problem(503, "unavailable", "Postgres does not answer."), Retry_After="0.1")
     script.tell(202, {"id": JOB})
-    assert client.submit({"prompts": ["x"]}) == {"id": JOB}
+    assert client.submit({"prompts": ["x"]})["id"] == JOB
     keys = [headers["Idempotency-Key"] for _method, _path, headers, _body in script.asked]
     assert len(keys) == 2
     assert len(set(keys)) == 1
@@ -147,6 +147,13 @@ def test_whatever_else_answers_is_named(script: Script, client: FarmClient) -> N
         client.job(JOB)
     with pytest.raises(FarmError, match="is not a farm"):
         client.job(JOB)
+
+
+@pytest.mark.parametrize("answer", [None, [], "welcome", {}, {"data": {}}])
+def test_json_of_another_server_is_refused(script: Script, client: FarmClient, answer: Any) -> None:
+    script.tell(200, answer)
+    with pytest.raises(FarmError, match="is not a farm"):
+        client.workers()
 
 
 def test_the_storage_is_told_apart_from_the_farm(script: Script, client: FarmClient) -> None:
@@ -186,9 +193,9 @@ def test_what_json_cannot_hold_is_refused(client: FarmClient, value: Any) -> Non
 
 
 def test_lists_are_read_through(script: Script, client: FarmClient) -> None:
-    script.tell(200, {"data": [1, 2], "next": "b c"})
-    script.tell(200, {"data": [3], "next": None})
-    assert list(client.items("/v1/jobs", {"status": "queued"})) == [1, 2, 3]
+    script.tell(200, {"data": [{"id": "1"}, {"id": "2"}], "next": "b c"})
+    script.tell(200, {"data": [{"id": "3"}], "next": None})
+    assert [job["id"] for job in client.jobs({"status": "queued"})] == ["1", "2", "3"]
     assert [path for _method, path, _headers, _body in script.asked] == [
         "/v1/jobs?status=queued&limit=200",
         "/v1/jobs?status=queued&limit=200&after=b+c",
@@ -196,8 +203,8 @@ def test_lists_are_read_through(script: Script, client: FarmClient) -> None:
 
 
 def test_lists_end_at_their_limit(script: Script, client: FarmClient) -> None:
-    script.tell(200, {"data": [1, 2], "next": "b"})
-    assert list(client.items("/v1/jobs", limit=2)) == [1, 2]
+    script.tell(200, {"data": [{"id": "1"}, {"id": "2"}], "next": "b"})
+    assert [job["id"] for job in client.jobs(limit=2)] == ["1", "2"]
     assert len(script.asked) == 1
 
 

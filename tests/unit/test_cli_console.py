@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from PIL import Image, ImageFont
 from rich.console import Console
 from rich.markup import escape
 
+from farm.cli.client.objects import Batch, Job, Worker
 from farm.cli.commands.doctor import marks
 from farm.cli.commands.get import picture_name
 from farm.cli.commands.workers import busyness, doing
@@ -17,10 +16,12 @@ from farm.cli.terminal.contact_sheet import CELL, GAP, MARGIN, Row, contact_shee
 from farm.cli.terminal.job_progress import Bar, Lines, detail, finished, headline, summary
 from farm.humanize import pace, percent, size
 
-JOB: dict[str, Any] = {
+JOB: Job = {
     "id": "4f2a81c3-0000-4000-8000-000000000000",
+    "pipeline": "demo",
     "status": "running",
     "paused": False,
+    "priority": "normal",
     "total": 1200,
     "counts": {"waiting": 1180, "running": 8, "succeeded": 11, "dead": 1, "cancelled": 0},
     "progress": 0.01,
@@ -29,8 +30,23 @@ JOB: dict[str, Any] = {
     "bytes": 0,
     "failures": {},
     "waiting_because": None,
+    "created_at": "2026-01-01T00:00:00Z",
     "started_at": "2026-01-01T00:00:00Z",
     "finished_at": None,
+    "spec": {"prompts": ["a star"], "prompt_count": 1},
+}
+WORKER: Worker = {
+    "id": "7d0c5b1e-0000-4000-8000-000000000000",
+    "name": "w0",
+    "pipeline": "demo",
+    "state": "idle",
+    "draining": False,
+    "device": "cpu",
+    "seen_at": "2026-01-01T00:00:00Z",
+    "succeeded": 0,
+    "busy": None,
+    "batch": None,
+    "problem": None,
 }
 
 
@@ -78,15 +94,15 @@ def test_the_last_column_alone_gives_way() -> None:
 def test_a_job_in_words() -> None:
     assert finished(JOB) == 12
     assert headline(JOB).plain == "running  12/1,200  30.0 frames/min  1 min 30 s left"
-    unknown = {"pace": None, "eta_seconds": None}
-    assert headline({**JOB, "paused": True, **unknown}).plain == "paused  12/1,200"
+    unknown: Job = {**JOB, "paused": True, "pace": None, "eta_seconds": None}
+    assert headline(unknown).plain == "paused  12/1,200"
     assert detail(JOB) == "1,180 waiting, 8 running, 11 succeeded, 1 dead"
-    stored = {"bytes": 4096, "failures": {"worker_lost": 3, "render_error": 1}}
-    assert detail({**JOB, **stored}).endswith(
+    stored: Job = {**JOB, "bytes": 4096, "failures": {"worker_lost": 3, "render_error": 1}}
+    assert detail(stored).endswith(
         "1 dead, 4.0 KiB. failed attempts: 3 worker lost, 1 render error"
     )
     assert detail({**JOB, "waiting_because": "It is paused."}).endswith("1 dead. It is paused.")
-    ended = {**JOB, "status": "partial", "finished_at": "2026-01-01T00:00:12Z"}
+    ended: Job = {**JOB, "status": "partial", "finished_at": "2026-01-01T00:00:12Z"}
     assert summary(ended) == "partial: 11 of 1,200 frames in 12 s (1 dead)"
     assert summary({**JOB, "status": "cancelled", "started_at": None}) == (
         "cancelled: 11 of 1,200 frames (1 dead)"
@@ -127,8 +143,8 @@ def test_the_bar_draws_a_job() -> None:
 
 def test_how_busy_the_workers_of_a_job_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert [percent(share) for share in (None, 0.0, 0.974, 1.0)] == ["—", "0%", "97%", "100%"]
-    workers = [
-        {"name": f"w{number}", "pipeline": "demo", "busy": share}
+    workers: list[Worker] = [
+        {**WORKER, "name": f"w{number}", "busy": share}
         for number, share in enumerate((0.974, None, 0.5, 1.0, 0.0, 0.1, 0.2))
     ]
     assert busyness(workers, "demo") == "busy: w0 97%, w2 50%, w3 100%, w4 0%, 2 more"
@@ -144,12 +160,11 @@ def test_how_busy_the_workers_of_a_job_are(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_a_worker_does() -> None:
-    worker: dict[str, Any] = {"problem": None, "batch": None}
-    assert doing(worker) == ""
-    assert doing({**worker, "problem": "no\nmemory"}) == "no memory"
-    batch = {"frames": 8, "step": 3, "steps": 25}
-    assert doing({**worker, "batch": batch}) == "8 frames, step 3 of 25"
-    assert doing({**worker, "batch": {**batch, "steps": 0}}) == "8 frames, starting"
+    assert doing(WORKER) == ""
+    assert doing({**WORKER, "problem": "no\nmemory"}) == "no memory"
+    batch: Batch = {"frames": 8, "step": 3, "steps": 25}
+    assert doing({**WORKER, "batch": batch}) == "8 frames, step 3 of 25"
+    assert doing({**WORKER, "batch": {**batch, "steps": 0}}) == "8 frames, starting"
 
 
 def test_marks_without_unicode() -> None:

@@ -7,17 +7,36 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
 
 import httpx
 
 from farm import errors
 from farm.cli.client.address import Address
+from farm.cli.client.objects import (
+    Action,
+    Destination,
+    Export,
+    ExportAsked,
+    Frame,
+    Image,
+    Input,
+    Item,
+    Job,
+    Page,
+    Pipeline,
+    Quote,
+    Shard,
+    Tenant,
+    Worker,
+)
 from farm.config import Settings
 from farm.errors import FarmError, InvalidRequest, Unavailable
 
-Job = dict[str, Any]
-"""A job as the API returns it."""
+Object = TypeVar("Object")
+Params = Mapping[str, str | int]
+"""Parameters of a query."""
 
 PAGE = 200
 FIRST_CONTACT_SECONDS = 1.0
@@ -34,6 +53,16 @@ ERRORS: dict[str, type[FarmError]] = {
     if isinstance(kind, type)
     if issubclass(kind, FarmError)
 }
+
+
+class Request(TypedDict, total=False):
+    """Arguments of a request for httpx."""
+
+    params: Params | None
+    json: Mapping[str, object]
+    content: bytes | Iterable[bytes]
+    headers: dict[str, str]
+    timeout: httpx.Timeout
 
 
 class FarmClient:
@@ -79,50 +108,61 @@ class FarmClient:
     ) -> None:
         self._http.close()
 
-    def get(self, path: str, params: Mapping[str, str | int] | None = None) -> Any:
-        """Read an object."""
-        return self._object(self._send("GET", path, params=params))
+    def check_ready(self) -> None:
+        """Check that the API and the servers that it needs are ready."""
+        self._object(dict[str, object], self._send("GET", "/readyz"))
 
     def content(self, path: str) -> bytes:
         """Read an image. Redirects to other servers are followed."""
         return self._send("GET", path).content
 
-    def items(
-        self, path: str, params: Mapping[str, str | int] | None = None, limit: int | None = None
-    ) -> Iterator[Any]:
-        """Yield the items of a list, page by page, up to `limit` items."""
-        after: str | None = None
-        given = 0
-        while limit is None or given < limit:
-            page_size = PAGE if limit is None else min(PAGE, limit - given)
-            page_params = {**(params or {}), "limit": page_size}
-            page = self.get(path, page_params | ({"after": after} if after else {}))
-            yield from page["data"]
-            given += len(page["data"])
-            after = page["next"]
-            if after is None:
-                return
+    def download(self, path: str, file: Path) -> None:
+        """Download into a file of any size. Redirects to other servers are followed."""
+        self._send("GET", path, into=file)
 
-    def submit(self, body: Mapping[str, Any], idempotency_key: str | None = None) -> Job:
+    def submit(self, body: Mapping[str, object], idempotency_key: str | None = None) -> Job:
         """Submit a job. Retries of the call never create a second job."""
         headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
-        return self._job(self._send("POST", "/v1/jobs", json=body, headers=headers))
+        return self._object(Job, self._send("POST", "/v1/jobs", json=body, headers=headers))
 
-    def quote(self, body: Mapping[str, Any]) -> Any:
+    def quote(self, body: Mapping[str, object]) -> Quote:
         """Ask the API how long a job would take, without submitting it."""
         params = {"dry_run": "true"}
-        return self._object(self._send("POST", "/v1/jobs", json=body, params=params))
+        return self._object(Quote, self._send("POST", "/v1/jobs", json=body, params=params))
 
     def job(self, job_id: str) -> Job:
         """Read the current state of a job."""
-        return self._job(self._send("GET", f"/v1/jobs/{job_id}"))
+        return self._object(Job, self._send("GET", f"/v1/jobs/{job_id}"))
 
-    def upload(self, content: bytes, media_type: str) -> Any:
+    def jobs(self, params: Params | None = None, limit: int | None = None) -> Iterator[Job]:
+        """Yield the jobs, newest first, up to `limit` jobs."""
+        return self._items(Page[Job], "/v1/jobs", params, limit)
+
+    def jobs_page(self, params: Params) -> Page[Job]:
+        """Read one page of the jobs."""
+        return self._page(Page[Job], "/v1/jobs", params)
+
+    def frames(self, job_id: str, state: str, limit: int | None = None) -> Iterator[Frame]:
+        """Yield the frames of a job in a state, up to `limit` frames."""
+        return self._items(Page[Frame], f"/v1/jobs/{job_id}/frames", {"state": state}, limit)
+
+    def steer(self, job_id: str, verb: str) -> Job:
+        """Cancel, pause, resume or retry a job."""
+        # A second `retry` is a conflict, so it must not be sent again after a lost answer.
+        again = verb != "retry"
+        return self._object(Job, self._send("POST", f"/v1/jobs/{job_id}/{verb}", again=again))
+
+    def upload(self, content: bytes, media_type: str) -> Image:
         """Upload a control image. Uploading it again returns the same image."""
         headers = {"Content-Type": media_type}
-        return self._object(self._send("POST", "/v1/images", content=content, headers=headers))
+        response = self._send("POST", "/v1/images", content=content, headers=headers)
+        return self._object(Image, response)
 
-    def upload_input(self, lines: Callable[[], Iterable[bytes]]) -> Any:
+    def delete_image(self, image_id: str) -> None:
+        """Delete a control image."""
+        self._send("DELETE", f"/v1/images/{_quoted(image_id)}")
+
+    def upload_input(self, lines: Callable[[], Iterable[bytes]]) -> Input:
         """Upload an input. Uploading it again returns the same input.
 
         Args:
@@ -130,30 +170,91 @@ class FarmClient:
         """
         headers = {"Content-Type": "application/jsonl"}
         response = self._send("POST", "/v1/inputs", stream=lines, headers=headers, timeout=UPLOAD)
-        return self._object(response)
+        return self._object(Input, response)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Send a POST request. It is not retried, because a retry could create a second object."""
-        return self._object(self._send("POST", path, json=body, again=False))
+    def start_export(self, job_id: str, asked: ExportAsked) -> Export:
+        """Start an export. It is not retried, because a retry could start a second one."""
+        response = self._send("POST", f"/v1/jobs/{job_id}/exports", json=asked, again=False)
+        return self._object(Export, response)
 
-    def delete(self, path: str, why: str = "") -> Any:
-        """Send a DELETE request, and return the answer's object, or None if it has none."""
-        response = self._send("DELETE", path, params={"why": why} if why else None)
-        return self._object(response) if response.content else None
+    def export(self, export_id: str) -> Export:
+        """Read the current state of an export."""
+        return self._object(Export, self._send("GET", f"/v1/exports/{export_id}"))
 
-    def download(self, path: str, file: Path) -> None:
-        """Download into a file of any size. Redirects to other servers are followed."""
-        self._send("GET", path, into=file)
+    def shards(self, export_id: str, after: int) -> Page[Shard]:
+        """Read the page of an export's shards that begins after the shard `after`."""
+        params = {"after": after, "limit": PAGE}
+        return self._page(Page[Shard], f"/v1/exports/{export_id}/shards", params)
 
-    def steer(self, job_id: str, verb: str) -> Job:
-        """Cancel, pause, resume or retry a job."""
-        # A second `retry` is a conflict, so it must not be sent again after a lost answer.
-        again = verb != "retry"
-        return self._job(self._send("POST", f"/v1/jobs/{job_id}/{verb}", again=again))
+    def pipelines(self) -> Page[Pipeline]:
+        """Read the pipelines of the catalog."""
+        return self._page(Page[Pipeline], "/v1/pipelines")
 
-    def drain(self, worker_id: str) -> Any:
+    def workers(self) -> Page[Worker]:
+        """Read the workers that are alive."""
+        return self._page(Page[Worker], "/v1/workers")
+
+    def drain(self, worker_id: str) -> Worker:
         """Stop a worker after its current batch."""
-        return self._object(self._send("POST", f"/v1/workers/{worker_id}/drain"))
+        return self._object(Worker, self._send("POST", f"/v1/workers/{worker_id}/drain"))
+
+    def tenants(self) -> Page[Tenant]:
+        """Read the tenants."""
+        return self._page(Page[Tenant], "/v1/tenants")
+
+    def tenant(self, name: str) -> Tenant:
+        """Read a tenant, by its name or its ID."""
+        return self._object(Tenant, self._send("GET", f"/v1/tenants/{_quoted(name)}"))
+
+    def delete_tenant(self, name: str, why: str) -> Tenant:
+        """Delete a tenant and all that it owns."""
+        path = f"/v1/tenants/{_quoted(name)}"
+        return self._object(Tenant, self._send("DELETE", path, params=_reason(why)))
+
+    def destinations(self) -> Page[Destination]:
+        """Read the export destinations of all tenants."""
+        return self._page(Page[Destination], "/v1/destinations")
+
+    def grant(self, tenant: str, dest: str, why: str) -> Destination:
+        """Grant a destination. It is not retried, because a retry could grant a second one."""
+        body = {"tenant": tenant, "dest": dest, "why": why}
+        response = self._send("POST", "/v1/destinations", json=body, again=False)
+        return self._object(Destination, response)
+
+    def revoke(self, destination_id: str, why: str) -> None:
+        """Revoke a destination."""
+        path = f"/v1/destinations/{_quoted(destination_id)}"
+        self._send("DELETE", path, params=_reason(why))
+
+    def actions(self, limit: int) -> Iterator[Action]:
+        """Yield the actions of operators, newest first, up to `limit` actions."""
+        return self._items(Page[Action], "/v1/actions", limit=limit)
+
+    def _items(
+        self,
+        kind: type[Page[Item]],
+        path: str,
+        params: Params | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Item]:
+        """Yield the items of a list, page by page, up to `limit` items."""
+        after: str | None = None
+        given = 0
+        while limit is None or given < limit:
+            page_size = PAGE if limit is None else min(PAGE, limit - given)
+            page_params = {**(params or {}), "limit": page_size}
+            page = self._page(kind, path, page_params | ({"after": after} if after else {}))
+            yield from page["data"]
+            given += len(page["data"])
+            after = page["next"]
+            if after is None:
+                return
+
+    def _page(self, kind: type[Page[Item]], path: str, params: Params | None = None) -> Page[Item]:
+        page = self._object(kind, self._send("GET", path, params=params))
+        if not isinstance(page.get("data"), list):
+            raise self._not_a_farm()
+        return page
 
     def _send(
         self,
@@ -163,7 +264,7 @@ class FarmClient:
         again: bool = True,
         stream: Callable[[], Iterable[bytes]] | None = None,
         into: Path | None = None,
-        **request: Any,
+        **request: Unpack[Request],
     ) -> httpx.Response:
         """Send a request, and retry it until it is answered or the patience runs out.
 
@@ -204,9 +305,7 @@ class FarmClient:
             time.sleep(pause)
             pause = min(pause * 2, 2.0)
 
-    def _once(
-        self, method: str, path: str, into: Path | None, request: Mapping[str, Any]
-    ) -> httpx.Response:
+    def _once(self, method: str, path: str, into: Path | None, request: Request) -> httpx.Response:
         if into is None:
             return self._http.request(method, path, **request)
         with self._http.stream(method, path, **request) as response:
@@ -237,17 +336,26 @@ class FarmClient:
         except (ValueError, KeyError, TypeError):
             return self.address.refused(response)
 
-    def _job(self, response: httpx.Response) -> Job:
-        job: Job = self._object(response)
-        return job
-
-    def _object(self, response: httpx.Response) -> Any:
+    def _object(self, _kind: type[Object], response: httpx.Response) -> Object:
+        """Return the JSON object of an answer, with the type `_kind`."""
         try:
-            return response.json()
+            found: Object = response.json()
         except ValueError as error:
-            raise FarmError(
-                f"The server at {self.address.url} is not a farm. Check FARM_API_URL."
-            ) from error
+            raise self._not_a_farm() from error
+        if not isinstance(found, dict):
+            raise self._not_a_farm()
+        return found
+
+    def _not_a_farm(self) -> FarmError:
+        return FarmError(f"The server at {self.address.url} is not a farm. Check FARM_API_URL.")
+
+
+def _quoted(word: str) -> str:
+    return quote(word, safe="")
+
+
+def _reason(why: str) -> Params | None:
+    return {"why": why} if why else None
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -152,7 +152,7 @@ def _save(content: str, file: Path) -> None:
         raise FarmError(f"{file} cannot be written: {error.strerror or error}.") from error
 
 
-def _object(report: Report) -> dict[str, Any]:
+def _object(report: Report) -> dict[str, object]:
     return {
         "ok": report.ok,
         **report.model_dump(mode="json", include={"checked", "wrong", "findings"}),

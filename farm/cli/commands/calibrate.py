@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -213,7 +213,7 @@ def _object(
     sweeps: Sequence[SweepResult],
     effort: SweepOptions,
     share: float,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     from farm.pipelines.runtime.devices import device_name, thread_count
 
     return {
@@ -230,7 +230,7 @@ def _object(
     }
 
 
-def _size_object(done: SweepResult, share: float) -> dict[str, Any]:
+def _size_object(done: SweepResult, share: float) -> dict[str, object]:
     from farm.rendering.calibration import best_bucket
 
     return {

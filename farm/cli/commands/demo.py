@@ -18,7 +18,7 @@ from farm.errors import FarmError, NotFound
 from farm.humanize import duration, plural
 
 if TYPE_CHECKING:
-    from farm.cli.client.http import Job
+    from farm.cli.client.objects import Job
     from farm.cli.demo_farm import FarmHandle
 
 PIPELINE = "demo"
@@ -111,7 +111,7 @@ def _render(host: FarmHandle, dest: Path) -> Job:
 
 
 def _check_pipeline(host: FarmHandle) -> None:
-    names = [pipeline["name"] for pipeline in host.client.get("/v1/pipelines")["data"]]
+    names = [pipeline["name"] for pipeline in host.client.pipelines()["data"]]
     if PIPELINE not in names:
         raise NotFound(
             f"The farm at {host.url} has no pipeline {PIPELINE}. It has {', '.join(names)}. Submit "
@@ -127,7 +127,7 @@ def _sheet(host: FarmHandle, job: Job, dest: Path) -> Path:
     from farm.cli.terminal.contact_sheet import Row, contact_sheet
 
     pictures: dict[str, list[Image.Image]] = {prompt: [] for prompt in PROMPTS}
-    for frame in host.client.items(f"/v1/jobs/{job['id']}/frames", {"state": "succeeded"}):
+    for frame in host.client.frames(job["id"], "succeeded"):
         with Image.open(dest / picture_name(frame)) as picture:
             pictures[frame["prompt"]].append(picture.copy())
     spec = job["spec"]

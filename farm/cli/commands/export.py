@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,7 @@ from farm.humanize import count, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
+    from farm.cli.client.objects import Export, ExportAsked, ExportFile, Shard
 
 PATIENCE_SECONDS = 120.0
 LOOK_SECONDS = 1.0
@@ -29,9 +30,6 @@ MAX_CONCURRENT_DOWNLOADS = 6
 """Number of files that are downloaded at the same time."""
 STATE = ".farm-export.json"
 """File in the folder that records which export fills it."""
-
-Export = dict[str, Any]
-File = dict[str, Any]
 
 
 class Form(StrEnum):
@@ -70,10 +68,9 @@ def export(
     with FarmClient.of(load_settings()) as client:
         client.patience_seconds = PATIENCE_SECONDS
         job_id = find_job(client, job_word)
-        asked = {"to": to.value, "shard_frames": shard_frames}
+        asked: ExportAsked = {"to": to.value, "shard_frames": shard_frames}
         if dest.startswith("s3://"):
-            path = f"/v1/jobs/{job_id}/exports"
-            ended = _watched(client, client.post(path, {**asked, "dest": dest}))
+            ended = _watched(client, client.start_export(job_id, {**asked, "dest": dest}))
             where = ended["dest"]
         else:
             folder = Folder(client, Path(dest))
@@ -91,7 +88,7 @@ def _watched(client: FarmClient, found: Export) -> Export:
     with counted("Shards", found["shards"] + 1) as count_more:
         done = 0
         while True:
-            found = client.get(f"/v1/exports/{found['id']}")
+            found = client.export(found["id"])
             now = found["shards_done"] + (found["status"] == "succeeded")
             count_more(now - done)
             done = now
@@ -113,7 +110,7 @@ class Folder:
     client: FarmClient
     path: Path
 
-    def fill(self, job_id: str, asked: dict[str, Any]) -> Export:
+    def fill(self, job_id: str, asked: ExportAsked) -> Export:
         """Download the files of each shard once it is done, except those already complete here.
 
         Raises:
@@ -134,9 +131,9 @@ class Folder:
                     count_more(1)
         except OSError as error:
             raise FarmError(f"{self.path} cannot be written: {error.strerror or error}.") from error
-        return _succeeded(self.client.get(f"/v1/exports/{found['id']}"))
+        return _succeeded(self.client.export(found["id"]))
 
-    def _export(self, job_id: str, asked: dict[str, Any]) -> Export:
+    def _export(self, job_id: str, asked: ExportAsked) -> Export:
         """Find the export that the folder is filled from, or start one."""
         state = self.path / STATE
         wanted = {"job": job_id, **asked}
@@ -148,22 +145,20 @@ class Folder:
                     f"{before['asked']['job']} as {before['asked']['to']}. Choose another folder."
                 )
             try:
-                found: Export = self.client.get(f"/v1/exports/{before['export']}")
+                found = self.client.export(before["export"])
                 if found["status"] != "failed":
                     return found
             except NotFound:
                 note("The export that filled this folder was deleted. A new export starts.")
-        found = self.client.post(f"/v1/jobs/{job_id}/exports", asked)
+        found = self.client.start_export(job_id, asked)
         state.write_text(json.dumps({"asked": wanted, "export": found["id"]}))
         return found
 
-    def _shards(self, export_id: str) -> Iterator[dict[str, Any]]:
+    def _shards(self, export_id: str) -> Iterator[Shard]:
         """Yield the shards in order, each once it is done."""
         after = -1
         while True:
-            page = self.client.get(
-                f"/v1/exports/{export_id}/shards", {"after": after, "limit": 200}
-            )
+            page = self.client.shards(export_id, after)
             for shard in page["data"]:
                 if not shard["done"]:
                     break
@@ -174,10 +169,10 @@ class Folder:
             else:
                 if page["next"] is not None:
                     continue
-            _succeeded(self.client.get(f"/v1/exports/{export_id}"))
+            _succeeded(self.client.export(export_id))
             time.sleep(LOOK_SECONDS)
 
-    def _pictures(self, index: File) -> Iterator[File]:
+    def _pictures(self, index: ExportFile) -> Iterator[ExportFile]:
         """Yield the pictures that are listed in an image folder's metadata."""
         folder, url = index["name"].rpartition("/")[0], index["url"].rpartition("/")[0]
         from pyarrow import parquet
@@ -187,7 +182,7 @@ class Folder:
             name = row["file_name"]
             yield {"name": f"{folder}/{name}", "sha256": row["sha256"], "url": f"{url}/{name}"}
 
-    def _fetch(self, file: File) -> None:
+    def _fetch(self, file: ExportFile) -> None:
         path = self.path / file["name"]
         if path.is_file() and _digest(path) == file["sha256"]:
             return

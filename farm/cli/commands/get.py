@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +21,8 @@ from farm.errors import FarmError
 from farm.humanize import count, plural, size
 
 if TYPE_CHECKING:
-    from farm.cli.client.http import FarmClient, Job
+    from farm.cli.client.http import FarmClient
+    from farm.cli.client.objects import Frame, Job, Picture
 
 PATIENCE_SECONDS = 60.0
 MAX_CONCURRENT_DOWNLOADS = 6
@@ -92,7 +93,7 @@ def download(client: FarmClient, job: Job, dest: Path) -> DownloadResult:
         FarmError: the folder cannot be written, or a picture's bytes stay wrong.
     """
     haul = DownloadResult()
-    frames = client.items(f"/v1/jobs/{job['id']}/frames", {"state": "succeeded"})
+    frames = client.frames(job["id"], "succeeded")
     try:
         dest.mkdir(parents=True, exist_ok=True)
         with counted("Downloading", job["counts"]["succeeded"]) as count_more:
@@ -106,7 +107,7 @@ def download(client: FarmClient, job: Job, dest: Path) -> DownloadResult:
     return haul
 
 
-def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]) -> Iterator[int]:
+def _all(work: Callable[[Frame], int], frames: Iterable[Frame]) -> Iterator[int]:
     """Call `work` for every frame, a few at a time, with only a few in memory."""
     pending: set[Future[int]] = set()
     pool = ThreadPoolExecutor(MAX_CONCURRENT_DOWNLOADS, thread_name_prefix="download")
@@ -123,19 +124,21 @@ def _all(work: Callable[[dict[str, Any]], int], frames: Iterable[dict[str, Any]]
         pool.shutdown(cancel_futures=True)
 
 
-def picture_name(frame: dict[str, Any]) -> str:
+def picture_name(frame: Picture) -> str:
     """Return the file name of a frame's picture."""
     kind = FORMATS[frame.get("format", "png")]  # an older farm has no such field
     return f"{int(frame['ordinal'])}-{int(frame['seed'])}.{kind.extension}"
 
 
-def _fetch(client: FarmClient, frame: dict[str, Any], dest: Path) -> int:
+def _fetch(client: FarmClient, frame: Frame, dest: Path) -> int:
     """Download a frame's picture unless it is there. Return the number of bytes downloaded."""
     path = dest / picture_name(frame)
     if path.is_file() and _digest(path.read_bytes()) == frame["sha256"]:
         return 0
+    url = frame["image_url"]
+    assert url is not None  # it succeeded
     for _ in range(TRIES):
-        content = client.content(frame["image_url"])
+        content = client.content(url)
         if _digest(content) == frame["sha256"]:
             _write(path, content)
             return len(content)

@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import httpx
 
     from farm.cli.client.http import FarmClient
+    from farm.cli.client.objects import Image
 
 FETCH_SECONDS = 120.0
 """Maximum total time to download a URL, in seconds."""
@@ -70,7 +70,7 @@ def images(
     with FarmClient.of(settings) as client:
         for source in sources:
             if delete:
-                client.delete(f"/v1/images/{quote(source, safe='')}")
+                client.delete_image(source)
                 note(f"Image {source} is deleted.")
                 continue
             image = upload(client, read_image(source, settings.max_image_bytes))
@@ -82,7 +82,7 @@ def images(
 
 def control_field(
     client: FarmClient, controls: Sequence[ControlWord], limit: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Upload every image that is not an ID yet, and build the field `control` of a job.
 
     Raises:
@@ -100,7 +100,7 @@ def control_field(
     return [{"image": ids.get(word.source, word.source), **word.settings} for word in controls]
 
 
-def upload(client: FarmClient, file: ImageFile) -> Any:
+def upload(client: FarmClient, file: ImageFile) -> Image:
     """Upload a file, and return the image as the API describes it.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -28,7 +28,8 @@ from farm.cli.terminal.exit_codes import exit_as
 from farm.humanize import ago, count, duration, numbered, pace, size
 
 if TYPE_CHECKING:
-    from farm.cli.client.http import FarmClient, Job
+    from farm.cli.client.http import FarmClient
+    from farm.cli.client.objects import Job, Page
 
 WATCH_PATIENCE_SECONDS = 120.0
 """Maximum time that the farm may not answer during a watch, in seconds."""
@@ -70,21 +71,20 @@ def jobs(
         if as_json:
             emit(_page(client, wanted, limit))
             return
-        found = list(client.items("/v1/jobs", wanted, limit))
+        found = list(client.jobs(wanted, limit))
     if not found:
         say("There are no jobs." if not wanted else "No job matches.", "dim")
         return
     show_table(_table(found))
 
 
-def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> dict[str, Any]:
+def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> Page[Job]:
     """Return one page as the API returns it. Join several pages into one of the same form."""
     from farm.cli.client.http import PAGE
 
     if limit <= PAGE:
-        page: dict[str, Any] = client.get("/v1/jobs", {**wanted, "limit": limit})
-        return page
-    data = list(client.items("/v1/jobs", wanted, limit))
+        return client.jobs_page({**wanted, "limit": limit})
+    data = list(client.jobs(wanted, limit))
     return {"data": data, "next": data[-1]["id"] if len(data) == limit else None}
 
 
@@ -125,7 +125,7 @@ def _describe(found: Job) -> None:
     table.add_row("job", found["id"])
     table.add_row("status", styled_status(found))
     table.add_row("frames", f"{count(found['total'])}: {numbered(found['counts'])}")
-    if found["pace"] is not None:
+    if found["pace"] is not None and found["eta_seconds"] is not None:
         table.add_row("pace", f"{pace(found['pace'])}, {duration(found['eta_seconds'])} left")
     if found["bytes"]:
         table.add_row("pictures", size(found["bytes"]))
@@ -133,13 +133,16 @@ def _describe(found: Job) -> None:
         table.add_row("failed attempts", numbered(found["failures"]))
     if found["waiting_because"]:
         table.add_row("waits", _plain(clean(found["waiting_because"])))
-    for name in ("created_at", "started_at", "finished_at"):
-        if found[name]:
-            table.add_row(name.removesuffix("_at"), ago(found[name]))
+    moments = (found["created_at"], found["started_at"], found["finished_at"])
+    for name, moment in zip(("created", "started", "finished"), moments, strict=True):
+        if moment:
+            table.add_row(name, ago(moment))
     for name, value in found["spec"].items():
         if value in (None, "", [], {}) or name == "prompts":
             continue
-        shown = ", ".join(f"{k}={v}" for k, v in value.items()) if name == "labels" else str(value)
+        shown = str(value)
+        if name == "labels" and isinstance(value, dict):
+            shown = ", ".join(f"{key}={label}" for key, label in value.items())
         table.add_row(name, _plain(clean(shown)))
     for index, prompt in enumerate(found["spec"]["prompts"]):
         table.add_row("" if index else "prompts", _plain(clean(prompt)))
@@ -150,8 +153,7 @@ def _describe(found: Job) -> None:
 
 
 def _describe_dead(client: FarmClient, found: Job) -> None:
-    path = f"/v1/jobs/{found['id']}/frames"
-    for frame in client.items(path, {"state": "dead"}, limit=DEAD_SHOWN):
+    for frame in client.frames(found["id"], "dead", limit=DEAD_SHOWN):
         say(
             f"frame {frame['ordinal']} is dead: {one_line(frame['error'] or 'no reason', 300)}",
             "red",

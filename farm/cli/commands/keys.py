@@ -61,7 +61,7 @@ def list_keys(as_json: Json = False) -> None:
     from farm.store import keys
 
     with _connection() as connection:
-        rows = [dict(row._mapping) for row in keys.list_keys(connection)]
+        rows = [row._asdict() for row in keys.list_keys(connection)]
     if as_json:
         emit(rows)
         return

@@ -5,8 +5,7 @@ They call the API with an operator's key.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -15,6 +14,9 @@ from farm.cli.client import farm_client
 from farm.cli.terminal.console import Json, clean, columns, emit, note, one_line, say, show_table
 from farm.errors import InvalidRequest
 from farm.humanize import ago, count
+
+if TYPE_CHECKING:
+    from farm.cli.client import objects
 
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
@@ -31,14 +33,14 @@ def tenants(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is not None:
         return
     with farm_client() as client:
-        page = client.get("/v1/tenants")
+        page = client.tenants()
     if as_json:
         emit(page)
         return
     table = columns("tenant", *OWNED, "since", right=OWNED)
     for each in page["data"]:
         owned = [count(each["owns"][name]) for name in OWNED]
-        table.add_row(escape(clean(each["name"])), *owned, ago(each["created_at"]))
+        table.add_row(escape(clean(each["name"] or "")), *owned, ago(each["created_at"]))
     show_table(table)
 
 
@@ -49,7 +51,7 @@ def show(
 ) -> None:
     """Show what a tenant owns. Use the ID for a tenant that was deleted."""
     with farm_client() as client:
-        found = client.get(f"/v1/tenants/{quote(tenant, safe='')}")
+        found = client.tenant(tenant)
     _tell(found, as_json)
 
 
@@ -65,16 +67,15 @@ def delete(
     This cannot be undone. Files that were exported to other buckets stay.
     """
     with farm_client() as client:
-        path = f"/v1/tenants/{quote(tenant, safe='')}"
-        found = client.get(path)
+        found = client.tenant(tenant)
         if not yes:
             note(f"Tenant {tenant} owns {_owned(found)}.")
             typer.confirm("Delete all of this? This cannot be undone.", abort=True, err=True)
-        found = client.delete(path, why)
+        found = client.delete_tenant(tenant, why)
     _tell(found, as_json)
 
 
-def _tell(tenant: dict[str, Any], as_json: bool) -> None:
+def _tell(tenant: objects.Tenant, as_json: bool) -> None:
     if as_json:
         emit(tenant)
     elif tenant["emptied_at"]:
@@ -86,7 +87,7 @@ def _tell(tenant: dict[str, Any], as_json: bool) -> None:
         say(f"Tenant {tenant['name']} owns {_owned(tenant)}.")
 
 
-def _owned(tenant: dict[str, Any]) -> str:
+def _owned(tenant: objects.Tenant) -> str:
     return ", ".join(f"{count(tenant['owns'][name])} {name}" for name in OWNED)
 
 
@@ -96,7 +97,7 @@ def destinations(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is not None:
         return
     with farm_client() as client:
-        page = client.get("/v1/destinations")
+        page = client.destinations()
     if as_json:
         emit(page)
         return
@@ -129,7 +130,7 @@ def grant(
     Example: farm destinations grant shop s3://datasets/shop
     """
     with farm_client() as client:
-        made = client.post("/v1/destinations", {"tenant": tenant, "dest": dest, "why": why})
+        made = client.grant(tenant, dest, why)
     if as_json:
         emit(made)
     else:
@@ -145,7 +146,7 @@ def revoke(
     if not destination.strip():
         raise InvalidRequest("ID: missing. `farm destinations` lists the IDs.", param="id")
     with farm_client() as client:
-        client.delete(f"/v1/destinations/{quote(destination, safe='')}", why)
+        client.revoke(destination, why)
     say(f"Destination {destination} is revoked.")
 
 
@@ -155,7 +156,7 @@ def actions(
 ) -> None:
     """List the actions of operators, newest first."""
     with farm_client() as client:
-        found = list(client.items("/v1/actions", limit=limit))
+        found = list(client.actions(limit))
     if as_json:
         emit(found)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -116,7 +116,7 @@ def _save(done: Replay, path: Path) -> None:
         raise InvalidRequest(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def _object(done: Replay) -> dict[str, Any]:
+def _object(done: Replay) -> dict[str, object]:
     difference = asdict(done.difference) if done.difference else None
     return {
         "identical": done.identical,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from farm.humanize import count, duration, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
+    from farm.cli.client.objects import Input, Quote
 
 EXAMPLES = """
 Examples:
@@ -239,7 +240,8 @@ def submit(  # one argument for each option: typer reads the options from this s
     if show:
         show_fields(pipeline or DEFAULT_PIPELINE, as_json=as_json)
         return
-    fields: dict[str, Any] = {
+    base: dict[str, object]
+    fields: dict[str, object] = {
         "prompts": prompts,
         "pipeline": pipeline,
         "images_per_prompt": images,
@@ -281,7 +283,7 @@ def submit(  # one argument for each option: typer reads the options from this s
 
 
 def send(
-    body: dict[str, Any],
+    body: dict[str, object],
     idempotency_key: str | None,
     controls: Sequence[ControlWord] = (),
     *,
@@ -335,7 +337,7 @@ def send(
             out.print(f"[dim]Follow it:[/] farm watch {short(job['id'])}")
 
 
-def _show_quote(quote: dict[str, Any], *, as_json: bool) -> None:
+def _show_quote(quote: Quote, *, as_json: bool) -> None:
     if as_json:
         emit(quote)
         return
@@ -354,10 +356,10 @@ def _show_quote(quote: dict[str, Any], *, as_json: bool) -> None:
     say(f"{ahead} queued before it, for {workers} that can render it.")
     if quote["ends_at"]:
         say(f"Estimated end: {quote['ends_at'][:16].replace('T', ' ')} UTC.")
-    for name in ("first", "last"):
-        say(f"The {name} frame: {json.dumps(quote[name], ensure_ascii=False)}", "dim")
+    for name, spec in (("first", quote["first"]), ("last", quote["last"])):
+        say(f"The {name} frame: {json.dumps(spec, ensure_ascii=False)}", "dim")
 
 
-def _upload(client: FarmClient, file: PromptFile) -> Any:
+def _upload(client: FarmClient, file: PromptFile) -> Input:
     with counted("Uploading", file.size, size=True) as count_more:
         return client.upload_input(lambda: file.blocks(count_more))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -14,6 +14,7 @@ from farm.humanize import ago, count, percent
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
+    from farm.cli.client.objects import Worker
 
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
 
@@ -29,7 +30,7 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is not None:
         return
     with farm_client() as client:
-        page = client.get("/v1/workers")
+        page = client.workers()
     if as_json:
         emit(page)
         return
@@ -82,14 +83,14 @@ def _find(client: FarmClient, word: str) -> str:
             "WORKER: missing. Pass a worker's name or ID; `farm workers` lists them.",
             param="worker",
         )
-    alive = client.get("/v1/workers")["data"]
+    alive = client.workers()["data"]
     found = [each["id"] for each in alive if word in (each["name"], each["id"])]
     if not found:
         raise NotFound(f"No worker {word[:60]!r} is alive. `farm workers` lists the workers.")
-    return str(found[0])
+    return found[0]
 
 
-def busyness(workers: list[dict[str, Any]], pipeline: str) -> str:
+def busyness(workers: list[Worker], pipeline: str) -> str:
     """Write the busy shares of a pipeline's workers, such as `busy: demo-1f3a9c02 97%`."""
     known = [
         f"{clean(each['name'])} {percent(each['busy'])}"
@@ -100,7 +101,7 @@ def busyness(workers: list[dict[str, Any]], pipeline: str) -> str:
     return f"busy: {', '.join(known[:SHOWN] + more)}" if known else ""
 
 
-def doing(worker: dict[str, Any]) -> str:
+def doing(worker: Worker) -> str:
     """Describe a worker's current work, such as `8 frames, step 3 of 25`."""
     if worker["problem"]:
         return one_line(worker["problem"], 100)

@@ -12,12 +12,15 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from farm.cli.client.objects import Job
 
 # Emoji codes such as `:star:` are off too: prompts are shown exactly as written.
 out = Console(highlight=False, emoji=False)
@@ -44,7 +47,7 @@ STATUS_STYLES = {
 }
 
 
-def emit(value: Any) -> None:
+def emit(value: object) -> None:
     """Print JSON as one line of standard output."""
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     typer.echo(json.dumps(value, ensure_ascii=not utf8, default=str))
@@ -83,7 +86,7 @@ def show_table(table: Table) -> None:
     console.print(table)
 
 
-def styled_status(job: dict[str, Any]) -> str:
+def styled_status(job: Job) -> str:
     """Return a job's status, or `paused`, as rich markup."""
     status = "paused" if job["paused"] and job["finished_at"] is None else job["status"]
     return f"[{STATUS_STYLES.get(status, 'default')}]{status}[/]"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from farm.cli.client.objects import Job
 
 OK = 0
 ERROR = 1
@@ -22,7 +24,7 @@ EPILOG = (
 )
 
 
-def exit_as(job: Mapping[str, Any]) -> None:
+def exit_as(job: Job) -> None:
     """Exit with code 3 unless the job succeeded."""
     if job["status"] != "succeeded":
         raise typer.Exit(NOT_SUCCEEDED)

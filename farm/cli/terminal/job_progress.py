@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 from rich.console import Group
@@ -25,7 +25,8 @@ from farm.errors import FarmError
 from farm.humanize import count, duration, numbered, pace, plural, size
 
 if TYPE_CHECKING:
-    from farm.cli.client.http import FarmClient, Job
+    from farm.cli.client.http import FarmClient
+    from farm.cli.client.objects import Job
 
 FIRST_PAUSE, MAX_PAUSE = 0.25, 1.0
 """First and longest pause between two reads of a job, in seconds."""
@@ -73,7 +74,7 @@ def _watch(client: FarmClient, job: Job, view: View, stalled_seconds: float | No
         now = time.monotonic()
         if job["counts"] != seen:
             moved, seen = now, job["counts"]
-        workers = client.get("/v1/workers")["data"]
+        workers = client.workers()["data"]
         view.show(job, busyness(workers, job["pipeline"]))
         if job["status"] in TERMINAL:
             return job
@@ -99,7 +100,7 @@ class Lines:
     """Prints a line when the status, the progress (by 10%) or the reason to wait changes."""
 
     def __init__(self) -> None:
-        self._shown: tuple[Any, ...] = ()
+        self._shown: tuple[object, ...] = ()
 
     def show(self, job: Job, busy: str = "") -> None:
         """Print a line if something changed."""
@@ -145,7 +146,7 @@ class Bar:
 def finished(job: Job) -> int:
     """Return how many of a job's frames have ended."""
     counts = job["counts"]
-    return int(counts["succeeded"] + counts["dead"] + counts["cancelled"])
+    return counts["succeeded"] + counts["dead"] + counts["cancelled"]
 
 
 def headline(job: Job) -> Text:
@@ -155,7 +156,7 @@ def headline(job: Job) -> Text:
     words.append(f"  {count(finished(job))}/{count(job['total'])}", "default")
     if job["status"] in TERMINAL:
         return words
-    if job["pace"] is not None:
+    if job["pace"] is not None and job["eta_seconds"] is not None:
         left = duration(job["eta_seconds"])
         words.append(f"  {pace(job['pace'])}  {left} left", "default")
     return words
@@ -180,7 +181,7 @@ def summary(job: Job) -> str:
 
 
 def _seconds(job: Job) -> float | None:
-    if not (job["started_at"] and job["finished_at"]):
+    started, ended = job["started_at"], job["finished_at"]
+    if not (started and ended):
         return None
-    started, ended = (datetime.fromisoformat(job[name]) for name in ("started_at", "finished_at"))
-    return (ended - started).total_seconds()
+    return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()

@@ -1,0 +1,219 @@
+"""Objects of the API, with the fields that the command line reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, NotRequired, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from farm.domain.image_formats import Format
+
+Item = TypeVar("Item")
+
+
+class Page(TypedDict, Generic[Item]):
+    """One page of a list."""
+
+    data: list[Item]
+    next: str | None
+
+
+class Spec(TypedDict):
+    """A job as it was submitted. The pipeline's parameters are fields too."""
+
+    prompts: list[str]
+    """The first prompts."""
+    prompt_count: int
+    width: NotRequired[int]
+    height: NotRequired[int]
+    steps: NotRequired[int]
+    sampler: NotRequired[str | None]
+
+
+class Job(TypedDict):
+    """A job in its current state."""
+
+    id: str
+    pipeline: str
+    status: str
+    paused: bool
+    priority: str
+    total: int
+    counts: dict[str, int]
+    """Number of frames in each state."""
+    progress: float
+    pace: float | None
+    eta_seconds: float | None
+    """None if `pace` is None."""
+    waiting_because: str | None
+    bytes: int
+    failures: dict[str, int]
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    spec: Spec
+
+
+class Quote(TypedDict):
+    """Estimate of a job's time and storage."""
+
+    pipeline: str
+    frames: int
+    batches: int
+    bytes: int | None
+    device_seconds: float | None
+    seconds_per_frame: float | None
+    """None if `device_seconds` is None."""
+    alike: bool
+    workers: int
+    frames_ahead: int
+    ends_at: str | None
+    first: dict[str, object]
+    last: dict[str, object]
+
+
+class Picture(TypedDict):
+    """The fields of a frame that name the file of its picture."""
+
+    ordinal: int
+    seed: int
+    format: NotRequired[Format]
+    """Missing in the answer of an older farm."""
+
+
+class Frame(Picture):
+    """A frame."""
+
+    prompt: str
+    sha256: str | None
+    image_url: str | None
+    """None if it has no picture."""
+    error: str | None
+
+
+class Image(TypedDict):
+    """A control image."""
+
+    id: str
+
+
+class Input(TypedDict):
+    """An uploaded input."""
+
+    id: str
+
+
+class ExportAsked(TypedDict):
+    """A request to export a job."""
+
+    to: str
+    shard_frames: int
+    dest: NotRequired[str]
+
+
+class Export(TypedDict):
+    """An export that is being written, or is finished."""
+
+    id: str
+    status: str
+    dest: str
+    shards: int
+    shards_done: int
+    images: int
+    missing: int
+    bytes: int
+    error: str | None
+
+
+class ExportFile(TypedDict):
+    """A file of a dataset."""
+
+    name: str
+    sha256: str
+    url: str
+
+
+class Shard(TypedDict):
+    """A shard of an export."""
+
+    number: int
+    job: str | None
+    """None for the files of the whole dataset."""
+    done: bool
+    files: list[ExportFile]
+
+
+class Limits(TypedDict):
+    """Limits of a job for a pipeline."""
+
+    max_pixels: int
+
+
+class Pipeline(TypedDict):
+    """A pipeline of the catalog."""
+
+    name: str
+    family: str | None
+    parameters: dict[str, object] | None
+    """JSON Schema of its parameters. None if `problem` is set."""
+    limits: Limits
+    workers: int
+    problem: str | None
+
+
+class Batch(TypedDict):
+    """The batch that a worker denoises now."""
+
+    frames: int
+    step: int
+    steps: int
+
+
+class Worker(TypedDict):
+    """A worker that is alive."""
+
+    id: str
+    name: str
+    pipeline: str
+    state: str
+    draining: bool
+    device: str | None
+    seen_at: str
+    succeeded: int
+    busy: NotRequired[float | None]
+    """Missing in the answer of an older farm."""
+    batch: Batch | None
+    problem: str | None
+
+
+class Tenant(TypedDict):
+    """A tenant, and the number of things that it owns."""
+
+    id: str
+    name: str | None
+    """None for a deleted tenant."""
+    created_at: str
+    removed_at: str | None
+    emptied_at: str | None
+    owns: dict[str, int]
+
+
+class Destination(TypedDict):
+    """A place that a tenant may export to."""
+
+    id: str
+    tenant: str
+    dest: str
+    created_at: str
+
+
+class Action(TypedDict):
+    """An action of an operator."""
+
+    at: str
+    who: str
+    tenant: str
+    address: str
+    verb: str
+    target: str
+    why: str
+    outcome: str
