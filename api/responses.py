@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from api import schemas
 from api.auth import OPERATOR
-from api.waiting_reasons import JobRow, Lanes
+from api.waiting_reasons import Lanes
 from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import queries
 from farm.store.engine import Transaction
 from farm.store.keys import Caller
 from farm.store.lines import lines_of
+from farm.store.queries import FrameRow, JobRow
 
 INSIDE = frozenset({"points", "job_seed", "seed_bits", "params"})
 """Fields of a stored spec that a client did not send."""
@@ -71,7 +71,7 @@ def _eta_seconds(row: JobRow) -> float | None:
 def frame_views(
     connection: Transaction,
     job: JobRow,
-    rows: dict[int, Any],
+    rows: dict[int, FrameRow],
     ordinals: Sequence[int],
     caller: Caller,
 ) -> list[schemas.Frame]:
@@ -106,7 +106,7 @@ def _frame_view(
     ordinal: int,
     full: FullSpec,
     line: Line,
-    row: Any | None,
+    row: FrameRow | None,
     attempts: list[schemas.Attempt],
 ) -> schemas.Frame:
     rerolls = row.rerolls if row else 0

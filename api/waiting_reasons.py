@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
 
 from farm.domain.spec import Priority
 from farm.domain.states import TERMINAL
 from farm.store import lanes as stored
 from farm.store.engine import Transaction
-
-JobRow = Any
-"""A row of store.queries.get_job or list_jobs."""
+from farm.store.lanes import LaneNow
+from farm.store.queries import JobRow
 
 
 @dataclass
@@ -24,7 +22,7 @@ class Lanes:
 
     connection: Transaction
     tenant_id: uuid.UUID
-    _facts: dict[str, Any] = field(default_factory=dict)
+    _facts: dict[str, LaneNow] = field(default_factory=dict)
 
     def waiting_because(self, job: JobRow) -> str | None:
         """Return the reason why no frame of a job runs; None if one runs or the job has ended."""
@@ -35,7 +33,7 @@ class Lanes:
         lane = self._lane(job.pipeline)
         return lane_sentence(job.pipeline, lane) or self._backing_off(job) or _busy_sentence(lane)
 
-    def _lane(self, pipeline: str) -> Any:
+    def _lane(self, pipeline: str) -> LaneNow:
         if pipeline not in self._facts:
             self._facts[pipeline] = stored.lane_now(self.connection, pipeline, self.tenant_id)
         return self._facts[pipeline]
@@ -49,7 +47,7 @@ class Lanes:
         return f"It is backing off until {until:%H:%M:%S} UTC, after a failed attempt."
 
 
-def lane_sentence(pipeline: str, lane: Any) -> str | None:
+def lane_sentence(pipeline: str, lane: LaneNow) -> str | None:
     """Return the reason why a lane renders nothing; None if one of its workers can render."""
     if lane.workers == 0:
         return f"No worker for pipeline {pipeline} is alive."
@@ -62,7 +60,7 @@ def lane_sentence(pipeline: str, lane: Any) -> str | None:
     return f"Every worker of pipeline {pipeline} is draining."
 
 
-def _busy_sentence(lane: Any) -> str:
+def _busy_sentence(lane: LaneNow) -> str:
     if lane.busy_priority is None:
         return "A worker is about to take it."
     work = f"{Priority(lane.busy_priority).wire} jobs"

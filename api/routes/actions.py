@@ -28,5 +28,5 @@ def list_actions(
     """List actions with key, verb, target, time, address, reason and outcome."""
     with reads(farm.store) as connection:
         found = actions.list_actions(connection, limit=limit + 1, after=after)
-    data = [schemas.Action(**row._mapping) for row in found[:limit]]
+    data = [schemas.Action(**row._asdict()) for row in found[:limit]]
     return schemas.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)

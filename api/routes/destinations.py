@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path
 
@@ -13,6 +13,7 @@ from api.openapi import refusals
 from farm.errors import InvalidRequest, NotFound
 from farm.services.exports.service import parse_place
 from farm.store import actions, destinations
+from farm.store.destinations import DestinationRow
 from farm.store.engine import reads, transaction
 
 router = APIRouter(prefix="/v1/destinations", tags=["operators"])
@@ -62,7 +63,7 @@ def revoke(farm: FarmDep, actor: Acting, destination_id: DestinationId, why: Why
         actions.record(connection, actor, "destination.revoke", target, why, outcome)
 
 
-def _view(row: Any) -> schemas.Destination:
+def _view(row: DestinationRow) -> schemas.Destination:
     return schemas.Destination(
         id=row.id,
         tenant=row.tenant,

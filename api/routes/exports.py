@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
@@ -23,7 +23,7 @@ from farm.errors import InvalidRequest, NotFound
 from farm.services.exports import service as use_cases
 from farm.store import exports, queries
 from farm.store.engine import Transaction, reads, transaction
-from farm.store.exports import Export
+from farm.store.exports import Export, ShardRow
 
 router = APIRouter(prefix="/v1", tags=["exports"])
 
@@ -206,7 +206,7 @@ def _view(export: Export) -> schemas.Export:
     )
 
 
-def _shard(export_id: uuid.UUID, row: Any) -> schemas.Shard:
+def _shard(export_id: uuid.UUID, row: ShardRow) -> schemas.Shard:
     return schemas.Shard(
         number=row.number,
         job=row.job_id,

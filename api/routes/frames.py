@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import RedirectResponse
@@ -16,13 +16,13 @@ from api.openapi import refusals
 from api.paging import Limit
 from api.responses import frame_views, unborn_state
 from api.routes.jobs import JobId
-from api.waiting_reasons import JobRow
 from farm.context import Farm
 from farm.domain.states import FrameState
 from farm.errors import InvalidRequest, NotFound
 from farm.storage import artifact_key
 from farm.store import queries
 from farm.store.engine import Transaction, transaction
+from farm.store.queries import FrameRow, JobRow
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/frames", tags=["frames"])
 
@@ -58,13 +58,13 @@ def list_frames(
 
 def _window(
     connection: Transaction, job: JobRow, first: int, limit: int, state: FrameState | None
-) -> tuple[dict[int, Any], Sequence[int]]:
+) -> tuple[dict[int, FrameRow], Sequence[int]]:
     """Return the rows of a page by ordinal, and all its ordinals. Unclaimed frames have no row."""
     if state is None:
         page = range(first, min(first + limit, job.total))
         found = queries.list_frames(connection, job.id, after=first - 1, limit=limit)
         return {row.ordinal: row for row in found if row.ordinal in page}, page
-    rows: dict[int, Any] = {}
+    rows: dict[int, FrameRow] = {}
     if state is not FrameState.WAITING and _may_hold(job, state):
         found = queries.list_frames(connection, job.id, after=first - 1, limit=limit, state=state)
         rows = {row.ordinal: row for row in found}
@@ -132,7 +132,7 @@ def image_key(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int)
 
 def frame_row(
     connection: Transaction, tenant_id: uuid.UUID, job_id: uuid.UUID, ordinal: int
-) -> tuple[JobRow, Any | None]:
+) -> tuple[JobRow, FrameRow | None]:
     """Read a job and one frame's row. The row is None if the frame was never claimed.
 
     Raises:

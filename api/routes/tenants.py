@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path
 
@@ -12,6 +12,7 @@ from api.openapi import refusals
 from farm.errors import Conflict, NotFound
 from farm.store import actions, tenants
 from farm.store.engine import Transaction, reads, transaction
+from farm.store.tenants import TenantRow
 
 router = APIRouter(prefix="/v1/tenants", tags=["operators"])
 
@@ -58,14 +59,14 @@ def delete_tenant(farm: FarmDep, actor: Acting, tenant: Tenant, why: Why = "") -
     return _view(found)
 
 
-def _found(connection: Transaction, tenant: str) -> Any:
+def _found(connection: Transaction, tenant: str) -> TenantRow:
     row = None if "\x00" in tenant else tenants.find_tenant(connection, tenant)
     if row is None:
         raise NotFound(f"There is no tenant {tenant!r}. `farm tenants` lists them.")
     return row
 
 
-def _view(row: Any) -> schemas.Tenant:
+def _view(row: TenantRow) -> schemas.Tenant:
     return schemas.Tenant(
         id=row.id,
         name=None if row.removed_at else row.name,

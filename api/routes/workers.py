@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 from fastapi import APIRouter
 
@@ -14,6 +13,7 @@ from farm.errors import NotFound
 from farm.store import actions, queries, workers
 from farm.store.engine import Transaction, transaction
 from farm.store.keys import Caller
+from farm.store.workers import WorkerRow
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
@@ -56,7 +56,7 @@ def worker_views(connection: Transaction, caller: Caller) -> list[schemas.Worker
     return [_view(row, own, caller.role == OPERATOR) for row in rows]
 
 
-def _view(row: Any, own: set[uuid.UUID], operator: bool) -> schemas.Worker:
+def _view(row: WorkerRow, own: set[uuid.UUID], operator: bool) -> schemas.Worker:
     return schemas.Worker(
         id=row.id,
         name=row.name,
@@ -68,17 +68,17 @@ def _view(row: Any, own: set[uuid.UUID], operator: bool) -> schemas.Worker:
         seen_at=row.seen_at,
         succeeded=row.succeeded,
         busy=row.busy,
-        batch=_batch(row, own) if row.job_ids else None,
+        batch=_batch(row, row.job_ids, own) if row.job_ids else None,
         host=row.host if operator else None,
         pid=row.pid if operator else None,
         problem=row.problem,
     )
 
 
-def _batch(row: Any, own: set[uuid.UUID]) -> schemas.Batch:
+def _batch(row: WorkerRow, job_ids: list[uuid.UUID], own: set[uuid.UUID]) -> schemas.Batch:
     return schemas.Batch(
-        frames=len(row.job_ids),
+        frames=len(job_ids),
         step=row.step,
         steps=row.steps,
-        jobs=sorted(set(row.job_ids) & own),
+        jobs=sorted(set(job_ids) & own),
     )

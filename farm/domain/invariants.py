@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from farm.domain.image_formats import Format
 from farm.domain.states import TERMINAL, FrameState, JobStatus, settled
 
 
@@ -44,8 +46,62 @@ class Finding(BaseModel, frozen=True):
         return f"job {self.job_id}{frame}{attempt}"
 
 
-def check_job(job: Any) -> Iterator[Finding]:
-    """Check a row of `auditing.jobs_after`."""
+class AuditedJob(NamedTuple):
+    """A job's row, and counts of its rows in other tables, in one snapshot."""
+
+    id: uuid.UUID
+    status: str
+    paused: bool
+    open: bool
+    total: int
+    cursor: int
+    running: int
+    succeeded: int
+    dead: int
+    cancelled: int
+    finished_at: datetime | None
+    behind_from: int | None
+    rows: int
+    """Number of its frames that have a row."""
+    last: int
+    """Highest ordinal of them; -1 if there is none."""
+    rows_running: int
+    rows_ready: int
+    rows_succeeded: int
+    rows_dead: int
+    rows_cancelled: int
+    requeued: int
+    queued: int
+    """Number of its events `job.queued`."""
+    maybe_pruned: bool
+    """True if its events may have been deleted by age."""
+
+
+class AuditedFrame(NamedTuple):
+    """A frame's row, and what other tables say of it, in one snapshot."""
+
+    job_id: uuid.UUID
+    ordinal: int
+    state: str
+    attempt: int
+    uncharged: int
+    sha256: bytes | None
+    bytes: int | None
+    format: Format
+    tenant_id: uuid.UUID
+    max_attempts: int
+    removed: bool
+    earlier: int
+    """Number of recorded attempts before the latest one."""
+    latest: int
+    outside: int
+    without_reason: int
+    leases: int
+    requeued: bool
+
+
+def check_job(job: AuditedJob) -> Iterator[Finding]:
+    """Check a job."""
     for detail in [*_counters(job), *_status(job)]:
         yield Finding(invariant=Invariant.CONSERVATION, job_id=job.id, detail=detail)
     if job.queued > 1 or (job.queued == 0 and not job.maybe_pruned):
@@ -53,7 +109,7 @@ def check_job(job: Any) -> Iterator[Finding]:
         yield Finding(invariant=Invariant.DURABILITY, job_id=job.id, detail=detail)
 
 
-def _counters(job: Any) -> Iterator[str]:
+def _counters(job: AuditedJob) -> Iterator[str]:
     unclaimed = job.total - job.cursor
     is_cancelled = job.status == JobStatus.CANCELLED
     counted = {
@@ -79,10 +135,10 @@ def _counters(job: Any) -> Iterator[str]:
         yield f"{job.rows_ready} frames are ready, but it is cancelled"
 
 
-def _status(job: Any) -> Iterator[str]:
+def _status(job: AuditedJob) -> Iterator[str]:
     ended = job.status in TERMINAL
     end = settled(job.total, job.succeeded, job.dead, job.cancelled)
-    agrees = {
+    agrees: dict[str, bool] = {
         JobStatus.QUEUED: job.cursor == 0,
         JobStatus.RUNNING: end is None,
         JobStatus.CANCELLED: end is not None,
@@ -96,8 +152,8 @@ def _status(job: Any) -> Iterator[str]:
         yield f"it is {'open' if job.open else 'closed'} to claims, and should not be"
 
 
-def check_frame(frame: Any) -> Iterator[Finding]:
-    """Check a row of `auditing.frames_after`."""
+def check_frame(frame: AuditedFrame) -> Iterator[Finding]:
+    """Check a frame."""
     found = [
         *((Invariant.LEDGER, detail) for detail in _ledger(frame)),
         *((Invariant.CONSERVATION, detail) for detail in _place(frame)),
@@ -114,7 +170,7 @@ def check_frame(frame: Any) -> Iterator[Finding]:
         )
 
 
-def _ledger(frame: Any) -> Iterator[str]:
+def _ledger(frame: AuditedFrame) -> Iterator[str]:
     if frame.earlier != frame.attempt - 1:
         yield f"{frame.earlier} earlier attempts are recorded, not {frame.attempt - 1}"
     if frame.outside:
@@ -131,7 +187,7 @@ def _ledger(frame: Any) -> Iterator[str]:
         yield f"{frame.without_reason} attempts ended without a reason"
 
 
-def _place(frame: Any) -> Iterator[str]:
+def _place(frame: AuditedFrame) -> Iterator[str]:
     is_ready, is_running = frame.state == FrameState.READY, frame.state == FrameState.RUNNING
     if is_ready != frame.requeued:
         yield f"it is {frame.state}, but {'' if frame.requeued else 'not '}among the requeued"

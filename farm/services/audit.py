@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, Field
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from farm.context import Farm
-from farm.domain.invariants import Finding, Invariant, check_frame, check_job
+from farm.domain.invariants import AuditedFrame, Finding, Invariant, check_frame, check_job
 from farm.domain.states import FrameState
 from farm.errors import Unavailable
 from farm.storage import NotStored, artifact_key
@@ -220,7 +220,7 @@ def _frames(farm: Farm, place: Place, sample: float) -> _Chunk:
     return _Chunk(len(rows), there, checked, findings)
 
 
-def _wrong_artifacts(farm: Farm, frames: list[Any]) -> list[Finding]:
+def _wrong_artifacts(farm: Farm, frames: Sequence[AuditedFrame]) -> list[Finding]:
     pool = ThreadPoolExecutor(MAX_CONCURRENT_READS, thread_name_prefix="audit")
     try:
         answers = pool.map(lambda frame: _wrong_artifact(farm, frame), frames)
@@ -229,7 +229,8 @@ def _wrong_artifacts(farm: Farm, frames: list[Any]) -> list[Finding]:
         pool.shutdown(cancel_futures=True)
 
 
-def _wrong_artifact(farm: Farm, frame: Any) -> Finding | None:
+def _wrong_artifact(farm: Farm, frame: AuditedFrame) -> Finding | None:
+    assert frame.sha256 is not None, "a constraint of the table: the frame succeeded"
     key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, frame.sha256, frame.format)
     try:
         length, digest = _patiently(lambda: farm.artifacts.measure(key))

@@ -20,9 +20,10 @@ from farm.services.control_images import missing_images
 from farm.services.job_validation import check_job, full_spec, syntax_among
 from farm.store import inputs, queries
 from farm.store import jobs as stored
-from farm.store.engine import Row, one_statement, reads, transaction
+from farm.store.engine import one_statement, reads, transaction
 from farm.store.jobs import Idempotency
 from farm.store.lines import all_lines
+from farm.store.queries import JobRow
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def submit(
     body: Any,
     idempotency_key: str | None = None,
     traceparent: str | None = None,
-) -> Row[Any]:
+) -> JobRow:
     """Check a job, store it in one transaction, and ring its lane.
 
     Args:

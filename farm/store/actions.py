@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
+
+from farm.store.rows import rows_of
 
 INSERT = text("""
 INSERT INTO actions (key_id, who, tenant, address, verb, target, why, outcome)
@@ -32,6 +34,21 @@ class Actor:
     """Name of the key's tenant."""
     address: str
     """Network address of the client, as the API sees it."""
+
+
+class ActionRow(NamedTuple):
+    """A recorded action."""
+
+    id: int
+    at: datetime
+    key_id: uuid.UUID
+    who: str
+    tenant: str
+    address: str
+    verb: str
+    target: str
+    why: str
+    outcome: str
 
 
 def record(
@@ -64,6 +81,6 @@ def record(
 
 def list_actions(
     connection: Connection, *, limit: int, after: int | None = None
-) -> Sequence[Row[Any]]:
+) -> list[ActionRow]:
     """Read a page of actions, newest first, starting below the id `after`."""
-    return connection.execute(LIST, {"limit": limit, "after": after}).all()
+    return rows_of(connection.execute(LIST, {"limit": limit, "after": after}), ActionRow)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
+
+from farm.domain.invariants import AuditedFrame, AuditedJob
+from farm.store.rows import row_of, rows_of
 
 STATEMENT_MILLISECONDS = 900_000
 """Time limit in milliseconds: one statement counts a job of ten million frames."""
@@ -28,7 +31,8 @@ SELECT (SELECT count(*) FROM jobs) AS jobs, (SELECT count(*) FROM frames) AS fra
 # Events are pruned oldest first. A job older than the oldest event may have lost its events.
 JOBS = text("""
 SELECT j.id, j.status, j.paused, j.open, j.total, j.cursor, j.running, j.succeeded, j.dead,
-       j.cancelled, j.finished_at, j.behind_from, f.*, r.requeued, q.queued,
+       j.cancelled, j.finished_at, j.behind_from, f.rows, f.last, f.rows_running, f.rows_ready,
+       f.rows_succeeded, f.rows_dead, f.rows_cancelled, r.requeued, q.queued,
        j.created_at < coalesce((SELECT min(at) FROM events), clock_timestamp()) AS maybe_pruned
 FROM (SELECT * FROM jobs WHERE id > :after AND removed_at IS NULL ORDER BY id LIMIT :limit) j
 CROSS JOIN LATERAL (
@@ -89,7 +93,8 @@ WITH chunk AS MATERIALIZED (
     FROM jobs WHERE id IN (SELECT job_id FROM chunk)
 )
 SELECT c.job_id, c.ordinal, c.state, c.attempt, c.uncharged, c.sha256, c.bytes, s.format,
-       j.tenant_id, j.max_attempts, j.removed_at IS NOT NULL AS removed, a.*,
+       j.tenant_id, j.max_attempts, j.removed_at IS NOT NULL AS removed,
+       a.earlier, a.latest, a.outside, a.without_reason,
        coalesce(h.leases, 0) AS leases, r.job_id IS NOT NULL AS requeued
 FROM chunk c
 JOIN jobs j ON j.id = c.job_id
@@ -129,47 +134,102 @@ FROM chunk c
 """)
 
 
+class Sizes(NamedTuple):
+    """Numbers of rows, and the id of the last event."""
+
+    jobs: int
+    frames: int
+    events: int
+    last_event: int
+
+
+class WrongWinner(NamedTuple):
+    """A frame whose success events do not agree with its row."""
+
+    job_id: uuid.UUID
+    ordinal: int
+    attempts: list[int]
+    """Attempts that its events call successful."""
+    state: str | None
+    attempt: int | None
+
+
+class WrongLease(NamedTuple):
+    """An entry of a lease that is not an attempt of any frame."""
+
+    lease_id: uuid.UUID
+    job_id: uuid.UUID
+    ordinal: int
+    attempt: int
+    latest: int | None
+    """Latest attempt of the frame. None if it has no row."""
+
+
+class SucceededFrame(NamedTuple):
+    """Properties that the artifact of a succeeded frame must have."""
+
+    sha256: bytes
+    bytes: int
+
+
+class QueuedEvents(NamedTuple):
+    """A slice of the events."""
+
+    read: int
+    last: int | None
+    queued: int
+    lost: list[uuid.UUID] | None
+    """Jobs that were queued, and have no row and no event of a removal."""
+
+
 def only_read(connection: Connection) -> None:
     """Make a transaction that has just begun read-only, with a long time limit."""
     connection.execute(ONLY_READ)
     connection.execute(TAKE_LONG)
 
 
-def sizes(connection: Connection) -> Row[Any]:
+def sizes(connection: Connection) -> Sizes:
     """Count jobs, frames and events, and read the id of the last event."""
-    return connection.execute(SIZES).one()
+    [found] = rows_of(connection.execute(SIZES), Sizes)
+    return found
 
 
-def jobs_after(connection: Connection, after: uuid.UUID, limit: int) -> Sequence[Row[Any]]:
+def jobs_after(connection: Connection, after: uuid.UUID, limit: int) -> list[AuditedJob]:
     """Read the next jobs: counters, and counts of frames, requeued frames and `job.queued`."""
-    return connection.execute(JOBS, {"after": after, "limit": limit}).all()
+    return rows_of(connection.execute(JOBS, {"after": after, "limit": limit}), AuditedJob)
 
 
 def wrong_winners(
     connection: Connection, job_ids: Sequence[uuid.UUID], limit: int
-) -> Sequence[Row[Any]]:
+) -> list[WrongWinner]:
     """Find frames of some jobs whose success events do not agree with their rows."""
-    return connection.execute(WINNERS, {"ids": list(job_ids), "limit": limit}).all()
+    values = {"ids": list(job_ids), "limit": limit}
+    return rows_of(connection.execute(WINNERS, values), WrongWinner)
 
 
-def wrong_leases(connection: Connection, limit: int) -> Sequence[Row[Any]]:
+def wrong_leases(connection: Connection, limit: int) -> list[WrongLease]:
     """Find entries of leases that are not an attempt of any frame."""
-    return connection.execute(LEASES, {"limit": limit}).all()
+    return rows_of(connection.execute(LEASES, {"limit": limit}), WrongLease)
 
 
 def frames_after(
     connection: Connection, job_id: uuid.UUID, ordinal: int, limit: int
-) -> Sequence[Row[Any]]:
+) -> list[AuditedFrame]:
     """Read the next frames: numbers of attempts and of leases, and True if requeued."""
     values = {"job_id": job_id, "ordinal": ordinal, "limit": limit}
-    return connection.execute(FRAMES, values).all()
+    return rows_of(connection.execute(FRAMES, values), AuditedFrame)
 
 
-def succeeded_frame(connection: Connection, job_id: uuid.UUID, ordinal: int) -> Row[Any] | None:
+def succeeded_frame(
+    connection: Connection, job_id: uuid.UUID, ordinal: int
+) -> SucceededFrame | None:
     """Read the sha256 and size that a frame's artifact must have. None if it has none now."""
-    return connection.execute(SUCCEEDED, {"job_id": job_id, "ordinal": ordinal}).first()
+    values = {"job_id": job_id, "ordinal": ordinal}
+    return row_of(connection.execute(SUCCEEDED, values), SucceededFrame)
 
 
-def queued_after(connection: Connection, after: int, last: int, limit: int) -> Row[Any]:
+def queued_after(connection: Connection, after: int, last: int, limit: int) -> QueuedEvents:
     """Read the next events up to `last`. Return the jobs that they queued and that are lost."""
-    return connection.execute(QUEUED, {"after": after, "last": last, "limit": limit}).one()
+    values = {"after": after, "last": last, "limit": limit}
+    [found] = rows_of(connection.execute(QUEUED, values), QueuedEvents)
+    return found

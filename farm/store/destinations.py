@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
+
+from farm.store.rows import row_of, rows_of
 
 COLUMNS = "d.id, t.name AS tenant, d.bucket, d.prefix, d.created_at"
 
@@ -39,7 +41,25 @@ SELECT EXISTS (
 """)
 
 
-def grant(connection: Connection, tenant: str, bucket: str, prefix: str) -> Row[Any] | None:
+class DestinationRow(NamedTuple):
+    """A destination, with the name of its tenant."""
+
+    id: uuid.UUID
+    tenant: str
+    bucket: str
+    prefix: str
+    created_at: datetime
+
+
+class RevokedRow(NamedTuple):
+    """A destination that was deleted."""
+
+    tenant: str
+    bucket: str
+    prefix: str
+
+
+def grant(connection: Connection, tenant: str, bucket: str, prefix: str) -> DestinationRow | None:
     """Allow a tenant to export to a bucket, below a prefix. Return None if there is no such tenant.
 
     Args:
@@ -49,19 +69,19 @@ def grant(connection: Connection, tenant: str, bucket: str, prefix: str) -> Row[
         prefix: the beginning of the keys: empty, or ending with a slash, for example `datasets/`.
     """
     values = {"id": uuid.uuid4(), "tenant": tenant, "bucket": bucket, "prefix": prefix}
-    return connection.execute(GRANT, values).first()
+    return row_of(connection.execute(GRANT, values), DestinationRow)
 
 
 def list_destinations(
     connection: Connection, tenant_id: uuid.UUID | None = None
-) -> Sequence[Row[Any]]:
+) -> list[DestinationRow]:
     """Read the destinations of a tenant, or of all."""
-    return connection.execute(LIST, {"tenant_id": tenant_id}).all()
+    return rows_of(connection.execute(LIST, {"tenant_id": tenant_id}), DestinationRow)
 
 
-def revoke(connection: Connection, destination_id: uuid.UUID) -> Row[Any] | None:
+def revoke(connection: Connection, destination_id: uuid.UUID) -> RevokedRow | None:
     """Delete a destination. Return it, or None if there is none with this ID."""
-    return connection.execute(REVOKE, {"id": destination_id}).first()
+    return row_of(connection.execute(REVOKE, {"id": destination_id}), RevokedRow)
 
 
 def covers(connection: Connection, tenant_id: uuid.UUID, bucket: str, prefix: str) -> bool:

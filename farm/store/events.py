@@ -7,10 +7,12 @@ a lower id was committed before a higher one was generated.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
+
+from farm.store.rows import JsonObject, rows_of
 
 OF_JOB = text("""
 SELECT id, at, kind, data FROM events
@@ -27,11 +29,21 @@ DELETE FROM events e USING old WHERE e.id = old.id
 """)
 
 
+class EventRow(NamedTuple):
+    """An event of the outbox."""
+
+    id: int
+    at: datetime
+    kind: str
+    data: JsonObject
+
+
 def events_of(
     connection: Connection, job_id: uuid.UUID, *, after: int = 0, limit: int = 1000
-) -> Sequence[Row[Any]]:
+) -> list[EventRow]:
     """Read a job's events, oldest first, starting after the id `after`."""
-    return connection.execute(OF_JOB, {"job_id": job_id, "after": after, "limit": limit}).all()
+    values = {"job_id": job_id, "after": after, "limit": limit}
+    return rows_of(connection.execute(OF_JOB, values), EventRow)
 
 
 def prune(connection: Connection, days: float) -> int:

@@ -15,12 +15,13 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.domain.states import REJECTED
 from farm.errors import NotFound
+from farm.store.rows import JsonObject, rows_of
 
 MAX_FAILURES = 5
 """Failures of one shard after which its export has failed."""
@@ -365,13 +366,27 @@ def list_exports(
     return [Export(**row._mapping) for row in connection.execute(LIST, values)]
 
 
+class ShardRow(NamedTuple):
+    """A shard of an export. Counts and files are None until it is finished."""
+
+    number: int
+    job_id: uuid.UUID | None
+    first: int
+    stop: int
+    done: bool
+    attempt: int
+    error: str | None
+    files: list[JsonObject] | None
+    rows: int | None
+    missing: int | None
+
+
 def shards_of(
     connection: Connection, export_id: uuid.UUID, *, limit: int, after: int = -1
-) -> Sequence[Row[Any]]:
+) -> list[ShardRow]:
     """Read a page of an export's shards. The shard of dataset files is the last."""
-    return connection.execute(
-        SHARDS, {"export_id": export_id, "limit": limit, "after": after}
-    ).all()
+    values = {"export_id": export_id, "limit": limit, "after": after}
+    return rows_of(connection.execute(SHARDS, values), ShardRow)
 
 
 def has_file(connection: Connection, export_id: uuid.UUID, name: str) -> bool:

@@ -6,17 +6,17 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from psycopg.errors import ForeignKeyViolation
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
 from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.errors import Conflict, InvalidRequest, NotFound
-from farm.store.queries import JOB_COLUMNS, get_job
+from farm.store.queries import JOB_COLUMNS, JobRow, get_job
 from farm.store.requeue import INTO_REQUEUED
+from farm.store.rows import row_of
 from farm.store.tally import Delta, tally
 
 PROMPTS_PER_CHUNK = 1000
@@ -100,7 +100,7 @@ def insert_job(
     spec: FullSpec,
     prompts: Sequence[str],
     idempotency: Idempotency | None,
-) -> Row[Any]:
+) -> JobRow:
     """Insert a job with its prompts. Return its row, or that of the same job submitted before.
 
     This is one statement.
@@ -129,7 +129,7 @@ def insert_job(
         "prompts": list(prompts),
     }
     try:
-        inserted: Row[Any] | None = connection.execute(INSERT_JOB, values).first()
+        inserted = row_of(connection.execute(INSERT_JOB, values), JobRow)
     except IntegrityError as error:
         if spec.input is None or not isinstance(error.orig, ForeignKeyViolation):
             raise
@@ -147,7 +147,7 @@ def insert_job(
 
 def same_job(
     connection: Connection, tenant_id: uuid.UUID, idempotency: Idempotency
-) -> Row[Any] | None:
+) -> JobRow | None:
     """Find the job that a tenant submitted before under the same idempotency key.
 
     Raises:
@@ -374,14 +374,15 @@ def _from_states(transition: str) -> list[FrameState]:
     return list(FRAME_TRANSITIONS[transition])
 
 
-def _lock(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> Row[Any]:
-    row = connection.execute(LOCK_JOB, {"id": job_id, "tenant_id": tenant_id}).first()
+def _lock(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> JobRow:
+    values = {"id": job_id, "tenant_id": tenant_id}
+    row = row_of(connection.execute(LOCK_JOB, values), JobRow)
     if row is None:
         raise NotFound(f"There is no job {job_id}.")
     return row
 
 
-def _refuse_terminal(job: Row[Any], wish: str) -> None:
+def _refuse_terminal(job: JobRow, wish: str) -> None:
     if job.status in TERMINAL:
         raise Conflict(f"Job {job.id} cannot be {wish}: it has ended as {job.status}.")
 
@@ -390,5 +391,5 @@ def _append(connection: Connection, job_id: uuid.UUID, kind: str) -> None:
     connection.execute(INSERT_EVENT, {"job_id": job_id, "kind": kind, "data": "{}"})
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value)

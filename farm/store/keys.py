@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.errors import InvalidRequest
+from farm.store.rows import rows_of
 
 ROLES = ("client", "operator", "viewer")
 
@@ -54,6 +55,18 @@ class Caller:
     """Name of the key."""
 
 
+class KeyRow(NamedTuple):
+    """Description of a key, without the key."""
+
+    id: uuid.UUID
+    prefix: str
+    role: str
+    name: str
+    tenant: str
+    created_at: datetime
+    revoked_at: datetime | None
+
+
 def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
     """Find a tenant by name, or insert it if it is new.
 
@@ -92,9 +105,9 @@ def find_caller(connection: Connection, key: str) -> Caller | None:
     return Caller(**row._mapping) if row else None
 
 
-def list_keys(connection: Connection) -> Sequence[Row[Any]]:
+def list_keys(connection: Connection) -> list[KeyRow]:
     """Read every key's description, oldest first."""
-    return connection.execute(LIST).all()
+    return rows_of(connection.execute(LIST), KeyRow)
 
 
 def revoke_key(connection: Connection, key_id: uuid.UUID) -> bool:

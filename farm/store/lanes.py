@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.domain.spec import Priority
+from farm.store.rows import rows_of
 from farm.store.workers import PROBLEM_NOW, STATE_NOW
+
+
+class LaneDepth(NamedTuple):
+    """Number of frames of one priority that wait on a lane."""
+
+    pipeline: str
+    priority: int
+    waiting: int
+
+
+class LaneNow(NamedTuple):
+    """The workers of a lane, and the work that they render."""
+
+    workers: int
+    draining: int
+    able: int
+    loading: int
+    failed: int
+    problem: str | None
+    """Reason why one of the failed workers failed."""
+    busy_priority: int | None
+    """Priority of the most urgent work that they render."""
+    busy_own: bool | None
+    """True if that work belongs to the tenant."""
+
 
 CLAIMABLE = text("""
 SELECT pipeline FROM (SELECT DISTINCT pipeline FROM shares) lane
@@ -54,20 +80,19 @@ def claimable_lanes(connection: Connection) -> list[str]:
     return list(connection.execute(CLAIMABLE, {"least": Priority.BULK}).scalars())
 
 
-def depths(connection: Connection) -> Sequence[Row[Any]]:
+def depths(connection: Connection) -> list[LaneDepth]:
     """Count the waiting frames of each lane, by priority."""
-    return connection.execute(DEPTH).all()
+    return rows_of(connection.execute(DEPTH), LaneDepth)
 
 
-def lane_now(connection: Connection, pipeline: str, tenant_id: uuid.UUID | None = None) -> Row[Any]:
-    """Count a lane's workers: all, able, draining, loading and failed. Add why one failed.
-
-    `busy_priority` is the priority of the most urgent work that they render, or None. `busy_own`
-    is True if that work belongs to the tenant.
-    """
-    return connection.execute(LANE_NOW, {"pipeline": pipeline, "tenant_id": tenant_id}).one()
+def lane_now(connection: Connection, pipeline: str, tenant_id: uuid.UUID | None = None) -> LaneNow:
+    """Count a lane's workers: all, able, draining, loading and failed. Add why one failed."""
+    values = {"pipeline": pipeline, "tenant_id": tenant_id}
+    [lane] = rows_of(connection.execute(LANE_NOW, values), LaneNow)
+    return lane
 
 
-def backing_off_until(connection: Connection, job_id: uuid.UUID) -> Any | None:
+def backing_off_until(connection: Connection, job_id: uuid.UUID) -> datetime | None:
     """Return the time at which the first of a job's requeued frames is due again."""
-    return connection.execute(BACKING_OFF, {"job_id": job_id}).scalar_one()
+    due: datetime | None = connection.execute(BACKING_OFF, {"job_id": job_id}).scalar_one()
+    return due

@@ -9,14 +9,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.domain.spec import Priority
 from farm.domain.states import FrameState
 from farm.store.claim import Fence
 from farm.store.frames import FAILED, WORKER_LOST, FailedAttempt, end_attempts, give_back
+from farm.store.rows import rows_of
 from farm.store.tally import lock_jobs
 
 RETRY_DELAY_PER_LOAD = 12.0
@@ -59,7 +61,7 @@ MARK_SPOOLED = text("UPDATE leases SET spooled = true WHERE id = :id")
 LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
 
 ALL_LEASES_OF = text("""
-SELECT id, worker_id, pipeline, job_ids, ordinals, attempts FROM leases
+SELECT id, worker_id, pipeline, spooled, job_ids, ordinals, attempts FROM leases
 WHERE worker_id = :worker_id ORDER BY id FOR UPDATE
 """)
 
@@ -72,12 +74,32 @@ WHERE id = :id
 """)
 
 
-def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> Sequence[Row[Any]]:
-    """Extend every lease that a worker holds. Return (id, pid, still) of each.
+class RenewedLease(NamedTuple):
+    """A lease that was extended."""
 
-    `still` is the time since the last denoising step of the lease, on Postgres's clock.
-    """
-    return connection.execute(RENEW, {"worker_id": worker_id, "seconds": lease_seconds}).all()
+    id: uuid.UUID
+    pid: int
+    """Child process that renders the batch."""
+    still: timedelta
+    """Time since the last denoising step, on Postgres's clock."""
+
+
+class HeldLease(NamedTuple):
+    """A lease that is about to end."""
+
+    id: uuid.UUID
+    worker_id: uuid.UUID
+    pipeline: str
+    spooled: bool
+    job_ids: list[uuid.UUID]
+    ordinals: list[int]
+    attempts: list[int]
+
+
+def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> list[RenewedLease]:
+    """Extend every lease that a worker holds."""
+    values = {"worker_id": worker_id, "seconds": lease_seconds}
+    return rows_of(connection.execute(RENEW, values), RenewedLease)
 
 
 @dataclass(frozen=True)
@@ -114,17 +136,17 @@ def release_unknown(
     Their attempts are uncharged. The child itself calls this, with the leases that it knows.
     """
     values = {"worker_id": worker_id, "pid": pid, "known": list(known)}
-    _release_leases(connection, connection.execute(LEASES_OF, values).all())
+    _release_leases(connection, rows_of(connection.execute(LEASES_OF, values), HeldLease))
 
 
 def release_all(connection: Connection, worker_id: uuid.UUID) -> set[str]:
     """Release all leases of a worker, uncharged. Return the lanes to ring."""
-    leases = connection.execute(ALL_LEASES_OF, {"worker_id": worker_id}).all()
+    leases = rows_of(connection.execute(ALL_LEASES_OF, {"worker_id": worker_id}), HeldLease)
     _release_leases(connection, leases)
     return {lease.pipeline for lease in leases}
 
 
-def _release_leases(connection: Connection, leases: Sequence[Row[Any]]) -> None:
+def _release_leases(connection: Connection, leases: Sequence[HeldLease]) -> None:
     if not leases:
         return
     _lock_all(connection, leases)
@@ -134,7 +156,7 @@ def _release_leases(connection: Connection, leases: Sequence[Row[Any]]) -> None:
 
 def expire(connection: Connection, retry_seconds: float) -> set[str]:
     """End the leases that have expired on Postgres's clock. Return the lanes to ring."""
-    leases = connection.execute(EXPIRED).all()
+    leases = rows_of(connection.execute(EXPIRED), HeldLease)
     _lock_all(connection, leases)
     for lease in leases:
         message = "The worker's lease expired: it was not renewed in time."
@@ -168,7 +190,7 @@ def end_child_leases(
         that is not a suspect.
     """
     values = {"worker_id": worker_id, "pid": pid, "known": []}
-    leases = connection.execute(LEASES_OF, values).all()
+    leases = rows_of(connection.execute(LEASES_OF, values), HeldLease)
     _lock_all(connection, leases)
     load_seconds = connection.execute(LOAD_SECONDS, {"id": worker_id}).scalar()
     known = {lease.id for lease in leases if not lease.spooled}
@@ -195,7 +217,7 @@ def end_child_leases(
 
 def _drop(
     connection: Connection,
-    lease: Row[Any],
+    lease: HeldLease,
     reason: str,
     message: str,
     retry_seconds: float,
@@ -236,10 +258,10 @@ def _drop(
     connection.execute(DROP_LEASES, {"ids": [lease.id]})
 
 
-def _lock_all(connection: Connection, leases: Sequence[Row[Any]]) -> None:
+def _lock_all(connection: Connection, leases: Sequence[HeldLease]) -> None:
     """Lock the jobs of all leases at once. One lease at a time would break the lock order."""
     lock_jobs(connection, [job_id for lease in leases for job_id in lease.job_ids])
 
 
-def _held_by(lease: Row[Any]) -> list[Fence]:
+def _held_by(lease: HeldLease) -> list[Fence]:
     return list(zip(lease.job_ids, lease.ordinals, lease.attempts, strict=True))

@@ -5,11 +5,75 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.errors import NotFound
+from farm.store.rows import JsonObject, row_of, rows_of
+
+
+class JobRow(NamedTuple):
+    """A job, as JOB_COLUMNS reads it."""
+
+    id: uuid.UUID
+    tenant_id: uuid.UUID
+    pipeline: str
+    status: str
+    paused: bool
+    open: bool
+    priority: int
+    total: int
+    cursor: int
+    running: int
+    succeeded: int
+    dead: int
+    cancelled: int
+    reused: int
+    device_seconds: float
+    bytes: int
+    failures: dict[str, int]
+    pace_since: datetime | None
+    pace_since_frames: int
+    spec: JsonObject
+    labels: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    now: datetime
+
+
+class FrameRow(NamedTuple):
+    """A frame that was claimed."""
+
+    ordinal: int
+    state: str
+    attempt: int
+    worker: str
+    bucket: int | None
+    sha256: bytes | None
+    bytes: int | None
+    slot: int | None
+    error: str | None
+    started_at: datetime
+    finished_at: datetime | None
+    rerolls: int
+    reused: bool
+
+
+class AttemptRow(NamedTuple):
+    """An attempt that did not succeed."""
+
+    ordinal: int
+    attempt: int
+    worker: str
+    reason: str
+    message: str
+    log: str | None
+    started_at: datetime
+    ended_at: datetime
+
 
 JOB_COLUMNS = """
 j.id, j.tenant_id, j.pipeline, j.status, j.paused, j.open, j.priority, j.total, j.cursor,
@@ -36,13 +100,13 @@ ORDER BY j.created_at DESC, j.id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
 
 
-def get_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> Row[Any]:
+def get_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> JobRow:
     """Read one job.
 
     Raises:
         NotFound: there is none, or it is another tenant's.
     """
-    row = connection.execute(ONE_JOB, {"id": job_id, "tenant_id": tenant_id}).first()
+    row = row_of(connection.execute(ONE_JOB, {"id": job_id, "tenant_id": tenant_id}), JobRow)
     if row is None:
         raise NotFound(f"There is no job {job_id}.")
     return row
@@ -57,9 +121,9 @@ def list_jobs(
     status: str | None = None,
     pipeline: str | None = None,
     labels: dict[str, str] | None = None,
-) -> Sequence[Row[Any]]:
+) -> list[JobRow]:
     """Read a page of a tenant's jobs, newest first, starting after the job `after`."""
-    return connection.execute(
+    found = connection.execute(
         LIST_JOBS,
         {
             "tenant_id": tenant_id,
@@ -69,7 +133,8 @@ def list_jobs(
             "pipeline": pipeline,
             "labels": json.dumps(labels or {}),
         },
-    ).all()
+    )
+    return rows_of(found, JobRow)
 
 
 def database_bytes(connection: Connection) -> int:
@@ -122,16 +187,16 @@ def list_frames(
     limit: int,
     after: int = -1,
     state: str | None = None,
-) -> Sequence[Row[Any]]:
+) -> list[FrameRow]:
     """Read a page of a job's frames that have a row, by ordinal."""
     connection.execute(IN_ORDER)
-    return connection.execute(
-        LIST_FRAMES, {"job_id": job_id, "after": after, "state": state, "limit": limit}
-    ).all()
+    values = {"job_id": job_id, "after": after, "state": state, "limit": limit}
+    return rows_of(connection.execute(LIST_FRAMES, values), FrameRow)
 
 
 def frame_attempts(
     connection: Connection, job_id: uuid.UUID, ordinals: Sequence[int]
-) -> Sequence[Row[Any]]:
+) -> list[AttemptRow]:
     """Read the unsuccessful attempts of some frames of a job."""
-    return connection.execute(FRAME_ATTEMPTS, {"job_id": job_id, "ordinals": list(ordinals)}).all()
+    values = {"job_id": job_id, "ordinals": list(ordinals)}
+    return rows_of(connection.execute(FRAME_ATTEMPTS, values), AttemptRow)

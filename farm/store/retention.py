@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.domain.image_formats import Format
 from farm.domain.states import TERMINAL
+from farm.store.rows import rows_of
 
 MAX_JOBS_PER_CALL = 1000
 """Maximum number of jobs that are being removed at the same time."""
@@ -195,9 +196,18 @@ def remove_exports(connection: Connection, days: float) -> None:
         connection.execute(REMOVE_EXPORTS, {"seconds": days * DAY_SECONDS})
 
 
-def removed_exports(connection: Connection, limit: int) -> Sequence[Row[Any]]:
-    """List removed exports to which no process writes: id, tenant_id, bucket and prefix."""
-    return connection.execute(REMOVED_EXPORTS, {"limit": limit}).all()
+class RemovedExport(NamedTuple):
+    """A removed export whose files may be deleted."""
+
+    id: uuid.UUID
+    tenant_id: uuid.UUID
+    bucket: str
+    prefix: str
+
+
+def removed_exports(connection: Connection, limit: int) -> list[RemovedExport]:
+    """List removed exports to which no process writes."""
+    return rows_of(connection.execute(REMOVED_EXPORTS, {"limit": limit}), RemovedExport)
 
 
 def forget_export(connection: Connection, export_id: uuid.UUID) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.store import arrays
+from farm.store.rows import rows_of
 
 FIND = text("""
 SELECT d.digest, r.job_id, r.ordinal, f.sha256, f.bytes, f.slot
@@ -19,9 +20,21 @@ JOIN jobs j ON j.id = r.job_id AND j.removed_at IS NULL
 """)
 
 
+class StoredRender(NamedTuple):
+    """A stored artifact that another frame may use."""
+
+    digest: bytes
+    job_id: uuid.UUID
+    ordinal: int
+    sha256: bytes
+    bytes: int
+    slot: int | None
+
+
 def find_renders(
     connection: Connection, tenant_id: uuid.UUID, digests: Sequence[bytes]
-) -> dict[bytes, Row[Any]]:
-    """Find a tenant's stored artifacts by digest: job_id, ordinal, sha256, bytes and slot."""
+) -> dict[bytes, StoredRender]:
+    """Find a tenant's stored artifacts by digest."""
     values = {"tenant_id": tenant_id, "digests": arrays.byte_strings(digests)}
-    return {bytes(row.digest): row for row in connection.execute(FIND, values)}
+    found = rows_of(connection.execute(FIND, values), StoredRender)
+    return {bytes(row.digest): row for row in found}

@@ -8,15 +8,16 @@ the farm recognizes objects that a late worker still stores for it, and deletes 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.domain.states import TERMINAL, JobStatus
 from farm.errors import Conflict, NotFound
 from farm.store.jobs import cancel_job
+from farm.store.rows import row_of, rows_of
 
 LATE_SECONDS = 120.0
 """Time in which a request that began before the removal may still store something. Seconds."""
@@ -97,14 +98,30 @@ UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
 """)
 
 
-def list_tenants(connection: Connection) -> Sequence[Row[Any]]:
+class TenantRow(NamedTuple):
+    """A tenant, with counts of what it owns."""
+
+    id: uuid.UUID
+    name: str
+    created_at: datetime
+    removed_at: datetime | None
+    emptied_at: datetime | None
+    keys: int
+    jobs: int
+    exports: int
+    inputs: int
+    images: int
+    destinations: int
+
+
+def list_tenants(connection: Connection) -> list[TenantRow]:
     """Read every tenant that is not removed, by name, with counts of what it owns."""
-    return connection.execute(LIST).all()
+    return rows_of(connection.execute(LIST), TenantRow)
 
 
-def find_tenant(connection: Connection, word: str) -> Row[Any] | None:
+def find_tenant(connection: Connection, word: str) -> TenantRow | None:
     """Read one tenant by name, or by id, removed or not, with counts of what it owns."""
-    return connection.execute(ONE, {"word": word}).first()
+    return row_of(connection.execute(ONE, {"word": word}), TenantRow)
 
 
 def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from datetime import datetime
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from farm.domain.spec import Priority
+from farm.store.rows import rows_of
 
 REGISTER = text("""
 INSERT INTO workers (id, name, pipeline, host, pid, state)
@@ -136,7 +137,7 @@ class Account:
         sums = {name: getattr(self, name) + getattr(other, name) for name in ADDED}
         return Account(**sums, spooled=self.spooled or other.spooled)
 
-    def values(self, worker_id: uuid.UUID) -> dict[str, Any]:
+    def values(self, worker_id: uuid.UUID) -> dict[str, object]:
         """Return the parameters of `ADD` and `ACCOUNT`."""
         sums = {name: getattr(self, name) for name in ADDED}
         return {"worker_id": worker_id, "well": not self.spooled, **sums}
@@ -209,15 +210,57 @@ def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> Non
     connection.execute(ACCOUNT, batch.values(worker_id))
 
 
-def list_workers(connection: Connection, tenant_id: uuid.UUID | None = None) -> Sequence[Row[Any]]:
+class WorkerRow(NamedTuple):
+    """A worker that is not gone, with the batch that it renders."""
+
+    id: uuid.UUID
+    name: str
+    pipeline: str
+    host: str
+    pid: int
+    draining: bool
+    device: str | None
+    state: str
+    problem: str | None
+    started_at: datetime
+    seen_at: datetime
+    succeeded: int
+    busy: float | None
+    """Busy share of its device. None if it had no work yet."""
+    step: int | None
+    steps: int | None
+    job_ids: list[uuid.UUID] | None
+    ordinals: list[int] | None
+    stepped_at: datetime | None
+
+
+class WorkerSums(NamedTuple):
+    """Sums of all workers of a pipeline, and the number of those that are alive."""
+
+    pipeline: str
+    succeeded: int
+    requeued: int
+    dead: int
+    dropped: int
+    expired: int
+    batches: int
+    denoise_seconds: float
+    encode_seconds: float
+    put_seconds: float
+    commit_seconds: float
+    work_seconds: float
+    alive: int
+
+
+def list_workers(connection: Connection, tenant_id: uuid.UUID | None = None) -> list[WorkerRow]:
     """Read every worker that is not gone, with the batch that it renders.
 
     A tripped worker has the state failed. If it is tripped for one tenant only, that holds if
     `tenant_id` is this tenant or None.
     """
-    return connection.execute(LIST, {"tenant_id": tenant_id}).all()
+    return rows_of(connection.execute(LIST, {"tenant_id": tenant_id}), WorkerRow)
 
 
-def sums(connection: Connection) -> Sequence[Row[Any]]:
+def sums(connection: Connection) -> list[WorkerSums]:
     """Read the sums of all workers ever, by pipeline."""
-    return connection.execute(SUMS).all()
+    return rows_of(connection.execute(SUMS), WorkerSums)

@@ -50,7 +50,7 @@ def take(seconds: float) -> None:
 def lane_sums(farm: Farm) -> dict[str, Any]:
     """Read the sums of the lane's workers."""
     with transaction(farm.store) as connection:
-        return dict(workers.sums(connection)[0]._mapping)
+        return dict(workers.sums(connection)[0]._asdict())
 
 
 def leases_left(farm: Farm) -> int:

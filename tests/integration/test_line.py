@@ -83,6 +83,7 @@ def test_the_busy_share_agrees_with_a_stopwatch(
     with transaction(farm.store) as connection:
         [worker] = workers.list_workers(connection)
     assert len(denoised) == 3
+    assert worker.busy is not None
     assert sum(denoised) / whole <= worker.busy <= 1
     assert lane_sums(farm)["work_seconds"] <= whole
 
