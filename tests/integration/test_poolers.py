@@ -12,7 +12,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
-from farm.cli.doctor_checks import _postgres
+from farm.cli.commands.doctor_checks import _postgres
 from farm.config import Settings
 from farm.errors import FarmError, Unavailable
 from farm.local.ports import free_port

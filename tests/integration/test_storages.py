@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from farm.cli.doctor_checks import _s3
+from farm.cli.commands.doctor_checks import _s3
 from farm.config import Settings
 from farm.storage import Artifacts, is_loopback
 

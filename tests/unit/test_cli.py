@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from farm.cli import demo_farm
+from farm.cli.commands import demo_farm
 from farm.local.ports import free_port
 from tests.support.cli_runner import farm
 

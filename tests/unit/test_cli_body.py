@@ -15,7 +15,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.cli.submit_body import job_body, pair, read_job, value_of, values_of
+from farm.cli.submission.body import job_body, pair, read_job, value_of, values_of
 from farm.errors import InvalidRequest
 
 

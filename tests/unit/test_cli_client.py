@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from farm.cli.client.http import FarmClient
-from farm.cli.job_lookup import find_job
+from farm.cli.commands.job_lookup import find_job
 from farm.config import Settings
 from farm.errors import (
     Conflict,

@@ -10,10 +10,10 @@ from rich.markup import escape
 from farm.cli.client.objects import Batch, Job, Worker
 from farm.cli.commands.doctor import marks
 from farm.cli.commands.get import picture_name
-from farm.cli.commands.workers import busyness, doing
+from farm.cli.commands.workers import doing
 from farm.cli.terminal.console import clean, columns, note, one_line, say, show_table, tail
 from farm.cli.terminal.contact_sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
-from farm.cli.terminal.job_progress import Bar, Lines, detail, finished, headline, summary
+from farm.cli.terminal.job_progress import Bar, Lines, busyness, detail, finished, headline, summary
 from farm.humanize import pace, percent, size
 
 JOB: Job = {

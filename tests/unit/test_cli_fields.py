@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from farm.cli.submit_fields import fields_of, kind_of, lines_of
+from farm.cli.submission.fields import fields_of, kind_of, lines_of
 from tests.support.cli_runner import farm
 from tests.unit.test_cli_client import Script, handler
 

@@ -16,7 +16,7 @@ import typer
 from PIL import Image
 
 from farm.cli.commands.images import read_image
-from farm.cli.submit_body import control_word
+from farm.cli.submission.body import control_word
 from farm.errors import FarmError, InvalidRequest, Unavailable
 from farm.local.ports import free_port
 from tests.support.cli_runner import farm

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from farm.cli.commands import submit as submitting
-from farm.cli.submit_fields import Field, fields_of
+from farm.cli.submission.fields import Field, fields_of
 from farm.config import Settings
 from farm.domain.spec import FullSpec
 from farm.errors import InvalidRequest

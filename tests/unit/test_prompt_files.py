@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from farm.cli.prompt_file import Columns, PromptFile
-from farm.cli.prompt_templates import Templates
+from farm.cli.submission.prompt_file import Columns, PromptFile
+from farm.cli.submission.prompt_templates import Templates
 from farm.config import Settings
 from farm.domain.inputs import InputReader
 from farm.errors import InvalidRequest

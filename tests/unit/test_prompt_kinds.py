@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.cli.prompt_file import Columns, PromptFile
-from farm.cli.prompt_templates import Templates
+from farm.cli.submission.prompt_file import Columns, PromptFile
+from farm.cli.submission.prompt_templates import Templates
 from farm.errors import InvalidRequest
 from tests.unit.test_prompt_files import AS_IT_IS, file, lines
 

@@ -19,7 +19,7 @@ from farm.humanize import duration, plural
 
 if TYPE_CHECKING:
     from farm.cli.client.objects import Job
-    from farm.cli.demo_farm import FarmHandle
+    from farm.cli.commands.demo_farm import FarmHandle
 
 PIPELINE = "demo"
 PROMPTS = (
@@ -57,7 +57,7 @@ def demo(
 
     Example: farm demo --data /tmp/farm --dest pictures
     """
-    from farm.cli.demo_farm import running_or_started_farm
+    from farm.cli.commands.demo_farm import running_or_started_farm
 
     try:
         with interrupted_by_signals(), running_or_started_farm(data) as host:

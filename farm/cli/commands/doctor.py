@@ -15,7 +15,7 @@ from farm.cli.terminal.progress import spinning
 from farm.humanize import plural
 
 if TYPE_CHECKING:
-    from farm.cli.doctor_checks import Finding
+    from farm.cli.commands.doctor_checks import Finding
 
 NAME_WIDTH = 16
 
@@ -40,7 +40,7 @@ def doctor(as_json: Json = False) -> None:
 
 def _findings() -> Iterator[Finding]:
     with spinning("Checking"):
-        from farm.cli.doctor_checks import all_checks
+        from farm.cli.commands.doctor_checks import all_checks
         from farm.config import load_settings
         from farm.store.engine import open_store
 

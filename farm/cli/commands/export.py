@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.job_lookup import JobArgument, find_job
+from farm.cli.commands.job_lookup import JobArgument, find_job
 from farm.cli.terminal.console import Json, emit, note, say
 from farm.cli.terminal.progress import counted
 from farm.errors import FarmError, NotFound

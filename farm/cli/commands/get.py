@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.job_lookup import JobArgument, find_job, short
-from farm.cli.terminal.console import Json, emit, note, say
+from farm.cli.commands.job_lookup import JobArgument, find_job
+from farm.cli.terminal.console import Json, emit, note, say, short
 from farm.cli.terminal.exit_codes import exit_as
 from farm.cli.terminal.progress import counted
 from farm.domain.image_formats import FORMATS

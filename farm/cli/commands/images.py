@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm import __version__
-from farm.cli.submit_body import ControlWord
+from farm.cli.submission.body import ControlWord
 from farm.cli.terminal.console import Json, emit, note, say
 from farm.cli.terminal.progress import spinning
 from farm.errors import InvalidRequest, Unavailable

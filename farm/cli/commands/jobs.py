@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from farm.cli.client import farm_client
-from farm.cli.job_lookup import JobArgument, find_job, short
-from farm.cli.submit_body import pair
+from farm.cli.commands.job_lookup import JobArgument, find_job
+from farm.cli.submission.body import pair
 from farm.cli.terminal.console import (
     Json,
     clean,
@@ -20,6 +20,7 @@ from farm.cli.terminal.console import (
     one_line,
     out,
     say,
+    short,
     show_table,
     styled_status,
     tail,

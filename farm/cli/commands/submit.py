@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm.cli.commands.images import control_field
-from farm.cli.job_lookup import short
-from farm.cli.prompt_file import Columns, PromptFile
-from farm.cli.prompt_templates import Templates
-from farm.cli.submit_body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
-from farm.cli.submit_fields import show_fields
-from farm.cli.terminal.console import Json, emit, note, out, say
+from farm.cli.submission.body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
+from farm.cli.submission.fields import show_fields
+from farm.cli.submission.prompt_file import Columns, PromptFile
+from farm.cli.submission.prompt_templates import Templates
+from farm.cli.terminal.console import Json, emit, note, out, say, short
 from farm.cli.terminal.progress import counted
 from farm.errors import Conflict
 from farm.humanize import count, duration, plural, size

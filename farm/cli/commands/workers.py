@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
 
-SHOWN = 4
-"""Number of workers whose busy share is shown under a job's progress."""
 
 app = typer.Typer(help="List the workers and their current work. Drain a worker.")
 
@@ -88,17 +86,6 @@ def _find(client: FarmClient, word: str) -> str:
     if not found:
         raise NotFound(f"No worker {word[:60]!r} is alive. `farm workers` lists the workers.")
     return found[0]
-
-
-def busyness(workers: list[Worker], pipeline: str) -> str:
-    """Write the busy shares of a pipeline's workers, such as `busy: demo-1f3a9c02 97%`."""
-    known = [
-        f"{clean(each['name'])} {percent(each['busy'])}"
-        for each in workers
-        if each["pipeline"] == pipeline and each.get("busy") is not None
-    ]
-    more = [f"{count(len(known) - SHOWN)} more"] if len(known) > SHOWN else []
-    return f"busy: {', '.join(known[:SHOWN] + more)}" if known else ""
 
 
 def doing(worker: Worker) -> str:

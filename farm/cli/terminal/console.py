@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from farm.cli.client.objects import Job
 
 # Emoji codes such as `:star:` are off too: prompts are shown exactly as written.
+SHORT = 8
+"""Number of characters of an ID in lists."""
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 
@@ -116,3 +118,8 @@ def program() -> str:
         return "farm"
     inside = file.resolve().is_relative_to(Path.cwd())
     return shlex.quote(str(file.resolve().relative_to(Path.cwd()) if inside else file.resolve()))
+
+
+def short(job_id: str) -> str:
+    """Return the first characters of an ID, as lists show it."""
+    return job_id[:SHORT]

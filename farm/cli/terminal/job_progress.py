@@ -16,18 +16,18 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from farm.cli.commands.workers import busyness
-from farm.cli.job_lookup import short
-from farm.cli.terminal.console import SPINNER, STATUS_STYLES, clean, err, note
+from farm.cli.terminal.console import SPINNER, STATUS_STYLES, clean, err, note, short
 from farm.cli.terminal.exit_codes import INTERRUPTED
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError
-from farm.humanize import count, duration, numbered, pace, plural, size
+from farm.humanize import count, duration, numbered, pace, percent, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Job
+    from farm.cli.client.objects import Job, Worker
 
+SHOWN = 4
+"""Number of workers whose busy share is shown under a job's progress."""
 FIRST_PAUSE, MAX_PAUSE = 0.25, 1.0
 """First and longest pause between two reads of a job, in seconds."""
 
@@ -141,6 +141,17 @@ class Bar:
         below = [text for text in (detail(job), self._busy) if text]
         lines = [Text(f"  {text}", "dim", no_wrap=True, overflow="ellipsis") for text in below]
         return Group(line, *lines)
+
+
+def busyness(workers: list[Worker], pipeline: str) -> str:
+    """Write the busy shares of a pipeline's workers, such as `busy: demo-1f3a9c02 97%`."""
+    known = [
+        f"{clean(each['name'])} {percent(each['busy'])}"
+        for each in workers
+        if each["pipeline"] == pipeline and each.get("busy") is not None
+    ]
+    more = [f"{count(len(known) - SHOWN)} more"] if len(known) > SHOWN else []
+    return f"busy: {', '.join(known[:SHOWN] + more)}" if known else ""
 
 
 def finished(job: Job) -> int:

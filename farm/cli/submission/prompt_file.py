@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
-from farm.cli.prompt_tables import TEXT_COLUMN, OnProgress, Row, kind_of, read_rows
-from farm.cli.prompt_templates import Fields, Templates, expanded
+from farm.cli.submission.prompt_tables import TEXT_COLUMN, OnProgress, Row, kind_of, read_rows
+from farm.cli.submission.prompt_templates import Fields, Templates, expanded
 from farm.domain.numbers import whole
 from farm.errors import InvalidRequest
 

@@ -17,8 +17,6 @@ BEGINNING = re.compile(r"[0-9a-f-]{6,35}")
 RECENT = 1_000
 """Number of newest jobs that are searched for the first characters of an ID."""
 
-SHORT = 8
-"""Number of characters of an ID in lists."""
 
 JobArgument = Annotated[
     str,
@@ -61,8 +59,3 @@ def find_job(client: FarmClient, word: str) -> str:
             "characters."
         )
     return found[0]
-
-
-def short(job_id: str) -> str:
-    """Return the first characters of an ID, as lists show it."""
-    return job_id[:SHORT]

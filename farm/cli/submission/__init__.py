@@ -1,0 +1,1 @@
+"""Files of prompts and options of `farm submit`, turned into a job."""
