@@ -5,6 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import grimp
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,3 +31,21 @@ def test_no_folder_has_more_modules_than_a_reader_can_take_in() -> None:
     }
     assert {name: modules for name, modules in count.items() if modules > 20}.keys() <= exempt
     assert count["farm"] <= 10
+
+
+def test_no_two_packages_import_each_other() -> None:
+    """A package and its own subpackage are one: contracts of import-linter order them."""
+    graph = grimp.build_graph("farm", "api", "workers", cache_dir=None)
+    packages = {module for module in graph.modules if graph.find_children(module)}
+
+    def package_of(module: str) -> str:
+        return module if module in packages else module.rpartition(".")[0]
+
+    arrows = {
+        (package_of(importer), package_of(imported))
+        for importer in graph.modules
+        for imported in graph.find_modules_directly_imported_by(importer)
+    }
+    both = {(a, b) for a, b in arrows if a < b and (b, a) in arrows}
+    assert {(a, b) for a, b in both if not b.startswith(f"{a}.")} == set()
+    assert ("api.routes", "farm.services") in arrows
