@@ -22,7 +22,7 @@ from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.services.exports import service as use_cases
 from farm.store import exports, queries
-from farm.store.engine import Transaction, reads, transaction
+from farm.store.engine import Transaction, reads
 from farm.store.exports import Export, ShardRow
 
 router = APIRouter(prefix="/v1", tags=["exports"])
@@ -96,8 +96,7 @@ def get_export(farm: FarmDep, caller: Reader, export_id: ExportId) -> schemas.Ex
 def delete_export(farm: FarmDep, caller: Writer, export_id: ExportId) -> None:
     """Delete an export, also a running one. Its files in the farm's own storage are deleted. Its
     files in a destination stay."""
-    with transaction(farm.store) as connection:
-        exports.remove_export(connection, caller.tenant_id, export_id)
+    use_cases.remove(farm, caller.tenant_id, export_id)
 
 
 @router.get(

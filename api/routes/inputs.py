@@ -15,11 +15,12 @@ from api.auth import FarmDep, Reader, Writer, farm_of
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
 from api.places import Places
-from farm.context import Farm
-from farm.domain.inputs import InputReader, StoredInput
+from farm.domain.inputs import StoredInput
 from farm.errors import FarmError, MalformedBody
+from farm.services import input_upload
+from farm.services.input_upload import InputReader
 from farm.store import inputs
-from farm.store.engine import reads, transaction
+from farm.store.engine import reads
 
 router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
 
@@ -59,7 +60,7 @@ async def upload(
     places: Places = request.app.state.intakes
     with places.taken(str(caller.tenant_id), "inputs"), InputReader(farm.settings) as intake:
         await _read(request, intake)
-        found = await to_thread.run_sync(_store, farm, caller.tenant_id, intake)
+        found = await to_thread.run_sync(input_upload.store, farm, caller.tenant_id, intake)
     response.headers["Location"] = f"/v1/inputs/{found.id}"
     return _view(found)
 
@@ -92,8 +93,7 @@ def list_inputs(
 )
 def delete_input(farm: FarmDep, caller: Writer, input_id: InputId) -> None:
     """Delete an input that no job uses."""
-    with transaction(farm.store) as connection:
-        inputs.delete_input(connection, caller.tenant_id, input_id)
+    input_upload.delete(farm, caller.tenant_id, input_id)
 
 
 async def _read(request: Request, intake: InputReader) -> None:
@@ -126,13 +126,6 @@ async def _blocks(request: Request) -> AsyncIterator[bytes]:
         raise MalformedBody("The connection ended before the body did. Send it again.") from error
     if held:
         yield bytes(held)
-
-
-def _store(farm: Farm, tenant_id: uuid.UUID, intake: InputReader) -> StoredInput:
-    with transaction(farm.store) as connection:
-        return inputs.insert_input(
-            connection, tenant_id, intake.sha256, intake.facts, intake.parts()
-        )
 
 
 def _view(stored_input: StoredInput) -> schemas.Input:

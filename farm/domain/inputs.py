@@ -1,44 +1,29 @@
 """Inputs: millions of prompts, one JSON object per line, checked once and stored in parts.
 
 Only `prompt` is required: `{"prompt": "a red star", "key": "p1", "seed": 7, "negative_prompt":
-"blurry", "labels": {"set": "a"}}`. An `InputReader` reads a stream of lines, plain or gzip, with
-constant memory. It holds the lines of one part, packs them, and writes them to a temporary file
-until the whole stream is checked.
+"blurry", "labels": {"set": "a"}}`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 import uuid
 import zlib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, Required
+from typing import Annotated, Required
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from pydantic_core import ErrorDetails, from_json
+from pydantic import BeforeValidator, ConfigDict, Field, with_config
+from pydantic_core import from_json
 from typing_extensions import TypedDict
 from zlib_ng import zlib_ng
 
-from farm.config import Settings
 from farm.domain.numbers import whole
-from farm.domain.spec import MAX_LABELS, MAX_SEED, PROMPTS_SHOWN, LabelText, Line, storable
+from farm.domain.spec import MAX_SEED, LabelText, Line
 from farm.errors import InvalidRequest
 
 LINES_PER_PART = 1000
-MAX_LINE_BYTES = 2**18
 MAX_KEY_CHARS = 200
-MAX_BAD_LINES = 100
-"""Maximum number of wrong lines in one error."""
-PIECE_BYTES = 2**14
-"""Packed bytes that are unpacked at once. The rest of a piece is copied for each file in it."""
-GZIP = b"\x1f\x8b"
-BOM = b"\xef\xbb\xbf"
-NEEDS_SLOW_CHECK = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
-"""Signs of a NUL or a lone surrogate. A part that contains one is checked line by line."""
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
@@ -50,10 +35,6 @@ class LineFields(TypedDict, total=False):
     seed: Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_SEED)] | None
     negative_prompt: str | None
     labels: dict[LabelText, LabelText] | None
-
-
-ONE = TypeAdapter(LineFields)
-MANY = TypeAdapter(list[LineFields])
 
 
 @dataclass(frozen=True)
@@ -95,6 +76,13 @@ class InputStats:
     negatives: bool = False
 
 
+class BadLine(TypedDict):
+    """A wrong line of an input, as the API shows it."""
+
+    line: int
+    message: str
+
+
 class BadLines(InvalidRequest):
     """Lines of an input are wrong. The first hundred are listed by their numbers."""
 
@@ -104,285 +92,9 @@ class BadLines(InvalidRequest):
         first = "; ".join(f"line {number}: {why}" for number, why in problems[:3])
         more = "" if len(problems) <= 3 else f"; and {len(problems) - 3} more"
         super().__init__(f"The input is not stored: {first}{more}.", param="input")
-        self.problems: list[dict[str, Any]] = [
+        self.problems: list[BadLine] = [
             {"line": number, "message": f"{why}."} for number, why in problems
         ]
-
-
-class InputReader:
-    """Reads one input, in one thread at a time. A context manager that removes its own file."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.facts = InputStats()
-        self._settings = settings
-        self._hash = hashlib.sha256()
-        self._unpacker: Any = None
-        self._packed = 0
-        self._begun = False
-        self._rest = b""
-        self._number = 0
-        """Number of lines so far, with blank ones."""
-        self._pending: list[tuple[int, bytes]] = []
-        self._problems: list[tuple[int, str]] = []
-        self._key_hashes = array("q")
-        self._key_lines = array("q")
-        self._parts = tempfile.TemporaryFile(prefix="farm-input-")  # noqa: SIM115 - closed by __exit__
-        self._sizes: list[int] = []
-
-    def __enter__(self) -> InputReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._parts.close()
-
-    @property
-    def sha256(self) -> bytes:
-        """The hash of everything read so far, unpacked."""
-        return self._hash.digest()
-
-    def feed(self, block: bytes) -> None:
-        """Read the next block.
-
-        Raises:
-            BadLines: the maximum number of wrong lines is reached.
-            InvalidRequest: the gzip is invalid, or the input exceeds the size limit.
-        """
-        if not self._begun:
-            block = self._rest + block
-            if len(block) < len(BOM):
-                self._rest = block
-                return
-            self._begin(block)
-            self._rest = b""
-        if self._unpacker is None:
-            self._read(block)
-            return
-        self._unpack(memoryview(block))
-
-    def _unpack(self, block: memoryview) -> None:
-        self._packed += len(block)
-        if self._packed > self._settings.max_input_bytes:  # empty gzip files unpack to nothing
-            raise self._too_large()
-        at = 0
-        while at < len(block):
-            if self._unpacker.eof:  # gzip files may be concatenated
-                self._unpacker = zlib.decompressobj(31)
-            piece = block[at : at + PIECE_BYTES]
-            try:
-                self._read(self._unpacker.decompress(piece, 2**20))
-            except zlib.error as error:
-                raise InvalidRequest(
-                    f"input: the gzip is invalid after line {self._number}: {error}.",
-                    param="input",
-                ) from error
-            left = self._unpacker.unconsumed_tail or self._unpacker.unused_data
-            at += len(piece) - len(left)
-
-    def _too_large(self) -> InvalidRequest:
-        most = self._settings.max_input_bytes
-        return InvalidRequest(
-            f"input: too large. The limit is {most} bytes, unpacked.", param="input"
-        )
-
-    def end(self) -> InputStats:
-        """Read the rest, and run the checks that need all lines.
-
-        Raises:
-            BadLines: lines are wrong, or share a key.
-            InvalidRequest: the input is cut short, or has no line.
-        """
-        if not self._begun and self._rest:
-            self._begin(self._rest)
-            block, self._rest = self._rest, b""
-            self.feed(block)
-        if self._unpacker is not None and not self._unpacker.eof:
-            raise InvalidRequest(
-                f"input: the gzip is cut short, after line {self._number}. Send the whole file.",
-                param="input",
-            )
-        if self._rest:
-            self._line(self._rest)
-            self._rest = b""
-        self._check_pending()
-        self._check_keys()
-        if self._problems:
-            raise BadLines(self._problems)
-        if not self.facts.lines:
-            raise InvalidRequest(
-                'input: it holds no line. Send one JSON object per line: {"prompt": "a red star"}.',
-                param="input",
-            )
-        return self.facts
-
-    def parts(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the packed parts, each with the index of its first line."""
-        self._parts.seek(0)
-        for number, size in enumerate(self._sizes):
-            yield number * LINES_PER_PART, self._parts.read(size)
-
-    def _begin(self, block: bytes) -> None:
-        self._begun = True
-        if block.startswith(GZIP):
-            self._unpacker = zlib.decompressobj(31)
-
-    def _read(self, block: bytes) -> None:
-        self._hash.update(block)
-        if not self.facts.bytes and block.startswith(BOM):
-            self.facts.bytes, block = len(BOM), block.removeprefix(BOM)
-        self.facts.bytes += len(block)
-        if self.facts.bytes > self._settings.max_input_bytes:
-            raise self._too_large()
-        lines = block.split(b"\n")
-        lines[0] = self._rest + lines[0] if self._rest else lines[0]
-        self._rest = lines.pop()
-        for line in lines:
-            self._line(line)
-        if (
-            len(self._rest) > MAX_LINE_BYTES
-        ):  # its end may be far away; only its excess length matters
-            self._rest = self._rest[: MAX_LINE_BYTES + 1]
-
-    def _line(self, line: bytes) -> None:
-        self._number += 1
-        if self._number > self._settings.max_job_frames:  # blank lines count too: they cost as much
-            raise InvalidRequest(
-                f"input: too many lines. A job has at most {self._settings.max_job_frames} frames.",
-                param="input",
-            )
-        if not line or line.isspace():
-            return
-        self._pending.append((self._number, line))
-        if len(self._pending) == LINES_PER_PART:
-            self._check_pending()
-
-    def _check_pending(self) -> None:
-        """Check the lines of a part, and write it to the file, packed."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        found = _together([line for _, line in pending])
-        if found is None:
-            self._check_each(pending)
-        else:
-            for (number, _), fields in zip(pending, found, strict=True):
-                self._note(number, fields)
-        if len(self._problems) >= MAX_BAD_LINES:
-            raise BadLines(self._problems[:MAX_BAD_LINES])
-        if self._problems:  # nothing will be stored
-            return
-        self.facts.lines += len(pending)
-        self._keep(pack([line for _, line in pending]))
-
-    def _keep(self, part: bytes) -> None:
-        self._parts.write(part)
-        self._sizes.append(len(part))
-
-    def _check_each(self, pending: Sequence[tuple[int, bytes]]) -> None:
-        """Check lines one by one, because some are wrong."""
-        for number, line in pending:
-            try:
-                self._note(number, _checked(line))
-            except ValueError as error:
-                self._problems.append((number, _why(error)))
-
-    def _note(self, number: int, fields: LineFields) -> None:
-        facts, prompt = self.facts, fields["prompt"]
-        longest = self._settings.max_prompt_chars
-        if len(facts.shown) < PROMPTS_SHOWN:
-            facts.shown.append(prompt)
-        facts.prompt_bytes = max(facts.prompt_bytes, _size(prompt))
-        if len(prompt) > longest:
-            self._problem(number, "prompt", len(prompt), longest)
-        if len(fields) == 1:
-            return
-        if (seed := fields.get("seed")) is not None:
-            facts.top_seed = max(seed, facts.top_seed or 0)
-        if (negative := fields.get("negative_prompt")) is not None:
-            facts.negatives = True
-            facts.negative_bytes = max(facts.negative_bytes, _size(negative))
-            if len(negative) > longest:
-                self._problem(number, "negative_prompt", len(negative), longest)
-        if len(fields.get("labels") or ()) > MAX_LABELS:
-            self._problem(number, "labels", len(fields["labels"] or ()), MAX_LABELS)
-        if (key := fields.get("key")) is not None:
-            facts.keys = True
-            self._key_hashes.append(hash(key))
-            self._key_lines.append(number)
-
-    def _problem(self, number: int, name: str, size: int, limit: int) -> None:
-        unit = "labels" if name == "labels" else "characters"
-        self._problems.append((number, f"{name} has {size} {unit}; the limit is {limit}"))
-
-    def _check_keys(self) -> None:
-        """Find lines that share a key: first by hashes, which are small, then by the keys."""
-        import numpy as np
-
-        hashes = np.frombuffer(self._key_hashes, np.int64)
-        lines = np.frombuffer(self._key_lines, np.int64)
-        order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])[: 10 * MAX_BAD_LINES]
-        if self._problems or not same.size:
-            return
-        suspects = {*lines[order[same]].tolist(), *lines[order[same + 1]].tolist()}
-        first: dict[str, int] = {}
-        for number, key in self._keys_of(suspects):
-            if first.setdefault(key, number) != number:
-                self._problems.append((number, f"key is the same as in line {first[key]}"))
-            if len(self._problems) == MAX_BAD_LINES:
-                return
-
-    def _keys_of(self, suspects: set[int]) -> Iterator[tuple[int, str]]:
-        numbers = iter(self._key_lines)
-        for _, part in self.parts():
-            for line in unpack(part):
-                if line.key is not None:
-                    number = next(numbers)
-                    if number in suspects:
-                        yield number, line.key
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _together(lines: Sequence[bytes]) -> list[LineFields] | None:
-    """Check many lines at once. Return None if any may be wrong."""
-    whole = b"[" + b",".join(lines) + b"]"
-    if max(map(len, lines)) > MAX_LINE_BYTES or any(each in whole for each in NEEDS_SLOW_CHECK):
-        return None
-    try:
-        found = MANY.validate_json(whole)
-    except ValidationError:
-        return None
-    # Two lines that are invalid JSON may be valid when joined.
-    return found if len(found) == len(lines) else None
-
-
-def _checked(line: bytes) -> LineFields:
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"the line is longer than {MAX_LINE_BYTES} bytes")
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
-    from_json(line, allow_inf_nan=False)  # its errors name the column
-    fields = ONE.validate_json(line)
-    for text in (fields["prompt"], fields.get("negative_prompt"), fields.get("key")):
-        storable(text or "")
-    for label in (fields.get("labels") or {}).items():
-        storable("".join(label))
-    return fields
-
-
-def _why(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        return "; ".join(map(_told, error.errors()))[:300].rstrip(".")
-    return str(error).rstrip(".")[:300]
-
-
-def _told(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part != "[key]")
-    return f"{where}: {error['msg']}".removeprefix(": ")
 
 
 def pack(lines: Sequence[bytes]) -> bytes:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from farm.context import Farm
-from farm.domain.inputs import InputReader, unpack
+from farm.domain.inputs import unpack
 from farm.domain.spec import FullSpec, Line, frame_spec
+from farm.services.input_upload import InputReader
 from tests.support.api_server import Api, serving
 from tests.support.store import sql
 

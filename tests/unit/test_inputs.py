@@ -11,16 +11,10 @@ from typing import Any
 import pytest
 
 from farm.config import Settings
-from farm.domain.inputs import (
-    LINES_PER_PART,
-    MAX_BAD_LINES,
-    MAX_LINE_BYTES,
-    BadLines,
-    InputReader,
-    unpack,
-)
+from farm.domain.inputs import LINES_PER_PART, BadLines, unpack
 from farm.domain.spec import Line
 from farm.errors import InvalidRequest
+from farm.services.input_upload import MAX_BAD_LINES, MAX_LINE_BYTES, InputReader
 
 SETTINGS = Settings(max_prompt_chars=200)
 Read = Callable[..., tuple[list[Line], InputReader]]

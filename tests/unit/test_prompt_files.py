@@ -14,8 +14,8 @@ import pytest
 from farm.cli.submission.prompt_file import Columns, PromptFile
 from farm.cli.submission.prompt_templates import Templates
 from farm.config import Settings
-from farm.domain.inputs import InputReader
 from farm.errors import InvalidRequest
+from farm.services.input_upload import InputReader
 
 AS_IT_IS = Columns()
 NAMED = Columns("caption", "id", "number", "not", ("set",))

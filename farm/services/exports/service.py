@@ -102,6 +102,16 @@ def create(
     return export
 
 
+def remove(farm: Farm, tenant_id: uuid.UUID, export_id: uuid.UUID) -> None:
+    """Remove an export. It is hidden at once, and its files are deleted soon.
+
+    Raises:
+        NotFound: there is none, or it is another tenant's.
+    """
+    with transaction(farm.store) as connection:
+        stored.remove_export(connection, tenant_id, export_id)
+
+
 def _bearing(
     connection: Transaction, tenant_id: uuid.UUID, labels: Mapping[str, str]
 ) -> list[uuid.UUID]:
