@@ -13,7 +13,6 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
@@ -153,11 +152,11 @@ def run_exporter(settings: Settings) -> int:
     app = make_app(settings)
 
     @setup_logging.connect(weak=False)
-    def set_up(**_: Any) -> None:
+    def set_up(**_: object) -> None:
         set_up_logs(settings.log_level)
 
     @worker_shutting_down.connect(weak=False)
-    def shutting_down(**_: Any) -> None:
+    def shutting_down(**_: object) -> None:
         exporter.leave()
 
     @app.task(name=EXPORTER_TASK, ignore_result=True)

@@ -9,12 +9,19 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
 FEWEST = 8
 """Minimum number of points for a layout. Smaller grids are stored point by point."""
+
+
+class StoredPoint(TypedDict):
+    """Point of a grid as JSON."""
+
+    params: dict[str, object]
+    bucket: int
 
 
 class Layout(BaseModel):
@@ -24,7 +31,7 @@ class Layout(BaseModel):
 
     names: list[str]
     """Names of the parameters, in the order of an image's metadata text."""
-    axes: dict[str, list[Any]]
+    axes: dict[str, list[object]]
     buckets: list[tuple[int, int]]
     """Buckets of consecutive points: (number of points, bucket)."""
 
@@ -32,7 +39,7 @@ class Layout(BaseModel):
         """Count the points."""
         return math.prod(map(len, self.axes.values()))
 
-    def params(self, index: int, shared: Mapping[str, Any]) -> dict[str, Any]:
+    def params(self, index: int, shared: Mapping[str, object]) -> dict[str, object]:
         """Return the parameters of a point, including the shared ones."""
         here = {}
         for name, values in reversed(self.axes.items()):
@@ -54,14 +61,14 @@ class Layout(BaseModel):
 
 
 def packed(
-    points: Sequence[Mapping[str, Any]],
-    shared: Mapping[str, Any],
-    grid: Mapping[str, Sequence[Any]],
+    points: Sequence[StoredPoint],
+    shared: Mapping[str, object],
+    grid: Mapping[str, Sequence[object]],
 ) -> Layout | None:
     """Build the layout of points.
 
     Args:
-        points: `params` and `bucket` of each point; the grid's last axis varies fastest.
+        points: the points; the grid's last axis varies fastest.
         shared: parameters that the points may share.
         grid: axes of the grid, each with its values.
 

@@ -14,7 +14,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import cached_property
 from typing import Annotated, Any, NamedTuple
@@ -198,7 +198,7 @@ class Point(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    params: dict[str, Any]
+    params: dict[str, object]
     bucket: int
     batch_key: str = Field(
         default="", description="Empty in a large grid, which has it only in `runs`"
@@ -220,8 +220,8 @@ class FullSpec(BaseModel):
     seed_bits: int = Field(
         default=63, description="Bits of the farm's own seeds; 63 in jobs stored before this field"
     )
-    params: dict[str, Any]
-    grid: dict[str, list[Any]]
+    params: dict[str, object]
+    grid: dict[str, list[object]]
     points: list[Point] | Layout
     priority: str
     bucket: int | None
@@ -338,7 +338,7 @@ def derived_seed(job_seed: int, ordinal: int, bits: int) -> int:
     return int.from_bytes(digest[:8], "big") >> (64 - bits)
 
 
-def batch_key(pipeline: str, bucket: int, scalars: dict[str, Any]) -> str:
+def batch_key(pipeline: str, bucket: int, scalars: Mapping[str, object]) -> str:
     """Compute the key that frames must share to be denoised together.
 
     Args:

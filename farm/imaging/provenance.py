@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,7 +32,7 @@ class RenderEnvironment(BaseModel):
     threads: int
     """Number of torch threads. On a CPU it decides how sums are split, and so the last bits."""
     versions: dict[str, str]
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, object] = Field(default_factory=dict)
     """Load options that may change the last bits: `compile`, `channels_last`."""
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from farm.domain.spec import FrameSpec
 from farm.errors import NotFinite
@@ -16,10 +16,15 @@ from farm.pipelines.params import Params
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline, ImagePipelineOutput
     from PIL import Image
+
+T = TypeVar("T")
 
 StepHook = Callable[[int, int], None]
 """Called after every denoising step with (steps done, all steps). Raises StopBatch to end."""
+StepCallback: TypeAlias = "Callable[..., dict[str, torch.Tensor]]"
+"""Argument `callback_on_step_end` of a diffusers call."""
 
 
 class StopBatch(Exception):
@@ -30,20 +35,21 @@ class StopBatch(Exception):
 class LoadedPipeline:
     """A pipeline pinned in a device's memory."""
 
-    pipe: Any
+    pipe: DiffusionPipeline
+    """The pipeline that is called. A family without diffusers may keep any object here."""
     device: str
     dtype: str
     scheduler_config: Any
     """Configuration of the checkpoint's own sampler. Each batch builds its sampler from it."""
     weights: str
     """Name of the weights: a hash, see `_weights` in loading."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     """Options of loading that may change the last bits: `compile`, `channels_last`, `offload`."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Objects that its family keeps with it, by name: a refiner, a prompt encoder."""
-    pipes: tuple[Any, ...] = ()
+    pipes: tuple[DiffusionPipeline, ...] = ()
     """All pinned pipelines. `pipe` comes first."""
-    vae_dtypes: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    vae_dtypes: tuple[torch.dtype | None, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vae_dtypes", tuple(_vae_dtype(pipe) for pipe in self.pipes))
@@ -56,7 +62,7 @@ class LoadedPipeline:
         """
         known = [(pipe, _twin_of(pipe)) for pipe in self.pipes]
 
-        def swapped(value: Any) -> Any:
+        def swapped(value: T) -> T:
             return next((twin for pipe, twin in known if pipe is value), value)
 
         return replace(
@@ -77,11 +83,11 @@ class LoadedPipeline:
                 pipe.vae.to(dtype)
 
 
-def _vae_dtype(pipe: Any) -> Any:
+def _vae_dtype(pipe: DiffusionPipeline) -> torch.dtype | None:
     return getattr(getattr(pipe, "vae", None), "dtype", None)
 
 
-def _twin_of(pipe: Any) -> Any:
+def _twin_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Copy a pipeline object, and the pipelines that it combines. Copy no weights."""
     from diffusers import DiffusionPipeline
 
@@ -96,9 +102,9 @@ def _twin_of(pipe: Any) -> Any:
 class Checkpoint:
     """Configuration of a checkpoint, read without loading any weights."""
 
-    index: Mapping[str, Any]
+    index: Mapping[str, object]
     """Content of model_index.json, or of the config.json of a single model."""
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """Content of config.json or scheduler_config.json, by component."""
     parts: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Configurations of the entry's other weights, by their names in `Pipeline.parts`."""
@@ -181,7 +187,7 @@ def generators(frames: Sequence[FrameSpec]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(frame.seed) for frame in frames]
 
 
-def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[str, Any]]:
+def step_callback(on_step: StepHook, share: float = 1.0) -> StepCallback:
     """Build a `callback_on_step_end` for one diffusers call, or for several in sequence.
 
     Args:
@@ -190,7 +196,9 @@ def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[s
     """
     done, steps = 0, 0
 
-    def callback(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def callback(
+        pipe: DiffusionPipeline, _step: int, _timestep: object, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         nonlocal done, steps
         done += 1
         steps = max(done, steps or round(pipe.num_timesteps / share))  # some take two for a step
@@ -202,7 +210,7 @@ def step_callback(on_step: StepHook, share: float = 1.0) -> Callable[..., dict[s
     return callback
 
 
-def unflagged(output: Any) -> list[Image.Image | None]:
+def unflagged(output: ImagePipelineOutput) -> list[Image.Image | None]:
     """Return the pictures of a pipeline's output; None for those that its safety checker flagged.
 
     `output` holds PIL pictures or, with `output_type="pt"`, one tensor of them. diffusers converts

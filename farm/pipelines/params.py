@@ -44,7 +44,7 @@ class Params(BaseModel):
         schema = cls.model_json_schema()
         definitions = schema.pop("$defs", {})
 
-        def whole(part: Any) -> Any:
+        def whole(part: object) -> object:
             if isinstance(part, list):
                 return [whole(item) for item in part]
             if not isinstance(part, dict):
@@ -53,10 +53,9 @@ class Params(BaseModel):
                 return whole(definitions[part["$ref"].rpartition("/")[2]])
             return {name: whole(value) for name, value in part.items()}
 
-        inlined: dict[str, Any] = whole(schema)
-        return inlined
+        return {name: whole(value) for name, value in schema.items()}
 
-    def scalars(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, object]:
         """Return the values that a diffusers call takes once for a whole batch."""
         return self.model_dump(exclude=set(self.PER_FRAME))
 
@@ -69,7 +68,7 @@ class Params(BaseModel):
         }
 
     @staticmethod
-    def image_ids(params: Mapping[str, Any]) -> list[str]:
+    def image_ids(params: Mapping[str, object]) -> list[str]:
         """Return the IDs of the uploaded images that a frame with these parameters needs."""
         return []
 
@@ -104,7 +103,7 @@ P = TypeVar("P", bound=Params)
 LIMITS = {"ge": Ge, "le": Le, "multiple_of": MultipleOf, "min_length": MinLen, "max_length": MaxLen}
 
 
-def tailored(base: type[P], changes: Mapping[str, Mapping[str, Any]]) -> type[P]:
+def tailored(base: type[P], changes: Mapping[str, Mapping[str, object]]) -> type[P]:
     """Derive parameters from `base`, and change only the fields that `changes` names.
 
     Args:
@@ -118,8 +117,8 @@ def tailored(base: type[P], changes: Mapping[str, Mapping[str, Any]]) -> type[P]
     return create_model(base.__name__, __base__=base, **fields)
 
 
-def _changed(field: FieldInfo, change: Mapping[str, Any]) -> tuple[Any, Any]:
-    annotation = change.get("annotation", field.annotation)
+def _changed(field: FieldInfo, change: Mapping[str, object]) -> tuple[object, object]:
+    annotation: Any = change.get("annotation", field.annotation)
     replaced = tuple(kind for name, kind in LIMITS.items() if name in change)
     for kept in field.metadata:
         if not isinstance(kept, replaced) and "annotation" not in change:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,7 +25,7 @@ class ResolvedPipeline:
     params_type: type[Params]
     """Parameters of the family, fitted to the checkpoint, with the defaults of the catalog."""
 
-    def params(self, given: Mapping[str, Any]) -> Params:
+    def params(self, given: Mapping[str, object]) -> Params:
         """Check the parameters of a grid point, and fill in every default.
 
         Raises:
@@ -34,7 +33,7 @@ class ResolvedPipeline:
         """
         return self.params_type.model_validate(given)
 
-    def schema(self) -> dict[str, Any]:
+    def schema(self) -> dict[str, object]:
         """Return the JSON Schema of the parameters, with the defaults of this pipeline."""
         return self.params_type.json_schema()
 
@@ -83,7 +82,7 @@ def _check_buckets(resolved: ResolvedPipeline) -> None:
                 raise CatalogError(f"bucket.{size}: {_first(error)}.") from error
 
 
-def sample(params_type: type[Params]) -> dict[str, Any]:
+def sample(params_type: type[Params]) -> dict[str, object]:
     """Return an example of each field that has no default."""
     return {
         field: info.examples[0]
@@ -98,7 +97,7 @@ def _first(error: ValidationError) -> str:
     return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
-def _with_defaults(params_type: type[Params], defaults: Mapping[str, Any]) -> type[Params]:
+def _with_defaults(params_type: type[Params], defaults: Mapping[str, object]) -> type[Params]:
     for field in defaults:
         if field not in params_type.model_fields:
             raise CatalogError(

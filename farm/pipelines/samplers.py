@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, WithJsonSchema
 
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+SAMPLERS: dict[str, tuple[str, dict[str, bool | str]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
@@ -28,7 +31,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Class and options by name. Each can be built `from_config` of any other's configuration."""
 
 
-def sampler_field(names: Collection[str]) -> Any:
+def sampler_field(names: Collection[str]) -> object:
     """Build the type of a `sampler` field: one of `names`, or null for the checkpoint's own."""
     known = sorted(names)
 
@@ -45,10 +48,13 @@ def sampler_field(names: Collection[str]) -> Any:
     return Annotated[str, AfterValidator(check), WithJsonSchema(schema)] | None
 
 
-SamplerName = sampler_field(SAMPLERS)
+if TYPE_CHECKING:
+    SamplerName = str | None
+else:
+    SamplerName = sampler_field(SAMPLERS)
 
 
-def usable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
+def usable_samplers(scheduler_config: Mapping[str, object]) -> list[str]:
     """List the samplers that may replace a checkpoint's own. None if its own is of another kind.
 
     diffusers calls them `KarrasDiffusionSchedulers`. Flow matching and consistency models have
@@ -58,7 +64,9 @@ def usable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
     return list(SAMPLERS) if scheduler_config.get("_class_name") in classes else []
 
 
-def sampler_change(scheduler_config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def sampler_change(
+    scheduler_config: Mapping[str, object], names: Collection[str]
+) -> dict[str, object]:
     """Return the changes that fit a `sampler` field to a checkpoint; see `params.tailored`.
 
     Args:
@@ -73,7 +81,7 @@ def sampler_change(scheduler_config: Mapping[str, Any], names: Collection[str]) 
     }
 
 
-def sampler_of(scheduler_config: Mapping[str, Any]) -> str | None:
+def sampler_of(scheduler_config: Mapping[str, object]) -> str | None:
     """Return the name of the sampler in a checkpoint's scheduler_config.json; None: it has none."""
     for name, (class_name, options) in SAMPLERS.items():
         if class_name == scheduler_config.get("_class_name") and not options:
@@ -81,7 +89,7 @@ def sampler_of(scheduler_config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def sampler_config(pipe: Any) -> dict[str, Any] | None:
+def sampler_config(pipe: DiffusionPipeline) -> dict[str, object] | None:
     """Return the configuration of a pipeline's own sampler, for build_sampler(); None: it has none.
 
     The class in the file may be missing, or differ from the index. diffusers loads the index's.
@@ -91,7 +99,7 @@ def sampler_config(pipe: Any) -> dict[str, Any] | None:
     return None if config is None else {**config, "_class_name": type(sampler).__name__}
 
 
-def build_sampler(name: str | None, config: Any) -> Any:
+def build_sampler(name: str | None, config: Mapping[str, object]) -> SchedulerMixin:
     """Build a new sampler. Each batch needs one, because samplers keep state between steps.
 
     Args:
@@ -100,8 +108,9 @@ def build_sampler(name: str | None, config: Any) -> Any:
     """
     import diffusers
 
-    class_name, options = (config["_class_name"], {}) if name is None else SAMPLERS[name]
-    if class_name == config["_class_name"] and not options:
+    own = str(config["_class_name"])
+    class_name, options = (own, {}) if name is None else SAMPLERS[name]
+    if class_name == own and not options:
         # from_config() takes defaults where the checkpoint's file had no value, but a pipeline may
         # have corrected exactly those.
         config = {key: value for key, value in config.items() if key != "_use_default_values"}

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageChops
 from pydantic import ValidationError
@@ -145,7 +145,7 @@ def _entry(catalog: Catalog, recorded: Provenance) -> Pipeline:
     return entry.model_copy(update=how)
 
 
-def _options(recorded: Provenance) -> dict[str, Any]:
+def _options(recorded: Provenance) -> dict[str, object]:
     """Return the options with which the pipeline was loaded, checked like those of an entry."""
     try:
         entry = Pipeline.model_validate({"source": "-", **recorded.options})

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 
@@ -134,7 +133,7 @@ def declared_shapes(resolved: ResolvedPipeline) -> Iterator[Shape]:
 def _variants(resolved: ResolvedPipeline, shape: Shape) -> Iterator[Params]:
     """Yield parameters that together reach every graph of a shape: with and without guidance."""
     fields = resolved.params_type.model_fields
-    given: dict[str, Any] = {"width": shape.width, "height": shape.height}
+    given: dict[str, object] = {"width": shape.width, "height": shape.height}
     given |= {name: STEPS for name in ("steps", "prior_steps") if name in fields}
     given |= sample(resolved.params_type)
     guided = [{}, {"guidance_scale": 1.0}] if "guidance_scale" in fields else [{}]

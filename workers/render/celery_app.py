@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import Any
 
 from celery.signals import setup_logging, worker_process_init, worker_process_shutdown
 
@@ -26,12 +25,12 @@ _at_work = threading.Lock()
 
 
 @setup_logging.connect
-def _set_up_logs(**_: Any) -> None:
+def _set_up_logs(**_: object) -> None:
     set_up_logs(settings.log_level)
 
 
 @worker_process_init.connect
-def _start_child(**_: Any) -> None:
+def _start_child(**_: object) -> None:
     # The parent handles a SIGTERM to the whole group: it lets the batch finish first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     scratch = Scratch(settings.scratch_dir, announced_identity().id)
@@ -44,7 +43,7 @@ def _start_child(**_: Any) -> None:
 
 
 @worker_process_shutdown.connect
-def _end_child(**_: Any) -> None:
+def _end_child(**_: object) -> None:
     for child in _child:
         child.close()
 

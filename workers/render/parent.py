@@ -323,10 +323,10 @@ def run_worker(settings: Settings, pipeline: str) -> int:
 
 
 def _connect(heart: WorkerSupervisor) -> None:
-    def on_shutting_down(**_: Any) -> None:
+    def on_shutting_down(**_: object) -> None:
         heart.drain()
 
-    def on_failure(exception: BaseException | None = None, **_: Any) -> None:
+    def on_failure(exception: BaseException | None = None, **_: object) -> None:
         if isinstance(exception, WorkerLostError):
             heart.child_lost(str(exception))
 

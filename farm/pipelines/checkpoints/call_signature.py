@@ -73,7 +73,7 @@ def read_signature(class_name: str) -> Signature | None:
 
 
 @cache
-def model_defaults(class_name: str) -> Mapping[str, Any]:
+def model_defaults(class_name: str) -> Mapping[str, object]:
     """Read the defaults of a diffusers model class, for fields that a configuration leaves out.
 
     Only constants. Empty if the installed diffusers has no such class.
@@ -88,7 +88,7 @@ def model_defaults(class_name: str) -> Mapping[str, Any]:
     return {}
 
 
-def _model_defaults(module: ast.Module, class_name: str) -> Mapping[str, Any]:
+def _model_defaults(module: ast.Module, class_name: str) -> Mapping[str, object]:
     for node in module.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             begin = _method(node, "__init__")
@@ -178,7 +178,7 @@ def _arguments(call: ast.FunctionDef) -> Iterator[tuple[str, Argument]]:
         yield argument.arg, Argument(annotation, value, is_known, default is None)
 
 
-def _constant(node: ast.expr | None) -> tuple[Any, bool]:
+def _constant(node: ast.expr | None) -> tuple[object, bool]:
     try:
         return (None if node is None else ast.literal_eval(node)), True
     except ValueError:

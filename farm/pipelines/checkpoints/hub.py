@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from farm.errors import CatalogError, one_line
 from farm.pipelines.catalog import Weights
 from farm.pipelines.checkpoints.layout import INDEX
+
+if TYPE_CHECKING:
+    import httpx
 
 HUB_SECONDS = 10.0
 """Time limit for an answer of the hub. Seconds."""
@@ -82,7 +85,7 @@ def make_hub_hasty() -> None:
     session = get_session()
     kind, hooks = type(session), session.event_hooks
 
-    def be_hasty(request: Any) -> None:
+    def be_hasty(request: httpx.Request) -> None:
         limits = request.extensions.get("timeout", {})
         request.extensions["timeout"] = {
             phase: limits.get(phase) or HUB_SECONDS
@@ -117,7 +120,7 @@ def fetched(weights: Weights, variant: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     make_hub_hasty()
-    fetch: Callable[..., Any]
+    fetch: Callable[..., object]
     if (folder_of_configs(weights) / INDEX).is_file():
         fetch = partial(DiffusionPipeline.download, variant=variant, use_safetensors=True)
     else:  # a single model, such as a ControlNet

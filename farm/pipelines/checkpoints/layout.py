@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from farm.errors import CatalogError, one_line
 
@@ -13,7 +12,7 @@ INDEX = "model_index.json"
 CONFIG_NAMES = ("config.json", "scheduler_config.json")
 
 
-def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str, where: str) -> dict[str, object]:
     """Read a JSON file of a checkpoint.
 
     Raises:
@@ -28,7 +27,7 @@ def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
     return content
 
 
-def component(index: Mapping[str, Any], name: str) -> list[str] | None:
+def component(index: Mapping[str, object], name: str) -> list[str] | None:
     """Return the library and class of a component, from model_index.json; None: not in it."""
     value = index.get(name)
     if not isinstance(value, list) or len(value) != 2:
@@ -36,7 +35,7 @@ def component(index: Mapping[str, Any], name: str) -> list[str] | None:
     return value if all(isinstance(part, str) for part in value) else None
 
 
-def components(index: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def components(index: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
     """Yield every component with its library and class."""
     for name in index:
         found = component(index, name)

@@ -100,8 +100,8 @@ def _read_configs(folder: Path, where: str) -> Checkpoint:
 
 
 def _as_diffusers_reads(
-    index: Mapping[str, Any], name: str, folder: Path, file: str, where: str
-) -> Mapping[str, Any]:
+    index: Mapping[str, object], name: str, folder: Path, file: str, where: str
+) -> Mapping[str, object]:
     """Read a component's configuration. The index names its class; the class has the defaults."""
     config = read_json(folder, f"{name}/{file}", where)
     found = component(index, name)
@@ -143,7 +143,7 @@ def require_class(checkpoint: Checkpoint, allowed: tuple[str, ...], where: str) 
         )
 
 
-def config_of(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
+def config_of(checkpoint: Checkpoint, component: str) -> Mapping[str, object]:
     """Return a component's configuration.
 
     Raises:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from farm.errors import CatalogError, one_line
 from farm.pipelines.checkpoints.layout import INDEX, component, components, read_json
@@ -235,7 +235,14 @@ def parameter_count(folder: Path, variant: str | None) -> int:
     )
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+class _Tensor(TypedDict):
+    """Entry of a tensor in a header."""
+
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def _read_header(path: Path) -> dict[str, _Tensor]:
     """Read the header of a safetensors file: eight bytes of length, then JSON.
 
     See https://huggingface.co/docs/safetensors#format

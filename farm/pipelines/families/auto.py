@@ -22,6 +22,7 @@ from farm.pipelines.family import (
     Batch,
     Checkpoint,
     LoadedPipeline,
+    StepCallback,
     StepHook,
     generators,
     padded,
@@ -44,7 +45,7 @@ GIVEN = frozenset(
 """Arguments that the farm fills in itself, or that would change the meaning of a frame."""
 TEXT = re.compile(r"(negative_)?prompt(_\d)?")
 SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool}
-LIMITS: dict[type, dict[str, Any]] = {
+LIMITS: dict[type, dict[str, float]] = {
     int: {"ge": 0, "le": 10_000},
     float: {"ge": -1e4, "le": 1e4},
     bool: {},
@@ -58,7 +59,7 @@ Text = Annotated[str, AfterValidator(storable)]
 class AutoParams(Params):
     """Parameters that every class takes. `tailor` adds the fields of one pipeline's call."""
 
-    def scalars(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, object]:
         """Add the names of null texts: a call takes a text for each frame, or none at all."""
         absent = sorted(name for name in self.PER_FRAME if getattr(self, name, None) is None)
         return {**super().scalars(), "absent": absent}
@@ -84,10 +85,9 @@ class Auto:
         if change["default"] is not None:
             described = Field(default=change["default"], description="name of the sampler")
             fields["sampler"] = (change["annotation"], described)
-        made: Any = create_model(checkpoint.class_name, __base__=AutoParams, **fields)
+        made = create_model(checkpoint.class_name, __base__=AutoParams, **fields)
         made.PER_FRAME = frozenset(name for name in fields if TEXT.fullmatch(name))
-        grown: type[AutoParams] = made
-        return tailored(grown, _sizes(pipeline, checkpoint, signature))
+        return tailored(made, _sizes(pipeline, checkpoint, signature))
 
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load through AutoPipelineForText2Image."""
@@ -132,11 +132,11 @@ def _groups(frames: Sequence[FrameSpec], signature: Signature) -> list[list[int]
 
 
 def _call(
-    signature: Signature, frames: Sequence[FrameSpec], callback: Any, on_step: StepHook
-) -> dict[str, Any]:
+    signature: Signature, frames: Sequence[FrameSpec], callback: StepCallback, on_step: StepHook
+) -> dict[str, object]:
     """Return the arguments of a call, for frames that differ only in texts and seeds."""
     params = frames[0].params
-    call: dict[str, Any] = {
+    call: dict[str, object] = {
         "prompt": [frame.prompt for frame in frames],
         "generator": generators(frames),
         "height": params["height"],
@@ -155,10 +155,10 @@ def _call(
     return call
 
 
-def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, Any, Any], None]:
+def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, object, object], None]:
     """Build a callback for pipelines that are older than `callback_on_step_end`."""
 
-    def callback(step: int, _timestep: Any, _latents: Any) -> None:
+    def callback(step: int, _timestep: object, _latents: object) -> None:
         on_step(step + 1, max(step + 1, steps))
 
     return callback
@@ -185,7 +185,7 @@ def _signature_of(checkpoint: Checkpoint) -> Signature:
     return signature
 
 
-def _fields(arguments: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def _fields(arguments: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[object, object]]]:
     for name, argument in arguments.items():
         if name in GIVEN or name.startswith("_") or not argument.is_known:
             continue
@@ -202,13 +202,13 @@ def _fields(arguments: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[Any,
         default = argument.default
         if kind is float and default is not None:
             default = float(default)
-        annotation: Any = kind | None if is_optional else kind
+        annotation = kind | None if is_optional else kind
         limits = _limits(name, kind, default)
         field = Field(default=default, description=described, **limits)
         yield RENAMED.get(name, name), (annotation, field)
 
 
-def _limits(name: str, kind: type, default: Any) -> dict[str, Any]:
+def _limits(name: str, kind: type, default: float | None) -> dict[str, Any]:
     if name.endswith("inference_steps"):
         return STEPS
     if name == "max_sequence_length":
@@ -218,9 +218,11 @@ def _limits(name: str, kind: type, default: Any) -> dict[str, Any]:
 
 def _sizes(
     pipeline: Pipeline, checkpoint: Checkpoint, signature: Signature
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, object]]:
     """Return the default size, and its divisor, from the configurations of the models."""
-    model = checkpoint.configs.get("transformer") or checkpoint.configs.get("unet") or {}
+    model: Mapping[str, Any] = (
+        checkpoint.configs.get("transformer") or checkpoint.configs.get("unet") or {}
+    )
     vae = checkpoint.configs.get("vae") or checkpoint.configs.get("movq")
     scale = _scale(vae) if vae else 1
     patch = model.get("patch_size")
@@ -229,11 +231,13 @@ def _sizes(
         multiple = scale * 2
     own = model.get("sample_size") or signature.default_sample_size
     side = signature.default_side
-    changes: dict[str, dict[str, Any]] = {}
+    changes: dict[str, dict[str, object]] = {}
     for name, place in (("height", 0), ("width", -1)):
         default = signature.arguments[name].default if name in signature.arguments else None
-        if default is None and (own or side):
-            default = side or _side(own, place) * scale
+        if default is None and side:
+            default = side
+        elif default is None and own:
+            default = _side(own, place) * scale
         changes[name] = {"multiple_of": max(multiple, 8), "ge": max(multiple, 8)}
         if default is not None:
             changes[name]["default"] = default
@@ -245,7 +249,7 @@ def _sizes(
     return changes
 
 
-def _side(sample_size: Any, place: int) -> int:
+def _side(sample_size: int | Sequence[int], place: int) -> int:
     return int(sample_size if isinstance(sample_size, int) else sample_size[place])
 
 

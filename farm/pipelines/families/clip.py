@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +12,21 @@ from farm.domain.spec import FrameSpec
 from farm.errors import CatalogError
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.checkpoints.read import config_of, vae_scale
-from farm.pipelines.family import Batch, Checkpoint, generators, padded, step_callback
+from farm.pipelines.family import (
+    Batch,
+    Checkpoint,
+    StepCallback,
+    generators,
+    padded,
+    step_callback,
+)
 from farm.pipelines.params import Guidance, Negatable, Steps
 from farm.pipelines.prompts.compel_syntax import check_compel
 from farm.pipelines.prompts.embeddings import PromptEncoder, Reading
 from farm.pipelines.samplers import SAMPLERS, SamplerName, sampler_change
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 
@@ -75,7 +83,7 @@ class ClipParams(Negatable):
         """True if diffusers denoises with and without the prompt, and negative prompts count."""
         return self.guidance_scale > 1.0
 
-    def call(self) -> dict[str, Any]:
+    def call(self) -> dict[str, float | None]:
         """Return the arguments of a diffusers call that these pipelines share."""
         return {
             "width": self.width,
@@ -87,18 +95,20 @@ class ClipParams(Negatable):
         }
 
 
-def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[str, object]]:
     """Return changes that fit the shared fields to an entry: size, samplers, clip_skip.
 
     Raises:
         CatalogError: the checkpoint lacks a component.
     """
     unet, vae = config_of(checkpoint, "unet"), config_of(checkpoint, "vae")
-    change: dict[str, dict[str, Any]] = {
-        **_size(pipeline, unet.get("sample_size"), vae_scale(vae)),
+    change: dict[str, dict[str, object]] = {
+        **_size(pipeline, unet, vae_scale(vae)),
         "sampler": sampler_change(config_of(checkpoint, "scheduler"), SAMPLERS),
     }
-    encoders = [config for name, config in checkpoint.configs.items() if "text_encoder" in name]
+    encoders: list[Mapping[str, Any]] = [
+        config for name, config in checkpoint.configs.items() if "text_encoder" in name
+    ]
     layers = min((config.get("num_hidden_layers", 12) for config in encoders), default=12)
     change["clip_skip"] = {"le": max(layers - 1, 1)}
     if pipeline.offload == "sequential":  # Compel expects its encoders on the device
@@ -106,10 +116,9 @@ def clip_changes(pipeline: Pipeline, checkpoint: Checkpoint) -> dict[str, dict[s
     return change
 
 
-def _size(
-    pipeline: Pipeline, sample_size: int | Sequence[int] | None, scale: int
-) -> dict[str, dict[str, Any]]:
+def _size(pipeline: Pipeline, unet: Mapping[str, Any], scale: int) -> dict[str, dict[str, object]]:
     """Return the default size, if the UNet states the size that it was trained for."""
+    sample_size: int | Sequence[int] | None = unet.get("sample_size")
     if sample_size is None:
         if not {"width", "height"} <= set(pipeline.defaults):
             raise CatalogError(
@@ -128,12 +137,12 @@ class Group:
     """Frames of a batch with prompts of equal length, padded to their bucket."""
 
     frames: list[FrameSpec]
-    prompts: list[dict[str, Any]]
+    prompts: list[dict[str, torch.Tensor]]
     """Embeddings for each encoder, as arguments of a diffusers call."""
-    callback: Callable[..., dict[str, Any]]
+    callback: StepCallback
     """Argument `callback_on_step_end`."""
 
-    def generators(self) -> list[Any]:
+    def generators(self) -> list[torch.Generator]:
         """Seed a generator for each frame."""
         return generators(self.frames)
 
@@ -175,14 +184,14 @@ def render_in_groups(
 
 def _encoded(
     frames: Sequence[FrameSpec], params: ClipParams, encoder: PromptEncoder
-) -> list[dict[str, Any]]:
+) -> list[dict[str, torch.Tensor]]:
     reading = Reading(params.prompt_syntax, params.clip_skip, frames[0].bucket)
     prompts = [frame.prompt for frame in frames]
     negatives = [frame.params.get("negative_prompt", "") for frame in frames]
     return encoder.arguments(prompts, negatives if params.is_guided else None, reading)
 
 
-def _together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _together(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     import torch
 
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -67,7 +67,7 @@ class Controlled(ClipParams):
         default=False, description="let the nets recognise the image without a prompt"
     )
 
-    def scalars(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, object]:
         """Leave out the images, which may differ within a batch. Keep their weights and ranges."""
         counts = [net.model_dump(exclude={"image"}) for net in self.control]
         return {**super().scalars(), "control": counts}
@@ -163,7 +163,7 @@ def _check_net(name: str, net: Checkpoint, base: Checkpoint) -> None:
 
 def _steering(
     loaded: LoadedPipeline, params: Controlled, frames: list[FrameSpec], batch: Batch
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the arguments for the nets: one value for one net, else lists in their order.
 
     The pipeline's own processor prepares the images, and each net gets one tensor. In this form

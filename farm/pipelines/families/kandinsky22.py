@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -22,6 +23,7 @@ from farm.pipelines.runtime.loading import load_part, load_pipe, pin
 from farm.pipelines.samplers import SamplerName, build_sampler, sampler_change, sampler_config
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 CLASSES = ("KandinskyV22Pipeline",)
@@ -48,7 +50,7 @@ class KandinskyParams(Negatable):
         default=None, description="name of the sampler; null: the decoder's own"
     )
 
-    def scalars(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, object]:
         """Add `is_negated`: the prior's call takes negative prompts for all frames or for none."""
         return {**super().scalars(), "is_negated": self.negative_prompt is not None}
 
@@ -76,7 +78,11 @@ class Kandinsky22:
         scale = vae_scale(config_of(checkpoint, "movq"))
         side = {"default": 512, "ge": scale**2, "multiple_of": scale**2}
         scheduler = config_of(checkpoint, "scheduler")
-        changes = {"width": side, "height": side, "sampler": sampler_change(scheduler, SAMPLERS)}
+        changes: dict[str, Mapping[str, object]] = {
+            "width": side,
+            "height": side,
+            "sampler": sampler_change(scheduler, SAMPLERS),
+        }
         return tailored(KandinskyParams, changes)
 
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
@@ -87,9 +93,8 @@ class Kandinsky22:
             raise CatalogError(f"{pipeline.source} needs a prior. Set `prior` in the entry.")
         prior = load_part(pipeline, pipeline.prior, PRIOR)
         decoder = load_pipe(pipeline, CLASSES[0])
-        combined: Any = KandinskyV22CombinedPipeline
         of_prior = {f"prior_{name}": part for name, part in prior.components.items()}
-        pipe = combined(**decoder.components, **of_prior)
+        pipe = KandinskyV22CombinedPipeline(**decoder.components, **of_prior)
         extras = {"prior_scheduler_config": sampler_config(prior)}
         return pin(pipeline, [pipe], extras)
 
@@ -130,7 +135,7 @@ class Kandinsky22:
         return list(pictures[: len(batch.frames)])
 
 
-def _of_the_prior(seeded: list[Any], *, is_negated: bool) -> list[Any]:
+def _of_the_prior(seeded: list[torch.Generator], *, is_negated: bool) -> list[torch.Generator]:
     """Return each frame's generator for its prompt, and again for its negative prompt.
 
     The prior generates noise for both. With one generator per frame, diffusers itself fails on

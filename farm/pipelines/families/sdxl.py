@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -17,6 +17,7 @@ from farm.pipelines.runtime.loading import load_part, load_pipe, pin
 from farm.pipelines.samplers import build_sampler, sampler_config
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 CLASSES = ("StableDiffusionXLPipeline",)
@@ -71,7 +72,7 @@ class MicroConditioned(ClipParams):
         """Return only None: Compel always takes SDXL's penultimate layer."""
         return (None,)
 
-    def micro_conditions(self) -> dict[str, Any]:
+    def micro_conditions(self) -> dict[str, tuple[int, int] | None]:
         """Return these fields as arguments of a diffusers call."""
         return {
             "original_size": _pair(self.original_size),
@@ -143,7 +144,7 @@ class SDXL:
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load the base through the Auto class. The refiner shares parts as in diffusers' guide."""
         base = load_pipe(pipeline)
-        extras: dict[str, Any] = {"prompts": PromptEncoder(base)}
+        extras: dict[str, object] = {"prompts": PromptEncoder(base)}
         if pipeline.refiner is None:
             return pin(pipeline, [base], extras)
         if base.text_encoder_2 is None:
@@ -195,7 +196,11 @@ class SDXL:
 
 
 def _refined(
-    loaded: LoadedPipeline, params: SDXLParams, group: Group, latents: Any, generators: list[Any]
+    loaded: LoadedPipeline,
+    params: SDXLParams,
+    group: Group,
+    latents: torch.Tensor,
+    generators: list[torch.Generator],
 ) -> list[Image.Image | None]:
     refiner = loaded.extras["refiner"]
     refiner.scheduler = build_sampler(params.sampler, loaded.extras["refiner_scheduler_config"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
@@ -19,6 +19,8 @@ from farm.pipelines.runtime.devices import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
+    from compel import Compel
+    from diffusers import DiffusionPipeline
 
 REMEMBERED_BYTES = 64 * 2**20
 """Memory for remembered embeddings, per encoder. Bytes."""
@@ -57,7 +59,7 @@ class Reading:
 class PromptEncoder:
     """The text encoders of one pinned pipeline."""
 
-    def __init__(self, pipe: Any, remembered_bytes: int = REMEMBERED_BYTES) -> None:
+    def __init__(self, pipe: DiffusionPipeline, remembered_bytes: int = REMEMBERED_BYTES) -> None:
         """Encode with `pipe`'s own text encoders.
 
         Args:
@@ -68,7 +70,7 @@ class PromptEncoder:
         self._known: LRUCache[tuple[object, ...], Embeds] = LRUCache(
             remembered_bytes, getsizeof=lambda embeds: embeds.size
         )
-        self._compels: dict[tuple[int | None, int], dict[str, Any]] = {}
+        self._compels: dict[tuple[int | None, int], dict[str, Compel]] = {}
 
     def arguments(
         self, prompts: Sequence[str], negatives: Sequence[str | None] | None, reading: Reading
@@ -166,7 +168,7 @@ class PromptEncoder:
         filled = [_filled(*pair, longest) for pair in zip(encoded, empty, strict=True)]
         return Embeds(torch.cat(filled, dim=-1), pooled)
 
-    def _compel(self, clip_skip: int | None) -> dict[str, Any]:
+    def _compel(self, clip_skip: int | None) -> dict[str, Compel]:
         """Return a Compel for each text encoder, in the order of their features."""
         import torch
         from compel import Compel, ReturnedEmbeddingsType

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BACKEND = "inductor"
 """Backend that turns the graphs traced by torch into code."""
@@ -11,7 +18,7 @@ MAX_SHAPES = 1024
 """Maximum number of shapes per compiled module. torch's own limit of 8 guards against accidents."""
 
 
-def compile_pipe(pipe: Any, mode: str) -> None:
+def compile_pipe(pipe: DiffusionPipeline, mode: str) -> None:
     """Let torch compile the slow parts, at their first call in each shape."""
     import torch
     import torch._dynamo
@@ -38,36 +45,41 @@ def compile_pipe(pipe: Any, mode: str) -> None:
 
 def compile_no_more(*, is_anything_compiled: bool) -> None:
     """Stop compiling: from now on, run all that is not compiled yet uncompiled."""
+    _compiler().set_stance("eager_on_recompile" if is_anything_compiled else "force_eager")
+
+
+def _compiler() -> Any:
+    """Return torch.compiler, whose functions have no types."""
     import torch
 
-    compiler: Any = torch.compiler
-    compiler.set_stance("eager_on_recompile" if is_anything_compiled else "force_eager")
+    return torch.compiler
 
 
-def _outputs_kept(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
+def _outputs_kept(forward: Callable[P, T], mode: str) -> Callable[P, T]:
     """Copy the output of CUDA graphs: the next call overwrites it, but samplers still read it."""
     if mode == "default":
         return forward
     import torch
     from torch.utils._pytree import tree_map_only
 
-    compiler: Any = torch.compiler
+    compiler = _compiler()
 
-    def kept(*args: Any, **kwargs: Any) -> Any:
+    def kept(*args: P.args, **kwargs: P.kwargs) -> T:
         compiler.cudagraph_mark_step_begin()
         output = forward(*args, **kwargs)
-        return tree_map_only(torch.Tensor, torch.clone, output)
+        copied: T = tree_map_only(torch.Tensor, torch.clone, output)
+        return copied
 
     return kept
 
 
-def _timesteps_alike(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _timesteps_alike(forward: Callable[..., T]) -> Callable[..., T]:
     """Pass timesteps to a compiled UNet as floats, because some samplers use integers.
 
     The UNet converts them itself. Converting here makes one graph of two.
     """
 
-    def alike(sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    def alike(sample: torch.Tensor, timestep: torch.Tensor, *args: object, **kwargs: object) -> T:
         return forward(sample, timestep.float(), *args, **kwargs)
 
     return alike

@@ -208,7 +208,6 @@ def quieten_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    quiet: Any
     for quiet in (diffusers_logging, transformers_logging):
         quiet.disable_progress_bar()
         quiet.set_verbosity_error()

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from farm.errors import CatalogError, FarmError, OutOfMemory, one_line
 from farm.pipelines.catalog import Pipeline, Weights
@@ -36,6 +36,9 @@ from farm.pipelines.runtime.devices import (
 from farm.pipelines.runtime.models import load_model, model_classes
 from farm.pipelines.samplers import sampler_config
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
 log = logging.getLogger(__name__)
 
 AUTO = "AutoPipelineForText2Image"
@@ -43,7 +46,9 @@ OPTIONS = ("compile", "channels_last", "offload")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def load_pipe(pipeline: Pipeline, class_name: str = AUTO, **components: Any) -> Any:
+def load_pipe(
+    pipeline: Pipeline, class_name: str = AUTO, **components: object
+) -> DiffusionPipeline:
     """Load an entry's own weights, on the CPU, in the dtype of its device.
 
     Args:
@@ -59,13 +64,15 @@ def load_pipe(pipeline: Pipeline, class_name: str = AUTO, **components: Any) -> 
     return load_part(pipeline, pipeline, class_name, **components)
 
 
-def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: Any) -> Any:
+def load_part(
+    pipeline: Pipeline, part: Weights, class_name: str, **components: object
+) -> DiffusionPipeline | ModelMixin:
     """Load some of an entry's weights; see load_pipe."""
     import diffusers
     import torch
 
     quieten_libraries()
-    loader: Any = getattr(diffusers, class_name)
+    loader = getattr(diffusers, class_name)
     device = device_of(pipeline)
     dtype = dtype_of(pipeline, device)
     variant = pipeline.variant_of(part)
@@ -94,7 +101,7 @@ def load_part(pipeline: Pipeline, part: Weights, class_name: str, **components: 
     return loaded
 
 
-def _remedy(text_encoder: Any) -> None:
+def _remedy(text_encoder: object) -> None:
     """Make clip_skip work: diffusers 0.42 needs a `text_model`, which transformers 5.6 removed.
 
     See https://github.com/huggingface/diffusers/issues/14124. The attribute bypasses torch's
@@ -105,7 +112,9 @@ def _remedy(text_encoder: Any) -> None:
 
 
 def pin(
-    pipeline: Pipeline, pipes: Sequence[Any], extras: Mapping[str, Any] | None = None
+    pipeline: Pipeline,
+    pipes: Sequence[DiffusionPipeline],
+    extras: Mapping[str, object] | None = None,
 ) -> LoadedPipeline:
     """Put pipelines on their device, as the catalog says. The first is the one that is called.
 
@@ -128,7 +137,7 @@ def pin(
     )
 
 
-def _options(pipeline: Pipeline, device: str) -> dict[str, Any]:
+def _options(pipeline: Pipeline, device: str) -> dict[str, object]:
     """Return the options that are set, and that have an effect on this device."""
     given = {name: value for name in OPTIONS if (value := getattr(pipeline, name))}
     if device == "cpu":
@@ -136,7 +145,7 @@ def _options(pipeline: Pipeline, device: str) -> dict[str, Any]:
     return given
 
 
-def _place(pipeline: Pipeline, pipe: Any, device: str) -> None:
+def _place(pipeline: Pipeline, pipe: DiffusionPipeline, device: str) -> None:
     import torch
 
     pipe.set_progress_bar_config(disable=True)

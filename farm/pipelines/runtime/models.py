@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from farm.errors import CatalogError
 from farm.pipelines.checkpoints.layout import INDEX, components, read_json
 from farm.pipelines.checkpoints.weights import has_variant, named_files
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +28,9 @@ SHOWN = 3
 """Maximum number of weight names in a message."""
 
 
-def model_classes(folder: Path, where: str) -> Iterator[tuple[str, Any]]:
+def model_classes(
+    folder: Path, where: str
+) -> Iterator[tuple[str, type[ModelMixin | PreTrainedModel]]]:
     """Yield the models among a checkpoint's components, each with its class.
 
     Args:
@@ -36,7 +43,13 @@ def model_classes(folder: Path, where: str) -> Iterator[tuple[str, Any]]:
             yield name, kind
 
 
-def load_model(kind: Any, folder: Path, where: str, variant: str | None, dtype: Any) -> Any:
+def load_model(
+    kind: type[ModelMixin | PreTrainedModel],
+    folder: Path,
+    where: str,
+    variant: str | None,
+    dtype: torch.dtype,
+) -> ModelMixin | PreTrainedModel:
     """Load a model of a class of diffusers or transformers, on the CPU.
 
     Args:
@@ -62,13 +75,13 @@ def load_model(kind: Any, folder: Path, where: str, variant: str | None, dtype: 
     return model
 
 
-def _is_mixin(kind: Any) -> bool:
+def _is_mixin(kind: type[ModelMixin | PreTrainedModel]) -> bool:
     import diffusers
 
     return issubclass(kind, diffusers.ModelMixin)
 
 
-def _model_class(library: str, class_name: str) -> Any | None:
+def _model_class(library: str, class_name: str) -> type[ModelMixin | PreTrainedModel] | None:
     """Return a component's class, found like in diffusers; None for one without weights."""
     import torch
 
@@ -79,7 +92,7 @@ def _model_class(library: str, class_name: str) -> Any | None:
     return kind if isinstance(kind, type) and issubclass(kind, torch.nn.Module) else None
 
 
-def _check(report: Mapping[str, Any], where: str, files: str) -> None:
+def _check(report: Mapping[str, Collection[str]], where: str, files: str) -> None:
     if missing := sorted(report.get("missing_keys") or ()):
         raise CatalogError(
             f"{where} lacks weights that its class needs: {_some(missing)}. Its {files} are "

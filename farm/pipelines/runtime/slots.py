@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -19,6 +19,9 @@ from farm.errors import RenderError
 from farm.pipelines.family import Batch, Family, LoadedPipeline, floats_seen
 from farm.pipelines.params import Params
 from farm.pipelines.runtime.devices import thread_count, torch_threads
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +136,7 @@ def _quickest(frame: FrameSpec, seed: int) -> FrameSpec:
     return frame.model_copy(update={"prompt": PROMPT, "seed": seed, "params": {**params, **other}})
 
 
-def _bytes_of(tensor: Any) -> bytes:
+def _bytes_of(tensor: torch.Tensor) -> bytes:
     import torch
 
     found: bytes = tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
