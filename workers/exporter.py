@@ -22,7 +22,7 @@ from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
 from farm.process import set_up_logs
-from farm.services.exports.service import ShardWriter, Stopped
+from farm.services.exports.shard_writer import ShardWriter, Stopped
 from farm.store import exports
 from farm.store.engine import one_statement
 from farm.store.exports import Shard

@@ -28,7 +28,7 @@ class StoredRender(NamedTuple):
     ordinal: int
     sha256: bytes
     bytes: int
-    slot: int | None
+    slot: int
 
 
 def find_renders(

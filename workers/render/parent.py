@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import billiard
 from celery.exceptions import SecurityWarning, WorkerLostError
@@ -164,7 +163,7 @@ class WorkerSupervisor:
         self._unexplained.add(pid)
         return False
 
-    def _end_hung(self, held: Sequence[Any]) -> None:
+    def _end_hung(self, held: Sequence[leases.RenewedLease]) -> None:
         """Kill a child that reports no step, and stores no picture, for too long.
 
         The batch on its device decides. Without one, all its unfinished batches count: of those

@@ -7,7 +7,6 @@ import logging
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from farm.context import Farm
 from farm.errors import FarmError
@@ -55,7 +54,7 @@ class Reuse:
         digests = {frame.fence: self.digest(frame) for frame in frames}
         wanted = [digest for digest in digests.values() if digest is not None]
 
-        def find() -> dict[bytes, Any]:
+        def find() -> dict[bytes, reuse.StoredRender]:
             with reads(self._farm.store) as connection:
                 return reuse.find_renders(connection, tenant_id, wanted)
 
@@ -71,7 +70,7 @@ class Reuse:
                 done.append(same)
         return done
 
-    def _copied(self, row: Any, frame: ClaimedFrame) -> bool:
+    def _copied(self, row: reuse.StoredRender, frame: ClaimedFrame) -> bool:
         """Copy a stored picture to a frame's own key. Return True on success."""
         form = frame.spec.format
         source = artifact_key(frame.tenant_id, row.job_id, row.ordinal, row.sha256, form)

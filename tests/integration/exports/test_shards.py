@@ -13,7 +13,7 @@ from sqlalchemy import event, text
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.local.ports import free_port
-from farm.services.exports.service import ShardWriter
+from farm.services.exports.shard_writer import ShardWriter
 from farm.storage import Artifacts, artifact_key
 from farm.store import exports as stored
 from farm.store.engine import one_statement, transaction
