@@ -24,6 +24,7 @@ RENDER_TASK = "farm.render"
 """Name of the bell's task. Never rename it in one step: workers discard unknown tasks."""
 
 EXPORTER_TASK = "farm.exporter"
+"""Name of the exporter's task. The rule of RENDER_TASK holds from the first release on."""
 EXPORTER_LANE = "exporter"
 """Lane of the work that needs no device: writing datasets."""
 
@@ -106,7 +107,7 @@ class Bells:
             return False
         return self._ring(RENDER_TASK, lane(pipeline))
 
-    def ring_chores(self) -> bool:
+    def ring_exporter(self) -> bool:
         """Wake one exporter. Return True if Redis accepted the bell."""
         return self._ring(EXPORTER_TASK, EXPORTER_LANE)
 

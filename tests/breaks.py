@@ -51,14 +51,14 @@ AREAS = {
     "claiming": "farm/store/claim.py farm/store/sql/claim.sql workers/render/claims.py",
     "completing": "farm/store/frames.py farm/store/sql/complete.sql farm/store/sql/tally.sql "
     "farm/store/tally.py workers/render/committing.py",
-    "tail": "workers/render/finishing.py workers/render/spool.py",
+    "tail": "workers/render/finishing.py workers/render/spool.py workers/render/batch.py",
     "refusals": "api/errors.py api/request_body.py api/auth.py api/routes/jobs.py "
     "api/routes/inputs.py farm/services/job_validation.py",
     "families": "farm/pipelines/families/*.py",
     "exports": "farm/services/exports/service.py farm/services/exports/*.py farm/store/exports.py",
 }
 ALONE = {
-    "farm/store/frames.py": "complete|finish|already_complete|fail|end_attempts"
+    "farm/store/frames.py": "complete|complete_batches|already_complete|fail|end_attempts"
     "|_(results|reuse|lock|shrink|ending|reroll|columns|fences)",
     "api/routes/jobs.py": "submit|list_jobs|job_page|_storable",
     "api/routes/inputs.py": "upload|list_inputs|_read|_blocks|_next",

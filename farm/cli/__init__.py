@@ -59,7 +59,40 @@ EXTRAS = {
     "demo": "local",
 }
 """The extra of the package `farm` that each command needs, in full or for some options."""
-OWN_PACKAGES = {"farm", "api", "workers", "migrations"}
+EXTRA_MODULES = frozenset(
+    [
+        "PIL",
+        "accelerate",
+        "alembic",
+        "anyio",
+        "boto3",
+        "cachetools",
+        "celery",
+        "compel",
+        "diffusers",
+        "dynamicprompts",
+        "fastapi",
+        "imagehash",
+        "jinja2",
+        "numpy",
+        "prometheus_client",
+        "psycopg",
+        "pyarrow",
+        "pyparsing",
+        "redis",
+        "safetensors",
+        "scipy",
+        "sqlalchemy",
+        "starlette",
+        "tenacity",
+        "tomlkit",
+        "torch",
+        "transformers",
+        "uvicorn",
+        "zlib_ng",
+    ]
+)
+"""Modules that the extras install."""
 
 START, RENDER, LOOK, RUN = "Start here", "Jobs", "Inspect", "Processes and maintenance"
 OPERATE = "For operators"
@@ -134,7 +167,7 @@ def _fail(message: str) -> None:
 def _missing(error: ModuleNotFoundError) -> str:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     extra = EXTRAS.get(command)
-    if extra is None or (error.name or "farm").split(".")[0] in OWN_PACKAGES:
+    if extra is None or (error.name or "").split(".")[0] not in EXTRA_MODULES:
         return _unexpected(error)
     return (
         f"`farm {command}` needs the package {error.name}, which is not installed. "

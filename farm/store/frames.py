@@ -340,7 +340,7 @@ class _Ending:
 
 def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _Ending:
     if failure.reroll:
-        return _redraw(row, failure)
+        return _reroll(row, failure)
     charged = failure.charged
     if failure.reason == WORKER_LOST and row.uncharged >= MAX_UNCHARGED_LOSSES:
         charged = True  # its processes end too often, so the frame may be the cause after all
@@ -351,7 +351,7 @@ def _ending(row: Row[Any], failure: FailedAttempt, retry_seconds: float) -> _End
     return _Ending(failure, state if charged else FrameState.READY, charged, delay)
 
 
-def _redraw(row: Row[Any], failure: FailedAttempt) -> _Ending:
+def _reroll(row: Row[Any], failure: FailedAttempt) -> _Ending:
     """Decide the state of a frame whose image was rejected. A retry by hand restarts the count."""
     again = row.rerolls % (row.max_rerolls + 1) < row.max_rerolls
     state = FrameState.READY if again else FrameState.DEAD

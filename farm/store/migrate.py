@@ -117,7 +117,8 @@ def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> U
     rolled back, and tried again after a pause.
 
     Raises:
-        SchemaRefused: a newer version made a change that this version cannot handle.
+        SchemaRefused: a newer version made a change that this version cannot handle, or the
+            database is older than the first step.
         Unavailable: Postgres cannot be reached.
     """
     chain = steps(folder)

@@ -14,7 +14,7 @@ from farm.store.lines import lines_of
 SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
 
 
-REDRAWN = text("""
+REROLLED = text("""
 SELECT f.job_id, f.ordinal, f.rerolls
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[])) AS d (job_id, ordinal)
 JOIN frames f USING (job_id, ordinal) WHERE f.rerolls > 0
@@ -32,7 +32,7 @@ def frame_specs(
         "ordinals": arrays.numbers(ordinal for _, ordinal in frames),
     }
     lines = lines_of(connection, {job_id: job for job_id, (_, job) in jobs.items()}, frames)
-    rows = connection.execute(REDRAWN, values)
+    rows = connection.execute(REROLLED, values)
     rerolls = {(row.job_id, row.ordinal): row.rerolls for row in rows}
     found = []
     for job_id, ordinal in frames:

@@ -85,10 +85,10 @@ ACCOUNT = text(f"WITH come AS (SELECT :succeeded AS succeeded, :dropped AS dropp
 
 # True while a worker is tripped for the tenant that asks, or, for an operator (no tenant), for any
 # tenant. It is shown as failed then, since it cannot render.
-RESTS_NOW = """w.tripped_until > clock_timestamp()
+TRIPPED_NOW = """w.tripped_until > clock_timestamp()
     AND (w.avoids IS NULL OR CAST(:tenant_id AS uuid) IS NULL OR w.avoids = :tenant_id)"""
-STATE_NOW = f"CASE WHEN {RESTS_NOW} THEN 'failed' ELSE w.state END"
-PROBLEM_NOW = f"""CASE WHEN {RESTS_NOW}
+STATE_NOW = f"CASE WHEN {TRIPPED_NOW} THEN 'failed' ELSE w.state END"
+PROBLEM_NOW = f"""CASE WHEN {TRIPPED_NOW}
      THEN format('%s different frames failed in a row. The worker tries again at %s UTC.',
                  cardinality(w.failing), to_char(w.tripped_until, 'HH24:MI:SS'))
      ELSE w.problem END"""

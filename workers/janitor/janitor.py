@@ -102,7 +102,7 @@ class Janitor:
             if not self._farm.bells.ring(pipeline):
                 break
         if due:
-            self._farm.bells.ring_chores()
+            self._farm.bells.ring_exporter()
         jobs.follow(connection, ROWS_PER_SWEEP)
         tenants.delete_of_removed(connection)
         with connection.begin():

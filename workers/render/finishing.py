@@ -96,7 +96,7 @@ class BatchFinisher:
 
     @property
     def busy(self) -> bool:
-        """True while a batch is not finished."""
+        """True while a batch is not finished: until its commit, which may requeue frames."""
         return self._batches > 0 or len(self._spool) > 0
 
     def add(

@@ -172,7 +172,7 @@ class SpoolDrain:
         return True
 
     def put(self, batch: RenderedBatch) -> bool:
-        """Store the images of the oldest batch. Return False as soon as the storage is away."""
+        """Store the images of the spool's oldest batch. Return False if the storage is away."""
         while batch.unstored:
             if not self._writer.put(batch, batch.unstored[0]):
                 return False

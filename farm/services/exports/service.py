@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from farm.context import Farm
 from farm.errors import InvalidRequest
@@ -14,9 +13,6 @@ from farm.store import destinations, queries
 from farm.store import exports as stored
 from farm.store.engine import Transaction, reads, transaction
 from farm.store.exports import Export
-
-if TYPE_CHECKING:
-    pass
 
 SHARD_FRAMES = 10_000
 """Default number of frames per shard, as in img2dataset."""
@@ -82,7 +78,7 @@ def create(
             bucket=bucket,
             prefix=prefix,
         )
-    farm.bells.ring_chores()
+    farm.bells.ring_exporter()
     return export
 
 
