@@ -59,9 +59,7 @@ async def export_jobs(
     """Start an export of several jobs' pictures as one dataset. Choose the jobs by `jobs` or by
     `labels`."""
     if bool(asked.jobs) == bool(asked.labels):
-        raise InvalidRequest(
-            "jobs: pass either `jobs` or `labels`, and exactly one of them.", param="jobs"
-        )
+        raise InvalidRequest("jobs: pass either `jobs` or `labels`, exactly one.", param="jobs")
     job_ids = [_id(word) for word in asked.jobs]
     return await _create(request, farm, caller.tenant_id, asked, job_ids, asked.labels)
 

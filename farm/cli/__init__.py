@@ -59,39 +59,12 @@ EXTRAS = {
     "demo": "local",
 }
 """The extra of the package `farm` that each command needs, in full or for some options."""
-EXTRA_MODULES = frozenset(
-    [
-        "PIL",
-        "accelerate",
-        "alembic",
-        "anyio",
-        "boto3",
-        "cachetools",
-        "celery",
-        "compel",
-        "diffusers",
-        "dynamicprompts",
-        "fastapi",
-        "imagehash",
-        "jinja2",
-        "numpy",
-        "prometheus_client",
-        "psycopg",
-        "pyarrow",
-        "pyparsing",
-        "redis",
-        "safetensors",
-        "scipy",
-        "sqlalchemy",
-        "starlette",
-        "tenacity",
-        "tomlkit",
-        "torch",
-        "transformers",
-        "uvicorn",
-        "zlib_ng",
-    ]
-)
+EXTRA_MODULES = {
+    "PIL", "accelerate", "alembic", "anyio", "boto3", "cachetools", "celery", "compel",
+    "diffusers", "dynamicprompts", "fastapi", "imagehash", "jinja2", "numpy", "prometheus_client",
+    "psycopg", "pyarrow", "pyparsing", "redis", "safetensors", "scipy", "sqlalchemy", "starlette",
+    "tenacity", "tomlkit", "torch", "transformers", "uvicorn", "zlib_ng",
+}  # fmt: skip
 """Modules that the extras install."""
 
 START, RENDER, LOOK, RUN = "Start here", "Jobs", "Inspect", "Processes and maintenance"
