@@ -95,6 +95,8 @@ class Chaos:
                     self._settle()
         except Skipped as skipped:
             result.skipped = str(skipped)
+            with scene.noting_errors():
+                self._settle()  # its load had begun
         result.findings = check(self.truth, self.artifacts, load.name, load.accepted)
         result.findings.problems += scene.problems + load.problems
         result.seconds = time.monotonic() - started
