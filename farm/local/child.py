@@ -30,7 +30,7 @@ POLL_SECONDS = 0.1
 
 
 class Stage(IntEnum):
-    """Order in which children are stopped: lowest first, the next when that has ended."""
+    """Order of stopping children: lowest first. Each stage waits until the one before has ended."""
 
     WORKER = 0
     FRONT = 1
@@ -57,7 +57,7 @@ class Program:
     grace: float = 15.0
     """Seconds between `stop_signal` and SIGKILL."""
     orphan_signal: signal.Signals = signal.SIGKILL
-    """Signal that it receives if farm up itself is killed."""
+    """Signal that the program receives if `farm up` itself is killed."""
 
 
 def launched(
@@ -87,11 +87,11 @@ class ManagedProcess:
 
     @property
     def alive(self) -> bool:
-        """True if its process runs now."""
+        """True if the process runs now."""
         return self.pid is not None
 
     def serves(self) -> bool:
-        """Return True if its process runs and its readiness probe passes."""
+        """Return True if the process runs and its readiness probe passes."""
         # Any error of a client library means not ready yet.
         with suppress(Exception):
             return self.alive and self.program.ready()
@@ -113,7 +113,7 @@ class ManagedProcess:
             signal_group(self.pid, signal.SIGKILL)
 
     def last_lines(self, count: int = 15) -> str:
-        """Return the last lines of its log, to show when it fails."""
+        """Return the last lines of the log, to show when the process fails."""
         if not self.program.log.is_file():
             return ""
         with self.program.log.open(errors="replace") as file:
@@ -173,7 +173,7 @@ class ManagedProcess:
             )
 
     def failure(self, what: str) -> StackError:
-        """Build the error for the user, with `what` went wrong and the last lines of the log."""
+        """Build the error for the user: name, `what` went wrong, and the last lines of the log."""
         lines = self.last_lines()
         return StackError(f"{self.name} {what}. Last lines of its log {self.program.log}:\n{lines}")
 

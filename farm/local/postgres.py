@@ -58,7 +58,10 @@ def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
 
 
 def _own(home: Path) -> int:
-    """Return the user to run as. Root is refused, so it is the folder's owner, or nobody."""
+    """Return the ID of the user to run as, -1 for the current one.
+
+    Postgres refuses root. Root starts it as the folder's owner, or as `nobody` if that is root.
+    """
     if os.geteuid() != 0:
         return -1
     owner = home.stat().st_uid

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# In the environment of every child of a farm up, and so of their children too.
+# Set in the environment of every child of a farm up. Their own children inherit it.
 MARK = "FARM_UP_DATA"
 
 

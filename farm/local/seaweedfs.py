@@ -65,7 +65,7 @@ def program(folder: Folder, env: dict[str, str]) -> tuple[Program, str]:
 
 
 def remove_sockets(folder: Folder) -> None:
-    """Delete SeaweedFS's sockets in /tmp, some of which it leaves behind."""
+    """Delete SeaweedFS's sockets in /tmp. It leaves some of them behind."""
     for part, port in product(PARTS, noted_ports(folder.ports / "seaweedfs")):
         with suppress(OSError):
             Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink()  # noqa: S108  its choice

@@ -2,7 +2,7 @@
 
 Run from the root of the repository:
 
-    python -m farm.demo.training.train                      # what made the shipped weights
+    python -m farm.demo.training.train                      # weights like the shipped ones
     python -m farm.demo.training.train --minutes 15         # a shorter run
     python -m farm.demo.training.train --steps 10000        # a longer one, for crisper shapes
 
@@ -53,7 +53,7 @@ class Run:
     state: Path
 
     def autocast(self) -> torch.autocast:
-        """Use bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it."""
+        """Return a context with bfloat16 where safe: twice as fast on CPUs or GPUs that have it."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
@@ -235,7 +235,7 @@ class Captions:
 
 
 def warm_text(learner: Learner, captions: Captions, steps: int = 500) -> None:
-    """Teaches the text encoder to name shape, colour and ground before the joint training."""
+    """Train the text encoder to name shape, colour and ground before the joint training."""
     weights = [*learner.text_encoder.parameters(), *learner.heads.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     device = captions.tokens.device
