@@ -12,7 +12,6 @@ from typing import Any
 import psycopg
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine, ExceptionContext, create_engine, event, text
-from sqlalchemy import Row as Row
 from sqlalchemy.exc import (
     DBAPIError,
     InterfaceError,

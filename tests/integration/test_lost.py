@@ -348,7 +348,7 @@ def test_a_child_is_judged_by_what_is_on_its_device(
         scratch = Scratch(farm.settings.scratch_dir, worker.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(child.pid, old.id if hangs else fresh.id)
-        WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)._beat()
+        WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)._heartbeat()
         if not hangs:
             assert child.poll() is None
             child.kill()
@@ -368,9 +368,9 @@ def test_a_process_that_has_a_childs_number_is_left_alone(farm: Farm, tenant: uu
         scratch = Scratch(farm.settings.scratch_dir, worker.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(innocent, lease.id)
-        heart = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
-        heart._beat()
-        heart._beat()
+        supervisor = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
+        supervisor._heartbeat()
+        supervisor._heartbeat()
         assert attempts_of(farm, job_id) == [(1, "worker_lost")]
     finally:
         os.kill(innocent, signal.SIGKILL)  # it still runs
@@ -390,13 +390,13 @@ def test_a_child_that_stays_at_a_batch_whose_lease_is_lost_is_ended(
         scratch = Scratch(farm.settings.scratch_dir, worker.id)
         scratch.folder.mkdir(parents=True)
         scratch.hold(child.pid, lease.id if lost else None)
-        heart = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
+        supervisor = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
         let_leases_expire(farm)
-        heart._beat()
+        supervisor._heartbeat()
         assert child.poll() is None  # it may still notice by itself
 
         def ended() -> bool:
-            heart._beat()
+            supervisor._heartbeat()
             return child.poll() is not None
 
         if lost:
@@ -420,12 +420,12 @@ def test_how_a_child_ended_is_waited_for_a_moment(
         child.wait(30)
     replace(worker, pid=child.pid).must_claim()
     scratch = Scratch(farm.settings.scratch_dir, worker.id)
-    heart = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
-    heart._beat()
+    supervisor = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
+    supervisor._heartbeat()
     assert sql(farm, "SELECT FROM attempts WHERE reason IS NOT NULL") == []
     if words is not None:
-        heart.child_lost(words)
-    heart._beat()
+        supervisor.child_lost(words)
+    supervisor._heartbeat()
     told = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=job_id)
     assert {row.message for row in told} == {words or ENDED}
 

@@ -66,7 +66,7 @@ class WorkerSupervisor:
         self._hung: dict[int, str] = {}
         self._adrift: dict[int, tuple[uuid.UUID, float]] = {}
         """Children with a batch whose lease is lost: the lease, and the time it was first seen."""
-        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Start the heartbeat in a separate thread."""
@@ -104,7 +104,7 @@ class WorkerSupervisor:
             try:
                 if time.monotonic() >= self._give_up_at:
                     self._give_up()
-                self._beat()
+                self._heartbeat()
             except Unavailable as error:
                 self._outage = time.monotonic()
                 log.warning("%s: heartbeat missed: %s", self._identity.name, error)
@@ -116,7 +116,7 @@ class WorkerSupervisor:
             left = max(0.0, self._give_up_at - time.monotonic())
             self._wake.wait(min(pause, left))
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         settings, me = self._farm.settings, self._identity.id
         if self._given_up:
             self._give_back()
@@ -254,7 +254,7 @@ class WorkerSupervisor:
         """Requeue the frames of a dead child, and record that the worker is gone."""
         self._leaving = True
         try:
-            self._beat()
+            self._heartbeat()
             with transaction(self._farm.store) as connection:
                 workers.leave(connection, self._identity.id)
         except FarmError as error:
@@ -310,24 +310,24 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     with scratch.held():
         with transaction(farm.store) as connection:
             enlist(connection, identity)
-        heart = WorkerSupervisor(farm, identity, scratch)
-        _connect(heart)
-        heart.start()
+        supervisor = WorkerSupervisor(farm, identity, scratch)
+        _connect(supervisor)
+        supervisor.start()
         try:
             return _serve(pipeline, identity)
         finally:
-            heart.stop()
-            heart.leave()
+            supervisor.stop()
+            supervisor.leave()
             farm.close()
 
 
-def _connect(heart: WorkerSupervisor) -> None:
+def _connect(supervisor: WorkerSupervisor) -> None:
     def on_shutting_down(**_: object) -> None:
-        heart.drain()
+        supervisor.drain()
 
     def on_failure(exception: BaseException | None = None, **_: object) -> None:
         if isinstance(exception, WorkerLostError):
-            heart.child_lost(str(exception))
+            supervisor.child_lost(str(exception))
 
     worker_shutting_down.connect(on_shutting_down, weak=False)
     task_failure.connect(on_failure, weak=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from PIL import Image
 
 from farm.demo.training import pictures
 from farm.demo.training.pictures import Combo
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 MODEL = Path(__file__).parents[1] / "model"
 """Default folder of the checkpoint: the one that ships."""
@@ -37,9 +40,6 @@ SAMPLERS: dict[str, str] = {
     "lms": "LMSDiscreteScheduler",
 }
 """Names of samplers and their classes in diffusers."""
-
-Pipeline: TypeAlias = Any
-"""A StableDiffusionPipeline; mypy sees none of the methods that it inherits."""
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -221,12 +221,12 @@ def score(wanted: list[Combo], got: list[Combo]) -> Score:
     return Score(shape, colour, ground, float(right.all(axis=1).mean()))
 
 
-def load(model: Path, sampler: str, device: str) -> Pipeline:
+def load(model: Path, sampler: str, device: str) -> DiffusionPipeline:
     """Load the pipeline in float32 with the named sampler (a key of SAMPLERS)."""
     # Imported here, so that reading pictures needs neither torch nor diffusers.
     import diffusers
 
-    loader: Pipeline = diffusers.AutoPipelineForText2Image
+    loader = diffusers.AutoPipelineForText2Image
     pipeline = loader.from_pretrained(model)
     chosen = getattr(diffusers, SAMPLERS[sampler])
     pipeline.scheduler = chosen.from_config(pipeline.scheduler.config)
@@ -235,7 +235,7 @@ def load(model: Path, sampler: str, device: str) -> Pipeline:
 
 
 def render(
-    pipeline: Pipeline,
+    pipeline: DiffusionPipeline,
     combos: list[Combo],
     options: argparse.Namespace,
 ) -> list[Image.Image]:
@@ -273,7 +273,7 @@ def sheet(images: list[Image.Image], path: Path, across: int = 12) -> None:
 
 
 def check(
-    pipeline: Pipeline,
+    pipeline: DiffusionPipeline,
     title: str,
     combos: list[Combo],
     options: argparse.Namespace,

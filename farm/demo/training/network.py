@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import diffusers
 import torch
@@ -31,9 +31,6 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """Pattern by which CLIP's tokenizer splits text into words."""
 
 
-Model: TypeAlias = Any
-"""A diffusers model, pipeline or scheduler; mypy sees none of the methods they inherit."""
-
 classes: Any = diffusers
 """The diffusers library, untyped: its constructors have no types."""
 
@@ -42,8 +39,8 @@ classes: Any = diffusers
 class Parts:
     """The trainable parts of the pipeline and its tokenizer."""
 
-    vae: Model
-    unet: Model
+    vae: diffusers.AutoencoderKL
+    unet: diffusers.UNet2DConditionModel
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
 
@@ -105,7 +102,7 @@ def _as_clip(bpe: Tokenizer, alphabet: list[str]) -> CLIPTokenizer:
     )
 
 
-def build_vae() -> Model:
+def build_vae() -> diffusers.AutoencoderKL:
     """Build the autoencoder: 64x64 RGB in [-1, 1] to 4x16x16 latents and back."""
     vae = classes.AutoencoderKL(
         in_channels=3,
@@ -127,7 +124,7 @@ def build_vae() -> Model:
     return vae
 
 
-def build_unet() -> Model:
+def build_unet() -> diffusers.UNet2DConditionModel:
     """Build the denoiser of 4x16x16 latents. It attends to the caption at 8x8 and 4x4."""
     return classes.UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -160,7 +157,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_scheduler() -> Model:
+def build_scheduler() -> diffusers.DDIMScheduler:
     """Build the noise schedule: 1000 steps, v-prediction, nearly pure noise at the last one."""
     return classes.DDIMScheduler(
         num_train_timesteps=1000,
@@ -209,10 +206,10 @@ def _load_as_float32(config: Path) -> None:
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _half_pipeline(parts: Parts) -> Model:
+def _half_pipeline(parts: Parts) -> diffusers.StableDiffusionPipeline:
     """Build a pipeline of fp16 copies of the parts."""
     vae, unet = build_vae(), build_unet()
-    text_encoder: Model = build_text_encoder(parts.tokenizer)
+    text_encoder = build_text_encoder(parts.tokenizer)
     vae.register_to_config(scaling_factor=parts.vae.config.scaling_factor)
     vae.load_state_dict(parts.vae.state_dict())
     unet.load_state_dict(parts.unet.state_dict())

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from farm.demo.training import network, pictures
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 STATE = Path(__file__).parent / ".state"
 """Default folder of the state files; git ignores it."""
@@ -83,7 +86,7 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[..., :, 1:] - images[..., :, :-1], images[..., 1:, :] - images[..., :-1, :]
 
 
-def vae_loss(vae: network.Model, images: Tensor) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of rebuilding the pictures, and its plain L1 part (in [-1, 1] units)."""
     posterior = vae.encode(images).latent_dist
     latents = posterior.sample()
@@ -96,7 +99,7 @@ def vae_loss(vae: network.Model, images: Tensor) -> tuple[Tensor, Tensor]:
     return plain + sharp + 1e-5 * spread, plain
 
 
-def train_vae(run: Run, vae: network.Model, steps: int, batch: int = 16) -> None:
+def train_vae(run: Run, vae: AutoencoderKL, steps: int, batch: int = 16) -> None:
     """Train the autoencoder, or load it if a state file has the finished one."""
     path = run.state / "vae.pt"
     vae.to(run.device, memory_format=torch.channels_last)
@@ -123,7 +126,7 @@ def train_vae(run: Run, vae: network.Model, steps: int, batch: int = 16) -> None
 
 
 @torch.no_grad()
-def centre_latents(run: Run, vae: network.Model, count: int = 1024) -> None:
+def centre_latents(run: Run, vae: AutoencoderKL, count: int = 1024) -> None:
     """Move the latents' means into the autoencoder, and set its scaling_factor.
 
     The pipeline has only one factor. So the mean and standard deviation of each channel go into
@@ -144,13 +147,13 @@ def centre_latents(run: Run, vae: network.Model, count: int = 1024) -> None:
 
 
 @torch.no_grad()
-def encode(run: Run, vae: network.Model, images: Tensor) -> Tensor:
+def encode(run: Run, vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Encode a tensor of pictures to latents [count, 4, 16, 16]: posterior means, unscaled."""
     chunks = torch.split(images, 64)
     return torch.cat([vae.encode(chunk.to(run.device)).latent_dist.mean for chunk in chunks])
 
 
-def latent_set(run: Run, vae: network.Model, count: int) -> tuple[Tensor, Tensor]:
+def latent_set(run: Run, vae: AutoencoderKL, count: int) -> tuple[Tensor, Tensor]:
     """Return scaled latents [count, 4, 16, 16] of drawn pictures, and their combinations.
 
     A combination is an index in pictures.trained_combos().
