@@ -1,11 +1,11 @@
-"""A product backend: submit a job once, wait for its end, download the images.
+"""A product backend: submit an order's job once, wait for its end, download the images.
 
-Run: python examples/backend.py "a red star on a blue background"
+Run: python examples/backend.py ORDER PROMPT
+Example: python examples/backend.py 1001 "a red star on a blue background"
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -15,18 +15,20 @@ import httpx
 
 PIPELINE = os.environ.get("FARM_EXAMPLE_PIPELINE", "demo")
 ENDED = {"succeeded", "partial", "failed", "cancelled"}
+PATIENCE = 600
+"""Seconds until the backend reports that an order takes long."""
 
 
-def main(prompt: str) -> int:
-    """Render two images of a prompt into the current folder; return an exit code."""
+def main(order: str, prompt: str) -> int:
+    """Render two images for an order into the current folder; return an exit code."""
     farm = httpx.Client(
         base_url=os.environ["FARM_API_URL"],
         headers={"Authorization": f"Bearer {os.environ['FARM_API_KEY']}"},
         follow_redirects=True,  # images are stored in S3, behind presigned addresses
         timeout=30,
     )
-    # The key makes a repeated request harmless: it returns the first job.
-    key = hashlib.sha256(prompt.encode()).hexdigest()
+    # A request that is sent again with the same key returns the first job.
+    key = f"order-{order}"
     body = {
         "pipeline": PIPELINE,
         "prompts": [prompt],
@@ -39,7 +41,11 @@ def main(prompt: str) -> int:
         print(answer.json()["detail"], file=sys.stderr)  # names the field and what to do
         return 1
     job = answer.raise_for_status().json()
+    deadline = time.monotonic() + PATIENCE
     while job["status"] not in ENDED:
+        if time.monotonic() > deadline:
+            print(f"Job {job['id']} is {job['status']}: {job['waiting_because']}", file=sys.stderr)
+            return 1  # run it again with the same order: it waits for the same job
         time.sleep(0.5)
         job = farm.get(f"/v1/jobs/{job['id']}").raise_for_status().json()
     print(f"Job {job['id']} is {job['status']}: {job['counts']['succeeded']} images.")
@@ -54,4 +60,6 @@ def main(prompt: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(" ".join(sys.argv[1:]) or "a red star on a blue background"))
+    if len(sys.argv) != 3:
+        sys.exit('Usage: python examples/backend.py ORDER PROMPT, for example 1001 "a red star"')
+    sys.exit(main(*sys.argv[1:]))

@@ -14,8 +14,8 @@ star-blue,a blue star on a white background
 heart-green,a green heart on a white background
 CSV
 
-# The same file and name again is the same job, so an interrupted run can be repeated.
-job=$(farm submit --from "$prompts" --name "example-$$" --pipeline "$pipeline" --images 2 \
+# The same prompts and name are the same job. So an interrupted run can be repeated.
+job=$(farm submit --from "$prompts" --name "example-$(basename "$folder")" --pipeline "$pipeline" --images 2 \
   --priority bulk --watch --json | tail -n 1 |
   python3 -c 'import json, sys; print(json.load(sys.stdin)["id"])')
 farm export "$job" --to webdataset --dest "$folder"

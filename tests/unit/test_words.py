@@ -36,10 +36,9 @@ def texts() -> dict[str, str]:
     return {name: path.read_text() for name, path in paths.items() if path.is_file()}
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    for name, content in texts().items():
-        if name.endswith(".py"):
-            yield name, ast.parse(content)
+@cache
+def trees() -> list[tuple[str, ast.Module]]:
+    return [(name, ast.parse(text)) for name, text in texts().items() if name.endswith(".py")]
 
 
 def attribute_docstrings(tree: ast.Module) -> Iterator[ast.Constant]:

@@ -43,13 +43,15 @@ def run(live: LiveFarm, tmp_path: Path) -> Run:
 
 
 def test_a_backend_submits_once_and_downloads(run: Run, tmp_path: Path) -> None:
-    words = (sys.executable, str(EXAMPLES / "backend.py"), "a red star on a blue background")
+    words = (sys.executable, str(EXAMPLES / "backend.py"), "1001", "a red star")
     first, second = run(*words), run(*words)
     assert first == second, "the same request is the same job"
     images = sorted(tmp_path.glob("*.png"))
     assert [path.name for path in images] == first.split()[-2:]
     with Image.open(images[0]) as image:
         assert image.info["farm"]
+    refused = run(*words[:3], "another prompt for the same order", code=1)
+    assert refused == "", "an order that changed is no second job"
 
 
 def test_a_grid_is_one_contact_sheet(run: Run, tmp_path: Path) -> None:
@@ -69,6 +71,7 @@ def test_prompts_become_a_dataset(run: Run, tmp_path: Path) -> None:
     listed = run(str(EXAMPLES / "dataset.sh"), "shapes").splitlines()
     assert len([name for name in listed if name.endswith(".png")]) == 6
     assert (tmp_path / "shapes/README.md").is_file()
+    assert run(str(EXAMPLES / "dataset.sh"), "shapes").splitlines() == listed, "run again"
 
 
 def test_an_image_is_rendered_again(run: Run) -> None:
