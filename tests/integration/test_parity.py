@@ -33,6 +33,7 @@ from tests.support.parity_cases import (
     CHECKPOINTS,
     IMAGES,
     OF_ALL,
+    VARIANTS,
     Case,
     case,
     knob_pairs,
@@ -173,7 +174,9 @@ def differing(ours: Sequence[Any], theirs: Sequence[Any]) -> dict[int, str]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in VARIANTS)], ids=str
+)
 def test_pictures_are_those_of_bare_diffusers(studio: ParityFarm, case: Case) -> None:
     expected = [pixels(picture) for picture in studio.bare.pictures(case.pipeline, case.job)]
     ours = studio.pixels(studio.rendered(case))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ CHECKS = [
     content_type_conformance,
     response_schema_conformance,
 ]
-EXAMPLES = 20
+EXAMPLES = int(os.environ.get("FARM_TEST_CALLS", "8"))
 """Number of examples for each call, of each kind."""
 
 
@@ -38,6 +39,7 @@ def api(farm: Farm) -> Iterator[Api]:
         yield running
 
 
+@pytest.mark.full_size
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_call_fails(api: Api, mode: GenerationMode) -> None:
     """Half of the calls with a job ID use an existing job, with frames in several states."""

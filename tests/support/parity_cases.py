@@ -447,7 +447,7 @@ def mixtures() -> list[tuple[str, list[dict[str, Any]]]]:
     ]
 
 
-CASES = [
+ALL_CASES = [
     *defaults(),
     *guidance(),
     *sizes(),
@@ -460,3 +460,20 @@ CASES = [
     *controls(),
     *compels(),
 ]
+DERIVED = ("refined", "net", "nets", "sdxl_nets")
+"""Pipelines whose prompts, guidance and loop are those of `sd` or `sdxl`."""
+MANY_STEPS = 20
+
+
+def _is_variant(case: Case) -> bool:
+    """Tell whether other cases make the same calls: with fewer steps, or at another bucket."""
+    if case.name.endswith("-own-size") or case.job.get("steps", 0) >= MANY_STEPS:
+        return True
+    grids = {other.name: other.job.get("grid") for other in ALL_CASES}
+    larger = case.name.removesuffix("-by1") + "-by4"
+    return case.pipeline in DERIVED and grids.get(larger, ...) == case.job.get("grid")
+
+
+VARIANTS = [case for case in ALL_CASES if _is_variant(case)]
+"""Cases that only `make test-slow` renders."""
+CASES = [case for case in ALL_CASES if case not in VARIANTS]

@@ -21,7 +21,10 @@ MOST = 1.05
 The first job already has every size.
 """
 
-pytestmark = pytest.mark.skipif(not (PROC / "self/status").exists(), reason="there is no /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (PROC / "self/status").exists(), reason="there is no /proc"),
+]
 
 
 def test_five_hundred_frames_of_mixed_sizes_take_no_more_memory_than_fifty(live: LiveFarm) -> None:
