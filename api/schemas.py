@@ -383,8 +383,8 @@ class Readiness(BaseModel):
 
     ready: bool
     postgres: Part
-    redis: Part
-    s3: Part
+    redis: Part | None = Field(default=None, description="null with only=schema")
+    s3: Part | None = Field(default=None, description="null with only=schema")
 
 
 class Health(BaseModel):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -52,13 +53,20 @@ class Settings(BaseSettings):
     s3_endpoint_url: str | None = Field(
         default=None, description="Address of the S3 server; leave it out for AWS"
     )
+    s3_public_url: str = Field(
+        default="",
+        description="Address of the S3 server for clients, if they cannot reach"
+        " FARM_S3_ENDPOINT_URL; download addresses use it. Example: https://images.example",
+    )
     s3_bucket: str = Field(default="farm", description="Bucket that stores artifacts")
     api_url: str = Field(
         default="http://127.0.0.1:8000",
         description="Address of the API, for the command line",
     )
     api_key: SecretStr | None = Field(default=None, description="API key of the command line")
-    pipelines: Path = Field(default=DEMO_CATALOG, description="Path of the catalog, pipelines.toml")
+    pipelines: Path = Field(
+        default=DEMO_CATALOG, description="Path of the catalog, pipelines.toml or pipelines.json"
+    )
 
     lease_seconds: float = Field(
         default=30.0, gt=0, description="Length of a lease that is not renewed. Seconds"
@@ -223,6 +231,18 @@ class Settings(BaseSettings):
                     f"{place!r} is not an address or a network. Examples: 10.0.0.5, 10.0.0.0/8, *"
                 ) from error
         return proxies
+
+    @field_validator("s3_public_url")
+    @classmethod
+    def _public_url_is_an_origin(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and not (parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError(f"{url!r} is not an address. Example: https://images.example")
+        if parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+            raise ValueError(
+                f"{url!r} has more than scheme, host and port. Example: https://images.example"
+            )
+        return url.rstrip("/")
 
     @field_validator("otlp_endpoint")
     @classmethod

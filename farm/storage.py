@@ -143,10 +143,9 @@ class Artifacts:
     def _s3(self) -> S3Client:
         """The client, made when it is needed: not every process stores something."""
         with self._making:  # boto3's session is not thread-safe
-            return self._client(timeout=15, attempts=2)
+            return self._client(self._settings.s3_endpoint_url, timeout=15, attempts=2)
 
-    def _client(self, timeout: float, attempts: int) -> S3Client:
-        endpoint = self._settings.s3_endpoint_url
+    def _client(self, endpoint: str | None, timeout: float, attempts: int) -> S3Client:
         client = boto3.client(
             "s3",
             endpoint_url=endpoint,
@@ -172,7 +171,15 @@ class Artifacts:
     def _hasty(self) -> S3Client:
         """The client for calls that must not wait: readiness, and checks of a destination."""
         with self._making:
-            return self._client(timeout=2, attempts=1)
+            return self._client(self._settings.s3_endpoint_url, timeout=2, attempts=1)
+
+    @cached_property
+    def _signer(self) -> S3Client:
+        """The client that signs download addresses. It makes no call."""
+        if not self._settings.s3_public_url:
+            return self._s3
+        with self._making:
+            return self._client(self._settings.s3_public_url, timeout=2, attempts=1)
 
     def put(self, key: str, content: bytes) -> None:
         """Store an image. It is safe to repeat, also after an interrupted try.
@@ -325,9 +332,10 @@ class Artifacts:
     def presigned(self, key: str, bucket: str | None = None, *, head: bool = False) -> str:
         """Build an address that downloads the object without credentials, for `presign_seconds`.
 
-        It accepts GET, or HEAD if `head` is true: a signature covers only one method.
+        It is on `s3_public_url`, if that is set. It accepts GET, or HEAD if `head` is true: a
+        signature covers only one method.
         """
-        return self._s3.generate_presigned_url(
+        return self._signer.generate_presigned_url(
             "head_object" if head else "get_object",
             Params={"Bucket": bucket or self.bucket, "Key": key},
             ExpiresIn=self._presign_seconds,
@@ -343,7 +351,7 @@ class Artifacts:
 
     def close(self) -> None:
         """Close the connections."""
-        for name in ("_s3", "_hasty"):
+        for name in ("_s3", "_hasty", "_signer"):
             if name in vars(self):
                 getattr(self, name).close()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from anyio import to_thread
-from fastapi import APIRouter, Request, Response
+from typing import Annotated, Literal
+
+from anyio import move_on_after, to_thread
+from fastapi import APIRouter, Query, Request, Response
 
 from api import schemas
 from api.auth import FarmDep
@@ -14,6 +16,8 @@ from farm.store.migrate import SchemaRefused, require_schema
 
 router = APIRouter(tags=["health"])
 
+SCHEMA_SECONDS = 2.0
+"""Time that a look at the schema may take, in seconds. A silent Postgres is no reason to refuse."""
 UNREADY = (
     "Postgres or S3 does not answer, Postgres accepts no writes, or this version cannot use the "
     "database's schema"
@@ -31,11 +35,44 @@ async def healthz() -> schemas.Health:
     summary="Readiness",
     responses={503: {"model": schemas.Readiness, "description": UNREADY}},
 )
-async def readyz(request: Request, farm: FarmDep, response: Response) -> schemas.Readiness:
+async def readyz(
+    request: Request,
+    farm: FarmDep,
+    response: Response,
+    only: Annotated[
+        Literal["schema"] | None,
+        Query(
+            description="schema: ask whether this version can use the database's schema, and "
+            "nothing else. For load balancers: a server that does not answer is no reason to take "
+            "every API process away"
+        ),
+    ] = None,
+) -> schemas.Readiness:
     """Return the state of each server. Without Redis the farm still works, but jobs start later."""
-    found = await to_thread.run_sync(_readiness, farm, limiter=request.app.state.health)
+    limiter = request.app.state.health
+    if only is None:
+        found = await to_thread.run_sync(_readiness, farm, limiter=limiter)
+    else:
+        found = SILENT
+        with move_on_after(SCHEMA_SECONDS):
+            found = await to_thread.run_sync(_schema, farm, limiter=limiter, abandon_on_cancel=True)
     response.status_code = 200 if found.ready else 503
     return found
+
+
+SILENT = schemas.Readiness(
+    ready=True, postgres=schemas.Part(ok=False, detail="Postgres does not answer.")
+)
+
+
+def _schema(farm: Farm) -> schemas.Readiness:
+    """Refuse only for the schema: without Postgres each call is answered with `Retry-After`."""
+    try:
+        require_schema(farm.store)
+    except (SchemaRefused, Unavailable) as error:
+        part = schemas.Part(ok=False, detail=error.message)
+        return schemas.Readiness(ready=isinstance(error, Unavailable), postgres=part)
+    return schemas.Readiness(ready=True, postgres=schemas.Part(ok=True, detail="ok"))
 
 
 def _readiness(farm: Farm) -> schemas.Readiness:

@@ -1,7 +1,8 @@
-"""The catalog, pipelines.toml: the only pipelines that a client can ask for."""
+"""The catalog, pipelines.toml or .json: the only pipelines that a client can ask for."""
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -169,18 +170,24 @@ class Catalog(BaseModel):
         return value
 
 
+def is_json(path: Path) -> bool:
+    """Return True if a catalog is written in JSON, by its name."""
+    return path.suffix.lower() == ".json"
+
+
 def load_catalog(path: Path) -> Catalog:
-    """Read pipelines.toml.
+    """Read the catalog: JSON if its name ends in `.json`, else TOML. Both have the same keys.
 
     Raises:
-        CatalogError: the file is missing, not TOML, or has an entry that cannot be used.
+        CatalogError: the file is missing, not TOML or JSON, or has an entry that cannot be used.
     """
+    language, parse = ("JSON", json.loads) if is_json(path) else ("TOML", tomllib.loads)
     try:
-        catalog = Catalog.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        catalog = Catalog.model_validate(parse(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise CatalogError(f"The catalog {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CatalogError(f"The catalog {path} is not TOML: {error}.") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CatalogError(f"The catalog {path} is not {language}: {error}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -1,7 +1,8 @@
-"""Edits of the catalog file: one entry's bucket table changes, and no other character."""
+"""Edits of the catalog file: one entry's bucket table changes. In TOML no other character does."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from tomlkit.items import Table
 
 from farm.config import DEMO_CATALOG
 from farm.errors import CatalogError
-from farm.pipelines.catalog import load_catalog
+from farm.pipelines.catalog import is_json, load_catalog
 
 
 def bucket_line(table: Mapping[str, int]) -> str:
@@ -25,10 +26,12 @@ def bucket_line(table: Mapping[str, int]) -> str:
 def write_buckets(path: Path, name: str, table: Mapping[str, int]) -> None:
     """Replace the bucket table of one entry. Comments and all other entries stay unchanged.
 
+    A catalog in JSON is written again with an indent of two spaces.
+
     The file is replaced in one step, and only if nothing but this table differs.
 
     Args:
-        path: pipelines.toml.
+        path: the catalog, in TOML or JSON.
         name: name of the entry.
         table: frames per batch by picture size; replaces the whole table.
 
@@ -43,11 +46,12 @@ def write_buckets(path: Path, name: str, table: Mapping[str, int]) -> None:
         )
     before = load_catalog(real)
     try:
-        text = _changed(real.read_bytes().decode(), name, table)
+        changed = _changed_json if is_json(real) else _changed
+        text = changed(real.read_bytes().decode(), name, table)
     except TOMLKitError as error:
         raise CatalogError(f"The catalog {path} cannot be changed: {error}.") from error
     try:
-        descriptor, draft_name = tempfile.mkstemp(dir=real.parent, prefix=".pipelines-")
+        descriptor, draft_name = tempfile.mkstemp(real.suffix, ".pipelines-", real.parent)
     except OSError as error:
         raise CatalogError(f"{path} cannot be written: {error.strerror}.") from error
     draft = Path(draft_name)
@@ -68,6 +72,12 @@ def write_buckets(path: Path, name: str, table: Mapping[str, int]) -> None:
         raise CatalogError(f"{path} cannot be written: {error.strerror}.") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _changed_json(text: str, name: str, table: Mapping[str, int]) -> str:
+    document = json.loads(text)
+    document["pipelines"][name]["bucket"] = dict(table)
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def _changed(text: str, name: str, table: Mapping[str, int]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
+from api.routes.health import SCHEMA_SECONDS
 from farm.config import DEMO_CATALOG, Settings
 from farm.context import Farm
 from farm.local.ports import free_port
@@ -41,8 +45,8 @@ def without(settings: Settings, server: str) -> Settings:
     return settings.model_copy(update=urls[server])
 
 
-def readiness(url: str) -> tuple[int, dict[str, Any]]:
-    response = httpx.get(f"{url}/readyz", timeout=60)
+def readiness(url: str, **query: str) -> tuple[int, dict[str, Any]]:
+    response = httpx.get(f"{url}/readyz", params=query, timeout=60)
     return response.status_code, response.json()
 
 
@@ -66,11 +70,40 @@ def test_readiness_names_the_server_that_is_away(
         assert httpx.get(f"{url}/healthz").status_code == 200
 
 
+@pytest.mark.parametrize("server", ["postgres", "s3", "redis"])
+def test_a_load_balancer_keeps_an_api_whose_server_is_away(settings: Settings, server: str) -> None:
+    """All API processes share their servers: they would leave the load balancer together."""
+    with listening(without(settings, server)) as url:
+        status, parts = readiness(url, only="schema")
+    assert (status, parts["ready"]) == (200, True)
+    assert parts["postgres"]["ok"] is (server != "postgres")
+    assert parts["redis"] is parts["s3"] is None
+
+
+def test_a_load_balancer_is_not_kept_waiting_by_a_silent_postgres(settings: Settings) -> None:
+    """It accepts the connection and says nothing. Five looks at once do not wait for each other."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"postgresql://farm@127.0.0.1:{silent.getsockname()[1]}/farm"
+        url = SecretStr(place)
+        with listening(settings.model_copy(update={"database_url": url})) as address:
+            began = time.monotonic()
+            with ThreadPoolExecutor(5) as visitors:
+                looks = visitors.map(lambda _: readiness(address, only="schema"), range(5))
+                assert {(status, parts["ready"]) for status, parts in looks} == {(200, True)}
+            assert time.monotonic() - began < 2 * SCHEMA_SECONDS
+
+
+def test_readiness_of_something_unknown_is_refused(api: Api) -> None:
+    problem = check_problem(httpx.get(f"{api.url}/readyz?only=s3"), 422)
+    assert problem["error"]["param"] == "only"
+
+
 def test_not_ready_on_an_older_schema(api: Api) -> None:
     sql(api.farm, "DELETE FROM alembic_version")
-    status, parts = readiness(api.url)
-    assert status == 503
-    assert "farm migrate" in parts["postgres"]["detail"]
+    for query in ({}, {"only": "schema"}):
+        status, parts = readiness(api.url, **query)
+        assert status == 503
+        assert "farm migrate" in parts["postgres"]["detail"]
     sql(api.farm, "INSERT INTO alembic_version VALUES ('of a newer version')")
     assert readiness(api.url)[0] == 200
 

@@ -6,16 +6,19 @@ import base64
 import hashlib
 import http.client
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from farm.cli.commands.doctor_checks import _s3
 from farm.config import Settings
-from farm.storage import Artifacts, is_loopback
+from farm.storage import Artifacts, artifact_key, is_loopback
 
 MISSING = (
     b'<?xml version="1.0"?><Error><Code>MissingContentMD5</Code>'
@@ -23,19 +26,28 @@ MISSING = (
 )
 
 
+@dataclass
+class Front:
+    """A proxy before an S3 server, as clients or the farm see it."""
+
+    url: str = ""
+    methods: list[str] = field(default_factory=list)
+
+
 @contextmanager
-def wanting_md5(endpoint: str) -> Iterator[str]:
-    """Run a proxy before an S3 server. It refuses deletions without a correct Content-MD5."""
-    place = urlsplit(endpoint).netloc
+def front_of(endpoint: str, *, wants_md5: bool = False) -> Iterator[Front]:
+    """Run a proxy that keeps the name it was called by. It may refuse deletions without an MD5."""
+    place, front = urlsplit(endpoint).netloc, Front()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def _answer(self) -> None:
+            front.methods.append(self.command)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             digest = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
             deletes = self.command == "POST" and "delete" in urlsplit(self.path).query
-            if deletes and self.headers.get("Content-MD5") != digest:
+            if wants_md5 and deletes and self.headers.get("Content-MD5") != digest:
                 self._send(400, MISSING)
                 return
             server = http.client.HTTPConnection(place)
@@ -50,7 +62,7 @@ def wanting_md5(endpoint: str) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 - http.server's names
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815 - http.server's
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -58,15 +70,16 @@ def wanting_md5(endpoint: str) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        front.url = f"http://127.0.0.1:{server.server_port}"
+        yield front
         server.shutdown()
         thread.join()
 
 
 def test_objects_are_deleted_where_content_md5_is_wanted(settings: Settings) -> None:
     assert settings.s3_endpoint_url is not None
-    with wanting_md5(settings.s3_endpoint_url) as endpoint:
-        through = settings.model_copy(update={"s3_endpoint_url": endpoint})
+    with front_of(settings.s3_endpoint_url, wants_md5=True) as front:
+        through = settings.model_copy(update={"s3_endpoint_url": front.url})
         artifacts = Artifacts(through)
         for key in ("md5/a", "md5/b"):
             artifacts.put(key, b"x")
@@ -98,3 +111,26 @@ def test_a_server_of_this_machine_is_reached_without_a_proxy(
 )
 def test_an_address_of_this_machine_is_known(url: str, here: bool) -> None:
     assert is_loopback(url) is here
+
+
+def test_clients_download_from_the_public_address(settings: Settings) -> None:
+    """The farm itself uses the inner one, which is not reachable for a client."""
+    with front_of(settings.s3_endpoint_url or "") as public:
+        artifacts = Artifacts(settings.model_copy(update={"s3_public_url": public.url}))
+        key = artifact_key(uuid.UUID(int=1), uuid.UUID(int=2), 3, bytes(32))
+        artifacts.put(key, b"bytes")
+        assert public.methods == []
+        address = artifacts.presigned(key)
+        assert address.startswith(f"{public.url}/{settings.s3_bucket}/")
+        assert httpx.get(address).content == b"bytes"
+        assert httpx.head(artifacts.presigned(key, head=True)).status_code == 200
+        assert public.methods == ["GET", "HEAD"]
+        artifacts.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["images.example", "ftp://images.example", "https://images.example/farm", "https://"]
+)
+def test_a_public_address_is_a_scheme_and_a_host(url: str) -> None:
+    with pytest.raises(ValueError, match=r"Example: https://images\.example"):
+        Settings(s3_public_url=url)

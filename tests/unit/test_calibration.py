@@ -140,6 +140,20 @@ def test_a_link_to_the_catalog_stays_one(tmp_path: Path) -> None:
     assert load_catalog(real).pipelines["tiny"].bucket == {"default": 2}
 
 
+def test_a_catalog_in_json_is_changed_too(tmp_path: Path) -> None:
+    path = tmp_path / "pipelines.json"
+    entries: dict[str, dict[str, object]] = {
+        "tiny": {"source": "y", "bucket": {"8x8": 2}},
+        "other": {"source": "ü/z"},
+    }
+    path.write_text(json.dumps({"pipelines": entries}))
+    write_buckets(path, "tiny", {"default": 2, "64x64": 8})
+    entries["tiny"]["bucket"] = {"default": 2, "64x64": 8}
+    assert json.loads(path.read_text()) == {"pipelines": entries}
+    assert "ü" in path.read_text()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 def test_the_programs_own_catalog_is_not_changed() -> None:
     before = DEMO_CATALOG.read_bytes()
     with pytest.raises(CatalogError, match="Copy it"):

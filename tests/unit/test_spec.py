@@ -275,6 +275,41 @@ def test_a_bad_catalog_says_where(tmp_path: Path, text: str, message: str) -> No
         load_catalog(path)
 
 
+def test_a_catalog_in_json_has_the_same_entries(tmp_path: Path) -> None:
+    """Numbers may be 4.0: templates of Kubernetes write them so."""
+    (tmp_path / "checkpoint").mkdir()
+    toml, json_file = tmp_path / "pipelines.toml", tmp_path / "pipelines.json"
+    toml.write_text(
+        '[pipelines.a]\nsource = "checkpoint"\nrefiner = "x/y"\nbucket = { "64x64" = 4 }\n'
+        "defaults = { steps = 30 }\n"
+    )
+    entry = {
+        "source": "checkpoint",
+        "refiner": "x/y",
+        "bucket": {"64x64": 4.0},
+        "defaults": {"steps": 30},
+    }
+    json_file.write_text(json.dumps({"pipelines": {"a": entry}}))
+    ours, theirs = load_catalog(toml), load_catalog(json_file)
+    assert ours == theirs
+    assert theirs.pipelines["a"].checkpoint == str(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[pipelines.a]", "is not JSON: Expecting value: line 1 column 2"),
+        ("[]", "valid dictionary"),
+        ('{"pipelines": {"a": {"source": "x", "colour": "red"}}}', r"pipelines\.a\.colour"),
+    ],
+)
+def test_a_bad_catalog_in_json_says_where(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "pipelines.json"
+    path.write_text(text)
+    with pytest.raises(CatalogError, match=message):
+        load_catalog(path)
+
+
 def test_a_missing_catalog_says_which(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match=r"pipelines\.toml"):
         load_catalog(tmp_path / "pipelines.toml")

@@ -17,6 +17,8 @@ from farm.errors import FarmError, Unavailable
 from farm.process import set_up_logs
 
 if TYPE_CHECKING:
+    from tenacity import Retrying
+
     from farm.config import Settings
 
 log = logging.getLogger(__name__)
@@ -119,6 +121,24 @@ def _require_schema(settings: Settings) -> None:
         store.dispose()
 
 
+def _while_away(seconds: float) -> Retrying:
+    """Try again while Postgres does not answer, for this time."""
+    from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay
+    from tenacity.wait import wait_fixed
+
+    def tell(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            typer.echo("Postgres does not answer. The command waits for it.", err=True)
+
+    return Retrying(
+        retry=retry_if_exception_type(Unavailable),
+        stop=stop_after_delay(seconds),
+        wait=wait_fixed(min(1.0, seconds)),
+        before_sleep=tell,
+        reraise=True,
+    )
+
+
 def migrate(
     pre: Annotated[
         bool,
@@ -127,6 +147,14 @@ def migrate(
             help="Apply only the migrations that an older version, still running, can work with.",
         ),
     ] = False,
+    wait_database: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Time to wait for a Postgres that does not answer yet.",
+        ),
+    ] = 0.0,
 ) -> None:
     """Migrate the database to the schema of this version."""
     from farm.config import load_settings
@@ -135,8 +163,10 @@ def migrate(
 
     store = open_store(load_settings())
     try:
-        done = upgrade(store, pre_only=pre)
-        require_schema(store)
+        for attempt in _while_away(wait_database):
+            with attempt:
+                done = upgrade(store, pre_only=pre)
+                require_schema(store)
     finally:
         store.dispose()
     typer.echo(f"Applied: {', '.join(done.applied) or 'nothing'}.")
