@@ -116,6 +116,11 @@ class Settings(BaseSettings):
         description="Folder in which a worker keeps images while the storage is unavailable, and"
         " `farm exporter` the shard that it writes",
     )
+    run_dir: Path | None = Field(
+        default=None,
+        description="Folder in which a worker, janitor or exporter shows that it lives: its loop"
+        " touches the file `beat`, and the file `ready` is there while it can work",
+    )
     cache_dir: Path = Field(
         default_factory=lambda: _user_cache() / "farm",
         description="Folder in which workers keep compiled graphs and hashes of weights",

@@ -1,4 +1,4 @@
-"""This process: the number of its cores, and its log lines."""
+"""This process: the number of its cores, its log lines, and its signs of life."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from farm.errors import FarmError
+
+log = logging.getLogger(__name__)
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """File with the CPU quota: `QUOTA PERIOD`, both in microseconds, or `max PERIOD`. See
@@ -43,3 +49,55 @@ def set_up_logs(level: str) -> None:
     logging.captureWarnings(capture=True)
     for noisy in ("alembic", "botocore", "boto3", "urllib3", "celery", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+BEAT, READY = "beat", "ready"
+"""Files of a run folder: `beat` is touched at each turn of the main loop, `ready` is there while
+the process can do its work."""
+
+
+def beat(run_dir: Path | None) -> None:
+    """Show that the main loop turns: touch `beat`. Without a run folder do nothing."""
+    if run_dir is not None:
+        _try(run_dir / BEAT, Path.touch)
+
+
+def set_ready(run_dir: Path | None, ready: bool) -> None:
+    """Show whether the process can do its work: create or remove `ready`."""
+    if run_dir is not None:
+        _try(run_dir / READY, Path.touch if ready else _remove)
+
+
+@contextmanager
+def signs_of_life(run_dir: Path | None) -> Iterator[None]:
+    """Create the run folder for the block. `beat` and `ready` of an earlier process are removed.
+
+    Raises:
+        FarmError: the folder cannot be created or written to.
+    """
+    if run_dir is None:
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (READY, BEAT):
+            _remove(run_dir / name)
+        (run_dir / BEAT).touch()
+    except OSError as error:
+        raise FarmError(f"FARM_RUN_DIR: {run_dir} cannot be used: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        for name in (READY, BEAT):
+            _try(run_dir / name, _remove)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _try(path: Path, change: Callable[[Path], None]) -> None:
+    try:
+        change(path)
+    except OSError as error:  # a full disk is no reason to stop rendering
+        log.warning("%s cannot be changed: %s", path, error.strerror)

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from celery.exceptions import SecurityWarning
-from celery.signals import setup_logging, worker_shutting_down
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
 
 from farm.bells import EXPORTER_LANE, EXPORTER_TASK, make_app
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable, one_line
-from farm.process import set_up_logs
+from farm.process import beat, set_ready, set_up_logs
 from farm.services.exports.shard_writer import ShardWriter, Stopped
 from farm.store import exports
 from farm.store.engine import one_statement
@@ -67,6 +67,7 @@ class Exporter:
     def poll(self) -> None:
         """Look for work regularly until `leave`: a bell may be lost, or Redis may not answer."""
         while not self._leaves.wait(POLL_SECONDS):
+            beat(self._farm.settings.run_dir)
             try:
                 with one_statement(self._farm.store) as connection:
                     due = exports.any_due(connection)
@@ -121,6 +122,7 @@ class Exporter:
         def renew() -> None:
             nonlocal ends_at
             while not over.wait(seconds / 4):
+                beat(self._farm.settings.run_dir)  # this shard may occupy the thread of `poll`
                 asked = time.monotonic()
                 try:
                     with one_statement(self._farm.store) as connection:
@@ -154,6 +156,10 @@ def run_exporter(settings: Settings) -> int:
     @setup_logging.connect(weak=False)
     def set_up(**_: object) -> None:
         set_up_logs(settings.log_level)
+
+    @worker_ready.connect(weak=False)
+    def ready(**_: object) -> None:
+        set_ready(settings.run_dir, ready=True)
 
     @worker_shutting_down.connect(weak=False)
     def shutting_down(**_: object) -> None:

@@ -21,7 +21,12 @@ COMMAND_SECONDS = 300.0
 
 def environment(folder: Folder, settings: Mapping[str, str]) -> dict[str, str]:
     """Return the caller's environment, overridden by the folder's settings."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        # A run folder is of one process.
+        if not name.startswith("AWS_") and name != "FARM_RUN_DIR"
+    }
     # Addresses of this machine must not go through a proxy.
     direct = ",".join(filter(None, (env.get("NO_PROXY", env.get("no_proxy")), HOST, "localhost")))
     marks = {"FARM_DATA": str(folder.path), MARK: str(folder.path), "PYTHONUNBUFFERED": "1"}

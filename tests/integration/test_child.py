@@ -119,6 +119,7 @@ def variables(settings: Settings) -> dict[str, str]:
         "FARM_S3_BUCKET": settings.s3_bucket,
         "FARM_PIPELINES": str(settings.pipelines),
         "FARM_TORCH_THREADS": "1",
+        **({"FARM_RUN_DIR": str(settings.run_dir)} if settings.run_dir else {}),
     }
 
 
@@ -316,13 +317,18 @@ def test_the_janitor_rings_for_a_lane_whose_worker_failed(
 
 
 def test_a_lane_s_only_worker_comes_back_without_anyone_s_help(
-    farm: Farm, bench: CheckpointSandbox, tenant: uuid.UUID
+    farm: Farm, bench: CheckpointSandbox, tenant: uuid.UUID, tmp_path: Path
 ) -> None:
     """Uses the real worker and a janitor. The first pause passes in real time."""
     job_id = submit(farm, tenant, pipeline="sd", **SMALL)
     farm.bells._redis.flushdb()  # only the janitor rings
-    with pickle(bench), worker_process(farm.settings) as process:
+    run_dir = tmp_path / "run"
+    settings = farm.settings.model_copy(update={"run_dir": run_dir})
+    with pickle(bench), worker_process(settings) as process:
         wait_until(lambda: failed(farm, process), 120, "the worker has failed to load")
+        (run_dir / "beat").unlink()
+        wait_until((run_dir / "beat").exists, 30, "it beats, although it cannot render")
+        assert not (run_dir / "ready").exists()
         with janitor(farm):
             bench.take("stable_diffusion")
             wait_until(
@@ -331,6 +337,9 @@ def test_a_lane_s_only_worker_comes_back_without_anyone_s_help(
                 "the worker has loaded the repaired checkpoint and rendered the job",
             )
         assert process.poll() is None, "it is the same process"
+        assert (run_dir / "ready").exists()
+    assert [*run_dir.iterdir()] == []
+    assert process.returncode == 0
 
 
 def failed(farm: Farm, process: subprocess.Popen[bytes]) -> bool:

@@ -9,9 +9,11 @@ import logging
 import random
 import threading
 import time
+from dataclasses import dataclass, field
 
 from farm.context import Farm
 from farm.errors import Unavailable
+from farm.process import beat, set_ready
 from farm.store import events, exports, jobs, lanes, leases, retention, sessions, tenants, workers
 from farm.store.engine import Connection
 from farm.store.leadership import leadership
@@ -36,10 +38,23 @@ MAX_REST_SECONDS = 10.0
 END_SECONDS = 5.0
 
 
+@dataclass
+class JanitorStatus:
+    """State of a janitor, for its port. Its thread writes this; any thread may read it."""
+
+    turned_at: float = field(default_factory=time.monotonic)
+    """Time of the last turn of its loop, on the monotonic clock. A turn needs no server."""
+    leading: bool = False
+    """True while it is the leader."""
+    swept_at: float | None = None
+    """End of its last sweep, as a Unix time."""
+
+
 class Janitor:
     """Sweeps every `sweep_seconds` while it is the leader."""
 
     def __init__(self, farm: Farm) -> None:
+        self.status = JanitorStatus()
         self._farm = farm
         settings = farm.settings
         self._look_again_at = 0.0
@@ -51,9 +66,11 @@ class Janitor:
         storage.start()
         failures = 0
         while not stop.is_set():
+            self._turn()
             try:
                 with leadership(self._farm.store, self._patience) as connection:
                     failures = 0
+                    set_ready(self._farm.settings.run_dir, ready=True)
                     if connection is not None:
                         log.info("This janitor is the leader.")
                         self._lead(connection, storage, stop)
@@ -63,6 +80,10 @@ class Janitor:
             stop.wait(self._rest(failures))
         storage.join(END_SECONDS)
 
+    def _turn(self) -> None:
+        self.status.turned_at = time.monotonic()
+        beat(self._farm.settings.run_dir)
+
     def _rest(self, failures: int) -> float:
         """Random pause before the next try in seconds, so that janitors do not try together."""
         pace = self._farm.settings.sweep_seconds
@@ -71,11 +92,15 @@ class Janitor:
 
     def _lead(self, connection: Connection, storage: StorageWork, stop: threading.Event) -> None:
         storage.lead(True)
+        self.status.leading = True
         try:
             while not stop.is_set():
+                self._turn()
                 self.sweep(connection)
+                self.status.swept_at = time.time()
                 stop.wait(self._farm.settings.sweep_seconds)
         finally:
+            self.status.leading = False
             storage.lead(False)
 
     def sweep(self, connection: Connection) -> None:

@@ -15,6 +15,7 @@ from farm.pipelines.family import uses_torch
 from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import even_threads, prepare_torch
 from farm.pipelines.runtime.loading import free_what_is_left
+from farm.process import set_ready
 from farm.rendering.warmup import slot_test, warm_up
 from farm.store import workers
 from farm.store.engine import transaction
@@ -167,6 +168,7 @@ class RenderProcess:
         problem: str | None = None,
         load_seconds: float | None = None,
     ) -> None:
+        set_ready(self._farm.settings.run_dir, ready=state in ("idle", "rendering"))
         with transaction(self._farm.store) as connection:
             workers.set_state(
                 connection,

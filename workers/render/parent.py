@@ -22,6 +22,7 @@ from farm.bells import lane
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.errors import FarmError, Unavailable
+from farm.process import beat
 from farm.store import leases, workers
 from farm.store.circuit_breaker import note_failure
 from farm.store.engine import Connection, transaction
@@ -78,7 +79,7 @@ class WorkerSupervisor:
         The current batch may finish within `grace_seconds`, less the time to release it. A second
         call releases it now.
         """
-        if self._own_signal:  # sent by `_beat` on a remote request, returned by Celery
+        if self._own_signal:  # sent by `_heartbeat` on a remote request, returned by Celery
             self._own_signal = False
             return
         now = time.monotonic()
@@ -100,6 +101,7 @@ class WorkerSupervisor:
 
     def _run(self) -> None:
         while not self._over.is_set():
+            beat(self._farm.settings.run_dir)
             self._wake.clear()
             try:
                 if time.monotonic() >= self._give_up_at:

@@ -14,7 +14,7 @@ import typer
 
 from farm.cli.terminal.exit_codes import ERROR
 from farm.errors import FarmError, Unavailable
-from farm.process import set_up_logs
+from farm.process import beat, set_up_logs, signs_of_life
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -49,9 +49,22 @@ def api(
         )
 
 
-def janitor() -> None:
+def janitor(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on, with --port. For all interfaces: 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of /healthz and /metrics. 0 picks a free one. Without it there is none.",
+        ),
+    ] = None,
+) -> None:
     """Expire leases, ring lanes again, and delete old data. Several may run; one works."""
     from farm.context import open_farm
+    from workers.janitor.health_port import health_port
     from workers.janitor.janitor import Janitor
 
     stop = threading.Event()
@@ -60,7 +73,9 @@ def janitor() -> None:
             signal.signal(name, lambda *_: stop.set())
         farm = open_farm(settings)
         try:
-            Janitor(farm).run(stop)
+            janitor = Janitor(farm)
+            with health_port(farm, janitor.status, host, port):
+                janitor.run(stop)
         finally:
             farm.close()
 
@@ -95,8 +110,9 @@ def _process() -> Iterator[Settings]:
     settings = load_settings()
     set_up_logs(settings.log_level)
     try:
-        _require_schema(settings)
-        yield settings
+        with signs_of_life(settings.run_dir):
+            _require_schema(settings)
+            yield settings
     except FarmError:
         raise
     except Exception as error:
@@ -116,6 +132,7 @@ def _require_schema(settings: Settings) -> None:
                 return require_schema(store)
             except Unavailable as error:
                 log.warning("Waiting to read the database schema: %s", error)
+                beat(settings.run_dir)
                 time.sleep(settings.sweep_seconds)
     finally:
         store.dispose()
