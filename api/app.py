@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -34,6 +33,7 @@ from api.routes import (
 )
 from farm.config import Settings, load_settings
 from farm.context import open_farm
+from farm.process import version
 
 THREADS = 8
 """Number of threads for calls. Each call waits often for Postgres, and then for the interpreter.
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = Api(
         title="The farm",
         summary="A distributed render farm for text-to-image diffusion",
-        version=metadata.version("farm"),
+        version=version(),
         lifespan=lifespan,
         # FastAPI's own pages load scripts from another site; api.dashboard.api_docs does not.
         docs_url=None,

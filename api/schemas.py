@@ -317,6 +317,7 @@ class Worker(BaseModel):
     batch: Batch | None
     host: str | None = Field(description="Name of its machine; only with an operator's key")
     pid: int | None = Field(description="ID of its process; only with an operator's key")
+    version: str | None = Field(description="Its version of the farm; only with an operator's key")
     problem: str | None = Field(description="Reason why it cannot render")
 
 

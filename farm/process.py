@@ -1,4 +1,4 @@
-"""This process: the number of its cores, its log lines, and its signs of life."""
+"""This process: its version, its cores, its log lines, and its signs of life."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from farm.errors import FarmError
@@ -17,6 +19,12 @@ log = logging.getLogger(__name__)
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """File with the CPU quota: `QUOTA PERIOD`, both in microseconds, or `max PERIOD`. See
 https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files."""
+
+
+@cache
+def version() -> str:
+    """Return the version of the farm that this process runs."""
+    return metadata.version("farm")
 
 
 def cores() -> int:

@@ -71,6 +71,7 @@ def _view(row: WorkerRow, own: set[uuid.UUID], operator: bool) -> schemas.Worker
         batch=_batch(row, row.job_ids, own) if row.job_ids else None,
         host=row.host if operator else None,
         pid=row.pid if operator else None,
+        version=row.version if operator else None,
         problem=row.problem,
     )
 

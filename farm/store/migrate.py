@@ -25,7 +25,9 @@ from sqlalchemy.schema import DropTableComment, SetTableComment
 from tenacity import Retrying, retry_if_exception, wait_fixed
 
 import migrations
-from farm.errors import FarmError
+from farm.errors import FarmError, InvalidRequest
+from farm.process import version
+from farm.store import workers
 from farm.store.engine import Store, transaction
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ PAUSE_SECONDS = 3.0
 """Pause between two tries, in seconds. Queries that waited are answered in it."""
 LOCK_NOT_AVAILABLE = "55P03"
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
+HAS_ROLE = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = :role)")
 FLOOR = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
 
 
@@ -114,11 +117,12 @@ def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> U
     database, on which nothing runs, still gets every step, in one transaction.
 
     A step waits LOCK_SECONDS at most for a lock, since every query behind it waits too. Then it is
-    rolled back, and tried again after a pause.
+    rolled back, and tried again after a pause. A post step is refused while a worker of another
+    version is alive: that version might not work after it.
 
     Raises:
-        SchemaRefused: a newer version made a change that this version cannot handle, or the
-            database is older than the first step.
+        SchemaRefused: a newer version made a change that this version cannot handle, the database
+            is older than the first step, or a worker of another version is alive.
         Unavailable: Postgres cannot be reached.
     """
     chain = steps(folder)
@@ -133,9 +137,40 @@ def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> U
             if pre_only:
                 wanted = list(takewhile(lambda step: step.stage is Stage.PRE, missing))
             for step in wanted:
+                if step.stage is Stage.POST:
+                    _require_one_version(store, step)
                 _apply(store, [step], folder)
     revisions = [step.revision for step in missing]
     return Upgrade(revisions[: len(wanted)], revisions[len(wanted) :])
+
+
+def _require_one_version(store: Store, step: Step) -> None:
+    with transaction(store) as connection:
+        others = workers.of_other_versions(connection)
+    if others:
+        first = others[0]
+        more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+        raise SchemaRefused(
+            f"Step {step.revision} needs workers of one version, {version()}. Worker {first.name} "
+            f"runs version {first.version or 'unknown'}{more}. Replace them, then run "
+            "`farm migrate` again."
+        )
+
+
+def grant_scaling(store: Store, role: str) -> None:
+    """Let a role of Postgres read the view `scaling`, and nothing else of the farm.
+
+    Raises:
+        InvalidRequest: there is no such role.
+    """
+    with transaction(store) as connection:
+        if not connection.execute(HAS_ROLE, {"role": role}).scalar_one():
+            raise InvalidRequest(
+                f"--grant-scaling: Postgres has no role {role!r}. Create it first: "
+                f"CREATE ROLE {role} LOGIN PASSWORD '…'"
+            )
+        quoted = connection.dialect.identifier_preparer.quote_identifier(role)
+        connection.execute(text(f"GRANT SELECT ON scaling TO {quoted}"))
 
 
 def _apply(store: Store, upto: Sequence[Step], folder: Path) -> None:

@@ -531,6 +531,7 @@ workers = Table(
     Column("draining", Boolean, nullable=False, server_default=text("false")),
     Column("gone", Boolean, nullable=False, server_default=text("false")),
     Column("device", Text),
+    Column("version", Text, comment="its version of the farm"),
     Column("problem", Text, comment="reason why it cannot render"),
     Column(
         "failing",

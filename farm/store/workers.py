@@ -10,11 +10,12 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 
 from farm.domain.spec import Priority
+from farm.process import version
 from farm.store.rows import rows_of
 
 REGISTER = text("""
-INSERT INTO workers (id, name, pipeline, host, pid, state)
-VALUES (:id, :name, :pipeline, :host, :pid, 'loading')
+INSERT INTO workers (id, name, pipeline, host, pid, state, version)
+VALUES (:id, :name, :pipeline, :host, :pid, 'loading', :version)
 """)
 
 MISSES_WORK = text("""
@@ -94,7 +95,7 @@ PROBLEM_NOW = f"""CASE WHEN {TRIPPED_NOW}
      ELSE w.problem END"""
 
 LIST = text(f"""
-SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device,
+SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device, w.version,
        {STATE_NOW} AS state, {PROBLEM_NOW} AS problem,
        w.started_at, w.seen_at, w.succeeded,
        least(w.denoise_seconds, w.work_seconds) / nullif(w.work_seconds, 0) AS busy,
@@ -106,6 +107,14 @@ FROM workers w LEFT JOIN LATERAL (
 ) l ON true
 WHERE NOT w.gone ORDER BY w.pipeline, w.name
 """)  # noqa: S608 - constants only
+
+# A killed worker is marked as gone by the janitor, which may be stopped during an upgrade.
+OTHER_VERSIONS = text("""
+SELECT name, version FROM workers
+WHERE NOT gone AND seen_at > clock_timestamp() - interval '1 minute'
+  AND version IS DISTINCT FROM :version
+ORDER BY name
+""")
 
 SUMS = text(f"""
 SELECT pipeline, {", ".join(f"sum({column}) AS {column}" for column in SUMMED)},
@@ -152,7 +161,14 @@ def register(
     """Insert a worker that starts to load its pipeline."""
     connection.execute(
         REGISTER,
-        {"id": worker_id, "name": name, "pipeline": pipeline, "host": host, "pid": pid},
+        {
+            "id": worker_id,
+            "name": name,
+            "pipeline": pipeline,
+            "host": host,
+            "pid": pid,
+            "version": version(),
+        },
     )
 
 
@@ -210,6 +226,18 @@ def account(connection: Connection, worker_id: uuid.UUID, batch: Account) -> Non
     connection.execute(ACCOUNT, batch.values(worker_id))
 
 
+class OtherWorker(NamedTuple):
+    """A worker that is alive and runs another version."""
+
+    name: str
+    version: str | None
+
+
+def of_other_versions(connection: Connection) -> list[OtherWorker]:
+    """List the workers that are alive and run another version of the farm than this process."""
+    return rows_of(connection.execute(OTHER_VERSIONS, {"version": version()}), OtherWorker)
+
+
 class WorkerRow(NamedTuple):
     """A worker that is not gone, with the batch that it renders."""
 
@@ -220,6 +248,8 @@ class WorkerRow(NamedTuple):
     pid: int
     draining: bool
     device: str | None
+    version: str | None
+    """Its version of the farm. None if that version did not record it."""
     state: str
     problem: str | None
     started_at: datetime

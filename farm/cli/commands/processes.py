@@ -172,11 +172,19 @@ def migrate(
             help="Time to wait for a Postgres that does not answer yet.",
         ),
     ] = 0.0,
+    scaling_role: Annotated[
+        str | None,
+        typer.Option(
+            "--grant-scaling",
+            metavar="ROLE",
+            help="Role of Postgres that may read the view `scaling`, for a scaler such as KEDA.",
+        ),
+    ] = None,
 ) -> None:
     """Migrate the database to the schema of this version."""
     from farm.config import load_settings
     from farm.store.engine import open_store
-    from farm.store.migrate import require_schema, upgrade
+    from farm.store.migrate import grant_scaling, require_schema, upgrade
 
     store = open_store(load_settings())
     try:
@@ -184,6 +192,8 @@ def migrate(
             with attempt:
                 done = upgrade(store, pre_only=pre)
                 require_schema(store)
+        if scaling_role is not None:
+            grant_scaling(store, scaling_role)
     finally:
         store.dispose()
     typer.echo(f"Applied: {', '.join(done.applied) or 'nothing'}.")

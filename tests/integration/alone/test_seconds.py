@@ -22,6 +22,10 @@ from workers.render.loop import RenderLoop
 
 FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
 PRINTS = int(os.environ.get("FARM_TEST_HASHES", "20000"))
+JOBS = int(os.environ.get("FARM_TEST_JOBS", "20000"))
+COPIED = (
+    "tenant_id, pipeline, priority, run_end, batch_key, bucket, runs, max_attempts, spec, labels"
+)
 
 
 def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
@@ -119,3 +123,32 @@ def test_a_print_is_looked_up_in_milliseconds_beside_many(farm: Farm, tenant: uu
             perceptual_hashes.keep_print(connection, job_id, PRINTS + number, number, NEAR)
         seconds.append(time.perf_counter() - began)
     assert statistics.median(seconds) < 0.02, seconds
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize(("share", "counted"), [(100, JOBS), (1, 10_000)])
+def test_a_scaler_is_answered_in_milliseconds(
+    farm: Farm, tenant: uuid.UUID, share: int, counted: int
+) -> None:
+    """In full: 100,000 jobs, a million frames that wait, and more that were requeued.
+
+    One job of a hundred is open. Or all are, and the count is cut at 10,000 of them.
+    """
+    job_id = requeued(farm, tenant, FRAMES)
+    sql(
+        farm,
+        f"INSERT INTO jobs ({COPIED}, id, total, cursor, open)"
+        f" SELECT {COPIED}, gen_random_uuid(), 10 * :share, 0, number % :share = 0"
+        " FROM jobs, generate_series(1, :jobs) number WHERE id = :id",
+        id=job_id,
+        jobs=JOBS,
+        share=share,
+    )
+    sql(farm, "ANALYZE")
+    seconds = []
+    for _ in range(15):
+        began = time.perf_counter()
+        [lane] = sql(farm, "SELECT * FROM scaling")
+        seconds.append(time.perf_counter() - began)
+    assert lane.waiting == 10 * counted + min(FRAMES, 10_000)
+    assert statistics.median(seconds) < 0.020, seconds
