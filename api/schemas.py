@@ -305,6 +305,8 @@ class Worker(BaseModel):
     state: str = Field(description="One of loading, idle, rendering and failed")
     draining: bool = Field(description="True if it claims no more frames")
     device: str | None
+    device_bytes: int | None = Field(description="Memory of its CUDA device; null without one")
+    neighbours: int = Field(description="Number of other workers on its CUDA device")
     started_at: datetime
     seen_at: datetime
     succeeded: int = Field(description="Number of succeeded frames since it started")

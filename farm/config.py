@@ -206,13 +206,19 @@ class Settings(BaseSettings):
     )
     environment: Literal["production", "development"] = Field(
         default="production",
-        description="production refuses FARM_FAILPOINTS and FARM_DISCARD_IMAGES; development allows"
-        " them",
+        description="production refuses FARM_FAILPOINTS, FARM_DISCARD_IMAGES and"
+        " FARM_SIMULATED_GPUS; development allows them",
     )
     failpoints: str = Field(
         default="",
         description="Places to fail on purpose, as point=action:text, for example"
         " render.step=oom:BIG; several are separated by semicolons",
+    )
+    simulated_gpus: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Number of CUDA devices that this machine claims to have, to test placement",
     )
     discard_images: bool = Field(
         default=False,
@@ -264,6 +270,7 @@ class Settings(BaseSettings):
         unsafe = {
             "FARM_FAILPOINTS": failpoints.parse(self.failpoints),
             "FARM_DISCARD_IMAGES": self.discard_images,
+            "FARM_SIMULATED_GPUS": self.simulated_gpus,
         }
         for name, given in unsafe.items():
             if given and self.environment == "production":

@@ -64,6 +64,8 @@ def _view(row: WorkerRow, own: set[uuid.UUID], operator: bool) -> schemas.Worker
         state=row.state,
         draining=row.draining,
         device=row.device,
+        device_bytes=row.device_bytes,
+        neighbours=row.neighbours,
         started_at=row.started_at,
         seen_at=row.seen_at,
         succeeded=row.succeeded,

@@ -85,12 +85,18 @@ def exporter(folder: Folder, env: Mapping[str, str]) -> Program:
 
 
 def worker(
-    folder: Folder, env: Mapping[str, str], pipeline: str, number: int, grace: float
+    folder: Folder,
+    env: Mapping[str, str],
+    pipeline: str,
+    number: int,
+    grace: float,
+    device: int | None = None,
 ) -> Program:
     """Describe a worker process of `pipeline`. It has `grace` seconds to finish its batch."""
+    where = [] if device is None else ["--device", str(device)]
     return Program(
         name=f"worker {pipeline}-{number}",
-        argv=farm("worker", pipeline),
+        argv=farm("worker", pipeline, *where),
         env=env,
         log=folder.logs / f"worker-{pipeline}-{number}.log",
         stage=Stage.WORKER,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from farm.config import ENV_FILE, Settings, format_env
+from farm.errors import CatalogError
 from farm.local import commands
 from farm.local.child import ManagedProcess
 from farm.local.errors import StackError
 from farm.local.folder import Folder, write_private
+from farm.local.placement import Entry, Placed, Placement, place
 from farm.local.ports import HOST, free_port, is_free
 from farm.local.servers import Servers, start_servers, supervised
 from farm.local.supervisor import Supervisor
-from farm.pipelines.catalog import load_catalog
+from farm.pipelines.catalog import Pipeline, load_catalog
+from farm.pipelines.resolve import uses_gpu
+from farm.pipelines.runtime.gpus import Gpu, device_bytes, list_gpus
 from farm.process import cores
 
 READY_SECONDS = 120.0
@@ -33,6 +37,8 @@ class LocalFarm:
     """Variables in farm.env."""
     servers: Servers
     children: dict[str, ManagedProcess]
+    left_out: dict[str, str]
+    """Entries of the catalog without a worker, since no device has room for them: the reasons."""
 
 
 @contextmanager
@@ -48,14 +54,16 @@ def running_farm(
         data: the data folder.
         port: port of the API; 0 for any free one.
         pipelines: the catalog; by default FARM_PIPELINES, or the demo's.
-        workers: number of workers by pipeline; 1 for pipelines that are not listed.
+        workers: number of workers by pipeline; 1 for pipelines that are not listed. See
+            `placement.place` for the devices that they get.
 
     Raises:
         StackError: the port is taken, a pipeline is unknown, or a part does not start.
+        InvalidRequest: a worker that was asked for has no room on a device.
     """
     settings = Settings()
     catalog = (pipelines or settings.pipelines).expanduser().resolve()
-    counts = worker_counts(list(load_catalog(catalog).pipelines), workers or {})
+    placement = _placement(settings, load_catalog(catalog).pipelines, workers or {})
     port = _port(port)
     with supervised(data) as (folder, supervisor):
         servers = start_servers(folder, supervisor)
@@ -65,19 +73,31 @@ def running_farm(
         full = commands.environment(folder, env)
         commands.run(["migrate"], full, folder.logs / "migrate.log")
         api_key = _api_key(folder, full)
-        _start_farm(folder, supervisor, full, port, counts, settings.grace_seconds)
+        _start_farm(folder, supervisor, full, port, placement.workers, settings.grace_seconds)
         children = {child.name: child for child in supervisor.children}
-        yield LocalFarm(url, api_key, folder.path, env, servers, children)
+        yield LocalFarm(url, api_key, folder.path, env, servers, children, placement.left_out)
 
 
-def worker_counts(names: list[str], asked: Mapping[str, int]) -> dict[str, int]:
-    """Return the number of workers of each pipeline, 1 by default. Raise StackError if unknown."""
-    if unknown := sorted(set(asked) - set(names)):
+def _placement(
+    settings: Settings, pipelines: Mapping[str, Pipeline], asked: Mapping[str, int]
+) -> Placement:
+    """Choose the workers and their devices. Raise StackError for an unknown pipeline."""
+    if unknown := sorted(set(asked) - set(pipelines)):
         raise StackError(
             f"--workers: there is no pipeline {unknown[0]!r} in the catalog. "
-            f"It has {', '.join(names)}."
+            f"It has {', '.join(pipelines)}."
         )
-    return {name: asked.get(name, 1) for name in names}
+    gpus = list_gpus(settings)
+    return place([_entry(name, entry, gpus) for name, entry in pipelines.items()], gpus, asked)
+
+
+def _entry(name: str, pipeline: Pipeline, gpus: Sequence[Gpu]) -> Entry:
+    if not (gpus and uses_gpu(name, pipeline)):
+        return Entry(name, uses_gpu=False)
+    try:
+        return Entry(name, uses_gpu=True, bytes=device_bytes(pipeline))
+    except CatalogError:  # its worker says why; it may be repaired
+        return Entry(name, uses_gpu=True)
 
 
 def _port(port: int) -> int:
@@ -105,18 +125,20 @@ def _start_farm(
     supervisor: Supervisor,
     env: Mapping[str, str],
     port: int,
-    counts: Mapping[str, int],
+    workers: Sequence[Placed],
     grace: float,
 ) -> None:
     api = supervisor.start(commands.api(folder, env, port), lasting=False)
     supervisor.start(commands.janitor(folder, env))
     scratch = {"FARM_SCRATCH_DIR": str(folder.path / "scratch")}
     supervisor.start(commands.exporter(folder, {**env, **scratch}))
-    own = {**_thread_settings(sum(counts.values())), **scratch}
-    for pipeline, count in counts.items():
-        for number in range(1, count + 1):
-            program = commands.worker(folder, {**env, **own}, pipeline, number, grace)
-            supervisor.start(program)
+    own = {**_thread_settings(len(workers)), **scratch}
+    for worker in workers:
+        supervisor.start(
+            commands.worker(
+                folder, {**env, **own}, worker.pipeline, worker.number, grace, worker.device
+            )
+        )
     supervisor.ready(api, READY_SECONDS)
 
 

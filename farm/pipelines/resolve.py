@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from farm.errors import CatalogError
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.families import Family, family_of, read_checkpoint
+from farm.pipelines.family import uses_torch
 from farm.pipelines.params import Params, tailored
 
 
@@ -61,6 +62,16 @@ def resolve_pipeline(name: str, pipeline: Pipeline) -> ResolvedPipeline:
             f"{type(error).__name__} {error}."
         ) from error
     return resolved
+
+
+def uses_gpu(name: str, pipeline: Pipeline) -> bool:
+    """Return True if a worker of this entry takes a CUDA device, where there is one."""
+    if pipeline.device != "auto":
+        return pipeline.device == "cuda"
+    try:
+        return uses_torch(resolve_pipeline(name, pipeline).family)
+    except CatalogError:  # its worker says why; it may be repaired
+        return True
 
 
 def _refuse_unused_parts(pipeline: Pipeline, family: Family) -> None:

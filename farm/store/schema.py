@@ -532,6 +532,8 @@ workers = Table(
     Column("gone", Boolean, nullable=False, server_default=text("false")),
     Column("device", Text),
     Column("version", Text, comment="its version of the farm"),
+    Column("device_id", Text, comment="UUID of its CUDA device; null without one"),
+    Column("device_bytes", BigInteger, comment="memory of that device"),
     Column("problem", Text, comment="reason why it cannot render"),
     Column(
         "failing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import NamedTuple
@@ -14,8 +15,14 @@ from farm.process import version
 from farm.store.rows import rows_of
 
 REGISTER = text("""
-INSERT INTO workers (id, name, pipeline, host, pid, state, version)
-VALUES (:id, :name, :pipeline, :host, :pid, 'loading', :version)
+INSERT INTO workers (id, name, pipeline, host, pid, state, version, device_id, device_bytes)
+VALUES (:id, :name, :pipeline, :host, :pid, 'loading', :version, :device_id, :device_bytes)
+""")
+
+CHOOSING = text("SELECT pg_advisory_xact_lock(hashtextextended('devices', 0))")
+ON_DEVICES = text("""
+SELECT device_id, count(*) AS workers FROM workers
+WHERE NOT gone AND device_id = ANY(:ids) GROUP BY device_id
 """)
 
 MISSES_WORK = text("""
@@ -95,7 +102,9 @@ PROBLEM_NOW = f"""CASE WHEN {TRIPPED_NOW}
      ELSE w.problem END"""
 
 LIST = text(f"""
-SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device, w.version,
+SELECT w.id, w.name, w.pipeline, w.host, w.pid, w.draining, w.device, w.version, w.device_bytes,
+       (SELECT count(*) FROM workers o
+        WHERE o.device_id = w.device_id AND NOT o.gone AND o.id <> w.id) AS neighbours,
        {STATE_NOW} AS state, {PROBLEM_NOW} AS problem,
        w.started_at, w.seen_at, w.succeeded,
        least(w.denoise_seconds, w.work_seconds) / nullif(w.work_seconds, 0) AS busy,
@@ -156,7 +165,15 @@ ADDED = [field.name for field in fields(Account) if field.name != "spooled"]
 
 
 def register(
-    connection: Connection, worker_id: uuid.UUID, *, name: str, pipeline: str, host: str, pid: int
+    connection: Connection,
+    worker_id: uuid.UUID,
+    *,
+    name: str,
+    pipeline: str,
+    host: str,
+    pid: int,
+    device_id: str | None = None,
+    device_bytes: int | None = None,
 ) -> None:
     """Insert a worker that starts to load its pipeline."""
     connection.execute(
@@ -168,8 +185,21 @@ def register(
             "host": host,
             "pid": pid,
             "version": version(),
+            "device_id": device_id,
+            "device_bytes": device_bytes,
         },
     )
+
+
+def workers_by_device(connection: Connection, device_ids: Sequence[str]) -> dict[str, int]:
+    """Count the workers that are alive on each of these CUDA devices, and wait for other callers.
+
+    Until the transaction ends, no other worker chooses a device. So two that start at the same time
+    do not choose the same one.
+    """
+    connection.execute(CHOOSING)
+    rows = connection.execute(ON_DEVICES, {"ids": list(device_ids)}).all()
+    return dict.fromkeys(device_ids, 0) | {str(row.device_id): int(row.workers) for row in rows}
 
 
 def misses_work(connection: Connection, worker_id: uuid.UUID) -> bool:
@@ -250,6 +280,10 @@ class WorkerRow(NamedTuple):
     device: str | None
     version: str | None
     """Its version of the farm. None if that version did not record it."""
+    device_bytes: int | None
+    """Memory of its CUDA device. None without one."""
+    neighbours: int
+    """Number of other workers on its CUDA device."""
     state: str
     problem: str | None
     started_at: datetime

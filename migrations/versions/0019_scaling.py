@@ -1,4 +1,4 @@
-"""Versions of workers, and the view that a scaler reads."""
+"""Versions and devices of workers, and the view that a scaler reads."""
 
 from __future__ import annotations
 
@@ -45,9 +45,17 @@ CROSS JOIN LATERAL (
 
 def upgrade() -> None:
     op.add_column("workers", sa.Column("version", sa.Text(), comment="its version of the farm"))
+    op.add_column(
+        "workers",
+        sa.Column("device_id", sa.Text(), comment="UUID of its CUDA device; null without one"),
+    )
+    op.add_column(
+        "workers", sa.Column("device_bytes", sa.BigInteger(), comment="memory of that device")
+    )
     op.execute(SCALING)
 
 
 def downgrade() -> None:
     op.execute("DROP VIEW scaling")
-    op.drop_column("workers", "version")
+    for name in ("device_bytes", "device_id", "version"):
+        op.drop_column("workers", name)

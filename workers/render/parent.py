@@ -21,7 +21,9 @@ from celery.signals import task_failure, worker_shutting_down
 from farm.bells import lane
 from farm.config import Settings
 from farm.context import Farm, open_farm
-from farm.errors import FarmError, Unavailable
+from farm.errors import FarmError, InvalidRequest, Unavailable
+from farm.pipelines.resolve import uses_gpu
+from farm.pipelines.runtime.gpus import VISIBLE, Gpu, list_gpus
 from farm.process import beat
 from farm.store import leases, workers
 from farm.store.circuit_breaker import note_failure
@@ -49,9 +51,12 @@ During the outage no steps could be reported.
 class WorkerSupervisor:
     """Renews the worker's leases, kills a hung child, and requeues the frames of a dead child."""
 
-    def __init__(self, farm: Farm, identity: Identity, scratch: Scratch) -> None:
+    def __init__(
+        self, farm: Farm, identity: Identity, scratch: Scratch, gpu: Gpu | None = None
+    ) -> None:
         self._farm = farm
         self._identity = identity
+        self._gpu = gpu
         self._scratch = scratch
         self._wake = threading.Event()
         self._over = threading.Event()
@@ -130,7 +135,7 @@ class WorkerSupervisor:
         with transaction(self._farm.store) as connection:
             draining = workers.seen(connection, me)
             if draining is None:  # its row was archived while this process was stopped
-                enlist(connection, self._identity)
+                enlist(connection, self._identity, self._gpu)
             if self._draining:
                 workers.drain(connection, me)
             missed = workers.misses_work(connection, me)
@@ -283,7 +288,7 @@ def is_running_child(pid: int) -> bool:
         return False
 
 
-def enlist(connection: Connection, identity: Identity) -> None:
+def enlist(connection: Connection, identity: Identity, gpu: Gpu | None = None) -> None:
     """Register the worker as alive."""
     workers.register(
         connection,
@@ -292,18 +297,50 @@ def enlist(connection: Connection, identity: Identity) -> None:
         pipeline=identity.pipeline,
         host=identity.host,
         pid=identity.pid,
+        device_id=gpu.id if gpu else None,
+        device_bytes=gpu.bytes if gpu else None,
     )
 
 
-def run_worker(settings: Settings, pipeline: str) -> int:
-    """Run a worker of one lane until SIGTERM. Return the exit code.
+def choose_gpu(connection: Connection, gpus: Sequence[Gpu], number: int | None) -> Gpu | None:
+    """Choose the device with this number, or the one with the fewest workers.
+
+    Until the transaction ends, no other worker chooses.
+
+    Returns:
+        None if there are no devices and no number is given.
 
     Raises:
-        InvalidRequest: the catalog has no such pipeline.
+        InvalidRequest: there is no device with this number.
+    """
+    if number is not None:
+        if number >= len(gpus):
+            there = f"0 to {len(gpus) - 1}" if gpus else "none"
+            raise InvalidRequest(
+                f"--device: there is no CUDA device {number} here. Devices: {there}.",
+                param="device",
+            )
+        return gpus[number]
+    if not gpus:
+        return None
+    found = workers.workers_by_device(connection, [gpu.id for gpu in gpus])
+    return min(gpus, key=lambda gpu: found[gpu.id])
+
+
+def run_worker(settings: Settings, pipeline: str, device: int | None = None) -> int:
+    """Run a worker of one lane until SIGTERM. Return the exit code.
+
+    Args:
+        settings: settings of the farm.
+        pipeline: name of the lane.
+        device: number of its CUDA device; None: the one with the fewest workers.
+
+    Raises:
+        InvalidRequest: the catalog has no such pipeline, or the machine no such device.
         Unavailable: Postgres cannot be reached.
     """
     farm = open_farm(settings)
-    farm.entry(pipeline)
+    gpus = list_gpus(settings) if uses_gpu(pipeline, farm.entry(pipeline)) else []
     # Until Celery handles it: exit in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     identity = new_identity(pipeline)
@@ -311,8 +348,12 @@ def run_worker(settings: Settings, pipeline: str) -> int:
     scratch = Scratch(settings.scratch_dir, identity.id)
     with scratch.held():
         with transaction(farm.store) as connection:
-            enlist(connection, identity)
-        supervisor = WorkerSupervisor(farm, identity, scratch)
+            gpu = choose_gpu(connection, gpus, device)
+            enlist(connection, identity, gpu)
+        if gpu is not None:  # the child sees this device only
+            log.info("%s uses %s (%s)", identity.name, gpu.name, gpu.token)
+            os.environ[VISIBLE] = gpu.token
+        supervisor = WorkerSupervisor(farm, identity, scratch, gpu)
         _connect(supervisor)
         supervisor.start()
         try:

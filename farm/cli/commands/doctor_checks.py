@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from farm.bells import Bells
 from farm.cli.client.http import FarmClient
 from farm.config import ENV_FILE, Settings
 from farm.errors import CatalogError, FarmError, Unavailable
-from farm.humanize import duration, plural
+from farm.humanize import duration, plural, size
 from farm.pipelines.catalog import Pipeline, load_catalog
-from farm.pipelines.resolve import resolve_pipeline
+from farm.pipelines.resolve import resolve_pipeline, uses_gpu
 from farm.pipelines.runtime.devices import device_name, device_of
+from farm.pipelines.runtime.gpus import Gpu, device_bytes, list_gpus
 from farm.storage import Artifacts
 from farm.store import workers
 from farm.store.engine import Store, require_sessions, server_clock, server_place, transaction
@@ -102,8 +103,10 @@ def _pipeline_checks(settings: Settings, store: Store) -> Iterator[Check]:
         pipelines = load_catalog(settings.pipelines).pipelines
     except CatalogError:  # the catalog check reports it
         return
+    devices = cache(partial(list_gpus, settings))
+    yield Check("devices", partial(_devices, devices), "Check the driver: `nvidia-smi`.")
     for name, entry in pipelines.items():
-        look = partial(_pipeline, name, entry)
+        look = partial(_pipeline, name, entry, devices)
         yield Check(f"pipeline {name}", look, f"Correct its entry in {settings.pipelines}.")
         look = partial(_workers, store, settings, name)
         yield Check(f"workers {name}", look, f"Start one: `farm worker {name}`.", "schema")
@@ -190,9 +193,27 @@ def _catalog(settings: Settings) -> str:
     return f"{settings.pipelines}: {', '.join(names)}"
 
 
-def _pipeline(name: str, entry: Pipeline) -> str:
+def _devices(devices: Callable[[], list[Gpu]]) -> str:
+    found = [f"{n}: {gpu.name}, {size(gpu.bytes)}" for n, gpu in enumerate(devices())]
+    return "; ".join(found) or "no CUDA device; pipelines render on the CPU"
+
+
+def _pipeline(name: str, entry: Pipeline, devices: Callable[[], list[Gpu]]) -> str:
     resolved = resolve_pipeline(name, entry)
-    return f"{resolved.family.name} from {entry.checkpoint}"
+    found = f"{resolved.family.name} from {entry.checkpoint}"
+    if not (uses_gpu(name, entry) and devices()):
+        return found
+    needed = device_bytes(entry)
+    if needed is None:
+        return f"{found}; its weights are not here yet, so their size is not known"
+    fits = [str(number) for number, gpu in enumerate(devices()) if needed <= gpu.bytes]
+    if not fits:
+        largest = size(max(gpu.bytes for gpu in devices()))
+        raise Wrong(
+            f"It needs about {size(needed)}, and the largest device has {largest}.",
+            "Set `offload`, or use a smaller dtype or a larger device.",
+        )
+    return f"{found}; needs about {size(needed)}, fits on device {', '.join(fits)}"
 
 
 def _workers(store: Store, settings: Settings, name: str) -> str:

@@ -84,12 +84,20 @@ def worker(
     pipeline: Annotated[
         str, typer.Argument(help="Name of a pipeline of the catalog, for example sd15.")
     ],
+    device: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of its CUDA device, as `farm doctor` lists them.",
+            show_default="the one with the fewest workers",
+        ),
+    ] = None,
 ) -> None:
     """Render the frames of one pipeline until SIGTERM. It finishes its batch first."""
     from workers.render.parent import run_worker
 
     with _process() as settings:
-        code = run_worker(settings, pipeline)
+        code = run_worker(settings, pipeline, device)
     raise typer.Exit(code)
 
 

@@ -42,9 +42,9 @@ def up(
     workers: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=COUNT",
-            help="Number of workers for a pipeline. Repeat for several pipelines. Example: sd15=2.",
-            show_default="1 for each pipeline",
+            metavar="NAME=COUNT,…",
+            help="Number of workers by pipeline; 0 for none. Example: sdxl=6,sd15=2.",
+            show_default="1 for each pipeline; the first one also gets the remaining GPUs",
         ),
     ] = None,
 ) -> None:
@@ -54,7 +54,8 @@ def up(
     """
     from farm.local.up import running_farm
 
-    counts = dict(_count(word) for word in workers or [])
+    words = ",".join(workers or []).split(",") if workers else []
+    counts = dict(_count(word.strip()) for word in words)
     with suppress(KeyboardInterrupt), interrupted_by_signals():
         console.print("Starting Postgres, Valkey, SeaweedFS and the farm …", style="dim")
         with running_farm(data, port, pipelines, counts) as farm:
@@ -68,7 +69,7 @@ def _count(word: str) -> tuple[str, int]:
     name, _, count = word.partition("=")
     if not (name and count.isdecimal()):
         raise InvalidRequest(
-            f"--workers: {word!r} is not of the form NAME=COUNT. Example: --workers demo=2.",
+            f"--workers: {word!r} is not of the form NAME=COUNT. Example: --workers demo=2,sd15=1.",
             param="workers",
         )
     return name, int(count)
@@ -87,3 +88,9 @@ def _show(farm: LocalFarm) -> None:
     }
     for name, value in rows.items():
         console.print(f"  {name:<10}{value}", markup=False)
+    for name, reason in farm.left_out.items():
+        console.print(f"  No worker for {name}: {reason}.", style="yellow")
+    if farm.left_out:
+        workers = [name.removeprefix("worker ") for name in farm.children if "worker " in name]
+        choice = f"{next(iter(farm.left_out))}=1,{workers[0].rpartition('-')[0]}=0"
+        console.print(f"  Choose with --workers, for example --workers {choice}", style="yellow")

@@ -30,6 +30,19 @@ def folder_of_configs(weights: Weights) -> Path:
     return Path(weights.checkpoint) if weights.is_local else _from_hub(weights)
 
 
+def cached_folder(weights: Weights) -> Path | None:
+    """Return the folder of a hub repository on this machine, without a request. None if absent."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(weights.source, revision=weights.revision, local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 _hub_is_away_until = float("-inf")
 
 

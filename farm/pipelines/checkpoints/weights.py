@@ -227,12 +227,19 @@ def _weighed_files(folder: Path) -> Iterator[Path]:
 
 def parameter_count(folder: Path, variant: str | None) -> int:
     """Count the parameters that loading a folder would put into memory."""
-    return sum(
-        prod(tensor["shape"])
+    return sum(parameter_counts(folder, variant))
+
+
+def parameter_counts(folder: Path, variant: str | None) -> list[int]:
+    """Count the parameters of each component of a folder, from the headers of its files."""
+    return [
+        sum(
+            prod(tensor["shape"])
+            for path in loaded_files(place, variant)
+            for tensor in _read_header(path).values()
+        )
         for place in _places(folder)
-        for path in loaded_files(place, variant)
-        for tensor in _read_header(path).values()
-    )
+    ]
 
 
 class _Tensor(TypedDict):

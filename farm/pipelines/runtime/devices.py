@@ -19,6 +19,8 @@ from farm.errors import CatalogError
 from farm.pipelines.catalog import Pipeline
 from farm.process import cores
 
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a parameter, by type."""
 NONE = "none"
 """Device of a family that computes nothing."""
 

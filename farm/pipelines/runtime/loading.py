@@ -27,6 +27,7 @@ from farm.pipelines.checkpoints.weights import (
 from farm.pipelines.family import LoadedPipeline
 from farm.pipelines.runtime.compiling import compile_pipe
 from farm.pipelines.runtime.devices import (
+    BYTES,
     device_of,
     dtype_of,
     free_memory,
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 AUTO = "AutoPipelineForText2Image"
 OPTIONS = ("compile", "channels_last", "offload")
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def load_pipe(
