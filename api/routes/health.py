@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from api import schemas
 from api.auth import FarmDep
+from api.openapi import refusals
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.store.engine import require_writes
@@ -33,7 +34,7 @@ async def healthz() -> schemas.Health:
 @router.get(
     "/readyz",
     summary="Readiness",
-    responses={503: {"model": schemas.Readiness, "description": UNREADY}},
+    responses=refusals(422) | {503: {"model": schemas.Readiness, "description": UNREADY}},
 )
 async def readyz(
     request: Request,

@@ -227,7 +227,7 @@ def test_the_api_loads_neither_torch_nor_diffusers() -> None:
 def test_an_unexpected_error_tells_nothing_of_the_inside(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sql(api.farm, "DROP TABLE leases")
+    sql(api.farm, "DROP TABLE leases CASCADE")
     response = api.client().get("/v1/workers")
     problem = check_problem(response, 500)
     assert "leases" not in response.text
