@@ -58,6 +58,11 @@ class Settings(BaseSettings):
         description="Address of the S3 server for clients, if they cannot reach"
         " FARM_S3_ENDPOINT_URL; download addresses use it. Example: https://images.example",
     )
+    s3_addressing: Literal["path", "virtual"] = Field(
+        default="path",
+        description="Place of the bucket in an S3 address. path: https://HOST/BUCKET/KEY; virtual:"
+        " https://BUCKET.HOST/KEY",
+    )
     s3_bucket: str = Field(default="farm", description="Bucket that stores artifacts")
     api_url: str = Field(
         default="http://127.0.0.1:8000",

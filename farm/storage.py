@@ -160,7 +160,7 @@ class Artifacts:
                 # The key and the row hold our own sha256; a second checksum only costs time.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
-                s3={"addressing_style": "path"},
+                s3={"addressing_style": self._settings.s3_addressing},
             ),
         )
         # boto3 sends only CRC32 here. Several storages refuse it and require Content-MD5.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from farm.cli.commands.up import _show
+from farm.config import Settings
+from farm.local import up
+from farm.pipelines.catalog import load_catalog
 from farm.pipelines.runtime import gpus
 from tests.acceptance.farms import LiveFarm, running
 from tests.integration.test_gpus import null_catalog
@@ -45,22 +49,24 @@ def test_what_has_no_room_is_named_with_the_way_to_choose(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each entry needs a whole device, and there is one."""
+    """Each entry needs a whole device, and there is one. Nothing is started here."""
     monkeypatch.setenv("FARM_SIMULATED_GPUS", "1")
-    monkeypatch.setattr("farm.local.up.device_bytes", lambda _: GPU_BYTES)
-    with running(tmp_path / "data", "a", two_devices) as live:
-        assert list(workers(live, 1)) == ["a"]
-        _show(live.farm)
+    monkeypatch.setattr(up, "device_bytes", lambda _: GPU_BYTES)
+    found = up._placement(Settings(), load_catalog(two_devices).pipelines, {})
+    assert [(each.pipeline, each.device) for each in found.workers] == [("a", 0)]
+    started: Any = {"api": None, "worker a-1": None}
+    servers: Any = None
+    _show(up.LocalFarm("http://x", "key", tmp_path, {}, servers, started, found.left_out))
     printed = capsys.readouterr().out
     assert "No worker for b: it needs 24.0 GiB, and no device has enough memory left" in printed
     assert "Choose with --workers, for example --workers b=1,a=0" in printed
 
 
-def workers(live: LiveFarm, count: int = 2) -> dict[str, dict[str, object]]:
+def workers(live: LiveFarm) -> dict[str, dict[str, object]]:
     def ready() -> dict[str, dict[str, object]] | None:
         rows = {row["pipeline"]: row for row in live.get("/v1/workers")["data"]}
         idle = [row for row in rows.values() if row["state"] == "idle"]
-        return rows if len(idle) == count else None
+        return rows if len(idle) == 2 else None
 
     rows = wait_until(ready, 60, "the workers are ready")
     assert rows is not None

@@ -335,23 +335,30 @@ def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(
     assert seconds[1] < 1.0
 
 
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"HF_ENDPOINT": "http://127.0.0.1:1"},
+        pytest.param({"HF_HUB_OFFLINE": "1"}, marks=pytest.mark.slow),
+    ],
+    ids=["unreachable", "offline"],
+)
 def test_without_a_hub_what_was_fetched_before_is_loaded(
-    bench: CheckpointSandbox, tmp_path: Path
+    bench: CheckpointSandbox, tmp_path: Path, env: dict[str, str]
 ) -> None:
     home = tmp_path / "home"
     cached(bench, home, "some-org/here")
-    for env in ({"HF_ENDPOINT": "http://127.0.0.1:1"}, {"HF_HUB_OFFLINE": "1"}):
-        told = run_alone(
-            ASKING,
-            str(tmp_path),
-            "10",
-            "some-org/here",
-            "some-org/gone",
-            HF_HOME=str(home),
-            **env,
-        ).splitlines()
-        here, gone = told[0::2]
-        assert here == "loaded"
-        assert "is not a folder next to the catalog, and fetching it from the hub failed: " in gone
-        assert "a moment ago" not in gone, "it answered at once, so it may be asked again"
-        assert float(told[3]) < 5.0
+    told = run_alone(
+        ASKING,
+        str(tmp_path),
+        "10",
+        "some-org/here",
+        "some-org/gone",
+        HF_HOME=str(home),
+        **env,
+    ).splitlines()
+    here, gone = told[0::2]
+    assert here == "loaded"
+    assert "is not a folder next to the catalog, and fetching it from the hub failed: " in gone
+    assert "a moment ago" not in gone, "it answered at once, so it may be asked again"
+    assert float(told[3]) < 5.0

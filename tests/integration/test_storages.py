@@ -134,3 +134,20 @@ def test_clients_download_from_the_public_address(settings: Settings) -> None:
 def test_a_public_address_is_a_scheme_and_a_host(url: str) -> None:
     with pytest.raises(ValueError, match=r"Example: https://images\.example"):
         Settings(s3_public_url=url)
+
+
+@pytest.mark.parametrize(
+    ("addressing", "beginning"),
+    [
+        ("path", "https://images.example/farm/some/key?"),
+        ("virtual", "https://farm.images.example/some/key?"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["s3_public_url", "s3_endpoint_url"])
+def test_the_bucket_stands_where_the_storage_wants_it(
+    settings: Settings, setting: str, addressing: str, beginning: str
+) -> None:
+    own = {"s3_addressing": addressing, "s3_bucket": "farm", setting: "https://images.example"}
+    artifacts = Artifacts(settings.model_copy(update=own))
+    assert artifacts.presigned("some/key").startswith(beginning)
+    artifacts.close()

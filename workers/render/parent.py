@@ -340,7 +340,9 @@ def run_worker(settings: Settings, pipeline: str, device: int | None = None) -> 
         Unavailable: Postgres cannot be reached.
     """
     farm = open_farm(settings)
-    gpus = list_gpus(settings) if uses_gpu(pipeline, farm.entry(pipeline)) else []
+    entry, gpus = farm.entry(pipeline), list_gpus(settings)
+    if gpus and not uses_gpu(pipeline, entry):  # reads the checkpoint, so only if it matters
+        gpus = []
     # Until Celery handles it: exit in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     identity = new_identity(pipeline)
