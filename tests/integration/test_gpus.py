@@ -144,6 +144,16 @@ def test_a_driver_that_fails_is_told_in_one_line(
         list_gpus(settings)
 
 
+def test_a_driver_that_hangs_is_told_in_one_line(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_has_devices", lambda: True)
+    monkeypatch.setattr(module, "SCRIPT", "import threading; threading.Event().wait()")
+    monkeypatch.setattr(module, "LIST_SECONDS", 0.2)
+    with pytest.raises(FarmError, match=r"^The driver did not list .* within 0\.2 s\."):
+        list_gpus(settings)
+
+
 # Memory
 
 

@@ -54,7 +54,7 @@ def up(
     """
     from farm.local.up import running_farm
 
-    words = ",".join(workers or []).split(",") if workers else []
+    words = ",".join(workers).split(",") if workers else []
     counts = dict(_count(word.strip()) for word in words)
     with suppress(KeyboardInterrupt), interrupted_by_signals():
         console.print("Starting Postgres, Valkey, SeaweedFS and the farm …", style="dim")

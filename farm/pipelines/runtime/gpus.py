@@ -62,13 +62,19 @@ def list_gpus(settings: Settings) -> list[Gpu]:
         return [Gpu(str(each), f"simulated-{each}", "Simulated", 24 * 2**30) for each in numbers]
     if not _has_devices():
         return []
-    ended = subprocess.run(  # noqa: S603 - the argv is ours
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=LIST_SECONDS,
-        check=False,
-    )
+    try:
+        ended = subprocess.run(  # noqa: S603 - the argv is ours
+            [sys.executable, "-c", SCRIPT],
+            capture_output=True,
+            text=True,
+            timeout=LIST_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FarmError(
+            f"The driver did not list the CUDA devices within {LIST_SECONDS:g} s. "
+            "Check it: `nvidia-smi`."
+        ) from error
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:]
         raise FarmError(f"torch cannot list the CUDA devices: {''.join(last)}")
