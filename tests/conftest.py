@@ -19,6 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.local import Servers, embedded_servers
+from farm.process import collect_rarely
 from farm.store import keys
 from farm.store.engine import transaction
 from tests.support.databases import Databases
@@ -43,8 +44,14 @@ LONGEST = "test_parity"
 """The slowest file. It begins first; begun last, it would leave the other processes idle."""
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # imported objects stay: collections can skip them
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import all test files, then start to collect garbage: what was imported stays."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+    collect_rarely()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

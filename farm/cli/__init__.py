@@ -33,6 +33,7 @@ from farm.cli.commands import (
 from farm.cli.terminal.console import clean, err
 from farm.cli.terminal.exit_codes import EPILOG, ERROR
 from farm.errors import FarmError
+from farm.process import collect_rarely
 
 app = typer.Typer(
     name="farm",
@@ -122,6 +123,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # prompts may hold characters it cannot show
+    collect_rarely()
     try:
         app(prog_name="farm")
     except FarmError as error:

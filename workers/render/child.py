@@ -15,7 +15,7 @@ from farm.pipelines.family import uses_torch
 from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import even_threads, prepare_torch
 from farm.pipelines.runtime.loading import free_what_is_left
-from farm.process import set_ready
+from farm.process import collect_usually, set_ready
 from farm.rendering.warmup import slot_test, warm_up
 from farm.store import workers
 from farm.store.engine import transaction
@@ -133,6 +133,7 @@ class RenderProcess:
             if uses_torch(resolved.family):
                 prepare_torch(even_threads(self._farm.settings.torch_threads))
             loaded = resolved.family.load(resolved.pipeline)
+            collect_usually()
             compiled_shapes = warm_up(resolved, loaded)
             slots = slot_test(resolved, loaded)
             assembly = assemble(
