@@ -21,7 +21,7 @@ from tests.acceptance.farms import LiveFarm
 from tests.support.cli_runner import farm
 from tests.support.waiting import wait_until
 
-KILLED_FRAMES = 2_000
+KILLED_FRAMES = 1_000
 
 
 @pytest.mark.full_size
