@@ -22,7 +22,7 @@ def main() -> int:
         for sample in family.samples:
             if sample.name == "farm_queue_frames":
                 waiting[sample.labels["pipeline"]] += int(sample.value)
-            elif sample.name == "farm_workers_alive":
+            elif sample.name == "farm_workers":
                 alive[sample.labels["pipeline"]] += int(sample.value)
     stuck = 0
     for pipeline in sorted(waiting | alive):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from farm.bells import Bells
 from farm.config import Settings
-from farm.errors import InvalidRequest
 from farm.pipelines.catalog import Catalog, Pipeline, load_catalog
 from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.storage import Artifacts
@@ -39,13 +38,7 @@ class Farm:
         Raises:
             InvalidRequest: there is no such pipeline.
         """
-        if name not in self.catalog.pipelines:
-            names = ", ".join(sorted(self.catalog.pipelines))
-            raise InvalidRequest(
-                f"There is no pipeline {name[:100]!r} in the catalog. It has {names}.",
-                param="pipeline",
-            )
-        return self.catalog.pipelines[name]
+        return self.catalog.entry(name)
 
     def resolve(self, name: str) -> ResolvedPipeline:
         """Find a pipeline with its parameters. Its checkpoint's configuration is read once.

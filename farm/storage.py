@@ -349,6 +349,21 @@ class Artifacts:
             return False
         return True
 
+    def create_bucket(self) -> None:
+        """Create the bucket, if it is missing. AWS creates it only in the region us-east-1.
+
+        Raises:
+            Unavailable: the storage does not answer or refuses.
+        """
+        try:
+            self._s3.create_bucket(Bucket=self.bucket)
+        except self._s3.exceptions.BucketAlreadyOwnedByYou:
+            return
+        except (BotoCoreError, ClientError) as error:
+            raise Unavailable(
+                f"The storage did not create bucket {self.bucket}: {_why(error)}"
+            ) from error
+
     def close(self) -> None:
         """Close the connections."""
         for name in ("_s3", "_hasty", "_signer"):

@@ -19,6 +19,7 @@ from farm.cli.commands import (
     demo,
     doctor,
     export,
+    fetch,
     get,
     images,
     jobs,
@@ -55,6 +56,7 @@ EXTRAS = {
     "doctor": "server",
     "worker": "worker",
     "calibrate": "worker",
+    "fetch": "worker",
     "replay": "worker",
     "up": "local",
     "demo": "local",
@@ -92,6 +94,7 @@ app.command("worker", rich_help_panel=RUN)(processes.worker)
 app.command("janitor", rich_help_panel=RUN)(processes.janitor)
 app.command("exporter", rich_help_panel=RUN)(processes.exporter)
 app.command("migrate", rich_help_panel=RUN)(processes.migrate)
+app.command("fetch", rich_help_panel=RUN)(fetch.fetch)
 app.command("calibrate", rich_help_panel=RUN)(calibrate.calibrate)
 app.command("audit", rich_help_panel=RUN)(audit.audit)
 app.add_typer(keys.app, name="keys", rich_help_panel=OPERATE)

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from farm.domain.spec import MAX_BUCKET
-from farm.errors import CatalogError
+from farm.errors import CatalogError, InvalidRequest
 
 
 class Weights(BaseModel):
@@ -168,6 +168,20 @@ class Catalog(BaseModel):
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise ValueError(f"pipeline name {name!r}: use letters, digits, '-', '_' and '.'")
         return value
+
+    def entry(self, name: str) -> Pipeline:
+        """Find a pipeline.
+
+        Raises:
+            InvalidRequest: there is no such pipeline.
+        """
+        if name not in self.pipelines:
+            names = ", ".join(sorted(self.pipelines))
+            raise InvalidRequest(
+                f"There is no pipeline {name[:100]!r} in the catalog. It has {names}.",
+                param="pipeline",
+            )
+        return self.pipelines[name]
 
 
 def is_json(path: Path) -> bool:

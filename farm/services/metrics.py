@@ -14,11 +14,13 @@ from farm.context import Farm
 from farm.domain.spec import Priority
 from farm.store import lanes, queries, workers
 from farm.store.engine import transaction
+from farm.store.lanes import LaneDepth
 
 OUTCOMES = ("succeeded", "requeued", "dead", "dropped")
 """Outcomes of an attempt. Requeued: another attempt follows. Dropped: its lease was lost."""
 
 STAGES = ("denoise", "encode", "put", "commit")
+STATES = ("loading", "idle", "rendering", "failed")
 
 
 def render_metrics(farm: Farm, *more: Metric) -> bytes:
@@ -50,31 +52,42 @@ def _lane_metrics(farm: Farm) -> Iterator[Metric]:
     with transaction(farm.store) as connection:
         depths = lanes.depths(connection)
         sums = {row.pipeline: row for row in workers.sums(connection)}
+        states = {(row.pipeline, row.state): row.number for row in workers.states(connection)}
         database = queries.database_bytes(connection)
     pipelines = sorted({*farm.catalog.pipelines, *sums, *(row.pipeline for row in depths)})
-    yield _queue(pipelines, {(row.pipeline, row.priority): row.waiting for row in depths})
+    yield from _queues(pipelines, depths)
     yield _counter(sums, "farm_frames", "Attempts by outcome", "outcome", OUTCOMES)
     yield _counter(sums, "farm_stage_seconds", "Seconds spent on batches", "stage", STAGES)
     yield _counter(sums, "farm_work_seconds", "Seconds with something to render")
     yield _counter(sums, "farm_batches", "Batches rendered")
     yield _counter(sums, "farm_lease_expiries", "Leases that expired")
-    alive = GaugeMetricFamily("farm_workers_alive", "Workers alive", labels=["pipeline"])
+    alive = GaugeMetricFamily("farm_workers", "Workers alive", labels=["pipeline", "state"])
     for pipeline in pipelines:
-        alive.add_metric([pipeline], sums[pipeline].alive if pipeline in sums else 0)
+        for state in STATES:
+            alive.add_metric([pipeline, state], states.get((pipeline, state), 0))
     yield alive
     yield GaugeMetricFamily(
         "farm_database_bytes", "Disk space of the farm's tables", value=database
     )
 
 
-def _queue(pipelines: list[str], waiting: dict[tuple[str, int], int]) -> Metric:
-    queue = GaugeMetricFamily(
-        "farm_queue_frames", "Frames waiting for a worker", labels=["pipeline", "priority"]
+def _queues(pipelines: list[str], depths: Sequence[LaneDepth]) -> Iterator[Metric]:
+    """Build the metrics of what waits. A lane without waiting frames has zeros."""
+    labels = ["pipeline", "priority"]
+    frames = GaugeMetricFamily("farm_queue_frames", "Frames waiting for a worker", labels=labels)
+    oldest = GaugeMetricFamily(
+        "farm_oldest_waiting_seconds",
+        "Age of the oldest job with frames that were never claimed",
+        labels=labels,
     )
+    rows = {(row.pipeline, row.priority): row for row in depths}
     for pipeline in pipelines:
         for priority in Priority:
-            queue.add_metric([pipeline, priority.wire], waiting.get((pipeline, priority), 0))
-    return queue
+            row = rows.get((pipeline, priority))
+            frames.add_metric([pipeline, priority.wire], row.waiting if row else 0)
+            oldest.add_metric([pipeline, priority.wire], row.oldest if row else 0)
+    yield frames
+    yield oldest
 
 
 COLUMNS = {

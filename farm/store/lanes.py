@@ -14,11 +14,13 @@ from farm.store.workers import PROBLEM_NOW, STATE_NOW
 
 
 class LaneDepth(NamedTuple):
-    """Number of frames of one priority that wait on a lane."""
+    """Frames of one priority that wait on a lane."""
 
     pipeline: str
     priority: int
     waiting: int
+    oldest: float
+    """Age of the oldest job with frames that were never claimed, in seconds. 0 if there is none."""
 
 
 class LaneNow(NamedTuple):
@@ -44,10 +46,13 @@ ORDER BY pipeline
 """)
 
 DEPTH = text("""
-SELECT pipeline, priority, sum(waiting)::bigint AS waiting FROM (
-    SELECT pipeline, priority, total - cursor AS waiting FROM jobs WHERE open
+SELECT pipeline, priority, sum(waiting)::bigint AS waiting,
+       coalesce(extract(epoch FROM statement_timestamp() - min(since)), 0)::float8 AS oldest
+FROM (
+    SELECT pipeline, priority, total - cursor AS waiting, created_at AS since
+    FROM jobs WHERE open
     UNION ALL
-    SELECT pipeline, priority, 1 FROM requeued_frames
+    SELECT pipeline, priority, 1, NULL FROM requeued_frames
 ) lane GROUP BY pipeline, priority ORDER BY pipeline, priority
 """)
 

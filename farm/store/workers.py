@@ -126,9 +126,14 @@ ORDER BY name
 """)
 
 SUMS = text(f"""
-SELECT pipeline, {", ".join(f"sum({column}) AS {column}" for column in SUMMED)},
-       count(*) FILTER (WHERE NOT gone) AS alive
+SELECT pipeline, {", ".join(f"sum({column}) AS {column}" for column in SUMMED)}
 FROM workers GROUP BY pipeline ORDER BY pipeline
+""")  # noqa: S608 - constants only
+
+
+STATES = text(f"""
+SELECT w.pipeline, {STATE_NOW} AS state, count(*) AS number
+FROM workers w WHERE NOT w.gone GROUP BY 1, 2
 """)  # noqa: S608 - constants only
 
 
@@ -299,7 +304,7 @@ class WorkerRow(NamedTuple):
 
 
 class WorkerSums(NamedTuple):
-    """Sums of all workers of a pipeline, and the number of those that are alive."""
+    """Sums of all workers of a pipeline, also of those that are gone."""
 
     pipeline: str
     succeeded: int
@@ -313,7 +318,14 @@ class WorkerSums(NamedTuple):
     put_seconds: float
     commit_seconds: float
     work_seconds: float
-    alive: int
+
+
+class WorkersInState(NamedTuple):
+    """Number of the workers of a pipeline that are alive and in one state."""
+
+    pipeline: str
+    state: str
+    number: int
 
 
 def list_workers(connection: Connection, tenant_id: uuid.UUID | None = None) -> list[WorkerRow]:
@@ -328,3 +340,8 @@ def list_workers(connection: Connection, tenant_id: uuid.UUID | None = None) -> 
 def sums(connection: Connection) -> list[WorkerSums]:
     """Read the sums of all workers ever, by pipeline."""
     return rows_of(connection.execute(SUMS), WorkerSums)
+
+
+def states(connection: Connection) -> list[WorkersInState]:
+    """Count the workers that are alive, by pipeline and state. A tripped worker is failed."""
+    return rows_of(connection.execute(STATES, {"tenant_id": None}), WorkersInState)

@@ -125,7 +125,7 @@ def test_without_redis_a_job_is_still_taken(farm: Farm) -> None:
         assert api.jobs_stored() == 1
 
 
-ORDER = ("pipeline", "priority", "outcome", "stage")
+ORDER = ("pipeline", "priority", "outcome", "stage", "state")
 """Order of the labels."""
 
 
@@ -169,7 +169,10 @@ def test_metrics_count_what_happened(api: Api) -> None:
     assert seen["farm_work_seconds_total", "demo"] == 1.6
     assert seen["farm_batches_total", "demo"] == 1
     assert seen["farm_lease_expiries_total", "demo"] == 1
-    assert seen["farm_workers_alive", "demo"] == 1
+    assert seen["farm_workers", "demo", "idle"] + seen["farm_workers", "demo", "loading"] == 1
+    assert seen["farm_workers", "demo", "failed"] == 0
+    assert 0 < seen["farm_oldest_waiting_seconds", "demo", "bulk"] < 600
+    assert seen["farm_oldest_waiting_seconds", "demo", "interactive"] == 0
     assert seen[("farm_database_bytes",)] > 1_000_000
 
 

@@ -55,10 +55,12 @@ def test_of_two_janitors_one_exports_what_the_api_does(farm: Farm, tenant: uuid.
     with running(farm) as (first, one), running(farm) as (second, other), serving(farm) as api:
         wait_until(lambda: one.leading or other.leading, 30, "one leads")
         leads, waits = (first, second) if one.leading else (second, first)
-        assert families(waits) == {"farm_janitor_leading"}
+        assert families(waits) == {"farm_janitor_leading", "farm_build_info"}
         wait_until(lambda: (one.swept_at or other.swept_at) is not None, 30, "it has swept")
         own = {"farm_janitor_leading", "farm_janitor_swept_timestamp_seconds"}
+        own |= {"farm_build_info", "farm_storage_up"}
         assert families(leads) == families(api.url) | own
+        assert "farm_storage_up 1.0" in httpx.get(f"{leads}/metrics").text
         assert 'farm_queue_frames{pipeline="demo",priority="normal"} 1.0' in (
             httpx.get(f"{leads}/metrics").text
         )

@@ -18,6 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from farm.context import Farm
 from farm.errors import FarmError, Unavailable
+from farm.process import version
 from farm.services.metrics import render, render_metrics
 from workers.janitor.janitor import JanitorStatus
 
@@ -102,13 +103,22 @@ def _health(status: JanitorStatus) -> Answer:
 
 def _metrics(farm: Farm, status: JanitorStatus) -> Answer:
     try:
-        content = render_metrics(farm, *_own(status)) if status.leading else render(*_own(status))
+        content = _of_the_farm(farm, status) if status.leading else render(*_own(status))
     except Unavailable as error:
         return _text(HTTPStatus.SERVICE_UNAVAILABLE, error.message)
     return HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, content
 
 
+def _of_the_farm(farm: Farm, status: JanitorStatus) -> bytes:
+    up = float(farm.artifacts.answers())  # a silent storage is given up after 2 s
+    storage = GaugeMetricFamily("farm_storage_up", "1 if the storage answers", value=up)
+    return render_metrics(farm, *_own(status), storage)
+
+
 def _own(status: JanitorStatus) -> Iterator[Metric]:
+    build = GaugeMetricFamily("farm_build_info", "The version of the farm", labels=["version"])
+    build.add_metric([version()], 1)
+    yield build
     yield GaugeMetricFamily(
         "farm_janitor_leading", "1 if this janitor is the leader", value=float(status.leading)
     )

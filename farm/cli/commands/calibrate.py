@@ -10,7 +10,7 @@ import typer
 
 from farm.cli.terminal.console import Json, columns, emit, note, out, say, show_table, tail
 from farm.cli.terminal.progress import busy, counted
-from farm.errors import InvalidRequest, OutOfMemory
+from farm.errors import OutOfMemory
 from farm.humanize import size
 
 if TYPE_CHECKING:
@@ -105,11 +105,7 @@ def calibrate(
 def _entry(settings: Settings, name: str) -> Pipeline:
     from farm.pipelines.catalog import load_catalog
 
-    catalog = load_catalog(settings.pipelines)
-    if name not in catalog.pipelines:
-        names = ", ".join(sorted(catalog.pipelines))
-        raise InvalidRequest(f"There is no pipeline {name[:100]!r} in the catalog. It has {names}.")
-    return catalog.pipelines[name]
+    return load_catalog(settings.pipelines).entry(name)
 
 
 def _measure(

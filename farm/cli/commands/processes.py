@@ -188,13 +188,20 @@ def migrate(
             help="Role of Postgres that may read the view `scaling`, for a scaler such as KEDA.",
         ),
     ] = None,
+    create_bucket: Annotated[
+        bool, typer.Option("--create-bucket", help="Also create the bucket, if it is missing.")
+    ] = False,
 ) -> None:
     """Migrate the database to the schema of this version."""
     from farm.config import load_settings
+    from farm.storage import Artifacts
     from farm.store.engine import open_store
     from farm.store.migrate import grant_scaling, require_schema, upgrade
 
-    store = open_store(load_settings())
+    settings = load_settings()
+    if create_bucket:
+        Artifacts(settings).create_bucket()
+    store = open_store(settings)
     try:
         for attempt in _while_away(wait_database):
             with attempt:
