@@ -24,6 +24,7 @@ NOT_RUN = ("sh cluster", "sh other")
 """Blocks that need a cluster, or root and programs that are not here."""
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path: Path) -> None:
     [values] = blocks("yaml", PAGE)
     (tmp_path / "values.yaml").write_text(values.text)

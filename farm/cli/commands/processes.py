@@ -197,12 +197,13 @@ def migrate(
 ) -> None:
     """Migrate the database to the schema of this version."""
     from farm.config import load_settings
-    from farm.storage import Artifacts
     from farm.store.engine import open_store
     from farm.store.migrate import grant_scaling, require_schema, upgrade
 
     settings = load_settings()
     if create_bucket:
+        from farm.storage import Artifacts
+
         Artifacts(settings).create_bucket()
     store = open_store(settings)
     try:
