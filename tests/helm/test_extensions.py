@@ -61,7 +61,7 @@ def test_every_object_has_the_form_of_its_schema(folder: Path, version: str) -> 
     assert problems(folder, found) == [None] * len(found)
 
 
-WRONG = {
+WRONG: dict[str, Object] = {
     "ScaledObject": {"minReplicaCount": "two"},
     "TriggerAuthentication": {"secretTargetRef": 1},
     "PodMonitor": {"podMetricsEndpoints": 1},
