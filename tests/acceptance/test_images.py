@@ -96,7 +96,12 @@ def test_the_worker_image_has_the_pinned_torch_and_a_compiler(
     assert packages == listed_in_sbom(containers, worker)
     names = {"torch", "transformers", "accelerate", "compel", "safetensors"}
     assert pinned() >= {(name, packages[name].partition("+")[0]) for name in names}
-    assert "gcc" in containers.run(worker, "--version", env={}, entry="gcc")
+    build = (
+        "cd /tmp && echo '#include <Python.h>' > x.c && "
+        'gcc -c $(python3 -c \'import sysconfig; print("-I" + sysconfig.get_path("include"))\') x.c'
+        " && ls x.o"
+    )
+    assert containers.run(worker, "-c", build, env={}, entry="sh") == "x.o"
 
 
 def test_images_say_what_they_are(containers: Containers, server: str, worker: str) -> None:

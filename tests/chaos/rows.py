@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
@@ -19,7 +20,7 @@ from tests.chaos import clock, release
 from tests.chaos.load import NULL, Load
 from tests.chaos.proxy import Fault, Freeze, Refuse, Slow, Stall, Swallow, Truncate
 from tests.chaos.scene import ChaosRun, Skipped
-from tests.chaos.stack import LEASE_SECONDS
+from tests.chaos.stack import LEASE_SECONDS, Process
 
 Around = Callable[[ChaosRun], AbstractContextManager[None]]
 
@@ -312,22 +313,38 @@ def leader_killed(scene: ChaosRun) -> None:
     scene.stack.processes[leading[0]].restart()
 
 
-@row(22, "A rolling deploy: the version before renders together with this one", most=3, mixes=False)
+KINDS = ("worker demo", "janitor", "api")
+"""Processes that are replaced one after another."""
+
+
+@row(22, "A rolling deploy and a rollback: two versions work together", most=3, mixes=False)
 def rolling_deploy(scene: ChaosRun) -> None:
+    """Go back to the version before and forward again, in both orders, with jobs at each step."""
     tree = release.earlier(scene.stack.folder.path)
-    [current] = scene.stack.workers("demo")
-    scene.load.demo(8)
-    old = scene.stack.add_worker("demo", "old", {"PYTHONPATH": str(tree)}, cwd=tree)
-    try:
-        scene.idle([old])
-        current.end(signal.SIGTERM)
-        scene.load.demo(8)
-        scene.wait(lambda: scene.truth.workers([old.pid])[-1]["succeeded"], "the old one rendered")
-        current.start()
-        scene.idle([current])
-        scene.load.demo(8)
-    finally:
-        scene.stack.remove(old)
+    older = {"PYTHONPATH": str(tree)}
+    for kinds in (KINDS, KINDS[::-1]):  # old workers with this API, then the other way round
+        changed = [each for kind in kinds for each in _of_kind(scene, kind)]
+        before = {process.name: process.program for process in changed}
+        for process in changed:
+            _replace(scene, process, {**process.program.env, **older}, tree)
+        for process in reversed(changed):
+            _replace(scene, process, before[process.name].env, before[process.name].cwd)
+
+
+def _of_kind(scene: ChaosRun, kind: str) -> list[Process]:
+    return [each for name, each in scene.stack.processes.items() if name.startswith(kind)]
+
+
+def _replace(scene: ChaosRun, process: Process, env: Mapping[str, str], cwd: Path | None) -> None:
+    """Replace a process by one of another version, then let a job render."""
+    process.end(signal.SIGTERM)
+    process.start(env, cwd)
+    if process.name.startswith("worker"):
+        scene.idle([process])
+    else:
+        process.ready()
+    job = scene.load.demo(8)
+    scene.wait(lambda: scene.truth.is_over(job.id), f"a job is rendered after {process.name}")
 
 
 @contextmanager

@@ -87,9 +87,9 @@ class Process:
         """Wait until it has ended."""
         wait_until(lambda: not self._child.alive, 60.0, f"{self.name} ended")
 
-    def start(self, env: Mapping[str, str] | None = None) -> None:
+    def start(self, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
         """Start it again at once, without the pause of a failing program."""
-        program = self.program if env is None else replace(self.program, env=env)
+        program = self.program if env is None else replace(self.program, env=env, cwd=cwd)
         self._supervisor.forget(self._child)
         self._child = self._supervisor.start(program)
 

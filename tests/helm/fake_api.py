@@ -65,6 +65,7 @@ class FakeCluster:
         with self._lock:
             key = (group, word, name)
             old = self.objects.get(key)
+            before = copy.deepcopy(old)
             new = merged(copy.deepcopy(old), given) if old and method == "PATCH" else given
             metadata = new.setdefault("metadata", {})
             metadata |= {"name": name, "namespace": "default"}
@@ -79,6 +80,14 @@ class FakeCluster:
                 kubernetes_validate.validate(form, VERSION, strict=False)
             except kubernetes_validate.ValidationError as error:
                 raise ValueError(error.message) from error
+            if before and before["kind"] == "Job":
+                templates = [each["spec"]["template"] for each in (before, new)]
+                if templates[0] != templates[1]:
+                    raise ValueError("spec.template: field is immutable")
+            if before and before["kind"] in ("Deployment", "StatefulSet"):
+                selectors = [each["spec"]["selector"] for each in (before, new)]
+                if selectors[0] != selectors[1]:
+                    raise ValueError("spec.selector: field is immutable")
             new["status"] = self._settled(new)
             self.objects[key] = new
             self.log.append(f"{method} {new['kind']} {name}")

@@ -73,7 +73,7 @@ def test_every_pod_passes_the_restricted_profile(case: str) -> None:
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys(), name
         for volume in pod.get("volumes", []):
             assert "hostPath" not in volume, name
-        for container in pod["containers"]:
+        for container in every_container(pod):
             own = container["securityContext"]
             assert own["allowPrivilegeEscalation"] is False, name
             assert own["capabilities"] == {"drop": ["ALL"]}, name
@@ -83,7 +83,7 @@ def test_every_pod_passes_the_restricted_profile(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_container_says_what_it_needs(case: str) -> None:
     for name, pod in pods(objects(case)):
-        for container in pod["containers"]:
+        for container in every_container(pod):
             assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, name
             assert "memory" in container["resources"]["limits"], name
             assert "cpu" not in container["resources"]["limits"], name
@@ -93,6 +93,10 @@ def test_every_container_says_what_it_needs(case: str) -> None:
             mounted = {mount["name"] for mount in container["volumeMounts"]}
             declared = {volume["name"] for volume in pod["volumes"]}
             assert declared <= mounted <= declared | {"data"}, name  # data: a claim template's
+
+
+def every_container(pod: Object) -> list[Object]:
+    return [*pod.get("initContainers", []), *pod["containers"]]
 
 
 def names_of(container: Object) -> Counter[str]:
@@ -225,8 +229,8 @@ def test_the_defaults_of_workers_stay_as_they_are_for_the_next_pipeline() -> Non
         for each in found.values()
     ]
     assert limits == [
-        {"nvidia.com/mig-1g.10gb": 1, "memory": "16Gi", "ephemeral-storage": "4Gi"},
-        {"nvidia.com/mig-3g.40gb": 1, "memory": "16Gi", "ephemeral-storage": "4Gi"},
+        {"nvidia.com/mig-1g.10gb": 1, "memory": "16Gi"},
+        {"nvidia.com/mig-3g.40gb": 1, "memory": "16Gi"},
     ]
     classes = [each["spec"]["template"]["spec"].get("runtimeClassName") for each in found.values()]
     assert classes == ["nvidia", None]
@@ -270,9 +274,9 @@ def test_the_rendered_environment_is_read_by_the_farm(
 
 
 def test_no_password_is_in_a_pod() -> None:
-    text = json.dumps([each for each in objects("cpu") if each["kind"] == "Deployment"])
+    text = json.dumps([each for each in objects("cpu") if each["kind"] != "Secret"])
     assert "secret@" not in text
-    [secret] = by_kind(objects("cpu"), "Secret").values()
+    secret = by_kind(objects("cpu"), "Secret")["farm-servers"]
     assert secret["stringData"]["database"] == "postgresql://farm:secret@postgres:5432/farm"
 
 
@@ -411,9 +415,26 @@ def test_migrations_come_before_everything_and_need_nothing_of_the_release() -> 
     assert pod["serviceAccountName"] == "default"
     [container] = pod["containers"]
     assert container["args"] == ["migrate", "--wait-database", "300", "--pre"]
-    [url] = [each for each in container["env"] if each["name"] == "FARM_DATABASE_URL"]
-    assert url["valueFrom"] == {"secretKeyRef": {"name": "farm-postgres", "key": "owner-uri"}}
+    assert container["env"] == [
+        {
+            "name": "FARM_DATABASE_URL",
+            "valueFrom": {"secretKeyRef": {"name": "farm-postgres", "key": "uri"}},
+        }
+    ]
     assert [each["name"] for each in pod["volumes"]] == ["tmp"]
+
+
+def test_a_url_in_the_values_reaches_the_migration_by_a_secret_that_is_a_hook() -> None:
+    found = objects("cpu")
+    [container] = by_kind(found, "Job")["farm-migrate"]["spec"]["template"]["spec"]["containers"]
+    [url] = container["env"]
+    secret = by_kind(found, "Secret")[url["valueFrom"]["secretKeyRef"]["name"]]
+    assert secret["stringData"] == {"url": "postgresql://farm:secret@postgres:5432/farm"}
+    weights = [
+        int(each["metadata"]["annotations"]["helm.sh/hook-weight"])
+        for each in (secret, by_kind(found, "Job")["farm-migrate"])
+    ]
+    assert weights == sorted(weights)
 
 
 def test_post_steps_are_run_only_if_they_are_asked_for() -> None:
@@ -434,15 +455,35 @@ def weights_job() -> str:
 def test_weights_are_downloaded_once_for_each_version_of_an_entry() -> None:
     job = by_kind(objects("production"), "Job")[weights_job()]
     [container] = job["spec"]["template"]["spec"]["containers"]
-    assert container["args"] == ["fetch", "sdxl"]
+    [marker] = re.findall(r"farm fetch sdxl && touch (\S+)$", container["args"][0])
     worker = by_kind(objects("production"), "Deployment")["farm-worker-sdxl"]
     own = {each["name"]: each.get("value") for each in container["env"]}
     for name in ("HF_HOME", "FARM_PIPELINES"):
         assert own[name] == variables(worker)[name]
     assert variables(worker)["HF_HUB_OFFLINE"] == "1"
+    [wait] = worker["spec"]["template"]["spec"]["initContainers"]
+    assert f"test -e {marker};" in wait["command"][2]
+    assert {"name": "weights", "mountPath": "/hub", "readOnly": True} in wait["volumeMounts"]
     more = ("--set", "pipelines.sdxl.catalog.revision=0000000000000000000000000000000000000000")
     other = by_kind(objects("production", more=more), "Job")
     assert weights_job() not in other
+
+
+def test_a_job_that_cannot_be_changed_has_another_name_for_each_content() -> None:
+    names = set()
+    for word in ("image.tag=v1", "image.tag=v2", "podDefaults.priorityClassName=x"):
+        jobs = by_kind(objects("names", more=("--set", word)), "Job")
+        names |= {name for name in jobs if "worker" in name}
+    assert len(names) == 3
+
+
+def test_disk_for_pictures_follows_the_setting() -> None:
+    """The kubelet evicts a pod above its limit, and the pictures on its disk are gone."""
+    more = ("--set", "settings.spoolBytes=10737418240")
+    for case, expected in ((objects("minimal"), 3), (objects("minimal", more=more), 11)):
+        [pod] = [each["spec"]["template"]["spec"] for each in workers(case).values()]
+        [scratch] = [each for each in pod["volumes"] if each["name"] == "scratch"]
+        assert int(scratch["emptyDir"]["sizeLimit"]) == expected * 2**30
 
 
 def test_network_policies_open_two_ports_and_no_others() -> None:
@@ -500,7 +541,8 @@ def test_the_trial_brings_its_servers() -> None:
     worker = by_kind(found, "Deployment")["farm-worker-demo"]
     assert "FARM_PIPELINES" not in variables(worker)
     limits = worker["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert limits.keys() == {"memory", "ephemeral-storage"}
+    assert limits.keys() == {"memory"}
+    assert variables(worker)["NVIDIA_VISIBLE_DEVICES"] == "void"
 
 
 def test_versions_of_chart_and_package_are_equal() -> None:

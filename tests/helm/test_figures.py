@@ -20,7 +20,7 @@ from tests.support.waiting import wait_until
 DASHBOARD = CHART / "dashboards/farm.json"
 NAME = re.compile(r"\bfarm_[a-z_]+\b")
 LABELLED = re.compile(r"\b(farm_[a-z_]+)\{([^}]*)\}")
-RESERVED = {"app_kubernetes_io_component", "app_kubernetes_io_name"}
+RESERVED = {"app_kubernetes_io_component", "app_kubernetes_io_part_of"}
 """Labels that the scrape adds."""
 
 

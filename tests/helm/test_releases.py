@@ -67,7 +67,11 @@ class Release:
         return str(api["spec"]["template"]["spec"]["containers"][0]["image"])
 
 
-VALUES = (f"--values={CHART}/ci/minimal.yaml",)
+VALUES = (
+    f"--values={CHART}/ci/minimal.yaml",
+    "--set=pipelines.sd15.worker.weights.mode=download",
+    "--set=pipelines.sd15.worker.weights.claim=hub",
+)
 
 
 @pytest.fixture(params=HELMS)
@@ -158,9 +162,9 @@ def test_a_rollback_replaces_processes_and_leaves_the_database_alone(release: Re
     release.upgrade("--set", "image.tag=0.2.0")
     release.writes()
     release.helm("rollback", "farm", "1", *release.waits())
-    kinds = {write.split()[1] for write in release.writes()}
-    assert "Deployment" in kinds
-    assert "Job" not in kinds
+    writes = release.writes()
+    assert "Deployment" in {write.split()[1] for write in writes}
+    assert not any(JOB in write for write in writes)
     assert release.image() == "farm-server:0.1.0"
 
 
@@ -182,6 +186,18 @@ def test_an_uninstall_leaves_nothing(release: Release) -> None:
     release.install()
     release.helm("uninstall", "farm")
     assert release.cluster.objects == {}
+
+
+def test_what_cannot_be_changed_is_seen(release: Release) -> None:
+    """So the fake refuses what a cluster refuses, and the upgrades above did not try it."""
+    job = {"kind": "Job", "spec": {"template": {"spec": POD}}}
+    release.cluster.write("POST", "batch/v1", "jobs", "x", job)
+    other = {"spec": {"template": {"spec": {"containers": [{"name": "x", "image": "y:2"}]}}}}
+    with pytest.raises(ValueError, match="immutable"):
+        release.cluster.write("PATCH", "batch/v1", "jobs", "x", other)
+
+
+POD = {"restartPolicy": "Never", "containers": [{"name": "x", "image": "y:1"}]}
 
 
 def test_the_server_refuses_what_has_a_wrong_form(release: Release) -> None:

@@ -41,7 +41,7 @@ EXPIRED = 'farm_lease_expiries_total{pipeline="a"}'
 DENOISE = 'farm_stage_seconds_total{pipeline="a",stage="denoise"}'
 WORK = 'farm_work_seconds_total{pipeline="a"}'
 SWEPT = "farm_janitor_swept_timestamp_seconds"
-UP = 'up{app_kubernetes_io_name="farm",app_kubernetes_io_component="api"}'
+UP = 'up{app_kubernetes_io_part_of="farm",app_kubernetes_io_component="api"}'
 
 
 def workers(state: str) -> str:

@@ -180,7 +180,7 @@ def migrate(
         typer.Option(
             min=0,
             metavar="SECONDS",
-            help="Time to wait for a Postgres that does not answer yet.",
+            help="Time to wait for a Postgres or a storage that does not answer yet.",
         ),
     ] = 0.0,
     scaling_role: Annotated[
@@ -201,12 +201,14 @@ def migrate(
     from farm.store.migrate import grant_scaling, require_schema, upgrade
 
     settings = load_settings()
-    if create_bucket:
-        from farm.storage import Artifacts
-
-        Artifacts(settings).create_bucket()
     store = open_store(settings)
     try:
+        if create_bucket:
+            from farm.storage import Artifacts
+
+            for attempt in _while_away(wait_database):
+                with attempt:
+                    Artifacts(settings).create_bucket()
         for attempt in _while_away(wait_database):
             with attempt:
                 done = upgrade(store, pre_only=pre)

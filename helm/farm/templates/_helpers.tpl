@@ -10,9 +10,11 @@
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/part-of: farm
 {{ include "farm.selector" . }}
 {{- end }}
 
+{{/* What a selector may use: these never change. */}}
 {{- define "farm.selector" -}}
 app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -38,7 +40,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 {{- if and .Values.trial.enabled (not $all) -}}
-{{- $cpu := dict "gpu" (dict "resource" "" "count" 0) "resources" (dict "requests" (dict "cpu" "1" "memory" "2Gi" "ephemeral-storage" "4Gi") "limits" (dict "memory" "4Gi" "ephemeral-storage" "4Gi")) -}}
+{{- $cpu := dict "gpu" (dict "resource" "" "count" 0) "resources" (dict "requests" (dict "cpu" "1" "memory" "2Gi") "limits" (dict "memory" "4Gi")) -}}
 {{- $_ := set $all "demo" (dict "catalog" dict "worker" (mergeOverwrite (deepCopy .Values.workerDefaults) $cpu)) -}}
 {{- end -}}
 {{- toYaml $all -}}
@@ -94,7 +96,7 @@ FARM_S3_ENDPOINT_URL: {{ printf "http://%s-s3:8333" (include "farm.fullname" .) 
 {{- else if $v.s3.endpoint }}
 FARM_S3_ENDPOINT_URL: {{ $v.s3.endpoint | quote }}
 {{- end }}
-{{- with $v.s3.publicUrl }}
+{{- with default (ternary "http://localhost:8333" "" $v.trial.enabled) $v.s3.publicUrl }}
 FARM_S3_PUBLIC_URL: {{ . | quote }}
 {{- end }}
 {{- if or $v.s3.existingSecret $v.trial.enabled }}
@@ -110,13 +112,13 @@ FARM_{{ $name | snakecase | upper }}: {{ ternary $value (toJson $value) (kindIs 
 {{- end }}
 
 {{/* The template of a pod with one container. Keys: root, component, kind (of image), args,
-     resources, and optionally pipeline, own (overrides of podDefaults), env, volumes, mounts,
-     tmpSize, container (probes and ports), grace, catalog (JSON), catalogName (its ConfigMap),
+     resources, and optionally pipeline, own (overrides of podDefaults), env, onlyOwnEnv (true: not
+     that of all processes), waitFor (a file that must exist first), command, volumes, mounts, tmpSize, container (probes and ports), grace, catalog (JSON), catalogName (its ConfigMap),
      runFolder (true: FARM_RUN_DIR), serviceAccount, restartPolicy. */}}
 {{- define "farm.pod" -}}
 {{- $root := .root -}}
 {{- $pod := mergeOverwrite (deepCopy $root.Values.podDefaults) (deepCopy (default dict .own)) -}}
-{{- $env := mergeOverwrite (include "farm.env" $root | fromYaml) (default dict .env) -}}
+{{- $env := mergeOverwrite (ternary dict (include "farm.env" $root | fromYaml) (default false .onlyOwnEnv)) (default dict .env) -}}
 {{- $annotations := dict -}}
 {{- $mounts := list (dict "name" "tmp" "mountPath" "/tmp") -}}
 {{- $volumes := list (dict "name" "tmp" "emptyDir" (dict "sizeLimit" (default "1Gi" .tmpSize))) -}}
@@ -169,10 +171,28 @@ spec:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   {{- end }}
+  {{- with .waitFor }}
+  initContainers:
+    - name: wait
+      image: {{ include "farm.image" (dict "root" $root "kind" $.kind) | quote }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      command: [sh, -c, {{ printf "until test -e %s; do sleep 5; done" . | quote }}]
+      securityContext:
+        {{- include "farm.containerSecurity" $root | nindent 8 }}
+      resources:
+        requests: {cpu: 10m, memory: 16Mi}
+        limits: {memory: 64Mi}
+      volumeMounts:
+        {{- toYaml $mounts | nindent 8 }}
+        {{- toYaml $.mounts | nindent 8 }}
+  {{- end }}
   containers:
     - name: {{ .component }}
       image: {{ include "farm.image" (dict "root" $root "kind" .kind) | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      {{- with .command }}
+      command: {{ toJson . }}
+      {{- end }}
       args: {{ toJson .args }}
       securityContext:
         {{- include "farm.containerSecurity" $root | nindent 8 }}
@@ -211,6 +231,11 @@ livenessProbe:
 readinessProbe:
   exec: {command: [test, -e, /run/farm/ready]}
   periodSeconds: 5
+{{- end }}
+
+{{/* The file that the Job of mode download writes when everything is there. */}}
+{{- define "farm.weightsMarker" -}}
+{{- printf "%s/.fetched-%s" .weights.path (sha256sum .catalog | trunc 16) -}}
 {{- end }}
 
 {{- define "farm.metadata" -}}
