@@ -51,7 +51,10 @@ def test_equal_process_ids_never_return_the_frames_of_another_worker(disturbed: 
         assert disturbed.ended(job_id)["status"] == "succeeded"
         frames = disturbed.frames(job_id)
     lost = [attempt for frame in frames for attempt in frame["attempts"]]
-    assert 1 <= len(lost) <= 4, "one batch at most was on the device"
+    # It also gave back the batch that it claimed ahead, and one that was still being stored.
+    assert 1 <= len(lost) <= 3 * 4
+    denoised = [each for each in lost if "was not being denoised" not in each["message"]]
+    assert len(denoised) <= 4, "one batch at most was on the device"
     assert {attempt["reason"] for attempt in lost} == {"worker_lost"}
     assert len({attempt["worker"] for attempt in lost}) == 1
 
