@@ -22,8 +22,8 @@ def fetch(
     from farm.pipelines.checkpoints.hub import fetched
 
     catalog = load_catalog(load_settings().pipelines)
-    for name in pipelines:
-        pipeline = catalog.entry(name)
+    entries = {name: catalog.entry(name) for name in pipelines}
+    for name, pipeline in entries.items():
         for weights in (pipeline, *pipeline.parts.values()):
             with busy(f"Fetching {weights.source}"):
                 folder = fetched(weights, pipeline.variant_of(weights))
