@@ -148,6 +148,7 @@ def test_every_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_check_sees_each_alert_that_fires_wrongly(tmp_path: Path) -> None:
     tests = [told(case, case.silent, fires=True) for case in CASES]
     tests += [told(case, case.fires, fires=False) for case in CASES]

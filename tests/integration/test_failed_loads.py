@@ -249,6 +249,7 @@ print(type(family.load(large).pipe).__name__)
 """
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_while_loading_is_said_and_survived(bench: CheckpointSandbox) -> None:
     """A limit on the process's own memory makes torch's allocation fail."""
     from tests.support import checkpoints
@@ -338,7 +339,7 @@ def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(
 @pytest.mark.parametrize(
     "env",
     [
-        {"HF_ENDPOINT": "http://127.0.0.1:1"},
+        pytest.param({"HF_ENDPOINT": "http://127.0.0.1:1"}, marks=pytest.mark.slow),
         pytest.param({"HF_HUB_OFFLINE": "1"}, marks=pytest.mark.slow),
     ],
     ids=["unreachable", "offline"],

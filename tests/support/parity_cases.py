@@ -463,11 +463,24 @@ ALL_CASES = [
 DERIVED = ("refined", "net", "nets", "sdxl_nets")
 """Pipelines whose prompts, guidance and loop are those of `sd` or `sdxl`."""
 MANY_STEPS = 20
+PARTS = {
+    "nets": ("short", "negatives"),
+    "sdxl_nets": ("short", "negatives", "clip-skip", "sampler-pndm"),
+    "refined": ("compel-long",),
+}
+"""Cases of parts that `net`, `sd` or `sdxl` have in the same form."""
 
 
 def _is_variant(case: Case) -> bool:
-    """Tell whether other cases make the same calls: with fewer steps, or at another bucket."""
+    """Tell whether other cases make the same calls: with fewer steps, or at another bucket.
+
+    Or in another pipeline, from which this one has the part.
+    """
     if case.name.endswith("-own-size") or case.job.get("steps", 0) >= MANY_STEPS:
+        return True
+    if any(
+        case.name.startswith(f"{case.pipeline}-{part}") for part in PARTS.get(case.pipeline, ())
+    ):
         return True
     grids = {other.name: other.job.get("grid") for other in ALL_CASES}
     larger = case.name.removesuffix("-by1") + "-by4"
