@@ -294,5 +294,7 @@ class Proxies:
             listener.close()
         for link in self.links:
             await link.set(Reset())
-        while any(link.connections for link in self.links):
-            await asyncio.sleep(0.01)
+        # Also those that were accepted a moment ago, and have not begun.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=10)
+        await asyncio.sleep(0)  # the transports that they closed
