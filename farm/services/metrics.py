@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from farm.context import Farm
 from farm.domain.spec import Priority
-from farm.store import lanes, queries, workers
+from farm.store import histograms, lanes, queries, workers
 from farm.store.engine import transaction
 from farm.store.lanes import LaneDepth
+from farm.store.workers import WorkerSums
 
 OUTCOMES = ("succeeded", "requeued", "dead", "dropped")
 """Outcomes of an attempt. Requeued: another attempt follows. Dropped: its lease was lost."""
@@ -61,6 +65,8 @@ def _lane_metrics(farm: Farm) -> Iterator[Metric]:
     yield _counter(sums, "farm_work_seconds", "Seconds with something to render")
     yield _counter(sums, "farm_batches", "Batches rendered")
     yield _counter(sums, "farm_lease_expiries", "Leases that expired")
+    yield from _histograms(sums)
+    yield from _spools(sums)
     alive = GaugeMetricFamily("farm_workers", "Workers alive", labels=["pipeline", "state"])
     for pipeline in pipelines:
         for state in STATES:
@@ -90,6 +96,40 @@ def _queues(pipelines: list[str], depths: Sequence[LaneDepth]) -> Iterator[Metri
     yield oldest
 
 
+def _histograms(sums: dict[str, WorkerSums]) -> Iterator[Metric]:
+    """Build the histograms of durations. They have no sums: farm_stage_seconds has them."""
+    waits = HistogramMetricFamily(
+        "farm_wait_seconds",
+        "Time from a job's submission to the claim of its first frame",
+        labels=["pipeline", "priority"],
+    )
+    denoising = HistogramMetricFamily(
+        "farm_denoise_seconds", "Time that a batch is denoised", labels=["pipeline"]
+    )
+    for pipeline, row in sums.items():
+        for priority in Priority:
+            buckets = histograms.cumulative(row.wait_buckets, priority)
+            waits.add_metric([pipeline, priority.wire], buckets, sum_value=None)
+        denoising.add_metric([pipeline], histograms.cumulative(row.denoise_buckets), sum_value=None)
+    yield waits
+    yield denoising
+
+
+def _spools(sums: dict[str, WorkerSums]) -> Iterator[Metric]:
+    """Build the metrics of pictures that wait on workers' disks for the storage."""
+    spooled = GaugeMetricFamily(
+        "farm_spooled_bytes", "Pictures on the workers' disks, not stored yet", labels=["pipeline"]
+    )
+    limit = GaugeMetricFamily(
+        "farm_spool_limit_bytes", "Maximum of farm_spooled_bytes", labels=["pipeline"]
+    )
+    for pipeline, row in sums.items():
+        spooled.add_metric([pipeline], float(row.spool_bytes))
+        limit.add_metric([pipeline], float(row.spool_limit_bytes))
+    yield spooled
+    yield limit
+
+
 COLUMNS = {
     **{outcome: outcome for outcome in OUTCOMES},
     **{stage: f"{stage}_seconds" for stage in STAGES},
@@ -101,7 +141,7 @@ COLUMNS = {
 
 
 def _counter(
-    sums: dict[str, Any], name: str, text: str, label: str = "", values: tuple[str, ...] = ()
+    sums: dict[str, WorkerSums], name: str, text: str, label: str = "", values: tuple[str, ...] = ()
 ) -> Metric:
     """Build a counter by pipeline and, if `label` is set, by the values of that label."""
     counter = CounterMetricFamily(name, text, labels=["pipeline", label] if label else ["pipeline"])

@@ -28,6 +28,8 @@ class ClaimedFrame:
     spec: FrameSpec
     reuse: bool = False
     """True if a stored artifact may be reused, provided that its bytes would be the same."""
+    waited: float | None = None
+    """Seconds from its job's submission to this claim, if it is the job's first."""
 
     @property
     def fence(self) -> Fence:
@@ -121,4 +123,6 @@ def _claimed(
     line = Line(row.prompt) if job.input is None else lines[place]
     # The bucket of the claim, not of the spec: it may have been halved since the submission.
     spec = frame_spec(job, row.ordinal, line, row.bucket, row.rerolls)
-    return ClaimedFrame(row.job_id, row.tenant_id, row.ordinal, row.attempt, spec, job.reuse)
+    return ClaimedFrame(
+        row.job_id, row.tenant_id, row.ordinal, row.attempt, spec, job.reuse, row.waited
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import NamedTuple
 
@@ -12,11 +13,14 @@ from sqlalchemy import Connection, text
 
 from farm.domain.spec import Priority
 from farm.process import version
+from farm.store import histograms
 from farm.store.rows import rows_of
 
 REGISTER = text("""
-INSERT INTO workers (id, name, pipeline, host, pid, state, version, device_id, device_bytes)
-VALUES (:id, :name, :pipeline, :host, :pid, 'loading', :version, :device_id, :device_bytes)
+INSERT INTO workers (id, name, pipeline, host, pid, state, version, device_id, device_bytes,
+                     spool_bytes, spool_limit_bytes)
+VALUES (:id, :name, :pipeline, :host, :pid, 'loading', :version, :device_id, :device_bytes,
+        0, :spool_limit_bytes)
 """)
 
 CHOOSING = text("SELECT pg_advisory_xact_lock(hashtextextended('devices', 0))")
@@ -25,16 +29,19 @@ SELECT device_id, count(*) AS workers FROM workers
 WHERE NOT gone AND device_id = ANY(:ids) GROUP BY device_id
 """)
 
-MISSES_WORK = text("""
+# A worker that failed to load tries again without work too: then it is ready when work comes.
+NEEDS_A_KNOCK = text("""
 SELECT EXISTS (
     SELECT FROM workers w
-    WHERE w.id = :id AND w.state IN ('idle', 'failed') AND NOT w.draining
-      AND EXISTS (SELECT FROM pg_temp.leader(w.pipeline, '{}', CAST(:least AS smallint))))
+    WHERE w.id = :id AND NOT w.draining AND (
+        w.state = 'failed' OR w.state = 'idle'
+        AND EXISTS (SELECT FROM pg_temp.leader(w.pipeline, '{}', CAST(:least AS smallint)))))
 """)
 
 # A worker that was stopped for a while, and marked as gone, is no longer gone.
 SEEN = text("""
-UPDATE workers SET seen_at = clock_timestamp(), gone = false WHERE id = :id RETURNING draining
+UPDATE workers SET seen_at = clock_timestamp(), gone = false, spool_bytes = :spool_bytes
+WHERE id = :id RETURNING draining
 """)
 
 LEAVE = text("UPDATE workers SET gone = true WHERE id = :id")
@@ -55,6 +62,11 @@ RETURNING name
 
 SECONDS = ("denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds", "work_seconds")
 SUMMED = ("succeeded", "requeued", "dead", "dropped", "expired", "batches", *SECONDS)
+HISTOGRAMS = ("denoise_buckets", "wait_buckets")
+TOTALS = {
+    **{column: f"sum({column})" for column in SUMMED},
+    **{column: f"pg_temp.array_total({column})" for column in HISTOGRAMS},
+}
 
 # Sums of workers that are gone are kept in one row per pipeline, which has no host.
 ARCHIVE = text(f"""
@@ -63,12 +75,13 @@ WITH old AS (
     WHERE gone AND host <> '' AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
     RETURNING *
 )
-INSERT INTO workers (id, name, pipeline, host, pid, state, gone, {", ".join(SUMMED)})
+INSERT INTO workers (id, name, pipeline, host, pid, state, gone, {", ".join(TOTALS)})
 SELECT md5('former ' || pipeline)::uuid, 'former', pipeline, '', 0, 'idle', true,
-       {", ".join(f"sum({column})" for column in SUMMED)}
+       {", ".join(TOTALS.values())}
 FROM old GROUP BY pipeline
 ON CONFLICT (id) DO UPDATE
-SET {", ".join(f"{column} = workers.{column} + excluded.{column}" for column in SUMMED)}
+SET {", ".join(f"{column} = workers.{column} + excluded.{column}" for column in SUMMED)},
+    {", ".join(f"{c} = pg_temp.array_sum(workers.{c}, excluded.{c})" for c in HISTOGRAMS)}
 """)  # noqa: S608 - constants only
 
 # Not while it leaves out a tenant: only other tenants' frames can succeed then.
@@ -82,6 +95,7 @@ UPDATE workers w
 SET batches = w.batches + :batches, succeeded = w.succeeded + come.succeeded,
     dropped = w.dropped + come.dropped, requeued = w.requeued + :requeued, dead = w.dead + :dead,
     {", ".join(f"{column} = w.{column} + :{column}" for column in SECONDS)},
+    {", ".join(f"{c} = pg_temp.array_sum(w.{c}, CAST(:{c} AS bigint[]))" for c in HISTOGRAMS)},
     failing = CASE WHEN {IS_WELL} THEN '{{}}' ELSE w.failing END,
     trips = CASE WHEN {IS_WELL} THEN 0 ELSE w.trips END,
     tripped_until = CASE WHEN {IS_WELL} THEN NULL ELSE w.tripped_until END,
@@ -126,7 +140,9 @@ ORDER BY name
 """)
 
 SUMS = text(f"""
-SELECT pipeline, {", ".join(f"sum({column}) AS {column}" for column in SUMMED)}
+SELECT pipeline, {", ".join(f"{total} AS {column}" for column, total in TOTALS.items())},
+       coalesce(sum(spool_bytes) FILTER (WHERE NOT gone), 0) AS spool_bytes,
+       coalesce(sum(spool_limit_bytes) FILTER (WHERE NOT gone), 0) AS spool_limit_bytes
 FROM workers GROUP BY pipeline ORDER BY pipeline
 """)  # noqa: S608 - constants only
 
@@ -154,6 +170,10 @@ class Account:
     commit_seconds: float = 0.0
     work_seconds: float = 0.0
     """Wall-clock time during which there was something to render."""
+    denoise_buckets: Counter[int] = field(default_factory=Counter)
+    """Number of batches by their `histograms.place`."""
+    wait_buckets: Counter[int] = field(default_factory=Counter)
+    """Number of jobs that began, by their `histograms.place`. One histogram for each priority."""
 
     def __add__(self, other: Account) -> Account:
         """Add up several batches."""
@@ -163,10 +183,11 @@ class Account:
     def values(self, worker_id: uuid.UUID) -> dict[str, object]:
         """Return the parameters of `ADD` and `ACCOUNT`."""
         sums = {name: getattr(self, name) for name in ADDED}
-        return {"worker_id": worker_id, "well": not self.spooled, **sums}
+        arrays = {name: histograms.written(sums[name]) for name in HISTOGRAMS}
+        return {"worker_id": worker_id, "well": not self.spooled, **sums, **arrays}
 
 
-ADDED = [field.name for field in fields(Account) if field.name != "spooled"]
+ADDED = [part.name for part in fields(Account) if part.name != "spooled"]
 
 
 def register(
@@ -179,6 +200,7 @@ def register(
     pid: int,
     device_id: str | None = None,
     device_bytes: int | None = None,
+    spool_limit_bytes: int | None = None,
 ) -> None:
     """Insert a worker that starts to load its pipeline."""
     connection.execute(
@@ -192,6 +214,7 @@ def register(
             "version": version(),
             "device_id": device_id,
             "device_bytes": device_bytes,
+            "spool_limit_bytes": spool_limit_bytes,
         },
     )
 
@@ -207,15 +230,22 @@ def workers_by_device(connection: Connection, device_ids: Sequence[str]) -> dict
     return dict.fromkeys(device_ids, 0) | {str(row.device_id): int(row.workers) for row in rows}
 
 
-def misses_work(connection: Connection, worker_id: uuid.UUID) -> bool:
-    """Return True if a worker is idle or failed while work of its lane may be claimed."""
+def needs_a_knock(connection: Connection, worker_id: uuid.UUID) -> bool:
+    """Return True if a worker is idle while its lane has work, or failed to load its pipeline."""
     values = {"id": worker_id, "least": Priority.BULK}
-    return bool(connection.execute(MISSES_WORK, values).scalar_one())
+    return bool(connection.execute(NEEDS_A_KNOCK, values).scalar_one())
 
 
-def seen(connection: Connection, worker_id: uuid.UUID) -> bool | None:
-    """Record a worker's heartbeat. Return True if it must drain, None if it is unknown."""
-    draining: bool | None = connection.execute(SEEN, {"id": worker_id}).scalar()
+def seen(connection: Connection, worker_id: uuid.UUID, spool_bytes: int = 0) -> bool | None:
+    """Record a worker's heartbeat. Return True if it must drain, None if it is unknown.
+
+    Args:
+        connection: in a transaction.
+        worker_id: the worker.
+        spool_bytes: size of its pictures that wait on its disk for the storage.
+    """
+    values = {"id": worker_id, "spool_bytes": spool_bytes}
+    draining: bool | None = connection.execute(SEEN, values).scalar()
     return draining
 
 
@@ -318,6 +348,11 @@ class WorkerSums(NamedTuple):
     put_seconds: float
     commit_seconds: float
     work_seconds: float
+    denoise_buckets: list[int]
+    wait_buckets: list[int]
+    spool_bytes: int
+    """Pictures on the disks of workers that are alive, not stored yet."""
+    spool_limit_bytes: int
 
 
 class WorkersInState(NamedTuple):

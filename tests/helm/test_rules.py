@@ -41,6 +41,8 @@ EXPIRED = 'farm_lease_expiries_total{pipeline="a"}'
 DENOISE = 'farm_stage_seconds_total{pipeline="a",stage="denoise"}'
 WORK = 'farm_work_seconds_total{pipeline="a"}'
 SWEPT = "farm_janitor_swept_timestamp_seconds"
+SPOOLED = 'farm_spooled_bytes{pipeline="a"}'
+LIMIT = 'farm_spool_limit_bytes{pipeline="a"}'
 UP = 'up{app_kubernetes_io_part_of="farm",app_kubernetes_io_component="api"}'
 
 
@@ -79,6 +81,12 @@ CASES = [
     Case("FarmApiDown", {UP: "0x60"}, {UP: "1x60"}, labels="{}"),
     Case("FarmApiDown", {QUEUE: "0x60"}, {UP: "1x60"}, labels="{}"),
     Case("FarmStorageAway", {"farm_storage_up": "0x60"}, {"farm_storage_up": "1x60"}, labels="{}"),
+    Case(
+        "FarmStorageAway",
+        {SPOOLED: "60x60", LIMIT: "100x60"},
+        {SPOOLED: "40x60", LIMIT: "100x60"},
+        labels="{}",
+    ),
     Case(
         "FarmDeviceIdleWithWork",
         {QUEUE: "500x90", DENOISE: "0+20x90", WORK: "0+60x90"},

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,11 @@ from pydantic import SecretStr
 from api.routes.health import SCHEMA_SECONDS
 from farm.config import DEMO_CATALOG, Settings
 from farm.context import Farm
+from farm.domain.spec import Priority
 from farm.local.ports import free_port
 from farm.store import workers
 from farm.store.engine import transaction
+from farm.store.histograms import place
 from farm.store.workers import Account
 from tests.integration.test_api_refusals import check_problem
 from tests.support.api_server import JOB, Api, listening, render, serving
@@ -125,7 +128,7 @@ def test_without_redis_a_job_is_still_taken(farm: Farm) -> None:
         assert api.jobs_stored() == 1
 
 
-ORDER = ("pipeline", "priority", "outcome", "stage", "state")
+ORDER = ("pipeline", "priority", "outcome", "stage", "state", "le")
 """Order of the labels."""
 
 
@@ -155,6 +158,8 @@ def test_metrics_count_what_happened(api: Api) -> None:
             encode_seconds=0.25,
             put_seconds=0.5,
             work_seconds=1.6,
+            denoise_buckets=Counter([place(0.2), place(1.5), place(2000.0)]),
+            wait_buckets=Counter([place(0.3, Priority.NORMAL)]),
         )
         workers.account(connection, worker.id, batch)
     worker.must_claim()
@@ -174,6 +179,13 @@ def test_metrics_count_what_happened(api: Api) -> None:
     assert 0 < seen["farm_oldest_waiting_seconds", "demo", "bulk"] < 600
     assert seen["farm_oldest_waiting_seconds", "demo", "interactive"] == 0
     assert seen[("farm_database_bytes",)] > 1_000_000
+    bounds = ("0.25", "0.5", "1.0", "2.0", "1024.0", "+Inf")
+    counts = [seen["farm_denoise_seconds_bucket", "demo", le] for le in bounds]
+    assert counts == [1, 1, 1, 2, 2, 3]
+    for priority, waits in ("interactive", [0, 0]), ("normal", [0, 1]), ("bulk", [0, 0]):
+        counts = [seen["farm_wait_seconds_bucket", "demo", priority, le] for le in bounds[:2]]
+        assert counts == waits
+    assert seen["farm_spooled_bytes", "demo"] == 0
 
 
 def test_pipelines_tell_what_a_job_takes(api: Api) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -84,7 +85,9 @@ def test_workers_long_gone_leave_only_their_sums(farm: Farm) -> None:
     for number in range(3):
         worker = register_worker(farm, f"hand {number}")
         with transaction(farm.store) as connection:
-            batch = workers.Account(succeeded=number, denoise_seconds=0.5)
+            batch = workers.Account(
+                succeeded=number, denoise_seconds=0.5, denoise_buckets=Counter([number, 5])
+            )
             workers.account(connection, worker.id, batch)
     old = "UPDATE workers SET gone = true, seen_at = clock_timestamp() - interval '2 days'"
     for names, rows in ((["hand 0", "hand 1"], 2), (["hand 2"], 1)):
@@ -94,6 +97,7 @@ def test_workers_long_gone_leave_only_their_sums(farm: Farm) -> None:
         with transaction(farm.store) as connection:
             told = workers.sums(connection)[0]
         assert (told.succeeded, told.batches, told.denoise_seconds) == (3, 3, 1.5)
+        assert told.denoise_buckets == [1, 1, 1, 0, 0, 3]
 
 
 def test_old_events_are_pruned(farm: Farm, tenant: uuid.UUID) -> None:

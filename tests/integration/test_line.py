@@ -16,13 +16,14 @@ from PIL import Image
 
 from farm.context import Farm
 from farm.domain.image_formats import Format
-from farm.domain.spec import FrameSpec
+from farm.domain.spec import FrameSpec, Priority
 from farm.errors import InvalidRequest
 from farm.imaging.encoding import pixels_as_stored, read
 from farm.services import jobs
 from farm.storage import artifact_key
 from farm.store import workers
 from farm.store.engine import transaction
+from farm.store.histograms import WIDTH
 from tests.integration.noise_jobs import (
     LAST_STEP,
     at_step,
@@ -55,6 +56,9 @@ def test_a_batch_is_rendered_stored_and_completed(
     counted = lane_sums(farm)
     assert (counted["succeeded"], counted["batches"]) == (6, 2)
     assert counted["denoise_seconds"] > 0 < counted["encode_seconds"]
+    assert sum(counted["denoise_buckets"]) == 2
+    assert sum(counted["wait_buckets"]) == 1  # one job began
+    assert sum(counted["wait_buckets"][WIDTH * Priority.NORMAL :]) == 1
     assert leases_left(farm) == 0
 
 

@@ -26,6 +26,7 @@ from workers.render.assembly import Assembly
 from workers.render.batch import RenderedBatch
 from workers.render.finishing import MAX_BATCHES
 from workers.render.loop import RenderLoop
+from workers.render.scratch import Scratch
 from workers.render.spool import FIRST_SECONDS, MAX_SECONDS, Spool
 from workers.render.spool import MAX_BATCHES as MAX_KEPT
 
@@ -77,12 +78,16 @@ def test_what_is_finished_meanwhile_is_stored_when_the_storage_is_back(
 ) -> None:
     job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=12, max_attempts=1)
     outage = Outage(farm, assembly, tries=2, files=12)
+    scratch, spooled = Scratch(farm.settings.scratch_dir, assembly.identity.id), []
+    outage.then = lambda: spooled.append(scratch.spooled_bytes())
     loop.run()
     whole(farm, tenant, job_id)
     assert [len(batch) for batch in noise.batches] == [4, 4, 4]
     assert outage.kept[-2:] == [12, 12]
+    stored = sum(row.bytes for row in frame_rows(farm, job_id).values())
+    assert spooled[-2:] == [stored, stored]
     assert list(outage.spool._folder.iterdir()) == []
-    assert outage.spool._bytes == 0
+    assert outage.spool._bytes == scratch.spooled_bytes() == 0
     assert sql(farm, "SELECT count(*) FROM leases")[0][0] == 0
     assert sql(farm, "SELECT succeeded, batches FROM workers") == [(12, 3)]
 

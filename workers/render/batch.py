@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from farm.context import Farm
 from farm.errors import Unavailable
 from farm.store.claim import ClaimedFrame, Lease
 from farm.store.frames import CompletedFrame, FailedAttempt
+from farm.store.histograms import place
 from farm.store.workers import Account
 from workers.render.failures import failures, is_suspicious
 from workers.render.identity import Identity
@@ -60,6 +62,15 @@ class RenderedBatch:
             setattr(self.account, name, getattr(self.account, name) + now - started)
             first, last = self.stages.get(stage, (started, now))
             self.stages[stage] = min(first, started), max(last, now)
+
+    def accounted(self) -> Account:
+        """Return the batch's sums, with its durations in their histograms."""
+        account, urgency = self.account, self.lease.priority
+        waits = [frame.waited for frame in self.lease.frames if frame.waited is not None]
+        account.wait_buckets = Counter(place(seconds, urgency) for seconds in waits)
+        if account.denoise_seconds:
+            account.denoise_buckets = Counter([place(account.denoise_seconds)])
+        return account
 
 
 class ImageWriter:

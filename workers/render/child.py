@@ -108,7 +108,7 @@ class RenderProcess:
     def _load(self) -> None:
         """Try to load the pipeline. On failure record the problem, and try later.
 
-        The janitor rings for the later try, as long as frames wait on the lane.
+        The parent knocks for the later try.
         """
         self._say("loading")
         self._scratch.begin_load()

@@ -44,7 +44,7 @@ class BatchCommitter:
     def _end_together(self, batches: Sequence[RenderedBatch]) -> bool:
         """Return True if a frame was accepted. If none was, each batch is ended separately."""
         done = [item for batch in batches for item in batch.done]
-        account = sum((batch.account for batch in batches[1:]), batches[0].account)
+        account = sum((batch.accounted() for batch in batches[1:]), batches[0].accounted())
         account.commit_seconds = self._commit_seconds
 
         def finish() -> set[Fence]:
@@ -80,7 +80,7 @@ class BatchCommitter:
 
     def _complete(self, batch: RenderedBatch) -> Collection[Fence]:
         """Commit a batch, and return the frames that succeeded."""
-        done, account, me, until = batch.done, batch.account, self._identity, None
+        done, account, me, until = batch.done, batch.accounted(), self._identity, None
         settings, first = self._farm.settings, batch.lease.frames[0]
         with transaction(self._farm.store) as connection:
             accepted = frames.complete(

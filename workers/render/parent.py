@@ -133,13 +133,13 @@ class WorkerSupervisor:
         with transaction(self._farm.store) as connection:
             held = leases.renew(connection, me, settings.lease_seconds)
         with transaction(self._farm.store) as connection:
-            draining = workers.seen(connection, me)
+            draining = workers.seen(connection, me, self._scratch.spooled_bytes())
             if draining is None:  # its row was archived while this process was stopped
-                enlist(connection, self._identity, self._gpu)
+                enlist(connection, self._identity, self._gpu, settings.spool_bytes)
             if self._draining:
                 workers.drain(connection, me)
-            missed = workers.misses_work(connection, me)
-        if missed:
+            knock = workers.needs_a_knock(connection, me)
+        if knock:
             self._knock()
         if draining and not self._draining:
             log.info("%s received a request to drain.", self._identity.name)
@@ -156,7 +156,7 @@ class WorkerSupervisor:
         self._unexplained &= gone
 
     def _knock(self) -> None:
-        """Wake the child: it is idle while frames wait, so a bell was lost or never rung."""
+        """Wake the child: it missed a bell, or may try again to load its pipeline."""
         for child in billiard.active_children():
             if child.pid is not None:
                 with suppress(ProcessLookupError):
@@ -288,7 +288,12 @@ def is_running_child(pid: int) -> bool:
         return False
 
 
-def enlist(connection: Connection, identity: Identity, gpu: Gpu | None = None) -> None:
+def enlist(
+    connection: Connection,
+    identity: Identity,
+    gpu: Gpu | None = None,
+    spool_limit_bytes: int | None = None,
+) -> None:
     """Register the worker as alive."""
     workers.register(
         connection,
@@ -299,6 +304,7 @@ def enlist(connection: Connection, identity: Identity, gpu: Gpu | None = None) -
         pid=identity.pid,
         device_id=gpu.id if gpu else None,
         device_bytes=gpu.bytes if gpu else None,
+        spool_limit_bytes=spool_limit_bytes,
     )
 
 
@@ -351,7 +357,7 @@ def run_worker(settings: Settings, pipeline: str, device: int | None = None) -> 
     with scratch.held():
         with transaction(farm.store) as connection:
             gpu = choose_gpu(connection, gpus, device)
-            enlist(connection, identity, gpu)
+            enlist(connection, identity, gpu, settings.spool_bytes)
         if gpu is not None:  # the child sees this device only
             log.info("%s uses %s (%s)", identity.name, gpu.name, gpu.token)
             os.environ[VISIBLE] = gpu.token

@@ -61,6 +61,14 @@ class Scratch:
         """Return the folder in which child `pid` keeps pictures that are not stored yet."""
         return self.folder / f"{pid}"
 
+    def spooled_bytes(self) -> int:
+        """Return the size of all pictures that wait on disk for the storage."""
+        total = 0
+        for path in self.folder.glob("*/*.png"):
+            with suppress(OSError):  # stored in the meantime
+                total += path.stat().st_size
+        return total
+
     def log(self, pid: int) -> Path:
         """Return the path of the log of child `pid` about its batch."""
         return self.folder / f"{pid}.log"

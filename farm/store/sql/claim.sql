@@ -119,12 +119,13 @@ $$;
 
 -- Claims a batch. Returns one row per frame, in the order of slots, or no rows if nothing may be
 -- claimed. `_priority`: less urgent work is left out. `_known`: jobs whose specs the caller has.
+-- `waited`: of a job's first frame, the seconds since the job was submitted.
 CREATE FUNCTION pg_temp.claim(
     _pipeline text, _worker_id uuid, _worker text, _pid int, _lease_id uuid, _seconds float,
     _priority smallint, _known uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
-    bucket smallint, priority smallint, rerolls smallint, more boolean
+    bucket smallint, priority smallint, rerolls smallint, waited float, more boolean
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -321,11 +322,11 @@ BEGIN
         SELECT * FROM unnest(ids, ordinals, attempts)
         WITH ORDINALITY AS f (id, ordinal, attempt, slot)
     ), j AS MATERIALIZED (
-        SELECT j.id, j.tenant_id, j.spec, (j.spec ->> 'images_per_prompt')::bigint AS images,
+        SELECT j.id, j.tenant_id, j.created_at, j.spec, (j.spec ->> 'images_per_prompt')::bigint AS images,
                (j.spec ->> 'prompt_count')::bigint AS prompts
         FROM jobs j WHERE j.id = ANY(ids)
     ), placed AS MATERIALIZED (
-        SELECT f.*, j.tenant_id, f.ordinal / j.images % j.prompts AS place, CASE
+        SELECT f.*, j.tenant_id, j.created_at, f.ordinal / j.images % j.prompts AS place, CASE
                  WHEN j.id <> ALL(_known) AND f.slot = min(f.slot) OVER (PARTITION BY f.id)
                  THEN j.spec END AS spec
         FROM f JOIN j USING (id)
@@ -344,6 +345,8 @@ BEGIN
            CASE WHEN p.attempt = 1 THEN 0::smallint ELSE (
                SELECT r.rerolls FROM frames r WHERE r.job_id = p.id AND r.ordinal = p.ordinal
            ) END,
+           CASE WHEN p.ordinal = 0 AND p.attempt = 1
+                THEN extract(epoch FROM clock_timestamp() - p.created_at)::float END,
            left_over
     FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;

@@ -15,6 +15,15 @@ CREATE FUNCTION pg_temp.added(_some jsonb, _more jsonb) RETURNS jsonb LANGUAGE s
     FROM jsonb_each_text(_more) AS m (word, n)
 $$;
 
+-- Adds up two arrays, place by place. `array_total` does so for all rows of a group.
+CREATE FUNCTION pg_temp.array_sum(_some bigint[], _more bigint[]) RETURNS bigint[]
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(array_agg(coalesce(a, 0) + coalesce(b, 0) ORDER BY n), '{}')
+    FROM unnest(_some, _more) WITH ORDINALITY AS t (a, b, n)
+$$;
+CREATE AGGREGATE pg_temp.array_total(bigint[]) (
+    sfunc = pg_temp.array_sum, stype = bigint[], initcond = '{}');
+
 CREATE FUNCTION pg_temp.tally(
     _kind text, _ids uuid[], _running bigint[], _succeeded bigint[], _dead bigint[],
     _cancelled bigint[], _data jsonb[], _seconds float[] DEFAULT NULL,

@@ -1,0 +1,37 @@
+"""Histograms of durations, as arrays of counts on the workers' rows.
+
+An array may hold several histograms one after another, for example one for each priority.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+
+from farm.store import arrays
+
+BOUNDS = tuple(0.25 * 2.0**power for power in range(13))
+"""Upper bounds of the buckets, in seconds: 0.25 to 1024. The last bucket has no bound."""
+WIDTH = len(BOUNDS) + 1
+
+
+def place(seconds: float, which: int = 0) -> int:
+    """Return the index of the bucket for a duration, in histogram `which` of an array."""
+    return which * WIDTH + bisect_left(BOUNDS, seconds)
+
+
+def written(counts: Counter[int]) -> str:
+    """Write counts by index as an array for Postgres. It ends after the last count."""
+    return arrays.numbers(counts[index] for index in range(max(counts, default=-1) + 1))
+
+
+def cumulative(array: Sequence[int], which: int = 0) -> list[tuple[str, float]]:
+    """Return one histogram of an array as Prometheus defines it.
+
+    Returns:
+        The bound of each bucket, and the number of durations up to that bound.
+    """
+    counts = [*array[which * WIDTH :], *[0] * WIDTH][:WIDTH]
+    return [*zip([*map(str, BOUNDS), "+Inf"], map(float, accumulate(counts)), strict=True)]
