@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from api import schemas
 from api.auth import OPERATOR
-from api.waiting_reasons import Lanes
 from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import queries
@@ -20,8 +19,8 @@ INSIDE = frozenset({"points", "job_seed", "seed_bits", "params"})
 """Fields of a stored spec that a client did not send."""
 
 
-def job_view(row: JobRow, lanes: Lanes) -> schemas.Job:
-    """Return a job in the form of the API."""
+def job_view(row: JobRow, waiting_because: str | None) -> schemas.Job:
+    """Return a job in the form of the API, with the reason why no frame of it runs."""
     finished = row.succeeded + row.dead + row.cancelled
     fields = {name: value for name, value in row.spec.items() if name not in INSIDE}
     return schemas.Job(
@@ -41,7 +40,7 @@ def job_view(row: JobRow, lanes: Lanes) -> schemas.Job:
         progress=finished / row.total,
         pace=_pace(row),
         eta_seconds=_eta_seconds(row),
-        waiting_because=lanes.waiting_because(row),
+        waiting_because=waiting_because,
         reused=row.reused,
         device_seconds=row.device_seconds,
         bytes=row.bytes,
@@ -121,7 +120,7 @@ def _frame_view(
             "prompt": spec.prompt,
             "seed": spec.seed,
             "format": spec.format,
-            "bucket": (row.bucket if row else None) or spec.bucket,
+            "bucket": row.bucket if row else spec.bucket if full.repeatable else None,
             "attempt": row.attempt if row else 0,
             "worker": row.worker if row else None,
             "slot": row.slot if row else None,

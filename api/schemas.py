@@ -147,7 +147,9 @@ class Frame(BaseModel):
     seed: int
     width: int = Field(description="Pixels")
     height: int = Field(description="Pixels")
-    bucket: int = Field(description="Size of the batch that it is denoised in")
+    bucket: int | None = Field(
+        description="Size of the batch that it is denoised in; null if the claim will choose it"
+    )
     format: Format = Field(description="Format of its image file")
     attempt: int = Field(description="Number of the latest attempt; 0 if not yet claimed")
     worker: str | None = Field(description="Name of the worker that claimed the latest attempt")
@@ -413,3 +415,17 @@ class Problem(BaseModel):
     status: int
     detail: str
     error: ErrorBody
+
+
+class SubmittedJob(BaseModel):
+    """The answer to one job of a batch: the job, or the error."""
+
+    status: int = Field(description="Status that POST /v1/jobs would have answered with")
+    job: Job | None = None
+    error: ErrorBody | None = None
+
+
+class SubmittedJobs(BaseModel):
+    """The answers to a batch of jobs, in the order of the jobs."""
+
+    data: list[SubmittedJob]

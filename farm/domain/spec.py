@@ -116,6 +116,11 @@ class JobSpec(BaseModel):
         le=MAX_BUCKET,
         description="Frames in a batch; null lets the farm choose",
     )
+    repeatable: bool | None = Field(
+        default=None,
+        description="true: the bucket is fixed now, so the same job gives the same bytes again;"
+        " false: it is chosen when a frame is claimed; null: true if the job or input has seeds",
+    )
     max_attempts: int = Field(
         default=3, ge=1, le=10, description="Number of attempts before a frame is dead"
     )
@@ -225,6 +230,10 @@ class FullSpec(BaseModel):
     points: list[Point] | Layout
     priority: str
     bucket: int | None
+    repeatable: bool = Field(
+        default=True,
+        description="False: a claim may choose smaller buckets than `points` has",
+    )
     max_attempts: int
     format: Format = "png"
     max_rerolls: int = 0
@@ -338,17 +347,19 @@ def derived_seed(job_seed: int, ordinal: int, bits: int) -> int:
     return int.from_bytes(digest[:8], "big") >> (64 - bits)
 
 
-def batch_key(pipeline: str, bucket: int, scalars: Mapping[str, object]) -> str:
+def batch_key(pipeline: str, bucket: int | None, scalars: Mapping[str, object]) -> str:
     """Compute the key that frames must share to be denoised together.
 
     Args:
         pipeline: the pipeline's name.
-        bucket: frames in the batch.
+        bucket: frames in the batch; None: the claim chooses. Then the key ends with the image size,
+            such as `…~512x512`, by which claim.sql finds the choices.
         scalars: the parameters that a diffusers call takes once for the whole batch.
     """
     text = json.dumps([pipeline, bucket, scalars], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).digest()
-    return base64.urlsafe_b64encode(digest[:8]).decode().rstrip("=")  # a job may hold thousands
+    key = base64.urlsafe_b64encode(digest[:8]).decode().rstrip("=")  # a job may hold thousands
+    return key if bucket else f"{key}~{scalars['width']}x{scalars['height']}"
 
 
 def shrunk(runs: Sequence[Run], ordinal: int, bucket: int) -> list[Run]:
@@ -366,7 +377,7 @@ def shrunk(runs: Sequence[Run], ordinal: int, bucket: int) -> list[Run]:
 
 
 def chosen_bucket(priority: Priority, catalog_bucket: int, frames: int) -> int:
-    """Choose the bucket of a job that does not set one.
+    """Choose the bucket of a repeatable job that does not set one.
 
     Interactive jobs get 1. Other jobs get the catalog's bucket for that image size, but at most the
     next power of two of the job's frames that can share a batch.

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from farm.domain.ladder import powers_up_to
 from farm.domain.spec import MAX_BUCKET
 from farm.errors import CatalogError, InvalidRequest
 
@@ -52,6 +53,17 @@ class Weights(BaseModel):
 
 def _written_short(value: object) -> object:
     return {"source": value} if isinstance(value, str) else value
+
+
+class Step(BaseModel):
+    """One step of the ladder: a bucket for one size, as `farm calibrate` measured it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: str = Field(description="picture size, as in the bucket table")
+    bucket: int = Field(ge=1, le=MAX_BUCKET, description="frames in the batch")
+    seconds: float = Field(gt=0, description="time of a batch")
+    memory_bytes: int = Field(default=0, ge=0, description="peak of memory; 0: unknown")
 
 
 Part = Annotated[Weights, BeforeValidator(_written_short)]
@@ -93,6 +105,10 @@ class Pipeline(Weights):
         default_factory=lambda: {"default": 1},
         description="frames per batch, by picture size ('1024x1024') and 'default'",
     )
+    ladder: list[Step] = Field(
+        default_factory=list,
+        description="measured batches, from 1 frame up to the bucket of their picture size",
+    )
     defaults: dict[str, JsonValue] = Field(
         default_factory=dict, description="values for the parameters that a job leaves out"
     )
@@ -113,6 +129,22 @@ class Pipeline(Weights):
     def _compiled_in_place(self) -> Pipeline:
         if self.compile and self.offload:
             raise ValueError("compile and offload cannot be combined: leave one of them empty")
+        return self
+
+    @model_validator(mode="after")
+    def _ladders_lead_to_buckets(self) -> Pipeline:
+        for size in {step.size for step in self.ladder}:
+            top = self.bucket.get(size)
+            if top is None:
+                raise ValueError(f"ladder of {size!r}: `bucket` has no such size. Add it there")
+            found = [step.bucket for step in self.ladder if step.size == size]
+            if len({*found}) < len(found):
+                raise ValueError(f"ladder of {size}: it has a bucket twice")
+            missing = [bucket for bucket in (1, top) if bucket not in found]
+            if missing:
+                raise ValueError(
+                    f"ladder of {size}: bucket {missing[0]} is missing. Measure with farm calibrate"
+                )
         return self
 
     @field_validator("filters")
@@ -136,6 +168,18 @@ class Pipeline(Weights):
     def bucket_for(self, width: int, height: int) -> int:
         """Return the number of frames in a batch of pictures of this size."""
         return self.bucket.get(f"{width}x{height}", self.bucket["default"])
+
+    def measured(self, size: str) -> dict[int, Step]:
+        """Return the measured buckets of a size of the bucket table, up to its own; or none."""
+        return {
+            step.bucket: step
+            for step in self.ladder
+            if step.size == size and step.bucket <= self.bucket[size]
+        }
+
+    def steps(self, size: str) -> list[int]:
+        """Return the buckets that a claim may choose for a size of the bucket table."""
+        return sorted(self.measured(size)) or powers_up_to(self.bucket[size])
 
     @property
     def parts(self) -> dict[str, Weights]:

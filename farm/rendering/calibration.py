@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from pydantic import ValidationError
 
-from farm.domain.spec import MAX_BUCKET, FrameSpec
+from farm.domain.ladder import powers_up_to
+from farm.domain.spec import FrameSpec
 from farm.errors import InvalidRequest
+from farm.pipelines.catalog import Step
 from farm.pipelines.family import Batch
 from farm.pipelines.resolve import ResolvedPipeline, sample
 from farm.pipelines.runtime.devices import is_out_of_memory, peak_memory, watch_peak_memory
@@ -102,18 +104,26 @@ def best_bucket(points: Sequence[Point], share: float) -> Point:
     return min(worthy, key=lambda point: point.bucket)
 
 
+def ladder_of(name: str, points: Sequence[Point], top: int) -> list[Step]:
+    """Return the catalog's ladder of the size `name`: every measured bucket up to `top`."""
+    return [
+        Step(
+            size=name,
+            bucket=point.bucket,
+            seconds=float(f"{point.batch_seconds:.4g}"),
+            memory_bytes=point.peak_bytes,
+        )
+        for point in points
+        if point.bucket <= top
+    ]
+
+
 def has_stopped_growing(points: Sequence[Point]) -> bool:
     """Return True if the last buckets were no faster than the best before them."""
     if len(points) <= PATIENCE:
         return False
     best = max(point.images_per_second for point in points[:-PATIENCE])
     return all(point.images_per_second < best * GROWTH for point in points[-PATIENCE:])
-
-
-def buckets(most: int) -> list[int]:
-    """List the buckets to try: the powers of two below `most`, and `most`."""
-    powers = [2**power for power in range(MAX_BUCKET.bit_length()) if 2**power < most]
-    return [*powers, most]
 
 
 def sizes(
@@ -179,7 +189,7 @@ def sweep(
     """
     points: list[Point] = []
     ended = MOST
-    for bucket in buckets(effort.most):
+    for bucket in powers_up_to(effort.most):
         point = _measured(resolved, loaded, size, bucket, effort, on_batch)
         if point is None:
             ended = OUT_OF_MEMORY

@@ -114,20 +114,17 @@ def default_shape(resolved: ResolvedPipeline) -> Shape:
 def declared_shapes(resolved: ResolvedPipeline) -> Iterator[Shape]:
     """Yield every size of the bucket table, at each bucket that the farm may choose for it.
 
-    These are the table's bucket, and the powers of two below it, for jobs of fewer frames.
+    These are the measured ones, or else the table's bucket and the powers of two below it.
     """
     fields = resolved.params_type.model_fields
-    for size, most in resolved.pipeline.bucket.items():
+    for size in resolved.pipeline.bucket:
         if size == "default":
             width, height = fields["width"].default, fields["height"].default
         else:
             width, height = (int(side) for side in size.split("x"))
-        most = resolved.pipeline.bucket_for(width, height) if size == "default" else most
-        bucket = 1
-        while bucket < most:
+            size = f"{width}x{height}" if f"{width}x{height}" in resolved.pipeline.bucket else size
+        for bucket in resolved.pipeline.steps(size):
             yield Shape(width, height, bucket)
-            bucket *= 2
-        yield Shape(width, height, most)
 
 
 def _variants(resolved: ResolvedPipeline, shape: Shape) -> Iterator[Params]:

@@ -189,6 +189,7 @@ def full_spec(
     frames_per_point = prompts * job.images_per_prompt
     keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
     longest = _longest_runs(keys)
+    repeatable = _is_repeatable(job, stored_input)
     return FullSpec(
         pipeline=job.pipeline,
         prompt_count=prompts,
@@ -201,17 +202,27 @@ def full_spec(
         params=_base_params(job, resolved),
         grid=job.grid,
         points=[
-            _point(job, resolved, params, longest[key] * frames_per_point)
+            _point(job, resolved, params, longest[key] * frames_per_point, repeatable)
             for params, key in zip(points, keys, strict=True)
         ],
         priority=job.priority,
         bucket=job.bucket,
+        repeatable=repeatable,
         max_attempts=job.max_attempts,
         format=job.format,
         max_rerolls=job.max_rerolls,
         reuse=job.reuse,
         labels=job.labels,
     )
+
+
+def _is_repeatable(job: JobSpec, stored_input: StoredInput | None) -> bool:
+    """Return True if the buckets are fixed now. One line with a seed decides for the whole job."""
+    if job.bucket is not None:
+        return True
+    if job.repeatable is not None:
+        return job.repeatable
+    return job.seed is not None or (stored_input is not None and stored_input.top_seed is not None)
 
 
 def _check_takes_negatives(resolved: ResolvedPipeline) -> None:
@@ -293,16 +304,17 @@ def _base_params(job: JobSpec, resolved: ResolvedPipeline) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name not in job.grid}
 
 
-def _point(job: JobSpec, resolved: ResolvedPipeline, params: Params, frames: int) -> Point:
-    bucket = job.bucket or chosen_bucket(
-        Priority.parse(job.priority),
-        resolved.pipeline.bucket_for(params.width, params.height),
-        frames,
-    )
+def _point(
+    job: JobSpec, resolved: ResolvedPipeline, params: Params, frames: int, repeatable: bool
+) -> Point:
+    most = resolved.pipeline.bucket_for(params.width, params.height)
+    bucket = most
+    if repeatable:
+        bucket = job.bucket or chosen_bucket(Priority.parse(job.priority), most, frames)
     return Point(
         params=params.model_dump(),
         bucket=bucket,
-        batch_key=batch_key(job.pipeline, bucket, params.scalars()),
+        batch_key=batch_key(job.pipeline, bucket if repeatable else None, params.scalars()),
     )
 
 

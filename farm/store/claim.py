@@ -57,7 +57,8 @@ class Lease:
 CLAIM = text("""
 SELECT * FROM pg_temp.claim(
     :pipeline, CAST(:worker_id AS uuid), :worker, CAST(:pid AS int), CAST(:lease_id AS uuid),
-    CAST(:seconds AS float), CAST(:priority AS smallint), CAST(:known AS uuid[]))
+    CAST(:seconds AS float), CAST(:priority AS smallint), CAST(:known AS uuid[]),
+    CAST(:plans AS jsonb))
 """)
 
 
@@ -70,6 +71,7 @@ def claim(
     pid: int,
     lease_seconds: float,
     priority: Priority = Priority.BULK,
+    plans: str = "{}",
     known: MutableMapping[uuid.UUID, FullSpec] | None = None,
     parts: Parts | None = None,
 ) -> Lease | None:
@@ -85,6 +87,8 @@ def claim(
         pid: the ID of the process that renders.
         lease_seconds: the duration of the lease, unless it is renewed.
         priority: the least urgent priority to claim.
+        plans: JSON of the buckets to choose for 1, 2, … frames, by image size and `default`, for
+            frames whose bucket is open: see farm.domain.ladder. Without one, the largest is chosen.
         known: a cache of job specs, to which new specs are added.
         parts: a cache of input parts, to which new parts are added.
     """
@@ -101,6 +105,7 @@ def claim(
             "lease_id": lease_id,
             "seconds": lease_seconds,
             "priority": priority,
+            "plans": plans,
             "known": arrays.ids(before),
         },
     ).all()

@@ -66,10 +66,10 @@ def test_a_frame_carries_its_own_prompt_and_seed(farm: Farm, tenant: uuid.UUID) 
 def test_urgent_jobs_come_first_and_older_ones_before_younger(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
-    bulk = submit(farm, tenant, priority="bulk")
-    first = submit(farm, tenant, priority="normal")
-    second = submit(farm, tenant, priority="normal")
-    urgent = submit(farm, tenant, priority="interactive")
+    bulk = submit(farm, tenant, bucket=1, priority="bulk")
+    first = submit(farm, tenant, bucket=1, priority="normal")
+    second = submit(farm, tenant, bucket=1, priority="normal")
+    urgent = submit(farm, tenant, bucket=1, priority="interactive")
     order = [frame.job_id for lease in claim_all(farm) for frame in lease.frames]
     assert order == [urgent, first, second, bulk]
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 import farm.pipelines.families as farm_families
 from farm.cli.terminal.exit_codes import ERROR, OK, USAGE
 from farm.config import DEMO_CATALOG
+from farm.domain.ladder import powers_up_to
 from farm.errors import CatalogError
-from farm.pipelines.catalog import load_catalog
-from farm.pipelines.catalog_edit import write_buckets
+from farm.pipelines.catalog import Pipeline, Step, load_catalog
+from farm.pipelines.catalog_edit import ladder_lines, write_buckets
 from farm.pipelines.families import all_families
 from farm.pipelines.families.null import write_checkpoint
 from farm.pipelines.runtime.devices import torch_threads
-from farm.rendering.calibration import Point, best_bucket, buckets, has_stopped_growing
+from farm.rendering.calibration import Point, best_bucket, has_stopped_growing
 from tests.support.cli_runner import Outcome, farm
 
 
@@ -52,13 +57,13 @@ def test_two_buckets_without_growth_end_a_sweep() -> None:
 
 
 def test_the_buckets_that_are_tried() -> None:
-    assert [buckets(most) for most in (1, 2, 6, 16)] == [
+    assert [powers_up_to(most) for most in (1, 2, 6, 16)] == [
         [1],
         [1, 2],
         [1, 2, 4, 6],
         [1, 2, 4, 8, 16],
     ]
-    assert buckets(64)[-2:] == [32, 64]
+    assert powers_up_to(64)[-2:] == [32, 64]
 
 
 CATALOG = """\
@@ -111,10 +116,15 @@ def test_however_it_is_written_the_rest_stays(tmp_path: Path, text: str) -> None
     path = tmp_path / "pipelines.toml"
     path.write_bytes(text.encode())
     before = load_catalog(path).model_dump()
-    write_buckets(path, "tiny", {"default": 2, "64x64": 8})
+    ladder = [
+        Step(size="64x64", bucket=frames, seconds=frames, memory_bytes=5) for frames in (1, 8)
+    ]
+    write_buckets(path, "tiny", {"default": 2, "64x64": 8}, ladder)
     after = load_catalog(path).model_dump()
     assert after["pipelines"]["tiny"].pop("bucket") == {"default": 2, "64x64": 8}
+    assert after["pipelines"]["tiny"].pop("ladder") == [step.model_dump() for step in ladder]
     before["pipelines"]["tiny"].pop("bucket")
+    before["pipelines"]["tiny"].pop("ladder")
     assert after == before
     changed = path.read_bytes().decode()
     for line in text.splitlines(keepends=True):
@@ -125,9 +135,57 @@ def test_however_it_is_written_the_rest_stays(tmp_path: Path, text: str) -> None
             or "{" in line
             or (line in changed)
         )
-    assert [part for part in text.split() if part.startswith("#")] == [
-        part for part in changed.split() if part.startswith("#")
-    ]
+    for comment in re.findall(r"#.*", text):
+        assert comment in changed
+
+
+LADDER = [
+    Step(size="64x64", bucket=1, seconds=0.5, memory_bytes=10),
+    Step(size="64x64", bucket=2, seconds=1.0),
+]
+LADDER_LINES = """\
+ladder = [
+    { size = "64x64", bucket = 1, seconds = 0.5, memory_bytes = 10 },  # 2 images/s, 0.5 s per image
+    { size = "64x64", bucket = 2, seconds = 1.0, memory_bytes = 0 },  # 2 images/s, 0.5 s per image
+]
+"""
+
+
+def test_a_ladder_is_written_below_the_buckets(tmp_path: Path) -> None:
+    path = tmp_path / "pipelines.toml"
+    path.write_text(CATALOG.replace("{bucket}", "bucket     = {default=4} # measured"))
+    for ladder in ([Step(size="default", bucket=1, seconds=9.0)], LADDER):
+        write_buckets(path, "tiny", {"default": 1, "64x64": 2}, ladder)  # at last: LADDER
+    buckets = 'bucket     = { "default" = 1, "64x64" = 2 } # measured\n'
+    assert path.read_text() == CATALOG.replace("{bucket}\n", f"{buckets}{LADDER_LINES}")
+    assert load_catalog(path).pipelines["tiny"].ladder == LADDER
+
+
+def test_a_ladder_is_written_in_json_too(tmp_path: Path) -> None:
+    path = tmp_path / "pipelines.json"
+    path.write_text(json.dumps({"pipelines": {"tiny": {"source": "y"}}}))
+    write_buckets(path, "tiny", {"default": 1, "64x64": 2}, LADDER)
+    assert load_catalog(path).pipelines["tiny"].ladder == LADDER
+
+
+def step(bucket: int, **values: Any) -> dict[str, Any]:
+    return {"size": "64x64", "bucket": bucket, "seconds": 1.0, **values}
+
+
+@pytest.mark.parametrize(
+    ("ladder", "message"),
+    [
+        ([step(1, size="8x8")], "ladder of '8x8': `bucket` has no such size"),
+        ([step(1)], "ladder of 64x64: bucket 2 is missing"),
+        ([step(2)], "ladder of 64x64: bucket 1 is missing"),
+        ([step(1), step(2), step(2)], "ladder of 64x64: it has a bucket twice"),
+        ([step(1, seconds=0)], "greater than 0"),
+        ([step(1, second=1)], "second"),
+    ],
+)
+def test_a_wrong_ladder_is_refused(ladder: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Pipeline.model_validate({"source": "y", "bucket": {"64x64": 2}, "ladder": ladder})
 
 
 def test_a_link_to_the_catalog_stays_one(tmp_path: Path) -> None:
@@ -206,7 +264,11 @@ def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def calibrate(*words: str) -> Outcome:
-    return farm("calibrate", "x", "--batches", "1", "--steps", "1", *words)
+    return farm("calibrate", "x", "--batches", "5", "--steps", "1", *words)
+
+
+def catalog_entry(path: Path) -> Pipeline:
+    return load_catalog(path).pipelines["x"]
 
 
 def test_memory_that_runs_out_ends_the_sweep_of_its_size(catalog: Path) -> None:
@@ -224,6 +286,16 @@ def test_memory_that_runs_out_ends_the_sweep_of_its_size(catalog: Path) -> None:
     # Steps wait equally long at every bucket, so the largest that fits is by far the fastest.
     text = catalog.read_text()
     table = 'bucket = { "default" = 4, "128x128" = 1, "256x256" = 7 }'
+    ladder = catalog_entry(catalog).ladder
+    assert [(step.size, step.bucket) for step in ladder] == [
+        ("default", 1),
+        ("default", 2),
+        ("default", 4),
+        ("128x128", 1),
+    ]
+    measured = [statistics.median(at["seconds"]) for item in said["sizes"] for at in item["points"]]
+    assert [step.seconds for step in ladder] == pytest.approx(measured, rel=1e-3)
+    text = text.replace(f"ladder = {ladder_lines(ladder)}\n", "")
     assert text.replace(table, TABLE) == (
         f'# Ours.\n[pipelines.x]\nfamily = "narrow"\nsource = "null"\n{TABLE}\n# End.\n'
     )
@@ -233,7 +305,11 @@ def test_it_tells_people_what_to_paste(catalog: Path) -> None:
     before = catalog.read_text()
     done = calibrate("--share", "1")
     assert done.code == OK, done.err
-    assert done.out.splitlines()[-1].startswith('bucket = { "default" = 4,')
+    lines = done.out.splitlines()
+    at = lines.index("ladder = [")
+    assert lines[at - 1].startswith('bucket = { "default" = 4,')
+    assert lines[-1] == "]"
+    assert len(lines[at + 1 : -1]) == 4  # buckets 1, 2 and 4 of the default size, 1 of 128x128
     assert "Memory ran out above bucket 4." in done.out
     assert "Out of memory: even one picture of this size does not fit" in done.out
     assert "recommended" in done.out

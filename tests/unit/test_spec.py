@@ -174,11 +174,19 @@ def test_the_bucket_chosen(priority: str, bucket: int, frames: int, expected: in
 
 
 def test_a_bucket_counts_the_frames_that_can_share_it() -> None:
-    job = plan(images_per_prompt=2, grid={"negative_prompt": ["", "blue"], "steps": [5, 6]})
+    job = plan(
+        images_per_prompt=2,
+        grid={"negative_prompt": ["", "blue"], "steps": [5, 6]},
+        repeatable=True,
+    )
     # frames that can share a batch come in pairs, so a larger bucket would never be full
     assert {point.bucket for point in job.every_point()} == {2}
     assert [end for end, _, _ in job.runs] == [2, 4, 6, 8]
-    together = plan(images_per_prompt=2, grid={"steps": [5, 6], "negative_prompt": ["", "blue"]})
+    together = plan(
+        images_per_prompt=2,
+        grid={"steps": [5, 6], "negative_prompt": ["", "blue"]},
+        repeatable=True,
+    )
     assert [end for end, _, _ in together.runs] == [4, 8]
     assert {point.bucket for point in together.every_point()} == {4}
 
@@ -191,6 +199,30 @@ def test_what_a_batch_shares_decides_its_key() -> None:
     assert key != batch_key("demo", 4, {**scalars, "steps": 6})
     one, two = plan(negative_prompt="blue", bucket=4), plan(seed=5, bucket=4)
     assert one.point(0).batch_key == two.point(0).batch_key
+
+
+@pytest.mark.parametrize(
+    ("fields", "repeatable"),
+    [
+        ({}, False),
+        ({"seed": 0}, True),
+        ({"bucket": 2}, True),
+        ({"seed": 1, "repeatable": False}, False),
+        ({"repeatable": True}, True),
+        ({"bucket": 2, "repeatable": False}, True),
+    ],
+)
+def test_a_seed_or_a_bucket_makes_a_job_repeatable(
+    fields: dict[str, Any], repeatable: bool
+) -> None:
+    job = plan(priority="interactive", **fields)
+    assert job.repeatable is repeatable
+    key, bucket = job.point(0).batch_key, job.point(0).bucket
+    assert key.endswith("~64x64") is not repeatable
+    assert bucket == (fields.get("bucket", 1) if repeatable else 8)
+    # Priority and number of frames decide nothing then, so all such jobs share batches.
+    same = plan(priority="bulk", images_per_prompt=100, **fields).point(0).batch_key
+    assert (same == key) is (not repeatable or "bucket" in fields)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from farm.context import Farm
 from farm.imaging.encoding import Encoder
 from farm.imaging.filters import load_filters
+from farm.pipelines.batch_plans import batch_plans, plans_for_a_second_batch
 from farm.pipelines.family import LoadedPipeline
 from farm.pipelines.resolve import ResolvedPipeline
+from farm.pipelines.runtime.devices import usable_memory
 from farm.pipelines.runtime.slots import SlotTest
 from farm.rendering.environment import environment_of
 from farm.rendering.warmup import CompiledShapes
@@ -68,8 +70,9 @@ def assemble(
     slots = slots or SlotTest(resolved.name, resolved.family, resolved.params_type)
     encoder = Encoder(environment, lambda frame: slots.threads_of(frame, environment.threads))
     scratch = Scratch(farm.settings.scratch_dir, identity.id)
-    claims = Claims(farm, identity)
-    interactive = InteractiveClaims(farm, identity, claims)
+    claims = Claims(farm, identity, batch_plans(resolved.pipeline))
+    second = plans_for_a_second_batch(resolved.pipeline, usable_memory(loaded.device))
+    interactive = InteractiveClaims(farm, identity, claims, second)
     filters = FilterChain(farm, identity, load_filters(resolved.pipeline.filters))
     reuse = Reuse(farm, identity, encoder)
     writer = ImageWriter(farm, identity)

@@ -40,9 +40,11 @@ MAX_SECONDS = 1.0
 class Claims:
     """Claims one batch after another, and knows which leases this child holds."""
 
-    def __init__(self, farm: Farm, identity: Identity) -> None:
+    def __init__(self, farm: Farm, identity: Identity, plans: str) -> None:
         self._farm = farm
         self._identity = identity
+        self._plans = plans
+        """Plans of open buckets: see store.claim."""
         self._specs: LRUCache[uuid.UUID, FullSpec] = LRUCache(REMEMBERED_JOBS)
         self._parts: LRUCache[tuple[uuid.UUID, int], list[Line]] = LRUCache(REMEMBERED_PARTS)
         self._in_hand: dict[uuid.UUID, tuple[float, float]] = {}
@@ -54,9 +56,13 @@ class Claims:
         self._thread = ThreadPoolExecutor(1, "claim-ahead")
         self._ahead: Future[Lease | None] | None = None
 
-    def claim_now(self, priority: Priority = Priority.BULK) -> Lease | None:
-        """Claim a batch of at least this priority. Wait while Postgres does not answer."""
-        return retry_while_unavailable(self._identity.name, lambda: self._claim(priority))
+    def claim_now(self) -> Lease | None:
+        """Claim a batch. Wait while Postgres does not answer."""
+        return self._claim_patiently(Priority.BULK, self._plans)
+
+    def claim_interactive(self, plans: str) -> Lease | None:
+        """Claim an interactive batch by other plans. Wait while Postgres does not answer."""
+        return self._claim_patiently(Priority.INTERACTIVE, plans)
 
     def claim_ahead(self, left_seconds: float, step_seconds: float) -> None:
         """Start the claim of the next batch if the current one is nearly done.
@@ -112,7 +118,10 @@ class Claims:
         """Record that a claim may have failed: the next claim first releases unknown leases."""
         self._unsure = True
 
-    def _claim(self, priority: Priority) -> Lease | None:
+    def _claim_patiently(self, priority: Priority, plans: str) -> Lease | None:
+        return retry_while_unavailable(self._identity.name, lambda: self._claim(priority, plans))
+
+    def _claim(self, priority: Priority, plans: str) -> Lease | None:
         me, started = self._identity, time.monotonic()
         with self._lock:
             if self._unsure:
@@ -128,6 +137,7 @@ class Claims:
                     pid=os.getpid(),
                     lease_seconds=self._farm.settings.lease_seconds,
                     priority=priority,
+                    plans=plans,
                     known=self._specs,
                     parts=self._parts,
                 )

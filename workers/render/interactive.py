@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from farm.context import Farm
-from farm.domain.spec import Priority
 from farm.errors import Unavailable
 from farm.store.claim import Lease
 from workers.render.claims import Claims
@@ -23,10 +22,12 @@ DEAF_SECONDS = 1.0
 class InteractiveClaims:
     """Listens for interactive frames, and claims them, in a thread. The step hook only checks."""
 
-    def __init__(self, farm: Farm, identity: Identity, claims: Claims) -> None:
+    def __init__(self, farm: Farm, identity: Identity, claims: Claims, plans: str) -> None:
         self._farm = farm
         self._identity = identity
         self._claims = claims
+        self._plans = plans
+        """Plans of open buckets for a device that holds another batch."""
         self._listening = threading.Event()
         self._told = threading.Event()
         self._claiming = threading.Lock()
@@ -108,6 +109,6 @@ class InteractiveClaims:
                 self._told.set()  # the loop claims the most urgent first, or has claimed ahead
                 return
             self._told.clear()
-            self._lease = self._claims.claim_now(Priority.INTERACTIVE)
+            self._lease = self._claims.claim_interactive(self._plans)
         with self._taken:
             self._taken.wait_for(lambda: self._lease is None)

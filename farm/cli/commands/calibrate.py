@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +15,7 @@ from farm.humanize import size
 
 if TYPE_CHECKING:
     from farm.config import Settings
-    from farm.pipelines.catalog import Pipeline
+    from farm.pipelines.catalog import Pipeline, Step
     from farm.pipelines.family import LoadedPipeline
     from farm.pipelines.resolve import ResolvedPipeline
     from farm.rendering.calibration import Point, SweepOptions, SweepResult
@@ -64,7 +64,7 @@ def calibrate(
         ),
     ] = 0.97,
     write: Annotated[
-        bool, typer.Option("--write", help="Write the result to the catalog's bucket table.")
+        bool, typer.Option("--write", help="Write the result to the catalog: buckets and ladders.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +77,7 @@ def calibrate(
     Example: farm calibrate sd15 --size 768x512 --write
     """
     from farm.config import load_settings
-    from farm.pipelines.catalog_edit import bucket_line, write_buckets
+    from farm.pipelines.catalog_edit import bucket_line, ladder_lines, write_buckets
     from farm.rendering.calibration import SweepOptions
 
     settings = load_settings()
@@ -85,21 +85,27 @@ def calibrate(
     effort = SweepOptions(most, batches, steps)
     sweeps, loaded = _measure(settings, pipeline, entry, sizes or [], effort)
     table = _table(entry, sweeps, share)
+    ladder = _ladder(entry, sweeps, table)
     if not as_json:
         for done in sweeps:
             _tell(done, share, loaded.device)
     if write:
-        write_buckets(settings.pipelines, pipeline, table)
-        note(f"Written to {settings.pipelines}. Jobs submitted from now on use it.", None)
+        write_buckets(settings.pipelines, pipeline, table, ladder)
+        note(
+            f"Written to {settings.pipelines}. Jobs submitted from now on use the buckets, and "
+            "workers started from now on the ladder.",
+            None,
+        )
     if as_json:
         emit(_object(pipeline, loaded, sweeps, effort, share) | {"bucket": table, "written": write})
         return
     if not write:
         note(
-            f"Add this line to [pipelines.{pipeline}] in {settings.pipelines}, or use --write:",
+            f"Add these lines to [pipelines.{pipeline}] in {settings.pipelines}, or use --write:",
             None,
         )
     say(f"bucket = {bucket_line(table)}")
+    say(f"ladder = {ladder_lines(ladder)}")
 
 
 def _entry(settings: Settings, name: str) -> Pipeline:
@@ -132,9 +138,10 @@ def _swept(
     names: tuple[str, ...],
     effort: SweepOptions,
 ) -> SweepResult:
+    from farm.domain.ladder import powers_up_to
     from farm.rendering import calibration
 
-    total = len(calibration.buckets(effort.most)) * (1 + effort.batches)
+    total = len(powers_up_to(effort.most)) * (1 + effort.batches)
     with counted(f"{size[0]}x{size[1]}, batches", total) as count_more:
         return calibration.sweep(resolved, loaded, size, names, effort, lambda: count_more(1))
 
@@ -152,6 +159,20 @@ def _table(entry: Pipeline, sweeps: Sequence[SweepResult], share: float) -> dict
         if done.points:
             table |= dict.fromkeys(done.names, best_bucket(done.points, share).bucket)
     return table
+
+
+def _ladder(entry: Pipeline, sweeps: Sequence[SweepResult], table: Mapping[str, int]) -> list[Step]:
+    """Return the entry's ladder, with what was measured now."""
+    from farm.rendering.calibration import ladder_of
+
+    measured = [
+        step
+        for done in sweeps
+        for name in done.names
+        for step in ladder_of(name, done.points, table[name])
+    ]
+    now = {step.size for step in measured}
+    return [*(step for step in entry.ladder if step.size not in now), *measured]
 
 
 def _tell(done: SweepResult, share: float, device: str) -> None:

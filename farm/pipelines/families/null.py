@@ -40,6 +40,9 @@ class NullParams(Params):
     step_seconds: float = Field(
         default=0.01, ge=0.0, le=10.0, description="duration of a step, in seconds"
     )
+    frame_seconds: float = Field(
+        default=0.0, ge=0.0, le=10.0, description="added to a step for each frame of the bucket"
+    )
 
 
 class Null:
@@ -68,7 +71,7 @@ class Null:
         """Wait for the time of the steps, and return a picture for each frame's seed and size."""
         params = NullParams.model_validate(batch.frames[0].params)
         for step in range(1, params.steps + 1):
-            time.sleep(params.step_seconds)
+            time.sleep(params.step_seconds + params.frame_seconds * batch.frames[0].bucket)
             batch.on_step(step, params.steps)
         size = (params.width, params.height)
         there = [picture for picture in loaded.extras["pictures"] if picture.size == size]

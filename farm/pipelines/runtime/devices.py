@@ -109,11 +109,21 @@ def thread_count(device: str) -> int:
 
 def free_memory(device: str) -> int:
     """Return the free memory of a device now, in bytes."""
-    import torch
-
     if device == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info()[0])
     return min(_free_of_machine(), _free_of_container())
+
+
+def usable_memory(device: str) -> int:
+    """Return the memory of a device that is free or used by this process, in bytes."""
+    if device == "cuda":
+        import torch
+
+        return free_memory(device) + int(torch.cuda.memory_reserved())
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return free_memory(device) + resident
 
 
 def _free_of_machine() -> int:

@@ -1,6 +1,7 @@
 -- Claims a batch in one call. This is the only place where a frame starts to run.
 --
--- Four functions choose. They only read, so that their plans can be examined. `claim` writes.
+-- Four functions choose frames. They only read, so that their plans can be examined. `fill` and
+-- `chosen_bucket` make a batch of them. `claim` writes.
 
 -- True if a job's requeued frames must not be claimed: the job is paused, cancelled or gone, and
 -- its rows in requeued_frames may not be updated yet.
@@ -67,19 +68,20 @@ CREATE FUNCTION pg_temp.own_requeued(
 $$;
 
 -- Returns requeued frames of other jobs, in job order. It skips a hundred held jobs at most.
+-- `_least`: less urgent jobs are left out.
 CREATE FUNCTION pg_temp.other_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int,
-    _avoided uuid DEFAULT NULL
+    _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
     WITH RECURSIVE job AS (
         (SELECT r.priority, r.job_created_at, r.job_id, 1 AS n FROM requeued_frames r
-         WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
+         WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.priority <= _least
            AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
          ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
         UNION ALL
         SELECT next.*, j.n + 1 FROM job j CROSS JOIN LATERAL (
             SELECT r.priority, r.job_created_at, r.job_id FROM requeued_frames r
-            WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
+            WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.priority <= _least
               AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
               AND (r.priority, r.job_created_at, r.job_id)
                   > (j.priority, j.job_created_at, j.job_id)
@@ -102,7 +104,8 @@ $$;
 
 -- Returns other open jobs whose next frames may fill the batch, each with the number of frames.
 CREATE FUNCTION pg_temp.other_jobs(
-    _pipeline text, _batch_key text, _leader uuid, _free int, _avoided uuid DEFAULT NULL
+    _pipeline text, _batch_key text, _leader uuid, _free int, _avoided uuid DEFAULT NULL,
+    _least smallint DEFAULT 2
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
     SELECT o.id, least(o.room, _free - o.before) FROM (
         SELECT j.id, j.room, coalesce(sum(j.room) OVER (
@@ -111,18 +114,77 @@ CREATE FUNCTION pg_temp.other_jobs(
         FROM (
             SELECT id, run_end - cursor AS room, priority, created_at FROM jobs
             WHERE open AND pipeline = _pipeline AND batch_key = _batch_key AND id <> _leader
-              AND tenant_id IS DISTINCT FROM _avoided
+              AND tenant_id IS DISTINCT FROM _avoided AND priority <= _least
             ORDER BY priority, created_at, id LIMIT _free
         ) j
     ) o WHERE o.before < _free
 $$;
 
+-- Fills a batch of at most `_size` frames: requeued ones, and numbers of new ones by job.
+CREATE FUNCTION pg_temp.fill(
+    _pipeline text, _batch_key text, _leader uuid, _but text[], _size int, _avoided uuid,
+    _least smallint, OUT requeued_ids uuid[], OUT requeued_ordinals bigint[], OUT new_ids uuid[],
+    OUT new_counts bigint[], OUT frames bigint
+) LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
+DECLARE
+    free int := _size;
+    n bigint;
+    some_ids uuid[];
+    some_ordinals bigint[];
+BEGIN
+    new_ids := '{}'; new_counts := '{}';
+    SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
+    INTO requeued_ids, requeued_ordinals
+    FROM pg_temp.own_requeued(_pipeline, _batch_key, _leader, _but, free) r;
+    free := free - cardinality(requeued_ids);
+    IF free > 0 THEN
+        SELECT least(j.run_end - j.cursor, free) INTO n FROM jobs j
+        WHERE j.id = _leader AND j.open AND j.batch_key = _batch_key;
+        IF FOUND THEN
+            new_ids := ARRAY[_leader]; new_counts := ARRAY[n]; free := free - n;
+        END IF;
+    END IF;
+    IF free > 0 THEN
+        SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
+        INTO some_ids, some_ordinals
+        FROM pg_temp.other_requeued(
+            _pipeline, _batch_key, _leader, _but, free, _avoided, _least) r;
+        requeued_ids := requeued_ids || some_ids;
+        requeued_ordinals := requeued_ordinals || some_ordinals;
+        free := free - cardinality(some_ids);
+    END IF;
+    IF free > 0 THEN
+        SELECT new_ids || coalesce(array_agg(o.id), '{}'),
+               new_counts || coalesce(array_agg(o.n), '{}'), free - coalesce(sum(o.n), 0)
+        INTO new_ids, new_counts, free
+        FROM pg_temp.other_jobs(_pipeline, _batch_key, _leader, free, _avoided, _least) o;
+    END IF;
+    frames := _size - free;
+END $$;
+
+-- True if the bucket is chosen at the claim. Such a batch key ends with the image size: spec.py.
+CREATE FUNCTION pg_temp.is_bucket_open(_batch_key text) RETURNS bool LANGUAGE sql IMMUTABLE AS $$
+    SELECT strpos(_batch_key, '~') > 0
+$$;
+
+-- Returns the bucket for a batch of `_frames` frames. If it is open, the plan for the image size has
+-- the choice for 1, 2, … frames. It may be smaller than `_frames`: then the rest waits.
+CREATE FUNCTION pg_temp.chosen_bucket(_plans jsonb, _batch_key text, _bucket int, _frames int)
+RETURNS int LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN NOT pg_temp.is_bucket_open(_batch_key) THEN _bucket
+           ELSE least(_bucket, (p.plan ->> least(_frames, jsonb_array_length(p.plan)) - 1)::int) END
+    FROM (SELECT coalesce(
+        _plans -> split_part(split_part(_batch_key, '/', 1), '~', 2), _plans -> 'default') AS plan
+    ) p
+$$;
+
 -- Claims a batch. Returns one row per frame, in the order of slots, or no rows if nothing may be
 -- claimed. `_priority`: less urgent work is left out. `_known`: jobs whose specs the caller has.
+-- `_plans`: see chosen_bucket.
 -- `waited`: of a job's first frame, the seconds since the job was submitted.
 CREATE FUNCTION pg_temp.claim(
     _pipeline text, _worker_id uuid, _worker text, _pid int, _lease_id uuid, _seconds float,
-    _priority smallint, _known uuid[]
+    _priority smallint, _known uuid[], _plans jsonb DEFAULT '{}'
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
     bucket smallint, priority smallint, rerolls smallint, waited float, more boolean
@@ -133,10 +195,9 @@ DECLARE
     avoided uuid;
     but text[];
     leader record;
-    free int;
-    n bigint;
-    some_ids uuid[];
-    some_ordinals bigint[];
+    size int;
+    chosen int;
+    filled record;
     requeued_ids uuid[];
     requeued_ordinals bigint[];
     new_ids uuid[];
@@ -169,38 +230,26 @@ BEGIN
         END IF;
         IF NOT FOUND THEN RETURN; END IF;
 
-        -- 2. The fill, until the bucket is full. An isolated frame gets no neighbours.
-        requeued_ids := '{}'; requeued_ordinals := '{}'; new_ids := '{}'; new_counts := '{}';
+        -- 2. The fill, until the bucket is full. An isolated frame gets no neighbours. If the bucket is
+        -- open, an interactive batch takes no less urgent frames, since they would make it slower.
         IF leader.isolated THEN
             requeued_ids := ARRAY[leader.job_id]; requeued_ordinals := ARRAY[leader.ordinal];
+            new_ids := '{}'; new_counts := '{}';
+            chosen := pg_temp.chosen_bucket(_plans, leader.batch_key, leader.bucket, 1);
         ELSE
-            free := leader.bucket;
-            SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
-            INTO requeued_ids, requeued_ordinals
-            FROM pg_temp.own_requeued(_pipeline, leader.batch_key, leader.job_id, but, free) r;
-            free := free - cardinality(requeued_ids);
-            IF free > 0 THEN
-                SELECT least(j.run_end - j.cursor, free) INTO n FROM jobs j
-                WHERE j.id = leader.job_id AND j.open AND j.batch_key = leader.batch_key;
-                IF FOUND THEN
-                    new_ids := ARRAY[leader.job_id]; new_counts := ARRAY[n]; free := free - n;
-                END IF;
-            END IF;
-            IF free > 0 THEN
-                SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
-                INTO some_ids, some_ordinals
-                FROM pg_temp.other_requeued(
-                    _pipeline, leader.batch_key, leader.job_id, but, free, avoided) r;
-                requeued_ids := requeued_ids || some_ids;
-                requeued_ordinals := requeued_ordinals || some_ordinals;
-                free := free - cardinality(some_ids);
-            END IF;
-            IF free > 0 THEN
-                SELECT new_ids || coalesce(array_agg(o.id), '{}'),
-                       new_counts || coalesce(array_agg(o.n), '{}') INTO new_ids, new_counts
-                FROM pg_temp.other_jobs(
-                    _pipeline, leader.batch_key, leader.job_id, free, avoided) o;
-            END IF;
+            size := leader.bucket;
+            LOOP
+                SELECT * INTO filled FROM pg_temp.fill(
+                    _pipeline, leader.batch_key, leader.job_id, but, size, avoided,
+                    CASE WHEN pg_temp.is_bucket_open(leader.batch_key) AND leader.priority = 0
+                         THEN 0 ELSE 2 END::smallint);
+                chosen := pg_temp.chosen_bucket(
+                    _plans, leader.batch_key, size, filled.frames::int);
+                EXIT WHEN filled.frames <= chosen;
+                size := chosen;
+            END LOOP;
+            requeued_ids := filled.requeued_ids; requeued_ordinals := filled.requeued_ordinals;
+            new_ids := filled.new_ids; new_counts := filled.new_counts;
         END IF;
 
         -- 3. The jobs' locks, by id.
@@ -226,7 +275,7 @@ BEGIN
             ), again AS (
                 UPDATE frames f
                 SET state = 'running', attempt = f.attempt + 1, worker = _worker,
-                    bucket = leader.bucket, error = NULL,
+                    bucket = chosen, error = NULL,
                     started_at = clock_timestamp(), finished_at = NULL
                 FROM taken t
                 WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
@@ -270,7 +319,7 @@ BEGIN
                 RETURNING j.id, j.cursor - t.n AS first, j.cursor AS stop
             ), born AS (
                 INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at)
-                SELECT a.id, o, 'running', 1, _worker, leader.bucket, clock_timestamp()
+                SELECT a.id, o, 'running', 1, _worker, chosen, clock_timestamp()
                 FROM advanced a CROSS JOIN generate_series(a.first, a.stop - 1) AS o
                 RETURNING job_id, ordinal, attempt
             )
@@ -341,7 +390,7 @@ BEGIN
         CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
     )
     SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
-           leader.bucket, leader.priority,
+           chosen::smallint, leader.priority,
            CASE WHEN p.attempt = 1 THEN 0::smallint ELSE (
                SELECT r.rerolls FROM frames r WHERE r.job_id = p.id AND r.ordinal = p.ordinal
            ) END,
