@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api import errors, openapi
+from api import auth, errors, openapi
 from api.dashboard import api_docs, page, pictures, session
 from api.dashboard.html import STATIC
 from api.door import FrontDoor
@@ -31,6 +31,7 @@ from api.routes import (
     tenants,
     workers,
 )
+from api.waiting_reasons import RecentLanes
 from farm.config import Settings, load_settings
 from farm.context import open_farm
 from farm.process import version
@@ -61,6 +62,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
+        app.state.recent = RecentLanes(app.state.farm.store)
+        app.state.submissions = jobs.submissions(app.state.farm, app.state.recent)
+        app.state.callers = auth.callers(app.state.farm)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         app.state.intakes = Places(inputs.MAX_CONCURRENT_UPLOADS, inputs.MAX_UPLOADS_PER_TENANT)
         app.state.decoding = CapacityLimiter(images.MAX_CONCURRENT_DECODINGS)

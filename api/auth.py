@@ -5,19 +5,26 @@ The dashboard's cookie holds no key, but a session of one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
+from anyio import to_thread
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from api.groups import Groups
 from farm.context import Farm
 from farm.domain.spec import Storable
 from farm.errors import Forbidden, Unauthenticated
 from farm.store.actions import Actor
 from farm.store.engine import reads
-from farm.store.keys import Caller, find_caller
+from farm.store.keys import Caller, find_callers
 from farm.store.sessions import find_visitor
+
+LOOKUP_THREADS = 2
+"""Number of groups of credentials that a process looks up at the same time for the front door."""
 
 OPERATOR = "operator"
 WRITERS = frozenset({"client", OPERATOR})
@@ -58,14 +65,36 @@ def caller_of(farm: Farm, credential: Credential) -> Caller:
     Raises:
         Unauthenticated: The credential is unknown, has ended or was revoked.
     """
-    find = find_visitor if credential.is_session else find_caller
-    with reads(farm.store) as connection:
-        caller = find(connection, credential.secret)
-    if caller is None and credential.is_session:
-        raise Unauthenticated("Your session has ended. Sign in again.")
-    if caller is None:
-        raise Unauthenticated("This API key is unknown or revoked.")
+    [caller] = _callers_of(farm, [credential])
+    if isinstance(caller, Unauthenticated):
+        raise caller
     return caller
+
+
+def callers(farm: Farm) -> Groups[Credential, Caller]:
+    """Return the groups in which credentials are looked up for the front door."""
+    return Groups(partial(_callers_of, farm), LOOKUP_THREADS)
+
+
+def _callers_of(farm: Farm, credentials: Sequence[Credential]) -> list[Caller | Unauthenticated]:
+    """Look credentials up: all keys with one statement. Each session is renewed by another."""
+    keys = {each.secret for each in credentials if not each.is_session}
+    with reads(farm.store) as connection:
+        of_keys = find_callers(connection, keys) if keys else {}
+        found = [
+            find_visitor(connection, each.secret) if each.is_session else of_keys.get(each.secret)
+            for each in credentials
+        ]
+    return [
+        caller or _unknown(credential)
+        for caller, credential in zip(found, credentials, strict=True)
+    ]
+
+
+def _unknown(credential: Credential) -> Unauthenticated:
+    if credential.is_session:
+        return Unauthenticated("Your session has ended. Sign in again.")
+    return Unauthenticated("This API key is unknown or revoked.")
 
 
 def cookie_name(request: Request) -> str:
@@ -99,7 +128,7 @@ def known_caller(request: Request, farm: Farm, credential: Credential) -> Caller
     return caller_of(farm, credential)
 
 
-def reader(
+async def reader(
     request: Request,
     farm: FarmDep,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
@@ -107,7 +136,10 @@ def reader(
     """Require a valid API key of any role."""
     if bearer is None:
         raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
-    return known_caller(request, farm, Credential(bearer.credentials))
+    credential = Credential(bearer.credentials)
+    if KNOWN in request.scope:  # nothing to wait for
+        return known_caller(request, farm, credential)
+    return await to_thread.run_sync(known_caller, request, farm, credential)
 
 
 Reader = Annotated[Caller, Depends(reader)]

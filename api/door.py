@@ -10,16 +10,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from anyio import CapacityLimiter, fail_after, to_thread
+from anyio import fail_after
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import KNOWN, caller_of, credential_of
+from api.auth import KNOWN, Credential, credential_of
 from api.errors import farm_error
+from api.groups import Groups
 from api.places import Places
 from farm.config import Settings
-from farm.context import Farm
 from farm.errors import FarmError, TooLarge, TooSlow, Unauthenticated
+from farm.store.keys import Caller
 
 SIGNING_IN = {"/login", "/logout"}
 SIGNING_IN_BYTES = 4096
@@ -34,8 +35,6 @@ MIN_BYTES_PER_SECOND = 64 * 2**10
 """Minimum pace of a body: its time is FIRST_SECONDS plus its bytes divided by this."""
 WITHOUT_KEY = 64
 """Maximum number of bodies that arrive at the same time from callers without a key."""
-MAX_CONCURRENT_LOOKUPS = 4
-"""Maximum number of keys that a process looks up for the front door at the same time."""
 BODIES, BODIES_PER_TENANT = 256, 64
 """Maximum number of bodies that arrive at the same time with a key: in all, and per tenant."""
 
@@ -68,7 +67,6 @@ class FrontDoor:
         self.app = app
         self._bodies = Places(BODIES, BODIES_PER_TENANT)
         self._without_key = Places(WITHOUT_KEY, WITHOUT_KEY)
-        self._looking_up = CapacityLimiter(MAX_CONCURRENT_LOOKUPS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -106,8 +104,8 @@ class FrontDoor:
         credential = credential_of(request)
         if credential is None:
             raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
-        farm: Farm = request.app.state.farm
-        caller = await to_thread.run_sync(caller_of, farm, credential, limiter=self._looking_up)
+        callers: Groups[Credential, Caller] = request.app.state.callers
+        caller = await callers.ask(credential)
         request.scope[KNOWN] = credential, caller
         return str(caller.tenant_id)
 

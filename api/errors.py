@@ -38,6 +38,14 @@ class ProblemResponse(JSONResponse):
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
+def error_body(error: FarmError) -> dict[str, str | None]:
+    """Return the `error` object of a problem, for one of several answers in a response."""
+    body: dict[str, str | None] = problem(error.status, error.code, error.message, error.param)[
+        "error"
+    ]
+    return body
+
+
 def problem(
     status: int, code: str, detail: str, param: str | None = None, **more: Any
 ) -> dict[str, Any]:

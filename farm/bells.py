@@ -7,6 +7,7 @@ janitor rings again for every lane with waiting frames.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -39,6 +40,9 @@ HASTY = {"socket_timeout": 1, "socket_connect_timeout": 1}
 
 HEARING_SECONDS = 0.25
 """Length of one wait for a bell, in seconds. Shorter than the socket timeout."""
+
+JOINED_SECONDS = 0.02
+"""Interval in which a queue is rung once. Further bells are joined into one at its end. Seconds."""
 
 SILENT_SECONDS = 3.0
 """Pause in ringing after Redis did not answer, in seconds."""
@@ -90,6 +94,11 @@ class Bells:
         place = redis_place(settings.redis_url.get_secret_value())
         self._redis = place.client(**HASTY)
         self._silent_until = float("-inf")
+        self._lock = threading.Lock()
+        self._rung_at: dict[str, float] = {}
+        """Time of the last bell by queue, on the monotonic clock."""
+        self._late: dict[str, tuple[threading.Timer, Callable[[], object]]] = {}
+        """Bells by queue that wait for the end of their interval."""
 
     def ring(self, pipeline: str, *, urgent: bool = False) -> bool:
         """Wake one worker of a lane. Return True if Redis accepted the bell.
@@ -118,6 +127,32 @@ class Bells:
         )
 
     def _add(self, queue: str, add: Callable[[str], object]) -> bool:
+        """Add a bell now, or at the end of its queue's interval.
+
+        Return True unless Redis did not answer.
+        """
+        with self._lock:
+            now = time.monotonic()
+            due = self._rung_at.get(queue, float("-inf")) + JOINED_SECONDS
+            if queue in self._late:
+                return True
+            if now < due:
+                timer = threading.Timer(due - now, self._add_late, [queue])
+                timer.daemon = True
+                self._late[queue] = timer, lambda: self._add_now(queue, add)
+                timer.start()
+                return True
+            self._rung_at[queue] = now
+        return self._add_now(queue, add)
+
+    def _add_late(self, queue: str) -> None:
+        with self._lock:
+            timer_and_add = self._late.pop(queue, None)
+            self._rung_at[queue] = time.monotonic()
+        if timer_and_add is not None:
+            timer_and_add[1]()
+
+    def _add_now(self, queue: str, add: Callable[[str], object]) -> bool:
         """Add a bell if the queue has few. Return True if Redis answered."""
         if time.monotonic() < self._silent_until:
             return False
@@ -149,6 +184,10 @@ class Bells:
             return False
 
     def close(self) -> None:
-        """Close the connections."""
+        """Ring the bells that wait, and close the connections."""
+        with self._lock:
+            late = list(self._late)
+        for queue in late:
+            self._add_late(queue)
         self.app.close()
         self._redis.close()

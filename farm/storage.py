@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import boto3
 from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from farm.config import Settings
 from farm.domain.image_formats import BY_EXTENSION, FORMATS, Format
@@ -395,6 +395,11 @@ def _why(error: BaseException) -> str:
     if isinstance(error, ClientError):
         found = error.response.get("Error", {})
         return str(found.get("Message") or found.get("Code") or "no reason given")
+    if isinstance(error, NoCredentialsError):
+        return (
+            "there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give "
+            "the process a role"
+        )
     return type(error).__name__
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -13,20 +14,22 @@ from pydantic import BaseModel
 
 from api import schemas
 from api.auth import FarmDep, Reader, Writer
+from api.errors import error_body
+from api.groups import Groups
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
 from api.places import Turns
 from api.request_body import parse_json, read_body
 from api.responses import job_view
-from api.waiting_reasons import Lanes
+from api.waiting_reasons import Lanes, RecentLanes
 from farm.context import Farm
 from farm.domain.states import JobStatus
-from farm.errors import InvalidRequest
+from farm.errors import FarmError, InvalidRequest
 from farm.services import jobs as use_cases
 from farm.services import quotes as use_quotes
 from farm.store import queries
 from farm.store.engine import reads, transaction
-from farm.store.keys import Caller
+from farm.store.queries import JobRow
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -34,6 +37,14 @@ JobId = Annotated[uuid.UUID, Path(description="ID of the job")]
 LABEL = "label."
 QUICK_BYTES = 2**18
 """Maximum size of a body for the usual threads, in bytes. Checking a larger one takes seconds."""
+MAX_BATCH_JOBS = 1000
+"""Maximum number of jobs in one call."""
+GROUPED_BYTES = 4096
+"""Maximum size of a body that is checked together with others, in bytes."""
+SEPARATE = (b'"grid"', b'"control"')
+"""Fields whose check may take long, so that others do not wait for it."""
+SUBMISSION_THREADS = 2
+"""Number of groups of jobs that are handled at the same time: one is checked, one is stored."""
 STEERING = refusals(403, 404, 409)
 
 
@@ -75,29 +86,160 @@ async def submit(
 ) -> Response:
     """Check a job completely, store it, and return it. Workers claim its frames later."""
     takes_long = b'"input"' in body or len(body) > QUICK_BYTES
-    args = farm, caller, body, idempotency_key, traceparent, dry_run
-    if takes_long:
-        slow: Turns = request.app.state.slow
-        return await slow.run(caller.tenant_id, _submit, *args)
-    return await to_thread.run_sync(_submit, *args)
-
-
-def _submit(
-    farm: Farm,
-    caller: Caller,
-    body: bytes,
-    idempotency_key: str | None,
-    traceparent: str | None,
-    dry_run: bool,
-) -> Response:
+    slow: Turns = request.app.state.slow
     if dry_run:
-        quote = asdict(use_quotes.quote(farm, caller.tenant_id, parse_json(body)))
-        quote |= {name: quote[name].model_dump() for name in ("first", "last")}
-        return _answer(schemas.Quote(**quote), 200)
-    row = use_cases.submit(farm, caller.tenant_id, parse_json(body), idempotency_key, traceparent)
-    with reads(farm.store) as connection:
-        job = job_view(row, Lanes(connection, caller.tenant_id))
+        if takes_long:
+            return await slow.run(caller.tenant_id, _quote, farm, caller.tenant_id, body)
+        return await to_thread.run_sync(_quote, farm, caller.tenant_id, body)
+    sent = Sent(caller.tenant_id, body, idempotency_key, traceparent)
+    answer = partial(_submit, farm, request.app.state.recent)
+    if takes_long:
+        [result] = await slow.run(caller.tenant_id, answer, [sent])
+    elif len(body) > GROUPED_BYTES or any(word in body for word in SEPARATE):
+        [result] = await to_thread.run_sync(answer, [sent])
+    else:
+        submissions: Groups[Sent, Response] = request.app.state.submissions
+        return await submissions.ask(sent)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _quote(farm: Farm, tenant_id: uuid.UUID, body: bytes) -> Response:
+    quote = asdict(use_quotes.quote(farm, tenant_id, parse_json(body)))
+    quote |= {name: quote[name].model_dump() for name in ("first", "last")}
+    return _answer(schemas.Quote(**quote), 200)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One call of `POST /v1/jobs`."""
+
+    tenant_id: uuid.UUID
+    body: bytes
+    idempotency_key: str | None
+    traceparent: str | None
+
+
+def submissions(farm: Farm, recent: RecentLanes) -> Groups[Sent, Response]:
+    """Return the groups in which small jobs are checked and stored."""
+    return Groups(partial(_submit, farm, recent), SUBMISSION_THREADS)
+
+
+def _submit(farm: Farm, recent: RecentLanes, sent: Sequence[Sent]) -> list[Response | Exception]:
+    """Check and store jobs. Return each one's answer, or the error with which it is refused."""
+    answers: dict[int, Response | Exception] = {}
+    parsed: dict[int, use_cases.Submission] = {}
+    for index, call in enumerate(sent):
+        try:
+            body = parse_json(call.body)
+        except FarmError as error:
+            answers[index] = error
+            continue
+        parsed[index] = use_cases.Submission(
+            call.tenant_id, body, call.idempotency_key, call.traceparent
+        )
+    results = use_cases.submit_many(farm, [*parsed.values()])
+    for index, result in zip(parsed, results, strict=True):
+        answers[index] = result if isinstance(result, FarmError) else _accepted(result, recent)
+    return [answers[index] for index in range(len(sent))]
+
+
+def _accepted(row: JobRow, recent: RecentLanes) -> Response:
+    job = job_view(row, recent.waiting_because(row))
     return _answer(job, 202, {"Location": f"/v1/jobs/{row.id}"})
+
+
+@router.post(
+    "/batch",
+    response_model=schemas.SubmittedJobs,
+    summary="Submit many jobs",
+    responses=refusals(400, 403, 413),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["jobs"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "jobs": {
+                                "type": "array",
+                                "minItems": 1,
+                                "maxItems": MAX_BATCH_JOBS,
+                                "items": {"type": "object"},
+                            }
+                        },
+                    }
+                }
+            },
+        }
+    },
+)
+async def submit_batch(
+    request: Request,
+    farm: FarmDep,
+    caller: Writer,
+    body: Annotated[bytes, Depends(read_body)],
+    traceparent: Annotated[
+        str | None,
+        Header(description="Trace of the client (W3C Trace Context). The jobs' traces link to it"),
+    ] = None,
+) -> Response:
+    """Check up to 1,000 jobs, and store those that pass. Each is a body of `POST /v1/jobs`, and
+    may have its own `idempotency_key`. Each has its own answer, at the same place in `data`: the
+    job, or the error. A job that is refused stops no other."""
+    slow: Turns = request.app.state.slow
+    recent: RecentLanes = request.app.state.recent
+    return await slow.run(
+        caller.tenant_id, _submit_batch, farm, recent, caller.tenant_id, body, traceparent
+    )
+
+
+def _submit_batch(
+    farm: Farm, recent: RecentLanes, tenant_id: uuid.UUID, body: bytes, traceparent: str | None
+) -> Response:
+    keyed = [_keyed(job, tenant_id, traceparent) for job in _jobs_of(parse_json(body))]
+    sent = [each for each in keyed if isinstance(each, use_cases.Submission)]
+    results = iter(use_cases.submit_many(farm, sent))
+    answers = [each if isinstance(each, FarmError) else next(results) for each in keyed]
+    return _answer(schemas.SubmittedJobs(data=[_submitted(each, recent) for each in answers]), 200)
+
+
+def _jobs_of(body: Any) -> list[Any]:
+    """Return the jobs of a batch."""
+    jobs = body.get("jobs") if isinstance(body, dict) and body.keys() == {"jobs"} else None
+    if not isinstance(jobs, list) or not 1 <= len(jobs) <= MAX_BATCH_JOBS:
+        raise InvalidRequest(
+            f"jobs: send a list of 1 to {MAX_BATCH_JOBS} jobs and no other field, such as "
+            '{"jobs": [{"pipeline": "demo", "prompts": ["a star"]}]}.',
+            param="jobs",
+        )
+    return jobs
+
+
+def _keyed(
+    job: Any, tenant_id: uuid.UUID, traceparent: str | None
+) -> use_cases.Submission | InvalidRequest:
+    """Separate a job of a batch from its idempotency key."""
+    if not isinstance(job, dict):
+        return use_cases.Submission(tenant_id, job, None, traceparent)
+    key = job.get("idempotency_key")
+    if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 200):
+        return InvalidRequest(
+            "idempotency_key: send a text of 1 to 200 characters.", param="idempotency_key"
+        )
+    body = {name: value for name, value in job.items() if name != "idempotency_key"}
+    return use_cases.Submission(tenant_id, body, key, traceparent)
+
+
+def _submitted(result: JobRow | FarmError, recent: RecentLanes) -> schemas.SubmittedJob:
+    if isinstance(result, FarmError):
+        return schemas.SubmittedJob(status=result.status, error=error_body(result))
+    job = job_view(result, recent.waiting_because(result))
+    return schemas.SubmittedJob(status=202, job=job)
 
 
 def _answer(content: BaseModel, status: int, headers: Mapping[str, str] | None = None) -> Response:
@@ -162,7 +304,7 @@ def job_page(
             labels=labels,
         )
         lanes = Lanes(connection, tenant_id)
-        return page(rows, limit, lambda row: job_view(row, lanes))
+        return page(rows, limit, lambda row: job_view(row, lanes.waiting_because(row)))
 
 
 @router.get("/{job_id}", responses=refusals(404), summary="Get a job")
@@ -216,7 +358,7 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:
     """
     with reads(farm.store) as connection:
         row = queries.get_job(connection, tenant_id, job_id)
-        return job_view(row, Lanes(connection, tenant_id))
+        return job_view(row, Lanes(connection, tenant_id).waiting_because(row))
 
 
 def _storable(text: str, param: str | None = None) -> str:

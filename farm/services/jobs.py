@@ -6,14 +6,15 @@ import hashlib
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from farm import failpoints
 from farm.context import Farm
 from farm.domain.inputs import StoredInput
-from farm.domain.spec import FullSpec, JobSpec
-from farm.errors import InvalidRequest, NotFound
+from farm.domain.spec import FullSpec, JobSpec, Priority
+from farm.errors import FarmError, InvalidRequest, NotFound
 from farm.pipelines.params import Params
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.services.control_images import missing_images
@@ -21,7 +22,8 @@ from farm.services.job_validation import check_job, full_spec, syntax_among
 from farm.store import inputs, queries
 from farm.store import jobs as stored
 from farm.store.engine import one_statement, reads, transaction
-from farm.store.jobs import Idempotency
+from farm.store.group_commit import insert_group
+from farm.store.jobs import Idempotency, NewJob
 from farm.store.lines import all_lines
 from farm.store.queries import JobRow
 
@@ -74,24 +76,106 @@ def submit(
         InvalidRequest: a field is wrong; the error names it and its limit. Nothing is stored.
         Conflict: the idempotency key was used with another body.
     """
-    started = time.monotonic()
-    idempotency = _idempotency(idempotency_key, body)
-    if idempotency is not None:
-        # Before the checks: the same body was accepted then, even if the catalog has changed.
-        with reads(farm.store) as connection:
-            found = stored.same_job(connection, tenant_id, idempotency)
-        if found is not None:
-            return found
-    checked = check(farm, tenant_id, body)
-    job, spec = checked.job, checked.spec
-    with one_statement(farm.store) as connection:
-        new_id, prompts = uuid.uuid4(), job.prompts or ()
-        row = stored.insert_job(connection, new_id, tenant_id, spec, prompts, idempotency)
-    failpoints.reach(farm.settings.failpoints, "submit.committed", prompts)
-    farm.bells.ring(job.pipeline, urgent=job.priority == "interactive")
-    if farm.traces is not None and row.id == new_id:
-        farm.traces.submitted(new_id, started, traceparent, _attributes(new_id, spec))
+    [row] = submit_many(farm, [Submission(tenant_id, body, idempotency_key, traceparent)])
+    if isinstance(row, Exception):
+        raise row
     return row
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to submit, as the client sent it."""
+
+    tenant_id: uuid.UUID
+    body: Any
+    idempotency_key: str | None = None
+    """Name of this submission. With it, a client can safely submit again."""
+    traceparent: str | None = None
+    """Trace of the client. The trace of the job is linked to it."""
+
+
+def submit_many(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | FarmError]:
+    """Check jobs, store those that pass in one transaction, and ring their lanes.
+
+    Returns:
+        For each job its row, or the error with which it is refused. None fails for another.
+    """
+    started = time.monotonic()
+    results: list[JobRow | FarmError | NewJob] = _checked(farm, submissions)
+    new = [result for result in results if isinstance(result, NewJob)]
+    rows: dict[uuid.UUID, JobRow | FarmError] = {}
+    for job, row in zip(new, insert_group(farm.store, new), strict=True):
+        if isinstance(row, Exception) and not isinstance(row, FarmError):
+            raise row
+        rows[job.id] = row
+    stored = [(job, rows[job.id]) for job in new]
+    _announce(farm, [(job, row) for job, row in stored if not isinstance(row, FarmError)])
+    if farm.traces is not None:
+        for submission, result in zip(submissions, results, strict=True):
+            # Not of the same job that was submitted before, which has another ID.
+            if isinstance(result, NewJob) and getattr(rows[result.id], "id", None) == result.id:
+                about = _attributes(result.id, result.spec)
+                farm.traces.submitted(result.id, started, submission.traceparent, about)
+    return [rows[each.id] if isinstance(each, NewJob) else each for each in results]
+
+
+def _checked(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | FarmError | NewJob]:
+    """Check each job. Those that were submitted before are found by their keys."""
+    keys = [_key_or_error(each) for each in submissions]
+    # Before the checks: the same body was accepted then, even if the catalog has changed.
+    same = _submitted_before(farm, submissions, keys)
+    results: list[JobRow | FarmError | NewJob] = []
+    for each, key in zip(submissions, keys, strict=True):
+        if isinstance(key, FarmError):
+            results.append(key)
+        else:
+            found = same.get((each.tenant_id, key)) if key else None
+            results.append(found or _new_job(farm, each, key))
+    return results
+
+
+def _key_or_error(submission: Submission) -> Idempotency | InvalidRequest | None:
+    try:
+        return _idempotency(submission.idempotency_key, submission.body)
+    except InvalidRequest as error:
+        return error
+
+
+def _submitted_before(
+    farm: Farm,
+    submissions: Sequence[Submission],
+    keys: Sequence[Idempotency | InvalidRequest | None],
+) -> dict[tuple[uuid.UUID, Idempotency], JobRow | FarmError]:
+    """Find the jobs that were submitted before, by tenant and key."""
+    keyed: dict[uuid.UUID, list[Idempotency]] = {}
+    for each, key in zip(submissions, keys, strict=True):
+        if isinstance(key, Idempotency):
+            keyed.setdefault(each.tenant_id, []).append(key)
+    if not keyed:
+        return {}
+    with reads(farm.store) as connection:
+        return {
+            (tenant_id, key): row
+            for tenant_id, own in keyed.items()
+            for key, row in stored.same_jobs(connection, tenant_id, own).items()
+        }
+
+
+def _new_job(farm: Farm, submission: Submission, key: Idempotency | None) -> NewJob | FarmError:
+    try:
+        checked = check(farm, submission.tenant_id, submission.body)
+    except FarmError as error:
+        return error
+    return NewJob(submission.tenant_id, checked.spec, checked.job.prompts or (), key)
+
+
+def _announce(farm: Farm, rows: Sequence[tuple[NewJob, JobRow]]) -> None:
+    """Ring the lanes of stored jobs, once each."""
+    for new, _ in rows:
+        failpoints.reach(farm.settings.failpoints, "submit.committed", new.prompts)
+    urgent = {row.pipeline for _, row in rows if row.priority == Priority.INTERACTIVE}
+    for pipeline in {row.pipeline for _, row in rows}:
+        farm.bells.ring(pipeline, urgent=pipeline in urgent)
 
 
 def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput | None:
@@ -160,13 +244,11 @@ def _check_images(
                 )
 
 
-def _idempotency(key: str | None, body: Any) -> Idempotency | None:
+def _idempotency(key: str | None, body: Any, param: str = "Idempotency-Key") -> Idempotency | None:
     if key is None:
         return None
     if not 1 <= len(key) <= 200:
-        raise InvalidRequest(
-            "Idempotency-Key: wrong length. Use 1 to 200 characters.", param="Idempotency-Key"
-        )
+        raise InvalidRequest(f"{param}: wrong length. Use 1 to 200 characters.", param=param)
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return Idempotency(key, hashlib.sha256(text.encode()).digest())
 

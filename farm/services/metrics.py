@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,

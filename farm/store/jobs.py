@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 
 from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
@@ -13,10 +14,11 @@ from sqlalchemy.exc import IntegrityError
 
 from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
-from farm.errors import Conflict, InvalidRequest, NotFound
-from farm.store.queries import JOB_COLUMNS, JobRow, get_job
+from farm.errors import Conflict, FarmError, InvalidRequest, NotFound
+from farm.store import arrays
+from farm.store.queries import JOB_COLUMNS, JobRow
 from farm.store.requeue import INTO_REQUEUED
-from farm.store.rows import row_of
+from farm.store.rows import row_of, rows_of
 from farm.store.tally import Delta, tally
 
 PROMPTS_PER_CHUNK = 1000
@@ -29,46 +31,56 @@ JOBS_PER_FOLLOW = 100
 # costs nothing later.
 JOIN_LANE = """
 INSERT INTO shares (pipeline, tenant_id, served)
-SELECT :pipeline, :tenant_id, coalesce(min(s.served) FILTER (WHERE busy), max(s.served), 0)
-FROM shares s CROSS JOIN LATERAL (
-    SELECT EXISTS (
-        SELECT FROM jobs j
-        WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
-          AND j.id <> :id) AS busy
-) now
-WHERE s.pipeline = :pipeline
-HAVING EXISTS (SELECT FROM joins)
+SELECT joins.pipeline, joins.tenant_id, entry.served
+FROM joins CROSS JOIN LATERAL (
+    SELECT coalesce(min(s.served) FILTER (WHERE busy), max(s.served), 0) AS served
+    FROM shares s CROSS JOIN LATERAL (
+        SELECT EXISTS (
+            SELECT FROM jobs j
+            WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+              AND j.id <> ALL(CAST(:ids AS uuid[]))) AS busy
+    ) now
+    WHERE s.pipeline = joins.pipeline
+) entry
 ON CONFLICT (pipeline, tenant_id) DO UPDATE
 SET served = greatest(shares.served, excluded.served)
 WHERE NOT EXISTS (
     SELECT FROM jobs j
     WHERE j.open AND j.pipeline = shares.pipeline AND j.tenant_id = shares.tenant_id
-      AND j.id <> :id)
+      AND j.id <> ALL(CAST(:ids AS uuid[])))
 """
 
-JOIN_AGAIN = text(f"WITH joins AS (SELECT) {JOIN_LANE}")
+JOIN_AGAIN = text(f"""
+WITH joins AS (SELECT pipeline, tenant_id FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
+{JOIN_LANE}""")  # noqa: S608 - constants only
 
-# Inserts the job, its prompts and its event. The lane's row is last, since claims write it too.
-INSERT_JOB = text(f"""
+# Inserts jobs, their prompts and their events. The lanes' rows are last: claims write them too.
+# `given` is JSON, and not JSONB: the order of a spec's grid matters.
+INSERT_JOBS = text(f"""
 WITH j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
                       runs, max_attempts, spec, labels, input_id, idempotency_key,
                       idempotency_digest)
-    VALUES (:id, :tenant_id, :pipeline, :priority, true, :total, :run_end, :batch_key, :bucket,
-            CAST(:runs AS jsonb), :max_attempts, CAST(:spec AS json), CAST(:labels AS jsonb),
-            :input_id, :idempotency_key, :idempotency_digest)
+    SELECT id, tenant_id, pipeline, priority, true, total, run_end, batch_key, bucket, runs,
+           max_attempts, spec, labels, input_id, idempotency_key, decode(idempotency_digest, 'hex')
+    FROM json_to_recordset(CAST(:given AS json)) AS g (
+        id uuid, tenant_id uuid, pipeline text, priority smallint, total bigint, run_end bigint,
+        batch_key text, bucket smallint, runs jsonb, max_attempts smallint, spec json, labels jsonb,
+        input_id uuid, idempotency_key text, idempotency_digest text)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
     RETURNING *
-), joins AS (
-    SELECT FROM j
 ), chunk AS (
     INSERT INTO job_prompts (job_id, first, prompts)
     SELECT j.id, min(p.n) - 1, array_agg(p.prompt ORDER BY p.n)
-    FROM j CROSS JOIN unnest(CAST(:prompts AS text[])) WITH ORDINALITY AS p (prompt, n)
+    FROM json_to_recordset(CAST(:given AS json)) AS g (id uuid, prompts json)
+    JOIN j ON j.id = g.id
+    CROSS JOIN json_array_elements_text(g.prompts) WITH ORDINALITY AS p (prompt, n)
     GROUP BY j.id, (p.n - 1) / {PROMPTS_PER_CHUNK}
 ), event AS (
     INSERT INTO events (job_id, tenant_id, kind, data)
     SELECT id, tenant_id, 'job.queued', '{{}}' FROM j
+), joins AS (
+    SELECT DISTINCT pipeline, tenant_id FROM j ORDER BY pipeline, tenant_id
 ), lane AS ({JOIN_LANE})
 SELECT {JOB_COLUMNS} FROM j
 """)  # noqa: S608 - constants only
@@ -78,10 +90,10 @@ INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, :kind, CAST(:data AS jsonb) FROM jobs WHERE id = :job_id
 """)
 
-BY_IDEMPOTENCY = text("""
-SELECT id, idempotency_digest FROM jobs
-WHERE tenant_id = :tenant_id AND idempotency_key = :idempotency_key
-""")
+BY_IDEMPOTENCY = text(f"""
+SELECT j.idempotency_key, j.idempotency_digest, j.removed_at, {JOB_COLUMNS} FROM jobs j
+WHERE j.tenant_id = :tenant_id AND j.idempotency_key = ANY(:keys)
+""")  # noqa: S608 - constants only
 
 
 @dataclass(frozen=True)
@@ -93,78 +105,122 @@ class Idempotency:
     """SHA-256 of the request's body in canonical form."""
 
 
-def insert_job(
-    connection: Connection,
-    job_id: uuid.UUID,
-    tenant_id: uuid.UUID,
-    spec: FullSpec,
-    prompts: Sequence[str],
-    idempotency: Idempotency | None,
-) -> JobRow:
-    """Insert a job with its prompts. Return its row, or that of the same job submitted before.
+@dataclass(frozen=True, eq=False)
+class NewJob:
+    """A job that passed every check, before it is stored."""
 
-    This is one statement.
+    tenant_id: uuid.UUID
+    spec: FullSpec
+    prompts: Sequence[str]
+    idempotency: Idempotency | None = None
+    id: uuid.UUID = field(default_factory=uuid.uuid4)
+
+    def given(self) -> dict[str, object]:
+        """Return its values for INSERT_JOBS, but for the spec, which is JSON already."""
+        run_end, batch_key, bucket = self.spec.runs[0]
+        return {
+            "id": str(self.id),
+            "tenant_id": str(self.tenant_id),
+            "pipeline": self.spec.pipeline,
+            "priority": Priority.parse(self.spec.priority),
+            "total": self.spec.total,
+            "run_end": run_end,
+            "batch_key": batch_key,
+            "bucket": bucket,
+            "runs": self.spec.runs,
+            "max_attempts": self.spec.max_attempts,
+            "labels": self.spec.labels,
+            "input_id": None if self.spec.input is None else str(self.spec.input),
+            "idempotency_key": self.idempotency.key if self.idempotency else None,
+            "idempotency_digest": self.idempotency.digest.hex() if self.idempotency else None,
+            "prompts": [*self.prompts],
+        }
+
+
+def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow | FarmError]:
+    """Insert jobs with their prompts. This is one statement, and another for repeated keys.
+
+    Its locks are taken in the order of `jobs`: see lock_order.
+
+    Returns:
+        For each job its row, or that of the same job submitted before; or a Conflict, if its
+        idempotency key was used with another body.
 
     Raises:
-        Conflict: the idempotency key was used with another body.
-        InvalidRequest: its input was deleted before the insert.
+        InvalidRequest: an input was deleted before the insert. Nothing is inserted.
     """
-    run_end, batch_key, bucket = spec.runs[0]
     values = {
-        "id": job_id,
-        "tenant_id": tenant_id,
-        "pipeline": spec.pipeline,
-        "priority": Priority.parse(spec.priority),
-        "total": spec.total,
-        "run_end": run_end,
-        "batch_key": batch_key,
-        "bucket": bucket,
-        "runs": _json(spec.runs),
-        "max_attempts": spec.max_attempts,
-        "spec": spec.stored(),
-        "labels": _json(spec.labels),
-        "input_id": spec.input,
-        "idempotency_key": idempotency.key if idempotency else None,
-        "idempotency_digest": idempotency.digest if idempotency else None,
-        "prompts": list(prompts),
+        "given": "[" + ",".join(_with_spec(job) for job in jobs) + "]",
+        "ids": arrays.ids(job.id for job in jobs),
     }
     try:
-        inserted = row_of(connection.execute(INSERT_JOB, values), JobRow)
+        rows = rows_of(connection.execute(INSERT_JOBS, values), JobRow)
     except IntegrityError as error:
-        if spec.input is None or not isinstance(error.orig, ForeignKeyViolation):
+        named = [str(job.spec.input) for job in jobs if job.spec.input is not None]
+        if not named or not isinstance(error.orig, ForeignKeyViolation):
             raise
         raise InvalidRequest(
-            f"input: {spec.input} has just been deleted. Upload it again.", param="input"
+            f"input: {', '.join(named)} has just been deleted. Upload it again.", param="input"
         ) from error
-    if inserted is not None:
-        return inserted
-    # Only an idempotency key can collide: the same job was submitted at the same moment.
-    assert idempotency is not None
-    same = same_job(connection, tenant_id, idempotency)
-    assert same is not None
-    return same
+    inserted = {row.id: row for row in rows}
+    repeated = [job for job in jobs if job.id not in inserted]
+    same = _same_of_tenants(connection, repeated)
+    return [inserted.get(job.id) or same[job.id] for job in jobs]
 
 
-def same_job(
-    connection: Connection, tenant_id: uuid.UUID, idempotency: Idempotency
-) -> JobRow | None:
-    """Find the job that a tenant submitted before under the same idempotency key.
+def lock_order(job: NewJob) -> tuple[str, str, str]:
+    """Return a sort key by which every group of jobs takes its locks in the same order."""
+    key = job.idempotency.key if job.idempotency else ""
+    return job.spec.pipeline, str(job.tenant_id), key
 
-    Raises:
-        Conflict: that job had another body.
+
+def _with_spec(job: NewJob) -> str:
+    return f'{_json(job.given())[:-1]}, "spec": {job.spec.stored()}}}'
+
+
+def _same_of_tenants(
+    connection: Connection, jobs: Sequence[NewJob]
+) -> dict[uuid.UUID, JobRow | FarmError]:
+    """Find the jobs that were stored before under the same keys, by the ids of these jobs."""
+    found: dict[uuid.UUID, JobRow | FarmError] = {}
+    for tenant_id in {job.tenant_id for job in jobs}:
+        # Only an idempotency key can collide, so each of these has one.
+        own = {job.id: job.idempotency for job in jobs if job.tenant_id == tenant_id}
+        keys = [each for each in own.values() if each is not None]
+        same = same_jobs(connection, tenant_id, keys)
+        found |= {job_id: same[each] for job_id, each in own.items() if each is not None}
+    return found
+
+
+def same_jobs(
+    connection: Connection, tenant_id: uuid.UUID, keys: Sequence[Idempotency]
+) -> dict[Idempotency, JobRow | FarmError]:
+    """Find the jobs that a tenant submitted before under the same idempotency keys.
+
+    Returns:
+        The job's row; or a Conflict, if that job had another body; or NotFound, if it was removed.
+        A key without a job is left out.
     """
-    row = connection.execute(
-        BY_IDEMPOTENCY, {"tenant_id": tenant_id, "idempotency_key": idempotency.key}
-    ).first()
-    if row is None:
-        return None
-    if row.idempotency_digest != idempotency.digest:
-        raise Conflict(
-            f"Idempotency-Key: {idempotency.key!r} was used for job {row.id} with another body. "
+    if not keys:
+        return {}
+    values = {"tenant_id": tenant_id, "keys": list({each.key for each in keys})}
+    stored = {
+        key: (digest, removed_at, JobRow(*row))
+        for key, digest, removed_at, *row in connection.execute(BY_IDEMPOTENCY, values)
+    }
+    return {each: _same_or_refused(each, *stored[each.key]) for each in keys if each.key in stored}
+
+
+def _same_or_refused(
+    sent: Idempotency, digest: bytes, removed_at: datetime | None, row: JobRow
+) -> JobRow | FarmError:
+    if digest != sent.digest:
+        return Conflict(
+            f"Idempotency-Key: {sent.key!r} was used for job {row.id} with another body. "
             "Send the same body, or a new key.",
             param="Idempotency-Key",
         )
-    return get_job(connection, tenant_id, row.id)
+    return row if removed_at is None else NotFound(f"There is no job {row.id}.")
 
 
 LOCK_JOB = text(f"""
@@ -288,7 +344,7 @@ def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
     if job.paused:
         connection.execute(SET_PAUSED, {"id": job_id, "paused": False})
         _append(connection, job_id, "job.resumed")
-        _join_lane(connection, job.pipeline, tenant_id, job_id)
+        connection.execute(JOIN_AGAIN, {"ids": arrays.ids([job_id])})
 
 
 def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
@@ -360,14 +416,8 @@ def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
     tally(connection, "frames.retried", {job_id: Delta(dead=-frames, data={"count": frames})})
     if job.status in JOB_TRANSITIONS["retry"]:
         _append(connection, job_id, "job.running")
-    _join_lane(connection, job.pipeline, tenant_id, job_id)
+    connection.execute(JOIN_AGAIN, {"ids": arrays.ids([job_id])})
     return frames
-
-
-def _join_lane(
-    connection: Connection, pipeline: str, tenant_id: uuid.UUID, job_id: uuid.UUID
-) -> None:
-    connection.execute(JOIN_AGAIN, {"pipeline": pipeline, "tenant_id": tenant_id, "id": job_id})
 
 
 def _from_states(transition: str) -> list[FrameState]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
@@ -28,9 +29,9 @@ VALUES (:id, :tenant_id, :role, :name, :prefix, :digest)
 """)
 
 FIND = text("""
-SELECT k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name
+SELECT k.digest, k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
-WHERE k.digest = :digest AND k.revoked_at IS NULL AND t.removed_at IS NULL
+WHERE k.digest = ANY(:digests) AND k.revoked_at IS NULL AND t.removed_at IS NULL
 """)
 
 LIST = text("""
@@ -99,10 +100,11 @@ def create_key(connection: Connection, tenant: str, role: str, name: str = "") -
     return str(key_id), key
 
 
-def find_caller(connection: Connection, key: str) -> Caller | None:
-    """Find the owner of a key. None if the key is unknown or revoked."""
-    row = connection.execute(FIND, {"digest": digest_of(key)}).first()
-    return Caller(**row._mapping) if row else None
+def find_callers(connection: Connection, keys: Collection[str]) -> dict[str, Caller]:
+    """Find the owners of keys. Keys that are unknown or revoked are left out."""
+    digests = {digest_of(key): key for key in keys}
+    rows = connection.execute(FIND, {"digests": list(digests)})
+    return {digests[digest]: Caller(*fields) for digest, *fields in rows}
 
 
 def list_keys(connection: Connection) -> list[KeyRow]:

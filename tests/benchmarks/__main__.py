@@ -17,12 +17,14 @@ from pathlib import Path
 from typer import echo
 
 from tests.benchmarks import (
+    arrivals,
     bulk,
     claims,
     cuda,
     encoding,
     latency,
     pictures,
+    product,
     report,
     submission,
     throughput,
@@ -40,6 +42,8 @@ ROWS: Mapping[str, Callable[[BenchServers, bool], list[Row]]] = {
     "g": bulk.rows,
     "h": partial(cuda.rows, "h", "sd15"),
     "i": partial(cuda.rows, "i", "sdxl"),
+    "j": product.rows,
+    "k": arrivals.rows,
 }
 
 

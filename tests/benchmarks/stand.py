@@ -45,6 +45,15 @@ SMALL_SIDE = 32
 PHOTOS = 8
 """Number of different pictures of the lane `photo`."""
 
+DEVICE_SECONDS = 0.2
+"""Seconds of a batch of one frame on the simulated device."""
+FRAME_SECONDS = 1.5 * DEVICE_SECONDS / 7
+"""Seconds of each frame, so that a batch of 8 takes 2.5 times as long as one of 1."""
+DEVICE = {
+    frames: round(DEVICE_SECONDS + (frames - 1) * FRAME_SECONDS, 6) for frames in (1, 2, 4, 8)
+}
+"""Seconds of a batch on the simulated device, by its bucket."""
+
 IDLE = "SELECT count(*) FROM workers WHERE state = 'idle' AND NOT gone AND pid = %s"
 FINISHED = "SELECT extract(epoch FROM finished_at)::float8 FROM jobs WHERE id = %s"
 SUCCEEDED = "SELECT succeeded, dead, cancelled FROM jobs WHERE id = %s"
@@ -221,13 +230,19 @@ def running_stand(data: Path) -> Iterator[BenchServers]:
 
 
 def _write_catalog(folder: Path) -> None:
-    """Write three lanes: a fixed small picture, pictures like photographs, and the demo's."""
+    """Write four lanes: a fixed small picture, a simulated device, photographs, and the demo's."""
     write_checkpoint(folder / "null", [small_picture()])
     pictures = [photo_like(1024, seed) for seed in range(PHOTOS)]
     write_checkpoint(folder / "photo", pictures)
+    ladder = ", ".join(
+        f'{{ size = "default", bucket = {frames}, seconds = {seconds} }}'
+        for frames, seconds in DEVICE.items()
+    )
     demo = json.dumps(str(DEMO_CATALOG.with_name("model")))
     (folder / "pipelines.toml").write_text(
         '[pipelines.null]\nsource = "null"\nbucket = { "default" = 256 }\n\n'
+        '[pipelines.device]\nsource = "null"\n'
+        f'bucket = {{ "default" = {max(DEVICE)} }}\nladder = [{ladder}]\n\n'
         '[pipelines.photo]\nsource = "photo"\nbucket = { "default" = 4 }\n\n'
         f"[pipelines.demo]\nsource = {demo}\n"
         'bucket = { "default" = 8 }\ndefaults = { "steps" = 25, "guidance_scale" = 2.5 }\n'

@@ -17,7 +17,8 @@ from farm.context import Farm
 from farm.domain.inputs import LINES_PER_PART
 from farm.domain.spec import MAX_SEED
 from farm.services import jobs as jobs_use_cases
-from farm.store import jobs
+from farm.store import group_commit
+from farm.store import jobs as stored
 from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
 from farm.store.specs import frame_specs
@@ -220,13 +221,13 @@ def test_an_input_that_is_deleted_while_a_job_is_submitted(
 ) -> None:
     client = api.client("default")
     found = upload(client, LINES)
-    insert = jobs.insert_job
+    insert = stored.insert_jobs
 
     def too_late(*args: Any) -> Any:
         assert client.delete(f"/v1/inputs/{found['id']}").status_code == 204
         return insert(*args)
 
-    monkeypatch.setattr(jobs, "insert_job", too_late)
+    monkeypatch.setattr(group_commit, "insert_jobs", too_late)
     refused(submit(client, found["id"]), 422, "invalid_request", "input")
     assert sql(farm, "SELECT count(*) FROM jobs") == [(0,)]
 

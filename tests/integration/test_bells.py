@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import SecretStr
 
-from farm.bells import Bells, lane
+from farm.bells import JOINED_SECONDS, Bells, lane
 from farm.config import Settings
 from farm.context import Farm
 from farm.local import wheels
@@ -30,9 +30,49 @@ from tests.support.waiting import wait_until
 
 def test_a_lane_holds_two_bells_at_most(settings: Settings) -> None:
     bells = Bells(settings)
-    assert all(bells.ring("two") for _ in range(10))
-    assert bells._redis.llen(lane("two")) == 2
+    for _ in range(4):
+        assert all(bells.ring("two") for _ in range(10))
+        wait_until(lambda: not bells._late, 30, "no bell waits for its interval")
+    wait_until(lambda: bells._redis.llen(lane("two")) == 2, 30, "the last one has arrived")
     bells.close()
+
+
+def test_the_first_bell_goes_at_once_and_those_that_follow_are_joined(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bells = Bells(settings)
+    rung: list[tuple[str, float]] = []
+
+    def note(queue: str, _add: object) -> bool:
+        rung.append((queue, time.monotonic()))
+        return True
+
+    monkeypatch.setattr(bells, "_add_now", note)
+    started = time.monotonic()
+    for _ in range(200):
+        bells.ring("one")
+    assert rung[0][0] == lane("one")
+    assert rung[0][1] - started < JOINED_SECONDS, "an idle lane's first bell waits for nothing"
+    last = time.monotonic()
+    bells.ring("other")
+    assert rung[-1][0] == lane("other"), "lanes do not wait for each other"
+    wait_until(lambda: not bells._late, 30, "no bell waits for its interval")
+    own = [at for queue, at in rung if queue == lane("one")]
+    wait_until(lambda: max(at for queue, at in rung if queue == lane("one")) >= last, 30, "rung")
+    own = [at for queue, at in rung if queue == lane("one")]
+    assert len(own) <= 2 + (own[-1] - started) / JOINED_SECONDS
+    bells.close()
+
+
+def test_a_bell_that_waits_is_rung_when_its_process_ends(settings: Settings) -> None:
+    bells = Bells(settings)
+    reader = Bells(settings)
+    bells.ring("last")
+    assert reader._redis.lpop(lane("last")) is not None
+    bells.ring("last")  # at the end of its interval
+    bells.close()
+    wait_until(lambda: reader._redis.llen(lane("last")) == 1, 30, "it was rung")
+    reader.close()
 
 
 def test_without_redis_a_bell_is_not_rung_and_nothing_is_raised(settings: Settings) -> None:

@@ -11,18 +11,20 @@ from collections.abc import Iterator
 import pytest
 
 from tests.benchmarks import (
+    arrivals,
     bulk,
     claims,
     cuda,
     encoding,
     latency,
     pictures,
+    product,
     report,
     submission,
     throughput,
 )
 from tests.benchmarks.figures import Row
-from tests.benchmarks.stand import BenchServers, running_stand
+from tests.benchmarks.stand import DEVICE, BenchServers, running_stand
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +69,27 @@ def test_null_renders_beside_another_queue(stand: BenchServers) -> None:
 
 def test_submitting(stand: BenchServers) -> None:
     check(submission.rows(stand, short=True))
+
+
+@pytest.mark.timeout(600)
+def test_one_image_jobs_of_a_product_backend(stand: BenchServers) -> None:
+    check(product.rows(stand, short=True))
+
+
+def test_requests_at_random_times(stand: BenchServers) -> None:
+    [row] = arrivals.rows(stand, short=True)
+    check([row])
+    assert ratio(row, "requests ÷ requests in buckets of 1") > 1
+
+
+def test_the_simulated_device_of_the_requests_is_never_faster_than_its_ladder() -> None:
+    """Two requests of one setting share a batch only if both wait when the device is free."""
+    together = [arrivals.Request(0.0, 1), arrivals.Request(0.0, 1)]
+    assert arrivals.simulated(together) == [DEVICE[2]] * 2
+    apart = [arrivals.Request(0.0, 1), arrivals.Request(0.1, 1)]
+    assert arrivals.simulated(apart) == pytest.approx([DEVICE[1], 2 * DEVICE[1] - 0.1])
+    mixed = [arrivals.Request(0.0, 1), arrivals.Request(0.0, 2)]
+    assert arrivals.simulated(mixed) == pytest.approx([DEVICE[1], 2 * DEVICE[1]])
 
 
 def test_a_file_of_prompts_to_the_end(stand: BenchServers) -> None:

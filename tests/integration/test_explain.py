@@ -46,6 +46,14 @@ INSERT INTO job_prompts (job_id, first, prompts)
 SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
 """
 
+UNPACKING = {
+    "unnest",
+    "jsonb_array_elements",
+    "json_array_elements_text",
+    "json_to_recordset",
+}
+"""Functions that return the rows of a value."""
+
 FILL = {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)}
 SOME = {**FILL, "but": ["a/1"]}
 
@@ -118,8 +126,9 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "idempotency": (
         jobs.BY_IDEMPOTENCY,
-        {"tenant_id": uuid.UUID(int=2), "idempotency_key": "once"},
+        {"tenant_id": uuid.UUID(int=2), "keys": ["once"]},
     ),
+    "submit": (jobs.INSERT_JOBS, {"given": "[]", "ids": [uuid.UUID(int=1)]}),
     "events": (events.OF_JOB, {"job_id": uuid.UUID(int=1), "after": 0, "limit": 100}),
     "prune": (events.PRUNE, {"seconds": 86_400.0 * 365}),
     "remove": (
@@ -180,7 +189,7 @@ def _sequential(node: dict[str, Any]) -> Iterator[str]:
     if node["Node Type"] == "Seq Scan":
         yield node["Relation Name"]
     # Statements inside a routine must be inlined: a plan that only calls it shows nothing.
-    assert node.get("Function Name", "unnest") in {"unnest", "jsonb_array_elements"}
+    assert node.get("Function Name", "unnest") in UNPACKING
     for child in node.get("Plans", []):
         yield from _sequential(child)
 

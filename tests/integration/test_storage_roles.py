@@ -15,10 +15,10 @@ import boto3
 import pytest
 
 from farm.config import Settings
+from farm.errors import Unavailable
 from farm.storage import Artifacts
-from tests.integration.test_storages import front_of
 
-TOKEN = "the pod's token"  # noqa: S105
+TOKEN = "the pod's token"
 XML = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
 <AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{AccessKeyId}</AccessKeyId>
 <SecretAccessKey>{SecretAccessKey}</SecretAccessKey><SessionToken>{Token}</SessionToken>
@@ -27,15 +27,20 @@ XML = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc
 
 
 @dataclass
-class Issuer:
-    """A server that gives short-lived keys, as a cloud does. Each of its keys is another."""
+class Cloud:
+    """A server that gives keys for a minute, and a storage that takes everything.
+
+    The storage of the other tests refuses sessions that it has not given itself.
+    """
 
     url: str = ""
     asked: list[str] = field(default_factory=list)
-    """What each caller showed: the body of its call, or its Authorization header."""
+    """The body of each call for keys, or its Authorization header."""
+    stored: list[tuple[str, str]] = field(default_factory=list)
+    """The access key and the session of each call of the storage."""
 
     def keys(self, shown: str) -> dict[str, str]:
-        """Give keys for a minute. botocore renews keys that end so soon."""
+        """Give keys, each time others. botocore renews keys that end so soon."""
         self.asked.append(shown)
         number = len(self.asked)
         return {
@@ -47,8 +52,8 @@ class Issuer:
 
 
 @pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    made = Issuer()
+def cloud() -> Iterator[Cloud]:
+    made = Cloud()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # AWS STS: AssumeRoleWithWebIdentity
@@ -57,6 +62,12 @@ def issuer() -> Iterator[Issuer]:
 
         def do_GET(self) -> None:  # the agent of EKS Pod Identity, and of ECS
             self._send(json.dumps(made.keys(self.headers["Authorization"])))
+
+        def do_PUT(self) -> None:  # the storage
+            self.rfile.read(int(self.headers["Content-Length"]))
+            [key] = re.findall(r"Credential=(\w+)/", self.headers["Authorization"])
+            made.stored.append((key, self.headers["X-Amz-Security-Token"]))
+            self._send("")
 
         def _send(self, text: str) -> None:
             self.send_response(200)
@@ -86,43 +97,36 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def stored_twice(settings: Settings) -> list[str]:
-    """Store two objects. Return the access key that signed each call."""
-    assert settings.s3_endpoint_url is not None
-    with front_of(settings.s3_endpoint_url) as front:
-        artifacts = Artifacts(settings.model_copy(update={"s3_endpoint_url": front.url}))
-        for key in ("role/a", "role/b"):
-            artifacts.put(key, b"x")
-        artifacts.delete_all(["role/a", "role/b"])
-        artifacts.close()
-    keys = []
-    for headers in front.headers:
-        [key] = re.findall(r"Credential=(\w+)/", headers["Authorization"])
-        assert headers["X-Amz-Security-Token"] == key.replace("ROLE", "session-")
-        keys.append(key)
-    return keys
+def store_twice(settings: Settings, cloud: Cloud) -> None:
+    """Store two images. Each call has new keys, since the last ones end soon."""
+    artifacts = Artifacts(settings.model_copy(update={"s3_endpoint_url": cloud.url}))
+    for key in ("role/a", "role/b"):
+        artifacts.put(key, b"x")
+    artifacts.close()
+    assert len(cloud.stored) == 2
+    for key, session in cloud.stored:
+        assert session == key.replace("ROLE", "session-")
+    assert len({*cloud.stored}) == 2
 
 
 def test_a_role_of_the_service_account(
-    settings: Settings, issuer: Issuer, token: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, cloud: Cloud, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/farm")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
-    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", issuer.url)
-    keys = stored_twice(settings)
-    assert len({*keys}) == len(keys) == 3  # renewed before each call, since they end soon
-    assert "WebIdentityToken=the+pod%27s+token" in issuer.asked[0]
-    assert "RoleArn=arn%3Aaws%3Aiam%3A%3A123456789012%3Arole%2Ffarm" in issuer.asked[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", cloud.url)
+    store_twice(settings, cloud)
+    assert "WebIdentityToken=the+pod%27s+token" in cloud.asked[0]
+    assert "RoleArn=arn%3Aaws%3Aiam%3A%3A123456789012%3Arole%2Ffarm" in cloud.asked[0]
 
 
 def test_a_role_from_an_agent_of_the_node(
-    settings: Settings, issuer: Issuer, token: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, cloud: Cloud, token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{issuer.url}/v1/credentials")
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{cloud.url}/v1/credentials")
     monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(token))
-    keys = stored_twice(settings)
-    assert len({*keys}) == len(keys) == 3
-    assert issuer.asked[0] == TOKEN
+    store_twice(settings, cloud)
+    assert cloud.asked[0] == TOKEN
 
 
 def test_without_keys_and_without_a_role_the_error_says_so(
@@ -131,6 +135,6 @@ def test_without_keys_and_without_a_role_the_error_says_so(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(token.parent / "none"))
     artifacts = Artifacts(settings)
-    with pytest.raises(Exception, match="Unable to locate credentials"):
+    with pytest.raises(Unavailable, match="there are no credentials"):
         artifacts.put("role/a", b"x")
     artifacts.close()

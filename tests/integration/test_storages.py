@@ -32,7 +32,6 @@ class Front:
 
     url: str = ""
     methods: list[str] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
 
 
 @contextmanager
@@ -45,7 +44,6 @@ def front_of(endpoint: str, *, wants_md5: bool = False) -> Iterator[Front]:
 
         def _answer(self) -> None:
             front.methods.append(self.command)
-            front.headers.append(dict(self.headers))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             digest = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
             deletes = self.command == "POST" and "delete" in urlsplit(self.path).query

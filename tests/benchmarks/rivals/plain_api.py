@@ -1,11 +1,13 @@
 """The smallest service that takes jobs over HTTP: it checks a key and commits a row.
 
-FastAPI and a pool of connections, served by uvicorn in one process, like `farm api`.
+FastAPI and a pool of connections, served by uvicorn in one process, like `farm api`. With
+BENCH_TASKS it also hands each job to Celery.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +26,10 @@ CREATE TABLE jobs (id uuid PRIMARY KEY, body jsonb NOT NULL,
 """
 KNOWN = "SELECT 1 FROM keys WHERE key = %s"
 INSERT = "INSERT INTO jobs (id, body) VALUES (%s, %s)"
+
+TASKS = bool(os.environ.get("BENCH_TASKS"))
+RUN = 0
+"""Number of the run, by which results.COUNT_OF_CELERY finds the tasks."""
 
 pool = ConnectionPool(results.DATABASE, min_size=4, max_size=15, open=False)
 
@@ -48,4 +54,8 @@ def submit(
         if connection.execute(KNOWN, (authorization.removeprefix("Bearer "),)).fetchone() is None:
             raise HTTPException(HTTP_401_UNAUTHORIZED)
         connection.execute(INSERT, (job_id, json.dumps(body)))
+    if TASKS:
+        from tests.benchmarks.rivals.celery_plain_app import nothing
+
+        nothing.apply_async((RUN, 0), task_id=f"{RUN}-{job_id}")
     return {"id": str(job_id)}

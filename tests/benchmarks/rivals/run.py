@@ -48,6 +48,8 @@ class Rival:
 
     name: str
     database: psycopg.Connection[Any]
+    env: Mapping[str, str]
+    """Variables of its databases."""
     _submitter: subprocess.Popen[str]
     _runs: int = 0
 
@@ -56,7 +58,7 @@ class Rival:
         self._runs += 1
         started = time.monotonic()
         self._say(f"{self._runs} {count}")
-        wait_closely(lambda: self._done() == count, f"{self.name} did {count} tasks")
+        wait_closely(lambda: self.done(self._runs) == count, f"{self.name} did {count} tasks")
         seconds = time.monotonic() - started
         self.heard("submitted")
         return count / seconds
@@ -71,10 +73,11 @@ class Rival:
         self._submitter.stdin.write(f"{line}\n")
         self._submitter.stdin.flush()
 
-    def _done(self) -> int:
+    def done(self, run: int) -> int:
+        """Count the finished tasks of a run."""
         time.sleep(0.02)  # counting takes time of the measurement
         count = results.COUNT_OF_CELERY if self.name == "celery" else results.COUNT
-        return int(self.database.execute(count, (self._runs,)).fetchone()[0])  # type: ignore[index]
+        return int(self.database.execute(count, (run,)).fetchone()[0])  # type: ignore[index]
 
 
 def installed(name: str) -> bool:
@@ -107,7 +110,7 @@ def running_rival(stand: BenchServers, name: str, task: str = "nothing") -> Iter
         for argv in WORKERS[name]:
             stack.enter_context(stand.python(name, [sys.executable, "-m", *argv], env))
         submitter = stack.enter_context(_submitting(name, task, whole))
-        rival = Rival(name, database, submitter)
+        rival = Rival(name, database, env, submitter)
         rival.heard("ready")
         if name == "celery":
             wait_closely(lambda: _has_results(database), "Celery made its table")
