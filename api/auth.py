@@ -77,7 +77,7 @@ def callers(farm: Farm) -> Groups[Credential, Caller]:
 
 
 def _callers_of(farm: Farm, credentials: Sequence[Credential]) -> list[Caller | Unauthenticated]:
-    """Look credentials up: all keys with one statement. Each session is renewed by another."""
+    """Look credentials up: all keys with one statement, and each session with another."""
     keys = {each.secret for each in credentials if not each.is_session}
     with reads(farm.store) as connection:
         of_keys = find_callers(connection, keys) if keys else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from asyncio import Future, Task, create_task, get_running_loop
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Generic, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -52,19 +53,29 @@ class Groups(Generic[Asked, Answer]):
         return await future
 
     async def _work(self) -> None:
-        while self._waiting:
-            group = [self._waiting.popleft() for _ in range(min(MAX_GROUP, len(self._waiting)))]
-            try:
-                answers = await to_thread.run_sync(
-                    self._answer, [asked for asked, _ in group], limiter=self._limiter
-                )
-            except Exception as error:
-                answers = [error for _ in group]
-            for (_, future), answer in zip(group, answers, strict=True):
-                if future.done():  # its client has gone
-                    continue
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
-        self._working -= 1
+        try:
+            while self._waiting:
+                size = min(MAX_GROUP, len(self._waiting))
+                await self._answer_group([self._waiting.popleft() for _ in range(size)])
+        finally:
+            self._working -= 1
+
+    async def _answer_group(self, group: list[tuple[Asked, Future[Answer]]]) -> None:
+        answers: Sequence[Answer | Exception]
+        try:
+            asked = [each for each, _ in group]
+            answers = await to_thread.run_sync(self._answer, asked, limiter=self._limiter)
+        except Exception as error:
+            # A copy for each: an exception that several tasks raise collects their tracebacks.
+            answers = [copy(error) for _ in group]
+        except BaseException:  # the process ends
+            for _, future in group:
+                future.cancel()
+            raise
+        for (_, future), answer in zip(group, answers, strict=True):
+            if future.done():  # its client has gone
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)

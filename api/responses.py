@@ -120,7 +120,7 @@ def _frame_view(
             "prompt": spec.prompt,
             "seed": spec.seed,
             "format": spec.format,
-            "bucket": row.bucket if row else spec.bucket if full.repeatable else None,
+            "bucket": (row.bucket if row else None) or (spec.bucket if full.repeatable else None),
             "attempt": row.attempt if row else 0,
             "worker": row.worker if row else None,
             "slot": row.slot if row else None,

@@ -13,6 +13,7 @@ from cachetools import TTLCache
 
 from farm.domain.spec import Priority
 from farm.domain.states import TERMINAL, JobStatus
+from farm.errors import Unavailable
 from farm.store import lanes as stored
 from farm.store.engine import Store, Transaction, reads
 from farm.store.lanes import LaneNow
@@ -63,7 +64,16 @@ class RecentLanes:
         self._lock = threading.Lock()
 
     def waiting_because(self, job: JobRow) -> str | None:
-        """Return what `Lanes.waiting_because` does, mostly without a statement."""
+        """Return what `Lanes.waiting_because` does, mostly without a statement.
+
+        None if Postgres does not answer now: the job is stored already.
+        """
+        try:
+            return self._reason(job)
+        except Unavailable:
+            return None
+
+    def _reason(self, job: JobRow) -> str | None:
         if job.status != JobStatus.QUEUED or job.paused or not job.open:
             with reads(self._store) as connection:
                 return Lanes(connection, job.tenant_id).waiting_because(job)

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import redis
 from celery import Celery
@@ -97,11 +98,13 @@ class Bells:
         self._lock = threading.Lock()
         self._rung_at: dict[str, float] = {}
         """Time of the last bell by queue, on the monotonic clock."""
-        self._late: dict[str, tuple[threading.Timer, Callable[[], object]]] = {}
+        self._late: dict[str, Callable[[], object]] = {}
         """Bells by queue that wait for the end of their interval."""
 
     def ring(self, pipeline: str, *, urgent: bool = False) -> bool:
-        """Wake one worker of a lane. Return True if Redis accepted the bell.
+        """Wake one worker of a lane. Return True unless Redis did not accept the bell.
+
+        A bell within 20 ms of the last one is rung at the end of that time.
 
         An outage is only logged, because the janitor rings again.
 
@@ -139,18 +142,19 @@ class Bells:
             if now < due:
                 timer = threading.Timer(due - now, self._add_late, [queue])
                 timer.daemon = True
-                self._late[queue] = timer, lambda: self._add_now(queue, add)
-                timer.start()
-                return True
+                with suppress(RuntimeError):  # no more threads: it is rung now
+                    timer.start()
+                    self._late[queue] = lambda: self._add_now(queue, add)
+                    return True
             self._rung_at[queue] = now
         return self._add_now(queue, add)
 
     def _add_late(self, queue: str) -> None:
         with self._lock:
-            timer_and_add = self._late.pop(queue, None)
+            add = self._late.pop(queue, None)
             self._rung_at[queue] = time.monotonic()
-        if timer_and_add is not None:
-            timer_and_add[1]()
+        if add is not None:
+            add()
 
     def _add_now(self, queue: str, add: Callable[[str], object]) -> bool:
         """Add a bell if the queue has few. Return True if Redis answered."""

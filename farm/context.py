@@ -52,6 +52,10 @@ class Farm:
             self._offers[name] = resolve_pipeline(name, entry)
         return self._offers[name]
 
+    def is_resolved(self, name: str) -> bool:
+        """Return True if `resolve` returns at once."""
+        return name in self._offers
+
     def close(self) -> None:
         """Close every connection."""
         self.store.dispose()

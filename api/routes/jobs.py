@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
@@ -31,6 +34,8 @@ from farm.store import queries
 from farm.store.engine import reads, transaction
 from farm.store.queries import JobRow
 
+log = logging.getLogger(__name__)
+
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[uuid.UUID, Path(description="ID of the job")]
@@ -41,8 +46,9 @@ MAX_BATCH_JOBS = 1000
 """Maximum number of jobs in one call."""
 GROUPED_BYTES = 4096
 """Maximum size of a body that is checked together with others, in bytes."""
-SEPARATE = (b'"grid"', b'"control"')
+SEPARATE = frozenset({"grid", "control", "input"})
 """Fields whose check may take long, so that others do not wait for it."""
+KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 SUBMISSION_THREADS = 2
 """Number of groups of jobs that are handled at the same time: one is checked, one is stored."""
 STEERING = refusals(403, 404, 409)
@@ -91,18 +97,29 @@ async def submit(
         if takes_long:
             return await slow.run(caller.tenant_id, _quote, farm, caller.tenant_id, body)
         return await to_thread.run_sync(_quote, farm, caller.tenant_id, body)
-    sent = Sent(caller.tenant_id, body, idempotency_key, traceparent)
-    answer = partial(_submit, farm, request.app.state.recent)
+    recent: RecentLanes = request.app.state.recent
+    if len(body) <= GROUPED_BYTES:
+        sent = use_cases.Submission(
+            caller.tenant_id, parse_json(body), idempotency_key, traceparent
+        )
+        if _is_quick(farm, sent.body):
+            submissions: Groups[use_cases.Submission, Response] = request.app.state.submissions
+            return await submissions.ask(sent)
+    alone = partial(
+        _submit_alone, farm, recent, caller.tenant_id, body, idempotency_key, traceparent
+    )
     if takes_long:
-        [result] = await slow.run(caller.tenant_id, answer, [sent])
-    elif len(body) > GROUPED_BYTES or any(word in body for word in SEPARATE):
-        [result] = await to_thread.run_sync(answer, [sent])
-    else:
-        submissions: Groups[Sent, Response] = request.app.state.submissions
-        return await submissions.ask(sent)
-    if isinstance(result, Exception):
-        raise result
-    return result
+        return await slow.run(caller.tenant_id, alone)
+    return await to_thread.run_sync(alone)
+
+
+def _is_quick(farm: Farm, body: Any) -> bool:
+    """Return True if the check of a small job takes no longer than others may wait for it."""
+    return (
+        isinstance(body, dict)
+        and SEPARATE.isdisjoint(body)
+        and farm.is_resolved(str(body.get("pipeline")))
+    )
 
 
 def _quote(farm: Farm, tenant_id: uuid.UUID, body: bytes) -> Response:
@@ -111,38 +128,31 @@ def _quote(farm: Farm, tenant_id: uuid.UUID, body: bytes) -> Response:
     return _answer(schemas.Quote(**quote), 200)
 
 
-@dataclass(frozen=True)
-class Sent:
-    """One call of `POST /v1/jobs`."""
-
-    tenant_id: uuid.UUID
-    body: bytes
-    idempotency_key: str | None
-    traceparent: str | None
-
-
-def submissions(farm: Farm, recent: RecentLanes) -> Groups[Sent, Response]:
+def submissions(farm: Farm, recent: RecentLanes) -> Groups[use_cases.Submission, Response]:
     """Return the groups in which small jobs are checked and stored."""
     return Groups(partial(_submit, farm, recent), SUBMISSION_THREADS)
 
 
-def _submit(farm: Farm, recent: RecentLanes, sent: Sequence[Sent]) -> list[Response | Exception]:
+def _submit(
+    farm: Farm, recent: RecentLanes, sent: Sequence[use_cases.Submission]
+) -> list[Response | Exception]:
     """Check and store jobs. Return each one's answer, or the error with which it is refused."""
-    answers: dict[int, Response | Exception] = {}
-    parsed: dict[int, use_cases.Submission] = {}
-    for index, call in enumerate(sent):
-        try:
-            body = parse_json(call.body)
-        except FarmError as error:
-            answers[index] = error
-            continue
-        parsed[index] = use_cases.Submission(
-            call.tenant_id, body, call.idempotency_key, call.traceparent
-        )
-    results = use_cases.submit_many(farm, [*parsed.values()])
-    for index, result in zip(parsed, results, strict=True):
-        answers[index] = result if isinstance(result, FarmError) else _accepted(result, recent)
-    return [answers[index] for index in range(len(sent))]
+    return [
+        result if isinstance(result, Exception) else _accepted(result, recent)
+        for result in use_cases.submit_many(farm, sent)
+    ]
+
+
+def _submit_alone(
+    farm: Farm,
+    recent: RecentLanes,
+    tenant_id: uuid.UUID,
+    body: bytes,
+    idempotency_key: str | None,
+    traceparent: str | None,
+) -> Response:
+    row = use_cases.submit(farm, tenant_id, parse_json(body), idempotency_key, traceparent)
+    return _accepted(row, recent)
 
 
 def _accepted(row: JobRow, recent: RecentLanes) -> Response:
@@ -201,15 +211,16 @@ async def submit_batch(
 def _submit_batch(
     farm: Farm, recent: RecentLanes, tenant_id: uuid.UUID, body: bytes, traceparent: str | None
 ) -> Response:
-    keyed = [_keyed(job, tenant_id, traceparent) for job in _jobs_of(parse_json(body))]
+    jobs = _jobs_of(parse_json(body), farm.settings.max_grid_points)
+    keyed = [_keyed(job, tenant_id, traceparent) for job in jobs]
     sent = [each for each in keyed if isinstance(each, use_cases.Submission)]
     results = iter(use_cases.submit_many(farm, sent))
     answers = [each if isinstance(each, FarmError) else next(results) for each in keyed]
     return _answer(schemas.SubmittedJobs(data=[_submitted(each, recent) for each in answers]), 200)
 
 
-def _jobs_of(body: Any) -> list[Any]:
-    """Return the jobs of a batch."""
+def _jobs_of(body: Any, max_grid_points: int) -> list[Any]:
+    """Return the jobs of a batch. Together they may have as many grid points as one job."""
     jobs = body.get("jobs") if isinstance(body, dict) and body.keys() == {"jobs"} else None
     if not isinstance(jobs, list) or not 1 <= len(jobs) <= MAX_BATCH_JOBS:
         raise InvalidRequest(
@@ -217,7 +228,21 @@ def _jobs_of(body: Any) -> list[Any]:
             '{"jobs": [{"pipeline": "demo", "prompts": ["a star"]}]}.',
             param="jobs",
         )
+    points = sum(map(_grid_points, jobs)) - len(jobs)
+    if points > max_grid_points:
+        raise InvalidRequest(
+            f"jobs: their grids have more than {max_grid_points} combinations together. "
+            "Submit jobs with large grids one by one.",
+            param="jobs",
+        )
     return jobs
+
+
+def _grid_points(job: Any) -> int:
+    """Return the number of combinations of a job that is not checked yet."""
+    grid = job.get("grid") if isinstance(job, dict) else None
+    values = grid.values() if isinstance(grid, dict) else ()
+    return math.prod(len(each) for each in values if isinstance(each, list))
 
 
 def _keyed(
@@ -226,18 +251,25 @@ def _keyed(
     """Separate a job of a batch from its idempotency key."""
     if not isinstance(job, dict):
         return use_cases.Submission(tenant_id, job, None, traceparent)
+    if job.get("input") is not None:
+        return InvalidRequest("input: submit a job with an input by POST /v1/jobs.", param="input")
     key = job.get("idempotency_key")
-    if key is not None and not (isinstance(key, str) and 1 <= len(key) <= 200):
+    if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
         return InvalidRequest(
-            "idempotency_key: send a text of 1 to 200 characters.", param="idempotency_key"
+            "idempotency_key: send a text of 1 to 200 characters, without control characters.",
+            param="idempotency_key",
         )
     body = {name: value for name, value in job.items() if name != "idempotency_key"}
     return use_cases.Submission(tenant_id, body, key, traceparent)
 
 
-def _submitted(result: JobRow | FarmError, recent: RecentLanes) -> schemas.SubmittedJob:
-    if isinstance(result, FarmError):
-        return schemas.SubmittedJob(status=result.status, error=error_body(result))
+def _submitted(result: JobRow | Exception, recent: RecentLanes) -> schemas.SubmittedJob:
+    if isinstance(result, Exception):
+        error = result
+        if not isinstance(error, FarmError):
+            log.error("A job of a batch failed.", exc_info=error)
+            error = FarmError("Internal error. Submit this job again.")
+        return schemas.SubmittedJob(status=error.status, error=error_body(error))
     job = job_view(result, recent.waiting_because(result))
     return schemas.SubmittedJob(status=202, job=job)
 

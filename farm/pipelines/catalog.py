@@ -131,22 +131,6 @@ class Pipeline(Weights):
             raise ValueError("compile and offload cannot be combined: leave one of them empty")
         return self
 
-    @model_validator(mode="after")
-    def _ladders_lead_to_buckets(self) -> Pipeline:
-        for size in {step.size for step in self.ladder}:
-            top = self.bucket.get(size)
-            if top is None:
-                raise ValueError(f"ladder of {size!r}: `bucket` has no such size. Add it there")
-            found = [step.bucket for step in self.ladder if step.size == size]
-            if len({*found}) < len(found):
-                raise ValueError(f"ladder of {size}: it has a bucket twice")
-            missing = [bucket for bucket in (1, top) if bucket not in found]
-            if missing:
-                raise ValueError(
-                    f"ladder of {size}: bucket {missing[0]} is missing. Measure with farm calibrate"
-                )
-        return self
-
     @field_validator("filters")
     @classmethod
     def _filters_named(cls, value: list[str]) -> list[str]:
@@ -170,12 +154,16 @@ class Pipeline(Weights):
         return self.bucket.get(f"{width}x{height}", self.bucket["default"])
 
     def measured(self, size: str) -> dict[int, Step]:
-        """Return the measured buckets of a size of the bucket table, up to its own; or none."""
-        return {
+        """Return the measured buckets of a size of the bucket table, up to its own.
+
+        Empty if that bucket or a batch of one was not measured, for example since `bucket` changed.
+        """
+        found = {
             step.bucket: step
             for step in self.ladder
             if step.size == size and step.bucket <= self.bucket[size]
         }
+        return found if {1, self.bucket[size]} <= found.keys() else {}
 
     def steps(self, size: str) -> list[int]:
         """Return the buckets that a claim may choose for a size of the bucket table."""

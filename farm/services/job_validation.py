@@ -219,6 +219,11 @@ def full_spec(
 def _is_repeatable(job: JobSpec, stored_input: StoredInput | None) -> bool:
     """Return True if the buckets are fixed now. One line with a seed decides for the whole job."""
     if job.bucket is not None:
+        if job.repeatable is False:
+            raise InvalidRequest(
+                "repeatable: a job that names its bucket is repeatable. Leave one of them out.",
+                param="repeatable",
+            )
         return True
     if job.repeatable is not None:
         return job.repeatable

@@ -94,22 +94,17 @@ class Submission:
     """Trace of the client. The trace of the job is linked to it."""
 
 
-def submit_many(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | FarmError]:
-    """Check jobs, store those that pass in one transaction, and ring their lanes.
+def submit_many(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | Exception]:
+    """Check jobs, store those that pass by one statement, and ring their lanes.
 
     Returns:
         For each job its row, or the error with which it is refused. None fails for another.
     """
     started = time.monotonic()
-    results: list[JobRow | FarmError | NewJob] = _checked(farm, submissions)
+    results = _checked(farm, submissions)
     new = [result for result in results if isinstance(result, NewJob)]
-    rows: dict[uuid.UUID, JobRow | FarmError] = {}
-    for job, row in zip(new, insert_group(farm.store, new), strict=True):
-        if isinstance(row, Exception) and not isinstance(row, FarmError):
-            raise row
-        rows[job.id] = row
-    stored = [(job, rows[job.id]) for job in new]
-    _announce(farm, [(job, row) for job, row in stored if not isinstance(row, FarmError)])
+    rows = dict(zip([job.id for job in new], insert_group(farm.store, new), strict=True))
+    _announce(farm, [(job, row) for job in new if isinstance(row := rows[job.id], JobRow)])
     if farm.traces is not None:
         for submission, result in zip(submissions, results, strict=True):
             # Not of the same job that was submitted before, which has another ID.
@@ -119,12 +114,12 @@ def submit_many(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | 
     return [rows[each.id] if isinstance(each, NewJob) else each for each in results]
 
 
-def _checked(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | FarmError | NewJob]:
+def _checked(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | Exception | NewJob]:
     """Check each job. Those that were submitted before are found by their keys."""
     keys = [_key_or_error(each) for each in submissions]
     # Before the checks: the same body was accepted then, even if the catalog has changed.
     same = _submitted_before(farm, submissions, keys)
-    results: list[JobRow | FarmError | NewJob] = []
+    results: list[JobRow | Exception | NewJob] = []
     for each, key in zip(submissions, keys, strict=True):
         if isinstance(key, FarmError):
             results.append(key)
@@ -161,10 +156,10 @@ def _submitted_before(
         }
 
 
-def _new_job(farm: Farm, submission: Submission, key: Idempotency | None) -> NewJob | FarmError:
+def _new_job(farm: Farm, submission: Submission, key: Idempotency | None) -> NewJob | Exception:
     try:
         checked = check(farm, submission.tenant_id, submission.body)
-    except FarmError as error:
+    except Exception as error:  # of this job alone
         return error
     return NewJob(submission.tenant_id, checked.spec, checked.job.prompts or (), key)
 

@@ -119,7 +119,9 @@ def _histograms(sums: dict[str, WorkerSums]) -> Iterator[Metric]:
 def _spools(sums: dict[str, WorkerSums]) -> Iterator[Metric]:
     """Build the metrics of pictures that wait on workers' disks for the storage."""
     spooled = GaugeMetricFamily(
-        "farm_spooled_bytes", "Pictures on the workers' disks, not stored yet", labels=["pipeline"]
+        "farm_spooled_bytes",
+        "Pictures on the disk of the worker with most, not stored yet",
+        labels=["pipeline"],
     )
     limit = GaugeMetricFamily(
         "farm_spool_limit_bytes", "Maximum of farm_spooled_bytes", labels=["pipeline"]

@@ -30,6 +30,8 @@ class ClaimedFrame:
     """True if a stored artifact may be reused, provided that its bytes would be the same."""
     waited: float | None = None
     """Seconds from its job's submission to this claim, if it is the job's first."""
+    urgency: Priority = Priority.NORMAL
+    """Priority of its job."""
 
     @property
     def fence(self) -> Fence:
@@ -129,5 +131,12 @@ def _claimed(
     # The bucket of the claim, not of the spec: it may have been halved since the submission.
     spec = frame_spec(job, row.ordinal, line, row.bucket, row.rerolls)
     return ClaimedFrame(
-        row.job_id, row.tenant_id, row.ordinal, row.attempt, spec, job.reuse, row.waited
+        row.job_id,
+        row.tenant_id,
+        row.ordinal,
+        row.attempt,
+        spec,
+        job.reuse,
+        row.waited,
+        Priority(row.urgency),
     )

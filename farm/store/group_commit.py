@@ -8,7 +8,7 @@ from sqlalchemy.exc import DBAPIError
 
 from farm.errors import Unavailable
 from farm.store.engine import Store, one_statement
-from farm.store.jobs import NewJob, insert_jobs, lock_order
+from farm.store.jobs import NewJob, insert_jobs
 from farm.store.queries import JobRow
 
 ROLLED_BACK = "40"
@@ -16,22 +16,20 @@ ROLLED_BACK = "40"
 
 
 def insert_group(store: Store, jobs: Sequence[NewJob]) -> list[JobRow | Exception]:
-    """Store jobs in one transaction, or one by one if it fails. None fails for another.
+    """Store jobs by one statement, or one by one if it fails. None fails for another.
 
     Returns:
         For each job its row, or the error with which it was refused.
     """
     if not jobs:
         return []
-    ordered = sorted(jobs, key=lock_order)
     try:
         with one_statement(store) as connection:
-            rows = dict(zip(ordered, insert_jobs(connection, ordered), strict=True))
+            return [*insert_jobs(connection, jobs)]
     except Exception as error:
         if len(jobs) == 1 or _is_outage(error):
             return [error for _ in jobs]
         return [insert_group(store, [job])[0] for job in jobs]
-    return [rows[job] for job in jobs]
 
 
 def _is_outage(error: Exception) -> bool:

@@ -32,16 +32,20 @@ JOBS_PER_FOLLOW = 100
 JOIN_LANE = """
 INSERT INTO shares (pipeline, tenant_id, served)
 SELECT joins.pipeline, joins.tenant_id, entry.served
-FROM joins CROSS JOIN LATERAL (
-    SELECT coalesce(min(s.served) FILTER (WHERE busy), max(s.served), 0) AS served
-    FROM shares s CROSS JOIN LATERAL (
-        SELECT EXISTS (
-            SELECT FROM jobs j
-            WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
-              AND j.id <> ALL(CAST(:ids AS uuid[]))) AS busy
-    ) now
-    WHERE s.pipeline = joins.pipeline
-) entry
+FROM joins JOIN (
+    SELECT lane.pipeline, coalesce(s.least, s.most, 0) AS served
+    FROM (SELECT DISTINCT pipeline FROM joins) lane CROSS JOIN LATERAL (
+        SELECT min(s.served) FILTER (WHERE busy) AS least, max(s.served) AS most
+        FROM shares s CROSS JOIN LATERAL (
+            SELECT EXISTS (
+                SELECT FROM jobs j
+                WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+                  AND j.id <> ALL(CAST(:ids AS uuid[]))) AS busy
+        ) now
+        WHERE s.pipeline = lane.pipeline
+    ) s
+) entry USING (pipeline)
+ORDER BY joins.pipeline, joins.tenant_id
 ON CONFLICT (pipeline, tenant_id) DO UPDATE
 SET served = greatest(shares.served, excluded.served)
 WHERE NOT EXISTS (
@@ -60,13 +64,14 @@ INSERT_JOBS = text(f"""
 WITH j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
                       runs, max_attempts, spec, labels, input_id, idempotency_key,
-                      idempotency_digest)
+                      idempotency_digest, created_at)
     SELECT id, tenant_id, pipeline, priority, true, total, run_end, batch_key, bucket, runs,
-           max_attempts, spec, labels, input_id, idempotency_key, decode(idempotency_digest, 'hex')
+           max_attempts, spec, labels, input_id, idempotency_key, decode(idempotency_digest, 'hex'),
+           statement_timestamp() + place * interval '1 microsecond'
     FROM json_to_recordset(CAST(:given AS json)) AS g (
         id uuid, tenant_id uuid, pipeline text, priority smallint, total bigint, run_end bigint,
         batch_key text, bucket smallint, runs jsonb, max_attempts smallint, spec json, labels jsonb,
-        input_id uuid, idempotency_key text, idempotency_digest text)
+        input_id uuid, idempotency_key text, idempotency_digest text, place int)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
     RETURNING *
 ), chunk AS (
@@ -80,7 +85,7 @@ WITH j AS (
     INSERT INTO events (job_id, tenant_id, kind, data)
     SELECT id, tenant_id, 'job.queued', '{{}}' FROM j
 ), joins AS (
-    SELECT DISTINCT pipeline, tenant_id FROM j ORDER BY pipeline, tenant_id
+    SELECT DISTINCT pipeline, tenant_id FROM j
 ), lane AS ({JOIN_LANE})
 SELECT {JOB_COLUMNS} FROM j
 """)  # noqa: S608 - constants only
@@ -116,7 +121,7 @@ class NewJob:
     id: uuid.UUID = field(default_factory=uuid.uuid4)
 
     def given(self) -> dict[str, object]:
-        """Return its values for INSERT_JOBS, but for the spec, which is JSON already."""
+        """Return its values for INSERT_JOBS, but for its place, and the spec, which is JSON."""
         run_end, batch_key, bucket = self.spec.runs[0]
         return {
             "id": str(self.id),
@@ -140,7 +145,8 @@ class NewJob:
 def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow | FarmError]:
     """Insert jobs with their prompts. This is one statement, and another for repeated keys.
 
-    Its locks are taken in the order of `jobs`: see lock_order.
+    Every group takes its locks in the same order. Each job is a microsecond younger than the one
+    before it, so they are claimed in the order of `jobs`.
 
     Returns:
         For each job its row, or that of the same job submitted before; or a Conflict, if its
@@ -150,7 +156,7 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow |
         InvalidRequest: an input was deleted before the insert. Nothing is inserted.
     """
     values = {
-        "given": "[" + ",".join(_with_spec(job) for job in jobs) + "]",
+        "given": "[" + ",".join(_given_in_lock_order(jobs)) + "]",
         "ids": arrays.ids(job.id for job in jobs),
     }
     try:
@@ -165,17 +171,22 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow |
     inserted = {row.id: row for row in rows}
     repeated = [job for job in jobs if job.id not in inserted]
     same = _same_of_tenants(connection, repeated)
-    return [inserted.get(job.id) or same[job.id] for job in jobs]
+    gone = NotFound("The job with this idempotency key has just been removed. Submit it again.")
+    return [inserted.get(job.id) or same.get(job.id, gone) for job in jobs]
 
 
-def lock_order(job: NewJob) -> tuple[str, str, str]:
-    """Return a sort key by which every group of jobs takes its locks in the same order."""
-    key = job.idempotency.key if job.idempotency else ""
-    return job.spec.pipeline, str(job.tenant_id), key
+def _given_in_lock_order(jobs: Sequence[NewJob]) -> list[str]:
+    """Return the JSON of each job. Groups of several processes must not wait for each other."""
 
+    def order(placed: tuple[int, NewJob]) -> tuple[str, str, str]:
+        job = placed[1]
+        key = job.idempotency.key if job.idempotency else ""
+        return job.spec.pipeline, str(job.tenant_id), key
 
-def _with_spec(job: NewJob) -> str:
-    return f'{_json(job.given())[:-1]}, "spec": {job.spec.stored()}}}'
+    return [
+        f'{_json({**job.given(), "place": place})[:-1]}, "spec": {job.spec.stored()}}}'
+        for place, job in sorted(enumerate(jobs), key=order)
+    ]
 
 
 def _same_of_tenants(
@@ -188,7 +199,9 @@ def _same_of_tenants(
         own = {job.id: job.idempotency for job in jobs if job.tenant_id == tenant_id}
         keys = [each for each in own.values() if each is not None]
         same = same_jobs(connection, tenant_id, keys)
-        found |= {job_id: same[each] for job_id, each in own.items() if each is not None}
+        found |= {
+            job_id: same[each] for job_id, each in own.items() if each is not None and each in same
+        }
     return found
 
 

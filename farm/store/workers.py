@@ -141,8 +141,8 @@ ORDER BY name
 
 SUMS = text(f"""
 SELECT pipeline, {", ".join(f"{total} AS {column}" for column, total in TOTALS.items())},
-       coalesce(sum(spool_bytes) FILTER (WHERE NOT gone), 0) AS spool_bytes,
-       coalesce(sum(spool_limit_bytes) FILTER (WHERE NOT gone), 0) AS spool_limit_bytes
+       coalesce(max(spool_bytes) FILTER (WHERE NOT gone), 0) AS spool_bytes,
+       coalesce(max(spool_limit_bytes) FILTER (WHERE NOT gone), 0) AS spool_limit_bytes
 FROM workers GROUP BY pipeline ORDER BY pipeline
 """)  # noqa: S608 - constants only
 
@@ -351,7 +351,7 @@ class WorkerSums(NamedTuple):
     denoise_buckets: list[int]
     wait_buckets: list[int]
     spool_bytes: int
-    """Pictures on the disks of workers that are alive, not stored yet."""
+    """Pictures on the disk of the worker that is alive and has most, not stored yet."""
     spool_limit_bytes: int
 
 

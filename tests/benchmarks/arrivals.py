@@ -81,8 +81,7 @@ def _body(setting: int) -> dict[str, object]:
         "width": 32 + 8 * setting,
         "height": 32,
         "steps": 1,
-        "step_seconds": DEVICE_SECONDS - FRAME_SECONDS,
-        "frame_seconds": FRAME_SECONDS,
+        "step_seconds": 0.0,
     }
 
 

@@ -51,6 +51,7 @@ UNPACKING = {
     "jsonb_array_elements",
     "json_array_elements_text",
     "json_to_recordset",
+    "generate_series",
 }
 """Functions that return the rows of a value."""
 
@@ -74,6 +75,10 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "other jobs": (
         text("SELECT * FROM pg_temp.other_jobs(:pipeline, :batch_key, :leader, :free)"),
+        FILL,
+    ),
+    "other open jobs": (
+        text("SELECT * FROM pg_temp.other_open_jobs(:pipeline, :batch_key, :leader, 1, :free)"),
         FILL,
     ),
     "lock": (LOCK_JOBS, {"ids": [uuid.UUID(int=1)]}),

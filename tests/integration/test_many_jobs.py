@@ -16,12 +16,13 @@ from sqlalchemy import Engine, event
 from api.waiting_reasons import LANE_SECONDS
 from farm.bells import JOINED_SECONDS
 from farm.context import Farm
-from farm.errors import Conflict, FarmError, InvalidRequest, Unavailable
+from farm.errors import Conflict, InvalidRequest, Unavailable
 from farm.services import jobs
 from farm.services.jobs import Submission
 from farm.store.engine import open_store
 from farm.store.group_commit import insert_group
 from farm.store.jobs import Idempotency, NewJob
+from farm.store.queries import JobRow
 from tests.integration.test_api_health import without
 from tests.support.api_server import Api, serving
 from tests.support.store import counts_add_up, new_tenant, sql
@@ -47,16 +48,18 @@ def test_each_job_of_a_batch_has_its_own_answer(api: Api) -> None:
         {**JOB, "prompts": ["a star", "a ring"], "seed": 4},
         {**JOB, "idempotency_key": ""},
         {**JOB, "idempotency_key": 5},
+        {**JOB, "idempotency_key": "a\x00b"},
+        {**JOB, "prompts": None, "input": str(uuid.uuid4())},
         "no object",
         {**JOB, "pipeline": "none"},
     )
     assert answer.status_code == 200
     results = answer.json()["data"]
-    assert [each["status"] for each in results] == [202, 422, 202, 422, 422, 422, 422]
-    assert [each["job"] and each["job"]["total"] for each in results] == [1, None, 2] + [None] * 4
+    assert [each["status"] for each in results] == [202, 422, 202, *[422] * 6]
+    assert [each["job"] and each["job"]["total"] for each in results] == [1, None, 2] + [None] * 6
     params = [each["error"] and each["error"]["param"] for each in results]
-    expected = [None, "steps", None, "idempotency_key", "idempotency_key", None, "pipeline"]
-    assert params == expected
+    keys = ["idempotency_key"] * 3
+    assert params == [None, "steps", None, *keys, "input", None, "pipeline"]
     assert api.jobs_stored() == 2
     job = results[2]["job"]
     assert api.client().get(f"/v1/jobs/{job['id']}").json()["spec"]["seed"] == 4
@@ -89,8 +92,21 @@ def test_one_key_twice_in_a_batch_is_one_job(api: Api) -> None:
     assert api.jobs_stored() == 1
 
 
+LARGE = {**JOB, "grid": {"steps": [*range(1, 31)], "eta": [number / 30 for number in range(30)]}}
+"""A job of 900 combinations. A job may have 1,000."""
+
+
 @pytest.mark.parametrize(
-    "body", [{}, [], {"jobs": []}, {"jobs": JOB}, {"jobs": [JOB] * 1001}, {"jobs": [JOB], "a": 1}]
+    "body",
+    [
+        {},
+        [],
+        {"jobs": []},
+        {"jobs": JOB},
+        {"jobs": [JOB] * 1001},
+        {"jobs": [JOB], "a": 1},
+        {"jobs": [LARGE, LARGE]},
+    ],
 )
 def test_what_is_no_batch_is_refused(api: Api, body: Any) -> None:
     answer = api.client().post("/v1/jobs/batch", json=body)
@@ -111,10 +127,12 @@ def test_a_thousand_jobs_are_two_statements_and_one_bell(
     event.listen(farm.store, "before_cursor_execute", note)
     bodies = [Submission(tenant, JOB, f"order-{number}") for number in range(1000)]
     results = jobs.submit_many(farm, bodies)
-    assert len({row.id for row in results if not isinstance(row, FarmError)}) == 1000
+    assert len({row.id for row in results if isinstance(row, JobRow)}) == 1000
     assert len(statements) == 2  # known keys, and the insert
     assert bells == ["demo"]
-    assert sql(farm, "SELECT count(*), count(DISTINCT created_at) FROM jobs")[0][0] == 1000
+    ids = [row.id for row in results if isinstance(row, JobRow)]
+    in_order = sql(farm, "SELECT id FROM jobs ORDER BY created_at")
+    assert [job_id for (job_id,) in in_order] == ids, "they are claimed in the order of the call"
 
 
 def test_a_single_job_is_two_statements_and_seldom_a_bell(
@@ -146,6 +164,25 @@ def test_a_single_job_is_two_statements_and_seldom_a_bell(
     seconds = time.monotonic() - started
     assert 40 <= len(statements) <= 40 + 1 + seconds / LANE_SECONDS
     assert len(asked) <= 1 + seconds / JOINED_SECONDS
+
+
+def test_a_job_that_breaks_the_check_itself_stops_no_other(
+    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = jobs.check
+
+    def check(farm: Farm, tenant: uuid.UUID, body: Any) -> Any:
+        if body["prompts"] == ["break"]:
+            raise ZeroDivisionError
+        return real(farm, tenant, body)
+
+    monkeypatch.setattr(jobs, "check", check)
+    bodies = [JOB, {**JOB, "prompts": ["break"]}, JOB]
+    first, broken, last = jobs.submit_many(farm, [Submission(tenant, body) for body in bodies])
+    assert isinstance(first, JobRow)
+    assert isinstance(last, JobRow)
+    assert isinstance(broken, ZeroDivisionError)
+    assert sql(farm, "SELECT count(*) FROM jobs") == [(2,)]
 
 
 def new_job(farm: Farm, tenant: uuid.UUID, key: str | None = None, **fields: Any) -> NewJob:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from farm.context import Farm
 from farm.domain.spec import MAX_BUCKET, Priority
+from farm.errors import InvalidRequest
+from farm.services import jobs
+from farm.services.jobs import Submission
 from farm.store import frames
 from farm.store.claim import Lease, claim
 from farm.store.engine import transaction
@@ -21,6 +26,7 @@ from tests.support.store import (
     frame_rows,
     new_tenant,
     register_worker,
+    sql,
     submit,
 )
 
@@ -105,7 +111,6 @@ def test_jobs_of_other_tenants_and_of_many_frames_fill_the_batch(
         {"seed": 5},
         {"repeatable": True},
         {"bucket": 1},
-        {"bucket": 1, "repeatable": False},
         {"seed": 5, "priority": "interactive"},
     ],
 )
@@ -148,6 +153,77 @@ def test_the_api_names_the_bucket_once_it_is_chosen(
         api.submit(client, seed=None)
         assert batches(worker) == [(2, 2)]
         assert client.get(first).json()["bucket"] == 2
+
+
+def test_a_named_bucket_that_shall_not_be_kept_is_refused(farm: Farm, tenant: uuid.UUID) -> None:
+    with pytest.raises(InvalidRequest, match="repeatable: a job that names its bucket"):
+        submit(farm, tenant, bucket=1, repeatable=False)
+
+
+def test_tenants_fill_a_batch_in_turn(farm: Farm, worker: FakeWorker) -> None:
+    """Many one-image jobs of a tenant take no larger share than a few of another."""
+    many, few = new_tenant(farm, "many"), new_tenant(farm, "few")
+    for _ in range(30):
+        submit(farm, many)
+    submit(farm, many, images_per_prompt=10)
+    for _ in range(10):
+        submit(farm, few)
+    served: Counter[uuid.UUID] = Counter()
+    for _ in range(2):
+        lease = claimed(worker)
+        assert lease is not None
+        assert len(lease.frames) == 8
+        served.update(frame.tenant_id for frame in lease.frames)
+        assert abs(served[many] - served[few]) <= 1, served
+    assert sum(frames for frames, _ in batches(worker)) == 50 - 16
+
+
+def test_a_batch_is_full_although_one_tenant_has_little(farm: Farm, worker: FakeWorker) -> None:
+    many, few = new_tenant(farm, "many"), new_tenant(farm, "few")
+    submit(farm, few)
+    submit(farm, many, images_per_prompt=3)
+    for _ in range(20):
+        submit(farm, many)
+    lease = claimed(worker)
+    assert lease is not None
+    assert Counter(frame.tenant_id for frame in lease.frames) == {few: 1, many: 7}
+
+
+def test_a_job_waits_under_its_own_priority(
+    farm: Farm, tenant: uuid.UUID, worker: FakeWorker
+) -> None:
+    for priority in ("normal", "bulk"):
+        submit(farm, tenant, priority=priority)
+    lease = claimed(worker)
+    assert lease is not None
+    assert {frame.urgency for frame in lease.frames} == {Priority.NORMAL, Priority.BULK}
+    assert all(frame.waited is not None and frame.waited >= 0 for frame in lease.frames)
+
+
+def test_claims_and_groups_of_submissions_do_not_block_each_other(farm: Farm) -> None:
+    """Both lock the shares of several tenants. A deadlock would undo one of them."""
+    tenants = [new_tenant(farm, f"tenant {number}") for number in range(4)]
+    body = {"pipeline": "demo", "prompts": ["a star"]}
+    claimed_frames = 0
+
+    def submit_groups() -> None:
+        for turn in range(15):
+            order = tenants[turn % 4 :] + tenants[: turn % 4]
+            results = jobs.submit_many(farm, [Submission(each, body) for each in order * 4])
+            assert not [result for result in results if isinstance(result, Exception)]
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(submit_groups) for _ in range(2)]
+        hand = register_worker(farm, "other")
+        while not all(each.done() for each in done) or claimed_frames < 2 * 15 * 16:
+            lease = claimed(hand)
+            claimed_frames += len(lease.frames) if lease else 0
+            if lease is None and all(each.done() for each in done):
+                break
+        for each in done:
+            each.result()
+    assert claimed_frames == 2 * 15 * 16
+    assert sql(farm, "SELECT count(*) FROM jobs") == [(2 * 15 * 16,)]
 
 
 def test_an_interactive_batch_is_not_made_slower_by_other_frames(

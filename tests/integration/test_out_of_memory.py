@@ -29,6 +29,7 @@ from tests.support.store import (
 )
 from workers.render.assembly import Assembly, assemble
 from workers.render.loop import RenderLoop
+from workers.render.scratch import Scratch
 
 
 class Memory:
@@ -59,7 +60,7 @@ def run(loop: RenderLoop) -> int:
 def test_an_automatic_bucket_is_halved_for_the_rest_of_the_job(
     farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
 ) -> None:
-    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=10, max_attempts=1)
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=10, max_attempts=1, seed=1)
     noise.disturb = memory = Memory(room=2)
     assert run(loop) == 1
     assert (memory.buckets[0], set(memory.buckets[1:])) == (4, {2})
@@ -95,6 +96,28 @@ def test_a_job_that_is_claimed_whole_is_halved_too(
     assert run(loop) == 2
     assert memory.buckets == [4, 2, 1, 1, 1, 1]
     assert job_row(farm, tenant, job_id).status == "succeeded"
+
+
+def test_a_worker_plans_no_bucket_again_for_which_its_memory_was_too_small(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, assembly: Assembly
+) -> None:
+    """Each job has one frame, so no job's own bucket can say it."""
+    ids = [submit(farm, tenant, pipeline="noise", max_attempts=1) for _ in range(14)]
+    noise.disturb = memory = Memory(room=2)
+    scratch = Scratch(farm.settings.scratch_dir, assembly.identity.id)
+    scratch.folder.mkdir(parents=True)
+    loops = [assembly.loop]
+    loops[0].run()
+    while loops[-1].out_of_memory:  # as a fresh child
+        again = assemble(farm, assembly.identity, assembly.resolved, assembly.loaded)
+        loops.append(again.loop)
+        again.loop.run()
+    for loop in loops[1:]:
+        loop.close()
+    assert len(loops) == 2
+    assert scratch.too_large() == {"8x8": 4}
+    assert memory.buckets.count(4) == 1
+    assert {job_row(farm, tenant, job_id).status for job_id in ids} == {"succeeded"}
 
 
 def test_a_late_failure_halves_nothing(farm: Farm, tenant: uuid.UUID) -> None:

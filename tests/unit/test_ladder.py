@@ -91,8 +91,25 @@ def test_a_second_batch_is_no_larger_than_memory_allows(
     memory: int, plans: dict[str, list[int]]
 ) -> None:
     """A frame of the default size takes 20 bytes here, and one of 64x64 takes 10."""
-    assert json.loads(plans_for_a_second_batch(entry(ladder=MEASURED), memory)) == plans
+    found = plans_for_a_second_batch(entry(ladder=MEASURED), "32x32", memory, {})
+    # Sizes that are not listed may need more memory than the default one.
+    assert json.loads(found) == {"default": [1], "64x64": plans["64x64"], "32x32": plans["default"]}
 
 
 def test_without_measured_memory_one_frame_is_let_in() -> None:
-    assert json.loads(plans_for_a_second_batch(entry(), 10**12)) == {"default": [1]}
+    assert json.loads(plans_for_a_second_batch(entry(), "32x32", 10**12, {})) == {"default": [1]}
+
+
+@pytest.mark.parametrize("ladder", [[], MEASURED])
+def test_a_bucket_for_which_memory_ran_out_is_in_no_plan(ladder: list[dict[str, Any]]) -> None:
+    limits = {"64x64": 2, "128x128": 2}
+    plans = json.loads(batch_plans(entry(ladder=ladder), limits))
+    assert plans == {"default": [1, 2], "64x64": [1], "128x128": [1]}
+    second = json.loads(plans_for_a_second_batch(entry(ladder=ladder), "32x32", 10**12, limits))
+    assert second.get("64x64", [1]) == [1]
+
+
+def test_a_ladder_without_its_top_is_not_used() -> None:
+    """Somebody has changed `bucket` since."""
+    changed = entry(bucket={"default": 2, "64x64": 3}, ladder=MEASURED)
+    assert json.loads(batch_plans(changed)) == {"default": [1, 2], "64x64": [1, 2, 3]}

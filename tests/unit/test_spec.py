@@ -209,7 +209,6 @@ def test_what_a_batch_shares_decides_its_key() -> None:
         ({"bucket": 2}, True),
         ({"seed": 1, "repeatable": False}, False),
         ({"repeatable": True}, True),
-        ({"bucket": 2, "repeatable": False}, True),
     ],
 )
 def test_a_seed_or_a_bucket_makes_a_job_repeatable(

@@ -14,7 +14,7 @@ from farm.pipelines.resolve import ResolvedPipeline
 from farm.pipelines.runtime.devices import usable_memory
 from farm.pipelines.runtime.slots import SlotTest
 from farm.rendering.environment import environment_of
-from farm.rendering.warmup import CompiledShapes
+from farm.rendering.warmup import CompiledShapes, default_shape
 from workers.render.batch import ImageWriter
 from workers.render.batch_log import BatchLog
 from workers.render.claims import Claims
@@ -70,8 +70,12 @@ def assemble(
     slots = slots or SlotTest(resolved.name, resolved.family, resolved.params_type)
     encoder = Encoder(environment, lambda frame: slots.threads_of(frame, environment.threads))
     scratch = Scratch(farm.settings.scratch_dir, identity.id)
-    claims = Claims(farm, identity, batch_plans(resolved.pipeline))
-    second = plans_for_a_second_batch(resolved.pipeline, usable_memory(loaded.device))
+    entry, too_large = resolved.pipeline, scratch.too_large()
+    default = default_shape(resolved)
+    claims = Claims(farm, identity, batch_plans(entry, too_large))
+    second = plans_for_a_second_batch(
+        entry, f"{default.width}x{default.height}", usable_memory(loaded.device), too_large
+    )
     interactive = InteractiveClaims(farm, identity, claims, second)
     filters = FilterChain(farm, identity, load_filters(resolved.pipeline.filters))
     reuse = Reuse(farm, identity, encoder)

@@ -65,9 +65,12 @@ class RenderedBatch:
 
     def accounted(self) -> Account:
         """Return the batch's sums, with its durations in their histograms."""
-        account, urgency = self.account, self.lease.priority
-        waits = [frame.waited for frame in self.lease.frames if frame.waited is not None]
-        account.wait_buckets = Counter(place(seconds, urgency) for seconds in waits)
+        account = self.account
+        account.wait_buckets = Counter(
+            place(frame.waited, frame.urgency)
+            for frame in self.lease.frames
+            if frame.waited is not None
+        )
         if account.denoise_seconds:
             account.denoise_buckets = Counter([place(account.denoise_seconds)])
         return account

@@ -167,6 +167,9 @@ class RenderLoop:
         except Exception as error:
             watch.close()
             self.out_of_memory = is_out_of_memory(error)
+            if self.out_of_memory and (bucket := batch.frames[0].spec.bucket) > 1:
+                params = batch.frames[0].spec.params
+                self._scratch.note_too_large(f"{params['width']}x{params['height']}", bucket)
             self._finisher.fail(batch, error)
             self._finisher.settle()
             self._claims.give_back()  # the failure may trip this worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -105,6 +106,20 @@ class Scratch:
             self._held(pid).unlink(missing_ok=True)
         shutil.rmtree(self.pictures(pid), ignore_errors=True)
 
+    def note_too_large(self, size: str, bucket: int) -> None:
+        """Record that memory ran out for a bucket of an image size, for this worker's plans."""
+        limits = self.too_large()
+        limits[size] = min(bucket, limits.get(size, bucket))
+        with suppress(OSError):
+            self._too_large.write_text(json.dumps(limits))
+
+    def too_large(self) -> dict[str, int]:
+        """Return the smallest bucket for which memory ran out, by image size."""
+        with suppress(OSError, ValueError):
+            limits: dict[str, int] = json.loads(self._too_large.read_text())
+            return limits
+        return {}
+
     def begin_load(self) -> None:
         """Record that a child starts to load."""
         begun = self.unfinished_loads()
@@ -126,6 +141,10 @@ class Scratch:
 
     def _held(self, pid: int) -> Path:
         return self.folder / f"{pid}.lease"
+
+    @property
+    def _too_large(self) -> Path:
+        return self.folder / "too-large.json"
 
     @property
     def _loading(self) -> Path:

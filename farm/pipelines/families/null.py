@@ -1,6 +1,7 @@
 """Family that renders nothing, for benchmarks and chaos tests.
 
-It waits at each step, and returns noise, or pictures from its checkpoint.
+It waits at each step, and returns noise, or pictures from its checkpoint. If its catalog entry has
+a `ladder`, a batch takes that time too, like a device that is slower with more frames.
 """
 
 from __future__ import annotations
@@ -40,9 +41,6 @@ class NullParams(Params):
     step_seconds: float = Field(
         default=0.01, ge=0.0, le=10.0, description="duration of a step, in seconds"
     )
-    frame_seconds: float = Field(
-        default=0.0, ge=0.0, le=10.0, description="added to a step for each frame of the bucket"
-    )
 
 
 class Null:
@@ -64,14 +62,18 @@ class Null:
     def load(self, pipeline: Pipeline) -> LoadedPipeline:
         """Load only the pictures of the checkpoint, if it has any."""
         folder = Path(pipeline.checkpoint)
-        pictures = {"pictures": _pictures(folder)}
-        return LoadedPipeline(None, NONE, "float32", None, weights_hash(folder), extras=pictures)
+        extras = {
+            "pictures": _pictures(folder),
+            "seconds": {step.bucket: step.seconds for step in pipeline.ladder},
+        }
+        return LoadedPipeline(None, NONE, "float32", None, weights_hash(folder), extras=extras)
 
     def denoise(self, loaded: LoadedPipeline, batch: Batch) -> list[Image.Image | None]:
         """Wait for the time of the steps, and return a picture for each frame's seed and size."""
         params = NullParams.model_validate(batch.frames[0].params)
+        batch_seconds = loaded.extras["seconds"].get(batch.frames[0].bucket, 0.0)
         for step in range(1, params.steps + 1):
-            time.sleep(params.step_seconds + params.frame_seconds * batch.frames[0].bucket)
+            time.sleep(params.step_seconds + batch_seconds / params.steps)
             batch.on_step(step, params.steps)
         size = (params.width, params.height)
         there = [picture for picture in loaded.extras["pictures"] if picture.size == size]

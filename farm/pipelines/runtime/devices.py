@@ -122,8 +122,10 @@ def usable_memory(device: str) -> int:
         import torch
 
         return free_memory(device) + int(torch.cuda.memory_reserved())
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return free_memory(device) + resident
+    resident = 0
+    with suppress(OSError):  # not Linux
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+    return free_memory(device) + resident * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free_of_machine() -> int:

@@ -120,6 +120,41 @@ CREATE FUNCTION pg_temp.other_jobs(
     ) o WHERE o.before < _free
 $$;
 
+-- Returns other open jobs for a batch whose bucket is open, each with the number of frames: in turn from
+-- each tenant, the one served least first. So a thousand one-image jobs of a tenant take no larger
+-- share than one job of a thousand. Of each tenant the first 32 jobs are looked at. `_held`: frames of
+-- the leader that the batch has already.
+CREATE FUNCTION pg_temp.other_open_jobs(
+    _pipeline text, _batch_key text, _leader uuid, _held int, _free int,
+    _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
+) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
+    WITH tenants AS (
+        SELECT s.tenant_id, s.served + CASE WHEN s.tenant_id = (
+                   SELECT l.tenant_id FROM jobs l WHERE l.id = _leader
+               ) THEN _held ELSE 0 END AS served
+        FROM shares s
+        WHERE s.pipeline = _pipeline AND s.tenant_id IS DISTINCT FROM _avoided
+          AND EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = s.pipeline
+                      AND j.tenant_id = s.tenant_id)
+        ORDER BY s.served, s.tenant_id LIMIT _free + 100
+    ), own AS (
+        SELECT j.*, t.served + coalesce(sum(j.room) OVER (
+                   PARTITION BY t.tenant_id ORDER BY j.priority, j.created_at, j.id
+                   ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS turn
+        FROM tenants t CROSS JOIN LATERAL (
+            SELECT j.id, j.batch_key, j.priority, j.created_at, j.run_end - j.cursor AS room
+            FROM jobs j
+            WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = t.tenant_id
+            ORDER BY j.priority, j.created_at, j.id LIMIT 32
+        ) j
+        WHERE j.batch_key = _batch_key AND j.id <> _leader AND j.priority <= _least
+    )
+    SELECT f.id, count(*) FROM (
+        SELECT own.id FROM own CROSS JOIN generate_series(0, least(own.room, _free) - 1) AS frame (n)
+        ORDER BY own.priority, own.turn + frame.n, own.created_at, own.id LIMIT _free
+    ) f GROUP BY f.id
+$$;
+
 -- Fills a batch of at most `_size` frames: requeued ones, and numbers of new ones by job.
 CREATE FUNCTION pg_temp.fill(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _size int, _avoided uuid,
@@ -153,7 +188,13 @@ BEGIN
         requeued_ordinals := requeued_ordinals || some_ordinals;
         free := free - cardinality(some_ids);
     END IF;
-    IF free > 0 THEN
+    IF free > 0 AND pg_temp.is_bucket_open(_batch_key) THEN
+        SELECT new_ids || coalesce(array_agg(o.id), '{}'),
+               new_counts || coalesce(array_agg(o.n), '{}'), free - coalesce(sum(o.n), 0)
+        INTO new_ids, new_counts, free
+        FROM pg_temp.other_open_jobs(
+            _pipeline, _batch_key, _leader, _size - free, free, _avoided, _least) o;
+    ELSIF free > 0 THEN
         SELECT new_ids || coalesce(array_agg(o.id), '{}'),
                new_counts || coalesce(array_agg(o.n), '{}'), free - coalesce(sum(o.n), 0)
         INTO new_ids, new_counts, free
@@ -181,13 +222,15 @@ $$;
 -- Claims a batch. Returns one row per frame, in the order of slots, or no rows if nothing may be
 -- claimed. `_priority`: less urgent work is left out. `_known`: jobs whose specs the caller has.
 -- `_plans`: see chosen_bucket.
--- `waited`: of a job's first frame, the seconds since the job was submitted.
+-- `waited`: of a job's first frame, the seconds since the job was submitted. `urgency`: the priority
+-- of the frame's own job; `priority`: that of the batch.
 CREATE FUNCTION pg_temp.claim(
     _pipeline text, _worker_id uuid, _worker text, _pid int, _lease_id uuid, _seconds float,
     _priority smallint, _known uuid[], _plans jsonb DEFAULT '{}'
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
-    bucket smallint, priority smallint, rerolls smallint, waited float, more boolean
+    bucket smallint, priority smallint, rerolls smallint, waited float, urgency smallint,
+    more boolean
 ) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -344,6 +387,12 @@ BEGIN
     VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
             ids, ordinals, attempts);
 
+    -- In the order in which submissions lock them.
+    PERFORM FROM shares s
+    WHERE s.pipeline = _pipeline
+      AND s.tenant_id IN (SELECT j.tenant_id FROM jobs j WHERE j.id = ANY(ids))
+    ORDER BY s.tenant_id FOR UPDATE;
+
     UPDATE shares s SET served = s.served + t.n
     FROM (SELECT j.tenant_id, count(*) AS n
           FROM unnest(ids) AS f (id) JOIN jobs j ON j.id = f.id GROUP BY j.tenant_id) t
@@ -371,11 +420,11 @@ BEGIN
         SELECT * FROM unnest(ids, ordinals, attempts)
         WITH ORDINALITY AS f (id, ordinal, attempt, slot)
     ), j AS MATERIALIZED (
-        SELECT j.id, j.tenant_id, j.created_at, j.spec, (j.spec ->> 'images_per_prompt')::bigint AS images,
+        SELECT j.id, j.tenant_id, j.created_at, j.priority, j.spec, (j.spec ->> 'images_per_prompt')::bigint AS images,
                (j.spec ->> 'prompt_count')::bigint AS prompts
         FROM jobs j WHERE j.id = ANY(ids)
     ), placed AS MATERIALIZED (
-        SELECT f.*, j.tenant_id, j.created_at, f.ordinal / j.images % j.prompts AS place, CASE
+        SELECT f.*, j.tenant_id, j.created_at, j.priority AS urgency, f.ordinal / j.images % j.prompts AS place, CASE
                  WHEN j.id <> ALL(_known) AND f.slot = min(f.slot) OVER (PARTITION BY f.id)
                  THEN j.spec END AS spec
         FROM f JOIN j USING (id)
@@ -396,6 +445,6 @@ BEGIN
            ) END,
            CASE WHEN p.ordinal = 0 AND p.attempt = 1
                 THEN extract(epoch FROM clock_timestamp() - p.created_at)::float END,
-           left_over
+           p.urgency, left_over
     FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;
