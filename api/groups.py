@@ -9,7 +9,6 @@ from __future__ import annotations
 from asyncio import Future, Task, create_task, get_running_loop
 from collections import deque
 from collections.abc import Callable, Sequence
-from copy import copy
 from typing import Generic, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -66,8 +65,7 @@ class Groups(Generic[Asked, Answer]):
             asked = [each for each, _ in group]
             answers = await to_thread.run_sync(self._answer, asked, limiter=self._limiter)
         except Exception as error:
-            # A copy for each: an exception that several tasks raise collects their tracebacks.
-            answers = [copy(error) for _ in group]
+            answers = [error for _ in group]
         except BaseException:  # the process ends
             for _, future in group:
                 future.cancel()

@@ -239,11 +239,13 @@ def _check_images(
                 )
 
 
-def _idempotency(key: str | None, body: Any, param: str = "Idempotency-Key") -> Idempotency | None:
+def _idempotency(key: str | None, body: Any) -> Idempotency | None:
     if key is None:
         return None
     if not 1 <= len(key) <= 200:
-        raise InvalidRequest(f"{param}: wrong length. Use 1 to 200 characters.", param=param)
+        raise InvalidRequest(
+            "Idempotency-Key: wrong length. Use 1 to 200 characters.", param="Idempotency-Key"
+        )
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return Idempotency(key, hashlib.sha256(text.encode()).digest())
 
