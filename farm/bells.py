@@ -100,6 +100,8 @@ class Bells:
         """Time of the last bell by queue, on the monotonic clock."""
         self._late: dict[str, Callable[[], object]] = {}
         """Bells by queue that wait for the end of their interval."""
+        self._timers: dict[str, threading.Timer] = {}
+        """Last timer by queue. It may have ended."""
 
     def ring(self, pipeline: str, *, urgent: bool = False) -> bool:
         """Wake one worker of a lane. Return True unless Redis did not accept the bell.
@@ -145,6 +147,7 @@ class Bells:
                 with suppress(RuntimeError):  # no more threads: it is rung now
                     timer.start()
                     self._late[queue] = lambda: self._add_now(queue, add)
+                    self._timers[queue] = timer
                     return True
             self._rung_at[queue] = now
         return self._add_now(queue, add)
@@ -191,7 +194,11 @@ class Bells:
         """Ring the bells that wait, and close the connections."""
         with self._lock:
             late = list(self._late)
+            timers = list(self._timers.values())
         for queue in late:
             self._add_late(queue)
+        for timer in timers:  # one may be ringing just now
+            timer.cancel()
+            timer.join()
         self.app.close()
         self._redis.close()

@@ -20,7 +20,7 @@ class Invariant(StrEnum):
     DURABILITY = "durability"
     """An accepted job exists until it is removed."""
     CONSERVATION = "conservation"
-    """A job's counters and status, its frames, requeued frames and leases agree."""
+    """A job's counters and status, its frames, requeued frames, leases and share agree."""
     LEDGER = "ledger"
     """Attempts are numbered without a gap, up to max_attempts. Each ended one has a reason."""
     SINGLE_WINNER = "single_winner"
@@ -33,7 +33,8 @@ class Finding(BaseModel, frozen=True):
     """A violation of an invariant."""
 
     invariant: Invariant
-    job_id: uuid.UUID
+    job_id: uuid.UUID | None = None
+    """None if the finding is about all jobs of a tenant on a lane. The detail names them."""
     ordinal: int | None = None
     attempt: int | None = None
     detail: str
@@ -41,6 +42,8 @@ class Finding(BaseModel, frozen=True):
     @property
     def where(self) -> str:
         """The job, the frame and the attempt of the finding, as text."""
+        if self.job_id is None:
+            return "a tenant's share of a lane"
         frame = "" if self.ordinal is None else f" frame {self.ordinal}"
         attempt = "" if self.attempt is None else f" attempt {self.attempt}"
         return f"job {self.job_id}{frame}{attempt}"

@@ -173,7 +173,26 @@ def _leases(farm: Farm, place: Place) -> _Chunk:
         )
         for row in rows
     ]
-    return _Chunk(0, place.behind(), {}, findings)
+    return _Chunk(0, place.behind(), {}, [*findings, *_wrong_shares(farm)])
+
+
+def _wrong_shares(farm: Farm) -> Iterator[Finding]:
+    for row in _read(farm, lambda connection: stored.wrong_shares(connection, FINDINGS_KEPT)):
+        whose = f"tenant {row.tenant_id} on lane {row.pipeline}"
+        if row.hidden is not None:
+            yield Finding(
+                invariant=Invariant.CONSERVATION,
+                job_id=row.hidden,
+                detail=f"it may be claimed, but the share of {whose} says priority "
+                f"{row.priority} and retry at {row.retry_at}, so no claim would find it",
+            )
+        told, real = (row.waiting, row.requeued), (row.really_waiting, row.really_requeued)
+        if told != real:
+            yield Finding(
+                invariant=Invariant.CONSERVATION,
+                detail=f"{whose}: waiting {row.waiting} and requeued {row.requeued} frames of "
+                f"each priority, but really {row.really_waiting} and {row.really_requeued}",
+            )
 
 
 def _jobs(farm: Farm, place: Place) -> _Chunk:

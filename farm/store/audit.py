@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from sqlalchemy import Connection, text
@@ -76,6 +77,46 @@ JOIN jobs j ON j.id = d.job_id AND j.removed_at IS NULL
 LEFT JOIN frames f ON f.job_id = d.job_id AND f.ordinal = d.ordinal
 WHERE f.attempt IS NULL OR f.attempt < d.attempt
 ORDER BY d.job_id, d.ordinal LIMIT :limit
+""")
+
+# The sums of a share must be exact. Its bounds may be lower than the truth, and never higher: work
+# above them would not be claimed.
+SHARES = text("""
+SELECT s.pipeline, s.tenant_id, s.waiting, s.requeued, s.priority, s.retry_at,
+       w.waiting AS really_waiting, r.requeued AS really_requeued, hidden.job_id AS hidden
+FROM shares s
+CROSS JOIN LATERAL (
+    SELECT array_agg(n.frames ORDER BY p.priority) AS waiting
+    FROM generate_series(0, 2) AS p (priority) CROSS JOIN LATERAL (
+        SELECT coalesce(sum(j.total - j.cursor), 0)::bigint AS frames FROM jobs j
+        WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+          AND j.priority = p.priority
+    ) n
+) w
+CROSS JOIN LATERAL (
+    SELECT array_agg(n.frames ORDER BY p.priority) AS requeued
+    FROM generate_series(0, 2) AS p (priority) CROSS JOIN LATERAL (
+        SELECT count(*) AS frames FROM requeued_frames f
+        WHERE NOT f.paused AND f.pipeline = s.pipeline AND f.tenant_id = s.tenant_id
+          AND f.priority = p.priority
+    ) n
+) r
+LEFT JOIN LATERAL (
+    (SELECT j.id AS job_id FROM jobs j
+     WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+       AND j.priority < coalesce(s.priority, 3)
+     LIMIT 1)
+    UNION ALL
+    (SELECT f.job_id FROM requeued_frames f JOIN jobs j ON j.id = f.job_id
+     WHERE NOT f.paused AND f.pipeline = s.pipeline AND f.tenant_id = s.tenant_id
+       AND f.priority < coalesce(s.priority, 3)
+       AND f.not_before < coalesce(s.retry_at, 'infinity')
+       AND NOT j.paused AND j.status <> 'cancelled'
+     LIMIT 1)
+    LIMIT 1
+) hidden ON true
+WHERE s.waiting <> w.waiting OR s.requeued <> r.requeued OR hidden.job_id IS NOT NULL
+ORDER BY s.pipeline, s.tenant_id LIMIT :limit
 """)
 
 FRAMES = text("""
@@ -165,6 +206,21 @@ class WrongLease(NamedTuple):
     """Latest attempt of the frame. None if it has no row."""
 
 
+class WrongShare(NamedTuple):
+    """A share of a tenant whose sums or bounds are wrong."""
+
+    pipeline: str
+    tenant_id: uuid.UUID
+    waiting: list[int]
+    requeued: list[int]
+    priority: int | None
+    retry_at: datetime | None
+    really_waiting: list[int]
+    really_requeued: list[int]
+    hidden: uuid.UUID | None
+    """A job with frames that no claim would find."""
+
+
 class SucceededFrame(NamedTuple):
     """Properties that the artifact of a succeeded frame must have."""
 
@@ -210,6 +266,11 @@ def wrong_winners(
 def wrong_leases(connection: Connection, limit: int) -> list[WrongLease]:
     """Find entries of leases that are not an attempt of any frame."""
     return rows_of(connection.execute(LEASES, {"limit": limit}), WrongLease)
+
+
+def wrong_shares(connection: Connection, limit: int) -> list[WrongShare]:
+    """Find shares whose sums are wrong, or whose bounds hide work from the claims."""
+    return rows_of(connection.execute(SHARES, {"limit": limit}), WrongShare)
 
 
 def frames_after(

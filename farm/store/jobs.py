@@ -30,20 +30,29 @@ JOBS_PER_FOLLOW = 100
 # largest share if nobody waits. So absence earns no credit, and work done while nobody else waited
 # costs nothing later.
 JOIN_LANE = """
-INSERT INTO shares (pipeline, tenant_id, served)
-SELECT joins.pipeline, joins.tenant_id, entry.served
+INSERT INTO shares (pipeline, tenant_id, served, priority, retry_at)
+SELECT joins.pipeline, joins.tenant_id, entry.served, NULL, NULL
 FROM joins JOIN (
-    SELECT lane.pipeline, coalesce(s.least, s.most, 0) AS served
-    FROM (SELECT DISTINCT pipeline FROM joins) lane CROSS JOIN LATERAL (
-        SELECT min(s.served) FILTER (WHERE busy) AS least, max(s.served) AS most
-        FROM shares s CROSS JOIN LATERAL (
-            SELECT EXISTS (
+    SELECT lane.pipeline, coalesce((
+        SELECT min(s.served) FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
+            SELECT s.served FROM shares s
+            WHERE s.pipeline = lane.pipeline AND s.priority = p.priority AND EXISTS (
                 SELECT FROM jobs j
                 WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
-                  AND j.id <> ALL(CAST(:ids AS uuid[]))) AS busy
-        ) now
-        WHERE s.pipeline = lane.pipeline
-    ) s
+                  AND j.id <> ALL(CAST(:ids AS uuid[])))
+            ORDER BY s.served LIMIT 1
+        ) s
+    ), greatest((
+        SELECT max(s.served) FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
+            SELECT s.served FROM shares s
+            WHERE s.pipeline = lane.pipeline AND s.priority = p.priority
+            ORDER BY s.served DESC LIMIT 1
+        ) s
+    ), (
+        SELECT s.served FROM shares s WHERE s.pipeline = lane.pipeline AND s.priority IS NULL
+        ORDER BY s.priority DESC, s.served DESC LIMIT 1
+    )), 0) AS served
+    FROM (SELECT DISTINCT pipeline FROM joins) lane
 ) entry USING (pipeline)
 ORDER BY joins.pipeline, joins.tenant_id
 ON CONFLICT (pipeline, tenant_id) DO UPDATE

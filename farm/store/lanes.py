@@ -40,20 +40,33 @@ class LaneNow(NamedTuple):
 
 
 CLAIMABLE = text("""
-SELECT pipeline FROM (SELECT DISTINCT pipeline FROM shares) lane
+WITH RECURSIVE lane AS (  -- the first share of each lane, by index
+    SELECT min(pipeline) AS pipeline FROM shares
+    UNION ALL
+    SELECT (SELECT min(s.pipeline) FROM shares s WHERE s.pipeline > lane.pipeline)
+    FROM lane WHERE lane.pipeline IS NOT NULL
+)
+SELECT pipeline FROM lane
 WHERE EXISTS (SELECT FROM pg_temp.leader(lane.pipeline, '{}', CAST(:least AS smallint)))
 ORDER BY pipeline
 """)
 
 DEPTH = text("""
-SELECT pipeline, priority, sum(waiting)::bigint AS waiting,
-       coalesce(extract(epoch FROM statement_timestamp() - min(since)), 0)::float8 AS oldest
-FROM (
-    SELECT pipeline, priority, total - cursor AS waiting, created_at AS since
-    FROM jobs WHERE open
-    UNION ALL
-    SELECT pipeline, priority, 1, NULL FROM requeued_frames
-) lane GROUP BY pipeline, priority ORDER BY pipeline, priority
+SELECT s.pipeline, p.priority,
+       sum(s.waiting[p.priority + 1] + s.requeued[p.priority + 1])::bigint AS waiting,
+       coalesce(extract(epoch FROM statement_timestamp() - min(oldest.created_at)), 0)::float8
+       AS oldest
+FROM shares s
+CROSS JOIN (VALUES (0), (1), (2)) AS p (priority)
+LEFT JOIN LATERAL (
+    SELECT j.created_at FROM jobs j
+    WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+      AND j.priority = p.priority AND s.waiting[p.priority + 1] > 0
+    ORDER BY j.created_at LIMIT 1
+) oldest ON true
+WHERE (s.priority IS NOT NULL OR s.retry_at IS NOT NULL)
+  AND (s.waiting[p.priority + 1] > 0 OR s.requeued[p.priority + 1] > 0)
+GROUP BY s.pipeline, p.priority ORDER BY s.pipeline, p.priority
 """)
 
 LANE_NOW = text(f"""
@@ -77,7 +90,10 @@ FROM (
 ) busy ON true
 """)  # noqa: S608 - constants only
 
-BACKING_OFF = text("SELECT min(not_before) FROM requeued_frames WHERE job_id = :job_id")
+BACKING_OFF = text("""
+SELECT least((SELECT min(not_before) FROM requeued_frames WHERE job_id = :job_id AND isolated),
+             (SELECT min(not_before) FROM requeued_frames WHERE job_id = :job_id AND NOT isolated))
+""")
 
 
 def claimable_lanes(connection: Connection) -> list[str]:

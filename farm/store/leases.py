@@ -34,8 +34,9 @@ RETURNING EXISTS (
     JOIN frames f USING (job_id, ordinal)
     WHERE f.attempt = d.attempt AND f.state = 'running') AS wanted,
     EXISTS (SELECT FROM workers w WHERE w.id = l.worker_id AND w.draining) AS draining,
-    EXISTS (SELECT FROM pg_temp.leader(
-        l.pipeline, '{}', CAST(:urgent_priority AS smallint))) AS urgent
+    EXISTS (SELECT FROM shares s WHERE s.pipeline = l.pipeline AND s.priority <= :urgent_priority)
+    OR EXISTS (SELECT FROM shares s
+               WHERE s.pipeline = l.pipeline AND s.retry_at <= statement_timestamp()) AS urgent
 """)
 
 # Statements that wait for the locks of several leases take them in the order of their ids.
@@ -111,7 +112,7 @@ class LeaseStatus:
     draining: bool = False
     """True if the worker must not claim more."""
     urgent: bool = False
-    """True if interactive work waits on the lane."""
+    """True if interactive work may wait on the lane. Only a claim knows."""
 
 
 def report_step(connection: Connection, lease_id: uuid.UUID, step: int, steps: int) -> LeaseStatus:

@@ -422,8 +422,7 @@ requeued_frames = Table(
     Column("batch_key", Text, nullable=False),
     Column("bucket", SmallInteger, nullable=False),
     _moment("not_before", null=False),
-    # The next columns repeat the job's, so that an index has the order of claiming.
-    _moment("job_created_at", null=False),
+    _moment("job_created_at", null=False),  # for older versions
     Column("paused", Boolean, nullable=False),
     Column(
         "isolated",
@@ -432,25 +431,26 @@ requeued_frames = Table(
         comment="true: its attempt failed, so it gets no neighbours",
     ),
     Index(
-        "requeued_frames_claim",
+        "requeued_frames_due",
         "pipeline",
         "tenant_id",
         "priority",
-        "job_created_at",
+        "not_before",
         "job_id",
         "ordinal",
         postgresql_where=text("NOT paused"),
     ),
     Index(
-        "requeued_frames_fill",
+        "requeued_frames_alike",
         "pipeline",
         "batch_key",
         "priority",
-        "job_created_at",
+        "not_before",
         "job_id",
         "ordinal",
         postgresql_where=text("NOT paused AND NOT isolated"),
     ),
+    Index("requeued_frames_of_job", "job_id", "isolated", "not_before", "ordinal"),
 )
 
 attempts = Table(
@@ -595,6 +595,35 @@ shares = Table(
     Column(
         "served", BigInteger, nullable=False, comment="number of frames claimed, for fair share"
     ),
+    # The next two are bounds, which claims correct. Triggers of the database lower them.
+    Column(
+        "priority",
+        SmallInteger,
+        server_default=text("0"),
+        comment="no claimable frame is more urgent; null: there is none",
+    ),
+    Column(
+        "retry_at",
+        DateTime(timezone=True),
+        server_default="-infinity",
+        comment="no other requeued frame is due before; null: there is none",
+    ),
+    Column(
+        "waiting",
+        ARRAY(BigInteger),
+        nullable=False,
+        server_default="{0,0,0}",
+        comment="frames of open jobs that were never claimed, by priority",
+    ),
+    Column(
+        "requeued",
+        ARRAY(BigInteger),
+        nullable=False,
+        server_default="{0,0,0}",
+        comment="requeued frames that are not paused, by priority",
+    ),
+    Index("shares_heads", "pipeline", "priority", "served", "tenant_id"),
+    Index("shares_retries", "pipeline", "retry_at", postgresql_where=text("retry_at IS NOT NULL")),
 )
 
 events = Table(

@@ -68,6 +68,12 @@ CONSERVATION: dict[str, Damage] = {
         "UPDATE jobs SET status = 'running', finished_at = NULL WHERE id = :id",
         detail="it is running, but its counters say succeeded",
     ),
+    "a job that no claim would find": Damage(
+        "queued",
+        "UPDATE shares SET priority = NULL"
+        " WHERE tenant_id = (SELECT tenant_id FROM jobs WHERE id = :id)",
+        detail="no claim would find it",
+    ),
     "a waiting job with an end": Damage(
         "queued",
         "UPDATE jobs SET finished_at = clock_timestamp() WHERE id = :id",

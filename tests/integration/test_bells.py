@@ -75,6 +75,33 @@ def test_a_bell_that_waits_is_rung_when_its_process_ends(settings: Settings) -> 
     reader.close()
 
 
+def test_closing_waits_for_a_bell_that_is_just_being_rung(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection would be closed while it waits for the answer."""
+    bells = Bells(settings)
+    ringing, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def late(_queue: str, _add: object) -> bool:
+        ringing.set()
+        return go_on.wait(30)
+
+    def close() -> None:
+        bells.close()
+        closed.set()
+
+    bells.ring("one")
+    monkeypatch.setattr(bells, "_add_now", late)
+    bells.ring("one")
+    assert ringing.wait(30)
+    thread = threading.Thread(target=close)
+    thread.start()
+    assert not closed.wait(0.2)
+    go_on.set()
+    thread.join()
+    assert closed.is_set()
+
+
 def test_without_redis_a_bell_is_not_rung_and_nothing_is_raised(settings: Settings) -> None:
     away = settings.model_copy(update={"redis_url": SecretStr("redis://127.0.0.1:1/0")})
     bells = Bells(away)

@@ -22,8 +22,8 @@ from tests.conftest import settings_on
 from tests.support.databases import Databases
 from tests.support.store import new_tenant, register_worker, submit
 
-LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames"}
-"""Tables that grow with history or backlog. Others have a row per worker, tenant or batch."""
+LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
+"""Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
 INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,
@@ -44,6 +44,12 @@ SELECT id, 100, 'other', :tenant, 1, 'key', 8, clock_timestamp(), created_at, fa
 FROM jobs WHERE id <> :job;
 INSERT INTO job_prompts (job_id, first, prompts)
 SELECT id, n, '{a}' FROM jobs, generate_series(0, 2) n WHERE id <> :job;
+WITH idle AS (
+    INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'idle ' || n
+    FROM generate_series(1, 20000) n RETURNING id
+)
+INSERT INTO shares (pipeline, tenant_id, served, priority, retry_at)
+SELECT 'demo', id, 0, NULL, NULL FROM idle;
 """
 
 UNPACKING = {
@@ -61,9 +67,17 @@ SOME = {**FILL, "but": ["a/1"]}
 ONE = {"job_ids": [uuid.UUID(int=1)], "ordinals": [100], "attempts": [1]}
 
 HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
-    "leader": (
-        text("SELECT * FROM pg_temp.leader(:pipeline, :but, CAST(:priority AS smallint))"),
-        {"pipeline": "demo", "but": ["a/1"], "priority": 2},
+    "head": (
+        text("SELECT * FROM pg_temp.head(:pipeline, :tenant, :but, CAST(:priority AS smallint))"),
+        {"pipeline": "demo", "tenant": uuid.UUID(int=2), "but": ["a/1"], "priority": 2},
+    ),
+    "next share": (
+        text("SELECT * FROM pg_temp.next_share(:pipeline, 2::smallint, 1::smallint, 0, :tenant)"),
+        {"pipeline": "demo", "tenant": uuid.UUID(int=2)},
+    ),
+    "retried": (
+        text("SELECT * FROM pg_temp.retried(:pipeline, :but, 2::smallint, NULL)"),
+        {"pipeline": "demo", "but": ["a/1"]},
     ),
     "own requeued": (
         text("SELECT * FROM pg_temp.own_requeued(:pipeline, :batch_key, :leader, :but, :free)"),

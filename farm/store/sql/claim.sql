@@ -1,7 +1,8 @@
 -- Claims a batch in one call. This is the only place where a frame starts to run.
 --
--- Four functions choose frames. They only read, so that their plans can be examined. `fill` and
--- `chosen_bucket` make a batch of them. `claim` writes.
+-- The functions `head` to `retried`, and `own_requeued` to `other_open_jobs`, are single queries, so
+-- that their plans can be examined. `leader`, `fill` and `chosen_bucket` make a batch of their rows.
+-- `claim` and `correct_shares` write.
 
 -- True if a job's requeued frames must not be claimed: the job is paused, cancelled or gone, and
 -- its rows in requeued_frames may not be updated yet.
@@ -10,96 +11,163 @@ CREATE FUNCTION pg_temp.is_held(_job_id uuid) RETURNS bool LANGUAGE sql STABLE A
         SELECT FROM jobs j WHERE j.id = _job_id AND NOT j.paused AND j.status <> 'cancelled')
 $$;
 
--- Returns the first frame of the next batch: by highest priority, then the tenant served least,
--- then a requeued frame before a new one, then the oldest job. `_but`: frames to leave out, as
--- job/ordinal. `_avoided`: a tenant to leave out.
+-- Returns a tenant's ID that comes before all others.
+CREATE FUNCTION pg_temp.no_tenant() RETURNS uuid LANGUAGE sql IMMUTABLE AS $$
+    SELECT '00000000-0000-0000-0000-000000000000'::uuid
+$$;
+
+-- Returns a tenant's first frame that may be claimed: by highest priority, then a requeued frame
+-- before a new one, then the one that is due longest or of the oldest job. These are four probes of
+-- indexes. `_but`: frames to leave out, as job/ordinal.
+CREATE FUNCTION pg_temp.head(_pipeline text, _tenant_id uuid, _but text[], _priority smallint)
+RETURNS TABLE (
+    job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint
+) LANGUAGE sql STABLE AS $$
+    SELECT h.job_id, h.ordinal, h.isolated, h.batch_key, h.bucket, h.priority FROM (
+        (SELECT j.id AS job_id, NULL::bigint AS ordinal, false AS isolated,
+                j.batch_key, j.bucket, j.priority, 1 AS kind
+         FROM jobs j
+         WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = _tenant_id
+           AND j.priority <= _priority
+         ORDER BY j.priority, j.created_at, j.id LIMIT 1)
+        UNION ALL
+        (SELECT r.job_id, r.ordinal, r.isolated, r.batch_key, r.bucket, r.priority, 0
+         FROM generate_series(0, _priority::int) AS p (priority) CROSS JOIN LATERAL (
+            SELECT r.* FROM requeued_frames r
+            WHERE r.pipeline = _pipeline AND r.tenant_id = _tenant_id
+              AND r.priority = p.priority AND NOT r.paused
+              AND r.not_before <= statement_timestamp()
+              AND concat(r.job_id, '/', r.ordinal) <> ALL(_but) AND NOT pg_temp.is_held(r.job_id)
+            ORDER BY r.not_before, r.job_id, r.ordinal LIMIT 1
+         ) r ORDER BY p.priority LIMIT 1)
+    ) h ORDER BY h.priority, h.kind LIMIT 1
+$$;
+
+-- Returns the next share of a lane that may have work, in the order of `priority` and `served`.
+CREATE FUNCTION pg_temp.next_share(
+    _pipeline text, _priority smallint, _after_priority smallint, _after_served bigint,
+    _after_tenant uuid
+) RETURNS TABLE (priority smallint, served bigint, tenant_id uuid) LANGUAGE sql STABLE AS $$
+    SELECT s.priority, s.served, s.tenant_id FROM shares s
+    WHERE s.pipeline = _pipeline AND s.priority <= _priority
+      AND (s.priority, s.served, s.tenant_id) > (_after_priority, _after_served, _after_tenant)
+    ORDER BY s.priority, s.served, s.tenant_id LIMIT 1
+$$;
+
+-- Returns the best frame of the tenants whose retries may be due. A claim corrects `retry_at` of
+-- all of them, so they are few.
+CREATE FUNCTION pg_temp.retried(
+    _pipeline text, _but text[], _priority smallint, _avoided uuid
+) RETURNS TABLE (
+    job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
+    served bigint, tenant_id uuid
+) LANGUAGE sql STABLE AS $$
+    SELECT h.*, s.served, s.tenant_id
+    FROM shares s CROSS JOIN LATERAL pg_temp.head(s.pipeline, s.tenant_id, _but, _priority) h
+    WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp()
+      AND s.tenant_id IS DISTINCT FROM _avoided
+    ORDER BY h.priority, s.served, s.tenant_id LIMIT 1
+$$;
+
+-- Returns the first frame of the next batch: by highest priority, then the tenant served least, then
+-- as `head` says. `priority` of a share is a bound: the tenant's head may be less urgent, or be gone.
+-- So the search goes on until no later share can be better. `_avoided`: a tenant to leave out.
 CREATE FUNCTION pg_temp.leader(
     _pipeline text, _but text[], _priority smallint, _avoided uuid DEFAULT NULL
 ) RETURNS TABLE (
-    job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint
-) LANGUAGE sql STABLE AS $$
-    SELECT head.job_id, head.ordinal, head.isolated, head.batch_key, head.bucket, head.priority
-    FROM shares s CROSS JOIN LATERAL (
-        -- the tenant's first open job: one probe of jobs_claim
-        (SELECT j.id AS job_id, NULL::bigint AS ordinal, false AS isolated,
-                j.batch_key, j.bucket, j.priority, j.created_at, 1 AS kind
-         FROM jobs j
-         WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
-         ORDER BY j.priority, j.created_at, j.id LIMIT 1)
-        UNION ALL
-        -- the tenant's first requeued frame that is due: one probe of requeued_frames_claim, and one
-        -- more for each job that is held
-        (WITH RECURSIVE head AS (
-            (SELECT r.* FROM requeued_frames r
-             WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
-               AND NOT r.paused AND r.not_before <= statement_timestamp()
-               AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
-             ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
-            UNION ALL
-            SELECT next.* FROM head h CROSS JOIN LATERAL (
-                SELECT r.* FROM requeued_frames r
-                WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id
-                  AND NOT r.paused AND r.not_before <= statement_timestamp()
-                  AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
-                  AND (r.priority, r.job_created_at, r.job_id)
-                      > (h.priority, h.job_created_at, h.job_id)
-                ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1
-            ) next
-            WHERE pg_temp.is_held(h.job_id)
-         )
-         SELECT h.job_id, h.ordinal, h.isolated, h.batch_key, h.bucket, h.priority, h.job_created_at, 0
-         FROM head h WHERE NOT pg_temp.is_held(h.job_id) LIMIT 1)
-    ) head
-    WHERE s.pipeline = _pipeline AND s.tenant_id IS DISTINCT FROM _avoided
-      AND head.priority <= _priority
-    ORDER BY head.priority, s.served, head.kind, head.created_at, head.job_id
-    LIMIT 1
-$$;
+    job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
+    served bigint, tenant_id uuid
+) LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
+DECLARE
+    best record;
+    found_one bool;
+    share record;
+    head record;
+BEGIN
+    SELECT * INTO best FROM pg_temp.retried(_pipeline, _but, _priority, _avoided);
+    found_one := FOUND;
+    SELECT -1::smallint AS priority, 0::bigint AS served, pg_temp.no_tenant() AS tenant_id INTO share;
+    LOOP
+        SELECT * INTO share FROM pg_temp.next_share(
+            _pipeline, _priority, share.priority, share.served, share.tenant_id);
+        EXIT WHEN NOT FOUND OR found_one AND (share.priority, share.served, share.tenant_id)
+                                             >= (best.priority, best.served, best.tenant_id);
+        CONTINUE WHEN share.tenant_id = _avoided;
+        SELECT h.*, share.served, share.tenant_id INTO head
+        FROM pg_temp.head(_pipeline, share.tenant_id, _but, _priority) h;
+        IF FOUND AND (NOT found_one OR (head.priority, share.served, share.tenant_id)
+                                       < (best.priority, best.served, best.tenant_id)) THEN
+            best := head; found_one := true;
+        END IF;
+    END LOOP;
+    IF found_one THEN
+        RETURN QUERY SELECT best.job_id, best.ordinal, best.isolated, best.batch_key, best.bucket,
+                            best.priority, best.served, best.tenant_id;
+    END IF;
+END $$;
+
+-- Corrects the bounds of the shares that a claim has looked at in vain: those before this place, and
+-- those whose retries may be due. Every transaction that adds work locks the share. So what is read
+-- under this lock misses nothing: work that is not committed yet changes the share afterwards. A share
+-- that somebody else has locked is left for the next claim. The caller waits for no lock after this.
+CREATE FUNCTION pg_temp.correct_shares(
+    _pipeline text, _priority smallint, _served bigint, _tenant_id uuid
+) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+DECLARE
+    tenants uuid[] := ARRAY(
+        SELECT s.tenant_id FROM shares s
+        WHERE s.pipeline = _pipeline
+          AND (s.priority, s.served, s.tenant_id) < (_priority, _served, _tenant_id)
+        UNION
+        SELECT s.tenant_id FROM shares s
+        WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
+BEGIN
+    IF tenants = '{}' THEN RETURN; END IF;
+    tenants := ARRAY(SELECT s.tenant_id FROM shares s
+                     WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants)
+                     FOR UPDATE SKIP LOCKED);
+    UPDATE shares s
+    SET priority = (SELECT h.priority FROM pg_temp.head(
+                        _pipeline, s.tenant_id, '{}', 2::smallint) h),
+        retry_at = (SELECT min(r.not_before)
+                    FROM generate_series(0, 2) AS p (priority) CROSS JOIN LATERAL (
+                        SELECT r.not_before FROM requeued_frames r
+                        WHERE r.pipeline = _pipeline AND r.tenant_id = s.tenant_id
+                          AND r.priority = p.priority AND NOT r.paused
+                          AND r.not_before > statement_timestamp()
+                        ORDER BY r.not_before LIMIT 1
+                    ) r)
+    WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants);
+END $$;
 
 -- Returns requeued frames of the leader's own job that may fill its batch.
 CREATE FUNCTION pg_temp.own_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
     SELECT r.job_id, r.ordinal FROM requeued_frames r
-    WHERE r.job_id = _leader AND r.pipeline = _pipeline AND r.batch_key = _batch_key
-      AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
+    WHERE r.job_id = _leader AND NOT r.isolated AND r.not_before <= statement_timestamp()
+      AND r.pipeline = _pipeline AND r.batch_key = _batch_key AND NOT r.paused
       AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
-    ORDER BY r.ordinal LIMIT _free
+    ORDER BY r.not_before, r.ordinal LIMIT _free
 $$;
 
--- Returns requeued frames of other jobs, in job order. It skips a hundred held jobs at most.
--- `_least`: less urgent jobs are left out.
+-- Returns requeued frames of other jobs, those that are due longest first. It looks at _free + 100
+-- frames of each priority, so it may miss some behind those of a held job. `_least`: less urgent jobs
+-- are left out.
 CREATE FUNCTION pg_temp.other_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int,
     _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
-    WITH RECURSIVE job AS (
-        (SELECT r.priority, r.job_created_at, r.job_id, 1 AS n FROM requeued_frames r
-         WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.priority <= _least
-           AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
-         ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1)
-        UNION ALL
-        SELECT next.*, j.n + 1 FROM job j CROSS JOIN LATERAL (
-            SELECT r.priority, r.job_created_at, r.job_id FROM requeued_frames r
-            WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.priority <= _least
-              AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
-              AND (r.priority, r.job_created_at, r.job_id)
-                  > (j.priority, j.job_created_at, j.job_id)
-            ORDER BY r.priority, r.job_created_at, r.job_id, r.ordinal LIMIT 1
-        ) next
-        WHERE j.n < _free + 100
-    )
-    SELECT f.job_id, f.ordinal FROM job j CROSS JOIN LATERAL (
-        SELECT r.job_id, r.ordinal FROM requeued_frames r
-        WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key
-          AND r.priority = j.priority AND r.job_created_at = j.job_created_at
-          AND r.job_id = j.job_id
+    SELECT f.job_id, f.ordinal
+    FROM generate_series(0, _least::int) AS p (priority) CROSS JOIN LATERAL (
+        SELECT r.job_id, r.ordinal, r.tenant_id, r.not_before FROM requeued_frames r
+        WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.priority = p.priority
           AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
-          AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
-          AND r.tenant_id IS DISTINCT FROM _avoided
-        ORDER BY r.ordinal LIMIT _free
+        ORDER BY r.not_before, r.job_id, r.ordinal LIMIT _free + 100
     ) f
-    WHERE j.job_id <> _leader AND NOT pg_temp.is_held(j.job_id) LIMIT _free
+    WHERE f.job_id <> _leader AND f.tenant_id IS DISTINCT FROM _avoided
+      AND concat(f.job_id, '/', f.ordinal) <> ALL(_but) AND NOT pg_temp.is_held(f.job_id)
+    ORDER BY p.priority, f.not_before, f.job_id, f.ordinal LIMIT _free
 $$;
 
 -- Returns other open jobs whose next frames may fill the batch, each with the number of frames.
@@ -122,8 +190,8 @@ $$;
 
 -- Returns other open jobs for a batch whose bucket is open, each with the number of frames: in turn from
 -- each tenant, the one served least first. So a thousand one-image jobs of a tenant take no larger
--- share than one job of a thousand. Of each tenant the first 32 jobs are looked at. `_held`: frames of
--- the leader that the batch has already.
+-- share than one job of a thousand. Of each tenant the first 32 jobs are looked at, and of each
+-- priority the first _free + 100 tenants. `_held`: frames of the leader that the batch has already.
 CREATE FUNCTION pg_temp.other_open_jobs(
     _pipeline text, _batch_key text, _leader uuid, _held int, _free int,
     _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
@@ -132,11 +200,20 @@ CREATE FUNCTION pg_temp.other_open_jobs(
         SELECT s.tenant_id, s.served + CASE WHEN s.tenant_id = (
                    SELECT l.tenant_id FROM jobs l WHERE l.id = _leader
                ) THEN _held ELSE 0 END AS served
-        FROM shares s
-        WHERE s.pipeline = _pipeline AND s.tenant_id IS DISTINCT FROM _avoided
-          AND EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = s.pipeline
-                      AND j.tenant_id = s.tenant_id)
-        ORDER BY s.served, s.tenant_id LIMIT _free + 100
+        FROM generate_series(0, _least::int) AS p (priority) CROSS JOIN LATERAL (
+            SELECT s.tenant_id, s.served FROM (
+                SELECT s.tenant_id, s.served FROM shares s
+                WHERE s.pipeline = _pipeline AND s.priority = p.priority
+                  AND s.tenant_id IS DISTINCT FROM _avoided
+                ORDER BY s.served, s.tenant_id LIMIT _free + 100
+            ) s
+            WHERE EXISTS (SELECT FROM (
+                SELECT j.batch_key, j.id FROM jobs j
+                WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = s.tenant_id
+                ORDER BY j.priority, j.created_at, j.id LIMIT 32
+            ) j WHERE j.batch_key = _batch_key AND j.id <> _leader)
+            ORDER BY s.served, s.tenant_id LIMIT _free
+        ) s
     ), own AS (
         SELECT j.*, t.served + coalesce(sum(j.room) OVER (
                    PARTITION BY t.tenant_id ORDER BY j.priority, j.created_at, j.id
@@ -231,7 +308,7 @@ CREATE FUNCTION pg_temp.claim(
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
     bucket smallint, priority smallint, rerolls smallint, waited float, urgency smallint,
     more boolean
-) LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off SET farm.claiming = 'yes' AS $$
 #variable_conflict use_column
 DECLARE
     failing text[];
@@ -245,11 +322,12 @@ DECLARE
     requeued_ordinals bigint[];
     new_ids uuid[];
     new_counts bigint[];
-    ids uuid[];
-    ordinals bigint[];
-    attempts smallint[];
-    worn_ids uuid[] := '{}';
+    ids uuid[] := '{}';
+    ordinals bigint[] := '{}';
+    attempts smallint[] := '{}';
+    worn_ids uuid[];
     worn_ordinals bigint[];
+    lost_ids uuid[] := '{}';
     left_over boolean;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
@@ -271,7 +349,7 @@ BEGIN
             but := '{}';
             SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority, avoided);
         END IF;
-        IF NOT FOUND THEN RETURN; END IF;
+        EXIT WHEN NOT FOUND;
 
         -- 2. The fill, until the bucket is full. An isolated frame gets no neighbours. If the bucket is
         -- open, an interactive batch takes no less urgent frames, since they would make it slower.
@@ -330,6 +408,7 @@ BEGIN
                    (SELECT coalesce(array_agg(w.job_id), '{}') FROM worn w),
                    (SELECT coalesce(array_agg(w.ordinal), '{}') FROM worn w)
             INTO ids, ordinals, attempts, worn_ids, worn_ordinals FROM again a;
+            lost_ids := lost_ids || worn_ids;
             IF worn_ids <> '{}' THEN
                 PERFORM pg_temp.tally('frames.failed', array_agg(d.id), array_agg(0::bigint),
                                       array_agg(0::bigint), array_agg(d.n), array_agg(0::bigint),
@@ -373,9 +452,45 @@ BEGIN
         END IF;
         EXIT WHEN ids <> '{}';
     END LOOP;
+
+    -- 6. The shares, locked in the order in which submissions lock them. A new frame has attempt 1.
+    PERFORM FROM shares s
+    WHERE s.pipeline = _pipeline
+      AND s.tenant_id IN (SELECT j.tenant_id FROM jobs j WHERE j.id = ANY(ids || lost_ids))
+    ORDER BY s.tenant_id FOR UPDATE;
+
+    UPDATE shares s
+    SET served = s.served + t.served,
+        waiting = ARRAY[s.waiting[1] - t.new_0, s.waiting[2] - t.new_1, s.waiting[3] - t.new_2],
+        requeued = ARRAY[s.requeued[1] - t.again_0, s.requeued[2] - t.again_1,
+                         s.requeued[3] - t.again_2]
+    FROM (
+        SELECT j.tenant_id, count(*) FILTER (WHERE NOT f.lost) AS served,
+               count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 0) AS new_0,
+               count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 1) AS new_1,
+               count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 2) AS new_2,
+               count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 0) AS again_0,
+               count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 1) AS again_1,
+               count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 2) AS again_2
+        FROM (
+            SELECT id, attempt, false AS lost FROM unnest(ids, attempts) AS f (id, attempt)
+            UNION ALL
+            SELECT id, 32767, true FROM unnest(lost_ids) AS f (id)
+        ) f JOIN jobs j ON j.id = f.id GROUP BY j.tenant_id
+    ) t
+    WHERE s.pipeline = _pipeline AND s.tenant_id = t.tenant_id;
+
+    -- Last of all locks.
+    IF leader.job_id IS NULL THEN
+        PERFORM pg_temp.correct_shares(
+            _pipeline, (_priority + 1)::smallint, -1, pg_temp.no_tenant());
+    ELSE
+        PERFORM pg_temp.correct_shares(
+            _pipeline, leader.priority, leader.served, leader.tenant_id);
+    END IF;
     IF ids = '{}' THEN RETURN; END IF;
 
-    -- 6. The lease, the shares, the jobs' counters and the events.
+    -- 7. The lease, the jobs' counters and the events.
     SELECT array_agg(f.id ORDER BY f.id, f.ordinal),
            array_agg(f.ordinal ORDER BY f.id, f.ordinal),
            array_agg(f.attempt ORDER BY f.id, f.ordinal)
@@ -387,17 +502,6 @@ BEGIN
     VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
             ids, ordinals, attempts);
 
-    -- In the order in which submissions lock them.
-    PERFORM FROM shares s
-    WHERE s.pipeline = _pipeline
-      AND s.tenant_id IN (SELECT j.tenant_id FROM jobs j WHERE j.id = ANY(ids))
-    ORDER BY s.tenant_id FOR UPDATE;
-
-    UPDATE shares s SET served = s.served + t.n
-    FROM (SELECT j.tenant_id, count(*) AS n
-          FROM unnest(ids) AS f (id) JOIN jobs j ON j.id = f.id GROUP BY j.tenant_id) t
-    WHERE s.pipeline = _pipeline AND s.tenant_id = t.tenant_id;
-
     PERFORM pg_temp.tally('frames.claimed', array_agg(d.id), array_agg(d.n),
                           array_agg(0::bigint), array_agg(0::bigint), array_agg(0::bigint),
                           array_agg(d.data))
@@ -405,15 +509,20 @@ BEGIN
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
-    -- 7. True if work is left, so that another worker should wake up. Only a few requeued frames
-    -- are checked: this is a hint, and most of them may not be due yet.
+    -- 8. True if work is left, so that another worker should wake up. Of requeued frames this is a
+    -- hint: those of the next three tenants are looked at, and retries that may be due.
     left_over := EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = _pipeline)
-        OR EXISTS (SELECT FROM (
-            SELECT r.not_before FROM requeued_frames r
-            WHERE r.pipeline = _pipeline AND NOT r.paused LIMIT 100
-        ) r WHERE r.not_before <= clock_timestamp());
+        OR EXISTS (
+            SELECT FROM (
+                SELECT s.tenant_id FROM shares s
+                WHERE s.pipeline = _pipeline AND s.priority IS NOT NULL
+                ORDER BY s.priority, s.served, s.tenant_id LIMIT 3
+            ) s CROSS JOIN LATERAL pg_temp.head(_pipeline, s.tenant_id, '{}', 2::smallint)
+        )
+        OR EXISTS (SELECT FROM shares s
+                   WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
 
-    -- 8. The prompt of each frame. A chunk of prompts is unpacked once for all of its frames. Lines
+    -- 9. The prompt of each frame. A chunk of prompts is unpacked once for all of its frames. Lines
     -- of an input are not read here: the caller caches the input's parts for many batches.
     RETURN QUERY
     WITH f AS (

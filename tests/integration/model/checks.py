@@ -11,8 +11,9 @@ from psycopg.rows import namedtuple_row
 
 from farm.context import Farm
 from farm.domain.states import FrameState, JobStatus
+from farm.store.audit import wrong_shares
 from farm.store.claim import Fence
-from farm.store.engine import one_statement
+from farm.store.engine import one_statement, transaction
 from tests.integration.model.model import LEASE_SECONDS, Announced, Model, Place, R, digest
 
 Rows = Sequence[Any]
@@ -37,6 +38,8 @@ def check_database(farm: Farm, model: Model) -> None:
     check_requeued(model, read["requeued_frames"], behind)
     check_leases(model, read["leases"])
     check_events(model, read["events"])
+    with transaction(farm.store) as connection:
+        assert wrong_shares(connection, 1) == []
 
 
 def read_all(farm: Farm) -> dict[str, Rows]:
