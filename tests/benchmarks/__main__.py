@@ -27,6 +27,7 @@ from tests.benchmarks import (
     product,
     report,
     submission,
+    tenants,
     throughput,
 )
 from tests.benchmarks.figures import Row
@@ -44,6 +45,7 @@ ROWS: Mapping[str, Callable[[BenchServers, bool], list[Row]]] = {
     "i": partial(cuda.rows, "i", "sdxl"),
     "j": product.rows,
     "k": arrivals.rows,
+    "m": tenants.rows,
 }
 
 
