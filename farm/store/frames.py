@@ -132,10 +132,8 @@ WITH ended AS (
 {INTO_REQUEUED}""")  # noqa: S608 - constants only
 
 CLOSE_LEASE = text("""
-DELETE FROM leases l WHERE l.id = :id AND NOT EXISTS (
-    SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
-    JOIN frames f USING (job_id, ordinal)
-    WHERE f.attempt = d.attempt AND f.state = 'running')
+DELETE FROM leases l
+WHERE l.id = :id AND NOT pg_temp.is_any_running(l.job_ids, l.ordinals, l.attempts)
 """)
 
 # For jobs that left their bucket open: the bucket of a frame's claim, and the job's runs.

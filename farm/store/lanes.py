@@ -52,21 +52,19 @@ ORDER BY pipeline
 """)
 
 DEPTH = text("""
-SELECT s.pipeline, p.priority,
-       sum(s.waiting[p.priority + 1] + s.requeued[p.priority + 1])::bigint AS waiting,
-       coalesce(extract(epoch FROM statement_timestamp() - min(oldest.created_at)), 0)::float8
-       AS oldest
-FROM shares s
-CROSS JOIN (VALUES (0), (1), (2)) AS p (priority)
-LEFT JOIN LATERAL (
+SELECT lane.*, coalesce(extract(epoch FROM statement_timestamp() - (
     SELECT j.created_at FROM jobs j
-    WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
-      AND j.priority = p.priority AND s.waiting[p.priority + 1] > 0
+    WHERE j.open AND j.pipeline = lane.pipeline AND j.priority = lane.priority
     ORDER BY j.created_at LIMIT 1
-) oldest ON true
-WHERE (s.priority IS NOT NULL OR s.retry_at IS NOT NULL)
-  AND (s.waiting[p.priority + 1] > 0 OR s.requeued[p.priority + 1] > 0)
-GROUP BY s.pipeline, p.priority ORDER BY s.pipeline, p.priority
+)), 0)::float8 AS oldest
+FROM (
+    SELECT s.pipeline, p.priority,
+           sum(s.waiting[p.priority + 1] + s.requeued[p.priority + 1])::bigint AS waiting
+    FROM shares s CROSS JOIN (VALUES (0), (1), (2)) AS p (priority)
+    WHERE (s.priority IS NOT NULL OR s.retry_at IS NOT NULL)
+      AND (s.waiting[p.priority + 1] > 0 OR s.requeued[p.priority + 1] > 0)
+    GROUP BY s.pipeline, p.priority
+) lane ORDER BY lane.pipeline, lane.priority
 """)
 
 LANE_NOW = text(f"""

@@ -29,14 +29,9 @@ MAX_SECONDS = 3600.0
 REPORT_STEP = text("""
 UPDATE leases l SET step = :step, steps = :steps, stepped_at = clock_timestamp()
 WHERE l.id = :id
-RETURNING EXISTS (
-    SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
-    JOIN frames f USING (job_id, ordinal)
-    WHERE f.attempt = d.attempt AND f.state = 'running') AS wanted,
+RETURNING pg_temp.is_any_running(l.job_ids, l.ordinals, l.attempts) AS wanted,
     EXISTS (SELECT FROM workers w WHERE w.id = l.worker_id AND w.draining) AS draining,
-    EXISTS (SELECT FROM shares s WHERE s.pipeline = l.pipeline AND s.priority <= :urgent_priority)
-    OR EXISTS (SELECT FROM shares s
-               WHERE s.pipeline = l.pipeline AND s.retry_at <= statement_timestamp()) AS urgent
+    pg_temp.may_wait(l.pipeline, CAST(:urgent_priority AS smallint)) AS urgent
 """)
 
 # Statements that wait for the locks of several leases take them in the order of their ids.

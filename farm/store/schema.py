@@ -206,6 +206,7 @@ jobs = Table(
         "id",
         postgresql_where=text("open"),
     ),
+    Index("jobs_oldest", "pipeline", "priority", "created_at", postgresql_where=text("open")),
     Index("jobs_newest", "tenant_id", "created_at", "id"),
     Index("jobs_status", "tenant_id", "status", "created_at", "id"),
     Index("jobs_labels", "labels", postgresql_using="gin"),

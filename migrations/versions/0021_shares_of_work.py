@@ -19,11 +19,16 @@ CHANGE_SHARES = """
 CREATE FUNCTION change_shares(
     _pipelines text[], _tenant_ids uuid[], _priorities smallint[],
     _waiting bigint[], _requeued bigint[], _retry_at timestamptz[]
-) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) RETURNS void LANGUAGE plpgsql
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
-    PERFORM FROM shares s WHERE (s.pipeline, s.tenant_id) IN (
-        SELECT c.pipeline, c.tenant_id FROM unnest(_pipelines, _tenant_ids) AS c (pipeline, tenant_id)
-    ) ORDER BY s.pipeline, s.tenant_id FOR UPDATE;
+    PERFORM FROM (
+        SELECT DISTINCT c.pipeline, c.tenant_id
+        FROM unnest(_pipelines, _tenant_ids) AS c (pipeline, tenant_id) ORDER BY 1, 2
+    ) c CROSS JOIN LATERAL (
+        SELECT FROM shares s WHERE s.pipeline = c.pipeline AND s.tenant_id = c.tenant_id
+        LIMIT 1 FOR UPDATE
+    ) s;
 
     UPDATE shares s
     SET priority = least(s.priority, c.priority),
@@ -45,7 +50,8 @@ BEGIN
              AS c (pipeline, tenant_id, priority, waiting, requeued, retry_at)
         GROUP BY pipeline, tenant_id
     ) c
-    WHERE s.pipeline = c.pipeline AND s.tenant_id = c.tenant_id;
+    WHERE s.pipeline = c.pipeline AND s.tenant_id = c.tenant_id
+      AND s.pipeline = ANY(_pipelines) AND s.tenant_id = ANY(_tenant_ids);
 END $$
 """
 
@@ -262,6 +268,12 @@ def upgrade() -> None:
     op.create_index(
         "requeued_frames_of_job", "requeued_frames", ["job_id", "isolated", "not_before", "ordinal"]
     )
+    op.create_index(
+        "jobs_oldest",
+        "jobs",
+        ["pipeline", "priority", "created_at"],
+        postgresql_where=sa.text("open"),
+    )
     for name in OLD_INDEXES:
         op.drop_index(name, table_name="requeued_frames")
 
@@ -274,6 +286,7 @@ def downgrade() -> None:
             ["pipeline", column, "priority", "job_created_at", "job_id", "ordinal"],
             postgresql_where=sa.text(where),
         )
+    op.drop_index("jobs_oldest", table_name="jobs")
     for name in ("of_job", "alike", "due"):
         op.drop_index(f"requeued_frames_{name}", table_name="requeued_frames")
     for name in ("retries", "heads"):

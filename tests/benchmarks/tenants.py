@@ -71,6 +71,13 @@ SELECT gen_random_uuid(), tenant_id, pipeline, priority,
        created_at - make_interval(secs => n), created_at, created_at
 FROM jobs, generate_series(1, %(ended)s) n WHERE id = %(id)s
 """
+FRAMES = """
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at, finished_at, slot,
+                    sha256, bytes)
+SELECT id, 0, 'succeeded', 1, 'null-12345678', 8, created_at, created_at, 0,
+       decode(repeat(md5(id::text), 2), 'hex'), 1500000
+FROM jobs WHERE succeeded = 1
+"""
 RETRY = """
 INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
                              not_before, job_created_at, paused, isolated)
@@ -136,6 +143,7 @@ def fill(site: BenchFarm, share: int) -> None:
     _run(site, JOBS, {**waiting, "jobs": OPEN // share, "id": template})
     _run(site, RETRY, {"retries": RETRIES // share})
     _run(site, HISTORY, {"ended": ENDED // share, "id": template})
+    _run(site, FRAMES, {})
     site.connection.execute("VACUUM (ANALYZE)")
     site.connection.execute("CHECKPOINT")
 

@@ -2,7 +2,8 @@
 --
 -- The functions `head` to `retried`, and `own_requeued` to `other_open_jobs`, are single queries, so
 -- that their plans can be examined. `leader`, `fill` and `chosen_bucket` make a batch of their rows.
--- `claim` and `correct_shares` write.
+-- `claim` and `correct_shares` write. Plans are generic: to plan the queries at each call would take
+-- longer than to run them.
 
 -- True if a job's requeued frames must not be claimed: the job is paused, cancelled or gone, and
 -- its rows in requeued_frames may not be updated yet.
@@ -32,10 +33,10 @@ RETURNS TABLE (
          ORDER BY j.priority, j.created_at, j.id LIMIT 1)
         UNION ALL
         (SELECT r.job_id, r.ordinal, r.isolated, r.batch_key, r.bucket, r.priority, 0
-         FROM generate_series(0, _priority::int) AS p (priority) CROSS JOIN LATERAL (
+         FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
             SELECT r.* FROM requeued_frames r
             WHERE r.pipeline = _pipeline AND r.tenant_id = _tenant_id
-              AND r.priority = p.priority AND NOT r.paused
+              AND r.priority = p.priority AND p.priority <= _priority AND NOT r.paused
               AND r.not_before <= statement_timestamp()
               AND concat(r.job_id, '/', r.ordinal) <> ALL(_but) AND NOT pg_temp.is_held(r.job_id)
             ORDER BY r.not_before, r.job_id, r.ordinal LIMIT 1
@@ -53,6 +54,16 @@ CREATE FUNCTION pg_temp.next_share(
       AND (s.priority, s.served, s.tenant_id) > (_after_priority, _after_served, _after_tenant)
     ORDER BY s.priority, s.served, s.tenant_id LIMIT 1
 $$;
+
+-- Returns true if frames of this priority may wait on a lane. A false yes is corrected by a claim.
+CREATE FUNCTION pg_temp.may_wait(_pipeline text, _priority smallint) RETURNS bool
+LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM pg_temp.next_share(
+                       _pipeline, _priority, -1::smallint, 0, pg_temp.no_tenant()))
+        OR EXISTS (SELECT FROM shares s
+                   WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
+END $$;
 
 -- Returns the best frame of the tenants whose retries may be due. A claim corrects `retry_at` of
 -- all of them, so they are few.
@@ -77,7 +88,7 @@ CREATE FUNCTION pg_temp.leader(
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     served bigint, tenant_id uuid
-) LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
+) LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     best record;
     found_one bool;
@@ -112,7 +123,7 @@ END $$;
 -- that somebody else has locked is left for the next claim. The caller waits for no lock after this.
 CREATE FUNCTION pg_temp.correct_shares(
     _pipeline text, _priority smallint, _served bigint, _tenant_id uuid
-) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     tenants uuid[] := ARRAY(
         SELECT s.tenant_id FROM shares s
@@ -130,7 +141,7 @@ BEGIN
     SET priority = (SELECT h.priority FROM pg_temp.head(
                         _pipeline, s.tenant_id, '{}', 2::smallint) h),
         retry_at = (SELECT min(r.not_before)
-                    FROM generate_series(0, 2) AS p (priority) CROSS JOIN LATERAL (
+                    FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
                         SELECT r.not_before FROM requeued_frames r
                         WHERE r.pipeline = _pipeline AND r.tenant_id = s.tenant_id
                           AND r.priority = p.priority AND NOT r.paused
@@ -159,13 +170,14 @@ CREATE FUNCTION pg_temp.other_requeued(
     _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
     SELECT f.job_id, f.ordinal
-    FROM generate_series(0, _least::int) AS p (priority) CROSS JOIN LATERAL (
+    FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
         SELECT r.job_id, r.ordinal, r.tenant_id, r.not_before FROM requeued_frames r
         WHERE r.pipeline = _pipeline AND r.batch_key = _batch_key AND r.priority = p.priority
           AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
         ORDER BY r.not_before, r.job_id, r.ordinal LIMIT _free + 100
     ) f
-    WHERE f.job_id <> _leader AND f.tenant_id IS DISTINCT FROM _avoided
+    WHERE p.priority <= _least AND f.job_id <> _leader
+      AND f.tenant_id IS DISTINCT FROM _avoided
       AND concat(f.job_id, '/', f.ordinal) <> ALL(_but) AND NOT pg_temp.is_held(f.job_id)
     ORDER BY p.priority, f.not_before, f.job_id, f.ordinal LIMIT _free
 $$;
@@ -200,7 +212,7 @@ CREATE FUNCTION pg_temp.other_open_jobs(
         SELECT s.tenant_id, s.served + CASE WHEN s.tenant_id = (
                    SELECT l.tenant_id FROM jobs l WHERE l.id = _leader
                ) THEN _held ELSE 0 END AS served
-        FROM generate_series(0, _least::int) AS p (priority) CROSS JOIN LATERAL (
+        FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
             SELECT s.tenant_id, s.served FROM (
                 SELECT s.tenant_id, s.served FROM shares s
                 WHERE s.pipeline = _pipeline AND s.priority = p.priority
@@ -212,6 +224,7 @@ CREATE FUNCTION pg_temp.other_open_jobs(
                 WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = s.tenant_id
                 ORDER BY j.priority, j.created_at, j.id LIMIT 32
             ) j WHERE j.batch_key = _batch_key AND j.id <> _leader)
+              AND p.priority <= _least
             ORDER BY s.served, s.tenant_id LIMIT _free
         ) s
     ), own AS (
@@ -219,12 +232,15 @@ CREATE FUNCTION pg_temp.other_open_jobs(
                    PARTITION BY t.tenant_id ORDER BY j.priority, j.created_at, j.id
                    ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS turn
         FROM tenants t CROSS JOIN LATERAL (
-            SELECT j.id, j.batch_key, j.priority, j.created_at, j.run_end - j.cursor AS room
-            FROM jobs j
-            WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = t.tenant_id
-            ORDER BY j.priority, j.created_at, j.id LIMIT 32
+            SELECT * FROM (
+                SELECT j.id, j.batch_key, j.priority, j.created_at, j.run_end - j.cursor AS room
+                FROM jobs j
+                WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = t.tenant_id
+                ORDER BY j.priority, j.created_at, j.id LIMIT 32
+            ) j
+            WHERE j.batch_key = _batch_key AND j.id <> _leader AND j.priority <= _least
+            ORDER BY j.priority, j.created_at, j.id LIMIT _free
         ) j
-        WHERE j.batch_key = _batch_key AND j.id <> _leader AND j.priority <= _least
     )
     SELECT f.id, count(*) FROM (
         SELECT own.id FROM own CROSS JOIN generate_series(0, least(own.room, _free) - 1) AS frame (n)
@@ -237,7 +253,7 @@ CREATE FUNCTION pg_temp.fill(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _size int, _avoided uuid,
     _least smallint, OUT requeued_ids uuid[], OUT requeued_ordinals bigint[], OUT new_ids uuid[],
     OUT new_counts bigint[], OUT frames bigint
-) LANGUAGE plpgsql STABLE SET enable_seqscan = off AS $$
+) LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     free int := _size;
     n bigint;
@@ -308,7 +324,8 @@ CREATE FUNCTION pg_temp.claim(
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
     bucket smallint, priority smallint, rerolls smallint, waited float, urgency smallint,
     more boolean
-) LANGUAGE plpgsql SET enable_seqscan = off SET farm.claiming = 'yes' AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+SET farm.claiming = 'yes' AS $$
 #variable_conflict use_column
 DECLARE
     failing text[];
@@ -328,6 +345,7 @@ DECLARE
     worn_ids uuid[];
     worn_ordinals bigint[];
     lost_ids uuid[] := '{}';
+    tenants uuid[];
     left_over boolean;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
@@ -454,9 +472,8 @@ BEGIN
     END LOOP;
 
     -- 6. The shares, locked in the order in which submissions lock them. A new frame has attempt 1.
-    PERFORM FROM shares s
-    WHERE s.pipeline = _pipeline
-      AND s.tenant_id IN (SELECT j.tenant_id FROM jobs j WHERE j.id = ANY(ids || lost_ids))
+    tenants := ARRAY(SELECT DISTINCT j.tenant_id FROM jobs j WHERE j.id = ANY(ids || lost_ids));
+    PERFORM FROM shares s WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants)
     ORDER BY s.tenant_id FOR UPDATE;
 
     UPDATE shares s
@@ -478,7 +495,7 @@ BEGIN
             SELECT id, 32767, true FROM unnest(lost_ids) AS f (id)
         ) f JOIN jobs j ON j.id = f.id GROUP BY j.tenant_id
     ) t
-    WHERE s.pipeline = _pipeline AND s.tenant_id = t.tenant_id;
+    WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants) AND s.tenant_id = t.tenant_id;
 
     -- Last of all locks.
     IF leader.job_id IS NULL THEN

@@ -1,6 +1,20 @@
+-- Returns true if any of these attempts still runs. The LIMIT makes it one probe for each frame,
+-- whatever size Postgres believes the table to have: a plan may be as old as the connection.
+CREATE FUNCTION pg_temp.is_any_running(_job_ids uuid[], _ordinals bigint[], _attempts smallint[])
+RETURNS bool LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM unnest(_job_ids, _ordinals, _attempts) AS d (job_id, ordinal, attempt)
+        CROSS JOIN LATERAL (
+            SELECT f.attempt, f.state FROM frames f
+            WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal LIMIT 1
+        ) f
+        WHERE f.attempt = d.attempt AND f.state = 'running');
+END $$;
+
 -- Stores succeeded frames by a digest of everything that decides their bytes, and counts reuses.
 CREATE FUNCTION pg_temp.remember(_job_ids uuid[], _ordinals bigint[], _digests bytea[])
-RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+RETURNS void LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     WITH ended AS (
         SELECT j.tenant_id, d.digest, f.job_id, f.ordinal, f.reused
@@ -31,7 +45,7 @@ CREATE FUNCTION pg_temp.complete(
     _sha256 bytea[], _bytes int[], _slots smallint[], _seconds float, _digests bytea[],
     _reused bool[]
 ) RETURNS TABLE (job_id uuid, ordinal bigint, attempt smallint)
-LANGUAGE plpgsql SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
     jobs_held uuid[];
@@ -74,10 +88,8 @@ BEGIN
           ON a.id = d.id AND a.ordinal = d.ordinal AND a.attempt = d.attempt;
     END IF;
 
-    DELETE FROM leases l WHERE l.id = ANY(_lease_ids) AND NOT EXISTS (
-        SELECT FROM unnest(l.job_ids, l.ordinals, l.attempts) AS d (job_id, ordinal, attempt)
-        JOIN frames f USING (job_id, ordinal)
-        WHERE f.attempt = d.attempt AND f.state = 'running');
+    DELETE FROM leases l WHERE l.id = ANY(_lease_ids)
+      AND NOT pg_temp.is_any_running(l.job_ids, l.ordinals, l.attempts);
 
     RETURN QUERY SELECT * FROM unnest(ids, ordinals, attempts);
 END $$;

@@ -28,7 +28,7 @@ CREATE FUNCTION pg_temp.tally(
     _kind text, _ids uuid[], _running bigint[], _succeeded bigint[], _dead bigint[],
     _cancelled bigint[], _data jsonb[], _seconds float[] DEFAULT NULL,
     _bytes bigint[] DEFAULT NULL, _failures jsonb[] DEFAULT NULL
-) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off AS $$
+) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     WITH delta AS (
         SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data, _seconds,
