@@ -69,6 +69,8 @@ class FakeWorker:
     id: uuid.UUID
     name: str
     pid: int = 1
+    plans: str = "{}"
+    """Buckets of frames whose bucket is open, as JSON: see `farm.store.claim.claim`."""
 
     def claim(self, pipeline: str = "demo", lease_seconds: float = 60.0) -> Lease | None:
         with transaction(self.farm.store) as connection:
@@ -84,6 +86,7 @@ class FakeWorker:
             worker=self.name,
             pid=self.pid,
             lease_seconds=lease_seconds,
+            plans=self.plans,
         )
 
     def must_claim(self) -> Lease:

@@ -17,6 +17,9 @@ Place = tuple[uuid.UUID, int]
 Announced = tuple[str, uuid.UUID, int, int]
 """Kind of an event, with the job ID, ordinal and attempt that it names."""
 
+PLAN = [1, 2, 2, 4, 4, 4, 4, 8]
+"""Bucket for 1, 2, … frames whose bucket is open. With three frames, two are rendered first."""
+
 LEASE_SECONDS = 600.0
 """Length of every lease that is claimed or renewed."""
 
@@ -50,7 +53,8 @@ class ModelJob:
     tenant: uuid.UUID
     frames: list[ModelFrame]
     max_attempts: int
-    open_bucket: bool
+    bucket: int | None
+    """Bucket that its owner named. None: each claim chooses."""
     held: bool = False
     cancelled: bool = False
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +20,7 @@ from farm.errors import Conflict
 from farm.store import leases
 from farm.store.claim import Fence, Lease
 from farm.store.engine import one_statement, transaction
-from tests.integration.model.model import Model
+from tests.integration.model.model import PLAN, Model
 from tests.support.store import register_worker, sql
 from workers.janitor.janitor import Janitor
 
@@ -45,7 +47,10 @@ class Moves(RuleBasedStateMachine):
         self.farm = farm
         self.tenants = tenants
         self.model = Model()
-        self.hands = [register_worker(farm, name) for name in ("hand", "slow", "fast")]
+        self.hands = [
+            replace(register_worker(farm, name), plans=json.dumps({"default": PLAN}))
+            for name in ("hand", "slow", "fast")
+        ]
         self.wishes = 0
         self.keyed: dict[str, tuple[Any, uuid.UUID]] = {}
 

@@ -72,7 +72,7 @@ class PeoplesMoves(Moves):
             return multiple()
         job_id = jobs.submit(self.farm, owner, body, key).id
         born = [ModelFrame() for _ in range(images * len(guidance))]
-        self.model.jobs[job_id] = ModelJob(owner, born, max_attempts, bucket is None)
+        self.model.jobs[job_id] = ModelJob(owner, born, max_attempts, bucket)
         if key:
             self.keyed[name] = body, job_id
         return job_id
