@@ -48,6 +48,7 @@ GROUPED_BYTES = 4096
 """Maximum size of a body that is checked together with others, in bytes."""
 SEPARATE = frozenset({"grid", "control", "input"})
 """Fields whose check may take long, so that others do not wait for it."""
+KEY_HEADER = "Idempotency-Key"
 KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 SUBMISSION_THREADS = 2
 """Number of groups of jobs that are handled at the same time: one is checked, one is stored."""
@@ -75,7 +76,7 @@ async def submit(
     idempotency_key: Annotated[
         str | None,
         Header(
-            alias="Idempotency-Key",
+            alias=KEY_HEADER,
             min_length=1,
             max_length=200,
             description="Your own key, such as order-1017. Sending the same key and body again "
@@ -269,6 +270,9 @@ def _submitted(result: JobRow | Exception, recent: RecentLanes) -> schemas.Submi
         if not isinstance(error, FarmError):
             log.error("A job of a batch failed.", exc_info=error)
             error = FarmError("Internal error. Submit this job again.")
+        if error.param == KEY_HEADER:  # a batch has its keys in the jobs
+            message = error.message.replace(KEY_HEADER, "idempotency_key")
+            error = type(error)(message, param="idempotency_key")
         return schemas.SubmittedJob(status=error.status, error=error_body(error))
     job = job_view(result, recent.waiting_because(result))
     return schemas.SubmittedJob(status=202, job=job)

@@ -80,6 +80,8 @@ def test_a_batch_sent_again_creates_nothing(api: Api) -> None:
     assert single.json()["id"] == first[3]["job"]["id"]
     changed = batch(api, {**bodies[0], "steps": 9}, {**JOB, "idempotency_key": "order-5"})
     assert [each["status"] for each in changed.json()["data"]] == [409, 202]
+    error = changed.json()["data"][0]["error"]
+    assert (error["param"], error["message"].split(":")[0]) == ("idempotency_key",) * 2
     assert batch(api, *bodies, tenant="bob").json()["data"][0]["job"]["id"] != first[0]["job"]["id"]
     assert api.jobs_stored() == 5 + 1 + 5
 
