@@ -20,7 +20,7 @@ from farm.domain.states import FrameState, after_failure, retry_delay
 from farm.store import arrays
 from farm.store.claim import Fence
 from farm.store.requeue import INTO_REQUEUED
-from farm.store.tally import Delta, lock_jobs, tally
+from farm.store.tally import Delta, lock_jobs, lock_shares, tally
 from farm.store.workers import ADD, Account
 
 FAILED = "frames.failed"
@@ -152,6 +152,10 @@ UPDATE jobs SET runs = CAST(:runs AS jsonb),
                 batch_key = coalesce(CAST(:runs AS jsonb) -> run ->> 1, batch_key),
                 bucket = coalesce((CAST(:runs AS jsonb) -> run ->> 2)::smallint, bucket)
 WHERE id = :id
+""")
+
+LOCK_RETURNS = text("""
+SELECT FROM requeued_frames WHERE job_id = ANY(:ids) ORDER BY job_id, ordinal FOR UPDATE
 """)
 
 # The job's requeued frames get the new buckets too.
@@ -287,7 +291,7 @@ def end_attempts(
         return {}
     of = {failure.fence: failure for failure in failures}
     held = connection.execute(HELD, _fences(list(of))).all()
-    for fence in _shrink(connection, [failure for failure in failures if failure.smaller]):
+    for fence in _shrink(connection, failures):
         # A smaller bucket is tried next, with neighbours.
         of[fence] = replace(of[fence], charged=False, isolated=False)
     endings = [
@@ -309,11 +313,12 @@ def end_attempts(
     return {ending.failure.fence: ending.state for ending in endings}
 
 
-def _shrink(connection: Connection, failures: Sequence[FailedAttempt]) -> list[Fence]:
+def _shrink(connection: Connection, of_batch: Sequence[FailedAttempt]) -> list[Fence]:
     """Halve the bucket of frames that did not fit in memory, and of the rest of their jobs.
 
     Return the frames whose bucket was halved: those of jobs that had left it open.
     """
+    failures = [failure for failure in of_batch if failure.smaller]
     if not failures:
         return []
     fences = {failure.fence[:2]: failure.fence for failure in failures}
@@ -324,6 +329,8 @@ def _shrink(connection: Connection, failures: Sequence[FailedAttempt]) -> list[F
     for job_id, smaller in runs.items():
         connection.execute(SHRINK, {"id": job_id, "runs": json.dumps(smaller)})
     if runs:
+        connection.execute(LOCK_RETURNS, {"ids": list(runs)})
+        lock_shares(connection, [failure.fence[0] for failure in of_batch])
         connection.execute(SHRINK_RETURNS, {"ids": list(runs)})
     return [fences[row.id, row.ordinal] for row in rows]
 

@@ -19,7 +19,7 @@ from farm.domain.states import FrameState
 from farm.store.claim import Fence
 from farm.store.frames import FAILED, WORKER_LOST, FailedAttempt, end_attempts, give_back
 from farm.store.rows import rows_of
-from farm.store.tally import lock_jobs
+from farm.store.tally import lock_jobs, lock_shares
 
 RETRY_DELAY_PER_LOAD = 12.0
 """Retry delay of a frame that ended its process, as a multiple of the pipeline's load time."""
@@ -255,8 +255,10 @@ def _drop(
 
 
 def _lock_all(connection: Connection, leases: Sequence[HeldLease]) -> None:
-    """Lock the jobs of all leases at once. One lease at a time would break the lock order."""
-    lock_jobs(connection, [job_id for lease in leases for job_id in lease.job_ids])
+    """Lock jobs and shares of all leases at once. One by one would break the lock order."""
+    job_ids = [job_id for lease in leases for job_id in lease.job_ids]
+    lock_jobs(connection, job_ids)
+    lock_shares(connection, job_ids)
 
 
 def _held_by(lease: HeldLease) -> list[Fence]:

@@ -1,7 +1,8 @@
 """The one statement that changes a job's counters, settles its status and appends the event.
 
 Every transition of frames ends with it, in the same transaction. Locks are always taken in one
-order: leases, then jobs by id, then frames, then workers. So transactions cannot deadlock.
+order: leases, then jobs by id, then frames, then shares, then workers. So transactions cannot
+deadlock.
 """
 
 from __future__ import annotations
@@ -29,6 +30,24 @@ class Delta:
     failures: Counter[str] = field(default_factory=Counter)
     """Numbers of unsuccessful attempts, by reason."""
     data: dict[str, Any] = field(default_factory=dict)
+
+
+LOCK_SHARES = text("""
+SELECT FROM (
+    SELECT DISTINCT pipeline, tenant_id FROM jobs WHERE id = ANY(:ids) ORDER BY 1, 2
+) j CROSS JOIN LATERAL (
+    SELECT FROM shares s WHERE s.pipeline = j.pipeline AND s.tenant_id = j.tenant_id
+    LIMIT 1 FOR UPDATE
+) s
+""")
+
+
+def lock_shares(connection: Connection, job_ids: Iterable[uuid.UUID]) -> None:
+    """Lock the shares of these jobs' tenants in the order in which submissions and claims do.
+
+    Call it before several statements that requeue frames: a trigger sorts only those of one.
+    """
+    connection.execute(LOCK_SHARES, {"ids": sorted(set(job_ids))})
 
 
 def lock_jobs(connection: Connection, job_ids: Iterable[uuid.UUID]) -> None:

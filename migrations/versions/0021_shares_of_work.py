@@ -141,7 +141,8 @@ REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION jobs_inserted
     f"""
 CREATE TRIGGER job_changed AFTER UPDATE ON jobs FOR EACH ROW
 WHEN (((OLD.open, OLD.cursor, OLD.total) IS DISTINCT FROM (NEW.open, NEW.cursor, NEW.total)
-       OR OLD.paused AND NOT NEW.paused) AND {NOT_BY_A_CLAIM})
+       OR OLD.paused AND NOT NEW.paused AND NEW.status IN ('queued', 'running'))
+      AND {NOT_BY_A_CLAIM})
 EXECUTE FUNCTION job_changed()
 """,
     """
@@ -200,13 +201,19 @@ FUNCTIONS = {
     "change_shares(text[], uuid[], smallint[], bigint[], bigint[], timestamptz[])": CHANGE_SHARES,
 }
 
+# Without them the version before is slower for the minutes of an upgrade, if many frames wait again.
 OLD_INDEXES = {
     "requeued_frames_claim": ("tenant_id", "NOT paused"),
     "requeued_frames_fill": ("batch_key", "NOT paused AND NOT isolated"),
 }
 
 
+# Submissions lock these tables before shares. So nobody waits for this step while it waits for them.
+LOCK = "LOCK TABLE jobs, requeued_frames IN SHARE ROW EXCLUSIVE MODE"
+
+
 def upgrade() -> None:
+    op.execute(LOCK)
     # A share that an older version inserts has these values: the next claim looks at it.
     op.add_column(
         "shares",

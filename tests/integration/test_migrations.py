@@ -169,7 +169,7 @@ def what_old_code_cannot_bear(path: Path) -> list[str]:
 
 def only_adds(statement: str, recorder: Recorder) -> bool:
     """Return True if a statement creates something, or sets columns that its step has added."""
-    if statement.startswith(("CREATE VIEW ", "CREATE FUNCTION ", "CREATE TRIGGER ")):
+    if statement.startswith(("CREATE VIEW ", "CREATE FUNCTION ", "CREATE TRIGGER ", "LOCK ")):
         return True
     table, _, changes = statement.removeprefix("UPDATE ").partition(" SET")
     added = {

@@ -223,6 +223,35 @@ def test_claims_submissions_and_steering_at_once_keep_every_share_right(farm: Fa
     assert [finding.detail for finding in audited(farm, sample=0).findings] == []
 
 
+def test_leases_that_expire_together_lock_the_shares_in_order(farm: Farm) -> None:
+    """In the order of the leases, this would deadlock with a claim or submission of both tenants."""
+    first, last = sorted((new_tenant(farm, "one"), new_tenant(farm, "two")), key=str)
+    worker = register_worker(farm)
+    for tenant in (last, first):
+        submit(farm, tenant, images_per_prompt=2, bucket=2)
+        worker.must_claim()
+        sql(farm, "UPDATE leases SET expires_at = expires_at - interval '1 hour'")
+    lock = text("SELECT FROM shares WHERE tenant_id = :tenant FOR UPDATE NOWAIT")
+
+    def expire() -> None:
+        with transaction(farm.store) as connection:
+            leases.expire(connection, 1.0)
+
+    thread = threading.Thread(target=expire)
+    with transaction(farm.store) as connection:
+        connection.execute(lock, {"tenant": first})
+        thread.start()
+        wait_until(
+            lambda: sql(farm, "SELECT count(*) FROM pg_locks WHERE NOT granted")[0][0] > 0,
+            30,
+            "the sweep waits for the first share",
+        )
+        connection.execute(lock, {"tenant": last})
+    thread.join()
+    assert [share(farm, tenant)[3] for tenant in (first, last)] == [[0, 2, 0]] * 2
+    sound(farm)
+
+
 def test_the_least_served_tenant_leads_even_if_others_bounds_are_too_low(farm: Farm) -> None:
     one, two, three = (new_tenant(farm, name) for name in ("one", "two", "three"))
     for tenant, served in ((one, 5), (two, 3), (three, 9)):

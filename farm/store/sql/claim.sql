@@ -19,7 +19,8 @@ $$;
 
 -- Returns a tenant's first frame that may be claimed: by highest priority, then a requeued frame
 -- before a new one, then the one that is due longest or of the oldest job. These are four probes of
--- indexes. `_but`: frames to leave out, as job/ordinal.
+-- indexes, and one more for each due frame of a job that is held. `_but`: frames to leave out, as
+-- job/ordinal.
 CREATE FUNCTION pg_temp.head(_pipeline text, _tenant_id uuid, _but text[], _priority smallint)
 RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint
@@ -137,18 +138,25 @@ BEGIN
     tenants := ARRAY(SELECT s.tenant_id FROM shares s
                      WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants)
                      FOR UPDATE SKIP LOCKED);
-    UPDATE shares s
-    SET priority = (SELECT h.priority FROM pg_temp.head(
-                        _pipeline, s.tenant_id, '{}', 2::smallint) h),
-        retry_at = (SELECT min(r.not_before)
-                    FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
-                        SELECT r.not_before FROM requeued_frames r
-                        WHERE r.pipeline = _pipeline AND r.tenant_id = s.tenant_id
-                          AND r.priority = p.priority AND NOT r.paused
-                          AND r.not_before > statement_timestamp()
-                        ORDER BY r.not_before LIMIT 1
-                    ) r)
-    WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants);
+    UPDATE shares s SET priority = now.priority, retry_at = now.retry_at
+    FROM (
+        SELECT t.tenant_id, (
+                   SELECT h.priority
+                   FROM pg_temp.head(_pipeline, t.tenant_id, '{}', 2::smallint) h
+               ) AS priority, (
+                   SELECT min(r.not_before)
+                   FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
+                       SELECT r.not_before FROM requeued_frames r
+                       WHERE r.pipeline = _pipeline AND r.tenant_id = t.tenant_id
+                         AND r.priority = p.priority AND NOT r.paused
+                         AND r.not_before > statement_timestamp()
+                       ORDER BY r.not_before LIMIT 1
+                   ) r
+               ) AS retry_at
+        FROM unnest(tenants) AS t (tenant_id)
+    ) now
+    WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants) AND s.tenant_id = now.tenant_id
+      AND (s.priority, s.retry_at) IS DISTINCT FROM (now.priority, now.retry_at);
 END $$;
 
 -- Returns requeued frames of the leader's own job that may fill its batch.
