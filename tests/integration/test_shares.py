@@ -224,7 +224,7 @@ def test_claims_submissions_and_steering_at_once_keep_every_share_right(farm: Fa
 
 
 def test_leases_that_expire_together_lock_the_shares_in_order(farm: Farm) -> None:
-    """In the order of the leases, this would deadlock with a claim or submission of both tenants."""
+    """In the order of the leases, this would deadlock with a claim of both tenants."""
     first, last = sorted((new_tenant(farm, "one"), new_tenant(farm, "two")), key=str)
     worker = register_worker(farm)
     for tenant in (last, first):
