@@ -535,14 +535,20 @@ BEGIN
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
     -- 8. True if work is left, so that another worker should wake up. Of requeued frames this is a
-    -- hint: those of the next three tenants are looked at, and retries that may be due.
+    -- hint: one of each priority of the next three tenants is looked at, and its job may be held.
     left_over := EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = _pipeline)
         OR EXISTS (
             SELECT FROM (
                 SELECT s.tenant_id FROM shares s
                 WHERE s.pipeline = _pipeline AND s.priority IS NOT NULL
                 ORDER BY s.priority, s.served, s.tenant_id LIMIT 3
-            ) s CROSS JOIN LATERAL pg_temp.head(_pipeline, s.tenant_id, '{}', 2::smallint)
+            ) s CROSS JOIN (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
+                SELECT FROM requeued_frames r
+                WHERE r.pipeline = _pipeline AND r.tenant_id = s.tenant_id
+                  AND r.priority = p.priority AND NOT r.paused
+                  AND r.not_before <= statement_timestamp()
+                LIMIT 1
+            ) r
         )
         OR EXISTS (SELECT FROM shares s
                    WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
