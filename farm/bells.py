@@ -96,6 +96,8 @@ class Bells:
         self._redis = place.client(**HASTY)
         self._silent_until = float("-inf")
         self._lock = threading.Lock()
+        self._adding = threading.Lock()
+        """Held while bells are counted and one is added, so that threads do not add too many."""
         self._rung_at: dict[str, float] = {}
         """Time of the last bell by queue, on the monotonic clock."""
         self._late: dict[str, Callable[[], object]] = {}
@@ -161,16 +163,17 @@ class Bells:
 
     def _add_now(self, queue: str, add: Callable[[str], object]) -> bool:
         """Add a bell if the queue has few. Return True if Redis answered."""
-        if time.monotonic() < self._silent_until:
-            return False
-        try:
-            if self._redis.llen(queue) < MAX_BELLS:
-                add(queue)
-        except (redis.RedisError, OperationalError, OSError) as error:
-            log.warning("The bell of %s was not rung: %s", queue, error)
-            self._silent_until = time.monotonic() + SILENT_SECONDS
-            return False
-        return True
+        with self._adding:
+            if time.monotonic() < self._silent_until:
+                return False
+            try:
+                if self._redis.llen(queue) < MAX_BELLS:
+                    add(queue)
+            except (redis.RedisError, OperationalError, OSError) as error:
+                log.warning("The bell of %s was not rung: %s", queue, error)
+                self._silent_until = time.monotonic() + SILENT_SECONDS
+                return False
+            return True
 
     def await_urgent(self, pipeline: str) -> bool:
         """Wait briefly for an urgent bell. Return True if there was one.

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+
+from PIL import Image
 
 from farm.errors import Unavailable
 from farm.storage import Artifacts, artifact_key
@@ -22,7 +27,8 @@ WHERE labels ->> 'row' = %(name)s AND NOT id = ANY(%(ids)s)
 """
 FRAMES = """
 SELECT f.job_id, j.tenant_id, f.ordinal, f.state, f.attempt, f.uncharged, j.max_attempts, f.sha256,
-       f.bytes, (SELECT count(*) FROM attempts a WHERE (a.job_id, a.ordinal) = (f.job_id, f.ordinal)
+       f.bytes, f.bucket, f.reused, (j.spec ->> 'repeatable')::bool AS repeatable,
+       (SELECT count(*) FROM attempts a WHERE (a.job_id, a.ordinal) = (f.job_id, f.ordinal)
                  AND a.attempt BETWEEN 1 AND f.attempt) AS ended
 FROM frames f JOIN jobs j ON j.id = f.job_id WHERE f.job_id = ANY(%(ids)s)
 """
@@ -43,6 +49,9 @@ class Findings:
     frames: int = 0
     lost: int = 0
     doubled: int = 0
+    chosen: Counter[int] = field(default_factory=Counter)
+    """Succeeded frames whose bucket was chosen at the claim, by bucket."""
+    reused: int = 0
     problems: list[str] = field(default_factory=list)
 
     def note(self, what: str, items: Sequence[object]) -> None:
@@ -72,7 +81,10 @@ def check(
     _check_counters(findings, list(jobs.values()), list(frames.values()))
     if truth.rows(LEASES, ids=ids)[0]["leases"]:
         findings.problems.append("leases are left")
-    _check_bytes(findings, artifacts, [row for row in frames.values() if row["sha256"]])
+    done = [row for row in frames.values() if row["sha256"]]
+    findings.chosen.update(row["bucket"] for row in done if not row["repeatable"])
+    findings.reused = sum(row["reused"] for row in done)
+    _check_bytes(findings, artifacts, done)
     return findings
 
 
@@ -144,8 +156,11 @@ def _check_bytes(findings: Findings, artifacts: Artifacts, frames: list[Any]) ->
             content = artifacts.get(key)
         except Unavailable as error:
             return error.message
-        right = hashlib.sha256(content).digest() == row["sha256"] and len(content) == row["bytes"]
-        return None if right else f"{key} holds other bytes"
+        if hashlib.sha256(content).digest() != row["sha256"] or len(content) != row["bytes"]:
+            return f"{key} holds other bytes"
+        with Image.open(io.BytesIO(content)) as picture:
+            bucket = json.loads(picture.info["farm"])["frame"]["bucket"]
+        return None if bucket == row["bucket"] else f"{key} names the bucket {bucket}"
 
     with ThreadPoolExecutor(GETS) as pool:
         findings.note("pictures wrong", [told for told in pool.map(problem, frames) if told])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,8 +61,19 @@ def page(
         f"Versions: {versions()}.",
     ]
     table = [HEADER, *(line(result) for result in ordered), total]
-    figures = [f"- {figure}" for figure in measured]
-    return "\n".join([*told, "", *table, *([""] if figures else []), *figures])
+    notes = [_chosen(results), *(f"- {figure}" for figure in measured)]
+    return "\n".join([*told, "", *table, "", *notes])
+
+
+def _chosen(results: Sequence[Result]) -> str:
+    """Count the frames whose bucket was chosen at the claim."""
+    chosen = sum((result.findings.chosen for result in results), Counter[int]())
+    buckets = ", ".join(f"{frames:,} in {bucket}" for bucket, frames in sorted(chosen.items()))
+    reused = sum(result.findings.reused for result in results)
+    return (
+        f"- Frames that succeeded in a bucket chosen at the claim: {chosen.total():,} ({buckets}). "
+        f"Of all frames, {reused:,} reused a stored picture."
+    )
 
 
 def write(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +34,31 @@ def test_a_lane_holds_two_bells_at_most(settings: Settings) -> None:
         assert all(bells.ring("two") for _ in range(10))
         wait_until(lambda: not bells._late, 30, "no bell waits for its interval")
     wait_until(lambda: bells._redis.llen(lane("two")) == 2, 30, "the last one has arrived")
+    bells.close()
+
+
+def test_threads_that_ring_at_once_add_two_bells_at_most(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bells = Bells(settings)
+    assert bells.ring("two")
+    both = threading.Barrier(2)
+    count = bells._redis.llen
+
+    def counted_by_both(queue: str) -> Any:
+        number = count(queue)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        return number
+
+    monkeypatch.setattr(bells._redis, "llen", counted_by_both)
+    monkeypatch.setattr("farm.bells.JOINED_SECONDS", 0.0)
+    threads = [threading.Thread(target=bells.ring, args=["two"]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert count(lane("two")) == 2
     bells.close()
 
 

@@ -14,7 +14,7 @@ from farm.domain.states import FrameState, JobStatus
 from farm.store.audit import wrong_shares
 from farm.store.claim import Fence
 from farm.store.engine import one_statement, transaction
-from tests.integration.model.model import LEASE_SECONDS, Announced, Model, Place, R, digest
+from tests.integration.model.model import LEASE_SECONDS, Announced, Model, Place, R
 
 Rows = Sequence[Any]
 
@@ -67,6 +67,7 @@ def check_jobs(model: Model, read: Rows) -> None:
         assert row.open == (row.cursor < row.total and not job.paused and not job.cancelled)
         for state in ("running", "succeeded", "dead", "cancelled"):
             assert getattr(row, state) == job.count(FrameState(state)), state
+        assert row.reused == sum(frame.reused for frame in job.frames)
 
 
 def check_frames(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
@@ -82,8 +83,7 @@ def check_frames(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> N
             state = FrameState.CANCELLED if follows and model.jobs[job_id].cancelled else row.state
             assert (state, row.attempt) == (frame.state, frame.attempt)
             assert row.uncharged == frame.uncharged
-            won = frame.state is FrameState.SUCCEEDED
-            assert row.sha256 == (digest((job_id, ordinal, frame.attempt)) if won else None)
+            assert (row.sha256, row.reused) == (frame.sha256, frame.reused)
     assert not found
 
 

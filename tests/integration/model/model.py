@@ -9,6 +9,7 @@ from hashlib import sha256
 
 from farm.domain.states import TERMINAL, FrameState, JobStatus, settled
 from farm.store.claim import ClaimedFrame, Fence, Lease
+from farm.store.frames import CompletedFrame
 from tests.support.store import fence
 
 Place = tuple[uuid.UUID, int]
@@ -36,6 +37,10 @@ class ModelFrame:
     isolated: bool = False
     ended: list[tuple[int, str]] = field(default_factory=list)
     """Attempts that failed, each with its reason."""
+    sha256: bytes | None = None
+    """Hash of the artifact, if it succeeded."""
+    reused: bool = False
+    """True if the artifact is another frame's."""
 
     def end(self, most: int, reason: str, *, charged: bool, dead: bool, isolated: bool) -> None:
         """End a running attempt, by the complete rule of charging."""
@@ -92,6 +97,8 @@ class Model:
         """IDs of leases that are over but not expired yet."""
         self.kept: set[uuid.UUID] = set()
         """IDs of leases with a rendered batch that waits for the storage."""
+        self.renders: dict[tuple[uuid.UUID, bytes], set[Place]] = {}
+        """Frames whose artifact may be reused, by tenant and recipe. The store keeps one."""
 
     def something_waits(self) -> bool:
         return any(job.claimable for job in self.jobs.values())
@@ -110,15 +117,26 @@ class Model:
             if self.frame_at(item).state is R and self.frame_at(item).attempt == item[2]
         ]
 
-    def is_won(self, item: Fence) -> bool:
-        frame = self.frame_at(item)
-        return frame.state is FrameState.SUCCEEDED and frame.attempt == item[2]
+    def is_won(self, item: CompletedFrame) -> bool:
+        frame = self.frame_at(item.fence)
+        return frame.sha256 == item.sha256 and frame.attempt == item.fence[2]
 
     def newest(self) -> Lease:
         return [lease for lease in self.given if self.is_open(lease)][-1]
 
     def is_open(self, lease: Lease) -> bool:
         return bool(self.holding(parted(lease, "all")))
+
+    def succeed(self, done: Iterable[CompletedFrame]) -> None:
+        rendered: dict[tuple[uuid.UUID, bytes], set[Place]] = {}
+        for item in done:
+            frame = self.frame_at(item.fence)
+            frame.state, frame.sha256 = FrameState.SUCCEEDED, item.sha256
+            frame.reused = item.reused
+            if item.digest is not None and not item.reused:
+                owner = self.jobs[item.fence[0]].tenant
+                rendered.setdefault((owner, item.digest), set()).add(item.fence[:2])
+        self.renders |= rendered
 
     def end(
         self,
@@ -178,5 +196,21 @@ def parted(lease: Lease, part: str) -> list[Fence]:
     return {"all": fences, "first": fences[:1], "last": fences[-1:]}[part]
 
 
-def digest(item: Fence) -> bytes:
-    return sha256(repr(item).encode()).digest()
+def rendered(lease: Lease, part: str = "all") -> list[CompletedFrame]:
+    """Return a lease's frames with artifacts. Each attempt's artifact has another hash."""
+    fences = parted(lease, part)
+    return [
+        CompletedFrame(
+            item, sha256(repr(item).encode()).digest(), 100 + slot, slot, recipe(claimed)
+        )
+        for slot, claimed in enumerate(lease.frames)
+        if (item := fence(claimed)) in fences
+    ]
+
+
+def recipe(claimed: ClaimedFrame) -> bytes | None:
+    """Hash all that decides a frame's bytes here, the chosen bucket too; None without reuse."""
+    if not claimed.reuse:
+        return None
+    spec = claimed.spec
+    return sha256(repr((spec.params["guidance_scale"], spec.bucket, spec.seed)).encode()).digest()

@@ -24,14 +24,13 @@ from tests.integration.model.model import PLAN, Model
 from tests.support.store import register_worker, sql
 from workers.janitor.janitor import Janitor
 
-WRITTEN = ("jobs", "frames", "attempts", "requeued_frames", "events")
+WRITTEN = ("jobs", "frames", "attempts", "requeued_frames", "events", "reusable_renders")
 ALSO_EMPTIED = (
     "leases",
     "workers",
     "shares",
     "job_prompts",
     "perceptual_hashes",
-    "reusable_renders",
 )
 
 JOB_IDS: Bundle[uuid.UUID] = Bundle("job_ids")

@@ -26,7 +26,7 @@ class PeoplesMoves(Moves):
 
     @initialize(target=JOB_IDS, images=st.integers(1, 6), max_attempts=st.integers(1, 3))
     def begin(self, images: int, max_attempts: int) -> Any:
-        return self.submit(0, images, [2.0], max_attempts, None, "normal", None)
+        return self.submit(0, images, [2.0], max_attempts, None, "normal", None, False)
 
     @precondition(
         lambda self: sum(job.status not in TERMINAL for job in self.model.jobs.values()) < 4
@@ -40,6 +40,7 @@ class PeoplesMoves(Moves):
         bucket=st.sampled_from([None, None, 1, 2, 4]),
         priority=st.sampled_from(["normal", "bulk", "interactive"]),
         key=st.sampled_from([None, None, "a", "b"]),
+        reuse=st.booleans(),
     )
     def submit(
         self,
@@ -50,6 +51,7 @@ class PeoplesMoves(Moves):
         bucket: int | None,
         priority: str,
         key: str | None,
+        reuse: bool,
     ) -> Any:
         body = {
             "pipeline": "demo",
@@ -60,6 +62,8 @@ class PeoplesMoves(Moves):
             "bucket": bucket,
             "priority": priority,
         }
+        if reuse:  # seeds that other jobs have too, and still a bucket that the claim chooses
+            body |= {"reuse": True, "seed": 7, "repeatable": None if bucket else False}
         owner = self.tenants[tenant]
         name = f"{tenant}{key}"
         if key and name in self.keyed:

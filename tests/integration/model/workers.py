@@ -11,10 +11,11 @@ from hypothesis.stateful import multiple, precondition, rule
 from farm.domain.states import FrameState
 from farm.store import frames, leases
 from farm.store.claim import Fence, Lease
-from farm.store.engine import one_statement, transaction
+from farm.store.engine import one_statement, reads, transaction
 from farm.store.frames import CompletedFrame, FailedAttempt
+from farm.store.reuse import find_renders
 from farm.store.workers import Account
-from tests.integration.model.model import LEASE_SECONDS, PLAN, R, W, digest, parted
+from tests.integration.model.model import LEASE_SECONDS, PLAN, R, W, parted, recipe, rendered
 from tests.integration.model.moves import LEASES, skewed
 from tests.integration.model.people import PeoplesMoves
 from tests.support.store import fence
@@ -26,6 +27,8 @@ DEEDS = [
     "complete last",
     "finish",
     "finish",
+    "reuse",
+    "reuse",
     "ask_whether_complete",
     "fail",
     "fail out_of_memory",
@@ -48,7 +51,7 @@ DEEDS = [
     "wish cancel",
     "wish retry",
 ]
-ZOMBIES_DEEDS = ["complete", "finish", "fail", "fail out_of_memory", "flag", "release"]
+ZOMBIES_DEEDS = ["complete", "finish", "reuse", "fail", "fail out_of_memory", "flag", "release"]
 
 
 class WorkersMoves(PeoplesMoves):
@@ -62,8 +65,9 @@ class WorkersMoves(PeoplesMoves):
     @precondition(lambda self: self.model.something_waits())
     @rule(target=LEASES, who=st.integers(0, 2))
     def claim_and_complete(self, who: int) -> Lease:
-        """Claim and complete a batch, the normal case."""
+        """Claim a batch, reuse what is stored and complete the others, the normal case."""
         lease = self.take(who)
+        self.reuse(lease)
         self.complete(lease)
         return lease
 
@@ -126,20 +130,39 @@ class WorkersMoves(PeoplesMoves):
         self.do(self.model.newest(), deed)
 
     def complete(self, lease: Lease, part: str = "all") -> None:
-        fences = parted(lease, part)
-        with self.untouched_unless(fences) as held, skewed(self.who(lease)):
-            assert self.hands[self.who(lease)].complete(lease, fences) == set(held)
-        for item in held:
-            self.model.frame_at(item).state = FrameState.SUCCEEDED
+        self.end_by(lease, rendered(lease, part))
+
+    def reuse(self, lease: Lease) -> None:
+        """End the frames that equal stored ones with these artifacts, instead of a render."""
+        done = []
+        for claimed in lease.frames:
+            key, owner = recipe(claimed), self.model.jobs[claimed.job_id].tenant
+            if key is None:
+                continue
+            with reads(self.farm.store) as connection:
+                found = find_renders(connection, owner, [key])
+            assert bool(found) == ((owner, key) in self.model.renders)
+            for row in found.values():
+                assert (row.job_id, row.ordinal) in self.model.renders[owner, key]
+                assert row.sha256 == self.model.jobs[row.job_id].frames[row.ordinal].sha256
+                item = fence(claimed)
+                done.append(CompletedFrame(item, row.sha256, row.bytes, row.slot, key, reused=True))
+        if done:
+            self.end_by(lease, done)
+
+    def end_by(self, lease: Lease, done: list[CompletedFrame]) -> None:
+        with (
+            self.untouched_unless([item.fence for item in done]) as held,
+            skewed(self.who(lease)),
+            transaction(self.farm.store) as connection,
+        ):
+            assert frames.complete(connection, lease.id, done) == set(held)
+        self.model.succeed(item for item in done if item.fence in held)
 
     def finish(self, lease: Lease) -> None:
         """Complete all leases that its worker ever had in one statement. Some of them are lost."""
         given = self.model.same_workers(lease)
-        done = [
-            CompletedFrame(item, digest(item), 100 + slot, slot)
-            for other in given
-            for slot, item in enumerate(parted(other, "all"))
-        ]
+        done = [item for other in given for item in rendered(other)]
         ids = [other.id for other in given]
         with (
             self.untouched_unless([item.fence for item in done]) as held,
@@ -148,17 +171,13 @@ class WorkersMoves(PeoplesMoves):
         ):
             accepted = frames.complete_batches(connection, ids, done, lease.worker_id, Account())
         assert accepted == set(held)
-        for item in held:
-            self.model.frame_at(item).state = FrameState.SUCCEEDED
+        self.model.succeed(item for item in done if item.fence in held)
 
     def ask_whether_complete(self, lease: Lease) -> None:
         """Ask for completion, as after a COMMIT with a lost answer."""
-        fences = parted(lease, "all")
-        won = [self.model.is_won(item) for item in fences]
+        done = rendered(lease)
+        won = [self.model.is_won(item) for item in done]
         with transaction(self.farm.store) as connection:
-            done = [
-                CompletedFrame(item, digest(item), 100, slot) for slot, item in enumerate(fences)
-            ]
             assert frames.already_complete(connection, done) == all(won)
 
     def fail(self, lease: Lease, reason: str = "render_error") -> None:
