@@ -73,10 +73,8 @@ def packed(
         grid: axes of the grid, each with its values.
 
     Returns:
-        The layout. None if it would not reproduce the same points, or there are too few.
+        The layout. None if it would not reproduce the same points.
     """
-    if len(points) < FEWEST:
-        return None
     axes, stride = {}, len(points)
     for name, values in grid.items():
         stride //= len(values)

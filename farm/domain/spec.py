@@ -29,12 +29,13 @@ from pydantic import (
     field_validator,
 )
 
-from farm.domain.grids import Layout, packed
+from farm.domain.grids import FEWEST, Layout, packed
 from farm.domain.image_formats import Format
 
 MAX_BUCKET = 256
 MAX_SEED = 2**63 - 1
 PROMPTS_SHOWN = 20
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 class Priority(IntEnum):
@@ -242,6 +243,8 @@ class FullSpec(BaseModel):
 
     def stored(self) -> str:
         """Serialize to JSON, with a large grid stored by axis. `runs` has its own column."""
+        if len(self.points) < FEWEST:
+            return self.model_dump_json()
         data = self.model_dump(mode="json")
         layout = packed(data["points"], data["params"], data["grid"])
         return json.dumps(data if layout is None else {**data, "points": layout.model_dump()})
@@ -356,8 +359,7 @@ def batch_key(pipeline: str, bucket: int | None, scalars: Mapping[str, object]) 
             such as `…~512x512`, by which claim.sql finds the choices.
         scalars: the parameters that a diffusers call takes once for the whole batch.
     """
-    text = json.dumps([pipeline, bucket, scalars], sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = hashlib.sha256(CANONICAL.encode([pipeline, bucket, scalars]).encode()).digest()
     key = base64.urlsafe_b64encode(digest[:8]).decode().rstrip("=")  # a job may hold thousands
     return key if bucket else f"{key}~{scalars['width']}x{scalars['height']}"
 

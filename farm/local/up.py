@@ -145,8 +145,4 @@ def _start_farm(
 def _thread_settings(workers: int) -> dict[str, str]:
     """Divide the cores, so that workers do not wait for the threads of others."""
     threads = str(max(1, cores() // max(1, workers)))
-    return {
-        "FARM_TORCH_THREADS": threads,
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    return {"FARM_TORCH_THREADS": threads, "OMP_NUM_THREADS": threads}

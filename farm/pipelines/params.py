@@ -63,8 +63,8 @@ class Params(BaseModel):
         """Return the text fields by name. They have the same limits as prompts."""
         return {
             name: value
-            for name in type(self).model_fields
-            if name in self.PER_FRAME and isinstance(value := getattr(self, name), str)
+            for name in sorted(self.PER_FRAME)
+            if isinstance(value := getattr(self, name, None), str)
         }
 
     @staticmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -187,7 +186,8 @@ def full_spec(
     if stored_input is not None and stored_input.negatives:
         _check_takes_negatives(resolved)
     frames_per_point = prompts * job.images_per_prompt
-    keys = [json.dumps(params.scalars(), sort_keys=True) for params in points]
+    scalars = [params.scalars() for params in points]
+    keys = [repr(each) for each in scalars]
     longest = _longest_runs(keys)
     repeatable = _is_repeatable(job, stored_input)
     return FullSpec(
@@ -199,11 +199,13 @@ def full_spec(
         seed=job.seed,
         job_seed=secrets.randbits(SEED_BITS) if job.seed is None else job.seed,
         seed_bits=SEED_BITS,
-        params=_base_params(job, resolved),
+        params={
+            name: value for name, value in points[0].model_dump().items() if name not in job.grid
+        },
         grid=job.grid,
         points=[
-            _point(job, resolved, params, longest[key] * frames_per_point, repeatable)
-            for params, key in zip(points, keys, strict=True)
+            _point(job, resolved, params, given, longest[key] * frames_per_point, repeatable)
+            for params, given, key in zip(points, scalars, keys, strict=True)
         ],
         priority=job.priority,
         bucket=job.bucket,
@@ -303,14 +305,13 @@ def _where(job: JobSpec, field: str) -> str:
     return f"grid.{field}" if field in job.grid else field
 
 
-def _base_params(job: JobSpec, resolved: ResolvedPipeline) -> dict[str, Any]:
-    first = {name: values[0] for name, values in job.grid.items()}
-    params = resolved.params({**job.params, **first}).model_dump()
-    return {name: value for name, value in params.items() if name not in job.grid}
-
-
 def _point(
-    job: JobSpec, resolved: ResolvedPipeline, params: Params, frames: int, repeatable: bool
+    job: JobSpec,
+    resolved: ResolvedPipeline,
+    params: Params,
+    scalars: Mapping[str, object],
+    frames: int,
+    repeatable: bool,
 ) -> Point:
     most = resolved.pipeline.bucket_for(params.width, params.height)
     bucket = most
@@ -319,7 +320,7 @@ def _point(
     return Point(
         params=params.model_dump(),
         bucket=bucket,
-        batch_key=batch_key(job.pipeline, bucket if repeatable else None, params.scalars()),
+        batch_key=batch_key(job.pipeline, bucket if repeatable else None, scalars),
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.types.json import set_json_loads
+from pydantic_core import from_json
 from sqlalchemy import Connection as Connection
 from sqlalchemy import Engine, ExceptionContext, create_engine, event, text
 from sqlalchemy.exc import (
@@ -100,6 +102,7 @@ def _connect(address: str, idle_milliseconds: int) -> psycopg.Connection[Any]:
         keepalives_count=3,
         tcp_user_timeout=15_000,
     )
+    set_json_loads(from_json, connection)
     try:
         # A process stopped in the middle of a claim must not hold the lane's lock forever.
         connection.execute(

@@ -20,7 +20,7 @@ def rows_of(result: CursorResult[Any], kind: Callable[..., T]) -> list[T]:
         TypeError: the statement's columns are not the fields of `kind`, in their order.
     """
     _check(result, kind)
-    return [kind(*row) for row in result]
+    return [kind(*row) for row in result.all()]
 
 
 def row_of(result: CursorResult[Any], kind: Callable[..., T]) -> T | None:

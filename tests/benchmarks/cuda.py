@@ -6,18 +6,16 @@ on learned values. Without such a device these rows are left out.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from tests.benchmarks import latency
 from tests.benchmarks.figures import Row, Series, in_turn
-from tests.benchmarks.pictures import TURNS, bare, farm_rate
+from tests.benchmarks.pictures import TURNS, add_lane, bare, farm_rate
 from tests.benchmarks.rivals.loop import Loop
 from tests.benchmarks.stand import BenchFarm, BenchServers
 from tests.gpu.models import SIZES, Size, save
@@ -84,19 +82,8 @@ def rows(letter: str, name: str, stand: BenchServers, short: bool) -> list[Row]:
     ways = [False] if short else [False, True]
     cases = [Case(letter, size, replace(loop, compiled=compiled), short) for compiled in ways]
     for case in cases:
-        _add_lane(stand.folder.path / "pipelines.toml", case)
+        add_lane(stand.folder.path / "pipelines.toml", case.name, case.loop)
     return [row for case in cases for row in (_pictures(stand, case), _latency(stand, case))]
-
-
-def _add_lane(catalog: Path, case: Case) -> None:
-    loop = case.loop
-    with catalog.open("a") as file:
-        file.write(
-            f"\n[pipelines.{case.name}]\nsource = {json.dumps(loop.model)}\n"
-            f'device = "{loop.device}"\ndtype = "{loop.dtype}"\n'
-            f'compile = "{"default" if loop.compiled else ""}"\n'
-            f'bucket = {{ "default" = {loop.batch} }}\n'
-        )
 
 
 def _pictures(stand: BenchServers, case: Case) -> Row:

@@ -1,4 +1,4 @@
-"""Row a: real pictures per second compared with bare diffusers loops; busy share of a device."""
+"""Rows a, a2 and a3: pictures per second of real loops, and the busy share of a device."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 from farm.local import commands
 from farm.process import cores
 from tests.benchmarks.figures import Row, in_turn
 from tests.benchmarks.rivals.loop import PROMPT, Loop
-from tests.benchmarks.stand import QUIET, ROOT, BenchFarm, BenchServers
+from tests.benchmarks.stand import ROOT, BenchFarm, BenchServers
+from tests.gpu.models import SIZES, save
 
 FRAMES = 512
 BATCHES = (4, 8, 16, 32)
 """Batch sizes that the bare loop tries, to find its fastest."""
 LEAST = 0.95
+REAL_BATCH, REAL_FRAMES, REAL_SIDE = 2, 4, 256
 STEPS = 20
 STEP_SECONDS = 0.015
 SIDE = 1024
@@ -30,8 +33,8 @@ BOOKS = "SELECT sum(denoise_seconds), sum(work_seconds) FROM workers"
 
 
 def rows(stand: BenchServers, short: bool) -> list[Row]:
-    """Measure on the demo's pipeline, and on a simulated device."""
-    return [demo(stand, short), device(stand, short)]
+    """Measure on the demo's pipeline, on a simulated device, and with weights of a real size."""
+    return [demo(stand, short), device(stand, short), real_size(stand, short)]
 
 
 def demo(stand: BenchServers, short: bool) -> Row:
@@ -73,7 +76,7 @@ def bare(stand: BenchServers, loop: Loop) -> float:
     """Measure a bare loop's pictures per second, in whole batches."""
     frames = -(-loop.frames // loop.batch) * loop.batch
     env = {
-        **commands.environment(stand.folder, {**stand.servers.env, **QUIET}),
+        **commands.environment(stand.folder, stand.servers.env),
         "PYTHONPATH": str(ROOT),
         **({"OMP_NUM_THREADS": str(loop.threads)} if loop.threads else {}),
     }
@@ -106,6 +109,49 @@ def farm_rate(site: BenchFarm, pipeline: str, loop: Loop) -> float:
         priority="bulk",
     )
     return loop.frames / site.seconds(started, job_id, loop.frames)
+
+
+def real_size(stand: BenchServers, short: bool) -> Row:
+    """Measure a model of the size of Stable Diffusion 1.5 on the CPU, with every core."""
+    size, turns, threads = SIZES["tiny" if short else "sd15"], 1 if short else TURNS, cores()
+    loop = Loop(
+        batch=REAL_BATCH,
+        frames=REAL_BATCH if short else REAL_FRAMES,
+        threads=threads,
+        model=str(save(size, stand.folder.path / size.name)),
+        side=64 if short else REAL_SIDE,
+        steps=2,
+        guidance=7.5,
+    )
+    row = Row(
+        "a3",
+        "Pictures of a model of a real size on the CPU",
+        f"{size.name} with random weights. {loop.frames} pictures of {loop.side}x{loop.side} in "
+        f"{loop.steps} steps, batches of {loop.batch}, {threads} torch threads each. The loop "
+        "writes no files. The farm's time is from submitting until the last picture is durable.",
+    )
+    add_lane(stand.folder.path / "pipelines.toml", size.name, loop)
+    settings = {"FARM_TORCH_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    with stand.site() as site, site.worker(size.name, **settings):
+        farm_rate(site, size.name, replace(loop, frames=loop.batch))
+        ways = {
+            "farm": partial(farm_rate, site, size.name, loop),
+            "loop": partial(bare, stand, loop),
+        }
+        row.series = in_turn(ways, turns, "pictures/s")
+    row.add_ratio("farm", "loop", least=None if short else LEAST)
+    return row
+
+
+def add_lane(catalog: Path, name: str, loop: Loop) -> None:
+    """Add a pipeline to the catalog that renders a loop's pictures in its batches."""
+    with catalog.open("a") as file:
+        file.write(
+            f"\n[pipelines.{name}]\nsource = {json.dumps(loop.model)}\n"
+            f'device = "{loop.device}"\ndtype = "{loop.dtype}"\n'
+            f'compile = "{"default" if loop.compiled else ""}"\n'
+            f'bucket = {{ "default" = {loop.batch} }}\n'
+        )
 
 
 def device(stand: BenchServers, short: bool) -> Row:

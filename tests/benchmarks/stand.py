@@ -40,7 +40,7 @@ DONE_SECONDS = 600.0
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.005
 ROOT = Path(__file__).parents[2]
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FARM_ENVIRONMENT": "development"}
+DEVELOPMENT = {"FARM_ENVIRONMENT": "development"}
 SMALL_SIDE = 32
 PHOTOS = 8
 """Number of different pictures of the lane `photo`."""
@@ -158,7 +158,7 @@ class BenchServers:
         }
         given = {**own, **places, **settings}
         named = {f"FARM_{name.upper()}": str(value) for name, value in given.items()}
-        env = {**self.servers.env, **QUIET, **named}
+        env = {**self.servers.env, **DEVELOPMENT, **named}
         commands.run(
             ["migrate"], commands.environment(self.folder, env), self.folder.logs / "migrate.log"
         )
@@ -205,7 +205,7 @@ class BenchServers:
         self, name: str, argv: list[str], env: Mapping[str, str]
     ) -> Iterator[ManagedProcess]:
         """Run a program of the suite during the block."""
-        path = {"PYTHONPATH": str(ROOT), **QUIET}
+        path = {"PYTHONPATH": str(ROOT), **DEVELOPMENT}
         program = Program(
             name=name,
             argv=argv,

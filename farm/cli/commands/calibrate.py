@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,8 +116,6 @@ def _entry(settings: Settings, name: str) -> Pipeline:
 def _measure(
     settings: Settings, name: str, entry: Pipeline, added: Sequence[str], effort: SweepOptions
 ) -> tuple[list[SweepResult], LoadedPipeline]:
-    # Torch reads this once, when it is loaded. Spinning threads make a busy machine much slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from farm.pipelines.resolve import resolve_pipeline
     from farm.pipelines.runtime.devices import even_threads, prepare_torch
     from farm.rendering import calibration

@@ -16,7 +16,7 @@ import psycopg
 from farm.local import commands
 from farm.process import cores
 from tests.benchmarks.rivals import results
-from tests.benchmarks.stand import QUIET, ROOT, BenchServers, wait_closely
+from tests.benchmarks.stand import DEVELOPMENT, ROOT, BenchServers, wait_closely
 
 MODULES = "tests.benchmarks.rivals"
 
@@ -96,7 +96,7 @@ def running_rival(stand: BenchServers, name: str, task: str = "nothing") -> Iter
     with ExitStack() as stack:
         database = stack.enter_context(psycopg.connect(env["BENCH_DATABASE_URL"], autocommit=True))
         database.execute(results.CREATE)
-        whole = commands.environment(stand.folder, {**stand.servers.env, **QUIET, **env})
+        whole = commands.environment(stand.folder, {**stand.servers.env, **DEVELOPMENT, **env})
         whole["PYTHONPATH"] = str(ROOT)
         if name == "procrastinate":
             schema = ["procrastinate", "--app", f"{MODULES}.procrastinate_app.app", "schema"]
