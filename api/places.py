@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from anyio import CapacityLimiter, Lock, to_thread
+from anyio import CapacityLimiter, Semaphore, to_thread
 
 from farm.errors import Unavailable
 
@@ -75,11 +75,12 @@ class Places:
 
 
 class Turns:
-    """Threads for long calls: one call per tenant at a time, and a maximum in all."""
+    """Threads for long calls: a maximum per tenant, and one in all."""
 
-    def __init__(self, in_all: int) -> None:
+    def __init__(self, in_all: int, a_tenant: int = 1) -> None:
         self._limiter = CapacityLimiter(in_all)
-        self._locks: WeakValueDictionary[uuid.UUID, Lock] = WeakValueDictionary()
+        self._a_tenant = a_tenant
+        self._turns: WeakValueDictionary[uuid.UUID, Semaphore] = WeakValueDictionary()
 
     async def run(self, tenant_id: uuid.UUID, function: Callable[..., T], *args: Any) -> T:
         """Call a function in one of the threads, when it is the tenant's turn.
@@ -87,8 +88,8 @@ class Turns:
         Raises:
             Unavailable: Too many calls of the tenant wait, perhaps with large bodies.
         """
-        lock = self._locks.setdefault(tenant_id, Lock())
-        if lock.statistics().tasks_waiting >= MAX_WAITING:
+        turn = self._turns.setdefault(tenant_id, Semaphore(self._a_tenant))
+        if turn.statistics().tasks_waiting >= MAX_WAITING:
             raise Unavailable("Too many long calls of this tenant wait. Try again in a minute.")
-        async with lock:
+        async with turn:
             return await to_thread.run_sync(function, *args, limiter=self._limiter)

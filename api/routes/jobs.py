@@ -202,9 +202,9 @@ async def submit_batch(
     """Check up to 1,000 jobs, and store those that pass. Each is a body of `POST /v1/jobs`, and
     may have its own `idempotency_key`. Each has its own answer, at the same place in `data`: the
     job, or the error. A job that is refused stops no other."""
-    slow: Turns = request.app.state.slow
+    batches: Turns = request.app.state.batches
     recent: RecentLanes = request.app.state.recent
-    return await slow.run(
+    return await batches.run(
         caller.tenant_id, _submit_batch, farm, recent, caller.tenant_id, body, traceparent
     )
 

@@ -241,13 +241,13 @@ class FullSpec(BaseModel):
     reuse: bool = False
     labels: dict[str, str]
 
-    def stored(self) -> str:
-        """Serialize to JSON, with a large grid stored by axis. `runs` has its own column."""
+    def stored(self) -> FullSpec | dict[str, object]:
+        """Return the form to store, with a large grid by axis. `runs` has its own column."""
         if len(self.points) < FEWEST:
-            return self.model_dump_json()
+            return self
         data = self.model_dump(mode="json")
         layout = packed(data["points"], data["params"], data["grid"])
-        return json.dumps(data if layout is None else {**data, "points": layout.model_dump()})
+        return data if layout is None else {**data, "points": layout}
 
     def point(self, index: int) -> Point:
         """Return a point of the grid."""

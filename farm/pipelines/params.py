@@ -64,7 +64,7 @@ class Params(BaseModel):
         return {
             name: value
             for name in sorted(self.PER_FRAME)
-            if isinstance(value := getattr(self, name, None), str)
+            if isinstance(value := vars(self).get(name), str)
         }
 
     @staticmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from psycopg.errors import ForeignKeyViolation
+from pydantic_core import to_json
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
@@ -129,12 +129,12 @@ class NewJob:
     idempotency: Idempotency | None = None
     id: uuid.UUID = field(default_factory=uuid.uuid4)
 
-    def given(self) -> dict[str, object]:
-        """Return its values for INSERT_JOBS, but for its place, and the spec, which is JSON."""
+    def given(self, place: int) -> dict[str, object]:
+        """Return its values for INSERT_JOBS, for pydantic to serialize."""
         run_end, batch_key, bucket = self.spec.runs[0]
         return {
-            "id": str(self.id),
-            "tenant_id": str(self.tenant_id),
+            "id": self.id,
+            "tenant_id": self.tenant_id,
             "pipeline": self.spec.pipeline,
             "priority": Priority.parse(self.spec.priority),
             "total": self.spec.total,
@@ -144,10 +144,12 @@ class NewJob:
             "runs": self.spec.runs,
             "max_attempts": self.spec.max_attempts,
             "labels": self.spec.labels,
-            "input_id": None if self.spec.input is None else str(self.spec.input),
+            "input_id": self.spec.input,
             "idempotency_key": self.idempotency.key if self.idempotency else None,
             "idempotency_digest": self.idempotency.digest.hex() if self.idempotency else None,
-            "prompts": [*self.prompts],
+            "prompts": self.prompts,
+            "place": place,
+            "spec": self.spec.stored(),
         }
 
 
@@ -165,7 +167,7 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow |
         InvalidRequest: an input was deleted before the insert. Nothing is inserted.
     """
     values = {
-        "given": "[" + ",".join(_given_in_lock_order(jobs)) + "]",
+        "given": to_json(_given_in_lock_order(jobs)).decode(),
         "ids": arrays.ids(job.id for job in jobs),
     }
     try:
@@ -184,18 +186,15 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow |
     return [inserted.get(job.id) or same.get(job.id, gone) for job in jobs]
 
 
-def _given_in_lock_order(jobs: Sequence[NewJob]) -> list[str]:
-    """Return the JSON of each job. Groups of several processes must not wait for each other."""
+def _given_in_lock_order(jobs: Sequence[NewJob]) -> list[dict[str, object]]:
+    """Return the values of each job. Groups of several processes must not wait for each other."""
 
     def order(placed: tuple[int, NewJob]) -> tuple[str, str, str]:
         job = placed[1]
         key = job.idempotency.key if job.idempotency else ""
         return job.spec.pipeline, str(job.tenant_id), key
 
-    return [
-        f'{_json({**job.given(), "place": place})[:-1]}, "spec": {job.spec.stored()}}}'
-        for place, job in sorted(enumerate(jobs), key=order)
-    ]
+    return [job.given(place) for place, job in sorted(enumerate(jobs), key=order)]
 
 
 def _same_of_tenants(
@@ -461,7 +460,3 @@ def _refuse_terminal(job: JobRow, wish: str) -> None:
 
 def _append(connection: Connection, job_id: uuid.UUID, kind: str) -> None:
     connection.execute(INSERT_EVENT, {"job_id": job_id, "kind": kind, "data": "{}"})
-
-
-def _json(value: object) -> str:
-    return json.dumps(value)
