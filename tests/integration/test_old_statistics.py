@@ -1,0 +1,127 @@
+"""Postgres plans by statistics that are minutes old. Work that came since then costs no more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import text
+
+from farm.context import Farm
+from farm.services import jobs
+from farm.services.jobs import Submission
+from farm.store import frames, leases
+from farm.store.claim import Lease
+from farm.store.engine import Connection, transaction
+from farm.store.frames import FailedAttempt
+from tests.support.store import FakeWorker, fence, new_tenant, register_worker, sql, submit
+
+WAITING = 2_000
+"""Number of one-image jobs, and of requeued frames, that came since the statistics."""
+BATCH = 8
+PLANS = json.dumps({"default": [1, 2, 3, 4, 5, 6, 7, 8]})
+
+IDLE = """
+INSERT INTO jobs (id, tenant_id, pipeline, priority, open, status, total, cursor, succeeded,
+                  run_end, batch_key, bucket, runs, max_attempts, spec, labels, finished_at)
+SELECT gen_random_uuid(), j.tenant_id, j.pipeline, j.priority, false, 'succeeded', 1, 1, 1, 1,
+       j.batch_key, j.bucket, '[[1, "key", 8]]', 3, j.spec, '{}', clock_timestamp()
+FROM jobs j, generate_series(1, 3000) n WHERE j.id = :job;
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, sha256, bytes)
+SELECT id, 0, 'succeeded', 1, 'hand', clock_timestamp(), '\\x00', 1 FROM jobs WHERE NOT open;
+"""
+
+REQUEUED = """
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at)
+SELECT :job, n, 'ready', 1, 'hand', clock_timestamp() FROM generate_series(0, :last) n;
+INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
+                             not_before, job_created_at, paused, isolated)
+SELECT :job, n, j.pipeline, j.tenant_id, j.priority, j.batch_key, j.bucket, clock_timestamp(),
+       j.created_at, false, false
+FROM generate_series(0, :last) n, jobs j WHERE j.id = :job;
+UPDATE jobs SET cursor = total, open = false WHERE id = :job;
+"""
+
+
+@pytest.fixture(params=["new frames", "requeued frames"])
+def worker(farm: Farm, request: pytest.FixtureRequest) -> FakeWorker:
+    """A worker that claims frames of one kind first. The statistics are of an idle farm."""
+    tenant = new_tenant(farm, "own")
+    first = submit(farm, tenant)
+    _run(farm, IDLE, job=first)
+    jobs.cancel(farm, tenant, first)
+    sql(farm, "ANALYZE")
+    body = {"pipeline": "demo", "prompts": ["a red star"]}
+    for _ in range(WAITING // 500):
+        jobs.submit_many(farm, [Submission(tenant, body) for _ in range(500)])
+    priority = "bulk" if request.param == "new frames" else "interactive"
+    many = submit(farm, tenant, images_per_prompt=WAITING, bucket=8, priority=priority)
+    _run(farm, REQUEUED, job=many, last=WAITING - 1)
+    return replace(register_worker(farm), plans=PLANS)
+
+
+def _run(farm: Farm, statements: str, **values: object) -> None:
+    with transaction(farm.store) as connection:
+        for statement in statements.strip().split(";\n"):
+            connection.execute(text(statement.rstrip(";")), values)
+
+
+@contextmanager
+def few_rows(connection: Connection, frames: int) -> Iterator[None]:
+    """Check that each frame costs a few rows at most, of each table."""
+    before = _read(connection)
+    yield
+    read = {table: rows - before.get(table, 0) for table, rows in _read(connection).items()}
+    assert {table: rows for table, rows in read.items() if rows > 40 * frames} == {}
+
+
+def _read(connection: Connection) -> dict[str, int]:
+    query = """
+    SELECT relname, coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) AS rows
+    FROM pg_stat_xact_user_tables
+    """
+    return {row.relname: row.rows for row in connection.execute(text(query))}
+
+
+def claim(worker: FakeWorker, connection: Connection) -> None:
+    assert worker.claim_in(connection) is not None
+
+
+def complete(worker: FakeWorker, connection: Connection, lease: Lease) -> None:
+    assert len(worker.complete_in(connection, lease)) == BATCH
+
+
+def fail(_worker: FakeWorker, connection: Connection, lease: Lease) -> None:
+    broken = [FailedAttempt(fence(frame), "render_error", "It broke.") for frame in lease.frames]
+    assert len(frames.fail(connection, lease.id, broken, 1.0)) == BATCH
+
+
+def release(_worker: FakeWorker, connection: Connection, lease: Lease) -> None:
+    fences = [fence(frame) for frame in lease.frames]
+    assert len(frames.release(connection, lease.id, fences)) == BATCH
+
+
+def lose(worker: FakeWorker, connection: Connection, _lease: Lease) -> None:
+    leases.end_child_leases(connection, worker.id, worker.pid, "It ended.", 1.0, None)
+
+
+def report(_worker: FakeWorker, connection: Connection, lease: Lease) -> None:
+    assert leases.report_step(connection, lease.id, 1, 2).wanted
+
+
+def test_a_claim(worker: FakeWorker) -> None:
+    with worker.farm.store.connect() as connection, connection.begin(), few_rows(connection, BATCH):
+        claim(worker, connection)
+
+
+@pytest.mark.parametrize("end", [complete, fail, release, lose, report])
+def test_the_end_of_a_batch(
+    worker: FakeWorker, end: Callable[[FakeWorker, Connection, Lease], None]
+) -> None:
+    lease = worker.must_claim()
+    assert len(lease.frames) == BATCH
+    with worker.farm.store.connect() as connection, connection.begin(), few_rows(connection, BATCH):
+        end(worker, connection, lease)
