@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -51,13 +49,8 @@ STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS, BATCH_THREADS = 8, 2, 2, 4
 Storage: pictures of the dashboard. Health: readiness, which asks every server. Slow: long calls,
 such as whole inputs and many frames at once. Batch: many jobs in one call.
 """
-SWITCH_SECONDS = 0.0005
-"""Maximum time that a thread waits for the interpreter, in seconds.
-
-While a batch of jobs is checked, other calls wait for it many times each.
-"""
 BATCHES_PER_TENANT = 2
-"""Batches of a tenant that are handled at the same time: one is checked while one is stored."""
+"""Batches of a tenant that are handled at a time: one may be checked while one is stored."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -70,7 +63,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sys.setswitchinterval(SWITCH_SECONDS)
         app.state.farm = open_farm(chosen)
         app.state.recent = RecentLanes(app.state.farm.store)
         app.state.submissions = jobs.submissions(app.state.farm, app.state.recent)
@@ -84,7 +76,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.health = CapacityLimiter(HEALTH_THREADS)
         app.state.slow = Turns(SLOW_THREADS)
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)
-        gc.freeze()  # what is loaded stays, so no collection needs to visit it
         yield
         app.state.farm.close()
 

@@ -75,7 +75,7 @@ class Places:
 
 
 class Turns:
-    """Threads for long calls: a maximum per tenant, and one in all."""
+    """Threads for long calls: a maximum per tenant, and a maximum in all."""
 
     def __init__(self, in_all: int, a_tenant: int = 1) -> None:
         self._limiter = CapacityLimiter(in_all)

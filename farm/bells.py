@@ -96,8 +96,9 @@ class Bells:
         self._redis = place.client(**HASTY)
         self._silent_until = float("-inf")
         self._lock = threading.Lock()
-        self._adding = threading.Lock()
-        """Held while bells are counted and one is added, so that threads do not add too many."""
+        self._adding: dict[str, threading.Lock] = {}
+        """Locks by queue, held while bells are counted and one is added, so that threads of this
+        process do not add too many."""
         self._rung_at: dict[str, float] = {}
         """Time of the last bell by queue, on the monotonic clock."""
         self._late: dict[str, Callable[[], object]] = {}
@@ -139,6 +140,7 @@ class Bells:
         Return True unless Redis did not answer.
         """
         with self._lock:
+            adding = self._adding.setdefault(queue, threading.Lock())
             now = time.monotonic()
             due = self._rung_at.get(queue, float("-inf")) + JOINED_SECONDS
             if queue in self._late:
@@ -152,28 +154,29 @@ class Bells:
                     self._timers[queue] = timer
                     return True
             self._rung_at[queue] = now
-        return self._add_now(queue, add)
+        with adding:
+            return self._add_now(queue, add)
 
     def _add_late(self, queue: str) -> None:
-        with self._lock:
-            add = self._late.pop(queue, None)
-            self._rung_at[queue] = time.monotonic()
-        if add is not None:
-            add()
+        with self._adding[queue]:  # until then, further bells are joined with this one
+            with self._lock:
+                add = self._late.pop(queue, None)
+                self._rung_at[queue] = time.monotonic()
+            if add is not None:
+                add()
 
     def _add_now(self, queue: str, add: Callable[[str], object]) -> bool:
         """Add a bell if the queue has few. Return True if Redis answered."""
-        with self._adding:
-            if time.monotonic() < self._silent_until:
-                return False
-            try:
-                if self._redis.llen(queue) < MAX_BELLS:
-                    add(queue)
-            except (redis.RedisError, OperationalError, OSError) as error:
-                log.warning("The bell of %s was not rung: %s", queue, error)
-                self._silent_until = time.monotonic() + SILENT_SECONDS
-                return False
-            return True
+        if time.monotonic() < self._silent_until:
+            return False
+        try:
+            if self._redis.llen(queue) < MAX_BELLS:
+                add(queue)
+        except (redis.RedisError, OperationalError, OSError) as error:
+            log.warning("The bell of %s was not rung: %s", queue, error)
+            self._silent_until = time.monotonic() + SILENT_SECONDS
+            return False
+        return True
 
     def await_urgent(self, pipeline: str) -> bool:
         """Wait briefly for an urgent bell. Return True if there was one.

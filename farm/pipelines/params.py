@@ -64,7 +64,7 @@ class Params(BaseModel):
         return {
             name: value
             for name in sorted(self.PER_FRAME)
-            if isinstance(value := vars(self).get(name), str)
+            if isinstance(value := vars(self).get(name), str)  # not every family has each
         }
 
     @staticmethod

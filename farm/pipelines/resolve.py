@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
+from farm.domain.spec import Point
 from farm.errors import CatalogError
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.families import Family, family_of, read_checkpoint
@@ -25,6 +26,10 @@ class ResolvedPipeline:
     """Parameters of the family, fitted to the checkpoint."""
     params_type: type[Params]
     """Parameters of the family, fitted to the checkpoint, with the defaults of the catalog."""
+    checked: dict[str, tuple[Params, Point]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Points of jobs that were checked before: see `job_validation`."""
 
     def params(self, given: Mapping[str, object]) -> Params:
         """Check the parameters of a grid point, and fill in every default.
@@ -109,10 +114,10 @@ def _first(error: ValidationError) -> str:
 
 
 def _with_defaults(params_type: type[Params], defaults: Mapping[str, object]) -> type[Params]:
-    for field in defaults:
-        if field not in params_type.model_fields:
+    for name in defaults:
+        if name not in params_type.model_fields:
             raise CatalogError(
-                f"defaults.{field}: unknown parameter. This pipeline has "
+                f"defaults.{name}: unknown parameter. This pipeline has "
                 f"{', '.join(params_type.model_fields)}."
             )
     changed = tailored(

@@ -33,6 +33,9 @@ JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
 SEED_BITS = 53
 """Size of generated seeds, in bits. JavaScript and many JSON readers round larger numbers."""
 
+KNOWN_POINTS = 1000
+"""Maximum number of points that a process remembers for each pipeline."""
+
 JPEG_TEXT_BYTES = 60_000
 """Limit of a frame's prompts in a JPEG. A metadata block ends at 64 KiB (ITU T.81, B.1.1.4)."""
 
@@ -180,16 +183,13 @@ def full_spec(
     _check_total(job, prompts, settings)
     _check_seeds(job, stored_input)
     _check_names(job, resolved)
-    points = [_checked_point(job, resolved, given, settings) for given in job.combinations()]
+    repeatable = _is_repeatable(job, stored_input)
+    checked = _checked_points(job, resolved, settings, prompts * job.images_per_prompt, repeatable)
+    points = [params for params, _ in checked]
     _check_prompts(job, points)
     _check_jpeg_texts(job, points, stored_input)
     if stored_input is not None and stored_input.negatives:
         _check_takes_negatives(resolved)
-    frames_per_point = prompts * job.images_per_prompt
-    scalars = [params.scalars() for params in points]
-    keys = [repr(each) for each in scalars]
-    longest = _longest_runs(keys)
-    repeatable = _is_repeatable(job, stored_input)
     return FullSpec(
         pipeline=job.pipeline,
         prompt_count=prompts,
@@ -200,13 +200,10 @@ def full_spec(
         job_seed=secrets.randbits(SEED_BITS) if job.seed is None else job.seed,
         seed_bits=SEED_BITS,
         params={
-            name: value for name, value in points[0].model_dump().items() if name not in job.grid
+            name: value for name, value in checked[0][1].params.items() if name not in job.grid
         },
         grid=job.grid,
-        points=[
-            _point(job, resolved, params, given, longest[key] * frames_per_point, repeatable)
-            for params, given, key in zip(points, scalars, keys, strict=True)
-        ],
+        points=[point for _, point in checked],
         priority=job.priority,
         bucket=job.bucket,
         repeatable=repeatable,
@@ -266,6 +263,38 @@ def _check_names(job: JobSpec, resolved: ResolvedPipeline) -> None:
                 f"{', '.join(known)}.",
                 param=f"grid.{name}",
             )
+
+
+def _checked_points(
+    job: JobSpec,
+    resolved: ResolvedPipeline,
+    settings: Settings,
+    frames_per_point: int,
+    repeatable: bool,
+) -> list[tuple[Params, Point]]:
+    """Check the parameters of each grid point, and choose its bucket and batch_key.
+
+    Many jobs differ only in prompts, seeds and labels. For a job without a grid, all that decides
+    the result is compared with earlier jobs.
+    """
+    decisive = (job.params, job.format, job.priority, job.bucket, frames_per_point, repeatable)
+    known = "" if job.grid else repr(decisive)
+    if found := resolved.checked.get(known):
+        return [found]
+    params = [_checked_point(job, resolved, given, settings) for given in job.combinations()]
+    scalars = [each.scalars() for each in params]
+    keys = [repr(each) for each in scalars]
+    longest = _longest_runs(keys)
+    points = [
+        _point(job, resolved, each, given, longest[key] * frames_per_point, repeatable)
+        for each, given, key in zip(params, scalars, keys, strict=True)
+    ]
+    checked = [*zip(params, points, strict=True)]
+    if known:
+        if len(resolved.checked) >= KNOWN_POINTS:
+            resolved.checked.clear()
+        resolved.checked[known] = checked[0]
+    return checked
 
 
 def _checked_point(

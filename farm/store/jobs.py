@@ -167,7 +167,7 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow |
         InvalidRequest: an input was deleted before the insert. Nothing is inserted.
     """
     values = {
-        "given": to_json(_given_in_lock_order(jobs)).decode(),
+        "given": "[" + ",".join(_given_in_lock_order(jobs)) + "]",
         "ids": arrays.ids(job.id for job in jobs),
     }
     try:
@@ -186,15 +186,16 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow |
     return [inserted.get(job.id) or same.get(job.id, gone) for job in jobs]
 
 
-def _given_in_lock_order(jobs: Sequence[NewJob]) -> list[dict[str, object]]:
-    """Return the values of each job. Groups of several processes must not wait for each other."""
+def _given_in_lock_order(jobs: Sequence[NewJob]) -> list[str]:
+    """Return the JSON of each job. Groups of several processes must not wait for each other."""
 
     def order(placed: tuple[int, NewJob]) -> tuple[str, str, str]:
         job = placed[1]
         key = job.idempotency.key if job.idempotency else ""
         return job.spec.pipeline, str(job.tenant_id), key
 
-    return [job.given(place) for place, job in sorted(enumerate(jobs), key=order)]
+    placed = sorted(enumerate(jobs), key=order)
+    return [to_json(job.given(place)).decode() for place, job in placed]
 
 
 def _same_of_tenants(

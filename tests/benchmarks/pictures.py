@@ -130,12 +130,13 @@ def real_size(stand: BenchServers, short: bool) -> Row:
         f"{loop.steps} steps, batches of {loop.batch}, {threads} torch threads each. The loop "
         "writes no files. The farm's time is from submitting until the last picture is durable.",
     )
-    add_lane(stand.folder.path / "pipelines.toml", size.name, loop)
+    lane = f"a3-{size.name}"
+    add_lane(stand.folder.path / "pipelines.toml", lane, loop)
     settings = {"FARM_TORCH_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    with stand.site() as site, site.worker(size.name, **settings):
-        farm_rate(site, size.name, replace(loop, frames=loop.batch))
+    with stand.site() as site, site.worker(lane, **settings):
+        farm_rate(site, lane, replace(loop, frames=loop.batch))
         ways = {
-            "farm": partial(farm_rate, site, size.name, loop),
+            "farm": partial(farm_rate, site, lane, loop),
             "loop": partial(bare, stand, loop),
         }
         row.series = in_turn(ways, turns, "pictures/s")

@@ -22,8 +22,12 @@ MAX_ATTEMPTS = 10
 SUBMIT_SECONDS = 60.0
 REPEATED = 0.15
 """Share of accepted jobs that are submitted a second time."""
-SHARED_SEED = 7
-"""Seed of all jobs that reuse pictures, so that some find one."""
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"seed": None},
+    {"seed": 7, "repeatable": False, "reuse": True},
+]
+"""Kinds of steady jobs: repeatable, and two whose buckets are chosen at the claim."""
 NULL: dict[str, Any] = {
     "pipeline": "null",
     "width": 32,
@@ -98,10 +102,10 @@ class Load:
             key = f"{self.name}-{self._numbers}"
             apis = self._random.sample(sorted(self._stack.apis), len(self._stack.apis))
             repeats = self._random.random() < REPEATED
-            seeds = self._random.choice(self._seeds())
         if first is not None:
             apis.sort(key=lambda api: api != first)
-        body = {"max_attempts": MAX_ATTEMPTS, **seeds, **body, "labels": {"row": self.name}}
+        body = {"max_attempts": MAX_ATTEMPTS, "seed": self._numbers * 1000, **body}
+        body["labels"] = {"row": self.name}
         job = self._until_accepted(body, key, apis)
         accepted = Accepted(UUID(job["id"]), key, job["total"], frozenset(poison or ()))
         self.accepted.append(accepted)
@@ -110,14 +114,6 @@ class Load:
             if again != job["id"]:
                 self.problems.append(f"key {key} gave the jobs {job['id']} and {again}")
         return accepted
-
-    def _seeds(self) -> list[dict[str, Any]]:
-        """List the kinds of jobs: repeatable, and two whose buckets are chosen at the claim."""
-        return [
-            {"seed": self._numbers * 1000},
-            {},
-            {"seed": SHARED_SEED, "repeatable": False, "reuse": True},
-        ]
 
     def _until_accepted(self, body: dict[str, Any], key: str, apis: list[str]) -> Any:
         deadline, turn = time.monotonic() + SUBMIT_SECONDS, 0
@@ -154,7 +150,8 @@ class Load:
         try:
             while not self._over.is_set():
                 if self._truth.outstanding() < BACKLOG:
-                    self.null(self._random.randint(6, 30))
+                    kind = self._random.choice(KINDS)
+                    self.null(self._random.randint(6, 30), **kind)
                 else:
                     self._over.wait(0.1)
         except Exception as error:

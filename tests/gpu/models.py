@@ -73,7 +73,12 @@ def sd15() -> Any:
         tokenizer=clip_tokenizer(),
         unet=kit.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
         scheduler=kit.PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            set_alpha_to_one=False,
+            skip_prk_steps=True,
         ),
         safety_checker=None,
         feature_extractor=None,

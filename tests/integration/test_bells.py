@@ -42,18 +42,22 @@ def test_threads_that_ring_at_once_add_two_bells_at_most(
 ) -> None:
     bells = Bells(settings)
     assert bells.ring("two")
-    both = threading.Barrier(2)
+    begun, both = threading.Barrier(2), threading.Barrier(2)
     count = bells._redis.llen
 
     def counted_by_both(queue: str) -> Any:
         number = count(queue)
         with suppress(threading.BrokenBarrierError):
-            both.wait(0.2)
+            both.wait(1.0)
         return number
+
+    def ring() -> None:
+        begun.wait(30)
+        bells.ring("two")
 
     monkeypatch.setattr(bells._redis, "llen", counted_by_both)
     monkeypatch.setattr("farm.bells.JOINED_SECONDS", 0.0)
-    threads = [threading.Thread(target=bells.ring, args=["two"]) for _ in range(2)]
+    threads = [threading.Thread(target=ring) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

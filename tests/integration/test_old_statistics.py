@@ -51,6 +51,8 @@ def worker(farm: Farm, request: pytest.FixtureRequest) -> FakeWorker:
     """A worker that claims frames of one kind first. The statistics are of an idle farm."""
     tenant = new_tenant(farm, "own")
     first = submit(farm, tenant)
+    for table in ("jobs", "frames", "requeued_frames", "leases", "shares"):
+        sql(farm, f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
     _run(farm, IDLE, job=first)
     jobs.cancel(farm, tenant, first)
     sql(farm, "ANALYZE")

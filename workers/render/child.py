@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from farm.pipelines.family import uses_torch
 from farm.pipelines.resolve import resolve_pipeline
 from farm.pipelines.runtime.devices import even_threads, prepare_torch
 from farm.pipelines.runtime.loading import free_what_is_left
-from farm.process import collect_usually, set_ready
+from farm.process import collect_usually, set_ready, switch_often
 from farm.rendering.warmup import slot_test, warm_up
 from farm.store import workers
 from farm.store.engine import transaction
@@ -30,11 +29,6 @@ log = logging.getLogger(__name__)
 LOAD_AGAIN_SECONDS = 10.0
 MAX_SECONDS = 300.0
 """Maximum pause between two tries to load a pipeline, in seconds. It doubles each time."""
-SWITCH_SECONDS = 0.0005
-"""Maximum time that the device's thread waits for the interpreter, in seconds.
-
-The finisher's threads use the interpreter at the same time.
-"""
 MAX_CHARACTERS = 500
 """Maximum length of a worker's problem text, in characters."""
 
@@ -64,7 +58,7 @@ class RenderProcess:
 
         If the previous child died while it loaded, this one might too. So it waits first.
         """
-        sys.setswitchinterval(SWITCH_SECONDS)
+        switch_often()  # the finisher's threads compute while the device's thread needs it
         try:
             ended = self._scratch.unfinished_loads()
             if ended:

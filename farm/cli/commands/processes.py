@@ -15,7 +15,7 @@ import typer
 
 from farm.cli.terminal.exit_codes import ERROR
 from farm.errors import FarmError, Unavailable
-from farm.process import beat, set_up_logs, signs_of_life
+from farm.process import beat, collect_usually, set_up_logs, signs_of_life, switch_often
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -36,12 +36,16 @@ def api(
     """Serve the HTTP API and the dashboard."""
     import uvicorn
 
+    from api.app import create_app
+
     # uvicorn ends its requests, then raises the signal again: this end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with _process():
+    with _process() as settings:
+        app = create_app(settings)
+        collect_usually()
+        switch_often()
         uvicorn.run(
-            "api.app:create_app",
-            factory=True,
+            app,
             host=host,
             port=port,
             log_config=None,

@@ -17,8 +17,8 @@ from tests.support.cli_runner import farm
 PICTURES = int(os.environ.get("FARM_TEST_REPLAYED_PICTURES", "4"))
 STEPS = {1, 2, 4, 8}
 """The demo's ladder for 64x64."""
-MANY = 3
-"""Calls that are made before their jobs are waited for, so that jobs of several wait at once."""
+FEW, CALLS = 3, 3
+"""Calls with few jobs are waited for. Others are waited for together, at each third call."""
 
 
 def arrivals(live: LiveFarm) -> Iterator[list[dict[str, Any]]]:
@@ -28,7 +28,7 @@ def arrivals(live: LiveFarm) -> Iterator[list[dict[str, Any]]]:
         body = {"pipeline": live.pipeline, "prompts": ["a red star"], "steps": 3}
         answer = live.client.post("/v1/jobs/batch", json={"jobs": [body] * jobs})
         waiting += [each["job"]["id"] for each in answer.json()["data"]]
-        if jobs < MANY or call % MANY == 0:
+        if jobs < FEW or call % CALLS == 0:
             done = [live.ended(job_id) for job_id in waiting]
             assert {job["status"] for job in done} == {"succeeded"}
             yield done
