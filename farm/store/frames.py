@@ -95,6 +95,12 @@ JOIN frames f USING (job_id, ordinal)
 WHERE f.attempt = d.attempt AND f.state = 'succeeded' AND f.sha256 = d.sha256
 """)
 
+# As in engine.BY_INDEX: a new farm's statistics must not lead to a join that reads all frames.
+BY_INDEX = text(
+    "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off;"
+    " SET LOCAL enable_mergejoin = off"
+)
+
 HELD = text("""
 SELECT f.job_id, f.ordinal, f.attempt, f.uncharged, f.rerolls, j.max_attempts,
        coalesce((j.spec ->> 'max_rerolls')::int, 0) AS max_rerolls
@@ -290,6 +296,7 @@ def end_attempts(
     if not failures:
         return {}
     of = {failure.fence: failure for failure in failures}
+    connection.execute(BY_INDEX)
     held = connection.execute(HELD, _fences(list(of))).all()
     for fence in _shrink(connection, failures):
         # A smaller bucket is tried next, with neighbours.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -19,6 +20,7 @@ from farm.store.engine import Connection, transaction
 from farm.store.frames import FailedAttempt
 from tests.support.store import FakeWorker, fence, new_tenant, register_worker, sql, submit
 
+TABLES = ("jobs", "frames", "requeued_frames", "leases", "shares", "job_prompts", "events")
 WAITING = 2_000
 """Number of one-image jobs, and of requeued frames, that came since the statistics."""
 BATCH = 8
@@ -46,23 +48,43 @@ UPDATE jobs SET cursor = total, open = false WHERE id = :job;
 """
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A worker, and its connection with its plans."""
+
+    worker: FakeWorker
+    connection: Connection
+
+
 @pytest.fixture(params=["new frames", "requeued frames"])
-def worker(farm: Farm, request: pytest.FixtureRequest) -> FakeWorker:
-    """A worker that claims frames of one kind first. The statistics are of an idle farm."""
+def first(request: pytest.FixtureRequest) -> Any:
+    """The kind of frames that are claimed first."""
+    return request.param
+
+
+@pytest.fixture(params=["idle", "new"])
+def scene(farm: Farm, first: str, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """A worker whose connection has plans of an idle farm, or of a new one, and much work."""
     tenant = new_tenant(farm, "own")
-    first = submit(farm, tenant)
-    for table in ("jobs", "frames", "requeued_frames", "leases", "shares"):
+    for table in TABLES:
         sql(farm, f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
-    _run(farm, IDLE, job=first)
-    jobs.cancel(farm, tenant, first)
-    sql(farm, "ANALYZE")
-    body = {"pipeline": "demo", "prompts": ["a red star"]}
-    for _ in range(WAITING // 500):
-        jobs.submit_many(farm, [Submission(tenant, body) for _ in range(500)])
-    priority = "bulk" if request.param == "new frames" else "interactive"
-    many = submit(farm, tenant, images_per_prompt=WAITING, bucket=8, priority=priority)
-    _run(farm, REQUEUED, job=many, last=WAITING - 1)
-    return replace(register_worker(farm), plans=PLANS)
+    worker = replace(register_worker(farm), plans=PLANS)
+    with farm.store.connect() as connection:
+        if request.param == "idle":
+            _run(farm, IDLE, job=submit(farm, tenant))
+            sql(farm, "ANALYZE")
+        submit(farm, tenant)
+        with connection.begin():
+            lease = worker.claim_in(connection)
+            assert lease is not None
+            worker.complete_in(connection, lease)
+        body = {"pipeline": "demo", "prompts": ["a red star"]}
+        for _ in range(WAITING // 500):
+            jobs.submit_many(farm, [Submission(tenant, body) for _ in range(500)])
+        priority = "bulk" if first == "new frames" else "interactive"
+        many = submit(farm, tenant, images_per_prompt=WAITING, bucket=8, priority=priority)
+        _run(farm, REQUEUED, job=many, last=WAITING - 1)
+        yield Scene(worker, connection)
 
 
 def _run(farm: Farm, statements: str, **values: object) -> None:
@@ -88,42 +110,36 @@ def _read(connection: Connection) -> dict[str, int]:
     return {row.relname: row.rows for row in connection.execute(text(query))}
 
 
-def claim(worker: FakeWorker, connection: Connection) -> None:
-    assert worker.claim_in(connection) is not None
+def complete(scene: Scene, lease: Lease) -> None:
+    assert len(scene.worker.complete_in(scene.connection, lease)) == BATCH
 
 
-def complete(worker: FakeWorker, connection: Connection, lease: Lease) -> None:
-    assert len(worker.complete_in(connection, lease)) == BATCH
-
-
-def fail(_worker: FakeWorker, connection: Connection, lease: Lease) -> None:
+def fail(scene: Scene, lease: Lease) -> None:
     broken = [FailedAttempt(fence(frame), "render_error", "It broke.") for frame in lease.frames]
-    assert len(frames.fail(connection, lease.id, broken, 1.0)) == BATCH
+    assert len(frames.fail(scene.connection, lease.id, broken, 1.0)) == BATCH
 
 
-def release(_worker: FakeWorker, connection: Connection, lease: Lease) -> None:
+def release(scene: Scene, lease: Lease) -> None:
     fences = [fence(frame) for frame in lease.frames]
-    assert len(frames.release(connection, lease.id, fences)) == BATCH
+    assert len(frames.release(scene.connection, lease.id, fences)) == BATCH
 
 
-def lose(worker: FakeWorker, connection: Connection, _lease: Lease) -> None:
-    leases.end_child_leases(connection, worker.id, worker.pid, "It ended.", 1.0, None)
+def lose(scene: Scene, _lease: Lease) -> None:
+    worker = scene.worker
+    leases.end_child_leases(scene.connection, worker.id, worker.pid, "It ended.", 1.0, None)
 
 
-def report(_worker: FakeWorker, connection: Connection, lease: Lease) -> None:
-    assert leases.report_step(connection, lease.id, 1, 2).wanted
-
-
-def test_a_claim(worker: FakeWorker) -> None:
-    with worker.farm.store.connect() as connection, connection.begin(), few_rows(connection, BATCH):
-        claim(worker, connection)
+def report(scene: Scene, lease: Lease) -> None:
+    assert leases.report_step(scene.connection, lease.id, 1, 2).wanted
 
 
 @pytest.mark.parametrize("end", [complete, fail, release, lose, report])
-def test_the_end_of_a_batch(
-    worker: FakeWorker, end: Callable[[FakeWorker, Connection, Lease], None]
+def test_a_batch_costs_no_more_with_much_new_work(
+    scene: Scene, end: Callable[[Scene, Lease], None]
 ) -> None:
-    lease = worker.must_claim()
+    with scene.connection.begin(), few_rows(scene.connection, BATCH):
+        lease = scene.worker.claim_in(scene.connection)
+    assert lease is not None
     assert len(lease.frames) == BATCH
-    with worker.farm.store.connect() as connection, connection.begin(), few_rows(connection, BATCH):
-        end(worker, connection, lease)
+    with scene.connection.begin(), few_rows(scene.connection, BATCH):
+        end(scene, lease)

@@ -2,8 +2,7 @@
 --
 -- The functions `head` to `retried`, and `own_requeued` to `other_open_jobs`, are single queries, so
 -- that their plans can be examined. `leader`, `fill` and `chosen_bucket` make a batch of their rows.
--- `claim` and `correct_shares` write. Plans are generic: to plan the queries at each call would take
--- longer than to run them.
+-- `claim` and `correct_shares` write. For `by index` see BY_INDEX in engine.py.
 
 -- True if a job's requeued frames must not be claimed: the job is paused, cancelled or gone, and
 -- its rows in requeued_frames may not be updated yet.
@@ -63,7 +62,7 @@ $$;
 
 -- Returns true if frames of this priority may wait on a lane. A false yes is corrected by a claim.
 CREATE FUNCTION pg_temp.may_wait(_pipeline text, _priority smallint) RETURNS bool
-LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql STABLE /* by index */ AS $$
 BEGIN
     RETURN EXISTS (SELECT FROM pg_temp.next_share(
                        _pipeline, _priority, -1::smallint, 0, pg_temp.no_tenant()))
@@ -94,7 +93,7 @@ CREATE FUNCTION pg_temp.leader(
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     served bigint, tenant_id uuid
-) LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+) LANGUAGE plpgsql STABLE /* by index */ AS $$
 DECLARE
     best record;
     found_one bool;
@@ -129,7 +128,7 @@ END $$;
 -- that somebody else has locked is left for the next claim. The caller waits for no lock after this.
 CREATE FUNCTION pg_temp.correct_shares(
     _pipeline text, _priority smallint, _served bigint, _tenant_id uuid
-) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS void LANGUAGE plpgsql /* by index */ AS $$
 DECLARE
     tenants uuid[] := ARRAY(
         SELECT s.tenant_id FROM shares s
@@ -266,7 +265,7 @@ CREATE FUNCTION pg_temp.fill(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _size int, _avoided uuid,
     _least smallint, OUT requeued_ids uuid[], OUT requeued_ordinals bigint[], OUT new_ids uuid[],
     OUT new_counts bigint[], OUT frames bigint
-) LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+) LANGUAGE plpgsql STABLE /* by index */ AS $$
 DECLARE
     free int := _size;
     n bigint;
@@ -337,7 +336,7 @@ CREATE FUNCTION pg_temp.claim(
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
     bucket smallint, priority smallint, rerolls smallint, waited float, urgency smallint,
     more boolean
-) LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan
+) LANGUAGE plpgsql /* by index */
 SET farm.claiming = 'yes' AS $$
 #variable_conflict use_column
 DECLARE
@@ -405,7 +404,7 @@ BEGIN
         END IF;
 
         -- 3. The jobs' locks, by id.
-        PERFORM FROM jobs j WHERE j.id = ANY(requeued_ids || new_ids) ORDER BY j.id FOR UPDATE;
+        PERFORM pg_temp.lock_jobs(requeued_ids || new_ids);
 
         -- 4. Requeued frames run again, with the next attempt. A frame whose attempts cannot be
         -- counted further becomes dead, so that it does not block the lane.
@@ -487,7 +486,9 @@ BEGIN
     END LOOP;
 
     -- 6. The shares, locked in the order in which submissions lock them. A new frame has attempt 1.
-    tenants := ARRAY(SELECT DISTINCT j.tenant_id FROM jobs j WHERE j.id = ANY(ids || lost_ids));
+    tenants := ARRAY(
+        SELECT DISTINCT j.tenant_id FROM unnest(ids || lost_ids) AS w (id) CROSS JOIN LATERAL (
+            SELECT j.tenant_id FROM jobs j WHERE j.id = w.id LIMIT 1) j);
     PERFORM FROM shares s WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants)
     ORDER BY s.tenant_id FOR UPDATE;
 
@@ -582,8 +583,10 @@ BEGIN
         ) c
     ), texts AS MATERIALIZED (
         SELECT c.job_id AS id, c.first + t.n - 1 AS place, t.prompt
-        FROM chunks JOIN job_prompts c ON c.job_id = chunks.id AND c.first = chunks.first
-        CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
+        FROM chunks CROSS JOIN LATERAL (  -- the LIMIT makes it one probe for each, by any statistics
+            SELECT c.job_id, c.first, c.prompts FROM job_prompts c
+            WHERE c.job_id = chunks.id AND c.first = chunks.first LIMIT 1
+        ) c CROSS JOIN LATERAL unnest(c.prompts) WITH ORDINALITY AS t (prompt, n)
     )
     SELECT p.id, p.ordinal, p.attempt, p.tenant_id, t.prompt, p.spec,
            chosen::smallint, leader.priority,

@@ -1,7 +1,7 @@
 -- Returns true if any of these attempts still runs. The LIMIT makes it one probe for each frame,
 -- whatever size Postgres believes the table to have: a plan may be as old as the connection.
 CREATE FUNCTION pg_temp.is_any_running(_job_ids uuid[], _ordinals bigint[], _attempts smallint[])
-RETURNS bool LANGUAGE plpgsql STABLE SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+RETURNS bool LANGUAGE plpgsql STABLE /* by index */ AS $$
 BEGIN
     RETURN EXISTS (
         SELECT FROM unnest(_job_ids, _ordinals, _attempts) AS d (job_id, ordinal, attempt)
@@ -14,7 +14,7 @@ END $$;
 
 -- Stores succeeded frames by a digest of everything that decides their bytes, and counts reuses.
 CREATE FUNCTION pg_temp.remember(_job_ids uuid[], _ordinals bigint[], _digests bytea[])
-RETURNS void LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+RETURNS void LANGUAGE plpgsql /* by index */ AS $$
 BEGIN
     WITH ended AS (
         SELECT j.tenant_id, d.digest, f.job_id, f.ordinal, f.reused
@@ -45,7 +45,7 @@ CREATE FUNCTION pg_temp.complete(
     _sha256 bytea[], _bytes int[], _slots smallint[], _seconds float, _digests bytea[],
     _reused bool[]
 ) RETURNS TABLE (job_id uuid, ordinal bigint, attempt smallint)
-LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+LANGUAGE plpgsql /* by index */ AS $$
 #variable_conflict use_column
 DECLARE
     jobs_held uuid[];
@@ -57,7 +57,7 @@ BEGIN
     SELECT coalesce(array_agg(held.id), '{}') INTO jobs_held FROM (
         SELECT l.job_ids FROM leases l WHERE l.id = ANY(_lease_ids) ORDER BY l.id FOR UPDATE
     ) l CROSS JOIN LATERAL unnest(l.job_ids) AS held (id);
-    PERFORM FROM jobs j WHERE j.id = ANY(jobs_held || _job_ids) ORDER BY j.id FOR UPDATE;
+    PERFORM pg_temp.lock_jobs(jobs_held || _job_ids);
 
     WITH accepted AS (
         UPDATE frames f

@@ -24,11 +24,18 @@ $$;
 CREATE AGGREGATE pg_temp.array_total(bigint[]) (
     sfunc = pg_temp.array_sum, stype = bigint[], initcond = '{}');
 
+-- Locks jobs in the order of their IDs. The LIMIT makes it one probe for each.
+CREATE FUNCTION pg_temp.lock_jobs(_ids uuid[]) RETURNS void LANGUAGE plpgsql /* by index */ AS $$
+BEGIN
+    PERFORM FROM (SELECT DISTINCT w.id FROM unnest(_ids) AS w (id) ORDER BY w.id) w
+    CROSS JOIN LATERAL (SELECT FROM jobs j WHERE j.id = w.id LIMIT 1 FOR UPDATE) j;
+END $$;
+
 CREATE FUNCTION pg_temp.tally(
     _kind text, _ids uuid[], _running bigint[], _succeeded bigint[], _dead bigint[],
     _cancelled bigint[], _data jsonb[], _seconds float[] DEFAULT NULL,
     _bytes bigint[] DEFAULT NULL, _failures jsonb[] DEFAULT NULL
-) RETURNS void LANGUAGE plpgsql SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+) RETURNS void LANGUAGE plpgsql /* by index */ AS $$
 BEGIN
     WITH delta AS (
         SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data, _seconds,
