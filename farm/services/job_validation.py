@@ -33,8 +33,9 @@ JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
 SEED_BITS = 53
 """Size of generated seeds, in bits. JavaScript and many JSON readers round larger numbers."""
 
-KNOWN_POINTS = 1000
-"""Maximum number of points that a process remembers for each pipeline."""
+KNOWN_POINTS, KNOWN_CHARACTERS = 1000, 2000
+"""Maximum number of points that a process remembers for each pipeline, and of each one's text. So
+the jobs of a tenant cannot fill the memory."""
 
 JPEG_TEXT_BYTES = 60_000
 """Limit of a frame's prompts in a JPEG. A metadata block ends at 64 KiB (ITU T.81, B.1.1.4)."""
@@ -290,7 +291,7 @@ def _checked_points(
         for each, given, key in zip(params, scalars, keys, strict=True)
     ]
     checked = [*zip(params, points, strict=True)]
-    if known:
+    if 0 < len(known) <= KNOWN_CHARACTERS:
         if len(resolved.checked) >= KNOWN_POINTS:
             resolved.checked.clear()
         resolved.checked[known] = checked[0]

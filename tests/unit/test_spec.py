@@ -45,6 +45,43 @@ def refusal(**fields: Any) -> InvalidRequest:
     return caught.value
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"steps": 7},
+        {"negative_prompt": "blurred"},
+        {"priority": "interactive"},
+        {"bucket": 2},
+        {"repeatable": False},
+        {"images_per_prompt": 2},
+        {"prompts": ["a red star", "a ring"]},
+        {"grid": {"steps": [7, 9]}},
+    ],
+)
+def test_a_job_is_not_taken_for_an_earlier_one_with_other_settings(other: dict[str, Any]) -> None:
+    earlier: dict[str, Any] = {"seed": 1, "images_per_prompt": 8}
+    plan(**earlier)
+    alone = replace(OFFER, checked={})
+    body = {"pipeline": "demo", "prompts": ["a red star"], **earlier, **other}
+    assert plan(**{**earlier, **other}) == full_spec(check_job(body, SETTINGS), alone, SETTINGS)
+
+
+def test_what_is_refused_is_not_remembered() -> None:
+    offer = replace(OFFER, checked={})
+    job = check_job({"pipeline": "demo", "prompts": ["a"], "width": 16_384}, SETTINGS)
+    with pytest.raises(InvalidRequest):
+        full_spec(job, offer, SETTINGS)
+    assert offer.checked == {}
+
+
+def test_long_settings_are_not_remembered() -> None:
+    offer = replace(OFFER, checked={})
+    for text in ("blurred", "blurred " * 500):
+        body = {"pipeline": "demo", "prompts": ["a"], "negative_prompt": text}
+        full_spec(check_job(body, SETTINGS), offer, SETTINGS)
+    assert len(offer.checked) == 1
+
+
 @given(
     grid=st.integers(1, 5),
     prompts=st.integers(1, 7),
