@@ -49,6 +49,11 @@ Plans are generic: planning their queries at each call takes longer than running
 minutes old, from a time when a table was empty or nothing was open. So no join and no sort may read
 a table or an index from end to end because it looked small then. If there is no other way, Postgres
 still does it.
+
+Each query must leave the probe as the only way. `id = ANY (ARRAY[x])` does so. With `id = x`,
+Postgres may instead read a whole index in its order for a join, or put all rows of an EXISTS into a
+hash table. LIMIT 1 in a LATERAL subquery does so too, and is needed where the rows found are
+grouped or sorted.
 """
 
 ROUTINES = "SET LOCAL check_function_bodies = off;\n" + "".join(  # the tables may not exist yet

@@ -106,7 +106,8 @@ SELECT f.job_id, f.ordinal, f.attempt, f.uncharged, f.rerolls, j.max_attempts,
        coalesce((j.spec ->> 'max_rerolls')::int, 0) AS max_rerolls
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
      AS d (job_id, ordinal, attempt)
-JOIN frames f USING (job_id, ordinal) JOIN jobs j ON j.id = f.job_id
+JOIN frames f ON f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
+JOIN jobs j ON j.id = ANY (ARRAY[d.job_id])
 WHERE f.attempt = d.attempt AND f.state = 'running'
 ORDER BY f.job_id, f.ordinal
 FOR UPDATE OF f
@@ -124,7 +125,7 @@ WITH ended AS (
                 CAST(:reasons AS text[]), CAST(:messages AS text[]),
                 CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:isolated AS bool[]))
          AS d (job_id, ordinal, state, uncharged, reroll, reason, message, log, delay, isolated)
-    WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal AND f.state = 'running'
+    WHERE f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal AND f.state = 'running'
     RETURNING f.*, d.reason, d.message, d.log, d.delay
 ), recorded AS (
     INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)

@@ -7,7 +7,7 @@ INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, bat
                              not_before, job_created_at, paused, isolated)
 SELECT f.job_id, f.ordinal, j.pipeline, j.tenant_id, j.priority, r.batch_key, r.bucket,
        clock_timestamp() + make_interval(secs => f.delay), j.created_at, j.paused, f.isolated
-FROM requeued f JOIN jobs j ON j.id = f.job_id CROSS JOIN LATERAL (
+FROM requeued f JOIN jobs j ON j.id = ANY (ARRAY[f.job_id]) CROSS JOIN LATERAL (
     -- the run of the job's ordinals that contains the frame
     SELECT run ->> 1 AS batch_key, (run ->> 2)::smallint AS bucket
     FROM jsonb_array_elements(j.runs) WITH ORDINALITY AS t (run, place)

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-LOCK_JOBS = text("SELECT id FROM jobs WHERE id = ANY(:ids) ORDER BY id FOR UPDATE")
+LOCK_JOBS = text("SELECT pg_temp.lock_jobs(CAST(:ids AS uuid[]))")
 
 
 @dataclass
@@ -34,7 +34,9 @@ class Delta:
 
 LOCK_SHARES = text("""
 SELECT FROM (
-    SELECT DISTINCT pipeline, tenant_id FROM jobs WHERE id = ANY(:ids) ORDER BY 1, 2
+    SELECT DISTINCT j.pipeline, j.tenant_id FROM unnest(CAST(:ids AS uuid[])) AS w (id)
+    CROSS JOIN LATERAL (SELECT pipeline, tenant_id FROM jobs WHERE id = w.id LIMIT 1) j
+    ORDER BY 1, 2
 ) j CROSS JOIN LATERAL (
     SELECT FROM shares s WHERE s.pipeline = j.pipeline AND s.tenant_id = j.tenant_id
     LIMIT 1 FOR UPDATE
@@ -47,12 +49,12 @@ def lock_shares(connection: Connection, job_ids: Iterable[uuid.UUID]) -> None:
 
     Call it before several statements that requeue frames: a trigger sorts only those of one.
     """
-    connection.execute(LOCK_SHARES, {"ids": sorted(set(job_ids))})
+    connection.execute(LOCK_SHARES, {"ids": list(set(job_ids))})
 
 
 def lock_jobs(connection: Connection, job_ids: Iterable[uuid.UUID]) -> None:
     """Lock jobs in the order of their ids, before any of their frames is written."""
-    connection.execute(LOCK_JOBS, {"ids": sorted(set(job_ids))})
+    connection.execute(LOCK_JOBS, {"ids": list(job_ids)})
 
 
 TALLY = text("""

@@ -17,7 +17,7 @@ from farm.domain.states import TERMINAL
 from farm.local import Servers
 from farm.store import events, frames, jobs, lanes, leases, lines, queries, retention, specs
 from farm.store.engine import transaction
-from farm.store.tally import LOCK_JOBS
+from farm.store.tally import LOCK_SHARES
 from tests.conftest import settings_on
 from tests.support.databases import Databases
 from tests.support.store import new_tenant, register_worker, submit
@@ -95,7 +95,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         text("SELECT * FROM pg_temp.other_open_jobs(:pipeline, :batch_key, :leader, 1, :free)"),
         FILL,
     ),
-    "lock": (LOCK_JOBS, {"ids": [uuid.UUID(int=1)]}),
+    "lock shares": (LOCK_SHARES, {"ids": [uuid.UUID(int=1)]}),
     "specs": (specs.SPECS, {"ids": [uuid.UUID(int=1)]}),
     "prompts": (lines.PROMPTS, {"job_ids": [uuid.UUID(int=1)], "places": [0]}),
     "held": (frames.HELD, ONE),

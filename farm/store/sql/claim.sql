@@ -8,7 +8,8 @@
 -- its rows in requeued_frames may not be updated yet.
 CREATE FUNCTION pg_temp.is_held(_job_id uuid) RETURNS bool LANGUAGE sql STABLE AS $$
     SELECT NOT EXISTS (
-        SELECT FROM jobs j WHERE j.id = _job_id AND NOT j.paused AND j.status <> 'cancelled')
+        SELECT FROM jobs j
+        WHERE j.id = ANY (ARRAY[_job_id]) AND NOT j.paused AND j.status <> 'cancelled')
 $$;
 
 -- Returns a tenant's ID that comes before all others.
@@ -279,7 +280,8 @@ BEGIN
     free := free - cardinality(requeued_ids);
     IF free > 0 THEN
         SELECT least(j.run_end - j.cursor, free) INTO n FROM jobs j
-        WHERE j.id = _leader AND j.open AND j.batch_key = _batch_key;
+        -- Not `AND j.open`: see step 5 of `claim`.
+        WHERE j.id = _leader AND CASE WHEN j.open THEN j.batch_key = _batch_key END;
         IF FOUND THEN
             new_ids := ARRAY[_leader]; new_counts := ARRAY[n]; free := free - n;
         END IF;
@@ -412,7 +414,7 @@ BEGIN
         IF requeued_ids <> '{}' THEN
             WITH taken AS (
                 DELETE FROM requeued_frames r USING unnest(requeued_ids, requeued_ordinals) AS t (id, ordinal)
-                WHERE r.job_id = t.id AND r.ordinal = t.ordinal AND NOT r.paused
+                WHERE r.job_id = ANY (ARRAY[t.id]) AND r.ordinal = t.ordinal AND NOT r.paused
                   AND NOT pg_temp.is_held(r.job_id)
                 RETURNING r.job_id, r.ordinal
             ), worn AS (
@@ -420,7 +422,7 @@ BEGIN
                 SET state = 'dead', finished_at = clock_timestamp(),
                     error = 'The frame has had 32767 attempts, and more cannot be counted.'
                 FROM taken t
-                WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
+                WHERE f.job_id = ANY (ARRAY[t.job_id]) AND f.ordinal = t.ordinal AND f.state = 'ready'
                   AND f.attempt >= 32767
                 RETURNING f.job_id, f.ordinal
             ), again AS (
@@ -429,7 +431,7 @@ BEGIN
                     bucket = chosen, error = NULL,
                     started_at = clock_timestamp(), finished_at = NULL
                 FROM taken t
-                WHERE f.job_id = t.job_id AND f.ordinal = t.ordinal AND f.state = 'ready'
+                WHERE f.job_id = ANY (ARRAY[t.job_id]) AND f.ordinal = t.ordinal AND f.state = 'ready'
                   AND f.attempt < 32767
                 RETURNING f.job_id, f.ordinal, f.attempt
             )
@@ -465,11 +467,11 @@ BEGIN
                     bucket = coalesce(
                         (j.runs -> (j.run + ended.by_one) ->> 2)::smallint, j.bucket)
                 FROM take t CROSS JOIN LATERAL (
-                    SELECT (b.cursor + t.n = b.run_end)::int AS by_one FROM jobs b WHERE b.id = t.id
+                    SELECT (b.cursor + t.n = b.run_end)::int AS by_one FROM jobs b WHERE b.id = ANY (ARRAY[t.id])
                 ) ended
                 -- Not `AND j.open`: by the statistics of an idle farm, few jobs are open. Then all of
                 -- them would be read, instead of those of the batch.
-                WHERE j.id = t.id AND CASE WHEN j.open THEN true END
+                WHERE j.id = ANY (ARRAY[t.id]) AND CASE WHEN j.open THEN true END
                 RETURNING j.id, j.cursor - t.n AS first, j.cursor AS stop
             ), born AS (
                 INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at)
@@ -509,7 +511,9 @@ BEGIN
             SELECT id, attempt, false AS lost FROM unnest(ids, attempts) AS f (id, attempt)
             UNION ALL
             SELECT id, 32767, true FROM unnest(lost_ids) AS f (id)
-        ) f JOIN jobs j ON j.id = f.id GROUP BY j.tenant_id
+        ) f CROSS JOIN LATERAL (
+            SELECT j.tenant_id, j.priority FROM jobs j WHERE j.id = f.id LIMIT 1
+        ) j GROUP BY j.tenant_id
     ) t
     WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants) AND s.tenant_id = t.tenant_id;
 
@@ -555,7 +559,7 @@ BEGIN
                 WHERE r.pipeline = _pipeline AND r.tenant_id = s.tenant_id
                   AND r.priority = p.priority AND NOT r.paused
                   AND r.not_before <= statement_timestamp()
-                LIMIT 1
+                ORDER BY r.not_before LIMIT 1  -- by the index of due frames, whatever statistics say
             ) r
         )
         OR EXISTS (SELECT FROM shares s

@@ -19,13 +19,13 @@ BEGIN
     WITH ended AS (
         SELECT j.tenant_id, d.digest, f.job_id, f.ordinal, f.reused
         FROM unnest(_job_ids, _ordinals, _digests) AS d (job_id, ordinal, digest)
-        JOIN frames f ON f.job_id = d.job_id AND f.ordinal = d.ordinal
-        JOIN jobs j ON j.id = d.job_id
+        JOIN frames f ON f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
+        JOIN jobs j ON j.id = ANY (ARRAY[d.job_id])
         WHERE d.digest IS NOT NULL AND f.state = 'succeeded'
     ), counted AS (
         UPDATE jobs j SET reused = j.reused + n.frames
         FROM (SELECT job_id, count(*) AS frames FROM ended WHERE reused GROUP BY job_id) n
-        WHERE j.id = n.job_id
+        WHERE j.id = ANY (ARRAY[n.job_id])
     )
     INSERT INTO reusable_renders AS r (tenant_id, digest, job_id, ordinal)
     SELECT DISTINCT ON (tenant_id, digest) tenant_id, digest, job_id, ordinal
@@ -65,7 +65,7 @@ BEGIN
             sha256 = d.sha256, bytes = d.bytes, slot = d.slot, reused = coalesce(d.reused, false)
         FROM unnest(_job_ids, _ordinals, _attempts, _sha256, _bytes, _slots, _reused)
              AS d (job_id, ordinal, attempt, sha256, bytes, slot, reused)
-        WHERE f.job_id = d.job_id AND f.ordinal = d.ordinal
+        WHERE f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
           AND f.attempt = d.attempt AND f.state = 'running'
         RETURNING f.job_id, f.ordinal, f.attempt, f.bytes
     )

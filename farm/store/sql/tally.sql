@@ -61,7 +61,7 @@ BEGIN
                  WHEN j.succeeded + d.succeeded > 0 THEN 'partial'
                  ELSE 'failed'
                END AS status
-        FROM delta d JOIN jobs j USING (id)
+        FROM delta d JOIN jobs j ON j.id = ANY (ARRAY[d.id])
     ), written AS (
         UPDATE jobs j
         SET running = c.running, succeeded = c.succeeded, dead = c.dead, cancelled = c.cancelled,
@@ -81,7 +81,7 @@ BEGIN
             finished_at = CASE WHEN c.status IN ('succeeded', 'partial', 'failed')
                                THEN coalesce(j.finished_at, clock_timestamp())
                                ELSE j.finished_at END
-        FROM counted c WHERE j.id = c.id
+        FROM counted c WHERE j.id = ANY (ARRAY[c.id])
         RETURNING j.id, j.tenant_id, j.status, c.before, c.data
     )
     INSERT INTO events (job_id, tenant_id, kind, data)
@@ -93,5 +93,5 @@ BEGIN
     INSERT INTO export_news (job_id)
     SELECT d.id FROM unnest(_ids, _succeeded, _dead) AS d (id, succeeded, dead)
     WHERE (d.succeeded > 0 OR d.dead > 0)
-      AND EXISTS (SELECT FROM export_shards s WHERE s.job_id = d.id AND s.whole IS NOT TRUE);
+      AND EXISTS (SELECT FROM export_shards s WHERE s.job_id = ANY (ARRAY[d.id]) AND s.whole IS NOT TRUE);
 END $$;
