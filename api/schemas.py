@@ -335,9 +335,21 @@ class Tenant(BaseModel):
     emptied_at: datetime | None = Field(
         description="Time at which its last row and object were deleted"
     )
+    weight: float = Field(description="Share of each lane, compared with those of other tenants")
     owns: dict[str, int] = Field(
         description="Number of keys, jobs, exports, inputs, images and destinations"
     )
+
+
+class TenantChange(BaseModel):
+    """A change of a tenant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: float = Field(
+        ge=0.01, le=100, description="3 gets three times the device time of 1, while both have work"
+    )
+    why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
 
 
 class DestinationAsked(BaseModel):

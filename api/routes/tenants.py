@@ -1,4 +1,4 @@
-"""Tenants: list, show, delete."""
+"""Tenants: list, show, set, delete."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ def get_tenant(farm: FarmDep, _caller: Operator, tenant: Tenant) -> schemas.Tena
     is the time at which its last row and object were deleted."""
     with reads(farm.store) as connection:
         return _view(_found(connection, tenant))
+
+
+@router.patch("/{tenant}", summary="Set a tenant's weight", responses=refusals(403, 404))
+def set_tenant(
+    farm: FarmDep, actor: Acting, tenant: Tenant, change: schemas.TenantChange
+) -> schemas.Tenant:
+    """Set a tenant's share of each lane, compared with other tenants, from the next batch on."""
+    with transaction(farm.store) as connection:
+        found = _found(connection, tenant)
+        if found.removed_at is not None:
+            raise NotFound(f"Tenant {tenant} is deleted.")
+        if change.weight != found.weight:
+            tenants.set_weight(connection, found, change.weight)
+            outcome = f"weight {found.weight:g} before, {change.weight:g} now"
+            target = f"tenant {found.name}"
+            actions.record(connection, actor, "tenant.set", target, change.why, outcome)
+            found = _found(connection, str(found.id))
+    return _view(found)
 
 
 @router.delete(
@@ -73,5 +91,6 @@ def _view(row: TenantRow) -> schemas.Tenant:
         created_at=row.created_at,
         removed_at=row.removed_at,
         emptied_at=row.emptied_at,
+        weight=row.weight,
         owns={name: getattr(row, name) for name in OWNED},
     )

@@ -115,7 +115,8 @@ class JobSpec(BaseModel):
         default=None,
         ge=1,
         le=MAX_BUCKET,
-        description="Frames in a batch; null lets the farm choose",
+        description="Frames in a batch, at most the catalog's bucket for the image size; null: the"
+        " farm chooses",
     )
     repeatable: bool | None = Field(
         default=None,
@@ -350,17 +351,25 @@ def derived_seed(job_seed: int, ordinal: int, bits: int) -> int:
     return int.from_bytes(digest[:8], "big") >> (64 - bits)
 
 
-def batch_key(pipeline: str, bucket: int | None, scalars: Mapping[str, object]) -> str:
+def batch_key(
+    pipeline: str, bucket: int | None, scalars: Mapping[str, object], frame_cost: int
+) -> str:
     """Compute the key that frames must share to be denoised together.
 
     Args:
         pipeline: the pipeline's name.
         bucket: frames in the batch; None: the claim chooses. Then the key ends with the image size,
-            such as `…~512x512`, by which claim.sql finds the choices.
+            by which claim.sql finds the choices.
         scalars: the parameters that a diffusers call takes once for the whole batch.
+        frame_cost: denoising steps x pixels, by which claim.sql counts the tenants' shares.
+
+    Returns:
+        A hash, a dot and the cost, such as `24FeEq3Q7BA.5242880`, or with an open bucket
+        `24FeEq3Q7BA.5242880~512x512`.
     """
     digest = hashlib.sha256(CANONICAL.encode([pipeline, bucket, scalars]).encode()).digest()
-    key = base64.urlsafe_b64encode(digest[:8]).decode().rstrip("=")  # a job may hold thousands
+    short = base64.urlsafe_b64encode(digest[:8]).decode().rstrip("=")  # a job may hold thousands
+    key = f"{short}.{frame_cost}"
     return key if bucket else f"{key}~{scalars['width']}x{scalars['height']}"
 
 

@@ -22,6 +22,8 @@ STRICT = ConfigDict(
 """Configuration of every model that a client sends."""
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
+DEFAULT_STEPS = 50
+"""Steps that a frame is taken to cost if its parameters name none. diffusers' usual default."""
 Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
 
 
@@ -54,6 +56,12 @@ class Params(BaseModel):
             return {name: whole(value) for name, value in part.items()}
 
         return {name: whole(value) for name, value in schema.items()}
+
+    @property
+    def cost(self) -> int:
+        """Device cost of a frame: denoising steps x pixels. Tenants' shares are counted in it."""
+        steps = vars(self).get("steps")  # a few pipelines have none, or leave it to diffusers
+        return self.width * self.height * (steps if isinstance(steps, int) else DEFAULT_STEPS)
 
     def scalars(self) -> dict[str, object]:
         """Return the values that a diffusers call takes once for a whole batch."""

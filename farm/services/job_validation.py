@@ -344,13 +344,20 @@ def _point(
     repeatable: bool,
 ) -> Point:
     most = resolved.pipeline.bucket_for(params.width, params.height)
+    if job.bucket is not None and job.bucket > most:
+        raise InvalidRequest(
+            f"bucket: {job.bucket} frames of {params.width}x{params.height}; the largest batch of "
+            f"pipeline {resolved.name} at this size is {most}. Use {most} or less, or leave "
+            "bucket out.",
+            param="bucket",
+        )
     bucket = most
     if repeatable:
         bucket = job.bucket or chosen_bucket(Priority.parse(job.priority), most, frames)
     return Point(
         params=params.model_dump(),
         bucket=bucket,
-        batch_key=batch_key(job.pipeline, bucket if repeatable else None, scalars),
+        batch_key=batch_key(job.pipeline, bucket if repeatable else None, scalars, params.cost),
     )
 
 

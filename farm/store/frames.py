@@ -91,7 +91,7 @@ ALREADY = text("""
 SELECT count(*)
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]),
             CAST(:sha256 AS bytea[])) AS d (job_id, ordinal, attempt, sha256)
-JOIN frames f USING (job_id, ordinal)
+JOIN frames f ON f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
 WHERE f.attempt = d.attempt AND f.state = 'succeeded' AND f.sha256 = d.sha256
 """)
 
@@ -132,7 +132,7 @@ WITH ended AS (
     SELECT job_id, ordinal, attempt, worker, reason, message, log, started_at FROM ended
 ), unprinted AS (
     DELETE FROM perceptual_hashes p USING ended e
-    WHERE p.job_id = e.job_id AND p.ordinal = e.ordinal AND e.state = 'dead'
+    WHERE p.job_id = ANY (ARRAY[e.job_id]) AND p.ordinal = e.ordinal AND e.state = 'dead'
 ), requeued AS (
     SELECT job_id, ordinal, delay, isolated FROM ended WHERE state = 'ready'
 )
@@ -148,7 +148,8 @@ ROOM = text("""
 SELECT j.id, j.runs, f.ordinal, f.bucket
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
      AS d (job_id, ordinal, attempt)
-JOIN frames f USING (job_id, ordinal) JOIN jobs j ON j.id = f.job_id
+JOIN frames f ON f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
+JOIN jobs j ON j.id = ANY (ARRAY[d.job_id])
 WHERE f.attempt = d.attempt AND f.state = 'running' AND f.bucket > 1 AND j.spec ->> 'bucket' IS NULL
 ORDER BY j.id, f.ordinal
 """)
@@ -238,6 +239,7 @@ def already_complete(connection: Connection, done: Sequence[CompletedFrame]) -> 
     """Return True if the frames have exactly these results: the reply to a COMMIT was lost."""
     sha256 = arrays.byte_strings(item.sha256 for item in done)
     values = {**_fences([item.fence for item in done]), "sha256": sha256}
+    connection.execute(BY_INDEX)
     return bool(connection.execute(ALREADY, values).scalar_one() == len(done))
 
 

@@ -26,47 +26,6 @@ RETRY_SLICE = 5000
 JOBS_PER_FOLLOW = 100
 """Jobs that one call of `follow` handles at most."""
 
-# A tenant that joins a lane starts at the smallest share of the tenants that wait there, or at the
-# largest share if nobody waits. So absence earns no credit, and work done while nobody else waited
-# costs nothing later.
-JOIN_LANE = """
-INSERT INTO shares (pipeline, tenant_id, served, priority, retry_at)
-SELECT joins.pipeline, joins.tenant_id, entry.served, NULL, NULL
-FROM joins JOIN (
-    SELECT lane.pipeline, coalesce((
-        SELECT min(s.served) FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
-            SELECT s.served FROM shares s
-            WHERE s.pipeline = lane.pipeline AND s.priority = p.priority AND EXISTS (
-                SELECT FROM jobs j
-                WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
-                  AND j.id <> ALL(CAST(:ids AS uuid[])))
-            ORDER BY s.served LIMIT 1
-        ) s
-    ), greatest((
-        SELECT max(s.served) FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
-            SELECT s.served FROM shares s
-            WHERE s.pipeline = lane.pipeline AND s.priority = p.priority
-            ORDER BY s.served DESC LIMIT 1
-        ) s
-    ), (
-        SELECT s.served FROM shares s WHERE s.pipeline = lane.pipeline AND s.priority IS NULL
-        ORDER BY s.priority DESC, s.served DESC LIMIT 1
-    )), 0) AS served
-    FROM (SELECT DISTINCT pipeline FROM joins) lane
-) entry USING (pipeline)
-ORDER BY joins.pipeline, joins.tenant_id
-ON CONFLICT (pipeline, tenant_id) DO UPDATE
-SET served = greatest(shares.served, excluded.served)
-WHERE NOT EXISTS (
-    SELECT FROM jobs j
-    WHERE j.open AND j.pipeline = shares.pipeline AND j.tenant_id = shares.tenant_id
-      AND j.id <> ALL(CAST(:ids AS uuid[])))
-"""
-
-JOIN_AGAIN = text(f"""
-WITH joins AS (SELECT pipeline, tenant_id FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
-{JOIN_LANE}""")  # noqa: S608 - constants only
-
 # Inserts jobs, their prompts and their events. The lanes' rows are last: claims write them too.
 # `given` is JSON, and not JSONB: the order of a spec's grid matters.
 INSERT_JOBS = text(f"""
@@ -93,9 +52,12 @@ WITH j AS (
 ), event AS (
     INSERT INTO events (job_id, tenant_id, kind, data)
     SELECT id, tenant_id, 'job.queued', '{{}}' FROM j
-), joins AS (
-    SELECT DISTINCT pipeline, tenant_id FROM j
-), lane AS ({JOIN_LANE})
+), lane AS (
+    -- Triggers count what waits, and decide with which share a tenant joins: migrations 21 and 23.
+    INSERT INTO shares (pipeline, tenant_id, priority, retry_at)
+    SELECT DISTINCT pipeline, tenant_id, NULL::smallint, NULL::timestamptz FROM j ORDER BY 1, 2
+    ON CONFLICT (pipeline, tenant_id) DO NOTHING
+)
 SELECT {JOB_COLUMNS} FROM j
 """)  # noqa: S608 - constants only
 
@@ -366,7 +328,6 @@ def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
     if job.paused:
         connection.execute(SET_PAUSED, {"id": job_id, "paused": False})
         _append(connection, job_id, "job.resumed")
-        connection.execute(JOIN_AGAIN, {"ids": arrays.ids([job_id])})
 
 
 def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
@@ -438,7 +399,6 @@ def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
     tally(connection, "frames.retried", {job_id: Delta(dead=-frames, data={"count": frames})})
     if job.status in JOB_TRANSITIONS["retry"]:
         _append(connection, job_id, "job.running")
-    connection.execute(JOIN_AGAIN, {"ids": arrays.ids([job_id])})
     return frames
 
 

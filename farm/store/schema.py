@@ -65,6 +65,14 @@ tenants = Table(
     _moment("created_at", now=True),
     _moment("removed_at"),
     _moment("emptied_at"),
+    Column(
+        "weight",
+        Double,
+        CheckConstraint("weight BETWEEN 0.01 AND 100", name="weight"),
+        nullable=False,
+        server_default="1",
+        comment="share of a lane, compared with those of other tenants",
+    ),
 )
 
 keys = Table(
@@ -594,7 +602,18 @@ shares = Table(
     Column("pipeline", Text, primary_key=True),
     Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
     Column(
-        "served", BigInteger, nullable=False, comment="number of frames claimed, for fair share"
+        "served",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="number of frames claimed, by which versions before `used` share lanes",
+    ),
+    Column(
+        "used",
+        Double,
+        nullable=False,
+        server_default="0",
+        comment="bucket x steps x pixels of claimed batches, divided by the tenant's weight",
     ),
     # The next two are bounds, which claims correct. Triggers of the database lower them.
     Column(
@@ -623,7 +642,8 @@ shares = Table(
         server_default="{0,0,0}",
         comment="requeued frames that are not paused, by priority",
     ),
-    Index("shares_heads", "pipeline", "priority", "served", "tenant_id"),
+    Index("shares_heads", "pipeline", "priority", "served", "tenant_id"),  # for older versions
+    Index("shares_by_use", "pipeline", "priority", "used", "tenant_id"),
     Index("shares_retries", "pipeline", "retry_at", postgresql_where=text("retry_at IS NOT NULL")),
 )
 

@@ -17,7 +17,8 @@ SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
 REROLLED = text("""
 SELECT f.job_id, f.ordinal, f.rerolls
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[])) AS d (job_id, ordinal)
-JOIN frames f USING (job_id, ordinal) WHERE f.rerolls > 0
+JOIN frames f ON f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
+WHERE f.rerolls > 0
 """)
 
 

@@ -34,14 +34,29 @@ OWNS = """
 """
 
 LIST = text(f"""
-SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, {OWNS} FROM tenants t
+SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, {OWNS} FROM tenants t
 WHERE t.removed_at IS NULL ORDER BY t.name
 """)  # noqa: S608 - constants only
 
 ONE = text(f"""
-SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, {OWNS} FROM tenants t
+SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, {OWNS} FROM tenants t
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
+
+SET_WEIGHT = text("UPDATE tenants SET weight = :weight WHERE id = :id")
+
+# What a tenant used more than the others that wait is divided by its weight. It is now divided by
+# the new one, so that a raised weight counts at once.
+RESCALE = text("""
+UPDATE shares s SET used = l.used + (s.used - l.used) * CAST(:scale AS float)
+FROM (
+    SELECT s.pipeline, least(s.used, (
+               SELECT min(o.used) FROM shares o
+               WHERE o.pipeline = s.pipeline AND o.priority IS NOT NULL)) AS used
+    FROM shares s WHERE s.tenant_id = :id ORDER BY s.pipeline FOR UPDATE OF s
+) l
+WHERE s.tenant_id = :id AND s.pipeline = l.pipeline
+""")
 
 REMOVE = text("""
 UPDATE tenants SET removed_at = clock_timestamp(), name = id::text
@@ -106,6 +121,7 @@ class TenantRow(NamedTuple):
     created_at: datetime
     removed_at: datetime | None
     emptied_at: datetime | None
+    weight: float
     keys: int
     jobs: int
     exports: int
@@ -122,6 +138,12 @@ def list_tenants(connection: Connection) -> list[TenantRow]:
 def find_tenant(connection: Connection, word: str) -> TenantRow | None:
     """Read one tenant by name, or by id, removed or not, with counts of what it owns."""
     return row_of(connection.execute(ONE, {"word": word}), TenantRow)
+
+
+def set_weight(connection: Connection, tenant: TenantRow, weight: float) -> None:
+    """Set a tenant's weight. It counts from the next batch that is claimed."""
+    connection.execute(SET_WEIGHT, {"id": tenant.id, "weight": weight})
+    connection.execute(RESCALE, {"id": tenant.id, "scale": tenant.weight / weight})
 
 
 def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:

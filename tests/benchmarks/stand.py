@@ -245,7 +245,7 @@ def _write_catalog(folder: Path) -> None:
         f'bucket = {{ "default" = {max(DEVICE)} }}\nladder = [{ladder}]\n\n'
         '[pipelines.photo]\nsource = "photo"\nbucket = { "default" = 4 }\n\n'
         f"[pipelines.demo]\nsource = {demo}\n"
-        'bucket = { "default" = 8 }\ndefaults = { "steps" = 25, "guidance_scale" = 2.5 }\n'
+        'bucket = { "default" = 32 }\ndefaults = { "steps" = 25, "guidance_scale" = 2.5 }\n'
     )
 
 

@@ -43,7 +43,7 @@ INSERT INTO tenants (id, name)
 SELECT md5(%(name)s || n)::uuid, %(name)s || n FROM generate_series(1, %(tenants)s) n
 """
 SHARES = """
-INSERT INTO shares (pipeline, tenant_id, served, priority, retry_at)
+INSERT INTO shares (pipeline, tenant_id, used, priority, retry_at)
 SELECT 'null', md5(%(name)s || n)::uuid, 0, NULL, NULL FROM generate_series(1, %(tenants)s) n
 """
 # Copies of one job that was submitted as usual. Their bucket is open: it is 8 at most.

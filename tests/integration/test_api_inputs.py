@@ -124,7 +124,7 @@ def test_each_line_is_a_frame_of_its_own(farm: Farm, api: Api) -> None:
 def test_every_line_of_several_parts_is_claimed(farm: Farm, api: Api) -> None:
     ann, count = api.client(), 2 * LINES_PER_PART + 1
     found = upload(ann, [{"prompt": f"star {number}"} for number in range(count)])
-    job = submit(ann, found["id"], bucket=256).json()
+    job = submit(ann, found["id"], bucket=8).json()
     worker, drawn = register_worker(farm), dict[int, str]()
     while lease := worker.claim():
         drawn.update({frame.ordinal: frame.spec.prompt for frame in lease.frames})

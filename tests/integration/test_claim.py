@@ -54,7 +54,7 @@ def test_frames_come_into_being_when_they_are_claimed(farm: Farm, tenant: uuid.U
 
 def test_a_frame_carries_its_own_prompt_and_seed(farm: Farm, tenant: uuid.UUID) -> None:
     prompts = [f"prompt {number}" for number in range(2500)]  # three input chunks
-    job_id = submit(farm, tenant, prompts=prompts, images_per_prompt=2, seed=7, bucket=64)
+    job_id = submit(farm, tenant, prompts=prompts, images_per_prompt=2, seed=7, bucket=8)
     seen = {}
     for lease in claim_all(farm):
         for frame in lease.frames:
@@ -257,7 +257,7 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     """Jobs share batches, so each transition changes several jobs."""
-    job_ids = [submit(farm, tenant, images_per_prompt=60, bucket=16) for _ in range(8)]
+    job_ids = [submit(farm, tenant, images_per_prompt=60, bucket=8) for _ in range(8)]
     problems: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:

@@ -48,7 +48,7 @@ WITH idle AS (
     INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'idle ' || n
     FROM generate_series(1, 20000) n RETURNING id
 )
-INSERT INTO shares (pipeline, tenant_id, served, priority, retry_at)
+INSERT INTO shares (pipeline, tenant_id, used, priority, retry_at)
 SELECT 'demo', id, 0, NULL, NULL FROM idle;
 """
 

@@ -78,7 +78,7 @@ def test_a_job_keeps_as_many_as_it_asked_for(
     farm: Farm, tenant: uuid.UUID, line_with: Make
 ) -> None:
     line = line_with(f"{HERE}:every_third")
-    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=300, seed=0, bucket=16)
+    job_id = submit(farm, tenant, pipeline="noise", images_per_prompt=300, seed=0, bucket=4)
     line.run()
     job = job_row(farm, tenant, job_id)
     assert (job.status, job.succeeded) == ("succeeded", 300)

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -18,13 +19,15 @@ from farm.services.jobs import Submission
 from farm.store import frames, leases
 from farm.store.claim import Lease
 from farm.store.engine import Connection, transaction
-from farm.store.frames import FailedAttempt
+from farm.store.frames import CompletedFrame, FailedAttempt
 from tests.support.store import FakeWorker, fence, new_tenant, register_worker, sql, submit
 
 TABLES = ("jobs", "frames", "requeued_frames", "leases", "shares", "job_prompts", "events")
 WAITING = 2_000
 """Number of one-image jobs, and of requeued frames, that came since the statistics."""
 BATCH = 8
+HOUR = 3600.0
+"""Back-off of frames that fail, so that no later batch has them."""
 PLANS = json.dumps({"default": [1, 2, 3, 4, 5, 6, 7, 8]})
 
 IDLE = """
@@ -131,7 +134,7 @@ def complete(scene: Scene, lease: Lease) -> None:
 
 def fail(scene: Scene, lease: Lease) -> None:
     broken = [FailedAttempt(fence(frame), "render_error", "It broke.") for frame in lease.frames]
-    assert len(frames.fail(scene.connection, lease.id, broken, 1.0)) == BATCH
+    assert len(frames.fail(scene.connection, lease.id, broken, HOUR)) == BATCH
 
 
 def release(scene: Scene, lease: Lease) -> None:
@@ -141,14 +144,31 @@ def release(scene: Scene, lease: Lease) -> None:
 
 def lose(scene: Scene, _lease: Lease) -> None:
     worker = scene.worker
-    leases.end_child_leases(scene.connection, worker.id, worker.pid, "It ended.", 1.0, None)
+    leases.end_child_leases(scene.connection, worker.id, worker.pid, "It ended.", HOUR, None)
+
+
+def complete_again(scene: Scene, lease: Lease) -> None:
+    """The reply to the first time was lost."""
+    complete(scene, lease)
+    done = [
+        CompletedFrame(fence(frame), sha256(repr(fence(frame)).encode()).digest(), 100, 0)
+        for frame in lease.frames
+    ]
+    assert frames.already_complete(scene.connection, done)
 
 
 def report(scene: Scene, lease: Lease) -> None:
     assert leases.report_step(scene.connection, lease.id, 1, 2).wanted
 
 
-ENDS: tuple[Callable[[Scene, Lease], None], ...] = (complete, fail, release, lose, report)
+ENDS: tuple[Callable[[Scene, Lease], None], ...] = (
+    complete,
+    complete_again,
+    fail,
+    release,
+    lose,
+    report,
+)
 
 
 def test_a_batch_costs_no_more_with_much_new_work(scene: Scene) -> None:

@@ -265,7 +265,8 @@ def test_the_least_served_tenant_leads_even_if_others_bounds_are_too_low(farm: F
             bucket=1,
             priority="bulk" if tenant == two else "normal",
         )
-        sql(farm, "UPDATE shares SET served = :n WHERE tenant_id = :t", n=served, t=tenant)
+        used = served * 25 * 64 * 64  # frames of the demo's pipeline
+        sql(farm, "UPDATE shares SET used = :n WHERE tenant_id = :t", n=used, t=tenant)
     sql(farm, "UPDATE shares SET priority = 0")
     worker = register_worker(farm)
     order = [worker.must_claim().frames[0].tenant_id for _ in range(6)]
@@ -298,7 +299,7 @@ WITH t AS (
     INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'many ' || n
     FROM generate_series(1, 1000) n RETURNING id, name
 )
-INSERT INTO shares (pipeline, tenant_id, served, priority, retry_at)
+INSERT INTO shares (pipeline, tenant_id, used, priority, retry_at)
 SELECT 'demo', id, 1, NULL, NULL FROM t;
 INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, cursor, run_end, batch_key,
                   bucket, runs, max_attempts, spec, labels)

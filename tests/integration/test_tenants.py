@@ -150,6 +150,43 @@ def url(farm: Farm) -> str:
     return farm.settings.database_url.get_secret_value()
 
 
+def test_an_operator_sets_a_weight(farm: Farm, api: Api, operator: httpx.Client) -> None:
+    api.client("ann")
+    assert operator.get("/v1/tenants/ann").json()["weight"] == 1
+    for _ in range(2):  # the second one changes nothing
+        answer = operator.patch("/v1/tenants/ann", json={"weight": 2.5, "why": "ticket 7"})
+        assert (answer.status_code, answer.json()["weight"]) == (200, 2.5)
+    [action] = operator.get("/v1/actions").json()["data"]
+    assert (action["verb"], action["target"], action["why"]) == (
+        "tenant.set",
+        "tenant ann",
+        "ticket 7",
+    )
+    assert action["outcome"] == "weight 1 before, 2.5 now"
+    assert sql(farm, "SELECT name, weight FROM tenants ORDER BY name") == [("ann", 2.5), ("ops", 1)]
+
+
+@pytest.mark.parametrize(
+    "body", [{"weight": 0}, {"weight": 101}, {"weight": None}, {}, {"wait": 3}]
+)
+def test_a_wrong_weight_names_the_field(
+    farm: Farm, operator: httpx.Client, body: dict[str, object]
+) -> None:
+    problem = check_problem(operator.patch("/v1/tenants/ops", json=body), 422)
+    assert problem["error"]["param"] in ("weight", *body)
+    assert sql(farm, "SELECT weight FROM tenants") == [(1,)]
+
+
+def test_a_deleted_tenant_has_no_weight_to_set(
+    farm: Farm, api: Api, operator: httpx.Client
+) -> None:
+    api.client("ann")
+    tenant = id_of(farm, "ann")
+    operator.delete("/v1/tenants/ann")
+    for word in ("ann", tenant):
+        check_problem(operator.patch(f"/v1/tenants/{word}", json={"weight": 2}), 404)
+
+
 def test_an_operator_does_not_delete_their_own_tenant(farm: Farm, operator: httpx.Client) -> None:
     check_problem(operator.delete("/v1/tenants/ops"), 409)
     assert operator.get("/v1/tenants/ops").status_code == 200
@@ -161,6 +198,7 @@ def test_only_operators_see_tenants_and_actions(api: Api, role: str) -> None:
     for path in ("/v1/tenants", "/v1/tenants/ann", "/v1/actions"):
         check_problem(client.get(path), 403)
     check_problem(client.delete("/v1/tenants/bob"), 403)
+    check_problem(client.patch("/v1/tenants/ann", json={"weight": 100}), 403)
     check_problem(
         client.post("/v1/destinations", json={"tenant": "ann", "dest": "s3://abc/x"}), 403
     )

@@ -231,10 +231,11 @@ def test_a_bucket_counts_the_frames_that_can_share_it() -> None:
 
 def test_what_a_batch_shares_decides_its_key() -> None:
     scalars = {"steps": 5, "width": 64}
-    key = batch_key("demo", 4, scalars)
-    assert key == batch_key("demo", 4, {"width": 64, "steps": 5})
-    assert len({key, batch_key("demo", 8, scalars), batch_key("other", 4, scalars)}) == 3
-    assert key != batch_key("demo", 4, {**scalars, "steps": 6})
+    key = batch_key("demo", 4, scalars, 320)
+    assert key == batch_key("demo", 4, {"width": 64, "steps": 5}, 320)
+    assert len({key, batch_key("demo", 8, scalars, 320), batch_key("other", 4, scalars, 320)}) == 3
+    assert key != batch_key("demo", 4, {**scalars, "steps": 6}, 320)
+    assert key.endswith(".320")
     one, two = plan(negative_prompt="blue", bucket=4), plan(seed=5, bucket=4)
     assert one.point(0).batch_key == two.point(0).batch_key
 

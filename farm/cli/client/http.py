@@ -206,6 +206,11 @@ class FarmClient:
         """Read a tenant, by its name or its ID."""
         return self._object(Tenant, self._send("GET", f"/v1/tenants/{_quoted(name)}"))
 
+    def set_tenant(self, name: str, weight: float, why: str) -> Tenant:
+        """Set a tenant's weight."""
+        body = {"weight": weight, "why": why}
+        return self._object(Tenant, self._send("PATCH", f"/v1/tenants/{_quoted(name)}", json=body))
+
     def delete_tenant(self, name: str, why: str) -> Tenant:
         """Delete a tenant and all that it owns."""
         path = f"/v1/tenants/{_quoted(name)}"

@@ -194,6 +194,7 @@ class Tenant(TypedDict):
     created_at: str
     removed_at: str | None
     emptied_at: str | None
+    weight: float
     owns: dict[str, int]
 
 

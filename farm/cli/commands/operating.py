@@ -23,13 +23,13 @@ OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 Why = Annotated[str, typer.Option(help='Reason, stored with the action. Example: "ticket 7".')]
 Tenant = Annotated[str, typer.Argument(help="Name of the tenant.", show_default=False)]
 
-tenants_app = typer.Typer(help="List, show and delete tenants.")
+tenants_app = typer.Typer(help="List, show, set and delete tenants.")
 destinations_app = typer.Typer(help="Grant and revoke export destinations.")
 
 
 @tenants_app.callback(invoke_without_command=True)
 def tenants(context: typer.Context, as_json: Json = False) -> None:
-    """List the tenants and what each of them owns."""
+    """List the tenants, their weights and what each of them owns."""
     if context.invoked_subcommand is not None:
         return
     with farm_client() as client:
@@ -37,10 +37,11 @@ def tenants(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         emit(page)
         return
-    table = columns("tenant", *OWNED, "since", right=OWNED)
+    table = columns("tenant", "weight", *OWNED, "since", right=("weight", *OWNED))
     for each in page["data"]:
+        weight = f"{each['weight']:g}"
         owned = [count(each["owns"][name]) for name in OWNED]
-        table.add_row(escape(clean(each["name"] or "")), *owned, ago(each["created_at"]))
+        table.add_row(escape(clean(each["name"] or "")), weight, *owned, ago(each["created_at"]))
     show_table(table)
 
 
@@ -49,9 +50,33 @@ def show(
     tenant: Annotated[str, typer.Argument(help="Name of the tenant, or its ID.")],
     as_json: Json = False,
 ) -> None:
-    """Show what a tenant owns. Use the ID for a tenant that was deleted."""
+    """Show a tenant's weight, and what it owns. Use the ID for a tenant that was deleted."""
     with farm_client() as client:
         found = client.tenant(tenant)
+    _tell(found, as_json)
+
+
+@tenants_app.command(name="set")
+def set_(
+    tenant: Tenant,
+    weight: Annotated[
+        float,
+        typer.Option(
+            help="Share of each lane, 0.01 to 100. 3 gets three times the device time of 1.",
+            show_default=False,
+        ),
+    ],
+    why: Why = "",
+    as_json: Json = False,
+) -> None:
+    """Set a tenant's weight. Every tenant starts with 1.
+
+    Example: farm tenants set shop --weight 3 --why "ticket 7"
+    """
+    if not 0.01 <= weight <= 100:
+        raise InvalidRequest(f"--weight: {weight:g} is not from 0.01 to 100.", param="weight")
+    with farm_client() as client:
+        found = client.set_tenant(tenant, weight, why)
     _tell(found, as_json)
 
 
@@ -84,7 +109,7 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
         say(f"Tenant {tenant['id']} is being deleted. It still owns {_owned(tenant)}.")
         note(f"Check the progress with `farm tenants show {tenant['id']}`.")
     else:
-        say(f"Tenant {tenant['name']} owns {_owned(tenant)}.")
+        say(f"Tenant {tenant['name']} has weight {tenant['weight']:g}, and owns {_owned(tenant)}.")
 
 
 def _owned(tenant: objects.Tenant) -> str:

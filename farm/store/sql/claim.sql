@@ -12,6 +12,16 @@ CREATE FUNCTION pg_temp.is_held(_job_id uuid) RETURNS bool LANGUAGE sql STABLE A
         WHERE j.id = ANY (ARRAY[_job_id]) AND NOT j.paused AND j.status <> 'cancelled')
 $$;
 
+-- Returns the device cost of a frame: denoising steps x pixels. It is in the batch key: see spec.py.
+-- A job of an older version has none there. Then it is taken to have 20 steps at its size, or at
+-- 512x512 if the key has no size.
+CREATE FUNCTION pg_temp.frame_cost(_batch_key text) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(substring(_batch_key FROM '[.]([0-9]+)')::bigint,
+                    20 * substring(_batch_key FROM '~([0-9]+)x')::bigint
+                       * substring(_batch_key FROM '~[0-9]+x([0-9]+)')::bigint,
+                    20 * 512 * 512)
+$$;
+
 -- Returns a tenant's ID that comes before all others.
 CREATE FUNCTION pg_temp.no_tenant() RETURNS uuid LANGUAGE sql IMMUTABLE AS $$
     SELECT '00000000-0000-0000-0000-000000000000'::uuid
@@ -50,15 +60,15 @@ RETURNS TABLE (
     ) h ORDER BY h.priority, h.kind LIMIT 1
 $$;
 
--- Returns the next share of a lane that may have work, in the order of `priority` and `served`.
+-- Returns the next share of a lane that may have work, in the order of `priority` and `used`.
 CREATE FUNCTION pg_temp.next_share(
-    _pipeline text, _priority smallint, _after_priority smallint, _after_served bigint,
+    _pipeline text, _priority smallint, _after_priority smallint, _after_used float,
     _after_tenant uuid
-) RETURNS TABLE (priority smallint, served bigint, tenant_id uuid) LANGUAGE sql STABLE AS $$
-    SELECT s.priority, s.served, s.tenant_id FROM shares s
+) RETURNS TABLE (priority smallint, used float, tenant_id uuid) LANGUAGE sql STABLE AS $$
+    SELECT s.priority, s.used, s.tenant_id FROM shares s
     WHERE s.pipeline = _pipeline AND s.priority <= _priority
-      AND (s.priority, s.served, s.tenant_id) > (_after_priority, _after_served, _after_tenant)
-    ORDER BY s.priority, s.served, s.tenant_id LIMIT 1
+      AND (s.priority, s.used, s.tenant_id) > (_after_priority, _after_used, _after_tenant)
+    ORDER BY s.priority, s.used, s.tenant_id LIMIT 1
 $$;
 
 -- Returns true if frames of this priority may wait on a lane. A false yes is corrected by a claim.
@@ -77,23 +87,24 @@ CREATE FUNCTION pg_temp.retried(
     _pipeline text, _but text[], _priority smallint, _avoided uuid
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
-    served bigint, tenant_id uuid
+    used float, tenant_id uuid
 ) LANGUAGE sql STABLE AS $$
-    SELECT h.*, s.served, s.tenant_id
+    SELECT h.*, s.used, s.tenant_id
     FROM shares s CROSS JOIN LATERAL pg_temp.head(s.pipeline, s.tenant_id, _but, _priority) h
     WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp()
       AND s.tenant_id IS DISTINCT FROM _avoided
-    ORDER BY h.priority, s.served, s.tenant_id LIMIT 1
+    ORDER BY h.priority, s.used, s.tenant_id LIMIT 1
 $$;
 
--- Returns the first frame of the next batch: by highest priority, then the tenant served least, then
--- as `head` says. `priority` of a share is a bound: the tenant's head may be less urgent, or be gone.
--- So the search goes on until no later share can be better. `_avoided`: a tenant to leave out.
+-- Returns the first frame of the next batch: by highest priority, then the tenant with the smallest
+-- share, then as `head` says. `priority` of a share is a bound: the tenant's head may be less urgent,
+-- or be gone. So the search goes on until no later share can be better. `_avoided`: a tenant to leave
+-- out.
 CREATE FUNCTION pg_temp.leader(
     _pipeline text, _but text[], _priority smallint, _avoided uuid DEFAULT NULL
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
-    served bigint, tenant_id uuid
+    used float, tenant_id uuid
 ) LANGUAGE plpgsql STABLE /* by index */ AS $$
 DECLARE
     best record;
@@ -103,23 +114,23 @@ DECLARE
 BEGIN
     SELECT * INTO best FROM pg_temp.retried(_pipeline, _but, _priority, _avoided);
     found_one := FOUND;
-    SELECT -1::smallint AS priority, 0::bigint AS served, pg_temp.no_tenant() AS tenant_id INTO share;
+    SELECT -1::smallint AS priority, 0::float AS used, pg_temp.no_tenant() AS tenant_id INTO share;
     LOOP
         SELECT * INTO share FROM pg_temp.next_share(
-            _pipeline, _priority, share.priority, share.served, share.tenant_id);
-        EXIT WHEN NOT FOUND OR found_one AND (share.priority, share.served, share.tenant_id)
-                                             >= (best.priority, best.served, best.tenant_id);
+            _pipeline, _priority, share.priority, share.used, share.tenant_id);
+        EXIT WHEN NOT FOUND OR found_one AND (share.priority, share.used, share.tenant_id)
+                                             >= (best.priority, best.used, best.tenant_id);
         CONTINUE WHEN share.tenant_id = _avoided;
-        SELECT h.*, share.served, share.tenant_id INTO head
+        SELECT h.*, share.used, share.tenant_id INTO head
         FROM pg_temp.head(_pipeline, share.tenant_id, _but, _priority) h;
-        IF FOUND AND (NOT found_one OR (head.priority, share.served, share.tenant_id)
-                                       < (best.priority, best.served, best.tenant_id)) THEN
+        IF FOUND AND (NOT found_one OR (head.priority, share.used, share.tenant_id)
+                                       < (best.priority, best.used, best.tenant_id)) THEN
             best := head; found_one := true;
         END IF;
     END LOOP;
     IF found_one THEN
         RETURN QUERY SELECT best.job_id, best.ordinal, best.isolated, best.batch_key, best.bucket,
-                            best.priority, best.served, best.tenant_id;
+                            best.priority, best.used, best.tenant_id;
     END IF;
 END $$;
 
@@ -128,13 +139,13 @@ END $$;
 -- under this lock misses nothing: work that is not committed yet changes the share afterwards. A share
 -- that somebody else has locked is left for the next claim. The caller waits for no lock after this.
 CREATE FUNCTION pg_temp.correct_shares(
-    _pipeline text, _priority smallint, _served bigint, _tenant_id uuid
+    _pipeline text, _priority smallint, _used float, _tenant_id uuid
 ) RETURNS void LANGUAGE plpgsql /* by index */ AS $$
 DECLARE
     tenants uuid[] := ARRAY(
         SELECT s.tenant_id FROM shares s
         WHERE s.pipeline = _pipeline
-          AND (s.priority, s.served, s.tenant_id) < (_priority, _served, _tenant_id)
+          AND (s.priority, s.used, s.tenant_id) < (_priority, _used, _tenant_id)
         UNION
         SELECT s.tenant_id FROM shares s
         WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
@@ -213,24 +224,26 @@ CREATE FUNCTION pg_temp.other_jobs(
     ) o WHERE o.before < _free
 $$;
 
--- Returns other open jobs for a batch whose bucket is open, each with the number of frames: in turn from
--- each tenant, the one served least first. So a thousand one-image jobs of a tenant take no larger
--- share than one job of a thousand. Of each tenant the first 32 jobs are looked at, and of each
--- priority the first _free + 100 tenants. `_held`: frames of the leader that the batch has already.
+-- Returns other open jobs for a batch whose bucket is open, each with the number of frames: in turn
+-- from each tenant, the one with the smallest share first. So a thousand one-image jobs of a tenant
+-- take no larger share than one job of a thousand. Of each tenant the first 32 jobs are looked at,
+-- and of each priority the first _free + 100 tenants. `_held`: frames of the leader that the batch
+-- has already.
 CREATE FUNCTION pg_temp.other_open_jobs(
     _pipeline text, _batch_key text, _leader uuid, _held int, _free int,
     _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
-    WITH tenants AS (
-        SELECT s.tenant_id, s.served + CASE WHEN s.tenant_id = (
+    WITH sharing AS (
+        SELECT s.tenant_id, pg_temp.frame_cost(_batch_key) / t.weight AS each,
+               s.used + CASE WHEN s.tenant_id = (
                    SELECT l.tenant_id FROM jobs l WHERE l.id = _leader
-               ) THEN _held ELSE 0 END AS served
+               ) THEN _held * pg_temp.frame_cost(_batch_key) / t.weight ELSE 0 END AS used
         FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
-            SELECT s.tenant_id, s.served FROM (
-                SELECT s.tenant_id, s.served FROM shares s
+            SELECT s.tenant_id, s.used FROM (
+                SELECT s.tenant_id, s.used FROM shares s
                 WHERE s.pipeline = _pipeline AND s.priority = p.priority
                   AND s.tenant_id IS DISTINCT FROM _avoided
-                ORDER BY s.served, s.tenant_id LIMIT _free + 100
+                ORDER BY s.used, s.tenant_id LIMIT _free + 100
             ) s
             WHERE EXISTS (SELECT FROM (
                 SELECT j.batch_key, j.id FROM jobs j
@@ -238,17 +251,17 @@ CREATE FUNCTION pg_temp.other_open_jobs(
                 ORDER BY j.priority, j.created_at, j.id LIMIT 32
             ) j WHERE j.batch_key = _batch_key AND j.id <> _leader)
               AND p.priority <= _least
-            ORDER BY s.served, s.tenant_id LIMIT _free
-        ) s
+            ORDER BY s.used, s.tenant_id LIMIT _free
+        ) s CROSS JOIN LATERAL (SELECT t.weight FROM tenants t WHERE t.id = s.tenant_id LIMIT 1) t
     ), own AS (
-        SELECT j.*, t.served + coalesce(sum(j.room) OVER (
-                   PARTITION BY t.tenant_id ORDER BY j.priority, j.created_at, j.id
+        SELECT j.*, s.each, s.used + s.each * coalesce(sum(j.room) OVER (
+                   PARTITION BY s.tenant_id ORDER BY j.priority, j.created_at, j.id
                    ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS turn
-        FROM tenants t CROSS JOIN LATERAL (
+        FROM sharing s CROSS JOIN LATERAL (
             SELECT * FROM (
                 SELECT j.id, j.batch_key, j.priority, j.created_at, j.run_end - j.cursor AS room
                 FROM jobs j
-                WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = t.tenant_id
+                WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = s.tenant_id
                 ORDER BY j.priority, j.created_at, j.id LIMIT 32
             ) j
             WHERE j.batch_key = _batch_key AND j.id <> _leader AND j.priority <= _least
@@ -257,7 +270,7 @@ CREATE FUNCTION pg_temp.other_open_jobs(
     )
     SELECT f.id, count(*) FROM (
         SELECT own.id FROM own CROSS JOIN generate_series(0, least(own.room, _free) - 1) AS frame (n)
-        ORDER BY own.priority, own.turn + frame.n, own.created_at, own.id LIMIT _free
+        ORDER BY own.priority, own.turn + own.each * frame.n, own.created_at, own.id LIMIT _free
     ) f GROUP BY f.id
 $$;
 
@@ -359,6 +372,7 @@ DECLARE
     worn_ids uuid[];
     worn_ordinals bigint[];
     lost_ids uuid[] := '{}';
+    each float;
     tenants uuid[];
     left_over boolean;
 BEGIN
@@ -414,8 +428,9 @@ BEGIN
         IF requeued_ids <> '{}' THEN
             WITH taken AS (
                 DELETE FROM requeued_frames r USING unnest(requeued_ids, requeued_ordinals) AS t (id, ordinal)
-                WHERE r.job_id = ANY (ARRAY[t.id]) AND r.ordinal = t.ordinal AND NOT r.paused
-                  AND NOT pg_temp.is_held(r.job_id)
+                -- Not `AND NOT r.paused`, which would let Postgres read a partial index as a whole.
+                WHERE r.job_id = ANY (ARRAY[t.id]) AND r.ordinal = t.ordinal
+                  AND CASE WHEN r.paused THEN false ELSE NOT pg_temp.is_held(r.job_id) END
                 RETURNING r.job_id, r.ordinal
             ), worn AS (
                 UPDATE frames f
@@ -494,26 +509,31 @@ BEGIN
     PERFORM FROM shares s WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants)
     ORDER BY s.tenant_id FOR UPDATE;
 
+    -- Padding costs as much as frames. The tenants of the batch pay for it in proportion.
+    each := chosen * pg_temp.frame_cost(leader.batch_key)::float / greatest(cardinality(ids), 1);
     UPDATE shares s
-    SET served = s.served + t.served,
+    SET used = s.used + t.frames * each / t.weight,
+        served = s.served + t.frames,  -- for versions before `used`
         waiting = ARRAY[s.waiting[1] - t.new_0, s.waiting[2] - t.new_1, s.waiting[3] - t.new_2],
         requeued = ARRAY[s.requeued[1] - t.again_0, s.requeued[2] - t.again_1,
                          s.requeued[3] - t.again_2]
     FROM (
-        SELECT j.tenant_id, count(*) FILTER (WHERE NOT f.lost) AS served,
-               count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 0) AS new_0,
-               count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 1) AS new_1,
-               count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 2) AS new_2,
-               count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 0) AS again_0,
-               count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 1) AS again_1,
-               count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 2) AS again_2
-        FROM (
-            SELECT id, attempt, false AS lost FROM unnest(ids, attempts) AS f (id, attempt)
-            UNION ALL
-            SELECT id, 32767, true FROM unnest(lost_ids) AS f (id)
-        ) f CROSS JOIN LATERAL (
-            SELECT j.tenant_id, j.priority FROM jobs j WHERE j.id = f.id LIMIT 1
-        ) j GROUP BY j.tenant_id
+        SELECT c.*, t.weight FROM (
+            SELECT j.tenant_id, count(*) FILTER (WHERE NOT f.lost) AS frames,
+                   count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 0) AS new_0,
+                   count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 1) AS new_1,
+                   count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 2) AS new_2,
+                   count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 0) AS again_0,
+                   count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 1) AS again_1,
+                   count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 2) AS again_2
+            FROM (
+                SELECT id, attempt, false AS lost FROM unnest(ids, attempts) AS f (id, attempt)
+                UNION ALL
+                SELECT id, 32767, true FROM unnest(lost_ids) AS f (id)
+            ) f CROSS JOIN LATERAL (
+                SELECT j.tenant_id, j.priority FROM jobs j WHERE j.id = f.id LIMIT 1
+            ) j GROUP BY j.tenant_id
+        ) c CROSS JOIN LATERAL (SELECT t.weight FROM tenants t WHERE t.id = c.tenant_id LIMIT 1) t
     ) t
     WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants) AND s.tenant_id = t.tenant_id;
 
@@ -523,7 +543,7 @@ BEGIN
             _pipeline, (_priority + 1)::smallint, -1, pg_temp.no_tenant());
     ELSE
         PERFORM pg_temp.correct_shares(
-            _pipeline, leader.priority, leader.served, leader.tenant_id);
+            _pipeline, leader.priority, leader.used, leader.tenant_id);
     END IF;
     IF ids = '{}' THEN RETURN; END IF;
 
@@ -553,7 +573,7 @@ BEGIN
             SELECT FROM (
                 SELECT s.tenant_id FROM shares s
                 WHERE s.pipeline = _pipeline AND s.priority IS NOT NULL
-                ORDER BY s.priority, s.served, s.tenant_id LIMIT 3
+                ORDER BY s.priority, s.used, s.tenant_id LIMIT 3
             ) s CROSS JOIN (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
                 SELECT FROM requeued_frames r
                 WHERE r.pipeline = _pipeline AND r.tenant_id = s.tenant_id

@@ -43,7 +43,7 @@ def mixed(number: int) -> dict[str, Any]:
     return {
         "prompts": [f"a red star, number {number}", f"ring number {number}"],
         "images_per_prompt": 5,
-        "bucket": 5,
+        "bucket": 4,
         "grid": {"width": WIDTHS},
         "steps": 1,
         "seed": number,
