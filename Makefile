@@ -25,7 +25,7 @@ IMAGE := --file helm/images/Dockerfile --build-arg VERSION=$(VERSION) \
 timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s) - begun)) s"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up lint style types check test tests-together tests-alone test-slow \
+.PHONY: help setup demo up lint style types check tests-unit test tests-together tests-alone test-slow \
   test-pythons coverage images chart-tools gpu chaos bench clean
 
 help: ## Show this list
@@ -68,8 +68,11 @@ types: setup
 	$(BIN)/lint-imports
 
 check: setup ## Check a commit, in a minute: lint and the unit tests
-	$(call timed,lint,$(MAKE) --no-print-directory lint)
-	$(call timed,unit tests,$(PYTEST) $(SHARED) -m "$(QUICK)" tests/unit)
+	$(call timed,lint together with unit tests,$(MAKE) --no-print-directory -j 2 lint tests-unit)
+
+# They compute, and each process imports torch, so no more processes than cores.
+tests-unit: setup
+	$(PYTEST) --numprocesses 2 --no-loadscope-reorder -m "$(QUICK)" tests/unit
 
 # mypy needs one core for a minute, and tests leave parts of two cores free.
 test: setup ## Check a change: lint and all tests except the slow ones
