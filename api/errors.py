@@ -17,14 +17,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.dashboard.html import PAGE_HEADERS, render
 from farm.domain.inputs import BadLines
-from farm.errors import FarmError, InvalidRequest, Unauthenticated, Unavailable
+from farm.errors import (
+    FarmError,
+    InvalidRequest,
+    Limit,
+    LimitExceeded,
+    Unauthenticated,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
+LIMIT_SECONDS = 30
+"""Seconds after which a client that met a limit should try again. When others end is not known."""
 
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 """`error.type` of each status, as public clients know it. For others the first digit decides."""
 
 
@@ -79,11 +93,34 @@ def farm_error(request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = 'Bearer realm="farm"'
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    if isinstance(error, LimitExceeded) and error.limit:
+        headers |= _limit_fields(error.limit)
     if error.status >= 500:
         log.error("Request %s: %s", request_id(request), error.message)
-    more = {"lines": error.problems} if isinstance(error, BadLines) else {}
+    more: dict[str, Any] = {}
+    if isinstance(error, BadLines):
+        more = {"lines": error.problems}
+    elif isinstance(error, LimitExceeded) and error.limit:
+        more = {"limit": limit_body(error.limit)}
     content = problem(error.status, error.code, error.message, error.param, **more)
     return _answer(request, content, headers)
+
+
+def limit_body(limit: Limit) -> dict[str, str | int]:
+    """Return the `limit` object of a problem."""
+    return {"name": limit.name, "value": limit.value, "used": limit.used}
+
+
+def _limit_fields(limit: Limit) -> dict[str, str]:
+    """Return the header fields of a limit, as draft-ietf-httpapi-ratelimit-headers-11 has them.
+
+    Without Retry-After, if the same call can never succeed.
+    """
+    fields = {
+        "RateLimit-Policy": f'"{limit.name}";q={limit.value}',
+        "RateLimit": f'"{limit.name}";r={max(0, limit.value - limit.used)}',
+    }
+    return {**fields, "Retry-After": str(LIMIT_SECONDS)} if limit.fits_later else fields
 
 
 def _invalid(request: Request, error: Exception) -> Response:

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from farm.domain.image_formats import Format
-from farm.domain.spec import PROMPTS_SHOWN, LabelText, Storable, storable
+from farm.domain.spec import PROMPTS_SHOWN, LabelText, Priority, Storable, storable
 from farm.domain.states import FrameState, JobStatus
 from farm.services.exports.service import MAX_JOBS, SHARD_FRAMES
 
@@ -336,20 +336,63 @@ class Tenant(BaseModel):
         description="Time at which its last row and object were deleted"
     )
     weight: float = Field(description="Share of each lane, compared with those of other tenants")
+    priorities: list[str] | None = Field(description="Priorities that it may use; null: all")
+    max_open_jobs: int | None = Field(
+        description="Maximum number of its jobs that have not ended; null: no limit"
+    )
+    max_waiting_frames: int | None = Field(
+        description="Maximum number of its frames that wait; null: no limit"
+    )
+    uses: dict[str, int | None] = Field(
+        description="`open_jobs` and `waiting_frames` that it has now; in a list, null without the"
+        " limit"
+    )
     owns: dict[str, int] = Field(
         description="Number of keys, jobs, exports, inputs, images and destinations"
     )
 
 
-class TenantChange(BaseModel):
-    """A change of a tenant."""
+def _without_defaults(schema: dict[str, Any]) -> None:
+    for described in schema["properties"].values():
+        described.pop("default", None)
 
-    model_config = ConfigDict(extra="forbid")
+
+class TenantChange(BaseModel):
+    """A change of a tenant. A field that is left out stays as it is."""
+
+    # No defaults in the schema: a client that filled them in would remove every limit.
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_without_defaults)
 
     weight: float = Field(
-        ge=0.01, le=100, description="3 gets three times the device time of 1, while both have work"
+        default=1.0,
+        ge=0.01,
+        le=100,
+        description="3 gets three times the device time of 1, while both have work",
+    )
+    priorities: list[Literal["interactive", "normal", "bulk"]] | None = Field(
+        default=None, min_length=1, description="Priorities that its jobs may have; null: all"
+    )
+    max_open_jobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=10**15 - 1,
+        description="Maximum number of jobs that have not ended; null: no limit",
+    )
+    max_waiting_frames: int | None = Field(
+        default=None,
+        ge=0,
+        le=10**15 - 1,
+        description="Maximum number of frames that wait, also in paused jobs; null: no limit",
     )
     why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields that are given, with priorities as numbers."""
+        given: dict[str, Any] = self.model_dump(exclude={"why", "priorities"}, exclude_unset=True)
+        if "priorities" in self.model_fields_set:
+            names = self.priorities
+            given["priorities"] = names and sorted({Priority.parse(name) for name in names})
+        return given
 
 
 class DestinationAsked(BaseModel):
@@ -429,12 +472,21 @@ class Problem(BaseModel):
     error: ErrorBody
 
 
+class LimitMet(BaseModel):
+    """A limit of the tenant that a job would exceed."""
+
+    name: str = Field(description="Such as `max_open_jobs`")
+    value: int
+    used: int = Field(description="Number that the tenant has now")
+
+
 class SubmittedJob(BaseModel):
     """The answer to one job of a batch: the job, or the error."""
 
     status: int = Field(description="Status that POST /v1/jobs would have answered with")
     job: Job | None = None
     error: ErrorBody | None = None
+    limit: LimitMet | None = None
 
 
 class SubmittedJobs(BaseModel):

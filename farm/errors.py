@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 def one_line(said: object, limit: int = 300) -> str:
     """Put a library's message, often several lines, on one line of at most `limit` characters."""
     line = " ".join(str(said).split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit of a tenant that a call met."""
+
+    name: str
+    value: int
+    used: int
+    """Number that the tenant has now."""
+    fits_later: bool
+    """False if the call asks for more than the limit itself."""
 
 
 class FarmError(Exception):
@@ -65,7 +79,7 @@ class Unauthenticated(FarmError):
 
 
 class Forbidden(FarmError):
-    """The key's role does not allow this call."""
+    """The key's role does not allow this call, or the tenant may not use this value."""
 
     code = "forbidden"
     status = 403
@@ -83,6 +97,32 @@ class Conflict(FarmError):
 
     code = "conflict"
     status = 409
+
+
+class LimitExceeded(FarmError):
+    """A tenant would have more than its operator allows. The same call may succeed later."""
+
+    code = "limit_exceeded"
+    status = 429
+    limit: Limit | None = None
+    """None in a program that only read the answer of an API."""
+
+    @classmethod
+    def of(cls, name: str, value: int, *, used: int, more: int) -> LimitExceeded:
+        """Build it for a call that would add `more` to what a tenant has."""
+        limit = Limit(name, value, used, fits_later=more <= value)
+        things = name.removeprefix("max_").replace("_", " ")
+        hint = (
+            "Try again when others have ended."
+            if limit.fits_later
+            else "That is more than the limit itself: make it smaller."
+        )
+        error = cls(
+            f"{name}: this tenant may have {value:,} {things}. It has {used:,}, and this would add "
+            f"{more:,}. {hint}"
+        )
+        error.limit = limit
+        return error
 
 
 class Unavailable(FarmError):

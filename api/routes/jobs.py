@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -17,17 +17,17 @@ from pydantic import BaseModel
 
 from api import schemas
 from api.auth import FarmDep, Reader, Writer
-from api.errors import error_body
-from api.groups import Groups
+from api.errors import error_body, limit_body
 from api.openapi import refusals
 from api.paging import After, Limit, known_after, page
 from api.places import Turns
 from api.request_body import parse_json, read_body
 from api.responses import job_view
+from api.submission_groups import SubmissionGroups
 from api.waiting_reasons import Lanes, RecentLanes
 from farm.context import Farm
 from farm.domain.states import JobStatus
-from farm.errors import FarmError, InvalidRequest
+from farm.errors import FarmError, InvalidRequest, LimitExceeded
 from farm.services import jobs as use_cases
 from farm.services import quotes as use_quotes
 from farm.store import queries
@@ -50,8 +50,6 @@ SEPARATE = frozenset({"grid", "control", "input"})
 """Fields whose check may take long, so that others do not wait for it."""
 KEY_HEADER = "Idempotency-Key"
 KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
-SUBMISSION_THREADS = 2
-"""Number of groups of jobs that are handled at the same time: one is checked, one is stored."""
 STEERING = refusals(403, 404, 409)
 
 
@@ -65,7 +63,7 @@ STEERING = refusals(403, 404, 409)
             "model": schemas.Quote,
             "description": "With dry_run: estimate of time and storage",
         },
-        **refusals(400, 403, 409, 413),
+        **refusals(400, 403, 409, 413, 429),
     },
 )
 async def submit(
@@ -104,7 +102,7 @@ async def submit(
             caller.tenant_id, parse_json(body), idempotency_key, traceparent
         )
         if _is_quick(farm, sent.body):
-            submissions: Groups[use_cases.Submission, Response] = request.app.state.submissions
+            submissions: SubmissionGroups = request.app.state.submissions
             return await submissions.ask(sent)
     alone = partial(
         _submit_alone, farm, recent, caller.tenant_id, body, idempotency_key, traceparent
@@ -129,19 +127,9 @@ def _quote(farm: Farm, tenant_id: uuid.UUID, body: bytes) -> Response:
     return _answer(schemas.Quote(**quote), 200)
 
 
-def submissions(farm: Farm, recent: RecentLanes) -> Groups[use_cases.Submission, Response]:
+def submissions(farm: Farm, recent: RecentLanes) -> SubmissionGroups:
     """Return the groups in which small jobs are checked and stored."""
-    return Groups(partial(_submit, farm, recent), SUBMISSION_THREADS)
-
-
-def _submit(
-    farm: Farm, recent: RecentLanes, sent: Sequence[use_cases.Submission]
-) -> list[Response | Exception]:
-    """Check and store jobs. Return each one's answer, or the error with which it is refused."""
-    return [
-        result if isinstance(result, Exception) else _accepted(result, recent)
-        for result in use_cases.submit_many(farm, sent)
-    ]
+    return SubmissionGroups(farm, partial(_accepted, recent=recent))
 
 
 def _submit_alone(
@@ -273,7 +261,12 @@ def _submitted(result: JobRow | Exception, recent: RecentLanes) -> schemas.Submi
         if error.param == KEY_HEADER:  # a batch has its keys in the jobs
             message = error.message.replace(KEY_HEADER, "idempotency_key")
             error = type(error)(message, param="idempotency_key")
-        return schemas.SubmittedJob(status=error.status, error=error_body(error))
+        limit = error.limit if isinstance(error, LimitExceeded) else None
+        return schemas.SubmittedJob(
+            status=error.status,
+            error=error_body(error),
+            limit=limit and schemas.LimitMet(**limit_body(limit)),
+        )
     job = job_view(result, recent.waiting_because(result))
     return schemas.SubmittedJob(status=202, job=job)
 
@@ -368,7 +361,11 @@ def resume(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
     return _steered(use_cases.resume, farm, caller.tenant_id, job_id)
 
 
-@router.post("/{job_id}/retry", responses=STEERING, summary="Retry the dead frames of a job")
+@router.post(
+    "/{job_id}/retry",
+    responses={**STEERING, **refusals(429)},
+    summary="Retry the dead frames of a job",
+)
 async def retry(request: Request, farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
     """Requeue a job's dead frames, each with its full number of attempts."""
     slow: Turns = request.app.state.slow

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path
 from api import schemas
 from api.auth import Acting, FarmDep, Operator, Why
 from api.openapi import refusals
+from farm.domain.spec import Priority
 from farm.errors import Conflict, NotFound
 from farm.store import actions, tenants
 from farm.store.engine import Transaction, reads, transaction
@@ -36,22 +37,37 @@ def get_tenant(farm: FarmDep, _caller: Operator, tenant: Tenant) -> schemas.Tena
         return _view(_found(connection, tenant))
 
 
-@router.patch("/{tenant}", summary="Set a tenant's weight", responses=refusals(403, 404))
+@router.patch("/{tenant}", summary="Set a tenant's weight and limits", responses=refusals(403, 404))
 def set_tenant(
     farm: FarmDep, actor: Acting, tenant: Tenant, change: schemas.TenantChange
 ) -> schemas.Tenant:
-    """Set a tenant's share of each lane, compared with other tenants, from the next batch on."""
+    """Set a tenant's share of each lane, and what it may have. Fields that are left out stay. What
+    is beyond a new limit stays too, and nothing is added to it."""
     with transaction(farm.store) as connection:
+        tenants.lock_tenant(connection, _found(connection, tenant).id)
         found = _found(connection, tenant)
         if found.removed_at is not None:
             raise NotFound(f"Tenant {tenant} is deleted.")
-        if change.weight != found.weight:
-            tenants.set_weight(connection, found, change.weight)
-            outcome = f"weight {found.weight:g} before, {change.weight:g} now"
+        changed = found._replace(**change.fields())
+        news = [
+            f"{name} {_told(getattr(found, name))} before, {_told(getattr(changed, name))} now"
+            for name in tenants.SETTABLE
+            if getattr(found, name) != getattr(changed, name)
+        ]
+        if news:
+            tenants.set_tenant(connection, found, changed)
             target = f"tenant {found.name}"
-            actions.record(connection, actor, "tenant.set", target, change.why, outcome)
-            found = _found(connection, str(found.id))
-    return _view(found)
+            actions.record(connection, actor, "tenant.set", target, change.why, "; ".join(news))
+    return _view(changed)
+
+
+def _told(value: object) -> str:
+    """Return a weight or a limit for the log of actions."""
+    if value is None:
+        return "unlimited"
+    if isinstance(value, list):
+        return "+".join(Priority(each).wire for each in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @router.delete(
@@ -92,5 +108,11 @@ def _view(row: TenantRow) -> schemas.Tenant:
         removed_at=row.removed_at,
         emptied_at=row.emptied_at,
         weight=row.weight,
+        priorities=None
+        if row.priorities is None
+        else [Priority(each).wire for each in row.priorities],
+        max_open_jobs=row.max_open_jobs,
+        max_waiting_frames=row.max_waiting_frames,
+        uses={"open_jobs": row.open_jobs, "waiting_frames": row.waiting_frames},
         owns={name: getattr(row, name) for name in OWNED},
     )

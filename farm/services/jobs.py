@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,15 @@ from farm import failpoints
 from farm.context import Farm
 from farm.domain.inputs import StoredInput
 from farm.domain.spec import FullSpec, JobSpec, Priority
-from farm.errors import FarmError, InvalidRequest, NotFound
+from farm.errors import FarmError, InvalidRequest, LimitExceeded, NotFound
 from farm.pipelines.params import Params
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.services.control_images import missing_images
 from farm.services.job_validation import check_job, full_spec, syntax_among
 from farm.store import inputs, queries
 from farm.store import jobs as stored
-from farm.store.engine import one_statement, reads, transaction
-from farm.store.group_commit import insert_group
+from farm.store.engine import Store, one_statement, reads, transaction
+from farm.store.group_commit import insert_all
 from farm.store.jobs import Idempotency, NewJob
 from farm.store.lines import all_lines
 from farm.store.queries import JobRow
@@ -94,8 +94,14 @@ class Submission:
     """Trace of the client. The trace of the job is linked to it."""
 
 
-def submit_many(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | Exception]:
-    """Check jobs, store those that pass by one statement, and ring their lanes.
+Insert = Callable[[Store, Sequence[NewJob]], list[JobRow | Exception]]
+"""One of the functions of `group_commit`."""
+
+
+def submit_many(
+    farm: Farm, submissions: Sequence[Submission], insert: Insert = insert_all
+) -> list[JobRow | Exception]:
+    """Check jobs, store those that pass together, and ring their lanes.
 
     Returns:
         For each job its row, or the error with which it is refused. None fails for another.
@@ -103,7 +109,7 @@ def submit_many(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | 
     started = time.monotonic()
     results = _checked(farm, submissions)
     new = [result for result in results if isinstance(result, NewJob)]
-    rows = dict(zip([job.id for job in new], insert_group(farm.store, new), strict=True))
+    rows = dict(zip([job.id for job in new], insert(farm.store, new), strict=True))
     _announce(farm, [(job, row) for job in new if isinstance(row := rows[job.id], JobRow)])
     if farm.traces is not None:
         for submission, result in zip(submissions, results, strict=True):
@@ -271,13 +277,21 @@ def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
 
 
 def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
-    """Requeue a job's dead frames with new attempts, and ring its lane. Return their number."""
+    """Requeue a job's dead frames with new attempts, and ring its lane. Return their number.
+
+    If others take the room in the tenant's limits, it ends before all are requeued.
+    """
     frames = 0
     while True:
         with transaction(farm.store) as connection:
             job = queries.get_job(connection, tenant_id, job_id)
             if frames and job.dead == 0:
                 break
-            frames += stored.retry_job(connection, tenant_id, job_id)
+            try:
+                frames += stored.retry_job(connection, tenant_id, job_id, whole=not frames)
+            except LimitExceeded:
+                if not frames:
+                    raise
+                break
     farm.bells.ring(job.pipeline)
     return frames

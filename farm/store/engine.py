@@ -60,7 +60,7 @@ ROUTINES = "SET LOCAL check_function_bodies = off;\n" + "".join(  # the tables m
     (Path(__file__).parent / "sql" / f"{name}.sql")
     .read_text(encoding="utf-8")
     .replace("/* by index */", BY_INDEX)
-    for name in ("tally", "claim", "complete")
+    for name in ("tally", "claim", "complete", "limits")
 )
 """Routines that run with every batch: several statements in one round trip.
 

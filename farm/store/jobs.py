@@ -16,6 +16,7 @@ from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.errors import Conflict, FarmError, InvalidRequest, NotFound
 from farm.store import arrays
+from farm.store.limits import lock_rooms
 from farm.store.queries import JOB_COLUMNS, JobRow
 from farm.store.requeue import INTO_REQUEUED
 from farm.store.rows import row_of, rows_of
@@ -29,7 +30,14 @@ JOBS_PER_FOLLOW = 100
 # Inserts jobs, their prompts and their events. The lanes' rows are last: claims write them too.
 # `given` is JSON, and not JSONB: the order of a spec's grid matters.
 INSERT_JOBS = text(f"""
-WITH j AS (
+WITH unlimited AS MATERIALIZED (
+    -- The lock waits for a change of limits in progress, and then sees the new ones.
+    SELECT t.id FROM unnest(CAST(:tenants AS uuid[])) AS w (id) CROSS JOIN LATERAL (
+        SELECT t.id FROM tenants t WHERE t.id = w.id
+          AND num_nonnulls(t.priorities, t.max_open_jobs, t.max_waiting_frames) = 0
+        LIMIT 1 FOR KEY SHARE
+    ) t
+), j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
                       runs, max_attempts, spec, labels, input_id, idempotency_key,
                       idempotency_digest, created_at)
@@ -40,6 +48,7 @@ WITH j AS (
         id uuid, tenant_id uuid, pipeline text, priority smallint, total bigint, run_end bigint,
         batch_key text, bucket smallint, runs jsonb, max_attempts smallint, spec json, labels jsonb,
         input_id uuid, idempotency_key text, idempotency_digest text, place int)
+    WHERE :counted OR g.tenant_id IN (SELECT id FROM unlimited)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
     RETURNING *
 ), chunk AS (
@@ -115,22 +124,31 @@ class NewJob:
         }
 
 
-def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow | FarmError]:
+def insert_jobs(
+    connection: Connection, jobs: Sequence[NewJob], *, counted: bool = False
+) -> list[JobRow | FarmError | None]:
     """Insert jobs with their prompts. This is one statement, and another for repeated keys.
 
     Every group takes its locks in the same order. Each job is a microsecond younger than the one
     before it, so they are claimed in the order of `jobs`.
 
+    Args:
+        connection: with autocommit, or in a transaction.
+        jobs: the jobs.
+        counted: True if the limits of their tenants allow them.
+
     Returns:
         For each job its row, or that of the same job submitted before; or a Conflict, if its
-        idempotency key was used with another body.
+        idempotency key was used with another body. None: it is not stored, because its tenant has
+        limits, or because the job with its key has just been removed.
 
     Raises:
         InvalidRequest: an input was deleted before the insert. Nothing is inserted.
     """
     values = {
         "given": "[" + ",".join(_given_in_lock_order(jobs)) + "]",
-        "ids": arrays.ids(job.id for job in jobs),
+        "tenants": arrays.ids(sorted({job.tenant_id for job in jobs})),
+        "counted": counted,
     }
     try:
         rows = rows_of(connection.execute(INSERT_JOBS, values), JobRow)
@@ -142,10 +160,37 @@ def insert_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow |
             f"input: {', '.join(named)} has just been deleted. Upload it again.", param="input"
         ) from error
     inserted = {row.id: row for row in rows}
-    repeated = [job for job in jobs if job.id not in inserted]
-    same = _same_of_tenants(connection, repeated)
+    same = _same_of_tenants(connection, [job for job in jobs if job.id not in inserted])
+    return [inserted.get(job.id) or same.get(job.id) for job in jobs]
+
+
+def insert_counted_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[JobRow | FarmError]:
+    """Insert those jobs that the limits of their tenants allow, in the order of `jobs`.
+
+    Returns:
+        As insert_jobs does; and for a job beyond a limit, the refusal that names it. A repeated
+        idempotency key gets its job also then.
+    """
+    rooms = lock_rooms(connection, {job.tenant_id for job in jobs})
+    answers: dict[uuid.UUID, JobRow | FarmError | None] = {}
+    answers |= _same_of_tenants(connection, jobs)
+    counted: set[tuple[uuid.UUID, str]] = set()
+    for job in jobs:
+        key = (job.tenant_id, job.idempotency.key) if job.idempotency else None
+        if job.id in answers or key in counted:  # it is stored, or will be for an earlier one
+            continue
+        room = rooms.get(job.tenant_id)
+        refusal = room and room.take(Priority.parse(job.spec.priority), job.spec.total)
+        if refusal:
+            answers[job.id] = refusal
+        elif key:
+            counted.add(key)
+    allowed = [job for job in jobs if job.id not in answers]
+    if allowed:
+        rows = insert_jobs(connection, allowed, counted=True)
+        answers |= zip([job.id for job in allowed], rows, strict=True)
     gone = NotFound("The job with this idempotency key has just been removed. Submit it again.")
-    return [inserted.get(job.id) or same.get(job.id, gone) for job in jobs]
+    return [answers[job.id] or gone for job in jobs]
 
 
 def _given_in_lock_order(jobs: Sequence[NewJob]) -> list[str]:
@@ -166,7 +211,6 @@ def _same_of_tenants(
     """Find the jobs that were stored before under the same keys, by the ids of these jobs."""
     found: dict[uuid.UUID, JobRow | FarmError] = {}
     for tenant_id in {job.tenant_id for job in jobs}:
-        # Only an idempotency key can collide, so each of these has one.
         own = {job.id: job.idempotency for job in jobs if job.tenant_id == tenant_id}
         keys = [each for each in own.values() if each is not None]
         same = same_jobs(connection, tenant_id, keys)
@@ -378,20 +422,30 @@ def follow(connection: Connection, rows: int) -> bool:
     return more or len(jobs) == JOBS_PER_FOLLOW
 
 
-def retry_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
+def retry_job(
+    connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID, *, whole: bool = True
+) -> int:
     """Requeue the first RETRY_SLICE dead frames of a job with fresh attempts. Return the number.
 
-    One transaction writes one slice, so that claims do not wait long for the job's row.
+    One transaction writes one slice, so that claims do not wait long for the job's row. `whole`:
+    refuse unless the tenant's limits allow all dead frames, and not only the slice.
 
     Raises:
         Conflict: the job was cancelled, or has no dead frames.
+        LimitExceeded: its frames would be more than its tenant may have.
     """
+    room = lock_rooms(connection, [tenant_id]).get(tenant_id)  # before jobs, as submissions do
     job = _lock(connection, tenant_id, job_id)
     if job.status == JobStatus.CANCELLED or job.dead == 0:
         raise Conflict(
             f"Job {job_id} cannot be retried: its status is {job.status}, "
             f"and it has {job.dead} dead frames."
         )
+    was_open = job.status not in TERMINAL
+    more = job.dead if whole else min(job.dead, RETRY_SLICE)
+    refusal = room and room.take(Priority(job.priority), more, jobs=0 if was_open else 1)
+    if refusal:
+        raise refusal
     frames: int = connection.execute(
         RETRY_FRAMES, {"id": job_id, "from_states": _from_states("retry"), "slice": RETRY_SLICE}
     ).rowcount

@@ -73,6 +73,9 @@ tenants = Table(
         server_default="1",
         comment="share of a lane, compared with those of other tenants",
     ),
+    Column("priorities", ARRAY(SmallInteger), comment="those that it may use; null: all"),
+    Column("max_open_jobs", BigInteger, comment="jobs that have not ended; null: no limit"),
+    Column("max_waiting_frames", BigInteger, comment="frames that wait; null: no limit"),
 )
 
 keys = Table(
@@ -225,6 +228,7 @@ jobs = Table(
     ),
     Index("jobs_removed", "removed_at", postgresql_where=text("removed_at IS NOT NULL")),
     Index("jobs_behind", "id", postgresql_where=text("behind_from IS NOT NULL")),
+    Index("jobs_aside", "tenant_id", postgresql_where=text("paused OR behind_from IS NOT NULL")),
     Index("jobs_input", "input_id", postgresql_where=text("input_id IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
@@ -644,6 +648,7 @@ shares = Table(
     ),
     Index("shares_heads", "pipeline", "priority", "served", "tenant_id"),  # for older versions
     Index("shares_by_use", "pipeline", "priority", "used", "tenant_id"),
+    Index("shares_of_tenant", "tenant_id"),
     Index("shares_retries", "pipeline", "retry_at", postgresql_where=text("retry_at IS NOT NULL")),
 )
 

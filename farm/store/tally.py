@@ -1,8 +1,8 @@
 """The one statement that changes a job's counters, settles its status and appends the event.
 
 Every transition of frames ends with it, in the same transaction. Locks are always taken in one
-order: leases, then jobs by id, then frames, then shares, then workers. So transactions cannot
-deadlock.
+order: tenants by id, then leases, then jobs by id, then frames, then shares, then workers. So
+transactions cannot deadlock.
 """
 
 from __future__ import annotations

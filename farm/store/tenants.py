@@ -33,17 +33,36 @@ OWNS = """
 (SELECT count(*) FROM destinations WHERE tenant_id = t.id) AS destinations
 """
 
+FIELDS = """
+t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, t.priorities, t.max_open_jobs,
+t.max_waiting_frames
+"""
+
+# In a list only those with limits are counted: there may be thousands of others.
 LIST = text(f"""
-SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, {OWNS} FROM tenants t
+SELECT {FIELDS},
+    CASE WHEN t.max_open_jobs IS NOT NULL THEN pg_temp.open_jobs(t.id) END AS open_jobs,
+    CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END
+    AS waiting_frames, {OWNS}
+FROM tenants t
 WHERE t.removed_at IS NULL ORDER BY t.name
 """)  # noqa: S608 - constants only
 
 ONE = text(f"""
-SELECT t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, {OWNS} FROM tenants t
+SELECT {FIELDS}, pg_temp.open_jobs(t.id) AS open_jobs,
+    pg_temp.waiting_frames(t.id) AS waiting_frames, {OWNS}
+FROM tenants t
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
 
-SET_WEIGHT = text("UPDATE tenants SET weight = :weight WHERE id = :id")
+# Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
+LOCK = text("SELECT FROM tenants WHERE id = :id FOR UPDATE")
+
+SET = text("""
+UPDATE tenants SET weight = :weight, priorities = CAST(:priorities AS smallint[]),
+    max_open_jobs = :max_open_jobs, max_waiting_frames = :max_waiting_frames
+WHERE id = :id
+""")
 
 # What a tenant used more than the others that wait is divided by its weight. It is now divided by
 # the new one, so that a raised weight counts at once.
@@ -122,6 +141,13 @@ class TenantRow(NamedTuple):
     removed_at: datetime | None
     emptied_at: datetime | None
     weight: float
+    priorities: list[int] | None
+    """Those that it may use; None: all."""
+    max_open_jobs: int | None
+    max_waiting_frames: int | None
+    open_jobs: int | None
+    """None in a list, if it has no such limit."""
+    waiting_frames: int | None
     keys: int
     jobs: int
     exports: int
@@ -140,10 +166,19 @@ def find_tenant(connection: Connection, word: str) -> TenantRow | None:
     return row_of(connection.execute(ONE, {"word": word}), TenantRow)
 
 
-def set_weight(connection: Connection, tenant: TenantRow, weight: float) -> None:
-    """Set a tenant's weight. It counts from the next batch that is claimed."""
-    connection.execute(SET_WEIGHT, {"id": tenant.id, "weight": weight})
-    connection.execute(RESCALE, {"id": tenant.id, "scale": tenant.weight / weight})
+SETTABLE = ("weight", "priorities", "max_open_jobs", "max_waiting_frames")
+
+
+def lock_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:
+    """Lock a tenant before its limits are read and changed."""
+    connection.execute(LOCK, {"id": tenant_id})
+
+
+def set_tenant(connection: Connection, before: TenantRow, now: TenantRow) -> None:
+    """Set a tenant's weight, from the next batch on, and its limits, from the next job on."""
+    connection.execute(SET, {"id": now.id, **{name: getattr(now, name) for name in SETTABLE}})
+    if now.weight != before.weight:
+        connection.execute(RESCALE, {"id": now.id, "scale": before.weight / now.weight})
 
 
 def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:

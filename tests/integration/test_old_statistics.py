@@ -78,7 +78,7 @@ def scene(farm: Farm, first: str, request: pytest.FixtureRequest) -> Iterator[Sc
     worker = replace(register_worker(farm), plans=PLANS)
     with farm.store.connect() as connection:
         if request.param == "idle":
-            _run(farm, IDLE, job=submit(farm, tenant))
+            run(farm, IDLE, job=submit(farm, tenant))
             sql(farm, "ANALYZE")
         submit(farm, tenant)
         if request.param == "small":
@@ -89,7 +89,7 @@ def scene(farm: Farm, first: str, request: pytest.FixtureRequest) -> Iterator[Sc
             worker.complete_in(connection, lease)
         priority = "interactive" if first == "requeued frames" else "bulk"
         many = submit(farm, tenant, images_per_prompt=WAITING, bucket=8, priority=priority)
-        _run(farm, REQUEUED, job=many, last=WAITING - 1)
+        run(farm, REQUEUED, job=many, last=WAITING - 1)
         last_of = new_tenant(farm, "other") if first == "last new frames" else None
         if last_of is None:
             submit_single_images(farm, tenant, WAITING)
@@ -105,7 +105,7 @@ def submit_single_images(farm: Farm, tenant: uuid.UUID, count: int) -> None:
         jobs.submit_many(farm, submissions)
 
 
-def _run(farm: Farm, statements: str, **values: object) -> None:
+def run(farm: Farm, statements: str, **values: object) -> None:
     with transaction(farm.store) as connection:
         for statement in statements.strip().split(";\n"):
             connection.execute(text(statement.rstrip(";")), values)

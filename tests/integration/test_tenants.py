@@ -167,14 +167,71 @@ def test_an_operator_sets_a_weight(farm: Farm, api: Api, operator: httpx.Client)
 
 
 @pytest.mark.parametrize(
-    "body", [{"weight": 0}, {"weight": 101}, {"weight": None}, {}, {"wait": 3}]
+    ("body", "param"),
+    [
+        ({"weight": 0}, "weight"),
+        ({"weight": 101}, "weight"),
+        ({"weight": None}, "weight"),
+        ({"wait": 3}, "wait"),
+        ({"max_open_jobs": -1}, "max_open_jobs"),
+        ({"max_open_jobs": "many"}, "max_open_jobs"),
+        ({"max_waiting_frames": 10**16}, "max_waiting_frames"),
+        ({"priorities": []}, "priorities"),
+        ({"priorities": ["soon"]}, "priorities.0"),
+    ],
 )
-def test_a_wrong_weight_names_the_field(
-    farm: Farm, operator: httpx.Client, body: dict[str, object]
+def test_a_wrong_weight_or_limit_names_the_field(
+    farm: Farm, operator: httpx.Client, body: dict[str, object], param: str
 ) -> None:
     problem = check_problem(operator.patch("/v1/tenants/ops", json=body), 422)
-    assert problem["error"]["param"] in ("weight", *body)
-    assert sql(farm, "SELECT weight FROM tenants") == [(1,)]
+    assert problem["error"]["param"] == param
+    unset = "weight = 1 AND num_nonnulls(priorities, max_open_jobs, max_waiting_frames) = 0"
+    assert sql(farm, f"SELECT {unset} FROM tenants") == [(True,)]
+
+
+def test_limits_that_are_left_out_stay(farm: Farm, api: Api, operator: httpx.Client) -> None:
+    api.client("ann")
+    limits = {"priorities": ["bulk", "normal"], "max_open_jobs": 7, "max_waiting_frames": 10**14}
+    first = operator.patch("/v1/tenants/ann", json=limits).json()
+    assert {name: first[name] for name in limits} == {**limits, "priorities": ["normal", "bulk"]}
+    second = operator.patch("/v1/tenants/ann", json={"max_open_jobs": None}).json()
+    assert second == {**first, "max_open_jobs": None}
+    told = [each["outcome"] for each in operator.get("/v1/actions").json()["data"]]
+    assert told == [
+        "max_open_jobs 7 before, unlimited now",
+        "priorities unlimited before, normal+bulk now; max_open_jobs unlimited before, 7 now; "
+        "max_waiting_frames unlimited before, 100000000000000 now",
+    ]
+
+
+def test_the_command_line_sets_and_shows_limits(api: Api, operator: httpx.Client) -> None:
+    api.client("ann")
+    env = {"FARM_API_URL": api.url, "FARM_API_KEY": api.key("ops", "operator")}
+
+    def run(*words: str) -> Outcome:
+        return command("tenants", *words, env=env)
+
+    done = run(
+        "set", "ann", "--weight", "2.5", "--max-open-jobs", "5", "--priorities", "bulk, normal"
+    )
+    assert done.code == 0, done.err
+    assert "Tenant ann has weight 2.5, and owns 1 keys" in done.out
+    assert "Priorities: normal, bulk." in done.out
+    assert "Open jobs: 0, of at most 5." in done.out
+    assert "Waiting frames: 0, without a limit." in done.out
+    run("set", "ann", "--max-open-jobs", "none", "--priorities", "all")
+    found = operator.get("/v1/tenants/ann").json()
+    assert (found["weight"], found["max_open_jobs"], found["priorities"]) == (2.5, None, None)
+    for option, value in {
+        "--weight": "nan",
+        "--max-open-jobs": "many",
+        "--max-waiting-frames": "-1",
+    }.items():
+        refused = run("set", "ann", f"{option}={value}")
+        assert (refused.code, option in refused.err) == (1, True), refused.err
+    assert "priorities" in run("set", "ann", "--priorities", "soon").err
+    assert "Nothing to set" in run("set", "ann").err
+    assert operator.get("/v1/tenants/ann").json() == found
 
 
 def test_a_deleted_tenant_has_no_weight_to_set(

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from farm.context import Farm
 from farm.store.engine import transaction
-from farm.store.tenants import TenantRow, find_tenant, set_weight
+from farm.store.tenants import find_tenant, set_tenant
 from tests.support.store import FakeWorker, new_tenant, register_worker, sql, submit
 
 LANE = "demo"
@@ -169,18 +169,12 @@ def test_a_raised_weight_counts_at_once(farm: Farm) -> None:
     own = device(farm)
     own.render(3)
     assert own.used[low] > 0
-    operator = connect_row(farm, low)
     with transaction(farm.store) as connection:
-        set_weight(connection, operator, 1)
+        found = find_tenant(connection, str(low))
+        assert found is not None
+        set_tenant(connection, found, found._replace(weight=1.0))
     is_shared(own.render(40), tenants, [1, 1])
     assert own.used[other] > 0
-
-
-def connect_row(farm: Farm, tenant: uuid.UUID) -> TenantRow:
-    with transaction(farm.store) as connection:
-        found = find_tenant(connection, str(tenant))
-    assert found is not None
-    return found
 
 
 OLD_JOIN = """

@@ -206,9 +206,9 @@ class FarmClient:
         """Read a tenant, by its name or its ID."""
         return self._object(Tenant, self._send("GET", f"/v1/tenants/{_quoted(name)}"))
 
-    def set_tenant(self, name: str, weight: float, why: str) -> Tenant:
-        """Set a tenant's weight."""
-        body = {"weight": weight, "why": why}
+    def set_tenant(self, name: str, change: Mapping[str, object], why: str) -> Tenant:
+        """Set a tenant's weight and limits. Fields that are left out stay as they are."""
+        body = {**change, "why": why}
         return self._object(Tenant, self._send("PATCH", f"/v1/tenants/{_quoted(name)}", json=body))
 
     def delete_tenant(self, name: str, why: str) -> Tenant:

@@ -195,6 +195,12 @@ class Tenant(TypedDict):
     removed_at: str | None
     emptied_at: str | None
     weight: float
+    priorities: list[str] | None
+    """None: all."""
+    max_open_jobs: int | None
+    max_waiting_frames: int | None
+    uses: dict[str, int | None]
+    """In a list, None without the limit."""
     owns: dict[str, int]
 
 

@@ -50,7 +50,7 @@ def show(
     tenant: Annotated[str, typer.Argument(help="Name of the tenant, or its ID.")],
     as_json: Json = False,
 ) -> None:
-    """Show a tenant's weight, and what it owns. Use the ID for a tenant that was deleted."""
+    """Show a tenant's weight and limits, and what it owns. Use the ID for a deleted tenant."""
     with farm_client() as client:
         found = client.tenant(tenant)
     _tell(found, as_json)
@@ -60,24 +60,67 @@ def show(
 def set_(
     tenant: Tenant,
     weight: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Share of each lane, 0.01 to 100. 3 gets three times the device time of 1.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    priorities: Annotated[
+        str | None,
+        typer.Option(
+            help="Priorities that its jobs may have, such as normal,bulk; or all.",
+            show_default=False,
+        ),
+    ] = None,
+    max_open_jobs: Annotated[
+        str | None,
+        typer.Option(
+            help="Maximum number of jobs that have not ended, or none.", show_default=False
+        ),
+    ] = None,
+    max_waiting_frames: Annotated[
+        str | None,
+        typer.Option(
+            help="Maximum number of frames that wait, or none.",
+            show_default=False,
+        ),
+    ] = None,
     why: Why = "",
     as_json: Json = False,
 ) -> None:
-    """Set a tenant's weight. Every tenant starts with 1.
+    """Set a tenant's weight and limits. What is left out stays as it is.
 
-    Example: farm tenants set shop --weight 3 --why "ticket 7"
+    Example: farm tenants set shop --weight 3 --max-open-jobs 500 --why "ticket 7"
     """
-    if not 0.01 <= weight <= 100:
-        raise InvalidRequest(f"--weight: {weight:g} is not from 0.01 to 100.", param="weight")
+    change: dict[str, object] = {}
+    if weight is not None:
+        if not 0.01 <= weight <= 100:
+            raise InvalidRequest(f"--weight: {weight:g} is not from 0.01 to 100.", param="weight")
+        change["weight"] = weight
+    if priorities is not None:
+        names = [name.strip() for name in priorities.split(",")]
+        change["priorities"] = None if names in (["all"], ["none"]) else names
+    for name, value in {
+        "max_open_jobs": max_open_jobs,
+        "max_waiting_frames": max_waiting_frames,
+    }.items():
+        if value is not None:
+            change[name] = _limit(name, value)
+    if not change:
+        raise InvalidRequest("Nothing to set. Example: farm tenants set shop --weight 3")
     with farm_client() as client:
-        found = client.set_tenant(tenant, weight, why)
+        found = client.set_tenant(tenant, change, why)
     _tell(found, as_json)
+
+
+def _limit(name: str, value: str) -> int | None:
+    if value == "none":
+        return None
+    if not value.isascii() or not value.isdigit():
+        option = f"--{name.replace('_', '-')}"
+        raise InvalidRequest(f"{option}: {value!r} is not a whole number or none.", param=name)
+    return int(value)
 
 
 @tenants_app.command()
@@ -110,6 +153,13 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
         note(f"Check the progress with `farm tenants show {tenant['id']}`.")
     else:
         say(f"Tenant {tenant['name']} has weight {tenant['weight']:g}, and owns {_owned(tenant)}.")
+        say(f"Priorities: {', '.join(tenant['priorities'] or ['all'])}.")
+        for name, limit in {
+            "open_jobs": tenant["max_open_jobs"],
+            "waiting_frames": tenant["max_waiting_frames"],
+        }.items():
+            of = "without a limit" if limit is None else f"of at most {count(limit)}"
+            say(f"{name.replace('_', ' ').capitalize()}: {count(tenant['uses'][name] or 0)}, {of}.")
 
 
 def _owned(tenant: objects.Tenant) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 from psycopg.rows import namedtuple_row
 
 from farm.context import Farm
-from farm.domain.states import FrameState, JobStatus
+from farm.domain.states import TERMINAL, FrameState, JobStatus
 from farm.store.audit import wrong_shares
 from farm.store.claim import Fence
 from farm.store.engine import one_statement, transaction
-from tests.integration.model.model import LEASE_SECONDS, Announced, Model, Place, R
+from tests.integration.model.model import LEASE_SECONDS, Announced, Model, Place, R, W
 
 Rows = Sequence[Any]
 
@@ -25,6 +25,8 @@ READ = {
     "requeued_frames": "SELECT job_id, ordinal, isolated, paused FROM requeued_frames",
     "leases": "SELECT *, extract(epoch FROM expires_at - clock_timestamp()) AS seconds FROM leases",
     "events": "SELECT * FROM events ORDER BY id",
+    "tenants": "SELECT id, pg_temp.open_jobs(id) AS open_jobs,"
+    " pg_temp.waiting_frames(id) AS waiting FROM tenants",
 }
 
 
@@ -38,8 +40,19 @@ def check_database(farm: Farm, model: Model) -> None:
     check_requeued(model, read["requeued_frames"], behind)
     check_leases(model, read["leases"])
     check_events(model, read["events"])
+    check_limits(model, read["tenants"], behind)
     with transaction(farm.store) as connection:
         assert wrong_shares(connection, 1) == []
+
+
+def check_limits(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
+    """Limits count open jobs and waiting frames. Those of a job in `behind` may count twice."""
+    for row in read:
+        own = {job_id: job for job_id, job in model.jobs.items() if job.tenant == row.id}
+        unended = [job for job in own.values() if job.status not in TERMINAL]
+        waiting = sum(job.count(W) + job.count(FrameState.READY) for job in unended)
+        assert row.open_jobs == len(unended)
+        assert row.waiting == waiting or (row.waiting > waiting and own.keys() & behind.keys())
 
 
 def read_all(farm: Farm) -> dict[str, Rows]:
