@@ -343,9 +343,12 @@ class Tenant(BaseModel):
     max_waiting_frames: int | None = Field(
         description="Maximum number of its frames that wait; null: no limit"
     )
+    max_input_bytes: int | None = Field(
+        description="Maximum size of its inputs together, unpacked; null: no limit"
+    )
     uses: dict[str, int | None] = Field(
-        description="`open_jobs` and `waiting_frames` that it has now; in a list, null without the"
-        " limit"
+        description="`open_jobs`, `waiting_frames` and `input_bytes` that it has now; in a list,"
+        " null without the limit"
     )
     owns: dict[str, int] = Field(
         description="Number of keys, jobs, exports, inputs, images and destinations"
@@ -383,6 +386,12 @@ class TenantChange(BaseModel):
         ge=0,
         le=10**15 - 1,
         description="Maximum number of frames that wait, also in paused jobs; null: no limit",
+    )
+    max_input_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        le=10**15 - 1,
+        description="Maximum size of all inputs together, unpacked; null: no limit",
     )
     why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
 

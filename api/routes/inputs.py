@@ -46,7 +46,7 @@ LINES: dict[str, Any] = {
     "",
     status_code=201,
     summary="Upload an input",
-    responses=refusals(400, 403),
+    responses=refusals(400, 403, 429),
     openapi_extra=LINES,
 )
 async def upload(

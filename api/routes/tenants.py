@@ -18,6 +18,7 @@ from farm.store.tenants import TenantRow
 router = APIRouter(prefix="/v1/tenants", tags=["operators"])
 
 Tenant = Annotated[str, Path(description="Name or ID of the tenant")]
+USED = ("open_jobs", "waiting_frames", "input_bytes")
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
 
@@ -37,7 +38,9 @@ def get_tenant(farm: FarmDep, _caller: Operator, tenant: Tenant) -> schemas.Tena
         return _view(_found(connection, tenant))
 
 
-@router.patch("/{tenant}", summary="Set a tenant's weight and limits", responses=refusals(403, 404))
+@router.patch(
+    "/{tenant}", summary="Set a tenant's weight and limits", responses=refusals(400, 403, 404)
+)
 def set_tenant(
     farm: FarmDep, actor: Acting, tenant: Tenant, change: schemas.TenantChange
 ) -> schemas.Tenant:
@@ -113,6 +116,7 @@ def _view(row: TenantRow) -> schemas.Tenant:
         else [Priority(each).wire for each in row.priorities],
         max_open_jobs=row.max_open_jobs,
         max_waiting_frames=row.max_waiting_frames,
-        uses={"open_jobs": row.open_jobs, "waiting_frames": row.waiting_frames},
+        max_input_bytes=row.max_input_bytes,
+        uses={name: getattr(row, name) for name in USED},
         owns={name: getattr(row, name) for name in OWNED},
     )

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from farm.domain.inputs import InputStats, StoredInput
 from farm.errors import Conflict, NotFound
+from farm.store.limits import require_input_room
 
 PARTS_PER_INSERT = 32
 
@@ -68,7 +69,11 @@ def insert_input(
     facts: InputStats,
     parts: Iterable[tuple[int, bytes]],
 ) -> StoredInput:
-    """Insert an input with its parts. Return it, or the same input inserted before."""
+    """Insert an input with its parts. Return it, or the same input inserted before.
+
+    Raises:
+        LimitExceeded: the tenant's inputs would be larger than they may be.
+    """
     values = {
         "id": uuid.uuid4(),
         "tenant_id": tenant_id,
@@ -89,6 +94,7 @@ def insert_input(
             INSERT_PART,
             [{"input_id": row.id, "first": first, "content": content} for first, content in some],
         )
+    require_input_room(connection, tenant_id, facts.bytes)  # last, so that nobody waits for long
     return StoredInput(**row._mapping)
 
 

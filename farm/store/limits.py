@@ -24,6 +24,8 @@ class Room:
     open_jobs: int | None
     max_waiting_frames: int | None
     waiting_frames: int | None
+    max_input_bytes: int | None
+    input_bytes: int | None
 
     def take(self, priority: Priority, frames: int, *, jobs: int = 1) -> FarmError | None:
         """Count a job that is submitted, or a job's frames that wait again.
@@ -51,6 +53,18 @@ class Room:
                 return LimitExceeded.of(limit, value, used=used, more=more)
         self.open_jobs, self.waiting_frames = has_jobs + jobs, has_frames + frames
         return None
+
+
+def require_input_room(connection: Connection, tenant_id: uuid.UUID, more: int) -> None:
+    """Check the size of a tenant's inputs. The last of them, `more` bytes, is stored already.
+
+    Raises:
+        LimitExceeded: it is beyond the limit. The transaction must be rolled back.
+    """
+    room = lock_rooms(connection, [tenant_id]).get(tenant_id)
+    if room and room.max_input_bytes is not None and (room.input_bytes or 0) > room.max_input_bytes:
+        used = (room.input_bytes or 0) - more
+        raise LimitExceeded.of("max_input_bytes", room.max_input_bytes, used=used, more=more)
 
 
 def lock_rooms(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> dict[uuid.UUID, Room]:

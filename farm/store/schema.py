@@ -76,6 +76,7 @@ tenants = Table(
     Column("priorities", ARRAY(SmallInteger), comment="those that it may use; null: all"),
     Column("max_open_jobs", BigInteger, comment="jobs that have not ended; null: no limit"),
     Column("max_waiting_frames", BigInteger, comment="frames that wait; null: no limit"),
+    Column("max_input_bytes", BigInteger, comment="all inputs together; null: no limit"),
 )
 
 keys = Table(

@@ -35,7 +35,7 @@ OWNS = """
 
 FIELDS = """
 t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, t.priorities, t.max_open_jobs,
-t.max_waiting_frames
+t.max_waiting_frames, t.max_input_bytes
 """
 
 # In a list only those with limits are counted: there may be thousands of others.
@@ -43,14 +43,16 @@ LIST = text(f"""
 SELECT {FIELDS},
     CASE WHEN t.max_open_jobs IS NOT NULL THEN pg_temp.open_jobs(t.id) END AS open_jobs,
     CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END
-    AS waiting_frames, {OWNS}
+    AS waiting_frames,
+    CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END AS input_bytes,
+    {OWNS}
 FROM tenants t
 WHERE t.removed_at IS NULL ORDER BY t.name
 """)  # noqa: S608 - constants only
 
 ONE = text(f"""
 SELECT {FIELDS}, pg_temp.open_jobs(t.id) AS open_jobs,
-    pg_temp.waiting_frames(t.id) AS waiting_frames, {OWNS}
+    pg_temp.waiting_frames(t.id) AS waiting_frames, pg_temp.input_bytes(t.id) AS input_bytes, {OWNS}
 FROM tenants t
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
@@ -60,7 +62,8 @@ LOCK = text("SELECT FROM tenants WHERE id = :id FOR UPDATE")
 
 SET = text("""
 UPDATE tenants SET weight = :weight, priorities = CAST(:priorities AS smallint[]),
-    max_open_jobs = :max_open_jobs, max_waiting_frames = :max_waiting_frames
+    max_open_jobs = :max_open_jobs, max_waiting_frames = :max_waiting_frames,
+    max_input_bytes = :max_input_bytes
 WHERE id = :id
 """)
 
@@ -145,9 +148,11 @@ class TenantRow(NamedTuple):
     """Those that it may use; None: all."""
     max_open_jobs: int | None
     max_waiting_frames: int | None
+    max_input_bytes: int | None
     open_jobs: int | None
     """None in a list, if it has no such limit."""
     waiting_frames: int | None
+    input_bytes: int | None
     keys: int
     jobs: int
     exports: int
@@ -166,7 +171,7 @@ def find_tenant(connection: Connection, word: str) -> TenantRow | None:
     return row_of(connection.execute(ONE, {"word": word}), TenantRow)
 
 
-SETTABLE = ("weight", "priorities", "max_open_jobs", "max_waiting_frames")
+SETTABLE = ("weight", "priorities", "max_open_jobs", "max_waiting_frames", "max_input_bytes")
 
 
 def lock_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:

@@ -19,6 +19,7 @@ LIMITS: dict[str, tuple[sa.types.TypeEngine[Any], str]] = {
     "priorities": (postgresql.ARRAY(sa.SmallInteger()), "those that it may use; null: all"),
     "max_open_jobs": (sa.BigInteger(), "jobs that have not ended; null: no limit"),
     "max_waiting_frames": (sa.BigInteger(), "frames that wait; null: no limit"),
+    "max_input_bytes": (sa.BigInteger(), "all inputs together; null: no limit"),
 }
 
 

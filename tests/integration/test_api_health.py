@@ -221,7 +221,7 @@ def test_openapi_tells_the_whole_job(api: Api) -> None:
     )
     assert "params" not in job["properties"]
     submit = document["paths"]["/v1/jobs"]["post"]
-    statuses = {"200", "202", "400", "401", "403", "409", "413", "422", "503"}
+    statuses = {"200", "202", "400", "401", "403", "409", "413", "422", "429", "503"}
     assert set(submit["responses"]) == statuses
     for status, response in submit["responses"].items():
         media = "application/json" if status in {"200", "202"} else "application/problem+json"

@@ -147,7 +147,10 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         jobs.BY_IDEMPOTENCY,
         {"tenant_id": uuid.UUID(int=2), "keys": ["once"]},
     ),
-    "submit": (jobs.INSERT_JOBS, {"given": "[]", "ids": [uuid.UUID(int=1)]}),
+    "submit": (
+        jobs.INSERT_JOBS,
+        {"given": "[]", "tenants": [uuid.UUID(int=1)], "counted": False},
+    ),
     "events": (events.OF_JOB, {"job_id": uuid.UUID(int=1), "after": 0, "limit": 100}),
     "prune": (events.PRUNE, {"seconds": 86_400.0 * 365}),
     "remove": (

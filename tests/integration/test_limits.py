@@ -109,6 +109,27 @@ def test_a_priority_that_a_tenant_may_not_use_is_refused(farm: Farm, api: Api) -
     assert api.jobs_stored() == 1
 
 
+def test_inputs_beyond_the_limit_are_refused(farm: Farm, api: Api) -> None:
+    ann = api.client("ann")
+
+    def upload(prompt: str) -> httpx.Response:
+        return ann.post("/v1/inputs", content=f'{{"prompt": "{prompt}"}}\n'.encode())
+
+    first = upload("a red star")
+    size = first.json()["bytes"]
+    limit(farm, "ann", max_input_bytes=2 * size)
+    refused = upload("a much longer prompt of a red star")
+    assert refused.status_code == 429
+    problem = refused.json()["limit"]
+    assert problem == {"name": "max_input_bytes", "value": 2 * size, "used": size}
+    assert upload("a tin star").status_code == 201
+    assert upload("a red star").json()["id"] == first.json()["id"], (
+        "the same lines are no new input"
+    )
+    assert sql(farm, "SELECT count(*), sum(bytes) FROM inputs") == [(2, 2 * size)]
+    assert sql(farm, "SELECT count(*) FROM input_parts") == [(2,)]
+
+
 def test_each_job_of_a_batch_is_counted(farm: Farm, api: Api) -> None:
     ann = api.client("ann")
     limit(farm, "ann", max_open_jobs=4, max_waiting_frames=5, priorities=[1])
@@ -168,6 +189,8 @@ def test_no_limit_is_exceeded_by_many_clients_of_two_api_processes(
             stack.callback(own.close)
             apis.append(stack.enter_context(serving(own)))
         key = apis[0].key("ann")
+        for each in apis:  # FastAPI prepares its routes at the first call, in one thread at a time
+            each.bare(Authorization=f"Bearer {key}").post("/v1/jobs", json={})
         limit(farm, "ann", **limits)
 
         def submit_many(number: int) -> Counter[int]:

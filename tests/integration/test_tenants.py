@@ -175,7 +175,8 @@ def test_an_operator_sets_a_weight(farm: Farm, api: Api, operator: httpx.Client)
         ({"wait": 3}, "wait"),
         ({"max_open_jobs": -1}, "max_open_jobs"),
         ({"max_open_jobs": "many"}, "max_open_jobs"),
-        ({"max_waiting_frames": 10**16}, "max_waiting_frames"),
+        ({"max_waiting_frames": 10**15}, "max_waiting_frames"),
+        ({"max_input_bytes": 0.5}, "max_input_bytes"),
         ({"priorities": []}, "priorities"),
         ({"priorities": ["soon"]}, "priorities.0"),
     ],
@@ -185,7 +186,8 @@ def test_a_wrong_weight_or_limit_names_the_field(
 ) -> None:
     problem = check_problem(operator.patch("/v1/tenants/ops", json=body), 422)
     assert problem["error"]["param"] == param
-    unset = "weight = 1 AND num_nonnulls(priorities, max_open_jobs, max_waiting_frames) = 0"
+    limits = "priorities, max_open_jobs, max_waiting_frames, max_input_bytes"
+    unset = f"weight = 1 AND num_nonnulls({limits}) = 0"
     assert sql(farm, f"SELECT {unset} FROM tenants") == [(True,)]
 
 

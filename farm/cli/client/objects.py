@@ -199,6 +199,7 @@ class Tenant(TypedDict):
     """None: all."""
     max_open_jobs: int | None
     max_waiting_frames: int | None
+    max_input_bytes: int | None
     uses: dict[str, int | None]
     """In a list, None without the limit."""
     owns: dict[str, int]

@@ -86,6 +86,13 @@ def set_(
             show_default=False,
         ),
     ] = None,
+    max_input_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Maximum size of all inputs together, unpacked, or none.",
+            show_default=False,
+        ),
+    ] = None,
     why: Why = "",
     as_json: Json = False,
 ) -> None:
@@ -104,6 +111,7 @@ def set_(
     for name, value in {
         "max_open_jobs": max_open_jobs,
         "max_waiting_frames": max_waiting_frames,
+        "max_input_bytes": max_input_bytes,
     }.items():
         if value is not None:
             change[name] = _limit(name, value)
@@ -157,6 +165,7 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
         for name, limit in {
             "open_jobs": tenant["max_open_jobs"],
             "waiting_frames": tenant["max_waiting_frames"],
+            "input_bytes": tenant["max_input_bytes"],
         }.items():
             of = "without a limit" if limit is None else f"of at most {count(limit)}"
             say(f"{name.replace('_', ' ').capitalize()}: {count(tenant['uses'][name] or 0)}, {of}.")

@@ -20,11 +20,16 @@ CREATE FUNCTION pg_temp.waiting_frames(_tenant uuid) RETURNS bigint LANGUAGE sql
     ), 0)::bigint
 $$;
 
+-- Returns the size of all inputs of a tenant, unpacked.
+CREATE FUNCTION pg_temp.input_bytes(_tenant uuid) RETURNS bigint LANGUAGE sql STABLE AS $$
+    SELECT coalesce(sum(i.bytes), 0)::bigint FROM inputs i WHERE i.tenant_id = _tenant
+$$;
+
 -- Locks tenants, so that nobody else adds to what they have, and nobody changes their limits, before
 -- the end of the transaction. Returns limits, and what those have that have limits.
 CREATE FUNCTION pg_temp.rooms(_tenants uuid[]) RETURNS TABLE (
     tenant_id uuid, priorities smallint[], max_open_jobs bigint, open_jobs bigint,
-    max_waiting_frames bigint, waiting_frames bigint
+    max_waiting_frames bigint, waiting_frames bigint, max_input_bytes bigint, input_bytes bigint
 ) LANGUAGE plpgsql /* by index */ AS $$
 #variable_conflict use_column
 BEGIN
@@ -37,9 +42,12 @@ BEGIN
     SELECT t.id, t.priorities,
            t.max_open_jobs, CASE WHEN t.max_open_jobs IS NOT NULL THEN pg_temp.open_jobs(t.id) END,
            t.max_waiting_frames,
-           CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END
+           CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END,
+           t.max_input_bytes,
+           CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END
     FROM (SELECT DISTINCT w.id FROM unnest(_tenants) AS w (id)) w CROSS JOIN LATERAL (
         SELECT * FROM tenants t WHERE t.id = w.id LIMIT 1
     ) t
-    WHERE num_nonnulls(t.priorities, t.max_open_jobs, t.max_waiting_frames) > 0;
+    WHERE num_nonnulls(
+        t.priorities, t.max_open_jobs, t.max_waiting_frames, t.max_input_bytes) > 0;
 END $$;
