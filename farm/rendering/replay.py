@@ -6,7 +6,6 @@ pixels of both are compared.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from farm.pipelines.family import Batch
 from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline
 from farm.pipelines.runtime.devices import device_of, prepare_torch
 from farm.pipelines.runtime.loading import OPTIONS
+from farm.process import limit_spinning
 from farm.rendering.environment import environment_of
 from farm.rendering.warmup import warm_up
 
@@ -108,8 +108,7 @@ def replay(
         CatalogError: the pipeline cannot be loaded.
     """
     picture, recorded, form = read(content)
-    # Read once, when torch is loaded. Spinning threads slow a busy machine down many times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit_spinning()
     entry = _entry(catalog, recorded)
     resolved = resolve_pipeline(recorded.frame.pipeline, entry)
     frame = _checked(picture, recorded, resolved)

@@ -11,6 +11,7 @@ from farm.cli.terminal.console import Json, columns, emit, note, out, say, show_
 from farm.cli.terminal.progress import busy, counted
 from farm.errors import OutOfMemory
 from farm.humanize import size
+from farm.process import limit_spinning
 
 if TYPE_CHECKING:
     from farm.config import Settings
@@ -116,6 +117,7 @@ def _entry(settings: Settings, name: str) -> Pipeline:
 def _measure(
     settings: Settings, name: str, entry: Pipeline, added: Sequence[str], effort: SweepOptions
 ) -> tuple[list[SweepResult], LoadedPipeline]:
+    limit_spinning()
     from farm.pipelines.resolve import resolve_pipeline
     from farm.pipelines.runtime.devices import even_threads, prepare_torch
     from farm.rendering import calibration

@@ -15,7 +15,14 @@ import typer
 
 from farm.cli.terminal.exit_codes import ERROR
 from farm.errors import FarmError, Unavailable
-from farm.process import beat, collect_usually, set_up_logs, signs_of_life, switch_often
+from farm.process import (
+    beat,
+    collect_usually,
+    limit_spinning,
+    set_up_logs,
+    signs_of_life,
+    switch_often,
+)
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -103,6 +110,7 @@ def worker(
     """Render the frames of one pipeline until SIGTERM. It finishes its batch first."""
     from workers.render.parent import run_worker
 
+    limit_spinning()
     with _process() as settings:
         code = run_worker(settings, pipeline, device)
     raise typer.Exit(code)
