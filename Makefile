@@ -70,7 +70,7 @@ types: setup
 check: setup ## Check a commit, in a minute: lint and the unit tests
 	$(call timed,lint together with unit tests,$(MAKE) --no-print-directory -j 2 lint tests-unit)
 
-# They compute, and each process imports torch, so no more processes than cores.
+# They compute, and each process takes seconds to import torch. So there are only two.
 tests-unit: setup
 	$(PYTEST) --numprocesses 2 --no-loadscope-reorder -m "$(QUICK)" tests/unit
 

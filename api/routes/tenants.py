@@ -47,21 +47,23 @@ def set_tenant(
     """Set a tenant's share of each lane, and what it may have. Fields that are left out stay. What
     is beyond a new limit stays too, and nothing is added to it."""
     with transaction(farm.store) as connection:
-        tenants.lock_tenant(connection, _found(connection, tenant).id)
         found = _found(connection, tenant)
-        if found.removed_at is not None:
+        before = tenants.lock_settings(
+            connection, found.id
+        )  # submissions of the tenant wait for it
+        if before is None:
             raise NotFound(f"Tenant {tenant} is deleted.")
-        changed = found._replace(**change.fields())
+        now = before._replace(**change.fields())
         news = [
-            f"{name} {_told(getattr(found, name))} before, {_told(getattr(changed, name))} now"
-            for name in tenants.SETTABLE
-            if getattr(found, name) != getattr(changed, name)
+            f"{name} {_told(old)} before, {_told(new)} now"
+            for name, old, new in zip(before._fields, before, now, strict=True)
+            if old != new
         ]
         if news:
-            tenants.set_tenant(connection, found, changed)
+            tenants.set_tenant(connection, found.id, before, now)
             target = f"tenant {found.name}"
             actions.record(connection, actor, "tenant.set", target, change.why, "; ".join(news))
-    return _view(changed)
+    return _view(found._replace(**now._asdict()))
 
 
 def _told(value: object) -> str:

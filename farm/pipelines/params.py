@@ -23,7 +23,7 @@ STRICT = ConfigDict(
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
 DEFAULT_STEPS = 50
-"""Steps that a frame is taken to cost if its parameters name none. diffusers' usual default."""
+"""Steps in the cost of a frame whose parameters name none: the usual default of diffusers."""
 Guidance = Annotated[float, Field(ge=0.0, le=100.0)]
 
 

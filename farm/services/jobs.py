@@ -279,7 +279,7 @@ def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
 def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
     """Requeue a job's dead frames with new attempts, and ring its lane. Return their number.
 
-    If others take the room in the tenant's limits, it ends before all are requeued.
+    It ends before all are requeued if other jobs reach the tenant's limits in between.
     """
     frames = 0
     while True:

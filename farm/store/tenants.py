@@ -58,7 +58,10 @@ WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
 
 # Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
-LOCK = text("SELECT FROM tenants WHERE id = :id FOR UPDATE")
+LOCK = text("""
+SELECT weight, priorities, max_open_jobs, max_waiting_frames, max_input_bytes FROM tenants
+WHERE id = :id AND removed_at IS NULL FOR UPDATE
+""")
 
 SET = text("""
 UPDATE tenants SET weight = :weight, priorities = CAST(:priorities AS smallint[]),
@@ -171,19 +174,28 @@ def find_tenant(connection: Connection, word: str) -> TenantRow | None:
     return row_of(connection.execute(ONE, {"word": word}), TenantRow)
 
 
-SETTABLE = ("weight", "priorities", "max_open_jobs", "max_waiting_frames", "max_input_bytes")
+class TenantSettings(NamedTuple):
+    """Weight and limits of a tenant, as in TenantRow."""
+
+    weight: float
+    priorities: list[int] | None
+    max_open_jobs: int | None
+    max_waiting_frames: int | None
+    max_input_bytes: int | None
 
 
-def lock_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:
-    """Lock a tenant before its limits are read and changed."""
-    connection.execute(LOCK, {"id": tenant_id})
+def lock_settings(connection: Connection, tenant_id: uuid.UUID) -> TenantSettings | None:
+    """Read and lock a tenant's weight and limits. None if the tenant is removed."""
+    return row_of(connection.execute(LOCK, {"id": tenant_id}), TenantSettings)
 
 
-def set_tenant(connection: Connection, before: TenantRow, now: TenantRow) -> None:
+def set_tenant(
+    connection: Connection, tenant_id: uuid.UUID, before: TenantSettings, now: TenantSettings
+) -> None:
     """Set a tenant's weight, from the next batch on, and its limits, from the next job on."""
-    connection.execute(SET, {"id": now.id, **{name: getattr(now, name) for name in SETTABLE}})
+    connection.execute(SET, {"id": tenant_id, **now._asdict()})
     if now.weight != before.weight:
-        connection.execute(RESCALE, {"id": now.id, "scale": before.weight / now.weight})
+        connection.execute(RESCALE, {"id": tenant_id, "scale": before.weight / now.weight})
 
 
 def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:

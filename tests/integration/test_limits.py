@@ -20,7 +20,7 @@ from farm.services import jobs
 from farm.store import jobs as stored
 from farm.store.engine import transaction
 from farm.store.limits import lock_rooms
-from farm.store.tenants import lock_tenant
+from farm.store.tenants import lock_settings
 from tests.integration.test_api_refusals import check_problem
 from tests.integration.test_following import follow, requeued
 from tests.integration.test_old_statistics import IDLE, few_rows, run
@@ -277,7 +277,7 @@ def test_a_submission_waits_for_a_change_of_limits(farm: Farm) -> None:
 
     thread = threading.Thread(target=work)
     with transaction(farm.store) as connection:
-        lock_tenant(connection, ann)
+        lock_settings(connection, ann)
         thread.start()
         waits = "SELECT count(*) FROM pg_locks WHERE NOT granted"
         wait_until(lambda: sql(farm, waits)[0][0] > 0, 30, "the submission waits")

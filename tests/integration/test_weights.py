@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from farm.context import Farm
 from farm.store.engine import transaction
-from farm.store.tenants import find_tenant, set_tenant
+from farm.store.tenants import lock_settings, set_tenant
 from tests.support.store import FakeWorker, new_tenant, register_worker, sql, submit
 
 LANE = "demo"
@@ -170,9 +170,9 @@ def test_a_raised_weight_counts_at_once(farm: Farm) -> None:
     own.render(3)
     assert own.used[low] > 0
     with transaction(farm.store) as connection:
-        found = find_tenant(connection, str(low))
-        assert found is not None
-        set_tenant(connection, found, found._replace(weight=1.0))
+        before = lock_settings(connection, low)
+        assert before is not None
+        set_tenant(connection, low, before, before._replace(weight=1.0))
     is_shared(own.render(40), tenants, [1, 1])
     assert own.used[other] > 0
 
