@@ -81,10 +81,10 @@ def limit_spinning() -> None:
 
     GNU OpenMP reads the variable once:
     https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html. On quiet cores a call of the
-    demo takes as long as with its default of 300,000 turns, and a worker, whose other threads share
-    the cores, up to a tenth longer. With a passive wait a call takes half as long again. On busy cores
-    the default is 40 times slower than a passive wait, and this is 1.3 times slower. A policy that
-    the user chose stays.
+    demo takes as long as with its default of 300,000 turns. A worker takes up to a tenth longer,
+    since its other threads share the cores. With a passive wait a call takes half as long again.
+    On busy cores the default is 40 times slower than a passive wait, and this is 1.3 times slower.
+    A policy that the user chose stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
