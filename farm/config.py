@@ -168,6 +168,18 @@ class Settings(BaseSettings):
         default=True,
         description="Render an interactive batch in the middle of another one, between two steps",
     )
+    interactive_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="Longest interactive batch that may interrupt another one. A longer one may be"
+        " interrupted itself, by another tenant's. Seconds",
+    )
+    less_urgent_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.9,
+        description="Smallest part of a lane's device time for less urgent work, while it waits",
+    )
 
     max_job_frames: int = Field(
         default=10_000_000, ge=1, description="Maximum number of frames in a job"

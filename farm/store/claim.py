@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,8 @@ class Lease:
     priority: Priority
     """Priority of its most urgent frame."""
     frames: tuple[ClaimedFrame, ...]
+    cost: float = 0.0
+    """Bucket x steps x pixels: see ADR 34."""
     more: bool = False
     """True if the lane had more work after this claim, so that another worker should wake up."""
 
@@ -60,7 +62,8 @@ CLAIM = text("""
 SELECT * FROM pg_temp.claim(
     :pipeline, CAST(:worker_id AS uuid), :worker, CAST(:pid AS int), CAST(:lease_id AS uuid),
     CAST(:seconds AS float), CAST(:priority AS smallint), CAST(:known AS uuid[]),
-    CAST(:plans AS jsonb))
+    CAST(:plans AS jsonb), CAST(:share AS float), CAST(:most AS float),
+    CAST(:without AS uuid[]))
 """)
 
 
@@ -74,6 +77,9 @@ def claim(
     lease_seconds: float,
     priority: Priority = Priority.BULK,
     plans: str = "{}",
+    less_urgent_share: float = 0.0,
+    most_cost: float | None = None,
+    without: Collection[uuid.UUID] = (),
     known: MutableMapping[uuid.UUID, FullSpec] | None = None,
     parts: Parts | None = None,
 ) -> Lease | None:
@@ -88,9 +94,14 @@ def claim(
         worker: the worker's name.
         pid: the ID of the process that renders.
         lease_seconds: the duration of the lease, unless it is renewed.
-        priority: the least urgent priority to claim.
+        priority: the least urgent priority to claim. With `INTERACTIVE` the batch is to interrupt
+            another one.
         plans: JSON of the buckets to choose for 1, 2, … frames, by image size and `default`, for
             frames whose bucket is open: see farm.domain.ladder. Without one, the largest is chosen.
+        less_urgent_share: smallest part of the device time for less urgent work, while it waits.
+        most_cost: largest bucket x steps x pixels of an interactive batch whose bucket is open, and
+            of one that interrupts. Default: no limit.
+        without: tenants to leave out.
         known: a cache of job specs, to which new specs are added.
         parts: a cache of input parts, to which new parts are added.
     """
@@ -108,6 +119,9 @@ def claim(
             "seconds": lease_seconds,
             "priority": priority,
             "plans": plans,
+            "share": less_urgent_share,
+            "most": most_cost,
+            "without": [*without],
             "known": arrays.ids(before),
         },
     ).all()
@@ -120,7 +134,9 @@ def claim(
     lines = lines_of(connection, jobs, named, parts) if named else {}
     frames = tuple(_claimed(row, jobs[row.job_id], lines) for row in rows)
     first = rows[0]
-    return Lease(lease_id, worker_id, pipeline, Priority(first.priority), frames, first.more)
+    return Lease(
+        lease_id, worker_id, pipeline, Priority(first.priority), frames, first.cost, first.more
+    )
 
 
 def _claimed(

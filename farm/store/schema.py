@@ -653,6 +653,18 @@ shares = Table(
     Index("shares_retries", "pipeline", "retry_at", postgresql_where=text("retry_at IS NOT NULL")),
 )
 
+lanes = Table(
+    "lanes",
+    metadata,
+    Column("pipeline", Text, primary_key=True),
+    Column(
+        "owed",
+        ARRAY(Double),
+        nullable=False,
+        comment="device cost owed to less urgent work: by interactive, and by normal batches",
+    ),
+)
+
 events = Table(
     "events",
     metadata,

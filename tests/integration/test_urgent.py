@@ -44,7 +44,7 @@ class Story:
         if (prompt, step) == ("bulk", self.at) and not self.urgent:
             for _ in range(self.come):
                 self.urgent.append(self.submit("interactive"))
-        if prompt == "bulk" and self.steps.count(("urgent", 0)) < len(self.urgent):
+        if prompt == "bulk" and step and self.steps.count(("urgent", 0)) < len(self.urgent):
             # The step lasts long enough to receive the bell and to claim.
             wait_for(lambda: self.assembly.interactive._lease is not None, self.patience)
         self.also(prompt, step)

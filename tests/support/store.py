@@ -72,12 +72,18 @@ class FakeWorker:
     plans: str = "{}"
     """Buckets of frames whose bucket is open, as JSON: see `farm.store.claim.claim`."""
 
-    def claim(self, pipeline: str = "demo", lease_seconds: float = 60.0) -> Lease | None:
+    def claim(
+        self, pipeline: str = "demo", lease_seconds: float = 60.0, **limits: Any
+    ) -> Lease | None:
         with transaction(self.farm.store) as connection:
-            return self.claim_in(connection, pipeline, lease_seconds)
+            return self.claim_in(connection, pipeline, lease_seconds, **limits)
 
     def claim_in(
-        self, connection: Connection, pipeline: str = "demo", lease_seconds: float = 60.0
+        self,
+        connection: Connection,
+        pipeline: str = "demo",
+        lease_seconds: float = 60.0,
+        **limits: Any,
     ) -> Lease | None:
         return claim(
             connection,
@@ -87,6 +93,7 @@ class FakeWorker:
             pid=self.pid,
             lease_seconds=lease_seconds,
             plans=self.plans,
+            **{"less_urgent_share": self.farm.settings.less_urgent_share, **limits},
         )
 
     def must_claim(self) -> Lease:

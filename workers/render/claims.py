@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cachetools import LRUCache
@@ -37,6 +38,37 @@ MAX_SECONDS = 1.0
 """Longest claim duration that counts, in seconds. A claim during an outage is no measure."""
 
 
+REMEMBERED_PACES = 16
+"""Number of batches whose paces count."""
+
+
+class Pace:
+    """The slowest pace of a child's latest batches. A pace is device cost per second.
+
+    On most devices a small batch has a slower pace than a large one. So a time that is calculated
+    by the slowest pace is rather too long than too short. One thread measures, and any may ask.
+    """
+
+    def __init__(self) -> None:
+        self._paces: LRUCache[uuid.UUID, float] = LRUCache(REMEMBERED_PACES)
+        self._slowest: float | None = None
+
+    def measure(self, lease_id: uuid.UUID, cost: float, seconds: float) -> None:
+        """Note that a batch took `seconds` for this cost. It replaces the batch's earlier note."""
+        if seconds > 0:
+            self._paces[lease_id] = cost / seconds
+            self._slowest = min(self._paces.values())
+
+    @property
+    def is_known(self) -> bool:
+        """True after the first measurement."""
+        return self._slowest is not None
+
+    def cost_within(self, seconds: float) -> float | None:
+        """Return the device cost that takes at most this time. None: nothing was measured yet."""
+        return None if self._slowest is None else self._slowest * seconds
+
+
 class Claims:
     """Claims one batch after another, and knows which leases this child holds."""
 
@@ -45,6 +77,7 @@ class Claims:
         self._identity = identity
         self._plans = plans
         """Plans of open buckets: see store.claim."""
+        self.pace = Pace()
         self._specs: LRUCache[uuid.UUID, FullSpec] = LRUCache(REMEMBERED_JOBS)
         self._parts: LRUCache[tuple[uuid.UUID, int], list[Line]] = LRUCache(REMEMBERED_PARTS)
         self._in_hand: dict[uuid.UUID, tuple[float, float]] = {}
@@ -60,9 +93,14 @@ class Claims:
         """Claim a batch. Wait while Postgres does not answer."""
         return self._claim_patiently(Priority.BULK, self._plans)
 
-    def claim_interactive(self, plans: str) -> Lease | None:
-        """Claim an interactive batch by other plans. Wait while Postgres does not answer."""
-        return self._claim_patiently(Priority.INTERACTIVE, plans)
+    def claim_interactive(self, plans: str, without: Collection[uuid.UUID]) -> Lease | None:
+        """Claim a batch that is to interrupt another. Wait while Postgres does not answer.
+
+        Args:
+            plans: plans of open buckets for a device that holds another batch.
+            without: tenants to leave out.
+        """
+        return self._claim_patiently(Priority.INTERACTIVE, plans, without)
 
     def claim_ahead(self, left_seconds: float, step_seconds: float) -> None:
         """Start the claim of the next batch if the current one is nearly done.
@@ -118,11 +156,17 @@ class Claims:
         """Record that a claim may have failed: the next claim first releases unknown leases."""
         self._unsure = True
 
-    def _claim_patiently(self, priority: Priority, plans: str) -> Lease | None:
-        return retry_while_unavailable(self._identity.name, lambda: self._claim(priority, plans))
+    def _claim_patiently(
+        self, priority: Priority, plans: str, without: Collection[uuid.UUID] = ()
+    ) -> Lease | None:
+        return retry_while_unavailable(
+            self._identity.name, lambda: self._claim(priority, plans, without)
+        )
 
-    def _claim(self, priority: Priority, plans: str) -> Lease | None:
-        me, started = self._identity, time.monotonic()
+    def _claim(
+        self, priority: Priority, plans: str, without: Collection[uuid.UUID]
+    ) -> Lease | None:
+        me, settings, started = self._identity, self._farm.settings, time.monotonic()
         with self._lock:
             if self._unsure:
                 with transaction(self._farm.store) as connection:
@@ -135,9 +179,12 @@ class Claims:
                     worker_id=me.id,
                     worker=me.name,
                     pid=os.getpid(),
-                    lease_seconds=self._farm.settings.lease_seconds,
+                    lease_seconds=settings.lease_seconds,
                     priority=priority,
                     plans=plans,
+                    less_urgent_share=settings.less_urgent_share,
+                    most_cost=self.pace.cost_within(settings.interactive_seconds),
+                    without=without,
                     known=self._specs,
                     parts=self._parts,
                 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Collection
 
 from farm.context import Farm
 from farm.errors import Unavailable
@@ -15,6 +16,11 @@ from workers.render.identity import Identity
 
 log = logging.getLogger(__name__)
 
+VAIN_SECONDS = 5.0
+"""Time after a claim in vain in which only a bell leads to another one, in seconds.
+
+The lease watch reports interactive frames also if none of them may interrupt.
+"""
 DEAF_SECONDS = 1.0
 """Pause after Redis did not answer, in seconds. The lease watch reports such frames anyway."""
 
@@ -33,34 +39,22 @@ class InteractiveClaims:
         self._claiming = threading.Lock()
         self._taken = threading.Condition()
         self._lease: Lease | None = None
+        self._without: Collection[uuid.UUID] = ()
+        self._vain_until = 0.0
         self._over = False
         self._thread: threading.Thread | None = None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen during the block, in which an interruptible batch is denoised."""
+    def listen(self, without: Collection[uuid.UUID] = ()) -> None:
+        """Claim a batch as soon as one waits, until `rest`. Leave out these tenants."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._listen, name="urgent", daemon=True)
             self._thread.start()
+        self._without = without
         self._listening.set()
-        try:
-            yield
-        finally:
-            self._listening.clear()
 
-    @contextmanager
-    def interrupting(self, again: Callable[[], bool]) -> Iterator[None]:
-        """Claim nothing during the block, in which an urgent batch is denoised.
-
-        Listen again after it, if `again` returns True then.
-        """
+    def rest(self) -> None:
+        """Claim nothing until `listen`. A claim in progress may still bring a batch."""
         self._listening.clear()
-        try:
-            yield
-        finally:
-            if again():
-                self._told.set()
-                self._listening.set()
 
     def close(self) -> None:
         """End the thread."""
@@ -71,6 +65,11 @@ class InteractiveClaims:
 
     def notify(self) -> None:
         """Report that interactive frames wait. Any thread may call it."""
+        if time.monotonic() >= self._vain_until:
+            self._told.set()
+
+    def look_again(self) -> None:
+        """Claim again at the next `listen`, whether a bell rings or not."""
         self._told.set()
 
     def take_last(self) -> Lease | None:
@@ -109,6 +108,8 @@ class InteractiveClaims:
                 self._told.set()  # the loop claims the most urgent first, or has claimed ahead
                 return
             self._told.clear()
-            self._lease = self._claims.claim_interactive(self._plans)
+            self._lease = self._claims.claim_interactive(self._plans, self._without)
+            if self._lease is None:
+                self._vain_until = time.monotonic() + VAIN_SECONDS
         with self._taken:
             self._taken.wait_for(lambda: self._lease is None)

@@ -7,11 +7,11 @@ finisher encodes, uploads and completes. An interactive batch may run between tw
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 from PIL import Image
 
@@ -142,21 +142,27 @@ class RenderLoop:
         if not batch.frames:
             self._finisher.pass_on(batch, watch)
             return
-        interruptible = self.may_interrupt and lease.priority is not Priority.INTERACTIVE
         started, self._lent_seconds = time.monotonic(), 0.0
+        if lease.priority is not Priority.INTERACTIVE and self._claims.pace.is_known:
+            self._let_in(lease, 0.0, math.inf)
 
         def on_step(step: int, steps: int) -> None:
             watch.on_step(step, steps)
             passed = time.monotonic() - started - self._lent_seconds
+            self._claims.pace.measure(lease.id, lease.cost * step / steps, passed)
             if self._finisher.full:
                 return
-            self._claims.claim_ahead(passed / step * (steps - step), passed / step)
-            if interruptible and self.may_interrupt and (urgent := self._interactive.take()):
+            left = passed / step * (steps - step)
+            self._claims.claim_ahead(left, passed / step)
+            if self._yields(lease, passed, left) and (urgent := self._interactive.take()):
                 self._interrupt(urgent, lease, watch)
+            self._let_in(lease, passed, left)
 
         try:
-            with self._interactive.listening() if interruptible else nullcontext():
+            try:
                 pictures = self._denoise(self._loaded, batch, on_step)
+            finally:
+                self._interactive.rest()
             now = time.monotonic()
             batch.stages["denoise"] = started, now
             batch.account.denoise_seconds = now - started - self._lent_seconds
@@ -176,18 +182,42 @@ class RenderLoop:
         if watch.draining:
             self._claims.give_back()
 
+    def _yields(self, lease: Lease, passed: float, left: float) -> bool:
+        """Tell whether an urgent batch may interrupt this one now.
+
+        A batch keeps its part of the device time. An interactive one is interrupted only if it
+        still needs longer than an urgent batch may take.
+
+        Args:
+            lease: the current batch.
+            passed: time that it was denoised, in seconds.
+            left: time that it still needs, in seconds.
+        """
+        settings = self._farm.settings
+        if lease.priority is Priority.INTERACTIVE and left <= settings.interactive_seconds:
+            return False
+        share = settings.less_urgent_share
+        return self.may_interrupt and share * self._lent_seconds <= (1 - share) * passed
+
+    def _let_in(self, lease: Lease, passed: float, left: float) -> None:
+        """Claim an urgent batch as soon as one waits, if it may interrupt this one."""
+        if self._yields(lease, passed, left):
+            own = {frame.tenant_id for frame in lease.frames}
+            self._interactive.listen(own if lease.priority is Priority.INTERACTIVE else ())
+
     def _interrupt(self, lease: Lease, interrupted: Lease, watch: LeaseWatch) -> None:
         """Denoise an urgent batch between two steps of another one, without changing that one."""
         started = time.monotonic()
+        self._interactive.rest()
         try:
-            with self._interactive.interrupting(lambda: self.may_interrupt):
-                self._render_within(lease, watch)
-                self._scratch.hold(os.getpid(), interrupted.id)
+            self._render_within(lease, watch)
+            self._scratch.hold(os.getpid(), interrupted.id)
         except Exception as error:  # the interrupted batch is not the cause
             self._broken = error
             raise StopBatch from error
         self._finisher.begin()
         self._lent_seconds += time.monotonic() - started
+        self._interactive.look_again()
 
     def _render_within(self, lease: Lease, outer: LeaseWatch) -> None:
         batch, watch = self._begin(lease)
@@ -199,6 +229,8 @@ class RenderLoop:
         def on_step(step: int, steps: int) -> None:
             watch.on_step(step, steps)
             outer.on_other()
+            passed = time.monotonic() - started
+            self._claims.pace.measure(lease.id, lease.cost * step / steps, passed)
 
         try:
             self._twin = self._twin or self._loaded.clone_sharing_weights()

@@ -22,6 +22,13 @@ CREATE FUNCTION pg_temp.frame_cost(_batch_key text) RETURNS bigint LANGUAGE sql 
                     20 * 512 * 512)
 $$;
 
+-- Returns the device cost of the smallest batch that a frame may be part of.
+CREATE FUNCTION pg_temp.least_cost(_batch_key text, _bucket int) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT pg_temp.frame_cost(_batch_key)
+           * CASE WHEN strpos(_batch_key, '~') > 0 THEN 1 ELSE _bucket END
+$$;
+
 -- Returns a tenant's ID that comes before all others.
 CREATE FUNCTION pg_temp.no_tenant() RETURNS uuid LANGUAGE sql IMMUTABLE AS $$
     SELECT '00000000-0000-0000-0000-000000000000'::uuid
@@ -30,9 +37,10 @@ $$;
 -- Returns a tenant's first frame that may be claimed: by highest priority, then a requeued frame
 -- before a new one, then the one that is due longest or of the oldest job. These are four probes of
 -- indexes, and one more for each due frame of a job that is held. `_but`: frames to leave out, as
--- job/ordinal.
-CREATE FUNCTION pg_temp.head(_pipeline text, _tenant_id uuid, _but text[], _priority smallint)
-RETURNS TABLE (
+-- job/ordinal. `_priority`, `_from`: the least and the most urgent priority.
+CREATE FUNCTION pg_temp.head(
+    _pipeline text, _tenant_id uuid, _but text[], _priority smallint, _from smallint DEFAULT 0
+) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint
 ) LANGUAGE sql STABLE AS $$
     SELECT h.job_id, h.ordinal, h.isolated, h.batch_key, h.bucket, h.priority FROM (
@@ -40,14 +48,14 @@ RETURNS TABLE (
                 j.batch_key, j.bucket, j.priority, 1 AS kind
          FROM jobs j
          WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = _tenant_id
-           AND j.priority <= _priority
+           AND j.priority BETWEEN _from AND _priority
          ORDER BY j.priority, j.created_at, j.id LIMIT 1)
         UNION ALL
         (SELECT r.job_id, r.ordinal, r.isolated, r.batch_key, r.bucket, r.priority, 0
          FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
             SELECT r.* FROM requeued_frames r
             WHERE r.pipeline = _pipeline AND r.tenant_id = _tenant_id
-              AND r.priority = p.priority AND p.priority <= _priority AND NOT r.paused
+              AND r.priority = p.priority AND p.priority BETWEEN _from AND _priority AND NOT r.paused
               AND r.not_before <= statement_timestamp()
               AND concat(r.job_id, '/', r.ordinal) <> ALL(_but)
               -- quicker than is_held, if many frames of a large job are held
@@ -82,26 +90,31 @@ BEGIN
 END $$;
 
 -- Returns the best frame of the tenants whose retries may be due. A claim corrects `retry_at` of
--- all of them, so they are few.
+-- all of them, so they are few. For the parameters see `leader`.
 CREATE FUNCTION pg_temp.retried(
-    _pipeline text, _but text[], _priority smallint, _avoided uuid
+    _pipeline text, _but text[], _priority smallint, _avoided uuid[], _from smallint, _most float
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     used float, tenant_id uuid
 ) LANGUAGE sql STABLE AS $$
     SELECT h.*, s.used, s.tenant_id
-    FROM shares s CROSS JOIN LATERAL pg_temp.head(s.pipeline, s.tenant_id, _but, _priority) h
+    FROM shares s
+    CROSS JOIN LATERAL pg_temp.head(s.pipeline, s.tenant_id, _but, _priority, _from) h
     WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp()
-      AND s.tenant_id IS DISTINCT FROM _avoided
+      AND s.tenant_id <> ALL(_avoided)
+      AND (_most IS NULL OR pg_temp.least_cost(h.batch_key, h.bucket) <= _most)
     ORDER BY h.priority, s.used, s.tenant_id LIMIT 1
 $$;
 
 -- Returns the first frame of the next batch: by highest priority, then the tenant with the smallest
 -- share, then as `head` says. `priority` of a share is a bound: the tenant's head may be less urgent,
--- or be gone. So the search goes on until no later share can be better. `_avoided`: a tenant to leave
--- out.
+-- or be gone. So the search goes on until no later share can be better.
+-- `_avoided`: tenants to leave out. `_from`: the most urgent priority; shares with a lower bound are
+-- left out. `_most`: frames whose smallest batch costs more are left out. After a hundred of them the
+-- search ends.
 CREATE FUNCTION pg_temp.leader(
-    _pipeline text, _but text[], _priority smallint, _avoided uuid DEFAULT NULL
+    _pipeline text, _but text[], _priority smallint, _avoided uuid[] DEFAULT '{}',
+    _from smallint DEFAULT 0, _most float DEFAULT NULL
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     used float, tenant_id uuid
@@ -111,19 +124,24 @@ DECLARE
     found_one bool;
     share record;
     head record;
+    too_long int := 0;
 BEGIN
-    SELECT * INTO best FROM pg_temp.retried(_pipeline, _but, _priority, _avoided);
+    SELECT * INTO best FROM pg_temp.retried(_pipeline, _but, _priority, _avoided, _from, _most);
     found_one := FOUND;
-    SELECT -1::smallint AS priority, 0::float AS used, pg_temp.no_tenant() AS tenant_id INTO share;
+    SELECT (_from - 1)::smallint AS priority, 'Infinity'::float AS used,
+           pg_temp.no_tenant() AS tenant_id INTO share;
     LOOP
         SELECT * INTO share FROM pg_temp.next_share(
             _pipeline, _priority, share.priority, share.used, share.tenant_id);
         EXIT WHEN NOT FOUND OR found_one AND (share.priority, share.used, share.tenant_id)
                                              >= (best.priority, best.used, best.tenant_id);
-        CONTINUE WHEN share.tenant_id = _avoided;
+        CONTINUE WHEN share.tenant_id = ANY(_avoided);
         SELECT h.*, share.used, share.tenant_id INTO head
-        FROM pg_temp.head(_pipeline, share.tenant_id, _but, _priority) h;
-        IF FOUND AND (NOT found_one OR (head.priority, share.used, share.tenant_id)
+        FROM pg_temp.head(_pipeline, share.tenant_id, _but, _priority, _from) h;
+        IF FOUND AND pg_temp.least_cost(head.batch_key, head.bucket) > _most THEN
+            too_long := too_long + 1;
+            EXIT WHEN too_long = 100;
+        ELSIF FOUND AND (NOT found_one OR (head.priority, share.used, share.tenant_id)
                                        < (best.priority, best.used, best.tenant_id)) THEN
             best := head; found_one := true;
         END IF;
@@ -134,18 +152,71 @@ BEGIN
     END IF;
 END $$;
 
--- Corrects the bounds of the shares that a claim has looked at in vain: those before this place, and
--- those whose retries may be due. Every transaction that adds work locks the share. So what is read
+-- Returns the tenant of the oldest open job of a lane: by highest priority from `_from` on, then by age.
+CREATE FUNCTION pg_temp.oldest_job(_pipeline text, _priority smallint, _from smallint)
+RETURNS TABLE (tenant_id uuid) LANGUAGE sql STABLE AS $$
+    SELECT o.tenant_id FROM (VALUES (1), (2)) AS p (priority) CROSS JOIN LATERAL (
+        SELECT j.tenant_id FROM jobs j
+        WHERE j.open AND j.pipeline = _pipeline AND j.priority = p.priority
+          AND p.priority BETWEEN _from AND _priority
+        ORDER BY j.created_at LIMIT 1
+    ) o ORDER BY p.priority LIMIT 1
+$$;
+
+-- Returns the first frame among priorities from `_from` on, although more urgent work waits. First come
+-- tenants that have no more urgent work, then the one with the oldest job. See `leader`.
+CREATE FUNCTION pg_temp.less_urgent_leader(
+    _pipeline text, _but text[], _priority smallint, _avoided uuid[], _from smallint
+) RETURNS TABLE (
+    job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
+    used float, tenant_id uuid
+) LANGUAGE plpgsql STABLE /* by index */ AS $$
+BEGIN
+    RETURN QUERY SELECT * FROM pg_temp.leader(_pipeline, _but, _priority, _avoided, _from);
+    IF NOT FOUND THEN
+        RETURN QUERY
+        SELECT h.*, 'Infinity'::float, o.tenant_id
+        FROM pg_temp.oldest_job(_pipeline, _priority, _from) o
+        CROSS JOIN LATERAL pg_temp.head(_pipeline, o.tenant_id, _but, _priority, _from) h
+        WHERE o.tenant_id <> ALL(_avoided);
+    END IF;
+END $$;
+
+-- Returns what a lane owes to less urgent work after a batch of this priority and cost. `_owed` is a
+-- pair: to `normal` and `bulk` together for interactive batches, and to `bulk` for others. `_share` is
+-- their smallest part of the device time. Where none of them waits, nothing is owed.
+CREATE FUNCTION pg_temp.owed_after(
+    _pipeline text, _owed float[], _priority smallint, _cost float, _share float
+) RETURNS float[] LANGUAGE plpgsql STABLE /* by index */ AS $$
+DECLARE
+    owed float[] := '{}';
+BEGIN
+    FOR level IN 1..2 LOOP
+        owed := owed || CASE
+            WHEN _priority >= level THEN greatest(0, _owed[level] - (1 - _share) * _cost)
+            WHEN EXISTS (SELECT FROM pg_temp.next_share(_pipeline, 2::smallint,
+                             (level - 1)::smallint, 'Infinity', pg_temp.no_tenant()))
+                 OR EXISTS (SELECT FROM pg_temp.oldest_job(_pipeline, 2::smallint, level::smallint))
+            THEN _owed[level] + _share * _cost
+            ELSE 0 END;
+    END LOOP;
+    RETURN owed;
+END $$;
+
+-- Corrects the bounds of the shares that a claim has looked at in vain: those before this place and
+-- not more urgent than `_from`, and those whose retries may be due. At most `_limit` are corrected;
+-- null: all. Every transaction that adds work locks the share. So what is read
 -- under this lock misses nothing: work that is not committed yet changes the share afterwards. A share
 -- that somebody else has locked is left for the next claim. The caller waits for no lock after this.
 CREATE FUNCTION pg_temp.correct_shares(
-    _pipeline text, _priority smallint, _used float, _tenant_id uuid
+    _pipeline text, _priority smallint, _used float, _tenant_id uuid, _from smallint, _limit int
 ) RETURNS void LANGUAGE plpgsql /* by index */ AS $$
 DECLARE
     tenants uuid[] := ARRAY(
-        SELECT s.tenant_id FROM shares s
-        WHERE s.pipeline = _pipeline
-          AND (s.priority, s.used, s.tenant_id) < (_priority, _used, _tenant_id)
+        (SELECT s.tenant_id FROM shares s
+         WHERE s.pipeline = _pipeline AND s.priority >= _from
+           AND (s.priority, s.used, s.tenant_id) < (_priority, _used, _tenant_id)
+         ORDER BY s.priority, s.used, s.tenant_id LIMIT _limit)
         UNION
         SELECT s.tenant_id FROM shares s
         WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
@@ -191,7 +262,7 @@ $$;
 -- are left out.
 CREATE FUNCTION pg_temp.other_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int,
-    _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
+    _avoided uuid[] DEFAULT '{}', _least smallint DEFAULT 2
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
     SELECT f.job_id, f.ordinal
     FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
@@ -201,14 +272,14 @@ CREATE FUNCTION pg_temp.other_requeued(
         ORDER BY r.not_before, r.job_id, r.ordinal LIMIT _free + 100
     ) f
     WHERE p.priority <= _least AND f.job_id <> _leader
-      AND f.tenant_id IS DISTINCT FROM _avoided
+      AND f.tenant_id <> ALL(_avoided)
       AND concat(f.job_id, '/', f.ordinal) <> ALL(_but) AND NOT pg_temp.is_held(f.job_id)
     ORDER BY p.priority, f.not_before, f.job_id, f.ordinal LIMIT _free
 $$;
 
 -- Returns other open jobs whose next frames may fill the batch, each with the number of frames.
 CREATE FUNCTION pg_temp.other_jobs(
-    _pipeline text, _batch_key text, _leader uuid, _free int, _avoided uuid DEFAULT NULL,
+    _pipeline text, _batch_key text, _leader uuid, _free int, _avoided uuid[] DEFAULT '{}',
     _least smallint DEFAULT 2
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
     SELECT o.id, least(o.room, _free - o.before) FROM (
@@ -218,7 +289,7 @@ CREATE FUNCTION pg_temp.other_jobs(
         FROM (
             SELECT id, run_end - cursor AS room, priority, created_at FROM jobs
             WHERE open AND pipeline = _pipeline AND batch_key = _batch_key AND id <> _leader
-              AND tenant_id IS DISTINCT FROM _avoided AND priority <= _least
+              AND tenant_id <> ALL(_avoided) AND priority <= _least
             ORDER BY priority, created_at, id LIMIT _free
         ) j
     ) o WHERE o.before < _free
@@ -231,7 +302,7 @@ $$;
 -- has already.
 CREATE FUNCTION pg_temp.other_open_jobs(
     _pipeline text, _batch_key text, _leader uuid, _held int, _free int,
-    _avoided uuid DEFAULT NULL, _least smallint DEFAULT 2
+    _avoided uuid[] DEFAULT '{}', _least smallint DEFAULT 2
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
     WITH sharing AS (
         SELECT s.tenant_id, pg_temp.frame_cost(_batch_key) / t.weight AS each,
@@ -242,7 +313,7 @@ CREATE FUNCTION pg_temp.other_open_jobs(
             SELECT s.tenant_id, s.used FROM (
                 SELECT s.tenant_id, s.used FROM shares s
                 WHERE s.pipeline = _pipeline AND s.priority = p.priority
-                  AND s.tenant_id IS DISTINCT FROM _avoided
+                  AND s.tenant_id <> ALL(_avoided)
                 ORDER BY s.used, s.tenant_id LIMIT _free + 100
             ) s
             WHERE EXISTS (SELECT FROM (
@@ -276,7 +347,7 @@ $$;
 
 -- Fills a batch of at most `_size` frames: requeued ones, and numbers of new ones by job.
 CREATE FUNCTION pg_temp.fill(
-    _pipeline text, _batch_key text, _leader uuid, _but text[], _size int, _avoided uuid,
+    _pipeline text, _batch_key text, _leader uuid, _but text[], _size int, _avoided uuid[],
     _least smallint, OUT requeued_ids uuid[], OUT requeued_ordinals bigint[], OUT new_ids uuid[],
     OUT new_counts bigint[], OUT frames bigint
 ) LANGUAGE plpgsql STABLE /* by index */ AS $$
@@ -339,25 +410,45 @@ RETURNS int LANGUAGE sql IMMUTABLE AS $$
     ) p
 $$;
 
+-- Returns the largest bucket of an interactive batch, if it is open: one that costs at most `_most`, and
+-- is in the plan. At least 1.
+CREATE FUNCTION pg_temp.bucket_within(_plans jsonb, _batch_key text, _bucket int, _most float)
+RETURNS int LANGUAGE sql IMMUTABLE AS $$
+    SELECT greatest(1, max(pg_temp.chosen_bucket(_plans, _batch_key, _bucket, b))
+        FILTER (WHERE b * pg_temp.frame_cost(_batch_key) <= _most))
+    FROM generate_series(1, _bucket) AS b
+    WHERE pg_temp.chosen_bucket(_plans, _batch_key, _bucket, b) = b
+$$;
+
 -- Claims a batch. Returns one row per frame, in the order of slots, or no rows if nothing may be
--- claimed. `_priority`: less urgent work is left out. `_known`: jobs whose specs the caller has.
--- `_plans`: see chosen_bucket.
+-- claimed.
+-- `_priority`: less urgent work is left out. With 0 the batch is to interrupt another one.
+-- `_known`: jobs whose specs the caller has. `_plans`: see chosen_bucket.
+-- `_share`: smallest part of the device time for less urgent work that waits.
+-- `_most`: largest cost of an interactive batch whose bucket is open, and of one that interrupts. Null:
+-- the worker does not know yet how much it renders in a second.
+-- `_without`: tenants to leave out.
 -- `waited`: of a job's first frame, the seconds since the job was submitted. `urgency`: the priority
 -- of the frame's own job; `priority`: that of the batch.
 CREATE FUNCTION pg_temp.claim(
     _pipeline text, _worker_id uuid, _worker text, _pid int, _lease_id uuid, _seconds float,
-    _priority smallint, _known uuid[], _plans jsonb DEFAULT '{}'
+    _priority smallint, _known uuid[], _plans jsonb, _share float, _most float, _without uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
     bucket smallint, priority smallint, rerolls smallint, waited float, urgency smallint,
-    more boolean
+    cost float, more boolean
 ) LANGUAGE plpgsql /* by index */
 SET farm.claiming = 'yes' AS $$
 #variable_conflict use_column
 DECLARE
     failing text[];
-    avoided uuid;
+    avoided uuid[];
     but text[];
+    owed float[];
+    owed_before float[];
+    is_owed bool;
+    vain_from smallint;
+    most_urgent smallint;
     leader record;
     size int;
     chosen int;
@@ -372,30 +463,56 @@ DECLARE
     worn_ids uuid[];
     worn_ordinals bigint[];
     lost_ids uuid[] := '{}';
-    each float;
+    cost float;
     tenants uuid[];
     left_over boolean;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
-    SELECT w.failing, CASE WHEN w.tripped_until > clock_timestamp() THEN w.avoids END
+    SELECT w.failing, _without || array_remove(ARRAY[
+        CASE WHEN w.tripped_until > clock_timestamp() THEN w.avoids END], NULL)
     INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
       AND (coalesce(w.tripped_until <= clock_timestamp(), true) OR w.avoids IS NOT NULL)
       -- a half-open worker has one batch at a time
       AND (w.trips = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
     IF NOT FOUND THEN RETURN; END IF;
+    owed := coalesce((SELECT l.owed FROM lanes l WHERE l.pipeline = _pipeline), '{0,0}');
+    owed_before := owed;
 
     -- Chosen jobs may be cancelled or paused before they are locked. Then choose again.
     FOR choice IN 1..5 LOOP
-        -- 1. The leader. A frame that failed on this worker leads only if there is no other.
+        -- 1. The leader. Less urgent work leads once its batch is owed.
         but := failing;
-        SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority, avoided);
-        IF NOT FOUND AND but <> '{}' THEN
-            but := '{}';
-            SELECT * INTO leader FROM pg_temp.leader(_pipeline, but, _priority, avoided);
+        is_owed := false;
+        FOR level IN REVERSE _priority..1 LOOP
+            CONTINUE WHEN owed[level] = 0;
+            most_urgent := level;
+            SELECT * INTO leader FROM pg_temp.less_urgent_leader(
+                _pipeline, but, _priority, avoided, most_urgent);
+            IF NOT FOUND THEN
+                owed[level] := 0;
+                vain_from := level;
+                CONTINUE;
+            END IF;
+            is_owed := owed[level]
+                >= (1 - _share) * leader.bucket * pg_temp.frame_cost(leader.batch_key);
+            EXIT WHEN is_owed;
+        END LOOP;
+        -- Else the most urgent. A frame that failed on this worker leads only if there is no other.
+        IF NOT is_owed THEN
+            most_urgent := 0;
+            SELECT * INTO leader FROM pg_temp.leader(
+                _pipeline, but, _priority, avoided, 0::smallint,
+                CASE WHEN _priority = 0 THEN _most END);
+            IF NOT FOUND AND but <> '{}' THEN
+                but := '{}';
+                SELECT * INTO leader FROM pg_temp.leader(
+                    _pipeline, but, _priority, avoided, 0::smallint,
+                    CASE WHEN _priority = 0 THEN _most END);
+            END IF;
         END IF;
-        EXIT WHEN NOT FOUND;
+        EXIT WHEN leader.job_id IS NULL;
 
         -- 2. The fill, until the bucket is full. An isolated frame gets no neighbours. If the bucket is
         -- open, an interactive batch takes no less urgent frames, since they would make it slower.
@@ -405,6 +522,9 @@ BEGIN
             chosen := pg_temp.chosen_bucket(_plans, leader.batch_key, leader.bucket, 1);
         ELSE
             size := leader.bucket;
+            IF leader.priority = 0 AND _most > 0 AND pg_temp.is_bucket_open(leader.batch_key) THEN
+                size := pg_temp.bucket_within(_plans, leader.batch_key, size, _most);
+            END IF;
             LOOP
                 SELECT * INTO filled FROM pg_temp.fill(
                     _pipeline, leader.batch_key, leader.job_id, but, size, avoided,
@@ -510,9 +630,9 @@ BEGIN
     ORDER BY s.tenant_id FOR UPDATE;
 
     -- Padding costs as much as frames. The tenants of the batch pay for it in proportion.
-    each := chosen * pg_temp.frame_cost(leader.batch_key)::float / greatest(cardinality(ids), 1);
+    cost := chosen * pg_temp.frame_cost(leader.batch_key)::float;
     UPDATE shares s
-    SET used = s.used + t.frames * each / t.weight,
+    SET used = s.used + t.frames * cost / greatest(cardinality(ids), 1) / t.weight,
         served = s.served + t.frames,  -- for versions before `used`
         waiting = ARRAY[s.waiting[1] - t.new_0, s.waiting[2] - t.new_1, s.waiting[3] - t.new_2],
         requeued = ARRAY[s.requeued[1] - t.again_0, s.requeued[2] - t.again_1,
@@ -537,15 +657,23 @@ BEGIN
     ) t
     WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants) AND s.tenant_id = t.tenant_id;
 
-    -- Last of all locks.
-    IF leader.job_id IS NULL THEN
+    -- Last of all locks: the shares that were looked at in vain, for what was owed and for the leader.
+    -- A batch that interrupts passes over others that have work.
+    IF vain_from IS NOT NULL THEN
         PERFORM pg_temp.correct_shares(
-            _pipeline, (_priority + 1)::smallint, -1, pg_temp.no_tenant());
-    ELSE
-        PERFORM pg_temp.correct_shares(
-            _pipeline, leader.priority, leader.used, leader.tenant_id);
+            _pipeline, 3::smallint, -1, pg_temp.no_tenant(), vain_from, NULL);
     END IF;
+    PERFORM pg_temp.correct_shares(
+        _pipeline, coalesce(leader.priority, _priority + 1)::smallint, coalesce(leader.used, -1),
+        coalesce(leader.tenant_id, pg_temp.no_tenant()), most_urgent,
+        CASE WHEN _priority = 0 THEN 100 END);
     IF ids = '{}' THEN RETURN; END IF;
+
+    owed := pg_temp.owed_after(_pipeline, owed, leader.priority, cost, _share);
+    IF owed <> owed_before THEN
+        INSERT INTO lanes (pipeline, owed) VALUES (_pipeline, owed)
+        ON CONFLICT (pipeline) DO UPDATE SET owed = excluded.owed;
+    END IF;
 
     -- 7. The lease, the jobs' counters and the events.
     SELECT array_agg(f.id ORDER BY f.id, f.ordinal),
@@ -619,6 +747,6 @@ BEGIN
            ) END,
            CASE WHEN p.ordinal = 0 AND p.attempt = 1
                 THEN extract(epoch FROM clock_timestamp() - p.created_at)::float END,
-           p.urgency, left_over
+           p.urgency, cost, left_over
     FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;
