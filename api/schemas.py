@@ -340,6 +340,9 @@ class Tenant(BaseModel):
     max_open_jobs: int | None = Field(
         description="Maximum number of its jobs that have not ended; null: no limit"
     )
+    max_running_frames: int | None = Field(
+        description="Maximum number of its frames that run, on all lanes together; null: no limit"
+    )
     max_waiting_frames: int | None = Field(
         description="Maximum number of its frames that wait; null: no limit"
     )
@@ -347,8 +350,8 @@ class Tenant(BaseModel):
         description="Maximum size of its inputs together, unpacked; null: no limit"
     )
     uses: dict[str, int | None] = Field(
-        description="`open_jobs`, `waiting_frames` and `input_bytes` that it has now; in a list,"
-        " null without the limit"
+        description="`open_jobs`, `running_frames`, `waiting_frames` and `input_bytes` that it has"
+        " now; in a list, null without the limit"
     )
     owns: dict[str, int] = Field(
         description="Number of keys, jobs, exports, inputs, images and destinations"
@@ -380,6 +383,12 @@ class TenantChange(BaseModel):
         ge=0,
         le=10**15 - 1,
         description="Maximum number of jobs that have not ended; null: no limit",
+    )
+    max_running_frames: int | None = Field(
+        default=None,
+        ge=0,
+        le=10**15 - 1,
+        description="Maximum number of frames that run, on all lanes together; null: no limit",
     )
     max_waiting_frames: int | None = Field(
         default=None,

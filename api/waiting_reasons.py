@@ -39,7 +39,12 @@ class Lanes:
         if job.paused:
             return "It is paused."
         lane = self._lane(job.pipeline)
-        return lane_sentence(job.pipeline, lane) or self._backing_off(job) or _busy_sentence(lane)
+        return (
+            lane_sentence(job.pipeline, lane)
+            or self._backing_off(job)
+            or _limit_sentence(lane)
+            or _busy_sentence(lane)
+        )
 
     def _lane(self, pipeline: str) -> LaneNow:
         if pipeline not in self._facts:
@@ -78,7 +83,7 @@ class RecentLanes:
             with reads(self._store) as connection:
                 return Lanes(connection, job.tenant_id).waiting_because(job)
         lane = self._lane(job)
-        return lane_sentence(job.pipeline, lane) or _busy_sentence(lane)
+        return lane_sentence(job.pipeline, lane) or _limit_sentence(lane) or _busy_sentence(lane)
 
     def _lane(self, job: JobRow) -> LaneNow:
         key = job.tenant_id, job.pipeline
@@ -103,6 +108,16 @@ def lane_sentence(pipeline: str, lane: LaneNow) -> str | None:
     if lane.failed:
         return f"The workers cannot render pipeline {pipeline}: {lane.problem or 'no reason given'}"
     return f"Every worker of pipeline {pipeline} is draining."
+
+
+def _limit_sentence(lane: LaneNow) -> str | None:
+    if lane.running_limit is None:
+        return None
+    return (
+        f"As many frames run as this tenant may have: max_running_frames is {lane.running_limit}."
+        if lane.running_limit
+        else "max_running_frames of this tenant is 0, so nothing of it runs."
+    )
 
 
 def _busy_sentence(lane: LaneNow) -> str:

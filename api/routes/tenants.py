@@ -18,7 +18,7 @@ from farm.store.tenants import TenantRow
 router = APIRouter(prefix="/v1/tenants", tags=["operators"])
 
 Tenant = Annotated[str, Path(description="Name or ID of the tenant")]
-USED = ("open_jobs", "waiting_frames", "input_bytes")
+USED = ("open_jobs", "running_frames", "waiting_frames", "input_bytes")
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
 
@@ -63,6 +63,9 @@ def set_tenant(
             tenants.set_tenant(connection, found.id, before, now)
             target = f"tenant {found.name}"
             actions.record(connection, actor, "tenant.set", target, change.why, "; ".join(news))
+        lanes = tenants.waiting_lanes(connection, [found.id])
+    for pipeline in lanes if now.max_running_frames != before.max_running_frames else []:
+        farm.bells.ring(pipeline, urgent=True)
     return _view(found._replace(**now._asdict()))
 
 
@@ -117,6 +120,7 @@ def _view(row: TenantRow) -> schemas.Tenant:
         if row.priorities is None
         else [Priority(each).wire for each in row.priorities],
         max_open_jobs=row.max_open_jobs,
+        max_running_frames=row.max_running_frames,
         max_waiting_frames=row.max_waiting_frames,
         max_input_bytes=row.max_input_bytes,
         uses={name: getattr(row, name) for name in USED},

@@ -54,6 +54,8 @@ class Lease:
     frames: tuple[ClaimedFrame, ...]
     cost: float = 0.0
     """Bucket x steps x pixels: see ADR 34."""
+    limited: bool = False
+    """True if a tenant of its frames has a limit of running frames."""
     more: bool = False
     """True if the lane had more work after this claim, so that another worker should wake up."""
 
@@ -135,7 +137,14 @@ def claim(
     frames = tuple(_claimed(row, jobs[row.job_id], lines) for row in rows)
     first = rows[0]
     return Lease(
-        lease_id, worker_id, pipeline, Priority(first.priority), frames, first.cost, first.more
+        lease_id,
+        worker_id,
+        pipeline,
+        Priority(first.priority),
+        frames,
+        cost=first.cost,
+        limited=first.limited,
+        more=first.more,
     )
 
 

@@ -37,6 +37,8 @@ class LaneNow(NamedTuple):
     """Priority of the most urgent work that they render."""
     busy_own: bool | None
     """True if that work belongs to the tenant."""
+    running_limit: int | None
+    """Limit of the tenant's running frames, if it is reached."""
 
 
 CLAIMABLE = text("""
@@ -47,7 +49,8 @@ WITH RECURSIVE lane AS (  -- the first share of each lane, by index
     FROM lane WHERE lane.pipeline IS NOT NULL
 )
 SELECT pipeline FROM lane
-WHERE EXISTS (SELECT FROM pg_temp.leader(lane.pipeline, '{}', CAST(:least AS smallint)))
+WHERE EXISTS (SELECT FROM pg_temp.leader(
+    lane.pipeline, '{}', CAST(:least AS smallint), pg_temp.full_tenants()))
 ORDER BY pipeline
 """)
 
@@ -68,7 +71,11 @@ FROM (
 """)
 
 LANE_NOW = text(f"""
-SELECT lane.*, busy.priority AS busy_priority, busy.own AS busy_own
+SELECT lane.*, busy.priority AS busy_priority, busy.own AS busy_own, (
+    SELECT t.max_running_frames FROM tenants t
+    WHERE t.id = CAST(:tenant_id AS uuid) AND t.max_running_frames <= coalesce((
+        SELECT r.frames FROM pg_temp.running_frames() r WHERE r.tenant_id = t.id), 0)
+) AS running_limit
 FROM (
     SELECT count(*) AS workers,
            count(*) FILTER (WHERE draining) AS draining,

@@ -77,6 +77,12 @@ tenants = Table(
     Column("max_open_jobs", BigInteger, comment="jobs that have not ended; null: no limit"),
     Column("max_waiting_frames", BigInteger, comment="frames that wait; null: no limit"),
     Column("max_input_bytes", BigInteger, comment="all inputs together; null: no limit"),
+    Column("max_running_frames", BigInteger, comment="frames of leases; null: no limit"),
+    Index(
+        "tenants_running_limits",
+        "max_running_frames",
+        postgresql_where=text("max_running_frames IS NOT NULL"),
+    ),
 )
 
 keys = Table(
@@ -519,6 +525,7 @@ leases = Table(
     Column("job_ids", ARRAY(Uuid), nullable=False),
     Column("ordinals", ARRAY(BigInteger), nullable=False),
     Column("attempts", ARRAY(SmallInteger), nullable=False),
+    Column("tenant_ids", ARRAY(Uuid), comment="null: claimed by a version before this column"),
     Column(
         "spooled",
         Boolean,
@@ -650,6 +657,20 @@ shares = Table(
     Index("shares_heads", "pipeline", "priority", "served", "tenant_id"),  # for older versions
     Index("shares_by_use", "pipeline", "priority", "used", "tenant_id"),
     Index("shares_of_tenant", "tenant_id"),
+    Index(
+        "shares_normal",
+        "pipeline",
+        "used",
+        "tenant_id",
+        postgresql_where=text("waiting[2] + requeued[2] > 0"),
+    ),
+    Index(
+        "shares_bulk",
+        "pipeline",
+        "used",
+        "tenant_id",
+        postgresql_where=text("waiting[3] + requeued[3] > 0"),
+    ),
     Index("shares_retries", "pipeline", "retry_at", postgresql_where=text("retry_at IS NOT NULL")),
 )
 
@@ -661,7 +682,7 @@ lanes = Table(
         "owed",
         ARRAY(Double),
         nullable=False,
-        comment="device cost owed to less urgent work: by interactive, and by normal batches",
+        comment="device cost owed: to normal and bulk together; to bulk",
     ),
 )
 

@@ -8,6 +8,7 @@ the farm recognizes objects that a late worker still stores for it, and deletes 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from sqlalchemy import Connection, text
 
 from farm.domain.states import TERMINAL, JobStatus
 from farm.errors import Conflict, NotFound
+from farm.store import arrays
 from farm.store.jobs import cancel_job
 from farm.store.rows import row_of, rows_of
 
@@ -35,7 +37,7 @@ OWNS = """
 
 FIELDS = """
 t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, t.priorities, t.max_open_jobs,
-t.max_waiting_frames, t.max_input_bytes
+t.max_running_frames, t.max_waiting_frames, t.max_input_bytes
 """
 
 # In a list only those with limits are counted: there may be thousands of others.
@@ -45,27 +47,30 @@ SELECT {FIELDS},
     CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END
     AS waiting_frames,
     CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END AS input_bytes,
+    CASE WHEN t.max_running_frames IS NOT NULL THEN coalesce(r.frames, 0) END AS running_frames,
     {OWNS}
-FROM tenants t
+FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
 WHERE t.removed_at IS NULL ORDER BY t.name
 """)  # noqa: S608 - constants only
 
 ONE = text(f"""
 SELECT {FIELDS}, pg_temp.open_jobs(t.id) AS open_jobs,
-    pg_temp.waiting_frames(t.id) AS waiting_frames, pg_temp.input_bytes(t.id) AS input_bytes, {OWNS}
-FROM tenants t
+    pg_temp.waiting_frames(t.id) AS waiting_frames, pg_temp.input_bytes(t.id) AS input_bytes,
+    coalesce(r.frames, 0) AS running_frames, {OWNS}
+FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
 
 # Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
 LOCK = text("""
-SELECT weight, priorities, max_open_jobs, max_waiting_frames, max_input_bytes FROM tenants
-WHERE id = :id AND removed_at IS NULL FOR UPDATE
+SELECT weight, priorities, max_open_jobs, max_running_frames, max_waiting_frames, max_input_bytes
+FROM tenants WHERE id = :id AND removed_at IS NULL FOR UPDATE
 """)
 
 SET = text("""
 UPDATE tenants SET weight = :weight, priorities = CAST(:priorities AS smallint[]),
-    max_open_jobs = :max_open_jobs, max_waiting_frames = :max_waiting_frames,
+    max_open_jobs = :max_open_jobs, max_running_frames = :max_running_frames,
+    max_waiting_frames = :max_waiting_frames,
     max_input_bytes = :max_input_bytes
 WHERE id = :id
 """)
@@ -83,8 +88,19 @@ FROM (
 WHERE s.tenant_id = :id AND s.pipeline = l.pipeline
 """)
 
+# Waits for claims that found another limit. The next ones wait for it: see pg_temp.rooms_to_run.
+LOCK_RUNNING = text("""
+SELECT pg_advisory_xact_lock(hashtextextended('running ' || CAST(:id AS uuid), 0))
+""")
+
+WAITING_LANES = text("""
+SELECT DISTINCT s.pipeline FROM shares s
+WHERE s.tenant_id = ANY(CAST(:ids AS uuid[])) AND (s.priority IS NOT NULL OR s.retry_at IS NOT NULL)
+ORDER BY s.pipeline
+""")
+
 REMOVE = text("""
-UPDATE tenants SET removed_at = clock_timestamp(), name = id::text
+UPDATE tenants SET removed_at = clock_timestamp(), name = id::text, max_running_frames = NULL
 WHERE id = :id AND removed_at IS NULL
 """)
 
@@ -150,12 +166,14 @@ class TenantRow(NamedTuple):
     priorities: list[int] | None
     """Those that it may use; None: all."""
     max_open_jobs: int | None
+    max_running_frames: int | None
     max_waiting_frames: int | None
     max_input_bytes: int | None
     open_jobs: int | None
     """None in a list, if it has no such limit."""
     waiting_frames: int | None
     input_bytes: int | None
+    running_frames: int | None
     keys: int
     jobs: int
     exports: int
@@ -180,6 +198,7 @@ class TenantSettings(NamedTuple):
     weight: float
     priorities: list[int] | None
     max_open_jobs: int | None
+    max_running_frames: int | None
     max_waiting_frames: int | None
     max_input_bytes: int | None
 
@@ -193,9 +212,16 @@ def set_tenant(
     connection: Connection, tenant_id: uuid.UUID, before: TenantSettings, now: TenantSettings
 ) -> None:
     """Set a tenant's weight, from the next batch on, and its limits, from the next job on."""
+    if now.max_running_frames != before.max_running_frames:
+        connection.execute(LOCK_RUNNING, {"id": tenant_id})
     connection.execute(SET, {"id": tenant_id, **now._asdict()})
     if now.weight != before.weight:
         connection.execute(RESCALE, {"id": tenant_id, "scale": before.weight / now.weight})
+
+
+def waiting_lanes(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> list[str]:
+    """List the pipelines on which work of tenants may wait."""
+    return list(connection.execute(WAITING_LANES, {"ids": arrays.ids(tenant_ids)}).scalars())
 
 
 def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:

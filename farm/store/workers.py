@@ -35,7 +35,8 @@ SELECT EXISTS (
     SELECT FROM workers w
     WHERE w.id = :id AND NOT w.draining AND (
         w.state = 'failed' OR w.state = 'idle'
-        AND EXISTS (SELECT FROM pg_temp.leader(w.pipeline, '{}', CAST(:least AS smallint)))))
+        AND EXISTS (SELECT FROM pg_temp.leader(
+            w.pipeline, '{}', CAST(:least AS smallint), pg_temp.full_tenants()))))
 """)
 
 # A worker that was stopped for a while, and marked as gone, is no longer gone.

@@ -22,10 +22,19 @@ def upgrade() -> None:
             "owed",
             postgresql.ARRAY(sa.Double()),
             nullable=False,
-            comment="device cost owed to less urgent work: by interactive, and by normal batches",
+            comment="device cost owed: to normal and bulk together; to bulk",
         ),
     )
+    for name, place in (("shares_normal", 2), ("shares_bulk", 3)):
+        op.create_index(
+            name,
+            "shares",
+            ["pipeline", "used", "tenant_id"],
+            postgresql_where=sa.text(f"waiting[{place}] + requeued[{place}] > 0"),
+        )
 
 
 def downgrade() -> None:
+    op.drop_index("shares_bulk", table_name="shares")
+    op.drop_index("shares_normal", table_name="shares")
     op.drop_table("lanes")

@@ -76,12 +76,8 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         {"pipeline": "demo", "tenant": uuid.UUID(int=2)},
     ),
     "retried": (
-        text("SELECT * FROM pg_temp.retried(:pipeline, :but, 2::smallint, '{}', 0::smallint, 1e9)"),
+        text("SELECT * FROM pg_temp.retried(:pipeline, :but, 2::smallint, '{}', 1e9)"),
         {"pipeline": "demo", "but": ["a/1"]},
-    ),
-    "oldest job": (
-        text("SELECT * FROM pg_temp.oldest_job(:pipeline, 2::smallint, 1::smallint)"),
-        {"pipeline": "demo"},
     ),
     "own requeued": (
         text("SELECT * FROM pg_temp.own_requeued(:pipeline, :batch_key, :leader, :but, :free)"),

@@ -161,3 +161,76 @@ def test_a_fixed_bucket_and_normal_work_are_not_cut(farm: Farm, tenant: uuid.UUI
     assert len(lease.frames) == 8
     submit(farm, tenant, images_per_prompt=8)
     assert interrupt(worker, 1) is None
+
+
+def one_image_jobs(farm: Farm, tenant: uuid.UUID, jobs: int, priority: str) -> None:
+    """Submit jobs whose bucket is open, so that they may share batches."""
+    for _ in range(jobs):
+        submit(farm, tenant, steps=4, priority=priority)
+
+
+def test_a_batch_that_is_owed_takes_no_more_urgent_frames(farm: Farm) -> None:
+    """They have the same batch key, and would use up what less urgent work gets."""
+    one, two = new_tenant(farm, "one"), new_tenant(farm, "two")
+    one_image_jobs(farm, one, 350, "interactive")
+    one_image_jobs(farm, two, 60, "normal")
+    worker = register_worker(farm)
+    worker = FakeWorker(farm, worker.id, worker.name, plans=PLANS)
+    frames: Counter[Priority] = Counter()
+    while frames[Priority.INTERACTIVE] < 340:
+        lease = worker.must_claim()
+        assert len({frame.urgency for frame in lease.frames}) == 1
+        frames[lease.priority] += len(lease.frames)
+        worker.complete(lease)
+    assert 340 / 9 - 8 <= frames[Priority.NORMAL] <= 340 / 9 + 8
+
+
+def test_requeued_frames_keep_a_tenth_too(farm: Farm, tenant: uuid.UUID) -> None:
+    """The tenant has interactive work, and its normal job has no new frames."""
+    worker = register_worker(farm)
+    submit(farm, tenant, images_per_prompt=8, **FAST)
+    worker.release(worker.must_claim())
+    submit(farm, tenant, images_per_prompt=400, priority="interactive", **FAST)
+    used = render(worker, 12)
+    assert used[Priority.NORMAL] == 8 * 4 * 64 * 64
+
+
+def test_tenants_with_interactive_work_share_what_is_owed(farm: Farm) -> None:
+    """Not the oldest job comes first, but the tenant with the smallest share."""
+    tenants = [new_tenant(farm, f"tenant {number}") for number in range(3)]
+    for tenant in tenants:
+        submit(farm, tenant, images_per_prompt=4_000, **FAST)
+    for tenant in tenants:
+        submit(farm, tenant, images_per_prompt=4_000, priority="interactive", **FAST)
+    worker = register_worker(farm)
+    served: Counter[uuid.UUID] = Counter()
+    for _ in range(150):
+        lease = worker.must_claim()
+        if lease.priority is Priority.NORMAL:
+            served[lease.frames[0].tenant_id] += 1
+        worker.complete(lease)
+    assert sorted(served) == sorted(tenants)
+    assert max(served.values()) - min(served.values()) <= 1
+
+
+def test_a_tenant_that_is_left_out_hides_no_other(farm: Farm) -> None:
+    held, free = new_tenant(farm, "held"), new_tenant(farm, "free")
+    for tenant in (held, free):
+        submit(farm, tenant, images_per_prompt=800, **FAST)
+    submit(farm, free, images_per_prompt=4_000, priority="interactive", **FAST)
+    sql(farm, "UPDATE tenants SET max_running_frames = 0 WHERE id = :id", id=held)
+    used = render(register_worker(farm), 100)
+    assert part(used, Priority.NORMAL) == pytest.approx(0.1, rel=0.2)
+
+
+def test_a_large_batch_that_is_owed_is_paid_back(farm: Farm) -> None:
+    """One frame is enough to lead. The batch may have eight, and the next one comes later."""
+    one, two = new_tenant(farm, "one"), new_tenant(farm, "two")
+    submit(farm, one, images_per_prompt=4_000, priority="interactive", bucket=1, steps=4)
+    submit(farm, two, images_per_prompt=800, steps=4)
+    worker = register_worker(farm)
+    worker = FakeWorker(farm, worker.id, worker.name, plans=PLANS)
+    first = [worker.must_claim().priority for _ in range(11)]
+    assert first.count(Priority.NORMAL) == 1
+    used = render(worker, 600)
+    assert part(used, Priority.NORMAL) == pytest.approx(0.1, rel=0.1)

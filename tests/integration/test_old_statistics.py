@@ -181,3 +181,43 @@ def test_a_batch_costs_no_more_with_much_new_work(scene: Scene) -> None:
         assert len(lease.frames) == BATCH
         with scene.connection.begin(), few_rows(scene.connection, BATCH):
             end(scene, lease)
+
+
+OWED = """
+INSERT INTO lanes (pipeline, owed) VALUES ('demo', '{1e18,1e18}')
+ON CONFLICT (pipeline) DO UPDATE SET owed = excluded.owed
+"""
+
+# Leases of a tenant, half of them of an older version, and 2,000 tenants with limits.
+LIMITED = """
+INSERT INTO tenants (id, name, max_running_frames)
+SELECT gen_random_uuid(), 'tenant ' || n, 1000 FROM generate_series(1, 2000) n;
+UPDATE tenants SET max_running_frames = 100000;
+INSERT INTO leases (
+    id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts, tenant_ids)
+SELECT gen_random_uuid(), gen_random_uuid(), 1, 'demo', clock_timestamp() + interval '1 hour',
+       array_fill(gen_random_uuid(), '{8}'), '{0,1,2,3,4,5,6,7}', array_fill(1::smallint, '{8}'),
+       CASE WHEN n % 2 = 0 THEN array_fill(j.tenant_id, '{8}') END
+FROM generate_series(1, 100) n, (SELECT * FROM jobs LIMIT 1) j;
+"""
+
+
+def test_a_batch_that_is_owed_costs_no_more(scene: Scene) -> None:
+    for _ in range(2):
+        sql(scene.farm, OWED)
+        with scene.connection.begin(), few_rows(scene.connection, BATCH):
+            lease = scene.worker.claim_in(scene.connection)
+        assert lease is not None
+        with scene.connection.begin():
+            scene.worker.complete_in(scene.connection, lease)
+
+
+def test_limits_of_running_frames_read_a_few_rows(scene: Scene) -> None:
+    run(scene.farm, LIMITED)
+    for _ in range(2):
+        with scene.connection.begin(), few_rows(scene.connection, BATCH):
+            lease = scene.worker.claim_in(scene.connection)
+        assert lease is not None
+        assert lease.limited
+        with scene.connection.begin(), few_rows(scene.connection, BATCH):
+            scene.worker.complete_in(scene.connection, lease)

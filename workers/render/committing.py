@@ -7,13 +7,15 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 from farm.context import Farm
 from farm.domain.states import FrameState
-from farm.store import frames, workers
+from farm.errors import Unavailable
+from farm.store import frames, tenants, workers
 from farm.store.circuit_breaker import note_failure
 from farm.store.claim import ClaimedFrame, Fence
-from farm.store.engine import one_statement, transaction
+from farm.store.engine import one_statement, reads, transaction
 from farm.store.frames import CompletedFrame
 from workers.render.batch import RenderedBatch
 from workers.render.failures import failures, is_suspicious, named
@@ -40,6 +42,16 @@ class BatchCommitter:
             rest = [*well, *rest]
         for batch in rest:
             self._end_alone(batch)
+        self._ring_for_limited(batches)
+
+    def _ring_for_limited(self, batches: Sequence[RenderedBatch]) -> None:
+        """Wake a worker of each lane whose work may have waited for the end of these frames."""
+        leases = [batch.lease for batch in batches if batch.lease.limited]
+        tenant_ids = {frame.tenant_id for lease in leases for frame in lease.frames}
+        if tenant_ids:
+            with suppress(Unavailable), reads(self._farm.store) as connection:  # the janitor rings
+                for pipeline in tenants.waiting_lanes(connection, tenant_ids):
+                    self._farm.bells.ring(pipeline, urgent=True)
 
     def _end_together(self, batches: Sequence[RenderedBatch]) -> bool:
         """Return True if a frame was accepted. If none was, each batch is ended separately."""

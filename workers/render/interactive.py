@@ -16,8 +16,9 @@ from workers.render.identity import Identity
 
 log = logging.getLogger(__name__)
 
-VAIN_SECONDS = 5.0
-"""Time after a claim in vain in which only a bell leads to another one, in seconds.
+VAIN_SECONDS, MAX_VAIN_SECONDS = 5.0, 40.0
+"""Time after a claim in vain in which only a bell leads to another one, in seconds: of the first
+claim in vain, and the maximum. It is doubled for each further one.
 
 The lease watch reports interactive frames also if none of them may interrupt.
 """
@@ -41,6 +42,7 @@ class InteractiveClaims:
         self._lease: Lease | None = None
         self._without: Collection[uuid.UUID] = ()
         self._vain_until = 0.0
+        self._vain_seconds = VAIN_SECONDS
         self._over = False
         self._thread: threading.Thread | None = None
 
@@ -110,6 +112,9 @@ class InteractiveClaims:
             self._told.clear()
             self._lease = self._claims.claim_interactive(self._plans, self._without)
             if self._lease is None:
-                self._vain_until = time.monotonic() + VAIN_SECONDS
+                self._vain_until = time.monotonic() + self._vain_seconds
+                self._vain_seconds = min(2 * self._vain_seconds, MAX_VAIN_SECONDS)
+            else:
+                self._vain_seconds = VAIN_SECONDS
         with self._taken:
             self._taken.wait_for(lambda: self._lease is None)

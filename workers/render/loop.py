@@ -149,7 +149,6 @@ class RenderLoop:
         def on_step(step: int, steps: int) -> None:
             watch.on_step(step, steps)
             passed = time.monotonic() - started - self._lent_seconds
-            self._claims.pace.measure(lease.id, lease.cost * step / steps, passed)
             if self._finisher.full:
                 return
             left = passed / step * (steps - step)
@@ -203,7 +202,10 @@ class RenderLoop:
         """Claim an urgent batch as soon as one waits, if it may interrupt this one."""
         if self._yields(lease, passed, left):
             own = {frame.tenant_id for frame in lease.frames}
-            self._interactive.listen(own if lease.priority is Priority.INTERACTIVE else ())
+            spared = lease.priority is Priority.INTERACTIVE and len(own) == 1
+            self._interactive.listen(own if spared else ())
+        else:
+            self._interactive.rest()
 
     def _interrupt(self, lease: Lease, interrupted: Lease, watch: LeaseWatch) -> None:
         """Denoise an urgent batch between two steps of another one, without changing that one."""
@@ -229,8 +231,6 @@ class RenderLoop:
         def on_step(step: int, steps: int) -> None:
             watch.on_step(step, steps)
             outer.on_other()
-            passed = time.monotonic() - started
-            self._claims.pace.measure(lease.id, lease.cost * step / steps, passed)
 
         try:
             self._twin = self._twin or self._loaded.clone_sharing_weights()
@@ -284,16 +284,22 @@ class RenderLoop:
         specs = [frame.spec for frame in batch.frames]
         images = BatchImages(self._images, self._owners(batch.frames))
         prompts = [spec.prompt for spec in specs]
+        passed = since = 0.0
 
         def hook(step: int, steps: int) -> None:
+            nonlocal passed, since
+            passed += time.monotonic() - since
+            self._claims.pace.measure(batch.lease.id, batch.lease.cost * step / steps, passed)
             failpoints.reach(self._farm.settings.failpoints, "render.step", prompts)
             on_step(step, steps)
+            since = time.monotonic()
 
         self._compiled_shapes.warn_if_uncompiled(self._resolved.name, specs[0])
         self._scratch.hold(os.getpid(), batch.lease.id)
         self._finisher.begin()
         try:
             with torch_threads(self._slots.threads(loaded, specs[0])):
+                since = time.monotonic()
                 return self._resolved.family.denoise(loaded, Batch(specs, hook, images))
         except BaseException as error:
             loaded.reset_after_failure()

@@ -198,6 +198,7 @@ class Tenant(TypedDict):
     priorities: list[str] | None
     """None: all."""
     max_open_jobs: int | None
+    max_running_frames: int | None
     max_waiting_frames: int | None
     max_input_bytes: int | None
     uses: dict[str, int | None]

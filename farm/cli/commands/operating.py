@@ -79,6 +79,13 @@ def set_(
             help="Maximum number of jobs that have not ended, or none.", show_default=False
         ),
     ] = None,
+    max_running_frames: Annotated[
+        str | None,
+        typer.Option(
+            help="Maximum number of frames that run, on all lanes together, or none.",
+            show_default=False,
+        ),
+    ] = None,
     max_waiting_frames: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +117,7 @@ def set_(
         change["priorities"] = None if names in (["all"], ["none"]) else names
     for name, value in {
         "max_open_jobs": max_open_jobs,
+        "max_running_frames": max_running_frames,
         "max_waiting_frames": max_waiting_frames,
         "max_input_bytes": max_input_bytes,
     }.items():
@@ -164,6 +172,7 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
         say(f"Priorities: {', '.join(tenant['priorities'] or ['all'])}.")
         for name, limit in {
             "open_jobs": tenant["max_open_jobs"],
+            "running_frames": tenant["max_running_frames"],
             "waiting_frames": tenant["max_waiting_frames"],
             "input_bytes": tenant["max_input_bytes"],
         }.items():

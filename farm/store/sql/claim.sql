@@ -71,11 +71,12 @@ $$;
 -- Returns the next share of a lane that may have work, in the order of `priority` and `used`.
 CREATE FUNCTION pg_temp.next_share(
     _pipeline text, _priority smallint, _after_priority smallint, _after_used float,
-    _after_tenant uuid
+    _after_tenant uuid, _avoided uuid[] DEFAULT '{}'
 ) RETURNS TABLE (priority smallint, used float, tenant_id uuid) LANGUAGE sql STABLE AS $$
     SELECT s.priority, s.used, s.tenant_id FROM shares s
     WHERE s.pipeline = _pipeline AND s.priority <= _priority
       AND (s.priority, s.used, s.tenant_id) > (_after_priority, _after_used, _after_tenant)
+      AND s.tenant_id <> ALL(_avoided)
     ORDER BY s.priority, s.used, s.tenant_id LIMIT 1
 $$;
 
@@ -92,14 +93,14 @@ END $$;
 -- Returns the best frame of the tenants whose retries may be due. A claim corrects `retry_at` of
 -- all of them, so they are few. For the parameters see `leader`.
 CREATE FUNCTION pg_temp.retried(
-    _pipeline text, _but text[], _priority smallint, _avoided uuid[], _from smallint, _most float
+    _pipeline text, _but text[], _priority smallint, _avoided uuid[], _most float
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     used float, tenant_id uuid
 ) LANGUAGE sql STABLE AS $$
     SELECT h.*, s.used, s.tenant_id
     FROM shares s
-    CROSS JOIN LATERAL pg_temp.head(s.pipeline, s.tenant_id, _but, _priority, _from) h
+    CROSS JOIN LATERAL pg_temp.head(s.pipeline, s.tenant_id, _but, _priority) h
     WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp()
       AND s.tenant_id <> ALL(_avoided)
       AND (_most IS NULL OR pg_temp.least_cost(h.batch_key, h.bucket) <= _most)
@@ -109,12 +110,11 @@ $$;
 -- Returns the first frame of the next batch: by highest priority, then the tenant with the smallest
 -- share, then as `head` says. `priority` of a share is a bound: the tenant's head may be less urgent,
 -- or be gone. So the search goes on until no later share can be better.
--- `_avoided`: tenants to leave out. `_from`: the most urgent priority; shares with a lower bound are
--- left out. `_most`: frames whose smallest batch costs more are left out. After a hundred of them the
--- search ends.
+-- `_avoided`: tenants to leave out. `_most`: frames whose smallest batch costs more are left out. After a
+-- hundred of them the search ends.
 CREATE FUNCTION pg_temp.leader(
     _pipeline text, _but text[], _priority smallint, _avoided uuid[] DEFAULT '{}',
-    _from smallint DEFAULT 0, _most float DEFAULT NULL
+    _most float DEFAULT NULL
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     used float, tenant_id uuid
@@ -126,18 +126,16 @@ DECLARE
     head record;
     too_long int := 0;
 BEGIN
-    SELECT * INTO best FROM pg_temp.retried(_pipeline, _but, _priority, _avoided, _from, _most);
+    SELECT * INTO best FROM pg_temp.retried(_pipeline, _but, _priority, _avoided, _most);
     found_one := FOUND;
-    SELECT (_from - 1)::smallint AS priority, 'Infinity'::float AS used,
-           pg_temp.no_tenant() AS tenant_id INTO share;
+    SELECT -1::smallint AS priority, 0::float AS used, pg_temp.no_tenant() AS tenant_id INTO share;
     LOOP
         SELECT * INTO share FROM pg_temp.next_share(
-            _pipeline, _priority, share.priority, share.used, share.tenant_id);
+            _pipeline, _priority, share.priority, share.used, share.tenant_id, _avoided);
         EXIT WHEN NOT FOUND OR found_one AND (share.priority, share.used, share.tenant_id)
                                              >= (best.priority, best.used, best.tenant_id);
-        CONTINUE WHEN share.tenant_id = ANY(_avoided);
         SELECT h.*, share.used, share.tenant_id INTO head
-        FROM pg_temp.head(_pipeline, share.tenant_id, _but, _priority, _from) h;
+        FROM pg_temp.head(_pipeline, share.tenant_id, _but, _priority) h;
         IF FOUND AND pg_temp.least_cost(head.batch_key, head.bucket) > _most THEN
             too_long := too_long + 1;
             EXIT WHEN too_long = 100;
@@ -152,74 +150,86 @@ BEGIN
     END IF;
 END $$;
 
--- Returns the tenant of the oldest open job of a lane: by highest priority from `_from` on, then by age.
-CREATE FUNCTION pg_temp.oldest_job(_pipeline text, _priority smallint, _from smallint)
-RETURNS TABLE (tenant_id uuid) LANGUAGE sql STABLE AS $$
-    SELECT o.tenant_id FROM (VALUES (1), (2)) AS p (priority) CROSS JOIN LATERAL (
-        SELECT j.tenant_id FROM jobs j
-        WHERE j.open AND j.pipeline = _pipeline AND j.priority = p.priority
-          AND p.priority BETWEEN _from AND _priority
-        ORDER BY j.created_at LIMIT 1
-    ) o ORDER BY p.priority LIMIT 1
-$$;
+-- Returns tenants with frames of this priority, 1 or 2: first the one with the smallest share. Frames that
+-- back off count too, so the first 32 tenants are returned.
+CREATE FUNCTION pg_temp.less_urgent_shares(_pipeline text, _priority int, _avoided uuid[])
+RETURNS TABLE (tenant_id uuid, used float) LANGUAGE plpgsql STABLE /* by index */ AS $$
+BEGIN
+    IF _priority = 1 THEN
+        RETURN QUERY SELECT s.tenant_id, s.used FROM shares s
+        WHERE s.pipeline = _pipeline AND s.waiting[2] + s.requeued[2] > 0
+          AND s.tenant_id <> ALL(_avoided)
+        ORDER BY s.used, s.tenant_id LIMIT 32;
+    ELSE
+        RETURN QUERY SELECT s.tenant_id, s.used FROM shares s
+        WHERE s.pipeline = _pipeline AND s.waiting[3] + s.requeued[3] > 0
+          AND s.tenant_id <> ALL(_avoided)
+        ORDER BY s.used, s.tenant_id LIMIT 32;
+    END IF;
+END $$;
 
--- Returns the first frame among priorities from `_from` on, although more urgent work waits. First come
--- tenants that have no more urgent work, then the one with the oldest job. See `leader`.
+-- Returns the first frame of this priority or a less urgent one, although more urgent work waits.
 CREATE FUNCTION pg_temp.less_urgent_leader(
-    _pipeline text, _but text[], _priority smallint, _avoided uuid[], _from smallint
+    _pipeline text, _but text[], _from int, _avoided uuid[]
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     used float, tenant_id uuid
 ) LANGUAGE plpgsql STABLE /* by index */ AS $$
+DECLARE
+    share record;
 BEGIN
-    RETURN QUERY SELECT * FROM pg_temp.leader(_pipeline, _but, _priority, _avoided, _from);
-    IF NOT FOUND THEN
-        RETURN QUERY
-        SELECT h.*, 'Infinity'::float, o.tenant_id
-        FROM pg_temp.oldest_job(_pipeline, _priority, _from) o
-        CROSS JOIN LATERAL pg_temp.head(_pipeline, o.tenant_id, _but, _priority, _from) h
-        WHERE o.tenant_id <> ALL(_avoided);
-    END IF;
+    FOR level IN _from..2 LOOP
+        FOR share IN SELECT * FROM pg_temp.less_urgent_shares(_pipeline, level, _avoided) LOOP
+            RETURN QUERY SELECT h.*, share.used, share.tenant_id
+            FROM pg_temp.head(
+                _pipeline, share.tenant_id, _but, level::smallint, level::smallint) h;
+            IF FOUND THEN RETURN; END IF;
+        END LOOP;
+    END LOOP;
 END $$;
 
 -- Returns what a lane owes to less urgent work after a batch of this priority and cost. `_owed` is a
--- pair: to `normal` and `bulk` together for interactive batches, and to `bulk` for others. `_share` is
--- their smallest part of the device time. Where none of them waits, nothing is owed.
+-- pair: to `normal` and `bulk` together, for interactive batches; to `bulk`, for both others. `_share` is
+-- their smallest part of the device time. Where none of them waits, nothing is owed. `_paid`: 1 or 2 if
+-- the batch led because of that sum, else 0. If it costs more, the rest is counted against the next one.
 CREATE FUNCTION pg_temp.owed_after(
-    _pipeline text, _owed float[], _priority smallint, _cost float, _share float
+    _pipeline text, _owed float[], _priority smallint, _cost float, _share float, _paid int
 ) RETURNS float[] LANGUAGE plpgsql STABLE /* by index */ AS $$
 DECLARE
     owed float[] := '{}';
 BEGIN
     FOR level IN 1..2 LOOP
         owed := owed || CASE
-            WHEN _priority >= level THEN greatest(0, _owed[level] - (1 - _share) * _cost)
-            WHEN EXISTS (SELECT FROM pg_temp.next_share(_pipeline, 2::smallint,
-                             (level - 1)::smallint, 'Infinity', pg_temp.no_tenant()))
-                 OR EXISTS (SELECT FROM pg_temp.oldest_job(_pipeline, 2::smallint, level::smallint))
-            THEN _owed[level] + _share * _cost
-            ELSE 0 END;
+            WHEN NOT EXISTS (SELECT FROM pg_temp.less_urgent_shares(_pipeline, 2, '{}'))
+                 AND (level = 2
+                      OR NOT EXISTS (SELECT FROM pg_temp.less_urgent_shares(_pipeline, 1, '{}')))
+            THEN 0
+            WHEN _priority < level THEN _owed[level] + _share * _cost
+            WHEN level = _paid THEN _owed[level] - (1 - _share) * _cost
+            ELSE greatest(_owed[level] - (1 - _share) * _cost, least(_owed[level], 0)) END;
     END LOOP;
     RETURN owed;
 END $$;
 
--- Corrects the bounds of the shares that a claim has looked at in vain: those before this place and
--- not more urgent than `_from`, and those whose retries may be due. At most `_limit` are corrected;
--- null: all. Every transaction that adds work locks the share. So what is read
--- under this lock misses nothing: work that is not committed yet changes the share afterwards. A share
--- that somebody else has locked is left for the next claim. The caller waits for no lock after this.
+-- Corrects the bounds of the shares that a claim has looked at in vain: those before this place, and
+-- those whose retries may be due, but not those of `_avoided` tenants. At most `_limit` are corrected;
+-- null: all. Every transaction that adds work locks the share. So what is read under this lock misses
+-- nothing: work that is not committed yet changes the share afterwards. A share that somebody else has
+-- locked is left for the next claim. The caller waits for no lock after this.
 CREATE FUNCTION pg_temp.correct_shares(
-    _pipeline text, _priority smallint, _used float, _tenant_id uuid, _from smallint, _limit int
+    _pipeline text, _priority smallint, _used float, _tenant_id uuid, _limit int, _avoided uuid[]
 ) RETURNS void LANGUAGE plpgsql /* by index */ AS $$
 DECLARE
     tenants uuid[] := ARRAY(
         (SELECT s.tenant_id FROM shares s
-         WHERE s.pipeline = _pipeline AND s.priority >= _from
+         WHERE s.pipeline = _pipeline
            AND (s.priority, s.used, s.tenant_id) < (_priority, _used, _tenant_id)
+           AND s.tenant_id <> ALL(_avoided)
          ORDER BY s.priority, s.used, s.tenant_id LIMIT _limit)
         UNION
         SELECT s.tenant_id FROM shares s
-        WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
+        WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp()
+          AND s.tenant_id <> ALL(_avoided));
 BEGIN
     IF tenants = '{}' THEN RETURN; END IF;
     tenants := ARRAY(SELECT s.tenant_id FROM shares s
@@ -258,11 +268,11 @@ CREATE FUNCTION pg_temp.own_requeued(
 $$;
 
 -- Returns requeued frames of other jobs, those that are due longest first. It looks at _free + 100
--- frames of each priority, so it may miss some behind those of a held job. `_least`: less urgent jobs
--- are left out.
+-- frames of each priority, so it may miss some behind those of a held job. `_from`, `_least`: more and
+-- less urgent jobs are left out.
 CREATE FUNCTION pg_temp.other_requeued(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _free int,
-    _avoided uuid[] DEFAULT '{}', _least smallint DEFAULT 2
+    _avoided uuid[] DEFAULT '{}', _from smallint DEFAULT 0, _least smallint DEFAULT 2
 ) RETURNS TABLE (job_id uuid, ordinal bigint) LANGUAGE sql STABLE AS $$
     SELECT f.job_id, f.ordinal
     FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
@@ -271,7 +281,7 @@ CREATE FUNCTION pg_temp.other_requeued(
           AND NOT r.paused AND NOT r.isolated AND r.not_before <= statement_timestamp()
         ORDER BY r.not_before, r.job_id, r.ordinal LIMIT _free + 100
     ) f
-    WHERE p.priority <= _least AND f.job_id <> _leader
+    WHERE p.priority BETWEEN _from AND _least AND f.job_id <> _leader
       AND f.tenant_id <> ALL(_avoided)
       AND concat(f.job_id, '/', f.ordinal) <> ALL(_but) AND NOT pg_temp.is_held(f.job_id)
     ORDER BY p.priority, f.not_before, f.job_id, f.ordinal LIMIT _free
@@ -280,7 +290,7 @@ $$;
 -- Returns other open jobs whose next frames may fill the batch, each with the number of frames.
 CREATE FUNCTION pg_temp.other_jobs(
     _pipeline text, _batch_key text, _leader uuid, _free int, _avoided uuid[] DEFAULT '{}',
-    _least smallint DEFAULT 2
+    _from smallint DEFAULT 0, _least smallint DEFAULT 2
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
     SELECT o.id, least(o.room, _free - o.before) FROM (
         SELECT j.id, j.room, coalesce(sum(j.room) OVER (
@@ -289,7 +299,7 @@ CREATE FUNCTION pg_temp.other_jobs(
         FROM (
             SELECT id, run_end - cursor AS room, priority, created_at FROM jobs
             WHERE open AND pipeline = _pipeline AND batch_key = _batch_key AND id <> _leader
-              AND tenant_id <> ALL(_avoided) AND priority <= _least
+              AND tenant_id <> ALL(_avoided) AND priority BETWEEN _from AND _least
             ORDER BY priority, created_at, id LIMIT _free
         ) j
     ) o WHERE o.before < _free
@@ -302,7 +312,7 @@ $$;
 -- has already.
 CREATE FUNCTION pg_temp.other_open_jobs(
     _pipeline text, _batch_key text, _leader uuid, _held int, _free int,
-    _avoided uuid[] DEFAULT '{}', _least smallint DEFAULT 2
+    _avoided uuid[] DEFAULT '{}', _from smallint DEFAULT 0, _least smallint DEFAULT 2
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
     WITH sharing AS (
         SELECT s.tenant_id, pg_temp.frame_cost(_batch_key) / t.weight AS each,
@@ -321,7 +331,7 @@ CREATE FUNCTION pg_temp.other_open_jobs(
                 WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = s.tenant_id
                 ORDER BY j.priority, j.created_at, j.id LIMIT 32
             ) j WHERE j.batch_key = _batch_key AND j.id <> _leader)
-              AND p.priority <= _least
+              AND p.priority <= _least  -- a bound: the job may be less urgent
             ORDER BY s.used, s.tenant_id LIMIT _free
         ) s CROSS JOIN LATERAL (SELECT t.weight FROM tenants t WHERE t.id = s.tenant_id LIMIT 1) t
     ), own AS (
@@ -335,7 +345,8 @@ CREATE FUNCTION pg_temp.other_open_jobs(
                 WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = s.tenant_id
                 ORDER BY j.priority, j.created_at, j.id LIMIT 32
             ) j
-            WHERE j.batch_key = _batch_key AND j.id <> _leader AND j.priority <= _least
+            WHERE j.batch_key = _batch_key AND j.id <> _leader
+              AND j.priority BETWEEN _from AND _least
             ORDER BY j.priority, j.created_at, j.id LIMIT _free
         ) j
     )
@@ -348,7 +359,7 @@ $$;
 -- Fills a batch of at most `_size` frames: requeued ones, and numbers of new ones by job.
 CREATE FUNCTION pg_temp.fill(
     _pipeline text, _batch_key text, _leader uuid, _but text[], _size int, _avoided uuid[],
-    _least smallint, OUT requeued_ids uuid[], OUT requeued_ordinals bigint[], OUT new_ids uuid[],
+    _from smallint, _least smallint, OUT requeued_ids uuid[], OUT requeued_ordinals bigint[], OUT new_ids uuid[],
     OUT new_counts bigint[], OUT frames bigint
 ) LANGUAGE plpgsql STABLE /* by index */ AS $$
 DECLARE
@@ -374,7 +385,7 @@ BEGIN
         SELECT coalesce(array_agg(r.job_id), '{}'), coalesce(array_agg(r.ordinal), '{}')
         INTO some_ids, some_ordinals
         FROM pg_temp.other_requeued(
-            _pipeline, _batch_key, _leader, _but, free, _avoided, _least) r;
+            _pipeline, _batch_key, _leader, _but, free, _avoided, _from, _least) r;
         requeued_ids := requeued_ids || some_ids;
         requeued_ordinals := requeued_ordinals || some_ordinals;
         free := free - cardinality(some_ids);
@@ -384,12 +395,12 @@ BEGIN
                new_counts || coalesce(array_agg(o.n), '{}'), free - coalesce(sum(o.n), 0)
         INTO new_ids, new_counts, free
         FROM pg_temp.other_open_jobs(
-            _pipeline, _batch_key, _leader, _size - free, free, _avoided, _least) o;
+            _pipeline, _batch_key, _leader, _size - free, free, _avoided, _from, _least) o;
     ELSIF free > 0 THEN
         SELECT new_ids || coalesce(array_agg(o.id), '{}'),
                new_counts || coalesce(array_agg(o.n), '{}'), free - coalesce(sum(o.n), 0)
         INTO new_ids, new_counts, free
-        FROM pg_temp.other_jobs(_pipeline, _batch_key, _leader, free, _avoided, _least) o;
+        FROM pg_temp.other_jobs(_pipeline, _batch_key, _leader, free, _avoided, _from, _least) o;
     END IF;
     frames := _size - free;
 END $$;
@@ -428,6 +439,7 @@ $$;
 -- `_most`: largest cost of an interactive batch whose bucket is open, and of one that interrupts. Null:
 -- the worker does not know yet how much it renders in a second.
 -- `_without`: tenants to leave out.
+-- `limited`: a tenant of the batch has a limit of running frames.
 -- `waited`: of a job's first frame, the seconds since the job was submitted. `urgency`: the priority
 -- of the frame's own job; `priority`: that of the batch.
 CREATE FUNCTION pg_temp.claim(
@@ -436,22 +448,25 @@ CREATE FUNCTION pg_temp.claim(
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, attempt smallint, tenant_id uuid, prompt text, spec json,
     bucket smallint, priority smallint, rerolls smallint, waited float, urgency smallint,
-    cost float, more boolean
+    cost float, limited boolean, more boolean
 ) LANGUAGE plpgsql /* by index */
 SET farm.claiming = 'yes' AS $$
 #variable_conflict use_column
 DECLARE
     failing text[];
     avoided uuid[];
+    is_limited bool;
+    limited_ids uuid[] := '{}';
+    rooms bigint[] := '{}';
     but text[];
     owed float[];
     owed_before float[];
     is_owed bool;
-    vain_from smallint;
     most_urgent smallint;
     leader record;
     size int;
     chosen int;
+    n int;
     filled record;
     requeued_ids uuid[];
     requeued_ordinals bigint[];
@@ -465,12 +480,15 @@ DECLARE
     lost_ids uuid[] := '{}';
     cost float;
     tenants uuid[];
+    limited boolean;
     left_over boolean;
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
-    SELECT w.failing, _without || array_remove(ARRAY[
-        CASE WHEN w.tripped_until > clock_timestamp() THEN w.avoids END], NULL)
+    is_limited := pg_temp.is_running_limited();
+    SELECT w.failing,
+           _without || CASE WHEN is_limited THEN pg_temp.full_tenants() END || array_remove(ARRAY[
+               CASE WHEN w.tripped_until > clock_timestamp() THEN w.avoids END], NULL)
     INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
       AND (coalesce(w.tripped_until <= clock_timestamp(), true) OR w.avoids IS NOT NULL)
@@ -485,40 +503,43 @@ BEGIN
         -- 1. The leader. Less urgent work leads once its batch is owed.
         but := failing;
         is_owed := false;
+        most_urgent := 0;
         FOR level IN REVERSE _priority..1 LOOP
-            CONTINUE WHEN owed[level] = 0;
-            most_urgent := level;
-            SELECT * INTO leader FROM pg_temp.less_urgent_leader(
-                _pipeline, but, _priority, avoided, most_urgent);
+            CONTINUE WHEN owed[level] <= 0;
+            SELECT * INTO leader FROM pg_temp.less_urgent_leader(_pipeline, but, level, avoided);
             IF NOT FOUND THEN
-                owed[level] := 0;
-                vain_from := level;
+                -- A frame that failed on this worker may still wait for others.
+                owed[level] := CASE WHEN failing = '{}' THEN 0 ELSE owed[level] END;
                 CONTINUE;
             END IF;
             is_owed := owed[level]
-                >= (1 - _share) * leader.bucket * pg_temp.frame_cost(leader.batch_key);
+                >= (1 - _share) * pg_temp.least_cost(leader.batch_key, leader.bucket);
+            most_urgent := level;
             EXIT WHEN is_owed;
         END LOOP;
         -- Else the most urgent. A frame that failed on this worker leads only if there is no other.
         IF NOT is_owed THEN
             most_urgent := 0;
             SELECT * INTO leader FROM pg_temp.leader(
-                _pipeline, but, _priority, avoided, 0::smallint,
-                CASE WHEN _priority = 0 THEN _most END);
+                _pipeline, but, _priority, avoided, CASE WHEN _priority = 0 THEN _most END);
             IF NOT FOUND AND but <> '{}' THEN
                 but := '{}';
                 SELECT * INTO leader FROM pg_temp.leader(
-                    _pipeline, but, _priority, avoided, 0::smallint,
-                    CASE WHEN _priority = 0 THEN _most END);
+                    _pipeline, but, _priority, avoided, CASE WHEN _priority = 0 THEN _most END);
             END IF;
         END IF;
         EXIT WHEN leader.job_id IS NULL;
 
         -- 2. The fill, until the bucket is full. An isolated frame gets no neighbours. If the bucket is
-        -- open, an interactive batch takes no less urgent frames, since they would make it slower.
+        -- open, an interactive batch takes no less urgent frames, since they would make it slower. A
+        -- batch that is owed takes no more urgent ones. Frames beyond limits of running frames are cut.
         IF leader.isolated THEN
             requeued_ids := ARRAY[leader.job_id]; requeued_ordinals := ARRAY[leader.ordinal];
             new_ids := '{}'; new_counts := '{}';
+            IF is_limited THEN
+                SELECT * INTO limited_ids, rooms
+                FROM pg_temp.rooms_to_run(requeued_ids, limited_ids, rooms);
+            END IF;
             chosen := pg_temp.chosen_bucket(_plans, leader.batch_key, leader.bucket, 1);
         ELSE
             size := leader.bucket;
@@ -527,16 +548,28 @@ BEGIN
             END IF;
             LOOP
                 SELECT * INTO filled FROM pg_temp.fill(
-                    _pipeline, leader.batch_key, leader.job_id, but, size, avoided,
+                    _pipeline, leader.batch_key, leader.job_id, but, size, avoided, most_urgent,
                     CASE WHEN pg_temp.is_bucket_open(leader.batch_key) AND leader.priority = 0
                          THEN 0 ELSE 2 END::smallint);
-                chosen := pg_temp.chosen_bucket(
-                    _plans, leader.batch_key, size, filled.frames::int);
-                EXIT WHEN filled.frames <= chosen;
+                requeued_ids := filled.requeued_ids; requeued_ordinals := filled.requeued_ordinals;
+                new_ids := filled.new_ids; new_counts := filled.new_counts; n := filled.frames;
+                IF is_limited THEN
+                    SELECT * INTO limited_ids, rooms
+                    FROM pg_temp.rooms_to_run(requeued_ids || new_ids, limited_ids, rooms);
+                    SELECT * INTO requeued_ids, requeued_ordinals, new_ids, new_counts
+                    FROM pg_temp.within_rooms(
+                        limited_ids, rooms, requeued_ids, requeued_ordinals, new_ids, new_counts);
+                    n := cardinality(requeued_ids)
+                         + coalesce((SELECT sum(u.n) FROM unnest(new_counts) AS u (n)), 0);
+                END IF;
+                chosen := pg_temp.chosen_bucket(_plans, leader.batch_key, size, greatest(n, 1));
+                EXIT WHEN n <= chosen;
                 size := chosen;
             END LOOP;
-            requeued_ids := filled.requeued_ids; requeued_ordinals := filled.requeued_ordinals;
-            new_ids := filled.new_ids; new_counts := filled.new_counts;
+        END IF;
+        IF rooms[array_position(limited_ids, leader.tenant_id)] <= 0 THEN
+            avoided := avoided || leader.tenant_id;
+            CONTINUE;
         END IF;
 
         -- 3. The jobs' locks, by id.
@@ -657,19 +690,16 @@ BEGIN
     ) t
     WHERE s.pipeline = _pipeline AND s.tenant_id = ANY(tenants) AND s.tenant_id = t.tenant_id;
 
-    -- Last of all locks: the shares that were looked at in vain, for what was owed and for the leader.
-    -- A batch that interrupts passes over others that have work.
-    IF vain_from IS NOT NULL THEN
-        PERFORM pg_temp.correct_shares(
-            _pipeline, 3::smallint, -1, pg_temp.no_tenant(), vain_from, NULL);
-    END IF;
+    -- Last of all locks: the shares that were looked at in vain. A batch that interrupts passes over
+    -- others that have work.
     PERFORM pg_temp.correct_shares(
-        _pipeline, coalesce(leader.priority, _priority + 1)::smallint, coalesce(leader.used, -1),
-        coalesce(leader.tenant_id, pg_temp.no_tenant()), most_urgent,
-        CASE WHEN _priority = 0 THEN 100 END);
+        _pipeline,
+        CASE WHEN is_owed THEN -1 ELSE coalesce(leader.priority, _priority + 1) END::smallint,
+        coalesce(leader.used, -1), coalesce(leader.tenant_id, pg_temp.no_tenant()),
+        CASE WHEN _priority = 0 THEN 100 END, avoided);
     IF ids = '{}' THEN RETURN; END IF;
 
-    owed := pg_temp.owed_after(_pipeline, owed, leader.priority, cost, _share);
+    owed := pg_temp.owed_after(_pipeline, owed, leader.priority, cost, _share, most_urgent);
     IF owed <> owed_before THEN
         INSERT INTO lanes (pipeline, owed) VALUES (_pipeline, owed)
         ON CONFLICT (pipeline) DO UPDATE SET owed = excluded.owed;
@@ -683,9 +713,12 @@ BEGIN
     FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt);
 
     INSERT INTO leases (
-        id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts)
+        id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts, tenant_ids)
     VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
-            ids, ordinals, attempts);
+            ids, ordinals, attempts, ARRAY(
+                SELECT j.tenant_id FROM unnest(ids) WITH ORDINALITY AS f (id, slot)
+                CROSS JOIN LATERAL (SELECT j.tenant_id FROM jobs j WHERE j.id = f.id LIMIT 1) j
+                ORDER BY f.slot));
 
     PERFORM pg_temp.tally('frames.claimed', array_agg(d.id), array_agg(d.n),
                           array_agg(0::bigint), array_agg(0::bigint), array_agg(0::bigint),
@@ -693,6 +726,11 @@ BEGIN
     FROM (SELECT f.id, count(*) AS n, jsonb_build_object('frames',
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
+
+    limited := is_limited AND EXISTS (
+        SELECT FROM unnest(tenants) AS b (id) CROSS JOIN LATERAL (
+            SELECT t.max_running_frames FROM tenants t WHERE t.id = b.id LIMIT 1
+        ) t WHERE t.max_running_frames IS NOT NULL);
 
     -- 8. True if work is left, so that another worker should wake up. Of requeued frames this is a
     -- hint: one of each priority of the next three tenants is looked at, and its job may be held.
@@ -712,6 +750,10 @@ BEGIN
         )
         OR EXISTS (SELECT FROM shares s
                    WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
+    IF left_over AND is_limited THEN
+        left_over := EXISTS (SELECT FROM pg_temp.leader(
+            _pipeline, '{}', 2::smallint, pg_temp.full_tenants()));
+    END IF;
 
     -- 9. The prompt of each frame. A chunk of prompts is unpacked once for all of its frames. Lines
     -- of an input are not read here: the caller caches the input's parts for many batches.
@@ -747,6 +789,6 @@ BEGIN
            ) END,
            CASE WHEN p.ordinal = 0 AND p.attempt = 1
                 THEN extract(epoch FROM clock_timestamp() - p.created_at)::float END,
-           p.urgency, cost, left_over
+           p.urgency, cost, limited, left_over
     FROM placed p LEFT JOIN texts t ON t.id = p.id AND t.place = p.place ORDER BY p.slot;
 END $$;

@@ -1,4 +1,5 @@
--- What limited tenants may have at the same time, and what they have now: see ADR 35.
+-- What limited tenants may have at the same time, and what they have now: see ADR 35, and ADR 37 for
+-- running frames.
 
 -- Returns the number of a tenant's jobs that have not ended.
 CREATE FUNCTION pg_temp.open_jobs(_tenant uuid) RETURNS bigint LANGUAGE sql STABLE AS $$
@@ -23,6 +24,104 @@ $$;
 -- Returns the size of all inputs of a tenant, unpacked.
 CREATE FUNCTION pg_temp.input_bytes(_tenant uuid) RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT coalesce(sum(i.bytes), 0)::bigint FROM inputs i WHERE i.tenant_id = _tenant
+$$;
+
+-- True if any tenant has a limit of running frames.
+CREATE FUNCTION pg_temp.is_running_limited() RETURNS bool LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (SELECT FROM tenants t WHERE t.max_running_frames IS NOT NULL)
+$$;
+
+-- Returns the number of frames that run, by tenant: those of leases, on all lanes. A lease counts as a
+-- whole until it ends. Those of older versions have no tenants.
+CREATE FUNCTION pg_temp.running_frames() RETURNS TABLE (tenant_id uuid, frames bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT f.tenant_id, count(*)
+    FROM leases l CROSS JOIN LATERAL unnest(coalesce(l.tenant_ids, ARRAY(
+        SELECT j.tenant_id FROM unnest(l.job_ids) AS u (id) CROSS JOIN LATERAL (
+            SELECT j.tenant_id FROM jobs j WHERE j.id = u.id LIMIT 1) j
+    ))) AS f (tenant_id) GROUP BY f.tenant_id
+$$;
+
+-- Returns the tenants for which no more frames may run now.
+CREATE FUNCTION pg_temp.full_tenants() RETURNS uuid[] LANGUAGE plpgsql STABLE /* by index */ AS $$
+BEGIN
+    IF NOT pg_temp.is_running_limited() THEN RETURN '{}'; END IF;
+    RETURN ARRAY(
+        SELECT r.tenant_id FROM pg_temp.running_frames() r CROSS JOIN LATERAL (
+            SELECT t.max_running_frames FROM tenants t WHERE t.id = ANY (ARRAY[r.tenant_id]) LIMIT 1
+        ) t WHERE r.frames >= t.max_running_frames
+        UNION ALL
+        SELECT t.id FROM tenants t WHERE t.max_running_frames = 0);
+END $$;
+
+-- Returns limited tenants, and the number of frames that may begin of each. It adds those of some jobs.
+-- Until the end of the transaction no other claim adds to what runs of them, and their limits stay.
+-- Only the first call waits for another claim, since it holds no such lock yet. A later one gives no room to
+-- a tenant that another claim holds.
+CREATE FUNCTION pg_temp.rooms_to_run(
+    _jobs uuid[], INOUT tenant_ids uuid[], INOUT rooms bigint[]
+) LANGUAGE plpgsql /* by index */ AS $$
+DECLARE
+    is_first bool := tenant_ids = '{}';
+    added uuid[];
+    held uuid[] := '{}';
+    tenant uuid;
+BEGIN
+    added := ARRAY(
+        SELECT DISTINCT t.id
+        FROM (SELECT DISTINCT u.id FROM unnest(_jobs) AS u (id)) c
+        CROSS JOIN LATERAL (SELECT j.tenant_id FROM jobs j WHERE j.id = c.id LIMIT 1) j
+        CROSS JOIN LATERAL (
+            SELECT t.id, t.max_running_frames FROM tenants t WHERE t.id = j.tenant_id LIMIT 1
+        ) t
+        WHERE t.max_running_frames IS NOT NULL AND t.id <> ALL(tenant_ids) ORDER BY t.id);
+    FOREACH tenant IN ARRAY added LOOP
+        IF is_first THEN
+            PERFORM pg_advisory_xact_lock(hashtextextended('running ' || tenant, 0));
+        ELSIF NOT pg_try_advisory_xact_lock(hashtextextended('running ' || tenant, 0)) THEN
+            held := held || tenant;
+        END IF;
+    END LOOP;
+    IF added = '{}' THEN RETURN; END IF;
+    -- Read after the locks, so it includes what was claimed, and set, by those who had them.
+    SELECT tenant_ids || array_agg(a.id), rooms || array_agg(
+        CASE WHEN a.id = ANY(held) THEN 0
+             ELSE coalesce(t.max_running_frames - coalesce(r.frames, 0), 32767) END)
+    INTO tenant_ids, rooms
+    FROM unnest(added) AS a (id)
+    CROSS JOIN LATERAL (
+        SELECT t.max_running_frames FROM tenants t WHERE t.id = a.id LIMIT 1
+    ) t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = a.id;
+END $$;
+
+-- Cuts frames of a batch for which there is no room. It keeps the first ones of each tenant.
+CREATE FUNCTION pg_temp.within_rooms(
+    _tenant_ids uuid[], _rooms bigint[], INOUT requeued_ids uuid[], INOUT requeued_ordinals bigint[],
+    INOUT new_ids uuid[], INOUT new_counts bigint[]
+) LANGUAGE sql STABLE AS $$
+    WITH chosen AS (
+        SELECT u.id, u.ordinal, 1::bigint AS frames, 0 AS kind, u.n
+        FROM unnest(requeued_ids, requeued_ordinals) WITH ORDINALITY AS u (id, ordinal, n)
+        UNION ALL
+        SELECT u.id, NULL, u.frames, 1, u.n
+        FROM unnest(new_ids, new_counts) WITH ORDINALITY AS u (id, frames, n)
+    ), placed AS (
+        SELECT c.*, j.room, sum(c.frames) OVER (
+                   PARTITION BY j.tenant_id ORDER BY c.kind, c.n) - c.frames AS before
+        FROM chosen c CROSS JOIN LATERAL (
+            SELECT j.tenant_id, _rooms[array_position(_tenant_ids, j.tenant_id)] AS room
+            FROM jobs j WHERE j.id = c.id LIMIT 1
+        ) j
+    ), kept AS (
+        SELECT p.*, CASE WHEN p.room IS NULL THEN p.frames
+                         ELSE least(p.frames, p.room - p.before) END::bigint AS n_kept
+        FROM placed p
+    )
+    SELECT coalesce(array_agg(k.id ORDER BY k.n) FILTER (WHERE k.kind = 0), '{}'),
+           coalesce(array_agg(k.ordinal ORDER BY k.n) FILTER (WHERE k.kind = 0), '{}'),
+           coalesce(array_agg(k.id ORDER BY k.n) FILTER (WHERE k.kind = 1), '{}'),
+           coalesce(array_agg(k.n_kept ORDER BY k.n) FILTER (WHERE k.kind = 1), '{}')
+    FROM kept k WHERE k.n_kept > 0
 $$;
 
 -- Locks tenants, so that nobody else adds to what they have, and nobody changes their limits, before
