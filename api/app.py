@@ -17,6 +17,7 @@ from api.dashboard.html import STATIC
 from api.door import FrontDoor
 from api.heads import Heads
 from api.places import Places, Turns
+from api.request_rates import RequestRates
 from api.routes import (
     actions,
     destinations,
@@ -66,6 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.farm = open_farm(chosen)
         app.state.recent = RecentLanes(app.state.farm.store)
         app.state.submissions = jobs.submissions(app.state.farm, app.state.recent)
+        app.state.rates = RequestRates(chosen)
         app.state.callers = auth.callers(app.state.farm)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         app.state.intakes = Places(inputs.MAX_CONCURRENT_UPLOADS, inputs.MAX_UPLOADS_PER_TENANT)
@@ -92,14 +94,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(FrontDoor)
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=chosen.trusted_proxies)
     errors.install(app)
-    job_calls = openapi.refusals(401, 422, 503)
+    job_calls = openapi.refusals(401, 422, 429, 503)
     app.include_router(jobs.router, responses=job_calls)
     app.include_router(frames.router, responses=job_calls)
     app.include_router(images.router, responses=job_calls)
     app.include_router(inputs.router, responses=job_calls)
     app.include_router(exports.router, responses=job_calls)
-    app.include_router(pipelines.router, responses=openapi.refusals(401, 503))
-    app.include_router(workers.router, responses=openapi.refusals(401, 503))
+    app.include_router(pipelines.router, responses=openapi.refusals(401, 429, 503))
+    app.include_router(workers.router, responses=openapi.refusals(401, 429, 503))
     app.include_router(destinations.router, responses=job_calls)
     app.include_router(tenants.router, responses=job_calls)
     app.include_router(actions.router, responses=job_calls)

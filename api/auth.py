@@ -5,6 +5,7 @@ The dashboard's cookie holds no key, but a session of one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,10 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.groups import Groups
+from api.request_rates import Rate, RequestRates
 from farm.context import Farm
 from farm.domain.spec import Storable
-from farm.errors import Forbidden, Unauthenticated
+from farm.errors import Forbidden, LimitExceeded, Unauthenticated
 from farm.store.actions import Actor
 from farm.store.engine import reads
 from farm.store.keys import Caller, find_callers
@@ -25,6 +27,9 @@ from farm.store.sessions import find_visitor
 
 LOOKUP_THREADS = 2
 """Number of groups of credentials that a process looks up at the same time for the front door."""
+
+BURST_SECONDS = 10
+"""Time whose requests may arrive at once, if the operator set no burst. Seconds."""
 
 OPERATOR = "operator"
 WRITERS = frozenset({"client", OPERATOR})
@@ -128,6 +133,22 @@ def known_caller(request: Request, farm: Farm, credential: Credential) -> Caller
     return caller_of(farm, credential)
 
 
+async def admit(request: Request, caller: Caller) -> None:
+    """Count a request of a tenant with a limit of requests a second.
+
+    Raises:
+        LimitExceeded: It came too soon.
+    """
+    if caller.requests_a_second is None:
+        return
+    burst = caller.requests_burst or math.ceil(BURST_SECONDS * caller.requests_a_second)
+    rates: RequestRates = request.app.state.rates
+    rate = Rate(caller.requests_a_second, burst)
+    wait = await to_thread.run_sync(rates.take, caller.tenant_id, rate)
+    if wait:
+        raise LimitExceeded.of_requests(*rate, wait)
+
+
 async def reader(
     request: Request,
     farm: FarmDep,
@@ -137,9 +158,11 @@ async def reader(
     if bearer is None:
         raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
     credential = Credential(bearer.credentials)
-    if KNOWN in request.scope:  # nothing to wait for
+    if KNOWN in request.scope:  # the front door has let it in
         return known_caller(request, farm, credential)
-    return await to_thread.run_sync(known_caller, request, farm, credential)
+    caller = await to_thread.run_sync(known_caller, request, farm, credential)
+    await admit(request, caller)
+    return caller
 
 
 Reader = Annotated[Caller, Depends(reader)]

@@ -14,7 +14,7 @@ from anyio import fail_after
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import KNOWN, Credential, credential_of
+from api.auth import KNOWN, Credential, admit, credential_of
 from api.errors import farm_error
 from api.groups import Groups
 from api.places import Places
@@ -97,6 +97,7 @@ class FrontDoor:
 
         Raises:
             Unauthenticated: The request has no valid key and no valid session.
+            LimitExceeded: It came too soon after others of its tenant.
             Unavailable: Postgres does not answer.
         """
         if request.url.path in SIGNING_IN:
@@ -106,6 +107,7 @@ class FrontDoor:
             raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
         callers: Groups[Credential, Caller] = request.app.state.callers
         caller = await callers.ask(credential)
+        await admit(request, caller)
         request.scope[KNOWN] = credential, caller
         return str(caller.tenant_id)
 

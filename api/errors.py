@@ -106,7 +106,7 @@ def farm_error(request: Request, error: Exception) -> Response:
     return _answer(request, content, headers)
 
 
-def limit_body(limit: Limit) -> dict[str, str | int]:
+def limit_body(limit: Limit) -> dict[str, str | float]:
     """Return the `limit` object of a problem."""
     return {"name": limit.name, "value": limit.value, "used": limit.used}
 
@@ -116,6 +116,13 @@ def _limit_fields(limit: Limit) -> dict[str, str]:
 
     Without Retry-After, if the same call can never succeed.
     """
+    if limit.burst is not None:  # the quota is what may be sent in a window of seconds
+        window = max(1, round(limit.burst / limit.value))
+        return {
+            "RateLimit-Policy": f'"{limit.name}";q={limit.burst};w={window}',
+            "RateLimit": f'"{limit.name}";r=0;t={limit.wait_seconds}',
+            "Retry-After": str(limit.wait_seconds),
+        }
     fields = {
         "RateLimit-Policy": f'"{limit.name}";q={limit.value}',
         "RateLimit": f'"{limit.name}";r={max(0, limit.value - limit.used)}',

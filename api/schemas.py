@@ -349,6 +349,12 @@ class Tenant(BaseModel):
     max_input_bytes: int | None = Field(
         description="Maximum size of its inputs together, unpacked; null: no limit"
     )
+    requests_a_second: float | None = Field(
+        description="Maximum number of its requests in a second, on average; null: no limit"
+    )
+    requests_burst: int | None = Field(
+        description="Number of its requests that may arrive at once; null: those of ten seconds"
+    )
     uses: dict[str, int | None] = Field(
         description="`open_jobs`, `running_frames`, `waiting_frames` and `input_bytes` that it has"
         " now; in a list, null without the limit"
@@ -401,6 +407,18 @@ class TenantChange(BaseModel):
         ge=0,
         le=10**15 - 1,
         description="Maximum size of all inputs together, unpacked; null: no limit",
+    )
+    requests_a_second: float | None = Field(
+        default=None,
+        ge=0.01,
+        le=10**6,
+        description="Maximum number of requests in a second, on average; null: no limit",
+    )
+    requests_burst: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**6,
+        description="Number of requests that may arrive at once; null: those of ten seconds",
     )
     why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,11 +17,15 @@ class Limit:
     """A limit of a tenant that a call met."""
 
     name: str
-    value: int
-    used: int
+    value: float
+    used: float
     """Number that the tenant has now."""
     fits_later: bool
     """False if the call asks for more than the limit itself."""
+    wait_seconds: int | None = None
+    """Time after which the call succeeds, in seconds. None: not known."""
+    burst: int | None = None
+    """Of requests a second: number of requests that may arrive at once."""
 
 
 class FarmError(Exception):
@@ -122,6 +127,23 @@ class LimitExceeded(FarmError):
             f"{more:,}. {hint}"
         )
         error.limit = limit
+        return error
+
+    @classmethod
+    def of_requests(cls, per_second: float, burst: int, wait: float) -> LimitExceeded:
+        """Build it for a request that came too soon, by `wait` seconds."""
+        error = cls(
+            f"requests_a_second: this tenant may send {per_second:g} requests a second, and "
+            f"{burst:,} at once. Try again after {wait:.1f} s."
+        )
+        error.limit = Limit(
+            "requests_a_second",
+            per_second,
+            per_second,
+            fits_later=True,
+            wait_seconds=math.ceil(wait),
+            burst=burst,
+        )
         return error
 
 

@@ -123,6 +123,8 @@ def _view(row: TenantRow) -> schemas.Tenant:
         max_running_frames=row.max_running_frames,
         max_waiting_frames=row.max_waiting_frames,
         max_input_bytes=row.max_input_bytes,
+        requests_a_second=row.requests_a_second,
+        requests_burst=row.requests_burst,
         uses={name: getattr(row, name) for name in USED},
         owns={name: getattr(row, name) for name in OWNED},
     )

@@ -29,7 +29,8 @@ VALUES (:id, :tenant_id, :role, :name, :prefix, :digest)
 """)
 
 FIND = text("""
-SELECT k.digest, k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name
+SELECT k.digest, k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name,
+       t.requests_a_second, t.requests_burst
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.digest = ANY(:digests) AND k.revoked_at IS NULL AND t.removed_at IS NULL
 """)
@@ -54,6 +55,10 @@ class Caller:
     role: str
     name: str
     """Name of the key."""
+    requests_a_second: float | None = None
+    """Limit of its tenant. None: no limit."""
+    requests_burst: int | None = None
+    """Number of requests that may arrive at once. None: those of ten seconds."""
 
 
 class KeyRow(NamedTuple):

@@ -78,6 +78,12 @@ tenants = Table(
     Column("max_waiting_frames", BigInteger, comment="frames that wait; null: no limit"),
     Column("max_input_bytes", BigInteger, comment="all inputs together; null: no limit"),
     Column("max_running_frames", BigInteger, comment="frames of leases; null: no limit"),
+    Column("requests_a_second", Double, comment="calls of the API; null: no limit"),
+    Column(
+        "requests_burst",
+        BigInteger,
+        comment="calls that may arrive at once; null: those of ten seconds",
+    ),
     Index(
         "tenants_running_limits",
         "max_running_frames",

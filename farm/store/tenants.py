@@ -37,7 +37,8 @@ OWNS = """
 
 FIELDS = """
 t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, t.priorities, t.max_open_jobs,
-t.max_running_frames, t.max_waiting_frames, t.max_input_bytes
+t.max_running_frames, t.max_waiting_frames, t.max_input_bytes, t.requests_a_second,
+t.requests_burst
 """
 
 # In a list only those with limits are counted: there may be thousands of others.
@@ -63,7 +64,8 @@ WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 
 # Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
 LOCK = text("""
-SELECT weight, priorities, max_open_jobs, max_running_frames, max_waiting_frames, max_input_bytes
+SELECT weight, priorities, max_open_jobs, max_running_frames, max_waiting_frames, max_input_bytes,
+       requests_a_second, requests_burst
 FROM tenants WHERE id = :id AND removed_at IS NULL FOR UPDATE
 """)
 
@@ -71,7 +73,8 @@ SET = text("""
 UPDATE tenants SET weight = :weight, priorities = CAST(:priorities AS smallint[]),
     max_open_jobs = :max_open_jobs, max_running_frames = :max_running_frames,
     max_waiting_frames = :max_waiting_frames,
-    max_input_bytes = :max_input_bytes
+    max_input_bytes = :max_input_bytes, requests_a_second = :requests_a_second,
+    requests_burst = :requests_burst
 WHERE id = :id
 """)
 
@@ -169,6 +172,8 @@ class TenantRow(NamedTuple):
     max_running_frames: int | None
     max_waiting_frames: int | None
     max_input_bytes: int | None
+    requests_a_second: float | None
+    requests_burst: int | None
     open_jobs: int | None
     """None in a list, if it has no such limit."""
     waiting_frames: int | None
@@ -201,6 +206,8 @@ class TenantSettings(NamedTuple):
     max_running_frames: int | None
     max_waiting_frames: int | None
     max_input_bytes: int | None
+    requests_a_second: float | None
+    requests_burst: int | None
 
 
 def lock_settings(connection: Connection, tenant_id: uuid.UUID) -> TenantSettings | None:

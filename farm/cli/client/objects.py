@@ -201,6 +201,8 @@ class Tenant(TypedDict):
     max_running_frames: int | None
     max_waiting_frames: int | None
     max_input_bytes: int | None
+    requests_a_second: float | None
+    requests_burst: int | None
     uses: dict[str, int | None]
     """In a list, None without the limit."""
     owns: dict[str, int]

@@ -100,6 +100,20 @@ def set_(
             show_default=False,
         ),
     ] = None,
+    requests_a_second: Annotated[
+        str | None,
+        typer.Option(
+            help="Maximum number of requests in a second, on average, or none.",
+            show_default=False,
+        ),
+    ] = None,
+    requests_burst: Annotated[
+        str | None,
+        typer.Option(
+            help="Number of requests that may arrive at once, or none: those of ten seconds.",
+            show_default=False,
+        ),
+    ] = None,
     why: Why = "",
     as_json: Json = False,
 ) -> None:
@@ -120,6 +134,8 @@ def set_(
         "max_running_frames": max_running_frames,
         "max_waiting_frames": max_waiting_frames,
         "max_input_bytes": max_input_bytes,
+        "requests_a_second": requests_a_second,
+        "requests_burst": requests_burst,
     }.items():
         if value is not None:
             change[name] = _limit(name, value)
@@ -130,13 +146,16 @@ def set_(
     _tell(found, as_json)
 
 
-def _limit(name: str, value: str) -> int | None:
+def _limit(name: str, value: str) -> float | None:
     if value == "none":
         return None
-    if not value.isascii() or not value.isdigit():
+    whole, _, rest = value.partition(".")
+    is_rate = name == "requests_a_second"
+    if not (value.isascii() and whole.isdigit() and (not rest or (is_rate and rest.isdigit()))):
+        kind = "a number, such as 0.5," if is_rate else "a whole number"
         option = f"--{name.replace('_', '-')}"
-        raise InvalidRequest(f"{option}: {value!r} is not a whole number or none.", param=name)
-    return int(value)
+        raise InvalidRequest(f"{option}: {value!r} is not {kind} or none.", param=name)
+    return float(value) if is_rate else int(value)
 
 
 @tenants_app.command()
@@ -178,6 +197,10 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
         }.items():
             of = "without a limit" if limit is None else f"of at most {count(limit)}"
             say(f"{name.replace('_', ' ').capitalize()}: {count(tenant['uses'][name] or 0)}, {of}.")
+        if tenant["requests_a_second"] is not None:
+            burst = tenant["requests_burst"]
+            at_once = "those of ten seconds" if burst is None else count(burst)
+            say(f"Requests: at most {tenant['requests_a_second']:g} a second, {at_once} at once.")
 
 
 def _owned(tenant: objects.Tenant) -> str:
