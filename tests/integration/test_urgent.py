@@ -233,9 +233,7 @@ def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, loop: 
 
     def lose(prompt: str, step: int) -> None:
         if (prompt, step) == ("bulk", 1):
-            url = farm.settings.redis_url.get_secret_value()
-            farm.bells._redis.close()
-            with Redis.from_url(url) as client:
+            with Redis.from_url(farm.settings.redis_url.get_secret_value()) as client:
                 client.config_set("maxmemory", "1")
         if (prompt, step) == ("bulk", 8):
             with Redis.from_url(farm.settings.redis_url.get_secret_value()) as client:

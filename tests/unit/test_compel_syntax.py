@@ -182,10 +182,10 @@ def test_the_longest_prompt_is_checked_at_once(unit: str) -> None:
     """Measured: below 10 ms each. A check with quadratic time would take minutes."""
     for before, after in (("", ""), ("(", ").blend(1)"), ('("', '").blend(1)'), ("a.attend(", ")")):
         text = before + (unit * 10 * LONGEST)[: 10 * LONGEST] + after
-        started = time.perf_counter()
+        started = time.process_time()
         with suppress(ValueError):
             check_compel(text)
-        assert time.perf_counter() - started < 2.0
+        assert time.process_time() - started < 2.0
 
 
 def test_twenty_thousand_prompts_are_checked_in_seconds() -> None:
@@ -194,7 +194,7 @@ def test_twenty_thousand_prompts_are_checked_in_seconds() -> None:
     chosen = random.Random(7)
     prompts = [" ".join(chosen.choices(words, k=30)) for _ in range(19_000)]
     prompts += [f'("a red star, {n}", "a (dog)1.2").blend(0.3, 0.7)' for n in range(1_000)]
-    started = time.perf_counter()
+    started = time.process_time()
     for prompt in prompts:
         check_compel(prompt)
-    assert time.perf_counter() - started < 6.0
+    assert time.process_time() - started < 6.0
