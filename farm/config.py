@@ -171,8 +171,8 @@ class Settings(BaseSettings):
     interactive_seconds: float = Field(
         default=10.0,
         gt=0,
-        description="Longest interactive batch that may interrupt another one. A longer one may be"
-        " interrupted itself, by another tenant's. Seconds",
+        description="Longest wait of an interactive frame for interactive batches of another"
+        " tenant. Seconds",
     )
     less_urgent_share: float = Field(
         default=0.1,

@@ -249,7 +249,7 @@ def test_openapi_tells_what_is_taken(api: Api) -> None:
     document = httpx.get(f"{api.url}/openapi.json").json()
     call = document["paths"]["/v1/images"]["post"]
     assert set(call["requestBody"]["content"]) == {"image/png", "image/jpeg", "image/webp"}
-    assert set(call["responses"]) == {"201", "400", "401", "403", "413", "415", "422", "503"}
+    assert set(call["responses"]) == {"201", "400", "401", "403", "413", "415", "429", "422", "503"}
     for status, response in call["responses"].items():
         media = "application/json" if status == "201" else "application/problem+json"
         assert list(response["content"]) == [media]

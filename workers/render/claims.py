@@ -38,6 +38,13 @@ MAX_SECONDS = 1.0
 """Longest claim duration that counts, in seconds. A claim during an outage is no measure."""
 
 
+INTERRUPTING_PART = 0.4
+"""Longest batch that interrupts another, as a part of FARM_INTERACTIVE_SECONDS.
+
+A frame may wait for two batches of another tenant: one that interrupts, and one that was claimed
+ahead. Between them it waits for the part of the time that an interrupted batch keeps.
+"""
+
 REMEMBERED_PACES = 16
 """Number of batches whose paces count."""
 
@@ -167,6 +174,8 @@ class Claims:
         self, priority: Priority, plans: str, without: Collection[uuid.UUID]
     ) -> Lease | None:
         me, settings, started = self._identity, self._farm.settings, time.monotonic()
+        interrupts = priority is Priority.INTERACTIVE
+        most_seconds = settings.interactive_seconds * (INTERRUPTING_PART if interrupts else 1)
         with self._lock:
             if self._unsure:
                 with transaction(self._farm.store) as connection:
@@ -183,7 +192,7 @@ class Claims:
                     priority=priority,
                     plans=plans,
                     less_urgent_share=settings.less_urgent_share,
-                    most_cost=self.pace.cost_within(settings.interactive_seconds),
+                    most_cost=self.pace.cost_within(most_seconds),
                     without=without,
                     known=self._specs,
                     parts=self._parts,

@@ -28,7 +28,7 @@ from farm.rendering.warmup import CompiledShapes
 from farm.store.claim import ClaimedFrame, Lease
 from workers.render.batch import RenderedBatch
 from workers.render.batch_log import BatchLog
-from workers.render.claims import Claims
+from workers.render.claims import INTERRUPTING_PART, Claims
 from workers.render.control_images import BatchImages, ImageCache
 from workers.render.failures import named
 from workers.render.finishing import BatchFinisher
@@ -193,7 +193,8 @@ class RenderLoop:
             left: time that it still needs, in seconds.
         """
         settings = self._farm.settings
-        if lease.priority is Priority.INTERACTIVE and left <= settings.interactive_seconds:
+        short = INTERRUPTING_PART * settings.interactive_seconds
+        if lease.priority is Priority.INTERACTIVE and left <= short:
             return False
         share = settings.less_urgent_share
         return self.may_interrupt and share * self._lent_seconds <= (1 - share) * passed
