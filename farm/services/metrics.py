@@ -1,4 +1,4 @@
-"""Metrics of the whole farm as Prometheus text, by pipeline. They name no tenant and no prompt."""
+"""Metrics of the whole farm as Prometheus text. Those of the API name no tenant and no prompt."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from prometheus_client.registry import Collector
 
 from farm.context import Farm
 from farm.domain.spec import Priority
-from farm.store import histograms, lanes, queries, workers
-from farm.store.engine import transaction
+from farm.store import histograms, lanes, queries, tenants, workers
+from farm.store.engine import reads, transaction
 from farm.store.lanes import LaneDepth
 from farm.store.workers import WorkerSums
 
@@ -42,6 +42,23 @@ def render(*metrics: Metric) -> bytes:
     registry = CollectorRegistry()
     registry.register(_Collected(metrics))
     return generate_latest(registry)
+
+
+def tenant_metrics(farm: Farm) -> Iterator[Metric]:
+    """Read the limits of tenants. They name tenants, so they are not for everybody.
+
+    Raises:
+        Unavailable: Postgres does not answer.
+    """
+    labels = ["tenant", "limit"]
+    limit = GaugeMetricFamily("farm_tenant_limit", "A limit of a tenant", labels=labels)
+    used = GaugeMetricFamily("farm_tenant_used", "What it has of farm_tenant_limit", labels=labels)
+    with reads(farm.store) as connection:
+        for row in tenants.limits_in_use(connection):
+            limit.add_metric([row.tenant, row.name], row.value)
+            used.add_metric([row.tenant, row.name], row.used)
+    yield limit
+    yield used
 
 
 class _Collected(Collector):

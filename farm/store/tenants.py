@@ -62,6 +62,21 @@ FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
 
+LIMITS_IN_USE = text("""
+SELECT t.name AS tenant, l.name, l.value, l.used
+FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
+CROSS JOIN LATERAL (VALUES
+    ('max_open_jobs', t.max_open_jobs,
+     CASE WHEN t.max_open_jobs IS NOT NULL THEN pg_temp.open_jobs(t.id) END),
+    ('max_running_frames', t.max_running_frames, coalesce(r.frames, 0)),
+    ('max_waiting_frames', t.max_waiting_frames,
+     CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END),
+    ('max_input_bytes', t.max_input_bytes,
+     CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END)
+) AS l (name, value, used)
+WHERE t.removed_at IS NULL AND l.value IS NOT NULL ORDER BY t.name, l.name
+""")
+
 # Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
 LOCK = text("""
 SELECT weight, priorities, max_open_jobs, max_running_frames, max_waiting_frames, max_input_bytes,
@@ -195,6 +210,20 @@ def list_tenants(connection: Connection) -> list[TenantRow]:
 def find_tenant(connection: Connection, word: str) -> TenantRow | None:
     """Read one tenant by name, or by id, removed or not, with counts of what it owns."""
     return row_of(connection.execute(ONE, {"word": word}), TenantRow)
+
+
+class LimitInUse(NamedTuple):
+    """A limit that is set, and what its tenant has of it."""
+
+    tenant: str
+    name: str
+    value: int
+    used: int
+
+
+def limits_in_use(connection: Connection) -> list[LimitInUse]:
+    """Read the limits of all tenants, and what they have."""
+    return rows_of(connection.execute(LIMITS_IN_USE), LimitInUse)
 
 
 class TenantSettings(NamedTuple):

@@ -27,6 +27,8 @@ ENDED = 200_000
 """Jobs of one tenant that have ended. Its lists are read."""
 RETRIES = 200_000
 """Requeued frames that are not due for an hour."""
+LEASES, LIMIT = 200, 100
+"""Batches of other workers, and the running frames that each waiting tenant may have."""
 FEW = 16
 """Tenants of the small farm, so that both claim frames of as many tenants."""
 CLAIMS = 200
@@ -36,6 +38,7 @@ BUCKET = 8
 TURNS = 5
 READS = 20
 LEAST = 0.9
+LEAST_LIMITED = 0.95
 MOST_MILLISECONDS = 50.0
 
 TENANTS = """
@@ -85,6 +88,15 @@ SELECT id, 1, pipeline, tenant_id, priority, batch_key, bucket,
        clock_timestamp() + interval '1 hour', created_at, false, false
 FROM jobs WHERE open LIMIT %(retries)s
 """
+LEASE = """
+INSERT INTO leases (
+    id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts, tenant_ids)
+SELECT gen_random_uuid(), gen_random_uuid(), 1, 'null', clock_timestamp() + interval '1 day',
+       array_agg(gen_random_uuid()), array_agg(0), array_agg(1),
+       array_agg(md5(%(name)s || (n * 7 + slot) %% %(tenants)s + 1)::uuid)
+FROM generate_series(1, %(leases)s) n, generate_series(1, 8) slot GROUP BY n
+"""
+LIMITS = "UPDATE tenants SET max_running_frames = %(most)s WHERE name LIKE 'waiting %%'"
 
 
 def rows(stand: BenchServers, short: bool) -> list[Row]:
@@ -100,8 +112,9 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
             f"{OPEN // share:,} open one-image jobs, {RETRIES // share:,} frames that back off for "
             f"an hour and {ENDED // share:,} jobs that have ended. It is compared with a farm that "
             f"has only the jobs that are claimed, of {FEW} tenants. A worker claims {claims} "
-            f"batches of {BUCKET} a turn and completes each, and reports {touches} steps. Lists "
-            "and /metrics are read by HTTP.",
+            f"batches of {BUCKET} a turn and completes each, and reports {touches} steps. Other "
+            f"workers of the large farm hold {LEASES // share} batches. With limits each waiting "
+            f"tenant may have {LIMIT} running frames. Lists and /metrics are read by HTTP.",
         )
         fill(large, share)
         sites = {"large": large, "small": small}
@@ -115,8 +128,15 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
             _run(small, JOBS, more)
             return claim_rate(hands["small"], claims)
 
+        def claim_limited() -> float:
+            _run(large, LIMITS, {"most": LIMIT})
+            rate = claim_rate(hands["large"], claims)
+            _run(large, LIMITS, {"most": None})
+            return rate
+
         claiming: dict[str, Way] = {
             "claims, large": partial(claim_rate, hands["large"], claims),
+            "claims, large with limits": claim_limited,
             "claims, small": claim_few,
         }
         touching: dict[str, Way] = {
@@ -128,6 +148,8 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
         row.series = in_turn(claiming, turns, "frames/s") + in_turn(touching, turns, "touches/s")
         for what in ("claims", "touches"):
             row.add_ratio(f"{what}, large", f"{what}, small", least=None if short else LEAST)
+        limited = None if short else LEAST_LIMITED
+        row.add_ratio("claims, large with limits", "claims, large", least=limited)
         read_pages(large, row, short)
     return [row]
 
@@ -142,6 +164,7 @@ def fill(site: BenchFarm, share: int) -> None:
     template = _template(site)
     _run(site, JOBS, {**waiting, "jobs": OPEN // share, "id": template})
     _run(site, RETRY, {"retries": RETRIES // share})
+    _run(site, LEASE, {**waiting, "leases": LEASES // share})
     _run(site, HISTORY, {"ended": ENDED // share, "id": template})
     _run(site, FRAMES, {})
     site.connection.execute("VACUUM (ANALYZE)")

@@ -14,7 +14,7 @@ from farm.context import Farm
 from tests.helm.charts import CHART
 from tests.helm.test_rules import RULES
 from tests.integration.test_health_port import running
-from tests.support.store import register_worker, submit
+from tests.support.store import register_worker, sql, submit
 from tests.support.waiting import wait_until
 
 DASHBOARD = CHART / "dashboards/farm.json"
@@ -38,6 +38,7 @@ def panels() -> list[str]:
 def exported(farm: Farm, tenant: uuid.UUID) -> dict[str, set[str]]:
     """The names of the metrics of a real janitor's port, with the labels of each."""
     submit(farm, tenant)
+    sql(farm, "UPDATE tenants SET max_open_jobs = 5")
     register_worker(farm)
     with running(farm) as (url, status):
         wait_until(lambda: status.leading and status.swept_at is not None, 30, "it has swept")

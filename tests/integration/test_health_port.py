@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from farm.context import Farm, open_farm
 from farm.errors import FarmError
 from tests.chaos.proxy import Proxies, Reset
 from tests.support.api_server import serving
-from tests.support.store import submit
+from tests.support.store import new_tenant, register_worker, sql, submit
 from tests.support.waiting import wait_until
 from workers.janitor.health_port import MAX_TURN_SECONDS, health_port
 from workers.janitor.janitor import Janitor, JanitorStatus
@@ -58,13 +59,40 @@ def test_of_two_janitors_one_exports_what_the_api_does(farm: Farm, tenant: uuid.
         assert families(waits) == {"farm_janitor_leading", "farm_build_info"}
         wait_until(lambda: (one.swept_at or other.swept_at) is not None, 30, "it has swept")
         own = {"farm_janitor_leading", "farm_janitor_swept_timestamp_seconds"}
-        own |= {"farm_build_info", "farm_storage_up"}
+        own |= {"farm_build_info", "farm_storage_up", "farm_tenant_limit", "farm_tenant_used"}
         assert families(leads) == families(api.url) | own
         assert "farm_storage_up 1.0" in httpx.get(f"{leads}/metrics").text
         assert 'farm_queue_frames{pipeline="demo",priority="normal"} 1.0' in (
             httpx.get(f"{leads}/metrics").text
         )
     assert [status.leading for status in (one, other)] == [False, False]
+
+
+def test_limits_and_what_is_used_of_them_are_told_by_the_janitor_alone(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    new_tenant(farm, "unlimited")
+    submit(farm, tenant, images_per_prompt=3, bucket=2)
+    register_worker(farm).must_claim()
+    sql(
+        farm,
+        "UPDATE tenants SET max_open_jobs = 5, max_running_frames = 6, max_waiting_frames = 7"
+        " WHERE id = :id",
+        id=tenant,
+    )
+    with running(farm) as (url, status), serving(farm) as api:
+        wait_until(lambda: status.leading, 30, "it leads")
+        told = httpx.get(f"{url}/metrics").text
+        assert "farm_tenant" not in httpx.get(f"{api.url}/metrics").text
+    found = {line for line in told.splitlines() if line.startswith("farm_tenant")}
+    [name] = {re.findall('tenant="(.*?)"', line)[0] for line in found}
+    assert found == {
+        f'farm_tenant_{kind}{{limit="{limit}",tenant="{name}"}} {value}.0'
+        for kind, values in {"limit": (5, 6, 7), "used": (1, 2, 1)}.items()
+        for limit, value in zip(
+            ("max_open_jobs", "max_running_frames", "max_waiting_frames"), values, strict=True
+        )
+    }
 
 
 def test_health_is_that_of_the_loop(farm: Farm) -> None:

@@ -19,7 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from farm.context import Farm
 from farm.errors import FarmError, Unavailable
 from farm.process import version
-from farm.services.metrics import render, render_metrics
+from farm.services.metrics import render, render_metrics, tenant_metrics
 from workers.janitor.janitor import JanitorStatus
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _metrics(farm: Farm, status: JanitorStatus) -> Answer:
 def _of_the_farm(farm: Farm, status: JanitorStatus) -> bytes:
     up = float(farm.artifacts.answers())  # a silent storage is given up after 2 s
     storage = GaugeMetricFamily("farm_storage_up", "1 if the storage answers", value=up)
-    return render_metrics(farm, *_own(status), storage)
+    return render_metrics(farm, *_own(status), storage, *tenant_metrics(farm))
 
 
 def _own(status: JanitorStatus) -> Iterator[Metric]:
