@@ -44,11 +44,12 @@ More threads make every response later, and give fewer responses per second.
 """
 
 
-STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS, BATCH_THREADS = 8, 2, 2, 4
-"""Number of separate threads for four kinds of calls. The threads above never wait for these.
+STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS, BATCH_THREADS, RATING_THREADS = 8, 2, 2, 4, 2
+"""Number of separate threads for five kinds of calls. The threads above never wait for these.
 
 Storage: pictures of the dashboard. Health: readiness, which asks every server. Slow: long calls,
-such as whole inputs and many frames at once. Batch: many jobs in one call.
+such as whole inputs and many frames at once. Batch: many jobs in one call. Rating: Redis is asked
+whether a tenant with a limit of requests may send one.
 """
 BATCHES_PER_TENANT = 2
 """Batches of a tenant that are handled at a time: one may be checked while one is stored."""
@@ -68,6 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.recent = RecentLanes(app.state.farm.store)
         app.state.submissions = jobs.submissions(app.state.farm, app.state.recent)
         app.state.rates = RequestRates(chosen)
+        app.state.rating = CapacityLimiter(RATING_THREADS)
         app.state.callers = auth.callers(app.state.farm)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         app.state.intakes = Places(inputs.MAX_CONCURRENT_UPLOADS, inputs.MAX_UPLOADS_PER_TENANT)

@@ -121,16 +121,20 @@ def credential_of(request: Request) -> Credential | None:
     return session_of(request)
 
 
-def known_caller(request: Request, farm: Farm, credential: Credential) -> Caller:
-    """Return the caller of a credential, without a query if the front door has looked it up.
+async def admitted_caller(request: Request, credential: Credential) -> Caller:
+    """Return the caller of a credential, and count its request, unless the front door did both.
 
     Raises:
         Unauthenticated: The credential is unknown, has ended or was revoked.
+        LimitExceeded: The request came too soon.
     """
     known: tuple[Credential, Caller] | None = request.scope.get(KNOWN)
     if known is not None and known[0] == credential:
         return known[1]
-    return caller_of(farm, credential)
+    callers: Groups[Credential, Caller] = request.app.state.callers
+    caller = await callers.ask(credential)
+    await admit(request, caller)
+    return caller
 
 
 async def admit(request: Request, caller: Caller) -> None:
@@ -139,30 +143,30 @@ async def admit(request: Request, caller: Caller) -> None:
     Raises:
         LimitExceeded: It came too soon.
     """
+    if caller.requests_a_second is not None:  # other threads do not wait for Redis
+        await to_thread.run_sync(count_request, request, caller, limiter=request.app.state.rating)
+
+
+def count_request(request: Request, caller: Caller) -> None:
+    """Do what `admit` does, in a thread."""
     if caller.requests_a_second is None:
         return
     burst = caller.requests_burst or math.ceil(BURST_SECONDS * caller.requests_a_second)
     rates: RequestRates = request.app.state.rates
     rate = Rate(caller.requests_a_second, burst)
-    wait = await to_thread.run_sync(rates.take, caller.tenant_id, rate)
+    wait = rates.take(caller.tenant_id, rate)
     if wait:
         raise LimitExceeded.of_requests(*rate, wait)
 
 
 async def reader(
     request: Request,
-    farm: FarmDep,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Caller:
     """Require a valid API key of any role."""
     if bearer is None:
         raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
-    credential = Credential(bearer.credentials)
-    if KNOWN in request.scope:  # the front door has let it in
-        return known_caller(request, farm, credential)
-    caller = await to_thread.run_sync(known_caller, request, farm, credential)
-    await admit(request, caller)
-    return caller
+    return await admitted_caller(request, Credential(bearer.credentials))
 
 
 Reader = Annotated[Caller, Depends(reader)]

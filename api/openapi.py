@@ -22,7 +22,8 @@ REFUSALS = {
     409: "The call conflicts with the stored state.",
     413: "The body is too large.",
     422: "A value is not allowed for its field. `error.param` names the field.",
-    429: "The tenant would have more than its operator allows. `limit` names the limit.",
+    429: "The tenant would have more than its operator allows, or sends requests too fast. `limit`"
+    " names the limit.",
     503: "A server that the farm needs does not answer. Try again.",
 }
 

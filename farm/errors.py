@@ -133,8 +133,8 @@ class LimitExceeded(FarmError):
     def of_requests(cls, per_second: float, burst: int, wait: float) -> LimitExceeded:
         """Build it for a request that came too soon, by `wait` seconds."""
         error = cls(
-            f"requests_a_second: this tenant may send {per_second:g} requests a second, and "
-            f"{burst:,} at once. Try again after {wait:.1f} s."
+            f"requests_a_second: this tenant may send {per_second:,.2f} requests a second, and "
+            f"{burst:,} at once. Try again after {wait:.2f} s."
         )
         error.limit = Limit(
             "requests_a_second",

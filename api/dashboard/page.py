@@ -15,13 +15,12 @@ from fastapi.responses import HTMLResponse, Response
 from api import schemas
 from api.auth import OPERATOR, WRITERS, FarmDep
 from api.dashboard.html import PAGE_HEADERS, render
-from api.dashboard.session import VisitingWriter, Visitor, done, sign_in_page, visitor
+from api.dashboard.session import PerhapsVisitor, VisitingWriter, Visitor, done, sign_in_page
 from api.places import Turns
 from api.routes.jobs import job_page
 from api.routes.workers import worker_views
 from farm.context import Farm
 from farm.domain.states import TERMINAL, JobStatus
-from farm.errors import Unauthenticated
 from farm.services import jobs as use_cases
 from farm.store import queries
 from farm.store.engine import transaction
@@ -39,12 +38,10 @@ Status = Annotated[JobStatus | None, Query()]
 
 @router.get("/")
 def page(
-    request: Request, farm: FarmDep, after: After = None, status: Status = None
+    farm: FarmDep, caller: PerhapsVisitor, after: After = None, status: Status = None
 ) -> HTMLResponse:
     """Show the dashboard, or the sign-in page."""
-    try:
-        caller = visitor(request, farm)
-    except Unauthenticated:
+    if caller is None:
         return sign_in_page()
     values = contents(farm, caller, after, status)
     return HTMLResponse(render("dashboard.html", **values), headers=PAGE_HEADERS)

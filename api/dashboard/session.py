@@ -15,9 +15,10 @@ from api.auth import (
     WRITERS,
     Credential,
     FarmDep,
+    admitted_caller,
     caller_of,
     cookie_name,
-    known_caller,
+    count_request,
     session_of,
 )
 from api.dashboard.html import PAGE_HEADERS, render
@@ -33,19 +34,29 @@ MAX_FIELDS = 4
 DAY_SECONDS = 86_400.0
 
 
-def visitor(request: Request, farm: FarmDep) -> Caller:
+async def visitor(request: Request) -> Caller:
     """Return the caller of the request's session.
 
     Raises:
         Unauthenticated: There is no session, it has ended, or its key was revoked.
+        LimitExceeded: The tenant sends too many requests.
     """
     session = session_of(request)
     if session is None:
         raise Unauthenticated("Sign in first.")
-    return known_caller(request, farm, session)
+    return await admitted_caller(request, session)
+
+
+async def perhaps_visitor(request: Request) -> Caller | None:
+    """Return the caller of the request's session, or None."""
+    try:
+        return await visitor(request)
+    except Unauthenticated:
+        return None
 
 
 Visitor = Annotated[Caller, Depends(visitor)]
+PerhapsVisitor = Annotated[Caller | None, Depends(perhaps_visitor)]
 
 
 def same_origin(request: Request) -> None:
@@ -97,6 +108,7 @@ def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_
         if wants_html(request):
             return sign_in_page(error.message, error.status)
         raise
+    count_request(request, caller)
     seconds = farm.settings.session_days * DAY_SECONDS
     with transaction(farm.store) as connection:
         session = sessions.open_session(connection, caller, seconds)

@@ -64,8 +64,8 @@ def set_tenant(
             target = f"tenant {found.name}"
             actions.record(connection, actor, "tenant.set", target, change.why, "; ".join(news))
         lanes = tenants.waiting_lanes(connection, [found.id])
-    for pipeline in lanes if now.max_running_frames != before.max_running_frames else []:
-        farm.bells.ring(pipeline, urgent=True)
+    for pipeline, urgent in lanes if now.max_running_frames != before.max_running_frames else []:
+        farm.bells.ring(pipeline, urgent=urgent)
     return _view(found._replace(**now._asdict()))
 
 

@@ -1,4 +1,4 @@
-"""Metrics of the whole farm as Prometheus text. Those of the API name no tenant and no prompt."""
+"""Metrics of the farm as Prometheus text. Those of `render_metrics` name no tenant."""
 
 from __future__ import annotations
 

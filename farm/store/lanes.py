@@ -48,9 +48,9 @@ WITH RECURSIVE lane AS (  -- the first share of each lane, by index
     SELECT (SELECT min(s.pipeline) FROM shares s WHERE s.pipeline > lane.pipeline)
     FROM lane WHERE lane.pipeline IS NOT NULL
 )
-SELECT pipeline FROM lane
+SELECT pipeline FROM lane, (SELECT pg_temp.full_tenants() AS ids OFFSET 0) full_now
 WHERE EXISTS (SELECT FROM pg_temp.leader(
-    lane.pipeline, '{}', CAST(:least AS smallint), pg_temp.full_tenants()))
+    lane.pipeline, '{}', CAST(:least AS smallint), full_now.ids))
 ORDER BY pipeline
 """)
 

@@ -112,9 +112,9 @@ SELECT pg_advisory_xact_lock(hashtextextended('running ' || CAST(:id AS uuid), 0
 """)
 
 WAITING_LANES = text("""
-SELECT DISTINCT s.pipeline FROM shares s
+SELECT s.pipeline, coalesce(min(s.priority) = 0, false) AS urgent FROM shares s
 WHERE s.tenant_id = ANY(CAST(:ids AS uuid[])) AND (s.priority IS NOT NULL OR s.retry_at IS NOT NULL)
-ORDER BY s.pipeline
+GROUP BY s.pipeline ORDER BY s.pipeline
 """)
 
 REMOVE = text("""
@@ -241,23 +241,25 @@ class TenantSettings(NamedTuple):
 
 def lock_settings(connection: Connection, tenant_id: uuid.UUID) -> TenantSettings | None:
     """Read and lock a tenant's weight and limits. None if the tenant is removed."""
+    connection.execute(LOCK_RUNNING, {"id": tenant_id})
     return row_of(connection.execute(LOCK, {"id": tenant_id}), TenantSettings)
 
 
 def set_tenant(
     connection: Connection, tenant_id: uuid.UUID, before: TenantSettings, now: TenantSettings
 ) -> None:
-    """Set a tenant's weight, from the next batch on, and its limits, from the next job on."""
-    if now.max_running_frames != before.max_running_frames:
-        connection.execute(LOCK_RUNNING, {"id": tenant_id})
+    """Set a tenant's weight and limits, for every batch, job and request from then on."""
     connection.execute(SET, {"id": tenant_id, **now._asdict()})
     if now.weight != before.weight:
         connection.execute(RESCALE, {"id": tenant_id, "scale": before.weight / now.weight})
 
 
-def waiting_lanes(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> list[str]:
-    """List the pipelines on which work of tenants may wait."""
-    return list(connection.execute(WAITING_LANES, {"ids": arrays.ids(tenant_ids)}).scalars())
+def waiting_lanes(
+    connection: Connection, tenant_ids: Collection[uuid.UUID]
+) -> list[tuple[str, bool]]:
+    """List pipelines on which work of tenants may wait, each with True if it may be interactive."""
+    rows = connection.execute(WAITING_LANES, {"ids": arrays.ids(tenant_ids)})
+    return [(row.pipeline, row.urgent) for row in rows]
 
 
 def remove_tenant(connection: Connection, tenant_id: uuid.UUID) -> None:

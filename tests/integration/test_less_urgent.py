@@ -185,6 +185,17 @@ def test_a_batch_that_is_owed_takes_no_more_urgent_frames(farm: Farm) -> None:
     assert 340 / 9 - 8 <= frames[Priority.NORMAL] <= 340 / 9 + 8
 
 
+def test_a_batch_that_is_owed_is_filled_although_its_tenant_has_urgent_jobs(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    one_image_jobs(farm, tenant, 120, "interactive")
+    one_image_jobs(farm, tenant, 16, "normal")
+    worker = register_worker(farm)
+    worker = FakeWorker(farm, worker.id, worker.name, plans=PLANS)
+    leases = [worker.must_claim() for _ in range(10)]
+    assert 8 in {len(each.frames) for each in leases if each.priority is Priority.NORMAL}
+
+
 def test_requeued_frames_keep_a_tenth_too(farm: Farm, tenant: uuid.UUID) -> None:
     """The tenant has interactive work, and its normal job has no new frames."""
     worker = register_worker(farm)

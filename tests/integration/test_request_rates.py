@@ -60,6 +60,16 @@ def test_requests_beyond_the_burst_are_refused(farm: Farm, api: Api) -> None:
     assert statuses(bob, 5) == [200] * 5
 
 
+def test_pages_and_signing_in_count_too(farm: Farm, api: Api) -> None:
+    limit(farm, 0.01, burst=3)
+    form = {"key": api.key("ann")}
+    browser = api.bare(Origin=api.url)
+    assert browser.post("/login", data=form).status_code < 400
+    assert [browser.get("/").status_code for _ in range(3)] == [200, 200, 429]
+    assert browser.post("/login", data=form).status_code == 429
+    assert api.bare().get("/").status_code == 200  # the sign-in page
+
+
 def test_requests_come_again_after_the_time_that_was_told(farm: Farm, api: Api) -> None:
     limit(farm, 4.0, burst=1)
     ann = api.client("ann")
@@ -134,6 +144,8 @@ def test_a_changed_limit_counts_at_once(farm: Farm, api: Api) -> None:
     assert statuses(ann, 2) == [200, 429]
     ops.patch("/v1/tenants/ann", json={"requests_burst": 3}).raise_for_status()
     assert statuses(ann, 3) == [200, 200, 429]
+    ops.patch("/v1/tenants/ann", json={"requests_a_second": 20}).raise_for_status()
+    wait_until(lambda: statuses(ann, 1) == [200], 2.0, "the higher limit counts")
     ops.patch("/v1/tenants/ann", json={"requests_a_second": None}).raise_for_status()
     assert statuses(ann, 9) == [200] * 9
 

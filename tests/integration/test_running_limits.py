@@ -317,7 +317,7 @@ def test_a_claim_passes_over_a_tenant_that_another_claim_holds(farm: Farm) -> No
     worker = register_worker(farm)
     for tenant in (bob, ann, eve):
         submit(farm, tenant, images_per_prompt=4, **TWO)
-    rooms = "SELECT * FROM pg_temp.rooms_to_run(:jobs, :ids, :rooms)"
+    rooms = "SELECT * FROM pg_temp.rooms_to_run(true, :jobs, :ids, :rooms)"
     job = {row.tenant_id: row.id for row in sql(farm, "SELECT id, tenant_id FROM jobs")}
     with (
         holding(farm, RUNNING_LOCK, tenant=ann),

@@ -50,8 +50,8 @@ class BatchCommitter:
         tenant_ids = {frame.tenant_id for lease in leases for frame in lease.frames}
         if tenant_ids:
             with suppress(Unavailable), reads(self._farm.store) as connection:  # the janitor rings
-                for pipeline in tenants.waiting_lanes(connection, tenant_ids):
-                    self._farm.bells.ring(pipeline, urgent=True)
+                for pipeline, urgent in tenants.waiting_lanes(connection, tenant_ids):
+                    self._farm.bells.ring(pipeline, urgent=urgent)
 
     def _end_together(self, batches: Sequence[RenderedBatch]) -> bool:
         """Return True if a frame was accepted. If none was, each batch is ended separately."""

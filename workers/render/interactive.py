@@ -43,6 +43,8 @@ class InteractiveClaims:
         self._without: Collection[uuid.UUID] = ()
         self._vain_until = 0.0
         self._vain_seconds = VAIN_SECONDS
+        self._reported = False
+        """True if the lease watch led to the next claim."""
         self._over = False
         self._thread: threading.Thread | None = None
 
@@ -68,6 +70,7 @@ class InteractiveClaims:
     def notify(self) -> None:
         """Report that interactive frames wait. Any thread may call it."""
         if time.monotonic() >= self._vain_until:
+            self._reported = True
             self._told.set()
 
     def look_again(self) -> None:
@@ -113,8 +116,10 @@ class InteractiveClaims:
             self._lease = self._claims.claim_interactive(self._plans, self._without)
             if self._lease is None:
                 self._vain_until = time.monotonic() + self._vain_seconds
-                self._vain_seconds = min(2 * self._vain_seconds, MAX_VAIN_SECONDS)
+                if self._reported:
+                    self._vain_seconds = min(2 * self._vain_seconds, MAX_VAIN_SECONDS)
             else:
                 self._vain_seconds = VAIN_SECONDS
+            self._reported = False
         with self._taken:
             self._taken.wait_for(lambda: self._lease is None)

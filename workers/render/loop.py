@@ -150,6 +150,7 @@ class RenderLoop:
             watch.on_step(step, steps)
             passed = time.monotonic() - started - self._lent_seconds
             if self._finisher.full:
+                self._interactive.rest()
                 return
             left = passed / step * (steps - step)
             self._claims.claim_ahead(left, passed / step)

@@ -5,6 +5,7 @@ They call the API with an operator's key.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -149,9 +150,8 @@ def set_(
 def _limit(name: str, value: str) -> float | None:
     if value == "none":
         return None
-    whole, _, rest = value.partition(".")
     is_rate = name == "requests_a_second"
-    if not (value.isascii() and whole.isdigit() and (not rest or (is_rate and rest.isdigit()))):
+    if not re.fullmatch(r"[0-9]+([.][0-9]+)?" if is_rate else r"[0-9]+", value):
         kind = "a number, such as 0.5," if is_rate else "a whole number"
         option = f"--{name.replace('_', '-')}"
         raise InvalidRequest(f"{option}: {value!r} is not {kind} or none.", param=name)

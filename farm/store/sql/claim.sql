@@ -80,7 +80,8 @@ CREATE FUNCTION pg_temp.next_share(
     ORDER BY s.priority, s.used, s.tenant_id LIMIT 1
 $$;
 
--- Returns true if frames of this priority may wait on a lane. A false yes is corrected by a claim.
+-- Returns true if frames of this priority may wait on a lane. A false yes is corrected by a claim, unless
+-- the tenant has as many running frames as it may.
 CREATE FUNCTION pg_temp.may_wait(_pipeline text, _priority smallint) RETURNS bool
 LANGUAGE plpgsql STABLE /* by index */ AS $$
 BEGIN
@@ -151,7 +152,7 @@ BEGIN
 END $$;
 
 -- Returns tenants with frames of this priority, 1 or 2: first the one with the smallest share. Frames that
--- back off count too, so the first 32 tenants are returned.
+-- back off count too, so there is a limit of 300 tenants.
 CREATE FUNCTION pg_temp.less_urgent_shares(_pipeline text, _priority int, _avoided uuid[])
 RETURNS TABLE (tenant_id uuid, used float) LANGUAGE plpgsql STABLE /* by index */ AS $$
 BEGIN
@@ -159,16 +160,17 @@ BEGIN
         RETURN QUERY SELECT s.tenant_id, s.used FROM shares s
         WHERE s.pipeline = _pipeline AND s.waiting[2] + s.requeued[2] > 0
           AND s.tenant_id <> ALL(_avoided)
-        ORDER BY s.used, s.tenant_id LIMIT 32;
+        ORDER BY s.used, s.tenant_id LIMIT 300;
     ELSE
         RETURN QUERY SELECT s.tenant_id, s.used FROM shares s
         WHERE s.pipeline = _pipeline AND s.waiting[3] + s.requeued[3] > 0
           AND s.tenant_id <> ALL(_avoided)
-        ORDER BY s.used, s.tenant_id LIMIT 32;
+        ORDER BY s.used, s.tenant_id LIMIT 300;
     END IF;
 END $$;
 
--- Returns the first frame of this priority or a less urgent one, although more urgent work waits.
+-- Returns the first frame of this priority or a less urgent one, although more urgent work waits. Tenants
+-- with a job whose requeued frames are still updated are left out: there may be many.
 CREATE FUNCTION pg_temp.less_urgent_leader(
     _pipeline text, _but text[], _from int, _avoided uuid[]
 ) RETURNS TABLE (
@@ -177,9 +179,12 @@ CREATE FUNCTION pg_temp.less_urgent_leader(
 ) LANGUAGE plpgsql STABLE /* by index */ AS $$
 DECLARE
     share record;
+    behind uuid[] := ARRAY(SELECT j.tenant_id FROM jobs j WHERE j.behind_from IS NOT NULL LIMIT 100);
 BEGIN
     FOR level IN _from..2 LOOP
-        FOR share IN SELECT * FROM pg_temp.less_urgent_shares(_pipeline, level, _avoided) LOOP
+        FOR share IN SELECT * FROM pg_temp.less_urgent_shares(
+            _pipeline, level, _avoided || behind)
+        LOOP
             RETURN QUERY SELECT h.*, share.used, share.tenant_id
             FROM pg_temp.head(
                 _pipeline, share.tenant_id, _but, level::smallint, level::smallint) h;
@@ -329,6 +334,7 @@ CREATE FUNCTION pg_temp.other_open_jobs(
             WHERE EXISTS (SELECT FROM (
                 SELECT j.batch_key, j.id FROM jobs j
                 WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = s.tenant_id
+                  AND j.priority BETWEEN _from AND _least
                 ORDER BY j.priority, j.created_at, j.id LIMIT 32
             ) j WHERE j.batch_key = _batch_key AND j.id <> _leader)
               AND p.priority <= _least  -- a bound: the job may be less urgent
@@ -343,10 +349,10 @@ CREATE FUNCTION pg_temp.other_open_jobs(
                 SELECT j.id, j.batch_key, j.priority, j.created_at, j.run_end - j.cursor AS room
                 FROM jobs j
                 WHERE j.open AND j.pipeline = _pipeline AND j.tenant_id = s.tenant_id
+                  AND j.priority BETWEEN _from AND _least
                 ORDER BY j.priority, j.created_at, j.id LIMIT 32
             ) j
             WHERE j.batch_key = _batch_key AND j.id <> _leader
-              AND j.priority BETWEEN _from AND _least
             ORDER BY j.priority, j.created_at, j.id LIMIT _free
         ) j
     )
@@ -456,6 +462,8 @@ DECLARE
     failing text[];
     avoided uuid[];
     is_limited bool;
+    choices int := 0;
+    is_first bool := true;
     limited_ids uuid[] := '{}';
     rooms bigint[] := '{}';
     but text[];
@@ -499,7 +507,8 @@ BEGIN
     owed_before := owed;
 
     -- Chosen jobs may be cancelled or paused before they are locked. Then choose again.
-    FOR choice IN 1..5 LOOP
+    WHILE choices < 5 LOOP
+        choices := choices + 1;
         -- 1. The leader. Less urgent work leads once its batch is owed.
         but := failing;
         is_owed := false;
@@ -509,7 +518,7 @@ BEGIN
             SELECT * INTO leader FROM pg_temp.less_urgent_leader(_pipeline, but, level, avoided);
             IF NOT FOUND THEN
                 -- A frame that failed on this worker may still wait for others.
-                owed[level] := CASE WHEN failing = '{}' THEN 0 ELSE owed[level] END;
+                owed[level] := CASE WHEN is_first AND failing = '{}' THEN 0 ELSE owed[level] END;
                 CONTINUE;
             END IF;
             is_owed := owed[level]
@@ -538,7 +547,7 @@ BEGIN
             new_ids := '{}'; new_counts := '{}';
             IF is_limited THEN
                 SELECT * INTO limited_ids, rooms
-                FROM pg_temp.rooms_to_run(requeued_ids, limited_ids, rooms);
+                FROM pg_temp.rooms_to_run(is_first, requeued_ids, limited_ids, rooms);
             END IF;
             chosen := pg_temp.chosen_bucket(_plans, leader.batch_key, leader.bucket, 1);
         ELSE
@@ -555,7 +564,8 @@ BEGIN
                 new_ids := filled.new_ids; new_counts := filled.new_counts; n := filled.frames;
                 IF is_limited THEN
                     SELECT * INTO limited_ids, rooms
-                    FROM pg_temp.rooms_to_run(requeued_ids || new_ids, limited_ids, rooms);
+                    FROM pg_temp.rooms_to_run(
+                        is_first, requeued_ids || new_ids, limited_ids, rooms);
                     SELECT * INTO requeued_ids, requeued_ordinals, new_ids, new_counts
                     FROM pg_temp.within_rooms(
                         limited_ids, rooms, requeued_ids, requeued_ordinals, new_ids, new_counts);
@@ -569,10 +579,12 @@ BEGIN
         END IF;
         IF rooms[array_position(limited_ids, leader.tenant_id)] <= 0 THEN
             avoided := avoided || leader.tenant_id;
+            is_first := false; choices := choices - 1;
             CONTINUE;
         END IF;
 
         -- 3. The jobs' locks, by id.
+        is_first := false;
         PERFORM pg_temp.lock_jobs(requeued_ids || new_ids);
 
         -- 4. Requeued frames run again, with the next attempt. A frame whose attempts cannot be

@@ -54,15 +54,15 @@ BEGIN
         SELECT t.id FROM tenants t WHERE t.max_running_frames = 0);
 END $$;
 
--- Returns limited tenants, and the number of frames that may begin of each. It adds those of some jobs.
--- Until the end of the transaction no other claim adds to what runs of them, and their limits stay.
--- Only the first call waits for another claim, since it holds no such lock yet. A later one gives no room to
--- a tenant that another claim holds.
+-- Returns limited tenants, and for each the number of frames that may begin. It adds the tenants of these
+-- jobs. Until the end of the transaction no other claim adds to what runs of them, and their limits stay.
+-- A call waits for another claim only with `_wait`, and if it holds no such lock yet. Else a tenant that
+-- another claim holds has no room.
 CREATE FUNCTION pg_temp.rooms_to_run(
-    _jobs uuid[], INOUT tenant_ids uuid[], INOUT rooms bigint[]
+    _wait bool, _jobs uuid[], INOUT tenant_ids uuid[], INOUT rooms bigint[]
 ) LANGUAGE plpgsql /* by index */ AS $$
 DECLARE
-    is_first bool := tenant_ids = '{}';
+    waits bool := _wait AND tenant_ids = '{}';
     added uuid[];
     held uuid[] := '{}';
     tenant uuid;
@@ -76,7 +76,7 @@ BEGIN
         ) t
         WHERE t.max_running_frames IS NOT NULL AND t.id <> ALL(tenant_ids) ORDER BY t.id);
     FOREACH tenant IN ARRAY added LOOP
-        IF is_first THEN
+        IF waits THEN
             PERFORM pg_advisory_xact_lock(hashtextextended('running ' || tenant, 0));
         ELSIF NOT pg_try_advisory_xact_lock(hashtextextended('running ' || tenant, 0)) THEN
             held := held || tenant;
