@@ -660,7 +660,6 @@ shares = Table(
         server_default="{0,0,0}",
         comment="requeued frames that are not paused, by priority",
     ),
-    Index("shares_heads", "pipeline", "priority", "served", "tenant_id"),  # for older versions
     Index("shares_by_use", "pipeline", "priority", "used", "tenant_id"),
     Index("shares_of_tenant", "tenant_id"),
     Index(

@@ -202,13 +202,14 @@ CREATE FUNCTION pg_temp.owed_after(
 ) RETURNS float[] LANGUAGE plpgsql STABLE /* by index */ AS $$
 DECLARE
     owed float[] := '{}';
+    has_bulk bool := EXISTS (
+        SELECT FROM shares s WHERE s.pipeline = _pipeline AND s.waiting[3] + s.requeued[3] > 0);
+    has_normal bool := EXISTS (
+        SELECT FROM shares s WHERE s.pipeline = _pipeline AND s.waiting[2] + s.requeued[2] > 0);
 BEGIN
     FOR level IN 1..2 LOOP
         owed := owed || CASE
-            WHEN NOT EXISTS (SELECT FROM pg_temp.less_urgent_shares(_pipeline, 2, '{}'))
-                 AND (level = 2
-                      OR NOT EXISTS (SELECT FROM pg_temp.less_urgent_shares(_pipeline, 1, '{}')))
-            THEN 0
+            WHEN NOT has_bulk AND (level = 2 OR NOT has_normal) THEN 0
             WHEN _priority < level THEN _owed[level] + _share * _cost
             WHEN level = _paid THEN _owed[level] - (1 - _share) * _cost
             ELSE greatest(_owed[level] - (1 - _share) * _cost, least(_owed[level], 0)) END;
@@ -464,6 +465,8 @@ DECLARE
     is_limited bool;
     choices int := 0;
     is_first bool := true;
+    full_ids uuid[];
+    frame_tenants uuid[];
     limited_ids uuid[] := '{}';
     rooms bigint[] := '{}';
     but text[];
@@ -494,8 +497,9 @@ BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
     is_limited := pg_temp.is_running_limited();
+    full_ids := CASE WHEN is_limited THEN pg_temp.full_tenants() ELSE '{}' END;
     SELECT w.failing,
-           _without || CASE WHEN is_limited THEN pg_temp.full_tenants() END || array_remove(ARRAY[
+           _without || full_ids || array_remove(ARRAY[
                CASE WHEN w.tripped_until > clock_timestamp() THEN w.avoids END], NULL)
     INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
@@ -724,13 +728,14 @@ BEGIN
     INTO ids, ordinals, attempts
     FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt);
 
+    frame_tenants := ARRAY(
+        SELECT j.tenant_id FROM unnest(ids) WITH ORDINALITY AS f (id, slot)
+        CROSS JOIN LATERAL (SELECT j.tenant_id FROM jobs j WHERE j.id = f.id LIMIT 1) j
+        ORDER BY f.slot);
     INSERT INTO leases (
         id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts, tenant_ids)
     VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
-            ids, ordinals, attempts, ARRAY(
-                SELECT j.tenant_id FROM unnest(ids) WITH ORDINALITY AS f (id, slot)
-                CROSS JOIN LATERAL (SELECT j.tenant_id FROM jobs j WHERE j.id = f.id LIMIT 1) j
-                ORDER BY f.slot));
+            ids, ordinals, attempts, frame_tenants);
 
     PERFORM pg_temp.tally('frames.claimed', array_agg(d.id), array_agg(d.n),
                           array_agg(0::bigint), array_agg(0::bigint), array_agg(0::bigint),
@@ -739,10 +744,7 @@ BEGIN
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
           FROM unnest(ids, ordinals, attempts) AS f (id, ordinal, attempt) GROUP BY f.id) d;
 
-    limited := is_limited AND EXISTS (
-        SELECT FROM unnest(tenants) AS b (id) CROSS JOIN LATERAL (
-            SELECT t.max_running_frames FROM tenants t WHERE t.id = b.id LIMIT 1
-        ) t WHERE t.max_running_frames IS NOT NULL);
+    limited := limited_ids && frame_tenants;
 
     -- 8. True if work is left, so that another worker should wake up. Of requeued frames this is a
     -- hint: one of each priority of the next three tenants is looked at, and its job may be held.
@@ -764,7 +766,9 @@ BEGIN
                    WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
     IF left_over AND is_limited THEN
         left_over := EXISTS (SELECT FROM pg_temp.leader(
-            _pipeline, '{}', 2::smallint, pg_temp.full_tenants()));
+            _pipeline, '{}', 2::smallint, full_ids || ARRAY(
+                SELECT l.id FROM unnest(limited_ids, rooms) AS l (id, room)
+                WHERE l.room <= cardinality(array_positions(frame_tenants, l.id)))));
     END IF;
 
     -- 9. The prompt of each frame. A chunk of prompts is unpacked once for all of its frames. Lines

@@ -32,24 +32,29 @@ CREATE FUNCTION pg_temp.is_running_limited() RETURNS bool LANGUAGE sql STABLE AS
 $$;
 
 -- Returns the number of frames that run, by tenant: those of leases, on all lanes. A lease counts as a
--- whole until it ends. Those of older versions have no tenants.
-CREATE FUNCTION pg_temp.running_frames() RETURNS TABLE (tenant_id uuid, frames bigint)
-LANGUAGE sql STABLE AS $$
+-- whole until it ends. Those of older versions have no tenants. `_of`: only these tenants; null: all.
+CREATE FUNCTION pg_temp.running_frames(_of uuid[] DEFAULT NULL)
+RETURNS TABLE (tenant_id uuid, frames bigint) LANGUAGE sql STABLE AS $$
     SELECT f.tenant_id, count(*)
     FROM leases l CROSS JOIN LATERAL unnest(coalesce(l.tenant_ids, ARRAY(
         SELECT j.tenant_id FROM unnest(l.job_ids) AS u (id) CROSS JOIN LATERAL (
             SELECT j.tenant_id FROM jobs j WHERE j.id = u.id LIMIT 1) j
-    ))) AS f (tenant_id) GROUP BY f.tenant_id
+    ))) AS f (tenant_id)
+    WHERE _of IS NULL OR f.tenant_id = ANY(_of) GROUP BY f.tenant_id
 $$;
 
 -- Returns the tenants for which no more frames may run now.
 CREATE FUNCTION pg_temp.full_tenants() RETURNS uuid[] LANGUAGE plpgsql STABLE /* by index */ AS $$
+DECLARE
+    smallest bigint;
 BEGIN
     IF NOT pg_temp.is_running_limited() THEN RETURN '{}'; END IF;
+    smallest := (SELECT t.max_running_frames FROM tenants t WHERE t.max_running_frames > 0
+                 ORDER BY t.max_running_frames LIMIT 1);
     RETURN ARRAY(
         SELECT r.tenant_id FROM pg_temp.running_frames() r CROSS JOIN LATERAL (
             SELECT t.max_running_frames FROM tenants t WHERE t.id = ANY (ARRAY[r.tenant_id]) LIMIT 1
-        ) t WHERE r.frames >= t.max_running_frames
+        ) t WHERE r.frames >= smallest AND r.frames >= t.max_running_frames
         UNION ALL
         SELECT t.id FROM tenants t WHERE t.max_running_frames = 0);
 END $$;
@@ -66,6 +71,8 @@ DECLARE
     added uuid[];
     held uuid[] := '{}';
     tenant uuid;
+    running_ids uuid[];
+    running bigint[];
 BEGIN
     added := ARRAY(
         SELECT DISTINCT t.id
@@ -84,14 +91,16 @@ BEGIN
     END LOOP;
     IF added = '{}' THEN RETURN; END IF;
     -- Read after the locks, so it includes what was claimed, and set, by those who had them.
+    SELECT array_agg(r.tenant_id), array_agg(r.frames) INTO running_ids, running
+    FROM pg_temp.running_frames(added) r;
     SELECT tenant_ids || array_agg(a.id), rooms || array_agg(
         CASE WHEN a.id = ANY(held) THEN 0
-             ELSE coalesce(t.max_running_frames - coalesce(r.frames, 0), 32767) END)
+             ELSE coalesce(t.max_running_frames - coalesce(
+                 running[array_position(running_ids, a.id)], 0), 32767) END)
     INTO tenant_ids, rooms
-    FROM unnest(added) AS a (id)
-    CROSS JOIN LATERAL (
+    FROM unnest(added) AS a (id) CROSS JOIN LATERAL (
         SELECT t.max_running_frames FROM tenants t WHERE t.id = a.id LIMIT 1
-    ) t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = a.id;
+    ) t;
 END $$;
 
 -- Cuts frames of a batch for which there is no room. It keeps the first ones of each tenant.
