@@ -73,8 +73,10 @@ FROM (
 LANE_NOW = text(f"""
 SELECT lane.*, busy.priority AS busy_priority, busy.own AS busy_own, (
     SELECT t.max_running_frames FROM tenants t
-    WHERE t.id = CAST(:tenant_id AS uuid) AND t.max_running_frames <= coalesce((
-        SELECT r.frames FROM pg_temp.running_frames() r WHERE r.tenant_id = t.id), 0)
+    WHERE t.id = CAST(:tenant_id AS uuid)
+      -- The leases are counted only for a tenant with this limit.
+      AND CASE WHEN t.max_running_frames IS NOT NULL THEN t.max_running_frames <= coalesce((
+          SELECT r.frames FROM pg_temp.running_frames(ARRAY[t.id]) r), 0) END
 ) AS running_limit
 FROM (
     SELECT count(*) AS workers,

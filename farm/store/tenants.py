@@ -57,8 +57,9 @@ WHERE t.removed_at IS NULL ORDER BY t.name
 ONE = text(f"""
 SELECT {FIELDS}, pg_temp.open_jobs(t.id) AS open_jobs,
     pg_temp.waiting_frames(t.id) AS waiting_frames, pg_temp.input_bytes(t.id) AS input_bytes,
-    coalesce(r.frames, 0) AS running_frames, {OWNS}
-FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
+    coalesce((SELECT r.frames FROM pg_temp.running_frames(ARRAY[t.id]) r), 0) AS running_frames,
+    {OWNS}
+FROM tenants t
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
 

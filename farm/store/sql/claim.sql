@@ -26,7 +26,7 @@ $$;
 CREATE FUNCTION pg_temp.least_cost(_batch_key text, _bucket int) RETURNS bigint
 LANGUAGE sql IMMUTABLE AS $$
     SELECT pg_temp.frame_cost(_batch_key)
-           * CASE WHEN strpos(_batch_key, '~') > 0 THEN 1 ELSE _bucket END
+           * CASE WHEN pg_temp.is_bucket_open(_batch_key) THEN 1 ELSE _bucket END
 $$;
 
 -- Returns a tenant's ID that comes before all others.
