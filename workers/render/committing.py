@@ -48,10 +48,13 @@ class BatchCommitter:
         """Wake a worker of each lane whose work may have waited for the end of these frames."""
         leases = [batch.lease for batch in batches if batch.lease.limited]
         tenant_ids = {frame.tenant_id for lease in leases for frame in lease.frames}
-        if tenant_ids:
-            with suppress(Unavailable), reads(self._farm.store) as connection:  # the janitor rings
-                for pipeline, urgent in tenants.waiting_lanes(connection, tenant_ids):
-                    self._farm.bells.ring(pipeline, urgent=urgent)
+        if not tenant_ids:
+            return
+        lanes: list[tuple[str, bool]] = []
+        with suppress(Unavailable), reads(self._farm.store) as connection:  # the janitor rings too
+            lanes = tenants.waiting_lanes(connection, tenant_ids)
+        for pipeline, urgent in lanes:
+            self._farm.bells.ring(pipeline, urgent=urgent)
 
     def _end_together(self, batches: Sequence[RenderedBatch]) -> bool:
         """Return True if a frame was accepted. If none was, each batch is ended separately."""
