@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -123,11 +124,15 @@ def _limit_fields(limit: Limit) -> dict[str, str]:
             "RateLimit": f'"{limit.name}";r=0;t={limit.wait_seconds}',
             "Retry-After": str(limit.wait_seconds),
         }
+    # Both are whole numbers in the draft.
+    left, until = max(0, math.floor(limit.value - limit.used)), limit.wait_seconds
     fields = {
-        "RateLimit-Policy": f'"{limit.name}";q={limit.value}',
-        "RateLimit": f'"{limit.name}";r={max(0, limit.value - limit.used)}',
+        "RateLimit-Policy": f'"{limit.name}";q={math.floor(limit.value)}',
+        "RateLimit": f'"{limit.name}";r={left}' + (f";t={until}" if until else ""),
     }
-    return {**fields, "Retry-After": str(LIMIT_SECONDS)} if limit.fits_later else fields
+    if not limit.fits_later:
+        return fields
+    return {**fields, "Retry-After": str(until or LIMIT_SECONDS)}
 
 
 def _invalid(request: Request, error: Exception) -> Response:

@@ -94,6 +94,19 @@ class Job(BaseModel):
     spec: Submitted
 
 
+class Budget(BaseModel):
+    """Device time that a tenant may use in this calendar month (UTC), in seconds."""
+
+    device_seconds_a_month: float
+    used: float = Field(description="Of all frames that succeeded this month, also of removed jobs")
+    promised: float = Field(description="Expected for the frames that wait or run")
+    left: float = Field(description="Time that is neither used nor promised; 0 if nothing is left")
+    needed: float = Field(
+        description="Expected for this job, by the average pace of its pipeline. Beyond `left` the"
+        " job is refused."
+    )
+
+
 class Quote(BaseModel):
     """Estimate of a job's time and storage. A field is null if this farm never measured it."""
 
@@ -114,6 +127,7 @@ class Quote(BaseModel):
         description="Number of frames that wait on the same lane with the same or a higher priority"
     )
     ends_at: datetime | None = Field(description="Expected end if the job is submitted now")
+    budget: Budget | None = Field(description="Null if your device time is not limited")
     first: dict[str, Any] = Field(description="Full spec of the first frame")
     last: dict[str, Any] = Field(description="Full spec of the last frame")
 
@@ -355,9 +369,13 @@ class Tenant(BaseModel):
     requests_burst: int | None = Field(
         description="Number of its requests that may arrive at once; null: those of ten seconds"
     )
-    uses: dict[str, int | None] = Field(
+    device_seconds_a_month: float | None = Field(
+        description="Maximum device time in a calendar month (UTC), in seconds; null: no limit"
+    )
+    uses: dict[str, int | float | None] = Field(
         description="`open_jobs`, `running_frames`, `waiting_frames` and `input_bytes` that it has"
-        " now; in a list, null without the limit"
+        " now, `used_seconds` of device time this month, and `promised_seconds` for the frames that"
+        " wait or run; in a list, null without the limit"
     )
     owns: dict[str, int] = Field(
         description="Number of keys, jobs, exports, inputs, images and destinations"
@@ -419,6 +437,12 @@ class TenantChange(BaseModel):
         ge=1,
         le=10**6,
         description="Number of requests that may arrive at once; null: those of ten seconds",
+    )
+    device_seconds_a_month: float | None = Field(
+        default=None,
+        ge=0,
+        le=10**12,
+        description="Maximum device time in a calendar month (UTC), in seconds; null: no limit",
     )
     why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
 
@@ -512,8 +536,10 @@ class LimitMet(BaseModel):
     """A limit of the tenant that a job would exceed."""
 
     name: str = Field(description="Such as `max_open_jobs`")
-    value: int
-    used: int = Field(description="Number that the tenant has now")
+    value: int | float
+    used: int | float = Field(
+        description="Number that the tenant has now; of device seconds, used and promised ones"
+    )
 
 
 class SubmittedJob(BaseModel):

@@ -130,6 +130,31 @@ class LimitExceeded(FarmError):
         return error
 
     @classmethod
+    def of_seconds(
+        cls, value: float, *, used: float, promised: float, more: float, wait: float
+    ) -> LimitExceeded:
+        """Build it for a job that would need `more` device seconds. A month begins in `wait`."""
+        fits = more <= value
+        hint = (
+            f"A month begins in {wait / 86_400:,.1f} days."
+            if fits
+            else "That is more than the limit itself: make it smaller."
+        )
+        error = cls(
+            f"device_seconds_a_month: this tenant may use {value:,.1f} s of device time a month. "
+            f"It has used {used:,.1f} s, its waiting and running frames need about "
+            f"{promised:,.1f} s, and this would need about {more:,.1f} s. {hint}"
+        )
+        error.limit = Limit(
+            "device_seconds_a_month",
+            value,
+            used + promised,
+            fits_later=fits,
+            wait_seconds=math.ceil(wait) if fits else None,
+        )
+        return error
+
+    @classmethod
     def of_requests(cls, per_second: float, burst: int, wait: float) -> LimitExceeded:
         """Build it for a request that came too soon, by `wait` seconds."""
         error = cls(

@@ -18,7 +18,14 @@ from farm.store.tenants import TenantRow
 router = APIRouter(prefix="/v1/tenants", tags=["operators"])
 
 Tenant = Annotated[str, Path(description="Name or ID of the tenant")]
-USED = ("open_jobs", "running_frames", "waiting_frames", "input_bytes")
+USED = (
+    "open_jobs",
+    "running_frames",
+    "waiting_frames",
+    "input_bytes",
+    "used_seconds",
+    "promised_seconds",
+)
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
 
@@ -75,7 +82,7 @@ def _told(value: object) -> str:
         return "unlimited"
     if isinstance(value, list):
         return "+".join(Priority(each).wire for each in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 @router.delete(
@@ -125,6 +132,7 @@ def _view(row: TenantRow) -> schemas.Tenant:
         max_input_bytes=row.max_input_bytes,
         requests_a_second=row.requests_a_second,
         requests_burst=row.requests_burst,
+        device_seconds_a_month=row.device_seconds_a_month,
         uses={name: getattr(row, name) for name in USED},
         owns={name: getattr(row, name) for name in OWNED},
     )

@@ -193,6 +193,12 @@ def _wrong_shares(farm: Farm) -> Iterator[Finding]:
                 detail=f"{whose}: waiting {row.waiting} and requeued {row.requeued} frames of "
                 f"each priority, but really {row.really_waiting} and {row.really_requeued}",
             )
+        if row.waiting_cost != row.really_waiting_cost:
+            yield Finding(
+                invariant=Invariant.CONSERVATION,
+                detail=f"{whose}: the frames that wait cost {row.waiting_cost}, but really "
+                f"{row.really_waiting_cost}",
+            )
 
 
 def _jobs(farm: Farm, place: Place) -> _Chunk:

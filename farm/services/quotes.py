@@ -15,10 +15,24 @@ from farm.services.jobs import Checked, check
 from farm.store import estimates, lanes
 from farm.store.engine import Transaction, reads, server_clock
 from farm.store.estimates import Pace
+from farm.store.limits import budget_of, expected_seconds
 from farm.store.lines import lines_of
 
 NEW = uuid.UUID(int=0)
 """Placeholder ID for a job that is not stored."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Device time that a tenant may use this month, in seconds."""
+
+    device_seconds_a_month: float
+    used: float
+    promised: float
+    """Expected for the frames that wait or run."""
+    left: float
+    needed: float
+    """Expected for this job. Beyond `left` it is refused."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class Quote:
     """Frames waiting on the job's lane with the same or a higher priority."""
     ends_at: datetime | None
     """Expected end if the job is submitted now, and no more urgent job follows."""
+    budget: Budget | None
+    """None: the tenant's device time is not limited."""
     first: FrameSpec
     last: FrameSpec
 
@@ -65,6 +81,7 @@ def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
             if lane.pipeline == spec.pipeline and lane.priority <= urgency
         )
         workers = lanes.lane_now(connection, spec.pipeline).able
+        budget = _budget(connection, tenant_id, spec)
         first, last = _ends(connection, checked)
     seconds = _sum(runs, "seconds")
     each = None if seconds is None else seconds / spec.total
@@ -81,9 +98,19 @@ def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
         ends_at=now + timedelta(seconds=each * (ahead + spec.total) / workers)
         if each is not None and workers
         else None,
+        budget=budget,
         first=first,
         last=last,
     )
+
+
+def _budget(connection: Transaction, tenant_id: uuid.UUID, spec: FullSpec) -> Budget | None:
+    found = budget_of(connection, tenant_id)
+    if found is None:
+        return None
+    [needed] = expected_seconds(connection, [(spec.pipeline, spec.runs)])
+    left = max(found.value - found.used - found.promised, 0.0)
+    return Budget(found.value, found.used, found.promised, left, needed)
 
 
 def _runs(spec: FullSpec) -> Iterator[tuple[int, str, int]]:

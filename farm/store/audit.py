@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import NamedTuple
 
 from sqlalchemy import Connection, text
@@ -83,7 +84,8 @@ ORDER BY d.job_id, d.ordinal LIMIT :limit
 # above them would not be claimed.
 SHARES = text("""
 SELECT s.pipeline, s.tenant_id, s.waiting, s.requeued, s.priority, s.retry_at,
-       w.waiting AS really_waiting, r.requeued AS really_requeued, hidden.job_id AS hidden
+       w.waiting AS really_waiting, r.requeued AS really_requeued, s.waiting_cost,
+       c.cost AS really_waiting_cost, hidden.job_id AS hidden
 FROM shares s
 CROSS JOIN LATERAL (
     SELECT array_agg(n.frames ORDER BY p.priority) AS waiting
@@ -101,6 +103,15 @@ CROSS JOIN LATERAL (
           AND f.priority = p.priority
     ) n
 ) r
+CROSS JOIN LATERAL (
+    SELECT coalesce((
+        SELECT sum(remaining_cost(j.runs, j.cursor)) FROM jobs j
+        WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
+    ), 0) + coalesce((
+        SELECT sum(frame_cost(f.batch_key)) FROM requeued_frames f
+        WHERE NOT f.paused AND f.pipeline = s.pipeline AND f.tenant_id = s.tenant_id
+    ), 0) AS cost
+) c
 LEFT JOIN LATERAL (
     (SELECT j.id AS job_id FROM jobs j
      WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
@@ -115,7 +126,8 @@ LEFT JOIN LATERAL (
      LIMIT 1)
     LIMIT 1
 ) hidden ON true
-WHERE s.waiting <> w.waiting OR s.requeued <> r.requeued OR hidden.job_id IS NOT NULL
+WHERE s.waiting <> w.waiting OR s.requeued <> r.requeued OR s.waiting_cost <> c.cost
+   OR hidden.job_id IS NOT NULL
 ORDER BY s.pipeline, s.tenant_id LIMIT :limit
 """)
 
@@ -217,6 +229,8 @@ class WrongShare(NamedTuple):
     retry_at: datetime | None
     really_waiting: list[int]
     really_requeued: list[int]
+    waiting_cost: Decimal
+    really_waiting_cost: Decimal
     hidden: uuid.UUID | None
     """A job with frames that no claim would find."""
 

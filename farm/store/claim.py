@@ -59,6 +59,11 @@ class Lease:
     more: bool = False
     """True if the lane had more work after this claim, so that another worker should wake up."""
 
+    @property
+    def frame_cost(self) -> float:
+        """Steps x pixels of each frame."""
+        return self.cost / self.frames[0].spec.bucket
+
 
 CLAIM = text("""
 SELECT * FROM pg_temp.claim(

@@ -31,10 +31,7 @@ SELECT sum(device_seconds) / sum(rendered) AS seconds, (
 FROM job
 """)
 
-OF_ALL = text("""
-SELECT (sum(denoise_seconds) / nullif(sum(succeeded), 0))::float AS seconds
-FROM workers WHERE pipeline = :pipeline
-""")
+OF_ALL = text("SELECT frame_cost(:batch_key) * pg_temp.seconds_per_cost(:pipeline)")
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,11 @@ class Pace:
 
 
 def pace_of(connection: Connection, tenant_id: uuid.UUID, pipeline: str, batch_key: str) -> Pace:
-    """Estimate the pace of frames from the tenant's similar frames, or else from all frames."""
+    """Estimate the pace of frames from the tenant's similar ones, or else by their cost."""
     values: dict[str, Any] = {"tenant_id": tenant_id, "pipeline": pipeline, "batch_key": batch_key}
     limits = {"jobs": RECENT_JOBS, "frames": SAMPLED_FRAMES}
     own = connection.execute(OWN, {**values, **limits}).one()
     if own.seconds is not None:
         return Pace(own.seconds, own.bytes, alike=True)
-    seconds = connection.execute(OF_ALL, {"pipeline": pipeline}).scalar_one()
+    seconds = connection.execute(OF_ALL, values).scalar_one()
     return Pace(seconds, own.bytes, alike=False)

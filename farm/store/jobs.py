@@ -16,7 +16,7 @@ from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.errors import Conflict, FarmError, InvalidRequest, NotFound
 from farm.store import arrays
-from farm.store.limits import lock_rooms
+from farm.store.limits import expected_seconds, lock_rooms
 from farm.store.queries import JOB_COLUMNS, JobRow
 from farm.store.requeue import INTO_REQUEUED
 from farm.store.rows import row_of, rows_of
@@ -34,7 +34,8 @@ WITH unlimited AS MATERIALIZED (
     -- The lock waits for a change of limits in progress, and then sees the new ones.
     SELECT t.id FROM unnest(CAST(:tenants AS uuid[])) AS w (id) CROSS JOIN LATERAL (
         SELECT t.id FROM tenants t WHERE t.id = w.id
-          AND num_nonnulls(t.priorities, t.max_open_jobs, t.max_waiting_frames) = 0
+          AND num_nonnulls(t.priorities, t.max_open_jobs, t.max_waiting_frames,
+                           t.device_seconds_a_month) = 0
         LIMIT 1 FOR KEY SHARE
     ) t
 ), j AS (
@@ -172,6 +173,9 @@ def insert_counted_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[
         idempotency key gets its job also then.
     """
     rooms = lock_rooms(connection, {job.tenant_id for job in jobs})
+    with_budget = [job for job in jobs if (room := rooms.get(job.tenant_id)) and room.has_budget]
+    runs = [(job.spec.pipeline, job.spec.runs) for job in with_budget]
+    seconds = dict(zip(with_budget, expected_seconds(connection, runs), strict=True))
     answers: dict[uuid.UUID, JobRow | FarmError | None] = {}
     answers |= _same_of_tenants(connection, jobs)
     counted: set[tuple[uuid.UUID, str]] = set()
@@ -180,7 +184,8 @@ def insert_counted_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[
         if job.id in answers or key in counted:  # it is stored, or will be for an earlier one
             continue
         room = rooms.get(job.tenant_id)
-        refusal = room and room.take(Priority.parse(job.spec.priority), job.spec.total)
+        priority = Priority.parse(job.spec.priority)
+        refusal = room and room.take(priority, job.spec.total, seconds.get(job, 0.0))
         if refusal:
             answers[job.id] = refusal
         elif key:
@@ -335,6 +340,13 @@ UPDATE jobs SET behind_from = :next
 WHERE id = :id AND behind_from = :behind_from AND paused = :paused AND status = :status
 """)
 
+# Each frame is taken to cost as much as the mean of its job.
+EXPECTED_OF_FRAMES = text("""
+SELECT coalesce(
+    (remaining_cost(runs, 0) / total)::float * :frames * pg_temp.seconds_per_cost(pipeline), 0)
+FROM jobs WHERE id = :id
+""")
+
 RETRY_FRAMES = text(f"""
 WITH chosen AS (
     SELECT ordinal FROM frames WHERE job_id = :id AND state = ANY(:from_states)
@@ -443,7 +455,11 @@ def retry_job(
         )
     was_open = job.status not in TERMINAL
     more = job.dead if whole else min(job.dead, RETRY_SLICE)
-    refusal = room and room.take(Priority(job.priority), more, jobs=0 if was_open else 1)
+    seconds = 0.0
+    if room and room.has_budget:
+        values = {"id": job_id, "frames": more}
+        seconds = connection.execute(EXPECTED_OF_FRAMES, values).scalar_one()
+    refusal = room and room.take(Priority(job.priority), more, seconds, jobs=0 if was_open else 1)
     if refusal:
         raise refusal
     frames: int = connection.execute(

@@ -1,18 +1,49 @@
-"""Limits of tenants, checked where jobs are submitted or retried: see ADR 35."""
+"""Limits of tenants, checked where jobs are submitted or retried: see ADR 35 and ADR 38."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from pydantic_core import to_json
 from sqlalchemy import Connection, text
 
-from farm.domain.spec import Priority
+from farm.domain.spec import Priority, Run
 from farm.errors import FarmError, Forbidden, LimitExceeded
 from farm.store import arrays
+from farm.store.rows import row_of
 
 ROOMS = text("SELECT * FROM pg_temp.rooms(CAST(:ids AS uuid[]))")
+
+EXPECTED = text("""
+SELECT coalesce(remaining_cost(g.runs, 0)::float * pg_temp.seconds_per_cost(g.pipeline), 0)
+FROM ROWS FROM (
+    jsonb_to_recordset(CAST(:jobs AS jsonb)) AS (pipeline text, runs jsonb)
+) WITH ORDINALITY AS g (pipeline, runs, place) ORDER BY g.place
+""")
+
+BUDGET = text("""
+SELECT t.device_seconds_a_month AS value, pg_temp.used_seconds(t.id) AS used,
+       pg_temp.promised_seconds(t.id) AS promised
+FROM tenants t WHERE t.id = :id AND t.device_seconds_a_month IS NOT NULL
+""")
+
+FOLD = text("""
+WITH parts AS (
+    DELETE FROM device_use WHERE (tenant_id, day, pipeline, writer) IN (
+        SELECT tenant_id, day, pipeline, writer FROM device_use WHERE writer <> 0
+        ORDER BY tenant_id LIMIT :limit FOR UPDATE SKIP LOCKED
+    )
+    RETURNING tenant_id, day, pipeline, seconds
+)
+INSERT INTO device_use AS u (tenant_id, day, pipeline, writer, seconds)
+SELECT tenant_id, day, pipeline, 0, sum(seconds) FROM parts GROUP BY tenant_id, day, pipeline
+ON CONFLICT (tenant_id, day, pipeline, writer) DO UPDATE SET seconds = u.seconds + excluded.seconds
+""")
+
+TO_NEXT_MONTH = text("SELECT pg_temp.seconds_to_next_month()")
 
 
 @dataclass
@@ -26,13 +57,26 @@ class Room:
     waiting_frames: int | None
     max_input_bytes: int | None
     input_bytes: int | None
+    device_seconds_a_month: float | None
+    used_seconds: float | None
+    promised_seconds: float | None
+    wait_seconds: float = 0.0
+    """Time until the next month begins."""
 
-    def take(self, priority: Priority, frames: int, *, jobs: int = 1) -> FarmError | None:
+    @property
+    def has_budget(self) -> bool:
+        """True if the tenant's device time is limited."""
+        return self.device_seconds_a_month is not None
+
+    def take(
+        self, priority: Priority, frames: int, seconds: float, *, jobs: int = 1
+    ) -> FarmError | None:
         """Count a job that is submitted, or a job's frames that wait again.
 
         Args:
             priority: of the job.
             frames: number of frames that wait from now on.
+            seconds: their expected device time.
             jobs: 0 if the job was open before.
 
         Returns:
@@ -51,8 +95,51 @@ class Room:
         ):
             if more and value is not None and used + more > value:
                 return LimitExceeded.of(limit, value, used=used, more=more)
+        if self.device_seconds_a_month is not None:
+            spent, promised = self.used_seconds or 0.0, self.promised_seconds or 0.0
+            if spent + promised + seconds > self.device_seconds_a_month:
+                return LimitExceeded.of_seconds(
+                    self.device_seconds_a_month,
+                    used=spent,
+                    promised=promised,
+                    more=seconds,
+                    wait=self.wait_seconds,
+                )
+            self.promised_seconds = promised + seconds
         self.open_jobs, self.waiting_frames = has_jobs + jobs, has_frames + frames
         return None
+
+
+class Budget(NamedTuple):
+    """Device time that a tenant may use this month, in seconds."""
+
+    value: float
+    used: float
+    promised: float
+    """Expected for the frames that wait or run."""
+
+
+def budget_of(connection: Connection, tenant_id: uuid.UUID) -> Budget | None:
+    """Read a tenant's budget. None: it has none."""
+    return row_of(connection.execute(BUDGET, {"id": tenant_id}), Budget)
+
+
+def expected_seconds(
+    connection: Connection, jobs: Sequence[tuple[str, Sequence[Run]]]
+) -> list[float]:
+    """Estimate the device time of whole jobs, in seconds, by the pace of their lanes.
+
+    Args:
+        connection: in a transaction or not.
+        jobs: pipeline and runs of each.
+
+    Returns:
+        The time of each job. 0.0 if its lane has rendered nothing yet.
+    """
+    if not jobs:
+        return []
+    given = to_json([{"pipeline": pipeline, "runs": runs} for pipeline, runs in jobs]).decode()
+    return [*connection.execute(EXPECTED, {"jobs": given}).scalars()]
 
 
 def require_input_room(connection: Connection, tenant_id: uuid.UUID, more: int) -> None:
@@ -73,4 +160,20 @@ def lock_rooms(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> dic
     Tenants without limits are left out.
     """
     rows = connection.execute(ROOMS, {"ids": arrays.ids(tenant_ids)})
-    return {tenant_id: Room(*fields) for tenant_id, *fields in rows}
+    rooms = {tenant_id: Room(*fields) for tenant_id, *fields in rows}
+    with_budget = [room for room in rooms.values() if room.has_budget]
+    if with_budget:
+        wait = connection.execute(TO_NEXT_MONTH).scalar_one()
+        for room in with_budget:
+            room.wait_seconds = wait
+    return rooms
+
+
+def fold_device_use(connection: Connection, rows: int) -> None:
+    """Add up the device time that sessions noted: one row for each tenant, day and pipeline.
+
+    Args:
+        connection: in a transaction.
+        rows: rows of sessions to read, at most.
+    """
+    connection.execute(FOLD, {"limit": rows})

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Double,
     ForeignKey,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     SmallInteger,
     Table,
     Text,
@@ -83,6 +85,11 @@ tenants = Table(
         "requests_burst",
         BigInteger,
         comment="calls that may arrive at once; null: those of ten seconds",
+    ),
+    Column(
+        "device_seconds_a_month",
+        Double,
+        comment="device time in a calendar month, UTC; null: no limit",
     ),
     Index(
         "tenants_running_limits",
@@ -533,6 +540,11 @@ leases = Table(
     Column("attempts", ARRAY(SmallInteger), nullable=False),
     Column("tenant_ids", ARRAY(Uuid), comment="null: claimed by a version before this column"),
     Column(
+        "frame_cost",
+        BigInteger,
+        comment="steps x pixels of each frame; null: claimed by a version before this column",
+    ),
+    Column(
         "spooled",
         Boolean,
         nullable=False,
@@ -592,6 +604,20 @@ workers = Table(
         nullable=False,
         server_default=text("0"),
         comment="wall-clock time while there was something to render",
+    ),
+    Column(
+        "cost",
+        Double,
+        nullable=False,
+        server_default=text("0"),
+        comment="steps x pixels of all rendered frames",
+    ),
+    Column(
+        "cost_seconds",
+        Double,
+        nullable=False,
+        server_default=text("0"),
+        comment="time in which `cost` was denoised",
     ),
     Column(
         "denoise_buckets",
@@ -660,6 +686,13 @@ shares = Table(
         server_default="{0,0,0}",
         comment="requeued frames that are not paused, by priority",
     ),
+    Column(
+        "waiting_cost",
+        Numeric,
+        nullable=False,
+        server_default="0",
+        comment="steps x pixels of the frames in `waiting` and `requeued`",
+    ),
     Index("shares_by_use", "pipeline", "priority", "used", "tenant_id"),
     Index("shares_of_tenant", "tenant_id"),
     Index(
@@ -689,6 +722,25 @@ lanes = Table(
         nullable=False,
         comment="device cost owed: to normal and bulk together; to bulk",
     ),
+)
+
+device_use = Table(
+    "device_use",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("day", Date, primary_key=True, comment="UTC"),
+    Column("pipeline", Text, primary_key=True),
+    # Each session writes rows that no other one writes, so that no commit waits for another.
+    Column(
+        "writer",
+        Integer,
+        primary_key=True,
+        autoincrement=False,
+        comment="process ID of the session in Postgres; 0: sum of earlier ones",
+    ),
+    Column("seconds", Double, nullable=False),
+    Index("device_use_parts", "tenant_id", postgresql_where=text("writer <> 0")),
+    comment="Device time of succeeded frames. It outlives their jobs.",
 )
 
 events = Table(

@@ -38,7 +38,7 @@ OWNS = """
 FIELDS = """
 t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, t.priorities, t.max_open_jobs,
 t.max_running_frames, t.max_waiting_frames, t.max_input_bytes, t.requests_a_second,
-t.requests_burst
+t.requests_burst, t.device_seconds_a_month
 """
 
 # In a list only those with limits are counted: there may be thousands of others.
@@ -49,6 +49,10 @@ SELECT {FIELDS},
     AS waiting_frames,
     CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END AS input_bytes,
     CASE WHEN t.max_running_frames IS NOT NULL THEN coalesce(r.frames, 0) END AS running_frames,
+    CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.used_seconds(t.id) END
+    AS used_seconds,
+    CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.promised_seconds(t.id) END
+    AS promised_seconds,
     {OWNS}
 FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
 WHERE t.removed_at IS NULL ORDER BY t.name
@@ -58,6 +62,8 @@ ONE = text(f"""
 SELECT {FIELDS}, pg_temp.open_jobs(t.id) AS open_jobs,
     pg_temp.waiting_frames(t.id) AS waiting_frames, pg_temp.input_bytes(t.id) AS input_bytes,
     coalesce((SELECT r.frames FROM pg_temp.running_frames(ARRAY[t.id]) r), 0) AS running_frames,
+    pg_temp.used_seconds(t.id) AS used_seconds,
+    pg_temp.promised_seconds(t.id) AS promised_seconds,
     {OWNS}
 FROM tenants t
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
@@ -73,7 +79,10 @@ CROSS JOIN LATERAL (VALUES
     ('max_waiting_frames', t.max_waiting_frames,
      CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END),
     ('max_input_bytes', t.max_input_bytes,
-     CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END)
+     CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END),
+    ('device_seconds_a_month', t.device_seconds_a_month,
+     CASE WHEN t.device_seconds_a_month IS NOT NULL
+          THEN pg_temp.used_seconds(t.id) + pg_temp.promised_seconds(t.id) END)
 ) AS l (name, value, used)
 WHERE t.removed_at IS NULL AND l.value IS NOT NULL ORDER BY t.name, l.name
 """)
@@ -81,7 +90,7 @@ WHERE t.removed_at IS NULL AND l.value IS NOT NULL ORDER BY t.name, l.name
 # Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
 LOCK = text("""
 SELECT weight, priorities, max_open_jobs, max_running_frames, max_waiting_frames, max_input_bytes,
-       requests_a_second, requests_burst
+       requests_a_second, requests_burst, device_seconds_a_month
 FROM tenants WHERE id = :id AND removed_at IS NULL FOR UPDATE
 """)
 
@@ -90,7 +99,7 @@ UPDATE tenants SET weight = :weight, priorities = CAST(:priorities AS smallint[]
     max_open_jobs = :max_open_jobs, max_running_frames = :max_running_frames,
     max_waiting_frames = :max_waiting_frames,
     max_input_bytes = :max_input_bytes, requests_a_second = :requests_a_second,
-    requests_burst = :requests_burst
+    requests_burst = :requests_burst, device_seconds_a_month = :device_seconds_a_month
 WHERE id = :id
 """)
 
@@ -190,11 +199,16 @@ class TenantRow(NamedTuple):
     max_input_bytes: int | None
     requests_a_second: float | None
     requests_burst: int | None
+    device_seconds_a_month: float | None
     open_jobs: int | None
     """None in a list, if it has no such limit."""
     waiting_frames: int | None
     input_bytes: int | None
     running_frames: int | None
+    used_seconds: float | None
+    """Device time since the beginning of the month, in seconds."""
+    promised_seconds: float | None
+    """Expected device time of the frames that wait or run."""
     keys: int
     jobs: int
     exports: int
@@ -218,8 +232,8 @@ class LimitInUse(NamedTuple):
 
     tenant: str
     name: str
-    value: int
-    used: int
+    value: float
+    used: float
 
 
 def limits_in_use(connection: Connection) -> list[LimitInUse]:
@@ -238,6 +252,7 @@ class TenantSettings(NamedTuple):
     max_input_bytes: int | None
     requests_a_second: float | None
     requests_burst: int | None
+    device_seconds_a_month: float | None
 
 
 def lock_settings(connection: Connection, tenant_id: uuid.UUID) -> TenantSettings | None:

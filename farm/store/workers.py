@@ -62,7 +62,8 @@ RETURNING name
 """)
 
 SECONDS = ("denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds", "work_seconds")
-SUMMED = ("succeeded", "requeued", "dead", "dropped", "expired", "batches", *SECONDS)
+PACE = ("cost", "cost_seconds")
+SUMMED = ("succeeded", "requeued", "dead", "dropped", "expired", "batches", *SECONDS, *PACE)
 HISTOGRAMS = ("denoise_buckets", "wait_buckets")
 TOTALS = {
     **{column: f"sum({column})" for column in SUMMED},
@@ -95,7 +96,7 @@ ADD = f"""
 UPDATE workers w
 SET batches = w.batches + :batches, succeeded = w.succeeded + come.succeeded,
     dropped = w.dropped + come.dropped, requeued = w.requeued + :requeued, dead = w.dead + :dead,
-    {", ".join(f"{column} = w.{column} + :{column}" for column in SECONDS)},
+    {", ".join(f"{column} = w.{column} + :{column}" for column in (*SECONDS, *PACE))},
     {", ".join(f"{c} = pg_temp.array_sum(w.{c}, CAST(:{c} AS bigint[]))" for c in HISTOGRAMS)},
     failing = CASE WHEN {IS_WELL} THEN '{{}}' ELSE w.failing END,
     trips = CASE WHEN {IS_WELL} THEN 0 ELSE w.trips END,
@@ -171,6 +172,10 @@ class Account:
     commit_seconds: float = 0.0
     work_seconds: float = 0.0
     """Wall-clock time during which there was something to render."""
+    cost: float = 0.0
+    """Steps x pixels of the rendered frames, without padding."""
+    cost_seconds: float = 0.0
+    """Time in which they were denoised."""
     denoise_buckets: Counter[int] = field(default_factory=Counter)
     """Number of batches by their `histograms.place`."""
     wait_buckets: Counter[int] = field(default_factory=Counter)
@@ -349,6 +354,8 @@ class WorkerSums(NamedTuple):
     put_seconds: float
     commit_seconds: float
     work_seconds: float
+    cost: float
+    cost_seconds: float
     denoise_buckets: list[int]
     wait_buckets: list[int]
     spool_bytes: int

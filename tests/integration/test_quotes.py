@@ -45,7 +45,8 @@ def render(worker: FakeWorker, seconds: float, size: int) -> None:
             for slot, frame in enumerate(lease.frames)
         ]
         with transaction(worker.farm.store) as connection:
-            account = Account(denoise_seconds=seconds)
+            cost = lease.frame_cost * len(done)
+            account = Account(denoise_seconds=seconds, cost=cost, cost_seconds=seconds)
             frames.complete_batches(connection, [lease.id], done, worker.id, account)
 
 
@@ -76,7 +77,7 @@ def test_a_quote_follows_from_frames_that_are_alike(farm: Farm, api: Api) -> Non
     assert timedelta(seconds=45) < left <= timedelta(seconds=53)
     other = quote(ann, images_per_prompt=100, steps=3)
     assert (other["alike"], other["bytes"]) == (False, None)
-    assert other["seconds_per_frame"] == pytest.approx(0.5)  # the mean of the pipeline's frames
+    assert other["seconds_per_frame"] == pytest.approx(0.75)  # the pipeline's, for more steps
     assert quote(api.client("bob"))["alike"] is False
     assert sql(farm, "SELECT device_seconds FROM jobs ORDER BY created_at LIMIT 1") == [(4.0,)]
 

@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.process import beat, set_ready
-from farm.store import events, exports, jobs, lanes, leases, retention, sessions, tenants, workers
+from farm.store import (
+    events,
+    exports,
+    jobs,
+    lanes,
+    leases,
+    limits,
+    retention,
+    sessions,
+    tenants,
+    workers,
+)
 from farm.store.engine import Connection
 from farm.store.leadership import leadership
 from workers.janitor.storage_cleaner import StorageWork
@@ -116,6 +127,8 @@ class Janitor:
                 exports.look_again(connection)
                 self._look_again_at = time.monotonic() + LOOK_AGAIN_SECONDS
             due = exports.any_due(connection)
+        with connection.begin():
+            limits.fold_device_use(connection, ROWS_PER_SWEEP)
         for lane in expired:
             log.warning("Leases of lane %s expired; their frames were requeued.", lane)
         for name in gone:

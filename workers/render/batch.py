@@ -73,6 +73,8 @@ class RenderedBatch:
         )
         if account.denoise_seconds:
             account.denoise_buckets = Counter([place(account.denoise_seconds)])
+            account.cost_seconds = account.denoise_seconds
+            account.cost = self.lease.frame_cost * len(self.frames)
         return account
 
 

@@ -53,6 +53,16 @@ class Job(TypedDict):
     spec: Spec
 
 
+class Budget(TypedDict):
+    """Device time of a tenant in this month, in seconds."""
+
+    device_seconds_a_month: float
+    used: float
+    promised: float
+    left: float
+    needed: float
+
+
 class Quote(TypedDict):
     """Estimate of a job's time and storage."""
 
@@ -67,6 +77,7 @@ class Quote(TypedDict):
     workers: int
     frames_ahead: int
     ends_at: str | None
+    budget: Budget | None
     first: dict[str, object]
     last: dict[str, object]
 
@@ -203,7 +214,8 @@ class Tenant(TypedDict):
     max_input_bytes: int | None
     requests_a_second: float | None
     requests_burst: int | None
-    uses: dict[str, int | None]
+    device_seconds_a_month: float | None
+    uses: dict[str, float | None]
     """In a list, None without the limit."""
     owns: dict[str, int]
 

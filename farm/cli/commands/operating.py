@@ -14,7 +14,7 @@ from rich.markup import escape
 from farm.cli.client import farm_client
 from farm.cli.terminal.console import Json, clean, columns, emit, note, one_line, say, show_table
 from farm.errors import InvalidRequest
-from farm.humanize import ago, count
+from farm.humanize import ago, count, duration
 
 if TYPE_CHECKING:
     from farm.cli.client import objects
@@ -115,6 +115,13 @@ def set_(
             show_default=False,
         ),
     ] = None,
+    device_seconds_a_month: Annotated[
+        str | None,
+        typer.Option(
+            help="Maximum device time in a calendar month (UTC), in seconds, or none.",
+            show_default=False,
+        ),
+    ] = None,
     why: Why = "",
     as_json: Json = False,
 ) -> None:
@@ -137,6 +144,7 @@ def set_(
         "max_input_bytes": max_input_bytes,
         "requests_a_second": requests_a_second,
         "requests_burst": requests_burst,
+        "device_seconds_a_month": device_seconds_a_month,
     }.items():
         if value is not None:
             change[name] = _limit(name, value)
@@ -150,12 +158,12 @@ def set_(
 def _limit(name: str, value: str) -> float | None:
     if value == "none":
         return None
-    is_rate = name == "requests_a_second"
-    if not re.fullmatch(r"[0-9]+([.][0-9]+)?" if is_rate else r"[0-9]+", value):
-        kind = "a number, such as 0.5," if is_rate else "a whole number"
+    is_real = name in ("requests_a_second", "device_seconds_a_month")
+    if not re.fullmatch(r"[0-9]+([.][0-9]+)?" if is_real else r"[0-9]+", value):
+        kind = "a number, such as 0.5," if is_real else "a whole number"
         option = f"--{name.replace('_', '-')}"
         raise InvalidRequest(f"{option}: {value!r} is not {kind} or none.", param=name)
-    return float(value) if is_rate else int(value)
+    return float(value) if is_real else int(value)
 
 
 @tenants_app.command()
@@ -196,7 +204,15 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
             "input_bytes": tenant["max_input_bytes"],
         }.items():
             of = "without a limit" if limit is None else f"of at most {count(limit)}"
-            say(f"{name.replace('_', ' ').capitalize()}: {count(tenant['uses'][name] or 0)}, {of}.")
+            has = count(int(tenant["uses"][name] or 0))
+            say(f"{name.replace('_', ' ').capitalize()}: {has}, {of}.")
+        used, promised = (tenant["uses"][f"{name}_seconds"] or 0 for name in ("used", "promised"))
+        budget = tenant["device_seconds_a_month"]
+        of = "without a limit" if budget is None else f"of at most {duration(budget)}"
+        say(
+            f"Device time this month: {duration(used)} used, about {duration(promised)} for frames "
+            f"that wait or run, {of}."
+        )
         if tenant["requests_a_second"] is not None:
             burst = tenant["requests_burst"]
             at_once = "those of ten seconds" if burst is None else count(burst)

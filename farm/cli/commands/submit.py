@@ -353,6 +353,13 @@ def _show_quote(quote: Quote, *, as_json: bool) -> None:
     workers = plural(quote["workers"], "worker")
     ahead = plural(quote["frames_ahead"], "frame")
     say(f"{ahead} queued before it, for {workers} that can render it.")
+    if budget := quote["budget"]:
+        say(
+            f"Of this month's device time {duration(budget['left'])} is left, and this job needs "
+            f"about {duration(budget['needed'])} of it."
+        )
+        if budget["needed"] > budget["left"]:
+            say("It would be refused.", "yellow")
     if quote["ends_at"]:
         say(f"Estimated end: {quote['ends_at'][:16].replace('T', ' ')} UTC.")
     for name, spec in (("first", quote["first"]), ("last", quote["last"])):

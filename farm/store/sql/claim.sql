@@ -12,20 +12,10 @@ CREATE FUNCTION pg_temp.is_held(_job_id uuid) RETURNS bool LANGUAGE sql STABLE A
         WHERE j.id = ANY (ARRAY[_job_id]) AND NOT j.paused AND j.status <> 'cancelled')
 $$;
 
--- Returns the device cost of a frame: denoising steps x pixels. It is in the batch key: see spec.py.
--- A job of an older version has none there. Then it is taken to have 20 steps at its size, or at
--- 512x512 if the key has no size.
-CREATE FUNCTION pg_temp.frame_cost(_batch_key text) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
-    SELECT coalesce(substring(_batch_key FROM '[.]([0-9]+)')::bigint,
-                    20 * substring(_batch_key FROM '~([0-9]+)x')::bigint
-                       * substring(_batch_key FROM '~[0-9]+x([0-9]+)')::bigint,
-                    20 * 512 * 512)
-$$;
-
 -- Returns the device cost of the smallest batch that a frame may be part of.
 CREATE FUNCTION pg_temp.least_cost(_batch_key text, _bucket int) RETURNS bigint
 LANGUAGE sql IMMUTABLE AS $$
-    SELECT pg_temp.frame_cost(_batch_key)
+    SELECT frame_cost(_batch_key)
            * CASE WHEN pg_temp.is_bucket_open(_batch_key) THEN 1 ELSE _bucket END
 $$;
 
@@ -321,10 +311,10 @@ CREATE FUNCTION pg_temp.other_open_jobs(
     _avoided uuid[] DEFAULT '{}', _from smallint DEFAULT 0, _least smallint DEFAULT 2
 ) RETURNS TABLE (id uuid, n bigint) LANGUAGE sql STABLE AS $$
     WITH sharing AS (
-        SELECT s.tenant_id, pg_temp.frame_cost(_batch_key) / t.weight AS each,
+        SELECT s.tenant_id, frame_cost(_batch_key) / t.weight AS each,
                s.used + CASE WHEN s.tenant_id = (
                    SELECT l.tenant_id FROM jobs l WHERE l.id = _leader
-               ) THEN _held * pg_temp.frame_cost(_batch_key) / t.weight ELSE 0 END AS used
+               ) THEN _held * frame_cost(_batch_key) / t.weight ELSE 0 END AS used
         FROM (VALUES (0), (1), (2)) AS p (priority) CROSS JOIN LATERAL (
             SELECT s.tenant_id, s.used FROM (
                 SELECT s.tenant_id, s.used FROM shares s
@@ -433,7 +423,7 @@ $$;
 CREATE FUNCTION pg_temp.bucket_within(_plans jsonb, _batch_key text, _bucket int, _most float)
 RETURNS int LANGUAGE sql IMMUTABLE AS $$
     SELECT greatest(1, max(pg_temp.chosen_bucket(_plans, _batch_key, _bucket, b))
-        FILTER (WHERE b * pg_temp.frame_cost(_batch_key) <= _most))
+        FILTER (WHERE b * frame_cost(_batch_key) <= _most))
     FROM generate_series(1, _bucket) AS b
     WHERE pg_temp.chosen_bucket(_plans, _batch_key, _bucket, b) = b
 $$;
@@ -457,7 +447,7 @@ CREATE FUNCTION pg_temp.claim(
     bucket smallint, priority smallint, rerolls smallint, waited float, urgency smallint,
     cost float, limited boolean, more boolean
 ) LANGUAGE plpgsql /* by index */
-SET farm.claiming = 'yes' AS $$
+SET farm.claiming = 'with costs' AS $$
 #variable_conflict use_column
 DECLARE
     failing text[];
@@ -489,6 +479,8 @@ DECLARE
     worn_ids uuid[];
     worn_ordinals bigint[];
     lost_ids uuid[] := '{}';
+    lost_costs bigint[] := '{}';
+    each_costs bigint;
     cost float;
     tenants uuid[];
     limited boolean;
@@ -625,6 +617,8 @@ BEGIN
                    (SELECT coalesce(array_agg(w.ordinal), '{}') FROM worn w)
             INTO ids, ordinals, attempts, worn_ids, worn_ordinals FROM again a;
             lost_ids := lost_ids || worn_ids;
+            lost_costs := lost_costs
+                || array_fill(frame_cost(leader.batch_key), ARRAY[cardinality(worn_ids)]);
             IF worn_ids <> '{}' THEN
                 PERFORM pg_temp.tally('frames.failed', array_agg(d.id), array_agg(0::bigint),
                                       array_agg(0::bigint), array_agg(d.n), array_agg(0::bigint),
@@ -679,16 +673,18 @@ BEGIN
     ORDER BY s.tenant_id FOR UPDATE;
 
     -- Padding costs as much as frames. The tenants of the batch pay for it in proportion.
-    cost := chosen * pg_temp.frame_cost(leader.batch_key)::float;
+    each_costs := frame_cost(leader.batch_key);
+    cost := chosen * each_costs::float;
     UPDATE shares s
     SET used = s.used + t.frames * cost / greatest(cardinality(ids), 1) / t.weight,
         served = s.served + t.frames,  -- for versions before `used`
+        waiting_cost = s.waiting_cost - t.cost,
         waiting = ARRAY[s.waiting[1] - t.new_0, s.waiting[2] - t.new_1, s.waiting[3] - t.new_2],
         requeued = ARRAY[s.requeued[1] - t.again_0, s.requeued[2] - t.again_1,
                          s.requeued[3] - t.again_2]
     FROM (
         SELECT c.*, t.weight FROM (
-            SELECT j.tenant_id, count(*) FILTER (WHERE NOT f.lost) AS frames,
+            SELECT j.tenant_id, count(*) FILTER (WHERE NOT f.lost) AS frames, sum(f.cost) AS cost,
                    count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 0) AS new_0,
                    count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 1) AS new_1,
                    count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 2) AS new_2,
@@ -696,9 +692,10 @@ BEGIN
                    count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 1) AS again_1,
                    count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 2) AS again_2
             FROM (
-                SELECT id, attempt, false AS lost FROM unnest(ids, attempts) AS f (id, attempt)
+                SELECT id, attempt, each_costs AS cost, false AS lost
+                FROM unnest(ids, attempts) AS f (id, attempt)
                 UNION ALL
-                SELECT id, 32767, true FROM unnest(lost_ids) AS f (id)
+                SELECT id, 32767, cost, true FROM unnest(lost_ids, lost_costs) AS f (id, cost)
             ) f CROSS JOIN LATERAL (
                 SELECT j.tenant_id, j.priority FROM jobs j WHERE j.id = f.id LIMIT 1
             ) j GROUP BY j.tenant_id
@@ -733,9 +730,10 @@ BEGIN
         CROSS JOIN LATERAL (SELECT j.tenant_id FROM jobs j WHERE j.id = f.id LIMIT 1) j
         ORDER BY f.slot);
     INSERT INTO leases (
-        id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts, tenant_ids)
+        id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts, tenant_ids,
+        frame_cost)
     VALUES (_lease_id, _worker_id, _pid, _pipeline, clock_timestamp() + make_interval(secs => _seconds),
-            ids, ordinals, attempts, frame_tenants);
+            ids, ordinals, attempts, frame_tenants, each_costs);
 
     PERFORM pg_temp.tally('frames.claimed', array_agg(d.id), array_agg(d.n),
                           array_agg(0::bigint), array_agg(0::bigint), array_agg(0::bigint),

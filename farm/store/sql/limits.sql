@@ -1,5 +1,5 @@
--- What limited tenants may have at the same time, and what they have now: see ADR 35, and ADR 37 for
--- running frames.
+-- What limited tenants may have at the same time, and what they have now: see ADR 35, ADR 37 for
+-- running frames, and ADR 38 for device time.
 
 -- Returns the number of a tenant's jobs that have not ended.
 CREATE FUNCTION pg_temp.open_jobs(_tenant uuid) RETURNS bigint LANGUAGE sql STABLE AS $$
@@ -24,6 +24,49 @@ $$;
 -- Returns the size of all inputs of a tenant, unpacked.
 CREATE FUNCTION pg_temp.input_bytes(_tenant uuid) RETURNS bigint LANGUAGE sql STABLE AS $$
     SELECT coalesce(sum(i.bytes), 0)::bigint FROM inputs i WHERE i.tenant_id = _tenant
+$$;
+
+-- Returns the denoising time of a device cost of 1 on a lane: of its workers, or of earlier ones if none
+-- of them rendered anything yet. Null: unknown.
+CREATE FUNCTION pg_temp.seconds_per_cost(_pipeline text) RETURNS float LANGUAGE sql STABLE AS $$
+    SELECT sum(w.cost_seconds) / sum(w.cost) FROM workers w
+    WHERE w.pipeline = _pipeline AND w.cost > 0
+    GROUP BY w.host = '' ORDER BY w.host = '' LIMIT 1
+$$;
+
+-- Returns the device time that a tenant used since the beginning of the month in UTC, in seconds.
+CREATE FUNCTION pg_temp.used_seconds(_tenant uuid) RETURNS float LANGUAGE sql STABLE AS $$
+    SELECT coalesce(sum(u.seconds), 0) FROM device_use u
+    WHERE u.tenant_id = _tenant
+      AND u.day >= date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date
+$$;
+
+-- Returns the device time that a tenant's frames will probably take that wait, also in paused jobs, or
+-- run. By the cost of each, and the pace of its lane. Lanes without a pace are left out.
+CREATE FUNCTION pg_temp.promised_seconds(_tenant uuid) RETURNS float LANGUAGE sql STABLE AS $$
+    SELECT coalesce(sum(c.cost * pg_temp.seconds_per_cost(c.pipeline)), 0) FROM (
+        SELECT w.pipeline, sum(w.cost)::float AS cost FROM (
+            SELECT s.pipeline, s.waiting_cost AS cost FROM shares s WHERE s.tenant_id = _tenant
+            UNION ALL
+            -- Those that waiting_frames counts from jobs. A requeued one costs as much as the mean of
+            -- its job.
+            SELECT j.pipeline, CASE WHEN j.paused THEN remaining_cost(j.runs, j.cursor) ELSE 0 END
+                + remaining_cost(j.runs, 0) / j.total
+                * (j.cursor - j.running - j.succeeded - j.dead - j.cancelled)
+            FROM jobs j WHERE j.tenant_id = _tenant AND (j.paused OR j.behind_from IS NOT NULL)
+                          AND j.status IN ('queued', 'running')
+            UNION ALL
+            SELECT l.pipeline, l.frame_cost::numeric * f.frames FROM leases l CROSS JOIN LATERAL (
+                SELECT count(*) AS frames FROM unnest(l.tenant_ids) AS u (id) WHERE u.id = _tenant
+            ) f WHERE f.frames > 0
+        ) w GROUP BY w.pipeline
+    ) c
+$$;
+
+-- Returns the seconds until a month begins, in UTC.
+CREATE FUNCTION pg_temp.seconds_to_next_month() RETURNS float LANGUAGE sql STABLE AS $$
+    SELECT extract(epoch FROM date_trunc('month', n.now) + interval '1 month' - n.now)
+    FROM (SELECT clock_timestamp() AT TIME ZONE 'UTC' AS now) n
 $$;
 
 -- True if any tenant has a limit of running frames.
@@ -137,7 +180,8 @@ $$;
 -- the end of the transaction. Returns limits, and what those have that have limits.
 CREATE FUNCTION pg_temp.rooms(_tenants uuid[]) RETURNS TABLE (
     tenant_id uuid, priorities smallint[], max_open_jobs bigint, open_jobs bigint,
-    max_waiting_frames bigint, waiting_frames bigint, max_input_bytes bigint, input_bytes bigint
+    max_waiting_frames bigint, waiting_frames bigint, max_input_bytes bigint, input_bytes bigint,
+    device_seconds_a_month float, used_seconds float, promised_seconds float
 ) LANGUAGE plpgsql /* by index */ AS $$
 #variable_conflict use_column
 BEGIN
@@ -152,10 +196,13 @@ BEGIN
            t.max_waiting_frames,
            CASE WHEN t.max_waiting_frames IS NOT NULL THEN pg_temp.waiting_frames(t.id) END,
            t.max_input_bytes,
-           CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END
+           CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END,
+           t.device_seconds_a_month,
+           CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.used_seconds(t.id) END,
+           CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.promised_seconds(t.id) END
     FROM (SELECT DISTINCT w.id FROM unnest(_tenants) AS w (id)) w CROSS JOIN LATERAL (
         SELECT * FROM tenants t WHERE t.id = w.id LIMIT 1
     ) t
-    WHERE num_nonnulls(
-        t.priorities, t.max_open_jobs, t.max_waiting_frames, t.max_input_bytes) > 0;
+    WHERE num_nonnulls(t.priorities, t.max_open_jobs, t.max_waiting_frames, t.max_input_bytes,
+                       t.device_seconds_a_month) > 0;
 END $$;

@@ -4,6 +4,9 @@
 -- A job settles when its last frame ends: this is `states.settled` in SQL, where it is atomic.
 -- A constraint refuses counters that do not add up.
 --
+-- The device time of succeeded frames counts for their tenants too, in `device_use`, where it outlives
+-- the jobs. Each session has rows of its tenants that nobody else writes: see ADR 38.
+--
 -- A job's pace is measured from the mark `pace_since`, which is at least 30 seconds and eight
 -- batches old. So the pace does not jump with each batch, and old batches do not count. Without a
 -- mark the measurement starts again.
@@ -82,7 +85,15 @@ BEGIN
                                THEN coalesce(j.finished_at, clock_timestamp())
                                ELSE j.finished_at END
         FROM counted c WHERE j.id = ANY (ARRAY[c.id])
-        RETURNING j.id, j.tenant_id, j.status, c.before, c.data
+        RETURNING j.id, j.tenant_id, j.pipeline, j.status, c.before, c.data
+    ), used AS (
+        INSERT INTO device_use AS u (tenant_id, day, pipeline, writer, seconds)
+        SELECT w.tenant_id, (clock_timestamp() AT TIME ZONE 'UTC')::date, w.pipeline,
+               pg_backend_pid(), sum(d.seconds)
+        FROM written w JOIN delta d ON d.id = w.id WHERE d.seconds > 0
+        GROUP BY w.tenant_id, w.pipeline
+        ON CONFLICT (tenant_id, day, pipeline, writer)
+        DO UPDATE SET seconds = u.seconds + excluded.seconds
     )
     INSERT INTO events (job_id, tenant_id, kind, data)
     SELECT id, tenant_id, _kind, data FROM written

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 from psycopg.rows import namedtuple_row
 
 from farm.context import Farm
@@ -26,7 +27,9 @@ READ = {
     "leases": "SELECT *, extract(epoch FROM expires_at - clock_timestamp()) AS seconds FROM leases",
     "events": "SELECT * FROM events ORDER BY id",
     "tenants": "SELECT id, pg_temp.open_jobs(id) AS open_jobs,"
-    " pg_temp.waiting_frames(id) AS waiting FROM tenants",
+    " pg_temp.waiting_frames(id) AS waiting, pg_temp.used_seconds(id) AS used,"
+    " (SELECT coalesce(sum(device_seconds), 0) FROM jobs j WHERE j.tenant_id = t.id) AS of_jobs"
+    " FROM tenants t",
 }
 
 
@@ -53,6 +56,7 @@ def check_limits(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> N
         waiting = sum(job.count(W) + job.count(FrameState.READY) for job in unended)
         assert row.open_jobs == len(unended)
         assert row.waiting == waiting or (row.waiting > waiting and own.keys() & behind.keys())
+        assert row.used == pytest.approx(row.of_jobs)  # the story begins and ends in one month
 
 
 def read_all(farm: Farm) -> dict[str, Rows]:

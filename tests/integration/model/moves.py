@@ -26,6 +26,7 @@ from workers.janitor.janitor import Janitor
 
 WRITTEN = ("jobs", "frames", "attempts", "requeued_frames", "events", "reusable_renders")
 ALSO_EMPTIED = (
+    "device_use",
     "leases",
     "workers",
     "shares",
