@@ -722,6 +722,13 @@ lanes = Table(
         nullable=False,
         comment="device cost owed: to normal and bulk together; to bulk",
     ),
+    Column(
+        "some_full",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="a claim should count first which tenants may have no more running frames",
+    ),
 )
 
 device_use = Table(

@@ -1,4 +1,7 @@
-"""Budgets: device seconds that a tenant used, and the cost of its frames that wait: see ADR 38."""
+"""Budgets: device seconds that a tenant used, and the cost of its frames that wait: see ADR 38.
+
+And a hint with which claims count running frames less often: see ADR 37.
+"""
 
 from __future__ import annotations
 
@@ -270,6 +273,16 @@ def upgrade() -> None:
                 name, sa.Double(), nullable=False, server_default=sa.text("0"), comment=comment
             ),
         )
+    op.add_column(
+        "lanes",
+        sa.Column(
+            "some_full",
+            sa.Boolean(),
+            nullable=False,
+            server_default=sa.text("false"),
+            comment="a claim should count first which tenants may have no more running frames",
+        ),
+    )
     op.create_table(
         "device_use",
         sa.Column("tenant_id", sa.Uuid(), sa.ForeignKey("tenants.id"), primary_key=True),
@@ -315,6 +328,7 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION frame_cost(text)")
     op.drop_table("device_use")
     for table, column in (
+        ("lanes", "some_full"),
         ("workers", "cost_seconds"),
         ("workers", "cost"),
         ("leases", "frame_cost"),

@@ -107,6 +107,52 @@ def test_frames_of_all_lanes_count(farm: Farm, lane_names: list[str]) -> None:
     assert claim_all(one) == []
 
 
+def test_a_claim_that_meets_a_full_tenant_chooses_without_all_of_them(farm: Farm) -> None:
+    """No batch is padded where frames were cut. The next claims count first, until none is full."""
+    ann, bob, eve = limited(farm, "ann", 4), limited(farm, "bob", 4), new_tenant(farm, "eve")
+    for tenant in (ann, bob):
+        submit(farm, tenant, images_per_prompt=4, bucket=4, steps=4)
+    worker = register_worker(farm)
+    held = [worker.must_claim(), worker.must_claim()]
+    submit(farm, eve, steps=4, bucket=4)
+    for tenant in (bob, ann, eve, eve):
+        submit(farm, tenant, images_per_prompt=2, bucket=4, steps=4)
+
+    def hint() -> bool:
+        [(found,)] = sql(farm, "SELECT coalesce(bool_or(some_full), false) FROM lanes")
+        return bool(found)
+
+    assert hint() is False
+    first = worker.must_claim()
+    assert {frame.tenant_id for frame in first.frames} == {eve}
+    assert len(first.frames) == 4
+    assert hint() is True
+    second = worker.must_claim()
+    assert {frame.tenant_id for frame in second.frames} == {eve}
+    assert worker.claim() is None
+    assert hint() is True
+    for lease in held:
+        worker.complete(lease)
+    last = worker.must_claim()
+    assert {frame.tenant_id for frame in last.frames} == {ann, bob}
+    assert hint() is False
+
+
+def test_an_isolated_frame_of_a_full_tenant_waits(farm: Farm) -> None:
+    ann, bob = limited(farm, "ann", 2), new_tenant(farm, "bob")
+    submit(farm, ann, images_per_prompt=2, max_attempts=9, **TWO)
+    worker = register_worker(farm)
+    worker.fail(worker.must_claim())  # its frames are isolated now
+    submit(farm, ann, priority="interactive", images_per_prompt=2, **TWO)
+    lease = worker.must_claim()
+    assert running(farm) == {ann: 2}
+    submit(farm, bob, **TWO)
+    assert {frame.tenant_id for frame in worker.must_claim().frames} == {bob}
+    assert worker.claim() is None
+    worker.complete(lease)
+    assert frames_of(claim_all(worker)) == [1, 1]
+
+
 def test_requeued_frames_count(farm: Farm) -> None:
     ann = limited(farm, "ann", 4)
     submit(farm, ann, images_per_prompt=4, bucket=4, max_attempts=9)
@@ -236,7 +282,7 @@ def test_the_end_of_a_batch_wakes_lanes(
 
     noise.disturb = come
     loop.run()
-    assert set(rung) == {"demo", "noise"}
+    assert set(rung) == {"demo"}, "nothing waits on the other lane"
 
 
 @pytest.fixture

@@ -455,13 +455,13 @@ DECLARE
     is_limited bool;
     choices int := 0;
     is_first bool := true;
+    lane record;
     full_ids uuid[];
     frame_tenants uuid[];
     limited_ids uuid[] := '{}';
     rooms bigint[] := '{}';
     but text[];
     owed float[];
-    owed_before float[];
     is_owed bool;
     most_urgent smallint;
     leader record;
@@ -489,9 +489,12 @@ BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
     is_limited := pg_temp.is_running_limited();
-    full_ids := CASE WHEN is_limited THEN pg_temp.full_tenants() ELSE '{}' END;
+    SELECT l.owed, l.some_full INTO lane FROM lanes l WHERE l.pipeline = _pipeline;
+    -- Null: not counted. That takes long, so a claim does it only if it meets such a tenant, or the claim
+    -- before it did.
+    full_ids := CASE WHEN is_limited AND lane.some_full THEN pg_temp.full_tenants() END;
     SELECT w.failing,
-           _without || full_ids || array_remove(ARRAY[
+           _without || coalesce(full_ids, '{}') || array_remove(ARRAY[
                CASE WHEN w.tripped_until > clock_timestamp() THEN w.avoids END], NULL)
     INTO failing, avoided FROM workers w
     WHERE w.id = _worker_id AND NOT w.draining
@@ -499,8 +502,7 @@ BEGIN
       -- a half-open worker has one batch at a time
       AND (w.trips = 0 OR NOT EXISTS (SELECT FROM leases l WHERE l.worker_id = w.id));
     IF NOT FOUND THEN RETURN; END IF;
-    owed := coalesce((SELECT l.owed FROM lanes l WHERE l.pipeline = _pipeline), '{0,0}');
-    owed_before := owed;
+    owed := coalesce(lane.owed, '{0,0}');
 
     -- Chosen jobs may be cancelled or paused before they are locked. Then choose again.
     WHILE choices < 5 LOOP
@@ -562,25 +564,33 @@ BEGIN
                     SELECT * INTO limited_ids, rooms
                     FROM pg_temp.rooms_to_run(
                         is_first, requeued_ids || new_ids, limited_ids, rooms);
-                    SELECT * INTO requeued_ids, requeued_ordinals, new_ids, new_counts
-                    FROM pg_temp.within_rooms(
-                        limited_ids, rooms, requeued_ids, requeued_ordinals, new_ids, new_counts);
-                    n := cardinality(requeued_ids)
-                         + coalesce((SELECT sum(u.n) FROM unnest(new_counts) AS u (n)), 0);
+                    IF n > ANY(rooms) THEN
+                        SELECT * INTO requeued_ids, requeued_ordinals, new_ids, new_counts
+                        FROM pg_temp.within_rooms(
+                            limited_ids, rooms, requeued_ids, requeued_ordinals, new_ids,
+                            new_counts);
+                        n := cardinality(requeued_ids)
+                             + coalesce((SELECT sum(u.n) FROM unnest(new_counts) AS u (n)), 0);
+                    END IF;
                 END IF;
                 chosen := pg_temp.chosen_bucket(_plans, leader.batch_key, size, greatest(n, 1));
                 EXIT WHEN n <= chosen;
                 size := chosen;
             END LOOP;
         END IF;
-        IF rooms[array_position(limited_ids, leader.tenant_id)] <= 0 THEN
+        is_first := false;
+        IF full_ids IS NULL AND 0 >= ANY(rooms) THEN
+            full_ids := pg_temp.full_tenants();
+            avoided := avoided || full_ids;
+            choices := choices - 1;
+            CONTINUE;
+        ELSIF rooms[array_position(limited_ids, leader.tenant_id)] <= 0 THEN
             avoided := avoided || leader.tenant_id;
-            is_first := false; choices := choices - 1;
+            choices := choices - 1;
             CONTINUE;
         END IF;
 
         -- 3. The jobs' locks, by id.
-        is_first := false;
         PERFORM pg_temp.lock_jobs(requeued_ids || new_ids);
 
         -- 4. Requeued frames run again, with the next attempt. A frame whose attempts cannot be
@@ -710,13 +720,17 @@ BEGIN
         CASE WHEN is_owed THEN -1 ELSE coalesce(leader.priority, _priority + 1) END::smallint,
         coalesce(leader.used, -1), coalesce(leader.tenant_id, pg_temp.no_tenant()),
         CASE WHEN _priority = 0 THEN 100 END, avoided);
-    IF ids = '{}' THEN RETURN; END IF;
-
-    owed := pg_temp.owed_after(_pipeline, owed, leader.priority, cost, _share, most_urgent);
-    IF owed <> owed_before THEN
-        INSERT INTO lanes (pipeline, owed) VALUES (_pipeline, owed)
-        ON CONFLICT (pipeline) DO UPDATE SET owed = excluded.owed;
+    IF ids <> '{}' THEN
+        owed := pg_temp.owed_after(_pipeline, owed, leader.priority, cost, _share, most_urgent);
     END IF;
+    IF owed <> coalesce(lane.owed, '{0,0}')
+        OR (full_ids <> '{}') IS TRUE IS DISTINCT FROM (lane.some_full IS TRUE) THEN
+        INSERT INTO lanes (pipeline, owed, some_full)
+        VALUES (_pipeline, owed, (full_ids <> '{}') IS TRUE)
+        ON CONFLICT (pipeline) DO UPDATE
+        SET owed = excluded.owed, some_full = excluded.some_full;
+    END IF;
+    IF ids = '{}' THEN RETURN; END IF;
 
     -- 7. The lease, the jobs' counters and the events.
     SELECT array_agg(f.id ORDER BY f.id, f.ordinal),

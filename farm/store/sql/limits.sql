@@ -26,8 +26,8 @@ CREATE FUNCTION pg_temp.input_bytes(_tenant uuid) RETURNS bigint LANGUAGE sql ST
     SELECT coalesce(sum(i.bytes), 0)::bigint FROM inputs i WHERE i.tenant_id = _tenant
 $$;
 
--- Returns the denoising time of a device cost of 1 on a lane: of its workers, or of earlier ones if none
--- of them rendered anything yet. Null: unknown.
+-- Returns the denoising time of a device cost of 1 on a lane: of its workers, or of archived ones if none
+-- of them rendered anything. Null: unknown.
 CREATE FUNCTION pg_temp.seconds_per_cost(_pipeline text) RETURNS float LANGUAGE sql STABLE AS $$
     SELECT sum(w.cost_seconds) / sum(w.cost) FROM workers w
     WHERE w.pipeline = _pipeline AND w.cost > 0
@@ -79,10 +79,14 @@ $$;
 CREATE FUNCTION pg_temp.running_frames(_of uuid[] DEFAULT NULL)
 RETURNS TABLE (tenant_id uuid, frames bigint) LANGUAGE sql STABLE AS $$
     SELECT f.tenant_id, count(*)
-    FROM leases l CROSS JOIN LATERAL unnest(coalesce(l.tenant_ids, ARRAY(
-        SELECT j.tenant_id FROM unnest(l.job_ids) AS u (id) CROSS JOIN LATERAL (
-            SELECT j.tenant_id FROM jobs j WHERE j.id = u.id LIMIT 1) j
-    ))) AS f (tenant_id)
+    FROM (  -- unnest in a list of columns takes half as long as in a join
+        SELECT unnest(l.tenant_ids) AS tenant_id FROM (
+            SELECT coalesce(l.tenant_ids, ARRAY(
+                SELECT j.tenant_id FROM unnest(l.job_ids) AS u (id) CROSS JOIN LATERAL (
+                    SELECT j.tenant_id FROM jobs j WHERE j.id = u.id LIMIT 1) j
+            )) AS tenant_ids FROM leases l
+        ) l WHERE _of IS NULL OR l.tenant_ids && _of
+    ) f
     WHERE _of IS NULL OR f.tenant_id = ANY(_of) GROUP BY f.tenant_id
 $$;
 
