@@ -129,9 +129,9 @@ def rows(stand: BenchServers, short: bool) -> list[Row]:
             return claim_rate(hands["small"], claims)
 
         def claim_limited() -> float:
-            _run(large, LIMITS, {"most": LIMIT})
+            set_limits(large, LIMIT)
             rate = claim_rate(hands["large"], claims)
-            _run(large, LIMITS, {"most": None})
+            set_limits(large, None)
             return rate
 
         claiming: dict[str, Way] = {
@@ -169,6 +169,12 @@ def fill(site: BenchFarm, share: int) -> None:
     _run(site, FRAMES, {})
     site.connection.execute("VACUUM (ANALYZE)")
     site.connection.execute("CHECKPOINT")
+
+
+def set_limits(site: BenchFarm, most: int | None) -> None:
+    """Set the limit of all waiting tenants, as if it had been set long ago."""
+    _run(site, LIMITS, {"most": most})
+    site.connection.execute("VACUUM tenants")
 
 
 def claim_rate(worker: FakeWorker, claims: int) -> float:

@@ -759,7 +759,8 @@ BEGIN
     limited := limited_ids && frame_tenants;
 
     -- 8. True if work is left, so that another worker should wake up. Of requeued frames this is a
-    -- hint: one of each priority of the next three tenants is looked at, and its job may be held.
+    -- hint: one of each priority of the next three tenants is looked at, and its job may be held. So is
+    -- work of a full tenant that no claim of this lane has met yet.
     left_over := EXISTS (SELECT FROM jobs j WHERE j.open AND j.pipeline = _pipeline)
         OR EXISTS (
             SELECT FROM (
@@ -776,11 +777,12 @@ BEGIN
         )
         OR EXISTS (SELECT FROM shares s
                    WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
-    IF left_over AND is_limited THEN
-        left_over := EXISTS (SELECT FROM pg_temp.leader(
-            _pipeline, '{}', 2::smallint, full_ids || ARRAY(
-                SELECT l.id FROM unnest(limited_ids, rooms) AS l (id, room)
-                WHERE l.room <= cardinality(array_positions(frame_tenants, l.id)))));
+    full_ids := full_ids || ARRAY(
+        SELECT l.id FROM unnest(limited_ids, rooms) AS l (id, room)
+        WHERE l.room <= cardinality(array_positions(frame_tenants, l.id)));
+    IF left_over AND full_ids <> '{}' THEN
+        left_over := EXISTS (
+            SELECT FROM pg_temp.leader(_pipeline, '{}', 2::smallint, full_ids));
     END IF;
 
     -- 9. The prompt of each frame. A chunk of prompts is unpacked once for all of its frames. Lines
