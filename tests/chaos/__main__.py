@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from tests.chaos.rows import ROWS
 from tests.chaos.run import BULK, Chaos, Result, chaos
 
 MIN_BULK = 500
+ROLLING_DEPLOY = 22
 SHORT = "1,3,4,8,9,12,15,16"
 
 
@@ -41,6 +43,7 @@ def main() -> int:
                 echo(f"{results[-1].seconds:.0f} s", err=True)
             measured = list(figures(running)) if options.figures else []
             held, audit = audited(running)
+            held &= device_time_adds_up(running, options.rows)
     echo("\n".join([*map(str, measured), audit]))
     text = report.page(results, measured, audit, options.seed, time.monotonic() - started)
     if options.report:
@@ -100,6 +103,15 @@ def audited(running: Chaos) -> tuple[bool, str]:
     if done.returncode:
         echo("\n".join(said[-10:]), err=True)
     return done.returncode == 0, line
+
+
+def device_time_adds_up(running: Chaos, rows: list[int]) -> bool:
+    """Compare what tenants used with their jobs. The version before this one noted nothing."""
+    used, of_jobs = running.truth.device_time()
+    if math.isclose(used, of_jobs) or (ROLLING_DEPLOY in rows and used < of_jobs):
+        return True
+    echo(f"device_use has {used} s, and the jobs have {of_jobs} s", err=True)
+    return False
 
 
 if __name__ == "__main__":

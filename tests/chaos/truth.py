@@ -41,6 +41,10 @@ WHERE l.locktype = 'advisory' AND l.granted
 ATTEMPTS = """
 SELECT reason FROM attempts WHERE job_id = %(job_id)s AND ordinal = %(ordinal)s ORDER BY attempt
 """
+DEVICE_TIME = """
+SELECT (SELECT coalesce(sum(seconds), 0) FROM device_use) AS used,
+       (SELECT coalesce(sum(device_seconds), 0) FROM jobs) AS of_jobs
+"""
 
 
 class DatabaseProbe:
@@ -99,6 +103,11 @@ class DatabaseProbe:
     def attempts_ended(self) -> int:
         """Count the attempts of all jobs that ended without success."""
         return int(self.rows("SELECT count(*) AS attempts FROM attempts")[0]["attempts"])
+
+    def device_time(self) -> tuple[float, float]:
+        """Return the device time that tenants used, and that of all jobs, in seconds."""
+        [row] = self.rows(DEVICE_TIME)
+        return row["used"], row["of_jobs"]
 
     def is_over(self, job_id: UUID) -> bool:
         """Return True if a job has ended."""
