@@ -101,10 +101,11 @@ class Budget(BaseModel):
     used: float = Field(description="Of all frames that succeeded this month, also of removed jobs")
     promised: float = Field(description="Expected for the frames that wait or run")
     left: float = Field(description="Time that is neither used nor promised; 0 if nothing is left")
-    needed: float = Field(
-        description="Expected for this job, by the average pace of its pipeline. Beyond `left` the"
-        " job is refused."
+    needed: float | None = Field(
+        description="Expected for this job, by the average pace of its pipeline; null if no worker"
+        " has rendered anything yet"
     )
+    fits: bool = Field(description="False if the job would be refused")
 
 
 class Quote(BaseModel):
@@ -391,7 +392,9 @@ class TenantChange(BaseModel):
     """A change of a tenant. A field that is left out stays as it is."""
 
     # No defaults in the schema: a client that filled them in would remove every limit.
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_without_defaults)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_without_defaults
+    )
 
     weight: float = Field(
         default=1.0,

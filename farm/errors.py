@@ -131,15 +131,22 @@ class LimitExceeded(FarmError):
 
     @classmethod
     def of_seconds(
-        cls, value: float, *, used: float, promised: float, more: float, wait: float
+        cls, value: float, *, used: float, promised: float, more: float, month_in: float
     ) -> LimitExceeded:
-        """Build it for a job that would need `more` device seconds. A month begins in `wait`."""
-        fits = more <= value
-        hint = (
-            f"A month begins in {wait / 86_400:,.1f} days."
-            if fits
-            else "That is more than the limit itself: make it smaller."
-        )
+        """Build it for work that would need `more` device seconds.
+
+        `month_in` is the time until the next month begins, in seconds.
+        """
+        fits, wait = more <= value, None
+        if not fits:
+            hint = "That is more than the limit itself: make it smaller."
+        elif used < value and used + more <= value:
+            hint = "Try again when other jobs have ended."
+        else:
+            hint, wait = (
+                f"The next month begins in {month_in / 86_400:,.1f} days.",
+                math.ceil(month_in),
+            )
         error = cls(
             f"device_seconds_a_month: this tenant may use {value:,.1f} s of device time a month. "
             f"It has used {used:,.1f} s, its waiting and running frames need about "
@@ -150,7 +157,7 @@ class LimitExceeded(FarmError):
             value,
             used + promised,
             fits_later=fits,
-            wait_seconds=math.ceil(wait) if fits else None,
+            wait_seconds=wait,
         )
         return error
 

@@ -31,8 +31,10 @@ class Budget:
     promised: float
     """Expected for the frames that wait or run."""
     left: float
-    needed: float
-    """Expected for this job. Beyond `left` it is refused."""
+    needed: float | None
+    """Expected for this job. None: no worker has rendered anything yet."""
+    fits: bool
+    """False if the job would be refused."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _budget(connection: Transaction, tenant_id: uuid.UUID, spec: FullSpec) -> Bu
         return None
     [needed] = expected_seconds(connection, [(spec.pipeline, spec.runs)])
     left = max(found.value - found.used - found.promised, 0.0)
-    return Budget(found.value, found.used, found.promised, left, needed)
+    return Budget(*found, left=left, needed=needed, fits=found.allows(needed))
 
 
 def _runs(spec: FullSpec) -> Iterator[tuple[int, str, int]]:

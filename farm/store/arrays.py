@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Iterable
 
 
-def numbers(items: Iterable[int]) -> str:
-    """Write an array of whole numbers."""
+def numbers(items: Iterable[float]) -> str:
+    """Write an array of numbers."""
     return "{" + ",".join(map(str, items)) + "}"
 
 

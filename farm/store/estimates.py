@@ -31,7 +31,13 @@ SELECT sum(device_seconds) / sum(rendered) AS seconds, (
 FROM job
 """)
 
-OF_ALL = text("SELECT frame_cost(:batch_key) * pg_temp.seconds_per_cost(:pipeline)")
+# Before a worker of this version has rendered, there is no cost, and all frames count alike.
+OF_ALL = text("""
+SELECT coalesce(frame_cost(:batch_key) * pg_temp.seconds_per_cost(:pipeline), (
+    SELECT (sum(denoise_seconds) / nullif(sum(succeeded), 0))::float
+    FROM workers WHERE pipeline = :pipeline
+))
+""")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class CompletedFrame:
     """Hash of everything that decides the artifact's bytes, if it may be reused."""
     reused: bool = False
     """True if the artifact is a copy of another frame's artifact."""
+    seconds: float = 0.0
+    """Its part of the time in which its batch was denoised. 0 if it was not."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ COMPLETE = """
 SELECT * FROM pg_temp.complete(
     CAST(:lease_ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]),
     CAST(:attempts AS smallint[]), CAST(:sha256 AS bytea[]), CAST(:bytes AS int[]),
-    CAST(:slots AS smallint[]), CAST(:seconds AS float), CAST(:digests AS bytea[]),
+    CAST(:slots AS smallint[]), CAST(:seconds AS float[]), CAST(:digests AS bytea[]),
     CAST(:reused AS bool[]))
 """
 
@@ -182,15 +184,11 @@ def complete(
     connection: Connection,
     lease_id: uuid.UUID,
     done: Sequence[CompletedFrame],
-    seconds: float = 0.0,
 ) -> set[Fence]:
-    """Complete frames. Return the fences that were accepted; the others had lost their lease.
-
-    `seconds` is the device time that denoising all of them took.
-    """
+    """Complete frames. Return the fences that were accepted; the others had lost their lease."""
     if not done:
         return set()
-    rows = connection.execute(text(COMPLETE), _results([lease_id], done, seconds))
+    rows = connection.execute(text(COMPLETE), _results([lease_id], done))
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
@@ -205,17 +203,16 @@ def complete_batches(
 
     If no frame is accepted, nothing is added: see already_complete.
     """
-    results = _results(lease_ids, done, account.denoise_seconds)
-    values = {**results, "done": len(done), **account.values(worker_id)}
+    values = {**_results(lease_ids, done), "done": len(done), **account.values(worker_id)}
     rows = connection.execute(FINISH, values)
     return {(row.job_id, row.ordinal, row.attempt) for row in rows}
 
 
 def _results(
-    lease_ids: Sequence[uuid.UUID], done: Sequence[CompletedFrame], seconds: float
-) -> dict[str, str | float | None]:
+    lease_ids: Sequence[uuid.UUID], done: Sequence[CompletedFrame]
+) -> dict[str, str | None]:
     return {
-        "seconds": seconds,
+        "seconds": arrays.numbers(item.seconds for item in done),
         **_reuse(done),
         **_fences([item.fence for item in done]),
         "lease_ids": arrays.ids(lease_ids),

@@ -185,7 +185,7 @@ def insert_counted_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[
             continue
         room = rooms.get(job.tenant_id)
         priority = Priority.parse(job.spec.priority)
-        refusal = room and room.take(priority, job.spec.total, seconds.get(job, 0.0))
+        refusal = room and room.take(priority, job.spec.total, seconds.get(job))
         if refusal:
             answers[job.id] = refusal
         elif key:
@@ -342,8 +342,7 @@ WHERE id = :id AND behind_from = :behind_from AND paused = :paused AND status = 
 
 # Each frame is taken to cost as much as the mean of its job.
 EXPECTED_OF_FRAMES = text("""
-SELECT coalesce(
-    (remaining_cost(runs, 0) / total)::float * :frames * pg_temp.seconds_per_cost(pipeline), 0)
+SELECT (remaining_cost(runs, 0) / total)::float * :frames * pg_temp.seconds_per_cost(pipeline)
 FROM jobs WHERE id = :id
 """)
 
@@ -455,7 +454,7 @@ def retry_job(
         )
     was_open = job.status not in TERMINAL
     more = job.dead if whole else min(job.dead, RETRY_SLICE)
-    seconds = 0.0
+    seconds: float | None = None
     if room and room.has_budget:
         values = {"id": job_id, "frames": more}
         seconds = connection.execute(EXPECTED_OF_FRAMES, values).scalar_one()

@@ -18,7 +18,7 @@ from farm.store.rows import row_of
 ROOMS = text("SELECT * FROM pg_temp.rooms(CAST(:ids AS uuid[]))")
 
 EXPECTED = text("""
-SELECT coalesce(remaining_cost(g.runs, 0)::float * pg_temp.seconds_per_cost(g.pipeline), 0)
+SELECT remaining_cost(g.runs, 0)::float * pg_temp.seconds_per_cost(g.pipeline)
 FROM ROWS FROM (
     jsonb_to_recordset(CAST(:jobs AS jsonb)) AS (pipeline text, runs jsonb)
 ) WITH ORDINALITY AS g (pipeline, runs, place) ORDER BY g.place
@@ -26,7 +26,7 @@ FROM ROWS FROM (
 
 BUDGET = text("""
 SELECT t.device_seconds_a_month AS value, pg_temp.used_seconds(t.id) AS used,
-       pg_temp.promised_seconds(t.id) AS promised
+       coalesce((SELECT p.seconds FROM pg_temp.promised_seconds(ARRAY[t.id]) p), 0) AS promised
 FROM tenants t WHERE t.id = :id AND t.device_seconds_a_month IS NOT NULL
 """)
 
@@ -43,8 +43,6 @@ SELECT tenant_id, day, pipeline, 0, sum(seconds) FROM parts GROUP BY tenant_id, 
 ON CONFLICT (tenant_id, day, pipeline, writer) DO UPDATE SET seconds = u.seconds + excluded.seconds
 """)
 
-TO_NEXT_MONTH = text("SELECT pg_temp.seconds_to_next_month()")
-
 
 @dataclass
 class Room:
@@ -60,8 +58,7 @@ class Room:
     device_seconds_a_month: float | None
     used_seconds: float | None
     promised_seconds: float | None
-    wait_seconds: float = 0.0
-    """Time until the next month begins."""
+    seconds_to_next_month: float
 
     @property
     def has_budget(self) -> bool:
@@ -69,14 +66,14 @@ class Room:
         return self.device_seconds_a_month is not None
 
     def take(
-        self, priority: Priority, frames: int, seconds: float, *, jobs: int = 1
+        self, priority: Priority, frames: int, seconds: float | None, *, jobs: int = 1
     ) -> FarmError | None:
         """Count a job that is submitted, or a job's frames that wait again.
 
         Args:
             priority: of the job.
             frames: number of frames that wait from now on.
-            seconds: their expected device time.
+            seconds: their expected device time. None: not known.
             jobs: 0 if the job was open before.
 
         Returns:
@@ -96,16 +93,18 @@ class Room:
             if more and value is not None and used + more > value:
                 return LimitExceeded.of(limit, value, used=used, more=more)
         if self.device_seconds_a_month is not None:
-            spent, promised = self.used_seconds or 0.0, self.promised_seconds or 0.0
-            if spent + promised + seconds > self.device_seconds_a_month:
+            budget = Budget(
+                self.device_seconds_a_month, self.used_seconds or 0.0, self.promised_seconds or 0.0
+            )
+            if not budget.allows(seconds):
                 return LimitExceeded.of_seconds(
-                    self.device_seconds_a_month,
-                    used=spent,
-                    promised=promised,
-                    more=seconds,
-                    wait=self.wait_seconds,
+                    budget.value,
+                    used=budget.used,
+                    promised=budget.promised,
+                    more=seconds or 0.0,
+                    month_in=self.seconds_to_next_month,
                 )
-            self.promised_seconds = promised + seconds
+            self.promised_seconds = budget.promised + (seconds or 0.0)
         self.open_jobs, self.waiting_frames = has_jobs + jobs, has_frames + frames
         return None
 
@@ -118,6 +117,11 @@ class Budget(NamedTuple):
     promised: float
     """Expected for the frames that wait or run."""
 
+    def allows(self, seconds: float | None) -> bool:
+        """Return True if work with this expected device time fits. None: the time is not known."""
+        has = self.used + self.promised
+        return has < self.value and has + (seconds or 0.0) <= self.value
+
 
 def budget_of(connection: Connection, tenant_id: uuid.UUID) -> Budget | None:
     """Read a tenant's budget. None: it has none."""
@@ -126,7 +130,7 @@ def budget_of(connection: Connection, tenant_id: uuid.UUID) -> Budget | None:
 
 def expected_seconds(
     connection: Connection, jobs: Sequence[tuple[str, Sequence[Run]]]
-) -> list[float]:
+) -> list[float | None]:
     """Estimate the device time of whole jobs, in seconds, by the pace of their lanes.
 
     Args:
@@ -134,7 +138,7 @@ def expected_seconds(
         jobs: pipeline and runs of each.
 
     Returns:
-        The time of each job. 0.0 if its lane has rendered nothing yet.
+        The time of each job. None: no worker has rendered anything yet.
     """
     if not jobs:
         return []
@@ -160,13 +164,7 @@ def lock_rooms(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> dic
     Tenants without limits are left out.
     """
     rows = connection.execute(ROOMS, {"ids": arrays.ids(tenant_ids)})
-    rooms = {tenant_id: Room(*fields) for tenant_id, *fields in rows}
-    with_budget = [room for room in rooms.values() if room.has_budget]
-    if with_budget:
-        wait = connection.execute(TO_NEXT_MONTH).scalar_one()
-        for room in with_budget:
-            room.wait_seconds = wait
-    return rooms
+    return {tenant_id: Room(*fields) for tenant_id, *fields in rows}
 
 
 def fold_device_use(connection: Connection, rows: int) -> None:

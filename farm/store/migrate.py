@@ -25,7 +25,7 @@ from sqlalchemy.schema import DropTableComment, SetTableComment
 from tenacity import Retrying, retry_if_exception, wait_fixed
 
 import migrations
-from farm.errors import FarmError, InvalidRequest
+from farm.errors import FarmError, InvalidRequest, Unavailable
 from farm.process import version
 from farm.store import workers
 from farm.store.engine import Store, transaction
@@ -42,7 +42,7 @@ LOCK_SECONDS = 2
 LOCK_TIMEOUT = text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
 PAUSE_SECONDS = 3.0
 """Pause between two tries, in seconds. Queries that waited are answered in it."""
-LOCK_NOT_AVAILABLE = "55P03"
+LOCK_NOT_AVAILABLE, DEADLOCK = "55P03", "40P01"
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
 HAS_ROLE = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = :role)")
 FLOOR = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
@@ -199,7 +199,9 @@ def _apply_once(store: Store, step: Step, folder: Path) -> None:
 
 
 def _waited_for_lock(error: BaseException) -> bool:
-    return getattr(getattr(error, "orig", None), "sqlstate", None) == LOCK_NOT_AVAILABLE
+    cause = error.__cause__ if isinstance(error, Unavailable) else error
+    state = getattr(getattr(cause, "orig", None), "sqlstate", None)
+    return state in (LOCK_NOT_AVAILABLE, DEADLOCK)
 
 
 def downgrade(store: Store, revision: str = "base", *, folder: Path = FOLDER) -> None:

@@ -41,6 +41,12 @@ t.max_running_frames, t.max_waiting_frames, t.max_input_bytes, t.requests_a_seco
 t.requests_burst, t.device_seconds_a_month
 """
 
+PROMISED = """
+LEFT JOIN pg_temp.promised_seconds(ARRAY(
+    SELECT b.id FROM tenants b WHERE b.device_seconds_a_month IS NOT NULL AND b.removed_at IS NULL
+)) p ON p.tenant_id = t.id
+"""
+
 # In a list only those with limits are counted: there may be thousands of others.
 LIST = text(f"""
 SELECT {FIELDS},
@@ -51,10 +57,11 @@ SELECT {FIELDS},
     CASE WHEN t.max_running_frames IS NOT NULL THEN coalesce(r.frames, 0) END AS running_frames,
     CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.used_seconds(t.id) END
     AS used_seconds,
-    CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.promised_seconds(t.id) END
+    CASE WHEN t.device_seconds_a_month IS NOT NULL THEN coalesce(p.seconds, 0) END
     AS promised_seconds,
     {OWNS}
 FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
+{PROMISED}
 WHERE t.removed_at IS NULL ORDER BY t.name
 """)  # noqa: S608 - constants only
 
@@ -63,15 +70,17 @@ SELECT {FIELDS}, pg_temp.open_jobs(t.id) AS open_jobs,
     pg_temp.waiting_frames(t.id) AS waiting_frames, pg_temp.input_bytes(t.id) AS input_bytes,
     coalesce((SELECT r.frames FROM pg_temp.running_frames(ARRAY[t.id]) r), 0) AS running_frames,
     pg_temp.used_seconds(t.id) AS used_seconds,
-    pg_temp.promised_seconds(t.id) AS promised_seconds,
+    coalesce((SELECT p.seconds FROM pg_temp.promised_seconds(ARRAY[t.id]) p), 0)
+    AS promised_seconds,
     {OWNS}
 FROM tenants t
 WHERE (t.name = :word AND t.removed_at IS NULL) OR t.id::text = :word
 """)  # noqa: S608 - constants only
 
-LIMITS_IN_USE = text("""
+LIMITS_IN_USE = text(f"""
 SELECT t.name AS tenant, l.name, l.value, l.used
 FROM tenants t LEFT JOIN pg_temp.running_frames() r ON r.tenant_id = t.id
+{PROMISED}
 CROSS JOIN LATERAL (VALUES
     ('max_open_jobs', t.max_open_jobs,
      CASE WHEN t.max_open_jobs IS NOT NULL THEN pg_temp.open_jobs(t.id) END),
@@ -82,10 +91,10 @@ CROSS JOIN LATERAL (VALUES
      CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END),
     ('device_seconds_a_month', t.device_seconds_a_month,
      CASE WHEN t.device_seconds_a_month IS NOT NULL
-          THEN pg_temp.used_seconds(t.id) + pg_temp.promised_seconds(t.id) END)
+          THEN pg_temp.used_seconds(t.id) + coalesce(p.seconds, 0) END)
 ) AS l (name, value, used)
 WHERE t.removed_at IS NULL AND l.value IS NOT NULL ORDER BY t.name, l.name
-""")
+""")  # noqa: S608 - constants only
 
 # Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
 LOCK = text("""
@@ -177,6 +186,8 @@ SELECT EXISTS (SELECT FROM jobs WHERE tenant_id = :id)
 EMPTIED = text("""
 WITH control_images AS (
     DELETE FROM control_images WHERE tenant_id = :id
+), device_use AS (
+    DELETE FROM device_use WHERE tenant_id = :id
 )
 UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
 """)

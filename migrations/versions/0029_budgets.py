@@ -216,6 +216,28 @@ WHEN ({BY_THE_VERSION_BEFORE}) EXECUTE FUNCTION requeued_claimed_before()
 """,
 )
 
+# A completion of this version notes the device time itself. For one of the version before, or a change
+# by hand, a trigger does it.
+OLD_USE = (
+    """
+CREATE FUNCTION device_used() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO device_use AS u (tenant_id, day, pipeline, writer, seconds)
+    VALUES (NEW.tenant_id, (clock_timestamp() AT TIME ZONE 'UTC')::date, NEW.pipeline,
+            pg_backend_pid(), NEW.device_seconds - OLD.device_seconds)
+    ON CONFLICT (tenant_id, day, pipeline, writer)
+    DO UPDATE SET seconds = u.seconds + excluded.seconds;
+    RETURN NULL;
+END $$
+""",
+    """
+CREATE TRIGGER device_used AFTER UPDATE ON jobs FOR EACH ROW
+WHEN (OLD.device_seconds <> NEW.device_seconds
+      AND coalesce(current_setting('farm.notes_use', true), '') = '')
+EXECUTE FUNCTION device_used()
+""",
+)
+
 # The locks keep everybody else from writing jobs and requeued frames until the commit.
 LOCK = "LOCK TABLE jobs, requeued_frames IN SHARE ROW EXCLUSIVE MODE"
 COUNT = """
@@ -285,7 +307,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "device_use",
-        sa.Column("tenant_id", sa.Uuid(), sa.ForeignKey("tenants.id"), primary_key=True),
+        sa.Column("tenant_id", sa.Uuid(), primary_key=True),
         sa.Column("day", sa.Date(), primary_key=True, comment="UTC"),
         sa.Column("pipeline", sa.Text(), primary_key=True),
         sa.Column(
@@ -308,12 +330,14 @@ def upgrade() -> None:
         op.execute(function)
     for function, (cost, sum_) in COSTS.items():
         op.execute(function.format(cost=cost, sum=sum_))
-    for statement in OLD_CLAIMS:
+    for statement in OLD_CLAIMS + OLD_USE:
         op.execute(statement)
     op.execute(COUNT)
 
 
 def downgrade() -> None:
+    op.execute("DROP TRIGGER device_used ON jobs")
+    op.execute("DROP FUNCTION device_used()")
     op.execute("DROP TRIGGER requeued_claimed_before ON requeued_frames")
     op.execute("DROP TRIGGER job_claimed_before ON jobs")
     op.execute("DROP FUNCTION requeued_claimed_before()")

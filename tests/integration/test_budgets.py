@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -21,16 +22,18 @@ from farm.services.metrics import render as render_metrics
 from farm.services.metrics import tenant_metrics
 from farm.store import frames
 from farm.store.audit import wrong_shares
+from farm.store.claim import ClaimedFrame
 from farm.store.engine import transaction
 from farm.store.frames import CompletedFrame
 from farm.store.limits import fold_device_use
-from farm.store.workers import Account
+from farm.store.workers import Account, account
 from tests.integration.test_api_refusals import check_problem
 from tests.integration.test_following import follow
 from tests.integration.test_limits import limit, many_clients_store
 from tests.integration.test_retention import grow_old
 from tests.support.api_server import JOB, Api, serving
 from tests.support.cli_runner import farm as command
+from tests.support.noise_family import Noise
 from tests.support.store import (
     FakeWorker,
     frame_rows,
@@ -42,12 +45,21 @@ from tests.support.store import (
 )
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageWork
+from workers.render.batch import RenderedBatch
+from workers.render.loop import RenderLoop
 
 SIDE = 256
 STEP = SIDE * SIDE
 """Cost of a step of one frame."""
 PACE = 4e-6
 """Seconds for a cost of 1. A step of one frame takes about a quarter of a second."""
+
+
+@pytest.fixture(autouse=True)
+def within_one_month() -> None:
+    now = datetime.now(UTC)
+    if (now + timedelta(minutes=3)).month != now.month:
+        pytest.skip("the month ends within three minutes")
 
 
 @pytest.fixture
@@ -61,12 +73,13 @@ def render(worker: FakeWorker, pipeline: str = "demo") -> float:
     lease = worker.claim(pipeline)
     assert lease is not None
     cost = lease.frame_cost * len(lease.frames)
-    account = Account(denoise_seconds=cost * PACE, cost=cost, cost_seconds=cost * PACE)
+    sums = Account(denoise_seconds=cost * PACE, cost=cost, cost_seconds=cost * PACE)
     done = [
-        CompletedFrame(frame.fence, bytes(32), 100, slot) for slot, frame in enumerate(lease.frames)
+        CompletedFrame(frame.fence, bytes(32), 100, slot, seconds=lease.frame_cost * PACE)
+        for slot, frame in enumerate(lease.frames)
     ]
     with transaction(worker.farm.store) as connection:
-        frames.complete_batches(connection, [lease.id], done, worker.id, account)
+        frames.complete_batches(connection, [lease.id], done, worker.id, sums)
     return cost * PACE
 
 
@@ -80,8 +93,11 @@ def with_pace(farm: Farm, name: str = "warm") -> FakeWorker:
 
 def has(farm: Farm, tenant: uuid.UUID) -> tuple[float, float]:
     """Return a tenant's used and promised seconds."""
-    [row] = sql(farm, "SELECT pg_temp.used_seconds(:t), pg_temp.promised_seconds(:t)", t=tenant)
-    return row[0], row[1]
+    [(used,)] = sql(farm, "SELECT pg_temp.used_seconds(:t)", t=tenant)
+    promised = sql(
+        farm, "SELECT seconds FROM pg_temp.promised_seconds(ARRAY[:t]::uuid[])", t=tenant
+    )
+    return used, sum(row.seconds for row in promised)
 
 
 def roughly(used: float, promised: float) -> Any:
@@ -126,12 +142,19 @@ def test_a_job_beyond_the_budget_is_refused(farm: Farm, api: Api) -> None:
         "device_seconds_a_month: this tenant may use 10.5 s of device time a month. It has used "
         "4.2 s, its waiting and running frames need about 4.2 s, and this would need about 3.1 s."
     )
-    until_next_month = response.headers["retry-after"]
+    assert problem["detail"].endswith("Try again when other jobs have ended.")
+    assert response.headers["retry-after"] == "30"
     assert response.headers["ratelimit-policy"] == '"device_seconds_a_month";q=10'
+    assert response.headers["ratelimit"] == '"device_seconds_a_month";r=2'
+
+    # More than is left even without what waits: not before the next month.
+    response = ann.post("/v1/jobs", json={**job, "images_per_prompt": 7})
+    assert " days." in response.json()["detail"]
+    until_next_month = response.headers["retry-after"]
     assert response.headers["ratelimit"] == f'"device_seconds_a_month";r=2;t={until_next_month}'
     now = datetime.now(UTC)
-    first = datetime(now.year + now.month // 12, now.month % 12 + 1, 1, tzinfo=UTC)
-    assert abs(int(until_next_month) - (first - now).total_seconds()) < 60
+    month = datetime(now.year + now.month // 12, now.month % 12 + 1, 1, tzinfo=UTC)
+    assert abs(int(until_next_month) - (month - now).total_seconds()) < 60
 
     larger = ann.post("/v1/jobs", json={**job, "images_per_prompt": 11})
     assert larger.json()["detail"].endswith("That is more than the limit itself: make it smaller.")
@@ -165,6 +188,7 @@ def test_a_dry_run_says_what_is_left(farm: Farm, api: Api) -> None:
         "promised": pytest.approx(3 * SECONDS),
         "left": pytest.approx(5 * SECONDS),
         "needed": pytest.approx(12 * SECONDS),
+        "fits": False,
     }
     key = api.key("ann")
     words = ["submit", "a red star", "--dry-run", "--pipeline", "demo", "--set", "steps=8"]
@@ -173,21 +197,85 @@ def test_a_dry_run_says_what_is_left(farm: Farm, api: Api) -> None:
     said = command(*words, env=env)
     assert said.code == 0, said.err
     text_ = " ".join(said.out.split())
-    assert "Of this month's device time 5.2 s is left, and this job needs about 13 s" in text_
+    assert "Of this month's device time 5.2 s is left. This job needs about 13 s of it." in text_
     assert "It would be refused." in text_
     limit(farm, "ann", device_seconds_a_month=4 * SECONDS)
-    assert quote()["left"] == 0
+    assert (quote()["left"], quote()["fits"]) == (0, False)
 
 
-def test_a_lane_that_rendered_nothing_yet_promises_nothing(farm: Farm) -> None:
+def test_a_lane_that_rendered_nothing_yet_has_the_pace_of_the_others(farm: Farm) -> None:
     ann = new_tenant(farm, "ann")
-    limit(farm, "ann", device_seconds_a_month=SECONDS)
+    limit(farm, "ann", device_seconds_a_month=10 * SECONDS)
     submit(farm, ann, **FIELDS, images_per_prompt=8, bucket=4)
-    assert has(farm, ann) == (0, 0)
+    assert has(farm, ann) == (0, 0), "no worker has rendered anything yet"
     render(register_worker(farm))
     assert has(farm, ann) == roughly(4 * SECONDS, 4 * SECONDS)
+    farm.catalog.pipelines["second"] = farm.catalog.pipelines["demo"]
     with pytest.raises(LimitExceeded):
-        submit(farm, ann, **FIELDS)
+        submit(farm, ann, pipeline="second", **FIELDS, images_per_prompt=3)
+    submit(farm, ann, pipeline="second", **FIELDS, images_per_prompt=2)
+    assert has(farm, ann) == roughly(4 * SECONDS, 6 * SECONDS)
+
+
+def test_a_budget_of_0_lets_nothing_in(farm: Farm, api: Api) -> None:
+    """Also if no pace is known."""
+    ann = api.client("ann")
+    limit(farm, "ann", device_seconds_a_month=0)
+    told = ann.post("/v1/jobs?dry_run=true", json={**JOB, **FIELDS}).json()["budget"]
+    assert (told["needed"], told["fits"]) == (None, False)
+    assert ann.post("/v1/jobs", json={**JOB, **FIELDS}).status_code == 429
+    assert api.jobs_stored() == 0
+
+
+def test_one_batch_of_a_new_worker_is_no_pace(farm: Farm) -> None:
+    """Of workers that rendered for less than ten minutes, archived ones count too."""
+    pace = "SELECT pg_temp.seconds_per_cost('demo')"
+    old, new = register_worker(farm, "old"), register_worker(farm, "new")
+    for worker, seconds, cost in ((old, 5000.0, 5000.0), (new, 500.0, 100.0)):
+        with transaction(farm.store) as connection:
+            account(connection, worker.id, Account(cost=cost, cost_seconds=seconds))
+    sql(farm, "UPDATE workers SET host = '' WHERE name = 'old'")
+    assert sql(farm, pace) == [(pytest.approx(5500 / 5100),)]
+    with transaction(farm.store) as connection:
+        account(connection, new.id, Account(cost=20.0, cost_seconds=100.0))
+    assert sql(farm, pace) == [(5.0,)]
+
+
+def test_each_frame_is_charged_for_itself(
+    farm: Farm, noise: Noise, loop: RenderLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neighbour that fails costs nobody anything. Nor does one that is not rendered again."""
+    ann, bob = new_tenant(farm, "ann"), new_tenant(farm, "bob")
+    for tenant, images in ((ann, 3), (bob, 1)):
+        submit(farm, tenant, pipeline="noise", images_per_prompt=images, seed=7, bucket=4)
+    seconds: list[float] = []
+    accounted = RenderedBatch.accounted
+
+    def noted(batch: RenderedBatch) -> Account:
+        seconds.append(accounted(batch).denoise_seconds)
+        return accounted(batch)
+
+    def flag(batch: RenderedBatch, slot: int, frame: ClaimedFrame, *rest: Any) -> None:
+        if frame.tenant_id == ann:
+            rest = (None, *rest[1:])
+        store(batch, slot, frame, *rest)
+
+    store = loop._finisher._store
+    monkeypatch.setattr(RenderedBatch, "accounted", noted)
+    monkeypatch.setattr(loop._finisher, "_store", flag)
+    loop.run()
+    assert sql(farm, "SELECT sum(dead) FROM jobs") == [(3,)]
+    assert has(farm, ann)[0] == 0
+    assert has(farm, bob)[0] == pytest.approx(seconds[0] / 4)
+
+
+def test_a_cancelled_frame_is_not_promised(farm: Farm) -> None:
+    worker, ann = with_pace(farm), new_tenant(farm, "ann")
+    job = submit(farm, ann, **FIELDS, images_per_prompt=4, bucket=4)
+    worker.must_claim()
+    assert has(farm, ann) == roughly(0, 4 * SECONDS)
+    jobs.cancel(farm, ann, job)
+    assert has(farm, ann) == (0, 0), "its batch has not ended yet"
 
 
 def test_what_waits_and_runs_is_promised_through_every_transition(farm: Farm) -> None:
@@ -337,17 +425,33 @@ def test_a_session_waits_for_no_other_one(farm: Farm) -> None:
         submit(farm, ann, **FIELDS, bucket=1)
     leases = [worker.must_claim() for worker in workers]
     with transaction(farm.store) as connection:
-        for lease, store in zip(leases, (connection, None), strict=True):
-            done = [CompletedFrame(lease.frames[0].fence, bytes(32), 100, 0)]
-            if store is not None:
-                frames.complete(store, lease.id, done, 2.0)
-                continue
-            with transaction(farm.store) as other:
-                other.execute(text("SET LOCAL lock_timeout = '5s'"))
-                frames.complete(other, lease.id, done, 3.0)
-                fold_device_use(other, 100)
+        first, second = (
+            [CompletedFrame(lease.frames[0].fence, bytes(32), 100, 0, seconds=seconds)]
+            for lease, seconds in zip(leases, (2.0, 3.0), strict=True)
+        )
+        frames.complete(connection, leases[0].id, first)
+        with transaction(farm.store) as other:
+            other.execute(text("SET LOCAL lock_timeout = '5s'"))
+            frames.complete(other, leases[1].id, second)
+            fold_device_use(other, 100)
         assert has(farm, ann)[0] == 3.0
     assert has(farm, ann)[0] == 5.0
+
+
+def test_a_completion_of_the_version_before_is_noted_too(farm: Farm) -> None:
+    ann = new_tenant(farm, "ann")
+    job = submit(farm, ann, **FIELDS)
+    for seconds in (1.5, 2.0):
+        sql(
+            farm,
+            "UPDATE jobs SET device_seconds = device_seconds + :seconds WHERE id = :id",
+            id=job,
+            seconds=seconds,
+        )
+    assert has(farm, ann)[0] == 3.5
+    worker = register_worker(farm)
+    assert render(worker) == pytest.approx(SECONDS)
+    assert has(farm, ann)[0] == pytest.approx(3.5 + SECONDS), "and not twice"
 
 
 def test_a_claim_of_the_version_before_counts_the_cost_too(farm: Farm) -> None:
@@ -387,8 +491,9 @@ def test_an_operator_sets_a_budget_and_sees_what_is_used(farm: Farm, api: Api) -
     ):
         assert found["uses"]["used_seconds"] == pytest.approx(SECONDS)
         assert found["uses"]["promised_seconds"] == pytest.approx(2 * SECONDS)
-    for wrong in (-1, "7", True):
-        response = operator.patch("/v1/tenants/ann", json={"device_seconds_a_month": wrong})
+    for wrong in (-1, "7", True, math.nan, math.inf):
+        body = json.dumps({"device_seconds_a_month": wrong})
+        response = operator.patch("/v1/tenants/ann", content=body)
         check_problem(response, 422)
     check_problem(ann.patch("/v1/tenants/ann", json={"device_seconds_a_month": None}), 403)
 

@@ -176,11 +176,21 @@ def sets_a_default(options: dict[str, Any]) -> bool:
     )
 
 
+COUNTING = {
+    "jobs_inserted",
+    "job_changed",
+    "requeued_inserted",
+    "requeued_updated",
+    "requeued_deleted",
+}
+
+
 def only_adds(statement: str, recorder: Recorder) -> bool:
     """Return True if a statement creates something, or sets columns that its step has added."""
-    # Postgres lets CREATE OR REPLACE VIEW change no column that was there. Only triggers call their
-    # functions.
-    if re.match(r"CREATE OR REPLACE FUNCTION \w+\(\) RETURNS trigger ", statement):
+    # Postgres lets CREATE OR REPLACE VIEW change no column that was there. Only triggers call these
+    # functions, and step 29 adds a sum to them.
+    replaced = re.match(r"CREATE OR REPLACE FUNCTION (\w+)\(\) RETURNS trigger ", statement)
+    if replaced and replaced[1] in COUNTING:
         return True
     adding = (
         "CREATE VIEW ",
@@ -236,7 +246,7 @@ def test_a_pre_step_only_adds(path: Path) -> None:
         'op.alter_column("jobs", "labels", nullable=False)',
         'op.execute("DELETE FROM jobs")',
         'op.execute("CREATE OR REPLACE VIEW another AS SELECT 1")',
-        'op.execute("CREATE OR REPLACE FUNCTION another() RETURNS int AS 1")',
+        'op.execute("CREATE OR REPLACE FUNCTION share_joins() RETURNS trigger AS 1")',
         'op.create_check_constraint("few", "jobs", "total < 10")',
         'op.add_column("jobs", sa.Column("note", sa.Text(), nullable=False))',
         'op.create_index("jobs_once", "jobs", ["spec"], unique=True)',
@@ -375,6 +385,33 @@ def test_a_step_that_waits_for_a_lock_holds_up_nobody_for_long(
         reader.close()
         assert done.result(60) == Upgrade(["9000"], [])
     assert max(took) < migrate.LOCK_SECONDS + 1
+
+
+def test_a_step_that_is_the_victim_of_a_deadlock_is_tried_again(
+    farm: Farm, tenant: uuid.UUID, release: Callable[..., Path]
+) -> None:
+    """A submission reads `tenants` before it writes `jobs`, and the step locks `jobs` first."""
+    folder = release("newer", "pre")
+    step = folder / "versions" / "9000_more.py"
+    create = 'def upgrade(): op.create_table("step_9000", sa.Column("id", sa.Integer()))'
+    locks = """
+def upgrade():
+    op.execute("LOCK TABLE jobs IN SHARE ROW EXCLUSIVE MODE")
+    op.add_column("tenants", sa.Column("later", sa.Integer()))
+    op.create_table("step_9000", sa.Column("id", sa.Integer()))
+"""
+    assert create in step.read_text()
+    step.write_text(step.read_text().replace(create, locks))
+    job = submit(farm, tenant)
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(farm.store) as connection:
+            connection.execute(text("SET LOCAL deadlock_timeout = '30s'"))  # the step is the victim
+            connection.execute(text("SELECT count(*) FROM tenants"))
+            done = pool.submit(migrate.upgrade, farm.store, folder=folder)
+            wait_until(lambda: sql(farm, waiting)[0][0], 30, "the step waits for the lock")
+            connection.execute(text("UPDATE jobs SET labels = '{}' WHERE id = :id"), {"id": job})
+        assert done.result(60) == Upgrade(["9000"], [])
 
 
 def test_the_tasks_name_is_what_every_version_rings() -> None:

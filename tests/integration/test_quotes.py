@@ -41,7 +41,7 @@ def render(worker: FakeWorker, seconds: float, size: int) -> None:
     """Render all waiting frames, with these seconds per batch and bytes per picture."""
     while lease := worker.claim():
         done = [
-            CompletedFrame(frame.fence, bytes(32), size, slot)
+            CompletedFrame(frame.fence, bytes(32), size, slot, seconds=seconds / len(lease.frames))
             for slot, frame in enumerate(lease.frames)
         ]
         with transaction(worker.farm.store) as connection:

@@ -98,9 +98,7 @@ class BatchCommitter:
         done, account, me, until = batch.done, batch.accounted(), self._identity, None
         settings, first = self._farm.settings, batch.lease.frames[0]
         with transaction(self._farm.store) as connection:
-            accepted = frames.complete(
-                connection, batch.lease.id, done, batch.account.denoise_seconds
-            )
+            accepted = frames.complete(connection, batch.lease.id, done)
             if not accepted and done and frames.already_complete(connection, done):
                 return [item.fence for item in done]  # the reply to an earlier COMMIT was lost
             ended = frames.fail(

@@ -232,7 +232,14 @@ class BatchFinisher:
         digest = hashlib.sha256(content).digest()
         form = frame.spec.format
         key = artifact_key(frame.tenant_id, frame.job_id, frame.ordinal, digest, form)
-        done = CompletedFrame(frame.fence, digest, len(content), slot, self._reuse.digest(frame))
+        done = CompletedFrame(
+            frame.fence,
+            digest,
+            len(content),
+            slot,
+            self._reuse.digest(frame),
+            seconds=batch.account.denoise_seconds / len(batch.frames),
+        )
         kept = Picture(frame, key, done, content)
         if self._spool.away or not self._writer.put(batch, kept):
             batch.unstored.append(kept)

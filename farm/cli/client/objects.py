@@ -60,7 +60,8 @@ class Budget(TypedDict):
     used: float
     promised: float
     left: float
-    needed: float
+    needed: float | None
+    fits: bool
 
 
 class Quote(TypedDict):

@@ -354,11 +354,11 @@ def _show_quote(quote: Quote, *, as_json: bool) -> None:
     ahead = plural(quote["frames_ahead"], "frame")
     say(f"{ahead} queued before it, for {workers} that can render it.")
     if budget := quote["budget"]:
-        say(
-            f"Of this month's device time {duration(budget['left'])} is left, and this job needs "
-            f"about {duration(budget['needed'])} of it."
-        )
-        if budget["needed"] > budget["left"]:
+        needed = budget["needed"]
+        needs = "an unknown part" if needed is None else f"about {duration(needed)}"
+        left = duration(budget["left"])
+        say(f"Of this month's device time {left} is left. This job needs {needs} of it.")
+        if not budget["fits"]:
             say("It would be refused.", "yellow")
     if quote["ends_at"]:
         say(f"Estimated end: {quote['ends_at'][:16].replace('T', ' ')} UTC.")

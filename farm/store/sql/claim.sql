@@ -457,6 +457,7 @@ DECLARE
     is_first bool := true;
     lane record;
     full_ids uuid[];
+    some_full bool;
     frame_tenants uuid[];
     limited_ids uuid[] := '{}';
     rooms bigint[] := '{}';
@@ -723,10 +724,13 @@ BEGIN
     IF ids <> '{}' THEN
         owed := pg_temp.owed_after(_pipeline, owed, leader.priority, cost, _share, most_urgent);
     END IF;
-    IF owed <> coalesce(lane.owed, '{0,0}')
-        OR (full_ids <> '{}') IS TRUE IS DISTINCT FROM (lane.some_full IS TRUE) THEN
-        INSERT INTO lanes (pipeline, owed, some_full)
-        VALUES (_pipeline, owed, (full_ids <> '{}') IS TRUE)
+    some_full := EXISTS (
+        SELECT FROM unnest(full_ids) AS f (id) CROSS JOIN LATERAL (
+            SELECT s.priority, s.retry_at FROM shares s
+            WHERE s.pipeline = _pipeline AND s.tenant_id = f.id LIMIT 1
+        ) s WHERE s.priority IS NOT NULL OR s.retry_at IS NOT NULL);
+    IF owed <> coalesce(lane.owed, '{0,0}') OR some_full <> coalesce(lane.some_full, false) THEN
+        INSERT INTO lanes (pipeline, owed, some_full) VALUES (_pipeline, owed, some_full)
         ON CONFLICT (pipeline) DO UPDATE
         SET owed = excluded.owed, some_full = excluded.some_full;
     END IF;

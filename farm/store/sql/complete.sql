@@ -37,12 +37,12 @@ END $$;
 -- Completes batches whose artifacts are stored, in one call. Returns the frames that were accepted.
 --
 -- `_digests`, `_reused`: null, except for jobs that reuse artifacts.
--- `_seconds`: device time of all frames together. Each frame gets the same share.
+-- `_seconds`: device time of each frame.
 --
 -- Fenced: a frame that is not `running` with this attempt has been lost, and is not changed.
 CREATE FUNCTION pg_temp.complete(
     _lease_ids uuid[], _job_ids uuid[], _ordinals bigint[], _attempts smallint[],
-    _sha256 bytea[], _bytes int[], _slots smallint[], _seconds float, _digests bytea[],
+    _sha256 bytea[], _bytes int[], _slots smallint[], _seconds float[], _digests bytea[],
     _reused bool[]
 ) RETURNS TABLE (job_id uuid, ordinal bigint, attempt smallint)
 LANGUAGE plpgsql /* by index */ AS $$
@@ -53,6 +53,7 @@ DECLARE
     ordinals bigint[];
     attempts smallint[];
     bytes int[];
+    seconds float[];
 BEGIN
     SELECT coalesce(array_agg(held.id), '{}') INTO jobs_held FROM (
         SELECT l.job_ids FROM leases l WHERE l.id = ANY(_lease_ids) ORDER BY l.id FOR UPDATE
@@ -63,21 +64,24 @@ BEGIN
         UPDATE frames f
         SET state = 'succeeded', finished_at = clock_timestamp(), error = NULL,
             sha256 = d.sha256, bytes = d.bytes, slot = d.slot, reused = coalesce(d.reused, false)
-        FROM unnest(_job_ids, _ordinals, _attempts, _sha256, _bytes, _slots, _reused)
-             AS d (job_id, ordinal, attempt, sha256, bytes, slot, reused)
+        FROM unnest(_job_ids, _ordinals, _attempts, _sha256, _bytes, _slots, _reused, _seconds)
+             AS d (job_id, ordinal, attempt, sha256, bytes, slot, reused, seconds)
         WHERE f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
           AND f.attempt = d.attempt AND f.state = 'running'
-        RETURNING f.job_id, f.ordinal, f.attempt, f.bytes
+        RETURNING f.job_id, f.ordinal, f.attempt, f.bytes, d.seconds
     )
-    SELECT array_agg(a.job_id), array_agg(a.ordinal), array_agg(a.attempt), array_agg(a.bytes)
-    INTO ids, ordinals, attempts, bytes FROM accepted a;
+    SELECT array_agg(a.job_id), array_agg(a.ordinal), array_agg(a.attempt), array_agg(a.bytes),
+           array_agg(a.seconds)
+    INTO ids, ordinals, attempts, bytes, seconds FROM accepted a;
 
     PERFORM pg_temp.tally('frames.succeeded', array_agg(d.id), array_agg(-d.n), array_agg(d.n),
                           array_agg(0::bigint), array_agg(0::bigint), array_agg(d.data),
-                          array_agg(_seconds * d.n / cardinality(_ordinals)), array_agg(d.bytes))
-    FROM (SELECT f.id, count(*) AS n, sum(f.bytes)::bigint AS bytes, jsonb_build_object('frames',
+                          array_agg(d.seconds), array_agg(d.bytes))
+    FROM (SELECT f.id, count(*) AS n, sum(f.bytes)::bigint AS bytes, sum(f.seconds) AS seconds,
+                 jsonb_build_object('frames',
                  jsonb_agg(jsonb_build_array(f.ordinal, f.attempt) ORDER BY f.ordinal)) AS data
-          FROM unnest(ids, ordinals, attempts, bytes) AS f (id, ordinal, attempt, bytes)
+          FROM unnest(ids, ordinals, attempts, bytes, seconds)
+               AS f (id, ordinal, attempt, bytes, seconds)
           GROUP BY f.id) d;
 
     IF _digests IS NOT NULL THEN

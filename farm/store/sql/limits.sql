@@ -26,41 +26,57 @@ CREATE FUNCTION pg_temp.input_bytes(_tenant uuid) RETURNS bigint LANGUAGE sql ST
     SELECT coalesce(sum(i.bytes), 0)::bigint FROM inputs i WHERE i.tenant_id = _tenant
 $$;
 
--- Returns the denoising time of a device cost of 1 on a lane: of its workers, or of archived ones if none
--- of them rendered anything. Null: unknown.
+-- Returns the denoising time of a device cost of 1 on a lane, in seconds: of its workers, or of all that it
+-- ever had if those rendered for less than ten minutes together. A lane that rendered nothing yet has the
+-- time of all lanes. Null: no worker has rendered anything.
 CREATE FUNCTION pg_temp.seconds_per_cost(_pipeline text) RETURNS float LANGUAGE sql STABLE AS $$
-    SELECT sum(w.cost_seconds) / sum(w.cost) FROM workers w
-    WHERE w.pipeline = _pipeline AND w.cost > 0
-    GROUP BY w.host = '' ORDER BY w.host = '' LIMIT 1
+    SELECT coalesce(
+        (SELECT CASE WHEN sum(w.cost_seconds) FILTER (WHERE w.host <> '') >= 600
+                     THEN sum(w.cost_seconds) FILTER (WHERE w.host <> '')
+                          / nullif(sum(w.cost) FILTER (WHERE w.host <> ''), 0)
+                     ELSE sum(w.cost_seconds) / nullif(sum(w.cost), 0) END
+         FROM workers w WHERE w.pipeline = _pipeline),
+        (SELECT sum(w.cost_seconds) / nullif(sum(w.cost), 0) FROM workers w))
 $$;
 
 -- Returns the device time that a tenant used since the beginning of the month in UTC, in seconds.
 CREATE FUNCTION pg_temp.used_seconds(_tenant uuid) RETURNS float LANGUAGE sql STABLE AS $$
     SELECT coalesce(sum(u.seconds), 0) FROM device_use u
-    WHERE u.tenant_id = _tenant
-      AND u.day >= date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date
+    WHERE u.tenant_id = _tenant AND u.day >= (  -- a subquery, so that the index serves it
+        SELECT date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date)
 $$;
 
--- Returns the device time that a tenant's frames will probably take that wait, also in paused jobs, or
--- run. By the cost of each, and the pace of its lane. Lanes without a pace are left out.
-CREATE FUNCTION pg_temp.promised_seconds(_tenant uuid) RETURNS float LANGUAGE sql STABLE AS $$
-    SELECT coalesce(sum(c.cost * pg_temp.seconds_per_cost(c.pipeline)), 0) FROM (
-        SELECT w.pipeline, sum(w.cost)::float AS cost FROM (
-            SELECT s.pipeline, s.waiting_cost AS cost FROM shares s WHERE s.tenant_id = _tenant
+-- Returns the device time that frames of tenants will probably take that wait, also in paused jobs, or run.
+-- By the cost of each, and the pace of its lane. Tenants without such frames are left out.
+CREATE FUNCTION pg_temp.promised_seconds(_of uuid[]) RETURNS TABLE (tenant_id uuid, seconds float)
+LANGUAGE sql STABLE AS $$
+    WITH waits AS MATERIALIZED (
+        SELECT w.tenant_id, w.pipeline, sum(w.cost)::float AS cost FROM (
+            SELECT s.tenant_id, s.pipeline, s.waiting_cost AS cost FROM shares s
+            WHERE s.tenant_id = ANY(_of) AND s.waiting_cost > 0
             UNION ALL
             -- Those that waiting_frames counts from jobs. A requeued one costs as much as the mean of
             -- its job.
-            SELECT j.pipeline, CASE WHEN j.paused THEN remaining_cost(j.runs, j.cursor) ELSE 0 END
-                + remaining_cost(j.runs, 0) / j.total
-                * (j.cursor - j.running - j.succeeded - j.dead - j.cancelled)
-            FROM jobs j WHERE j.tenant_id = _tenant AND (j.paused OR j.behind_from IS NOT NULL)
+            SELECT j.tenant_id, j.pipeline,
+                   CASE WHEN j.paused THEN remaining_cost(j.runs, j.cursor) ELSE 0 END
+                   + remaining_cost(j.runs, 0) / j.total
+                   * (j.cursor - j.running - j.succeeded - j.dead - j.cancelled)
+            FROM jobs j WHERE j.tenant_id = ANY(_of) AND (j.paused OR j.behind_from IS NOT NULL)
                           AND j.status IN ('queued', 'running')
             UNION ALL
-            SELECT l.pipeline, l.frame_cost::numeric * f.frames FROM leases l CROSS JOIN LATERAL (
-                SELECT count(*) AS frames FROM unnest(l.tenant_ids) AS u (id) WHERE u.id = _tenant
-            ) f WHERE f.frames > 0
-        ) w GROUP BY w.pipeline
-    ) c
+            SELECT r.tenant_id, r.pipeline, r.frame_cost FROM (
+                SELECT unnest(l.tenant_ids) AS tenant_id, unnest(l.job_ids) AS job_id, l.pipeline,
+                       l.frame_cost
+                FROM leases l WHERE l.tenant_ids && _of
+            ) r CROSS JOIN LATERAL (SELECT j.status FROM jobs j WHERE j.id = r.job_id LIMIT 1) j
+            WHERE r.tenant_id = ANY(_of) AND j.status <> 'cancelled'
+        ) w GROUP BY w.tenant_id, w.pipeline
+    ), paces AS MATERIALIZED (
+        SELECT p.pipeline, pg_temp.seconds_per_cost(p.pipeline) AS seconds
+        FROM (SELECT DISTINCT w.pipeline FROM waits w) p
+    )
+    SELECT w.tenant_id, coalesce(sum(w.cost * p.seconds), 0)
+    FROM waits w JOIN paces p ON p.pipeline = w.pipeline GROUP BY w.tenant_id
 $$;
 
 -- Returns the seconds until a month begins, in UTC.
@@ -185,7 +201,8 @@ $$;
 CREATE FUNCTION pg_temp.rooms(_tenants uuid[]) RETURNS TABLE (
     tenant_id uuid, priorities smallint[], max_open_jobs bigint, open_jobs bigint,
     max_waiting_frames bigint, waiting_frames bigint, max_input_bytes bigint, input_bytes bigint,
-    device_seconds_a_month float, used_seconds float, promised_seconds float
+    device_seconds_a_month float, used_seconds float, promised_seconds float,
+    seconds_to_next_month float
 ) LANGUAGE plpgsql /* by index */ AS $$
 #variable_conflict use_column
 BEGIN
@@ -203,7 +220,9 @@ BEGIN
            CASE WHEN t.max_input_bytes IS NOT NULL THEN pg_temp.input_bytes(t.id) END,
            t.device_seconds_a_month,
            CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.used_seconds(t.id) END,
-           CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.promised_seconds(t.id) END
+           CASE WHEN t.device_seconds_a_month IS NOT NULL THEN coalesce((
+               SELECT p.seconds FROM pg_temp.promised_seconds(ARRAY[t.id]) p), 0) END,
+           pg_temp.seconds_to_next_month()
     FROM (SELECT DISTINCT w.id FROM unnest(_tenants) AS w (id)) w CROSS JOIN LATERAL (
         SELECT * FROM tenants t WHERE t.id = w.id LIMIT 1
     ) t

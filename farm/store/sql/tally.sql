@@ -5,7 +5,8 @@
 -- A constraint refuses counters that do not add up.
 --
 -- The device time of succeeded frames counts for their tenants too, in `device_use`, where it outlives
--- the jobs. Each session has rows of its tenants that nobody else writes: see ADR 38.
+-- the jobs. Each session has rows of its tenants that nobody else writes: see ADR 38. The setting
+-- `farm.notes_use` tells the trigger that does it for other versions.
 --
 -- A job's pace is measured from the mark `pace_since`, which is at least 30 seconds and eight
 -- batches old. So the pace does not jump with each batch, and old batches do not count. Without a
@@ -38,7 +39,8 @@ CREATE FUNCTION pg_temp.tally(
     _kind text, _ids uuid[], _running bigint[], _succeeded bigint[], _dead bigint[],
     _cancelled bigint[], _data jsonb[], _seconds float[] DEFAULT NULL,
     _bytes bigint[] DEFAULT NULL, _failures jsonb[] DEFAULT NULL
-) RETURNS void LANGUAGE plpgsql /* by index */ AS $$
+) RETURNS void LANGUAGE plpgsql /* by index */
+SET farm.notes_use = 'yes' AS $$
 BEGIN
     WITH delta AS (
         SELECT * FROM unnest(_ids, _running, _succeeded, _dead, _cancelled, _data, _seconds,

@@ -201,7 +201,12 @@ def rendered(lease: Lease, part: str = "all") -> list[CompletedFrame]:
     fences = parted(lease, part)
     return [
         CompletedFrame(
-            item, sha256(repr(item).encode()).digest(), 100 + slot, slot, recipe(claimed)
+            item,
+            sha256(repr(item).encode()).digest(),
+            100 + slot,
+            slot,
+            recipe(claimed),
+            seconds=0.25,
         )
         for slot, claimed in enumerate(lease.frames)
         if (item := fence(claimed)) in fences

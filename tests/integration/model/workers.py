@@ -169,8 +169,7 @@ class WorkersMoves(PeoplesMoves):
             skewed(self.who(lease)),
             one_statement(self.farm.store) as connection,
         ):
-            account = Account(denoise_seconds=1.5)
-            accepted = frames.complete_batches(connection, ids, done, lease.worker_id, account)
+            accepted = frames.complete_batches(connection, ids, done, lease.worker_id, Account())
         assert accepted == set(held)
         self.model.succeed(item for item in done if item.fence in held)
 
