@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from farm.context import Farm
 from farm.errors import LimitExceeded
@@ -419,23 +419,28 @@ def test_sessions_note_what_is_used_while_it_is_added_up(farm: Farm) -> None:
 
 
 def test_a_session_waits_for_no_other_one(farm: Farm) -> None:
-    """Two completions for one tenant, of which the first is not committed yet."""
-    ann, workers = new_tenant(farm, "ann"), [register_worker(farm), register_worker(farm, "two")]
+    """While a completion is not committed, others for its tenant and the janitor go on."""
+    ann, workers = new_tenant(farm, "ann"), [register_worker(farm, f"hand {n}") for n in range(3)]
     for _ in workers:
         submit(farm, ann, **FIELDS, bucket=1)
     leases = [worker.must_claim() for worker in workers]
-    with transaction(farm.store) as connection:
-        first, second = (
-            [CompletedFrame(lease.frames[0].fence, bytes(32), 100, 0, seconds=seconds)]
-            for lease, seconds in zip(leases, (2.0, 3.0), strict=True)
-        )
-        frames.complete(connection, leases[0].id, first)
-        with transaction(farm.store) as other:
-            other.execute(text("SET LOCAL lock_timeout = '5s'"))
-            frames.complete(other, leases[1].id, second)
-            fold_device_use(other, 100)
-        assert has(farm, ann)[0] == 3.0
-    assert has(farm, ann)[0] == 5.0
+
+    def complete(connection: Connection, number: int, seconds: float) -> None:
+        fence = leases[number].frames[0].fence
+        done = CompletedFrame(fence, bytes(32), 100, 0, seconds=seconds)
+        assert frames.complete(connection, leases[number].id, [done])
+
+    with farm.store.connect() as connection:
+        with connection.begin():
+            complete(connection, 0, 1.0)
+        with connection.begin():
+            complete(connection, 1, 2.0)
+            with transaction(farm.store) as other:
+                other.execute(text("SET LOCAL lock_timeout = '5s'"))
+                complete(other, 2, 4.0)
+                fold_device_use(other, 100)
+            assert has(farm, ann)[0] == 1.0 + 4.0
+    assert has(farm, ann)[0] == 7.0
 
 
 def test_a_completion_of_the_version_before_is_noted_too(farm: Farm) -> None:

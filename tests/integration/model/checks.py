@@ -28,6 +28,7 @@ READ = {
     "events": "SELECT * FROM events ORDER BY id",
     "tenants": "SELECT id, pg_temp.open_jobs(id) AS open_jobs,"
     " pg_temp.waiting_frames(id) AS waiting,"
+    " coalesce((SELECT frames FROM pg_temp.running_frames(ARRAY[id])), 0) AS running,"
     " (SELECT coalesce(sum(seconds), 0) FROM device_use u WHERE u.tenant_id = t.id) AS used,"
     " (SELECT coalesce(sum(device_seconds), 0) FROM jobs j WHERE j.tenant_id = t.id) AS of_jobs"
     " FROM tenants t",
@@ -44,18 +45,20 @@ def check_database(farm: Farm, model: Model) -> None:
     check_requeued(model, read["requeued_frames"], behind)
     check_leases(model, read["leases"])
     check_events(model, read["events"])
+    model.held = {row.id for row in read["leases"]}
     check_limits(model, read["tenants"], behind)
     with transaction(farm.store) as connection:
         assert wrong_shares(connection, 1) == []
 
 
 def check_limits(model: Model, read: Rows, behind: Mapping[uuid.UUID, int]) -> None:
-    """Limits count open jobs and waiting frames. Those of a job in `behind` may count twice."""
+    """Limits count jobs, frames and device time. Waiting frames in `behind` may count twice."""
     for row in read:
         own = {job_id: job for job_id, job in model.jobs.items() if job.tenant == row.id}
         unended = [job for job in own.values() if job.status not in TERMINAL]
         waiting = sum(job.count(W) + job.count(FrameState.READY) for job in unended)
         assert row.open_jobs == len(unended)
+        assert row.running == model.running(row.id)
         assert row.waiting == waiting or (row.waiting > waiting and own.keys() & behind.keys())
         assert row.used == pytest.approx(row.of_jobs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -99,9 +100,26 @@ class Model:
         """IDs of leases with a rendered batch that waits for the storage."""
         self.renders: dict[tuple[uuid.UUID, bytes], set[Place]] = {}
         """Frames whose artifact may be reused, by tenant and recipe. The store keeps one."""
+        self.limits: dict[uuid.UUID, int | None] = {}
+        """Most running frames, by tenant. None, or none: no limit."""
+        self.held: set[uuid.UUID] = set()
+        """IDs of the leases that have not ended, as the database has them."""
 
     def something_waits(self) -> bool:
-        return any(job.claimable for job in self.jobs.values())
+        """Return True if a claim must find a batch."""
+        return any(job.claimable and self.room(job.tenant) > 0 for job in self.jobs.values())
+
+    def running(self, tenant: uuid.UUID) -> int:
+        """Count a tenant's frames of leases. A lease counts as a whole until it ends."""
+        job_ids = (
+            frame.job_id for lease in self.given if lease.id in self.held for frame in lease.frames
+        )
+        return sum(self.jobs[job_id].tenant == tenant for job_id in job_ids)
+
+    def room(self, tenant: uuid.UUID) -> float:
+        """Return the number of its frames that may begin."""
+        most = self.limits.get(tenant)
+        return math.inf if most is None else most - self.running(tenant)
 
     def frame_at(self, item: Fence | Place) -> ModelFrame:
         return self.jobs[item[0]].frames[item[1]]

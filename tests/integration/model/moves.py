@@ -26,6 +26,7 @@ from workers.janitor.janitor import Janitor
 
 WRITTEN = ("jobs", "frames", "attempts", "requeued_frames", "events", "reusable_renders")
 ALSO_EMPTIED = (
+    "lanes",
     "device_use",
     "leases",
     "workers",
@@ -44,6 +45,7 @@ class Moves(RuleBasedStateMachine):
     def __init__(self, farm: Farm, tenants: list[uuid.UUID]) -> None:
         super().__init__()
         sql(farm, f"TRUNCATE {', '.join(WRITTEN + ALSO_EMPTIED)}")
+        sql(farm, "UPDATE tenants SET max_running_frames = NULL")
         self.farm = farm
         self.tenants = tenants
         self.model = Model()
@@ -58,6 +60,7 @@ class Moves(RuleBasedStateMachine):
         return [worker.id for worker in self.hands].index(lease.worker_id)
 
     def check_nothing_else_is_claimed(self) -> None:
+        self.look()
         if not self.model.something_waits():
             assert self.hands[0].claim() is None
 
@@ -88,6 +91,11 @@ class Moves(RuleBasedStateMachine):
         with transaction(self.farm.store) as connection:
             leases.expire(connection, 0.0)
         self.model.expire_lapsed()
+        self.look()
+
+    def look(self) -> None:
+        """Read which leases have not ended."""
+        self.model.held = {row.id for row in sql(self.farm, "SELECT id FROM leases")}
 
     @precondition(lambda self: self.model.lapsed)
     @rule()

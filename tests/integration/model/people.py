@@ -14,6 +14,8 @@ from farm.errors import Conflict
 from farm.services import jobs
 from farm.store import jobs as stored
 from farm.store.claim import Lease
+from farm.store.engine import transaction
+from farm.store.tenants import lock_settings, set_tenant
 from tests.integration.model.model import ModelFrame, ModelJob, R, W
 from tests.integration.model.moves import JOB_IDS, Moves, refused_if
 
@@ -80,6 +82,17 @@ class PeoplesMoves(Moves):
         if key:
             self.keyed[name] = body, job_id
         return job_id
+
+    @rule(tenant=st.integers(0, 1), most=st.sampled_from([None, None, 0, 1, 2, 3, 5]))
+    def limit(self, tenant: int, most: int | None) -> None:
+        """Limit the frames of a tenant that may run. What runs already goes on."""
+        owner = self.tenants[tenant]
+        with transaction(self.farm.store) as connection:
+            before = lock_settings(connection, owner)
+            assert before is not None
+            set_tenant(connection, owner, before, before._replace(max_running_frames=most))
+        self.model.limits[owner] = most
+        self.check_nothing_else_is_claimed()
 
     @precondition(lambda self: self.wishes < len(self.model.given))
     @rule(job_id=JOB_IDS, wish=st.sampled_from(WISHES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -105,6 +106,8 @@ class WorkersMoves(PeoplesMoves):
         """A batch holds claimable frames of one shape. An isolated frame is the only one in it."""
         assert len({(frame.job_id, frame.ordinal) for frame in lease.frames}) == len(lease.frames)
         assert all(self.model.jobs[frame.job_id].claimable for frame in lease.frames)
+        for tenant, count in Counter(frame.tenant_id for frame in lease.frames).items():
+            assert count <= self.model.room(tenant)
         assert {self.model.frame(frame).state for frame in lease.frames} <= {W, FrameState.READY}
         assert len({(f.spec.bucket, f.spec.params["guidance_scale"]) for f in lease.frames}) == 1
         [bucket] = {frame.spec.bucket for frame in lease.frames}
