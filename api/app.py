@@ -12,6 +12,7 @@ from fastapi.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api import auth, errors, openapi
+from api.addresses import SignedAddresses
 from api.dashboard import api_docs, page, pictures, session
 from api.dashboard.html import STATIC
 from api.door import FrontDoor
@@ -31,6 +32,9 @@ from api.routes import (
     pipelines,
     tenants,
     workers,
+)
+from api.routes import (
+    pictures as signed_pictures,
 )
 from api.waiting_reasons import RecentLanes
 from farm.config import Settings, load_settings
@@ -70,7 +74,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.submissions = jobs.submissions(app.state.farm, app.state.recent)
         app.state.rates = RequestRates(chosen)
         app.state.rating = CapacityLimiter(RATING_THREADS)
-        app.state.callers = auth.callers(app.state.farm)
+        app.state.callers = auth.Callers(app.state.farm)
+        app.state.addresses = SignedAddresses(app.state.farm)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         app.state.intakes = Places(inputs.MAX_CONCURRENT_UPLOADS, inputs.MAX_UPLOADS_PER_TENANT)
         app.state.decoding = CapacityLimiter(images.MAX_CONCURRENT_DECODINGS)
@@ -99,6 +104,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     job_calls = openapi.refusals(401, 422, 429, 503)
     app.include_router(jobs.router, responses=job_calls)
     app.include_router(frames.router, responses=job_calls)
+    app.include_router(signed_pictures.router)
     app.include_router(images.router, responses=job_calls)
     app.include_router(inputs.router, responses=job_calls)
     app.include_router(exports.router, responses=job_calls)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Annotated
 
 from anyio import to_thread
+from cachetools import TTLCache
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -27,6 +28,9 @@ from farm.store.sessions import find_visitor
 
 LOOKUP_THREADS = 2
 """Number of groups of credentials that a process looks up at the same time for the front door."""
+
+MAX_KNOWN_KEYS = 10_000
+"""Maximum number of keys that a process remembers."""
 
 BURST_SECONDS = 10
 """Time whose requests may arrive at once, if the operator set no burst. Seconds."""
@@ -76,9 +80,30 @@ def caller_of(farm: Farm, credential: Credential) -> Caller:
     return caller
 
 
-def callers(farm: Farm) -> Groups[Credential, Caller]:
-    """Return the groups in which credentials are looked up for the front door."""
-    return Groups(partial(_callers_of, farm), LOOKUP_THREADS)
+class Callers:
+    """Finds the callers of credentials. Used in one event loop.
+
+    Keys are remembered for `key_seconds`, so that a client that polls costs no query. Sessions are
+    not: who signs out is out.
+    """
+
+    def __init__(self, farm: Farm) -> None:
+        self._groups = Groups(partial(_callers_of, farm), LOOKUP_THREADS)
+        self._known = TTLCache[str, Caller](MAX_KNOWN_KEYS, farm.settings.key_seconds)
+
+    async def ask(self, credential: Credential) -> Caller:
+        """Return the caller that a credential belongs to.
+
+        Raises:
+            Unauthenticated: The credential is unknown, has ended or was revoked.
+            Unavailable: Postgres does not answer.
+        """
+        if credential.is_session:
+            return await self._groups.ask(credential)
+        caller = self._known.get(credential.secret)
+        if caller is None:
+            caller = self._known[credential.secret] = await self._groups.ask(credential)
+        return caller
 
 
 def _callers_of(farm: Farm, credentials: Sequence[Credential]) -> list[Caller | Unauthenticated]:
@@ -131,7 +156,7 @@ async def admitted_caller(request: Request, credential: Credential) -> Caller:
     known: tuple[Credential, Caller] | None = request.scope.get(KNOWN)
     if known is not None and known[0] == credential:
         return known[1]
-    callers: Groups[Credential, Caller] = request.app.state.callers
+    callers: Callers = request.app.state.callers
     caller = await callers.ask(credential)
     await admit(request, caller)
     return caller

@@ -14,13 +14,11 @@ from anyio import fail_after
 from fastapi import Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import KNOWN, Credential, admit, credential_of
+from api.auth import KNOWN, Callers, admit, credential_of
 from api.errors import farm_error
-from api.groups import Groups
 from api.places import Places
 from farm.config import Settings
 from farm.errors import FarmError, TooLarge, TooSlow, Unauthenticated
-from farm.store.keys import Caller
 
 SIGNING_IN = {"/login", "/logout"}
 SIGNING_IN_BYTES = 4096
@@ -105,7 +103,7 @@ class FrontDoor:
         credential = credential_of(request)
         if credential is None:
             raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
-        callers: Groups[Credential, Caller] = request.app.state.callers
+        callers: Callers = request.app.state.callers
         caller = await callers.ask(credential)
         await admit(request, caller)
         request.scope[KNOWN] = credential, caller

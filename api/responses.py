@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 
 from api import schemas
+from api.addresses import Address
 from api.auth import OPERATOR
 from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
@@ -73,6 +74,7 @@ def frame_views(
     rows: dict[int, FrameRow],
     ordinals: Sequence[int],
     caller: Caller,
+    signed: Address,
 ) -> list[schemas.Frame]:
     """Return some frames of a job in the form of the API.
 
@@ -95,6 +97,7 @@ def frame_views(
             lines[job.id, spec.prompt_index(ordinal)],
             rows.get(ordinal),
             attempts.get(ordinal, []),
+            signed,
         )
         for ordinal in ordinals
     ]
@@ -107,10 +110,12 @@ def _frame_view(
     line: Line,
     row: FrameRow | None,
     attempts: list[schemas.Attempt],
+    signed: Address,
 ) -> schemas.Frame:
     rerolls = row.rerolls if row else 0
     spec = frame_spec(full, ordinal, line, rerolls=rerolls)
     state = FrameState(row.state) if row else unborn_state(job)
+    has_image = state is FrameState.SUCCEEDED
     return schemas.Frame.model_validate(
         {
             **spec.params,
@@ -126,7 +131,8 @@ def _frame_view(
             "slot": row.slot if row else None,
             "sha256": row.sha256.hex() if row and row.sha256 else None,
             "bytes": row.bytes if row else None,
-            "image_url": image_url(job.id, ordinal) if state is FrameState.SUCCEEDED else None,
+            "image_url": image_url(job.id, ordinal) if has_image else None,
+            "signed_url": signed(job.id, ordinal, spec.format) if has_image else None,
             "rerolls": rerolls,
             "reused": bool(row and row.reused),
             "error": row.error if row else None,

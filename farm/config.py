@@ -210,6 +210,24 @@ class Settings(BaseSettings):
         le=2**27,
         description="Maximum width times height of a control image. Pixels",
     )
+    public_url: str = Field(
+        default="",
+        description="Address of the API for clients; signed addresses of images begin with it."
+        " Without it they begin with that of the request. Example: https://farm.example",
+    )
+    signed_url_seconds: int = Field(
+        default=604_800,
+        ge=0,
+        le=31_536_000,
+        description="Minimum lifetime of a signed address of an image; 0 gives none. Seconds",
+    )
+    key_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        le=60,
+        description="Time for which an API process trusts a key that it has looked up. A revoked"
+        " key is refused after it. Seconds",
+    )
     presign_seconds: int = Field(
         default=600, ge=1, description="Lifetime of an image's download address. Seconds"
     )
@@ -269,6 +287,18 @@ class Settings(BaseSettings):
         if parts.path.strip("/") or parts.query or parts.fragment or parts.username:
             raise ValueError(
                 f"{url!r} has more than scheme, host and port. Example: https://images.example"
+            )
+        return url.rstrip("/")
+
+    @field_validator("public_url")
+    @classmethod
+    def _public_url_is_a_place(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and not (parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError(f"{url!r} is not an address. Example: https://farm.example")
+        if parts.query or parts.fragment or parts.username:
+            raise ValueError(
+                f"{url!r} has more than scheme, host, port and path. Example: https://farm.example"
             )
         return url.rstrip("/")
 

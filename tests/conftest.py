@@ -103,6 +103,7 @@ def settings_on(servers: Servers, database_url: str, folder: Path) -> Settings:
         retry_seconds=0.0,
         progress_seconds=0.05,
         transaction_seconds=2.0,
+        key_seconds=0.0,  # tests revoke keys and look at once
         scratch_dir=folder / "scratch",
         cache_dir=folder / "cache",
     )

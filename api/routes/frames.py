@@ -6,10 +6,11 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import RedirectResponse
 
 from api import schemas
+from api.addresses import Address, SignedAddresses
 from api.auth import FarmDep, Reader
 from api.heads import IsHead
 from api.openapi import refusals
@@ -31,6 +32,7 @@ Ordinal = Annotated[int, Path(ge=0, description="Position of the frame in its jo
 
 @router.get("", responses=refusals(404), summary="List a job's frames")
 def list_frames(
+    request: Request,
     farm: FarmDep,
     caller: Reader,
     job_id: JobId,
@@ -42,6 +44,7 @@ def list_frames(
 ) -> schemas.Page[schemas.Frame]:
     """List the frames of a job by ordinal. The list always has all frames: those never claimed are
     `waiting`."""
+    signed = _signed(request)
     with transaction(farm.store) as connection:
         job = queries.get_job(connection, caller.tenant_id, job_id)
         if after is not None and after >= job.total:
@@ -52,7 +55,7 @@ def list_frames(
         rows, ordinals = _window(connection, job, first, limit + 1, state)
         shown = ordinals[:limit]
         kept = {at: row for at, row in rows.items() if at in shown}
-        frames = frame_views(connection, job, kept, shown, caller)
+        frames = frame_views(connection, job, kept, shown, caller, signed)
     return schemas.Page(data=frames, next=str(shown[-1]) if len(ordinals) > limit else None)
 
 
@@ -88,11 +91,20 @@ def _may_hold(job: JobRow, state: FrameState) -> bool:
 
 
 @router.get("/{ordinal}", responses=refusals(404), summary="Get a frame")
-def get_frame(farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal) -> schemas.Frame:
+def get_frame(
+    request: Request, farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal
+) -> schemas.Frame:
     """Return a frame with its full spec and every attempt that did not succeed."""
+    signed = _signed(request)
     with transaction(farm.store) as connection:
         job, row = frame_row(connection, caller.tenant_id, job_id, ordinal)
-        return frame_views(connection, job, {ordinal: row} if row else {}, [ordinal], caller)[0]
+        rows = {ordinal: row} if row else {}
+        return frame_views(connection, job, rows, [ordinal], caller, signed)[0]
+
+
+def _signed(request: Request) -> Address:
+    addresses: SignedAddresses = request.app.state.addresses
+    return addresses.of_request(request)
 
 
 @router.get(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
+from farm.domain.image_formats import Format
 from farm.errors import NotFound
 from farm.store.rows import JsonObject, row_of, rows_of
 
@@ -62,6 +63,15 @@ class FrameRow(NamedTuple):
     reused: bool
 
 
+class StoredPicture(NamedTuple):
+    """The image of a succeeded frame."""
+
+    tenant_id: uuid.UUID
+    sha256: bytes
+    bytes: int
+    format: Format
+
+
 class AttemptRow(NamedTuple):
     """An attempt that did not succeed."""
 
@@ -98,6 +108,21 @@ WHERE j.tenant_id = :tenant_id AND j.removed_at IS NULL
   AND j.labels @> CAST(:labels AS jsonb)
 ORDER BY j.created_at DESC, j.id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
+
+
+# Of any tenant: for those who hold a signed address.
+STORED_PICTURE = text("""
+SELECT j.tenant_id, f.sha256, f.bytes, coalesce(j.spec ->> 'format', 'png') AS format
+FROM frames f JOIN jobs j ON j.id = f.job_id JOIN tenants t ON t.id = j.tenant_id
+WHERE f.job_id = :job_id AND f.ordinal = :ordinal AND f.state = 'succeeded'
+  AND j.removed_at IS NULL AND t.removed_at IS NULL
+""")
+
+
+def stored_picture(connection: Connection, job_id: uuid.UUID, ordinal: int) -> StoredPicture | None:
+    """Find the image of a frame, of any tenant. None: it has none, or it was removed."""
+    values = {"job_id": job_id, "ordinal": ordinal}
+    return row_of(connection.execute(STORED_PICTURE, values), StoredPicture)
 
 
 def get_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> JobRow:

@@ -731,6 +731,15 @@ lanes = Table(
     ),
 )
 
+signing_secrets = Table(
+    "signing_secrets",
+    metadata,
+    Column("number", SmallInteger, primary_key=True, autoincrement=False),
+    Column("secret", LargeBinary, nullable=False),
+    _moment("created_at", now=True),
+    comment="Secrets that sign addresses of images.",
+)
+
 device_use = Table(
     "device_use",
     metadata,

@@ -1,4 +1,7 @@
-"""API keys: create, list, revoke. These commands connect to the database, not to the API."""
+"""API keys: create, list, revoke; and the end of signed addresses.
+
+These commands connect to the database, not to the API.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from farm.errors import InvalidRequest, NotFound
 if TYPE_CHECKING:
     from farm.store.engine import Connection
 
-app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
+app = typer.Typer(
+    help="Create, list and revoke API keys, and end signed addresses.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -81,7 +86,7 @@ def list_keys(as_json: Json = False) -> None:
 def revoke(
     key_id: Annotated[str, typer.Argument(help="ID of the key, from `farm keys list`.")],
 ) -> None:
-    """Revoke an API key. It takes effect at once and cannot be undone."""
+    """Revoke an API key. It takes effect within seconds and cannot be undone."""
     from farm.store import keys
 
     try:
@@ -94,6 +99,19 @@ def revoke(
         if not keys.revoke_key(connection, wanted):
             raise NotFound(f"There is no key {key_id}. `farm keys list` lists the keys.")
     say(f"Key {key_id} is revoked.")
+
+
+@app.command()
+def end_addresses() -> None:
+    """End all signed addresses of images that were given so far. It cannot be undone.
+
+    Each API process notices it within a minute. Frames have new addresses then.
+    """
+    from farm.store import signing_secrets
+
+    with _connection() as connection:
+        signing_secrets.replace(connection)
+    say("All signed addresses end within a minute. Frames have new ones then.")
 
 
 @contextmanager
