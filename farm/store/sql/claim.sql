@@ -689,13 +689,14 @@ BEGIN
     UPDATE shares s
     SET used = s.used + t.frames * cost / greatest(cardinality(ids), 1) / t.weight,
         served = s.served + t.frames,  -- for versions before `used`
-        waiting_cost = s.waiting_cost - t.cost,
+        waiting_cost = s.waiting_cost - t.taken_cost,
         waiting = ARRAY[s.waiting[1] - t.new_0, s.waiting[2] - t.new_1, s.waiting[3] - t.new_2],
         requeued = ARRAY[s.requeued[1] - t.again_0, s.requeued[2] - t.again_1,
                          s.requeued[3] - t.again_2]
     FROM (
         SELECT c.*, t.weight FROM (
-            SELECT j.tenant_id, count(*) FILTER (WHERE NOT f.lost) AS frames, sum(f.cost) AS cost,
+            SELECT j.tenant_id, count(*) FILTER (WHERE NOT f.lost) AS frames,
+                   sum(f.each_cost) AS taken_cost,
                    count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 0) AS new_0,
                    count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 1) AS new_1,
                    count(*) FILTER (WHERE f.attempt = 1 AND j.priority = 2) AS new_2,
@@ -703,10 +704,10 @@ BEGIN
                    count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 1) AS again_1,
                    count(*) FILTER (WHERE f.attempt > 1 AND j.priority = 2) AS again_2
             FROM (
-                SELECT id, attempt, each_costs AS cost, false AS lost
+                SELECT id, attempt, each_costs AS each_cost, false AS lost
                 FROM unnest(ids, attempts) AS f (id, attempt)
                 UNION ALL
-                SELECT id, 32767, cost, true FROM unnest(lost_ids, lost_costs) AS f (id, cost)
+                SELECT id, 32767, c, true FROM unnest(lost_ids, lost_costs) AS f (id, c)
             ) f CROSS JOIN LATERAL (
                 SELECT j.tenant_id, j.priority FROM jobs j WHERE j.id = f.id LIMIT 1
             ) j GROUP BY j.tenant_id
