@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -12,12 +13,17 @@ from fastapi import Request
 from farm.context import Farm
 from farm.domain.image_formats import FORMATS, Format
 from farm.domain.signed_addresses import SignedFrame, read, sign, until_of
-from farm.errors import NotFound
+from farm.errors import NotFound, Unavailable
 from farm.store import signing_secrets
 from farm.store.engine import transaction
 
-SECRETS_SECONDS = 60.0
-"""Time for which the secrets are kept in memory, in seconds. Replaced ones end after it."""
+SECRETS_SECONDS, RETRY_SECONDS = 10.0, 1.0
+"""Time after which the secrets are read again, and after a failure. Seconds.
+
+Replaced secrets end after it, unless Postgres does not answer: then no image is sent either.
+"""
+CLOCKS_SECONDS = 60
+"""Largest difference between the clocks of two API processes that is allowed for, in seconds."""
 UNKNOWN = "This address is unknown or has ended. Ask the farm for a new one."
 
 Address = Callable[[uuid.UUID, int, Format], str | None]
@@ -30,8 +36,35 @@ class SignedAddresses:
     def __init__(self, farm: Farm) -> None:
         self._farm = farm
         self._secrets: dict[int, bytes] = {}
-        self._fresh_until = 0.0
+        self._due_at = -math.inf
         self._lock = threading.Lock()
+
+    @property
+    def are_due(self) -> bool:
+        """True if the secrets should be read again, which takes a query."""
+        return time.monotonic() >= self._due_at
+
+    def refresh(self) -> None:
+        """Read the secrets if they are due. Others use the earlier ones until then.
+
+        Raises:
+            Unavailable: Postgres does not answer, and none were ever read.
+        """
+        if not self.are_due or not self._lock.acquire(blocking=not self._secrets):
+            return
+        try:
+            if self.are_due:
+                self._due_at = time.monotonic() + RETRY_SECONDS
+                with transaction(self._farm.store) as connection:
+                    self._secrets = signing_secrets.load(connection)
+                self._due_at = time.monotonic() + SECRETS_SECONDS
+        except Unavailable:
+            if not self._secrets:
+                raise
+        finally:
+            self._lock.release()
+        if not self._secrets:
+            raise Unavailable("Postgres does not answer.")
 
     def of_request(self, request: Request) -> Address:
         """Return the function that gives addresses for the response to a request.
@@ -42,7 +75,8 @@ class SignedAddresses:
         seconds = self._farm.settings.signed_url_seconds
         if not seconds:
             return lambda *_: None
-        number, secret = max(self._current().items())
+        self.refresh()
+        number, secret = max(self._secrets.items())
         base, until = public_url(request), until_of(time.time(), seconds)
 
         def address(job_id: uuid.UUID, ordinal: int, form: Format) -> str:
@@ -52,24 +86,17 @@ class SignedAddresses:
         return address
 
     def frame_of(self, token: str) -> SignedFrame:
-        """Return the frame of a token.
+        """Return the frame of a token. It asks nobody.
 
         Raises:
-            NotFound: It is no token, or its time is over.
-            Unavailable: Postgres does not answer.
+            NotFound: It is no token, its time is over, or it lives longer than the farm allows now.
         """
-        frame = read(token, self._current())
-        if frame is None or frame.until <= time.time():
+        frame = read(token, self._secrets)
+        now, seconds = time.time(), self._farm.settings.signed_url_seconds
+        latest = until_of(now + CLOCKS_SECONDS, seconds) if seconds else 0
+        if frame is None or not now < frame.until <= latest:
             raise NotFound(UNKNOWN)
         return frame
-
-    def _current(self) -> dict[int, bytes]:
-        with self._lock:
-            if time.monotonic() >= self._fresh_until:
-                with transaction(self._farm.store) as connection:
-                    self._secrets = signing_secrets.load(connection)
-                self._fresh_until = time.monotonic() + SECRETS_SECONDS
-            return self._secrets
 
 
 def public_url(request: Request) -> str:

@@ -49,11 +49,12 @@ More threads make every response later, and give fewer responses per second.
 
 
 STORAGE_THREADS, HEALTH_THREADS, SLOW_THREADS, BATCH_THREADS, RATING_THREADS = 8, 2, 2, 4, 2
-"""Number of separate threads for five kinds of calls. The threads above never wait for these.
+PICTURE_THREADS = 8
+"""Number of separate threads for six kinds of calls. The threads above never wait for these.
 
 Storage: pictures of the dashboard. Health: readiness, which asks every server. Slow: long calls,
 such as whole inputs and many frames at once. Batch: many jobs in one call. Rating: Redis is asked
-whether a tenant with a limit of requests may send one.
+whether a tenant with a limit of requests may send one. Picture: images by their signed addresses.
 """
 BATCHES_PER_TENANT = 2
 """Batches of a tenant that are handled at a time: one may be checked while one is stored."""
@@ -82,6 +83,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         crowd = images.MAX_CONCURRENT_DECODINGS + images.MAX_WAITING
         app.state.admitted = Places(2 * crowd, crowd)
         app.state.storage = CapacityLimiter(STORAGE_THREADS)
+        app.state.pictures = CapacityLimiter(PICTURE_THREADS)
+        app.state.sent = Places(signed_pictures.MAX_SENT, signed_pictures.MAX_SENT)
         app.state.health = CapacityLimiter(HEALTH_THREADS)
         app.state.slow = Turns(SLOW_THREADS)
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)

@@ -23,7 +23,7 @@ from farm.domain.spec import Storable
 from farm.errors import Forbidden, LimitExceeded, Unauthenticated
 from farm.store.actions import Actor
 from farm.store.engine import reads
-from farm.store.keys import Caller, find_callers
+from farm.store.keys import Caller, digest_of, find_callers
 from farm.store.sessions import find_visitor
 
 LOOKUP_THREADS = 2
@@ -89,7 +89,7 @@ class Callers:
 
     def __init__(self, farm: Farm) -> None:
         self._groups = Groups(partial(_callers_of, farm), LOOKUP_THREADS)
-        self._known = TTLCache[str, Caller](MAX_KNOWN_KEYS, farm.settings.key_seconds)
+        self._known = TTLCache[bytes, Caller](MAX_KNOWN_KEYS, farm.settings.key_seconds)
 
     async def ask(self, credential: Credential) -> Caller:
         """Return the caller that a credential belongs to.
@@ -100,9 +100,10 @@ class Callers:
         """
         if credential.is_session:
             return await self._groups.ask(credential)
-        caller = self._known.get(credential.secret)
+        digest = digest_of(credential.secret)
+        caller = self._known.get(digest)
         if caller is None:
-            caller = self._known[credential.secret] = await self._groups.ask(credential)
+            caller = self._known[digest] = await self._groups.ask(credential)
         return caller
 
 

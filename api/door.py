@@ -21,6 +21,8 @@ from farm.config import Settings
 from farm.errors import FarmError, TooLarge, TooSlow, Unauthenticated
 
 SIGNING_IN = {"/login", "/logout"}
+NO_KEY = "/p/"
+"""Beginning of the paths that never look at a key."""
 SIGNING_IN_BYTES = 4096
 DRAINED = 4
 """A body over its limit is read up to this many times the limit, and the excess is discarded.
@@ -49,7 +51,7 @@ class Limits:
     @classmethod
     def of(cls, path: str, settings: Settings) -> Limits:
         """Return the limits of the body of a call."""
-        if path in SIGNING_IN:
+        if path in SIGNING_IN or path.startswith(NO_KEY):
             return cls(SIGNING_IN_BYTES, DRAINED * SIGNING_IN_BYTES)
         if path == "/v1/inputs":  # its reader counts the unpacked bytes too
             return cls(2 * settings.max_input_bytes, 2 * settings.max_input_bytes)
@@ -98,7 +100,7 @@ class FrontDoor:
             LimitExceeded: It came too soon after others of its tenant.
             Unavailable: Postgres does not answer.
         """
-        if request.url.path in SIGNING_IN:
+        if request.url.path in SIGNING_IN or request.url.path.startswith(NO_KEY):
             return None
         credential = credential_of(request)
         if credential is None:

@@ -1,4 +1,4 @@
-"""Limits on concurrent uploads and long calls: in all, and per tenant."""
+"""Limits on concurrent uploads, downloads and long calls: in all, and per tenant."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Places:
             Unavailable: All places are taken, or all places of this tenant.
         """
         if self._taken.total() >= self._in_all or self._taken[tenant] >= self._a_tenant:
-            raise Unavailable(f"Too many {what} are being uploaded. Try again in a few seconds.")
+            raise Unavailable(f"Too many {what} are being sent. Try again in a few seconds.")
         self._taken[tenant] += 1
 
         def give_back() -> None:

@@ -173,7 +173,7 @@ class Frame(BaseModel):
     bytes: int | None = Field(description="Size of the image file")
     image_url: str | None = Field(description="Path of its image on this API; null if it has none")
     signed_url: str | None = Field(
-        description="Address of its image that needs no key, for a week; null if it has none"
+        description="Address of its image that needs no key, until it ends; null if it has none"
     )
     rerolls: int = Field(description="Number of times that a filter rejected its picture")
     reused: bool = Field(description="True if its picture was copied from another frame")

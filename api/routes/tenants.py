@@ -92,7 +92,7 @@ def _told(value: object) -> str:
     responses=refusals(403, 404, 409),
 )
 def delete_tenant(farm: FarmDep, actor: Acting, tenant: Tenant, why: Why = "") -> schemas.Tenant:
-    """Revoke the keys of a tenant at once, cancel its jobs, and delete its jobs, prompts, pictures,
+    """Revoke the keys of a tenant, cancel its jobs, and delete its jobs, prompts, pictures,
     exports, inputs, control images and keys. Files that it exported to other buckets stay. Get the
     tenant by its ID to see the progress."""
     with transaction(farm.store) as connection:

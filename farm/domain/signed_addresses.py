@@ -56,6 +56,8 @@ def read(token: str, secrets: Mapping[int, bytes]) -> SignedFrame | None:
     except (UnicodeEncodeError, binascii.Error, struct.error):
         return None
     secret = secrets.get(number)
+    if base64.urlsafe_b64encode(raw).decode() != token:  # one frame, one end: one address
+        return None
     if secret is None or not hmac.compare_digest(mac, _mac(secret, payload)):
         return None
     return SignedFrame(uuid.UUID(bytes=job_id), ordinal, until)

@@ -17,6 +17,9 @@ INSERT INTO signing_secrets (number, secret) VALUES (:number, :secret)
 ON CONFLICT (number) DO NOTHING
 """)
 
+# Two callers take turns: the second one must see the secret of the first.
+LOCK = text("LOCK TABLE signing_secrets IN SHARE ROW EXCLUSIVE MODE")
+
 FORGET = text("DELETE FROM signing_secrets RETURNING number")
 
 
@@ -31,6 +34,7 @@ def load(connection: Connection) -> dict[int, bytes]:
 
 def replace(connection: Connection) -> None:
     """Replace all secrets by a new one, so that every address that was signed before ends."""
+    connection.execute(LOCK)
     last = max(connection.execute(FORGET).scalars(), default=-1)
     _add(connection, 0 if last == LAST else last + 1)
 

@@ -22,7 +22,10 @@ from farm.store.jobs import cancel_job
 from farm.store.rows import row_of, rows_of
 
 LATE_SECONDS = 120.0
-"""Time in which a request that began before the removal may still store something. Seconds."""
+"""Time in which others may still store something for a removed tenant, in seconds.
+
+A request may have begun before, and an API process may still remember its key.
+"""
 JOBS_PER_CALL = 100
 INPUTS_PER_CALL = 10
 

@@ -102,16 +102,21 @@ def revoke(
 
 
 @app.command()
-def end_addresses() -> None:
+def end_addresses(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+) -> None:
     """End all signed addresses of images that were given so far. It cannot be undone.
 
-    Each API process notices it within a minute. Frames have new addresses then.
+    Each API process notices it within ten seconds. Frames have new addresses after that.
     """
     from farm.store import signing_secrets
 
+    if not yes:
+        note("Images of all tenants that are shown by these addresses will be missing.")
+        typer.confirm("End all signed addresses?", abort=True, err=True)
     with _connection() as connection:
         signing_secrets.replace(connection)
-    say("All signed addresses end within a minute. Frames have new ones then.")
+    say("All signed addresses end within ten seconds. Frames have new ones after that.")
 
 
 @contextmanager

@@ -99,6 +99,11 @@ FARM_S3_ENDPOINT_URL: {{ $v.s3.endpoint | quote }}
 {{- with default (ternary "http://localhost:8333" "" $v.trial.enabled) $v.s3.publicUrl }}
 FARM_S3_PUBLIC_URL: {{ . | quote }}
 {{- end }}
+{{- if not (hasKey $v.settings "publicUrl") }}
+{{- with default $v.api.ingress.host $v.api.route.host }}
+FARM_PUBLIC_URL: {{ printf "https://%s" . | quote }}
+{{- end }}
+{{- end }}
 {{- if or $v.s3.existingSecret $v.trial.enabled }}
 AWS_ACCESS_KEY_ID:
   {{- include "farm.secretRef" (dict "root" . "existing" $v.s3.existingSecret "key" $v.s3.accessKeyIdKey "ownKey" "accessKeyId") | nindent 2 }}
@@ -249,5 +254,5 @@ labels:
 {{/* What the API serves to the outside, besides the page at `/`. The probes and /metrics, which
      need no key, stay inside the cluster. */}}
 {{- define "farm.paths" -}}
-[/v1, /docs, /openapi.json, /static, /favicon.ico, /live, /jobs, /pictures, /login, /logout]
+[/v1, /p, /docs, /openapi.json, /static, /favicon.ico, /live, /jobs, /pictures, /login, /logout]
 {{- end }}
