@@ -56,6 +56,7 @@ def main(order: str, prompt: str) -> int:
             path = Path(f"{job['id'][:8]}-{frame['ordinal']}.png")
             path.write_bytes(image.content)
             print(path)
+            print(f"For people without a key: {frame['signed_url']}")
     return 0 if job["status"] == "succeeded" else 1
 
 

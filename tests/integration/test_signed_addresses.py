@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -332,27 +332,51 @@ def test_an_outage_of_the_storage_tells_no_tenant(
     assert str(tenant) not in answer.text
 
 
-def test_slow_readers_have_a_number_of_places_and_a_time(
-    farm: Farm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    large = 64 * 2**20
-    monkeypatch.setattr(Artifacts, "get", lambda *_: bytes(large))
+LARGE = 64 * 2**20
+
+
+@contextmanager
+def reading(api: Api, path: str) -> Iterator[socket.socket]:
+    """Ask for an image, and read its status line only."""
+    host, port = api.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as reader:
+        reader.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert reader.recv(12) == b"HTTP/1.1 200"
+        yield reader
+
+
+def test_slow_readers_have_a_number_of_places(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Artifacts, "get", lambda *_: bytes(LARGE))
     monkeypatch.setattr(pictures, "MAX_SENT", 3)
-    monkeypatch.setattr(pictures, "MIN_BYTES_PER_SECOND", large)
-    monkeypatch.setattr(pictures, "FIRST_SECONDS", 2.0)
-    with serving(farm) as api, ExitStack() as stack:
-        path = rendered(api, api.client("ann"))["signed_url"].removeprefix(api.url)
-        host, port = api.url.removeprefix("http://").split(":")
-        for _ in range(3):
-            reader = stack.enter_context(socket.create_connection((host, int(port))))
-            reader.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-            assert reader.recv(12) == b"HTTP/1.1 200"
-        refused = httpx.head(f"{api.url}{path}")
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"]
-        wait_until(
-            lambda: httpx.head(f"{api.url}{path}").status_code == 200, 30, "they have lost them"
-        )
+    with serving(farm) as api:
+        address = rendered(api, api.client("ann"))["signed_url"]
+        path = address.removeprefix(api.url)
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(reading(api, path))
+            refused = httpx.head(address)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"]
+            assert api.client("bob").get("/v1/jobs").status_code == 200
+        wait_until(lambda: httpx.head(address).status_code == 200, 30, "their places are free")
+
+
+def test_a_slow_reader_is_cut_off(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Artifacts, "get", lambda *_: bytes(LARGE))
+    monkeypatch.setattr(pictures, "MAX_SENT", 1)
+    monkeypatch.setattr(pictures, "FIRST_SECONDS", 0.2)
+    monkeypatch.setattr(pictures, "MIN_BYTES_PER_SECOND", 10 * LARGE)
+    with serving(farm) as api:
+        address = rendered(api, api.client("ann"))["signed_url"]
+        with reading(api, address.removeprefix(api.url)) as reader:
+            wait_until(lambda: httpx.head(address).status_code == 200, 30, "its place is free")
+            received = 0
+            try:
+                while piece := reader.recv(2**20):
+                    received += len(piece)
+            except ConnectionResetError:
+                pass
+        assert received < LARGE
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -47,7 +48,11 @@ def test_a_backend_submits_once_and_downloads(run: Run, tmp_path: Path) -> None:
     first, second = run(*words), run(*words)
     assert first == second, "the same request is the same job"
     images = sorted(tmp_path.glob("*.png"))
-    assert [path.name for path in images] == first.split()[-2:]
+    said = first.split()
+    addresses = [word for word in said if "/p/" in word]
+    assert [path.name for path in images] == [word for word in said if word.endswith(".png")][::2]
+    for path, address in zip(images, addresses, strict=True):
+        assert httpx.get(address).content == path.read_bytes()
     with Image.open(images[0]) as image:
         assert image.info["farm"]
     refused = run(*words[:3], "another prompt for the same order", code=1)
