@@ -41,8 +41,8 @@ class SignedAddresses:
 
     @property
     def are_due(self) -> bool:
-        """True if the secrets should be read again, which takes a query."""
-        return time.monotonic() >= self._due_at
+        """True if `refresh` has something to do: it may take a query."""
+        return not self._secrets or time.monotonic() >= self._due_at
 
     def refresh(self) -> None:
         """Read the secrets if they are due. Others use the earlier ones until then.
@@ -53,7 +53,7 @@ class SignedAddresses:
         if not self.are_due or not self._lock.acquire(blocking=not self._secrets):
             return
         try:
-            if self.are_due:
+            if time.monotonic() >= self._due_at:
                 self._due_at = time.monotonic() + RETRY_SECONDS
                 with transaction(self._farm.store) as connection:
                     self._secrets = signing_secrets.load(connection)

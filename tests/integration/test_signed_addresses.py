@@ -283,6 +283,26 @@ def test_two_replacements_at_once_leave_one_secret(farm: Farm) -> None:
     assert sql(farm, "SELECT number FROM signing_secrets") == [(2,)]
 
 
+def test_postgres_that_was_never_reached_is_an_outage(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for requests that come before the next try."""
+    ann = api.client("ann")
+    job = api.submit(ann)
+    load = signing_secrets.load
+
+    def fail(_: object) -> dict[int, bytes]:
+        raise Unavailable("Postgres does not answer.")
+
+    monkeypatch.setattr(signing_secrets, "load", fail)
+    for _ in range(3):
+        check_problem(ann.get(f"/v1/jobs/{job['id']}/frames"), 503)
+        check_problem(httpx.get(f"{api.url}/p/{'A' * 60}.png"), 503)
+    monkeypatch.setattr(signing_secrets, "load", load)
+    frames = f"/v1/jobs/{job['id']}/frames"
+    wait_until(lambda: ann.get(frames).status_code == 200, 30, "the secrets are read")
+
+
 def test_pages_of_other_sites_may_show_it(api: Api) -> None:
     """Their browsers ask first if a script sends a key, and see errors too."""
     frame = rendered(api, api.client("ann"))
