@@ -12,8 +12,15 @@ from fastapi import Request
 
 from farm.context import Farm
 from farm.domain.image_formats import FORMATS, Format
-from farm.domain.signed_addresses import SignedFrame, read, sign, until_of
-from farm.errors import NotFound, Unavailable
+from farm.domain.signed_addresses import (
+    SignedFrame,
+    SignedJob,
+    read,
+    read_job,
+    sign,
+    until_of,
+)
+from farm.errors import NotFound, Unauthenticated, Unavailable
 from farm.store import signing_secrets
 from farm.store.engine import transaction
 
@@ -72,18 +79,42 @@ class SignedAddresses:
         Raises:
             Unavailable: Postgres does not answer.
         """
+        if self._farm.settings.signed_url_seconds:
+            self.refresh()
+        return self.at(public_url(request))
+
+    def at(self, base: str) -> Address:
+        """Return the function that gives addresses that begin with `base`.
+
+        It asks nobody: `refresh` must have been called.
+        """
         seconds = self._farm.settings.signed_url_seconds
         if not seconds:
             return lambda *_: None
-        self.refresh()
-        number, secret = max(self._secrets.items())
-        base, until = public_url(request), until_of(time.time(), seconds)
+        number, secret = self.newest_secret
+        until = until_of(time.time(), seconds)
 
         def address(job_id: uuid.UUID, ordinal: int, form: Format) -> str:
             token = sign(SignedFrame(job_id, ordinal, until), number, secret)
             return f"{base}/p/{token}.{FORMATS[form].extension}"
 
         return address
+
+    @property
+    def newest_secret(self) -> tuple[int, bytes]:
+        """Number and value of the secret that signs. `refresh` must have been called."""
+        return max(self._secrets.items())
+
+    def watched_job(self, token: str) -> SignedJob:
+        """Return the job that a token lets its holder watch. It asks nobody.
+
+        Raises:
+            Unauthenticated: It is no token, or its time is over.
+        """
+        job = read_job(token, self._secrets)
+        if job is None or job.until <= time.time():
+            raise Unauthenticated("token: unknown or expired. Get a new one from your backend.")
+        return job
 
     def frame_of(self, token: str) -> SignedFrame:
         """Return the frame of a token. It asks nobody.

@@ -22,6 +22,7 @@ from api.request_rates import RequestRates
 from api.routes import (
     actions,
     destinations,
+    events,
     exports,
     frames,
     health,
@@ -107,6 +108,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     job_calls = openapi.refusals(401, 422, 429, 503)
     app.include_router(jobs.router, responses=job_calls)
     app.include_router(frames.router, responses=job_calls)
+    app.include_router(events.router, responses=job_calls)
     app.include_router(signed_pictures.router)
     app.include_router(images.router, responses=job_calls)
     app.include_router(inputs.router, responses=job_calls)

@@ -497,6 +497,80 @@ class Action(BaseModel):
     outcome: str
 
 
+class EventFrame(BaseModel):
+    """A frame in an event. Fields that do not apply are absent."""
+
+    ordinal: int
+    attempt: int
+    state: FrameState | None = Field(
+        default=None, description="State after a failed attempt: ready or dead"
+    )
+    key: str | None = Field(default=None, description="Key of the frame's line")
+    seed: int | None = None
+    sha256: str | None = Field(default=None, description="Hash of the image's bytes")
+    bytes: int | None = Field(default=None, description="Size of the image")
+    image_url: str | None = None
+    signed_url: str | None = None
+    removed: bool | None = Field(
+        default=None, description="True if the frame succeeded and its image was removed since"
+    )
+
+
+class Event(BaseModel):
+    """Something that happened. Fields that do not apply are absent."""
+
+    id: int = Field(description="Rises within a job: a larger one is later")
+    at: datetime
+    kind: str = Field(description="Such as job.succeeded. Ignore kinds that you do not know")
+    job: uuid.UUID | None = None
+    pipeline: str | None = Field(default=None, description="Pipeline of the job")
+    labels: dict[str, str] | None = Field(default=None, description="Labels of the job")
+    frames: list[EventFrame] | None = None
+    reason: str | None = Field(default=None, description="Reason of failed attempts")
+    count: int | None = Field(default=None, description="Number of frames, if they are not named")
+    export: uuid.UUID | None = None
+    error: str | None = Field(default=None, description="Reason why an export failed")
+    limits: dict[str, int | float | list[str] | None] | None = Field(
+        default=None, description="New values of the tenant's limits; null: no limit"
+    )
+
+
+class TenantState(BaseModel):
+    """Work of a tenant that has not ended: the first event of a stream."""
+
+    open_jobs: int
+    waiting_frames: int
+    running_frames: int
+
+
+class WatchToken(BaseModel):
+    """A token with which a browser may watch one job."""
+
+    token: str = Field(description="Value of the parameter `token`")
+    url: str = Field(description="Address of the job's events, with the token")
+    expires_at: datetime
+
+
+class WatchTokenAsked(BaseModel):
+    """A request for a token to watch a job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seconds: int = Field(default=3600, ge=1, le=86_400, description="Lifetime. Seconds")
+
+
+class EventPage(BaseModel):
+    """Events in the order in which they are read."""
+
+    data: list[Event]
+    cursor: str = Field(description="Value to pass as `after` to get later events")
+    more: bool = Field(description="True if there are more events now")
+    reset: bool = Field(
+        description="True if events after your cursor may be lost. Read the jobs again, then go on "
+        "from the new cursor"
+    )
+
+
 class Part(BaseModel):
     """State of one server that the farm needs."""
 

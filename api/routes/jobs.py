@@ -288,19 +288,14 @@ def list_jobs(
 ) -> schemas.Page[schemas.Job]:
     """List jobs. The query `label.KEY=VALUE`, such as `label.campaign=spring`, selects jobs with
     that label. Repeat it for several labels."""
-    labels = {
-        _storable(name): _storable(value, name)
-        for name, value in request.query_params.items()
-        if name.startswith(LABEL)
-    }
     return job_page(
         farm,
         caller.tenant_id,
         limit=limit,
         after=after,
         status=status,
-        pipeline=None if pipeline is None else _storable(pipeline, "pipeline"),
-        labels={name.removeprefix(LABEL): value for name, value in labels.items()},
+        pipeline=None if pipeline is None else storable_text(pipeline, "pipeline"),
+        labels=labels_asked(request),
     )
 
 
@@ -394,7 +389,25 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:
         return job_view(row, Lanes(connection, tenant_id).waiting_because(row))
 
 
-def _storable(text: str, param: str | None = None) -> str:
+def labels_asked(request: Request) -> dict[str, str]:
+    """Return the labels that a query selects by `label.KEY=VALUE`.
+
+    Raises:
+        InvalidRequest: One contains the NUL character.
+    """
+    return {
+        storable_text(name).removeprefix(LABEL): storable_text(value, name)
+        for name, value in request.query_params.items()
+        if name.startswith(LABEL)
+    }
+
+
+def storable_text(text: str, param: str | None = None) -> str:
+    """Return a text of a query.
+
+    Raises:
+        InvalidRequest: It contains the NUL character.
+    """
     if "\x00" in text:
         name = (param or text).replace("\x00", "")
         raise InvalidRequest(f"{name}: contains the NUL character. Remove it.", param=name)

@@ -1,8 +1,8 @@
-"""Signed addresses of images: their tokens name a frame and an end, and need no key.
+"""Signed addresses: their tokens name a frame or a job and an end, and need no key.
 
-A token is base64 (RFC 4648, section 5) of 45 bytes: the number of the secret (1), the job's ID
-(16), the ordinal (8) and the end in Unix seconds (4), in network byte order, and the first 16 bytes
-of their HMAC-SHA256.
+A token of a frame is base64 (RFC 4648, section 5) of 45 bytes: the number of the secret (1), the
+job's ID (16), the ordinal (8) and the end in Unix seconds (4), in network byte order, and the first
+16 bytes of their HMAC-SHA256. A token of a job has no ordinal. It lets its holder watch the job.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import hmac
 import struct
 import uuid
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PAYLOAD = struct.Struct(">B16sQI")
+OF_JOB = struct.Struct(">B16sI")
 MAC_BYTES = 16
 TOKEN_CHARS = (PAYLOAD.size + MAC_BYTES) * 4 // 3
-PURPOSE = b"farm picture 1 "
-"""Text before each payload, so that a secret signs nothing else in the same way."""
+PURPOSE, WATCHING = b"farm picture 1 ", b"farm watch 1 "
+"""Texts before each payload, so that a secret signs nothing else in the same way."""
 
 
 class SignedFrame(NamedTuple):
@@ -41,27 +42,59 @@ def until_of(now: float, seconds: int) -> int:
     return (int(now) // step + 1) * step + seconds
 
 
+class SignedJob(NamedTuple):
+    """A job that a token lets its holder watch."""
+
+    job_id: uuid.UUID
+    until: int
+    """End of the token, in Unix seconds."""
+
+
 def sign(frame: SignedFrame, number: int, secret: bytes) -> str:
     """Return the token of a frame, signed with the secret of this number, 0 to 255."""
     payload = PAYLOAD.pack(number, frame.job_id.bytes, frame.ordinal, frame.until)
-    return base64.urlsafe_b64encode(payload + _mac(secret, payload)).decode()
+    return _text(payload + _mac(PURPOSE, secret, payload))
+
+
+def sign_job(job: SignedJob, number: int, secret: bytes) -> str:
+    """Return the token of a job, signed with the secret of this number, 0 to 255."""
+    payload = OF_JOB.pack(number, job.job_id.bytes, job.until)
+    return _text(payload + _mac(WATCHING, secret, payload))
 
 
 def read(token: str, secrets: Mapping[int, bytes]) -> SignedFrame | None:
     """Return the frame of a token. None: it is no token, or none of these secrets signed it."""
+    found = _signed(token, PAYLOAD, PURPOSE, secrets)
+    return None if found is None else SignedFrame(uuid.UUID(bytes=found[1]), found[2], found[3])
+
+
+def read_job(token: str, secrets: Mapping[int, bytes]) -> SignedJob | None:
+    """Return the job of a token. None: it is no token, or none of these secrets signed it."""
+    found = _signed(token, OF_JOB, WATCHING, secrets)
+    return None if found is None else SignedJob(uuid.UUID(bytes=found[1]), found[2])
+
+
+def _signed(
+    token: str, form: struct.Struct, purpose: bytes, secrets: Mapping[int, bytes]
+) -> tuple[Any, ...] | None:
+    """Return the parts of a token, the number of its secret first."""
     try:
         raw = base64.b64decode(token.encode("ascii"), b"-_", validate=True)
-        payload, mac = raw[: PAYLOAD.size], raw[PAYLOAD.size :]
-        number, job_id, ordinal, until = PAYLOAD.unpack(payload)
+        payload, mac = raw[: form.size], raw[form.size :]
+        parts = form.unpack(payload)
     except (UnicodeEncodeError, binascii.Error, struct.error):
         return None
-    secret = secrets.get(number)
-    if base64.urlsafe_b64encode(raw).decode() != token:  # one frame, one end: one address
+    secret = secrets.get(parts[0])
+    if _text(raw) != token:  # one frame, one end: one address
         return None
-    if secret is None or not hmac.compare_digest(mac, _mac(secret, payload)):
+    if secret is None or not hmac.compare_digest(mac, _mac(purpose, secret, payload)):
         return None
-    return SignedFrame(uuid.UUID(bytes=job_id), ordinal, until)
+    return parts
 
 
-def _mac(secret: bytes, payload: bytes) -> bytes:
-    return hmac.digest(secret, PURPOSE + payload, "sha256")[:MAC_BYTES]
+def _text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode()
+
+
+def _mac(purpose: bytes, secret: bytes, payload: bytes) -> bytes:
+    return hmac.digest(secret, purpose + payload, "sha256")[:MAC_BYTES]

@@ -29,10 +29,20 @@ MAX_REST_SECONDS = 60.0
 SHARDS_PER_LOOK = 1_000
 """News rows, and new shards, that one claim checks at most, so that no claim takes long."""
 
-INSERT = text("""
-INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, shards)
-VALUES (:id, :tenant_id, :kind, :job_ids, :shard_frames, :bucket, :prefix, :shards)
-""")
+EVENT = """
+INSERT INTO events (tenant_id, kind, data)
+SELECT tenant_id, {kind}, jsonb_strip_nulls(jsonb_build_object('export', id, 'error', error))
+FROM {rows}
+"""
+"""Appends the event of a transition of exports. They are of no job."""
+
+INSERT = text(f"""
+WITH added AS (
+    INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, shards)
+    VALUES (:id, :tenant_id, :kind, :job_ids, :shard_frames, :bucket, :prefix, :shards)
+    RETURNING id, tenant_id, error
+) {EVENT.format(kind="'export.queued'", rows="added")}
+""")  # noqa: S608 - constants only
 
 # Shards are numbered across all jobs, in job order. Image number = `base` of the job + ordinal.
 INSERT_SHARDS = text("""
@@ -150,7 +160,7 @@ WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND don
 RETURNING number
 """)
 
-FINISH = text("""
+FINISH = text(f"""
 WITH done AS (
     UPDATE export_shards SET done_at = clock_timestamp(), error = NULL,
                              files = CAST(:files AS jsonb), rows = :rows, missing = :missing
@@ -164,26 +174,30 @@ SET shards_done = e.shards_done + (d.job_id IS NOT NULL)::int,
     state = CASE WHEN d.job_id IS NULL THEN 'succeeded' ELSE e.state END,
     finished_at = CASE WHEN d.job_id IS NULL THEN clock_timestamp() ELSE e.finished_at END
 FROM done d WHERE e.id = d.export_id AND e.state = 'running'
-RETURNING e.id, e.shards_done = e.shards AND d.job_id IS NOT NULL AS is_last
+RETURNING e.id, e.tenant_id, e.error, e.state,
+          e.shards_done = e.shards AND d.job_id IS NOT NULL AS is_last
+), event AS ({EVENT.format(kind="'export.succeeded'", rows="counted WHERE state = 'succeeded'")}
 ), cover AS (
     UPDATE export_shards s SET whole = true, due_at = clock_timestamp()
     FROM counted c WHERE s.export_id = c.id AND c.is_last AND s.job_id IS NULL
 )
 SELECT id FROM counted
-""")
+""")  # noqa: S608 - constants only
 
-FAIL = text("""
+FAIL = text(f"""
 WITH failed AS (
     UPDATE export_shards
     SET error = :error, failures = failures + :counts,
         due_at = clock_timestamp() + make_interval(secs => :seconds)
     WHERE export_id = :export_id AND number = :number AND attempt = :attempt AND done_at IS NULL
     RETURNING export_id, failures
-)
-UPDATE exports e
-SET state = 'failed', error = :error, finished_at = clock_timestamp()
-FROM failed f WHERE e.id = f.export_id AND e.state = 'running' AND f.failures >= :most
-""")
+), ended AS (
+    UPDATE exports e
+    SET state = 'failed', error = :error, finished_at = clock_timestamp()
+    FROM failed f WHERE e.id = f.export_id AND e.state = 'running' AND f.failures >= :most
+    RETURNING e.id, e.tenant_id, e.error
+) {EVENT.format(kind="'export.failed'", rows="ended")}
+""")  # noqa: S608 - constants only
 
 COLUMNS = """
 id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, state, error, shards, shards_done,
@@ -240,11 +254,14 @@ SELECT EXISTS (SELECT FROM export_news)
             WHERE e.id = s.export_id AND e.state = 'running' AND e.removed_at IS NULL))
 """)
 
-REMOVE = text("""
-UPDATE exports SET removed_at = clock_timestamp()
-WHERE id = :id AND tenant_id = :tenant_id AND removed_at IS NULL
-RETURNING id
-""")
+REMOVE = text(f"""
+WITH removed AS (
+    UPDATE exports SET removed_at = clock_timestamp()
+    WHERE id = :id AND tenant_id = :tenant_id AND removed_at IS NULL
+    RETURNING id, tenant_id, CAST(NULL AS text) AS error
+), event AS ({EVENT.format(kind="'export.removed'", rows="removed")})
+SELECT id FROM removed
+""")  # noqa: S608 - constants only
 
 
 @dataclass(frozen=True)

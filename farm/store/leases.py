@@ -7,7 +7,7 @@ ends early if its child process dies, or if the worker releases it.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 
 from farm.domain.spec import Priority
 from farm.domain.states import FrameState
+from farm.store import arrays
 from farm.store.claim import Fence
 from farm.store.frames import FAILED, WORKER_LOST, FailedAttempt, end_attempts, give_back
 from farm.store.rows import rows_of
@@ -54,6 +55,23 @@ WHERE worker_id = :worker_id AND pid = :pid AND id <> ALL(:known) ORDER BY id FO
 
 MARK_SPOOLED = text("UPDATE leases SET spooled = true WHERE id = :id")
 
+# All leases are read: there is one for each batch that runs.
+STEPS = text("""
+SELECT j.id AS job_id, (j.succeeded + j.dead + j.cancelled)::float / j.total AS progress,
+       CASE WHEN j.pace_since IS NOT NULL AND j.succeeded > j.pace_since_frames
+            THEN extract(epoch FROM clock_timestamp() - j.pace_since)
+                 / (j.succeeded - j.pace_since_frames)
+                 * (j.total - j.succeeded - j.dead - j.cancelled) END::float AS eta_seconds,
+       r.frames
+FROM (
+    SELECT d.job_id, jsonb_agg(jsonb_build_array(d.ordinal, l.step, l.steps) ORDER BY d.ordinal)
+           AS frames
+    FROM leases l CROSS JOIN LATERAL unnest(l.job_ids, l.ordinals) AS d (job_id, ordinal)
+    WHERE d.job_id = ANY(CAST(:ids AS uuid[])) AND l.steps > 0
+    GROUP BY d.job_id
+) r JOIN jobs j ON j.id = ANY (ARRAY[r.job_id])
+""")
+
 LOAD_SECONDS = text("SELECT load_seconds FROM workers WHERE id = :id")
 
 ALL_LEASES_OF = text("""
@@ -90,6 +108,24 @@ class HeldLease(NamedTuple):
     job_ids: list[uuid.UUID]
     ordinals: list[int]
     attempts: list[int]
+
+
+class JobSteps(NamedTuple):
+    """The progress of a job with running frames."""
+
+    job_id: uuid.UUID
+    progress: float
+    """Share of the frames that have ended."""
+    eta_seconds: float | None
+    """Seconds until the job ends at its pace. None: not known."""
+    frames: list[tuple[int, int, int]]
+    """(ordinal, step, steps) of each frame that runs."""
+
+
+def steps_of_jobs(connection: Connection, job_ids: Collection[uuid.UUID]) -> list[JobSteps]:
+    """Read the steps of the running frames of some jobs. Jobs without any are left out."""
+    rows = connection.execute(STEPS, {"ids": arrays.ids(job_ids)})
+    return rows_of(rows, JobSteps)
 
 
 def renew(connection: Connection, worker_id: uuid.UUID, lease_seconds: float) -> list[RenewedLease]:

@@ -30,6 +30,12 @@ SELECT t.device_seconds_a_month AS value, pg_temp.used_seconds(t.id) AS used,
 FROM tenants t WHERE t.id = :id AND t.device_seconds_a_month IS NOT NULL
 """)
 
+IN_USE = text("""
+SELECT pg_temp.open_jobs(:id) AS open_jobs, pg_temp.waiting_frames(:id) AS waiting_frames,
+       coalesce((SELECT r.frames FROM pg_temp.running_frames(ARRAY[CAST(:id AS uuid)]) r), 0)
+       AS running_frames
+""")
+
 FOLD = text("""
 WITH parts AS (
     DELETE FROM device_use WHERE (tenant_id, day, pipeline, writer) IN (
@@ -121,6 +127,19 @@ class Budget(NamedTuple):
         """Return True if work with this expected device time fits. None: the time is not known."""
         has = self.used + self.promised
         return has < self.value and has + (seconds or 0.0) <= self.value
+
+
+class InUse(NamedTuple):
+    """Work of a tenant that has not ended."""
+
+    open_jobs: int
+    waiting_frames: int
+    running_frames: int
+
+
+def in_use(connection: Connection, tenant_id: uuid.UUID) -> InUse:
+    """Count a tenant's open jobs, and its frames that wait or run."""
+    return InUse(*connection.execute(IN_USE, {"id": tenant_id}).one())
 
 
 def budget_of(connection: Connection, tenant_id: uuid.UUID) -> Budget | None:

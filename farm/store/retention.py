@@ -15,6 +15,7 @@ from sqlalchemy import Connection, text
 
 from farm.domain.image_formats import Format
 from farm.domain.states import TERMINAL
+from farm.store.exports import EVENT
 from farm.store.rows import rows_of
 
 MAX_JOBS_PER_CALL = 1000
@@ -108,10 +109,13 @@ ORDER BY j.removed_at LIMIT :limit
 
 FORGET = text("DELETE FROM jobs WHERE id = :id AND removed_at IS NOT NULL")
 
-REMOVE_EXPORTS = text("""
-UPDATE exports SET removed_at = clock_timestamp()
-WHERE finished_at < now() - make_interval(secs => :seconds) AND removed_at IS NULL
-""")
+REMOVE_EXPORTS = text(f"""
+WITH removed AS (
+    UPDATE exports SET removed_at = clock_timestamp()
+    WHERE finished_at < now() - make_interval(secs => :seconds) AND removed_at IS NULL
+    RETURNING id, tenant_id, CAST(NULL AS text) AS error
+) {EVENT.format(kind="'export.removed'", rows="removed")}
+""")  # noqa: S608 - constants only
 
 # A process that still writes a shard of it notices the removal when it renews the lease.
 REMOVED_EXPORTS = text("""

@@ -763,12 +763,20 @@ events = Table(
     "events",
     metadata,
     Column("id", BigInteger, Identity(), primary_key=True),
-    Column("job_id", Uuid, nullable=False),
+    Column(
+        "xid",
+        BigInteger,
+        nullable=False,
+        server_default=text("(pg_current_xact_id()::text)::bigint"),
+        comment="transaction that wrote it; 0: written before version 31 of the schema",
+    ),
+    Column("job_id", Uuid, nullable=True, comment="null: of an export, or of the tenant"),
     Column("tenant_id", Uuid, nullable=False),
     _moment("at", now=True),
     Column("kind", Text, nullable=False),
     Column("data", JSONB, nullable=False),
     Index("events_job", "job_id", "id"),
+    Index("events_tenant", "tenant_id", "xid", "id", postgresql_where=text("xid > 0")),
     Index("events_at", "at"),
     Index(
         "events_pictures",
@@ -776,4 +784,16 @@ events = Table(
         "id",
         postgresql_where=text("kind = 'frames.succeeded'"),
     ),
+)
+
+event_epochs = Table(
+    "event_epochs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("system", Text, nullable=False, comment="identifier of the server's data"),
+    Column("timeline", Text, nullable=False),
+    Column("last_before", BigInteger, nullable=False, comment="last event of another system"),
+    _moment("began_at", now=True),
+    UniqueConstraint("system", "timeline"),
+    comment="Servers that wrote events. Each counts its transactions from the beginning.",
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import NamedTuple
 
+from cachetools import LRUCache
 from sqlalchemy import Connection, text
 
-from farm.domain.spec import FrameSpec, FullSpec, frame_spec
+from farm.domain.image_formats import Format
+from farm.domain.spec import FrameSpec, FullSpec, Line, frame_spec
 from farm.store import arrays
-from farm.store.lines import lines_of
+from farm.store.lines import Parts, lines_of
 
 SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
 
@@ -42,4 +45,54 @@ def frame_specs(
         found.append(
             (tenant_id, frame_spec(job, ordinal, line, rerolls=rerolls.get((job_id, ordinal), 0)))
         )
+    return found
+
+
+class KnownSpecs:
+    """A cache of what never changes: the specs of jobs, and parts of inputs."""
+
+    def __init__(self, jobs: int = 500, parts: int = 50) -> None:
+        """Create it for a maximum number of each."""
+        self.jobs: MutableMapping[uuid.UUID, FullSpec] = LRUCache(jobs)
+        self.parts: Parts = LRUCache(parts)
+
+
+class FrameIdentity(NamedTuple):
+    """Values by which a client knows a frame's image."""
+
+    seed: int
+    key: str | None
+    """Key of its line. None: it has none, or the job has no input."""
+    format: Format
+
+
+def frame_identities(
+    connection: Connection,
+    frames: Sequence[tuple[uuid.UUID, int, int]],
+    known: KnownSpecs | None = None,
+) -> dict[tuple[uuid.UUID, int], FrameIdentity]:
+    """Derive the seeds and keys of some frames. Prompts are not read. Removed jobs are left out.
+
+    Args:
+        connection: a connection to the frames' database.
+        frames: (job, ordinal, rerolls) of each.
+        known: a cache, to which what is read is added.
+    """
+    known = known or KnownSpecs()
+    named = {job_id for job_id, _, _ in frames}
+    jobs = {job_id: spec for job_id in named if (spec := known.jobs.get(job_id)) is not None}
+    if missing := sorted(named - jobs.keys()):
+        rows = connection.execute(SPECS, {"ids": missing})
+        read = {row.id: FullSpec.model_validate(row.spec) for row in rows}
+        known.jobs.update(read)
+        jobs |= read
+    left = [frame for frame in frames if frame[0] in jobs]
+    of_inputs = [(job_id, ordinal) for job_id, ordinal, _ in left if jobs[job_id].input]
+    lines = lines_of(connection, jobs, of_inputs, known.parts)
+    found = {}
+    for job_id, ordinal, rerolls in left:
+        job = jobs[job_id]
+        line = lines.get((job_id, job.prompt_index(ordinal)), Line(""))
+        seed = frame_spec(job, ordinal, line, rerolls=rerolls).seed
+        found[job_id, ordinal] = FrameIdentity(seed, line.key, job.format)
     return found

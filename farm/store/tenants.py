@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
+from farm.domain.spec import Priority
 from farm.domain.states import TERMINAL, JobStatus
 from farm.errors import Conflict, NotFound
-from farm.store import arrays
+from farm.store import arrays, events
 from farm.store.jobs import cancel_job
 from farm.store.rows import row_of, rows_of
 
@@ -191,6 +192,8 @@ WITH control_images AS (
     DELETE FROM control_images WHERE tenant_id = :id
 ), device_use AS (
     DELETE FROM device_use WHERE tenant_id = :id
+), events AS (  -- those of its jobs are deleted with them
+    DELETE FROM events WHERE tenant_id = :id AND xid > 0
 )
 UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
 """)
@@ -268,6 +271,14 @@ class TenantSettings(NamedTuple):
     requests_burst: int | None
     device_seconds_a_month: float | None
 
+    def limits(self) -> dict[str, object]:
+        """Return the limits by name, with priorities as words."""
+        limits = self._asdict()
+        if self.priorities is not None:
+            limits["priorities"] = [Priority(each).wire for each in self.priorities]
+        del limits["weight"]
+        return limits
+
 
 def lock_settings(connection: Connection, tenant_id: uuid.UUID) -> TenantSettings | None:
     """Read and lock a tenant's weight and limits. None if the tenant is removed."""
@@ -280,6 +291,10 @@ def set_tenant(
 ) -> None:
     """Set a tenant's weight and limits, for every batch, job and request from then on."""
     connection.execute(SET, {"id": tenant_id, **now._asdict()})
+    limits = now.limits()
+    changed = {name: limits[name] for name, old in before.limits().items() if limits[name] != old}
+    if changed:
+        events.append(connection, tenant_id, "limits.changed", {"limits": changed})
     if now.weight != before.weight:
         connection.execute(RESCALE, {"id": tenant_id, "scale": before.weight / now.weight})
 

@@ -151,7 +151,24 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         jobs.INSERT_JOBS,
         {"given": "[]", "tenants": [uuid.UUID(int=1)], "counted": False},
     ),
-    "events": (events.OF_JOB, {"job_id": uuid.UUID(int=1), "after": 0, "limit": 100}),
+    "events of jobs": (
+        events.OF_JOBS,
+        {"job_ids": [uuid.UUID(int=1)], "after": [0], "limit": 100, "with_images": True},
+    ),
+    "events of tenants": (
+        events.OF_TENANTS,
+        {
+            "tenant_ids": [uuid.UUID(int=2)],
+            "xids": [0],
+            "ids": [0],
+            "until": 2**62,
+            "last_before": 0,
+            "limit": 100,
+            "with_images": True,
+        },
+    ),
+    "newest event": (events.NEWEST_OF_JOB, {"job_id": uuid.UUID(int=1)}),
+    "steps": (leases.STEPS, {"ids": [uuid.UUID(int=1)]}),
     "prune": (events.PRUNE, {"seconds": 86_400.0 * 365}),
     "remove": (
         retention.REMOVE,

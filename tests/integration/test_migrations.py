@@ -169,10 +169,11 @@ def what_old_code_cannot_bear(path: Path) -> list[str]:
 
 
 def sets_a_default(options: dict[str, Any]) -> bool:
-    """Return True if `alter_column` only describes a column, or gives it a default."""
+    """Return True if `alter_column` only describes a column, allows null, or sets a default."""
     return (
-        options.keys() <= {"server_default", "comment", "existing_comment"}
+        options.keys() <= {"server_default", "comment", "existing_comment", "nullable"}
         and options.get("server_default", "") is not None
+        and options.get("nullable", True)
     )
 
 
@@ -186,7 +187,7 @@ COUNTING = {
 
 
 def only_adds(statement: str, recorder: Recorder) -> bool:
-    """Return True if a statement creates something, or sets columns that its step has added."""
+    """Return True if a statement creates something, or fills what its step has added."""
     # Postgres lets CREATE OR REPLACE VIEW change no column that was there. Only triggers call these
     # functions, and step 29 adds a sum to them.
     replaced = re.match(r"CREATE OR REPLACE FUNCTION (\w+)\(\) RETURNS trigger ", statement)
@@ -200,6 +201,9 @@ def only_adds(statement: str, recorder: Recorder) -> bool:
         "LOCK ",
     )
     if statement.startswith(adding):
+        return True
+    made = {args[0] for name, args, _ in recorder.calls if name == "create_table"}
+    if statement.startswith("INSERT INTO ") and statement.split()[2] in made:
         return True
     table, _, changes = statement.removeprefix("UPDATE ").partition(" SET")
     added = {
@@ -245,6 +249,7 @@ def test_a_pre_step_only_adds(path: Path) -> None:
         'op.drop_column("jobs", "labels")',
         'op.alter_column("jobs", "labels", nullable=False)',
         'op.execute("DELETE FROM jobs")',
+        'op.execute("INSERT INTO events SELECT * FROM events")',
         'op.execute("CREATE OR REPLACE VIEW another AS SELECT 1")',
         'op.execute("CREATE OR REPLACE FUNCTION share_joins() RETURNS trigger AS 1")',
         'op.create_check_constraint("few", "jobs", "total < 10")',

@@ -1,0 +1,41 @@
+"""Kinds of events, and filters by kind. A client must ignore kinds that it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+KINDS = (
+    "job.queued",
+    "job.running",
+    "job.paused",
+    "job.resumed",
+    "job.succeeded",
+    "job.partial",
+    "job.failed",
+    "job.cancelled",
+    "job.removed",
+    "frames.claimed",
+    "frames.succeeded",
+    "frames.failed",
+    "frames.released",
+    "frames.retried",
+    "export.queued",
+    "export.succeeded",
+    "export.failed",
+    "export.removed",
+    "limits.changed",
+)
+
+GROUPS = tuple(dict.fromkeys(kind.partition(".")[0] + ".*" for kind in KINDS))
+"""Filters that stand for all kinds of one subject, such as `job.*`."""
+
+
+def is_in(kind: str, chosen: Iterable[str]) -> bool:
+    """Return True if a kind is one of the chosen ones. None chosen means all."""
+    wanted = set(chosen)
+    return not wanted or kind in wanted or kind.partition(".")[0] + ".*" in wanted
+
+
+def unknown_kind(chosen: Iterable[str]) -> str | None:
+    """Return the first of the chosen filters that no event can match, or None."""
+    return next((each for each in chosen if each not in KINDS and each not in GROUPS), None)
