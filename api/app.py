@@ -37,6 +37,7 @@ from api.routes import (
 from api.routes import (
     pictures as signed_pictures,
 )
+from api.streaming.streams import Streams
 from api.waiting_reasons import RecentLanes
 from farm.config import Settings, load_settings
 from farm.context import open_farm
@@ -78,6 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.rating = CapacityLimiter(RATING_THREADS)
         app.state.callers = auth.Callers(app.state.farm)
         app.state.addresses = SignedAddresses(app.state.farm)
+        app.state.streams = Streams(app.state.farm, app.state.addresses)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         app.state.intakes = Places(inputs.MAX_CONCURRENT_UPLOADS, inputs.MAX_UPLOADS_PER_TENANT)
         app.state.decoding = CapacityLimiter(images.MAX_CONCURRENT_DECODINGS)
@@ -90,6 +92,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.slow = Turns(SLOW_THREADS)
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)
         yield
+        app.state.streams.feed.close()
         app.state.farm.close()
 
     app = Api(

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
+REPEATABLE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}
+"""Methods of calls that may be repeated (RFC 9110, section 9.2.2)."""
 LIMIT_SECONDS = 30
 """Seconds after which a client that met a limit should try again. When others end is not known."""
 
@@ -89,7 +91,7 @@ def _answer(
 def farm_error(request: Request, error: Exception) -> Response:
     """Return the response for an error of the farm."""
     assert isinstance(error, FarmError)
-    headers = {}
+    headers = _should_retry(request, error)
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="farm"'
     if isinstance(error, Unavailable):
@@ -105,6 +107,22 @@ def farm_error(request: Request, error: Exception) -> Response:
         more = {"limit": limit_body(error.limit)}
     content = problem(error.status, error.code, error.message, error.param, **more)
     return _answer(request, content, headers)
+
+
+def _should_retry(request: Request, error: FarmError) -> dict[str, str]:
+    """Tell clients whether to repeat a call. Some do so by themselves, without a key.
+
+    Nothing is told of a call that may have stored something before its error.
+    """
+    if isinstance(error, LimitExceeded):
+        again = error.limit is None or error.limit.fits_later
+    elif not error.retryable:
+        again = False
+    elif request.method in REPEATABLE or "idempotency-key" in request.headers:
+        again = True
+    else:
+        return {}
+    return {"x-should-retry": "true" if again else "false"}
 
 
 def limit_body(limit: Limit) -> dict[str, str | float]:

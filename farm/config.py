@@ -148,6 +148,13 @@ class Settings(BaseSettings):
         description="Proxies whose X-Forwarded-Proto and X-Forwarded-For headers are trusted:"
         " addresses and networks, separated by commas, for example 10.0.0.5,10.1.0.0/16; * for all",
     )
+    wait_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        le=3600,
+        description="Longest time that a call waits for the end of a job (`Prefer: wait`). Set it"
+        " below the timeout of a proxy before the farm. Seconds",
+    )
     events_days: float = Field(default=30.0, gt=0, description="Time that events are kept. Days")
     retention_days: float = Field(
         default=0.0,

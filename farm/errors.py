@@ -104,6 +104,13 @@ class Conflict(FarmError):
     status = 409
 
 
+class KeyReused(FarmError):
+    """An idempotency key was used with another body before."""
+
+    code = "idempotency_mismatch"
+    status = 422
+
+
 class LimitExceeded(FarmError):
     """A tenant would have more than its operator allows. The same call may succeed later."""
 

@@ -1,92 +1,208 @@
-"""Events: everything that happened to a job, or to all that a tenant owns."""
+"""Events: what happened to a job, or to all that a tenant owns. As pages, or as streams."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
 
 from api import schemas
-from api.addresses import Address, SignedAddresses
-from api.auth import FarmDep, Reader
-from api.event_views import event_view
+from api.addresses import SignedAddresses, public_url
+from api.auth import FarmDep, Writer
+from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit
 from api.routes.jobs import JobId, labels_asked, storable_text
+from api.routes.watching import FOR_PAGES, PREFLIGHT, JobWatcher, KeyWatcher, Watcher, new_token
+from api.streaming.prefer import PreferHeader, applied, wait_asked
+from api.streaming.streams import HEADERS, MEDIA_TYPE, as_json, streams_of, wants_stream
+from api.streaming.views import event_view
+from farm.context import Farm
 from farm.domain.event_kinds import GROUPS, KINDS, unknown_kind
 from farm.errors import InvalidRequest
 from farm.services import events as use_cases
 from farm.services.events import EventFilter, EventPage
+from farm.store import queries
+from farm.store.engine import reads
 
 router = APIRouter(prefix="/v1", tags=["events"])
 
 AfterEvent = Annotated[
-    str | None, Query(max_length=80, description="Value of `cursor` of an earlier page")
+    str | None,
+    Query(max_length=80, description="`cursor` of an earlier page, or `id` of a streamed event"),
 ]
+LastEventId = Annotated[
+    str | None, Header(max_length=80, description="Cursor of a stream that is resumed")
+]
+Kinds = Annotated[
+    list[str] | None,
+    Query(description="Only events of this kind, such as job.failed or job.*. Repeatable"),
+]
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+        "description": "A page of events; or with `Accept: text/event-stream`, a stream of them",
+    }
+}
 
 
 @router.get(
     "/jobs/{job_id}/events",
-    responses=refusals(404),
-    response_model_exclude_none=True,
-    summary="List a job's events",
+    response_model=schemas.EventPage,
+    responses={
+        **STREAM,
+        204: {"description": "Of a stream: the job has ended, and all its events were read"},
+        **refusals(404),
+    },
+    summary="List or stream a job's events",
 )
-def list_job_events(
+async def list_job_events(
     request: Request,
     farm: FarmDep,
-    caller: Reader,
+    watcher: JobWatcher,
     job_id: JobId,
+    head: IsHead,
     limit: Limit = 50,
     after: AfterEvent = None,
-) -> schemas.EventPage:
-    """List what happened to a job, oldest first. Without `after` the page begins with the oldest
-    event that is kept."""
-    signed = _signed(request)
-    return _page(use_cases.job_page(farm, caller.tenant_id, job_id, after, limit), signed)
+    kind: Kinds = None,
+    last_event_id: LastEventId = None,
+    prefer: PreferHeader = None,
+) -> Response:
+    """List what happened to a job, oldest first, from the oldest event that is kept. With
+    `Accept: text/event-stream`, stream it: first the job's state, then each event as it happens."""
+    del prefer  # it is read with its forms
+    wanted = EventFilter(_kinds(kind))
+    read = partial(use_cases.job_page, farm, watcher.tenant_id, job_id, after, limit, wanted)
+    if not wants_stream(request):
+        seconds = wait_asked(request)
+        if seconds is None:
+            page = await to_thread.run_sync(read)
+        else:
+            streams = streams_of(request)
+            page = await streams.page_with_news(request, watcher.tenant_id, job_id, read, seconds)
+        return await _page(request, page, watcher, seconds)
+    sent = use_cases.parsed_cursor(last_event_id or after, of_job=True)
+    if head:
+        return Response(media_type=MEDIA_TYPE, headers=HEADERS)
+    allowed = watcher.still_allowed
+    answer = await streams_of(request).of_job(
+        request, watcher.tenant_id, job_id, sent, wanted, allowed
+    )
+    if watcher.by_token:
+        answer.headers.update(FOR_PAGES)
+    return answer
 
 
-@router.get("/events", response_model_exclude_none=True, summary="List events")
-def list_events(
+@router.options("/jobs/{job_id}/events", include_in_schema=False)
+async def may_watch(job_id: JobId) -> Response:
+    """Allow pages of other sites to send a cursor."""
+    del job_id
+    return Response(status_code=204, headers=PREFLIGHT)
+
+
+@router.post(
+    "/jobs/{job_id}/tokens",
+    status_code=201,
+    responses=refusals(400, 403, 404),
+    summary="Create a token to watch a job",
+)
+def create_token(
+    request: Request, farm: FarmDep, caller: Writer, job_id: JobId, asked: schemas.WatchTokenAsked
+) -> schemas.WatchToken:
+    """Create a token with which a page in a browser may read the events of one job, and nothing
+    else. Its holder sees the job as `GET /v1/jobs/{id}` returns it, with its images."""
+    with reads(farm.store) as connection:
+        queries.get_job(connection, caller.tenant_id, job_id)
+    until = int(time.time()) + asked.seconds
+    token, url = new_token(request, job_id, until)
+    return schemas.WatchToken(token=token, url=url, expires_at=datetime.fromtimestamp(until, UTC))
+
+
+@router.get(
+    "/events", response_model=schemas.EventPage, responses=STREAM, summary="List or stream events"
+)
+async def list_events(
     request: Request,
     farm: FarmDep,
-    caller: Reader,
+    watcher: KeyWatcher,
+    head: IsHead,
     limit: Limit = 50,
     after: AfterEvent = None,
-    kind: Annotated[
-        list[str] | None,
-        Query(description="Only events of this kind, such as job.failed or job.*. Repeatable"),
-    ] = None,
+    kind: Kinds = None,
     pipeline: Annotated[
         str | None, Query(description="Only events of this pipeline's jobs")
     ] = None,
-) -> schemas.EventPage:
-    """List what happened to the jobs, exports and limits of the key's tenant. An event is listed
-    once its transaction and all earlier ones have ended, so none can appear behind a cursor. The
+    last_event_id: LastEventId = None,
+    prefer: PreferHeader = None,
+) -> Response:
+    """List what happened to the jobs, exports and limits of the key's tenant, oldest first. An
+    event is listed once its transaction and all earlier ones have ended, so none can appear behind
+    a cursor. With `Accept: text/event-stream`, stream it from now on, or from a cursor on. The
     query `label.KEY=VALUE` selects events of jobs with that label. Repeat it for several labels."""
-    unknown = unknown_kind(kind or ())
+    del prefer  # it is read with its forms
+    wanted = EventFilter(
+        _kinds(kind),
+        None if pipeline is None else storable_text(pipeline, "pipeline"),
+        labels_asked(request),
+    )
+    if not wants_stream(request):
+        seconds = wait_asked(request)
+        page = await _tenant_page(request, farm, watcher, after, limit, wanted, seconds)
+        return await _page(request, page, watcher, seconds)
+    sent = use_cases.parsed_cursor(last_event_id or after, of_job=False)
+    if head:
+        return Response(media_type=MEDIA_TYPE, headers=HEADERS)
+    return await streams_of(request).of_tenant(
+        request, watcher.tenant_id, sent, wanted, watcher.still_allowed
+    )
+
+
+async def _tenant_page(
+    request: Request,
+    farm: Farm,
+    watcher: Watcher,
+    after: str | None,
+    limit: int,
+    wanted: EventFilter,
+    seconds: int | None,
+) -> EventPage:
+    read = partial(use_cases.tenant_page, farm, watcher.tenant_id, after, limit, wanted)
+    if seconds is None:
+        return await to_thread.run_sync(read)
+    return await streams_of(request).page_with_news(request, watcher.tenant_id, None, read, seconds)
+
+
+def _kinds(chosen: list[str] | None) -> frozenset[str]:
+    unknown = unknown_kind(chosen or ())
     if unknown is not None:
         raise InvalidRequest(
             f"kind: there is no kind {unknown!r}. Use one of: {', '.join([*KINDS, *GROUPS])}.",
             param="kind",
         )
-    wanted = EventFilter(
-        frozenset(kind or ()),
-        None if pipeline is None else storable_text(pipeline, "pipeline"),
-        labels_asked(request),
-    )
-    signed = _signed(request)
-    return _page(use_cases.tenant_page(farm, caller.tenant_id, after, limit, wanted), signed)
+    return frozenset(chosen or ())
 
 
-def _signed(request: Request) -> Address:
+async def _page(
+    request: Request, page: EventPage, watcher: Watcher, seconds: int | None
+) -> Response:
     addresses: SignedAddresses = request.app.state.addresses
-    return addresses.of_request(request)
-
-
-def _page(page: EventPage, signed: Address) -> schemas.EventPage:
-    return schemas.EventPage(
+    if addresses.are_due:
+        await to_thread.run_sync(addresses.refresh)
+    signed = addresses.at(public_url(request))
+    view = schemas.EventPage(
         data=[event_view(event, page.identities, signed) for event in page.events],
         cursor=str(page.cursor),
         more=page.more,
         reset=page.reset,
+    )
+    headers: Mapping[str, str] = {} if seconds is None else applied(seconds)
+    if watcher.by_token:
+        headers = {**headers, **FOR_PAGES}
+    return Response(
+        as_json(view), headers={**headers, "Vary": "Accept, Prefer"}, media_type="application/json"
     )

@@ -23,15 +23,18 @@ from api.paging import After, Limit, known_after, page
 from api.places import Turns
 from api.request_body import parse_json, read_body
 from api.responses import job_view
+from api.streaming.prefer import VARY, PreferHeader, applied, wait_asked
+from api.streaming.streams import streams_of
 from api.submission_groups import SubmissionGroups
 from api.waiting_reasons import Lanes, RecentLanes
 from farm.context import Farm
-from farm.domain.states import JobStatus
-from farm.errors import FarmError, InvalidRequest, LimitExceeded
+from farm.domain.states import TERMINAL, JobStatus
+from farm.errors import FarmError, InvalidRequest, LimitExceeded, Unavailable
 from farm.services import jobs as use_cases
 from farm.services import quotes as use_quotes
 from farm.store import queries
 from farm.store.engine import reads, transaction
+from farm.store.keys import Caller
 from farm.store.queries import JobRow
 
 log = logging.getLogger(__name__)
@@ -60,8 +63,9 @@ STEERING = refusals(403, 404, 409)
     summary="Submit a job",
     responses={
         200: {
-            "model": schemas.Quote,
-            "description": "With dry_run: estimate of time and storage",
+            "model": schemas.Job | schemas.Quote,
+            "description": "With Prefer: wait, the job if it has ended; with dry_run: estimate of"
+            " time and storage",
         },
         **refusals(400, 403, 409, 413, 429),
     },
@@ -85,17 +89,40 @@ async def submit(
         str | None,
         Header(description="Trace of the client (W3C Trace Context). The job's trace links to it"),
     ] = None,
+    prefer: PreferHeader = None,
     dry_run: Annotated[
         bool, Query(description="Store nothing, and return an estimate of time and storage")
     ] = False,
 ) -> Response:
-    """Check a job completely, store it, and return it. Workers claim its frames later."""
-    takes_long = b'"input"' in body or len(body) > QUICK_BYTES
-    slow: Turns = request.app.state.slow
+    """Check a job completely, store it, and return it. Workers claim its frames later. With
+    `Prefer: wait=SECONDS`, wait until it has ended, or for this time."""
+    del prefer  # it is read with its forms
     if dry_run:
-        if takes_long:
+        if _takes_long(body):
+            slow: Turns = request.app.state.slow
             return await slow.run(caller.tenant_id, _quote, farm, caller.tenant_id, body)
         return await to_thread.run_sync(_quote, farm, caller.tenant_id, body)
+    seconds = wait_asked(request)
+    answer = await _submitted_job(request, farm, caller, body, idempotency_key, traceparent)
+    if seconds is None:
+        return answer
+    job_id = uuid.UUID(answer.headers["Location"].rpartition("/")[2])
+    try:
+        job = await streams_of(request).ended_job(request, caller.tenant_id, job_id, seconds)
+    except Unavailable:  # the job is stored: a repeated call would store another one
+        return answer
+    headers = {"Location": answer.headers["Location"], **applied(seconds)}
+    return _answer(job, 200 if job.status in TERMINAL else 202, headers)
+
+
+async def _submitted_job(
+    request: Request,
+    farm: Farm,
+    caller: Caller,
+    body: bytes,
+    idempotency_key: str | None,
+    traceparent: str | None,
+) -> Response:
     recent: RecentLanes = request.app.state.recent
     if len(body) <= GROUPED_BYTES:
         sent = use_cases.Submission(
@@ -107,9 +134,15 @@ async def submit(
     alone = partial(
         _submit_alone, farm, recent, caller.tenant_id, body, idempotency_key, traceparent
     )
-    if takes_long:
+    if _takes_long(body):
+        slow: Turns = request.app.state.slow
         return await slow.run(caller.tenant_id, alone)
     return await to_thread.run_sync(alone)
+
+
+def _takes_long(body: bytes) -> bool:
+    """Return True if checking a body may take seconds."""
+    return b'"input"' in body or len(body) > QUICK_BYTES
 
 
 def _is_quick(farm: Farm, body: Any) -> bool:
@@ -331,10 +364,18 @@ def job_page(
         return page(rows, limit, lambda row: job_view(row, lanes.waiting_because(row)))
 
 
-@router.get("/{job_id}", responses=refusals(404), summary="Get a job")
-def get_job(farm: FarmDep, caller: Reader, job_id: JobId) -> schemas.Job:
-    """Return a job in its current state."""
-    return one_job(farm, caller.tenant_id, job_id)
+@router.get("/{job_id}", response_model=schemas.Job, responses=refusals(404), summary="Get a job")
+async def get_job(
+    request: Request, farm: FarmDep, caller: Reader, job_id: JobId, prefer: PreferHeader = None
+) -> Response:
+    """Return a job in its current state. With `Prefer: wait=SECONDS`, wait until it has ended, or
+    for this time."""
+    del prefer  # it is read with its forms
+    seconds = wait_asked(request)
+    if seconds is None:
+        return _answer(await to_thread.run_sync(one_job, farm, caller.tenant_id, job_id), 200, VARY)
+    job = await streams_of(request).ended_job(request, caller.tenant_id, job_id, seconds)
+    return _answer(job, 200, applied(seconds))
 
 
 @router.post("/{job_id}/cancel", responses=STEERING, summary="Cancel a job")

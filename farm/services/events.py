@@ -66,7 +66,12 @@ class EventPage:
 
 
 def job_page(
-    farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, after: str | None, limit: int
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    job_id: uuid.UUID,
+    after: str | None,
+    limit: int,
+    wanted: EventFilter,
 ) -> EventPage:
     """Read a page of a job's events, oldest first.
 
@@ -75,13 +80,14 @@ def job_page(
         tenant_id: owner of the job.
         job_id: the job.
         after: the cursor of an earlier page. None: from the beginning.
-        limit: number of events.
+        limit: number of events to look through.
+        wanted: which of them the page has.
 
     Raises:
         InvalidRequest: `after` is no cursor of a job.
         NotFound: there is no such job, or it is another tenant's.
     """
-    sent = _parsed(after, of_job=True)
+    sent = parsed_cursor(after, of_job=True)
     with reads(farm.store) as connection:
         queries.get_job(connection, tenant_id, job_id)
         until = stored.horizon(connection)
@@ -95,7 +101,8 @@ def job_page(
         cursor = EventCursor(until.epoch, 0, shown[-1].id if shown else last, until.at)
         if more:
             cursor = cursor._replace(at=int(shown[-1].at.timestamp()))
-        return EventPage(shown, identities_of(connection, shown), cursor, more, False)
+        chosen = [event for event in shown if wanted.allows(event)]
+        return EventPage(chosen, identities_of(connection, chosen), cursor, more, False)
 
 
 def tenant_page(
@@ -116,7 +123,7 @@ def tenant_page(
     Raises:
         InvalidRequest: `after` is no cursor of a tenant.
     """
-    sent = _parsed(after, of_job=False)
+    sent = parsed_cursor(after, of_job=False)
     with reads(farm.store) as connection:
         until = stored.horizon(connection)
         end = EventCursor(until.epoch, until.xid, 0, until.at)
@@ -166,7 +173,7 @@ def identities_of(
     return frame_identities(connection, frames, known) if frames else {}
 
 
-def _parsed(text: str | None, *, of_job: bool) -> EventCursor | None:
+def parsed_cursor(text: str | None, *, of_job: bool) -> EventCursor | None:
     """Parse a client's cursor.
 
     Raises:

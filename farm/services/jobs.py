@@ -74,7 +74,7 @@ def submit(
 
     Raises:
         InvalidRequest: a field is wrong; the error names it and its limit. Nothing is stored.
-        Conflict: the idempotency key was used with another body.
+        KeyReused: the idempotency key was used with another body.
     """
     [row] = submit_many(farm, [Submission(tenant_id, body, idempotency_key, traceparent)])
     if isinstance(row, Exception):

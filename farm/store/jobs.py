@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 
 from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
-from farm.errors import Conflict, FarmError, InvalidRequest, NotFound
+from farm.errors import Conflict, FarmError, InvalidRequest, KeyReused, NotFound
 from farm.store import arrays
 from farm.store.limits import expected_seconds, lock_rooms
 from farm.store.queries import JOB_COLUMNS, JobRow
@@ -139,7 +139,7 @@ def insert_jobs(
         counted: True if the limits of their tenants allow them.
 
     Returns:
-        For each job its row, or that of the same job submitted before; or a Conflict, if its
+        For each job its row, or that of the same job submitted before; or KeyReused, if its
         idempotency key was used with another body. None: it is not stored, because its tenant has
         limits, or because the job with its key has just been removed.
 
@@ -231,7 +231,7 @@ def same_jobs(
     """Find the jobs that a tenant submitted before under the same idempotency keys.
 
     Returns:
-        The job's row; or a Conflict, if that job had another body; or NotFound, if it was removed.
+        The job's row; or KeyReused, if that job had another body; or NotFound, if it was removed.
         A key without a job is left out.
     """
     if not keys:
@@ -248,7 +248,7 @@ def _same_or_refused(
     sent: Idempotency, digest: bytes, removed_at: datetime | None, row: JobRow
 ) -> JobRow | FarmError:
     if digest != sent.digest:
-        return Conflict(
+        return KeyReused(
             f"Idempotency-Key: {sent.key!r} was used for job {row.id} with another body. "
             "Send the same body, or a new key.",
             param="Idempotency-Key",

@@ -162,6 +162,18 @@ def list_jobs(
     return rows_of(found, JobRow)
 
 
+OWNER = text("""
+SELECT j.tenant_id FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+WHERE j.id = :id AND j.removed_at IS NULL AND t.removed_at IS NULL
+""")
+
+
+def owner_of(connection: Connection, job_id: uuid.UUID) -> uuid.UUID | None:
+    """Return the tenant of a job, for those who hold a token of it. None: there is no such job."""
+    found: uuid.UUID | None = connection.execute(OWNER, {"id": job_id}).scalar()
+    return found
+
+
 def database_bytes(connection: Connection) -> int:
     """Return the disk space of the farm's tables and indexes, in bytes."""
     size: int = connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one()

@@ -23,6 +23,7 @@ from tests.benchmarks import (
     cuda,
     encoding,
     latency,
+    listeners,
     pictures,
     product,
     report,
@@ -46,6 +47,7 @@ ROWS: Mapping[str, Callable[[BenchServers, bool], list[Row]]] = {
     "j": product.rows,
     "k": arrivals.rows,
     "m": tenants.rows,
+    "n": listeners.rows,
 }
 
 

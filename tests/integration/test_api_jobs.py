@@ -316,8 +316,10 @@ def test_the_same_key_and_body_make_one_job(api: Api, client: httpx.Client) -> N
     assert api.jobs_stored() == 1
 
     refused = submit(steps=3)
-    assert refused.status_code == 409
+    assert refused.status_code == 422
+    assert refused.json()["error"]["code"] == "idempotency_mismatch"
     assert refused.json()["error"]["param"] == "Idempotency-Key"
+    assert refused.headers["x-should-retry"] == "false"
     assert api.jobs_stored() == 1
     assert submit(api.client(tenant="bob")).json()["id"] != answers[0].json()["id"]
     assert submit(key="another").status_code == 202

@@ -334,7 +334,9 @@ def test_a_jobs_events_wait_for_nobody(
     open_transaction, _ = connections
     append(open_transaction, tenant, "job.failed")
     job_id = submit(farm, tenant)
-    assert [each.kind for each in job_page(farm, tenant, job_id, None, 50).events] == ["job.queued"]
+    assert [each.kind for each in job_page(farm, tenant, job_id, None, 50, ALL).events] == [
+        "job.queued"
+    ]
     assert tenant_page(farm, tenant, None, 50, ALL).events == []
 
 
@@ -448,12 +450,12 @@ def test_a_promoted_standby_begins_a_new_epoch_and_keeps_the_events(
 ) -> None:
     job_id = submit(farm, tenant)
     of_tenant = tenant_page(farm, tenant, None, 50, ALL).cursor
-    of_job = job_page(farm, tenant, job_id, None, 50).cursor
+    of_job = job_page(farm, tenant, job_id, None, 50, ALL).cursor
     sql(farm, "UPDATE event_epochs SET timeline = '00000000'")
     assert tenant_page(farm, tenant, str(of_tenant), 50, ALL).reset
-    reset = job_page(farm, tenant, job_id, str(of_job), 50)
+    reset = job_page(farm, tenant, job_id, str(of_job), 50, ALL)
     assert reset.reset
-    assert job_page(farm, tenant, job_id, str(reset.cursor), 50).events == []
+    assert job_page(farm, tenant, job_id, str(reset.cursor), 50, ALL).events == []
     assert [each.job_id for each in tenant_page(farm, tenant, None, 50, ALL).events] == [job_id]
 
 

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event
 from api.waiting_reasons import LANE_SECONDS
 from farm.bells import JOINED_SECONDS
 from farm.context import Farm
-from farm.errors import Conflict, InvalidRequest, Unavailable
+from farm.errors import InvalidRequest, KeyReused, Unavailable
 from farm.services import jobs
 from farm.services.jobs import Submission
 from farm.store.engine import open_store
@@ -79,7 +79,7 @@ def test_a_batch_sent_again_creates_nothing(api: Api) -> None:
     single = api.client().post("/v1/jobs", json=JOB, headers={"Idempotency-Key": "order-3"})
     assert single.json()["id"] == first[3]["job"]["id"]
     changed = batch(api, {**bodies[0], "steps": 9}, {**JOB, "idempotency_key": "order-5"})
-    assert [each["status"] for each in changed.json()["data"]] == [409, 202]
+    assert [each["status"] for each in changed.json()["data"]] == [422, 202]
     error = changed.json()["data"][0]["error"]
     assert (error["param"], error["message"].split(":")[0]) == ("idempotency_key",) * 2
     assert batch(api, *bodies, tenant="bob").json()["data"][0]["job"]["id"] != first[0]["job"]["id"]
@@ -90,7 +90,7 @@ def test_one_key_twice_in_a_batch_is_one_job(api: Api) -> None:
     twice = {**JOB, "idempotency_key": "order"}
     results = batch(api, twice, twice, {**twice, "steps": 9}).json()["data"]
     assert results[0]["job"]["id"] == results[1]["job"]["id"]
-    assert results[2]["status"] == 409
+    assert results[2]["status"] == 422
     assert api.jobs_stored() == 1
 
 
@@ -230,7 +230,7 @@ def test_none_of_a_group_fails_for_another(farm: Farm, tenant: uuid.UUID) -> Non
     assert not isinstance(same, Exception)
     assert same.id == first.id
     assert isinstance(refused, InvalidRequest)
-    assert isinstance(conflict, Conflict)
+    assert isinstance(conflict, KeyReused)
     for row, job in ((theirs, group[3]), (plain, group[4])):
         assert not isinstance(row, Exception)
         assert (row.id, row.tenant_id) == (job.id, job.tenant_id)

@@ -24,7 +24,7 @@ from api.routes import pictures
 from farm.context import Farm
 from farm.domain.signed_addresses import SignedFrame, read, sign, until_of
 from farm.errors import Unavailable
-from farm.storage import Artifacts
+from farm.storage import Artifacts, artifact_key
 from farm.store import signing_secrets
 from farm.store.engine import transaction
 from farm.store.tenants import remove_tenant
@@ -137,9 +137,9 @@ def test_it_tells_nothing_after_the_image_is_removed(api: Api, removed: str) -> 
         with transaction(api.farm.store) as connection:
             remove_tenant(connection, tenant)
     else:
-        for stored in api.farm.artifacts.list_page().objects:
-            if frame["sha256"] in stored.key:
-                api.farm.artifacts.delete(stored.key)
+        [(tenant, job)] = sql(api.farm, "SELECT tenant_id, id FROM jobs")
+        sha256 = bytes.fromhex(frame["sha256"])
+        api.farm.artifacts.delete(artifact_key(tenant, job, 0, sha256, "png"))
     answer = httpx.get(frame["signed_url"])
     check_problem(answer, 404)
     assert frame["sha256"] not in answer.text

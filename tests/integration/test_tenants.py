@@ -19,7 +19,7 @@ from tests.integration.test_api_refusals import check_problem
 from tests.support.api_server import Api, render, serving
 from tests.support.cli_runner import Outcome
 from tests.support.cli_runner import farm as command
-from tests.support.store import register_worker, sql
+from tests.support.store import register_worker, sql, stored_keys
 from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageWork
@@ -71,8 +71,7 @@ def owned(farm: Farm, tenant_id: str) -> dict[str, int]:
         table: sql(farm, f"SELECT count(*) FROM {table} WHERE tenant_id = :id", id=tenant_id)[0][0]
         for table in OWNING
     }
-    keys = [stored.key for stored in farm.artifacts.list_page().objects]
-    rows["objects"] = sum(tenant_id in key for key in keys)
+    rows["objects"] = sum(tenant_id in key for key in stored_keys(farm))
     return {name: count for name, count in rows.items() if count}
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image, ImageDraw
 
 from api.app import create_app
+from api.server import ApiServer
 from farm.config import Settings
 from farm.context import Farm
 from farm.storage import artifact_key
@@ -36,6 +38,7 @@ class Api:
     farm: Farm
     url: str
     clients: ExitStack
+    app: FastAPI
 
     def key(self, tenant: str = "ann", role: str = "client") -> str:
         with transaction(self.farm.store) as connection:
@@ -62,17 +65,23 @@ class Api:
 @contextmanager
 def serving(farm: Farm, settings: Settings | None = None) -> Iterator[Api]:
     """Serve the API on a free port of loopback, by default with the farm's own settings."""
-    with listening(settings or farm.settings) as url, ExitStack() as clients:
-        yield Api(farm, url, clients)
+    app = create_app(settings or farm.settings)
+    with running(app) as url, ExitStack() as clients:
+        yield Api(farm, url, clients, app)
 
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[str]:
-    """Run uvicorn in a thread. Return its address."""
-    config = uvicorn.Config(
-        create_app(settings), log_config=None, access_log=False, proxy_headers=False
-    )
-    server = uvicorn.Server(config)
+    """Serve an API of these settings in a thread. Return its address."""
+    with running(create_app(settings)) as url:
+        yield url
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """Run the server of an API process in a thread. Return its address."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
+    server = ApiServer(app, config)
     port = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
     thread.start()

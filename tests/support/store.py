@@ -147,6 +147,16 @@ def let_leases_expire(farm: Farm) -> set[str]:
         return leases.expire(connection, 0.0)
 
 
+def stored_keys(farm: Farm) -> list[str]:
+    """List the keys of all objects in the storage, page by page."""
+    page = farm.artifacts.list_page()
+    keys = [each.key for each in page.objects]
+    while page.last is not None:
+        page = farm.artifacts.list_page(after=page.last)
+        keys += [each.key for each in page.objects]
+    return keys
+
+
 def counts_add_up(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID) -> None:
     """Check conservation: compare the job's counters with its frames, counted one by one."""
     job = job_row(farm, tenant, job_id)

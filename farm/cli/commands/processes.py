@@ -44,6 +44,7 @@ def api(
     import uvicorn
 
     from api.app import create_app
+    from api.server import ApiServer
 
     # uvicorn ends its requests, then raises the signal again: this end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -51,7 +52,7 @@ def api(
         app = create_app(settings)
         collect_usually()
         switch_often()
-        uvicorn.run(
+        config = uvicorn.Config(
             app,
             host=host,
             port=port,
@@ -61,6 +62,10 @@ def api(
             proxy_headers=False,  # the app decides which proxies it trusts
             timeout_graceful_shutdown=10,
         )
+        server = ApiServer(app, config)
+        server.run()
+        if not server.started:
+            sys.exit(ERROR)
 
 
 def janitor(

@@ -18,7 +18,7 @@ from farm.cli.submission.prompt_file import Columns, PromptFile
 from farm.cli.submission.prompt_templates import Templates
 from farm.cli.terminal.console import Json, emit, note, out, say, short
 from farm.cli.terminal.progress import counted
-from farm.errors import Conflict
+from farm.errors import KeyReused
 from farm.humanize import count, duration, plural, size
 
 if TYPE_CHECKING:
@@ -316,10 +316,10 @@ def send(
             return
         try:
             job = client.submit(body, idempotency_key)
-        except Conflict as error:
+        except KeyReused as error:
             if file is None:
                 raise
-            raise Conflict(
+            raise KeyReused(
                 "--name: this file was submitted under this name before, with other options. "
                 "Choose another --name."
             ) from error

@@ -1,0 +1,107 @@
+"""Watchers of a job: callers with a key of its tenant, and holders of a token for this job."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import Depends, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials
+
+from api.addresses import SignedAddresses, public_url
+from api.auth import Callers, Credential, bearer, reader
+from api.routes.jobs import JobId
+from api.streaming.streams import StillAllowed
+from farm.context import Farm
+from farm.domain.signed_addresses import SignedJob, sign_job
+from farm.errors import NotFound, Unauthenticated
+from farm.store import queries
+from farm.store.engine import reads
+
+# A token is sent by pages of any site: it is their permission.
+FOR_PAGES = {"Access-Control-Allow-Origin": "*", "Cache-Control": "no-store"}
+PREFLIGHT = {
+    **FOR_PAGES,
+    "Access-Control-Allow-Methods": "GET",
+    "Access-Control-Allow-Headers": "Accept, Cache-Control, Last-Event-ID, Prefer",
+    "Access-Control-Max-Age": "86400",
+}
+
+Token = Annotated[
+    str | None, Query(max_length=100, description="Token of POST /v1/jobs/{id}/tokens, for pages")
+]
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Somebody who may read events."""
+
+    tenant_id: uuid.UUID
+    still_allowed: StillAllowed
+    """Raises Unauthenticated once it may read no more."""
+    by_token: bool = False
+
+
+async def key_watcher(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+) -> Watcher:
+    """Require a valid API key of any role."""
+    caller = await reader(request, credentials)
+    assert credentials is not None, "reader requires it"
+    credential = Credential(credentials.credentials)
+    callers: Callers = request.app.state.callers
+    return Watcher(caller.tenant_id, lambda: callers.ask(credential))
+
+
+KeyWatcher = Annotated[Watcher, Depends(key_watcher)]
+
+
+async def job_watcher(
+    request: Request,
+    job_id: JobId,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    token: Token = None,
+) -> Watcher:
+    """Require a token for this job, or a valid API key."""
+    if token is None:
+        return await key_watcher(request, credentials)
+    addresses: SignedAddresses = request.app.state.addresses
+    if addresses.are_due:
+        await to_thread.run_sync(addresses.refresh)
+    signed = addresses.watched_job(token)
+    if signed.job_id != job_id:
+        raise Unauthenticated("token: it is for another job.")
+
+    async def still_allowed() -> None:
+        if signed.until <= time.time():
+            raise Unauthenticated("token: expired.")
+
+    tenant_id = await to_thread.run_sync(_owner, request.app.state.farm, job_id)
+    return Watcher(tenant_id, still_allowed, by_token=True)
+
+
+JobWatcher = Annotated[Watcher, Depends(job_watcher)]
+
+
+def new_token(request: Request, job_id: uuid.UUID, until: int) -> tuple[str, str]:
+    """Return a token to watch a job until a Unix time, and the address of its events with it.
+
+    Raises:
+        Unavailable: Postgres does not answer.
+    """
+    addresses: SignedAddresses = request.app.state.addresses
+    addresses.refresh()
+    token = sign_job(SignedJob(job_id, until), *addresses.newest_secret)
+    return token, f"{public_url(request)}/v1/jobs/{job_id}/events?token={token}"
+
+
+def _owner(farm: Farm, job_id: uuid.UUID) -> uuid.UUID:
+    with reads(farm.store) as connection:
+        owner = queries.owner_of(connection, job_id)
+    if owner is None:
+        raise NotFound(f"There is no job {job_id}.")
+    return owner

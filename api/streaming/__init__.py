@@ -1,0 +1,1 @@
+"""Streams of events, and calls that wait: all read one feed."""

@@ -1,0 +1,625 @@
+"""Streams of events, and calls that wait: everything once, in order, and no longer than allowed."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import takewhile
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from sqlalchemy import Engine, event
+
+from api.streaming import feed
+from api.streaming import streams as event_streams
+from farm.context import Farm
+from farm.domain.event_cursors import parse_cursor
+from farm.store import keys, leases
+from farm.store.engine import transaction
+from tests.integration.test_api_refusals import check_problem
+from tests.integration.test_events import told
+from tests.support.api_server import JOB, Api, render, serving
+from tests.support.store import register_worker, sql
+from tests.support.streams import STREAM, Sent, streamed
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def api(farm: Farm) -> Iterator[Api]:
+    with serving(farm) as running:
+        yield running
+
+
+def events_path(job: dict[str, Any]) -> str:
+    return f"/v1/jobs/{job['id']}/events"
+
+
+def without_progress(found: Iterator[Sent]) -> list[Sent]:
+    return [each for each in found if each.kind != "progress"]
+
+
+def next_of(found: Iterator[Sent], kind: str) -> Sent:
+    return next(each for each in found if each.kind == kind)
+
+
+# A job's stream
+
+
+def test_a_stream_begins_with_the_state_and_ends_with_the_job(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    worker = register_worker(api.farm)
+    with streamed(ann, events_path(job)) as found:
+        state = next(found)
+        assert (state.kind, state.data["id"], state.data["status"]) == (
+            "state",
+            job["id"],
+            "queued",
+        )
+        lease = worker.must_claim()
+        claimed = next(found)
+        assert (claimed.kind, claimed.data["frames"]) == (
+            "frames.claimed",
+            [{"ordinal": 0, "attempt": 1}],
+        )
+        render(worker, lease)
+        rest = without_progress(found)
+    assert [each.kind for each in rest] == ["job.running", "frames.succeeded", "job.succeeded"]
+    listed = told(ann, events_path(job))
+    assert [claimed.data, *(each.data for each in rest)] == listed[1:], "as the list has them"
+
+
+def test_a_finished_jobs_stream_has_its_state_and_ends(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    ann.post(f"/v1/jobs/{job['id']}/cancel")
+    with streamed(ann, events_path(job)) as found:
+        [state] = found
+    assert state.data["status"] == "cancelled"
+    again = ann.get(events_path(job), headers={**STREAM, "Last-Event-ID": state.id or ""})
+    assert (again.status_code, again.content) == (204, b""), "browsers connect no more"
+
+
+@pytest.mark.parametrize("by", ["header", "query"])
+def test_a_stream_goes_on_after_a_cursor(api: Api, by: str) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    with streamed(ann, events_path(job)) as found:
+        cursor = next(found).id
+    ann.post(f"/v1/jobs/{job['id']}/pause")
+    ann.post(f"/v1/jobs/{job['id']}/resume")
+    opened = (
+        streamed(ann, events_path(job), cursor)
+        if by == "header"
+        else streamed(ann, f"{events_path(job)}?after={cursor}")
+    )
+    with opened as found:
+        assert [next(found).kind, next(found).kind] == ["job.paused", "job.resumed"]
+        ann.post(f"/v1/jobs/{job['id']}/cancel")
+        assert [each.kind for each in found] == ["job.cancelled"]
+
+
+def test_cutting_a_stream_after_any_event_loses_and_repeats_nothing(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann, images_per_prompt=3, bucket=1)
+    worker = register_worker(api.farm)
+    with streamed(ann, events_path(job)) as found:
+        cursor = next(found).id
+    seen: list[dict[str, Any]] = []
+    for _ in range(3):
+        lease = worker.must_claim()
+        with streamed(ann, events_path(job), cursor) as found:
+            event_ = next_of(found, "frames.claimed")
+            seen.append(event_.data)
+            cursor = event_.id
+        render(worker, lease)
+    while True:
+        response = ann.get(events_path(job), headers={**STREAM, "Last-Event-ID": cursor or ""})
+        if response.status_code == 204:
+            break
+        with streamed(ann, events_path(job), cursor) as found:
+            event_ = next(found)
+            seen.append(event_.data)
+            cursor = event_.id
+    everything = told(ann, events_path(job))
+    assert sorted(each["id"] for each in seen) == [each["id"] for each in seen]
+    claimed = [each for each in everything if each["kind"] == "frames.claimed"]
+    assert [each for each in seen if each["kind"] == "frames.claimed"] == claimed
+
+
+def test_a_retried_job_is_streamed_again(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann, max_attempts=1)
+    worker = register_worker(api.farm)
+    worker.fail(worker.must_claim())
+    with streamed(ann, events_path(job)) as found:
+        [ended] = found
+    ann.post(f"/v1/jobs/{job['id']}/retry")
+    with streamed(ann, events_path(job), ended.id) as found:
+        assert [next(found).kind, next(found).kind] == ["frames.retried", "job.running"]
+        render(worker, worker.must_claim())
+        assert without_progress(found)[-1].kind == "job.succeeded"
+
+
+def test_steps_are_streamed_without_a_cursor(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "STEPS_SECONDS", 0.0)
+    ann = api.client("ann")
+    job = api.submit(ann, images_per_prompt=2)
+    lease = register_worker(api.farm).must_claim()
+    with streamed(ann, events_path(job)) as found:
+        state = next(found)
+        with transaction(api.farm.store) as connection:
+            leases.report_step(connection, lease.id, 3, 10)
+        step = next_of(found, "progress")
+    assert step.id == state.id, "the cursor is still that of the state"
+    assert step.data == {
+        "job": job["id"],
+        "progress": 0.0,
+        "eta_seconds": None,
+        "frames": [{"ordinal": 0, "step": 3, "steps": 10}, {"ordinal": 1, "step": 3, "steps": 10}],
+    }
+
+
+def test_a_stream_has_only_the_kinds_that_are_asked_for(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    with streamed(ann, events_path(job), kind="job.succeeded") as found:
+        assert next(found).kind == "state"
+        worker = register_worker(api.farm)
+        render(worker, worker.must_claim())
+        assert [each.kind for each in without_progress(found)] == ["job.succeeded"]
+
+
+def test_many_listeners_of_a_job_get_the_same_bytes(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    ready = threading.Barrier(9)
+
+    def listen() -> list[Sent]:
+        with streamed(ann, events_path(job)) as found:
+            next(found)
+            ready.wait(10)
+            return without_progress(found)
+
+    with ThreadPoolExecutor(8) as pool:
+        listening = [pool.submit(listen) for _ in range(8)]
+        ready.wait(10)
+        worker = register_worker(api.farm)
+        render(worker, worker.must_claim())
+        everything = [each.result() for each in listening]
+    assert all(each == everything[0] for each in everything)
+    assert everything[0][-1].kind == "job.succeeded"
+
+
+def test_events_are_ascii_and_hold_line_separators(api: Api) -> None:
+    ann = api.client("ann")
+    label = "a\u2028b\u0085c\x0bd"
+    job = api.submit(ann, labels={"title": label})
+    ann.post(f"/v1/jobs/{job['id']}/cancel")
+    raw = ann.get(events_path(job), headers=STREAM)
+    assert raw.content.isascii()
+    with streamed(ann, events_path(job)) as found:
+        [state] = found
+    assert state.data["labels"]["title"] == label
+
+
+def test_a_silent_stream_sends_comments(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.1)
+    ann = api.client("ann")
+    job = api.submit(ann)
+    with ann.stream("GET", events_path(job), headers=STREAM) as response:
+        lines = takewhile(lambda line: line != ":", response.iter_lines())
+        assert "event: state" in list(lines)
+        assert response.headers["cache-control"] == "no-cache, no-transform"
+        assert response.headers["x-accel-buffering"] == "no"
+
+
+def test_head_of_a_stream_ends(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    for path in (events_path(job), "/v1/events"):
+        response = ann.head(path, headers=STREAM)
+        assert (response.status_code, response.content) == (200, b"")
+
+
+# A tenant's stream
+
+
+def test_a_tenants_stream_has_the_events_of_all_its_jobs(api: Api) -> None:
+    ann, bob = api.client("ann"), api.client("bob")
+    api.submit(ann)
+    with streamed(ann, "/v1/events") as found:
+        state = next(found)
+        assert state.data == {"open_jobs": 1, "waiting_frames": 1, "running_frames": 0}
+        api.submit(bob)
+        first, second = api.submit(ann), api.submit(ann)
+        heard = [next(found), next(found)]
+    assert [each.data["job"] for each in heard] == [first["id"], second["id"]]
+    with streamed(ann, "/v1/events", heard[0].id) as found:
+        assert next(found).data["job"] == second["id"]
+
+
+def test_a_tenants_stream_is_filtered(api: Api) -> None:
+    ann = api.client("ann")
+    with streamed(ann, "/v1/events?label.campaign=spring&kind=job.*") as found:
+        next(found)
+        api.submit(ann)
+        spring = api.submit(ann, labels={"campaign": "spring"})
+        assert next(found).data["job"] == spring["id"]
+
+
+def test_a_late_commit_is_streamed(api: Api) -> None:
+    ann = api.client("ann")
+    [(tenant,)] = sql(api.farm, "SELECT id FROM tenants WHERE name = 'ann'")
+    address = api.farm.settings.database_url.get_secret_value()
+    add = (
+        "INSERT INTO events (tenant_id, kind, data) VALUES (%s, 'limits.changed', '{}')"
+        " RETURNING id"
+    )
+    with (
+        psycopg.connect(address) as slow,
+        psycopg.connect(address) as quick,
+        streamed(ann, "/v1/events") as found,
+    ):
+        next(found)
+        [early] = slow.execute(add, [tenant]).fetchone() or (0,)
+        [late] = quick.execute(add, [tenant]).fetchone() or (0,)
+        quick.commit()
+        slow.commit()
+        assert [next(found).data["id"], next(found).data["id"]] == [early, late]
+
+
+# Where a stream ends early
+
+
+@pytest.mark.parametrize("whose", ["job", "tenant"])
+def test_a_lost_cursor_is_told_and_a_new_state_follows(api: Api, whose: str) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    path = events_path(job) if whose == "job" else "/v1/events"
+    cursor = parse_cursor(ann.get(path).json()["cursor"])
+    assert cursor is not None
+    for lost in (cursor._replace(epoch="00000000"), cursor._replace(at=5)):
+        with streamed(ann, path, str(lost)) as found:
+            assert next(found).kind == "reset"
+            state = next(found)
+            assert state.kind == "state"
+        with streamed(ann, path, state.id) as found:
+            ann.post(f"/v1/jobs/{job['id']}/pause")
+            assert next(found).kind == "job.paused"
+        ann.post(f"/v1/jobs/{job['id']}/resume")
+
+
+def test_a_promoted_standby_cuts_streams_off(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    with streamed(ann, events_path(job)) as found:
+        cursor = next(found).id
+        wait_until(lambda: api_feed(api)._epoch is not None, 10, "the feed has read")
+        sql(api.farm, "UPDATE event_epochs SET timeline = '00000000'")
+        assert list(found) == []
+    with streamed(ann, events_path(job), cursor) as found:
+        assert [next(found).kind, next(found).kind] == ["reset", "state"]
+
+
+def test_a_slow_listener_is_cut_off_and_loses_nothing(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads nothing while events come. What it has read already is enough to resume."""
+    monkeypatch.setattr(feed, "MAX_QUEUED", 3)
+    ann = api.client("ann")
+    cursor = ann.get("/v1/events").json()["cursor"]
+    jobs = [api.submit(ann, labels={"text": "x" * 200}) for _ in range(10)]
+    seen: list[str] = []
+    for _ in range(len(jobs)):
+        with streamed(ann, "/v1/events", cursor) as found:
+            for each in found:
+                seen.append(each.data["job"])
+                cursor = each.id or ""
+                if len(seen) == len(jobs):
+                    break
+        if len(seen) == len(jobs):
+            break
+    assert seen == [job["id"] for job in jobs]
+
+
+def test_a_revoked_key_ends_its_stream(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.1)
+    ann = api.client("ann")
+    job = api.submit(ann)
+    with streamed(ann, events_path(job)) as found:
+        next(found)
+        with transaction(api.farm.store) as connection:
+            for key in keys.list_keys(connection):
+                keys.revoke_key(connection, key.id)
+        assert list(found) == []
+
+
+def test_only_so_many_streams_are_open(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    places = api_streams(api)._places
+    monkeypatch.setattr(places, "_a_tenant", 1)
+    with streamed(ann, events_path(job)) as found:
+        next(found)
+        check_problem(ann.get(events_path(job), headers=STREAM), 503)
+        bob = api.client("bob")
+        with streamed(bob, "/v1/events") as others:
+            next(others)
+    wait_until(lambda: not places._taken, 10, "the places are free")
+    assert not api_feed(api)._jobs
+
+
+def test_an_outage_of_postgres_delays_streams(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    with streamed(ann, events_path(job)) as found:
+        next(found)
+        sql(
+            api.farm,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+        wait_until(
+            lambda: ann.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200, 10, "it works"
+        )
+        assert next(found).kind == "job.cancelled"
+
+
+def test_streams_end_at_once_with_their_process(farm: Farm) -> None:
+    """All of them resume at the next process, and miss nothing."""
+    with ExitStack() as readers:
+        with serving(farm) as api:
+            key = api.key("ann")
+            client = readers.enter_context(client_of(api, key))
+            jobs = [api.submit(client) for _ in range(20)]
+            open_ = [readers.enter_context(streamed(client, events_path(job))) for job in jobs]
+            cursors = [next(found).id for found in open_]
+            waiting = ThreadPoolExecutor(1)
+            call = waiting.submit(
+                client.get, f"/v1/jobs/{jobs[0]['id']}", headers={"Prefer": "wait=50"}
+            )
+            wait_until(lambda: len(api_feed(api)._all_listeners()) == 21, 10, "it waits")
+            ending = time.monotonic()
+        assert time.monotonic() - ending < 2.0
+        assert [list(found) for found in open_] == [[]] * 20
+        assert call.result().json()["status"] == "queued"
+        waiting.shutdown()
+    with serving(farm) as api, client_of(api, key) as client:
+        for job, cursor in zip(jobs, cursors, strict=True):
+            client.post(f"/v1/jobs/{job['id']}/cancel")
+            with streamed(client, events_path(job), cursor) as found:
+                assert [each.kind for each in found] == ["job.cancelled"]
+
+
+def client_of(api: Api, key: str) -> httpx.Client:
+    limits = httpx.Limits(max_connections=100)
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=api.url, headers=headers, limits=limits, timeout=60)
+
+
+# Calls that wait
+
+
+def test_a_submission_waits_for_its_job(api: Api) -> None:
+    ann = api.client("ann")
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(ann.post, "/v1/jobs", json=JOB, headers={"Prefer": "wait=30"})
+        worker = register_worker(api.farm)
+        wait_until(lambda: api.jobs_stored(), 10, "the job is stored")
+        render(worker, worker.must_claim())
+        response = call.result()
+    assert response.status_code == 200
+    assert response.headers["preference-applied"] == "wait=30"
+    assert response.json()["status"] == "succeeded"
+    assert response.headers["location"] == f"/v1/jobs/{response.json()['id']}"
+
+
+def test_a_call_waits_no_longer_than_asked(api: Api) -> None:
+    ann = api.client("ann")
+    response = ann.post("/v1/jobs", json=JOB, headers={"Prefer": "respond-async, wait=1"})
+    assert (response.status_code, response.json()["status"]) == (202, "queued")
+    job = response.json()["id"]
+    began = time.monotonic()
+    got = ann.get(f"/v1/jobs/{job}", headers={"Prefer": "wait=1"})
+    assert (got.status_code, got.json()["status"]) == (200, "queued")
+    assert time.monotonic() - began > 0.9
+    assert "prefer" in got.headers["vary"].lower()
+
+
+def test_a_client_that_hangs_up_waits_no_more(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    for path in (f"/v1/jobs/{job['id']}", "/v1/events?after=" + cursor_of(ann)):
+        with pytest.raises(httpx.ReadTimeout):
+            ann.get(path, headers={"Prefer": "wait=50"}, timeout=0.5)
+        wait_until(lambda: not api_feed(api)._all_listeners(), 5, "it has left")
+
+
+def cursor_of(client: httpx.Client) -> str:
+    return str(client.get("/v1/events").json()["cursor"])
+
+
+def test_a_job_that_has_ended_is_returned_at_once(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    ann.post(f"/v1/jobs/{job['id']}/cancel")
+    began = time.monotonic()
+    response = ann.get(f"/v1/jobs/{job['id']}", headers={"Prefer": "wait=30"})
+    assert response.json()["status"] == "cancelled"
+    assert time.monotonic() - began < 5
+
+
+def test_a_repeated_submission_waits_for_the_first_job(api: Api) -> None:
+    ann = api.client("ann")
+    once = {"Idempotency-Key": "order-1017"}
+    first = ann.post("/v1/jobs", json=JOB, headers=once).json()
+    ann.post(f"/v1/jobs/{first['id']}/cancel")
+    again = ann.post("/v1/jobs", json=JOB, headers={**once, "Prefer": "wait=30"})
+    assert (again.status_code, again.json()["id"]) == (200, first["id"])
+
+
+@pytest.mark.parametrize(
+    ("prefer", "applied"),
+    [
+        ("wait=7", "wait=7"),
+        ("wait = 7", "wait=7"),
+        ("WAIT=100000", "wait=20"),
+        ("wait", "wait=20"),
+        ('respond-async, wait="5"; x', "wait=5"),
+        ("wait=0", None),
+        ("wait=soon", None),
+        ("wait=-1", None),
+        ("handling=lenient", None),
+        ("wait=99999999999999999999", None),
+    ],
+)
+def test_preferences_are_read_as_rfc_7240_has_them(
+    farm: Farm, prefer: str, applied: str | None
+) -> None:
+    farm.settings.wait_seconds = 20.5
+    with serving(farm) as api:
+        ann = api.client("ann")
+        job = api.submit(ann)
+        ann.post(f"/v1/jobs/{job['id']}/cancel")
+        response = ann.get(f"/v1/jobs/{job['id']}", headers={"Prefer": prefer})
+        assert response.headers.get("preference-applied") == applied
+
+
+def test_a_list_of_events_waits_for_news(api: Api) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    for path in (events_path(job), "/v1/events"):
+        cursor = ann.get(path).json()["cursor"]
+        empty = ann.get(path, params={"after": cursor}, headers={"Prefer": "wait=1"}).json()
+        assert empty["data"] == []
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(
+                ann.get, path, params={"after": empty["cursor"]}, headers={"Prefer": "wait=30"}
+            )
+            wait_until(lambda: api_feed(api)._all_listeners(), 10, "it waits")
+            ann.post(f"/v1/jobs/{job['id']}/pause")
+            assert [each["kind"] for each in call.result().json()["data"]] == ["job.paused"]
+        ann.post(f"/v1/jobs/{job['id']}/resume")
+
+
+def test_waiting_costs_no_query_a_listener(api: Api) -> None:
+    """The number of statements a second is the same for one listener and for forty."""
+    ann = api.client("ann")
+    job = api.submit(ann)
+
+    def statements(listeners: int) -> int:
+        with ThreadPoolExecutor(listeners) as pool:
+            calls = [
+                pool.submit(ann.get, f"/v1/jobs/{job['id']}", headers={"Prefer": "wait=3"})
+                for _ in range(listeners)
+            ]
+            wait_until(
+                lambda: (
+                    len(api_feed(api)._all_listeners()) == listeners
+                    and api_streams(api)._reading.borrowed_tokens == 0
+                ),
+                10,
+                "all wait",
+            )
+            with counted(api_feed(api)._farm.store) as count:
+                threading.Event().wait(1.0)
+                number = count()
+            for call in calls:
+                call.result()
+        return number
+
+    few, many = statements(1), statements(40)
+    assert 0 < many <= few + 3
+    assert many <= 20
+
+
+@contextmanager
+def counted(store: Engine) -> Iterator[Callable[[], int]]:
+    """Count the statements that are executed in the block."""
+    seen: list[str] = []
+
+    def note(*args: Any) -> None:
+        seen.append(args[2])
+
+    event.listen(store, "before_cursor_execute", note)
+    try:
+        yield lambda: len(seen)
+    finally:
+        event.remove(store, "before_cursor_execute", note)
+
+
+def api_streams(api: Api) -> event_streams.Streams:
+    streams: event_streams.Streams = api.app.state.streams
+    return streams
+
+
+def api_feed(api: Api) -> feed.Feed:
+    return api_streams(api).feed
+
+
+# Tokens for browsers
+
+
+def test_a_token_lets_a_page_watch_one_job(api: Api) -> None:
+    ann = api.client("ann")
+    job, other = api.submit(ann), api.submit(ann)
+    token = ann.post(f"/v1/jobs/{job['id']}/tokens", json={"seconds": 60}).json()
+    page = api.bare(Origin="https://shop.example")
+    assert token["url"] == f"{api.url}{events_path(job)}?token={token['token']}"
+    with streamed(page, token["url"]) as found:
+        assert next(found).data["id"] == job["id"]
+        ann.post(f"/v1/jobs/{job['id']}/cancel")
+        assert [each.kind for each in found] == ["job.cancelled"]
+    listed = page.get(token["url"])
+    assert listed.headers["access-control-allow-origin"] == "*"
+    assert listed.json()["data"][-1]["kind"] == "job.cancelled"
+    word = {"token": token["token"]}
+    check_problem(page.get(events_path(other), params=word), 401)
+    check_problem(page.get("/v1/events", params=word), 401)
+    check_problem(page.get(f"/v1/jobs/{job['id']}", params=word), 401)
+
+
+def test_a_token_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "BEAT_SECONDS", 0.1)
+    ann = api.client("ann")
+    job = api.submit(ann)
+    token = ann.post(f"/v1/jobs/{job['id']}/tokens", json={"seconds": 2}).json()
+    page = api.bare()
+    with streamed(page, token["url"]) as found:
+        next(found)
+        assert list(found) == []
+    check_problem(page.get(token["url"]), 401)
+
+
+def test_tokens_of_others_are_refused(api: Api) -> None:
+    ann, bob = api.client("ann"), api.client("bob")
+    job = api.submit(ann)
+    check_problem(bob.post(f"/v1/jobs/{job['id']}/tokens", json={}), 404)
+    check_problem(api.client("ann", "viewer").post(f"/v1/jobs/{job['id']}/tokens", json={}), 403)
+    token = ann.post(f"/v1/jobs/{job['id']}/tokens", json={}).json()["token"]
+    page = api.bare()
+    for wrong in ("", "x", token[:-1], token[:-1] + ("A" if token[-1] != "A" else "B"), "é"):
+        check_problem(page.get(events_path(job), params={"token": wrong}), 401)
+    check_problem(page.get(f"/v1/jobs/{uuid.uuid4()}/events", params={"token": token}), 401)
+    for body in ({"seconds": 0}, {"seconds": 86_401}, {"hours": 1}):
+        check_problem(ann.post(f"/v1/jobs/{job['id']}/tokens", json=body), 422)
+
+
+def test_a_strangers_job_is_not_streamed(api: Api) -> None:
+    job = api.submit(api.client("ann"))
+    for headers in (STREAM, {"Prefer": "wait=5"}):
+        check_problem(api.client("bob").get(events_path(job), headers=headers), 404)
+    waits = {"Prefer": "wait=5"}
+    check_problem(api.client("bob").get(f"/v1/jobs/{job['id']}", headers=waits), 404)
+    check_problem(api.bare().get(events_path(job), headers=STREAM), 401)
+    assert not api_feed(api)._all_listeners()
