@@ -17,6 +17,7 @@ from tests.benchmarks import (
     cuda,
     encoding,
     latency,
+    listeners,
     pictures,
     product,
     report,
@@ -110,3 +111,7 @@ def test_claims_with_a_history(stand: BenchServers) -> None:
 
 def test_encoding_and_storing(stand: BenchServers) -> None:
     check(encoding.rows(stand, short=True))
+
+
+def test_streams_and_waiting_calls(stand: BenchServers) -> None:
+    check(listeners.rows(stand, short=True))
