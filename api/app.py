@@ -1,4 +1,4 @@
-"""The HTTP API and the dashboard: `uvicorn --factory api.app:create_app`."""
+"""The HTTP API and the dashboard: `farm api` serves it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from api.routes import (
     metrics,
     pipelines,
     tenants,
+    webhooks,
     workers,
 )
 from api.routes import (
@@ -88,6 +89,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.storage = CapacityLimiter(STORAGE_THREADS)
         app.state.pictures = CapacityLimiter(PICTURE_THREADS)
         app.state.sent = Places(signed_pictures.MAX_SENT, signed_pictures.MAX_SENT)
+        app.state.webhook_tests = Places(webhooks.TESTS, webhooks.TESTS_PER_TENANT)
         app.state.health = CapacityLimiter(HEALTH_THREADS)
         app.state.slow = Turns(SLOW_THREADS)
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)
@@ -119,6 +121,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(pipelines.router, responses=openapi.refusals(401, 429, 503))
     app.include_router(workers.router, responses=openapi.refusals(401, 429, 503))
     app.include_router(destinations.router, responses=job_calls)
+    app.include_router(webhooks.router, responses=job_calls)
     app.include_router(tenants.router, responses=job_calls)
     app.include_router(actions.router, responses=job_calls)
     app.include_router(health.router)

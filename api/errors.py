@@ -33,6 +33,8 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
 REPEATABLE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}
 """Methods of calls that may be repeated (RFC 9110, section 9.2.2)."""
+SUBMISSIONS = "/v1/jobs"
+"""Path of the call that obeys an Idempotency-Key."""
 LIMIT_SECONDS = 30
 """Seconds after which a client that met a limit should try again. When others end is not known."""
 
@@ -94,6 +96,8 @@ def farm_error(request: Request, error: Exception) -> Response:
     headers = _should_retry(request, error)
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="farm"'
+    if "token" in request.query_params:  # a page of any site sent it, and may read the error
+        headers["Access-Control-Allow-Origin"] = "*"
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, LimitExceeded) and error.limit:
@@ -118,7 +122,9 @@ def _should_retry(request: Request, error: FarmError) -> dict[str, str]:
         again = error.limit is None or error.limit.fits_later
     elif not error.retryable:
         again = False
-    elif request.method in REPEATABLE or "idempotency-key" in request.headers:
+    elif request.method in REPEATABLE or (
+        request.url.path == SUBMISSIONS and "idempotency-key" in request.headers
+    ):
         again = True
     else:
         return {}

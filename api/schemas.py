@@ -6,7 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from farm.domain.image_formats import Format
 from farm.domain.spec import PROMPTS_SHOWN, LabelText, Priority, Storable, storable
@@ -530,6 +530,7 @@ class Event(BaseModel):
     count: int | None = Field(default=None, description="Number of frames, if they are not named")
     export: uuid.UUID | None = None
     error: str | None = Field(default=None, description="Reason why an export failed")
+    webhook: uuid.UUID | None = None
     limits: dict[str, int | float | list[str] | None] | None = Field(
         default=None, description="New values of the tenant's limits; null: no limit"
     )
@@ -568,6 +569,154 @@ class EventPage(BaseModel):
     reset: bool = Field(
         description="True if events after your cursor may be lost. Read the jobs again, then go on "
         "from the new cursor"
+    )
+
+
+class WebhookAsked(BaseModel):
+    """A request to create an endpoint for webhooks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: Storable = Field(
+        max_length=2000, description="Address of the receiver, such as https://shop.example/hooks"
+    )
+    kinds: list[str] = Field(
+        default_factory=list,
+        max_length=50,
+        description="Kinds of messages, such as job.failed or job.*. Default: the ends of jobs, and"
+        " exports",
+    )
+    labels: dict[LabelText, LabelText] = Field(
+        default_factory=dict, description="Only messages about jobs with all of these labels"
+    )
+    description: Storable = Field(default="", max_length=500)
+
+
+class WebhookChange(BaseModel):
+    """A change of an endpoint. Fields that are left out stay."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: Storable | None = Field(default=None, max_length=2000)
+    kinds: list[str] | None = Field(default=None, max_length=50)
+    labels: dict[LabelText, LabelText] | None = None
+    description: Storable | None = Field(default=None, max_length=500)
+    state: Literal["enabled", "paused"] | None = Field(
+        default=None, description="A paused endpoint keeps its deliveries until it is enabled"
+    )
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields that are given."""
+        return self.model_dump(exclude_none=True)
+
+
+class WebhookHealth(BaseModel):
+    """How well an endpoint takes its messages."""
+
+    failures: int = Field(description="Attempts that failed since the last success")
+    failing_since: datetime | None
+    last_success_at: datetime | None
+    parked_until: datetime | None = Field(
+        description="Its deliveries wait until then, because many attempts failed; null: not parked"
+    )
+    disabled_because: str | None
+
+
+class Webhook(BaseModel):
+    """An endpoint that gets messages about events."""
+
+    id: uuid.UUID
+    url: str
+    kinds: list[str]
+    labels: dict[str, str]
+    description: str
+    state: Literal["enabled", "paused", "disabled"]
+    created_at: datetime
+    health: WebhookHealth
+
+
+class NewWebhook(Webhook):
+    """An endpoint, with its secret."""
+
+    secret: str = Field(description="Signs its messages. It is shown this once")
+
+
+class RotationAsked(BaseModel):
+    """A request for a new secret."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep_seconds: int = Field(
+        default=86_400, ge=0, le=30 * 86_400, description="Time for which the old one signs too"
+    )
+
+
+class Rotation(BaseModel):
+    """A new secret of an endpoint."""
+
+    secret: str
+    previous_until: datetime | None = Field(description="Time until which the old one signs too")
+
+
+class WebhookTestAsked(BaseModel):
+    """A request to send a sample."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = Field(default="job.succeeded", max_length=50)
+
+
+class WebhookTest(BaseModel):
+    """The receiver's answer to a sample."""
+
+    message: str = Field(description="The `webhook-id` that was sent")
+    status: int | None = Field(description="Status of the answer; null: there was none")
+    milliseconds: int
+    error: str | None = Field(description="Reason of a failure; null: it succeeded")
+    answer: str = Field(description="Beginning of the answer")
+
+
+class DeliveryAttempt(BaseModel):
+    """An attempt to deliver a message."""
+
+    number: int
+    at: datetime
+    milliseconds: int
+    status: int | None
+    error: str | None
+    answer: str
+
+
+class Delivery(BaseModel):
+    """A message for an endpoint, with every attempt to deliver it."""
+
+    id: int
+    webhook: uuid.UUID
+    message: str = Field(description="Its `webhook-id`, the same in every attempt")
+    kind: str
+    job: uuid.UUID | None
+    state: Literal["pending", "retrying", "succeeded", "dead", "dropped"]
+    next_attempt_at: datetime | None
+    created_at: datetime
+    attempts: list[DeliveryAttempt]
+    body: dict[str, Any] | None = Field(default=None, description="The message; not in lists")
+
+
+class ReplayAsked(BaseModel):
+    """A request to send messages about past events."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    since: AwareDatetime = Field(description="Such as 2026-11-30T12:00:00Z")
+    until: AwareDatetime | None = Field(default=None, description="null: now")
+
+
+class ReplayResult(BaseModel):
+    """Messages that were made for past events."""
+
+    queued: int = Field(description="New deliveries. Messages that it has already stay")
+    read_until: datetime | None = Field(
+        description="Call again from this time on; null: all events were read"
     )
 
 

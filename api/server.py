@@ -7,6 +7,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
+from api.streaming.feed import SEND_SECONDS
 from api.streaming.streams import Streams
 
 
@@ -16,6 +17,19 @@ class ApiServer(uvicorn.Server):
     def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve. The kernel ends connections whose client takes nothing.
+
+        Otherwise a stream that was ended would keep its connection until its bytes are taken.
+        """
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                if listener.family in (socket.AF_INET, socket.AF_INET6):  # accepted ones inherit it
+                    listener.setsockopt(
+                        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(SEND_SECONDS * 1000)
+                    )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End all streams and waiting calls, then stop. Their clients go to another process."""

@@ -222,6 +222,18 @@ class Settings(BaseSettings):
         description="Address of the API for clients; signed addresses of images begin with it."
         " Without it they begin with that of the request. Example: https://farm.example",
     )
+    webhook_networks: str = Field(
+        default="",
+        description="Networks of yours that webhooks may reach though they are not public, also by"
+        " http and at any port, separated by commas. Example: 10.1.0.0/16,192.168.7.3",
+    )
+    webhook_pace: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Factor of the times between attempts at a webhook, for trying: with 0.001 the"
+        " ten attempts take minutes",
+    )
     signed_url_seconds: int = Field(
         default=604_800,
         ge=0,
@@ -296,6 +308,16 @@ class Settings(BaseSettings):
                 f"{url!r} has more than scheme, host and port. Example: https://images.example"
             )
         return url.rstrip("/")
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _networks_are_networks(cls, networks: str) -> str:
+        for word in filter(None, (each.strip() for each in networks.split(","))):
+            try:
+                ip_network(word)
+            except ValueError as error:
+                raise ValueError(f"{error}. Examples: 10.1.0.0/16, 192.168.7.3") from error
+        return networks
 
     @field_validator("public_url")
     @classmethod

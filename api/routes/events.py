@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -12,19 +13,28 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from api import schemas
-from api.addresses import SignedAddresses, public_url
+from api.addresses import SignedAddresses
 from api.auth import FarmDep, Writer
+from api.errors import RETRY_AFTER_SECONDS
 from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit
 from api.routes.jobs import JobId, labels_asked, storable_text
-from api.routes.watching import FOR_PAGES, PREFLIGHT, JobWatcher, KeyWatcher, Watcher, new_token
+from api.routes.watching import FOR_PAGES, PREFLIGHT, JobWatcher, KeyWatcher, new_token
 from api.streaming.prefer import PreferHeader, applied, wait_asked
-from api.streaming.streams import HEADERS, MEDIA_TYPE, as_json, streams_of, wants_stream
+from api.streaming.streams import (
+    HEADERS,
+    JSON_TYPE,
+    MEDIA_TYPE,
+    Client,
+    as_json,
+    empty_stream,
+    streams_of,
+    wants_stream,
+)
 from api.streaming.views import event_view
-from farm.context import Farm
 from farm.domain.event_kinds import GROUPS, KINDS, unknown_kind
-from farm.errors import InvalidRequest
+from farm.errors import InvalidRequest, Unavailable
 from farm.services import events as use_cases
 from farm.services.events import EventFilter, EventPage
 from farm.store import queries
@@ -64,7 +74,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 async def list_job_events(
     request: Request,
     farm: FarmDep,
-    watcher: JobWatcher,
+    client: JobWatcher,
     job_id: JobId,
     head: IsHead,
     limit: Limit = 50,
@@ -77,23 +87,25 @@ async def list_job_events(
     `Accept: text/event-stream`, stream it: first the job's state, then each event as it happens."""
     del prefer  # it is read with its forms
     wanted = EventFilter(_kinds(kind))
-    read = partial(use_cases.job_page, farm, watcher.tenant_id, job_id, after, limit, wanted)
+    streams = streams_of(request)
     if not wants_stream(request):
-        seconds = wait_asked(request)
-        if seconds is None:
-            page = await to_thread.run_sync(read)
-        else:
-            streams = streams_of(request)
-            page = await streams.page_with_news(request, watcher.tenant_id, job_id, read, seconds)
-        return await _page(request, page, watcher, seconds)
+        read = partial(use_cases.job_page, farm, client.tenant_id, job_id, after, limit, wanted)
+        return await _page(request, client, job_id, wanted, read)
     sent = use_cases.parsed_cursor(last_event_id or after, of_job=True)
     if head:
-        return Response(media_type=MEDIA_TYPE, headers=HEADERS)
-    allowed = watcher.still_allowed
-    answer = await streams_of(request).of_job(
-        request, watcher.tenant_id, job_id, sent, wanted, allowed
-    )
-    if watcher.by_token:
+        await streams.check(client, job_id)
+        return _for(client, Response(media_type=MEDIA_TYPE, headers=HEADERS))
+    try:
+        return _for(client, await streams.of_job(client, job_id, sent, wanted))
+    except Unavailable:
+        if not client.token_job:
+            raise
+        return _for(client, empty_stream(RETRY_AFTER_SECONDS * 1000))
+
+
+def _for(client: Client, answer: Response) -> Response:
+    """Let pages of other sites read an answer, if a token was sent."""
+    if client.token_job:
         answer.headers.update(FOR_PAGES)
     return answer
 
@@ -129,7 +141,7 @@ def create_token(
 async def list_events(
     request: Request,
     farm: FarmDep,
-    watcher: KeyWatcher,
+    client: KeyWatcher,
     head: IsHead,
     limit: Limit = 50,
     after: AfterEvent = None,
@@ -151,30 +163,12 @@ async def list_events(
         labels_asked(request),
     )
     if not wants_stream(request):
-        seconds = wait_asked(request)
-        page = await _tenant_page(request, farm, watcher, after, limit, wanted, seconds)
-        return await _page(request, page, watcher, seconds)
+        read = partial(use_cases.tenant_page, farm, client.tenant_id, after, limit, wanted)
+        return await _page(request, client, None, wanted, read)
     sent = use_cases.parsed_cursor(last_event_id or after, of_job=False)
     if head:
         return Response(media_type=MEDIA_TYPE, headers=HEADERS)
-    return await streams_of(request).of_tenant(
-        request, watcher.tenant_id, sent, wanted, watcher.still_allowed
-    )
-
-
-async def _tenant_page(
-    request: Request,
-    farm: Farm,
-    watcher: Watcher,
-    after: str | None,
-    limit: int,
-    wanted: EventFilter,
-    seconds: int | None,
-) -> EventPage:
-    read = partial(use_cases.tenant_page, farm, watcher.tenant_id, after, limit, wanted)
-    if seconds is None:
-        return await to_thread.run_sync(read)
-    return await streams_of(request).page_with_news(request, watcher.tenant_id, None, read, seconds)
+    return await streams_of(request).of_tenant(client, sent, wanted)
 
 
 def _kinds(chosen: list[str] | None) -> frozenset[str]:
@@ -188,21 +182,33 @@ def _kinds(chosen: list[str] | None) -> frozenset[str]:
 
 
 async def _page(
-    request: Request, page: EventPage, watcher: Watcher, seconds: int | None
+    request: Request,
+    client: Client,
+    job_id: uuid.UUID | None,
+    wanted: EventFilter,
+    read: Callable[[], EventPage],
 ) -> Response:
+    seconds = wait_asked(request)
+    if seconds is None:
+        page = await to_thread.run_sync(read)
+    else:
+        streams = streams_of(request)
+        page = await streams.page_with_news(client, job_id, wanted, read, seconds)
     addresses: SignedAddresses = request.app.state.addresses
-    if addresses.are_due:
-        await to_thread.run_sync(addresses.refresh)
-    signed = addresses.at(public_url(request))
+    body = await to_thread.run_sync(_body, page, addresses, client.base)
+    headers = {} if seconds is None else applied(seconds)
+    answer = Response(body, headers=headers, media_type=JSON_TYPE)
+    answer.headers["Vary"] = "Accept, Prefer"
+    return _for(client, answer)
+
+
+def _body(page: EventPage, addresses: SignedAddresses, base: str) -> bytes:
+    addresses.refresh()
+    signed = addresses.at(base)
     view = schemas.EventPage(
         data=[event_view(event, page.identities, signed) for event in page.events],
         cursor=str(page.cursor),
         more=page.more,
         reset=page.reset,
     )
-    headers: Mapping[str, str] = {} if seconds is None else applied(seconds)
-    if watcher.by_token:
-        headers = {**headers, **FOR_PAGES}
-    return Response(
-        as_json(view), headers={**headers, "Vary": "Accept, Prefer"}, media_type="application/json"
-    )
+    return as_json(view)

@@ -24,12 +24,12 @@ from api.places import Turns
 from api.request_body import parse_json, read_body
 from api.responses import job_view
 from api.streaming.prefer import VARY, PreferHeader, applied, wait_asked
-from api.streaming.streams import streams_of
+from api.streaming.streams import Client, streams_of
 from api.submission_groups import SubmissionGroups
 from api.waiting_reasons import Lanes, RecentLanes
 from farm.context import Farm
 from farm.domain.states import TERMINAL, JobStatus
-from farm.errors import FarmError, InvalidRequest, LimitExceeded, Unavailable
+from farm.errors import FarmError, InvalidRequest, LimitExceeded
 from farm.services import jobs as use_cases
 from farm.services import quotes as use_quotes
 from farm.store import queries
@@ -108,11 +108,21 @@ async def submit(
         return answer
     job_id = uuid.UUID(answer.headers["Location"].rpartition("/")[2])
     try:
-        job = await streams_of(request).ended_job(request, caller.tenant_id, job_id, seconds)
-    except Unavailable:  # the job is stored: a repeated call would store another one
+        job = await streams_of(request).ended_job(client_of(request, caller), job_id, seconds)
+    except Exception as error:  # the job is stored: a repeated call would store another one
+        log.warning("A submission of job %s could not wait: %s", job_id, error)
         return answer
     headers = {"Location": answer.headers["Location"], **applied(seconds)}
     return _answer(job, 200 if job.status in TERMINAL else 202, headers)
+
+
+def client_of(request: Request, caller: Caller) -> Client:
+    """Return the caller as a client that waits. Its key is not checked again while it does."""
+
+    async def allowed() -> None:
+        return None
+
+    return Client(caller.tenant_id, "", allowed, request.receive)
 
 
 async def _submitted_job(
@@ -374,7 +384,7 @@ async def get_job(
     seconds = wait_asked(request)
     if seconds is None:
         return _answer(await to_thread.run_sync(one_job, farm, caller.tenant_id, job_id), 200, VARY)
-    job = await streams_of(request).ended_job(request, caller.tenant_id, job_id, seconds)
+    job = await streams_of(request).ended_job(client_of(request, caller), job_id, seconds)
     return _answer(job, 200, applied(seconds))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 import uuid
-from dataclasses import dataclass
 from typing import Annotated
 
 from anyio import to_thread
@@ -12,17 +10,18 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials
 
 from api.addresses import SignedAddresses, public_url
-from api.auth import Callers, Credential, bearer, reader
+from api.auth import Callers, Credential, admit, bearer, reader
 from api.routes.jobs import JobId
-from api.streaming.streams import StillAllowed
+from api.streaming.streams import Client
 from farm.context import Farm
 from farm.domain.signed_addresses import SignedJob, sign_job
 from farm.errors import NotFound, Unauthenticated
 from farm.store import queries
 from farm.store.engine import reads
+from farm.store.keys import Caller
 
 # A token is sent by pages of any site: it is their permission.
-FOR_PAGES = {"Access-Control-Allow-Origin": "*", "Cache-Control": "no-store"}
+FOR_PAGES = {"Access-Control-Allow-Origin": "*", "Cache-Control": "no-store, no-transform"}
 PREFLIGHT = {
     **FOR_PAGES,
     "Access-Control-Allow-Methods": "GET",
@@ -35,29 +34,21 @@ Token = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Watcher:
-    """Somebody who may read events."""
-
-    tenant_id: uuid.UUID
-    still_allowed: StillAllowed
-    """Raises Unauthenticated once it may read no more."""
-    by_token: bool = False
-
-
 async def key_watcher(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-) -> Watcher:
+) -> Client:
     """Require a valid API key of any role."""
     caller = await reader(request, credentials)
     assert credentials is not None, "reader requires it"
     credential = Credential(credentials.credentials)
     callers: Callers = request.app.state.callers
-    return Watcher(caller.tenant_id, lambda: callers.ask(credential))
+    return Client(
+        caller.tenant_id, public_url(request), lambda: callers.ask(credential), request.receive
+    )
 
 
-KeyWatcher = Annotated[Watcher, Depends(key_watcher)]
+KeyWatcher = Annotated[Client, Depends(key_watcher)]
 
 
 async def job_watcher(
@@ -65,26 +56,26 @@ async def job_watcher(
     job_id: JobId,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     token: Token = None,
-) -> Watcher:
+) -> Client:
     """Require a token for this job, or a valid API key."""
     if token is None:
         return await key_watcher(request, credentials)
     addresses: SignedAddresses = request.app.state.addresses
-    if addresses.are_due:
-        await to_thread.run_sync(addresses.refresh)
-    signed = addresses.watched_job(token)
-    if signed.job_id != job_id:
-        raise Unauthenticated("token: it is for another job.")
 
     async def still_allowed() -> None:
-        if signed.until <= time.time():
-            raise Unauthenticated("token: expired.")
+        if addresses.are_due:
+            await to_thread.run_sync(addresses.refresh)
+        if addresses.watched_job(token).job_id != job_id:
+            raise Unauthenticated("token: it is for another job.")
 
-    tenant_id = await to_thread.run_sync(_owner, request.app.state.farm, job_id)
-    return Watcher(tenant_id, still_allowed, by_token=True)
+    await still_allowed()
+    caller = await to_thread.run_sync(_owner, request.app.state.farm, job_id)
+    await admit(request, caller)
+    base = public_url(request)
+    return Client(caller.tenant_id, base, still_allowed, request.receive, token_job=job_id)
 
 
-JobWatcher = Annotated[Watcher, Depends(job_watcher)]
+JobWatcher = Annotated[Client, Depends(job_watcher)]
 
 
 def new_token(request: Request, job_id: uuid.UUID, until: int) -> tuple[str, str]:
@@ -99,9 +90,18 @@ def new_token(request: Request, job_id: uuid.UUID, until: int) -> tuple[str, str
     return token, f"{public_url(request)}/v1/jobs/{job_id}/events?token={token}"
 
 
-def _owner(farm: Farm, job_id: uuid.UUID) -> uuid.UUID:
+def _owner(farm: Farm, job_id: uuid.UUID) -> Caller:
+    """Return the tenant of a job as a caller that may only read: its limit of requests counts."""
     with reads(farm.store) as connection:
         owner = queries.owner_of(connection, job_id)
     if owner is None:
         raise NotFound(f"There is no job {job_id}.")
-    return owner
+    return Caller(
+        uuid.UUID(int=0),
+        owner.tenant_id,
+        owner.tenant,
+        "viewer",
+        "token",
+        owner.requests_a_second,
+        owner.requests_burst,
+    )

@@ -1,25 +1,29 @@
 """The feed: reads events once for all listeners of a process, which are streams and waiting calls.
 
 While anybody listens, it reads the events of the jobs and tenants that are listened to, with the
-same few statements for any number of listeners. A listener costs no thread and no query.
+same few statements for any number of listeners. A listener costs no thread, and no query while it
+waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 
 from api.addresses import SignedAddresses
 from farm.context import Farm
 from farm.errors import Unavailable
-from farm.services.events import Identities, identities_of
+from farm.services.events import Identities, identities_of, own_identities
 from farm.store import events as stored
 from farm.store.engine import reads
 from farm.store.events import EventRow
@@ -38,16 +42,19 @@ MAX_AT_ONCE = 1000
 """Events of one job, or of one tenant, that one reading takes. The next one takes the others."""
 MAX_QUEUED = 256
 """Events that wait for a slow listener. One more cuts it off; it can resume with its cursor."""
-
 HEARTBEAT_SECONDS = 15.0
 """Interval in which a listener is woken: proxies cut silent connections. Seconds."""
 SEND_SECONDS = 30.0
 """Time in which a client must take what is sent, in seconds."""
 BEAT_SECONDS = 1.0
 """Interval in which the listeners are looked at, in seconds."""
+JOINING_THREADS = 2
+"""Threads in which the place of a new job or tenant is read."""
 
 Place = tuple[int, int]
 """(xid, id) of an event. Of a job's events the xid is 0: they are in the order of their ids."""
+Render = Callable[[EventRow, Identities, str], bytes]
+"""Returns the JSON of an event, for an address at which clients reach the API."""
 
 
 @dataclass(eq=False)
@@ -56,6 +63,7 @@ class Told:
 
     event: EventRow
     identities: Identities
+    """Of the images in it."""
     texts: dict[str, bytes] = field(default_factory=dict)
     """Its JSON, by the address at which clients reach the API."""
 
@@ -64,36 +72,40 @@ class Listener:
     """A reader of one job's events, or of one tenant's. Used in the event loop only."""
 
     def __init__(
-        self, leave: Callable[[Listener], None], kinds: Collection[str] | None = None
+        self, leave: Callable[[Listener], None], base: str, wants: Callable[[EventRow], bool]
     ) -> None:
         self.is_cut_off = False
-        """True if it must read no more: it was too slow, or the process ends."""
+        """True if it must read no more: it was too slow, it has gone, or the process ends."""
+        self.reached: Place = (0, 0)
+        """The last event that was handed to it, or was not wanted."""
+        self.base = base
+        """Address at which its client reaches the API. Empty: it needs no texts."""
         self.beat_at = time.monotonic() + HEARTBEAT_SECONDS
         """Time at which it is woken, news or not. On the monotonic clock."""
-        self.sending_at: float | None = None
-        """Time since which its client takes nothing. None: it waits for news."""
+        self.sending_at = math.inf
+        """Time since which its client takes nothing. Infinite: it waits for news."""
         self.on_stuck: Callable[[], object] = self.cut_off
         """Called if its client takes nothing for SEND_SECONDS."""
-        self._kinds = kinds
-        self.steps: JobSteps | None = None
-        """The newest steps of its job's running frames, until it has taken them."""
         self._leave = leave
+        self._wants = wants
         self._queue: deque[Told] = deque()
+        self._steps: JobSteps | None = None
         self._news = asyncio.Event()
 
-    def put(self, told: Told) -> None:
-        """Add an event. A listener that takes none is cut off."""
-        if self._kinds is not None and told.event.kind not in self._kinds:
+    def put(self, told: Told, place: Place) -> None:
+        """Add an event if it is wanted. A listener that takes none is cut off."""
+        self.reached = place
+        if not self._wants(told.event) or self.is_cut_off:
             return
         if len(self._queue) >= MAX_QUEUED:
             self.cut_off()
-        elif not self.is_cut_off:
-            self._queue.append(told)
-            self._news.set()
+            return
+        self._queue.append(told)
+        self._news.set()
 
     def put_steps(self, steps: JobSteps) -> None:
         """Replace the steps that it has not taken."""
-        self.steps = steps
+        self._steps = steps
         self._news.set()
 
     def cut_off(self) -> None:
@@ -110,7 +122,7 @@ class Listener:
         """Wake it if it is time, and free it from a client that takes nothing."""
         if now >= self.beat_at:
             self._news.set()
-        if self.sending_at is not None and now >= self.sending_at + SEND_SECONDS:
+        if now >= self.sending_at + SEND_SECONDS:
             self.on_stuck()
 
     def take(self) -> Iterator[Told]:
@@ -119,15 +131,15 @@ class Listener:
         while self._queue:
             yield self._queue.popleft()
 
+    def take_steps(self) -> JobSteps | None:
+        """Return the newest steps, once."""
+        steps, self._steps = self._steps, None
+        return steps
+
     @property
     def is_idle(self) -> bool:
         """True if no event waits."""
         return not self._queue
-
-    def take_steps(self) -> JobSteps | None:
-        """Return the newest steps, once."""
-        steps, self.steps = self.steps, None
-        return steps
 
     def leave(self) -> None:
         """Listen no more. A second call has no effect."""
@@ -140,7 +152,19 @@ class _Watched:
     def __init__(self) -> None:
         self.listeners: set[Listener] = set()
         self.place: Place | None = None
-        """The events up to it have been read. None: not known yet, and nothing is read."""
+        """The events up to it have been read. None: the first listener is reading it."""
+        self.joined: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """True once the place is known; False if it could not be read."""
+
+    @property
+    def bases(self) -> frozenset[str]:
+        """The addresses at which the clients of its streams reach the API."""
+        return frozenset(listener.base for listener in self.listeners if listener.base)
+
+
+class _Wanted(NamedTuple):
+    place: Place
+    bases: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -154,84 +178,115 @@ class _News:
 class Feed:
     """Reads events for the listeners of a process. Used in one event loop."""
 
-    def __init__(self, farm: Farm, addresses: SignedAddresses) -> None:
+    def __init__(self, farm: Farm, addresses: SignedAddresses, render: Render) -> None:
+        self.is_closed = False
+        """True once the process ends."""
         self._farm = farm
         self._addresses = addresses
+        self._render = render
         self._jobs: dict[uuid.UUID, _Watched] = {}
         self._tenants: dict[uuid.UUID, _Watched] = {}
         self._known = KnownSpecs()
         self._epoch: str | None = None
         self._reading = CapacityLimiter(1)
+        self._joining = CapacityLimiter(JOINING_THREADS)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._steps_at = 0.0
-        self._closed = False
 
-    def listen_to_job(self, job_id: uuid.UUID, kinds: Collection[str] | None = None) -> Listener:
-        """Begin to listen. Then read the job, and call `begin_job`: so nothing is missed.
+    async def listen_to_job(
+        self, job_id: uuid.UUID, base: str, wants: Callable[[EventRow], bool]
+    ) -> Listener:
+        """Listen to a job. Each of its events that is committed from now on is handed out.
 
-        Args:
-            job_id: The job.
-            kinds: Kinds of events that the listener needs. None: all.
+        What its owner reads afterwards may be newer: events up to that arrive too, and are to be
+        left out.
+
+        Raises:
+            Unavailable: Postgres does not answer.
         """
-        return self._listen(self._jobs, job_id, kinds)
+        return await self._listen(self._jobs, job_id, base, wants, self._newest)
 
-    def listen_to_tenant(self, tenant_id: uuid.UUID) -> Listener:
-        """Begin to listen. Then read the horizon, and call `begin_tenant`."""
-        return self._listen(self._tenants, tenant_id)
-
-    def begin_job(self, job_id: uuid.UUID, last: int) -> None:
-        """Tell the id of the job's newest event. Later ones are read."""
-        self._begin(self._jobs, job_id, (0, last))
-
-    def begin_tenant(self, tenant_id: uuid.UUID, xid: int) -> None:
-        """Tell the oldest transaction that still ran. Its events and later ones are read."""
-        self._begin(self._tenants, tenant_id, (xid, 0))
+    async def listen_to_tenant(
+        self, tenant_id: uuid.UUID, base: str, wants: Callable[[EventRow], bool]
+    ) -> Listener:
+        """Listen to a tenant, as `listen_to_job` does."""
+        return await self._listen(self._tenants, tenant_id, base, wants, self._oldest_open)
 
     def close(self) -> None:
         """Cut off all listeners, and those to come: the process ends. A signal may call it."""
-        self._closed = True
-        for listener in self._all_listeners():
+        self.is_closed = True
+        for listener in self.listeners:
             listener.cut_off()
 
-    def _listen(
-        self,
-        watched: dict[uuid.UUID, _Watched],
-        key: uuid.UUID,
-        kinds: Collection[str] | None = None,
-    ) -> Listener:
-        place = watched.setdefault(key, _Watched())
-
-        def leave(listener: Listener) -> None:
-            place.listeners.discard(listener)
-            if not place.listeners and watched.get(key) is place:
-                del watched[key]
-
-        listener = Listener(leave, kinds)
-        place.listeners.add(listener)
-        if self._closed:
-            listener.cut_off()
-        return listener
-
-    def _begin(self, watched: dict[uuid.UUID, _Watched], key: uuid.UUID, place: Place) -> None:
-        found = watched.get(key)
-        if found is not None and found.place is None:
-            found.place = place
-        loop = asyncio.get_running_loop()
-        for name, work in (("reading", self._run), ("beating", self._beat)):
-            if name not in self._tasks or self._tasks[name].done():
-                self._tasks[name] = loop.create_task(work())
-
-    def _all_listeners(self) -> list[Listener]:
+    @property
+    def listeners(self) -> list[Listener]:
+        """All listeners."""
         return [
             listener
             for watched in (*self._jobs.values(), *self._tenants.values())
             for listener in watched.listeners
         ]
 
+    async def _listen(
+        self,
+        all_watched: dict[uuid.UUID, _Watched],
+        key: uuid.UUID,
+        base: str,
+        wants: Callable[[EventRow], bool],
+        read_place: Callable[[uuid.UUID], Place],
+    ) -> Listener:
+        while True:
+            is_first = key not in all_watched
+            watched = all_watched.setdefault(key, _Watched())
+            listener = Listener(partial(_leave, all_watched, key, watched), base, wants)
+            watched.listeners.add(listener)
+            if self.is_closed:
+                listener.cut_off()
+            try:
+                # The place is read after the listener was entered, and before its owner reads
+                # anything. So every later event is handed to it.
+                if is_first:
+                    await self._join(all_watched, key, watched, read_place)
+                elif not await asyncio.shield(watched.joined):
+                    continue  # the first one failed: this one reads it
+            except BaseException:
+                listener.leave()
+                raise
+            self._start()
+            return listener
+
+    async def _join(
+        self,
+        all_watched: dict[uuid.UUID, _Watched],
+        key: uuid.UUID,
+        watched: _Watched,
+        read_place: Callable[[uuid.UUID], Place],
+    ) -> None:
+        try:
+            watched.place = await to_thread.run_sync(read_place, key, limiter=self._joining)
+        finally:
+            if watched.place is None and all_watched.get(key) is watched:
+                del all_watched[key]
+            watched.joined.set_result(watched.place is not None)
+
+    def _newest(self, job_id: uuid.UUID) -> Place:
+        with reads(self._farm.store) as connection:
+            return 0, stored.newest_of_job(connection, job_id)
+
+    def _oldest_open(self, _: uuid.UUID) -> Place:
+        with reads(self._farm.store) as connection:
+            return stored.horizon(connection).xid, 0
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        for name, work in (("reading", self._run), ("beating", self._beat)):
+            if name not in self._tasks or self._tasks[name].done():
+                self._tasks[name] = loop.create_task(work())
+
     async def _beat(self) -> None:
         while self._jobs or self._tenants:
             now = time.monotonic()
-            for listener in self._all_listeners():
+            for listener in self.listeners:
                 listener.beat(now)
             await asyncio.sleep(BEAT_SECONDS)
 
@@ -239,8 +294,7 @@ class Feed:
         while self._jobs or self._tenants:
             rest, began = TICK_SECONDS, time.monotonic()
             try:
-                jobs = _places(self._jobs)
-                tenants = _places(self._tenants)
+                jobs, tenants = _wanted(self._jobs), _wanted(self._tenants)
                 if jobs or tenants:
                     news = await to_thread.run_sync(
                         self._read, jobs, tenants, limiter=self._reading
@@ -254,15 +308,18 @@ class Feed:
                 rest = REST_SECONDS
             await asyncio.sleep(max(0.0, began + rest - time.monotonic()))
 
-    def _read(self, jobs: Mapping[uuid.UUID, Place], tenants: Mapping[uuid.UUID, Place]) -> _News:
+    def _read(
+        self, jobs: Mapping[uuid.UUID, _Wanted], tenants: Mapping[uuid.UUID, _Wanted]
+    ) -> _News:
         if self._addresses.are_due:
             self._addresses.refresh()  # for the texts of the events
         with reads(self._farm.store) as connection:
             until = stored.horizon(connection)
-            after = {job_id: last for job_id, (_, last) in jobs.items()}
+            after = {job_id: wanted.place[1] for job_id, wanted in jobs.items()}
             of_jobs = stored.of_jobs(connection, after, limit=MAX_AT_ONCE) if jobs else []
+            places = {tenant_id: wanted.place for tenant_id, wanted in tenants.items()}
             of_tenants = (
-                stored.of_tenants(connection, tenants, until, limit=MAX_AT_ONCE) if tenants else []
+                stored.of_tenants(connection, places, until, limit=MAX_AT_ONCE) if tenants else []
             )
             steps: list[JobSteps] = []
             if jobs and time.monotonic() >= self._steps_at:
@@ -271,21 +328,32 @@ class Feed:
             identities = identities_of(connection, [*of_jobs, *of_tenants], self._known)
         return _News(
             until.epoch,
-            [Told(event, identities) for event in of_jobs],
-            [Told(event, identities) for event in of_tenants],
+            [
+                self._told(event, identities, jobs.get(event.job_id))
+                for event in of_jobs
+                if event.job_id is not None
+            ],
+            [self._told(event, identities, tenants.get(event.tenant_id)) for event in of_tenants],
             steps,
         )
+
+    def _told(self, event: EventRow, identities: Identities, wanted: _Wanted | None) -> Told:
+        """Return an event with its texts. They are made here, in a thread."""
+        own = own_identities(event, identities)
+        texts = {base: self._render(event, own, base) for base in (wanted.bases if wanted else ())}
+        return Told(event, own, texts)
 
     async def _deliver(self, news: _News) -> None:
         """Hand the news out. Other calls have their turns in between."""
         if self._epoch not in (None, news.epoch):  # places and cursors have lost their meaning
-            for listener in self._all_listeners():
+            for listener in self.listeners:
                 listener.cut_off()
+            self._jobs.clear()
+            self._tenants.clear()
         self._epoch = news.epoch
         for told in news.of_jobs:
-            job_id = told.event.job_id
-            if job_id is not None:
-                _hand_out(self._jobs.get(job_id), told, (0, told.event.id))
+            if told.event.job_id is not None:
+                _hand_out(self._jobs.get(told.event.job_id), told, (0, told.event.id))
                 await asyncio.sleep(0)
         for told in news.of_tenants:
             place = told.event.xid, told.event.id
@@ -298,8 +366,20 @@ class Feed:
             await asyncio.sleep(0)
 
 
-def _places(watched: Mapping[uuid.UUID, _Watched]) -> dict[uuid.UUID, Place]:
-    return {key: each.place for key, each in watched.items() if each.place is not None}
+def _leave(
+    all_watched: dict[uuid.UUID, _Watched], key: uuid.UUID, watched: _Watched, listener: Listener
+) -> None:
+    watched.listeners.discard(listener)
+    if not watched.listeners and all_watched.get(key) is watched:
+        del all_watched[key]
+
+
+def _wanted(all_watched: Mapping[uuid.UUID, _Watched]) -> dict[uuid.UUID, _Wanted]:
+    return {
+        key: _Wanted(each.place, each.bases)
+        for key, each in all_watched.items()
+        if each.place is not None
+    }
 
 
 def _hand_out(watched: _Watched | None, told: Told, place: Place) -> None:
@@ -307,4 +387,4 @@ def _hand_out(watched: _Watched | None, told: Told, place: Place) -> None:
         return
     watched.place = place
     for listener in watched.listeners:
-        listener.put(told)
+        listener.put(told, place)

@@ -6,25 +6,27 @@ the feed hands it each event. A client that is cut off resumes with its cursor, 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
+import random
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
-from anyio import CapacityLimiter, create_task_group, to_thread
+from anyio import CapacityLimiter, Semaphore, create_task_group, move_on_after, to_thread
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api import schemas
-from api.addresses import SignedAddresses, public_url
+from api.addresses import SignedAddresses
 from api.places import Places
 from api.responses import job_view
 from api.streaming import feed
@@ -35,27 +37,37 @@ from farm.context import Farm
 from farm.domain.event_cursors import EventCursor
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError, Unauthenticated
-from farm.services.events import EventFilter, EventPage, identities_of, is_lost
+from farm.services.events import (
+    EventFilter,
+    EventPage,
+    Identities,
+    identities_of,
+    is_lost,
+    own_identities,
+)
 from farm.store import events as stored
 from farm.store import limits, queries
-from farm.store.engine import reads
-from farm.store.events import Horizon
+from farm.store.engine import Connection, reads
+from farm.store.events import EventRow, Horizon
 from farm.store.leases import JobSteps
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MEDIA_TYPE = "text/event-stream"
+MEDIA_TYPE, JSON_TYPE = "text/event-stream", "application/json"
 RECONNECT = b"retry: 2000\n\n"
-MOVE = b"retry: 500\n\n"
-"""After so many milliseconds a client connects again: usually, and when the process ends."""
+"""After so many milliseconds a client connects again, if its stream breaks."""
+MOVE_MILLISECONDS = 300, 2000
+"""The same when the process ends: at random, so that not all come to the next one at once."""
 PAGE = 200
 """Events of the past that are read at once."""
-READING_THREADS = 2
-"""Number of threads in which streams read their beginnings. Others wait their turn."""
+READING_THREADS, READING_PER_TENANT = 4, 2
+"""Threads in which streams and waiting calls read. Others of the same tenant wait their turn."""
 LISTENERS, LISTENERS_PER_TENANT = 5000, 2500
 """Maximum number of streams and waiting calls of a process: in all, and per tenant."""
+TOKENS, TOKENS_PER_JOB = 2000, 100
+"""Maximum number of those with a token: in all, and per job."""
 ENDS = frozenset({*(f"job.{status}" for status in TERMINAL), "job.removed"})
 HEADERS = {
     "Cache-Control": "no-cache, no-transform",
@@ -68,8 +80,14 @@ StillAllowed = Callable[[], Awaitable[object]]
 
 
 def wants_stream(request: Request) -> bool:
-    """Return True if a request asks for a stream of events, and not for a page of them."""
-    return MEDIA_TYPE in request.headers.get("accept", "")
+    """Return True if a request asks for a stream of events, and not rather for a page of them."""
+    weights = {MEDIA_TYPE: 0.0, JSON_TYPE: 0.0}
+    for part in request.headers.get("accept", "").lower().split(","):
+        media_type, _, parameters = part.partition(";")
+        weight = re.search(r"\bq\s*=([^;]*)", parameters)
+        with suppress(ValueError):
+            weights[media_type.strip()] = min(float(weight[1]), 1.0) if weight else 1.0
+    return 0 < weights[MEDIA_TYPE] >= weights[JSON_TYPE]
 
 
 def message(data: Any, event: str | None = None, cursor: EventCursor | None = None) -> bytes:
@@ -81,9 +99,17 @@ def message(data: Any, event: str | None = None, cursor: EventCursor | None = No
     return head.encode() + b"data: " + text + b"\n\n"
 
 
-def as_json(model: BaseModel) -> bytes:
-    """Return a model's JSON in ASCII."""
-    return json.dumps(model.model_dump(mode="json", exclude_none=True)).encode()
+def as_json(model: BaseModel, *, sparse: bool = True) -> bytes:
+    """Return a model's JSON in ASCII; a sparse one without the fields that are null."""
+    return json.dumps(model.model_dump(mode="json", exclude_none=sparse)).encode()
+
+
+def empty_stream(milliseconds: int) -> Response:
+    """Return a stream that ends at once. Its client connects again after this time.
+
+    Browsers never connect again after an error.
+    """
+    return Response(f"retry: {milliseconds}\n\n", headers=HEADERS, media_type=MEDIA_TYPE)
 
 
 class EventStream(Response):
@@ -118,13 +144,14 @@ class EventStream(Response):
             self._end()
 
     async def _send_blocks(self, send: Send) -> None:
+        self._listener.sending_at = time.monotonic()
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         try:
             async for block in self._blocks:
                 self._listener.sending_at = time.monotonic()
                 await send({"type": "http.response.body", "body": block, "more_body": True})
-                self._listener.sending_at = None
+                self._listener.sending_at = math.inf
         except Exception:
             log.exception("A stream of events failed.")  # its client resumes with its cursor
         self._listener.sending_at = time.monotonic()
@@ -136,6 +163,20 @@ async def _when_gone(receive: Receive, act: Callable[[], object]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     act()
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client that reads events."""
+
+    tenant_id: uuid.UUID
+    base: str
+    """Address at which it reaches the API."""
+    still_allowed: StillAllowed
+    receive: Receive
+    """Tells when it has gone."""
+    token_job: uuid.UUID | None = None
+    """The job whose token it has. None: it has a key."""
 
 
 @dataclass(frozen=True)
@@ -151,89 +192,61 @@ class _Beginning:
     lost: bool
     """True if events after the client's cursor may be lost."""
 
+    @property
+    def job(self) -> schemas.Job:
+        """The job."""
+        assert isinstance(self.state, schemas.Job)
+        return self.state
+
 
 class Streams:
     """Opens streams, and lets calls wait for the end of a job. Used in one event loop."""
 
     def __init__(self, farm: Farm, addresses: SignedAddresses) -> None:
-        self.feed = Feed(farm, addresses)
         self._farm = farm
         self._addresses = addresses
+        self.feed = Feed(farm, addresses, self._render)
         self._places = Places(LISTENERS, LISTENERS_PER_TENANT)
+        self._by_token = Places(TOKENS, TOKENS_PER_JOB)
         self._reading = CapacityLimiter(READING_THREADS)
+        self._turns: WeakValueDictionary[uuid.UUID, Semaphore] = WeakValueDictionary()
 
     async def of_job(
-        self,
-        request: Request,
-        tenant_id: uuid.UUID,
-        job_id: uuid.UUID,
-        sent: EventCursor | None,
-        wanted: EventFilter,
-        allowed: StillAllowed,
+        self, client: Client, job_id: uuid.UUID, sent: EventCursor | None, wanted: EventFilter
     ) -> Response:
         """Open a stream of a job's events. 204 if it has ended and the client has read them all.
 
         Args:
-            request: The request.
-            tenant_id: Owner of the job.
+            client: The client.
             job_id: The job.
             sent: The client's cursor. None: the stream begins with a snapshot.
             wanted: Which events.
-            allowed: Raises Unauthenticated once the client may read no more.
 
         Raises:
             NotFound: There is no such job, or it belongs to another tenant.
             Unavailable: Too many are open, or Postgres does not answer.
         """
-        place = self._places.take(str(tenant_id), "streams of events")
-        listener = self.feed.listen_to_job(job_id)
 
-        def end() -> None:
-            listener.leave()
-            place.give_back()
+        def wants(event: EventRow) -> bool:
+            return event.kind in ENDS or wanted.allows(event)
 
-        try:
-            begun = await self._read(self._beginning_of_job, tenant_id, job_id, sent)
-            self.feed.begin_job(job_id, begun.last)
+        async with self._entered(client, job_id, wants) as (listener, stay):
+            begun = await self._read(client, self._beginning_of_job, client, job_id, sent)
             if sent and begun.ended and not begun.lost and sent.id >= begun.last:
-                end()
                 return Response(status_code=204, headers=HEADERS)
-            blocks = self._blocks_of_job(request, listener, job_id, begun, sent, wanted, allowed)
-            return EventStream(listener, blocks, end)
-        except BaseException:
-            end()
-            raise
+            blocks = self._blocks_of_job(client, listener, job_id, begun, sent, wanted)
+            return EventStream(listener, blocks, stay())
 
     async def of_tenant(
-        self,
-        request: Request,
-        tenant_id: uuid.UUID,
-        sent: EventCursor | None,
-        wanted: EventFilter,
-        allowed: StillAllowed,
+        self, client: Client, sent: EventCursor | None, wanted: EventFilter
     ) -> Response:
         """Open a stream of a tenant's events, as `of_job` does. It has no end."""
-        place = self._places.take(str(tenant_id), "streams of events")
-        listener = self.feed.listen_to_tenant(tenant_id)
+        async with self._entered(client, None, wanted.allows) as (listener, stay):
+            begun = await self._read(client, self._beginning_of_tenant, client, sent)
+            blocks = self._blocks_of_tenant(client, listener, begun, sent, wanted)
+            return EventStream(listener, blocks, stay())
 
-        def end() -> None:
-            listener.leave()
-            place.give_back()
-
-        try:
-            begun = await self._read(self._beginning_of_tenant, tenant_id, sent)
-            self.feed.begin_tenant(tenant_id, begun.until.xid)
-            blocks = self._blocks_of_tenant(
-                request, listener, tenant_id, begun, sent, wanted, allowed
-            )
-            return EventStream(listener, blocks, end)
-        except BaseException:
-            end()
-            raise
-
-    async def ended_job(
-        self, request: Request, tenant_id: uuid.UUID, job_id: uuid.UUID, seconds: float
-    ) -> schemas.Job:
+    async def ended_job(self, client: Client, job_id: uuid.UUID, seconds: float) -> schemas.Job:
         """Wait until a job has ended, or for a time. Return it as it is then.
 
         A client that hangs up ends it.
@@ -242,169 +255,230 @@ class Streams:
             NotFound: There is no such job, or it belongs to another tenant.
             Unavailable: Too many calls wait, or Postgres does not answer.
         """
-        listener = self.feed.listen_to_job(job_id, ENDS)
-        try:
-            with self._places.taken(str(tenant_id), "waiting calls"):
-                begun = await self._read(self._beginning_of_job, tenant_id, job_id, None)
-                self.feed.begin_job(job_id, begun.last)
-                if not begun.ended:
-                    async with _while_there(request, listener):
-                        await _hears(listener, seconds)
-            now = await self._read(self._beginning_of_job, tenant_id, job_id, None)
-        finally:
-            listener.leave()
-        assert isinstance(now.state, schemas.Job)
-        return now.state
+        deadline = time.monotonic() + seconds
+        async with self._entered(client, job_id, lambda event: event.kind in ENDS) as (it, _):
+            begun = await self._read(client, self._beginning_of_job, client, job_id, None)
+            while not begun.ended:
+                heard = await _hears(client, it, deadline, begun.last)
+                if it.is_cut_off:  # the process ends, or the client has gone
+                    break
+                begun = await self._read(client, self._beginning_of_job, client, job_id, None)
+                if not heard:
+                    break
+            return begun.job
 
     async def page_with_news(
         self,
-        request: Request,
-        tenant_id: uuid.UUID,
+        client: Client,
         job_id: uuid.UUID | None,
+        wanted: EventFilter,
         read: Callable[[], EventPage],
         seconds: float,
     ) -> EventPage:
         """Wait until a page has events, or for a time. Return it.
 
         Args:
-            request: The request. A client that hangs up ends it.
-            tenant_id: The caller's tenant.
+            client: The client. If it hangs up, the call ends.
             job_id: The job whose events are read. None: those of the tenant.
+            wanted: Events to wait for.
             read: Reads the page, in a thread.
             seconds: Longest time to wait.
         """
         deadline = time.monotonic() + seconds
-        listener = (
-            self.feed.listen_to_job(job_id) if job_id else self.feed.listen_to_tenant(tenant_id)
-        )
-        try:
-            with self._places.taken(str(tenant_id), "waiting calls"):
-                page = await self._read(read)
-                if job_id:
-                    self.feed.begin_job(job_id, page.cursor.id)
-                else:
-                    self.feed.begin_tenant(tenant_id, page.cursor.xid)
-                while not (page.events or page.more or page.reset):
-                    async with _while_there(request, listener):
-                        heard = await _hears(listener, deadline - time.monotonic())
-                    if not heard:
-                        break
-                    page = await self._read(read)
-        finally:
-            listener.leave()
+        async with self._entered(client, job_id, wanted.allows) as (listener, _):
+            page = await self._read(client, read)
+            while not (page.events or page.more or page.reset):
+                if not await _hears(client, listener, deadline, 0):
+                    break
+                page = await self._read(client, read)
         return page
 
-    async def _read(self, function: Callable[..., T], *args: Any) -> T:
-        return await to_thread.run_sync(function, *args, limiter=self._reading)
+    async def check(self, client: Client, job_id: uuid.UUID) -> None:
+        """Check that a job is there.
+
+        Raises:
+            NotFound: There is no such job, or it belongs to another tenant.
+        """
+        await self._read(client, self._beginning_of_job, client, job_id, None)
+
+    @asynccontextmanager
+    async def _entered(
+        self, client: Client, job_id: uuid.UUID | None, wants: Callable[[EventRow], bool]
+    ) -> AsyncIterator[tuple[Listener, Callable[[], Callable[[], None]]]]:
+        """Enter a listener for the block.
+
+        Yield it, and a function: if that is called, the listener stays until its result is called.
+        """
+        if client.token_job:
+            place = self._by_token.take(str(client.token_job), "streams of this job")
+        else:
+            place = self._places.take(str(client.tenant_id), "streams of events")
+        listener: Listener | None = None
+        stays = False
+
+        def end() -> None:
+            if listener is not None:
+                listener.leave()
+            place.give_back()
+
+        def stay() -> Callable[[], None]:
+            nonlocal stays
+            stays = True
+            return end
+
+        try:
+            if job_id is None:
+                listener = await self.feed.listen_to_tenant(client.tenant_id, client.base, wants)
+            else:
+                listener = await self.feed.listen_to_job(job_id, client.base, wants)
+            yield listener, stay
+        finally:
+            if not stays:
+                end()
+
+    async def _read(self, client: Client, function: Callable[..., T], *args: Any) -> T:
+        turn = self._turns.setdefault(client.tenant_id, Semaphore(READING_PER_TENANT))
+        async with turn:
+            return await to_thread.run_sync(function, *args, limiter=self._reading)
 
     def _beginning_of_job(
-        self, tenant_id: uuid.UUID, job_id: uuid.UUID, sent: EventCursor | None
+        self, client: Client, job_id: uuid.UUID, sent: EventCursor | None
     ) -> _Beginning:
         with reads(self._farm.store) as connection:
             until = stored.horizon(connection)
             last = stored.newest_of_job(connection, job_id)  # the job's row is as new, or newer
-            row = queries.get_job(connection, tenant_id, job_id)
-            job = job_view(row, Lanes(connection, tenant_id).waiting_because(row))
-        lost = sent is not None and is_lost(self._farm, sent, until)
+            row = queries.get_job(connection, client.tenant_id, job_id)
+            job = job_view(row, Lanes(connection, client.tenant_id).waiting_because(row))
+        lost = sent is not None and is_lost(self._farm, sent, until, last)
         return _Beginning(until, last, job, row.status in TERMINAL, lost)
 
-    def _beginning_of_tenant(self, tenant_id: uuid.UUID, sent: EventCursor | None) -> _Beginning:
+    def _beginning_of_tenant(self, client: Client, sent: EventCursor | None) -> _Beginning:
         with reads(self._farm.store) as connection:
             until = stored.horizon(connection)
-            state = schemas.TenantState(**limits.in_use(connection, tenant_id)._asdict())
+            state = schemas.TenantState(**limits.in_use(connection, client.tenant_id)._asdict())
         lost = sent is not None and is_lost(self._farm, sent, until)
         return _Beginning(until, 0, state, False, lost)
 
     async def _blocks_of_job(
         self,
-        request: Request,
+        client: Client,
         listener: Listener,
         job_id: uuid.UUID,
         begun: _Beginning,
         sent: EventCursor | None,
         wanted: EventFilter,
-        allowed: StillAllowed,
     ) -> AsyncIterator[bytes]:
-        base, epoch = public_url(request), begun.until.epoch
+        epoch = begun.until.epoch
         last = begun.last if sent is None or begun.lost else sent.id
-        here = EventCursor(epoch, 0, begun.last, begun.until.at)
-        for block in _first(begun, sent, here):
+        for block in _first(begun, sent, EventCursor(epoch, 0, begun.last, begun.until.at)):
             yield block
-        while last < begun.last:
-            found = await self._read(self._page_of_job, job_id, last)
-            for told in found:
-                last = told.event.id
-                if wanted.allows(told.event):
-                    yield self._block(told, base, EventCursor(epoch, 0, last, _seconds(told)))
+        while last < begun.last and not listener.is_cut_off:
+            found = await self._read(client, self._page_of_job, client, job_id, last, wanted)
             if not found:
                 break
-        if begun.ended and last <= begun.last:
+            for told in found:
+                last = told.event.id
+                if last <= begun.last and wanted.allows(told.event):  # later ones come by the feed
+                    yield self._block(told, client, EventCursor(epoch, 0, last, _seconds(told)))
+            last = min(last, begun.last)
+        if begun.ended and not listener.is_cut_off:
             return
-        async for news in _news(listener, allowed):
-            if isinstance(news, bytes):
-                yield news
+        async for news in _news(listener, client.still_allowed):
+            if news is None:
+                last = max(last, listener.reached[1])
+                yield _beat(EventCursor(epoch, 0, last, _now()))
             elif isinstance(news, JobSteps):
                 yield _progress(news)
             elif news.event.id > last:
                 last = news.event.id
                 if wanted.allows(news.event):
-                    yield self._block(news, base, EventCursor(epoch, 0, last, _seconds(news)))
+                    yield self._block(news, client, EventCursor(epoch, 0, last, _seconds(news)))
                 if news.event.kind in ENDS and listener.is_idle:
                     return
+        yield _move()
 
     async def _blocks_of_tenant(
         self,
-        request: Request,
+        client: Client,
         listener: Listener,
-        tenant_id: uuid.UUID,
         begun: _Beginning,
         sent: EventCursor | None,
         wanted: EventFilter,
-        allowed: StillAllowed,
     ) -> AsyncIterator[bytes]:
-        base, until = public_url(request), begun.until
+        until = begun.until
         last = (until.xid, 0) if sent is None or begun.lost else (sent.xid, sent.id)
         for block in _first(begun, sent, EventCursor(until.epoch, until.xid, 0, until.at)):
             yield block
-        while True:
-            found = await self._read(self._page_of_tenant, tenant_id, last, until)
+        while not listener.is_cut_off:
+            found = await self._read(client, self._page_of_tenant, client, last, until, wanted)
             for told in found:
                 last = told.event.xid, told.event.id
                 if wanted.allows(told.event):
-                    yield self._block(told, base, EventCursor(until.epoch, *last, _seconds(told)))
+                    cursor = EventCursor(until.epoch, *last, _seconds(told))
+                    yield self._block(told, client, cursor)
             if not found:
                 break
-        async for news in _news(listener, allowed):
-            if isinstance(news, bytes):
-                yield news
+        last = max(last, (until.xid, 0))
+        async for news in _news(listener, client.still_allowed):
+            if news is None:
+                last = max(last, listener.reached)
+                yield _beat(EventCursor(until.epoch, *last, _now()))
             elif isinstance(news, Told) and (news.event.xid, news.event.id) > last:
                 last = news.event.xid, news.event.id
-                if wanted.allows(news.event):
-                    yield self._block(news, base, EventCursor(until.epoch, *last, _seconds(news)))
+                yield self._block(news, client, EventCursor(until.epoch, *last, _seconds(news)))
+        yield _move()
 
-    def _page_of_job(self, job_id: uuid.UUID, last: int) -> list[Told]:
-        with reads(self._farm.store) as connection:
-            found = stored.of_jobs(connection, {job_id: last}, limit=PAGE)
-            return self._told(found, identities_of(connection, found))
-
-    def _page_of_tenant(
-        self, tenant_id: uuid.UUID, last: tuple[int, int], until: Horizon
+    def _page_of_job(
+        self, client: Client, job_id: uuid.UUID, last: int, wanted: EventFilter
     ) -> list[Told]:
         with reads(self._farm.store) as connection:
-            found = stored.of_tenants(connection, {tenant_id: last}, until, limit=PAGE)
-            return self._told(found, identities_of(connection, found))
+            found = stored.of_jobs(
+                connection, {job_id: last}, limit=PAGE, with_images=wanted.asks_for_images
+            )
+            return self._told(connection, found, client, wanted)
 
-    def _told(self, found: Iterable[stored.EventRow], identities: Any) -> list[Told]:
+    def _page_of_tenant(
+        self, client: Client, last: tuple[int, int], until: Horizon, wanted: EventFilter
+    ) -> list[Told]:
+        with reads(self._farm.store) as connection:
+            found = stored.of_tenants(
+                connection,
+                {client.tenant_id: last},
+                until,
+                limit=PAGE,
+                with_images=wanted.asks_for_images,
+            )
+            return self._told(connection, found, client, wanted)
+
+    def _told(
+        self,
+        connection: Connection,
+        found: Sequence[EventRow],
+        client: Client,
+        wanted: EventFilter,
+    ) -> list[Told]:
+        """Return events with their texts. They are made here, in a thread."""
         if self._addresses.are_due:
             self._addresses.refresh()
-        return [Told(event, identities) for event in found]
+        chosen = {event.id for event in found if wanted.allows(event)}
+        identities = identities_of(connection, [event for event in found if event.id in chosen])
+        told = [Told(event, own_identities(event, identities)) for event in found]
+        for each in told:
+            if each.event.id in chosen:
+                self._text(each, client.base)
+        return told
 
-    def _block(self, told: Told, base: str, cursor: EventCursor) -> bytes:
+    def _text(self, told: Told, base: str) -> bytes:
         text = told.texts.get(base)
         if text is None:
-            view = event_view(told.event, told.identities, self._addresses.at(base))
-            text = told.texts[base] = as_json(view)
-        return message(text, told.event.kind, cursor)
+            text = told.texts[base] = self._render(told.event, told.identities, base)
+        return text
+
+    def _render(self, event: EventRow, identities: Identities, base: str) -> bytes:
+        return as_json(event_view(event, identities, self._addresses.at(base)))
+
+    def _block(self, told: Told, client: Client, cursor: EventCursor) -> bytes:
+        return message(self._text(told, client.base), told.event.kind, cursor)
 
 
 def streams_of(request: Request) -> Streams:
@@ -418,36 +492,28 @@ def _first(begun: _Beginning, sent: EventCursor | None, here: EventCursor) -> It
     if begun.lost:
         yield message({"detail": "Events after your cursor may be lost."}, "reset")
     if sent is None or begun.lost:
-        yield message(as_json(begun.state), "state", here)
+        yield message(as_json(begun.state, sparse=False), "state", here)
 
 
-@asynccontextmanager
-async def _while_there(request: Request, listener: Listener) -> AsyncIterator[None]:
-    """Cut a listener off when its client has gone."""
-    async with create_task_group() as group:
-        group.start_soon(_when_gone, request.receive, listener.cut_off)
-        yield
-        group.cancel_scope.cancel()
+async def _hears(client: Client, listener: Listener, deadline: float, last: int) -> bool:
+    """Wait for an event after the ID `last`. Return False if none comes, or if it is cut off.
 
-
-async def _hears(listener: Listener, seconds: float) -> bool:
-    """Wait for an event. Return False if none comes within this time, or if it is cut off."""
+    A client that hangs up cuts its listener off.
+    """
     listener.beat_at = math.inf  # it waits for nothing else
-    try:
-        async with asyncio.timeout(max(0.0, seconds)):
-            while not listener.is_cut_off:
+    heard = False
+    async with create_task_group() as group:
+        group.start_soon(_when_gone, client.receive, listener.cut_off)
+        with move_on_after(max(0.0, deadline - time.monotonic())):
+            while not (heard or listener.is_cut_off):
                 await listener.wait()
-                if any(listener.take()):
-                    return True
-    except TimeoutError:
-        pass
-    return False
+                heard = any(told.event.id > last for told in [*listener.take()])
+        group.cancel_scope.cancel()
+    return heard and not listener.is_cut_off
 
 
-async def _news(
-    listener: Listener, allowed: StillAllowed
-) -> AsyncIterator[Told | JobSteps | bytes]:
-    """Yield what a listener gets, and comments while it gets nothing, until it is cut off."""
+async def _news(listener: Listener, allowed: StillAllowed) -> AsyncIterator[Told | JobSteps | None]:
+    """Yield what a listener gets, and None now and then if it gets nothing, until it is cut off."""
     while not listener.is_cut_off:
         await listener.wait()
         if time.monotonic() >= listener.beat_at:
@@ -459,13 +525,26 @@ async def _news(
             except FarmError:
                 pass  # Postgres does not answer: it is asked again
             if listener.is_idle:
-                yield b":\n\n"
+                yield None
         for told in listener.take():
             yield told
         steps = listener.take_steps()
         if steps is not None:
             yield steps
-    yield MOVE
+
+
+def _beat(cursor: EventCursor) -> bytes:
+    """Return a block without an event. It moves the cursor of a client, though it gets nothing."""
+    return f"id: {cursor}\n\n".encode()
+
+
+def _move() -> bytes:
+    return f"retry: {random.randint(*MOVE_MILLISECONDS)}\n\n".encode()  # noqa: S311 - no secret
+
+
+def _now() -> int:
+    """Return a time up to which events have been read, in Unix seconds."""
+    return int(time.time()) - 60
 
 
 def _seconds(told: Told) -> int:

@@ -27,6 +27,7 @@ def event_view(event: EventRow, identities: Identities, signed: Address) -> sche
         export=event.data.get("export"),
         error=event.data.get("error"),
         limits=event.data.get("limits"),
+        webhook=event.data.get("webhook"),
     )
 
 
@@ -57,16 +58,16 @@ def _with_image(
 ) -> schemas.EventFrame:
     ordinal, attempt = fence
     identity = identities.get((job_id, ordinal))
-    if image is None or identity is None:
+    if image is None:
         return schemas.EventFrame(ordinal=ordinal, attempt=attempt, removed=True)
     sha256, size, _ = image
     return schemas.EventFrame(
         ordinal=ordinal,
         attempt=attempt,
-        key=identity.key,
-        seed=identity.seed,
+        key=identity and identity.key,
+        seed=identity and identity.seed,
         sha256=sha256,
         bytes=size,
         image_url=image_url(job_id, ordinal),
-        signed_url=signed(job_id, ordinal, identity.format),
+        signed_url=identity and signed(job_id, ordinal, identity.format),
     )

@@ -50,6 +50,7 @@ EXTRAS = {
     "api": "server",
     "janitor": "server",
     "exporter": "server",
+    "courier": "server",
     "migrate": "server",
     "keys": "server",
     "audit": "server",
@@ -93,6 +94,7 @@ app.command("api", rich_help_panel=RUN)(processes.api)
 app.command("worker", rich_help_panel=RUN)(processes.worker)
 app.command("janitor", rich_help_panel=RUN)(processes.janitor)
 app.command("exporter", rich_help_panel=RUN)(processes.exporter)
+app.command("courier", rich_help_panel=RUN)(processes.courier)
 app.command("migrate", rich_help_panel=RUN)(processes.migrate)
 app.command("fetch", rich_help_panel=RUN)(fetch.fetch)
 app.command("calibrate", rich_help_panel=RUN)(calibrate.calibrate)

@@ -24,6 +24,31 @@ KINDS = (
     "export.failed",
     "export.removed",
     "limits.changed",
+    "webhook.failing",
+    "webhook.disabled",
+)
+
+TOLD = (
+    "job.running",
+    "job.succeeded",
+    "job.partial",
+    "job.failed",
+    "job.cancelled",
+    "frames.succeeded",
+    "frame.dead",
+    "export.succeeded",
+    "export.failed",
+    "webhook.failing",
+    "webhook.disabled",
+)
+"""Kinds of messages to webhooks. All but `frame.dead` are kinds of events."""
+TOLD_GROUPS = ("job.*", "export.*", "webhook.*")
+DEFAULT_TOLD = (
+    "job.succeeded",
+    "job.partial",
+    "job.failed",
+    "job.cancelled",
+    "export.*",
 )
 
 GROUPS = tuple(dict.fromkeys(kind.partition(".")[0] + ".*" for kind in KINDS))

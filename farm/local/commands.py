@@ -78,6 +78,12 @@ def janitor(folder: Folder, env: Mapping[str, str]) -> Program:
     return Program("janitor", farm("janitor"), env, log, Stage.FRONT)
 
 
+def courier(folder: Folder, env: Mapping[str, str]) -> Program:
+    """Describe the courier process, which delivers webhooks."""
+    log = folder.logs / "courier.log"
+    return Program("courier", farm("courier"), env, log, Stage.WORKER)
+
+
 def exporter(folder: Folder, env: Mapping[str, str]) -> Program:
     """Describe the exporter process, which writes datasets."""
     log = folder.logs / "exporter.log"

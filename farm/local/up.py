@@ -1,4 +1,4 @@
-"""The whole farm on one machine: servers, migrations, API, janitor, exporter and workers."""
+"""The whole farm on one machine: servers, migrations, and all processes of the farm."""
 
 from __future__ import annotations
 
@@ -132,6 +132,7 @@ def _start_farm(
     supervisor.start(commands.janitor(folder, env))
     scratch = {"FARM_SCRATCH_DIR": str(folder.path / "scratch")}
     supervisor.start(commands.exporter(folder, {**env, **scratch}))
+    supervisor.start(commands.courier(folder, env))
     own = {**_thread_settings(len(workers)), **scratch}
     for worker in workers:
         supervisor.start(

@@ -37,6 +37,11 @@ class EventFilter:
         """True if every event is asked for."""
         return not self.kinds and self.pipeline is None and not self.labels
 
+    @property
+    def asks_for_images(self) -> bool:
+        """True if events with images are asked for."""
+        return is_in("frames.succeeded", self.kinds)
+
     def allows(self, event: EventRow) -> bool:
         """Return True if the event is asked for."""
         return (
@@ -91,11 +96,13 @@ def job_page(
     with reads(farm.store) as connection:
         queries.get_job(connection, tenant_id, job_id)
         until = stored.horizon(connection)
-        if sent and is_lost(farm, sent, until):
-            newest = stored.newest_of_job(connection, job_id)
+        newest = stored.newest_of_job(connection, job_id)
+        if sent and is_lost(farm, sent, until, newest):
             return EventPage([], {}, EventCursor(until.epoch, 0, newest, until.at), False, True)
         last = sent.id if sent else 0
-        found = stored.of_jobs(connection, {job_id: last}, limit=limit + 1)
+        found = stored.of_jobs(
+            connection, {job_id: last}, limit=limit + 1, with_images=wanted.asks_for_images
+        )
         shown = found[:limit]
         more = len(found) > limit
         cursor = EventCursor(until.epoch, 0, shown[-1].id if shown else last, until.at)
@@ -131,9 +138,12 @@ def tenant_page(
             return EventPage([], {}, end, False, True)
         place = (sent.xid, sent.id) if sent else (0, 0)
         at_once = limit + 1 if wanted.asks_for_all else READ_AT_ONCE
-        with_images = is_in("frames.succeeded", wanted.kinds)
         found = stored.of_tenants(
-            connection, {tenant_id: place}, until, limit=at_once, with_images=with_images
+            connection,
+            {tenant_id: place},
+            until,
+            limit=at_once,
+            with_images=wanted.asks_for_images,
         )
         shown = [event for event in found if wanted.allows(event)]
         more = len(found) == at_once or len(shown) > limit
@@ -148,10 +158,20 @@ def cursor_after(event: EventRow, epoch: str) -> EventCursor:
     return EventCursor(epoch, event.xid, event.id, int(event.at.timestamp()))
 
 
-def is_lost(farm: Farm, cursor: EventCursor, until: Horizon) -> bool:
-    """Return True if events after a cursor may be deleted, or were counted by another server."""
+def is_lost(farm: Farm, cursor: EventCursor, until: Horizon, newest: int | None = None) -> bool:
+    """Return True if events after a cursor may be deleted, or were counted by another server.
+
+    A cursor that is ahead is of a past that was lost, or no cursor that the farm gave.
+
+    Args:
+        farm: the farm.
+        cursor: the cursor.
+        until: what may be read.
+        newest: ID of the job's newest event. None: the cursor is of a tenant.
+    """
     oldest = until.at - farm.settings.events_days * 86_400 + LEEWAY_SECONDS
-    return cursor.epoch != until.epoch or cursor.at < oldest
+    ahead = cursor.xid > until.xid if newest is None else cursor.id > newest
+    return cursor.epoch != until.epoch or cursor.at < oldest or ahead
 
 
 def identities_of(
@@ -171,6 +191,12 @@ def identities_of(
         for ordinal, _, _, _, rerolls in event.images or ()
     ]
     return frame_identities(connection, frames, known) if frames else {}
+
+
+def own_identities(event: EventRow, identities: Identities) -> Identities:
+    """Return those of the images in one event."""
+    keys = [(event.job_id, ordinal) for ordinal, *_ in event.images or () if event.job_id]
+    return {key: identities[key] for key in keys if key in identities}
 
 
 def parsed_cursor(text: str | None, *, of_job: bool) -> EventCursor | None:

@@ -15,7 +15,6 @@ which may have lost commits. Events up to `last_before` were counted by another 
 from __future__ import annotations
 
 import json
-import secrets
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -25,6 +24,9 @@ from sqlalchemy import Connection, text
 
 from farm.store import arrays
 from farm.store.rows import JsonObject, rows_of
+
+MAX_AT_ONCE = 5000
+"""Events that one reading returns at most."""
 
 # Images are joined here: only dead frames are retried, so an attempt that succeeded stays as it is.
 COLUMNS = """
@@ -48,7 +50,7 @@ CROSS JOIN LATERAL (
     SELECT * FROM events e WHERE e.job_id = w.job_id AND e.id > w.after ORDER BY e.id LIMIT :limit
 ) e
 LEFT JOIN jobs j ON j.id = ANY (ARRAY[e.job_id])
-ORDER BY e.id
+ORDER BY e.id LIMIT :total
 """)  # noqa: S608 - constants only
 
 OF_TENANTS = text(f"""
@@ -62,14 +64,15 @@ CROSS JOIN LATERAL (
     ORDER BY e.xid, e.id LIMIT :limit
 ) e
 LEFT JOIN jobs j ON j.id = ANY (ARRAY[e.job_id])
-ORDER BY e.xid, e.id
+ORDER BY e.xid, e.id LIMIT :total
 """)  # noqa: S608 - constants only
 
 SERVER = """
-SELECT system_identifier::text AS system,
+SELECT system_identifier || '/' || 'events'::regclass::oid AS system,
        left(pg_walfile_name(pg_current_wal_lsn()), 8) AS timeline
 FROM pg_control_system()
 """
+# A table that was restored from a dump has another oid, also on the same server.
 
 HORIZON = text(f"""
 SELECT e.id AS epoch, coalesce(e.last_before, 0) AS last_before,
@@ -78,14 +81,18 @@ SELECT e.id AS epoch, coalesce(e.last_before, 0) AS last_before,
 FROM ({SERVER}) s LEFT JOIN event_epochs e ON e.system = s.system AND e.timeline = s.timeline
 """)  # noqa: S608 - constants only
 
-# A promoted standby goes on with the count of transactions.
+# A promoted standby goes on with the count of transactions. The lock waits for events that are not
+# committed yet: an ID below `last_before` would never be read.
 BEGIN_EPOCH = text(f"""
-INSERT INTO event_epochs (id, system, timeline, last_before)
-SELECT :id, s.system, s.timeline, coalesce(
-    (SELECT e.last_before FROM event_epochs e WHERE e.system = s.system LIMIT 1),
-    (SELECT max(id) FROM events), 0)
-FROM ({SERVER}) s
-ON CONFLICT (system, timeline) DO NOTHING
+DO $$ BEGIN
+    LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE;
+    INSERT INTO event_epochs (id, system, timeline, last_before)
+    SELECT substr(md5(gen_random_uuid()::text), 1, 8), s.system, s.timeline, coalesce(
+        (SELECT e.last_before FROM event_epochs e WHERE e.system = s.system LIMIT 1),
+        (SELECT max(id) FROM events), 0)
+    FROM ({SERVER}) s
+    ON CONFLICT (system, timeline) DO NOTHING;
+END $$
 """)  # noqa: S608 - constants only
 
 NEWEST_OF_JOB = text("SELECT coalesce(max(id), 0) FROM events WHERE job_id = :job_id")
@@ -140,26 +147,32 @@ def horizon(connection: Connection) -> Horizon:
     """Read what may be read now. The first reader of a new server begins its epoch."""
     row = connection.execute(HORIZON).one()
     if row.epoch is None:
-        connection.execute(BEGIN_EPOCH, {"id": secrets.token_hex(4)})
+        connection.execute(BEGIN_EPOCH)
         row = connection.execute(HORIZON).one()
     return Horizon(*row)
 
 
 def of_jobs(
-    connection: Connection, after: Mapping[uuid.UUID, int], *, limit: int = 1000
+    connection: Connection,
+    after: Mapping[uuid.UUID, int],
+    *,
+    limit: int = 1000,
+    with_images: bool = True,
 ) -> list[EventRow]:
     """Read the events of some jobs in the order of their ids, at most `limit` of each job.
 
     Args:
         connection: a connection.
         after: jobs, each with the id of the last event that has been read. 0: none.
-        limit: events of a job.
+        limit: events of a job. Of all together there are MAX_AT_ONCE at most.
+        with_images: False to leave out the images, which takes a probe for each.
     """
     values = {
         "job_ids": arrays.ids(after),
         "after": arrays.numbers(after.values()),
         "limit": limit,
-        "with_images": True,
+        "total": MAX_AT_ONCE,
+        "with_images": with_images,
     }
     return rows_of(connection.execute(OF_JOBS, values), EventRow)
 
@@ -178,7 +191,7 @@ def of_tenants(
         connection: a connection.
         after: tenants, each with (xid, id) of the last event that has been read. (0, 0): none.
         until: what may be read.
-        limit: events of a tenant.
+        limit: events of a tenant. Of all together there are MAX_AT_ONCE at most.
         with_images: False to leave out the images, which takes a probe for each.
     """
     values = {
@@ -188,6 +201,7 @@ def of_tenants(
         "until": until.xid,
         "last_before": until.last_before,
         "limit": limit,
+        "total": MAX_AT_ONCE,
         "with_images": with_images,
     }
     return rows_of(connection.execute(OF_TENANTS, values), EventRow)

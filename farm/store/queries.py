@@ -162,16 +162,25 @@ def list_jobs(
     return rows_of(found, JobRow)
 
 
+class JobOwner(NamedTuple):
+    """Tenant of a job."""
+
+    tenant_id: uuid.UUID
+    tenant: str
+    requests_a_second: float | None
+    requests_burst: int | None
+
+
 OWNER = text("""
-SELECT j.tenant_id FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+SELECT j.tenant_id, t.name AS tenant, t.requests_a_second, t.requests_burst
+FROM jobs j JOIN tenants t ON t.id = j.tenant_id
 WHERE j.id = :id AND j.removed_at IS NULL AND t.removed_at IS NULL
 """)
 
 
-def owner_of(connection: Connection, job_id: uuid.UUID) -> uuid.UUID | None:
+def owner_of(connection: Connection, job_id: uuid.UUID) -> JobOwner | None:
     """Return the tenant of a job, for those who hold a token of it. None: there is no such job."""
-    found: uuid.UUID | None = connection.execute(OWNER, {"id": job_id}).scalar()
-    return found
+    return row_of(connection.execute(OWNER, {"id": job_id}), JobOwner)
 
 
 def database_bytes(connection: Connection) -> int:

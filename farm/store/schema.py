@@ -790,10 +790,105 @@ event_epochs = Table(
     "event_epochs",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("system", Text, nullable=False, comment="identifier of the server's data"),
+    Column(
+        "system", Text, nullable=False, comment="identifiers of the server's data, and of the table"
+    ),
     Column("timeline", Text, nullable=False),
     Column("last_before", BigInteger, nullable=False, comment="last event of another system"),
     _moment("began_at", now=True),
     UniqueConstraint("system", "timeline"),
     comment="Servers that wrote events. Each counts its transactions from the beginning.",
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("kinds", ARRAY(Text), nullable=False),
+    Column("labels", JSONB, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'enabled'")),
+    Column("disabled_because", Text),
+    Column("secret", LargeBinary, nullable=False),
+    Column("secret_before", LargeBinary),
+    _moment("before_until"),
+    _moment("created_at", now=True),
+    Column(
+        "failures",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="attempts that failed since the last success",
+    ),
+    _moment("failing_since"),
+    _moment("last_success_at"),
+    Column(
+        "parked_until",
+        DateTime(timezone=True),
+        comment="its deliveries wait until then; null: it is not parked",
+    ),
+    _moment("served_at"),
+    _moment("removed_at"),
+    CheckConstraint(_one_of("state", ["enabled", "paused", "disabled"]), name="state"),
+    Index("webhooks_tenant", "tenant_id"),
+    comment="Endpoints of tenants that are told of events.",
+)
+
+webhook_events = Table(
+    "webhook_events",
+    metadata,
+    Column("event_id", BigInteger, primary_key=True, autoincrement=False),
+    comment="Events whose messages are not made yet.",
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("webhook_id", ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("message_id", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("job_id", Uuid),
+    Column("body", LargeBinary, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'pending'")),
+    Column("tries", SmallInteger, nullable=False, server_default=text("0")),
+    _moment("next_at", now=True),
+    Column(
+        "leased_until",
+        DateTime(timezone=True),
+        comment="an attempt may be in progress until then",
+    ),
+    _moment("created_at", now=True),
+    UniqueConstraint("webhook_id", "message_id"),
+    CheckConstraint(
+        _one_of("state", ["pending", "retrying", "succeeded", "dead", "dropped"]), name="state"
+    ),
+    Index(
+        "webhook_deliveries_due",
+        "webhook_id",
+        "next_at",
+        postgresql_where=text("state IN ('pending', 'retrying')"),
+    ),
+    Index("webhook_deliveries_log", "webhook_id", "id"),
+    Index("webhook_deliveries_age", "created_at"),
+    comment="Messages, one row for each endpoint that gets it.",
+)
+
+webhook_attempts = Table(
+    "webhook_attempts",
+    metadata,
+    Column(
+        "delivery_id",
+        ForeignKey("webhook_deliveries.id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    Column("number", SmallInteger, primary_key=True),
+    _moment("at", now=True),
+    Column("milliseconds", Integer, nullable=False),
+    Column("status", SmallInteger),
+    Column("error", Text),
+    Column("answer", Text, nullable=False),
+    comment="Attempts to deliver a message, with the receiver's answers.",
 )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import MutableMapping, Sequence
 from typing import NamedTuple
 
 from cachetools import LRUCache
+from pydantic import ValidationError
 from sqlalchemy import Connection, text
 
 from farm.domain.image_formats import Format
 from farm.domain.spec import FrameSpec, FullSpec, Line, frame_spec
 from farm.store import arrays
 from farm.store.lines import Parts, lines_of
+
+log = logging.getLogger(__name__)
 
 SPECS = text("SELECT id, tenant_id, spec FROM jobs WHERE id = ANY(:ids)")
 
@@ -51,7 +55,7 @@ def frame_specs(
 class KnownSpecs:
     """A cache of what never changes: the specs of jobs, and parts of inputs."""
 
-    def __init__(self, jobs: int = 500, parts: int = 50) -> None:
+    def __init__(self, jobs: int = 500, parts: int = 4) -> None:
         """Create it for a maximum number of each."""
         self.jobs: MutableMapping[uuid.UUID, FullSpec] = LRUCache(jobs)
         self.parts: Parts = LRUCache(parts)
@@ -71,7 +75,9 @@ def frame_identities(
     frames: Sequence[tuple[uuid.UUID, int, int]],
     known: KnownSpecs | None = None,
 ) -> dict[tuple[uuid.UUID, int], FrameIdentity]:
-    """Derive the seeds and keys of some frames. Prompts are not read. Removed jobs are left out.
+    """Derive the seeds and keys of some frames. Prompts are not read.
+
+    Frames of jobs that are removed, or that only a newer version can read, are left out.
 
     Args:
         connection: a connection to the frames' database.
@@ -83,9 +89,11 @@ def frame_identities(
     jobs = {job_id: spec for job_id in named if (spec := known.jobs.get(job_id)) is not None}
     if missing := sorted(named - jobs.keys()):
         rows = connection.execute(SPECS, {"ids": missing})
-        read = {row.id: FullSpec.model_validate(row.spec) for row in rows}
-        known.jobs.update(read)
-        jobs |= read
+        for row in rows:
+            try:
+                jobs[row.id] = known.jobs[row.id] = FullSpec.model_validate(row.spec)
+            except ValidationError as error:  # a newer version stored it
+                log.warning("The spec of job %s cannot be read: %s", row.id, error.title)
     left = [frame for frame in frames if frame[0] in jobs]
     of_inputs = [(job_id, ordinal) for job_id, ordinal, _ in left if jobs[job_id].input]
     lines = lines_of(connection, jobs, of_inputs, known.parts)

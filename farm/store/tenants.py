@@ -29,6 +29,7 @@ A request may have begun before, and an API process may still remember its key.
 """
 JOBS_PER_CALL = 100
 INPUTS_PER_CALL = 10
+EVENTS_PER_CALL = 10_000
 
 OWNS = """
 (SELECT count(*) FROM keys WHERE tenant_id = t.id AND revoked_at IS NULL) AS keys,
@@ -168,6 +169,16 @@ REMOVE_EXPORTS = text("""
 UPDATE exports SET removed_at = clock_timestamp() WHERE tenant_id = :id AND removed_at IS NULL
 """)
 
+REMOVE_WEBHOOKS = text("""
+UPDATE webhooks SET removed_at = clock_timestamp() WHERE tenant_id = :id AND removed_at IS NULL
+""")
+
+DELETE_EVENTS = text("""
+DELETE FROM events WHERE id IN (
+    SELECT id FROM events WHERE tenant_id = :id AND xid > 0 LIMIT :limit)
+AND NOT EXISTS (SELECT FROM jobs WHERE tenant_id = :id)
+""")
+
 DELETE_INPUTS = text("""
 DELETE FROM inputs WHERE id IN (
     SELECT id FROM inputs i
@@ -185,6 +196,8 @@ HAS_ROWS = text("""
 SELECT EXISTS (SELECT FROM jobs WHERE tenant_id = :id)
     OR EXISTS (SELECT FROM exports WHERE tenant_id = :id)
     OR EXISTS (SELECT FROM inputs WHERE tenant_id = :id)
+    OR EXISTS (SELECT FROM webhooks WHERE tenant_id = :id)
+    OR EXISTS (SELECT FROM events WHERE tenant_id = :id AND xid > 0)
 """)
 
 EMPTIED = text("""
@@ -192,8 +205,6 @@ WITH control_images AS (
     DELETE FROM control_images WHERE tenant_id = :id
 ), device_use AS (
     DELETE FROM device_use WHERE tenant_id = :id
-), events AS (  -- those of its jobs are deleted with them
-    DELETE FROM events WHERE tenant_id = :id AND xid > 0
 )
 UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
 """)
@@ -331,7 +342,9 @@ def delete_of_removed(connection: Connection) -> None:
         with connection.begin():
             connection.execute(REMOVE_JOBS, wanted)
             connection.execute(REMOVE_EXPORTS, wanted)
+            connection.execute(REMOVE_WEBHOOKS, wanted)
             connection.execute(DELETE_INPUTS, {**wanted, "limit": INPUTS_PER_CALL})
+            connection.execute(DELETE_EVENTS, {**wanted, "limit": EVENTS_PER_CALL})
             for statement in DELETE_REST:
                 connection.execute(statement, wanted)
 

@@ -14,7 +14,7 @@ stage = "pre"
 
 BEGIN_EPOCH = """
 INSERT INTO event_epochs (id, system, timeline, last_before)
-SELECT substr(md5(random()::text), 1, 8), system_identifier::text,
+SELECT substr(md5(random()::text), 1, 8), system_identifier || '/' || 'events'::regclass::oid,
        left(pg_walfile_name(pg_current_wal_lsn()), 8), coalesce((SELECT max(id) FROM events), 0)
 FROM pg_control_system()
 """
@@ -46,7 +46,12 @@ def upgrade() -> None:
     op.create_table(
         "event_epochs",
         sa.Column("id", sa.Text(), primary_key=True),
-        sa.Column("system", sa.Text(), nullable=False, comment="identifier of the server's data"),
+        sa.Column(
+            "system",
+            sa.Text(),
+            nullable=False,
+            comment="identifiers of the server's data, and of the table",
+        ),
         sa.Column("timeline", sa.Text(), nullable=False),
         sa.Column(
             "last_before", sa.BigInteger(), nullable=False, comment="last event of another system"

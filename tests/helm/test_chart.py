@@ -196,12 +196,13 @@ def test_a_scaler_asks_for_the_waiting_work_of_its_lane() -> None:
 
 
 def test_a_change_of_one_pipeline_restarts_its_worker_alone() -> None:
-    """The API, the janitor and the exporter follow too: they read the whole catalog."""
+    """All but the other workers follow too: they read the whole catalog."""
     more = ("--set-json", 'pipelines.sdxl.catalog.defaults={"steps": 20}')
     before = by_kind(objects("production"), "Deployment")
     after = by_kind(objects("production", more=more), "Deployment")
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"farm-worker-sdxl", "farm-api", "farm-janitor", "farm-exporter"}
+    others = {"farm-api", "farm-janitor", "farm-exporter", "farm-courier"}
+    assert changed == {"farm-worker-sdxl", *others}
 
 
 def test_two_files_of_values_are_merged_by_pipeline(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_an_install_migrates_before_anything_else(release: Release) -> None:
         "farm-api",
         "farm-janitor",
         "farm-exporter",
+        "farm-courier",
         "farm-worker-sd15",
     }
 

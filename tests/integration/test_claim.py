@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy.exc import InternalError
 
 from farm.context import Farm
-from farm.errors import Conflict
+from farm.errors import Conflict, KeyReused
 from farm.services import jobs
 from farm.store import events, lanes, leases, workers
 from farm.store import jobs as stored
@@ -367,7 +367,7 @@ def test_an_idempotency_key_makes_one_job(farm: Farm, tenant: uuid.UUID) -> None
         thread.join()
     assert len(made) == 8
     assert len(set(made)) == 1
-    with pytest.raises(Conflict, match="another body"):
+    with pytest.raises(KeyReused, match="another body"):
         jobs.submit(farm, tenant, {**body, "seed": 1}, "once")
     assert jobs.submit(farm, new_tenant(farm, "other"), body, "once").id not in made
     assert sql(farm, "SELECT count(*) FROM jobs")[0][0] == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import subprocess
 import threading
 import time
 import uuid
@@ -20,14 +21,17 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+from pydantic import SecretStr
+from sqlalchemy import make_url
 
 from farm.context import Farm
 from farm.domain.event_cursors import EventCursor, parse_cursor
 from farm.domain.event_kinds import KINDS
 from farm.domain.states import JobStatus
+from farm.local.wheels import postgres
 from farm.services.events import EventFilter, job_page, tenant_page
 from farm.store import events, exports
-from farm.store.engine import reads, transaction
+from farm.store.engine import open_store, reads, transaction
 from farm.store.retention import remove_due
 from tests.integration.test_api_refusals import check_problem
 from tests.support.api_server import Api, render, serving
@@ -213,9 +217,10 @@ def test_changed_limits_are_told_to_their_tenant(api: Api) -> None:
 
 def test_the_kinds_are_those_that_the_store_appends() -> None:
     folder = Path(events.__file__).parent
-    sources = [*folder.glob("*.py"), *folder.glob("sql/*.sql")]
+    workers = folder.parents[1] / "workers"
+    sources = [*folder.glob("*.py"), *folder.glob("sql/*.sql"), *workers.rglob("*.py")]
     text = "".join(source.read_text(encoding="utf-8") for source in sources)
-    appended = set(re.findall(r"""['"]((?:job|frames|export|limits)\.[a-z]+)['"]""", text))
+    appended = set(re.findall(r"""['"]((?:job|frames|export|limits|webhook)\.[a-z]+)['"]""", text))
     assert appended | {f"job.{status}" for status in JobStatus} == set(KINDS)
 
 
@@ -443,6 +448,39 @@ def test_a_restored_database_begins_a_new_epoch(farm: Farm, tenant: uuid.UUID) -
     # When the count reaches those of the other server, their events do not appear behind readers.
     sql(farm, "UPDATE events SET xid = 1 WHERE xid > 1000000")
     assert [each.job_id for each in tenant_page(farm, tenant, None, 50, ALL).events] == [job_id]
+
+
+def test_a_restored_dump_on_the_same_server_begins_a_new_epoch(
+    farm: Farm, tenant: uuid.UUID, tmp_path: Path
+) -> None:
+    job_id = submit(farm, tenant)
+    with transaction(farm.store) as connection:
+        before = events.horizon(connection)
+    address = farm.settings.database_url.get_secret_value()
+    copy = f"{make_url(address).database}_copy"
+    dump = [postgres("pg_dump"), "--format=custom", f"--file={tmp_path / 'dump'}", address]
+    subprocess.run(dump, check=True)
+    sql_alone(address, f"CREATE DATABASE {copy}")
+    place = make_url(address).set(database=copy).render_as_string(hide_password=False)
+    try:
+        restore = [postgres("pg_restore"), "--no-owner", f"--dbname={place}"]
+        subprocess.run([*restore, str(tmp_path / "dump")], check=True)
+        store = open_store(farm.settings.model_copy(update={"database_url": SecretStr(place)}))
+        try:
+            with reads(store) as connection:
+                now = events.horizon(connection)
+                assert now.epoch != before.epoch
+                assert now.last_before == events.newest_of_job(connection, job_id)
+        finally:
+            store.dispose()
+    finally:
+        sql_alone(address, f"DROP DATABASE {copy}")
+
+
+def sql_alone(address: str, statement: str) -> None:
+    """Run a statement outside of transactions."""
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute(statement.encode())
 
 
 def test_a_promoted_standby_begins_a_new_epoch_and_keeps_the_events(

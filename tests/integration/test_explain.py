@@ -153,7 +153,13 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "events of jobs": (
         events.OF_JOBS,
-        {"job_ids": [uuid.UUID(int=1)], "after": [0], "limit": 100, "with_images": True},
+        {
+            "job_ids": [uuid.UUID(int=1)],
+            "after": [0],
+            "limit": 100,
+            "total": 5000,
+            "with_images": True,
+        },
     ),
     "events of tenants": (
         events.OF_TENANTS,
@@ -164,6 +170,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "until": 2**62,
             "last_before": 0,
             "limit": 100,
+            "total": 5000,
             "with_images": True,
         },
     ),

@@ -24,6 +24,7 @@ from farm.store import (
     retention,
     sessions,
     tenants,
+    webhooks,
     workers,
 )
 from farm.store.engine import Connection
@@ -146,6 +147,10 @@ class Janitor:
         with connection.begin():
             removed = retention.remove_due(connection, settings.retention_days)
             retention.remove_exports(connection, settings.retention_days)
+        with connection.begin():
+            for webhook_id, tenant_id, why in webhooks.clean_up(connection, ROWS_PER_SWEEP):
+                about = {"webhook": str(webhook_id), "reason": why}
+                events.append(connection, tenant_id, "webhook.disabled", about)
         with connection.begin():
             retention.delete_inputs(connection, settings.retention_days, INPUTS_PER_SWEEP)
         with connection.begin():

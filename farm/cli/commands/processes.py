@@ -1,4 +1,4 @@
-"""Commands that start the farm's processes: api, janitor, worker, exporter; and migrate."""
+"""Commands that start processes: api, janitor, worker, exporter, courier; and migrate."""
 
 from __future__ import annotations
 
@@ -127,6 +127,15 @@ def exporter() -> None:
 
     with _process() as settings:
         code = run_exporter(settings)
+    raise typer.Exit(code)
+
+
+def courier() -> None:
+    """Deliver webhooks until SIGTERM. Several may run."""
+    from workers.courier import run_courier
+
+    with _process() as settings:
+        code = run_courier(settings)
     raise typer.Exit(code)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis.stateful import initialize, multiple, precondition, rule
 
 from farm.domain.states import TERMINAL, FrameState
-from farm.errors import Conflict
+from farm.errors import KeyReused
 from farm.services import jobs
 from farm.store import jobs as stored
 from farm.store.claim import Lease
@@ -71,7 +71,7 @@ class PeoplesMoves(Moves):
         if key and name in self.keyed:
             before, same = self.keyed[name]
             if before != body:
-                with pytest.raises(Conflict):
+                with pytest.raises(KeyReused):
                     jobs.submit(self.farm, owner, body, key)
                 return multiple()
             assert jobs.submit(self.farm, owner, body, key).id == same

@@ -1,0 +1,222 @@
+"""Webhooks: endpoints of the key's tenant, and their deliveries."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Query, Request
+
+from api import schemas
+from api.auth import FarmDep, Reader, Writer
+from api.openapi import refusals
+from api.paging import Limit
+from api.places import Places
+from farm.context import Farm
+from farm.domain.event_kinds import TOLD
+from farm.domain.webhook_signatures import new_secret, shown
+from farm.errors import InvalidRequest
+from farm.services.webhooks import endpoints as use_cases
+from farm.store import webhooks as stored
+from farm.store.engine import reads, transaction
+from farm.store.webhooks import DeliveryRow, WebhookRow
+
+router = APIRouter(prefix="/v1", tags=["webhooks"])
+
+WebhookId = Annotated[uuid.UUID, Path(description="ID of the webhook")]
+DeliveryId = Annotated[int, Path(ge=1, le=2**63 - 1, description="ID of the delivery")]
+State = Literal["pending", "retrying", "succeeded", "dead", "dropped"]
+TESTS, TESTS_PER_TENANT = 16, 2
+"""Samples that are sent at the same time: in all, and per tenant."""
+
+
+@router.post("/webhooks", status_code=201, responses=refusals(400, 403), summary="Create a webhook")
+def create_webhook(
+    farm: FarmDep, caller: Writer, asked: schemas.WebhookAsked
+) -> schemas.NewWebhook:
+    """Create an endpoint that gets a signed message about each event that it asks for. The response
+    has its secret, which is never shown again."""
+    row, secret = use_cases.create(
+        farm,
+        caller.tenant_id,
+        url=asked.url,
+        kinds=asked.kinds,
+        labels=asked.labels,
+        description=asked.description,
+    )
+    return schemas.NewWebhook(**_view(row).model_dump(), secret=shown(secret))
+
+
+@router.get("/webhooks", summary="List webhooks")
+def list_webhooks(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Webhook]:
+    """List the endpoints of the key's tenant, oldest first. There is one page."""
+    with reads(farm.store) as connection:
+        found = stored.list_webhooks(connection, caller.tenant_id)
+    return schemas.Page(data=[_view(row) for row in found], next=None)
+
+
+@router.get("/webhooks/{webhook_id}", responses=refusals(404), summary="Get a webhook")
+def get_webhook(farm: FarmDep, caller: Reader, webhook_id: WebhookId) -> schemas.Webhook:
+    """Return an endpoint, and how well it takes its messages."""
+    with reads(farm.store) as connection:
+        return _view(stored.get_webhook(connection, caller.tenant_id, webhook_id))
+
+
+@router.patch(
+    "/webhooks/{webhook_id}", responses=refusals(400, 403, 404), summary="Change a webhook"
+)
+def change_webhook(
+    farm: FarmDep, caller: Writer, webhook_id: WebhookId, change: schemas.WebhookChange
+) -> schemas.Webhook:
+    """Change an endpoint. Fields that are left out stay. Enabling one that failed begins again."""
+    return _view(use_cases.change(farm, caller.tenant_id, webhook_id, change.fields()))
+
+
+@router.delete(
+    "/webhooks/{webhook_id}",
+    status_code=204,
+    responses=refusals(403, 404),
+    summary="Delete a webhook",
+)
+def delete_webhook(farm: FarmDep, caller: Writer, webhook_id: WebhookId) -> None:
+    """Delete an endpoint. Messages that it has not taken are dropped."""
+    with transaction(farm.store) as connection:
+        stored.remove_webhook(connection, caller.tenant_id, webhook_id)
+
+
+@router.post(
+    "/webhooks/{webhook_id}/rotate",
+    responses=refusals(400, 403, 404),
+    summary="Replace a webhook's secret",
+)
+def rotate(
+    farm: FarmDep, caller: Writer, webhook_id: WebhookId, asked: schemas.RotationAsked
+) -> schemas.Rotation:
+    """Create a new secret. Until `previous_until` each message is signed with both."""
+    secret = new_secret()
+    with transaction(farm.store) as connection:
+        until = stored.rotate_secret(
+            connection, caller.tenant_id, webhook_id, secret, asked.keep_seconds
+        )
+    return schemas.Rotation(secret=shown(secret), previous_until=until)
+
+
+@router.post(
+    "/webhooks/{webhook_id}/test", responses=refusals(400, 403, 404), summary="Test a webhook"
+)
+async def test_webhook(
+    request: Request,
+    farm: FarmDep,
+    caller: Writer,
+    webhook_id: WebhookId,
+    asked: schemas.WebhookTestAsked,
+) -> schemas.WebhookTest:
+    """Send a sample now, and return the receiver's answer. Its data has `"test": true`."""
+    if asked.kind not in TOLD:
+        raise InvalidRequest(
+            f"kind: there is no kind {asked.kind!r}. Use one of: {', '.join(TOLD)}.", param="kind"
+        )
+    places: Places = request.app.state.webhook_tests
+    with places.taken(str(caller.tenant_id), "samples"):
+        row, secrets = await to_thread.run_sync(_with_secrets, farm, caller.tenant_id, webhook_id)
+        message, answer = await use_cases.test(farm, row, secrets, asked.kind)
+    return schemas.WebhookTest(
+        message=message,
+        status=answer.status,
+        milliseconds=answer.milliseconds,
+        error=answer.error,
+        answer=answer.text,
+    )
+
+
+def _with_secrets(
+    farm: Farm, tenant_id: uuid.UUID, webhook_id: uuid.UUID
+) -> tuple[WebhookRow, list[bytes]]:
+    with reads(farm.store) as connection:
+        row = stored.get_webhook(connection, tenant_id, webhook_id)
+        return row, stored.secrets_of(connection, webhook_id)
+
+
+@router.post(
+    "/webhooks/{webhook_id}/replay",
+    status_code=202,
+    responses=refusals(400, 403, 404),
+    summary="Send messages about past events",
+)
+def replay(
+    farm: FarmDep, caller: Writer, webhook_id: WebhookId, asked: schemas.ReplayAsked
+) -> schemas.ReplayResult:
+    """Make messages about events of a time, also from before the endpoint was created. Those that
+    it has already stay as they are. A call reads 10,000 events."""
+    until = asked.until or datetime.now(UTC)
+    done = use_cases.replay(farm, caller.tenant_id, webhook_id, asked.since, until)
+    return schemas.ReplayResult(queued=done.queued, read_until=done.until)
+
+
+@router.get(
+    "/webhooks/{webhook_id}/deliveries",
+    responses=refusals(404),
+    summary="List a webhook's deliveries",
+)
+def list_deliveries(
+    farm: FarmDep,
+    caller: Reader,
+    webhook_id: WebhookId,
+    limit: Limit = 50,
+    after: Annotated[
+        int | None, Query(ge=0, le=2**63 - 1, description="Value of `next` of the previous page")
+    ] = None,
+    state: Annotated[State | None, Query(description="Only deliveries in this state")] = None,
+) -> schemas.Page[schemas.Delivery]:
+    """List the messages for an endpoint, newest first, each with every attempt. They are kept for
+    30 days."""
+    with reads(farm.store) as connection:
+        stored.get_webhook(connection, caller.tenant_id, webhook_id)
+        found = stored.deliveries_of(
+            connection, webhook_id, limit=limit + 1, after=after, state=state
+        )
+    data = [_delivery(row) for row in found[:limit]]
+    return schemas.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+
+
+@router.get("/deliveries/{delivery_id}", responses=refusals(404), summary="Get a delivery")
+def get_delivery(farm: FarmDep, caller: Reader, delivery_id: DeliveryId) -> schemas.Delivery:
+    """Return a message as it is sent, with every attempt."""
+    with reads(farm.store) as connection:
+        row = stored.get_delivery(connection, caller.tenant_id, delivery_id)
+    return _delivery(row, with_body=True)
+
+
+@router.post(
+    "/deliveries/{delivery_id}/redeliver",
+    status_code=202,
+    responses=refusals(403, 404),
+    summary="Send a message again",
+)
+def redeliver(farm: FarmDep, caller: Writer, delivery_id: DeliveryId) -> schemas.Delivery:
+    """Send the same message again, with the same `webhook-id`, up to ten times if that fails."""
+    with transaction(farm.store) as connection:
+        stored.get_delivery(connection, caller.tenant_id, delivery_id)
+        stored.redeliver(connection, delivery_id)
+        return _delivery(stored.get_delivery(connection, caller.tenant_id, delivery_id))
+
+
+def _view(row: WebhookRow) -> schemas.Webhook:
+    return schemas.Webhook.model_validate({**row._asdict(), "health": row._asdict()})
+
+
+def _delivery(row: DeliveryRow, *, with_body: bool = False) -> schemas.Delivery:
+    waits = row.state in ("pending", "retrying")
+    return schemas.Delivery.model_validate(
+        {
+            **row._asdict(),
+            "webhook": row.webhook_id,
+            "message": row.message_id,
+            "job": row.job_id,
+            "next_attempt_at": row.next_at if waits else None,
+            "body": json.loads(row.body) if with_body else None,
+        }
+    )

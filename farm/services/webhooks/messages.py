@@ -1,0 +1,231 @@
+"""Messages: the bodies that receivers get. Each is made once, and every attempt sends its bytes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from farm.context import Farm
+from farm.domain.event_kinds import is_in
+from farm.domain.image_formats import FORMATS, Format
+from farm.domain.signed_addresses import SignedFrame, sign, until_of
+from farm.domain.states import TERMINAL, FrameState, JobStatus
+from farm.errors import NotFound
+from farm.services.events import Identities, identities_of
+from farm.store import queries, signing_secrets
+from farm.store import webhooks as stored
+from farm.store.engine import Transaction, transaction
+from farm.store.events import EventRow
+from farm.store.queries import JobRow
+from farm.store.specs import frame_identities
+from farm.store.webhooks import WebhookRow
+
+MAX_FRAMES = 50
+"""Frames that one message names at most, so that it stays below 20 KB. `more`: it has not all."""
+EVENTS_AT_ONCE = 200
+"""Events whose messages are made in one transaction."""
+TOLD_OF_JOBS = frozenset({"running", *TERMINAL})
+
+Sign = Callable[[uuid.UUID, int, Format], str | None]
+
+
+def make_messages(farm: Farm) -> int:
+    """Make the messages of events that wait for them. Return the number of events.
+
+    Raises:
+        Unavailable: Postgres does not answer.
+    """
+    with transaction(farm.store) as connection:
+        events = stored.take_events(connection, EVENTS_AT_ONCE)
+        endpoints = stored.webhooks_of(connection, {event.tenant_id for event in events})
+        add(farm, connection, events, endpoints)
+    return len(events)
+
+
+def add(
+    farm: Farm,
+    connection: Transaction,
+    events: Sequence[EventRow],
+    endpoints: Sequence[WebhookRow],
+) -> int:
+    """Add the messages about some events for some endpoints. Return the number of new ones."""
+    wanted = [
+        (event, kind, [each for each in endpoints if _wants(each, event, kind)])
+        for event in events
+        if (kind := kind_of(event)) is not None
+    ]
+    told = [event for event, _, receivers in wanted if receivers]
+    if not told:
+        return 0
+    maker = _Maker(connection, _signer(farm, connection), identities_of(connection, told))
+    rows = []
+    for event, kind, receivers in wanted:
+        if not receivers:
+            continue
+        body = base64.b64encode(maker.body(event, kind)).decode()
+        rows += [
+            {
+                "webhook_id": str(each.id),
+                "message_id": f"msg_{event.id}",
+                "kind": kind,
+                "job_id": str(event.job_id) if event.job_id else None,
+                "body": body,
+            }
+            for each in receivers
+        ]
+    return stored.add_messages(connection, json.dumps(rows))
+
+
+def kind_of(event: EventRow) -> str | None:
+    """Return the kind of the message about an event. None: there is no message about it."""
+    subject, _, word = event.kind.partition(".")
+    if event.kind == "frames.failed":
+        dead = any(each[2:] == [FrameState.DEAD] for each in event.data.get("frames", []))
+        return "frame.dead" if dead else None
+    if subject == "job":
+        return event.kind if word in TOLD_OF_JOBS else None
+    if subject == "export":
+        return event.kind if word in ("succeeded", "failed") else None
+    return event.kind if subject == "webhook" or event.kind == "frames.succeeded" else None
+
+
+def _wants(endpoint: WebhookRow, event: EventRow, kind: str) -> bool:
+    own = event.data.get("webhook") == str(endpoint.id)
+    return (
+        endpoint.tenant_id == event.tenant_id
+        and not own  # that it fails, it is not told by itself
+        and is_in(kind, endpoint.kinds)
+        and endpoint.labels.items() <= (event.labels or {}).items()
+    )
+
+
+def sample(kind: str) -> bytes:
+    """Return a message of a kind with invented values, marked as a test."""
+    now = datetime.now(UTC)
+    data: dict[str, Any] = {"test": True, "id": str(uuid.UUID(int=0)), "event": 0}
+    if kind.startswith("job."):
+        data |= {"status": kind.removeprefix("job."), "pipeline": "demo", "labels": {}}
+    return _bytes(kind, now, data)
+
+
+class _Maker:
+    """Makes bodies, and reads each job once."""
+
+    def __init__(self, connection: Transaction, signed: Sign, identities: Identities) -> None:
+        self._connection = connection
+        self._signed = signed
+        self._identities = identities
+
+    def body(self, event: EventRow, kind: str) -> bytes:
+        data: dict[str, Any] = {"event": event.id}
+        if event.job_id is not None:
+            data |= {"id": str(event.job_id), "pipeline": event.pipeline, "labels": event.labels}
+        if kind.startswith("job.") and event.job_id is not None:
+            data |= self._job(event, JobStatus(kind.removeprefix("job.")))
+        elif kind == "frames.succeeded" and event.job_id is not None:
+            images = {(ordinal, attempt): rest for ordinal, attempt, *rest in event.images or ()}
+            frames = event.data["frames"]
+            data["frames"] = [
+                self._frame(event.job_id, ordinal, images.get((ordinal, attempt)))
+                for ordinal, attempt in frames[:MAX_FRAMES]
+            ]
+            data["more"] = len(frames) > MAX_FRAMES
+        elif kind == "frame.dead":
+            dead = [
+                {"ordinal": ordinal, "attempt": attempt}
+                for ordinal, attempt, state in event.data["frames"]
+                if state == FrameState.DEAD
+            ]
+            data |= {"frames": dead[:MAX_FRAMES], "more": len(dead) > MAX_FRAMES}
+            data["reason"] = event.data.get("reason")
+        else:
+            data |= {name: value for name, value in event.data.items() if value is not None}
+            if "export" in event.data:
+                data["id"] = data.pop("export")
+        return _bytes(kind, event.at, data)
+
+    def _job(self, event: EventRow, status: JobStatus) -> dict[str, Any]:
+        assert event.job_id is not None
+        try:
+            row = queries.get_job(self._connection, event.tenant_id, event.job_id)
+        except NotFound:
+            return {"status": status, "removed": True}
+        ended = row.succeeded + row.dead + row.cancelled
+        data: dict[str, Any] = {
+            "status": status,
+            "total": row.total,
+            "counts": {
+                "waiting": row.total - row.running - ended,
+                "running": row.running,
+                "succeeded": row.succeeded,
+                "dead": row.dead,
+                "cancelled": row.cancelled,
+            },
+            "device_seconds": row.device_seconds,
+            "started_at": _time(row.started_at),
+            "finished_at": _time(row.finished_at),
+        }
+        if status in TERMINAL:
+            data |= self._images(row)
+        return data
+
+    def _images(self, job: JobRow) -> dict[str, Any]:
+        found = queries.list_frames(
+            self._connection, job.id, limit=MAX_FRAMES + 1, state=FrameState.SUCCEEDED
+        )
+        shown = found[:MAX_FRAMES]
+        named = frame_identities(
+            self._connection, [(job.id, row.ordinal, row.rerolls) for row in shown]
+        )
+        self._identities = {**self._identities, **named}
+        frames = [
+            self._frame(job.id, row.ordinal, [row.sha256.hex(), row.bytes])
+            for row in shown
+            if row.sha256 is not None
+        ]
+        return {"frames": frames, "more": len(found) > MAX_FRAMES}
+
+    def _frame(
+        self, job_id: uuid.UUID, ordinal: int, image: Sequence[Any] | None
+    ) -> dict[str, Any]:
+        identity = self._identities.get((job_id, ordinal))
+        if image is None or identity is None:
+            return {"ordinal": ordinal, "removed": True}
+        return {
+            "ordinal": ordinal,
+            "key": identity.key,
+            "seed": identity.seed,
+            "format": identity.format,
+            "sha256": image[0],
+            "bytes": image[1],
+            "image_url": self._signed(job_id, ordinal, identity.format)
+            or f"/v1/jobs/{job_id}/frames/{ordinal}/image",
+        }
+
+
+def _signer(farm: Farm, connection: Transaction) -> Sign:
+    """Return the function that gives images addresses. Without FARM_PUBLIC_URL there are none."""
+    settings = farm.settings
+    if not settings.public_url or not settings.signed_url_seconds:
+        return lambda *_: None
+    number, secret = max(signing_secrets.load(connection).items())
+    until = until_of(time.time(), settings.signed_url_seconds)
+
+    def signed(job_id: uuid.UUID, ordinal: int, form: Format) -> str:
+        token = sign(SignedFrame(job_id, ordinal, until), number, secret)
+        return f"{settings.public_url}/p/{token}.{FORMATS[form].extension}"
+
+    return signed
+
+
+def _bytes(kind: str, at: datetime, data: Mapping[str, Any]) -> bytes:
+    return json.dumps({"type": kind, "timestamp": _time(at), "data": data}).encode()
+
+
+def _time(at: datetime | None) -> str | None:
+    return None if at is None else at.astimezone(UTC).isoformat().replace("+00:00", "Z")
