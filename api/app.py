@@ -105,6 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # FastAPI's own pages load scripts from another site; api.dashboard.api_docs does not.
         docs_url=None,
         redoc_url=None,
+        webhooks=webhooks.messages,
     )
     app.add_middleware(Heads)
     app.add_middleware(FrontDoor)

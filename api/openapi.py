@@ -40,7 +40,11 @@ def refusals(*statuses: int) -> Responses:
 def describe(app: FastAPI) -> dict[str, Any]:
     """Build the app's OpenAPI document."""
     document: dict[str, Any] = get_openapi(
-        title=app.title, version=app.version, summary=app.summary, routes=app.routes
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        routes=app.routes,
+        webhooks=app.webhooks.routes,
     )
     known = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):

@@ -702,6 +702,17 @@ class Delivery(BaseModel):
     body: dict[str, Any] | None = Field(default=None, description="The message; not in lists")
 
 
+class WebhookMessage(BaseModel):
+    """A message that the farm sends to an endpoint, signed as Standard Webhooks describes it."""
+
+    type: str = Field(description="Such as job.succeeded. Ignore types that you do not know")
+    timestamp: datetime = Field(description="Time of the event")
+    data: dict[str, Any] = Field(
+        description="About the job, the frames, the export or the endpoint. `event` rises within a"
+        " job"
+    )
+
+
 class ReplayAsked(BaseModel):
     """A request to send messages about past events."""
 

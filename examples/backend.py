@@ -25,8 +25,9 @@ def main(order: str, prompt: str) -> int:
         base_url=os.environ["FARM_API_URL"],
         headers={"Authorization": f"Bearer {os.environ['FARM_API_KEY']}"},
         follow_redirects=True,  # images are stored in S3, behind presigned addresses
-        timeout=30,
+        timeout=60,
     )
+    wait = {"Prefer": "wait=30"}  # the farm answers when the job has ended, or after 30 s
     # A request that is sent again with the same key returns the first job.
     key = f"order-{order}"
     body = {
@@ -36,7 +37,7 @@ def main(order: str, prompt: str) -> int:
         "seed": 7,
         "priority": "interactive",
     }
-    answer = farm.post("/v1/jobs", json=body, headers={"Idempotency-Key": key})
+    answer = farm.post("/v1/jobs", json=body, headers={"Idempotency-Key": key, **wait})
     if answer.is_client_error:
         print(answer.json()["detail"], file=sys.stderr)  # names the field and what to do
         return 1
@@ -46,8 +47,7 @@ def main(order: str, prompt: str) -> int:
         if time.monotonic() > deadline:
             print(f"Job {job['id']} is {job['status']}: {job['waiting_because']}", file=sys.stderr)
             return 1  # run it again with the same order: it waits for the same job
-        time.sleep(0.5)
-        job = farm.get(f"/v1/jobs/{job['id']}").raise_for_status().json()
+        job = farm.get(f"/v1/jobs/{job['id']}", headers=wait).raise_for_status().json()
     print(f"Job {job['id']} is {job['status']}: {job['counts']['succeeded']} images.")
     frames = farm.get(f"/v1/jobs/{job['id']}/frames").raise_for_status().json()["data"]
     for frame in frames:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request
 
 from api import schemas
 from api.auth import FarmDep, Reader, Writer
@@ -25,6 +25,8 @@ from farm.store.engine import reads, transaction
 from farm.store.webhooks import DeliveryRow, WebhookRow
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
+messages = APIRouter()
+"""Not served: it describes what the farm sends, for the OpenAPI document."""
 
 WebhookId = Annotated[uuid.UUID, Path(description="ID of the webhook")]
 DeliveryId = Annotated[int, Path(ge=1, le=2**63 - 1, description="ID of the delivery")]
@@ -202,6 +204,21 @@ def redeliver(farm: FarmDep, caller: Writer, delivery_id: DeliveryId) -> schemas
         stored.get_delivery(connection, caller.tenant_id, delivery_id)
         stored.redeliver(connection, delivery_id)
         return _delivery(stored.get_delivery(connection, caller.tenant_id, delivery_id))
+
+
+@messages.post("message", summary="A message to your server")
+def message(
+    body: schemas.WebhookMessage,
+    webhook_id: Annotated[str, Header(alias="webhook-id", description="The same in each attempt")],
+    webhook_timestamp: Annotated[
+        int, Header(alias="webhook-timestamp", description="Time of this attempt, in Unix seconds")
+    ],
+    webhook_signature: Annotated[
+        str, Header(alias="webhook-signature", description="`v1,` and base64, for each secret")
+    ],
+) -> None:
+    """Answer with 2xx within ten seconds. After another answer the message is sent again; 410
+    disables the webhook."""
 
 
 def _view(row: WebhookRow) -> schemas.Webhook:
