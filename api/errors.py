@@ -93,6 +93,8 @@ def _answer(
 def farm_error(request: Request, error: Exception) -> Response:
     """Return the response for an error of the farm."""
     assert isinstance(error, FarmError)
+    if "token" in request.query_params and error.status in (429, 503) and _is_stream(request):
+        return _ended_stream(error)
     headers = _should_retry(request, error)
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="farm"'
@@ -129,6 +131,18 @@ def _should_retry(request: Request, error: FarmError) -> dict[str, str]:
     else:
         return {}
     return {"x-should-retry": "true" if again else "false"}
+
+
+def _is_stream(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "").lower()
+
+
+def _ended_stream(error: FarmError) -> Response:
+    """Return a stream that ends at once. A browser would never connect again after an error."""
+    log.warning("A stream with a token was not opened: %s", error.message)
+    headers = {"Access-Control-Allow-Origin": "*", "Cache-Control": "no-store"}
+    text = f"retry: {RETRY_AFTER_SECONDS * 1000}\n\n"
+    return Response(text, headers=headers, media_type="text/event-stream")
 
 
 def limit_body(limit: Limit) -> dict[str, str | float]:

@@ -720,14 +720,19 @@ class ReplayAsked(BaseModel):
 
     since: AwareDatetime = Field(description="Such as 2026-11-30T12:00:00Z")
     until: AwareDatetime | None = Field(default=None, description="null: now")
+    after: str | None = Field(
+        default=None, max_length=80, description="`cursor` of the call before, with the same times"
+    )
 
 
 class ReplayResult(BaseModel):
     """Messages that were made for past events."""
 
-    queued: int = Field(description="New deliveries. Messages that it has already stay")
-    read_until: datetime | None = Field(
-        description="Call again from this time on; null: all events were read"
+    queued: int = Field(
+        description="Deliveries: new ones, and those that had been dropped. Others stay"
+    )
+    cursor: str | None = Field(
+        description="Call again with it as `after`; null: all events were read"
     )
 
 

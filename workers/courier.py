@@ -31,7 +31,7 @@ from farm.services.webhooks.sending import Answer, Resolve
 from farm.store import events
 from farm.store import webhooks as stored
 from farm.store.engine import one_statement, transaction
-from farm.store.webhooks import PER_ENDPOINT, Claimed
+from farm.store.webhooks import Claimed
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,10 @@ MAX_IN_FLIGHT = 128
 """Attempts of one courier at the same time."""
 END_SECONDS = sending.SECONDS + 2
 """Time in which attempts may end when it stops, in seconds."""
-THREADS = 3
+THREADS = 4
+PER_TENANT = 32
+"""Attempts for one tenant at the same time, and those that one claim adds."""
+RECORDING_TRIES = 10
 
 MINUTE, HOUR = 60.0, 3600.0
 DELAYS = (
@@ -79,7 +82,7 @@ class Courier:
         self._look_up = look_up
         self._threads = CapacityLimiter(THREADS)
         self._in_flight: Counter[uuid.UUID] = Counter()
-        self._attempts: set[asyncio.Task[None]] = set()
+        self._attempts: set[asyncio.Task[object]] = set()
         self._freed = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -120,13 +123,11 @@ class Courier:
             self._freed.clear()
             await self._freed.wait()
             return True
-        busy = [webhook for webhook, number in self._in_flight.items() if number >= PER_ENDPOINT]
+        busy = [tenant for tenant, number in self._in_flight.items() if number >= PER_TENANT]
         claimed = await self._in_thread(self._claim, busy, room)
         for each in claimed:
-            self._in_flight[each.webhook_id] += 1
-            task = asyncio.create_task(self._deliver(each))
-            self._attempts.add(task)
-            task.add_done_callback(self._attempts.discard)
+            self._in_flight[each.tenant_id] += 1
+            self._attempts.add(asyncio.create_task(self._deliver(each)))
         return bool(claimed)
 
     def _claim(self, busy: list[uuid.UUID], limit: int) -> list[Claimed]:
@@ -135,16 +136,35 @@ class Courier:
 
     async def _deliver(self, claimed: Claimed) -> None:
         try:
-            answer = await self.attempt(claimed)
-            await self._in_thread(self._record, claimed, answer)
-        except Unavailable as error:  # the lease ends, and the message is sent again
-            log.warning("Delivery %d was not recorded: %s", claimed.id, error)
+            answer = await self._answer(claimed)
+            tries = RECORDING_TRIES  # then the lease ends, and the message is sent again
+            while tries and not await self._is_recorded(claimed, answer):
+                tries -= 1
+                await asyncio.sleep(REST_SECONDS)
         except Exception:
-            log.exception("Delivery %d failed.", claimed.id)
+            log.exception("Delivery %d was not recorded.", claimed.id)
         finally:
-            self._in_flight[claimed.webhook_id] -= 1
+            task = asyncio.current_task()
+            if task is not None:
+                self._attempts.discard(task)
+            self._in_flight[claimed.tenant_id] -= 1
             self._in_flight += Counter()  # drops those with none
             self._freed.set()
+
+    async def _is_recorded(self, claimed: Claimed, answer: Answer) -> bool:
+        try:
+            await self._in_thread(self._record, claimed, answer)
+        except Unavailable as error:
+            log.warning("Delivery %d is not recorded yet: %s", claimed.id, error)
+            return False
+        return True
+
+    async def _answer(self, claimed: Claimed) -> Answer:
+        try:
+            return await self.attempt(claimed)
+        except Exception:
+            log.exception("Delivery %d could not be sent.", claimed.id)
+            return Answer(0, error="the farm could not send it")
 
     async def attempt(self, claimed: Claimed) -> Answer:
         """Send a message once. The time of the signature is that of this attempt."""
@@ -184,9 +204,9 @@ class Courier:
             if webhook is None or answer.error is None:
                 return
             about = {"webhook": str(claimed.webhook_id), "reason": answer.error}
-            if webhook.state == "disabled":
+            if webhook.state == "disabled" != webhook.state_before:
                 events.append(connection, webhook.tenant_id, "webhook.disabled", about)
-            elif counts and webhook.failures == stored.FAILING_FAILURES:
+            elif webhook.failures_before < webhook.failures == stored.FAILING_FAILURES:
                 events.append(connection, webhook.tenant_id, "webhook.failing", about)
         log.info("Delivery %d of %s: %s", claimed.id, claimed.message_id, answer.error)
 
@@ -197,7 +217,7 @@ class Courier:
 def _next_seconds(claimed: Claimed, asked: float, pace: float) -> float | None:
     """Return the time until the next attempt, if this one fails. None: there is none."""
     if claimed.parked:  # it waits until its endpoint is tried again
-        age = (datetime.now(UTC) - claimed.created_at).total_seconds()
+        age = (datetime.now(UTC) - claimed.begun_at).total_seconds()
         return None if age > sum(DELAYS) * pace else 0.0
     if claimed.tries >= len(DELAYS):
         return None

@@ -15,7 +15,6 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from api import schemas
 from api.addresses import SignedAddresses
 from api.auth import FarmDep, Writer
-from api.errors import RETRY_AFTER_SECONDS
 from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit
@@ -28,13 +27,12 @@ from api.streaming.streams import (
     MEDIA_TYPE,
     Client,
     as_json,
-    empty_stream,
     streams_of,
     wants_stream,
 )
 from api.streaming.views import event_view
 from farm.domain.event_kinds import GROUPS, KINDS, unknown_kind
-from farm.errors import InvalidRequest, Unavailable
+from farm.errors import InvalidRequest
 from farm.services import events as use_cases
 from farm.services.events import EventFilter, EventPage
 from farm.store import queries
@@ -95,12 +93,7 @@ async def list_job_events(
     if head:
         await streams.check(client, job_id)
         return _for(client, Response(media_type=MEDIA_TYPE, headers=HEADERS))
-    try:
-        return _for(client, await streams.of_job(client, job_id, sent, wanted))
-    except Unavailable:
-        if not client.token_job:
-            raise
-        return _for(client, empty_stream(RETRY_AFTER_SECONDS * 1000))
+    return _for(client, await streams.of_job(client, job_id, sent, wanted))
 
 
 def _for(client: Client, answer: Response) -> Response:

@@ -11,10 +11,10 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request
 
 from api import schemas
-from api.auth import FarmDep, Reader, Writer
+from api.auth import WRITERS, FarmDep, Reader, Writer
 from api.openapi import refusals
 from api.paging import Limit
-from api.places import Places
+from api.places import Places, Turns
 from farm.context import Farm
 from farm.domain.event_kinds import TOLD
 from farm.domain.webhook_signatures import new_secret, shown
@@ -22,6 +22,7 @@ from farm.errors import InvalidRequest
 from farm.services.webhooks import endpoints as use_cases
 from farm.store import webhooks as stored
 from farm.store.engine import reads, transaction
+from farm.store.keys import Caller
 from farm.store.webhooks import DeliveryRow, WebhookRow
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
@@ -49,7 +50,7 @@ def create_webhook(
         labels=asked.labels,
         description=asked.description,
     )
-    return schemas.NewWebhook(**_view(row).model_dump(), secret=shown(secret))
+    return schemas.NewWebhook(**_view(row, caller).model_dump(), secret=shown(secret))
 
 
 @router.get("/webhooks", summary="List webhooks")
@@ -57,14 +58,14 @@ def list_webhooks(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Webhook
     """List the endpoints of the key's tenant, oldest first. There is one page."""
     with reads(farm.store) as connection:
         found = stored.list_webhooks(connection, caller.tenant_id)
-    return schemas.Page(data=[_view(row) for row in found], next=None)
+    return schemas.Page(data=[_view(row, caller) for row in found], next=None)
 
 
 @router.get("/webhooks/{webhook_id}", responses=refusals(404), summary="Get a webhook")
 def get_webhook(farm: FarmDep, caller: Reader, webhook_id: WebhookId) -> schemas.Webhook:
     """Return an endpoint, and how well it takes its messages."""
     with reads(farm.store) as connection:
-        return _view(stored.get_webhook(connection, caller.tenant_id, webhook_id))
+        return _view(stored.get_webhook(connection, caller.tenant_id, webhook_id), caller)
 
 
 @router.patch(
@@ -74,7 +75,8 @@ def change_webhook(
     farm: FarmDep, caller: Writer, webhook_id: WebhookId, change: schemas.WebhookChange
 ) -> schemas.Webhook:
     """Change an endpoint. Fields that are left out stay. Enabling one that failed begins again."""
-    return _view(use_cases.change(farm, caller.tenant_id, webhook_id, change.fields()))
+    row = use_cases.change(farm, caller.tenant_id, webhook_id, change.fields())
+    return _view(row, caller)
 
 
 @router.delete(
@@ -148,14 +150,20 @@ def _with_secrets(
     responses=refusals(400, 403, 404),
     summary="Send messages about past events",
 )
-def replay(
-    farm: FarmDep, caller: Writer, webhook_id: WebhookId, asked: schemas.ReplayAsked
+async def replay(
+    request: Request,
+    farm: FarmDep,
+    caller: Writer,
+    webhook_id: WebhookId,
+    asked: schemas.ReplayAsked,
 ) -> schemas.ReplayResult:
     """Make messages about events of a time, also from before the endpoint was created. Those that
-    it has already stay as they are. A call reads 10,000 events."""
+    it has already stay as they are, unless they were dropped. A call reads 10,000 events."""
+    slow: Turns = request.app.state.slow
     until = asked.until or datetime.now(UTC)
-    done = use_cases.replay(farm, caller.tenant_id, webhook_id, asked.since, until)
-    return schemas.ReplayResult(queued=done.queued, read_until=done.until)
+    args = farm, caller.tenant_id, webhook_id, asked.since, until, asked.after
+    done = await slow.run(caller.tenant_id, use_cases.replay, *args)
+    return schemas.ReplayResult(queued=done.queued, cursor=done.cursor and str(done.cursor))
 
 
 @router.get(
@@ -221,8 +229,11 @@ def message(
     disables the webhook."""
 
 
-def _view(row: WebhookRow) -> schemas.Webhook:
-    return schemas.Webhook.model_validate({**row._asdict(), "health": row._asdict()})
+def _view(row: WebhookRow, caller: Caller) -> schemas.Webhook:
+    """Return an endpoint. Its query may hold a secret, which only those may see who may set it."""
+    url = row.url if caller.role in WRITERS else row.url.partition("?")[0]
+    fields = {**row._asdict(), "url": url, "health": row._asdict()}
+    return schemas.Webhook.model_validate(fields)
 
 
 def _delivery(row: DeliveryRow, *, with_body: bool = False) -> schemas.Delivery:

@@ -104,14 +104,6 @@ def as_json(model: BaseModel, *, sparse: bool = True) -> bytes:
     return json.dumps(model.model_dump(mode="json", exclude_none=sparse)).encode()
 
 
-def empty_stream(milliseconds: int) -> Response:
-    """Return a stream that ends at once. Its client connects again after this time.
-
-    Browsers never connect again after an error.
-    """
-    return Response(f"retry: {milliseconds}\n\n", headers=HEADERS, media_type=MEDIA_TYPE)
-
-
 class EventStream(Response):
     """A response that sends blocks until they end, or until its client has gone."""
 
@@ -382,6 +374,7 @@ class Streams:
                     yield self._block(told, client, EventCursor(epoch, 0, last, _seconds(told)))
             last = min(last, begun.last)
         if begun.ended and not listener.is_cut_off:
+            yield _beat(EventCursor(epoch, 0, max(last, begun.last), _now()))  # then it gets a 204
             return
         async for news in _news(listener, client.still_allowed):
             if news is None:
@@ -394,6 +387,7 @@ class Streams:
                 if wanted.allows(news.event):
                     yield self._block(news, client, EventCursor(epoch, 0, last, _seconds(news)))
                 if news.event.kind in ENDS and listener.is_idle:
+                    yield _beat(EventCursor(epoch, 0, last, _now()))
                     return
         yield _move()
 

@@ -28,7 +28,9 @@ Network = IPv4Network | IPv6Network
 MAX_URL_CHARS = 2000
 HTTPS_PORT, HTTP_PORT = 443, 80
 PRINTABLE = re.compile(r"[\x21-\x7e]+", re.ASCII)
-HOST = re.compile(r"(?=.{1,253}$)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.?)+", re.ASCII)
+LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+HOST = re.compile(rf"(?=.{{1,253}}$){LABEL}(?:\.{LABEL})*", re.ASCII)
+"""A name in lower case, without the dot at its end that names may have."""
 
 # The special-purpose registries of IANA, and two addresses of clouds that they do not list.
 # Python's `is_global` calls several of them public.
@@ -83,11 +85,6 @@ class Target(NamedTuple):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == usual else f"{host}:{self.port}"
 
-    @property
-    def shown(self) -> str:
-        """The address without its query, which may hold a secret."""
-        return f"{self.scheme}://{self.authority}{self.path.partition('?')[0]}"
-
 
 def parse_networks(text: str) -> tuple[Network, ...]:
     """Parse FARM_WEBHOOK_NETWORKS: networks separated by commas, as `10.1.0.0/16,192.168.7.3`."""
@@ -108,7 +105,7 @@ def parse_target(url: str, networks: Collection[Network]) -> Target:
         raise _refused(f"has more than {MAX_URL_CHARS} characters, or some that must be encoded")
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
+        host, port = (parts.hostname or "").removesuffix("."), parts.port
     except ValueError:
         raise _refused("is not an address") from None
     if parts.scheme not in ("https", "http") or not host:
@@ -117,7 +114,7 @@ def parse_target(url: str, networks: Collection[Network]) -> Target:
         raise _refused("must not hold a user or a password")
     if parts.fragment or url.endswith("#"):
         raise _refused("must not have a fragment (#)")
-    literal = _literal(host)
+    literal = None if "%" in host else _literal(host)
     if literal is None and not HOST.fullmatch(host):
         raise _refused("has no host name that can be looked up")
     usual = HTTPS_PORT if parts.scheme == "https" else HTTP_PORT

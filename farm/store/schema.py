@@ -861,6 +861,13 @@ webhook_deliveries = Table(
         comment="an attempt may be in progress until then",
     ),
     _moment("created_at", now=True),
+    Column(
+        "begun_at",
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.clock_timestamp(),
+        comment="creation, or the last request to send it again",
+    ),
     UniqueConstraint("webhook_id", "message_id"),
     CheckConstraint(
         _one_of("state", ["pending", "retrying", "succeeded", "dead", "dropped"]), name="state"
@@ -870,6 +877,11 @@ webhook_deliveries = Table(
         "webhook_id",
         "next_at",
         postgresql_where=text("state IN ('pending', 'retrying')"),
+    ),
+    Index(
+        "webhook_deliveries_leased",
+        "webhook_id",
+        postgresql_where=text("leased_until IS NOT NULL"),
     ),
     Index("webhook_deliveries_log", "webhook_id", "id"),
     Index("webhook_deliveries_age", "created_at"),

@@ -52,8 +52,11 @@ VALUES (:id, :tenant_id, :url, :kinds, CAST(:labels AS jsonb), :description, :se
 RETURNING {COLUMNS}
 """)  # noqa: S608 - constants only
 
+# The lock lets two that create endpoints take turns. Submissions do not wait for it.
 COUNT = text("""
-SELECT count(*) FROM webhooks WHERE tenant_id = :tenant_id AND removed_at IS NULL
+WITH locked AS MATERIALIZED (SELECT FROM tenants WHERE id = :tenant_id FOR NO KEY UPDATE)
+SELECT count(*) FROM locked LEFT JOIN webhooks w ON w.tenant_id = :tenant_id
+WHERE w.removed_at IS NULL AND w.id IS NOT NULL
 """)
 
 LIST = text(f"""
@@ -66,7 +69,9 @@ SELECT {COLUMNS} FROM webhooks
 WHERE id = :id AND tenant_id = :tenant_id AND removed_at IS NULL
 """)  # noqa: S608 - constants only
 
-# A change of the address or an enabling begins again: what failed before says nothing now.
+ONE_LOCKED = text(f"{ONE} FOR NO KEY UPDATE")
+
+# A change of the address or the end of a disabling begins again: what failed before says nothing.
 UPDATE = text(f"""
 UPDATE webhooks
 SET url = :url, kinds = :kinds, labels = CAST(:labels AS jsonb), description = :description,
@@ -115,58 +120,85 @@ SELECT {COLUMNS} FROM webhooks
 WHERE tenant_id = ANY(CAST(:ids AS uuid[])) AND state <> 'disabled' AND removed_at IS NULL
 """)  # noqa: S608 - constants only
 
+# A dropped message is sent after all, if its tenant asks for it again.
 ADD = text("""
-INSERT INTO webhook_deliveries (webhook_id, message_id, kind, job_id, body)
-SELECT w.webhook_id, w.message_id, w.kind, w.job_id, decode(w.body, 'base64')
-FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS w (
-    webhook_id uuid, message_id text, kind text, job_id uuid, body text)
-ON CONFLICT (webhook_id, message_id) DO NOTHING
+INSERT INTO webhook_deliveries AS d (webhook_id, message_id, kind, job_id, body)
+SELECT r.id, m.message_id, m.kind, m.job_id, decode(m.body, 'base64')
+FROM jsonb_to_recordset(CAST(:messages AS jsonb)) AS m (
+    webhook_ids uuid[], message_id text, kind text, job_id uuid, body text)
+CROSS JOIN LATERAL unnest(m.webhook_ids) AS r (id)
+ON CONFLICT (webhook_id, message_id) DO UPDATE
+SET state = 'pending', tries = 0, next_at = clock_timestamp(), begun_at = clock_timestamp()
+WHERE d.state = 'dropped' AND :again
 """)
 
-# Endpoints take turns. A failing one gets one attempt at a time, so that it holds up nobody.
+# Endpoints take turns. A failing one gets one attempt at a time, whichever courier makes it.
 CLAIM = text(f"""
-WITH due AS MATERIALIZED (
-    SELECT w.id, d.id AS delivery_id
-    FROM (
-        SELECT id, failures, served_at FROM webhooks
-        WHERE state = 'enabled' AND removed_at IS NULL AND id <> ALL(CAST(:busy AS uuid[]))
-          AND (parked_until IS NULL OR parked_until <= clock_timestamp())
-    ) w CROSS JOIN LATERAL (
+WITH chosen AS MATERIALIZED (
+    SELECT w.id, w.failures, w.served_at FROM webhooks w
+    WHERE w.state = 'enabled' AND w.removed_at IS NULL
+      AND w.tenant_id <> ALL(CAST(:busy AS uuid[]))
+      AND (w.parked_until IS NULL OR w.parked_until <= clock_timestamp())
+      AND EXISTS (
+          SELECT FROM webhook_deliveries d
+          WHERE d.webhook_id = w.id AND d.state IN ('pending', 'retrying')
+            AND d.next_at <= clock_timestamp()
+            AND (d.leased_until IS NULL OR d.leased_until <= clock_timestamp()))
+    ORDER BY w.served_at NULLS FIRST LIMIT :limit
+), turn AS MATERIALIZED (
+    SELECT c.id, c.failures, c.served_at FROM chosen c
+    JOIN LATERAL (
+        SELECT FROM webhooks w WHERE w.id = c.id FOR NO KEY UPDATE SKIP LOCKED
+    ) w ON true
+    ORDER BY c.served_at NULLS FIRST
+), due AS MATERIALIZED (
+    SELECT t.id, t.failures, d.id AS delivery_id
+    FROM turn t CROSS JOIN LATERAL (
+        SELECT count(*) AS leased FROM webhook_deliveries l
+        WHERE l.webhook_id = t.id AND l.leased_until > clock_timestamp()
+    ) l CROSS JOIN LATERAL (
         SELECT d.id FROM webhook_deliveries d
-        WHERE d.webhook_id = w.id AND d.state IN ('pending', 'retrying')
+        WHERE d.webhook_id = t.id AND d.state IN ('pending', 'retrying')
           AND d.next_at <= clock_timestamp()
           AND (d.leased_until IS NULL OR d.leased_until <= clock_timestamp())
-        ORDER BY d.next_at LIMIT CASE WHEN w.failures > 0 THEN 1 ELSE {PER_ENDPOINT} END
+        ORDER BY d.next_at
+        LIMIT greatest(0, CASE WHEN t.failures > 0 THEN 1 ELSE {PER_ENDPOINT} END - l.leased)
         FOR UPDATE SKIP LOCKED
-    ) d
-    ORDER BY w.served_at NULLS FIRST LIMIT :limit
+    ) d LIMIT :limit
 ), served AS (
-    UPDATE webhooks w SET served_at = clock_timestamp()
+    UPDATE webhooks w
+    SET served_at = clock_timestamp(),
+        -- no other courier tries it too
+        parked_until = CASE WHEN w.failures >= {PARKING_FAILURES}
+                            THEN clock_timestamp() + make_interval(secs => {LEASE_SECONDS:g})
+                            ELSE w.parked_until END
     WHERE w.id IN (SELECT id FROM due)
 )
 UPDATE webhook_deliveries d
 SET leased_until = clock_timestamp() + make_interval(secs => {LEASE_SECONDS:g})
 FROM due JOIN webhooks w ON w.id = due.id
 WHERE d.id = due.delivery_id
-RETURNING d.id, d.webhook_id, d.message_id, d.kind, d.body, d.tries, d.created_at, w.url, w.secret,
+RETURNING d.id, d.webhook_id, w.tenant_id, d.message_id, d.kind, d.body, d.tries, d.begun_at,
+          d.leased_until, w.url, w.secret,
           CASE WHEN w.before_until > clock_timestamp() THEN w.secret_before END AS secret_before,
-          w.failures >= {PARKING_FAILURES} AS parked
+          due.failures >= {PARKING_FAILURES} AS parked
 """)  # noqa: S608 - constants only
 
-# Of a parked endpoint a failure uses up no try: it says nothing of this message.
+# Fenced by the lease. Failures of a parked endpoint use up no tries: they say nothing of a message.
+# Attempts that began before it was parked do not park it for longer.
 RECORD = text(f"""
 WITH before AS MATERIALIZED (
-    SELECT id, failures FROM webhooks WHERE id = :webhook_id FOR UPDATE
+    SELECT id, failures, state FROM webhooks WHERE id = :webhook_id FOR NO KEY UPDATE
 ), delivered AS (
     UPDATE webhook_deliveries d
     SET state = CASE WHEN :succeeded THEN 'succeeded' WHEN :drop THEN 'dropped'
                      WHEN CAST(:next_seconds AS float) IS NULL THEN 'dead' ELSE 'retrying' END,
-        tries = d.tries + CASE WHEN b.failures >= {PARKING_FAILURES} AND NOT :succeeded
-                               THEN 0 ELSE 1 END,
+        tries = d.tries + CASE WHEN :probe AND NOT :succeeded THEN 0 ELSE 1 END,
         next_at = clock_timestamp()
                   + make_interval(secs => coalesce(CAST(:next_seconds AS float), 0.0)),
         leased_until = NULL
-    FROM before b WHERE d.id = :id AND d.state IN ('pending', 'retrying')
+    FROM before b
+    WHERE d.id = :id AND d.leased_until = :leased_until AND d.state IN ('pending', 'retrying')
     RETURNING d.id
 ), attempt AS (
     INSERT INTO webhook_attempts (delivery_id, number, milliseconds, status, error, answer)
@@ -175,23 +207,25 @@ WITH before AS MATERIALIZED (
     FROM delivered
 )
 UPDATE webhooks w
-SET failures = CASE WHEN :succeeded THEN 0 WHEN :counts THEN b.failures + 1 ELSE b.failures END,
+SET failures = CASE WHEN :succeeded THEN 0
+                    WHEN :counts AND (:probe OR b.failures < {PARKING_FAILURES})
+                    THEN b.failures + 1 ELSE b.failures END,
     failing_since = CASE WHEN :succeeded THEN NULL
-                         WHEN :counts THEN coalesce(w.failing_since, clock_timestamp())
-                         ELSE w.failing_since END,
+                         ELSE coalesce(w.failing_since, clock_timestamp()) END,
     last_success_at = CASE WHEN :succeeded THEN clock_timestamp() ELSE w.last_success_at END,
     parked_until = CASE
         WHEN :succeeded THEN NULL
-        WHEN :counts AND b.failures + 1 >= {PARKING_FAILURES}
+        WHEN :probe OR :counts AND b.failures + 1 = {PARKING_FAILURES}
         THEN clock_timestamp() + make_interval(secs => greatest(
             CAST(:wait_seconds AS float), CAST(:pace AS float) * least(
                 {LONGEST_PARKED_SECONDS:g},
                 {PARKED_SECONDS:g} * 2.0 ^ least(b.failures + 1 - {PARKING_FAILURES}, 10))))
         ELSE w.parked_until END,
-    state = CASE WHEN :drop AND w.state = 'enabled' THEN 'disabled' ELSE w.state END,
+    state = CASE WHEN :drop THEN 'disabled' ELSE w.state END,
     disabled_because = CASE WHEN :drop THEN :error ELSE w.disabled_because END
-FROM before b WHERE w.id = b.id
-RETURNING w.tenant_id, w.failures, w.failing_since, w.state, w.url
+FROM before b, delivered
+WHERE w.id = b.id AND w.removed_at IS NULL
+RETURNING w.tenant_id, w.failures, b.failures AS failures_before, w.state, b.state AS state_before
 """)  # noqa: S608 - constants only
 
 DISABLE_FAILING = text("""
@@ -215,10 +249,22 @@ WHERE id IN (
     ) d WHERE w.state = 'disabled' LIMIT :limit)
 """)
 
+# Those that wait, for a paused endpoint or after they were sent again, stay twice as long.
 PRUNE = text("""
 DELETE FROM webhook_deliveries WHERE id IN (
     SELECT id FROM webhook_deliveries
-    WHERE created_at < now() - make_interval(days => :days) ORDER BY created_at LIMIT :limit)
+    WHERE created_at < now() - make_interval(days => :days)
+      AND (state NOT IN ('pending', 'retrying')
+           OR begun_at < now() - 2 * make_interval(days => :days))
+    ORDER BY created_at LIMIT :limit)
+""")
+
+# Without a courier they would stay after their events.
+PRUNE_EVENTS = text("""
+DELETE FROM webhook_events WHERE event_id IN (
+    SELECT w.event_id FROM (
+        SELECT event_id FROM webhook_events ORDER BY event_id LIMIT :limit
+    ) w WHERE NOT EXISTS (SELECT FROM events e WHERE e.id = w.event_id))
 """)
 
 DELETE_OF_REMOVED = text("""
@@ -257,17 +303,18 @@ WHERE d.id = :id AND w.tenant_id = :tenant_id AND w.removed_at IS NULL
 """)
 
 REDELIVER = text("""
-UPDATE webhook_deliveries SET state = 'pending', tries = 0, next_at = clock_timestamp()
+UPDATE webhook_deliveries
+SET state = 'pending', tries = 0, next_at = clock_timestamp(), begun_at = clock_timestamp()
 WHERE id = :id AND state NOT IN ('pending', 'retrying')
 """)
 
-EVENTS_BETWEEN = text(f"""
+EVENTS_AFTER = text(f"""
 SELECT {EVENT_COLUMNS} FROM (
     SELECT * FROM events
-    WHERE tenant_id = :tenant_id AND xid > 0 AND at >= :since AND at < :until AND id > :after
-    ORDER BY id LIMIT :limit
+    WHERE tenant_id = :tenant_id AND xid > 0 AND (xid, id) > (:xid, :id) AND xid < :horizon
+    ORDER BY xid, id LIMIT :limit
 ) e LEFT JOIN jobs j ON j.id = ANY (ARRAY[e.job_id])
-ORDER BY e.id
+ORDER BY e.xid, e.id
 """)  # noqa: S608 - constants only
 
 
@@ -289,27 +336,20 @@ class WebhookRow(NamedTuple):
     parked_until: datetime | None
 
 
-class Message(NamedTuple):
-    """A message for one endpoint."""
-
-    webhook_id: uuid.UUID
-    message_id: str
-    kind: str
-    job_id: uuid.UUID | None
-    body: bytes
-
-
 class Claimed(NamedTuple):
     """A delivery that this courier may try."""
 
     id: int
     webhook_id: uuid.UUID
+    tenant_id: uuid.UUID
     message_id: str
     kind: str
     body: bytes
     tries: int
     """Attempts before, without those of a parked endpoint."""
-    created_at: datetime
+    begun_at: datetime
+    leased_until: datetime
+    """The fence of its outcome."""
     url: str
     secret: bytes
     secret_before: bytes | None
@@ -338,9 +378,9 @@ class Recorded(NamedTuple):
 
     tenant_id: uuid.UUID
     failures: int
-    failing_since: datetime | None
+    failures_before: int
     state: str
-    url: str
+    state_before: str
 
 
 def insert_webhook(
@@ -376,14 +416,17 @@ def list_webhooks(connection: Connection, tenant_id: uuid.UUID) -> list[WebhookR
     return rows_of(connection.execute(LIST, {"tenant_id": tenant_id}), WebhookRow)
 
 
-def get_webhook(connection: Connection, tenant_id: uuid.UUID, webhook_id: uuid.UUID) -> WebhookRow:
-    """Read an endpoint.
+def get_webhook(
+    connection: Connection, tenant_id: uuid.UUID, webhook_id: uuid.UUID, *, lock: bool = False
+) -> WebhookRow:
+    """Read an endpoint, and lock it against other changes if asked to.
 
     Raises:
         NotFound: there is none, or it is another tenant's.
     """
     values = {"id": webhook_id, "tenant_id": tenant_id}
-    return _there(row_of(connection.execute(ONE, values), WebhookRow), webhook_id)
+    statement = ONE_LOCKED if lock else ONE
+    return _there(row_of(connection.execute(statement, values), WebhookRow), webhook_id)
 
 
 def update_webhook(connection: Connection, before: WebhookRow, now: WebhookRow) -> WebhookRow:
@@ -392,7 +435,7 @@ def update_webhook(connection: Connection, before: WebhookRow, now: WebhookRow) 
     Raises:
         NotFound: it has been removed.
     """
-    enabled = now.state == "enabled" and before.state != "enabled"
+    enabled = now.state == "enabled" and before.state == "disabled"
     values = {
         **now._asdict(),
         "labels": json.dumps(now.labels),
@@ -448,25 +491,19 @@ def take_events(connection: Connection, limit: int) -> list[EventRow]:
     return rows_of(connection.execute(TAKE_EVENTS, values), EventRow)
 
 
-def events_between(
-    connection: Connection,
-    tenant_id: uuid.UUID,
-    since: datetime,
-    until: datetime,
-    *,
-    after: int,
-    limit: int,
+def events_after(
+    connection: Connection, tenant_id: uuid.UUID, place: tuple[int, int], until: int, *, limit: int
 ) -> list[EventRow]:
-    """Read a tenant's events of a time, in the order of their ids, after the id `after`."""
+    """Read a tenant's events in the order of (xid, id), after a place, below the xid `until`."""
     values = {
         "tenant_id": tenant_id,
-        "since": since,
-        "until": until,
-        "after": after,
+        "xid": place[0],
+        "id": place[1],
+        "horizon": until,
         "limit": limit,
         "with_images": True,
     }
-    return rows_of(connection.execute(EVENTS_BETWEEN, values), EventRow)
+    return rows_of(connection.execute(EVENTS_AFTER, values), EventRow)
 
 
 def webhooks_of(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> list[WebhookRow]:
@@ -474,9 +511,15 @@ def webhooks_of(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> li
     return rows_of(connection.execute(OF_TENANTS, {"ids": arrays.ids(tenant_ids)}), WebhookRow)
 
 
-def add_messages(connection: Connection, rows: str) -> int:
-    """Add deliveries, given as JSON. Those that are there already stay. Return the number added."""
-    return connection.execute(ADD, {"rows": rows}).rowcount
+def add_messages(connection: Connection, messages: str, *, again: bool = False) -> int:
+    """Add deliveries. Return their number.
+
+    Args:
+        connection: in a transaction.
+        messages: as JSON, each with its receivers. Deliveries that are there already stay.
+        again: True to send those that were dropped.
+    """
+    return connection.execute(ADD, {"messages": messages, "again": again}).rowcount
 
 
 def claim(connection: Connection, busy: Collection[uuid.UUID], limit: int) -> list[Claimed]:
@@ -484,7 +527,7 @@ def claim(connection: Connection, busy: Collection[uuid.UUID], limit: int) -> li
 
     Args:
         connection: in a transaction or not: this is one statement.
-        busy: endpoints of which this courier sends enough already.
+        busy: tenants to which this courier sends enough already.
         limit: number of deliveries.
     """
     return rows_of(connection.execute(CLAIM, {"busy": arrays.ids(busy), "limit": limit}), Claimed)
@@ -505,7 +548,7 @@ def record(
     drop: bool,
     pace: float = 1.0,
 ) -> Recorded | None:
-    """Record an attempt. Return its endpoint, or None if that is gone.
+    """Record an attempt. Return its endpoint, or None if that is gone or the lease was lost.
 
     Args:
         connection: in a transaction or not: this is one statement.
@@ -524,6 +567,8 @@ def record(
     values = {
         "id": claimed.id,
         "webhook_id": claimed.webhook_id,
+        "leased_until": claimed.leased_until,
+        "probe": claimed.parked,
         "succeeded": succeeded,
         "status": status,
         "error": error,
@@ -569,22 +614,28 @@ def redeliver(connection: Connection, delivery_id: int) -> None:
     connection.execute(REDELIVER, {"id": delivery_id})
 
 
-def clean_up(connection: Connection, rows: int) -> list[tuple[uuid.UUID, uuid.UUID, str]]:
-    """Disable endpoints that only fail, and delete old deliveries and those of removed endpoints.
+def disable_failing(connection: Connection) -> list[tuple[uuid.UUID, uuid.UUID, str]]:
+    """Disable endpoints that only fail. Return (id, tenant, reason) of each."""
+    rows = connection.execute(DISABLE_FAILING, {"days": int(DISABLING_DAYS)})
+    return [(row.id, row.tenant_id, row.disabled_because) for row in rows]
+
+
+def clean_up(connection: Connection, rows: int) -> None:
+    """Drop what waits for disabled endpoints, and delete old deliveries and those of removed ones.
 
     Args:
-        connection: in a transaction.
-        rows: deliveries to delete, at most, of each kind.
-
-    Returns:
-        (id, tenant, reason) of each endpoint that was disabled.
+        connection: not in a transaction: each step is one.
+        rows: rows of each kind, at most.
     """
-    disabled = connection.execute(DISABLE_FAILING, {"days": int(DISABLING_DAYS)}).all()
-    connection.execute(DROP_DISABLED, {"limit": rows})
-    connection.execute(PRUNE, {"days": int(LOG_DAYS), "limit": rows})
-    connection.execute(DELETE_OF_REMOVED, {"limit": rows})
-    connection.execute(FORGET)
-    return [tuple(row) for row in disabled]
+    for statement, values in (
+        (DROP_DISABLED, {"limit": rows}),
+        (PRUNE, {"days": int(LOG_DAYS), "limit": rows}),
+        (PRUNE_EVENTS, {"limit": rows}),
+        (DELETE_OF_REMOVED, {"limit": rows}),
+        (FORGET, {}),
+    ):
+        with connection.begin():
+            connection.execute(statement, values)
 
 
 def _there(row: T | None, webhook_id: uuid.UUID) -> T:

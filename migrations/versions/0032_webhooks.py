@@ -26,7 +26,10 @@ BEGIN
     CROSS JOIN LATERAL (
         SELECT FROM webhooks w
         WHERE w.tenant_id = a.tenant_id AND w.state <> 'disabled' AND w.removed_at IS NULL LIMIT 1
-    ) w;
+    ) w
+    WHERE a.kind <> ALL (ARRAY[  -- there are no messages about these
+        'frames.claimed', 'frames.released', 'frames.retried', 'job.queued', 'job.paused',
+        'job.resumed', 'job.removed', 'export.queued', 'export.removed', 'limits.changed']);
     RETURN NULL;
 END $$
 """
@@ -109,6 +112,13 @@ def upgrade() -> None:
             comment="an attempt may be in progress until then",
         ),
         moment("created_at", now=True),
+        sa.Column(
+            "begun_at",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            server_default=sa.func.clock_timestamp(),
+            comment="creation, or the last request to send it again",
+        ),
         sa.UniqueConstraint("webhook_id", "message_id"),
         sa.CheckConstraint(
             "state IN ('pending', 'retrying', 'succeeded', 'dead', 'dropped')",
@@ -121,6 +131,12 @@ def upgrade() -> None:
         "webhook_deliveries",
         ["webhook_id", "next_at"],
         postgresql_where=sa.text("state IN ('pending', 'retrying')"),
+    )
+    op.create_index(
+        "webhook_deliveries_leased",
+        "webhook_deliveries",
+        ["webhook_id"],
+        postgresql_where=sa.text("leased_until IS NOT NULL"),
     )
     op.create_index("webhook_deliveries_log", "webhook_deliveries", ["webhook_id", "id"])
     op.create_index("webhook_deliveries_age", "webhook_deliveries", ["created_at"])

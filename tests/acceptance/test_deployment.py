@@ -105,7 +105,8 @@ def test_compose_gives_each_process_settings_that_it_reads(
     services: dict[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     farms = {name: each for name, each in services.items() if "farm-" in str(each["image"])}
-    assert farms.keys() == {"migrate", "api", "janitor", "exporter", "worker", "worker-cpu"}
+    servers = {"migrate", "api", "janitor", "exporter", "courier"}
+    assert farms.keys() == {*servers, "worker", "worker-cpu"}
     for name, each in farms.items():
         environment = each["environment"]
         assert isinstance(environment, dict)

@@ -175,6 +175,24 @@ def test_a_stream_has_only_the_kinds_that_are_asked_for(api: Api) -> None:
         assert [each.kind for each in without_progress(found)] == ["job.succeeded"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_filtered_stream_of_an_ended_job_ends_with_a_204(api: Api, when: str) -> None:
+    ann = api.client("ann")
+    job = api.submit(ann)
+    path = f"{events_path(job)}?kind=frames.succeeded"
+    if when == "before":
+        ann.post(f"/v1/jobs/{job['id']}/cancel")
+    with ann.stream("GET", path, headers=STREAM) as response:
+        lines = response.iter_lines()
+        first = next(line for line in lines if line.startswith("data: "))
+        if when == "after":
+            ann.post(f"/v1/jobs/{job['id']}/cancel")
+        last = [line for line in lines if line.startswith("id: ")][-1]
+    assert first
+    again = ann.get(path, headers={**STREAM, "Last-Event-ID": last.removeprefix("id: ")})
+    assert again.status_code == 204
+
+
 def test_many_listeners_of_a_job_get_the_same_bytes(api: Api) -> None:
     ann = api.client("ann")
     job = api.submit(ann)

@@ -203,6 +203,27 @@ def test_only_https_at_its_port_is_reached(port: int) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "a" * 60 + "-",
+        "a" * 64,
+        "-a.example",
+        "a..example",
+        "[2606:4700::1%eth0]",
+        "a" * 250 + ".x.y",
+    ],
+)
+def test_hosts_that_are_none_are_refused_at_once(host: str) -> None:
+    began = time.monotonic()
+    assert attempt(f"https://{host}/").error
+    assert time.monotonic() - began < 1.0
+
+
+def test_a_dot_at_the_end_of_a_name_is_left_out() -> None:
+    assert parse_target("https://shop.example./hooks", ()).host == "shop.example"
+
+
 def test_public_addresses_are_public() -> None:
     for text in ("1.1.1.1", "93.184.215.14", "192.0.1.1", "100.63.0.1", "100.128.0.1"):
         assert is_public(ip_address(text))

@@ -24,6 +24,7 @@ import pytest
 
 from farm.context import Farm
 from farm.services.webhooks.messages import make_messages, sample
+from farm.services.webhooks.sending import Answer
 from farm.store import webhooks as stored
 from farm.store.engine import transaction
 from farm.store.tenants import remove_tenant
@@ -254,6 +255,70 @@ def test_a_failure_is_tried_again_with_the_same_bytes(
     assert health(ann, made)["failures"] == 0
 
 
+def test_a_short_outage_parks_for_a_short_time(api: Api, receiver: Receiver) -> None:
+    """Eight attempts are in flight when it begins. They count as five failures."""
+    api.farm.settings.webhook_pace = 1.0
+    ann = api.client("ann")
+    made = endpoint(ann, receiver.url, kinds=["job.cancelled"])
+    receiver.answer = lambda _: 503
+    for _ in range(20):
+        job = api.submit(ann)
+        ann.post(f"/v1/jobs/{job['id']}/cancel")
+    with couriering(api.farm), couriering(api.farm):
+        wait_until(lambda: health(ann, made)["parked_until"], 20, "it is parked")
+        sql(api.farm, "UPDATE webhook_deliveries SET next_at = clock_timestamp()")
+        job = api.submit(ann)  # work for the couriers
+        assert_made(api.farm)
+    found = health(ann, made)
+    assert found["failures"] == stored.PARKING_FAILURES
+    until = datetime.fromisoformat(found["parked_until"]) - datetime.now(UTC)
+    assert until < timedelta(seconds=stored.PARKED_SECONDS)
+    assert len(receiver.requests) <= stored.PER_ENDPOINT
+
+
+def assert_made(farm: Farm) -> None:
+    wait_until(
+        lambda: sql(farm, "SELECT count(*) FROM webhook_events") == [(0,)], 10, "all are made"
+    )
+
+
+def test_an_event_without_a_message_holds_up_no_others(
+    api: Api, receiver: Receiver, courier: Courier, caplog: pytest.LogCaptureFixture
+) -> None:
+    ann = api.client("ann")
+    endpoint(ann, receiver.url, kinds=["frame.dead", "job.cancelled"])
+    [(tenant,)] = sql(api.farm, "SELECT id FROM tenants WHERE name = 'ann'")
+    sql(
+        api.farm,
+        "INSERT INTO events (tenant_id, job_id, kind, data) VALUES"
+        " (:t, gen_random_uuid(), 'frames.failed', '{\"frames\": [[0, 1, \"dead\"], [0]]}')",
+        t=tenant,
+    )
+    job = api.submit(ann)
+    ann.post(f"/v1/jobs/{job['id']}/cancel")
+    [request] = wait_until(lambda: receiver.requests, 10, "the other one arrives")
+    assert request.kind == "job.cancelled"
+    assert "gets no message" in caplog.text
+
+
+def test_an_outcome_counts_only_with_its_lease(api: Api, receiver: Receiver) -> None:
+    ann = api.client("ann")
+    made = endpoint(ann, receiver.url)
+    ended_job(api, ann)
+    make_messages(api.farm)
+    with transaction(api.farm.store) as connection:
+        [late] = stored.claim(connection, [], 10)
+    sql(api.farm, "UPDATE webhook_deliveries SET leased_until = clock_timestamp()")
+    courier = Courier(api.farm)
+    with transaction(api.farm.store) as connection:
+        [now] = stored.claim(connection, [], 10)
+    courier._record(now, Answer(5, 200))
+    courier._record(late, Answer(5, None, "no answer within 10 s"))
+    [delivery] = deliveries(ann, made)
+    assert (delivery["state"], len(delivery["attempts"])) == ("succeeded", 1)
+    assert health(ann, made)["failures"] == 0
+
+
 def test_a_message_is_dead_after_ten_attempts(
     api: Api, receiver: Receiver, courier: Courier
 ) -> None:
@@ -297,6 +362,12 @@ def test_410_disables_an_endpoint_and_its_tenant_is_told(
     ann.patch(f"/v1/webhooks/{made['id']}", json={"state": "enabled"})
     ended_job(api, ann)
     wait_until(lambda: len(receiver.requests) == 2, 10, "it is told again")
+    since = {"since": (datetime.now(UTC) - timedelta(hours=1)).isoformat()}
+    replayed = ann.post(f"/v1/webhooks/{made['id']}/replay", json=since).json()
+    assert replayed["queued"] == 2, "the dropped one, and that of the time when it was disabled"
+    wait_until(lambda: len(receiver.requests) == 4, 10, "all arrive")
+    assert_settled(api.farm)
+    assert [each["kind"] for each in told(ann, kind="webhook.disabled")] == ["webhook.disabled"]
 
 
 def test_a_redirect_is_a_failure(api: Api, receiver: Receiver, courier: Courier) -> None:
@@ -458,7 +529,7 @@ def test_a_new_endpoint_is_told_of_the_past(api: Api, receiver: Receiver, courie
     since = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     path = f"/v1/webhooks/{made['id']}/replay"
     response = ann.post(path, json={"since": since})
-    assert (response.status_code, response.json()) == (202, {"queued": 3, "read_until": None})
+    assert (response.status_code, response.json()) == (202, {"queued": 3, "cursor": None})
     wait_until(lambda: len(receiver.requests) == 3, 10, "all arrive")
     assert {each.message["data"]["id"] for each in receiver.requests} == set(jobs)
     assert ann.post(path, json={"since": since}).json()["queued"] == 0
@@ -604,7 +675,7 @@ def test_old_deliveries_are_deleted(api: Api, receiver: Receiver) -> None:
     make_messages(api.farm)
     sql(
         api.farm,
-        "UPDATE webhook_deliveries SET created_at = now() - interval '31 days'"
+        "UPDATE webhook_deliveries SET created_at = now() - interval '31 days', state = 'dead'"
         " WHERE id = (SELECT min(id) FROM webhook_deliveries)",
     )
     with api.farm.store.connect() as connection:

@@ -148,9 +148,10 @@ class Janitor:
             removed = retention.remove_due(connection, settings.retention_days)
             retention.remove_exports(connection, settings.retention_days)
         with connection.begin():
-            for webhook_id, tenant_id, why in webhooks.clean_up(connection, ROWS_PER_SWEEP):
+            for webhook_id, tenant_id, why in webhooks.disable_failing(connection):
                 about = {"webhook": str(webhook_id), "reason": why}
                 events.append(connection, tenant_id, "webhook.disabled", about)
+        webhooks.clean_up(connection, ROWS_PER_SWEEP)
         with connection.begin():
             retention.delete_inputs(connection, settings.retention_days, INPUTS_PER_SWEEP)
         with connection.begin():

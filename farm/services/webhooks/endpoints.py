@@ -10,21 +10,23 @@ from datetime import datetime
 from typing import Any
 
 from farm.context import Farm
+from farm.domain.event_cursors import EventCursor
 from farm.domain.event_kinds import DEFAULT_TOLD, TOLD, TOLD_GROUPS
 from farm.domain.webhook_addresses import parse_networks, parse_target
 from farm.domain.webhook_signatures import headers, new_secret
 from farm.errors import InvalidRequest
 from farm.process import version
+from farm.services.events import is_lost, parsed_cursor
 from farm.services.webhooks import messages, sending
 from farm.services.webhooks.sending import Answer
 from farm.store import webhooks as stored
 from farm.store.engine import reads, transaction
+from farm.store.events import horizon
 from farm.store.webhooks import WebhookRow
 
 MAX_ENDPOINTS = 20
 """Maximum number of a tenant's endpoints."""
-REPLAYED_AT_ONCE = 500
-MAX_REPLAYED = 10_000
+REPLAYED_AT_ONCE, MAX_REPLAYED = 100, 10_000
 """Events that are read at once, and by one call, when an endpoint is told again."""
 
 
@@ -77,7 +79,7 @@ def change(
     if "kinds" in fields:
         fields = {**fields, "kinds": _kinds(fields["kinds"])}
     with transaction(farm.store) as connection:
-        before = stored.get_webhook(connection, tenant_id, webhook_id)
+        before = stored.get_webhook(connection, tenant_id, webhook_id, lock=True)
         return stored.update_webhook(connection, before, before._replace(**fields))
 
 
@@ -98,34 +100,53 @@ class Replayed:
     """Result of a replay."""
 
     queued: int
-    """New deliveries."""
-    until: datetime | None
-    """Time up to which events were read. None: all of them."""
+    """Deliveries: new ones, and those that had been dropped."""
+    cursor: EventCursor | None
+    """The place up to which events were read. None: all were read."""
 
 
 def replay(
-    farm: Farm, tenant_id: uuid.UUID, webhook_id: uuid.UUID, since: datetime, until: datetime
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    webhook_id: uuid.UUID,
+    since: datetime,
+    until: datetime,
+    after: str | None,
 ) -> Replayed:
     """Make messages for one endpoint again, of events from `since` to `until`.
 
-    Messages that it has already stay as they are.
+    Messages that it has already stay as they are, unless they were dropped.
+
+    Args:
+        farm: the farm.
+        tenant_id: the tenant.
+        webhook_id: the endpoint.
+        since: time of the first event.
+        until: time before which events are.
+        after: the cursor of an earlier call with the same times. None: from the beginning.
 
     Raises:
+        InvalidRequest: `after` is no cursor of a replay.
         NotFound: there is no such endpoint, or it is another tenant's.
     """
+    sent = parsed_cursor(after, of_job=False)
     with reads(farm.store) as connection:
         endpoint = stored.get_webhook(connection, tenant_id, webhook_id)
-    queued, last = 0, 0
+        until_xid = horizon(connection)
+    if sent and is_lost(farm, sent, until_xid):
+        raise InvalidRequest("after: this cursor has ended. Begin again without it.", param="after")
+    queued, place = 0, (sent.xid, sent.id) if sent else (0, 0)
     for _ in range(MAX_REPLAYED // REPLAYED_AT_ONCE):
         with transaction(farm.store) as connection:
-            events = stored.events_between(
-                connection, tenant_id, since, until, after=last, limit=REPLAYED_AT_ONCE
+            events = stored.events_after(
+                connection, tenant_id, place, until_xid.xid, limit=REPLAYED_AT_ONCE
             )
-            queued += messages.add(farm, connection, events, [endpoint])
+            chosen = [event for event in events if since <= event.at < until]
+            queued += messages.add(farm, connection, chosen, [endpoint], again=True)
         if len(events) < REPLAYED_AT_ONCE:
             return Replayed(queued, None)
-        last = events[-1].id
-    return Replayed(queued, events[-1].at)
+        place = events[-1].xid, events[-1].id
+    return Replayed(queued, EventCursor(until_xid.epoch, *place, until_xid.at))
 
 
 def _kinds(chosen: Sequence[str]) -> list[str]:

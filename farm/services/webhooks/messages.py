@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy.exc import DBAPIError
+
 from farm.context import Farm
 from farm.domain.event_kinds import is_in
 from farm.domain.image_formats import FORMATS, Format
 from farm.domain.signed_addresses import SignedFrame, sign, until_of
 from farm.domain.states import TERMINAL, FrameState, JobStatus
-from farm.errors import NotFound
+from farm.errors import NotFound, Unavailable
 from farm.services.events import Identities, identities_of
 from farm.store import queries, signing_secrets
 from farm.store import webhooks as stored
-from farm.store.engine import Transaction, transaction
+from farm.store.engine import Transaction, is_outage, transaction
 from farm.store.events import EventRow
 from farm.store.queries import JobRow
 from farm.store.specs import frame_identities
 from farm.store.webhooks import WebhookRow
 
 MAX_FRAMES = 50
-"""Frames that one message names at most, so that it stays below 20 KB. `more`: it has not all."""
-EVENTS_AT_ONCE = 200
+"""Frames that one message names at most. `more` is true if it has not all."""
+EVENTS_AT_ONCE = 100
 """Events whose messages are made in one transaction."""
+CHARS_AT_ONCE = 2**21
+"""Characters of messages that one statement stores, and one message more."""
 TOLD_OF_JOBS = frozenset({"running", *TERMINAL})
+
+log = logging.getLogger(__name__)
 
 Sign = Callable[[uuid.UUID, int, Format], str | None]
 
@@ -40,10 +47,30 @@ def make_messages(farm: Farm) -> int:
     Raises:
         Unavailable: Postgres does not answer.
     """
+    try:
+        return _make(farm, EVENTS_AT_ONCE)
+    except Unavailable:
+        raise
+    except Exception:
+        log.exception("Messages could not be made together. They are made one by one.")
+    made = 0
+    while made < EVENTS_AT_ONCE and _make(farm, 1):
+        made += 1
+    return made
+
+
+def _make(farm: Farm, limit: int) -> int:
     with transaction(farm.store) as connection:
-        events = stored.take_events(connection, EVENTS_AT_ONCE)
+        events = stored.take_events(connection, limit)
         endpoints = stored.webhooks_of(connection, {event.tenant_id for event in events})
-        add(farm, connection, events, endpoints)
+        try:
+            with connection.begin_nested():
+                add(farm, connection, events, endpoints)
+        except Exception as error:
+            if limit > 1 or (isinstance(error, DBAPIError) and is_outage(error)):
+                raise
+            # Left out, so that it holds up no others.
+            log.exception("Event %s gets no message.", events[0].id)
     return len(events)
 
 
@@ -52,33 +79,44 @@ def add(
     connection: Transaction,
     events: Sequence[EventRow],
     endpoints: Sequence[WebhookRow],
+    *,
+    again: bool = False,
 ) -> int:
-    """Add the messages about some events for some endpoints. Return the number of new ones."""
+    """Add the messages about some events for some endpoints. Return the number of new deliveries.
+
+    Args:
+        farm: the farm.
+        connection: in a transaction.
+        events: the events.
+        endpoints: those that may want them.
+        again: True to send messages again that were dropped.
+    """
     wanted = [
-        (event, kind, [each for each in endpoints if _wants(each, event, kind)])
+        (event, kind, receivers)
         for event in events
         if (kind := kind_of(event)) is not None
+        and (receivers := [str(each.id) for each in endpoints if _wants(each, event, kind)])
     ]
-    told = [event for event, _, receivers in wanted if receivers]
-    if not told:
+    if not wanted:
         return 0
-    maker = _Maker(connection, _signer(farm, connection), identities_of(connection, told))
-    rows = []
+    identities = identities_of(connection, [event for event, _, _ in wanted])
+    maker = _Maker(connection, _signer(farm, connection), identities)
+    added, texts = 0, list[str]()
     for event, kind, receivers in wanted:
-        if not receivers:
-            continue
-        body = base64.b64encode(maker.body(event, kind)).decode()
-        rows += [
-            {
-                "webhook_id": str(each.id),
-                "message_id": f"msg_{event.id}",
-                "kind": kind,
-                "job_id": str(event.job_id) if event.job_id else None,
-                "body": body,
-            }
-            for each in receivers
-        ]
-    return stored.add_messages(connection, json.dumps(rows))
+        message = {
+            "webhook_ids": receivers,
+            "message_id": f"msg_{event.id}",
+            "kind": kind,
+            "job_id": str(event.job_id) if event.job_id else None,
+            "body": base64.b64encode(maker.body(event, kind)).decode(),
+        }
+        texts.append(json.dumps(message))
+        if sum(map(len, texts)) > CHARS_AT_ONCE:
+            added += stored.add_messages(connection, f"[{','.join(texts)}]", again=again)
+            texts = []
+    if texts:
+        added += stored.add_messages(connection, f"[{','.join(texts)}]", again=again)
+    return added
 
 
 def kind_of(event: EventRow) -> str | None:

@@ -12,8 +12,10 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from ipaddress import ip_address
 
 import httpx
@@ -24,6 +26,9 @@ from farm.errors import InvalidRequest, one_line
 SECONDS = 10.0
 """Time for a whole attempt: looking up, connecting, sending and reading the answer. Seconds."""
 LOOKUP_SECONDS = 3.0
+LOOKUP_THREADS = 128
+TRIED_ADDRESSES = 3
+"""Addresses of a name that are tried, if nothing listens at the first ones."""
 READ_BYTES, KEPT_CHARS = 2**16, 2000
 """Bytes of an answer that are read, and characters that are kept."""
 
@@ -50,12 +55,21 @@ async def resolve(host: str, port: int) -> Sequence[Address]:
     """Look the addresses of a name up.
 
     Raises:
-        OSError: it has none, or the name server does not answer.
+        OSError: it has none, or its name server does not answer.
     """
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(LOOKUP_SECONDS):
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    try:
+        async with asyncio.timeout(LOOKUP_SECONDS):
+            found = await asyncio.get_running_loop().run_in_executor(_lookups(), look_up)
+    except TimeoutError:
+        raise OSError("the name server does not answer") from None
     return [ip_address(str(place[0]).partition("%")[0]) for *_, place in found]
+
+
+@cache
+def _lookups() -> ThreadPoolExecutor:
+    """Return threads of their own: a silent name server holds one for half a minute."""
+    return ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="lookup")
 
 
 async def send(
@@ -83,12 +97,15 @@ async def send(
         async with asyncio.timeout(SECONDS):
             addresses = await look_up(target.host, target.port)
             require_allowed(addresses, target, networks)
-            return await _post(target, addresses[0], headers, body, began)
+            for address in addresses[: TRIED_ADDRESSES - 1]:
+                with suppress(httpx.ConnectError):
+                    return await _post(target, address, headers, body, began)
+            return await _post(target, addresses[-1], headers, body, began)
     except TimeoutError:
         return failed(f"no answer within {SECONDS:g} s")
     except InvalidRequest as error:
         return failed(error.message.removeprefix("url: ").partition(". Example")[0])
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         return failed(_reason(error))
 
 
