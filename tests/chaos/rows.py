@@ -18,7 +18,8 @@ from farm.bells import RENDER_TASK, lane, make_app
 from farm.config import Settings
 from tests.chaos import clock, release
 from tests.chaos.load import NULL, Load
-from tests.chaos.proxy import Fault, Freeze, Refuse, Slow, Stall, Swallow, Truncate
+from tests.chaos.proxy import Fault, Freeze, Refuse, Reset, Slow, Stall, Swallow, Truncate
+from tests.chaos.receivers import bad_receivers
 from tests.chaos.scene import ChaosRun, Skipped
 from tests.chaos.stack import LEASE_SECONDS, Process
 
@@ -417,3 +418,28 @@ def greedy_tenant(scene: ChaosRun) -> None:
         scene.wait(lambda: scene.truth.is_over(job.id), "its frames had all failed")
     finally:
         greedy.close()
+
+
+EVENTFUL_JOBS = 100
+"""Jobs of an injection. Each has three events that are told."""
+
+
+@row(
+    27,
+    "Couriers are killed, servers are away, and receivers of webhooks misbehave",
+    around=bad_receivers,
+    most=35,
+    mixes=False,
+)
+def webhooks(scene: ChaosRun) -> None:
+    for _ in range(EVENTFUL_JOBS):
+        scene.load.null(1)
+    couriers = _of_kind(scene, "courier")
+    fault = scene.random.choice(("kill", "kill", "postgres", "redis"))
+    if fault == "kill":
+        scene.random.choice(couriers).restart()
+    elif fault == "redis":
+        scene.stack.processes["valkey"].restart()
+    else:
+        links = scene.stack.links("postgres", *(courier.name for courier in couriers))
+        scene.faulty(links, scene.random.choice((Reset(), Stall())), 0.5, 2.0)

@@ -41,6 +41,8 @@ SETTINGS = {
     "FARM_FAILPOINTS": "submit.committed=exit:EXIT; render.step=segfault:SEGFAULT; "
     "render.step=hang:HANG; render.step=oom:MEMORY",
     "FARM_TORCH_THREADS": "1",
+    "FARM_WEBHOOK_NETWORKS": "127.0.0.0/8",
+    "FARM_WEBHOOK_PACE": "0.0005",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
@@ -179,6 +181,12 @@ class Stack:
         name = f"janitor {number}"
         program = commands.janitor(self.folder, self.linked(name))
         log = self.folder.logs / f"janitor-{number}.log"
+        return self.run(replace(program, name=name, log=log))
+
+    def add_courier(self, number: int) -> Process:
+        name = f"courier {number}"
+        program = commands.courier(self.folder, self.linked(name))
+        log = self.folder.logs / f"courier-{number}.log"
         return self.run(replace(program, name=name, log=log))
 
     def remove(self, process: Process) -> None:

@@ -7,12 +7,15 @@ import hmac
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from pydantic_core import from_json
+
+CUT = 0
+"""Instead of a status: the connection is closed without an answer."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Request:
     def id(self) -> str:
         return self.headers["webhook-id"]
 
-    def is_signed_by(self, secret: str) -> bool:
-        """Check the signature as standardwebhooks.com describes it."""
+    def is_signed_by(self, secret: str, at: float | None = None) -> bool:
+        """Check the signature as standardwebhooks.com describes it, now or at a time."""
         key = base64.b64decode(secret.removeprefix("whsec_"))
         seconds = self.headers["webhook-timestamp"]
-        if abs(time.time() - int(seconds)) > 300:
+        if abs((at or time.time()) - int(seconds)) > 300:
             return False
         content = f"{self.id}.{seconds}.".encode() + self.body
         expected = base64.b64encode(hmac.new(key, content, "sha256").digest()).decode()
@@ -75,7 +78,16 @@ def receiving() -> Iterator[Receiver]:
             sent = {name.lower(): value for name, value in self.headers.items()}
             request = Request(self.path, sent, body, time.time())
             receiver.requests.append(request)
-            self.send_response(receiver.answer(request))
+            status = receiver.answer(request)
+            if status == CUT:
+                self.close_connection = True
+                return
+            with suppress(BrokenPipeError, ConnectionResetError):  # the sender waits no longer
+                self._reply(status)
+
+        def _reply(self, status: int) -> None:
+            receiver = made[0]
+            self.send_response(status)
             size = {"content-length": str(len(receiver.body))}
             for name, value in {**size, **receiver.headers}.items():
                 self.send_header(name, value)
