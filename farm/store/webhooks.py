@@ -241,12 +241,12 @@ RETURNING id, tenant_id, disabled_because
 # Those of a disabled endpoint are dropped. `replay` makes them again.
 DROP_DISABLED = text("""
 UPDATE webhook_deliveries SET state = 'dropped', leased_until = NULL
-WHERE id IN (
+WHERE id = ANY (ARRAY(
     SELECT d.id FROM webhooks w CROSS JOIN LATERAL (
         SELECT d.id FROM webhook_deliveries d
         WHERE d.webhook_id = w.id AND d.state IN ('pending', 'retrying')
         ORDER BY d.next_at LIMIT :limit
-    ) d WHERE w.state = 'disabled' LIMIT :limit)
+    ) d WHERE w.state = 'disabled' LIMIT :limit))
 """)
 
 # Those that wait, for a paused endpoint or after they were sent again, stay twice as long.

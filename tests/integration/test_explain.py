@@ -15,7 +15,18 @@ from farm.config import Settings
 from farm.context import Farm
 from farm.domain.states import TERMINAL
 from farm.local import Servers
-from farm.store import events, frames, jobs, lanes, leases, lines, queries, retention, specs
+from farm.store import (
+    events,
+    frames,
+    jobs,
+    lanes,
+    leases,
+    lines,
+    queries,
+    retention,
+    specs,
+    webhooks,
+)
 from farm.store.engine import transaction
 from farm.store.tally import LOCK_SHARES
 from tests.conftest import settings_on
@@ -23,6 +34,7 @@ from tests.support.databases import Databases
 from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
+LARGE |= {"webhook_deliveries"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -50,6 +62,14 @@ WITH idle AS (
 )
 INSERT INTO shares (pipeline, tenant_id, used, priority, retry_at)
 SELECT 'demo', id, 0, NULL, NULL FROM idle;
+WITH hook AS (
+    INSERT INTO webhooks (id, tenant_id, url, kinds, labels, description, secret)
+    VALUES (gen_random_uuid(), :tenant, 'https://shop.example/', '{job.*}', '{}', '', '\\x00')
+    RETURNING id
+)
+INSERT INTO webhook_deliveries (webhook_id, message_id, kind, body, state)
+SELECT id, 'msg_' || n, 'job.failed', '\\x00', CASE n % 100 WHEN 0 THEN 'pending' ELSE 'dead' END
+FROM hook, generate_series(1, 50000) n;
 """
 
 UNPACKING = {
@@ -175,6 +195,21 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         },
     ),
     "newest event": (events.NEWEST_OF_JOB, {"job_id": uuid.UUID(int=1)}),
+    "claim deliveries": (webhooks.CLAIM, {"busy": [uuid.UUID(int=3)], "limit": 100}),
+    "take events": (webhooks.TAKE_EVENTS, {"limit": 100, "with_images": True}),
+    "events after": (
+        webhooks.EVENTS_AFTER,
+        {
+            "tenant_id": uuid.UUID(int=2),
+            "xid": 0,
+            "id": 0,
+            "horizon": 2**62,
+            "limit": 100,
+            "with_images": True,
+        },
+    ),
+    "old deliveries": (webhooks.PRUNE, {"days": 30, "limit": 1000}),
+    "dropped deliveries": (webhooks.DROP_DISABLED, {"limit": 1000}),
     "steps": (leases.STEPS, {"ids": [uuid.UUID(int=1)]}),
     "prune": (events.PRUNE, {"seconds": 86_400.0 * 365}),
     "remove": (
