@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import time
 import uuid
@@ -16,11 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psycopg
 import pytest
+from standardwebhooks import Webhook
 
 from farm.context import Farm
 from farm.services.webhooks.messages import make_messages, sample
@@ -122,6 +125,8 @@ def test_the_end_of_a_job_is_told_with_its_images(
     [request] = wait_until(lambda: receiver.requests, 10, "it arrives")
     assert request.is_signed_by(made["secret"])
     assert not request.is_signed_by("whsec_" + "A" * 32)
+    verified = Webhook(made["secret"]).verify(request.body, request.headers)
+    assert verified == request.message, "as the library of the standard reads it"
     assert request.headers["content-type"] == "application/json"
     message = request.message
     assert (message["type"], request.id) == ("job.succeeded", f"msg_{message['data']['event']}")
@@ -134,6 +139,29 @@ def test_the_end_of_a_job_is_told_with_its_images(
     assert data["more"] is False
     [event] = [each for each in told(ann) if each["kind"] == "job.succeeded"]
     assert (data["event"], message["timestamp"]) == (event["id"], event["at"])
+
+
+def test_the_receiver_of_the_page_takes_a_message(
+    api: Api, receiver: Receiver, courier: Courier
+) -> None:
+    ann = api.client("ann")
+    made = endpoint(ann, receiver.url)
+    ended_job(api, ann)
+    [sent] = wait_until(lambda: receiver.requests, 10, "it arrives")
+    page = (Path(__file__).parents[2] / "docs/webhooks.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(re.sub(r"whsec_[\w+/]+", made["secret"], code), names)
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(app=names["app"])
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            return [
+                (await client.post("/hooks/farm", content=body, headers=sent.headers)).status_code
+                for body in (sent.body, sent.body.replace(b"demo", b"else"))
+            ]
+
+    assert asyncio.run(statuses()) == [204, 401]
 
 
 def test_images_have_addresses_that_need_no_key(
