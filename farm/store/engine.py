@@ -209,8 +209,10 @@ def _telling_outages() -> Iterator[None]:
         raise Unavailable(message) from error
 
 
-def is_outage(error: DBAPIError) -> bool:
+def is_outage(error: Exception) -> bool:
     """Return True if an error means that Postgres was away, not that the statement was wrong."""
+    if not isinstance(error, DBAPIError):
+        return False
     state = getattr(error.orig, "sqlstate", None)
     if state in {IDLE_IN_TRANSACTION, READ_ONLY}:
         return True

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
-
 from farm.context import Farm
 from farm.domain.event_kinds import is_in
 from farm.domain.image_formats import FORMATS, Format
@@ -67,7 +65,7 @@ def _make(farm: Farm, limit: int) -> int:
             with connection.begin_nested():
                 add(farm, connection, events, endpoints)
         except Exception as error:
-            if limit > 1 or (isinstance(error, DBAPIError) and is_outage(error)):
+            if limit > 1 or is_outage(error):
                 raise
             # Left out, so that it holds up no others.
             log.exception("Event %s gets no message.", events[0].id)
