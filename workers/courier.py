@@ -14,7 +14,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -216,9 +215,8 @@ class Courier:
 
 def _next_seconds(claimed: Claimed, asked: float, pace: float) -> float | None:
     """Return the time until the next attempt, if this one fails. None: there is none."""
-    if claimed.parked:  # it waits until its endpoint is tried again
-        age = (datetime.now(UTC) - claimed.begun_at).total_seconds()
-        return None if age > sum(DELAYS) * pace else 0.0
+    if claimed.parked:
+        return 0.0  # it waits until its endpoint is tried again, or is disabled
     if claimed.tries >= len(DELAYS):
         return None
     delay = DELAYS[claimed.tries] * pace * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311

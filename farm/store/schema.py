@@ -861,13 +861,6 @@ webhook_deliveries = Table(
         comment="an attempt may be in progress until then",
     ),
     _moment("created_at", now=True),
-    Column(
-        "begun_at",
-        DateTime(timezone=True),
-        nullable=False,
-        server_default=func.clock_timestamp(),
-        comment="creation, or the last request to send it again",
-    ),
     UniqueConstraint("webhook_id", "message_id"),
     CheckConstraint(
         _one_of("state", ["pending", "retrying", "succeeded", "dead", "dropped"]), name="state"

@@ -128,7 +128,7 @@ FROM jsonb_to_recordset(CAST(:messages AS jsonb)) AS m (
     webhook_ids uuid[], message_id text, kind text, job_id uuid, body text)
 CROSS JOIN LATERAL unnest(m.webhook_ids) AS r (id)
 ON CONFLICT (webhook_id, message_id) DO UPDATE
-SET state = 'pending', tries = 0, next_at = clock_timestamp(), begun_at = clock_timestamp()
+SET state = 'pending', tries = 0, next_at = clock_timestamp()
 WHERE d.state = 'dropped' AND :again
 """)
 
@@ -178,7 +178,7 @@ UPDATE webhook_deliveries d
 SET leased_until = clock_timestamp() + make_interval(secs => {LEASE_SECONDS:g})
 FROM due JOIN webhooks w ON w.id = due.id
 WHERE d.id = due.delivery_id
-RETURNING d.id, d.webhook_id, w.tenant_id, d.message_id, d.kind, d.body, d.tries, d.begun_at,
+RETURNING d.id, d.webhook_id, w.tenant_id, d.message_id, d.kind, d.body, d.tries,
           d.leased_until, w.url, w.secret,
           CASE WHEN w.before_until > clock_timestamp() THEN w.secret_before END AS secret_before,
           due.failures >= {PARKING_FAILURES} AS parked
@@ -255,7 +255,7 @@ DELETE FROM webhook_deliveries WHERE id IN (
     SELECT id FROM webhook_deliveries
     WHERE created_at < now() - make_interval(days => :days)
       AND (state NOT IN ('pending', 'retrying')
-           OR begun_at < now() - 2 * make_interval(days => :days))
+           OR next_at < now() - 2 * make_interval(days => :days))
     ORDER BY created_at LIMIT :limit)
 """)
 
@@ -304,7 +304,7 @@ WHERE d.id = :id AND w.tenant_id = :tenant_id AND w.removed_at IS NULL
 
 REDELIVER = text("""
 UPDATE webhook_deliveries
-SET state = 'pending', tries = 0, next_at = clock_timestamp(), begun_at = clock_timestamp()
+SET state = 'pending', tries = 0, next_at = clock_timestamp()
 WHERE id = :id AND state NOT IN ('pending', 'retrying')
 """)
 
@@ -347,7 +347,6 @@ class Claimed(NamedTuple):
     body: bytes
     tries: int
     """Attempts before, without those of a parked endpoint."""
-    begun_at: datetime
     leased_until: datetime
     """The fence of its outcome."""
     url: str

@@ -112,13 +112,6 @@ def upgrade() -> None:
             comment="an attempt may be in progress until then",
         ),
         moment("created_at", now=True),
-        sa.Column(
-            "begun_at",
-            sa.DateTime(timezone=True),
-            nullable=False,
-            server_default=sa.func.clock_timestamp(),
-            comment="creation, or the last request to send it again",
-        ),
         sa.UniqueConstraint("webhook_id", "message_id"),
         sa.CheckConstraint(
             "state IN ('pending', 'retrying', 'succeeded', 'dead', 'dropped')",
