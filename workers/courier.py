@@ -1,7 +1,8 @@
 """The courier: a process that makes messages of events, and delivers them to webhooks.
 
 Several may run. A delivery is leased for the time of an attempt, so two of them send the same one
-only if a courier was killed in the middle of it. A receiver knows it by its `webhook-id`.
+only if a courier was killed in the middle of it, or if Postgres was away too long. A receiver
+knows it by its `webhook-id`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import asyncio
 import logging
 import random
 import signal
-import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -21,9 +21,8 @@ from anyio import CapacityLimiter, to_thread
 from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.domain.webhook_addresses import parse_networks, parse_target
-from farm.domain.webhook_signatures import headers
 from farm.errors import InvalidRequest, Unavailable
-from farm.process import beat, set_ready, version
+from farm.process import beat, set_ready
 from farm.services.webhooks import sending
 from farm.services.webhooks.messages import EVENTS_AT_ONCE, make_messages
 from farm.services.webhooks.sending import Answer, Resolve
@@ -45,9 +44,11 @@ MAX_IN_FLIGHT = 128
 END_SECONDS = sending.SECONDS + 2
 """Time in which attempts may end when it stops, in seconds."""
 THREADS = 4
+"""Threads in which it asks Postgres."""
 PER_TENANT = 32
 """Attempts for one tenant at the same time, and those that one claim adds."""
 RECORDING_TRIES = 10
+"""Tries to record an outcome, a second apart: within its lease."""
 
 MINUTE, HOUR = 60.0, 3600.0
 DELAYS = (
@@ -91,12 +92,12 @@ class Courier:
         if self._attempts:
             await asyncio.wait(self._attempts, timeout=END_SECONDS)
 
-    async def _loop(self, work: Callable[[], object], stop: asyncio.Event) -> None:
+    async def _loop(self, work: Callable[[], Awaitable[bool]], stop: asyncio.Event) -> None:
         """Repeat some work. An outage of Postgres is logged, and does not end it."""
         while not stop.is_set():
             rest = POLL_SECONDS
             try:
-                if await work():  # type: ignore[misc]  # both are coroutines
+                if await work():
                     continue
             except Unavailable as error:
                 log.warning("The courier waits for Postgres: %s", error)
@@ -171,15 +172,10 @@ class Courier:
             target = parse_target(claimed.url, self._networks)
         except InvalidRequest as error:  # the networks of the operator have changed
             return Answer(0, error=error.message)
-        keys = [claimed.secret, claimed.secret_before]
-        signed = headers(
-            claimed.message_id,
-            int(time.time()),
-            claimed.body,
-            [bytes(key) for key in keys if key is not None],
-        )
-        sent = {**signed, "user-agent": f"farm/{version()}", "farm-attempt": str(claimed.tries + 1)}
-        return await sending.send(target, sent, claimed.body, self._networks, self._look_up)
+        secrets = [key for key in (claimed.secret, claimed.secret_before) if key is not None]
+        attempt = claimed.tries + 1
+        headers = sending.headers_of(claimed.message_id, claimed.body, secrets, attempt=attempt)
+        return await sending.send(target, headers, claimed.body, self._networks, self._look_up)
 
     def _record(self, claimed: Claimed, answer: Answer) -> None:
         pace = self._farm.settings.webhook_pace

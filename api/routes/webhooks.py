@@ -197,7 +197,7 @@ def get_delivery(farm: FarmDep, caller: Reader, delivery_id: DeliveryId) -> sche
     """Return a message as it is sent, with every attempt."""
     with reads(farm.store) as connection:
         row = stored.get_delivery(connection, caller.tenant_id, delivery_id)
-    return _delivery(row, with_body=True)
+    return _delivery(row)
 
 
 @router.post(
@@ -236,7 +236,7 @@ def _view(row: WebhookRow, caller: Caller) -> schemas.Webhook:
     return schemas.Webhook.model_validate(fields)
 
 
-def _delivery(row: DeliveryRow, *, with_body: bool = False) -> schemas.Delivery:
+def _delivery(row: DeliveryRow) -> schemas.Delivery:
     waits = row.state in ("pending", "retrying")
     return schemas.Delivery.model_validate(
         {
@@ -245,6 +245,6 @@ def _delivery(row: DeliveryRow, *, with_body: bool = False) -> schemas.Delivery:
             "message": row.message_id,
             "job": row.job_id,
             "next_attempt_at": row.next_at if waits else None,
-            "body": json.loads(row.body) if with_body else None,
+            "body": None if row.body is None else json.loads(row.body),
         }
     )

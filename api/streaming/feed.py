@@ -42,7 +42,7 @@ MAX_AT_ONCE = 1000
 """Events of one job, or of one tenant, that one reading takes. The next one takes the others."""
 MAX_QUEUED = 256
 """Events that wait for a slow listener. One more cuts it off; it can resume with its cursor."""
-HEARTBEAT_SECONDS = 15.0
+SILENT_SECONDS = 15.0
 """Interval in which a listener is woken: proxies cut silent connections. Seconds."""
 SEND_SECONDS = 30.0
 """Time in which a client must take what is sent, in seconds."""
@@ -80,7 +80,7 @@ class Listener:
         """The last event that was handed to it, or was not wanted."""
         self.base = base
         """Address at which its client reaches the API. Empty: it needs no texts."""
-        self.beat_at = time.monotonic() + HEARTBEAT_SECONDS
+        self.beat_at = time.monotonic() + SILENT_SECONDS
         """Time at which it is woken, news or not. On the monotonic clock."""
         self.sending_at = math.inf
         """Time since which its client takes nothing. Infinite: it waits for news."""

@@ -511,7 +511,7 @@ async def _news(listener: Listener, allowed: StillAllowed) -> AsyncIterator[Told
     while not listener.is_cut_off:
         await listener.wait()
         if time.monotonic() >= listener.beat_at:
-            listener.beat_at = time.monotonic() + feed.HEARTBEAT_SECONDS
+            listener.beat_at = time.monotonic() + feed.SILENT_SECONDS
             try:
                 await allowed()
             except Unauthenticated:

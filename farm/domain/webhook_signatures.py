@@ -32,7 +32,9 @@ def signature(message_id: str, seconds: int, body: bytes, keys: Iterable[bytes])
     return " ".join("v1," + base64.b64encode(each).decode() for each in signed)
 
 
-def headers(message_id: str, seconds: int, body: bytes, keys: Iterable[bytes]) -> dict[str, str]:
+def signed_headers(
+    message_id: str, seconds: int, body: bytes, keys: Iterable[bytes]
+) -> dict[str, str]:
     """Return the headers of an attempt. `seconds` is its Unix time."""
     return {
         "webhook-id": message_id,

@@ -67,12 +67,12 @@ LEFT JOIN jobs j ON j.id = ANY (ARRAY[e.job_id])
 ORDER BY e.xid, e.id LIMIT :total
 """)  # noqa: S608 - constants only
 
+# A table that was restored from a dump has another oid, also on the same server.
 SERVER = """
 SELECT system_identifier || '/' || 'events'::regclass::oid AS system,
        left(pg_walfile_name(pg_current_wal_lsn()), 8) AS timeline
 FROM pg_control_system()
 """
-# A table that was restored from a dump has another oid, also on the same server.
 
 HORIZON = text(f"""
 SELECT e.id AS epoch, coalesce(e.last_before, 0) AS last_before,

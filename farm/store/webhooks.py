@@ -32,14 +32,14 @@ FAILING_FAILURES = 4
 """Failed attempts in a row after which the tenant is told."""
 PARKED_SECONDS, LONGEST_PARKED_SECONDS = 30.0, 1800.0
 """Time until a parked endpoint is tried again: at first, and at most. Doubled each time."""
-DISABLING_DAYS = 5.0
+DISABLING_DAYS = 5
 """Days of nothing but failures after which an endpoint is disabled."""
-LOG_DAYS = 30.0
+LOG_DAYS = 30
 """Days that deliveries are kept."""
 LEASE_SECONDS = 30.0
 """Time that an attempt may take before another courier may send it too. Seconds."""
 PER_ENDPOINT = 8
-"""Deliveries of one endpoint that a courier sends at a time. Of a failing one it is one."""
+"""Deliveries that one endpoint gets at a time. A failing one gets one."""
 
 COLUMNS = """
 id, tenant_id, url, kinds, labels, description, state, disabled_because, created_at, failures,
@@ -281,9 +281,10 @@ DELETE FROM webhooks w WHERE w.removed_at IS NOT NULL
   AND NOT EXISTS (SELECT FROM webhook_deliveries d WHERE d.webhook_id = w.id)
 """)
 
+# A list leaves the bodies out: a page of them may have megabytes.
 DELIVERY = """
 SELECT d.id, d.webhook_id, d.message_id, d.kind, d.job_id, d.state, d.tries, d.next_at,
-       d.created_at, d.body, coalesce((
+       d.created_at, {body} AS body, coalesce((
            SELECT jsonb_agg(jsonb_build_object('number', a.number, 'at', a.at, 'milliseconds',
                   a.milliseconds, 'status', a.status, 'error', a.error, 'answer', a.answer)
                   ORDER BY a.number)
@@ -292,13 +293,14 @@ FROM webhook_deliveries d
 """
 
 DELIVERIES = text(f"""
-{DELIVERY} WHERE d.webhook_id = :webhook_id AND (CAST(:after AS bigint) IS NULL OR d.id < :after)
+{DELIVERY.format(body="CAST(NULL AS bytea)")}
+WHERE d.webhook_id = :webhook_id AND (CAST(:after AS bigint) IS NULL OR d.id < :after)
   AND (CAST(:state AS text) IS NULL OR d.state = :state)
 ORDER BY d.id DESC LIMIT :limit
 """)
 
 ONE_DELIVERY = text(f"""
-{DELIVERY} JOIN webhooks w ON w.id = d.webhook_id
+{DELIVERY.format(body="d.body")} JOIN webhooks w ON w.id = d.webhook_id
 WHERE d.id = :id AND w.tenant_id = :tenant_id AND w.removed_at IS NULL
 """)
 
@@ -307,15 +309,6 @@ UPDATE webhook_deliveries
 SET state = 'pending', tries = 0, next_at = clock_timestamp()
 WHERE id = :id AND state NOT IN ('pending', 'retrying')
 """)
-
-EVENTS_AFTER = text(f"""
-SELECT {EVENT_COLUMNS} FROM (
-    SELECT * FROM events
-    WHERE tenant_id = :tenant_id AND xid > 0 AND (xid, id) > (:xid, :id) AND xid < :horizon
-    ORDER BY xid, id LIMIT :limit
-) e LEFT JOIN jobs j ON j.id = ANY (ARRAY[e.job_id])
-ORDER BY e.xid, e.id
-""")  # noqa: S608 - constants only
 
 
 class WebhookRow(NamedTuple):
@@ -368,7 +361,8 @@ class DeliveryRow(NamedTuple):
     tries: int
     next_at: datetime
     created_at: datetime
-    body: bytes
+    body: bytes | None
+    """None in a list."""
     attempts: list[dict[str, object]]
 
 
@@ -490,21 +484,6 @@ def take_events(connection: Connection, limit: int) -> list[EventRow]:
     return rows_of(connection.execute(TAKE_EVENTS, values), EventRow)
 
 
-def events_after(
-    connection: Connection, tenant_id: uuid.UUID, place: tuple[int, int], until: int, *, limit: int
-) -> list[EventRow]:
-    """Read a tenant's events in the order of (xid, id), after a place, below the xid `until`."""
-    values = {
-        "tenant_id": tenant_id,
-        "xid": place[0],
-        "id": place[1],
-        "horizon": until,
-        "limit": limit,
-        "with_images": True,
-    }
-    return rows_of(connection.execute(EVENTS_AFTER, values), EventRow)
-
-
 def webhooks_of(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> list[WebhookRow]:
     """Read the endpoints of some tenants that are not disabled."""
     return rows_of(connection.execute(OF_TENANTS, {"ids": arrays.ids(tenant_ids)}), WebhookRow)
@@ -615,7 +594,7 @@ def redeliver(connection: Connection, delivery_id: int) -> None:
 
 def disable_failing(connection: Connection) -> list[tuple[uuid.UUID, uuid.UUID, str]]:
     """Disable endpoints that only fail. Return (id, tenant, reason) of each."""
-    rows = connection.execute(DISABLE_FAILING, {"days": int(DISABLING_DAYS)})
+    rows = connection.execute(DISABLE_FAILING, {"days": DISABLING_DAYS})
     return [(row.id, row.tenant_id, row.disabled_because) for row in rows]
 
 
@@ -628,7 +607,7 @@ def clean_up(connection: Connection, rows: int) -> None:
     """
     for statement, values in (
         (DROP_DISABLED, {"limit": rows}),
-        (PRUNE, {"days": int(LOG_DAYS), "limit": rows}),
+        (PRUNE, {"days": LOG_DAYS, "limit": rows}),
         (PRUNE_EVENTS, {"limit": rows}),
         (DELETE_OF_REMOVED, {"limit": rows}),
         (FORGET, {}),

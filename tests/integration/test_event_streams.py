@@ -227,7 +227,7 @@ def test_events_are_ascii_and_hold_line_separators(api: Api) -> None:
 
 
 def test_a_silent_stream_sends_its_cursor(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "SILENT_SECONDS", 0.2)
     monkeypatch.setattr(feed, "BEAT_SECONDS", 0.1)
     ann = api.client("ann")
     job = api.submit(ann)
@@ -325,7 +325,7 @@ def test_a_waiting_list_is_not_ended_by_other_kinds(api: Api) -> None:
 
 
 def test_a_quiet_stream_moves_its_cursor(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "SILENT_SECONDS", 0.2)
     monkeypatch.setattr(feed, "BEAT_SECONDS", 0.1)
     ann = api.client("ann")
     job = api.submit(ann)
@@ -515,7 +515,7 @@ def raw_stream(api: Api, path: str) -> Iterator[socket.socket]:
 
 
 def test_a_revoked_key_ends_its_stream(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "SILENT_SECONDS", 0.2)
     monkeypatch.setattr(feed, "BEAT_SECONDS", 0.1)
     ann = api.client("ann")
     job = api.submit(ann)
@@ -773,7 +773,7 @@ def test_a_token_lets_a_page_watch_one_job(api: Api) -> None:
 
 
 def test_a_token_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(feed, "SILENT_SECONDS", 0.2)
     monkeypatch.setattr(feed, "BEAT_SECONDS", 0.1)
     ann = api.client("ann")
     job = api.submit(ann)

@@ -197,17 +197,6 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "newest event": (events.NEWEST_OF_JOB, {"job_id": uuid.UUID(int=1)}),
     "claim deliveries": (webhooks.CLAIM, {"busy": [uuid.UUID(int=3)], "limit": 100}),
     "take events": (webhooks.TAKE_EVENTS, {"limit": 100, "with_images": True}),
-    "events after": (
-        webhooks.EVENTS_AFTER,
-        {
-            "tenant_id": uuid.UUID(int=2),
-            "xid": 0,
-            "id": 0,
-            "horizon": 2**62,
-            "limit": 100,
-            "with_images": True,
-        },
-    ),
     "old deliveries": (webhooks.PRUNE, {"days": 30, "limit": 1000}),
     "dropped deliveries": (webhooks.DROP_DISABLED, {"limit": 1000}),
     "steps": (leases.STEPS, {"ids": [uuid.UUID(int=1)]}),

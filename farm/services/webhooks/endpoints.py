@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +12,14 @@ from farm.context import Farm
 from farm.domain.event_cursors import EventCursor
 from farm.domain.event_kinds import DEFAULT_TOLD, TOLD, TOLD_GROUPS
 from farm.domain.webhook_addresses import parse_networks, parse_target
-from farm.domain.webhook_signatures import headers, new_secret
+from farm.domain.webhook_signatures import new_secret
 from farm.errors import InvalidRequest
-from farm.process import version
 from farm.services.events import is_lost, parsed_cursor
 from farm.services.webhooks import messages, sending
 from farm.services.webhooks.sending import Answer
 from farm.store import webhooks as stored
 from farm.store.engine import reads, transaction
-from farm.store.events import horizon
+from farm.store.events import horizon, of_tenants
 from farm.store.webhooks import WebhookRow
 
 MAX_ENDPOINTS = 20
@@ -90,9 +88,8 @@ async def test(
     networks = parse_networks(farm.settings.webhook_networks)
     target = parse_target(webhook.url, networks)
     message_id, body = f"msg_test_{uuid.uuid4().hex}", messages.sample(kind)
-    signed = headers(message_id, int(time.time()), body, secrets)
-    sent = {**signed, "user-agent": f"farm/{version()}", "farm-attempt": "1"}
-    return message_id, await sending.send(target, sent, body, networks)
+    headers = sending.headers_of(message_id, body, secrets, attempt=1)
+    return message_id, await sending.send(target, headers, body, networks)
 
 
 @dataclass(frozen=True)
@@ -132,21 +129,19 @@ def replay(
     sent = parsed_cursor(after, of_job=False)
     with reads(farm.store) as connection:
         endpoint = stored.get_webhook(connection, tenant_id, webhook_id)
-        until_xid = horizon(connection)
-    if sent and is_lost(farm, sent, until_xid):
+        readable = horizon(connection)
+    if sent and is_lost(farm, sent, readable):
         raise InvalidRequest("after: this cursor has ended. Begin again without it.", param="after")
     queued, place = 0, (sent.xid, sent.id) if sent else (0, 0)
     for _ in range(MAX_REPLAYED // REPLAYED_AT_ONCE):
         with transaction(farm.store) as connection:
-            events = stored.events_after(
-                connection, tenant_id, place, until_xid.xid, limit=REPLAYED_AT_ONCE
-            )
-            chosen = [event for event in events if since <= event.at < until]
+            found = of_tenants(connection, {tenant_id: place}, readable, limit=REPLAYED_AT_ONCE)
+            chosen = [event for event in found if since <= event.at < until]
             queued += messages.add(farm, connection, chosen, [endpoint], again=True)
-        if len(events) < REPLAYED_AT_ONCE:
+        if len(found) < REPLAYED_AT_ONCE:
             return Replayed(queued, None)
-        place = events[-1].xid, events[-1].id
-    return Replayed(queued, EventCursor(until_xid.epoch, *place, until_xid.at))
+        place = found[-1].xid, found[-1].id
+    return Replayed(queued, EventCursor(readable.epoch, *place, readable.at))
 
 
 def _kinds(chosen: Sequence[str]) -> list[str]:

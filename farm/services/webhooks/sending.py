@@ -21,7 +21,9 @@ from ipaddress import ip_address
 import httpx
 
 from farm.domain.webhook_addresses import Address, Network, Target, require_allowed
+from farm.domain.webhook_signatures import signed_headers
 from farm.errors import InvalidRequest, one_line
+from farm.process import version
 
 SECONDS = 10.0
 """Time for a whole attempt: looking up, connecting, sending and reading the answer. Seconds."""
@@ -49,6 +51,17 @@ class Answer:
     """Beginning of the answer's body."""
     retry_after: float | None = None
     """Seconds after which the receiver wants the next attempt."""
+
+
+def headers_of(
+    message_id: str, body: bytes, secrets: Sequence[bytes], *, attempt: int
+) -> dict[str, str]:
+    """Return the headers of an attempt that is made now."""
+    return {
+        **signed_headers(message_id, int(time.time()), body, secrets),
+        "user-agent": f"farm/{version()}",
+        "farm-attempt": str(attempt),
+    }
 
 
 async def resolve(host: str, port: int) -> Sequence[Address]:
