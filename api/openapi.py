@@ -85,7 +85,7 @@ def job_schema(pipelines: list[str], settings: Settings) -> dict[str, Any]:
     grid may have these parameters too.
     """
     schema = JobSpec.model_json_schema()
-    schema.pop("$defs")
+    webhook = schema.pop("$defs")["NamedWebhook"]
     fields, parameters = schema["properties"], _parameters()
     fields.pop("params")
     fields["pipeline"]["enum"] = pipelines
@@ -93,6 +93,7 @@ def job_schema(pipelines: list[str], settings: Settings) -> dict[str, Any]:
         fields[name] |= fields[name].pop("anyOf")[0]
         fields[name].pop("default")
     schema["oneOf"] = [{"required": ["prompts"]}, {"required": ["input"]}]
+    fields["webhook"] |= {"anyOf": [webhook, {"type": "null"}]}
     fields["prompts"]["maxItems"] = settings.max_job_prompts
     fields["prompts"]["items"]["maxLength"] = settings.max_prompt_chars
     fields["input"]["format"] = "uuid"

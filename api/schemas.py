@@ -631,6 +631,9 @@ class Webhook(BaseModel):
     labels: dict[str, str]
     description: str
     state: Literal["enabled", "paused", "disabled"]
+    named_by_jobs: bool = Field(
+        description="true: a server whose addresses jobs name as their `webhook`"
+    )
     created_at: datetime
     health: WebhookHealth
 
@@ -651,8 +654,14 @@ class RotationAsked(BaseModel):
     )
 
 
+class WebhookSecret(BaseModel):
+    """The secret that signs messages to the addresses that jobs name."""
+
+    secret: str
+
+
 class Rotation(BaseModel):
-    """A new secret of an endpoint."""
+    """A new secret."""
 
     secret: str
     previous_until: datetime | None = Field(description="Time until which the old one signs too")
@@ -695,6 +704,7 @@ class Delivery(BaseModel):
     message: str = Field(description="Its `webhook-id`, the same in every attempt")
     kind: str
     job: uuid.UUID | None
+    url: str | None = Field(description="Address that the job named; null: that of the webhook")
     state: Literal["pending", "retrying", "succeeded", "dead", "dropped"]
     next_attempt_at: datetime | None
     created_at: datetime

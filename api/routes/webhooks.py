@@ -15,11 +15,14 @@ from api.auth import WRITERS, FarmDep, Reader, Writer
 from api.openapi import refusals
 from api.paging import Limit
 from api.places import Places, Turns
+from api.routes.jobs import JobId
 from farm.context import Farm
 from farm.domain.event_kinds import TOLD
 from farm.domain.webhook_signatures import new_secret, shown
 from farm.errors import InvalidRequest
 from farm.services.webhooks import endpoints as use_cases
+from farm.services.webhooks import of_jobs
+from farm.store import queries
 from farm.store import webhooks as stored
 from farm.store.engine import reads, transaction
 from farm.store.keys import Caller
@@ -31,6 +34,9 @@ messages = APIRouter()
 
 WebhookId = Annotated[uuid.UUID, Path(description="ID of the webhook")]
 DeliveryId = Annotated[int, Path(ge=1, le=2**63 - 1, description="ID of the delivery")]
+After = Annotated[
+    int | None, Query(ge=0, le=2**63 - 1, description="Value of `next` of the previous page")
+]
 State = Literal["pending", "retrying", "succeeded", "dead", "dropped"]
 TESTS, TESTS_PER_TENANT = 16, 2
 """Samples that are sent at the same time: in all, and per tenant."""
@@ -59,6 +65,25 @@ def list_webhooks(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Webhook
     with reads(farm.store) as connection:
         found = stored.list_webhooks(connection, caller.tenant_id)
     return schemas.Page(data=[_view(row, caller) for row in found], next=None)
+
+
+@router.get("/webhooks/secret", responses=refusals(403), summary="Get the secret of jobs' webhooks")
+def get_secret(farm: FarmDep, caller: Writer) -> schemas.WebhookSecret:
+    """Return the secret that signs messages to addresses that jobs name as their `webhook`. It is
+    the tenant's, and is created by the first call or job."""
+    return schemas.WebhookSecret(secret=shown(of_jobs.secret(farm, caller.tenant_id)))
+
+
+@router.post(
+    "/webhooks/secret/rotate",
+    responses=refusals(400, 403),
+    summary="Replace the secret of jobs' webhooks",
+)
+def rotate_of_jobs(farm: FarmDep, caller: Writer, asked: schemas.RotationAsked) -> schemas.Rotation:
+    """Create a new secret for messages to addresses that jobs name. Until `previous_until` each
+    message is signed with both."""
+    secret, until = of_jobs.rotate(farm, caller.tenant_id, asked.keep_seconds)
+    return schemas.Rotation(secret=shown(secret), previous_until=until)
 
 
 @router.get("/webhooks/{webhook_id}", responses=refusals(404), summary="Get a webhook")
@@ -102,6 +127,8 @@ def rotate(
     """Create a new secret. Until `previous_until` each message is signed with both."""
     secret = new_secret()
     with transaction(farm.store) as connection:
+        row = stored.get_webhook(connection, caller.tenant_id, webhook_id)
+        _refuse_server(row, "rotate the secret of all with POST /v1/webhooks/secret/rotate")
         until = stored.rotate_secret(
             connection, caller.tenant_id, webhook_id, secret, asked.keep_seconds
         )
@@ -126,6 +153,7 @@ async def test_webhook(
     places: Places = request.app.state.webhook_tests
     with places.taken(str(caller.tenant_id), "samples"):
         row, secrets = await to_thread.run_sync(_with_secrets, farm, caller.tenant_id, webhook_id)
+        _refuse_server(row, "submit a job with this `webhook` to test it")
         message, answer = await use_cases.test(farm, row, secrets, asked.kind)
     return schemas.WebhookTest(
         message=message,
@@ -176,9 +204,7 @@ def list_deliveries(
     caller: Reader,
     webhook_id: WebhookId,
     limit: Limit = 50,
-    after: Annotated[
-        int | None, Query(ge=0, le=2**63 - 1, description="Value of `next` of the previous page")
-    ] = None,
+    after: After = None,
     state: Annotated[State | None, Query(description="Only deliveries in this state")] = None,
 ) -> schemas.Page[schemas.Delivery]:
     """List the messages for an endpoint, newest first, each with every attempt. They are kept for
@@ -188,8 +214,20 @@ def list_deliveries(
         found = stored.deliveries_of(
             connection, webhook_id, limit=limit + 1, after=after, state=state
         )
-    data = [_delivery(row) for row in found[:limit]]
-    return schemas.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+    return _page(found, limit, caller)
+
+
+@router.get(
+    "/jobs/{job_id}/deliveries", responses=refusals(404), summary="List the messages about a job"
+)
+def list_of_job(
+    farm: FarmDep, caller: Reader, job_id: JobId, limit: Limit = 50, after: After = None
+) -> schemas.Page[schemas.Delivery]:
+    """List the messages about a job to every webhook, newest first, each with every attempt."""
+    with reads(farm.store) as connection:
+        queries.get_job(connection, caller.tenant_id, job_id)
+        found = stored.deliveries_of_job(connection, job_id, limit=limit + 1, after=after)
+    return _page(found, limit, caller)
 
 
 @router.get("/deliveries/{delivery_id}", responses=refusals(404), summary="Get a delivery")
@@ -197,7 +235,7 @@ def get_delivery(farm: FarmDep, caller: Reader, delivery_id: DeliveryId) -> sche
     """Return a message as it is sent, with every attempt."""
     with reads(farm.store) as connection:
         row = stored.get_delivery(connection, caller.tenant_id, delivery_id)
-    return _delivery(row)
+    return _delivery(row, caller)
 
 
 @router.post(
@@ -211,7 +249,7 @@ def redeliver(farm: FarmDep, caller: Writer, delivery_id: DeliveryId) -> schemas
     with transaction(farm.store) as connection:
         stored.get_delivery(connection, caller.tenant_id, delivery_id)
         stored.redeliver(connection, delivery_id)
-        return _delivery(stored.get_delivery(connection, caller.tenant_id, delivery_id))
+        return _delivery(stored.get_delivery(connection, caller.tenant_id, delivery_id), caller)
 
 
 @messages.post("message", summary="A message to your server")
@@ -230,13 +268,31 @@ def message(
 
 
 def _view(row: WebhookRow, caller: Caller) -> schemas.Webhook:
-    """Return an endpoint. Its query may hold a secret, which only those may see who may set it."""
-    url = row.url if caller.role in WRITERS else row.url.partition("?")[0]
-    fields = {**row._asdict(), "url": url, "health": row._asdict()}
+    """Return an endpoint. An address may hold a secret, for those alone who may set it."""
+    fields = {
+        **row._asdict(),
+        "url": _shown_url(row.url, caller),
+        "named_by_jobs": row.origin is not None,
+        "health": row._asdict(),
+    }
     return schemas.Webhook.model_validate(fields)
 
 
-def _delivery(row: DeliveryRow) -> schemas.Delivery:
+def _shown_url(url: str, caller: Caller) -> str:
+    return url if caller.role in WRITERS else url.partition("?")[0]
+
+
+def _refuse_server(row: WebhookRow, instead: str) -> None:
+    if row.origin is not None:
+        raise InvalidRequest(f"id: jobs name the addresses of this server: {instead}.", param="id")
+
+
+def _page(found: list[DeliveryRow], limit: int, caller: Caller) -> schemas.Page[schemas.Delivery]:
+    data = [_delivery(row, caller) for row in found[:limit]]
+    return schemas.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+
+
+def _delivery(row: DeliveryRow, caller: Caller) -> schemas.Delivery:
     waits = row.state in ("pending", "retrying")
     return schemas.Delivery.model_validate(
         {
@@ -244,6 +300,7 @@ def _delivery(row: DeliveryRow) -> schemas.Delivery:
             "webhook": row.webhook_id,
             "message": row.message_id,
             "job": row.job_id,
+            "url": row.url and _shown_url(row.url, caller),
             "next_attempt_at": row.next_at if waits else None,
             "body": None if row.body is None else json.loads(row.body),
         }

@@ -42,14 +42,11 @@ TOLD = (
     "webhook.disabled",
 )
 """Kinds of messages to webhooks. All but `frame.dead` are kinds of events."""
+TOLD_OF_JOB = ("job.*", *(kind for kind in TOLD if kind.startswith(("job.", "frame"))))
+"""Kinds of messages that a job may ask for."""
+DEFAULT_TOLD_OF_JOB = ("job.succeeded", "job.partial", "job.failed", "job.cancelled")
 TOLD_GROUPS = ("job.*", "export.*", "webhook.*")
-DEFAULT_TOLD = (
-    "job.succeeded",
-    "job.partial",
-    "job.failed",
-    "job.cancelled",
-    "export.*",
-)
+DEFAULT_TOLD = (*DEFAULT_TOLD_OF_JOB, "export.*")
 
 GROUPS = tuple(dict.fromkeys(kind.partition(".")[0] + ".*" for kind in KINDS))
 """Filters that stand for all kinds of one subject, such as `job.*`."""

@@ -83,6 +83,20 @@ LabelText = Annotated[str, Field(max_length=200)]
 MAX_LABELS = 32
 
 
+class NamedWebhook(BaseModel):
+    """An address that a job names, to be told of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    url: str = Field(max_length=2000, description="Address of your receiver")
+    kinds: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=50,
+        description='Kinds of messages, such as ["job.*"]; null: how the job ended',
+    )
+
+
 class JobSpec(BaseModel):
     """A job as submitted. The parameters of its pipeline family are in `params`, unchecked."""
 
@@ -142,6 +156,9 @@ class JobSpec(BaseModel):
         default_factory=dict,
         max_length=MAX_LABELS,
         description='Your own labels to find the job by, for example {"campaign": "spring"}',
+    )
+    webhook: NamedWebhook | None = Field(
+        default=None, description="Address that gets a signed message about this job"
     )
     params: dict[str, JsonValue] = Field(default_factory=dict)
 

@@ -19,6 +19,7 @@ from farm.pipelines.params import Params
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.services.control_images import missing_images
 from farm.services.job_validation import check_job, full_spec, syntax_among
+from farm.services.webhooks.of_jobs import check_webhook, server_for
 from farm.store import inputs, queries
 from farm.store import jobs as stored
 from farm.store.engine import Store, one_statement, reads, transaction
@@ -49,6 +50,8 @@ def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
     if stored_input is not None:
         _check_syntax(farm, spec, resolved, stored_input)
     _check_images(farm, tenant_id, resolved, spec)
+    if job.webhook is not None:
+        check_webhook(farm.settings, job.webhook)
     return Checked(job, spec)
 
 
@@ -165,9 +168,11 @@ def _submitted_before(
 def _new_job(farm: Farm, submission: Submission, key: Idempotency | None) -> NewJob | Exception:
     try:
         checked = check(farm, submission.tenant_id, submission.body)
+        named = checked.job.webhook
+        webhook = server_for(farm, submission.tenant_id, named) if named else None
     except Exception as error:  # of this job alone
         return error
-    return NewJob(submission.tenant_id, checked.spec, checked.job.prompts or (), key)
+    return NewJob(submission.tenant_id, checked.spec, checked.job.prompts or (), key, webhook)
 
 
 def _announce(farm: Farm, rows: Sequence[tuple[NewJob, JobRow]]) -> None:

@@ -16,6 +16,7 @@ from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.errors import Conflict, FarmError, InvalidRequest, KeyReused, NotFound
 from farm.store import arrays
+from farm.store.job_webhooks import JobWebhook
 from farm.store.limits import expected_seconds, lock_rooms
 from farm.store.queries import JOB_COLUMNS, JobRow
 from farm.store.requeue import INTO_REQUEUED
@@ -59,6 +60,13 @@ WITH unlimited AS MATERIALIZED (
     JOIN j ON j.id = g.id
     CROSS JOIN json_array_elements_text(g.prompts) WITH ORDINALITY AS p (prompt, n)
     GROUP BY j.id, (p.n - 1) / {PROMPTS_PER_CHUNK}
+), hook AS (
+    INSERT INTO job_webhooks (job_id, webhook_id, url, kinds)
+    SELECT j.id, h.webhook_id, h.url, h.kinds
+    FROM json_to_recordset(CAST(:given AS json)) AS g (id uuid, webhook json)
+    JOIN j ON j.id = g.id
+    CROSS JOIN json_to_record(g.webhook) AS h (webhook_id uuid, url text, kinds text[])
+    WHERE json_typeof(g.webhook) = 'object'
 ), event AS (
     INSERT INTO events (job_id, tenant_id, kind, data)
     SELECT id, tenant_id, 'job.queued', '{{}}' FROM j
@@ -99,6 +107,7 @@ class NewJob:
     spec: FullSpec
     prompts: Sequence[str]
     idempotency: Idempotency | None = None
+    webhook: JobWebhook | None = None
     id: uuid.UUID = field(default_factory=uuid.uuid4)
 
     def given(self, place: int) -> dict[str, object]:
@@ -119,6 +128,7 @@ class NewJob:
             "input_id": self.spec.input,
             "idempotency_key": self.idempotency.key if self.idempotency else None,
             "idempotency_digest": self.idempotency.digest.hex() if self.idempotency else None,
+            "webhook": self.webhook._asdict() if self.webhook else None,
             "prompts": self.prompts,
             "place": place,
             "spec": self.spec.stored(),

@@ -91,6 +91,9 @@ tenants = Table(
         Double,
         comment="device time in a calendar month, UTC; null: no limit",
     ),
+    Column("webhook_secret", LargeBinary),
+    Column("webhook_secret_before", LargeBinary),
+    _moment("webhook_before_until"),
     Index(
         "tenants_running_limits",
         "max_running_frames",
@@ -831,8 +834,20 @@ webhooks = Table(
     ),
     _moment("served_at"),
     _moment("removed_at"),
+    Column(
+        "origin",
+        Text,
+        comment="server whose addresses jobs name; null: a tenant created the endpoint",
+    ),
     CheckConstraint(_one_of("state", ["enabled", "paused", "disabled"]), name="state"),
     Index("webhooks_tenant", "tenant_id"),
+    Index(
+        "webhooks_origin",
+        "tenant_id",
+        "origin",
+        postgresql_where=text("origin IS NOT NULL AND removed_at IS NULL"),
+    ),
+    Index("webhooks_disabled", "id", postgresql_where=text("state = 'disabled'")),
     comment="Endpoints of tenants that are told of events.",
 )
 
@@ -861,6 +876,7 @@ webhook_deliveries = Table(
         comment="an attempt may be in progress until then",
     ),
     _moment("created_at", now=True),
+    Column("url", Text, comment="the job's address; null: the endpoint's"),
     UniqueConstraint("webhook_id", "message_id"),
     CheckConstraint(
         _one_of("state", ["pending", "retrying", "succeeded", "dead", "dropped"]), name="state"
@@ -878,7 +894,18 @@ webhook_deliveries = Table(
     ),
     Index("webhook_deliveries_log", "webhook_id", "id"),
     Index("webhook_deliveries_age", "created_at"),
+    Index("webhook_deliveries_job", "job_id", "id", postgresql_where=text("job_id IS NOT NULL")),
     comment="Messages, one row for each endpoint that gets it.",
+)
+
+job_webhooks = Table(
+    "job_webhooks",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("webhook_id", Uuid, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("kinds", ARRAY(Text), nullable=False),
+    comment="Addresses that jobs name, to be told of them.",
 )
 
 webhook_attempts = Table(

@@ -206,7 +206,9 @@ WITH control_images AS (
 ), device_use AS (
     DELETE FROM device_use WHERE tenant_id = :id
 )
-UPDATE tenants SET emptied_at = clock_timestamp() WHERE id = :id
+UPDATE tenants
+SET emptied_at = clock_timestamp(), webhook_secret = NULL, webhook_secret_before = NULL
+WHERE id = :id
 """)
 
 

@@ -43,12 +43,12 @@ PER_ENDPOINT = 8
 
 COLUMNS = """
 id, tenant_id, url, kinds, labels, description, state, disabled_because, created_at, failures,
-failing_since, last_success_at, parked_until
+failing_since, last_success_at, parked_until, origin
 """
 
 INSERT = text(f"""
-INSERT INTO webhooks (id, tenant_id, url, kinds, labels, description, secret)
-VALUES (:id, :tenant_id, :url, :kinds, CAST(:labels AS jsonb), :description, :secret)
+INSERT INTO webhooks (id, tenant_id, url, kinds, labels, description, secret, origin)
+VALUES (:id, :tenant_id, :url, :kinds, CAST(:labels AS jsonb), :description, :secret, :origin)
 RETURNING {COLUMNS}
 """)  # noqa: S608 - constants only
 
@@ -56,7 +56,7 @@ RETURNING {COLUMNS}
 COUNT = text("""
 WITH locked AS MATERIALIZED (SELECT FROM tenants WHERE id = :tenant_id FOR NO KEY UPDATE)
 SELECT count(*) FROM locked LEFT JOIN webhooks w ON w.tenant_id = :tenant_id
-WHERE w.removed_at IS NULL AND w.id IS NOT NULL
+WHERE w.removed_at IS NULL AND w.id IS NOT NULL AND (w.origin IS NOT NULL) = :named
 """)
 
 LIST = text(f"""
@@ -118,24 +118,35 @@ ORDER BY e.id
 OF_TENANTS = text(f"""
 SELECT {COLUMNS} FROM webhooks
 WHERE tenant_id = ANY(CAST(:ids AS uuid[])) AND state <> 'disabled' AND removed_at IS NULL
+  AND origin IS NULL
 """)  # noqa: S608 - constants only
 
 # A dropped message is sent after all, if its tenant asks for it again.
 ADD = text("""
-INSERT INTO webhook_deliveries AS d (webhook_id, message_id, kind, job_id, body)
-SELECT r.id, m.message_id, m.kind, m.job_id, decode(m.body, 'base64')
+INSERT INTO webhook_deliveries AS d (webhook_id, url, message_id, kind, job_id, body)
+SELECT r.id, r.url, m.message_id, m.kind, m.job_id, decode(m.body, 'base64')
 FROM jsonb_to_recordset(CAST(:messages AS jsonb)) AS m (
-    webhook_ids uuid[], message_id text, kind text, job_id uuid, body text)
-CROSS JOIN LATERAL unnest(m.webhook_ids) AS r (id)
+    receivers jsonb, message_id text, kind text, job_id uuid, body text)
+CROSS JOIN LATERAL jsonb_to_recordset(m.receivers) AS r (id uuid, url text)
 ON CONFLICT (webhook_id, message_id) DO UPDATE
 SET state = 'pending', tries = 0, next_at = clock_timestamp()
 WHERE d.state = 'dropped' AND :again
 """)
 
-# Endpoints take turns. A failing one gets one attempt at a time, whichever courier makes it.
+# Endpoints take turns. A failing one gets one attempt at a time, whichever courier makes it. Only
+# endpoints with waiting deliveries are looked at: a step of `waiting` skips to the next of them.
 CLAIM = text(f"""
-WITH chosen AS MATERIALIZED (
-    SELECT w.id, w.failures, w.served_at FROM webhooks w
+WITH RECURSIVE waiting AS (
+    (SELECT webhook_id AS id FROM webhook_deliveries
+     WHERE state IN ('pending', 'retrying') ORDER BY webhook_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT d.webhook_id FROM webhook_deliveries d
+            WHERE d.state IN ('pending', 'retrying') AND d.webhook_id > p.id
+            ORDER BY d.webhook_id LIMIT 1)
+    FROM waiting p WHERE p.id IS NOT NULL
+), chosen AS MATERIALIZED (
+    SELECT w.id, w.failures, w.served_at FROM waiting p
+    CROSS JOIN LATERAL (SELECT * FROM webhooks w WHERE w.id = p.id LIMIT 1) w
     WHERE w.state = 'enabled' AND w.removed_at IS NULL
       AND w.tenant_id <> ALL(CAST(:busy AS uuid[]))
       AND (w.parked_until IS NULL OR w.parked_until <= clock_timestamp())
@@ -179,16 +190,19 @@ SET leased_until = clock_timestamp() + make_interval(secs => {LEASE_SECONDS:g})
 FROM due JOIN webhooks w ON w.id = due.id
 WHERE d.id = due.delivery_id
 RETURNING d.id, d.webhook_id, w.tenant_id, d.message_id, d.kind, d.body, d.tries,
-          d.leased_until, w.url, w.secret,
+          d.leased_until, coalesce(d.url, w.url) AS url, w.secret,
           CASE WHEN w.before_until > clock_timestamp() THEN w.secret_before END AS secret_before,
           due.failures >= {PARKING_FAILURES} AS parked
 """)  # noqa: S608 - constants only
 
 # Fenced by the lease. Failures of a parked endpoint use up no tries: they say nothing of a message.
-# Attempts that began before it was parked do not park it for longer.
+# Attempts that began before it was parked do not park it for longer. A 410 is about the address: it
+# disables an endpoint, but not the server of an address that a job named.
 RECORD = text(f"""
 WITH before AS MATERIALIZED (
-    SELECT id, failures, state FROM webhooks WHERE id = :webhook_id FOR NO KEY UPDATE
+    SELECT id, failures, state, :drop AND origin IS NULL AS disables,
+           :counts AND NOT (:drop AND origin IS NOT NULL) AS counts
+    FROM webhooks WHERE id = :webhook_id FOR NO KEY UPDATE
 ), delivered AS (
     UPDATE webhook_deliveries d
     SET state = CASE WHEN :succeeded THEN 'succeeded' WHEN :drop THEN 'dropped'
@@ -208,21 +222,21 @@ WITH before AS MATERIALIZED (
 )
 UPDATE webhooks w
 SET failures = CASE WHEN :succeeded THEN 0
-                    WHEN :counts AND (:probe OR b.failures < {PARKING_FAILURES})
+                    WHEN b.counts AND (:probe OR b.failures < {PARKING_FAILURES})
                     THEN b.failures + 1 ELSE b.failures END,
     failing_since = CASE WHEN :succeeded THEN NULL
                          ELSE coalesce(w.failing_since, clock_timestamp()) END,
     last_success_at = CASE WHEN :succeeded THEN clock_timestamp() ELSE w.last_success_at END,
     parked_until = CASE
         WHEN :succeeded THEN NULL
-        WHEN :probe OR :counts AND b.failures + 1 = {PARKING_FAILURES}
+        WHEN :probe OR b.counts AND b.failures + 1 = {PARKING_FAILURES}
         THEN clock_timestamp() + make_interval(secs => greatest(
             CAST(:wait_seconds AS float), CAST(:pace AS float) * least(
                 {LONGEST_PARKED_SECONDS:g},
                 {PARKED_SECONDS:g} * 2.0 ^ least(b.failures + 1 - {PARKING_FAILURES}, 10))))
         ELSE w.parked_until END,
-    state = CASE WHEN :drop THEN 'disabled' ELSE w.state END,
-    disabled_because = CASE WHEN :drop THEN :error ELSE w.disabled_because END
+    state = CASE WHEN b.disables THEN 'disabled' ELSE w.state END,
+    disabled_because = CASE WHEN b.disables THEN :error ELSE w.disabled_because END
 FROM before b, delivered
 WHERE w.id = b.id AND w.removed_at IS NULL
 RETURNING w.tenant_id, w.failures, b.failures AS failures_before, w.state, b.state AS state_before
@@ -284,7 +298,7 @@ DELETE FROM webhooks w WHERE w.removed_at IS NOT NULL
 # A list leaves the bodies out: a page of them may have megabytes.
 DELIVERY = """
 SELECT d.id, d.webhook_id, d.message_id, d.kind, d.job_id, d.state, d.tries, d.next_at,
-       d.created_at, {body} AS body, coalesce((
+       d.created_at, d.url, {body} AS body, coalesce((
            SELECT jsonb_agg(jsonb_build_object('number', a.number, 'at', a.at, 'milliseconds',
                   a.milliseconds, 'status', a.status, 'error', a.error, 'answer', a.answer)
                   ORDER BY a.number)
@@ -296,6 +310,12 @@ DELIVERIES = text(f"""
 {DELIVERY.format(body="CAST(NULL AS bytea)")}
 WHERE d.webhook_id = :webhook_id AND (CAST(:after AS bigint) IS NULL OR d.id < :after)
   AND (CAST(:state AS text) IS NULL OR d.state = :state)
+ORDER BY d.id DESC LIMIT :limit
+""")
+
+OF_JOB = text(f"""
+{DELIVERY.format(body="CAST(NULL AS bytea)")}
+WHERE d.job_id = :job_id AND (CAST(:after AS bigint) IS NULL OR d.id < :after)
 ORDER BY d.id DESC LIMIT :limit
 """)
 
@@ -327,6 +347,8 @@ class WebhookRow(NamedTuple):
     failing_since: datetime | None
     last_success_at: datetime | None
     parked_until: datetime | None
+    origin: str | None
+    """Server whose addresses jobs name. None: its tenant created the endpoint."""
 
 
 class Claimed(NamedTuple):
@@ -361,6 +383,8 @@ class DeliveryRow(NamedTuple):
     tries: int
     next_at: datetime
     created_at: datetime
+    url: str | None
+    """The address that its job named. None: the endpoint's."""
     body: bytes | None
     """None in a list."""
     attempts: list[dict[str, object]]
@@ -385,8 +409,12 @@ def insert_webhook(
     labels: Mapping[str, str],
     description: str,
     secret: bytes,
+    origin: str | None = None,
 ) -> WebhookRow:
-    """Store an endpoint. It is told of events from now on."""
+    """Store an endpoint. It is told of events from now on. With `origin` only of jobs that name it.
+
+    The secret of one with `origin` is set by `job_webhooks.copy_secret`.
+    """
     values = {
         "id": uuid.uuid4(),
         "tenant_id": tenant_id,
@@ -395,13 +423,15 @@ def insert_webhook(
         "labels": json.dumps(dict(labels)),
         "description": description,
         "secret": secret,
+        "origin": origin,
     }
     return rows_of(connection.execute(INSERT, values), WebhookRow)[0]
 
 
-def count_webhooks(connection: Connection, tenant_id: uuid.UUID) -> int:
-    """Count a tenant's endpoints."""
-    return int(connection.execute(COUNT, {"tenant_id": tenant_id}).scalar_one())
+def count_webhooks(connection: Connection, tenant_id: uuid.UUID, *, named: bool = False) -> int:
+    """Count a tenant's endpoints: those that it created, or the servers that its jobs name."""
+    values = {"tenant_id": tenant_id, "named": named}
+    return int(connection.execute(COUNT, values).scalar_one())
 
 
 def list_webhooks(connection: Connection, tenant_id: uuid.UUID) -> list[WebhookRow]:
@@ -485,7 +515,7 @@ def take_events(connection: Connection, limit: int) -> list[EventRow]:
 
 
 def webhooks_of(connection: Connection, tenant_ids: Collection[uuid.UUID]) -> list[WebhookRow]:
-    """Read the endpoints of some tenants that are not disabled."""
+    """Read the endpoints that some tenants created and that are not disabled."""
     return rows_of(connection.execute(OF_TENANTS, {"ids": arrays.ids(tenant_ids)}), WebhookRow)
 
 
@@ -572,6 +602,14 @@ def deliveries_of(
     """Read a page of an endpoint's deliveries, newest first."""
     values = {"webhook_id": webhook_id, "limit": limit, "after": after, "state": state}
     return rows_of(connection.execute(DELIVERIES, values), DeliveryRow)
+
+
+def deliveries_of_job(
+    connection: Connection, job_id: uuid.UUID, *, limit: int, after: int | None = None
+) -> list[DeliveryRow]:
+    """Read a page of the deliveries about a job to all endpoints, newest first."""
+    values = {"job_id": job_id, "limit": limit, "after": after}
+    return rows_of(connection.execute(OF_JOB, values), DeliveryRow)
 
 
 def get_delivery(connection: Connection, tenant_id: uuid.UUID, delivery_id: int) -> DeliveryRow:

@@ -18,6 +18,7 @@ from farm.local import Servers
 from farm.store import (
     events,
     frames,
+    job_webhooks,
     jobs,
     lanes,
     leases,
@@ -34,7 +35,7 @@ from tests.support.databases import Databases
 from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
-LARGE |= {"webhook_deliveries"}
+LARGE |= {"job_webhooks", "webhooks", "webhook_deliveries"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -62,13 +63,20 @@ WITH idle AS (
 )
 INSERT INTO shares (pipeline, tenant_id, used, priority, retry_at)
 SELECT 'demo', id, 0, NULL, NULL FROM idle;
+INSERT INTO webhooks (id, tenant_id, url, kinds, labels, description, secret, origin)
+SELECT gen_random_uuid(), t.id, 'https://' || t.name || '.example', '{}', '{}', '', '\\x00',
+       'https://' || t.name || '.example'
+FROM tenants t WHERE t.name LIKE 'idle %';
+INSERT INTO job_webhooks (job_id, webhook_id, url, kinds)
+SELECT id, gen_random_uuid(), 'https://shop.example/', '{job.*}' FROM jobs;
 WITH hook AS (
     INSERT INTO webhooks (id, tenant_id, url, kinds, labels, description, secret)
     VALUES (gen_random_uuid(), :tenant, 'https://shop.example/', '{job.*}', '{}', '', '\\x00')
     RETURNING id
 )
-INSERT INTO webhook_deliveries (webhook_id, message_id, kind, body, state)
-SELECT id, 'msg_' || n, 'job.failed', '\\x00', CASE n % 100 WHEN 0 THEN 'pending' ELSE 'dead' END
+INSERT INTO webhook_deliveries (webhook_id, message_id, kind, job_id, body, state)
+SELECT id, 'msg_' || n, 'job.failed', gen_random_uuid(), '\\x00',
+       CASE n % 100 WHEN 0 THEN 'pending' ELSE 'dead' END
 FROM hook, generate_series(1, 50000) n;
 """
 
@@ -76,6 +84,7 @@ UNPACKING = {
     "unnest",
     "jsonb_array_elements",
     "json_array_elements_text",
+    "json_to_record",
     "json_to_recordset",
     "generate_series",
 }
@@ -197,6 +206,15 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "newest event": (events.NEWEST_OF_JOB, {"job_id": uuid.UUID(int=1)}),
     "claim deliveries": (webhooks.CLAIM, {"busy": [uuid.UUID(int=3)], "limit": 100}),
     "take events": (webhooks.TAKE_EVENTS, {"limit": 100, "with_images": True}),
+    "deliveries about a job": (
+        webhooks.OF_JOB,
+        {"job_id": uuid.UUID(int=1), "after": None, "limit": 51},
+    ),
+    "server that a job names": (
+        job_webhooks.FIND,
+        {"tenant_id": uuid.UUID(int=3), "origin": "https://shop.example"},
+    ),
+    "addresses of jobs": (job_webhooks.OF_JOBS, {"ids": [uuid.UUID(int=1)]}),
     "old deliveries": (webhooks.PRUNE, {"days": 30, "limit": 1000}),
     "dropped deliveries": (webhooks.DROP_DISABLED, {"limit": 1000}),
     "steps": (leases.STEPS, {"ids": [uuid.UUID(int=1)]}),

@@ -78,6 +78,13 @@ def change(
         fields = {**fields, "kinds": _kinds(fields["kinds"])}
     with transaction(farm.store) as connection:
         before = stored.get_webhook(connection, tenant_id, webhook_id, lock=True)
+        fixed = next((name for name in fields if name in ("url", "kinds", "labels")), None)
+        if before.origin is not None and fixed:
+            raise InvalidRequest(
+                f"{fixed}: jobs name the addresses of this server, so it cannot be changed. "
+                "Submit jobs with another `webhook`.",
+                param=fixed,
+            )
         return stored.update_webhook(connection, before, before._replace(**fields))
 
 
@@ -137,7 +144,9 @@ def replay(
         with transaction(farm.store) as connection:
             found = of_tenants(connection, {tenant_id: place}, readable, limit=REPLAYED_AT_ONCE)
             chosen = [event for event in found if since <= event.at < until]
-            queued += messages.add(farm, connection, chosen, [endpoint], again=True)
+            queued += messages.add(
+                farm, connection, chosen, [endpoint], only=endpoint.id, again=True
+            )
         if len(found) < REPLAYED_AT_ONCE:
             return Replayed(queued, None)
         place = found[-1].xid, found[-1].id

@@ -22,6 +22,7 @@ from farm.store import queries, signing_secrets
 from farm.store import webhooks as stored
 from farm.store.engine import Transaction, is_outage, transaction
 from farm.store.events import EventRow
+from farm.store.job_webhooks import webhooks_of_jobs
 from farm.store.queries import JobRow
 from farm.store.specs import frame_identities
 from farm.store.webhooks import WebhookRow
@@ -60,6 +61,8 @@ def make_messages(farm: Farm) -> int:
 def _make(farm: Farm, limit: int) -> int:
     with transaction(farm.store) as connection:
         events = stored.take_events(connection, limit)
+        if not events:
+            return 0
         endpoints = stored.webhooks_of(connection, {event.tenant_id for event in events})
         try:
             with connection.begin_nested():
@@ -78,22 +81,34 @@ def add(
     events: Sequence[EventRow],
     endpoints: Sequence[WebhookRow],
     *,
+    only: uuid.UUID | None = None,
     again: bool = False,
 ) -> int:
-    """Add the messages about some events for some endpoints. Return the number of new deliveries.
+    """Add the messages about some events for those who want them. Return the number of deliveries.
 
     Args:
         farm: the farm.
         connection: in a transaction.
         events: the events.
-        endpoints: those that may want them.
+        endpoints: those that tenants created, and that may want them.
+        only: the one endpoint to send to. None: also to the addresses that jobs name.
         again: True to send messages again that were dropped.
     """
+    of_jobs = webhooks_of_jobs(connection, {event.job_id for event in events if event.job_id})
+
+    def receivers_of(event: EventRow, kind: str) -> list[dict[str, str | None]]:
+        found = [
+            {"id": str(each.id), "url": None} for each in endpoints if _wants(each, event, kind)
+        ]
+        named = of_jobs.get(event.job_id) if event.job_id else None
+        if named and is_in(kind, named.kinds) and only in (None, named.webhook_id):
+            found.append({"id": str(named.webhook_id), "url": named.url})
+        return found
+
     wanted = [
         (event, kind, receivers)
         for event in events
-        if (kind := kind_of(event)) is not None
-        and (receivers := [str(each.id) for each in endpoints if _wants(each, event, kind)])
+        if (kind := kind_of(event)) is not None and (receivers := receivers_of(event, kind))
     ]
     if not wanted:
         return 0
@@ -102,7 +117,7 @@ def add(
     added, texts = 0, list[str]()
     for event, kind, receivers in wanted:
         message = {
-            "webhook_ids": receivers,
+            "receivers": receivers,
             "message_id": f"msg_{event.id}",
             "kind": kind,
             "job_id": str(event.job_id) if event.job_id else None,
@@ -134,6 +149,7 @@ def _wants(endpoint: WebhookRow, event: EventRow, kind: str) -> bool:
     own = event.data.get("webhook") == str(endpoint.id)
     return (
         endpoint.tenant_id == event.tenant_id
+        and endpoint.origin is None
         and not own  # that it fails, it is not told by itself
         and is_in(kind, endpoint.kinds)
         and endpoint.labels.items() <= (event.labels or {}).items()
