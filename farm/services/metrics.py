@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from farm.context import Farm
 from farm.domain.spec import Priority
-from farm.store import histograms, lanes, queries, tenants, workers
+from farm.store import histograms, lanes, queries, tenants, webhooks, workers
 from farm.store.engine import reads, transaction
 from farm.store.lanes import LaneDepth
 from farm.store.workers import WorkerSums
@@ -76,6 +76,7 @@ def _lane_metrics(farm: Farm) -> Iterator[Metric]:
         sums = {row.pipeline: row for row in workers.sums(connection)}
         states = {(row.pipeline, row.state): row.number for row in workers.states(connection)}
         database = queries.database_bytes(connection)
+        lag = webhooks.lag(connection)
     pipelines = sorted({*farm.catalog.pipelines, *sums, *(row.pipeline for row in depths)})
     yield from _queues(pipelines, depths)
     yield _counter(sums, "farm_frames", "Attempts by outcome", "outcome", OUTCOMES)
@@ -92,6 +93,9 @@ def _lane_metrics(farm: Farm) -> Iterator[Metric]:
     yield alive
     yield GaugeMetricFamily(
         "farm_database_bytes", "Disk space of the farm's tables", value=database
+    )
+    yield GaugeMetricFamily(
+        "farm_webhook_lag_seconds", "Time for which the couriers' oldest work has waited", value=lag
     )
 
 

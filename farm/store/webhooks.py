@@ -133,10 +133,9 @@ SET state = 'pending', tries = 0, next_at = clock_timestamp()
 WHERE d.state = 'dropped' AND :again
 """)
 
-# Endpoints take turns. A failing one gets one attempt at a time, whichever courier makes it. Only
-# endpoints with waiting deliveries are looked at: a step of `waiting` skips to the next of them.
-CLAIM = text(f"""
-WITH RECURSIVE waiting AS (
+# The endpoints with waiting deliveries. Each step skips to the next of them.
+WAITING = """
+waiting AS (
     (SELECT webhook_id AS id FROM webhook_deliveries
      WHERE state IN ('pending', 'retrying') ORDER BY webhook_id LIMIT 1)
     UNION ALL
@@ -144,7 +143,12 @@ WITH RECURSIVE waiting AS (
             WHERE d.state IN ('pending', 'retrying') AND d.webhook_id > p.id
             ORDER BY d.webhook_id LIMIT 1)
     FROM waiting p WHERE p.id IS NOT NULL
-), chosen AS MATERIALIZED (
+)
+"""
+
+# Endpoints take turns. A failing one gets one attempt at a time, whichever courier makes it.
+CLAIM = text(f"""
+WITH RECURSIVE {WAITING}, chosen AS MATERIALIZED (
     SELECT w.id, w.failures, w.served_at FROM waiting p
     CROSS JOIN LATERAL (SELECT * FROM webhooks w WHERE w.id = p.id LIMIT 1) w
     WHERE w.state = 'enabled' AND w.removed_at IS NULL
@@ -193,6 +197,25 @@ RETURNING d.id, d.webhook_id, w.tenant_id, d.message_id, d.kind, d.body, d.tries
           d.leased_until, coalesce(d.url, w.url) AS url, w.secret,
           CASE WHEN w.before_until > clock_timestamp() THEN w.secret_before END AS secret_before,
           due.failures >= {PARKING_FAILURES} AS parked
+""")  # noqa: S608 - constants only
+
+# An endpoint that has waited since its last attempt, though something is due and it is not parked.
+LAG = text(f"""
+WITH RECURSIVE {WAITING}
+SELECT extract(epoch FROM clock_timestamp() - least(
+    (SELECT at FROM (SELECT event_id FROM webhook_events ORDER BY event_id LIMIT 1) w
+     CROSS JOIN LATERAL (SELECT at FROM events e WHERE e.id = w.event_id LIMIT 1) e),
+    (SELECT min(greatest(d.next_at, w.served_at)) FROM waiting p
+     CROSS JOIN LATERAL (SELECT * FROM webhooks w WHERE w.id = p.id LIMIT 1) w
+     CROSS JOIN LATERAL (
+         SELECT d.next_at FROM webhook_deliveries d
+         WHERE d.webhook_id = w.id AND d.state IN ('pending', 'retrying')
+           AND (d.leased_until IS NULL OR d.leased_until <= clock_timestamp())
+         ORDER BY d.next_at LIMIT 1
+     ) d
+     WHERE w.state = 'enabled' AND w.removed_at IS NULL AND d.next_at <= clock_timestamp()
+       AND (w.parked_until IS NULL OR w.parked_until <= clock_timestamp()))
+))
 """)  # noqa: S608 - constants only
 
 # Fenced by the lease. Failures of a parked endpoint use up no tries: they say nothing of a message.
@@ -539,6 +562,15 @@ def claim(connection: Connection, busy: Collection[uuid.UUID], limit: int) -> li
         limit: number of deliveries.
     """
     return rows_of(connection.execute(CLAIM, {"busy": arrays.ids(busy), "limit": limit}), Claimed)
+
+
+def lag(connection: Connection) -> float:
+    """Return the time for which a courier's oldest work has waited, in seconds. 0: nothing waits.
+
+    What waits for a receiver, that is parked or slow, does not count.
+    """
+    waited = connection.execute(LAG).scalar_one()
+    return max(0.0, float(waited or 0.0))
 
 
 def record(

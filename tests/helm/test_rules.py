@@ -100,6 +100,12 @@ CASES = [
         at="120m",
     ),
     Case(
+        "FarmWebhooksWait",
+        {"farm_webhook_lag_seconds": "0+60x60"},
+        {"farm_webhook_lag_seconds": "90x60"},
+        labels="{}",
+    ),
+    Case(
         "FarmDatabaseGrows",
         {"farm_database_bytes": "1000000+100000x900"},
         {"farm_database_bytes": "1000000+1x900"},

@@ -205,6 +205,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "newest event": (events.NEWEST_OF_JOB, {"job_id": uuid.UUID(int=1)}),
     "claim deliveries": (webhooks.CLAIM, {"busy": [uuid.UUID(int=3)], "limit": 100}),
+    "lag of couriers": (webhooks.LAG, {}),
     "take events": (webhooks.TAKE_EVENTS, {"limit": 100, "with_images": True}),
     "deliveries about a job": (
         webhooks.OF_JOB,

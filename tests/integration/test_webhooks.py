@@ -25,11 +25,14 @@ import psycopg
 import pytest
 from standardwebhooks import Webhook
 
+from farm.cli.commands import doctor_checks
 from farm.context import Farm
+from farm.errors import FarmError
+from farm.services.metrics import render_metrics
 from farm.services.webhooks.messages import make_messages, sample
 from farm.services.webhooks.sending import Answer
 from farm.store import webhooks as stored
-from farm.store.engine import transaction
+from farm.store.engine import reads, transaction
 from farm.store.tenants import remove_tenant
 from tests.integration.test_api_refusals import check_problem
 from tests.integration.test_events import told
@@ -482,6 +485,38 @@ def test_many_deliveries_to_a_dead_endpoint_delay_nobody(
         late.append(came.at - committed)
     hanging.set()
     assert sorted(late)[18] < 1.0, "the 95th percentile"
+
+
+def test_the_lag_is_what_couriers_leave_undone(api: Api, receiver: Receiver) -> None:
+    def lag() -> float:
+        with reads(api.farm.store) as connection:
+            return stored.lag(connection)
+
+    ann = api.client("ann")
+    endpoint(ann, receiver.url)
+    assert lag() == 0
+    ended_job(api, ann)
+    sql(api.farm, "UPDATE events SET at = at - interval '90 s'")
+    assert 89 < lag() < 120, "an event without its message"
+    make_messages(api.farm)
+    sql(api.farm, "UPDATE webhook_deliveries SET next_at = next_at - interval '70 s'")
+    assert 69 < lag() < 100, "a message without an attempt"
+    for column, value in (
+        ("served_at", "clock_timestamp()"),  # a slow receiver is tried all the time
+        ("parked_until", "clock_timestamp() + interval '1 h'"),
+        ("state", "'paused'"),
+    ):
+        sql(api.farm, "UPDATE webhooks SET served_at = NULL, parked_until = NULL")
+        assert lag() > 69
+        sql(api.farm, f"UPDATE webhooks SET {column} = {value}")
+        assert lag() < 10, column
+    sql(api.farm, "UPDATE webhooks SET state = 'enabled'")
+    with pytest.raises(FarmError, match="no courier is alive"):
+        doctor_checks._courier(api.farm.store)
+    assert b"farm_webhook_lag_seconds 7" in render_metrics(api.farm)
+    with couriering(api.farm):
+        wait_until(lambda: receiver.requests and lag() == 0, 10, "it is sent")
+    assert doctor_checks._courier(api.farm.store)
 
 
 def test_a_message_of_a_killed_courier_is_sent_again(api: Api, receiver: Receiver) -> None:

@@ -22,8 +22,15 @@ from farm.pipelines.resolve import resolve_pipeline, uses_gpu
 from farm.pipelines.runtime.devices import device_name, device_of
 from farm.pipelines.runtime.gpus import Gpu, device_bytes, list_gpus
 from farm.storage import Artifacts
-from farm.store import workers
-from farm.store.engine import Store, require_sessions, server_clock, server_place, transaction
+from farm.store import webhooks, workers
+from farm.store.engine import (
+    Store,
+    reads,
+    require_sessions,
+    server_clock,
+    server_place,
+    transaction,
+)
 from farm.store.leadership import leadership
 from farm.store.migrate import require_schema
 
@@ -92,6 +99,7 @@ def all_checks(settings: Settings, store: Store) -> Iterator[Check]:
     yield Check("s3", partial(_s3, settings), f"{up} {aws}.")
     yield Check("api", partial(_api, settings), f"{up} FARM_API_URL and FARM_API_KEY.")
     yield Check("janitor", partial(_janitor, store), "Start one: `farm janitor`.", "postgres")
+    yield Check("courier", partial(_courier, store), "Start one: `farm courier`.", "schema")
     yield Check("torch", _torch, "Install the farm again, with constraints.txt.")
     catalog = "Set FARM_PIPELINES to your catalog, for example pipelines.toml."
     yield Check("catalog", partial(_catalog, settings), catalog)
@@ -181,6 +189,18 @@ def _janitor(store: Store) -> str:
         if lead is not None:
             raise FarmError("No janitor is alive, so lost frames are not rendered again.")
     return "one is active"
+
+
+COURIER_SECONDS = 60.0
+"""Time after which work that waits for a courier shows that none is alive, in seconds."""
+
+
+def _courier(store: Store) -> str:
+    with reads(store) as connection:
+        lag = webhooks.lag(connection)
+    if lag > COURIER_SECONDS:
+        raise FarmError(f"Messages to webhooks have waited {duration(lag)}: no courier is alive.")
+    return "no message waits for one"
 
 
 def _torch() -> str:
