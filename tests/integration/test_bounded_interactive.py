@@ -151,9 +151,9 @@ def test_others_work_goes_on_while_one_tenant_sends_long_interactive_batches(
     """A batch of 64 frames with 300 steps takes 300 s."""
     tenants.submit("flood", priority="interactive", bucket=64, steps=300, images_per_prompt=10_000)
     tenants.submit("steady", bucket=4, images_per_prompt=10_000)
-    tenants.every, tenants.until = 37.0, 3000.0
+    tenants.every, tenants.until = 37.0, 1500.0
     assembly.loop.run()
-    assert len(tenants.waits()) > 70
+    assert len(tenants.waits()) > 35
     assert max(tenants.waits()) <= 10.0
     # a batch that is not owed yet, and one that is on the device
     assert device.owed("steady") < 2 * 4 * 20 / BUCKET
@@ -166,10 +166,10 @@ def test_others_work_goes_on_while_one_tenant_sends_short_interactive_batches(
     """They interrupt, so the normal batch is on the device all the time."""
     tenants.submit("flood", priority="interactive", bucket=12, images_per_prompt=10_000)
     tenants.submit("steady", bucket=8, steps=100, images_per_prompt=10_000)
-    tenants.every, tenants.until = 34.0, 2000.0
+    tenants.every, tenants.until = 34.0, 900.0
     tenants.short_work_waits = True
     assembly.loop.run()
-    assert len(tenants.waits()) > 50
+    assert len(tenants.waits()) > 22
     assert max(tenants.waits()) <= 10.0
     assert device.owed("steady") < 2 * 8 * 100 / BUCKET
     assert device.used["flood"] > 0.8 * device.now

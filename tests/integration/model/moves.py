@@ -33,6 +33,7 @@ ALSO_EMPTIED = (
     "shares",
     "job_prompts",
     "perceptual_hashes",
+    "job_webhooks",
 )
 
 JOB_IDS: Bundle[uuid.UUID] = Bundle("job_ids")
