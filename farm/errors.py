@@ -34,6 +34,10 @@ class FarmError(Exception):
     code = "internal_error"
     status = 500
     retryable = False
+    request_id: str | None = None
+    """In a client: ID of the call in the logs of the API."""
+    idempotency_key: str | None = None
+    """In a client: key of the submission that failed. With it, the same job can be sent again."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

@@ -154,6 +154,7 @@ def test_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         "s3": False,
         "api": False,
         "janitor": None,
+        "courier": None,
         "torch": True,
         "catalog": False,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -71,6 +72,12 @@ def handler(script: Script) -> Callable[..., BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def script() -> Iterator[Script]:
+    with serving_script() as running:
+        yield running
+
+
+@contextmanager
+def serving_script() -> Iterator[Script]:
     script = Script()
     with ThreadingHTTPServer(("127.0.0.1", 0), handler(script)) as server:
         script.url = f"http://127.0.0.1:{server.server_port}"
@@ -128,7 +135,7 @@ def test_503_is_tried_again_with_the_same_idempotency_key(
 
 
 def test_patience_ends(script: Script, client: FarmClient) -> None:
-    client.patience_seconds = 1.5
+    client.farm.server.patience_seconds = 1.5
     script.tell(503, problem(503, "unavailable", "Postgres does not answer."))
     with pytest.raises(Unavailable, match="Postgres does not answer"):
         client.job(JOB)

@@ -7,16 +7,16 @@ from PIL import Image, ImageFont
 from rich.console import Console
 from rich.markup import escape
 
-from farm.cli.client.objects import Batch, Job, Worker
 from farm.cli.commands.doctor import marks
 from farm.cli.commands.get import picture_name
 from farm.cli.commands.workers import doing
 from farm.cli.terminal.console import clean, columns, note, one_line, say, show_table, tail
 from farm.cli.terminal.contact_sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
 from farm.cli.terminal.job_progress import Bar, Lines, busyness, detail, finished, headline, summary
+from farm.client.objects import Batch, JobData, Worker
 from farm.humanize import pace, percent, size
 
-JOB: Job = {
+JOB: JobData = {
     "id": "4f2a81c3-0000-4000-8000-000000000000",
     "pipeline": "demo",
     "status": "running",
@@ -27,6 +27,7 @@ JOB: Job = {
     "progress": 0.01,
     "pace": 0.5,
     "eta_seconds": 90.0,
+    "labels": {},
     "bytes": 0,
     "failures": {},
     "waiting_because": None,
@@ -94,15 +95,15 @@ def test_the_last_column_alone_gives_way() -> None:
 def test_a_job_in_words() -> None:
     assert finished(JOB) == 12
     assert headline(JOB).plain == "running  12/1,200  30.0 frames/min  1 min 30 s left"
-    unknown: Job = {**JOB, "paused": True, "pace": None, "eta_seconds": None}
+    unknown: JobData = {**JOB, "paused": True, "pace": None, "eta_seconds": None}
     assert headline(unknown).plain == "paused  12/1,200"
     assert detail(JOB) == "1,180 waiting, 8 running, 11 succeeded, 1 dead"
-    stored: Job = {**JOB, "bytes": 4096, "failures": {"worker_lost": 3, "render_error": 1}}
+    stored: JobData = {**JOB, "bytes": 4096, "failures": {"worker_lost": 3, "render_error": 1}}
     assert detail(stored).endswith(
         "1 dead, 4.0 KiB. failed attempts: 3 worker lost, 1 render error"
     )
     assert detail({**JOB, "waiting_because": "It is paused."}).endswith("1 dead. It is paused.")
-    ended: Job = {**JOB, "status": "partial", "finished_at": "2026-01-01T00:00:12Z"}
+    ended: JobData = {**JOB, "status": "partial", "finished_at": "2026-01-01T00:00:12Z"}
     assert summary(ended) == "partial: 11 of 1,200 frames in 12 s (1 dead)"
     assert summary({**JOB, "status": "cancelled", "started_at": None}) == (
         "cancelled: 11 of 1,200 frames (1 dead)"

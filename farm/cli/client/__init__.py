@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
 
-DATA = "farm-data"
-"""Default data folder of `farm up` and `farm demo`."""
-
 
 def farm_client() -> FarmClient:
     """Open a client for the farm in the settings. Heavy modules are imported only here."""

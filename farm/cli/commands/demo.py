@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.client import DATA
 from farm.cli.terminal.console import out, program, say
 from farm.cli.terminal.exit_codes import INTERRUPTED, exit_as
 from farm.cli.terminal.signals import interrupted_by_signals
+from farm.client import DATA
 from farm.errors import FarmError, NotFound
 from farm.humanize import duration, plural
 
 if TYPE_CHECKING:
-    from farm.cli.client.objects import Job
     from farm.cli.commands.demo_farm import FarmHandle
+    from farm.client.objects import JobData
 
 PIPELINE = "demo"
 PROMPTS = (
@@ -79,7 +79,7 @@ def _until_interrupted() -> None:
         return
 
 
-def _render(host: FarmHandle, dest: Path) -> Job:
+def _render(host: FarmHandle, dest: Path) -> JobData:
     from farm.cli.commands.get import download
     from farm.cli.terminal.job_progress import follow, summary
 
@@ -119,7 +119,7 @@ def _check_pipeline(host: FarmHandle) -> None:
         )
 
 
-def _sheet(host: FarmHandle, job: Job, dest: Path) -> Path:
+def _sheet(host: FarmHandle, job: JobData, dest: Path) -> Path:
     """Save the contact sheet in the folder of the pictures, and return its path."""
     from PIL import Image
 

@@ -76,9 +76,9 @@ def _running(data: Path | None) -> Iterator[FarmHandle]:
                 if data is None or time.monotonic() - started > STARTING_SECONDS:
                     raise
                 time.sleep(0.5)
-    out.print(f"Using the running farm: [bold]{client.address.url}[/]")
+    out.print(f"Using the running farm: [bold]{client.farm.server.address.url}[/]")
     with client:
-        yield FarmHandle(client, client.address.url, data, own=False)
+        yield FarmHandle(client, client.farm.server.address.url, data, own=False)
 
 
 def _open(data: Path | None) -> FarmClient:

@@ -22,7 +22,7 @@ from farm.humanize import count, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Export, ExportAsked, ExportFile, Shard
+    from farm.client.objects import Export, ExportAsked, ExportFile, Shard
 
 PATIENCE_SECONDS = 120.0
 LOOK_SECONDS = 1.0
@@ -66,7 +66,7 @@ def export(
     from farm.config import load_settings
 
     with FarmClient.of(load_settings()) as client:
-        client.patience_seconds = PATIENCE_SECONDS
+        client.farm.server.patience_seconds = PATIENCE_SECONDS
         job_id = find_job(client, job_word)
         asked: ExportAsked = {"to": to.value, "shard_frames": shard_frames}
         if dest.startswith("s3://"):

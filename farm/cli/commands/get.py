@@ -22,7 +22,7 @@ from farm.humanize import count, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Frame, Job, Picture
+    from farm.client.objects import Frame, JobData, Picture
 
 PATIENCE_SECONDS = 60.0
 MAX_CONCURRENT_DOWNLOADS = 6
@@ -65,7 +65,7 @@ def get(
     from farm.config import load_settings
 
     with FarmClient.of(load_settings()) as client:
-        client.patience_seconds = PATIENCE_SECONDS
+        client.farm.server.patience_seconds = PATIENCE_SECONDS
         job = client.job(find_job(client, job_word))
         haul = download(client, job, dest)
     if as_json:
@@ -75,7 +75,7 @@ def get(
     exit_as(job)
 
 
-def _tell(job: Job, haul: DownloadResult, dest: Path) -> None:
+def _tell(job: JobData, haul: DownloadResult, dest: Path) -> None:
     kept = f", {count(haul.kept)} already there" if haul.kept else ""
     pictures = plural(haul.pictures, "picture")
     say(f"{pictures} in {dest} ({size(haul.fetched_bytes)} downloaded{kept}).")
@@ -86,7 +86,7 @@ def _tell(job: Job, haul: DownloadResult, dest: Path) -> None:
     note(rest + ("" if job["status"] in TERMINAL else again))
 
 
-def download(client: FarmClient, job: Job, dest: Path) -> DownloadResult:
+def download(client: FarmClient, job: JobData, dest: Path) -> DownloadResult:
     """Download the pictures of a job that are missing in `dest`.
 
     Raises:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import httpx
 
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Image
+    from farm.client.objects import ControlImage
 
 FETCH_SECONDS = 120.0
 """Maximum total time to download a URL, in seconds."""
@@ -100,7 +100,7 @@ def control_field(
     return [{"image": ids.get(word.source, word.source), **word.settings} for word in controls]
 
 
-def upload(client: FarmClient, file: ImageFile) -> Image:
+def upload(client: FarmClient, file: ImageFile) -> ControlImage:
     """Upload a file, and return the image as the API describes it.
 
     Raises:
@@ -155,7 +155,7 @@ def _joined(chunks: Iterable[bytes], source: str, limit: int) -> bytes:
 def _fetched(url: str, limit: int) -> bytes:
     import httpx
 
-    from farm.cli.client.address import LOOPBACK
+    from farm.client.address import LOOPBACK
 
     # A compressed answer could be small and still unpack to more than fits into memory.
     headers = {"User-Agent": f"farm/{__version__}", "Accept-Encoding": "identity"}

@@ -30,7 +30,7 @@ from farm.humanize import ago, count, duration, numbered, pace, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Job, Page
+    from farm.client.objects import JobData, Page
 
 WATCH_PATIENCE_SECONDS = 120.0
 """Maximum time that the farm may not answer during a watch, in seconds."""
@@ -79,7 +79,7 @@ def jobs(
     show_table(_table(found))
 
 
-def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> Page[Job]:
+def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> Page[JobData]:
     """Return one page as the API returns it. Join several pages into one of the same form."""
     from farm.cli.client.http import PAGE
 
@@ -89,7 +89,7 @@ def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> Page[
     return {"data": data, "next": data[-1]["id"] if len(data) == limit else None}
 
 
-def _table(found: list[Job]) -> Table:
+def _table(found: list[JobData]) -> Table:
     names = ("job", "status", "done", "frames", "pipeline", "priority", "submitted", "prompt")
     table = columns(*names, right=("done", "frames"))
     for each in found:
@@ -120,7 +120,7 @@ def job(job_word: JobArgument, as_json: Json = False) -> None:
             _describe_dead(client, found)
 
 
-def _describe(found: Job) -> None:
+def _describe(found: JobData) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_row("job", found["id"])
@@ -153,7 +153,7 @@ def _describe(found: Job) -> None:
     out.print(table)
 
 
-def _describe_dead(client: FarmClient, found: Job) -> None:
+def _describe_dead(client: FarmClient, found: JobData) -> None:
     for frame in client.frames(found["id"], "dead", limit=DEAD_SHOWN):
         say(
             f"frame {frame['ordinal']} is dead: {one_line(frame['error'] or 'no reason', 300)}",
@@ -168,11 +168,11 @@ def watch(job_word: JobArgument, as_json: Json = False) -> None:
         watch_to_end(client, client.job(find_job(client, job_word)), as_json=as_json)
 
 
-def watch_to_end(client: FarmClient, found: Job, *, as_json: bool) -> None:
+def watch_to_end(client: FarmClient, found: JobData, *, as_json: bool) -> None:
     """Follow a job to its end, print its result, and exit with its exit code."""
     from farm.cli.terminal.job_progress import follow, summary
 
-    client.patience_seconds = WATCH_PATIENCE_SECONDS
+    client.farm.server.patience_seconds = WATCH_PATIENCE_SECONDS
     ended = follow(client, found)
     name = short(ended["id"])
     if as_json:

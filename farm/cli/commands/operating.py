@@ -17,7 +17,7 @@ from farm.errors import InvalidRequest
 from farm.humanize import ago, count, duration
 
 if TYPE_CHECKING:
-    from farm.cli.client import objects
+    from farm.client import objects
 
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 

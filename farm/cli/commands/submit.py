@@ -23,7 +23,7 @@ from farm.humanize import count, duration, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Input, Quote
+    from farm.client.objects import Input, Quote
 
 EXAMPLES = """
 Examples:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from farm.cli.client import DATA
 from farm.cli.terminal.console import program
 from farm.cli.terminal.signals import interrupted_by_signals
+from farm.client import DATA
 from farm.errors import InvalidRequest
 
 if TYPE_CHECKING:

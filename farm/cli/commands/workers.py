@@ -14,7 +14,7 @@ from farm.humanize import ago, count, percent
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Worker
+    from farm.client.objects import Worker
 
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
 

@@ -16,7 +16,7 @@ from farm.errors import FarmError, InvalidRequest
 from farm.humanize import count, plural
 
 if TYPE_CHECKING:
-    from farm.cli.client.objects import Pipeline
+    from farm.client.objects import Pipeline
 
 Schema = Mapping[str, Any]
 

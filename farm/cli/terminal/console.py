@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from farm.cli.client.objects import Job
+    from farm.client.objects import JobData
 
 # Emoji codes such as `:star:` are off too: prompts are shown exactly as written.
 SHORT = 8
@@ -88,7 +88,7 @@ def show_table(table: Table) -> None:
     console.print(table)
 
 
-def styled_status(job: Job) -> str:
+def styled_status(job: JobData) -> str:
     """Return a job's status, or `paused`, as rich markup."""
     status = "paused" if job["paused"] and job["finished_at"] is None else job["status"]
     return f"[{STATUS_STYLES.get(status, 'default')}]{status}[/]"

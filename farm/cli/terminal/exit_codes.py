@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from farm.cli.client.objects import Job
+    from farm.client.objects import JobData
 
 OK = 0
 ERROR = 1
@@ -24,7 +24,7 @@ EPILOG = (
 )
 
 
-def exit_as(job: Job) -> None:
+def exit_as(job: JobData) -> None:
     """Exit with code 3 unless the job succeeded."""
     if job["status"] != "succeeded":
         raise typer.Exit(NOT_SUCCEEDED)

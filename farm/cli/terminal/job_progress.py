@@ -24,7 +24,7 @@ from farm.humanize import count, duration, numbered, pace, percent, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.cli.client.objects import Job, Worker
+    from farm.client.objects import JobData, Worker
 
 SHOWN = 4
 """Number of workers whose busy share is shown under a job's progress."""
@@ -41,12 +41,12 @@ class Stalled(FarmError):
 class View(Protocol):
     """Display of a job's current state."""
 
-    def show(self, job: Job, busy: str = "") -> None:
+    def show(self, job: JobData, busy: str = "") -> None:
         """Show a job. `busy` is a text with the busy shares of its workers."""
         ...
 
 
-def follow(client: FarmClient, job: Job, stalled_seconds: float | None = None) -> Job:
+def follow(client: FarmClient, job: JobData, stalled_seconds: float | None = None) -> JobData:
     """Show a job until it has ended, and return its final state.
 
     Args:
@@ -67,7 +67,7 @@ def follow(client: FarmClient, job: Job, stalled_seconds: float | None = None) -
         raise typer.Exit(INTERRUPTED) from error
 
 
-def _watch(client: FarmClient, job: Job, view: View, stalled_seconds: float | None) -> Job:
+def _watch(client: FarmClient, job: JobData, view: View, stalled_seconds: float | None) -> JobData:
     pause = FIRST_PAUSE
     moved, seen = time.monotonic(), job["counts"]
     while True:
@@ -102,7 +102,7 @@ class Lines:
     def __init__(self) -> None:
         self._shown: tuple[object, ...] = ()
 
-    def show(self, job: Job, busy: str = "") -> None:
+    def show(self, job: JobData, busy: str = "") -> None:
         """Print a line if something changed."""
         why = job["waiting_because"]
         news = (job["status"], job["paused"], int(job["progress"] * 10), why)
@@ -116,11 +116,11 @@ class Bar:
     """A progress bar above a line of counts, redrawn eight times a second."""
 
     def __init__(self) -> None:
-        self._job: Job | None = None
+        self._job: JobData | None = None
         self._busy = ""
         self._spinner = Spinner(SPINNER, style="blue")
 
-    def show(self, job: Job, busy: str = "") -> None:
+    def show(self, job: JobData, busy: str = "") -> None:
         """Store the job's newest state for the next redraw."""
         self._job, self._busy = job, busy
 
@@ -154,13 +154,13 @@ def busyness(workers: list[Worker], pipeline: str) -> str:
     return f"busy: {', '.join(known[:SHOWN] + more)}" if known else ""
 
 
-def finished(job: Job) -> int:
+def finished(job: JobData) -> int:
     """Return how many of a job's frames have ended."""
     counts = job["counts"]
     return counts["succeeded"] + counts["dead"] + counts["cancelled"]
 
 
-def headline(job: Job) -> Text:
+def headline(job: JobData) -> Text:
     """Write `running  12/24  3.1 frames/s  4.2 s left`."""
     status = "paused" if job["paused"] and job["status"] not in TERMINAL else job["status"]
     words = Text(status, STATUS_STYLES.get(status, ""))
@@ -173,7 +173,7 @@ def headline(job: Job) -> Text:
     return words
 
 
-def detail(job: Job) -> str:
+def detail(job: JobData) -> str:
     """Write the counts above 0, the stored bytes, the failed attempts, and why the job waits."""
     stored = f", {size(job['bytes'])}" if job["bytes"] else ""
     failed = f"failed attempts: {numbered(job['failures'])}" if job["failures"] else None
@@ -181,7 +181,7 @@ def detail(job: Job) -> str:
     return clean(". ".join(each for each in sentences if each))
 
 
-def summary(job: Job) -> str:
+def summary(job: JobData) -> str:
     """Write a job's result in one line: `partial: 11 of 1,200 frames in 12 s (1 dead)`."""
     counts = job["counts"]
     done = f"{count(counts['succeeded'])} of {plural(job['total'], 'frame')}"
@@ -191,7 +191,7 @@ def summary(job: Job) -> str:
     return f"{job['status']}: {done}{took}" + (f" ({', '.join(rest)})" if rest else "")
 
 
-def _seconds(job: Job) -> float | None:
+def _seconds(job: JobData) -> float | None:
     started, ended = job["started_at"], job["finished_at"]
     if not (started and ended):
         return None

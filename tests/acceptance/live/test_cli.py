@@ -196,7 +196,7 @@ def test_doctor_finds_all_well(run: Run, run_process: Run) -> None:
     plain = run_process("doctor", PYTHONIOENCODING="ascii", FARM_API_KEY="farm_wrong")
     assert plain.code == 1
     assert "FAIL api" in plain.out
-    assert plain.out.splitlines()[-1] == "1 check of 13 failed."
+    assert plain.out.splitlines()[-1] == "1 check of 14 failed."
 
 
 def test_a_wrong_key_is_one_line(run: Run) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 
-from farm.cli.client import DATA
+from farm.client import DATA
 from farm.config import ENV_FILE
 from farm.errors import FarmError, InvalidRequest, Unavailable
 

@@ -1,4 +1,4 @@
-"""Objects of the API, with the fields that the command line reads."""
+"""Objects of the API, with the fields that this package and the command line read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ if TYPE_CHECKING:
     from farm.domain.image_formats import Format
 
 Item = TypeVar("Item")
+
+
+class Refusal(TypedDict):
+    """Reason why a job of a batch was refused."""
+
+    message: str
+    code: str
+    param: str | None
+
+
+class Answer(TypedDict):
+    """Answer to a job of a batch."""
+
+    status: int
+    job: JobData | None
+    error: Refusal | None
 
 
 class Page(TypedDict, Generic[Item]):
@@ -29,7 +45,7 @@ class Spec(TypedDict):
     sampler: NotRequired[str | None]
 
 
-class Job(TypedDict):
+class JobData(TypedDict):
     """A job in its current state."""
 
     id: str
@@ -45,6 +61,7 @@ class Job(TypedDict):
     eta_seconds: float | None
     """None if `pace` is None."""
     waiting_because: str | None
+    labels: dict[str, str]
     bytes: int
     failures: dict[str, int]
     created_at: str
@@ -95,14 +112,17 @@ class Picture(TypedDict):
 class Frame(Picture):
     """A frame."""
 
+    state: str
+    key: NotRequired[str | None]
     prompt: str
     sha256: str | None
     image_url: str | None
     """None if it has no picture."""
+    signed_url: NotRequired[str | None]
     error: str | None
 
 
-class Image(TypedDict):
+class ControlImage(TypedDict):
     """A control image."""
 
     id: str

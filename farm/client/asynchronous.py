@@ -1,0 +1,324 @@
+"""`AsyncFarm`: a client for asyncio. `farm.client.blocking` has the same for threads."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from httpx_sse import EventSource
+
+from farm.client import calls, core
+from farm.client.calls import BATCH, Call, Result
+from farm.client.core import Flow, Item, Pages, Pause, Value
+from farm.client.events import Event, Watching
+from farm.client.objects import Answer, Frame, JobData, Page, Pipeline, Quote
+from farm.client.views import ImageView, JobView, write_whole
+from farm.errors import FarmError
+
+
+class AsyncFarm:
+    """A farm, with one key. Tasks of one event loop may share it.
+
+    Every call is sent again while the farm does not answer, for `patience_seconds`. A submission
+    that is sent again creates no second job.
+
+    Args:
+        url: address of the API. Default: FARM_API_URL.
+        key: API key. Default: FARM_API_KEY.
+        patience_seconds: time for which a call is sent again, in seconds.
+        first_contact_seconds: the same until the farm has answered once. Default: as long.
+
+    Raises:
+        FarmError: from every method, with `message`, `code`, `param`, `request_id` and
+            `idempotency_key`.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        key: str | None = None,
+        *,
+        patience_seconds: float = core.PATIENCE_SECONDS,
+        first_contact_seconds: float | None = None,
+    ) -> None:
+        self.server = core.open_server(url, key, patience_seconds, first_contact_seconds)
+        self._http = httpx.AsyncClient(**self.server.options())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def submit(
+        self,
+        pipeline: str,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        **fields: object,
+    ) -> AsyncJob:
+        """Submit a job.
+
+        Args:
+            pipeline: name of a pipeline.
+            prompts: texts to render.
+            idempotency_key: your name of this submission. If you submit it again later, you get
+                the first job. Default: a new one, for this call alone.
+            fields: all other fields of a job, such as `seed`, `width` or `labels`.
+        """
+        body = core.job_body(pipeline, prompts, fields)
+        return AsyncJob(self, await self.call(calls.submit(body, idempotency_key)))
+
+    async def submit_many(
+        self, bodies: Iterable[Mapping[str, object]]
+    ) -> AsyncIterator[AsyncJob | FarmError]:
+        """Submit any number of jobs, in batches. Yield each job, or the reason of its refusal.
+
+        Args:
+            bodies: the jobs, as `POST /v1/jobs/batch` takes them. Each may have an
+                `idempotency_key`.
+        """
+        rest = iter(bodies)
+        while some := list(itertools.islice(rest, BATCH)):
+            for answer in (await self.call(calls.submit_batch(some)))["data"]:
+                yield self._submitted(answer)
+
+    async def quote(
+        self, pipeline: str, prompts: str | Sequence[str] | None = None, **fields: object
+    ) -> Quote:
+        """Estimate a job's time and storage, without submitting it."""
+        return await self.call(calls.estimate(core.job_body(pipeline, prompts, fields)))
+
+    async def job(self, job_id: str) -> AsyncJob:
+        """Read a job."""
+        return AsyncJob(self, await self.call(calls.job(job_id)))
+
+    async def jobs(
+        self,
+        *,
+        status: str | None = None,
+        pipeline: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[AsyncJob]:
+        """Yield your jobs, newest first: those with this status, pipeline, and all these labels."""
+        asked = core.chosen(labels, status=status, pipeline=pipeline)
+        async for data in self.items(calls.jobs(asked), limit):
+            yield AsyncJob(self, data)
+
+    async def events(
+        self,
+        *,
+        kinds: Sequence[str] = (),
+        pipeline: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        after: str | None = None,
+    ) -> AsyncIterator[Event]:
+        """Yield the events of all your jobs as they happen, without end.
+
+        A connection that breaks is opened again at its place. So each event is yielded once.
+
+        Args:
+            kinds: such as `job.failed` or `export.*`. Default: all.
+            pipeline: only of this pipeline.
+            labels: only of jobs with all of these labels.
+            after: the `cursor` of an event: go on from there. Default: from now on.
+        """
+        asked = core.chosen(labels, kind=list(kinds), pipeline=pipeline)
+        async for event in self.watch(Watching("/v1/events", asked, cursor=after)):
+            yield event
+
+    async def pipelines(self) -> list[Pipeline]:
+        """Read the pipelines, with the parameters of each."""
+        return (await self.call(calls.pipelines()))["data"]
+
+    async def upload(self, image: Path | bytes, media_type: str = "image/png") -> str:
+        """Upload a control image. Return its ID."""
+        content = image if isinstance(image, bytes) else await asyncio.to_thread(image.read_bytes)
+        return (await self.call(calls.upload(content, media_type)))["id"]
+
+    async def call(self, call: Call[Result]) -> Result:
+        """Send a call of `farm.client.calls`, and return its answer."""
+        return await self.run(core.called(self.server, call))
+
+    async def items(self, call: Call[Page[Item]], limit: int | None = None) -> AsyncIterator[Item]:
+        """Yield the items of a list, page by page, up to `limit` items."""
+        pages = Pages(call, limit)
+        more = True
+        while more and (asked := pages.next_call()):
+            page: Page[Item] = await self.call(asked)
+            for item in page["data"]:
+                yield item
+            more = pages.took(page)
+
+    async def run(self, flow: Flow[Value]) -> Value:
+        """Run a flow of `farm.client.core`."""
+        answer: core.Answered = None
+        while True:
+            try:
+                step = flow.send(answer)
+            except StopIteration as end:
+                found: Value = end.value
+                return found
+            if isinstance(step, Pause):
+                await asyncio.sleep(step.seconds)
+                answer = None
+            else:
+                answer = await self._once(step.call)
+
+    async def watch(self, watching: Watching) -> AsyncIterator[Event]:
+        """Yield the events of a stream. It is opened again where it broke."""
+        while not watching.ended:
+            try:
+                async with self._opened(watching.stream_call()) as response:
+                    pause = watching.opened(self.server, response)
+                    if pause is None and not watching.ended:
+                        async for sent in EventSource(response).aiter_sse():
+                            if event := watching.read(sent):
+                                yield event
+            except httpx.ReadTimeout:  # a proxy may hold the stream back
+                if call := watching.page_call():
+                    for event in watching.read_page(await self.call(call)):
+                        yield event
+                pause = None
+            except httpx.TransportError:
+                pause = watching.broken()
+            if pause is not None:
+                await asyncio.sleep(pause.seconds)
+
+    @asynccontextmanager
+    async def _opened(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
+        async with self._http.stream(**self.server.arguments(call)) as response:
+            if not response.is_success:
+                await response.aread()
+            yield response
+
+    async def _once(self, call: Call[Any]) -> core.Answered:
+        try:
+            return await self._http.request(**self.server.arguments(call))
+        except httpx.TransportError as error:
+            return error
+        except (httpx.InvalidURL, httpx.HTTPError, ValueError) as error:
+            raise core.unsendable(self.server.address, call, error) from error
+
+    def _submitted(self, answer: Answer) -> AsyncJob | FarmError:
+        if answer["job"] is not None:
+            return AsyncJob(self, answer["job"])
+        assert answer["error"] is not None
+        return core.refusal(answer["error"])
+
+
+class AsyncJob(JobView):
+    """A job of a farm. Its fields are those of the last call."""
+
+    def __init__(self, farm: AsyncFarm, data: JobData) -> None:
+        self._farm = farm
+        self.data = data
+
+    async def refresh(self) -> Self:
+        """Read it again."""
+        return await self._became(calls.job(self.id))
+
+    async def wait(self, seconds: float | None = None, *, check: bool = True) -> Self:
+        """Wait until it has ended. The farm answers at that moment.
+
+        Args:
+            seconds: longest time to wait. Default: as long as it takes.
+            check: False if frames may be missing at its end.
+
+        Raises:
+            JobFailed: it has ended without all of its images.
+            WaitTimeout: it has not ended in this time. It goes on.
+        """
+        self.data = await self._farm.run(core.waited(self._farm.server, self.id, seconds))
+        if check:
+            self.require_success()
+        return self
+
+    async def events(self, after: str | None = None) -> AsyncIterator[Event]:
+        """Yield its events as they happen, until it has ended.
+
+        First comes a `state`, the job as it is now. A connection that breaks is opened again at its
+        place. So each event is yielded once.
+
+        Args:
+            after: the `cursor` of an event: go on from there. Default: from now on.
+        """
+        async for event in self._farm.watch(Watching.of_job(self.id, after)):
+            yield event
+
+    async def frames(
+        self, state: str | None = None, limit: int | None = None
+    ) -> AsyncIterator[Frame]:
+        """Yield its frames, or those in a state such as `dead`."""
+        async for frame in self._farm.items(calls.frames(self.id, {"state": state}), limit):
+            yield frame
+
+    async def images(self) -> AsyncIterator[AsyncImage]:
+        """Yield the images that are stored now, in the order of their ordinals."""
+        async for frame in self.frames("succeeded"):
+            yield AsyncImage(self._farm, frame)
+
+    async def cancel(self) -> Self:
+        """Cancel it for good."""
+        return await self._became(calls.steer(self.id, "cancel"))
+
+    async def pause(self) -> Self:
+        """Pause it. Its running frames still finish."""
+        return await self._became(calls.steer(self.id, "pause"))
+
+    async def resume(self) -> Self:
+        """Resume it after a pause."""
+        return await self._became(calls.steer(self.id, "resume"))
+
+    async def retry(self) -> Self:
+        """Try its dead frames again."""
+        return await self._became(calls.steer(self.id, "retry"))
+
+    async def watch_token(self, seconds: int = 600) -> str:
+        """Create a token with which a page in a browser may watch this job, and no other."""
+        return (await self._farm.call(calls.token(self.id, seconds)))["token"]
+
+    async def _became(self, call: Call[JobData]) -> Self:
+        self.data = await self._farm.call(call)
+        return self
+
+
+class AsyncImage(ImageView):
+    """A stored image of a job."""
+
+    def __init__(self, farm: AsyncFarm, data: Frame) -> None:
+        self._farm = farm
+        self.data = data
+
+    async def read(self) -> bytes:
+        """Download the file, and compare it with its SHA-256.
+
+        Raises:
+            FarmError: its bytes are not those that were rendered.
+        """
+        return self.checked(await self._farm.call(calls.content(self.url)))
+
+    async def save(self, path: Path | str) -> Path:
+        """Download it into a file; or into a folder, under its `file_name`. Return the file."""
+        file = Path(path)
+        if await asyncio.to_thread(file.is_dir):
+            file /= self.file_name
+        await asyncio.to_thread(write_whole, file, await self.read())
+        return file

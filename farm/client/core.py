@@ -1,0 +1,351 @@
+"""Retries, errors, waiting and lists of `Farm` and `AsyncFarm`. Nothing here waits itself.
+
+A flow is a generator. It yields a `Send` and gets the response, or the error of the connection; or
+it yields a `Pause` and gets nothing. Its result is the value that it returns.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar, cast
+
+import httpx
+
+from farm import errors
+from farm.client.address import Address
+from farm.client.calls import PAGE, Call, Result, job
+from farm.client.objects import JobData, Page
+from farm.domain.states import TERMINAL
+from farm.errors import FarmError, InvalidRequest
+
+PATIENCE_SECONDS = 30.0
+"""Time for which a call is sent again while the farm does not answer, in seconds."""
+CONNECT_SECONDS = 5.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
+"""Pause before a call is sent again, at first and at most, in seconds."""
+WAIT_SECONDS = 30.0
+"""Time for which one call waits for a job, in seconds."""
+RETRIED = {408, 429, 502, 503, 504}
+
+ERRORS: dict[str, type[FarmError]] = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type)
+    if issubclass(kind, FarmError)
+}
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+class JobFailed(FarmError):
+    """A job ended without all of its images. `job` is the job."""
+
+    code = "job_failed"
+
+    def __init__(self, job: JobData) -> None:
+        counts = job["counts"]
+        rest = {name: counts[name] for name in ("dead", "cancelled") if counts[name]}
+        missing = ", ".join(f"{number} {name}" for name, number in rest.items())
+        super().__init__(
+            f"The job {job['id']} is {job['status']}: {counts['succeeded']} of {job['total']} "
+            f"frames succeeded{f' ({missing})' if missing else ''}."
+        )
+        self.job = job
+
+
+class WaitTimeout(FarmError):
+    """A job has not ended in the time that a caller waits. It goes on. `job` is the job."""
+
+    code = "wait_timeout"
+
+    def __init__(self, job: JobData, seconds: float) -> None:
+        why = job["waiting_because"]
+        super().__init__(
+            f"The job {job['id']} is {job['status']} after {seconds:g} s and goes on."
+            + (f" {why}" if why else "")
+        )
+        self.job = job
+
+
+class Send(NamedTuple):
+    """A step of a flow: send this call."""
+
+    call: Call[Any]
+
+
+class Pause(NamedTuple):
+    """A step of a flow: wait."""
+
+    seconds: float
+
+
+def open_server(
+    url: str | None,
+    key: str | None,
+    patience_seconds: float,
+    first_contact_seconds: float | None,
+) -> Server:
+    """Return the farm at an address. What is None comes from FARM_* variables.
+
+    Raises:
+        InvalidRequest: the address or the key cannot be used.
+        Unauthenticated: there is no key.
+    """
+    if url is None or key is None:
+        from farm.config import load_settings
+
+        settings = load_settings()
+        url = url or settings.api_url
+        key = key or (settings.api_key.get_secret_value() if settings.api_key else None)
+    address = Address(url)
+    if key is None:
+        raise errors.Unauthenticated(f"No API key is set. {address.advice}")
+    first = patience_seconds if first_contact_seconds is None else first_contact_seconds
+    return Server(address, key, patience_seconds, first)
+
+
+def job_body(
+    pipeline: str, prompts: str | Sequence[str] | None, fields: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the body of a submission."""
+    body = {"pipeline": pipeline, **fields}
+    if prompts is not None:
+        body["prompts"] = [prompts] if isinstance(prompts, str) else list(prompts)
+    return body
+
+
+def chosen(labels: Mapping[str, str] | None, **fields: object) -> dict[str, object]:
+    """Return the query that selects jobs or events by their fields and labels."""
+    return {**fields, **{f"label.{name}": value for name, value in (labels or {}).items()}}
+
+
+Answered = httpx.Response | httpx.TransportError | None
+Flow = Generator[Send | Pause, Answered, Value]
+
+
+@dataclass
+class Server:
+    """The farm that a client talks to."""
+
+    address: Address
+    key: str
+    patience_seconds: float
+    first_contact_seconds: float
+    """The same for a farm that has never answered."""
+    reached: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.key.isascii() and self.key.isprintable() and self.key):
+            raise InvalidRequest(
+                "The API key has characters that no key has. Copy it again (FARM_API_KEY)."
+            )
+
+    @property
+    def patience(self) -> float:
+        """Time for which a call is sent again, in seconds."""
+        if self.reached:
+            return self.patience_seconds
+        return min(self.patience_seconds, self.first_contact_seconds)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of httpx's clients."""
+        return {
+            "base_url": self.address.url,
+            "follow_redirects": True,
+            # Requests to this machine must not go through a proxy.
+            "trust_env": not self.address.is_local,
+        }
+
+    def arguments(self, call: Call[Any]) -> dict[str, Any]:
+        """Return the arguments of httpx's requests.
+
+        Raises:
+            InvalidRequest: the call has a value that cannot be sent.
+        """
+        headers = {"Accept": "application/json", "User-Agent": _agent(), **call.headers}
+        if self.address.covers(httpx.URL(self.address.url).join(call.path)):
+            headers["Authorization"] = f"Bearer {self.key}"
+        body: dict[str, Any] = {}
+        if call.json is not None:
+            body["json"] = call.json
+        elif call.content is not None:
+            body["content"] = call.content() if callable(call.content) else call.content
+        return {
+            "method": call.method,
+            "url": call.path,
+            # httpx drops the query of `url` if it gets params
+            "params": call.query or None,
+            "headers": headers,
+            "timeout": httpx.Timeout(call.seconds, connect=CONNECT_SECONDS),
+            **body,
+        }
+
+
+def answered(server: Server, call: Call[Any]) -> Flow[httpx.Response]:
+    """Send a call until it succeeds, or another try is no use.
+
+    Raises:
+        FarmError: the farm refused it, or did not answer for the server's patience.
+    """
+    began, tries = time.monotonic(), 0
+    while True:
+        answer = yield Send(call)
+        pause: float | None = retry_seconds(tries)
+        if isinstance(answer, httpx.Response):
+            server.reached = True
+            if answer.is_success:
+                return answer
+            error = failure(server.address, answer)
+            pause = retry_pause(answer, tries) if call.again else None
+        else:
+            assert isinstance(answer, httpx.TransportError)
+            error = server.address.unreachable(answer)
+            if not call.again and not isinstance(answer, httpx.ConnectError):
+                pause = None
+        error.idempotency_key = call.headers.get("Idempotency-Key")
+        if pause is None or time.monotonic() + pause - began > server.patience:
+            raise error
+        yield Pause(pause)
+        tries += 1
+
+
+def called(server: Server, call: Call[Result]) -> Flow[Result]:
+    """Send a call, and read its answer."""
+    response = yield from answered(server, call)
+    return read(server.address, call, response)
+
+
+def waited(server: Server, job_id: str, seconds: float | None) -> Flow[JobData]:
+    """Wait until a job has ended, and read it.
+
+    Args:
+        server: the farm.
+        job_id: the job.
+        seconds: longest time to wait. None: as long as it takes.
+
+    Raises:
+        WaitTimeout: it has not ended in this time.
+    """
+    began = time.monotonic()
+    while True:
+        left = WAIT_SECONDS if seconds is None else began + seconds - time.monotonic()
+        call = job(job_id, min(left, WAIT_SECONDS))
+        response = yield from answered(server, call)
+        found = read(server.address, call, response)
+        if found["status"] in TERMINAL:
+            return found
+        if seconds is not None and time.monotonic() - began >= seconds:
+            raise WaitTimeout(found, seconds)
+        if "preference-applied" not in response.headers:
+            yield Pause(min(1.0, max(left, 0.0)))
+
+
+@dataclass
+class Pages:
+    """A list that is read page by page."""
+
+    call: Call[Page[Any]]
+    limit: int | None = None
+    given: int = 0
+    after: str | None = None
+
+    def next_call(self) -> Call[Page[Any]] | None:
+        """Return the call of the next page. None: enough were given."""
+        left = PAGE if self.limit is None else self.limit - self.given
+        if left <= 0:
+            return None
+        more = {"limit": min(PAGE, left), "after": self.after}
+        return replace(self.call, params={**self.call.params, **more})
+
+    def took(self, page: Page[Any]) -> bool:
+        """Note a page. Return True if another follows."""
+        self.given += len(page["data"])
+        self.after = page["next"]
+        return self.after is not None
+
+
+def read(address: Address, call: Call[Result], response: httpx.Response) -> Result:
+    """Return the answer of a call that succeeded.
+
+    Raises:
+        FarmError: another server than a farm sent it.
+    """
+    if call.kind is bytes:
+        return cast(Result, response.content)
+    if call.kind is type(None):
+        return cast(Result, None)  # type: ignore[redundant-cast]  # mypy narrows Result here
+    try:
+        found = response.json()
+    except ValueError as error:
+        raise _not_a_farm(address) from error
+    is_page = getattr(call.kind, "__origin__", None) is Page
+    if not isinstance(found, dict) or (is_page and not isinstance(found.get("data"), list)):
+        raise _not_a_farm(address)
+    return cast(Result, found)
+
+
+def failure(address: Address, response: httpx.Response) -> FarmError:
+    """Return the error of an answer that is none."""
+    error = _failure(address, response)
+    error.request_id = response.headers.get("x-request-id")
+    return error
+
+
+def _failure(address: Address, response: httpx.Response) -> FarmError:
+    if not address.covers(response.url):
+        return address.refused(response)
+    try:
+        problem = response.json()
+        code, param = problem["error"]["code"], problem["error"]["param"]
+        if lines := problem.get("lines"):
+            told = [f"line {line['line']}: {line['message']}" for line in lines]
+            told = ["The input was not stored. Correct these lines:", *told]
+            return InvalidRequest("\n".join(told), param=param)
+        return ERRORS.get(code, FarmError)(str(problem["detail"]), param=param)
+    except (ValueError, KeyError, TypeError):
+        return address.refused(response)
+
+
+def refusal(error: Mapping[str, Any]) -> FarmError:
+    """Return the error of a job of a batch."""
+    kind = ERRORS.get(str(error["code"]), FarmError)
+    return kind(str(error["message"]), param=error["param"])
+
+
+def retry_pause(response: httpx.Response, tries: int) -> float | None:
+    """Return the seconds after which the same call may succeed. None: it will not."""
+    said = response.headers.get("x-should-retry")
+    if said == "false" or (said != "true" and response.status_code not in RETRIED):
+        return None
+    try:
+        return max(float(response.headers["retry-after"]), retry_seconds(tries))
+    except (KeyError, ValueError):
+        # A limit of a tenant without a time ends when others do, maybe hours later.
+        return None if response.status_code == 429 else retry_seconds(tries)
+
+
+def retry_seconds(tries: int) -> float:
+    """Return the pause after a number of tries before, in seconds. It doubles."""
+    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(tries, 10))
+    return pause * random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients
+
+
+def _not_a_farm(address: Address) -> FarmError:
+    return FarmError(f"The server at {address.url} is not a farm. Check FARM_API_URL.")
+
+
+def _agent() -> str:
+    from farm import __version__
+
+    return f"farm-python/{__version__}"
+
+
+def unsendable(address: Address, call: Call[Any], error: Exception) -> FarmError:
+    """Return the error of a call that cannot be sent as it is."""
+    if isinstance(error, (httpx.InvalidURL, httpx.HTTPError)):
+        return InvalidRequest(f"{address.url}{call.path}: {error}.")
+    return InvalidRequest(f"The job cannot be sent as JSON: {error}.")
