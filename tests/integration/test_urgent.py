@@ -234,6 +234,9 @@ def test_it_can_be_turned_off(
 
 
 def test_a_lost_bell_costs_no_more_than_a_touch(story: Story, farm: Farm, loop: RenderLoop) -> None:
+    # A step is reported once, maybe before the job came. Then this step waits in vain, and would
+    # make the pace so slow that the job may not interrupt.
+    story.patience, farm.settings.interactive_seconds = 2.0, 10_000.0
     story.submit("bulk", images=4)
 
     def lose(prompt: str, step: int) -> None:
