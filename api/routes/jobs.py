@@ -49,7 +49,7 @@ MAX_BATCH_JOBS = 1000
 """Maximum number of jobs in one call."""
 GROUPED_BYTES = 4096
 """Maximum size of a body that is checked together with others, in bytes."""
-SEPARATE = frozenset({"grid", "control", "input"})
+SEPARATE = frozenset({"grid", "control", "input", "webhook"})
 """Fields whose check may take long, so that others do not wait for it."""
 KEY_HEADER = "Idempotency-Key"
 KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")

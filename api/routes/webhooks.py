@@ -271,7 +271,8 @@ def _view(row: WebhookRow, caller: Caller) -> schemas.Webhook:
     """Return an endpoint. An address may hold a secret, for those alone who may set it."""
     fields = {
         **row._asdict(),
-        "url": _shown_url(row.url, caller),
+        "url": row.origin or _shown_url(row.url, caller),
+        "kinds": [] if row.origin else row.kinds,
         "named_by_jobs": row.origin is not None,
         "health": row._asdict(),
     }

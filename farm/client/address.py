@@ -53,11 +53,15 @@ class Address:
 
     def covers(self, url: httpx.URL) -> bool:
         """Return True if `url` belongs to the API, and False if to the image storage."""
-        return (url.host, url.port) == (self._url.host, self._url.port)
+        is_as_safe = url.scheme in ("https", self._url.scheme)
+        return is_as_safe and (url.host, url.port) == (self._url.host, self._url.port)
 
     def unreachable(self, error: httpx.TransportError) -> FarmError:
         """Return the error for a server that did not answer."""
-        asked = error.request.url
+        try:
+            asked = error.request.url
+        except RuntimeError:  # it is about an answer
+            return Unavailable(f"The farm at {self.url} sends no events: {error}.")
         if not self.covers(asked):
             return Unavailable(f"The image storage at {asked.netloc.decode()} does not answer.")
         if isinstance(error, httpx.TimeoutException):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import httpx
 from httpx_sse import EventSource
 
 from farm.client import calls, core
-from farm.client.calls import BATCH, Call, Result
+from farm.client.calls import Call, Result
 from farm.client.core import Flow, Item, Pages, Pause, Value
 from farm.client.events import Event, Watching
 from farm.client.objects import Answer, Frame, JobData, Page, Pipeline, Quote
@@ -90,14 +89,18 @@ class AsyncFarm:
     ) -> AsyncIterator[AsyncJob | FarmError]:
         """Submit any number of jobs, in batches. Yield each job, or the reason of its refusal.
 
+        They are submitted while you iterate.
+
         Args:
             bodies: the jobs, as `POST /v1/jobs/batch` takes them. Each may have an
                 `idempotency_key`.
         """
-        rest = iter(bodies)
-        while some := list(itertools.islice(rest, BATCH)):
-            for answer in (await self.call(calls.submit_batch(some)))["data"]:
-                yield self._submitted(answer)
+        for some in core.batches(bodies):
+            if {"grid", "input"}.isdisjoint(some[0]):
+                for answer in (await self.call(calls.submit_batch(some)))["data"]:
+                    yield self._submitted(answer)
+            else:
+                yield await self._submitted_alone(some[0])
 
     async def quote(
         self, pipeline: str, prompts: str | Sequence[str] | None = None, **fields: object
@@ -130,7 +133,7 @@ class AsyncFarm:
         labels: Mapping[str, str] | None = None,
         after: str | None = None,
     ) -> AsyncIterator[Event]:
-        """Yield the events of all your jobs as they happen, without end.
+        """Yield the events of all your jobs as they happen, without end: first a `state`.
 
         A connection that breaks is opened again at its place. So each event is yielded once.
 
@@ -148,10 +151,16 @@ class AsyncFarm:
         """Read the pipelines, with the parameters of each."""
         return (await self.call(calls.pipelines()))["data"]
 
-    async def upload(self, image: Path | bytes, media_type: str = "image/png") -> str:
-        """Upload a control image. Return its ID."""
-        content = image if isinstance(image, bytes) else await asyncio.to_thread(image.read_bytes)
-        return (await self.call(calls.upload(content, media_type)))["id"]
+    async def upload(self, image: Path | str | bytes) -> str:
+        """Upload a control image, from a file or its bytes. Return its ID."""
+        content = image
+        if not isinstance(content, bytes):
+            content = await asyncio.to_thread(Path(content).read_bytes)
+        return (await self.call(calls.upload(content, core.image_type(content))))["id"]
+
+    async def webhook_secret(self) -> str:
+        """Read the secret that signs messages to addresses that jobs name as their `webhook`."""
+        return (await self.call(calls.webhook_secret()))["secret"]
 
     async def call(self, call: Call[Result]) -> Result:
         """Send a call of `farm.client.calls`, and return its answer."""
@@ -185,6 +194,7 @@ class AsyncFarm:
     async def watch(self, watching: Watching) -> AsyncIterator[Event]:
         """Yield the events of a stream. It is opened again where it broke."""
         while not watching.ended:
+            pause: Pause | None = None
             try:
                 async with self._opened(watching.stream_call()) as response:
                     pause = watching.opened(self.server, response)
@@ -192,13 +202,18 @@ class AsyncFarm:
                         async for sent in EventSource(response).aiter_sse():
                             if event := watching.read(sent):
                                 yield event
+                        pause = watching.closed(self.server)
             except httpx.ReadTimeout:  # a proxy may hold the stream back
-                if call := watching.page_call():
-                    for event in watching.read_page(await self.call(call)):
+                call = watching.page_call()
+                while call:
+                    page = await self.call(call)
+                    for event in watching.read_page(page):
                         yield event
-                pause = None
-            except httpx.TransportError:
-                pause = watching.broken()
+                    call = watching.page_call() if page["more"] else None
+            except httpx.TransportError as error:
+                pause = watching.closed(self.server, error)
+            except httpx.HTTPError as error:  # such as redirects without end
+                raise core.unsendable(self.server.address, watching.stream_call(), error) from error
             if pause is not None:
                 await asyncio.sleep(pause.seconds)
 
@@ -214,8 +229,17 @@ class AsyncFarm:
             return await self._http.request(**self.server.arguments(call))
         except httpx.TransportError as error:
             return error
-        except (httpx.InvalidURL, httpx.HTTPError, ValueError) as error:
+        except (httpx.InvalidURL, httpx.HTTPError, ValueError, TypeError) as error:
             raise core.unsendable(self.server.address, call, error) from error
+
+    async def _submitted_alone(self, body: Mapping[str, object]) -> AsyncJob | FarmError:
+        fields, key = core.without_key(body)
+        try:
+            return AsyncJob(self, await self.call(calls.submit(fields, key)))
+        except FarmError as error:
+            if error.status >= 500 or error.status in core.RETRIED:
+                raise
+            return error
 
     def _submitted(self, answer: Answer) -> AsyncJob | FarmError:
         if answer["job"] is not None:

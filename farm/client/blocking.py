@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import httpx
 from httpx_sse import EventSource
 
 from farm.client import calls, core
-from farm.client.calls import BATCH, Call, Result
+from farm.client.calls import Call, Result
 from farm.client.core import Flow, Item, Pages, Pause, Value
 from farm.client.events import Event, Watching
 from farm.client.objects import Answer, Frame, JobData, Page, Pipeline, Quote
@@ -88,14 +87,18 @@ class Farm:
     def submit_many(self, bodies: Iterable[Mapping[str, object]]) -> Iterator[Job | FarmError]:
         """Submit any number of jobs, in batches. Yield each job, or the reason of its refusal.
 
+        They are submitted while you iterate.
+
         Args:
             bodies: the jobs, as `POST /v1/jobs/batch` takes them. Each may have an
                 `idempotency_key`.
         """
-        rest = iter(bodies)
-        while some := list(itertools.islice(rest, BATCH)):
-            for answer in self.call(calls.submit_batch(some))["data"]:
-                yield self._submitted(answer)
+        for some in core.batches(bodies):
+            if {"grid", "input"}.isdisjoint(some[0]):
+                for answer in self.call(calls.submit_batch(some))["data"]:
+                    yield self._submitted(answer)
+            else:
+                yield self._submitted_alone(some[0])
 
     def quote(
         self, pipeline: str, prompts: str | Sequence[str] | None = None, **fields: object
@@ -128,7 +131,7 @@ class Farm:
         labels: Mapping[str, str] | None = None,
         after: str | None = None,
     ) -> Iterator[Event]:
-        """Yield the events of all your jobs as they happen, without end.
+        """Yield the events of all your jobs as they happen, without end: first a `state`.
 
         A connection that breaks is opened again at its place. So each event is yielded once.
 
@@ -145,10 +148,14 @@ class Farm:
         """Read the pipelines, with the parameters of each."""
         return self.call(calls.pipelines())["data"]
 
-    def upload(self, image: Path | bytes, media_type: str = "image/png") -> str:
-        """Upload a control image. Return its ID."""
-        content = image if isinstance(image, bytes) else image.read_bytes()
-        return self.call(calls.upload(content, media_type))["id"]
+    def upload(self, image: Path | str | bytes) -> str:
+        """Upload a control image, from a file or its bytes. Return its ID."""
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        return self.call(calls.upload(content, core.image_type(content)))["id"]
+
+    def webhook_secret(self) -> str:
+        """Read the secret that signs messages to addresses that jobs name as their `webhook`."""
+        return self.call(calls.webhook_secret())["secret"]
 
     def call(self, call: Call[Result]) -> Result:
         """Send a call of `farm.client.calls`, and return its answer."""
@@ -185,6 +192,7 @@ class Farm:
     def watch(self, watching: Watching) -> Iterator[Event]:
         """Yield the events of a stream. It is opened again where it broke."""
         while not watching.ended:
+            pause: Pause | None = None
             try:
                 with self._opened(watching.stream_call()) as response:
                     pause = watching.opened(self.server, response)
@@ -192,12 +200,17 @@ class Farm:
                         for sent in EventSource(response).iter_sse():
                             if event := watching.read(sent):
                                 yield event
+                        pause = watching.closed(self.server)
             except httpx.ReadTimeout:  # a proxy may hold the stream back
-                if call := watching.page_call():
-                    yield from watching.read_page(self.call(call))
-                pause = None
-            except httpx.TransportError:
-                pause = watching.broken()
+                call = watching.page_call()
+                while call:
+                    page = self.call(call)
+                    yield from watching.read_page(page)
+                    call = watching.page_call() if page["more"] else None
+            except httpx.TransportError as error:
+                pause = watching.closed(self.server, error)
+            except httpx.HTTPError as error:  # such as redirects without end
+                raise core.unsendable(self.server.address, watching.stream_call(), error) from error
             if pause is not None:
                 time.sleep(pause.seconds)
 
@@ -220,8 +233,17 @@ class Farm:
                 return response
         except httpx.TransportError as error:
             return error
-        except (httpx.InvalidURL, httpx.HTTPError, ValueError) as error:
+        except (httpx.InvalidURL, httpx.HTTPError, ValueError, TypeError) as error:
             raise core.unsendable(self.server.address, call, error) from error
+
+    def _submitted_alone(self, body: Mapping[str, object]) -> Job | FarmError:
+        fields, key = core.without_key(body)
+        try:
+            return Job(self, self.call(calls.submit(fields, key)))
+        except FarmError as error:
+            if error.status >= 500 or error.status in core.RETRIED:
+                raise
+            return error
 
     def _submitted(self, answer: Answer) -> Job | FarmError:
         if answer["job"] is not None:

@@ -22,6 +22,7 @@ from farm.client.objects import (
     Shard,
     Worker,
 )
+from farm.errors import InvalidRequest
 
 Result = TypeVar("Result")
 Content = bytes | Callable[[], Iterable[bytes]]
@@ -77,14 +78,26 @@ def content(address: str) -> Call[bytes]:
 
 def submit(body: Mapping[str, object], idempotency_key: str | None = None) -> Call[JobData]:
     """Submit a job. Sent again, it never creates a second one."""
-    headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+    headers = {"Idempotency-Key": _key(idempotency_key)}
     return Call(JobData, "POST", "/v1/jobs", json=body, headers=headers)
 
 
 def submit_batch(bodies: Sequence[Mapping[str, object]]) -> Call[Page[Answer]]:
     """Submit up to BATCH jobs. A job without a key gets one."""
-    keyed = [{"idempotency_key": uuid.uuid4().hex, **body} for body in bodies]
+    keyed = [{**body, "idempotency_key": _key(body.get("idempotency_key"))} for body in bodies]
     return Call(Page[Answer], "POST", "/v1/jobs/batch", json={"jobs": keyed}, seconds=120.0)
+
+
+def _key(given: object) -> str:
+    if given is None:
+        return uuid.uuid4().hex
+    key = str(given)
+    if not (key.isascii() and key.isprintable() and key):
+        raise InvalidRequest(
+            "Idempotency-Key: use 1 to 200 printable ASCII characters, such as order-1017.",
+            param="Idempotency-Key",
+        )
+    return key
 
 
 def estimate(body: Mapping[str, object]) -> Call[Quote]:
@@ -122,6 +135,11 @@ def token(job_id: str, seconds: int) -> Call[dict[str, str]]:
     """Create a token with which a page in a browser may watch a job."""
     path = f"/v1/jobs/{quoted(job_id)}/tokens"
     return Call(dict[str, str], "POST", path, json={"seconds": seconds})
+
+
+def webhook_secret() -> Call[dict[str, str]]:
+    """Read the secret that signs messages to addresses that jobs name."""
+    return Call(dict[str, str], "GET", "/v1/webhooks/secret")
 
 
 def upload(image: bytes, media_type: str) -> Call[ControlImage]:

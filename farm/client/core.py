@@ -6,9 +6,10 @@ it yields a `Pause` and gets nothing. Its result is the value that it returns.
 
 from __future__ import annotations
 
+import json
 import random
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -16,8 +17,9 @@ import httpx
 
 from farm import errors
 from farm.client.address import Address
-from farm.client.calls import PAGE, Call, Result, job
+from farm.client.calls import BATCH, PAGE, Call, Result, job
 from farm.client.objects import JobData, Page
+from farm.domain.image_formats import media_type_of
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError, InvalidRequest
 
@@ -28,6 +30,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
 """Pause before a call is sent again, at first and at most, in seconds."""
 WAIT_SECONDS = 30.0
 """Time for which one call waits for a job, in seconds."""
+SHORTEST_WAIT = 1.0
+"""Time between two such calls at least, in seconds."""
+BATCH_CHARACTERS = 2**22
+"""Size of a batch, about. A body of the API may have four times as much."""
 RETRIED = {408, 429, 502, 503, 504}
 
 ERRORS: dict[str, type[FarmError]] = {
@@ -46,6 +52,9 @@ class JobFailed(FarmError):
 
     code = "job_failed"
 
+    def __reduce__(self) -> tuple[type[JobFailed], tuple[JobData]]:
+        return JobFailed, (self.job,)
+
     def __init__(self, job: JobData) -> None:
         counts = job["counts"]
         rest = {name: counts[name] for name in ("dead", "cancelled") if counts[name]}
@@ -62,13 +71,16 @@ class WaitTimeout(FarmError):
 
     code = "wait_timeout"
 
+    def __reduce__(self) -> tuple[type[WaitTimeout], tuple[JobData, float]]:
+        return WaitTimeout, (self.job, self.seconds)
+
     def __init__(self, job: JobData, seconds: float) -> None:
         why = job["waiting_because"]
         super().__init__(
             f"The job {job['id']} is {job['status']} after {seconds:g} s and goes on."
             + (f" {why}" if why else "")
         )
-        self.job = job
+        self.job, self.seconds = job, seconds
 
 
 class Send(NamedTuple):
@@ -118,6 +130,46 @@ def job_body(
     return body
 
 
+def batches(
+    bodies: Iterable[Mapping[str, object]], most: int = BATCH
+) -> Iterator[list[Mapping[str, object]]]:
+    """Divide jobs into batches that the API takes. One with a grid or an input is alone."""
+    batch: list[Mapping[str, object]] = []
+    characters = 0
+    for body in bodies:
+        alone = not {"grid", "input"}.isdisjoint(body)
+        size = len(json.dumps(body, default=str))
+        if batch and (alone or len(batch) >= most or characters + size > BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        if alone:
+            yield [body]
+        else:
+            batch.append(body)
+            characters += size
+    if batch:
+        yield batch
+
+
+def without_key(body: Mapping[str, object]) -> tuple[dict[str, object], str | None]:
+    """Take the idempotency key out of a job of a batch."""
+    key = body.get("idempotency_key")
+    fields = {name: value for name, value in body.items() if name != "idempotency_key"}
+    return fields, None if key is None else str(key)
+
+
+def image_type(content: bytes) -> str:
+    """Return the media type of an image.
+
+    Raises:
+        InvalidRequest: control images have another type.
+    """
+    found = media_type_of(content)
+    if found is None:
+        raise InvalidRequest("image: it must be a PNG, JPEG or WebP file.", param="image")
+    return found
+
+
 def chosen(labels: Mapping[str, str] | None, **fields: object) -> dict[str, object]:
     """Return the query that selects jobs or events by their fields and labels."""
     return {**fields, **{f"label.{name}": value for name, value in (labels or {}).items()}}
@@ -155,7 +207,8 @@ class Server:
         """Return the arguments of httpx's clients."""
         return {
             "base_url": self.address.url,
-            "follow_redirects": True,
+            # Each wait and each stream has a connection of its own.
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
             # Requests to this machine must not go through a proxy.
             "trust_env": not self.address.is_local,
         }
@@ -180,6 +233,8 @@ class Server:
             # httpx drops the query of `url` if it gets params
             "params": call.query or None,
             "headers": headers,
+            # A redirected POST would become a GET.
+            "follow_redirects": call.method == "GET",
             "timeout": httpx.Timeout(call.seconds, connect=CONNECT_SECONDS),
             **body,
         }
@@ -191,9 +246,10 @@ def answered(server: Server, call: Call[Any]) -> Flow[httpx.Response]:
     Raises:
         FarmError: the farm refused it, or did not answer for the server's patience.
     """
-    began, tries = time.monotonic(), 0
+    failing_since, tries = 0.0, 0
     while True:
         answer = yield Send(call)
+        failing_since = failing_since or time.monotonic()
         pause: float | None = retry_seconds(tries)
         if isinstance(answer, httpx.Response):
             server.reached = True
@@ -207,8 +263,8 @@ def answered(server: Server, call: Call[Any]) -> Flow[httpx.Response]:
             if not call.again and not isinstance(answer, httpx.ConnectError):
                 pause = None
         error.idempotency_key = call.headers.get("Idempotency-Key")
-        if pause is None or time.monotonic() + pause - began > server.patience:
-            raise error
+        if pause is None or time.monotonic() + pause - failing_since > server.patience:
+            raise error from (answer if isinstance(answer, Exception) else None)
         yield Pause(pause)
         tries += 1
 
@@ -233,15 +289,16 @@ def waited(server: Server, job_id: str, seconds: float | None) -> Flow[JobData]:
     began = time.monotonic()
     while True:
         left = WAIT_SECONDS if seconds is None else began + seconds - time.monotonic()
-        call = job(job_id, min(left, WAIT_SECONDS))
+        call, sent = job(job_id, min(left, WAIT_SECONDS)), time.monotonic()
         response = yield from answered(server, call)
+        soon = SHORTEST_WAIT - (time.monotonic() - sent)
         found = read(server.address, call, response)
         if found["status"] in TERMINAL:
             return found
         if seconds is not None and time.monotonic() - began >= seconds:
             raise WaitTimeout(found, seconds)
-        if "preference-applied" not in response.headers:
-            yield Pause(min(1.0, max(left, 0.0)))
+        if soon > 0:  # an older farm answers at once
+            yield Pause(min(soon, max(left, 0.0)))
 
 
 @dataclass
@@ -348,4 +405,4 @@ def unsendable(address: Address, call: Call[Any], error: Exception) -> FarmError
     """Return the error of a call that cannot be sent as it is."""
     if isinstance(error, (httpx.InvalidURL, httpx.HTTPError)):
         return InvalidRequest(f"{address.url}{call.path}: {error}.")
-    return InvalidRequest(f"The job cannot be sent as JSON: {error}.")
+    return InvalidRequest(f"The call cannot be sent: {error}.")

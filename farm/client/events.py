@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,20 @@ import httpx
 from httpx_sse import ServerSentEvent
 
 from farm.client.calls import Call, quoted
-from farm.client.core import Pause, Server, failure, retry_pause, retry_seconds
+from farm.client.core import (
+    LONGEST_PAUSE,
+    Pause,
+    Server,
+    failure,
+    retry_pause,
+    retry_seconds,
+)
+from farm.domain.states import TERMINAL
+from farm.errors import FarmError
 
+ENDS = {f"job.{status}" for status in TERMINAL}
+LASTING_SECONDS = 8.0
+"""Time after which a connection has worked, though nothing happened. Seconds."""
 SILENCE_SECONDS = 45.0
 """Time without a byte after which a stream is broken. The farm sends a line each 15 s."""
 
@@ -27,7 +40,8 @@ class Event:
     kind: str
     """Such as `job.succeeded`; or `state`, `progress` or `reset`: see docs/api.md."""
     data: Mapping[str, Any]
-    """Fields of the event, such as `job` and `frames`. Of a `state`: the job."""
+    """Fields of the event, such as `job` and `frames`. Of a `state`: the job; or, of all jobs, how
+    many are open."""
     cursor: str | None
     """Place after it. None: before the first place. To go on from here: `after=event.cursor`."""
 
@@ -42,6 +56,20 @@ class Watching:
     ended: bool = False
     """True if nothing follows."""
     _failures: int = 0
+    _failing_since: float = 0.0
+    """Of failures in a row: when the first one came, on the monotonic clock."""
+    _heard: bool = False
+    """True if this connection brought something new."""
+    _opened_at: float = 0.0
+    _retry_seconds: float = 0.0
+    """Pause that the farm asks for, so that not all clients come back at once."""
+    _last: str = ""
+    """Kind of the last event."""
+
+    @property
+    def of_one_job(self) -> bool:
+        """True if these are the events of a job, which end with it."""
+        return self.path.startswith("/v1/jobs/")
 
     @classmethod
     def of_job(cls, job_id: str, after: str | None) -> Watching:
@@ -58,9 +86,9 @@ class Watching:
     def page_call(self) -> Call[dict[str, Any]] | None:
         """Return the call that reads what a silent stream may have held back.
 
-        None: there is no place yet.
+        None: nobody knows from where on. A job's events are read from the beginning then.
         """
-        if self.cursor is None:
+        if self.cursor is None and not self.of_one_job:
             return None
         params = {**self.params, "after": self.cursor, "limit": 200}
         return Call(dict[str, Any], "GET", self.path, params)
@@ -69,38 +97,65 @@ class Watching:
         """Note the answer to `stream_call`. Return a pause if it must be sent again.
 
         Raises:
-            FarmError: the farm refused it.
+            FarmError: the farm refused it, or has done so for the server's patience.
         """
+        self._heard, self._opened_at = False, time.monotonic()
         if response.status_code == 204:
             self.ended = True
             return None
         if response.is_success:
             server.reached = True
             return None
-        error = failure(server.address, response)
-        pause = retry_pause(response, self._failures)
-        if pause is None:
+        return self._failed(
+            server, failure(server.address, response), retry_pause(response, self._failures)
+        )
+
+    def closed(self, server: Server, error: httpx.TransportError | None = None) -> Pause:
+        """Note that the connection ended or broke. Return the pause before the next one.
+
+        Raises:
+            FarmError: no connection has brought anything for the server's patience.
+        """
+        if self._heard or time.monotonic() - self._opened_at > LASTING_SECONDS:
+            self._failures, self._heard = 0, False
+            has_ended = self.of_one_job and self._last in ENDS
+            return Pause(0.0 if has_ended else self._retry_seconds or retry_seconds(0))
+        address = server.address
+        cause = FarmError(f"The farm at {address.url} ends every stream of events at once.")
+        if error is not None:
+            cause = address.unreachable(error)
+        return self._failed(server, cause, retry_seconds(self._failures))
+
+    def _failed(self, server: Server, error: FarmError, pause: float | None) -> Pause:
+        now = time.monotonic()
+        if self._failures == 0:
+            self._failing_since = now
+        if pause is None or now + pause - self._failing_since > server.patience:
             raise error
         self._failures += 1
         return Pause(pause)
 
     def read(self, sent: ServerSentEvent) -> Event | None:
         """Return an event of the stream. None: it is only a place."""
-        self._failures = 0
-        self.cursor = sent.id or self.cursor
+        if sent.retry is not None:
+            self._retry_seconds = min(sent.retry / 1000, LONGEST_PAUSE)
         if not sent.data:
+            self.cursor = sent.id or self.cursor
             return None
-        return Event(sent.event, json.loads(sent.data), self.cursor)
+        self._heard, self._last = self._heard or sent.event != "state", sent.event
+        self.cursor = sent.id or self.cursor
+        try:
+            data = json.loads(sent.data)
+        except ValueError:
+            raise FarmError(f"An event of {self.path} is not JSON: {sent.data[:80]!r}.") from None
+        return Event(sent.event, data, self.cursor)
 
     def read_page(self, page: dict[str, Any]) -> Iterator[Event]:
-        """Yield the events of a page. The place moves on."""
-        self.cursor = page["cursor"]
+        """Yield the events of a page. Only the last one has the page's place: no event is lost."""
+        before, self.cursor = self.cursor, page["cursor"]
+        self._heard = self._heard or bool(page["data"])
         if page["reset"]:
             yield Event("reset", {}, self.cursor)
         for event in page["data"]:
-            yield Event(event["kind"], event, self.cursor)
-
-    def broken(self) -> Pause:
-        """Note that the connection broke. Return the pause before the next one."""
-        self._failures += 1
-        return Pause(0.0 if self._failures == 1 else retry_seconds(self._failures - 2))
+            is_last = event is page["data"][-1]
+            yield Event(event["kind"], event, self.cursor if is_last else before)

@@ -64,10 +64,10 @@ class JobView:
         return self.data["waiting_because"]
 
     def require_success(self) -> None:
-        """Check that every frame has its image.
+        """Check that the job has not ended without some of its images.
 
         Raises:
-            JobFailed: the job has ended otherwise.
+            JobFailed: it has.
         """
         if self.ended and self.status != "succeeded":
             raise JobFailed(self.data)

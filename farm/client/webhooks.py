@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-from farm.domain.webhook_signatures import PREFIX, signature
-from farm.errors import FarmError
+from farm.domain.webhook_signatures import PREFIX, SECRET_BYTES, signature
+from farm.errors import FarmError, InvalidRequest
 
 TOLERANCE_SECONDS = 300
 
@@ -48,6 +48,7 @@ def verify_webhook(
 
     Raises:
         InvalidSignature: it must not be trusted.
+        InvalidRequest: the secret is none.
     """
     found = {name.lower(): value for name, value in headers.items()}
     missing = [name for name in ("id", "timestamp", "signature") if f"webhook-{name}" not in found]
@@ -73,6 +74,13 @@ def verify_webhook(
 
 def _key(secret: str) -> bytes:
     try:
-        return base64.b64decode(secret.removeprefix(PREFIX), validate=True)
+        key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     except (binascii.Error, ValueError):
-        raise InvalidSignature("The secret is not one of a webhook: whsec_ and base64.") from None
+        key = b""
+    if len(key) < SECRET_BYTES:  # an empty one would accept anybody's message
+        raise InvalidRequest(
+            "secret: it is not one of a webhook, which is whsec_ and base64. Example: "
+            "whsec_lGSudUtNozNRuDdVVJrYn6/0h0EmPJBa.",
+            param="secret",
+        )
+    return key

@@ -46,7 +46,9 @@ COPY_SECRET = text("""
 UPDATE webhooks w
 SET secret = t.webhook_secret, secret_before = t.webhook_secret_before,
     before_until = t.webhook_before_until
-FROM tenants t WHERE t.id = :tenant_id AND w.tenant_id = t.id AND w.origin IS NOT NULL
+FROM tenants t
+WHERE t.id = :tenant_id AND w.tenant_id = t.id AND w.origin IS NOT NULL AND w.removed_at IS NULL
+  AND (CAST(:id AS uuid) IS NULL OR w.id = :id)
 """)
 
 OF_JOBS = text("""
@@ -107,9 +109,11 @@ def rotate_secret(
     return until
 
 
-def copy_secret(connection: Connection, tenant_id: uuid.UUID) -> None:
-    """Let the servers that a tenant's jobs name have the tenant's secret."""
-    connection.execute(COPY_SECRET, {"tenant_id": tenant_id})
+def copy_secret(
+    connection: Connection, tenant_id: uuid.UUID, webhook_id: uuid.UUID | None = None
+) -> None:
+    """Give the tenant's secret to a server that its jobs name; with None, to all of them."""
+    connection.execute(COPY_SECRET, {"tenant_id": tenant_id, "id": webhook_id})
 
 
 def webhooks_of_jobs(

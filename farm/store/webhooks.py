@@ -205,7 +205,7 @@ WITH RECURSIVE {WAITING}
 SELECT extract(epoch FROM clock_timestamp() - least(
     (SELECT at FROM (SELECT event_id FROM webhook_events ORDER BY event_id LIMIT 1) w
      CROSS JOIN LATERAL (SELECT at FROM events e WHERE e.id = w.event_id LIMIT 1) e),
-    (SELECT min(greatest(d.next_at, w.served_at)) FROM waiting p
+    (SELECT min(greatest(d.next_at, w.served_at, w.parked_until)) FROM waiting p
      CROSS JOIN LATERAL (SELECT * FROM webhooks w WHERE w.id = p.id LIMIT 1) w
      CROSS JOIN LATERAL (
          SELECT d.next_at FROM webhook_deliveries d
@@ -220,11 +220,11 @@ SELECT extract(epoch FROM clock_timestamp() - least(
 
 # Fenced by the lease. Failures of a parked endpoint use up no tries: they say nothing of a message.
 # Attempts that began before it was parked do not park it for longer. A 410 is about the address: it
-# disables an endpoint, but not the server of an address that a job named.
+# disables an endpoint, but the server of an address that a job named works.
 RECORD = text(f"""
 WITH before AS MATERIALIZED (
     SELECT id, failures, state, :drop AND origin IS NULL AS disables,
-           :counts AND NOT (:drop AND origin IS NOT NULL) AS counts
+           :succeeded OR :drop AND origin IS NOT NULL AS works
     FROM webhooks WHERE id = :webhook_id FOR NO KEY UPDATE
 ), delivered AS (
     UPDATE webhook_deliveries d
@@ -244,15 +244,15 @@ WITH before AS MATERIALIZED (
     FROM delivered
 )
 UPDATE webhooks w
-SET failures = CASE WHEN :succeeded THEN 0
-                    WHEN b.counts AND (:probe OR b.failures < {PARKING_FAILURES})
+SET failures = CASE WHEN b.works THEN 0
+                    WHEN :counts AND (:probe OR b.failures < {PARKING_FAILURES})
                     THEN b.failures + 1 ELSE b.failures END,
-    failing_since = CASE WHEN :succeeded THEN NULL
+    failing_since = CASE WHEN b.works THEN NULL
                          ELSE coalesce(w.failing_since, clock_timestamp()) END,
     last_success_at = CASE WHEN :succeeded THEN clock_timestamp() ELSE w.last_success_at END,
     parked_until = CASE
-        WHEN :succeeded THEN NULL
-        WHEN :probe OR b.counts AND b.failures + 1 = {PARKING_FAILURES}
+        WHEN b.works THEN NULL
+        WHEN :probe OR :counts AND b.failures + 1 = {PARKING_FAILURES}
         THEN clock_timestamp() + make_interval(secs => greatest(
             CAST(:wait_seconds AS float), CAST(:pace AS float) * least(
                 {LONGEST_PARKED_SECONDS:g},

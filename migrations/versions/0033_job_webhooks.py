@@ -15,10 +15,12 @@ stage = "pre"
 
 
 def upgrade() -> None:
-    op.add_column("tenants", sa.Column("webhook_secret", sa.LargeBinary(), nullable=True))
-    op.add_column("tenants", sa.Column("webhook_secret_before", sa.LargeBinary(), nullable=True))
-    op.add_column(
-        "tenants", sa.Column("webhook_before_until", sa.DateTime(timezone=True), nullable=True)
+    # First what takes long: it holds up couriers alone. Everybody reads tenants.
+    op.create_index(
+        "webhook_deliveries_job",
+        "webhook_deliveries",
+        ["job_id", "id"],
+        postgresql_where=sa.text("job_id IS NOT NULL"),
     )
     op.add_column(
         "webhooks",
@@ -44,12 +46,6 @@ def upgrade() -> None:
             "url", sa.Text(), nullable=True, comment="the job's address; null: the endpoint's"
         ),
     )
-    op.create_index(
-        "webhook_deliveries_job",
-        "webhook_deliveries",
-        ["job_id", "id"],
-        postgresql_where=sa.text("job_id IS NOT NULL"),
-    )
     op.create_table(
         "job_webhooks",
         sa.Column(
@@ -59,6 +55,11 @@ def upgrade() -> None:
         sa.Column("url", sa.Text(), nullable=False),
         sa.Column("kinds", ARRAY(sa.Text()), nullable=False),
         comment="Addresses that jobs name, to be told of them.",
+    )
+    op.add_column("tenants", sa.Column("webhook_secret", sa.LargeBinary(), nullable=True))
+    op.add_column("tenants", sa.Column("webhook_secret_before", sa.LargeBinary(), nullable=True))
+    op.add_column(
+        "tenants", sa.Column("webhook_before_until", sa.DateTime(timezone=True), nullable=True)
     )
 
 

@@ -23,6 +23,7 @@ from farm.client import (
     InvalidSignature,
     JobFailed,
     WaitTimeout,
+    core,
     verify_webhook,
 )
 from farm.client import Farm as FarmOfCallers
@@ -203,23 +204,17 @@ def test_jobs_are_listed_by_status_and_label(ann: Any) -> None:
 def test_many_jobs_are_submitted_and_each_is_answered(
     ann: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farm.client.blocking.BATCH", 3)
-    monkeypatch.setattr("farm.client.asynchronous.BATCH", 3)
+    monkeypatch.setattr(core.batches, "__defaults__", (3,))
     bodies = [{"pipeline": "demo", "prompts": [str(number)], **QUICK} for number in range(7)]
     bodies[4]["steps"] = 0
+    bodies[2] |= {"grid": {"guidance_scale": [1.0, 2.0]}, "idempotency_key": "grid"}
     answers = list(ann.submit_many(iter(bodies)))
     assert len(answers) == 7
     assert isinstance(answers[4], InvalidRequest)
     assert answers[4].param == "steps"
-    jobs = [each for number, each in enumerate(answers) if number != 4]
-    assert [job.data["spec"]["prompts"] for job in jobs] == [
-        ["0"],
-        ["1"],
-        ["2"],
-        ["3"],
-        ["5"],
-        ["6"],
-    ]
+    jobs = [each for number, each in enumerate(answers) if number not in (2, 4)]
+    assert answers[2].total == 2, "one with a grid, which goes alone"
+    assert [job.data["spec"]["prompts"][0] for job in jobs] == ["0", "1", "3", "5", "6"]
 
 
 def test_a_repeated_key_is_the_first_job(ann: Any) -> None:
@@ -322,6 +317,20 @@ def test_the_events_of_all_jobs_are_watched(api: Api, ann: Any) -> None:
     assert list(itertools.islice(rest, 3)) == ["job.queued", "job.cancelled", "job.cancelled"]
 
 
+def test_a_hundred_and_more_wait_at_the_same_time(api: Api) -> None:
+    async def wait() -> list[str]:
+        async with AsyncFarm(api.url, api.key()) as farm:
+            job = await farm.submit("demo", "a", **QUICK)
+            waits = [asyncio.create_task(farm.job(job.id)) for _ in range(120)]
+            jobs = [await each for each in waits]
+            ends = [asyncio.create_task(each.wait(30, check=False)) for each in jobs]
+            await asyncio.sleep(0.5)  # they wait by then
+            await job.cancel()
+            return [(await each).status for each in ends]
+
+    assert asyncio.run(wait()) == ["cancelled"] * 120
+
+
 def test_a_page_may_watch_one_job(api: Api, ann: Any) -> None:
     job = ann.submit("demo", "a", **QUICK)
     token = job.watch_token(60)
@@ -349,7 +358,7 @@ def test_a_client_outlives_an_outage(api: Api, opened: Open, link: Link) -> None
 
 def test_a_delivered_message_is_verified(api: Api) -> None:
     farm = FarmOfCallers(api.url, api.key())
-    secret = api.client().get("/v1/webhooks/secret").json()["secret"]
+    secret = farm.webhook_secret()
     with receiving() as receiver, couriering(api.farm):
         job = farm.submit("demo", "a", webhook={"url": receiver.url}, **QUICK).cancel()
         [request] = wait_until(lambda: receiver.requests, 10, "it arrives")
@@ -365,12 +374,14 @@ def test_a_delivered_message_is_verified(api: Api) -> None:
     for body, headers, key, why in (
         (request.body + b" ", request.headers, secret, "No signature"),
         (request.body, request.headers, "whsec_" + "A" * 32, "No signature"),
-        (request.body, request.headers, "sk-123", "not one of a webhook"),
         (request.body, old, secret, "more than 300 s"),
         (request.body, {}, secret, "webhook-id is missing"),
     ):
         with pytest.raises(InvalidSignature, match=why):
             verify_webhook(body, headers, key)
+    for key in ("", "whsec_", "sk-123", "whsec_AAAA"):
+        with pytest.raises(InvalidRequest, match="not one of a webhook"):
+            verify_webhook(request.body, request.headers, key)
 
 
 def test_a_client_finds_its_farm_in_the_environment(

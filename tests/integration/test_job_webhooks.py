@@ -12,6 +12,9 @@ import httpx
 import pytest
 
 from farm.context import Farm
+from farm.domain.event_kinds import is_in
+from farm.domain.webhook_addresses import parse_target
+from farm.errors import InvalidRequest
 from farm.services.webhooks import of_jobs
 from farm.store import webhooks as stored
 from farm.store.engine import transaction
@@ -139,6 +142,7 @@ def test_410_at_one_address_leaves_the_others_of_its_server(
     wait_until(lambda: len(receiver.requests) == 2 and idle(api), 10, "both are sent")
     [server] = servers(ann)
     assert (server["state"], server["health"]["failures"]) == ("enabled", 0)
+    assert server["health"]["failing_since"] is None, "it is not disabled five days later"
     states = {each["url"]: each["state"] for each in deliveries(ann, server)}
     assert states == {f"{receiver.url}/old": "dropped", f"{receiver.url}/new": "succeeded"}
 
@@ -292,6 +296,15 @@ def test_wrong_addresses_are_refused_before_anything_is_stored(
         assert error["message"].startswith(param)
     assert api.jobs_stored() == 0
     assert servers(ann) == []
+
+
+def test_a_courier_of_an_earlier_version_sends_nothing_to_a_server(api: Api) -> None:
+    """It knows no addresses of jobs: it would send to the address of the row."""
+    api.submit(api.client(), webhook={"url": "https://shop.example/hook"})
+    [[url, kinds]] = sql(api.farm, "SELECT url, kinds FROM webhooks")
+    assert not is_in("job.succeeded", kinds)
+    with pytest.raises(InvalidRequest):
+        parse_target(url, [])
 
 
 def test_a_dry_run_stores_no_server(api: Api, receiver: Receiver) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 import time
 from collections.abc import Iterator
+from datetime import date
+from typing import Any
 
+import httpx
 import pytest
 
 from farm.client import Farm, calls, core
 from farm.client.events import Watching
-from farm.errors import FarmError, LimitExceeded, TooSlow, Unavailable
+from farm.errors import FarmError, InvalidRequest, LimitExceeded, TooSlow, Unavailable
 from tests.unit.test_cli_client import JOB, Script, problem, serving_script
 
 AWAY = problem(503, "unavailable", "Postgres does not answer.")
@@ -111,6 +115,71 @@ def test_the_key_goes_to_the_farm_alone(farm: Farm, script: Script) -> None:
     assert script.asked[0][2]["Authorization"] == "Bearer farm_key"
 
 
+def test_a_long_call_is_sent_again_too(farm: Farm, script: Script) -> None:
+    """The patience counts from the first failure: a wait of 30 s may end with one."""
+    farm.server.patience_seconds = 0.3
+    slow = core.answered(farm.server, calls.job(JOB, 30))
+    assert isinstance(next(slow), core.Send)
+    time.sleep(0.4)  # the call takes longer than the patience: this is what is tested
+    assert isinstance(
+        slow.send(httpx.ReadTimeout("", request=httpx.Request("GET", script.url))), core.Pause
+    )
+
+
+def test_a_submission_is_not_redirected(farm: Farm, script: Script) -> None:
+    script.tell(301, b"", Location=f"{script.url}/v1/jobs")
+    with pytest.raises(FarmError, match="answered 301"):
+        farm.submit("demo", "a")
+    assert [method for method, *_ in script.asked] == ["POST"]
+
+
+def test_the_key_is_not_sent_in_clear_text() -> None:
+    with Farm("https://farm.example", "k") as farm:
+        for address, goes in (
+            ("/p/x.png", True),
+            ("https://farm.example/p/x.png", True),
+            ("http://farm.example/p/x.png", False),
+            ("https://other.example/p/x.png", False),
+        ):
+            headers = farm.server.arguments(calls.content(address))["headers"]
+            assert ("Authorization" in headers) == goes, address
+
+
+def test_every_job_of_a_batch_has_a_key() -> None:
+    body: dict[str, object] = {"pipeline": "demo", "prompts": ["a"]}
+    given = [body, {**body, "idempotency_key": None}, {**body, "idempotency_key": "order-7"}]
+    sent = calls.submit_batch(given).json
+    assert sent is not None
+    keys = [each["idempotency_key"] for each in sent["jobs"]]  # type: ignore[attr-defined]
+    assert [len(key) for key in keys] == [32, 32, 7]
+    for wrong in ("", "Bestellung-ü", "a\nb"):
+        with pytest.raises(InvalidRequest, match="Idempotency-Key"):
+            calls.submit(body, wrong)
+
+
+def test_batches_are_what_the_api_takes() -> None:
+    plain, grid = {"prompts": ["a"]}, {"prompts": ["a"], "grid": {}}
+    found = list(core.batches([plain, plain, plain, grid, plain], most=2))
+    assert found == [[plain, plain], [plain], [grid], [plain]]
+    large = {"prompts": ["x" * 2**21]}
+    assert [len(batch) for batch in core.batches([large] * 3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [date(2026, 1, 1), float("nan"), {1, 2}])
+def test_what_cannot_be_sent_is_an_error_of_the_farm(farm: Farm, value: object) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be sent"):
+        farm.submit("demo", "a", seed=value)
+
+
+def test_errors_go_through_a_process_pool() -> None:
+    counts = {"succeeded": 1, "dead": 1, "cancelled": 0}
+    job: Any = {"id": "x", "status": "partial", "total": 2, "counts": counts}
+    job["waiting_because"] = None
+    for error in (core.JobFailed(job), core.WaitTimeout(job, 3.0)):
+        again = pickle.loads(pickle.dumps(error))
+        assert (str(again), again.job) == (str(error), job)
+
+
 def test_pauses_double_and_are_spread() -> None:
     for tries, most in ((0, 0.25), (1, 0.5), (4, 4.0), (5, 8.0), (500, 8.0)):
         found = [core.retry_seconds(tries) for _ in range(200)]
@@ -149,6 +218,34 @@ def test_a_stream_is_opened_again_at_its_place(farm: Farm, script: Script) -> No
         "1.c",
         "1.d",
     ]
+
+
+def test_streams_that_end_at_once_are_told_after_the_patience(farm: Farm, script: Script) -> None:
+    farm.server.patience_seconds = 0.5
+    begin = b'retry: 1\n\nid: 1.a\nevent: state\ndata: {"id": "x"}\n\n'
+    script.tell(200, begin, Content_Type="text/event-stream")
+    with pytest.raises(FarmError, match="ends every stream of events at once"):
+        list(farm.watch(Watching.of_job(JOB, None)))
+    assert 2 <= sent(script) < 60, "with pauses"
+    script.answers.clear()
+    script.tell(200, b"<html>log in</html>", Content_Type="text/html")
+    with pytest.raises(FarmError, match="sends no events"):
+        list(farm.watch(Watching.of_job(JOB, None)))
+    script.answers.clear()
+    script.tell(200, b"event: x\ndata: {\n\n", Content_Type="text/event-stream")
+    with pytest.raises(FarmError, match="is not JSON"):
+        list(farm.watch(Watching.of_job(JOB, None)))
+
+
+def test_only_the_last_event_of_a_page_has_its_place() -> None:
+    """Otherwise a program that stops at another one and goes on from there would lose some."""
+    watching = Watching.of_job(JOB, "1.a")
+    data = [{"kind": "frames.claimed"}, {"kind": "frames.succeeded"}, {"kind": "job.succeeded"}]
+    found = list(watching.read_page({"data": data, "cursor": "1.d", "reset": False}))
+    assert [event.cursor for event in found] == ["1.a", "1.a", "1.d"]
+    assert watching.cursor == "1.d"
+    [told] = watching.read_page({"data": [], "cursor": "2.a", "reset": True})
+    assert (told.kind, told.cursor) == ("reset", "2.a")
 
 
 def test_a_farm_that_was_never_there_is_told_soon() -> None:

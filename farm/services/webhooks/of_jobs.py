@@ -72,14 +72,15 @@ def _prepared(connection: Transaction, tenant_id: uuid.UUID, origin: str) -> uui
     row = stored.insert_webhook(
         connection,
         tenant_id,
-        url=origin,
-        kinds=(),
+        url="",  # a courier of an earlier version must not send to it
+        kinds=("none",),
         labels={},
         description="",
         secret=job_webhooks.secret_of(connection, tenant_id, new_secret()),
         origin=origin,
     )
-    job_webhooks.copy_secret(connection, tenant_id)  # one that is replaced may still be valid
+    # The one that is being replaced may still be valid.
+    job_webhooks.copy_secret(connection, tenant_id, row.id)
     return row.id
 
 
