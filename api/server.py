@@ -10,11 +10,19 @@ from fastapi import FastAPI
 from api.streaming.feed import SEND_SECONDS
 from api.streaming.streams import Streams
 
+KEEP_ALIVE_SECONDS = 75
+"""Time for which an idle connection is kept, in seconds: longer than others keep theirs.
+
+Otherwise a client sends a call at the moment when it is closed. httpx keeps one for 5 s, as uvicorn
+does; nginx and the load balancers of clouds for 60 s.
+"""
+
 
 class ApiServer(uvicorn.Server):
     """uvicorn waits for open requests when it stops. A stream would keep it waiting to the end."""
 
     def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+        config.timeout_keep_alive = KEEP_ALIVE_SECONDS
         super().__init__(config)
         self._app = app
 

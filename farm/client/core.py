@@ -207,7 +207,7 @@ class Server:
         """Return the arguments of httpx's clients."""
         return {
             "base_url": self.address.url,
-            # Each wait and each stream has a connection of its own.
+            # Each wait and each stream holds a connection.
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
             # Requests to this machine must not go through a proxy.
             "trust_env": not self.address.is_local,

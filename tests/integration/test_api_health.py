@@ -248,3 +248,15 @@ def test_an_unexpected_error_tells_nothing_of_the_inside(
     assert "leases" not in response.text
     assert response.headers["x-request-id"] in problem["detail"]
     assert response.headers["x-request-id"] in caplog.text
+
+
+def test_an_idle_connection_outlives_those_of_clients(farm: Farm) -> None:
+    """A client that keeps it for 5 s, as httpx does, must not meet a closed one."""
+    with serving(farm) as api:
+        place = ("127.0.0.1", int(api.url.rpartition(":")[2]))
+        with socket.create_connection(place, timeout=6.5) as connection:
+            for _ in range(2):
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
