@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +61,8 @@ class Watching:
     """Of failures in a row: when the first one came, on the monotonic clock."""
     _heard: bool = False
     """True if this connection brought something new."""
-    _opened_at: float = 0.0
+    _opened_at: float = math.inf
+    """When this connection was opened, on the monotonic clock. It is not open: later than ever."""
     _retry_seconds: float = 0.0
     """Pause that the farm asks for, so that not all clients come back at once."""
     _last: str = ""
@@ -116,7 +118,8 @@ class Watching:
         Raises:
             FarmError: no connection has brought anything for the server's patience.
         """
-        if self._heard or time.monotonic() - self._opened_at > LASTING_SECONDS:
+        lasted, self._opened_at = time.monotonic() - self._opened_at, math.inf
+        if self._heard or lasted > LASTING_SECONDS:
             self._failures, self._heard = 0, False
             has_ended = self.of_one_job and self._last in ENDS
             return Pause(0.0 if has_ended else self._retry_seconds or retry_seconds(0))

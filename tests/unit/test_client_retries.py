@@ -237,6 +237,16 @@ def test_streams_that_end_at_once_are_told_after_the_patience(farm: Farm, script
         list(farm.watch(Watching.of_job(JOB, None)))
 
 
+def test_a_stream_of_a_farm_that_is_away_ends_after_the_patience(farm: Farm) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with (
+        Farm(f"http://127.0.0.1:{port}", "k", patience_seconds=0.3) as away,
+        pytest.raises(Unavailable, match="does not answer"),
+    ):
+        next(away.events())
+
+
 def test_only_the_last_event_of_a_page_has_its_place() -> None:
     """Otherwise a program that stops at another one and goes on from there would lose some."""
     watching = Watching.of_job(JOB, "1.a")
