@@ -96,11 +96,11 @@ class AsyncFarm:
                 `idempotency_key`.
         """
         for some in core.batches(bodies):
-            if {"grid", "input"}.isdisjoint(some[0]):
+            if core.goes_alone(some[0]):
+                yield await self._submitted_alone(some[0])
+            else:
                 for answer in (await self.call(calls.submit_batch(some)))["data"]:
                     yield self._submitted(answer)
-            else:
-                yield await self._submitted_alone(some[0])
 
     async def quote(
         self, pipeline: str, prompts: str | Sequence[str] | None = None, **fields: object
@@ -237,7 +237,7 @@ class AsyncFarm:
         try:
             return AsyncJob(self, await self.call(calls.submit(fields, key)))
         except FarmError as error:
-            if error.status >= 500 or error.status in core.RETRIED:
+            if not core.is_about_one_job(error):
                 raise
             return error
 

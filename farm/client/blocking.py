@@ -94,11 +94,11 @@ class Farm:
                 `idempotency_key`.
         """
         for some in core.batches(bodies):
-            if {"grid", "input"}.isdisjoint(some[0]):
+            if core.goes_alone(some[0]):
+                yield self._submitted_alone(some[0])
+            else:
                 for answer in self.call(calls.submit_batch(some))["data"]:
                     yield self._submitted(answer)
-            else:
-                yield self._submitted_alone(some[0])
 
     def quote(
         self, pipeline: str, prompts: str | Sequence[str] | None = None, **fields: object
@@ -241,7 +241,7 @@ class Farm:
         try:
             return Job(self, self.call(calls.submit(fields, key)))
         except FarmError as error:
-            if error.status >= 500 or error.status in core.RETRIED:
+            if not core.is_about_one_job(error):
                 raise
             return error
 

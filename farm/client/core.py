@@ -137,7 +137,7 @@ def batches(
     batch: list[Mapping[str, object]] = []
     characters = 0
     for body in bodies:
-        alone = not {"grid", "input"}.isdisjoint(body)
+        alone = goes_alone(body)
         size = len(json.dumps(body, default=str))
         if batch and (alone or len(batch) >= most or characters + size > BATCH_CHARACTERS):
             yield batch
@@ -149,6 +149,16 @@ def batches(
             characters += size
     if batch:
         yield batch
+
+
+def goes_alone(body: Mapping[str, object]) -> bool:
+    """Return True for a job that fits no batch."""
+    return not {"grid", "input"}.isdisjoint(body)
+
+
+def is_about_one_job(error: FarmError) -> bool:
+    """Return True if the jobs after a refused one may be accepted."""
+    return error.status < 500 and not isinstance(error, errors.Unauthenticated)
 
 
 def without_key(body: Mapping[str, object]) -> tuple[dict[str, object], str | None]:

@@ -19,7 +19,7 @@ from farm.pipelines.params import Params
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.services.control_images import missing_images
 from farm.services.job_validation import check_job, full_spec, syntax_among
-from farm.services.webhooks.of_jobs import check_webhook, server_for
+from farm.services.webhooks.of_jobs import Servers, check_webhook, server_for
 from farm.store import inputs, queries
 from farm.store import jobs as stored
 from farm.store.engine import Store, one_statement, reads, transaction
@@ -129,12 +129,13 @@ def _checked(farm: Farm, submissions: Sequence[Submission]) -> list[JobRow | Exc
     # Before the checks: the same body was accepted then, even if the catalog has changed.
     same = _submitted_before(farm, submissions, keys)
     results: list[JobRow | Exception | NewJob] = []
+    servers: Servers = {}
     for each, key in zip(submissions, keys, strict=True):
         if isinstance(key, FarmError):
             results.append(key)
         else:
             found = same.get((each.tenant_id, key)) if key else None
-            results.append(found or _new_job(farm, each, key))
+            results.append(found or _new_job(farm, each, key, servers))
     return results
 
 
@@ -165,11 +166,13 @@ def _submitted_before(
         }
 
 
-def _new_job(farm: Farm, submission: Submission, key: Idempotency | None) -> NewJob | Exception:
+def _new_job(
+    farm: Farm, submission: Submission, key: Idempotency | None, servers: Servers
+) -> NewJob | Exception:
     try:
         checked = check(farm, submission.tenant_id, submission.body)
         named = checked.job.webhook
-        webhook = server_for(farm, submission.tenant_id, named) if named else None
+        webhook = server_for(farm, submission.tenant_id, named, servers) if named else None
     except Exception as error:  # of this job alone
         return error
     return NewJob(submission.tenant_id, checked.spec, checked.job.prompts or (), key, webhook)

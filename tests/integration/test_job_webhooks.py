@@ -241,12 +241,23 @@ def test_nobody_sees_an_address_in_a_job_and_strangers_see_nothing(
     assert servers(bob) == []
 
 
-def test_jobs_of_a_batch_name_their_own(api: Api, receiver: Receiver, courier: object) -> None:
+def test_jobs_of_a_batch_name_their_own(
+    api: Api, receiver: Receiver, courier: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    find = of_jobs._server
+
+    def counted(farm: Farm, tenant_id: uuid.UUID, origin: str) -> uuid.UUID:
+        looked.append(origin)
+        return find(farm, tenant_id, origin)
+
+    monkeypatch.setattr(of_jobs, "_server", counted)
     ann = api.client("ann")
     jobs = [{**JOB, "webhook": {"url": f"{receiver.url}/{number}"}} for number in range(3)]
     jobs.append({**JOB, "webhook": {"url": "https://10.0.0.1/"}})
     answers = ann.post("/v1/jobs/batch", json={"jobs": jobs}).json()["data"]
     assert [each.get("status") for each in answers] == [202, 202, 202, 422]
+    assert len(looked) == 1, "their server is looked for once"
     for answer in answers[:3]:
         ann.post(f"/v1/jobs/{answer['job']['id']}/cancel")
     wait_until(lambda: len(receiver.requests) == 3, 10, "they arrive")

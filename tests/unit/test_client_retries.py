@@ -14,7 +14,14 @@ import pytest
 
 from farm.client import Farm, calls, core
 from farm.client.events import Watching
-from farm.errors import FarmError, InvalidRequest, LimitExceeded, TooSlow, Unavailable
+from farm.errors import (
+    FarmError,
+    InvalidRequest,
+    LimitExceeded,
+    TooSlow,
+    Unauthenticated,
+    Unavailable,
+)
 from tests.unit.test_cli_client import JOB, Script, problem, serving_script
 
 AWAY = problem(503, "unavailable", "Postgres does not answer.")
@@ -163,6 +170,19 @@ def test_batches_are_what_the_api_takes() -> None:
     assert found == [[plain, plain], [plain], [grid], [plain]]
     large = {"prompts": ["x" * 2**21]}
     assert [len(batch) for batch in core.batches([large] * 3)] == [1, 1, 1]
+
+
+def test_a_limit_that_one_job_meets_stops_no_other(farm: Farm, script: Script) -> None:
+    script.tell(429, MANY, x_should_retry="false")
+    script.tell(202, {"id": JOB})
+    job = {"pipeline": "demo", "prompts": ["a"], "grid": {"steps": [1]}}
+    refused, accepted = farm.submit_many([job, job])
+    assert isinstance(refused, LimitExceeded)
+    assert not isinstance(accepted, FarmError)
+    script.answers.clear()
+    script.tell(401, problem(401, "unauthenticated", "This API key is unknown."))
+    with pytest.raises(Unauthenticated):
+        list(farm.submit_many([job, job]))
 
 
 @pytest.mark.parametrize("value", [date(2026, 1, 1), float("nan"), {1, 2}])

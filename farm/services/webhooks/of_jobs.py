@@ -17,6 +17,8 @@ from farm.store import webhooks as stored
 from farm.store.engine import Transaction, reads, transaction
 from farm.store.job_webhooks import JobWebhook
 
+Servers = dict[tuple[uuid.UUID, str], uuid.UUID]
+"""IDs of servers, by tenant and origin."""
 MAX_SERVERS = 1000
 """Maximum number of servers whose addresses a tenant's jobs name."""
 
@@ -39,22 +41,32 @@ def check_webhook(settings: Settings, named: NamedWebhook) -> Target:
         raise InvalidRequest(f"webhook.{error.message}", param="webhook.url") from error
 
 
-def server_for(farm: Farm, tenant_id: uuid.UUID, named: NamedWebhook) -> JobWebhook:
+def server_for(farm: Farm, tenant_id: uuid.UUID, named: NamedWebhook, known: Servers) -> JobWebhook:
     """Return a job's address with the row of its server, which is created or enabled if need be.
+
+    Args:
+        farm: the farm.
+        tenant_id: the tenant.
+        named: the address.
+        known: servers of jobs that are submitted together. Each is looked for once.
 
     Raises:
         InvalidRequest: the address cannot be used; or the tenant's jobs name too many servers.
     """
     target = check_webhook(farm.settings, named)
     origin = f"{target.scheme}://{target.authority}"
+    if (tenant_id, origin) not in known:
+        known[tenant_id, origin] = _server(farm, tenant_id, origin)
+    return JobWebhook(known[tenant_id, origin], named.url, list(named.kinds or DEFAULT_TOLD_OF_JOB))
+
+
+def _server(farm: Farm, tenant_id: uuid.UUID, origin: str) -> uuid.UUID:
     with reads(farm.store) as connection:
         found = job_webhooks.find_server(connection, tenant_id, origin)
     if found is not None and found.state != "disabled":
-        server = found.id
-    else:
-        with transaction(farm.store) as connection:
-            server = _prepared(connection, tenant_id, origin)
-    return JobWebhook(server, named.url, list(named.kinds or DEFAULT_TOLD_OF_JOB))
+        return found.id
+    with transaction(farm.store) as connection:
+        return _prepared(connection, tenant_id, origin)
 
 
 def _prepared(connection: Transaction, tenant_id: uuid.UUID, origin: str) -> uuid.UUID:
