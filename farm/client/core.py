@@ -259,8 +259,6 @@ def answered(server: Server, call: Call[Any]) -> Flow[httpx.Response]:
     failing_since, tries = 0.0, 0
     while True:
         answer = yield Send(call)
-        failing_since = failing_since or time.monotonic()
-        pause: float | None = retry_seconds(tries)
         if isinstance(answer, httpx.Response):
             server.reached = True
             if answer.is_success:
@@ -270,8 +268,9 @@ def answered(server: Server, call: Call[Any]) -> Flow[httpx.Response]:
         else:
             assert isinstance(answer, httpx.TransportError)
             error = server.address.unreachable(answer)
-            if not call.again and not isinstance(answer, httpx.ConnectError):
-                pause = None
+            may_repeat = call.again or isinstance(answer, httpx.ConnectError)
+            pause = retry_seconds(tries) if may_repeat else None
+        failing_since = failing_since or time.monotonic()
         error.idempotency_key = call.headers.get("Idempotency-Key")
         if pause is None or time.monotonic() + pause - failing_since > server.patience:
             raise error from (answer if isinstance(answer, Exception) else None)

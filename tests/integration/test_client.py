@@ -119,21 +119,30 @@ def through(link: Link) -> str:
     return f"http://127.0.0.1:{link.port}"
 
 
+def listened_to(api: Api) -> bool:
+    """Tell whether a caller waits for a job or reads a stream."""
+    return bool(api.app.state.streams.feed.listeners)
+
+
 def later(api: Api, work: Callable[[], object] | None = None) -> threading.Thread:
-    """Render what waits, a moment later."""
+    """Render all, or do some work, once a caller waits."""
 
     def run() -> None:
-        time.sleep(0.3)  # the caller waits by then: this is what is tested
+        wait_until(lambda: listened_to(api), 20, "a caller waits")
         if work is not None:
             work()
         else:
-            worker = register_worker(api.farm)
-            while lease := worker.claim():
-                render(worker, lease)
+            render_all(api)
 
     thread = threading.Thread(target=run)
     thread.start()
     return thread
+
+
+def render_all(api: Api) -> None:
+    worker = register_worker(api.farm)
+    while lease := worker.claim():
+        render(worker, lease)
 
 
 def test_a_job_is_submitted_waited_for_and_downloaded(api: Api, ann: Any, tmp_path: Path) -> None:
@@ -157,7 +166,7 @@ def test_a_job_is_submitted_waited_for_and_downloaded(api: Api, ann: Any, tmp_pa
 
 def test_a_damaged_image_is_not_saved(api: Api, ann: Any, tmp_path: Path) -> None:
     job = ann.submit("demo", "a red star", **QUICK)
-    later(api).join()
+    render_all(api)
     [image] = job.images()
     image.data["sha256"] = "0" * 64
     with pytest.raises(FarmError, match="is damaged"):
@@ -287,7 +296,7 @@ def test_a_connection_that_falls_silent_loses_no_event(
     stream = job.events()
     assert next(stream).kind == "state"
     link.begin(Freeze())
-    later(api).join()
+    render_all(api)
     kinds = [event.kind for event in stream]
     assert kinds.count("frames.succeeded") == 1
     assert kinds[-1] == "job.succeeded"
@@ -324,7 +333,8 @@ def test_a_hundred_and_more_wait_at_the_same_time(api: Api) -> None:
             waits = [asyncio.create_task(farm.job(job.id)) for _ in range(120)]
             jobs = [await each for each in waits]
             ends = [asyncio.create_task(each.wait(30, check=False)) for each in jobs]
-            await asyncio.sleep(0.5)  # they wait by then
+            feed = api.app.state.streams.feed
+            await asyncio.to_thread(wait_until, lambda: len(feed.listeners) == 120, 20, "all wait")
             await job.cancel()
             return [(await each).status for each in ends]
 
@@ -342,13 +352,23 @@ def test_a_page_may_watch_one_job(api: Api, ann: Any) -> None:
     assert f'"id": "{job.id}"' in response.text
 
 
-def test_a_client_outlives_an_outage(api: Api, opened: Open, link: Link) -> None:
+def test_a_client_outlives_an_outage(
+    opened: Open, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ann = opened(url=through(link))
     job = ann.submit("demo", "a", **QUICK)
+    pauses: list[int] = []
+
+    def pause(tries: int) -> float:
+        pauses.append(tries)
+        if len(pauses) == 3:
+            link.heal()
+        return 0.01
+
+    monkeypatch.setattr(core, "retry_seconds", pause)
     link.begin(Reset())
-    back = later(api, link.heal)
     assert ann.job(job.id).id == job.id
-    back.join()
+    assert pauses == [0, 1, 2]
     link.begin(Reset())
     began = time.monotonic()
     with pytest.raises(FarmError, match="does not answer"):
