@@ -199,7 +199,8 @@ RETURNING d.id, d.webhook_id, w.tenant_id, d.message_id, d.kind, d.body, d.tries
           due.failures >= {PARKING_FAILURES} AS parked
 """)  # noqa: S608 - constants only
 
-# An endpoint that has waited since its last attempt, though something is due and it is not parked.
+# An endpoint waits since the last of three times: something was due, it was tried, its parking
+# ended. Times to come give less than 0.
 LAG = text(f"""
 WITH RECURSIVE {WAITING}
 SELECT extract(epoch FROM clock_timestamp() - least(
@@ -213,8 +214,7 @@ SELECT extract(epoch FROM clock_timestamp() - least(
            AND (d.leased_until IS NULL OR d.leased_until <= clock_timestamp())
          ORDER BY d.next_at LIMIT 1
      ) d
-     WHERE w.state = 'enabled' AND w.removed_at IS NULL AND d.next_at <= clock_timestamp()
-       AND (w.parked_until IS NULL OR w.parked_until <= clock_timestamp()))
+     WHERE w.state = 'enabled' AND w.removed_at IS NULL)
 ))
 """)  # noqa: S608 - constants only
 

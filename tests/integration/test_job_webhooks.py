@@ -110,6 +110,11 @@ def test_an_endpoint_and_a_jobs_address_get_the_same_message(
     assert len(secrets) == 2
     for request in (first, second):
         assert sum(request.is_signed_by(secret) for secret in secrets) == 1
+    wait_until(lambda: idle(api), 10, "both are recorded")
+    sql(api.farm, "DELETE FROM webhook_deliveries")
+    since = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+    replayed = ann.post(f"/v1/webhooks/{made['id']}/replay", json={"since": since}).json()
+    assert replayed["queued"] == 1, "the endpoint's, and not the job's"
 
 
 def test_a_dead_server_is_parked_whichever_address_a_job_names(
@@ -140,6 +145,8 @@ def test_410_at_one_address_leaves_the_others_of_its_server(
     for name in ("old", "new"):
         ended_job(api, ann, webhook={"url": f"{receiver.url}/{name}"})
     wait_until(lambda: len(receiver.requests) == 2 and idle(api), 10, "both are sent")
+    ended_job(api, ann, webhook={"url": f"{receiver.url}/old"})
+    wait_until(lambda: len(receiver.requests) == 3 and idle(api), 10, "the old one again, alone")
     [server] = servers(ann)
     assert (server["state"], server["health"]["failures"]) == ("enabled", 0)
     assert server["health"]["failing_since"] is None, "it is not disabled five days later"

@@ -22,7 +22,7 @@ from farm.store import queries, signing_secrets
 from farm.store import webhooks as stored
 from farm.store.engine import Transaction, is_outage, transaction
 from farm.store.events import EventRow
-from farm.store.job_webhooks import webhooks_of_jobs
+from farm.store.job_webhooks import JobWebhook, webhooks_of_jobs
 from farm.store.queries import JobRow
 from farm.store.specs import frame_identities
 from farm.store.webhooks import WebhookRow
@@ -95,20 +95,13 @@ def add(
         again: True to send messages again that were dropped.
     """
     of_jobs = webhooks_of_jobs(connection, {event.job_id for event in events if event.job_id})
-
-    def receivers_of(event: EventRow, kind: str) -> list[dict[str, str | None]]:
-        found = [
-            {"id": str(each.id), "url": None} for each in endpoints if _wants(each, event, kind)
-        ]
-        named = of_jobs.get(event.job_id) if event.job_id else None
-        if named and is_in(kind, named.kinds) and only in (None, named.webhook_id):
-            found.append({"id": str(named.webhook_id), "url": named.url})
-        return found
-
+    if only is not None:
+        of_jobs = {job: named for job, named in of_jobs.items() if named.webhook_id == only}
     wanted = [
         (event, kind, receivers)
         for event in events
-        if (kind := kind_of(event)) is not None and (receivers := receivers_of(event, kind))
+        if (kind := kind_of(event)) is not None
+        and (receivers := _receivers(event, kind, endpoints, of_jobs))
     ]
     if not wanted:
         return 0
@@ -143,6 +136,20 @@ def kind_of(event: EventRow) -> str | None:
     if subject == "export":
         return event.kind if word in ("succeeded", "failed") else None
     return event.kind if subject == "webhook" or event.kind == "frames.succeeded" else None
+
+
+def _receivers(
+    event: EventRow,
+    kind: str,
+    endpoints: Sequence[WebhookRow],
+    of_jobs: Mapping[uuid.UUID, JobWebhook],
+) -> list[dict[str, str | None]]:
+    """Return the endpoints that want a message, and the address that its job named."""
+    found = [{"id": str(each.id), "url": None} for each in endpoints if _wants(each, event, kind)]
+    named = of_jobs.get(event.job_id) if event.job_id else None
+    if named and is_in(kind, named.kinds):
+        found.append({"id": str(named.webhook_id), "url": named.url})
+    return found
 
 
 def _wants(endpoint: WebhookRow, event: EventRow, kind: str) -> bool:
