@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import httpx
 
@@ -22,6 +22,9 @@ from farm.client.objects import JobData, Page
 from farm.domain.image_formats import media_type_of
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError, InvalidRequest
+
+if TYPE_CHECKING:
+    from farm.config import Settings
 
 PATIENCE_SECONDS = 30.0
 """Time for which a call is sent again while the farm does not answer, in seconds."""
@@ -111,13 +114,21 @@ def open_server(
         from farm.config import load_settings
 
         settings = load_settings()
-        url = url or settings.api_url
-        key = key or (settings.api_key.get_secret_value() if settings.api_key else None)
+        url, key = url or settings.api_url, key or key_of(settings)
     address = Address(url)
-    if key is None:
-        raise errors.Unauthenticated(f"No API key is set. {address.advice}")
     first = patience_seconds if first_contact_seconds is None else first_contact_seconds
     return Server(address, key, patience_seconds, first)
+
+
+def key_of(settings: Settings) -> str:
+    """Return the key in the settings.
+
+    Raises:
+        Unauthenticated: there is none.
+    """
+    if settings.api_key is None:
+        raise errors.Unauthenticated(f"No API key is set. {Address(settings.api_url).advice}")
+    return settings.api_key.get_secret_value()
 
 
 def job_body(

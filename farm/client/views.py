@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from farm.client.core import JobFailed
-from farm.client.objects import Frame, JobData
+from farm.client.objects import Frame, JobData, Picture
 from farm.domain.image_formats import FORMATS
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError
@@ -125,8 +125,11 @@ class ImageView:
     @property
     def file_name(self) -> str:
         """Its name in a folder: ORDINAL-SEED.png, .jpg or .webp."""
-        kind = FORMATS[self.data.get("format", "png")]
-        return f"{self.ordinal}-{self.seed}.{kind.extension}"
+        return file_name(self.data)
+
+    def is_whole(self, content: bytes) -> bool:
+        """Return True if these are the bytes that were rendered."""
+        return hashlib.sha256(content).hexdigest() == self.sha256
 
     def checked(self, content: bytes) -> bytes:
         """Return the file's bytes.
@@ -134,7 +137,7 @@ class ImageView:
         Raises:
             FarmError: they are not those that were rendered.
         """
-        if hashlib.sha256(content).hexdigest() != self.sha256:
+        if not self.is_whole(content):
             raise FarmError(
                 f"The image of frame {self.ordinal} is damaged: its bytes do not match its sha256 "
                 f"{self.sha256}."
@@ -143,6 +146,12 @@ class ImageView:
 
     def __repr__(self) -> str:
         return f"<Image {self.file_name}>"
+
+
+def file_name(frame: Picture) -> str:
+    """Return the file name of a frame's image: ORDINAL-SEED.png, .jpg or .webp."""
+    kind = FORMATS[frame.get("format", "png")]  # an older farm has no such field
+    return f"{int(frame['ordinal'])}-{int(frame['seed'])}.{kind.extension}"  # and no path
 
 
 def write_whole(path: Path, content: bytes) -> None:

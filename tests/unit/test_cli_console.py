@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from farm.cli.commands.doctor import marks
-from farm.cli.commands.get import picture_name
 from farm.cli.commands.workers import doing
 from farm.cli.terminal.console import clean, columns, note, one_line, say, show_table, tail
 from farm.cli.terminal.contact_sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
 from farm.cli.terminal.job_progress import Bar, Lines, busyness, detail, finished, headline, summary
 from farm.client.objects import Batch, JobData, Worker
+from farm.client.views import file_name
 from farm.humanize import pace, percent, size
 
 JOB: JobData = {
@@ -175,9 +175,9 @@ def test_marks_without_unicode() -> None:
 
 
 def test_a_picture_is_named_by_its_frame() -> None:
-    assert picture_name({"ordinal": 12, "seed": 31}) == "12-31.png"
-    assert picture_name({"ordinal": 12, "seed": 31, "format": "jpeg"}) == "12-31.jpg"
-    assert picture_name({"ordinal": 12, "seed": 31, "format": "webp"}) == "12-31.webp"
+    assert file_name({"ordinal": 12, "seed": 31}) == "12-31.png"
+    assert file_name({"ordinal": 12, "seed": 31, "format": "jpeg"}) == "12-31.jpg"
+    assert file_name({"ordinal": 12, "seed": 31, "format": "webp"}) == "12-31.webp"
 
 
 def test_the_contact_sheet_holds_every_picture() -> None:

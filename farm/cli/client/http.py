@@ -10,6 +10,7 @@ from typing import Self
 from farm.client import calls
 from farm.client.blocking import Farm
 from farm.client.calls import Call, quoted
+from farm.client.core import key_of
 from farm.client.objects import (
     Action,
     ControlImage,
@@ -27,7 +28,6 @@ from farm.client.objects import (
     Worker,
 )
 from farm.config import Settings
-from farm.errors import Unauthenticated
 
 Params = Mapping[str, str | int]
 """Parameters of a query."""
@@ -57,12 +57,7 @@ class FarmClient:
         Raises:
             Unauthenticated: the settings have no key.
         """
-        if settings.api_key is None:
-            from farm.client.address import Address
-
-            advice = Address(settings.api_url).advice
-            raise Unauthenticated(f"No API key is set. {advice}")
-        return cls(settings.api_url, settings.api_key.get_secret_value(), patience_seconds)
+        return cls(settings.api_url, key_of(settings), patience_seconds)
 
     def __enter__(self) -> Self:
         return self

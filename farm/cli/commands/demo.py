@@ -123,12 +123,12 @@ def _sheet(host: FarmHandle, job: JobData, dest: Path) -> Path:
     """Save the contact sheet in the folder of the pictures, and return its path."""
     from PIL import Image
 
-    from farm.cli.commands.get import picture_name
     from farm.cli.terminal.contact_sheet import Row, contact_sheet
+    from farm.client.views import file_name
 
     pictures: dict[str, list[Image.Image]] = {prompt: [] for prompt in PROMPTS}
     for frame in host.client.frames(job["id"], "succeeded"):
-        with Image.open(dest / picture_name(frame)) as picture:
+        with Image.open(dest / file_name(frame)) as picture:
             pictures[frame["prompt"]].append(picture.copy())
     spec = job["spec"]
     path = dest.resolve() / "contact-sheet.png"

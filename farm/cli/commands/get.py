@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ from farm.cli.commands.job_lookup import JobArgument, find_job
 from farm.cli.terminal.console import Json, emit, note, say, short
 from farm.cli.terminal.exit_codes import exit_as
 from farm.cli.terminal.progress import counted
-from farm.domain.image_formats import FORMATS
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError
 from farm.humanize import count, plural, size
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.client.objects import Frame, JobData, Picture
+    from farm.client.objects import Frame, JobData
 
 PATIENCE_SECONDS = 60.0
 MAX_CONCURRENT_DOWNLOADS = 6
@@ -124,36 +122,21 @@ def _all(work: Callable[[Frame], int], frames: Iterable[Frame]) -> Iterator[int]
         pool.shutdown(cancel_futures=True)
 
 
-def picture_name(frame: Picture) -> str:
-    """Return the file name of a frame's picture."""
-    kind = FORMATS[frame.get("format", "png")]  # an older farm has no such field
-    return f"{int(frame['ordinal'])}-{int(frame['seed'])}.{kind.extension}"
-
-
 def _fetch(client: FarmClient, frame: Frame, dest: Path) -> int:
     """Download a frame's picture unless it is there. Return the number of bytes downloaded."""
-    path = dest / picture_name(frame)
-    if path.is_file() and _digest(path.read_bytes()) == frame["sha256"]:
+    from farm.client.blocking import Image
+    from farm.client.views import write_whole
+
+    image = Image(client.farm, frame)
+    path = dest / image.file_name
+    if path.is_file() and image.is_whole(path.read_bytes()):
         return 0
-    url = frame["image_url"]
-    assert url is not None  # it succeeded
     for _ in range(TRIES):
-        content = client.content(url)
-        if _digest(content) == frame["sha256"]:
-            _write(path, content)
+        content = client.content(image.url)
+        if image.is_whole(content):
+            write_whole(path, content)
             return len(content)
     raise FarmError(
-        f"The picture of frame {frame['ordinal']} is damaged: its bytes do not match its sha256 "
-        f"{frame['sha256']}. Check the storage with `farm audit`."
+        f"The picture of frame {image.ordinal} is damaged: its bytes do not match its sha256 "
+        f"{image.sha256}. Check the storage with `farm audit`."
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all."""
-    draft = path.with_suffix(".part")
-    draft.write_bytes(content)
-    draft.replace(path)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
