@@ -28,7 +28,10 @@ SET state = 'enabled', disabled_because = NULL, failures = 0, failing_since = NU
 WHERE id = :id AND state = 'disabled'
 """)
 
-SECRET = text("""
+SECRET = text("SELECT webhook_secret FROM tenants WHERE id = :tenant_id")
+
+# Of two that make one at the same time, the first one's stays.
+MAKE_SECRET = text("""
 UPDATE tenants SET webhook_secret = coalesce(webhook_secret, :new)
 WHERE id = :tenant_id RETURNING webhook_secret
 """)
@@ -96,8 +99,11 @@ def enable_server(connection: Connection, webhook_id: uuid.UUID) -> None:
 
 def secret_of(connection: Connection, tenant_id: uuid.UUID, new: bytes) -> bytes:
     """Return the secret that signs what a tenant's jobs cause. If it has none, store `new`."""
-    values = {"tenant_id": tenant_id, "new": new}
-    return bytes(connection.execute(SECRET, values).scalar_one())
+    found = connection.execute(SECRET, {"tenant_id": tenant_id}).scalar_one()
+    if found is None:
+        values = {"tenant_id": tenant_id, "new": new}
+        found = connection.execute(MAKE_SECRET, values).scalar_one()
+    return bytes(found)
 
 
 def rotate_secret(

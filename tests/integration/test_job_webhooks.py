@@ -205,7 +205,10 @@ def test_the_secret_is_the_tenants_and_can_be_replaced(
 ) -> None:
     ann, bob = api.client("ann"), api.client("bob")
     first = secret_of(ann)
+    row = "SELECT xmin::text FROM tenants WHERE name = 'ann'"
+    before = sql(api.farm, row)
     assert secret_of(ann) == first != secret_of(bob)
+    assert sql(api.farm, row) == before, "reading it writes nothing"
     ended_job(api, ann, webhook={"url": receiver.url})
     wait_until(lambda: receiver.requests, 10, "the first arrives")
     rotated = ann.post("/v1/webhooks/secret/rotate", json={"keep_seconds": 3600}).json()
