@@ -20,7 +20,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
 
 @pytest.mark.parametrize(
     ("number", "times"),
-    [(1, 1), (3, 1), (4, 2), (8, 1), (9, 2), (10, 1), (12, 2), (15, 1), (16, 1)],
+    [
+        (1, 1),
+        (3, 1),
+        (4, 2),
+        (8, 1),
+        (9, 2),
+        (10, 1),
+        (12, 2),
+        (15, 1),
+        pytest.param(16, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_is_lost_or_doubled(running: Chaos, number: int, times: int) -> None:
     result = running.run(number, times)

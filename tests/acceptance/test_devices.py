@@ -26,6 +26,7 @@ def two_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return null_catalog(tmp_path)
 
 
+@pytest.mark.slow
 def test_each_entry_has_a_device_that_only_its_worker_sees(
     tmp_path: Path, two_devices: Path
 ) -> None:

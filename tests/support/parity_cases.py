@@ -464,9 +464,10 @@ DERIVED = ("refined", "net", "nets", "sdxl_nets")
 """Pipelines whose prompts, guidance and loop are those of `sd` or `sdxl`."""
 MANY_STEPS = 20
 PARTS = {
-    "nets": ("short", "negatives"),
-    "sdxl_nets": ("short", "negatives", "clip-skip", "sampler-pndm"),
-    "refined": ("compel-long",),
+    "net": ("clip-skip", "eta", "sampler"),
+    "nets": ("counts", "guess", "negatives", "short"),
+    "refined": ("clip-skip", "compel", "eta", "rescale"),
+    "sdxl_nets": ("clip-skip", "counts", "eta", "negatives", "sampler", "short", "sizes-told"),
 }
 """Cases of parts that `net`, `sd` or `sdxl` have in the same form."""
 
@@ -484,7 +485,7 @@ def _is_variant(case: Case) -> bool:
         return True
     grids = {other.name: other.job.get("grid") for other in ALL_CASES}
     larger = case.name.removesuffix("-by1") + "-by4"
-    return case.pipeline in DERIVED and grids.get(larger, ...) == case.job.get("grid")
+    return case.pipeline != "sd" and grids.get(larger, ...) == case.job.get("grid")
 
 
 VARIANTS = [case for case in ALL_CASES if _is_variant(case)]

@@ -38,6 +38,7 @@ def has_namespaces() -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_namespaces(), reason="this user may not create a PID namespace")
 def test_equal_process_ids_never_return_the_frames_of_another_worker(disturbed: LiveFarm) -> None:
     with ExitStack() as stack:
