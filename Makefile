@@ -88,6 +88,7 @@ tests-alone: setup
 	$(PYTEST) $(ALONE)
 
 test-slow: setup chart-tools ## Check a release: the tests that are too slow for every change
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,traces,dev,clients]' -c constraints.txt
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 FARM_TEST_REPLAYED_PICTURES=200 MODEL_EXAMPLES=1000 \
 	  FARM_TEST_ALL_SLOTS=1 FARM_TEST_BEHIND_FRAMES=1500000 FARM_TEST_HASHES=1000000 FARM_TEST_JOBS=100000 \
 	  FARM_TEST_EXPORTS=100 FARM_TEST_CALLS=60 FARM_TEST_EVENTS=100000 FARM_TEST_DEAD_DELIVERIES=100000 \

@@ -18,6 +18,8 @@ from api.dashboard import api_docs, page, pictures, session
 from api.dashboard.html import STATIC
 from api.door import FrontDoor
 from api.heads import Heads
+from api.openai import answers as openai_answers
+from api.openai import images as openai_images
 from api.places import Places, Turns
 from api.request_rates import RequestRates
 from api.routes import (
@@ -90,6 +92,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.storage = CapacityLimiter(STORAGE_THREADS)
         app.state.pictures = CapacityLimiter(PICTURE_THREADS)
         app.state.sent = Places(signed_pictures.MAX_SENT, signed_pictures.MAX_SENT)
+        app.state.answers = Places(openai_answers.MIB_AT_ONCE, openai_answers.MIB_PER_TENANT)
         app.state.webhook_tests = Places(webhooks.TESTS, webhooks.TESTS_PER_TENANT)
         app.state.health = CapacityLimiter(HEALTH_THREADS)
         app.state.slow = Turns(SLOW_THREADS)
@@ -135,6 +138,7 @@ def _routes() -> APIRouter:
     router.include_router(webhooks.router, responses=job_calls)
     router.include_router(tenants.router, responses=job_calls)
     router.include_router(actions.router, responses=job_calls)
+    router.include_router(openai_images.router, responses=job_calls)
     router.include_router(health.router)
     router.include_router(metrics.router, responses=openapi.refusals(503))
     for pages in (api_docs, page, pictures, session):

@@ -33,8 +33,11 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
 REPEATABLE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}
 """Methods of calls that may be repeated (RFC 9110, section 9.2.2)."""
-SUBMISSIONS = "/v1/jobs"
-"""Path of the call that obeys an Idempotency-Key."""
+NAMED_BY = {
+    "/v1/jobs": ("idempotency-key",),
+    "/openai/v1/images/generations": ("idempotency-key", "x-stainless-retry-count"),
+}
+"""Paths of submissions, and the headers of those that may be repeated: they get the same job."""
 LIMIT_SECONDS = 30
 """Seconds after which a client that met a limit should try again. When others end is not known."""
 
@@ -124,8 +127,8 @@ def _should_retry(request: Request, error: FarmError) -> dict[str, str]:
         again = error.limit is None or error.limit.fits_later
     elif not error.retryable:
         again = False
-    elif request.method in REPEATABLE or (
-        request.url.path == SUBMISSIONS and "idempotency-key" in request.headers
+    elif request.method in REPEATABLE or any(
+        header in request.headers for header in NAMED_BY.get(request.url.path, ())
     ):
         again = True
     else:

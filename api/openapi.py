@@ -24,7 +24,9 @@ REFUSALS = {
     422: "A value is not allowed for its field. `error.param` names the field.",
     429: "The tenant would have more than its operator allows, or sends requests too fast. `limit`"
     " names the limit.",
+    500: "The pictures could not be rendered.",
     503: "A server that the farm needs does not answer. Try again.",
+    504: "The job did not end while the call waited. It goes on.",
 }
 
 Responses = dict[int | str, dict[str, Any]]

@@ -40,22 +40,23 @@ class Places:
         self._a_tenant = a_tenant
         self._taken: Counter[str | None] = Counter()
 
-    def take(self, tenant: str | None, what: str) -> Place:
-        """Take a place.
+    def take(self, tenant: str | None, what: str, number: int = 1) -> Place:
+        """Take a place, or several, which are given back together.
 
         Args:
             tenant: ID of the tenant; None for a caller without a key.
             what: Name of the things that are sent, such as "inputs", for the error message.
+            number: Number of places. The last free one is enough for any number.
 
         Raises:
             Unavailable: All places are taken, or all places of this tenant.
         """
         if self._taken.total() >= self._in_all or self._taken[tenant] >= self._a_tenant:
             raise Unavailable(f"Too many {what} are being sent. Try again in a few seconds.")
-        self._taken[tenant] += 1
+        self._taken[tenant] += number
 
         def give_back() -> None:
-            self._taken[tenant] -= 1
+            self._taken[tenant] -= number
             self._taken += Counter()  # drops the tenants with a count of zero
 
         return Place(give_back)

@@ -155,6 +155,12 @@ class Settings(BaseSettings):
         description="Longest time that a call waits for the end of a job (`Prefer: wait`). Set it"
         " below the timeout of a proxy before the farm. Seconds",
     )
+    openai_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        le=600,
+        description="Longest time that a call of OpenAI's image API waits. Seconds",
+    )
     events_days: float = Field(default=30.0, gt=0, description="Time that events are kept. Days")
     retention_days: float = Field(
         default=0.0,

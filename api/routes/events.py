@@ -80,6 +80,9 @@ async def list_job_events(
     kind: Kinds = None,
     last_event_id: LastEventId = None,
     prefer: PreferHeader = None,
+    previews: Annotated[
+        bool, Query(description="Of a stream: send small pictures of frames that are denoised")
+    ] = False,
 ) -> Response:
     """List what happened to a job, oldest first, from the oldest event that is kept. With
     `Accept: text/event-stream`, stream it: first the job's state, then each event as it happens."""
@@ -93,7 +96,7 @@ async def list_job_events(
     if head:
         await streams.check(client, job_id)
         return _for(client, Response(media_type=MEDIA_TYPE, headers=HEADERS))
-    return _for(client, await streams.of_job(client, job_id, sent, wanted))
+    return _for(client, await streams.of_job(client, job_id, sent, wanted, previews=previews))
 
 
 def _for(client: Client, answer: Response) -> Response:

@@ -13,7 +13,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from api.addresses import SignedAddresses
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.services.events import Identities, identities_of, own_identities
+from farm.services.previews import Preview, Previews
 from farm.store import events as stored
 from farm.store.engine import reads
 from farm.store.events import EventRow
@@ -48,6 +49,12 @@ SEND_SECONDS = 30.0
 """Time in which a client must take what is sent, in seconds."""
 BEAT_SECONDS = 1.0
 """Interval in which the listeners are looked at, in seconds."""
+PREVIEW_SECONDS = 0.5
+"""Interval in which previews are read, in seconds."""
+PREVIEW_REST_SECONDS = 5.0
+"""Pause after Redis did not give previews, in seconds."""
+MAX_PREVIEWED_JOBS = 100
+"""Jobs whose previews a process reads. Watchers of others get none."""
 JOINING_THREADS = 2
 """Threads in which the place of a new job or tenant is read."""
 
@@ -72,8 +79,14 @@ class Listener:
     """A reader of one job's events, or of one tenant's. Used in the event loop only."""
 
     def __init__(
-        self, leave: Callable[[Listener], None], base: str, wants: Callable[[EventRow], bool]
+        self,
+        leave: Callable[[Listener], None],
+        base: str,
+        wants: Callable[[EventRow], bool],
+        *,
+        wants_previews: bool = False,
     ) -> None:
+        self.wants_previews = wants_previews
         self.is_cut_off = False
         """True if it must read no more: it was too slow, it has gone, or the process ends."""
         self.reached: Place = (0, 0)
@@ -90,6 +103,9 @@ class Listener:
         self._wants = wants
         self._queue: deque[Told] = deque()
         self._steps: JobSteps | None = None
+        self._previews: dict[int, Preview] = {}
+        self._seen: dict[int, int] = {}
+        """Step of the last preview of each frame."""
         self._news = asyncio.Event()
 
     def put(self, told: Told, place: Place) -> None:
@@ -107,6 +123,14 @@ class Listener:
         """Replace the steps that it has not taken."""
         self._steps = steps
         self._news.set()
+
+    def put_previews(self, previews: Iterable[Preview]) -> None:
+        """Add previews, each instead of an older one that it has not taken."""
+        new = {each.ordinal: each for each in previews if self._seen.get(each.ordinal) != each.step}
+        if new:
+            self._seen |= {each.ordinal: each.step for each in new.values()}
+            self._previews |= new
+            self._news.set()
 
     def cut_off(self) -> None:
         """Drop what waits for it."""
@@ -135,6 +159,11 @@ class Listener:
         """Return the newest steps, once."""
         steps, self._steps = self._steps, None
         return steps
+
+    def take_previews(self) -> list[Preview]:
+        """Return the newest previews, each once."""
+        previews, self._previews = self._previews, {}
+        return [*previews.values()]
 
     @property
     def is_idle(self) -> bool:
@@ -192,9 +221,16 @@ class Feed:
         self._joining = CapacityLimiter(JOINING_THREADS)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._steps_at = 0.0
+        self._previews = Previews(farm.settings)
+        self._previewing = CapacityLimiter(1)
 
     async def listen_to_job(
-        self, job_id: uuid.UUID, base: str, wants: Callable[[EventRow], bool]
+        self,
+        job_id: uuid.UUID,
+        base: str,
+        wants: Callable[[EventRow], bool],
+        *,
+        wants_previews: bool = False,
     ) -> Listener:
         """Listen to a job. Each of its events that is committed from now on is handed out.
 
@@ -204,7 +240,9 @@ class Feed:
         Raises:
             Unavailable: Postgres does not answer.
         """
-        return await self._listen(self._jobs, job_id, base, wants, self._newest)
+        return await self._listen(
+            self._jobs, job_id, base, wants, self._newest, wants_previews=wants_previews
+        )
 
     async def listen_to_tenant(
         self, tenant_id: uuid.UUID, base: str, wants: Callable[[EventRow], bool]
@@ -234,11 +272,14 @@ class Feed:
         base: str,
         wants: Callable[[EventRow], bool],
         read_place: Callable[[uuid.UUID], Place],
+        *,
+        wants_previews: bool = False,
     ) -> Listener:
         while True:
             is_first = key not in all_watched
             watched = all_watched.setdefault(key, _Watched())
-            listener = Listener(partial(_leave, all_watched, key, watched), base, wants)
+            leave = partial(_leave, all_watched, key, watched)
+            listener = Listener(leave, base, wants, wants_previews=wants_previews)
             watched.listeners.add(listener)
             if self.is_closed:
                 listener.cut_off()
@@ -279,7 +320,8 @@ class Feed:
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        for name, work in (("reading", self._run), ("beating", self._beat)):
+        works = {"reading": self._run, "beating": self._beat, "previewing": self._preview}
+        for name, work in works.items():
             if name not in self._tasks or self._tasks[name].done():
                 self._tasks[name] = loop.create_task(work())
 
@@ -289,6 +331,34 @@ class Feed:
             for listener in self.listeners:
                 listener.beat(now)
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _preview(self) -> None:
+        """Hand out previews while anybody wants them. Events never wait for Redis."""
+        while jobs := [
+            job_id
+            for job_id, watched in self._jobs.items()
+            if any(listener.wants_previews for listener in watched.listeners)
+        ][:MAX_PREVIEWED_JOBS]:
+            rest = PREVIEW_SECONDS
+            try:
+                found = await to_thread.run_sync(
+                    self._previews.watch, jobs, limiter=self._previewing
+                )
+                self._hand_out_previews(found)
+            except Unavailable as error:
+                log.warning("There are no previews: %s", error)
+                rest = PREVIEW_REST_SECONDS
+            except Exception:
+                log.exception("Previews failed.")
+                rest = PREVIEW_REST_SECONDS
+            await asyncio.sleep(rest)
+
+    def _hand_out_previews(self, found: Mapping[uuid.UUID, Iterable[Preview]]) -> None:
+        for job_id, previews in found.items():
+            watched = self._jobs.get(job_id)
+            for listener in watched.listeners if watched else ():
+                if listener.wants_previews:
+                    listener.put_previews(previews)
 
     async def _run(self) -> None:
         while self._jobs or self._tenants:

@@ -13,6 +13,7 @@ import random
 import re
 import time
 import uuid
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from farm.services.events import (
     is_lost,
     own_identities,
 )
+from farm.services.previews import Preview
 from farm.store import events as stored
 from farm.store import limits, queries
 from farm.store.engine import Connection, reads
@@ -77,6 +79,10 @@ HEADERS = {
 
 StillAllowed = Callable[[], Awaitable[object]]
 """Raises Unauthenticated if a client may read no more."""
+State = schemas.Job | list[Preview] | None
+"""News of a job: the job itself, new previews, or None if nothing happened for a while."""
+Blocks = Callable[[AsyncIterator[State]], AsyncIterator[bytes]]
+"""Makes the texts of a stream of a job's states."""
 
 
 def wants_stream(request: Request) -> bool:
@@ -204,7 +210,13 @@ class Streams:
         self._turns: WeakValueDictionary[uuid.UUID, Semaphore] = WeakValueDictionary()
 
     async def of_job(
-        self, client: Client, job_id: uuid.UUID, sent: EventCursor | None, wanted: EventFilter
+        self,
+        client: Client,
+        job_id: uuid.UUID,
+        sent: EventCursor | None,
+        wanted: EventFilter,
+        *,
+        previews: bool = False,
     ) -> Response:
         """Open a stream of a job's events. 204 if it has ended and the client has read them all.
 
@@ -213,6 +225,7 @@ class Streams:
             job_id: The job.
             sent: The client's cursor. None: the stream begins with a snapshot.
             wanted: Which events.
+            previews: Send previews too.
 
         Raises:
             NotFound: There is no such job, or it belongs to another tenant.
@@ -222,7 +235,7 @@ class Streams:
         def wants(event: EventRow) -> bool:
             return event.kind in ENDS or wanted.allows(event)
 
-        async with self._entered(client, job_id, wants) as (listener, stay):
+        async with self._entered(client, job_id, wants, previews) as (listener, stay):
             begun = await self._read(client, self._beginning_of_job, client, job_id, sent)
             if sent and begun.ended and not begun.lost and sent.id >= begun.last:
                 return Response(status_code=204, headers=HEADERS)
@@ -237,6 +250,48 @@ class Streams:
             begun = await self._read(client, self._beginning_of_tenant, client, sent)
             blocks = self._blocks_of_tenant(client, listener, begun, sent, wanted)
             return EventStream(listener, blocks, stay())
+
+    async def of_states(
+        self, client: Client, job_id: uuid.UUID, blocks: Blocks, *, previews: bool = False
+    ) -> Response:
+        """Open a stream of a job's states in a form of the caller's.
+
+        Args:
+            client: The client.
+            job_id: The job.
+            blocks: Makes the texts to send of the job's states. It gets the job at first, and after
+                each event that changes what can be shown, until it has ended. If the stream must
+                end sooner, the last job has not ended.
+            previews: Give it previews too.
+
+        Raises:
+            NotFound: There is no such job, or it belongs to another tenant.
+            Unavailable: Too many are open, or Postgres does not answer.
+        """
+
+        def wants(event: EventRow) -> bool:
+            return event.kind in ENDS or event.kind == "frames.succeeded"
+
+        async with self._entered(client, job_id, wants, previews) as (listener, stay):
+            begun = await self._read(client, self._beginning_of_job, client, job_id, None)
+            return EventStream(
+                listener, blocks(self._states(client, listener, job_id, begun)), stay()
+            )
+
+    async def _states(
+        self, client: Client, listener: Listener, job_id: uuid.UUID, begun: _Beginning
+    ) -> AsyncIterator[State]:
+        yield begun.job
+        if begun.ended:
+            return
+        async for news in _news(listener, client.still_allowed):
+            if news is None or isinstance(news, list):
+                yield news
+            elif isinstance(news, Told) and news.event.id > begun.last:
+                begun = await self._read(client, self._beginning_of_job, client, job_id, None)
+                yield begun.job
+                if begun.ended:
+                    return
 
     async def ended_job(self, client: Client, job_id: uuid.UUID, seconds: float) -> schemas.Job:
         """Wait until a job has ended, or for a time. Return it as it is then.
@@ -295,7 +350,11 @@ class Streams:
 
     @asynccontextmanager
     async def _entered(
-        self, client: Client, job_id: uuid.UUID | None, wants: Callable[[EventRow], bool]
+        self,
+        client: Client,
+        job_id: uuid.UUID | None,
+        wants: Callable[[EventRow], bool],
+        previews: bool = False,
     ) -> AsyncIterator[tuple[Listener, Callable[[], Callable[[], None]]]]:
         """Enter a listener for the block.
 
@@ -322,7 +381,9 @@ class Streams:
             if job_id is None:
                 listener = await self.feed.listen_to_tenant(client.tenant_id, client.base, wants)
             else:
-                listener = await self.feed.listen_to_job(job_id, client.base, wants)
+                listener = await self.feed.listen_to_job(
+                    job_id, client.base, wants, wants_previews=previews
+                )
             yield listener, stay
         finally:
             if not stays:
@@ -382,6 +443,9 @@ class Streams:
                 yield _beat(EventCursor(epoch, 0, last, _now()))
             elif isinstance(news, JobSteps):
                 yield _progress(news)
+            elif isinstance(news, list):
+                for preview in news:
+                    yield _previewed(job_id, preview)
             elif news.event.id > last:
                 last = news.event.id
                 if wanted.allows(news.event):
@@ -506,7 +570,9 @@ async def _hears(client: Client, listener: Listener, deadline: float, last: int)
     return heard and not listener.is_cut_off
 
 
-async def _news(listener: Listener, allowed: StillAllowed) -> AsyncIterator[Told | JobSteps | None]:
+async def _news(
+    listener: Listener, allowed: StillAllowed
+) -> AsyncIterator[Told | JobSteps | list[Preview] | None]:
     """Yield what a listener gets, and None now and then if it gets nothing, until it is cut off."""
     while not listener.is_cut_off:
         await listener.wait()
@@ -525,6 +591,8 @@ async def _news(listener: Listener, allowed: StillAllowed) -> AsyncIterator[Told
         steps = listener.take_steps()
         if steps is not None:
             yield steps
+        if previews := listener.take_previews():
+            yield previews
 
 
 def _beat(cursor: EventCursor) -> bytes:
@@ -551,3 +619,16 @@ def _progress(steps: JobSteps) -> bytes:
     eta = None if steps.eta_seconds is None else round(steps.eta_seconds, 3)
     data = {"job": str(steps.job_id), "progress": steps.progress, "eta_seconds": eta}
     return message({**data, "frames": frames}, "progress")
+
+
+def _previewed(job_id: uuid.UUID, preview: Preview) -> bytes:
+    """Return an event with a preview, without an ID: a client that resumes does not need it."""
+    data = {
+        "job": str(job_id),
+        "ordinal": preview.ordinal,
+        "step": preview.step,
+        "steps": preview.steps,
+        "format": "jpeg",
+        "b64": b64encode(preview.jpeg).decode(),
+    }
+    return message(data, "preview")

@@ -187,12 +187,13 @@ def generators(frames: Sequence[FrameSpec]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(frame.seed) for frame in frames]
 
 
-def step_callback(on_step: StepHook, share: float = 1.0) -> StepCallback:
+def step_callback(on_step: StepHook, share: float = 1.0, *, whole: bool = True) -> StepCallback:
     """Build a `callback_on_step_end` for one diffusers call, or for several in sequence.
 
     Args:
         on_step: called after every step.
         share: share of all steps that the first call takes, from 0 to 1.
+        whole: True if each call has all frames of the batch, in their order.
     """
     done, steps = 0, 0
 
@@ -202,6 +203,8 @@ def step_callback(on_step: StepHook, share: float = 1.0) -> StepCallback:
         nonlocal done, steps
         done += 1
         steps = max(done, steps or round(pipe.num_timesteps / share))  # some take two for a step
+        if (show := _SHOW.get()) is not None and whole and "latents" in tensors:
+            show(tensors["latents"], done, steps)
         on_step(done, steps)
         if (seen := _SEEN.get()) is not None and "latents" in tensors:
             seen.append(tensors["latents"])
@@ -262,3 +265,21 @@ def floats_seen() -> Iterator[list[torch.Tensor]]:
         yield seen
     finally:
         _SEEN.reset(token)
+
+
+Show = Callable[["torch.Tensor", int, int], None]
+"""Called with the latents of a batch after (steps done, all steps). It must not change them."""
+_SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
+
+
+@contextmanager
+def latents_shown_to(show: Show) -> Iterator[None]:
+    """Show the latents of each step of the batch that is denoised in the block.
+
+    The first dimension is the bucket. Calls that have only some frames of a batch show nothing.
+    """
+    token = _SHOW.set(show)
+    try:
+        yield
+    finally:
+        _SHOW.reset(token)

@@ -898,6 +898,19 @@ webhook_deliveries = Table(
     comment="Messages, one row for each endpoint that gets it.",
 )
 
+unanswered_calls = Table(
+    "unanswered_calls",
+    metadata,
+    Column("key", Text, primary_key=True, comment="idempotency key of its job"),
+    Column("digest", LargeBinary, nullable=False, comment="sha256 of the API key and the content"),
+    Column("repeats", SmallInteger, nullable=False, comment="times it was sent before"),
+    Column("given_up", Boolean, nullable=False, server_default=text("false")),
+    _moment("at", now=True),
+    Index("unanswered_calls_digest", "digest"),
+    Index("unanswered_calls_at", "at"),
+    comment="Calls without an idempotency key that have no answer yet.",
+)
+
 job_webhooks = Table(
     "job_webhooks",
     metadata,

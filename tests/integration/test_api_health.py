@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +255,11 @@ def test_an_unexpected_error_tells_nothing_of_the_inside(
 def test_an_idle_connection_outlives_those_of_clients(farm: Farm) -> None:
     """A client that keeps it for 5 s, as httpx does, must not meet a closed one."""
     with serving(farm) as api:
-        place = ("127.0.0.1", int(api.url.rpartition(":")[2]))
-        with socket.create_connection(place, timeout=6.5) as connection:
+        connection = HTTPConnection("127.0.0.1", int(api.url.rpartition(":")[2]), timeout=6.5)
+        with closing(connection):
             for _ in range(2):
-                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-                assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+                connection.request("GET", "/healthz")
+                with connection.getresponse() as answer:
+                    assert (answer.status, answer.read()) == (200, b'{"ok":true}')
             with pytest.raises(TimeoutError):
-                connection.recv(1)
+                connection.sock.recv(1)

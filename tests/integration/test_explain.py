@@ -26,6 +26,7 @@ from farm.store import (
     queries,
     retention,
     specs,
+    unanswered,
     webhooks,
 )
 from farm.store.engine import transaction
@@ -35,7 +36,7 @@ from tests.support.databases import Databases
 from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
-LARGE |= {"job_webhooks", "webhooks", "webhook_deliveries"}
+LARGE |= {"job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -69,6 +70,8 @@ SELECT gen_random_uuid(), t.id, 'https://' || t.name || '.example', '{}', '{}', 
 FROM tenants t WHERE t.name LIKE 'idle %';
 INSERT INTO job_webhooks (job_id, webhook_id, url, kinds)
 SELECT id, gen_random_uuid(), 'https://shop.example/', '{job.*}' FROM jobs;
+INSERT INTO unanswered_calls (key, digest, repeats, given_up)
+SELECT 'call-' || n, sha256(n::text::bytea), n % 3, n % 2 = 0 FROM generate_series(1, 20000) n;
 WITH hook AS (
     INSERT INTO webhooks (id, tenant_id, url, kinds, labels, description, secret)
     VALUES (gen_random_uuid(), :tenant, 'https://shop.example/', '{job.*}', '{}', '', '\\x00')
@@ -216,6 +219,13 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         {"tenant_id": uuid.UUID(int=3), "origin": "https://shop.example"},
     ),
     "addresses of jobs": (job_webhooks.OF_JOBS, {"ids": [uuid.UUID(int=1)]}),
+    "repeated call": (
+        unanswered.TAKE_OVER,
+        {"digest": b"\x00" * 32, "repeats": 1, "seconds": unanswered.KEPT_SECONDS},
+    ),
+    "call that was given up": (unanswered.GIVE_UP, {"key": "call-7", "repeats": 1}),
+    "call that was answered": (unanswered.END, {"key": "call-7"}),
+    "old calls": (unanswered.PRUNE, {"seconds": 86_400.0 * 365}),
     "old deliveries": (webhooks.PRUNE, {"days": 30, "limit": 1000}),
     "dropped deliveries": (webhooks.DROP_DISABLED, {"limit": 1000}),
     "steps": (leases.STEPS, {"ids": [uuid.UUID(int=1)]}),

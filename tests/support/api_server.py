@@ -110,6 +110,25 @@ def render(worker: FakeWorker, lease: Lease, *ordinals: int) -> None:
         assert len(frames.complete(connection, lease.id, done)) == len(done)
 
 
+@contextmanager
+def rendering(worker: FakeWorker) -> Iterator[None]:
+    """Render what the worker finds, in a thread, during the block."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(0.05):
+            while lease := worker.claim():
+                render(worker, lease)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def picture(frame: ClaimedFrame) -> bytes:
     """Return a picture that depends on its seed only."""
     width, height = frame.spec.params["width"], frame.spec.params["height"]

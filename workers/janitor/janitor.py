@@ -24,6 +24,7 @@ from farm.store import (
     retention,
     sessions,
     tenants,
+    unanswered,
     webhooks,
     workers,
 )
@@ -137,6 +138,7 @@ class Janitor:
         with connection.begin():
             events.prune(connection, settings.events_days)
             sessions.prune(connection)
+            unanswered.prune(connection)
         for pipeline in waiting:
             if not self._farm.bells.ring(pipeline):
                 break

@@ -9,12 +9,13 @@ from farm.context import Farm
 from farm.imaging.encoding import Encoder
 from farm.imaging.filters import load_filters
 from farm.pipelines.batch_plans import batch_plans, plans_for_a_second_batch
-from farm.pipelines.family import LoadedPipeline
+from farm.pipelines.family import LoadedPipeline, uses_torch
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.pipelines.runtime.devices import usable_memory
 from farm.pipelines.runtime.slots import SlotTest
 from farm.rendering.environment import environment_of
 from farm.rendering.warmup import CompiledShapes, default_shape
+from farm.services.previews import Previews
 from workers.render.batch import ImageWriter
 from workers.render.batch_log import BatchLog
 from workers.render.claims import Claims
@@ -24,6 +25,7 @@ from workers.render.finishing import BatchFinisher
 from workers.render.identity import Identity
 from workers.render.interactive import InteractiveClaims
 from workers.render.loop import RenderLoop
+from workers.render.previews.batches import Previewing, keeps_pictures_back
 from workers.render.reuse import Reuse
 from workers.render.scratch import Scratch
 from workers.render.spool import Spool, SpoolDrain
@@ -86,6 +88,8 @@ def assemble(
     finisher = BatchFinisher(
         identity, encoder, filters, reuse, writer, spool, drain, committer, claims
     )
+    allowed = uses_torch(resolved.family) and not (entry.filters or keeps_pictures_back(loaded))
+    previewing = Previewing(Previews(farm.settings), allowed=allowed)
     loop = RenderLoop(
         farm,
         identity,
@@ -97,6 +101,7 @@ def assemble(
         reuse=reuse,
         slots=slots,
         scratch=scratch,
+        previewing=previewing,
         compiled_shapes=compiled_shapes or CompiledShapes(),
         batch_log=batch_log,
     )

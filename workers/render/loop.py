@@ -35,6 +35,7 @@ from workers.render.finishing import BatchFinisher
 from workers.render.identity import Identity
 from workers.render.interactive import InteractiveClaims
 from workers.render.lease_watch import LeaseWatch
+from workers.render.previews.batches import Previewing
 from workers.render.reuse import Reuse
 from workers.render.scratch import Scratch
 
@@ -63,6 +64,7 @@ class RenderLoop:
         reuse: Reuse,
         slots: SlotTest,
         scratch: Scratch,
+        previewing: Previewing,
         compiled_shapes: CompiledShapes,
         batch_log: BatchLog | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class RenderLoop:
         self._reuse = reuse
         self._slots = slots
         self._scratch = scratch
+        self._previewing = previewing
         self._compiled_shapes = compiled_shapes
         self._batch_log = batch_log
         self._images = ImageCache(farm.artifacts)
@@ -118,6 +121,7 @@ class RenderLoop:
         self._interactive.close()
         self._claims.close()
         self._finisher.close()
+        self._previewing.close()
 
     def _next(self) -> Lease | None:
         if self.out_of_memory or self._finisher.full:
@@ -302,7 +306,11 @@ class RenderLoop:
         try:
             with torch_threads(self._slots.threads(loaded, specs[0])):
                 since = time.monotonic()
-                return self._resolved.family.denoise(loaded, Batch(specs, hook, images))
+                with self._previewing.of(batch.frames) as previews:
+                    pictures = self._resolved.family.denoise(loaded, Batch(specs, hook, images))
+                    if previews is not None:
+                        previews.learn(pictures)
+                return pictures
         except BaseException as error:
             loaded.reset_after_failure()
             if isinstance(error, REFUSALS):

@@ -101,7 +101,7 @@ class Auto:
         if signature is None:
             raise RenderError(f"The installed diffusers has no source of {class_name}.")
         groups = _groups(batch.frames, signature)
-        callback = step_callback(batch.on_step, 1 / len(groups))
+        callback = step_callback(batch.on_step, 1 / len(groups), whole=len(groups) == 1)
         pictures: dict[int, Image.Image | None] = {}
         for places in groups:
             frames = padded([batch.frames[place] for place in places])

@@ -172,7 +172,7 @@ def render_in_groups(
     for place in range(len(batch.frames)):
         length = tuple(rows[place]["prompt_embeds"].shape[1] for rows in encoded)
         by_length.setdefault(length, []).append(place)
-    callback = step_callback(batch.on_step, share / len(by_length))
+    callback = step_callback(batch.on_step, share / len(by_length), whole=len(by_length) == 1)
     pictures: dict[int, Image.Image | None] = {}
     for places in by_length.values():
         frames = padded([batch.frames[place] for place in places])

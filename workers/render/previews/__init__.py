@@ -1,0 +1,1 @@
+"""Previews of the batch on the device, while somebody watches its jobs."""

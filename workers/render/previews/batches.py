@@ -1,0 +1,224 @@
+"""Previews of the batch on the device: small pictures of its latents, while somebody watches.
+
+The step hook only starts a copy of the latents, and never waits for it. A thread turns the copy
+into pictures. The latents themselves are never changed.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+
+from farm.errors import Unavailable
+from farm.pipelines.family import LoadedPipeline, latents_shown_to
+from farm.services.previews import Preview, Previews
+from farm.store.claim import ClaimedFrame
+from workers.render.previews.colours import LatentColours, as_grid
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FRAMES = 4
+"""Frames of a batch that have previews: the first ones."""
+FIRST_SHARE = 0.2
+"""Share of the steps before the first preview. Until then a picture is mostly noise."""
+PICTURE_SECONDS = 0.5
+"""Least time between two previews of a batch, in seconds."""
+LOOK_SECONDS = 1.0
+"""Interval in which a batch is looked up: does anybody watch it? In seconds."""
+SILENT_SECONDS = 5.0
+"""Pause after Redis did not answer, in seconds."""
+MAX_SIDE = 256
+"""Maximum width and height of a preview, in pixels."""
+JPEG_QUALITY = 70
+
+
+@dataclass
+class _Copy:
+    """Latents on their way to the CPU."""
+
+    values: torch.Tensor
+    wait: Callable[[], object]
+    """Returns when the copy is complete."""
+    step: int
+    steps: int
+
+    def grid(self, width: int, height: int) -> Any:
+        self.wait()
+        return as_grid(self.values.float().numpy(), width, height)
+
+
+class Previewing:
+    """Previews of the batches of one render process."""
+
+    def __init__(self, previews: Previews, *, allowed: bool) -> None:
+        """Create it.
+
+        Args:
+            previews: where they are put.
+            allowed: False if a filter or a safety checker may keep pictures back.
+        """
+        self._previews = previews
+        self._allowed = allowed
+        self._colours = LatentColours()
+        self._silent_until = 0.0
+
+    @contextmanager
+    def of(self, frames: Sequence[ClaimedFrame]) -> Iterator[BatchPreviews | None]:
+        """Show the latents that are denoised in the block."""
+        if not self._allowed:
+            yield None
+            return
+        batch = BatchPreviews(self, frames)
+        try:
+            with latents_shown_to(batch.on_latents):
+                yield batch
+        finally:
+            batch.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._previews.close()
+
+    def ask(self, call: Callable[[Previews], T], otherwise: T) -> T:
+        """Ask Redis, unless it was silent just now. Return `otherwise` if it does not answer."""
+        if time.monotonic() < self._silent_until:
+            return otherwise
+        try:
+            return call(self._previews)
+        except Unavailable as error:
+            log.debug("Previews are left out: %s", error)
+            self._silent_until = time.monotonic() + SILENT_SECONDS
+            return otherwise
+
+    @property
+    def colours(self) -> LatentColours:
+        """The colours of latents, as far as they have been learned."""
+        return self._colours
+
+
+class BatchPreviews:
+    """Previews of one batch. The device's thread calls `on_latents`, another one makes them."""
+
+    def __init__(self, owner: Previewing, frames: Sequence[ClaimedFrame]) -> None:
+        self._owner = owner
+        self._frames = frames[:FRAMES]
+        self._bucket = frames[0].spec.bucket
+        params = frames[0].spec.params
+        self._width, self._height = int(params["width"]), int(params["height"])
+        self._pictures: Sequence[Image.Image | None] = ()
+        self._changed = threading.Condition()
+        self._copy: _Copy | None = None
+        self._last: _Copy | None = None
+        self._watched: set[uuid.UUID] = set()
+        self._shown: dict[uuid.UUID, set[int]] = {}
+        self._due_at = 0.0
+        self._is_over = False
+        self._thread = threading.Thread(target=self._work, name="previews", daemon=True)
+        self._thread.start()
+
+    def on_latents(self, latents: torch.Tensor, step: int, steps: int) -> None:
+        """Copy the latents of a step, if they are needed. Never waits."""
+        if len(latents) != self._bucket:
+            return
+        if step >= steps:  # some samplers go on: the last one counts
+            if not self._owner.colours.is_learned:
+                self._last = _copied(latents[: len(self._frames)], step, steps)
+            return
+        now = time.monotonic()
+        if not self._watched or step < FIRST_SHARE * steps or now < self._due_at:
+            return
+        self._due_at = now + PICTURE_SECONDS
+        copy = _copied(latents[: len(self._frames)], step, steps)
+        with self._changed:
+            self._copy = copy
+            self._changed.notify()
+
+    def learn(self, pictures: Sequence[Image.Image | None]) -> None:
+        """Learn the colours of latents from the finished pictures, in the thread."""
+        self._pictures = pictures[: len(self._frames)]
+
+    def close(self) -> None:
+        """End the previews, without waiting for the thread."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+
+    def _work(self) -> None:
+        job_ids = list({frame.job_id for frame in self._frames})
+        try:
+            while not self._is_over:
+                self._watched = self._owner.ask(lambda all_: all_.watched(job_ids), set())
+                with self._changed:
+                    self._changed.wait_for(lambda: self._copy or self._is_over, LOOK_SECONDS)
+                    copy, self._copy = self._copy, None
+                if copy is not None and not self._is_over:
+                    self._show(copy)
+            if self._shown:
+                self._owner.ask(lambda all_: all_.drop(self._shown), None)
+            self._learn()
+        except Exception:
+            log.exception("The previews of a batch failed.")
+
+    def _show(self, copy: _Copy) -> None:
+        grid = copy.grid(self._width, self._height)
+        if grid is None:
+            return
+        scale = min(1.0, MAX_SIDE / max(self._width, self._height))
+        size = max(1, round(self._width * scale)), max(1, round(self._height * scale))
+        made: dict[uuid.UUID, list[Preview]] = {}
+        for frame, latents in zip(self._frames, grid, strict=True):
+            if frame.job_id in self._watched:
+                image = self._owner.colours.picture(latents, size)
+                if image is None:
+                    return
+                preview = Preview(frame.ordinal, copy.step, copy.steps, _jpeg(image))
+                made.setdefault(frame.job_id, []).append(preview)
+                self._shown.setdefault(frame.job_id, set()).add(frame.ordinal)
+        self._owner.ask(lambda all_: all_.put(made), None)
+
+    def _learn(self) -> None:
+        grid = self._last.grid(self._width, self._height) if self._last else None
+        if grid is None:
+            return
+        for picture, latents in zip(self._pictures, grid, strict=False):
+            if picture is not None:
+                self._owner.colours.learn(latents, picture)
+
+
+def _copied(latents: torch.Tensor, step: int, steps: int) -> _Copy:
+    """Start a copy to the CPU. On a GPU it runs behind the step, and nobody waits for it."""
+    import torch
+
+    values = latents.detach()
+    if values.device.type != "cuda":
+        return _Copy(values.to("cpu", copy=True), lambda: None, step, steps)
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    pinned.copy_(values, non_blocking=True)
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return _Copy(pinned, event.synchronize, step, steps)
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=JPEG_QUALITY)
+    return content.getvalue()
+
+
+def keeps_pictures_back(loaded: LoadedPipeline) -> bool:
+    """Return True if a safety checker may keep pictures back: a preview would show them."""
+    return any(getattr(pipe, "safety_checker", None) is not None for pipe in loaded.pipes)
