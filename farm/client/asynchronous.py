@@ -275,7 +275,9 @@ class AsyncJob(JobView):
             self.require_success()
         return self
 
-    async def events(self, after: str | None = None) -> AsyncIterator[Event]:
+    async def events(
+        self, after: str | None = None, *, previews: bool = False
+    ) -> AsyncIterator[Event]:
         """Yield its events as they happen, until it has ended.
 
         First comes a `state`, the job as it is now. A connection that breaks is opened again at its
@@ -283,8 +285,9 @@ class AsyncJob(JobView):
 
         Args:
             after: the `cursor` of an event: go on from there. Default: from now on.
+            previews: yield `preview` too: small pictures of frames while they are denoised.
         """
-        async for event in self._farm.watch(Watching.of_job(self.id, after)):
+        async for event in self._farm.watch(Watching.of_job(self.id, after, previews=previews)):
             yield event
 
     async def frames(

@@ -279,7 +279,7 @@ class Job(JobView):
             self.require_success()
         return self
 
-    def events(self, after: str | None = None) -> Iterator[Event]:
+    def events(self, after: str | None = None, *, previews: bool = False) -> Iterator[Event]:
         """Yield its events as they happen, until it has ended.
 
         First comes a `state`, the job as it is now. A connection that breaks is opened again at its
@@ -287,8 +287,9 @@ class Job(JobView):
 
         Args:
             after: the `cursor` of an event: go on from there. Default: from now on.
+            previews: yield `preview` too: small pictures of frames while they are denoised.
         """
-        yield from self._farm.watch(Watching.of_job(self.id, after))
+        yield from self._farm.watch(Watching.of_job(self.id, after, previews=previews))
 
     def frames(self, state: str | None = None, limit: int | None = None) -> Iterator[Frame]:
         """Yield its frames, or those in a state such as `dead`."""

@@ -39,7 +39,7 @@ class Event:
     """
 
     kind: str
-    """Such as `job.succeeded`; or `state`, `progress` or `reset`: see docs/api.md."""
+    """Such as `job.succeeded`; or `state`, `progress`, `preview` or `reset`: see docs/api.md."""
     data: Mapping[str, Any]
     """Fields of the event, such as `job` and `frames`. Of a `state`: the job; or, of all jobs, how
     many are open."""
@@ -74,9 +74,10 @@ class Watching:
         return self.path.startswith("/v1/jobs/")
 
     @classmethod
-    def of_job(cls, job_id: str, after: str | None) -> Watching:
+    def of_job(cls, job_id: str, after: str | None, *, previews: bool = False) -> Watching:
         """Watch one job until it ends."""
-        return cls(f"/v1/jobs/{quoted(job_id)}/events", cursor=after)
+        params = {"previews": "true"} if previews else {}
+        return cls(f"/v1/jobs/{quoted(job_id)}/events", params, cursor=after)
 
     def stream_call(self) -> Call[bytes]:
         """Return the call that opens the stream at its place."""

@@ -198,13 +198,14 @@ def step_callback(on_step: StepHook, share: float = 1.0, *, whole: bool = True) 
     done, steps = 0, 0
 
     def callback(
-        pipe: DiffusionPipeline, _step: int, _timestep: object, tensors: dict[str, torch.Tensor]
+        pipe: DiffusionPipeline, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         nonlocal done, steps
         done += 1
         steps = max(done, steps or round(pipe.num_timesteps / share))  # some take two for a step
-        if (show := _SHOW.get()) is not None and whole and "latents" in tensors:
-            show(tensors["latents"], done, steps)
+        if whole and "latents" in tensors:
+            index = getattr(pipe.scheduler, "step_index", None) or step + 1
+            show_latents(Latents(tensors["latents"], done, steps, pipe.scheduler, index))
         on_step(done, steps)
         if (seen := _SEEN.get()) is not None and "latents" in tensors:
             seen.append(tensors["latents"])
@@ -267,16 +268,37 @@ def floats_seen() -> Iterator[list[torch.Tensor]]:
         _SEEN.reset(token)
 
 
-Show = Callable[["torch.Tensor", int, int], None]
-"""Called with the latents of a batch after (steps done, all steps). It must not change them."""
+@dataclass(frozen=True)
+class Latents:
+    """Latents of a batch after a step. They must not be changed."""
+
+    values: torch.Tensor
+    """The first dimension is the bucket."""
+    done: int
+    """Steps that are done."""
+    steps: int
+    """All steps."""
+    scheduler: Any = None
+    """The sampler. None: it is not known."""
+    index: int = 0
+    """Number of steps that the sampler has done."""
+
+
+Show = Callable[[Latents], None]
 _SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
+
+
+def show_latents(latents: Latents) -> None:
+    """Show the latents of a step, if they were asked for."""
+    if (show := _SHOW.get()) is not None:
+        show(latents)
 
 
 @contextmanager
 def latents_shown_to(show: Show) -> Iterator[None]:
     """Show the latents of each step of the batch that is denoised in the block.
 
-    The first dimension is the bucket. Calls that have only some frames of a batch show nothing.
+    Calls that have only some frames of a batch show nothing.
     """
     token = _SHOW.set(show)
     try:

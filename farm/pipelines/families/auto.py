@@ -21,11 +21,13 @@ from farm.pipelines.checkpoints.read import vae_scale
 from farm.pipelines.family import (
     Batch,
     Checkpoint,
+    Latents,
     LoadedPipeline,
     StepCallback,
     StepHook,
     generators,
     padded,
+    show_latents,
     step_callback,
     unflagged,
 )
@@ -34,6 +36,7 @@ from farm.pipelines.runtime.loading import load_pipe, pin
 from farm.pipelines.samplers import SAMPLERS, build_sampler, sampler_change
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 RENAMED = {"num_inference_steps": "steps", "prior_num_inference_steps": "prior_steps"}
@@ -101,11 +104,12 @@ class Auto:
         if signature is None:
             raise RenderError(f"The installed diffusers has no source of {class_name}.")
         groups = _groups(batch.frames, signature)
-        callback = step_callback(batch.on_step, 1 / len(groups), whole=len(groups) == 1)
+        whole = len(groups) == 1
+        callback = step_callback(batch.on_step, 1 / len(groups), whole=whole)
         pictures: dict[int, Image.Image | None] = {}
         for places in groups:
             frames = padded([batch.frames[place] for place in places])
-            call = _call(signature, frames, callback, batch.on_step)
+            call = _call(signature, frames, callback, batch.on_step, whole=whole)
             if loaded.scheduler_config is not None:
                 sampler = frames[0].params.get("sampler")
                 loaded.pipe.scheduler = build_sampler(sampler, loaded.scheduler_config)
@@ -132,7 +136,12 @@ def _groups(frames: Sequence[FrameSpec], signature: Signature) -> list[list[int]
 
 
 def _call(
-    signature: Signature, frames: Sequence[FrameSpec], callback: StepCallback, on_step: StepHook
+    signature: Signature,
+    frames: Sequence[FrameSpec],
+    callback: StepCallback,
+    on_step: StepHook,
+    *,
+    whole: bool,
 ) -> dict[str, object]:
     """Return the arguments of a call, for frames that differ only in texts and seeds."""
     params = frames[0].params
@@ -151,14 +160,18 @@ def _call(
         if argument in signature.arguments:
             call[argument] = callback
     if "callback" in signature.arguments and "callback_on_step_end" not in call:
-        call["callback"] = _older_callback(on_step, params["steps"])
+        call["callback"] = _older_callback(on_step, params["steps"], whole=whole)
     return call
 
 
-def _older_callback(on_step: StepHook, steps: int) -> Callable[[int, object, object], None]:
+def _older_callback(
+    on_step: StepHook, steps: int, *, whole: bool
+) -> Callable[[int, object, torch.Tensor], None]:
     """Build a callback for pipelines that are older than `callback_on_step_end`."""
 
-    def callback(step: int, _timestep: object, _latents: object) -> None:
+    def callback(step: int, _timestep: object, latents: torch.Tensor) -> None:
+        if whole:
+            show_latents(Latents(latents, step + 1, max(step + 1, steps)))
         on_step(step + 1, max(step + 1, steps))
 
     return callback

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from farm.errors import Unavailable
-from farm.pipelines.family import LoadedPipeline, latents_shown_to
+from farm.pipelines.family import Latents, LoadedPipeline, latents_shown_to
 from farm.services.previews import Preview, Previews
 from farm.store.claim import ClaimedFrame
 from workers.render.previews.colours import LatentColours, as_grid
+from workers.render.previews.noise import estimated_picture, levels_around
 
 if TYPE_CHECKING:
     import torch
@@ -48,17 +49,21 @@ JPEG_QUALITY = 70
 
 @dataclass
 class _Copy:
-    """Latents on their way to the CPU."""
+    """Latents on their way to the CPU, with those of the step before."""
 
-    values: torch.Tensor
+    after: torch.Tensor
+    before: torch.Tensor | None
+    latents: Latents
     wait: Callable[[], object]
-    """Returns when the copy is complete."""
-    step: int
-    steps: int
+    """Returns when the copies are complete."""
 
     def grid(self, width: int, height: int) -> Any:
+        """Return the estimated picture as (batch, rows, columns, channels); None: it is none."""
         self.wait()
-        return as_grid(self.values.float().numpy(), width, height)
+        after = self.after.float().numpy()
+        before = None if self.before is None else self.before.float().numpy()
+        levels = levels_around(self.latents.scheduler, self.latents.index)
+        return as_grid(estimated_picture(before, after, levels), width, height)
 
 
 class Previewing:
@@ -119,10 +124,12 @@ class BatchPreviews:
         self._bucket = frames[0].spec.bucket
         params = frames[0].spec.params
         self._width, self._height = int(params["width"]), int(params["height"])
+        self._is_even = not params.get("eta")
+        """True if the sampler adds no noise that its job asked for."""
         self._pictures: Sequence[Image.Image | None] = ()
         self._changed = threading.Condition()
         self._copy: _Copy | None = None
-        self._last: _Copy | None = None
+        self._latest: Latents | None = None
         self._watched: set[uuid.UUID] = set()
         self._shown: dict[uuid.UUID, set[int]] = {}
         self._due_at = 0.0
@@ -130,19 +137,17 @@ class BatchPreviews:
         self._thread = threading.Thread(target=self._work, name="previews", daemon=True)
         self._thread.start()
 
-    def on_latents(self, latents: torch.Tensor, step: int, steps: int) -> None:
+    def on_latents(self, latents: Latents) -> None:
         """Copy the latents of a step, if they are needed. Never waits."""
-        if len(latents) != self._bucket:
+        if len(latents.values) != self._bucket:
             return
-        if step >= steps:  # some samplers go on: the last one counts
-            if not self._owner.colours.is_learned:
-                self._last = _copied(latents[: len(self._frames)], step, steps)
-            return
+        before, self._latest = self._latest, latents
         now = time.monotonic()
-        if not self._watched or step < FIRST_SHARE * steps or now < self._due_at:
+        share = latents.done / latents.steps
+        if not self._watched or not FIRST_SHARE <= share < 1 or now < self._due_at:
             return
         self._due_at = now + PICTURE_SECONDS
-        copy = _copied(latents[: len(self._frames)], step, steps)
+        copy = _copied(latents, before if self._is_even else None, len(self._frames))
         with self._changed:
             self._copy = copy
             self._changed.notify()
@@ -185,13 +190,16 @@ class BatchPreviews:
                 image = self._owner.colours.picture(latents, size)
                 if image is None:
                     return
-                preview = Preview(frame.ordinal, copy.step, copy.steps, _jpeg(image))
+                done, steps = copy.latents.done, copy.latents.steps
+                preview = Preview(frame.ordinal, done, steps, _jpeg(image))
                 made.setdefault(frame.job_id, []).append(preview)
                 self._shown.setdefault(frame.job_id, set()).add(frame.ordinal)
         self._owner.ask(lambda all_: all_.put(made), None)
 
     def _learn(self) -> None:
-        grid = self._last.grid(self._width, self._height) if self._last else None
+        if self._latest is None or not self._pictures or self._owner.colours.is_learned:
+            return
+        grid = _copied(self._latest, None, len(self._frames)).grid(self._width, self._height)
         if grid is None:
             return
         for picture, latents in zip(self._pictures, grid, strict=False):
@@ -199,18 +207,25 @@ class BatchPreviews:
                 self._owner.colours.learn(latents, picture)
 
 
-def _copied(latents: torch.Tensor, step: int, steps: int) -> _Copy:
+def _copied(latents: Latents, before: Latents | None, frames: int) -> _Copy:
     """Start a copy to the CPU. On a GPU it runs behind the step, and nobody waits for it."""
     import torch
 
-    values = latents.detach()
-    if values.device.type != "cuda":
-        return _Copy(values.to("cpu", copy=True), lambda: None, step, steps)
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    pinned.copy_(values, non_blocking=True)
+    pinned = latents.values.device.type == "cuda"
+
+    def copy(values: torch.Tensor) -> torch.Tensor:
+        values = values.detach()[:frames]
+        if not pinned:
+            return values.to("cpu", copy=True)
+        there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return there.copy_(values, non_blocking=True)
+
+    after, earlier = copy(latents.values), None if before is None else copy(before.values)
+    if not pinned:
+        return _Copy(after, earlier, latents, lambda: None)
     event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
-    return _Copy(pinned, event.synchronize, step, steps)
+    return _Copy(after, earlier, latents, event.synchronize)
 
 
 def _jpeg(image: Image.Image) -> bytes:

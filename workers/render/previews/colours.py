@@ -1,7 +1,7 @@
 """Colours of latents: a picture of latents without a model that decodes them.
 
-A linear map from a latent's channels to colours is learned from pictures that are rendered anyway,
-by least squares. So it fits every VAE.
+A map from a latent's channels, and their products, to colours is learned from pictures that are
+rendered anyway, by least squares. So it fits every VAE.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ RIDGE = 1e-3
 """Weight that keeps the map small while few colours have been seen."""
 
 
+MULTIPLIED_CHANNELS = 16
+"""Maximum number of channels whose products are used too."""
+
+
 class LatentColours:
-    """A linear map from the channels of latents to colours, by least squares."""
+    """A map from the channels of latents to colours, by least squares."""
 
     def __init__(self) -> None:
         self._pictures = 0
@@ -40,14 +44,14 @@ class LatentColours:
             latents: its last latents, (height, width, channels), of any size.
             picture: the decoded picture.
         """
-        height, width, channels = latents.shape
+        height, width, _ = latents.shape
         small = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)
         colours = np.asarray(small, dtype=np.float64).reshape(-1, 3)
-        inputs = _with_one(latents)
+        inputs = _features(latents)
         with self._lock:
             if self._squares is None:
-                self._squares = np.zeros((channels + 1, channels + 1))
-                self._products = np.zeros((channels + 1, 3))
+                self._squares = np.zeros((inputs.shape[1], inputs.shape[1]))
+                self._products = np.zeros((inputs.shape[1], 3))
             # Each picture counts the same, whatever its size.
             self._squares += inputs.T @ inputs / len(inputs)
             self._products += inputs.T @ colours / len(inputs)
@@ -55,20 +59,25 @@ class LatentColours:
 
     def picture(self, latents: Any, size: tuple[int, int]) -> Image.Image | None:
         """Return a preview of latents in this size. None: nothing has been learned yet."""
-        height, width, channels = latents.shape
+        height, width, _ = latents.shape
         with self._lock:
             if self._squares is None:
                 return None
-            ridge = RIDGE * self._pictures * np.eye(channels + 1)
+            ridge = RIDGE * self._pictures * np.eye(len(self._squares))
             map_to_colours = np.linalg.solve(self._squares + ridge, self._products)
-        colours = (_with_one(latents) @ map_to_colours).reshape(height, width, 3)
+        colours = (_features(latents) @ map_to_colours).reshape(height, width, 3)
         image = Image.fromarray(np.clip(colours, 0, 255).round().astype(np.uint8))
         return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _with_one(latents: Any) -> Any:
+def _features(latents: Any) -> Any:
+    """Return for each place a one, the channels and, if they are few, their products."""
     flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
-    return np.hstack([flat, np.ones((len(flat), 1))])
+    one = np.ones((len(flat), 1))
+    if flat.shape[1] > MULTIPLIED_CHANNELS:
+        return np.hstack([one, flat])
+    rows, columns = np.triu_indices(flat.shape[1])
+    return np.hstack([one, flat, flat[:, rows] * flat[:, columns]])
 
 
 def as_grid(latents: Any, width: int, height: int) -> Any:
