@@ -17,7 +17,7 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.groups import Groups
-from api.request_rates import Rate, RequestRates
+from api.request_rates import RATE, Rate, RequestRates
 from farm.context import Farm
 from farm.domain.spec import Storable
 from farm.errors import Forbidden, LimitExceeded, Unauthenticated
@@ -180,9 +180,10 @@ def count_request(request: Request, caller: Caller) -> None:
     burst = caller.requests_burst or math.ceil(BURST_SECONDS * caller.requests_a_second)
     rates: RequestRates = request.app.state.rates
     rate = Rate(caller.requests_a_second, burst)
-    wait = rates.take(caller.tenant_id, rate)
-    if wait:
-        raise LimitExceeded.of_requests(*rate, wait)
+    taken = rates.take(caller.tenant_id, rate)
+    if taken.wait:
+        raise LimitExceeded.of_requests(*rate, taken.wait)
+    request.scope[RATE] = rate, taken
 
 
 async def reader(

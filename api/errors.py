@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.dashboard.html import PAGE_HEADERS, render
+from api.request_rates import RATE, Rate, Taken
 from farm.domain.inputs import BadLines
 from farm.errors import (
     FarmError,
@@ -38,6 +39,9 @@ NAMED_BY = {
     "/openai/v1/images/generations": ("idempotency-key", "x-stainless-retry-count"),
 }
 """Paths of submissions, and the headers of those that may be repeated: they get the same job."""
+NEVER_AGAIN = {"x-should-retry": "false"}
+REQUESTS = "requests_a_second"
+"""Name of the limit of requests."""
 LIMIT_SECONDS = 30
 """Seconds after which a client that met a limit should try again. When others end is not known."""
 
@@ -121,19 +125,24 @@ def farm_error(request: Request, error: Exception) -> Response:
 def _should_retry(request: Request, error: FarmError) -> dict[str, str]:
     """Tell clients whether to repeat a call. Some do so by themselves, without a key.
 
-    Nothing is told of a call that may have stored something before its error.
+    `false` for a call that may have stored something before its error, unless it has a key.
     """
     if isinstance(error, LimitExceeded):
         again = error.limit is None or error.limit.fits_later
     elif not error.retryable:
         again = False
-    elif request.method in REPEATABLE or any(
-        header in request.headers for header in NAMED_BY.get(request.url.path, ())
-    ):
+    elif isinstance(error, Unavailable) and not error.is_undecided:
         again = True
     else:
-        return {}
+        again = is_repeatable(request)
     return {"x-should-retry": "true" if again else "false"}
+
+
+def is_repeatable(request: Request) -> bool:
+    """Return True if the same request can be sent again and do no harm."""
+    return request.method in REPEATABLE or any(
+        header in request.headers for header in NAMED_BY.get(request.url.path, ())
+    )
 
 
 def _is_stream(request: Request) -> bool:
@@ -159,9 +168,8 @@ def _limit_fields(limit: Limit) -> dict[str, str]:
     Without Retry-After, if the same call can never succeed.
     """
     if limit.burst is not None:  # the quota is what may be sent in a window of seconds
-        window = max(1, round(limit.burst / limit.value))
         return {
-            "RateLimit-Policy": f'"{limit.name}";q={limit.burst};w={window}',
+            "RateLimit-Policy": _policy(limit.name, Rate(limit.value, limit.burst)),
             "RateLimit": f'"{limit.name}";r=0;t={limit.wait_seconds}',
             "Retry-After": str(limit.wait_seconds),
         }
@@ -176,6 +184,20 @@ def _limit_fields(limit: Limit) -> dict[str, str]:
     return {**fields, "Retry-After": str(until or LIMIT_SECONDS)}
 
 
+def _policy(name: str, rate: Rate) -> str:
+    window = max(1, round(rate.burst / rate.per_second))
+    return f'"{name}";q={rate.burst};w={window}'
+
+
+def _rate_fields(rate: Rate, taken: Taken) -> list[tuple[bytes, bytes]]:
+    """Return the header fields that tell what is left of the limit of a tenant's requests."""
+    left = f'"{REQUESTS}";r={taken.left(rate)};t={math.ceil(taken.full_in)}'
+    return [
+        (b"ratelimit-policy", _policy(REQUESTS, rate).encode()),
+        (b"ratelimit", left.encode()),
+    ]
+
+
 def _invalid(request: Request, error: Exception) -> Response:
     first = cast(RequestValidationError, error).errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:]) or None
@@ -188,7 +210,7 @@ def _http_error(request: Request, error: Exception) -> Response:
     code = HTTPStatus(error.status_code).name.lower()
     detail = str(error.detail).rstrip(".")
     content = problem(error.status_code, code, f"{request.method} {request.url.path}: {detail}.")
-    return _answer(request, content, error.headers)
+    return _answer(request, content, {**NEVER_AGAIN, **(error.headers or {})})
 
 
 def request_id(request: Request) -> str:
@@ -219,6 +241,9 @@ class Guard:
                     (b"x-request-id", name.encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
+                has = {field.lower() for field, _ in message["headers"]}
+                if RATE in scope and b"ratelimit" not in has:
+                    message["headers"] += _rate_fields(*scope[RATE])
             await send(message)
 
         try:
@@ -229,7 +254,7 @@ class Guard:
                 raise
             detail = f"Internal error. The farm's log has the details under request {name}."
             content = problem(500, "internal_error", detail)
-            await _answer(Request(scope), content)(scope, receive, named)
+            await _answer(Request(scope), content, NEVER_AGAIN)(scope, receive, named)
 
 
 def install(app: FastAPI) -> None:

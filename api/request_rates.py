@@ -7,10 +7,11 @@ algorithm: one time for each tenant, https://en.wikipedia.org/wiki/Generic_cell_
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import redis
 from cachetools import TTLCache
@@ -21,7 +22,8 @@ from farm.redis_address import redis_place
 log = logging.getLogger(__name__)
 
 # KEYS: of the tenant. ARGV: seconds between two requests, and number of requests at once. Returns
-# the seconds to wait, as text. Redis's clock is used, so those of the processes may differ.
+# the seconds to wait, and those until the whole number may come at once again, both as text.
+# Redis's clock is used, so those of the processes may differ.
 TAKE = """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000
@@ -29,14 +31,14 @@ local due = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now)
 local latest = now + ARGV[1] * ARGV[2]
 local wait = math.min(due, latest) - now - ARGV[1] * (ARGV[2] - 1)
 if wait > 0 and due <= latest then
-    return tostring(wait)
+    return {tostring(wait), tostring(due - now)}
 elseif wait > 0 then  -- the limit was lower before
     due = latest
 else
     due = due + ARGV[1]
 end
 redis.call('SET', KEYS[1], string.format('%.6f', due), 'PX', math.ceil((due - now) * 1000))
-return tostring(math.max(wait, 0))
+return {tostring(math.max(wait, 0)), tostring(due - now)}
 """
 
 SOCKET = {"socket_timeout": 0.25, "socket_connect_timeout": 0.25}
@@ -45,8 +47,14 @@ SILENT_SECONDS = 2.0
 """Time after an error of Redis in which it is not asked, in seconds."""
 TENANTS = 10_000
 """Number of tenants that a process counts for itself."""
+EXACTNESS = 1e-6
+"""Part of a request that is lost in the conversion of times."""
 LONGEST_SECONDS = 86_400.0
 """Time for which a process remembers a tenant, in seconds."""
+
+
+RATE = "farm_rate"
+"""Key of a request's scope: the limit of its tenant's requests, and what is left of it."""
 
 
 class Rate(NamedTuple):
@@ -55,6 +63,19 @@ class Rate(NamedTuple):
     per_second: float
     burst: int
     """Number of requests that may arrive at once."""
+
+
+class Taken(NamedTuple):
+    """Answer to a request."""
+
+    wait: float
+    """Seconds after which it may come again. 0: it was counted."""
+    full_in: float
+    """Seconds until `burst` requests may come at once again."""
+
+    def left(self, rate: Rate) -> int:
+        """Return the number of requests that may come now."""
+        return max(0, math.floor(rate.burst - self.full_in * rate.per_second + EXACTNESS))
 
 
 class RequestRates:
@@ -69,19 +90,18 @@ class RequestRates:
         self._due: TTLCache[uuid.UUID, float] = TTLCache(TENANTS, LONGEST_SECONDS)
         self._lock = threading.Lock()
 
-    def take(self, tenant_id: uuid.UUID, rate: Rate) -> float:
-        """Count a request. Return 0, or the seconds after which it may come again."""
+    def take(self, tenant_id: uuid.UUID, rate: Rate) -> Taken:
+        """Count a request, unless it comes too soon."""
         refused = self._refused_until.get((tenant_id, rate), 0.0) - time.monotonic()
         if refused > 0:  # a flood of such requests costs Redis nothing
-            return refused
-        wait = self._take_there(tenant_id, rate)
-        wait = self._take_here(tenant_id, rate) if wait is None else wait
-        if wait:
+            return Taken(refused, rate.burst / rate.per_second)
+        taken = self._take_there(tenant_id, rate) or self._take_here(tenant_id, rate)
+        if taken.wait:
             with self._lock:
-                self._refused_until[tenant_id, rate] = time.monotonic() + wait
-        return wait
+                self._refused_until[tenant_id, rate] = time.monotonic() + taken.wait
+        return taken
 
-    def _take_there(self, tenant_id: uuid.UUID, rate: Rate) -> float | None:
+    def _take_there(self, tenant_id: uuid.UUID, rate: Rate) -> Taken | None:
         """Count in Redis. Return None if it does not answer, or did not a moment ago."""
         with self._lock:
             now = time.monotonic()
@@ -91,20 +111,21 @@ class RequestRates:
                 self._silent_until = now + SILENT_SECONDS
         try:
             arguments = [1 / rate.per_second, rate.burst]
-            told = self._take([f"farm:requests:{tenant_id}"], arguments)
+            told: Any = self._take([f"farm:requests:{tenant_id}"], arguments)
         except (redis.RedisError, OSError) as error:
             self._silent_until = time.monotonic() + SILENT_SECONDS
             log.warning("Redis does not count requests, so this process does: %s", error)
             return None
         self._silent_until = 0.0
-        return float(str(told, "ascii"))
+        return Taken(*(float(str(each, "ascii")) for each in told))
 
-    def _take_here(self, tenant_id: uuid.UUID, rate: Rate) -> float:
+    def _take_here(self, tenant_id: uuid.UUID, rate: Rate) -> Taken:
         interval = 1 / rate.per_second
         with self._lock:
             now = time.monotonic()
             due = max(self._due.get(tenant_id, now), now)
             due = min(due, now + interval * rate.burst)  # the limit may have been lower before
             wait = due - now - interval * (rate.burst - 1)
-            self._due[tenant_id] = due if wait > 0 else due + interval
-            return max(wait, 0.0)
+            due = due if wait > 0 else due + interval
+            self._due[tenant_id] = due
+            return Taken(max(wait, 0.0), due - now)

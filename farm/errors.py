@@ -196,6 +196,8 @@ class Unavailable(FarmError):
     code = "unavailable"
     status = 503
     retryable = True
+    is_undecided = False
+    """True if the call may have been carried out, though its end is not known."""
 
 
 class StorageRefused(FarmError):

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Header, Path, Request, Response
 
 from api.addresses import SignedAddresses
 from api.auth import FarmDep, Reader, Writer
-from api.errors import farm_error
+from api.errors import farm_error, is_repeatable
 from api.openai import schemas
 from api.openai.answers import Answers
 from api.openai.delivery import Delivery
@@ -156,8 +156,9 @@ async def _answer(
         answer = await _pictures(request, farm, caller, wish, row.id)
     except FarmError as error:
         answer = farm_error(request, error)
-        # The job is there: who repeats the call without a key would get another one.
-        answer.headers.setdefault("x-should-retry", "false")
+        # The job is there: a caller that repeats the call without a key would get another one.
+        again = error.retryable and is_repeatable(request)
+        answer.headers["x-should-retry"] = "true" if again else "false"
     answer.headers.update(headers)
     return answer
 

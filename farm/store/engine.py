@@ -168,7 +168,8 @@ def transaction(store: Store) -> Iterator[Connection]:
             unless it broke before the reply to COMMIT arrived. Every write after a claim is
             fenced, so a retry is safe. For the claim itself see release_unknown.
     """
-    with _telling_outages(), store.begin() as connection:
+    with _telling_outages() as began, store.begin() as connection:
+        began.append(connection)
         yield connection
 
 
@@ -179,7 +180,8 @@ def one_statement(store: Store) -> Iterator[Connection]:
     Raises:
         Unavailable: as `transaction` does.
     """
-    with _telling_outages(), store.connect() as connection:
+    with _telling_outages() as began, store.connect() as connection:
+        began.append(connection)
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
@@ -197,12 +199,16 @@ def reads(store: Store) -> Iterator[Connection]:
 
 
 @contextmanager
-def _telling_outages() -> Iterator[None]:
+def _telling_outages() -> Iterator[list[Connection]]:
+    """Raise Unavailable for an outage. It is undecided once a connection is in the list."""
+    began: list[Connection] = []
     try:
-        yield
+        yield began
     except DBAPIError as error:
         if is_outage(error):
-            raise Unavailable("Postgres does not answer.") from error
+            outage = Unavailable("Postgres does not answer.")
+            outage.is_undecided = bool(began)
+            raise outage from error
         raise
     except PoolTimeout as error:
         message = "Every connection to Postgres is in use. Try again in a few seconds."

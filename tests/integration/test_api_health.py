@@ -121,7 +121,9 @@ def test_without_postgres_every_call_says_try_again(settings: Settings) -> None:
             problem = check_problem(response, 503)
             assert problem["detail"] == "Postgres does not answer."
             assert int(response.headers["retry-after"]) > 0
-        check_problem(httpx.post(f"{url}/v1/jobs", headers=headers, json=JOB), 503)
+        response = httpx.post(f"{url}/v1/jobs", headers=headers, json=JOB)
+        check_problem(response, 503)
+        assert response.headers["x-should-retry"] == "true", "nothing can have been stored"
 
 
 def test_without_redis_a_job_is_still_taken(farm: Farm) -> None:

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
+from farm.config import Settings
 from farm.context import Farm
 from farm.store import frames, workers
 from farm.store.engine import transaction
 from tests.support.api_server import JOB, Api, render, serving
 from tests.support.store import fence, register_worker, sql
+from tests.support.waiting import wait_until
 
 JOB_FIELDS = {
     "id", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
@@ -324,6 +327,35 @@ def test_the_same_key_and_body_make_one_job(api: Api, client: httpx.Client) -> N
     assert submit(api.client(tenant="bob")).json()["id"] != answers[0].json()["id"]
     assert submit(key="another").status_code == 202
     assert api.jobs_stored() == 3
+
+
+def test_an_unknown_end_may_be_repeated_only_with_a_key(
+    api: Api, client: httpx.Client, settings: Settings
+) -> None:
+    """Postgres ends the session in the middle of the insert, so nobody knows what it did."""
+    address = settings.database_url.get_secret_value()
+    with psycopg.connect(address) as holder, psycopg.connect(address, autocommit=True) as killer:
+        told = {}
+        for key in (None, "order-7"):
+            holder.execute("LOCK TABLE jobs IN EXCLUSIVE MODE")
+            headers = {"Idempotency-Key": key} if key else {}
+            with ThreadPoolExecutor(1) as pool:
+                sent = pool.submit(client.post, "/v1/jobs", json=JOB, headers=headers)
+                wait_until(lambda: killed_waiting(killer), 20, "the insert waits for the lock")
+                answer = sent.result(20)
+            assert answer.status_code == 503, answer.text
+            told[key] = answer.headers["x-should-retry"]
+            holder.rollback()
+    assert told == {None: "false", "order-7": "true"}
+
+
+def killed_waiting(killer: psycopg.Connection[Any]) -> bool:
+    """End the sessions that wait for a lock. Return True if there was one."""
+    found = killer.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    return bool(found.fetchall())
 
 
 def test_a_million_frames_are_one_row(api: Api, client: httpx.Client) -> None:

@@ -33,6 +33,7 @@ def check_problem(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["x-request-id"]
+    assert response.headers["x-should-retry"] in ("true", "false")
     problem: dict[str, Any] = response.json()
     assert problem["status"] == status
     assert set(problem) == {"type", "title", "status", "detail", "error"}

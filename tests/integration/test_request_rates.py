@@ -126,14 +126,30 @@ def test_what_a_process_counts_agrees_with_what_redis_counts(farm: Farm) -> None
     alone = farm.settings.model_copy(update={"redis_url": NOWHERE})
     tenant = new_tenant(farm, "ann")
     for rate in (Rate(0.5, 1), Rate(0.1, 5), Rate(0.02, 1)):
-        waits = [
+        both = [
             [rates.take(tenant, rate) for _ in range(rate.burst + 1)]
             for rates in (RequestRates(farm.settings), RequestRates(alone))
         ]
-        for told in waits:
-            assert told[:-1] == [0.0] * rate.burst
-            assert told[-1] == pytest.approx(1 / rate.per_second, rel=0.5)
+        for told in both:
+            assert [each.wait for each in told[:-1]] == [0.0] * rate.burst
+            assert told[-1].wait == pytest.approx(1 / rate.per_second, rel=0.5)
+            assert [each.left(rate) for each in told] == [*range(rate.burst - 1, -1, -1), 0]
+            assert told[0].full_in == pytest.approx(1 / rate.per_second, rel=0.01)
         tenant = new_tenant(farm, f"tenant {rate}")
+
+
+def test_each_answer_says_what_is_left(farm: Farm, api: Api) -> None:
+    limit(farm, 0.5, burst=3)
+    ann = api.client("ann")
+    answers = [ann.get("/v1/jobs"), ann.get("/v1/jobs/none"), ann.get("/v1/nowhere")]
+    assert [answer.status_code for answer in answers] == [200, 422, 404]
+    assert {answer.headers.get("RateLimit-Policy") for answer in answers[:2]} == {
+        '"requests_a_second";q=3;w=6'
+    }
+    told = [answer.headers["RateLimit"] for answer in answers[:2]]
+    assert told == ['"requests_a_second";r=2;t=2', '"requests_a_second";r=1;t=4']
+    assert "RateLimit" not in answers[2].headers, "nothing was counted"
+    assert "RateLimit" not in api.client("bob").get("/v1/jobs").headers, "it has no limit"
 
 
 def test_a_changed_limit_counts_at_once(farm: Farm, api: Api) -> None:
