@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from api import schemas
 from api.addresses import Address
 from api.auth import OPERATOR
+from farm.domain.deadlines import deadlines_of
 from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import queries
@@ -50,6 +51,8 @@ def job_view(row: JobRow, waiting_because: str | None) -> schemas.Job:
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
+        **deadlines_of(row.spec, row.created_at)._asdict(),
+        missed=row.missed,
         spec=schemas.Submitted.model_validate({**row.spec["params"], **fields}),
     )
 

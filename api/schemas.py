@@ -55,6 +55,8 @@ class Submitted(BaseModel):
     format: Format = "png"
     max_rerolls: int = 0
     reuse: bool = False
+    start_within: float | str | None = Field(default=None, description="As it was submitted")
+    finish_by: float | str | None = Field(default=None, description="As it was submitted")
     labels: dict[str, str]
 
 
@@ -91,6 +93,15 @@ class Job(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    start_by: datetime | None = Field(
+        description="Time at which it is cancelled, if no frame has started; from `start_within`"
+    )
+    finish_by: datetime | None = Field(
+        description="Time at which it is cancelled, if it has not ended"
+    )
+    missed: str | None = Field(
+        description="The deadline that ended it: `start_within` or `finish_by`"
+    )
     spec: Submitted
 
 

@@ -65,6 +65,7 @@ class JobFailed(FarmError):
         super().__init__(
             f"The job {job['id']} is {job['status']}: {counts['succeeded']} of {job['total']} "
             f"frames succeeded{f' ({missing})' if missing else ''}."
+            + (f" It missed its deadline: {missed}." if (missed := job.get("missed")) else "")
         )
         self.job = job
 

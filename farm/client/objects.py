@@ -67,6 +67,10 @@ class JobData(TypedDict):
     created_at: str
     started_at: str | None
     finished_at: str | None
+    start_by: NotRequired[str | None]
+    finish_by: NotRequired[str | None]
+    missed: NotRequired[str | None]
+    """The deadline that ended it. An earlier version of the farm has none."""
     spec: Spec
 
 

@@ -29,6 +29,7 @@ from pydantic import (
     field_validator,
 )
 
+from farm.domain.deadlines import Deadline
 from farm.domain.grids import FEWEST, Layout, packed
 from farm.domain.image_formats import Format
 
@@ -160,6 +161,16 @@ class JobSpec(BaseModel):
     webhook: NamedWebhook | None = Field(
         default=None, description="Address that gets a signed message about this job"
     )
+    start_within: Deadline = Field(
+        default=None,
+        description="The job is cancelled if no frame has started by then: seconds from its"
+        " submission, or a time with its zone",
+    )
+    finish_by: Deadline = Field(
+        default=None,
+        description="The job is cancelled if it has not ended by then: seconds from its"
+        " submission, or a time with its zone",
+    )
     params: dict[str, JsonValue] = Field(default_factory=dict)
 
     _check_priority = field_validator("priority")(_priority_name)
@@ -257,6 +268,8 @@ class FullSpec(BaseModel):
     format: Format = "png"
     max_rerolls: int = 0
     reuse: bool = False
+    start_within: float | str | None = None
+    finish_by: float | str | None = None
     labels: dict[str, str]
 
     def stored(self) -> FullSpec | dict[str, object]:

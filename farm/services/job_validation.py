@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from farm.config import Settings
+from farm.domain.deadlines import DEADLINES, deadlines_of
 from farm.domain.image_formats import FORMATS
 from farm.domain.inputs import StoredInput
 from farm.domain.spec import (
@@ -78,6 +80,12 @@ def _check_limits(job: JobSpec, settings: Settings) -> None:
         )
     for index, prompt in enumerate(job.prompts or ()):
         _check_length(prompt, f"prompts.{index}", settings.max_prompt_chars)
+    now = datetime.now(UTC)
+    for name, at in zip(
+        DEADLINES, deadlines_of(job.model_dump(include={*DEADLINES}), now), strict=True
+    ):
+        if at is not None and at <= now:
+            raise InvalidRequest(f"{name}: {at:%Y-%m-%d %H:%M:%S} UTC has passed.", param=name)
     if job.grid_points > settings.max_grid_points:
         raise InvalidRequest(
             f"grid: {job.grid_points} combinations; the limit is {settings.max_grid_points}. "
@@ -212,6 +220,8 @@ def full_spec(
         format=job.format,
         max_rerolls=job.max_rerolls,
         reuse=job.reuse,
+        start_within=job.start_within,
+        finish_by=job.finish_by,
         labels=job.labels,
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -12,6 +13,7 @@ from pydantic_core import to_json
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
+from farm.domain.deadlines import deadlines_of
 from farm.domain.spec import FullSpec, Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, TERMINAL, FrameState, JobStatus
 from farm.errors import Conflict, FarmError, InvalidRequest, KeyReused, NotFound
@@ -23,6 +25,8 @@ from farm.store.requeue import INTO_REQUEUED
 from farm.store.rows import row_of, rows_of
 from farm.store.tally import Delta, tally
 
+CANCELLED, LATE = "cancelled", "late"
+"""Reasons of the attempts that a cancelled job ends: by its owner, or by a deadline."""
 PROMPTS_PER_CHUNK = 1000
 RETRY_SLICE = 5000
 JOBS_PER_FOLLOW = 100
@@ -42,14 +46,16 @@ WITH unlimited AS MATERIALIZED (
 ), j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
                       runs, max_attempts, spec, labels, input_id, idempotency_key,
-                      idempotency_digest, created_at)
+                      idempotency_digest, created_at, due_at)
     SELECT id, tenant_id, pipeline, priority, true, total, run_end, batch_key, bucket, runs,
            max_attempts, spec, labels, input_id, idempotency_key, decode(idempotency_digest, 'hex'),
-           statement_timestamp() + place * interval '1 microsecond'
+           statement_timestamp() + place * interval '1 microsecond',
+           least(statement_timestamp() + due_seconds * interval '1 second', due_at)
     FROM json_to_recordset(CAST(:given AS json)) AS g (
         id uuid, tenant_id uuid, pipeline text, priority smallint, total bigint, run_end bigint,
         batch_key text, bucket smallint, runs jsonb, max_attempts smallint, spec json, labels jsonb,
-        input_id uuid, idempotency_key text, idempotency_digest text, place int)
+        input_id uuid, idempotency_key text, idempotency_digest text, place int,
+        due_seconds float, due_at timestamptz)
     WHERE :counted OR g.tenant_id IN (SELECT id FROM unlimited)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
     RETURNING *
@@ -113,6 +119,7 @@ class NewJob:
     def given(self, place: int) -> dict[str, object]:
         """Return its values for INSERT_JOBS, for pydantic to serialize."""
         run_end, batch_key, bucket = self.spec.runs[0]
+        due = self.spec.start_within, self.spec.finish_by  # times are all in UTC, in one form
         return {
             "id": self.id,
             "tenant_id": self.tenant_id,
@@ -131,6 +138,8 @@ class NewJob:
             "webhook": self.webhook._asdict() if self.webhook else None,
             "prompts": self.prompts,
             "place": place,
+            "due_seconds": min((each for each in due if isinstance(each, float)), default=None),
+            "due_at": min((each for each in due if isinstance(each, str)), default=None),
             "spec": self.spec.stored(),
         }
 
@@ -293,21 +302,29 @@ WITH held AS (
     WHERE l.pipeline = :pipeline AND d.job_id = :id
 ), cancelled AS (
     UPDATE frames f SET state = 'cancelled', finished_at = clock_timestamp(),
-                        error = 'The job was cancelled.'
+                        error = :message
     WHERE f.job_id = :id AND f.ordinal IN (SELECT ordinal FROM held) AND f.state = 'running'
     RETURNING f.*
 )
 INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
-SELECT job_id, ordinal, attempt, worker, 'cancelled', 'The job was cancelled.', started_at
+SELECT job_id, ordinal, attempt, worker, :reason, :message, started_at
 FROM cancelled
 """)
 
 CANCEL_JOB = text(f"""
 UPDATE jobs SET status = 'cancelled', open = false, paused = false, running = 0,
                 cancelled = total - succeeded - dead, finished_at = clock_timestamp(),
+                missed = :missed, due_at = NULL,
                 {FALLS_BEHIND}
 WHERE id = :id
 """)  # noqa: S608 - constants only
+
+DUE = text("""
+SELECT id, tenant_id FROM jobs
+WHERE due_at <= now() AND removed_at IS NULL ORDER BY due_at LIMIT :limit
+""")
+
+SET_DUE = text("UPDATE jobs SET due_at = :due_at WHERE id = :id")
 
 # The job's shards are whole now.
 EXPORT_NEWS = text("""
@@ -406,11 +423,50 @@ def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
         return
     if job.status not in JOB_TRANSITIONS["cancel"]:
         _refuse_terminal(job, "cancelled")
-    where = {"id": job_id, "pipeline": job.pipeline}
-    connection.execute(CANCEL_FRAMES, where)
-    connection.execute(CANCEL_JOB, where)
-    connection.execute(EXPORT_NEWS, where)
-    _append(connection, job_id, "job.cancelled")
+    _cancel(connection, job, "The job was cancelled.")
+
+
+def _cancel(connection: Connection, job: JobRow, message: str, missed: str | None = None) -> None:
+    """Cancel a locked job. `missed`: the field whose deadline it has missed."""
+    about = {"reason": LATE if missed else CANCELLED, "message": message}
+    where = {"id": job.id, "pipeline": job.pipeline}
+    connection.execute(CANCEL_FRAMES, {**where, **about})
+    connection.execute(CANCEL_JOB, {"id": job.id, "missed": missed})
+    connection.execute(EXPORT_NEWS, {"id": job.id})
+    _append(connection, job.id, "job.cancelled", {"reason": missed} if missed else {})
+
+
+def cancel_late_jobs(connection: Connection) -> list[tuple[uuid.UUID, str]]:
+    """Cancel jobs that have missed a deadline. Return them, with the field of the deadline.
+
+    Args:
+        connection: in no transaction. Each job has its own.
+    """
+    with connection.begin():
+        due = connection.execute(DUE, {"limit": JOBS_PER_FOLLOW}).all()
+    late = []
+    for job_id, tenant_id in due:
+        with connection.begin():
+            missed = _cancel_if_late(connection, tenant_id, job_id)
+        if missed is not None:
+            late.append((job_id, missed))
+    return late
+
+
+def _cancel_if_late(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> str | None:
+    try:
+        job = _lock(connection, tenant_id, job_id)
+    except NotFound:  # it was removed a moment ago
+        return None
+    deadlines = deadlines_of(job.spec, job.created_at)
+    missed = deadlines.missed(job.now, started=job.started_at is not None)
+    if job.status not in TERMINAL and missed is not None:
+        _cancel(connection, job, f"The job missed its deadline: {missed}.", missed)
+        return missed
+    # A job that has ended has no deadline any more, also if it is retried.
+    next_at = None if job.status in TERMINAL else deadlines.next(job.now)
+    connection.execute(SET_DUE, {"id": job_id, "due_at": next_at})
+    return None
 
 
 def follow(connection: Connection, rows: int) -> bool:
@@ -498,5 +554,8 @@ def _refuse_terminal(job: JobRow, wish: str) -> None:
         raise Conflict(f"Job {job.id} cannot be {wish}: it has ended as {job.status}.")
 
 
-def _append(connection: Connection, job_id: uuid.UUID, kind: str) -> None:
-    connection.execute(INSERT_EVENT, {"job_id": job_id, "kind": kind, "data": "{}"})
+def _append(
+    connection: Connection, job_id: uuid.UUID, kind: str, data: Mapping[str, str] | None = None
+) -> None:
+    values = {"job_id": job_id, "kind": kind, "data": json.dumps(data or {})}
+    connection.execute(INSERT_EVENT, values)

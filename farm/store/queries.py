@@ -42,6 +42,7 @@ class JobRow(NamedTuple):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    missed: str | None
     now: datetime
 
 
@@ -89,7 +90,7 @@ JOB_COLUMNS = """
 j.id, j.tenant_id, j.pipeline, j.status, j.paused, j.open, j.priority, j.total, j.cursor,
 j.running, j.succeeded, j.dead, j.cancelled, j.reused, j.device_seconds, j.bytes, j.failures,
 j.pace_since, j.pace_since_frames, j.spec, j.labels,
-j.created_at, j.started_at, j.finished_at, clock_timestamp() AS now
+j.created_at, j.started_at, j.finished_at, j.missed, clock_timestamp() AS now
 """
 
 # A removed job is hidden from everybody, while its rows are deleted in pieces.

@@ -40,7 +40,7 @@ WITH due AS (
     FOR UPDATE SKIP LOCKED
 ), removed AS (
     -- its idempotency key may be used again
-    UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL
+    UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL, due_at = NULL
     FROM due WHERE j.id = due.id
     RETURNING j.id, j.tenant_id
 ), news AS (

@@ -214,6 +214,8 @@ jobs = Table(
         BigInteger,
         comment="ordinal from which requeued frames are not updated yet",
     ),
+    Column("due_at", DateTime(timezone=True), comment="next time at which it may miss a deadline"),
+    Column("missed", Text, comment="field whose deadline ended the job"),
     UniqueConstraint("tenant_id", "idempotency_key"),
     CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
     CheckConstraint("cursor BETWEEN 0 AND total", name="cursor"),
@@ -253,6 +255,7 @@ jobs = Table(
     Index("jobs_behind", "id", postgresql_where=text("behind_from IS NOT NULL")),
     Index("jobs_aside", "tenant_id", postgresql_where=text("paused OR behind_from IS NOT NULL")),
     Index("jobs_input", "input_id", postgresql_where=text("input_id IS NOT NULL")),
+    Index("jobs_due", "due_at", postgresql_where=text("due_at IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
 )

@@ -25,7 +25,7 @@ from tests.support.waiting import wait_until
 JOB_FIELDS = {
     "id", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
     "pace", "eta_seconds", "waiting_because", "reused", "device_seconds", "bytes", "failures",
-    "labels", "created_at", "started_at", "finished_at", "spec",
+    "labels", "created_at", "started_at", "finished_at", "start_by", "finish_by", "missed", "spec",
 }  # fmt: skip
 
 

@@ -30,11 +30,12 @@ from farm.client import Farm as FarmOfCallers
 from farm.client import events as client_events
 from farm.context import Farm
 from farm.errors import InvalidRequest, KeyReused, NotFound, Unauthenticated
+from farm.store import jobs as stored_jobs
 from tests.chaos.proxy import Freeze, Link, Proxies, Reset, Swallow
 from tests.integration.test_webhooks import couriering
 from tests.support.api_server import Api, render, serving
 from tests.support.receiver import receiving
-from tests.support.store import register_worker
+from tests.support.store import register_worker, sql
 from tests.support.waiting import wait_until
 
 QUICK: dict[str, Any] = {"seed": 7, "steps": 2}
@@ -187,6 +188,15 @@ def test_a_wait_ends_with_the_time_or_with_the_job(api: Api, ann: Any) -> None:
         job.wait()
     cancelling.join()
     assert job.wait(check=False).status == "cancelled"
+
+
+def test_a_late_job_says_which_deadline_it_missed(api: Api, ann: Any) -> None:
+    job = ann.submit("demo", "a red star", finish_by=60, **QUICK)
+    sql(api.farm, "UPDATE jobs SET created_at = created_at - interval '2 minutes', due_at = now()")
+    with api.farm.store.connect() as connection:
+        assert len(stored_jobs.cancel_late_jobs(connection)) == 1
+    with pytest.raises(JobFailed, match="It missed its deadline: finish_by"):
+        job.wait(20)
 
 
 def test_a_job_is_steered(api: Api, ann: Any) -> None:

@@ -153,8 +153,9 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "close": (frames.CLOSE_LEASE, {"id": uuid.UUID(int=1)}),
     "cancel": (
         jobs.CANCEL_FRAMES,
-        {"id": uuid.UUID(int=1), "pipeline": "demo", "from_states": ["running", "ready"]},
+        {"id": uuid.UUID(int=1), "pipeline": "demo", "reason": "late", "message": "Late."},
     ),
+    "late jobs": (jobs.DUE, {"limit": 100}),
     "one job": (queries.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
     "jobs page": (
         queries.LIST_JOBS,

@@ -119,6 +119,8 @@ class Janitor:
     def sweep(self, connection: Connection) -> None:
         """Run each task of a sweep once."""
         settings = self._farm.settings
+        for job_id, missed in jobs.cancel_late_jobs(connection):
+            log.info("Job %s missed its deadline, %s: it was cancelled.", job_id, missed)
         with connection.begin():
             expired = leases.expire(connection, settings.retry_seconds)
         with connection.begin():

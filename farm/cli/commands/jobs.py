@@ -134,6 +134,8 @@ def _describe(found: JobData) -> None:
         table.add_row("failed attempts", numbered(found["failures"]))
     if found["waiting_because"]:
         table.add_row("waits", _plain(clean(found["waiting_because"])))
+    if missed := found.get("missed"):
+        table.add_row("missed", missed)
     moments = (found["created_at"], found["started_at"], found["finished_at"])
     for name, moment in zip(("created", "started", "finished"), moments, strict=True):
         if moment:

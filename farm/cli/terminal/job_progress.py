@@ -188,6 +188,7 @@ def summary(job: JobData) -> str:
     seconds = _seconds(job)
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rest = [f"{count(counts[name])} {name}" for name in ("dead", "cancelled") if counts[name]]
+    rest += [f"missed {missed}"] if (missed := job.get("missed")) else []
     return f"{job['status']}: {done}{took}" + (f" ({', '.join(rest)})" if rest else "")
 
 

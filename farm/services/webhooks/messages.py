@@ -229,6 +229,8 @@ class _Maker:
             "started_at": _time(row.started_at),
             "finished_at": _time(row.finished_at),
         }
+        if row.missed is not None:
+            data["missed"] = row.missed
         if status in TERMINAL:
             data |= self._images(row)
         return data
