@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from pydantic_core import from_json
 
 from api import schemas
 from api.addresses import Address
@@ -11,7 +13,7 @@ from api.auth import OPERATOR
 from farm.domain.deadlines import deadlines_of
 from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
-from farm.store import queries
+from farm.store import provenances, queries
 from farm.store.engine import Transaction
 from farm.store.keys import Caller
 from farm.store.lines import lines_of
@@ -87,6 +89,9 @@ def frame_views(
     spec = FullSpec.model_validate(job.spec)
     lines = lines_of(connection, {job.id: spec}, [(job.id, ordinal) for ordinal in ordinals])
     attempts: dict[int, list[schemas.Attempt]] = {}
+    apart = {}
+    if spec.metadata == "none":
+        apart = provenances.of_frames(connection, job.id, list(rows))
     for row in queries.frame_attempts(connection, job.id, list(rows)):
         attempt = schemas.Attempt.model_validate(row, from_attributes=True)
         if caller.role != OPERATOR:
@@ -100,6 +105,7 @@ def frame_views(
             lines[job.id, spec.prompt_index(ordinal)],
             rows.get(ordinal),
             attempts.get(ordinal, []),
+            apart,
             signed,
         )
         for ordinal in ordinals
@@ -113,12 +119,14 @@ def _frame_view(
     line: Line,
     row: FrameRow | None,
     attempts: list[schemas.Attempt],
+    apart: Mapping[tuple[int, int], str],
     signed: Address,
 ) -> schemas.Frame:
     rerolls = row.rerolls if row else 0
     spec = frame_spec(full, ordinal, line, rerolls=rerolls)
     state = FrameState(row.state) if row else unborn_state(job)
     has_image = state is FrameState.SUCCEEDED
+    provenance = apart.get((ordinal, row.attempt)) if row and has_image else None
     return schemas.Frame.model_validate(
         {
             **spec.params,
@@ -142,6 +150,7 @@ def _frame_view(
             "flagged": state is FrameState.DEAD and attempts[-1].reason == FLAGGED,
             "labels": line.labels or {},
             "attempts": attempts,
+            "provenance": None if provenance is None else from_json(provenance),
         }
     )
 

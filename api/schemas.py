@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from farm.domain.image_formats import Format
-from farm.domain.spec import PROMPTS_SHOWN, LabelText, Priority, Storable, storable
+from farm.domain.spec import PROMPTS_SHOWN, LabelText, Metadata, Priority, Storable, storable
 from farm.domain.states import FrameState, JobStatus
 from farm.services.exports.service import MAX_JOBS, SHARD_FRAMES
 
@@ -57,6 +57,7 @@ class Submitted(BaseModel):
     reuse: bool = False
     start_within: float | str | None = Field(default=None, description="As it was submitted")
     finish_by: float | str | None = Field(default=None, description="As it was submitted")
+    metadata: Metadata = Field(default="full", description="Content of the image files")
     labels: dict[str, str]
 
 
@@ -193,6 +194,10 @@ class Frame(BaseModel):
         description="True if the pipeline's safety checker kept its picture out of the result"
     )
     labels: dict[str, str] = Field(description="Labels of its input line, if its job uses an input")
+    provenance: dict[str, Any] | None = Field(
+        description="All that renders it again, if its job asked for files without metadata; null"
+        " if the file holds it, or there is none yet"
+    )
     attempts: list[Attempt] = Field(description="Attempts that did not succeed")
 
 

@@ -20,7 +20,7 @@ from api.openai.delivery import Delivery
 from api.openai.wishes import BadRequest, UnknownModel, Wish, in_their_words, read_wish
 from api.openapi import refusals
 from api.request_body import parse_json, read_body
-from api.routes.jobs import KEY_HEADER, client_of
+from api.routes.jobs import KEY_HEADER, client_of, with_default
 from api.routes.pictures import PacedResponse
 from api.streaming.streams import streams_of
 from farm.context import Farm
@@ -97,7 +97,12 @@ async def generate(
     key, ended = await _key(farm, caller, wish, idempotency_key, _number(repeats))
     try:
         row = await to_thread.run_sync(
-            use_cases.submit, farm, caller.tenant_id, wish.job, key, traceparent
+            use_cases.submit,
+            farm,
+            caller.tenant_id,
+            with_default(wish.job, caller),
+            key,
+            traceparent,
         )
     except FarmError as error:
         await ended(not error.retryable)  # the job may be stored, if Postgres did not answer

@@ -178,6 +178,8 @@ def _labels(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the labels of the job: those that the call names, and its fields that are about it."""
     labels: dict[str, Any] = {"dialect": "openai"}
     for name in ("metadata", "labels"):
+        if name == "metadata" and isinstance(fields.get(name), str):
+            continue  # the farm's field of this name: what image files hold
         given = fields.pop(name, {})
         if not isinstance(given, dict):
             raise BadRequest(f'{name}: send an object, such as {{"team": "art"}}.', param=name)

@@ -136,18 +136,32 @@ async def _submitted_job(
     recent: RecentLanes = request.app.state.recent
     if len(body) <= GROUPED_BYTES:
         sent = use_cases.Submission(
-            caller.tenant_id, parse_json(body), idempotency_key, traceparent
+            caller.tenant_id, job_body(body, caller), idempotency_key, traceparent
         )
         if _is_quick(farm, sent.body):
             submissions: SubmissionGroups = request.app.state.submissions
             return await submissions.ask(sent)
-    alone = partial(
-        _submit_alone, farm, recent, caller.tenant_id, body, idempotency_key, traceparent
-    )
+    alone = partial(_submit_alone, farm, recent, caller, body, idempotency_key, traceparent)
     if _takes_long(body):
         slow: Turns = request.app.state.slow
         return await slow.run(caller.tenant_id, alone)
     return await to_thread.run_sync(alone)
+
+
+def job_body(body: bytes, caller: Caller) -> Any:
+    """Return a job, with the defaults of its caller's key.
+
+    Raises:
+        MalformedBody: It is not JSON.
+    """
+    return with_default(parse_json(body), caller)
+
+
+def with_default(job: Any, caller: Caller) -> Any:
+    """Return a job with the `metadata` of its caller's key, unless it has its own."""
+    if caller.metadata is None or not isinstance(job, dict) or job.get("metadata") is not None:
+        return job
+    return {**job, "metadata": caller.metadata}
 
 
 def _takes_long(body: bytes) -> bool:
@@ -178,12 +192,13 @@ def submissions(farm: Farm, recent: RecentLanes) -> SubmissionGroups:
 def _submit_alone(
     farm: Farm,
     recent: RecentLanes,
-    tenant_id: uuid.UUID,
+    caller: Caller,
     body: bytes,
     idempotency_key: str | None,
     traceparent: str | None,
 ) -> Response:
-    row = use_cases.submit(farm, tenant_id, parse_json(body), idempotency_key, traceparent)
+    job = job_body(body, caller)
+    row = use_cases.submit(farm, caller.tenant_id, job, idempotency_key, traceparent)
     return _accepted(row, recent)
 
 
@@ -236,15 +251,15 @@ async def submit_batch(
     batches: Turns = request.app.state.batches
     recent: RecentLanes = request.app.state.recent
     return await batches.run(
-        caller.tenant_id, _submit_batch, farm, recent, caller.tenant_id, body, traceparent
+        caller.tenant_id, _submit_batch, farm, recent, caller, body, traceparent
     )
 
 
 def _submit_batch(
-    farm: Farm, recent: RecentLanes, tenant_id: uuid.UUID, body: bytes, traceparent: str | None
+    farm: Farm, recent: RecentLanes, caller: Caller, body: bytes, traceparent: str | None
 ) -> Response:
     jobs = _jobs_of(parse_json(body), farm.settings.max_grid_points)
-    keyed = [_keyed(job, tenant_id, traceparent) for job in jobs]
+    keyed = [_keyed(with_default(job, caller), caller.tenant_id, traceparent) for job in jobs]
     sent = [each for each in keyed if isinstance(each, use_cases.Submission)]
     results = iter(use_cases.submit_many(farm, sent))
     answers = [each if isinstance(each, FarmError) else next(results) for each in keyed]

@@ -124,6 +124,8 @@ class Frame(Picture):
     """None if it has no picture."""
     signed_url: NotRequired[str | None]
     error: str | None
+    provenance: NotRequired[dict[str, object] | None]
+    """All that renders it again, if its job asked for files without metadata."""
 
 
 class ControlImage(TypedDict):

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import cached_property
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import (
@@ -70,6 +70,8 @@ def storable(text: str) -> str:
     return text
 
 
+Metadata = Literal["full", "none"]
+"""Texts in image files: all that renders them again, or none."""
 Storable = Annotated[str, AfterValidator(storable)]
 
 
@@ -160,6 +162,11 @@ class JobSpec(BaseModel):
     )
     webhook: NamedWebhook | None = Field(
         default=None, description="Address that gets a signed message about this job"
+    )
+    metadata: Metadata | None = Field(
+        default=None,
+        description="none: the image files hold no prompt, seed, settings or names; full: they hold"
+        " all that renders them again; null: the default of the key, or full",
     )
     start_within: Deadline = Field(
         default=None,
@@ -270,6 +277,7 @@ class FullSpec(BaseModel):
     reuse: bool = False
     start_within: float | str | None = None
     finish_by: float | str | None = None
+    metadata: Metadata = "full"
     labels: dict[str, str]
 
     def stored(self) -> FullSpec | dict[str, object]:
@@ -332,6 +340,9 @@ class FrameSpec(BaseModel):
     params: dict[str, Any]
     format: Format = "png"
     """Format of its file."""
+    # Left out by default: this JSON is in image files, whose bytes must stay the same.
+    metadata: Metadata = Field(default="full", exclude_if=lambda value: value == "full")
+    """`none`: the file holds no metadata."""
 
 
 def frame_spec(
@@ -372,6 +383,7 @@ def frame_spec(
         bucket=bucket or point.bucket,
         params=params,
         format=job.format,
+        metadata=job.metadata,
     )
 
 

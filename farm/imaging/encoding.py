@@ -47,17 +47,23 @@ class Encoder:
         """Return everything that decides the bytes of a frame's file, as JSON."""
         return self._provenance.json(frame)
 
+    def kept_apart(self, frame: FrameSpec) -> str | None:
+        """Return the provenance of a frame whose file must not hold it; else None."""
+        return self.provenance(frame) if frame.metadata == "none" else None
+
     def encode(self, image: Image.Image, frame: FrameSpec) -> bytes:
         """Encode a frame's image in the format of the frame.
 
         Raises:
             RenderError: that format cannot store the image or its texts.
         """
+        bare = frame.metadata == "none"
         own, shown = self._provenance.json(frame), self._provenance.parameters(frame)
         try:
             if frame.format == "png":
-                return png(image, {KEYWORD: own, "parameters": shown})
-            return _by_pillow(image, frame.format, exif(shown), xmp(own))
+                return png(image, {} if bare else {KEYWORD: own, "parameters": shown})
+            texts = (b"", b"") if bare else (exif(shown), xmp(own))
+            return _by_pillow(image, frame.format, *texts)
         except (OSError, ValueError) as error:
             raise RenderError(f"The picture cannot be stored as {frame.format}: {error}") from error
 
@@ -100,11 +106,11 @@ def _by_pillow(image: Image.Image, form: Format, exif_block: bytes, xmp_packet: 
     return buffer.getvalue()
 
 
-def read(content: bytes) -> tuple[Image.Image, Provenance, Format]:
-    """Read an image, its provenance and its format.
+def read_pixels(content: bytes) -> Image.Image:
+    """Read an image of a format that the farm writes, from any origin.
 
     Raises:
-        InvalidRequest: the file is not a PNG, JPEG or WebP, or was not rendered by the farm.
+        InvalidRequest: the file is not a PNG, JPEG or WebP, or is damaged.
     """
     try:
         with warnings.catch_warnings():
@@ -112,21 +118,41 @@ def read(content: bytes) -> tuple[Image.Image, Provenance, Format]:
             # Only these: Pillow passes some other formats to external programs.
             image = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
             image.load()
+            return image
     except UnidentifiedImageError as error:
         raise InvalidRequest(
             "The file is not a PNG, JPEG or WebP, or its beginning is damaged."
         ) from error
     except UNREADABLE as error:
         raise InvalidRequest(f"The picture cannot be read: {error}.") from error
+
+
+def read(content: bytes) -> tuple[Image.Image, Provenance, Format]:
+    """Read an image, its provenance and its format.
+
+    Raises:
+        InvalidRequest: the file is not a PNG, JPEG or WebP, or was not rendered by the farm.
+    """
+    image = read_pixels(content)
     form = _format_of(image)
     text = image.info.get(KEYWORD) if form == "png" else provenance_of(image.info)
     if not isinstance(text, str):
         raise InvalidRequest(
             "The picture has no metadata of the farm, so it cannot be rendered again. Use the "
-            "original file."
+            "original file. If its job asked for files without metadata, pass the job and the "
+            "ordinal: farm replay JOB ORDINAL."
         )
+    return image, read_provenance(text), form
+
+
+def read_provenance(text: str) -> Provenance:
+    """Read a provenance.
+
+    Raises:
+        InvalidRequest: it is damaged.
+    """
     try:
-        return image, Provenance.model_validate_json(text), form
+        return Provenance.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from farm.domain.image_formats import FORMATS, Format
 from farm.domain.spec import MAX_BUCKET, MAX_SEED, FrameSpec
 from farm.errors import InvalidRequest
-from farm.imaging.encoding import pixels_as_stored, read
+from farm.imaging.encoding import pixels_as_stored, read, read_pixels
 from farm.imaging.provenance import Provenance
 from farm.pipelines.catalog import Catalog, Pipeline
 from farm.pipelines.family import Batch
@@ -93,6 +93,7 @@ def replay(
     catalog: Catalog,
     on_step: StepHook = lambda _done, _steps: None,
     find_image: FindImage = no_image,
+    provenance: Provenance | None = None,
 ) -> Replay:
     """Render an image again with its bucket, dtype and, on a CPU, number of threads.
 
@@ -101,13 +102,17 @@ def replay(
         catalog: the catalog with its pipeline.
         on_step: called after every denoising step.
         find_image: returns its control images.
+        provenance: its provenance, if the file does not hold it.
 
     Raises:
         InvalidRequest: the image has no provenance, the catalog has no such pipeline, or the
             sizes differ.
         CatalogError: the pipeline cannot be loaded.
     """
-    picture, recorded, form = read(content)
+    if provenance is None:
+        picture, recorded, form = read(content)
+    else:
+        picture, recorded, form = read_pixels(content), provenance, provenance.frame.format
     limit_spinning()
     entry = _entry(catalog, recorded)
     resolved = resolve_pipeline(recorded.frame.pipeline, entry)

@@ -322,11 +322,18 @@ def _checked(line: bytes) -> LineFields:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
     from_json(line, allow_inf_nan=False)  # its errors name the column
     fields = ONE.validate_json(line)
-    for text in (fields["prompt"], fields.get("negative_prompt"), fields.get("key")):
-        storable(text or "")
+    for name in ("prompt", "negative_prompt", "key"):
+        _check_storable(name, str(fields.get(name) or ""))
     for label in (fields.get("labels") or {}).items():
-        storable("".join(label))
+        _check_storable("labels", "".join(label))
     return fields
+
+
+def _check_storable(name: str, text: str) -> None:
+    try:
+        storable(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _why(error: ValueError) -> str:

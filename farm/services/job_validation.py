@@ -222,6 +222,7 @@ def full_spec(
         reuse=job.reuse,
         start_within=job.start_within,
         finish_by=job.finish_by,
+        metadata=job.metadata or "full",
         labels=job.labels,
     )
 

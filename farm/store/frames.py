@@ -47,6 +47,8 @@ class CompletedFrame:
     """True if the artifact is a copy of another frame's artifact."""
     seconds: float = 0.0
     """Its part of the time in which its batch was denoised. 0 if it was not."""
+    provenance: str | None = None
+    """All that renders it again, as JSON, if its file does not hold it."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
+from farm.domain.spec import Metadata
 from farm.errors import InvalidRequest
 from farm.store.rows import rows_of
 
@@ -24,13 +25,13 @@ RETURNING id
 """)
 
 CREATE = text("""
-INSERT INTO keys (id, tenant_id, role, name, prefix, digest)
-VALUES (:id, :tenant_id, :role, :name, :prefix, :digest)
+INSERT INTO keys (id, tenant_id, role, name, prefix, digest, metadata)
+VALUES (:id, :tenant_id, :role, :name, :prefix, :digest, :metadata)
 """)
 
 FIND = text("""
 SELECT k.digest, k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name,
-       t.requests_a_second, t.requests_burst
+       t.requests_a_second, t.requests_burst, k.metadata
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.digest = ANY(:digests) AND k.revoked_at IS NULL AND t.removed_at IS NULL
 """)
@@ -59,6 +60,8 @@ class Caller:
     """Limit of its tenant. None: no limit."""
     requests_burst: int | None = None
     """Number of requests that may arrive at once. None: those of ten seconds."""
+    metadata: Metadata | None = None
+    """Texts in image files, for jobs that do not say. None: the farm's default."""
 
 
 class KeyRow(NamedTuple):
@@ -88,7 +91,13 @@ def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
     return found
 
 
-def create_key(connection: Connection, tenant: str, role: str, name: str = "") -> tuple[str, str]:
+def create_key(
+    connection: Connection,
+    tenant: str,
+    role: str,
+    name: str = "",
+    metadata: Metadata | None = None,
+) -> tuple[str, str]:
     """Create a key for a tenant. Return (id, key). The key itself is never shown again."""
     key_id, key = uuid.uuid4(), f"farm_{secrets.token_urlsafe(32)}"
     connection.execute(
@@ -100,6 +109,7 @@ def create_key(connection: Connection, tenant: str, role: str, name: str = "") -
             "name": name,
             "prefix": key[:10],
             "digest": digest_of(key),
+            "metadata": metadata,
         },
     )
     return str(key_id), key

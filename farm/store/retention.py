@@ -70,6 +70,7 @@ WHERE d.job_id = old.job_id AND {" AND ".join(f"d.{column} = old.{column}" for c
     for table, key, order in (  # the order of an index
         ("requeued_frames", ["ordinal"], "ordinal"),
         ("perceptual_hashes", ["ordinal"], "ordinal"),
+        ("frame_provenances", ["ordinal"], "ordinal"),
         ("reusable_renders", ["tenant_id", "digest"], "job_id"),
         ("attempts", ["ordinal", "attempt"], "ordinal, attempt"),
         ("frames", ["ordinal"], "ordinal"),
@@ -101,6 +102,7 @@ LEFT JOIN LATERAL (
 WHERE j.removed_at IS NOT NULL AND f.ordinal IS NULL AND a.ordinal IS NULL
   AND NOT EXISTS (SELECT FROM perceptual_hashes WHERE job_id = j.id)
   AND NOT EXISTS (SELECT FROM reusable_renders WHERE job_id = j.id)
+  AND NOT EXISTS (SELECT FROM frame_provenances WHERE job_id = j.id)
   AND NOT EXISTS (
       SELECT FROM tenants t JOIN events e ON e.job_id = j.id
       WHERE t.id = j.tenant_id AND t.removed_at IS NOT NULL)

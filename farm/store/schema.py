@@ -112,6 +112,7 @@ keys = Table(
     Column("digest", LargeBinary, nullable=False, unique=True, comment="sha256 of the key"),
     _moment("created_at", now=True),
     _moment("revoked_at"),
+    Column("metadata", Text, comment="of jobs that do not say; null: full"),
     CheckConstraint(_one_of("role", ["client", "operator", "viewer"]), name="role"),
 )
 
@@ -899,6 +900,16 @@ webhook_deliveries = Table(
     Index("webhook_deliveries_age", "created_at"),
     Index("webhook_deliveries_job", "job_id", "id", postgresql_where=text("job_id IS NOT NULL")),
     comment="Messages, one row for each endpoint that gets it.",
+)
+
+frame_provenances = Table(
+    "frame_provenances",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("ordinal", BigInteger, primary_key=True),
+    Column("attempt", SmallInteger, nullable=False),
+    Column("provenance", Text, nullable=False),
+    comment="Of frames whose image files hold no metadata.",
 )
 
 unanswered_calls = Table(

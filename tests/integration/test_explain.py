@@ -23,6 +23,7 @@ from farm.store import (
     lanes,
     leases,
     lines,
+    provenances,
     queries,
     retention,
     specs,
@@ -36,7 +37,7 @@ from tests.support.databases import Databases
 from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
-LARGE |= {"job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
+LARGE |= {"frame_provenances", "job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -70,6 +71,8 @@ SELECT gen_random_uuid(), t.id, 'https://' || t.name || '.example', '{}', '{}', 
 FROM tenants t WHERE t.name LIKE 'idle %';
 INSERT INTO job_webhooks (job_id, webhook_id, url, kinds)
 SELECT id, gen_random_uuid(), 'https://shop.example/', '{job.*}' FROM jobs;
+INSERT INTO frame_provenances (job_id, ordinal, attempt, provenance)
+SELECT id, n, 1, '{}' FROM jobs, generate_series(1, 3) n;
 INSERT INTO unanswered_calls (key, digest, repeats, given_up)
 SELECT 'call-' || n, sha256(n::text::bytea), n % 3, n % 2 = 0 FROM generate_series(1, 20000) n;
 WITH hook AS (
@@ -220,6 +223,10 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         {"tenant_id": uuid.UUID(int=3), "origin": "https://shop.example"},
     ),
     "addresses of jobs": (job_webhooks.OF_JOBS, {"ids": [uuid.UUID(int=1)]}),
+    "provenances": (
+        provenances.OF_FRAMES,
+        {"job_id": uuid.UUID(int=1), "ordinals": "{1,2,3}"},
+    ),
     "repeated call": (
         unanswered.TAKE_OVER,
         {"digest": b"\x00" * 32, "repeats": 1, "seconds": unanswered.KEPT_SECONDS},

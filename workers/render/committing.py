@@ -12,7 +12,7 @@ from contextlib import suppress
 from farm.context import Farm
 from farm.domain.states import FrameState
 from farm.errors import Unavailable
-from farm.store import frames, tenants, workers
+from farm.store import frames, provenances, tenants, workers
 from farm.store.circuit_breaker import note_failure
 from farm.store.claim import ClaimedFrame, Fence
 from farm.store.engine import one_statement, reads, transaction
@@ -36,6 +36,7 @@ class BatchCommitter:
 
     def end(self, batches: Sequence[RenderedBatch]) -> None:
         """End batches: all those without failures in one commit."""
+        self._keep_provenance([item for batch in batches for item in batch.done])
         well = [batch for batch in batches if batch.done and not batch.failures]
         rest = [batch for batch in batches if batch not in well]
         if well and not self._end_together(well):
@@ -43,6 +44,21 @@ class BatchCommitter:
         for batch in rest:
             self._end_alone(batch)
         self._ring_for_limited(batches)
+
+    def _keep_provenance(self, done: Sequence[CompletedFrame]) -> None:
+        """Store the provenance of frames whose files must not hold it, before they succeed.
+
+        It is of an attempt, so one that was lost changes nothing.
+        """
+        apart = {item.fence: item.provenance for item in done if item.provenance is not None}
+        if not apart:
+            return
+
+        def keep() -> None:
+            with one_statement(self._farm.store) as connection:
+                provenances.keep(connection, apart)
+
+        retry_while_unavailable(self._identity.name, keep)
 
     def _ring_for_limited(self, batches: Sequence[RenderedBatch]) -> None:
         """Wake a worker of each lane whose work may have waited for the end of these frames."""

@@ -239,6 +239,7 @@ class BatchFinisher:
             slot,
             self._reuse.digest(frame),
             seconds=batch.account.denoise_seconds / len(batch.frames),
+            provenance=self._encoder.kept_apart(frame.spec),
         )
         kept = Picture(frame, key, done, content)
         if self._spool.away or not self._writer.put(batch, kept):

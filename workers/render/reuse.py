@@ -65,7 +65,13 @@ class Reuse:
             if digest in stored and self._copied(stored[digest], frame):
                 row = stored[digest]
                 same = CompletedFrame(
-                    frame.fence, row.sha256, row.bytes, row.slot, digest, reused=True
+                    frame.fence,
+                    row.sha256,
+                    row.bytes,
+                    row.slot,
+                    digest,
+                    reused=True,
+                    provenance=self._encoder.kept_apart(frame.spec),
                 )
                 done.append(same)
         return done

@@ -106,6 +106,10 @@ class FarmClient:
         """Yield the frames of a job in a state, up to `limit` frames."""
         return self.farm.items(calls.frames(job_id, {"state": state}), limit)
 
+    def frame(self, job_id: str, ordinal: int) -> Frame:
+        """Read one frame of a job."""
+        return self.farm.call(Call(Frame, "GET", f"/v1/jobs/{quoted(job_id)}/frames/{ordinal}"))
+
     def steer(self, job_id: str, verb: str) -> JobData:
         """Cancel, pause, resume or retry a job."""
         return self.farm.call(calls.steer(job_id, verb))

@@ -39,6 +39,14 @@ def create(
     name: Annotated[
         str, typer.Option(help="Note that says what the key is for. Example: backend.")
     ] = "",
+    without_metadata: Annotated[
+        bool,
+        typer.Option(
+            "--without-metadata",
+            help="Image files of its jobs hold no prompt, seed, settings or names, unless a job "
+            "asks for them.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Create an API key and print it. It is printed only once.
@@ -52,7 +60,9 @@ def create(
             f"--role: {role!r} is not a role. Use one of {', '.join(keys.ROLES)}.", param="role"
         )
     with _connection() as connection:
-        key_id, key = keys.create_key(connection, tenant, role, name)
+        key_id, key = keys.create_key(
+            connection, tenant, role, name, "none" if without_metadata else None
+        )
     if as_json:
         emit({"id": key_id, "tenant": tenant, "role": role, "key": key})
     else:

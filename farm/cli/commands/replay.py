@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,16 +21,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from farm.config import Settings
+    from farm.imaging.provenance import Provenance
     from farm.rendering.replay import Difference, FindImage, Replay
 
 
 def replay(
     image: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="IMAGE", help="Picture that a farm rendered. Example: pictures/0-31.png."
+            metavar="IMAGE|JOB",
+            help="Picture that a farm rendered, such as pictures/0-31.png. Or, with ORDINAL, a job "
+            "of the farm: its ID, or the beginning of it.",
         ),
     ],
+    ordinal: Annotated[
+        int | None,
+        typer.Argument(help="Frame of the job. Needed if its file holds no metadata.", min=0),
+    ] = None,
     control: Annotated[
         list[Path] | None,
         typer.Option(
@@ -61,13 +69,20 @@ def replay(
     from farm.pipelines.catalog import load_catalog
     from farm.rendering import replay as replaying
 
-    content = replaying.read_picture(image)
     settings = load_settings()
+    if ordinal is None:
+        content, provenance = replaying.read_picture(Path(image)), None
+    else:
+        content, provenance = _of_job(settings, image, ordinal)
     catalog = load_catalog(settings.pipelines)
     find_image = _finder(control or [], settings)
     with busy("Loading the pipeline and rendering") as tell:
         done = replaying.replay(
-            content, catalog, lambda step, steps: tell(f"step {step} of {steps}"), find_image
+            content,
+            catalog,
+            lambda step, steps: tell(f"step {step} of {steps}"),
+            find_image,
+            provenance,
         )
     if save is not None:
         _save(done, save)
@@ -77,6 +92,20 @@ def replay(
         _tell(done)
     if not done.identical:
         raise typer.Exit(ERROR)
+
+
+def _of_job(settings: Settings, job_word: str, ordinal: int) -> tuple[bytes, Provenance | None]:
+    """Download a frame's file, and its provenance if the file does not hold it."""
+    from farm.cli.client.http import FarmClient
+    from farm.cli.commands.job_lookup import find_job
+    from farm.imaging.encoding import read_provenance
+
+    with FarmClient.of(settings) as client:
+        job_id = find_job(client, job_word)
+        frame = client.frame(job_id, ordinal)
+        content = client.content(f"/v1/jobs/{job_id}/frames/{ordinal}/image")
+    apart = frame.get("provenance")  # an earlier version of the farm has none
+    return content, None if apart is None else read_provenance(json.dumps(apart))
 
 
 def _finder(files: Sequence[Path], settings: Settings) -> FindImage:

@@ -159,6 +159,19 @@ def test_replay_says_identical_and_differs(
     }
 
 
+def test_replay_of_a_file_without_metadata_takes_the_job(
+    run: Run, live: LiveFarm, tmp_path: Path
+) -> None:
+    job = live.submit(prompts=["a red star"], seed=5, steps=3, metadata="none")
+    assert live.ended(job["id"])["status"] == "succeeded"
+    path = tmp_path / "picture.png"
+    path.write_bytes(live.image(job["id"], 0))
+    assert run("replay", str(path)).code == 1, "the file says nothing"
+    with torch_threads(1):
+        same = run("replay", job["id"][:8], "0")
+    assert (same.code, same.out.split()[0]) == (0, "identical"), same.out + same.err
+
+
 def test_a_cancelled_job_is_exit_code_3(run: Run) -> None:
     job = run("submit", "a red star", *LONG, "--json").json
     paused = run("pause", job["id"][:6], "--json")

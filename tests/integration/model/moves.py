@@ -34,6 +34,7 @@ ALSO_EMPTIED = (
     "job_prompts",
     "perceptual_hashes",
     "job_webhooks",
+    "frame_provenances",
 )
 
 JOB_IDS: Bundle[uuid.UUID] = Bundle("job_ids")
