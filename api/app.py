@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
@@ -77,6 +78,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.farm = open_farm(chosen)
+        app.state.catalog_read_at = int(time.time())
         app.state.recent = RecentLanes(app.state.farm.store)
         app.state.submissions = jobs.submissions(app.state.farm, app.state.recent)
         app.state.rates = RequestRates(chosen)
@@ -99,6 +101,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)
         yield
         app.state.streams.feed.close()
+        app.state.streams.feed.previews.close()
         app.state.farm.close()
 
     app = Api(

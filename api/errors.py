@@ -107,7 +107,7 @@ def farm_error(request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = 'Bearer realm="farm"'
     if "token" in request.query_params:  # a page of any site sent it, and may read the error
         headers["Access-Control-Allow-Origin"] = "*"
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable) and headers["x-should-retry"] == "true":
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, LimitExceeded) and error.limit:
         headers |= _limit_fields(error.limit)

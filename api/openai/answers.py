@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 import uuid
@@ -14,11 +15,12 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, sleep, to_thread
 from PIL import Image
 
 from api import schemas
 from api.addresses import Address
+from api.door import FIRST_SECONDS, MIN_BYTES_PER_SECOND
 from api.errors import error_body
 from api.openai.wishes import Wish
 from api.places import Place, Places
@@ -26,18 +28,24 @@ from api.responses import frame_views
 from api.streaming.streams import State, message
 from farm.context import Farm
 from farm.domain.states import TERMINAL, FrameState
-from farm.errors import Conflict, FarmError, NotFound, TooLarge, Unavailable
+from farm.errors import Conflict, FarmError, NotFound, TooLarge, TooSlow, Unavailable
 from farm.services.previews import Preview
 from farm.storage import NotStored, artifact_key
 from farm.store import queries
 from farm.store.engine import transaction
 from farm.store.keys import Caller
 
+log = logging.getLogger(__name__)
+
 MIB = 2**20
 MAX_MIB = 64
 """Maximum size of the pictures that one answer holds, in MiB. Larger ones have addresses only."""
-MIB_AT_ONCE, MIB_PER_TENANT = 512, 256
-"""Maximum size of the pictures that a process reads or sends at the same time, in MiB."""
+MIB_AT_ONCE, MIB_PER_TENANT = 1024, 512
+"""Maximum memory of the answers that a process makes or sends at the same time, in MiB."""
+COPIES = 4
+"""Memory of a picture in an answer, in times its size: the file, its base64, and the JSON."""
+BUSY_SECONDS = 1.0
+"""Interval in which a stream tries again to get memory for a picture, in seconds."""
 BLOCK_BYTES = 2**16
 NO_TOKENS = {
     "input_tokens": 0,
@@ -87,9 +95,10 @@ class Answers:
         done = [frame for frame in frames if frame.state is FrameState.SUCCEEDED]
         if not done:
             raise _failure(job, frames)
-        place = self._place(done)
+        forms = self._forms(done)
+        place = self._place(done) if "b64_json" in forms else Place(lambda: None)
         try:
-            return await self._run(self._body, job, frames, done), place
+            return await self._run(self._body, job, frames, done, forms), place
         except BaseException:
             place.give_back()
             raise
@@ -106,7 +115,7 @@ class Answers:
                     continue
                 if isinstance(state, list):
                     for preview in state:
-                        if self._is_due(preview, previewed):
+                        if preview.ordinal not in sent and self._is_due(preview, previewed):
                             yield _partial(preview, previewed[preview.ordinal])
                             previewed[preview.ordinal] += 1
                     continue
@@ -136,25 +145,48 @@ class Answers:
         for frame in frames:
             if frame.state is not FrameState.SUCCEEDED or frame.ordinal in sent:
                 continue
-            place = self._place([frame])
+            self._forms([frame])
+            while (place := self._free_place(frame)) is None:
+                yield b": waiting for memory\n\n"
+                await sleep(BUSY_SECONDS)
             try:
                 block = await self._run(self._completed, job, frame)
-                for first in range(0, len(block), BLOCK_BYTES):  # each must be taken in time
+                began = time.monotonic()
+                for first in range(0, len(block), BLOCK_BYTES):
                     yield block[first : first + BLOCK_BYTES]
+                    if time.monotonic() > began + FIRST_SECONDS + first / MIN_BYTES_PER_SECOND:
+                        raise TooSlow(f"The picture was read too slowly. Job {job.id} has it.")
             finally:
                 place.give_back()
             sent.add(frame.ordinal)
 
-    def _place(self, frames: Sequence[schemas.Frame]) -> Place:
+    def _forms(self, frames: Sequence[schemas.Frame]) -> set[str]:
+        """Return the forms in which pictures are sent: `url`, `b64_json`, or both.
+
+        Raises:
+            TooLarge: They are too large for the form that is asked for.
+        """
+        signs = self.farm.settings.signed_url_seconds > 0
+        forms = {self.wish.form} if self.wish.form else {"b64_json", *(["url"] if signs else [])}
         mib = math.ceil(sum(frame.bytes or 0 for frame in frames) / MIB)
-        if mib > MAX_MIB:
-            if self.wish.form == "b64_json" or self.wish.stream:
-                raise TooLarge(
-                    f"The pictures have {mib} MiB; an answer may hold {MAX_MIB}. They are stored: "
-                    "download them by their addresses, or send response_format url."
-                )
-            mib = 0
+        if mib <= MAX_MIB or forms == {"url"}:
+            return forms
+        if forms == {"b64_json"} or self.wish.stream:
+            raise TooLarge(
+                f"The pictures have {mib} MiB; an answer may hold {MAX_MIB}. They are stored: "
+                "download them by their addresses, or send response_format url."
+            )
+        return {"url"}
+
+    def _place(self, frames: Sequence[schemas.Frame]) -> Place:
+        mib = math.ceil(COPIES * sum(frame.bytes or 0 for frame in frames) / MIB)
         return self.places.take(str(self.caller.tenant_id), "pictures", mib)
+
+    def _free_place(self, frame: schemas.Frame) -> Place | None:
+        try:
+            return self._place([frame])
+        except Unavailable:
+            return None
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return await to_thread.run_sync(partial(function, *args), limiter=self.limiter)
@@ -170,12 +202,12 @@ class Answers:
             return frame_views(connection, job, rows, ordinals, self.caller, self.signed)
 
     def _body(
-        self, job: schemas.Job, frames: Sequence[schemas.Frame], done: Sequence[schemas.Frame]
+        self,
+        job: schemas.Job,
+        frames: Sequence[schemas.Frame],
+        done: Sequence[schemas.Frame],
+        forms: Collection[str],
     ) -> bytes:
-        mib = sum(frame.bytes or 0 for frame in done) / MIB
-        forms = {self.wish.form} if self.wish.form else {"url", "b64_json"}
-        if mib > MAX_MIB:
-            forms -= {"b64_json"}
         seconds = _seconds_between(job)
         answer = {
             "id": str(job.id),
@@ -236,6 +268,9 @@ class Answers:
             return b64encode(self.farm.artifacts.get(key)).decode()
         except NotStored:
             raise NotFound(f"Job {job_id}: its pictures were removed.") from None
+        except Unavailable as error:  # its message has the key, and with it the tenant's ID
+            log.warning("%s", error)
+            raise Unavailable("The image storage does not answer.") from error
 
 
 def _partial(preview: Preview, number: int) -> bytes:

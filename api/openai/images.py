@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -20,7 +21,7 @@ from api.openai.delivery import Delivery
 from api.openai.wishes import BadRequest, UnknownModel, Wish, in_their_words, read_wish
 from api.openapi import refusals
 from api.request_body import parse_json, read_body
-from api.routes.jobs import KEY_HEADER, client_of, with_default
+from api.routes.jobs import GROUPED_BYTES, KEY_HEADER, client_of, with_default
 from api.routes.pictures import PacedResponse
 from api.streaming.streams import streams_of
 from farm.context import Farm
@@ -38,7 +39,7 @@ router = APIRouter(prefix="/openai/v1", tags=["openai"])
 
 REPEATS_HEADER = "x-stainless-retry-count"
 """Times that OpenAI's clients have sent a call before."""
-MAX_REPEATS = 1000
+REPEATS = re.compile(r"[0-9]{1,3}", re.ASCII)
 IN_BOTH_FORMS = "send response_format b64_json: this farm gives no signed addresses of images."
 
 Ended = Callable[[bool], Awaitable[object]]
@@ -91,10 +92,14 @@ async def generate(
 ) -> Response:
     """Submit a job, wait for its pictures, and return them. Parameters of the pipeline, such as
     `seed` and `steps`, are fields of the body too."""
-    wish = read_wish(parse_json(body), sorted(farm.catalog.pipelines))
+    times = _number(repeats)
+    if len(body) <= GROUPED_BYTES:
+        wish = _wish(farm, body)
+    else:  # other calls do not wait for it
+        wish = await to_thread.run_sync(_wish, farm, body)
     if wish.form == "url" and not farm.settings.signed_url_seconds:
         raise BadRequest(f"response_format: {IN_BOTH_FORMS}", param="response_format")
-    key, ended = await _key(farm, caller, wish, idempotency_key, _number(repeats))
+    key, ended = await _key(farm, caller, wish, idempotency_key, times)
     try:
         row = await to_thread.run_sync(
             use_cases.submit,
@@ -132,9 +137,14 @@ async def _forgotten(is_answered: bool) -> None:
     del is_answered
 
 
+def _wish(farm: Farm, body: bytes) -> Wish:
+    return read_wish(parse_json(body), sorted(farm.catalog.pipelines))
+
+
 def _number(repeats: str) -> int:
-    is_number = repeats.isascii() and repeats.isdecimal() and len(repeats) < len(str(MAX_REPEATS))
-    return int(repeats) if is_number else 0
+    if not REPEATS.fullmatch(repeats):
+        raise BadRequest(f"{REPEATS_HEADER}: send a number below 1000.", param=REPEATS_HEADER)
+    return int(repeats)
 
 
 def _begun(farm: Farm, digest: bytes, repeats: int) -> str:
@@ -154,7 +164,7 @@ async def _answer(
     request: Request, farm: Farm, caller: Caller, wish: Wish, row: JobRow
 ) -> Response:
     """Return the answer to a call whose job is stored."""
-    headers = {"Location": f"/v1/jobs/{row.id}", "Cache-Control": "no-store"}
+    headers = {"Location": f"/v1/jobs/{row.id}"}
     if wish.ignored:
         headers["Farm-Ignored"] = ", ".join(wish.ignored)
     try:
@@ -164,7 +174,10 @@ async def _answer(
         # The job is there: a caller that repeats the call without a key would get another one.
         again = error.retryable and is_repeatable(request)
         answer.headers["x-should-retry"] = "true" if again else "false"
+        if not again and "Retry-After" in answer.headers:
+            del answer.headers["Retry-After"]
     answer.headers.update(headers)
+    answer.headers.setdefault("Cache-Control", "no-store")
     return answer
 
 
@@ -196,9 +209,9 @@ async def _pictures(
 
 
 @router.get("/models", summary="List pipelines, as OpenAI's API lists models")
-async def list_models(farm: FarmDep, _caller: Reader) -> schemas.Models:
+async def list_models(request: Request, farm: FarmDep, _caller: Reader) -> schemas.Models:
     """List the catalog's pipelines."""
-    return schemas.Models(data=[_model(farm, name) for name in sorted(farm.catalog.pipelines)])
+    return schemas.Models(data=[_model(request, name) for name in sorted(farm.catalog.pipelines)])
 
 
 @router.get(
@@ -207,14 +220,13 @@ async def list_models(farm: FarmDep, _caller: Reader) -> schemas.Models:
     summary="Get a pipeline, as OpenAI's API does a model",
 )
 async def get_model(
-    farm: FarmDep, _caller: Reader, name: Annotated[str, Path(max_length=200)]
+    request: Request, farm: FarmDep, _caller: Reader, name: Annotated[str, Path(max_length=200)]
 ) -> schemas.Model:
     """Return a pipeline of the catalog."""
     if name not in farm.catalog.pipelines:
         raise UnknownModel(f"There is no model {name!r}.", param="model")
-    return _model(farm, name)
+    return _model(request, name)
 
 
-def _model(farm: Farm, name: str) -> schemas.Model:
-    changed_at = farm.settings.pipelines.stat().st_mtime
-    return schemas.Model(id=name, created=int(changed_at))
+def _model(request: Request, name: str) -> schemas.Model:
+    return schemas.Model(id=name, created=request.app.state.catalog_read_at)

@@ -76,7 +76,7 @@ class Model(BaseModel):
 
     id: str = Field(description="Name of the pipeline")
     object: Literal["model"] = "model"
-    created: int = Field(description="Time of the catalog's last change, in Unix seconds")
+    created: int = Field(description="Time at which this process read the catalog, in Unix seconds")
     owned_by: Literal["farm"] = "farm"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,16 +105,17 @@ def read_wish(body: Any, models: Sequence[str]) -> Wish:
         form=FORMS[form],
         stream=stream,
         partial_images=_whole_number(partial_images, "partial_images", 0, MAX_PARTIAL_IMAGES),
-        ignored=[name for name in WITHOUT_EFFECT if name in body],
-        names=_names(body),
+        ignored=[name for name in WITHOUT_EFFECT if name in body and body[name] is not None],
+        names=_names({name for name, value in body.items() if value is not None}),
         content=CANONICAL.encode(body).encode(),
     )
 
 
-def _names(body: Mapping[str, object]) -> dict[str, str]:
-    aliases = {name: alias for alias, name in ALIASES.items() if alias in body}
-    sides = dict.fromkeys(("width", "height"), "size") if "size" in body else {}
-    return {**THEIR_NAMES, **aliases, **sides}
+def _names(sent: Collection[str]) -> dict[str, str]:
+    aliases = {name: alias for alias, name in ALIASES.items() if alias in sent}
+    sides = dict.fromkeys(("width", "height"), "size") if "size" in sent else {}
+    labels = {} if "labels" in sent else {"labels": "metadata"}
+    return {**THEIR_NAMES, **aliases, **sides, **labels}
 
 
 def _job(fields: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +138,8 @@ def _job(fields: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
         **_size(fields),
     }
     if "output_format" in fields:
+        if "format" in fields:
+            raise BadRequest("format: it means output_format. Send one.", param="format")
         form = fields.pop("output_format")
         job["format"] = "jpeg" if form == "jpg" else form
     for alias, name in ALIASES.items():
@@ -176,7 +179,7 @@ def _size(fields: dict[str, Any]) -> dict[str, int]:
 
 def _labels(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the labels of the job: those that the call names, and its fields that are about it."""
-    labels: dict[str, Any] = {"dialect": "openai"}
+    labels: dict[str, Any] = {}
     for name in ("metadata", "labels"):
         if name == "metadata" and isinstance(fields.get(name), str):
             continue  # the farm's field of this name: what image files hold
@@ -187,7 +190,7 @@ def _labels(fields: dict[str, Any]) -> dict[str, Any]:
     for name in ("user", "safety_identifier"):
         if name in fields:
             labels[name] = _label(fields.pop(name), name)
-    return labels
+    return {**labels, "dialect": "openai"}
 
 
 def _label(value: object, name: str) -> str:

@@ -53,8 +53,8 @@ PREVIEW_SECONDS = 0.5
 """Interval in which previews are read, in seconds."""
 PREVIEW_REST_SECONDS = 5.0
 """Pause after Redis did not give previews, in seconds."""
-MAX_PREVIEWED_JOBS = 100
-"""Jobs whose previews a process reads. Watchers of others get none."""
+MAX_PREVIEWED_JOBS = 50
+"""Jobs whose previews are read at once."""
 JOINING_THREADS = 2
 """Threads in which the place of a new job or tenant is read."""
 
@@ -126,9 +126,10 @@ class Listener:
 
     def put_previews(self, previews: Iterable[Preview]) -> None:
         """Add previews, each instead of an older one that it has not taken."""
-        new = {each.ordinal: each for each in previews if self._seen.get(each.ordinal) != each.step}
+        now = {each.ordinal: each for each in previews}
+        new = {at: each for at, each in now.items() if self._seen.get(at) != each.step}
+        self._seen = {at: each.step for at, each in now.items()}
         if new:
-            self._seen |= {each.ordinal: each.step for each in new.values()}
             self._previews |= new
             self._news.set()
 
@@ -221,7 +222,7 @@ class Feed:
         self._joining = CapacityLimiter(JOINING_THREADS)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._steps_at = 0.0
-        self._previews = Previews(farm.settings)
+        self.previews = Previews(farm.settings)
         self._previewing = CapacityLimiter(1)
 
     async def listen_to_job(
@@ -334,15 +335,20 @@ class Feed:
 
     async def _preview(self) -> None:
         """Hand out previews while anybody wants them. Events never wait for Redis."""
-        while jobs := [
+        first = 0
+        while wanted := [
             job_id
             for job_id, watched in self._jobs.items()
             if any(listener.wants_previews for listener in watched.listeners)
-        ][:MAX_PREVIEWED_JOBS]:
+        ]:
+            # Of many jobs, others have their turn next time.
+            first %= len(wanted)
+            jobs = (wanted[first:] + wanted[:first])[:MAX_PREVIEWED_JOBS]
+            first += len(jobs)
             rest = PREVIEW_SECONDS
             try:
                 found = await to_thread.run_sync(
-                    self._previews.watch, jobs, limiter=self._previewing
+                    self.previews.watch, jobs, limiter=self._previewing
                 )
                 self._hand_out_previews(found)
             except Unavailable as error:

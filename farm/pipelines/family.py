@@ -198,14 +198,14 @@ def step_callback(on_step: StepHook, share: float = 1.0, *, whole: bool = True) 
     done, steps = 0, 0
 
     def callback(
-        pipe: DiffusionPipeline, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
+        pipe: DiffusionPipeline, _step: int, timestep: object, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         nonlocal done, steps
         done += 1
         steps = max(done, steps or round(pipe.num_timesteps / share))  # some take two for a step
         if whole and "latents" in tensors:
-            index = getattr(pipe.scheduler, "step_index", None) or step + 1
-            show_latents(Latents(tensors["latents"], done, steps, pipe.scheduler, index))
+            index = getattr(pipe.scheduler, "step_index", None)
+            show_latents(Latents(tensors["latents"], done, steps, pipe.scheduler, timestep, index))
         on_step(done, steps)
         if (seen := _SEEN.get()) is not None and "latents" in tensors:
             seen.append(tensors["latents"])
@@ -280,8 +280,10 @@ class Latents:
     """All steps."""
     scheduler: Any = None
     """The sampler. None: it is not known."""
-    index: int = 0
-    """Number of steps that the sampler has done."""
+    timestep: Any = None
+    """Its timestep before the step: a number, or a tensor on the device."""
+    index: int | None = None
+    """Number of steps that the sampler has done, if it counts them."""
 
 
 Show = Callable[[Latents], None]

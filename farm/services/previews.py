@@ -24,7 +24,7 @@ WATCHED_SECONDS = 15
 """Time for which a job counts as watched after it was last asked for, in seconds."""
 KEPT_SECONDS = 30
 """Time for which a job's previews are kept after the last one, in seconds."""
-MAX_FRAMES = 16
+MAX_FRAMES = 8
 """Maximum number of frames of a job that have a preview at the same time."""
 
 

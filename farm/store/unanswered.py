@@ -20,10 +20,13 @@ WHERE key = (
     SELECT key FROM unanswered_calls
     WHERE digest = :digest AND repeats < :repeats
       AND at > clock_timestamp() - make_interval(secs => :seconds)
-    ORDER BY given_up DESC, at DESC LIMIT 1 FOR UPDATE SKIP LOCKED
+    ORDER BY given_up DESC, at DESC LIMIT 1 FOR UPDATE
 )
 RETURNING key
 """)
+
+# One after the other, or two repeated calls would take the same row.
+LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(encode(:digest, 'hex'), 0))")
 
 BEGIN = text("""
 INSERT INTO unanswered_calls (key, digest, repeats) VALUES (:key, :digest, :repeats)
@@ -52,6 +55,7 @@ def begin(connection: Connection, digest: bytes, repeats: int) -> str:
     """
     values = {"digest": digest, "repeats": repeats, "seconds": KEPT_SECONDS}
     if repeats:
+        connection.execute(LOCK, {"digest": digest})
         key: str | None = connection.execute(TAKE_OVER, values).scalar()
         if key is not None:
             return key

@@ -11,15 +11,17 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from sqlalchemy import text
 
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.store import frames, unanswered
-from farm.store.engine import transaction
+from farm.store.engine import Connection, transaction
 from farm.store.frames import FailedAttempt
 from tests.support.api_server import Api, render, rendering, serving
 from tests.support.store import FakeWorker, fence, register_worker, sql
 from tests.support.waiting import wait_until
+from workers.janitor.janitor import Janitor
 
 PATH = "/openai/v1/images/generations"
 STAR: dict[str, Any] = {"model": "demo", "prompt": "a red star"}
@@ -229,6 +231,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"width": 513}, "width", "width: "),
     ({"response_format": "pixels"}, "response_format", "response_format: send url or b64_json"),
     ({"response_format": ["url"]}, "response_format", "response_format: send url or b64_json"),
+    ({"output_format": "png", "format": "png"}, "format", "format: it means output_format"),
+    ({"metadata": {"a\x00": "b"}}, "metadata", "metadata: "),
     ({"output_format": "gif"}, "output_format", "output_format: "),
     ({"background": "transparent"}, "background", "background: the farm renders opaque"),
     ({"stream": "yes"}, "stream", "stream: send true or false"),
@@ -399,8 +403,67 @@ class TestRepeated:
         sql(farm, "UPDATE unanswered_calls SET at = at - interval '16 minutes'")
         with transaction(farm.store) as connection:
             assert unanswered.begin(connection, b"one", 1) != key
-            unanswered.prune(connection)
+        with farm.store.connect() as connection:
+            Janitor(farm).sweep(connection)
         assert len(sql(farm, "SELECT FROM unanswered_calls")) == 1
+
+    def test_a_call_is_repeated_once_by_each_repetition(self, farm: Farm) -> None:
+        with transaction(farm.store) as connection:
+            key = unanswered.begin(connection, b"one", 0)
+            assert unanswered.begin(connection, b"one", 1) == key
+            unanswered.give_up(connection, key, 0)  # the first call notices late that it is over
+            assert sql_in(connection, "SELECT given_up FROM unanswered_calls") == [(False,)]
+            assert unanswered.begin(connection, b"one", 1) != key, "it is another call's repetition"
+            unanswered.give_up(connection, key, 1)
+            assert unanswered.begin(connection, b"one", 2) == key
+
+    def test_a_repetition_waits_until_the_call_is_given_up(
+        self, farm: Farm, threads: ThreadPoolExecutor
+    ) -> None:
+        with transaction(farm.store) as connection:
+            key = unanswered.begin(connection, b"one", 0)
+
+        def repeat() -> str:
+            with transaction(farm.store) as connection:
+                return unanswered.begin(connection, b"one", 1)
+
+        with transaction(farm.store) as connection:
+            unanswered.give_up(connection, key, 0)
+            repeated = threads.submit(repeat)
+            wait_until(lambda: locks_waited_for(farm), 10, "the repetition waits")
+        assert repeated.result(10) == key
+
+    def test_what_may_be_stored_can_be_repeated(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Postgres ends in the middle of the submission."""
+
+        def away(*_: Any) -> Any:
+            outage = Unavailable("Postgres does not answer.")
+            outage.is_undecided = True
+            raise outage
+
+        monkeypatch.setattr("api.openai.images.use_cases.submit", away)
+        client = api.client()
+        told = [post(client, STAR, repeat).headers["x-should-retry"] for repeat in (None, 0)]
+        assert told == ["false", "true"]
+        assert given_up(api) == 2, "the next call takes the same key"
+
+    @pytest.mark.parametrize("times", ["-1", "abc", "1000", "1.0"])
+    def test_a_wrong_number_of_repetitions_is_refused(self, api: Api, times: str) -> None:
+        answer = api.client().post(PATH, json=STAR, headers={"x-stainless-retry-count": times})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "x-stainless-retry-count"
+        assert api.jobs_stored() == 0
+
+
+def sql_in(connection: Connection, statement: str) -> Any:
+    return connection.execute(text(statement)).all()
+
+
+def locks_waited_for(farm: Farm) -> int:
+    found = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = "
+    return len(sql(farm, f"{found} current_database()"))
 
 
 def post(client: httpx.Client, body: dict[str, Any], repeat: int | None = None) -> httpx.Response:
@@ -532,6 +595,62 @@ class TestWithoutPicture:
         assert len(asked) == 2
         assert answer.farm["job"] == jobs_of(api)[0]["id"]
         assert api.jobs_stored() == 1
+
+    def test_after_the_job_is_stored_only_a_repetition_may_come(
+        self,
+        api: Api,
+        worker: FakeWorker,
+        threads: ThreadPoolExecutor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A caller that does not say how often it sent the call would get another job."""
+        artifacts = api.app.state.farm.artifacts
+
+        def away(key: str) -> bytes:
+            raise Unavailable(f"The image storage did not return {key}.")
+
+        monkeypatch.setattr(artifacts, "get", away)
+        told = {}
+        for repeat in (None, 0):
+            called = threads.submit(post, api.client(), STAR, repeat)
+            waits(api)
+            render(worker, worker.must_claim())
+            answer = called.result(20)
+            assert answer.status_code == 503
+            assert "tenant" not in answer.text
+            assert answer.json()["detail"] == "The image storage does not answer."
+            told[repeat] = answer.headers["x-should-retry"], "Retry-After" in answer.headers
+        assert told == {None: ("false", False), 0: ("true", True)}
+
+    def test_memory_is_given_back(
+        self, api: Api, worker: FakeWorker, calling: Called, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        places = api.app.state.answers
+        for stream in (False, True):
+            called = calling(stream=stream)
+            render(worker, worker.must_claim())
+            called.result(20)
+            wait_until(lambda: places._taken.total() == 0, 10, "the places are free")
+        held = places.take("bob", "pictures", 10**6)
+        called = calling(response_format="url")
+        render(worker, worker.must_claim())
+        assert called.result(20).data[0].url, "addresses need no memory"
+        called = calling(stream=True)
+        render(worker, worker.must_claim())
+        wait_until(lambda: jobs_of(api)[-1]["status"] == "succeeded", 10, "the job has ended")
+        assert not called.done(), "a stream waits for memory"
+        held.give_back()
+        assert [event.type for event in called.result(20)] == ["image_generation.completed"]
+
+    def test_large_pictures_without_addresses_are_refused(
+        self, api: Api, worker: FakeWorker, calling: Called, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("api.openai.answers.MAX_MIB", 0)
+        api.app.state.farm.settings.signed_url_seconds = 0
+        called = calling()
+        render(worker, worker.must_claim())
+        with pytest.raises(openai.APIStatusError, match="may hold 0"):
+            called.result(20)
 
     def test_a_stream_ends_with_the_error(self, worker: FakeWorker, calling: Called) -> None:
         called = calling(stream=True)

@@ -9,7 +9,7 @@ from farm.context import Farm
 from farm.imaging.encoding import Encoder
 from farm.imaging.filters import load_filters
 from farm.pipelines.batch_plans import batch_plans, plans_for_a_second_batch
-from farm.pipelines.family import LoadedPipeline, uses_torch
+from farm.pipelines.family import LoadedPipeline
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.pipelines.runtime.devices import usable_memory
 from farm.pipelines.runtime.slots import SlotTest
@@ -26,6 +26,7 @@ from workers.render.identity import Identity
 from workers.render.interactive import InteractiveClaims
 from workers.render.loop import RenderLoop
 from workers.render.previews.batches import Previewing, keeps_pictures_back
+from workers.render.previews.colours import colours_of
 from workers.render.reuse import Reuse
 from workers.render.scratch import Scratch
 from workers.render.spool import Spool, SpoolDrain
@@ -88,8 +89,9 @@ def assemble(
     finisher = BatchFinisher(
         identity, encoder, filters, reuse, writer, spool, drain, committer, claims
     )
-    allowed = uses_torch(resolved.family) and not (entry.filters or keeps_pictures_back(loaded))
-    previewing = Previewing(Previews(farm.settings), allowed=allowed)
+    # A filter or a safety checker may keep a picture back: then nobody must see it before.
+    shows = not entry.filters and not keeps_pictures_back(loaded)
+    previewing = Previewing(Previews(farm.settings), colours_of(loaded) if shows else None)
     loop = RenderLoop(
         farm,
         identity,

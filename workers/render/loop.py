@@ -306,11 +306,8 @@ class RenderLoop:
         try:
             with torch_threads(self._slots.threads(loaded, specs[0])):
                 since = time.monotonic()
-                with self._previewing.of(batch.frames) as previews:
-                    pictures = self._resolved.family.denoise(loaded, Batch(specs, hook, images))
-                    if previews is not None:
-                        previews.learn(pictures)
-                return pictures
+                with self._previewing.of(batch.frames):
+                    return self._resolved.family.denoise(loaded, Batch(specs, hook, images))
         except BaseException as error:
             loaded.reset_after_failure()
             if isinstance(error, REFUSALS):

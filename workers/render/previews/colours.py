@@ -1,73 +1,139 @@
-"""Colours of latents: a picture of latents without a model that decodes them.
+"""Colours of latents: a picture of latents without the model that decodes them.
 
-A map from a latent's channels, and their products, to colours is learned from pictures that are
-rendered anyway, by least squares. So it fits every VAE.
+The VAE of the pipeline encodes some pictures of coloured patches, once, when the pipeline is
+loaded. A map from a latent's channels, and their products, to colours is fitted to them by least
+squares. So it fits every VAE, and knows nothing of what anybody renders.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-LEARNED_PICTURES = 64
-"""Pictures from which colours are learned. Then they are good enough, and nothing is copied."""
-RIDGE = 1e-3
-"""Weight that keeps the map small while few colours have been seen."""
+from farm.pipelines.family import LoadedPipeline
 
+if TYPE_CHECKING:
+    import torch
 
+log = logging.getLogger(__name__)
+
+PICTURES, SIDE = 24, 128
+"""Number of pictures that are encoded, and their width and height in pixels."""
+RIDGE = 1e-4
+"""Weight that keeps the map small in directions that the pictures do not have."""
 MULTIPLIED_CHANNELS = 16
 """Maximum number of channels whose products are used too."""
+PACKED = 2
+"""Rows and columns of a latent that some pipelines put into one place."""
 
 
 class LatentColours:
-    """A map from the channels of latents to colours, by least squares."""
+    """A map from the channels of latents to colours."""
 
-    def __init__(self) -> None:
-        self._pictures = 0
-        self._squares: Any = None
-        self._products: Any = None
-        self._lock = threading.Lock()  # two batches may overlap
-
-    @property
-    def is_learned(self) -> bool:
-        """True once it has seen enough pictures."""
-        return self._pictures >= LEARNED_PICTURES
-
-    def learn(self, latents: Any, picture: Image.Image) -> None:
-        """Learn from a finished picture.
+    def __init__(self, latents: Any, colours: Any) -> None:
+        """Fit it.
 
         Args:
-            latents: its last latents, (height, width, channels), of any size.
-            picture: the decoded picture.
+            latents: (places, channels).
+            colours: (places, 3), from 0 to 255.
         """
-        height, width, _ = latents.shape
-        small = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)
-        colours = np.asarray(small, dtype=np.float64).reshape(-1, 3)
         inputs = _features(latents)
-        with self._lock:
-            if self._squares is None:
-                self._squares = np.zeros((inputs.shape[1], inputs.shape[1]))
-                self._products = np.zeros((inputs.shape[1], 3))
-            # Each picture counts the same, whatever its size.
-            self._squares += inputs.T @ inputs / len(inputs)
-            self._products += inputs.T @ colours / len(inputs)
-            self._pictures += 1
+        squares = inputs.T @ inputs / len(inputs)
+        ridge = RIDGE * np.trace(squares) / len(squares) * np.eye(len(squares))
+        self._channels = latents.shape[-1]
+        self._map = np.linalg.solve(squares + ridge, inputs.T @ colours / len(inputs))
 
     def picture(self, latents: Any, size: tuple[int, int]) -> Image.Image | None:
-        """Return a preview of latents in this size. None: nothing has been learned yet."""
-        height, width, _ = latents.shape
-        with self._lock:
-            if self._squares is None:
-                return None
-            ridge = RIDGE * self._pictures * np.eye(len(self._squares))
-            map_to_colours = np.linalg.solve(self._squares + ridge, self._products)
-        colours = (_features(latents) @ map_to_colours).reshape(height, width, 3)
-        image = Image.fromarray(np.clip(colours, 0, 255).round().astype(np.uint8))
-        return image.resize(size, Image.Resampling.BICUBIC)
+        """Return a preview of latents, (rows, columns, channels), in this size.
+
+        None: they have other channels, or are not finite.
+        """
+        rows, columns, channels = latents.shape
+        if channels == PACKED**2 * self._channels:
+            return self.picture(_unpacked(latents), size)
+        if channels != self._channels or not np.isfinite(latents).all():
+            return None
+        colours = _features(latents) @ self._map
+        pixels = np.clip(colours, 0, 255).round().astype(np.uint8).reshape(rows, columns, 3)
+        return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def colours_of(loaded: LoadedPipeline) -> LatentColours | None:
+    """Fit the colours of a loaded pipeline. None: it has no VAE that this knows."""
+    pipe = loaded.pipes[0] if loaded.pipes else None
+    vae = getattr(pipe, "vae", None) or getattr(pipe, "movq", None)
+    if vae is None or not hasattr(vae, "encode"):
+        return None
+    try:
+        pictures = patches()
+        latents = _encoded(vae, pictures)
+        loaded.reset_after_failure()  # an offloaded VAE returns to the CPU
+        if latents.ndim != 4 or not np.isfinite(latents).all():
+            return None
+        rows, columns = latents.shape[2:]
+        small = [
+            np.asarray(each.resize((columns, rows), Image.Resampling.BOX), dtype=np.float64)
+            for each in pictures
+        ]
+        grid = latents.transpose(0, 2, 3, 1)
+        return LatentColours(grid.reshape(-1, grid.shape[-1]), np.concatenate(small).reshape(-1, 3))
+    except Exception as error:  # there are no previews then, and everything else works
+        log.warning("There are no previews of %s: %s", type(vae).__name__, error)
+        return None
+
+
+def patches() -> list[Image.Image]:
+    """Return pictures of smooth colours and of flat patches, always the same."""
+    random = np.random.default_rng(1)
+    made = []
+    for number in range(PICTURES):
+        is_flat = number % 3 > 0
+        cells = 2 + number % 4
+        levels = [0, 64, 128, 192, 255] if is_flat else range(256)
+        colours = random.choice(levels, (cells, cells, 3)).astype(np.uint8)
+        way = Image.Resampling.NEAREST if is_flat else Image.Resampling.BICUBIC
+        made.append(Image.fromarray(colours).resize((SIDE, SIDE), way))
+    return made
+
+
+def _encoded(vae: Any, pictures: list[Image.Image]) -> Any:
+    """Encode pictures as the latents that a pipeline hands to its VAE's decoder."""
+    import torch
+
+    values = np.stack([np.asarray(each, dtype=np.float32) for each in pictures])
+    pixels = torch.from_numpy(values).permute(0, 3, 1, 2) / 127.5 - 1
+    dtype = vae.dtype
+    # As diffusers does it: some VAEs overflow in half precision.
+    widened = dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
+    if widened:
+        vae.to(torch.float32)
+    try:
+        with torch.inference_mode():
+            found = vae.encode(pixels.to(vae.device, vae.dtype))
+            latents = _scaled(vae, _mode(found))
+    finally:
+        if widened:
+            vae.to(dtype)
+    return latents.float().cpu().numpy()
+
+
+def _mode(found: Any) -> torch.Tensor:
+    mode: torch.Tensor = (
+        found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+    )
+    return mode
+
+
+def _scaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    if type(vae).__name__ == "VQModel":  # Kandinsky's decoder takes them as they are
+        return latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scale = getattr(vae.config, "scaling_factor", None) or 1.0
+    return (latents - shift) * scale
 
 
 def _features(latents: Any) -> Any:
@@ -78,6 +144,14 @@ def _features(latents: Any) -> Any:
         return np.hstack([one, flat])
     rows, columns = np.triu_indices(flat.shape[1])
     return np.hstack([one, flat, flat[:, rows] * flat[:, columns]])
+
+
+def _unpacked(latents: Any) -> Any:
+    """Return packed latents as (2 x rows, 2 x columns, channels / 4), as Flux packs them."""
+    rows, columns, channels = latents.shape
+    parts = latents.reshape(rows, columns, channels // PACKED**2, PACKED, PACKED)
+    apart = parts.transpose(0, 3, 1, 4, 2)
+    return apart.reshape(PACKED * rows, PACKED * columns, channels // PACKED**2)
 
 
 def as_grid(latents: Any, width: int, height: int) -> Any:

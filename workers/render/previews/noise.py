@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from farm.pipelines.family import Latents
+
 LEAST = 1e-3
 """Smallest determinant with which the two equations are solved."""
 
@@ -37,18 +39,21 @@ def estimated_picture(before: Any, after: Any, levels: tuple[Level, Level] | Non
     return (second.noise * before - first.noise * after) / determinant
 
 
-def levels_around(scheduler: Any, index: int) -> tuple[Level, Level] | None:
-    """Return the levels before and after a step.
+def levels_around(latents: Latents) -> tuple[Level, Level] | None:
+    """Return the levels before and after the step of these latents.
 
-    Args:
-        scheduler: a diffusers sampler, after its step.
-        index: number of steps that it has done.
+    It may wait for the device.
 
     Returns:
         None for samplers that add noise, take several calls for a step, or are not known here.
     """
+    scheduler = latents.scheduler
     levels_of = LEVELS.get(type(scheduler).__name__)
-    levels = levels_of(scheduler) if levels_of else ()
+    if levels_of is None:
+        return None
+    levels, index = levels_of(scheduler), latents.index
+    if index is None:  # a refiner begins in the middle of the timesteps
+        index = scheduler.timesteps.tolist().index(int(latents.timestep)) + 1
     return (levels[index - 1], levels[index]) if 0 < index < len(levels) else None
 
 
