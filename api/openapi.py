@@ -39,6 +39,11 @@ def refusals(*statuses: int) -> Responses:
     }
 
 
+def schema_of(name: str) -> dict[str, str]:
+    """Return a reference to a schema of the document."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
 def describe(app: FastAPI) -> dict[str, Any]:
     """Build the app's OpenAPI document."""
     document: dict[str, Any] = get_openapi(
@@ -56,6 +61,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
             _without_null(call.get("parameters", []))
             _mark_problems(call["responses"])
     farm: Farm = app.state.farm
+    known["TenantState"] = schemas.TenantState.model_json_schema()
     known["JobSpec"] = job_schema(sorted(farm.catalog.pipelines), farm.settings)
     document["paths"]["/v1/jobs"]["post"]["requestBody"] = {
         "required": True,

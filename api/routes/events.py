@@ -16,7 +16,7 @@ from api import schemas
 from api.addresses import SignedAddresses
 from api.auth import FarmDep, Writer
 from api.heads import IsHead
-from api.openapi import refusals
+from api.openapi import refusals, schema_of
 from api.paging import Limit
 from api.routes.jobs import JobId, labels_asked, storable_text
 from api.routes.watching import FOR_PAGES, PREFLIGHT, JobWatcher, KeyWatcher, new_token
@@ -51,9 +51,42 @@ Kinds = Annotated[
     list[str] | None,
     Query(description="Only events of this kind, such as job.failed or job.*. Repeatable"),
 ]
+STEPS = {name: {"type": "integer"} for name in ("ordinal", "step", "steps")}
+EVENTS_OF_STREAM: dict[str, dict[str, Any]] = {
+    "state": {"anyOf": [schema_of("Job"), schema_of("TenantState")]},
+    "progress": {
+        "type": "object",
+        "required": ["job", "progress", "eta_seconds", "frames"],
+        "properties": {
+            "job": {"type": "string", "format": "uuid"},
+            "progress": {"type": "number"},
+            "eta_seconds": {"type": ["number", "null"]},
+            "frames": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": STEPS,
+                },
+            },
+        },
+    },
+    "preview": {
+        "type": "object",
+        "required": ["job", "ordinal", "step", "steps", "format", "b64"],
+        "properties": {
+            "job": {"type": "string", "format": "uuid"},
+            **STEPS,
+            "format": {"const": "jpeg"},
+            "b64": {"type": "string", "contentEncoding": "base64"},
+        },
+    },
+    "reset": {"type": "object", "properties": {"detail": {"type": "string"}}},
+    "*": schema_of("Event"),
+}
+"""Schemas of the data of a stream's events, by the name of the event. `*`: every other."""
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+        "content": {MEDIA_TYPE: {"schema": {"type": "string"}, "x-events": EVENTS_OF_STREAM}},
         "description": "A page of events; or with `Accept: text/event-stream`, a stream of them",
     }
 }

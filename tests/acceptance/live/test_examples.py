@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
+from farm.local.ports import free_port
 from tests.acceptance.farms import LiveFarm
 from tests.support.cli_runner import inherited
+from tests.support.waiting import wait_until
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -43,20 +48,47 @@ def run(live: LiveFarm, tmp_path: Path) -> Run:
     return command
 
 
-def test_a_backend_submits_once_and_downloads(run: Run, tmp_path: Path) -> None:
-    words = (sys.executable, str(EXAMPLES / "backend.py"), "1001", "a red star")
-    first, second = run(*words), run(*words)
-    assert first == second, "the same request is the same job"
-    images = sorted(tmp_path.glob("*.png"))
-    said = first.split()
-    addresses = [word for word in said if "/p/" in word]
-    assert [path.name for path in images] == [word for word in said if word.endswith(".png")][::2]
-    for path, address in zip(images, addresses, strict=True):
-        assert httpx.get(address).content == path.read_bytes()
-    with Image.open(images[0]) as image:
-        assert image.info["farm"]
-    refused = run(*words[:3], "another prompt for the same order", code=1)
-    assert refused == "", "an order that changed is no second job"
+def test_a_backend_hears_and_shows_the_pictures(live: LiveFarm) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    words = ("-m", "uvicorn", "--app-dir", str(EXAMPLES), "backend:app", "--port", str(port))
+    known = {
+        "FARM_API_URL": live.farm.url,
+        "FARM_API_KEY": live.farm.api_key,
+        "BACKEND_URL": url,
+    }
+    process = subprocess.Popen([sys.executable, *words], env=inherited() | known)
+    try:
+        wait_until(lambda: answers(url), 30, "the backend serves")
+        taken = [httpx.post(f"{url}/orders/1001", content="a red star") for _ in range(2)]
+        assert [answer.status_code for answer in taken] == [202, 202]
+        assert taken[0].json() == taken[1].json(), "the same order is the same job"
+        page = wait_until(lambda: shown(url), 60, "the backend has heard of the end")
+        addresses = re.findall(r'src="([^"]+)"', page)
+        assert len(addresses) == 2
+        for address in addresses:
+            with Image.open(io.BytesIO(httpx.get(unescape(address)).content)) as image:
+                assert "farm" not in image.info, "customers see no prompt"
+        changed = httpx.post(f"{url}/orders/1001", content="another prompt for the same order")
+        assert changed.status_code == 422
+        assert "order-1001" in changed.text
+        unsigned = httpx.post(f"{url}/hooks/farm", json={"type": "job.succeeded"})
+        assert unsigned.status_code == 401
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/orders/none").status_code == 202
+    except httpx.TransportError:
+        return False
+
+
+def shown(url: str) -> str:
+    page = httpx.get(f"{url}/orders/1001")
+    return page.text if page.status_code == 200 else ""
 
 
 def test_a_grid_is_one_contact_sheet(run: Run, tmp_path: Path) -> None:
