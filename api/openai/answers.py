@@ -131,6 +131,8 @@ class Answers:
                 raise Unavailable(f"The stream ended before job {job.id}, which goes on.")
             if not sent:
                 raise _failure(job, frames)
+        except TooSlow as error:  # in the middle of an event
+            log.warning("%s", error.message)
         except FarmError as error:
             yield message({"error": error_body(error)})
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
+from PIL import Image, ImageStat
 
 from tests.acceptance.farms import LiveFarm
 from tests.support.docs_page import Block, blocks
@@ -68,3 +72,29 @@ def test_a_stream_sends_each_picture(run: Any, tmp_path: Path) -> None:
         index, digest = line.split()
         content = (tmp_path / f"{index}.png").read_bytes()
         assert hashlib.sha256(content).hexdigest() == digest
+
+
+def test_a_long_rendering_shows_previews(live: LiveFarm) -> None:
+    key = live.farm.api_key
+    with OpenAI(base_url=f"{live.farm.url}/openai/v1", api_key=key) as client:
+        events = list(
+            client.images.generate(
+                model="demo",
+                prompt="a red star on a blue background",
+                stream=True,
+                partial_images=2,
+                extra_body={"seed": 7, "steps": 400},
+            )
+        )
+    *partial, last = events
+    assert last.type == "image_generation.completed"
+    assert {event.type for event in partial} == {"image_generation.partial_image"}
+    assert 1 <= len(partial) <= 2
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode(event.b64_json))).convert("RGB")
+        for event in [*partial[-1:], last]
+    ]
+    assert pictures[0].size == pictures[1].size == (64, 64)
+    means = [ImageStat.Stat(picture).mean for picture in pictures]
+    away = max(abs(one - other) for one, other in zip(*means, strict=True))
+    assert away < 60, "its colours are like those of the result"

@@ -39,7 +39,7 @@ FIRST_SHARE = 0.2
 """Share of the steps before the first preview. Until then a picture is mostly noise."""
 PICTURE_SECONDS = 0.5
 """Least time between two previews of a batch, in seconds."""
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 """Interval in which a batch is looked up: does anybody watch it? In seconds."""
 SILENT_SECONDS = 5.0
 """Pause after Redis did not answer, in seconds."""
