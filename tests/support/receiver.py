@@ -57,6 +57,8 @@ class Receiver:
 
     url: str
     requests: list[Request] = field(default_factory=list)
+    incomplete: int = 0
+    """Requests whose bodies ended too early."""
     answer: Callable[[Request], int] = lambda _: 200
     headers: dict[str, str] = field(default_factory=dict)
     """Headers of each answer."""
@@ -74,7 +76,12 @@ def receiving() -> Iterator[Receiver]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # the name that the base class calls
             receiver = made[0]
-            body = self.rfile.read(int(self.headers["content-length"]))
+            announced = int(self.headers["content-length"])
+            body = self.rfile.read(announced)
+            if len(body) < announced:  # the sender was killed while it sent: this is no request
+                self.close_connection = True
+                receiver.incomplete += 1
+                return
             sent = {name.lower(): value for name, value in self.headers.items()}
             request = Request(self.path, sent, body, time.time())
             receiver.requests.append(request)
