@@ -151,7 +151,7 @@ def test_the_earlier_of_two_deadlines_counts(farm: Farm, api: Api, ann: httpx.Cl
 def test_a_job_that_has_ended_has_no_deadline(
     farm: Farm, api: Api, ann: httpx.Client, worker: FakeWorker
 ) -> None:
-    job = api.submit(ann, finish_by=60)
+    job = api.submit(ann, start_within=60, finish_by=SOON)
     worker.fail(worker.must_claim(), retryable=False)
     pass_seconds(farm, 100)
     assert swept(farm) == []
