@@ -31,6 +31,8 @@ PROMPTS_PER_CHUNK = 1000
 RETRY_SLICE = 5000
 JOBS_PER_FOLLOW = 100
 """Jobs that one call of `follow` handles at most."""
+LATE_JOBS = 200
+"""Late jobs that one call of `cancel_late_jobs` handles at most."""
 
 # Inserts jobs, their prompts and their events. The lanes' rows are last: claims write them too.
 # `given` is JSON, and not JSONB: the order of a spec's grid matters.
@@ -319,9 +321,23 @@ UPDATE jobs SET status = 'cancelled', open = false, paused = false, running = 0,
 WHERE id = :id
 """)  # noqa: S608 - constants only
 
+# One job of each tenant, then another of each: none waits for the many of another.
 DUE = text("""
-SELECT id, tenant_id FROM jobs
-WHERE due_at <= now() AND removed_at IS NULL ORDER BY due_at LIMIT :limit
+WITH RECURSIVE with_deadlines AS (
+    (SELECT tenant_id AS id FROM jobs WHERE due_at IS NOT NULL ORDER BY tenant_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT tenant_id FROM jobs WHERE due_at IS NOT NULL AND tenant_id > t.id
+            ORDER BY tenant_id LIMIT 1)
+    FROM with_deadlines t WHERE t.id IS NOT NULL
+)
+SELECT due.id, t.id AS tenant_id FROM with_deadlines t CROSS JOIN LATERAL (
+    SELECT id, due_at, row_number() OVER (ORDER BY due_at) AS turn FROM (
+        SELECT id, due_at FROM jobs
+        WHERE tenant_id = t.id AND due_at <= now() AND removed_at IS NULL
+        ORDER BY due_at LIMIT :limit
+    ) oldest
+) due
+ORDER BY due.turn, due.due_at LIMIT :limit
 """)
 
 SET_DUE = text("UPDATE jobs SET due_at = :due_at WHERE id = :id")
@@ -443,7 +459,7 @@ def cancel_late_jobs(connection: Connection) -> list[tuple[uuid.UUID, str]]:
         connection: in no transaction. Each job has its own.
     """
     with connection.begin():
-        due = connection.execute(DUE, {"limit": JOBS_PER_FOLLOW}).all()
+        due = connection.execute(DUE, {"limit": LATE_JOBS}).all()
     late = []
     for job_id, tenant_id in due:
         with connection.begin():

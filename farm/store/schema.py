@@ -256,7 +256,7 @@ jobs = Table(
     Index("jobs_behind", "id", postgresql_where=text("behind_from IS NOT NULL")),
     Index("jobs_aside", "tenant_id", postgresql_where=text("paused OR behind_from IS NOT NULL")),
     Index("jobs_input", "input_id", postgresql_where=text("input_id IS NOT NULL")),
-    Index("jobs_due", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    Index("jobs_due", "tenant_id", "due_at", postgresql_where=text("due_at IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
 )

@@ -27,7 +27,9 @@ def upgrade() -> None:
         "jobs",
         sa.Column("missed", sa.Text(), nullable=True, comment="field whose deadline ended the job"),
     )
-    op.create_index("jobs_due", "jobs", ["due_at"], postgresql_where=sa.text("due_at IS NOT NULL"))
+    op.create_index(
+        "jobs_due", "jobs", ["tenant_id", "due_at"], postgresql_where=sa.text("due_at IS NOT NULL")
+    )
 
 
 def downgrade() -> None:

@@ -171,11 +171,23 @@ def test_a_paused_job_has_its_deadline(farm: Farm, api: Api, ann: httpx.Client) 
 def test_many_late_jobs_end_in_several_sweeps(
     farm: Farm, api: Api, ann: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "JOBS_PER_FOLLOW", 2)
+    monkeypatch.setattr(jobs, "LATE_JOBS", 2)
     for _ in range(3):
         api.submit(ann, finish_by=60)
     pass_seconds(farm, 100)
     assert [len(swept(farm)) for _ in range(3)] == [2, 1, 0]
+
+
+def test_no_tenant_waits_for_the_late_jobs_of_another(
+    farm: Farm, api: Api, ann: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LATE_JOBS", 2)
+    for _ in range(5):
+        api.submit(ann, finish_by=60)
+    bob = api.client("bob")
+    own = api.submit(bob, finish_by=70)
+    pass_seconds(farm, 100)
+    assert (uuid.UUID(own["id"]), "finish_by") in swept(farm)
 
 
 def test_a_cancelled_job_says_nothing_of_deadlines(farm: Farm, api: Api, ann: httpx.Client) -> None:
