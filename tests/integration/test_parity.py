@@ -24,20 +24,17 @@ from farm.local import Servers
 from farm.pipelines.runtime.devices import torch_threads
 from tests.conftest import settings_on
 from tests.support.api_server import serving
-from tests.support.checkpoints import save
 from tests.support.databases import Databases
 from tests.support.diffusers_reference import DiffusersReference, Picture, frames_of
 from tests.support.parity_cases import (
     CASES,
-    CATALOG,
-    CHECKPOINTS,
     IMAGES,
-    OF_ALL,
     VARIANTS,
     Case,
     case,
     knob_pairs,
     mixtures,
+    save_catalog,
 )
 from tests.support.render_loops import assembly_of
 from workers.render.loop import RenderLoop
@@ -129,10 +126,7 @@ def studio(
     servers: Servers, databases: Databases, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ParityFarm]:
     folder = tmp_path_factory.mktemp("parity")
-    for kind in CHECKPOINTS:
-        save(kind, folder / kind)
-    catalog = folder / "pipelines.toml"
-    catalog.write_text(CATALOG.replace("\nsource", f"\n{OF_ALL}source"))
+    catalog = save_catalog(folder)
     with databases.fresh() as name:
         settings = settings_on(servers, databases.url(name), folder)
         farm = open_farm(settings.model_copy(update={"pipelines": catalog}))

@@ -15,8 +15,7 @@ from farm.domain.spec import FrameSpec
 from farm.pipelines.catalog import load_catalog
 from farm.pipelines.family import Batch, LoadedPipeline
 from farm.pipelines.resolve import ResolvedPipeline, resolve_pipeline, sample
-from tests.support.checkpoints import save
-from tests.support.parity_cases import CATALOG, CHECKPOINTS, OF_ALL
+from tests.support.parity_cases import CATALOG, save_catalog
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -31,12 +30,7 @@ SAMPLERS = ("dpmpp_2m", "euler_a", "heun")
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kinds")
-    for kind in CHECKPOINTS:
-        save(kind, folder / kind)
-    path = folder / "pipelines.toml"
-    path.write_text(CATALOG.replace("]\nsource", f"]\n{OF_ALL}source"))
-    return path
+    return save_catalog(tmp_path_factory.mktemp("kinds"))
 
 
 def frames(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 CONTROL = "0" * 64
@@ -31,6 +32,13 @@ def blocks(language: str, page: Path = PAGE) -> list[Block]:
         Block(language, found[1], text.count("\n", 0, found.start(1)) + 1)
         for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ]
+
+
+def executed(block: Block) -> dict[str, Any]:
+    """Run a block of Python as a program. Return its names."""
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(block.text, str(block), "exec"), scope)
+    return scope
 
 
 def table_after(mark: str, page: Path = PAGE) -> list[list[str]]:

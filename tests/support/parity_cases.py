@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from farm.pipelines.samplers import SAMPLERS
+from tests.support.checkpoints import save
 
 CATALOG = """
 [pipelines.sd]
@@ -470,6 +472,15 @@ PARTS = {
     "sdxl_nets": ("clip-skip", "counts", "eta", "negatives", "sampler", "short", "sizes-told"),
 }
 """Cases of parts that `net`, `sd` or `sdxl` have in the same form."""
+
+
+def save_catalog(folder: Path) -> Path:
+    """Save the tiny checkpoints and their catalog in a folder. Return the catalog."""
+    for kind in CHECKPOINTS:
+        save(kind, folder / kind)
+    path = folder / "pipelines.toml"
+    path.write_text(CATALOG.replace("]\nsource", f"]\n{OF_ALL}source"))
+    return path
 
 
 def _is_variant(case: Case) -> bool:

@@ -16,7 +16,7 @@ import pytest
 
 from farm.domain.webhook_signatures import new_secret, shown, signed_headers
 from tests.acceptance.farms import LiveFarm
-from tests.support.docs_page import Block, blocks
+from tests.support.docs_page import Block, blocks, executed
 
 PAGE = Path(__file__).parents[3] / "docs" / "client.md"
 EXAMPLES = {block.text.splitlines()[0] + str(block.line): block for block in blocks("python", PAGE)}
@@ -35,8 +35,7 @@ def run(
     monkeypatch.chdir(tmp_path)
 
     def example(block: Block) -> tuple[str, dict[str, Any]]:
-        scope: dict[str, Any] = {"__name__": "__main__"}
-        exec(compile(block.text, str(block), "exec"), scope)
+        scope = executed(block)
         if close := getattr(scope.get("farm"), "close", None):
             close()
         return capsys.readouterr().out, scope

@@ -13,7 +13,7 @@ from openai import OpenAI
 from PIL import Image, ImageStat
 
 from tests.acceptance.farms import LiveFarm
-from tests.support.docs_page import Block, blocks
+from tests.support.docs_page import Block, blocks, executed
 
 PAGE = Path(__file__).parents[3] / "docs" / "openai.md"
 EXAMPLES = {
@@ -34,8 +34,7 @@ def run(
     monkeypatch.chdir(tmp_path)
 
     def example(block: Block) -> tuple[list[str], dict[str, Any]]:
-        scope: dict[str, Any] = {"__name__": "__main__"}
-        exec(compile(block.text, str(block), "exec"), scope)
+        scope = executed(block)
         scope["client"].close()
         return capsys.readouterr().out.splitlines(), scope
 
