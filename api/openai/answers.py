@@ -216,7 +216,7 @@ class Answers:
             "created": int(job.created_at.timestamp()),
             "object": "list",
             "model": job.pipeline,
-            **_about(done[0]),
+            **_about_frame(done[0]),
             "data": [self._picture(job.id, frame, forms) for frame in done],
             "usage": NO_TOKENS,
             "farm": {
@@ -253,7 +253,7 @@ class Answers:
         data = {
             "type": kind,
             "created_at": int(time.time()),
-            **_about(frame),
+            **_about_frame(frame),
             "index": frame.ordinal,
             "seed": frame.seed,
             "sha256": frame.sha256,
@@ -278,27 +278,28 @@ class Answers:
 def _partial(preview: Preview, number: int) -> bytes:
     kind = "image_generation.partial_image"
     with Image.open(BytesIO(preview.jpeg)) as image:
-        size = f"{image.width}x{image.height}"
+        about = _about("jpeg", *image.size)
     data = {
         "type": kind,
         "partial_image_index": number,
         "created_at": int(time.time()),
-        "background": "opaque",
-        "output_format": "jpeg",
-        "quality": "auto",
-        "size": size,
+        **about,
         "index": preview.ordinal,
         "b64_json": b64encode(preview.jpeg).decode(),
     }
     return message(data, kind)
 
 
-def _about(frame: schemas.Frame) -> dict[str, str]:
+def _about_frame(frame: schemas.Frame) -> dict[str, str]:
+    return _about(frame.format, frame.width, frame.height)
+
+
+def _about(form: str, width: int, height: int) -> dict[str, str]:
     return {
         "background": "opaque",
-        "output_format": frame.format,
+        "output_format": form,
         "quality": "auto",
-        "size": f"{frame.width}x{frame.height}",
+        "size": f"{width}x{height}",
     }
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 
 from anyio import CancelScope, create_task_group
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
-
-log = logging.getLogger(__name__)
 
 
 class Delivery(Response):

@@ -40,7 +40,6 @@ router = APIRouter(prefix="/openai/v1", tags=["openai"])
 REPEATS_HEADER = "x-stainless-retry-count"
 """Times that OpenAI's clients have sent a call before."""
 REPEATS = re.compile(r"[0-9]{1,3}", re.ASCII)
-IN_BOTH_FORMS = "send response_format b64_json: this farm gives no signed addresses of images."
 
 Ended = Callable[[bool], Awaitable[object]]
 """Called when a call has ended. True: its caller got the answer."""
@@ -98,7 +97,10 @@ async def generate(
     else:  # other calls do not wait for it
         wish = await to_thread.run_sync(_wish, farm, body)
     if wish.form == "url" and not farm.settings.signed_url_seconds:
-        raise BadRequest(f"response_format: {IN_BOTH_FORMS}", param="response_format")
+        raise BadRequest(
+            "response_format: this farm gives no signed addresses of images. Send b64_json.",
+            param="response_format",
+        )
     key, ended = await _key(farm, caller, wish, idempotency_key, times)
     try:
         row = await to_thread.run_sync(

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.openai.wishes import MAX_IMAGES, MAX_PARTIAL_IMAGES
+from farm.domain.spec import MAX_LABEL_CHARS
 
 
 class Generation(BaseModel):
@@ -29,7 +30,9 @@ class Generation(BaseModel):
         default=0, ge=0, le=MAX_PARTIAL_IMAGES, description="Fewer may come, or none"
     )
     seed: int | None = Field(default=None, description="Seed of the first picture")
-    user: str | None = Field(default=None, max_length=200, description="Becomes a label of the job")
+    user: str | None = Field(
+        default=None, max_length=MAX_LABEL_CHARS, description="Becomes a label of the job"
+    )
 
 
 class Picture(BaseModel):

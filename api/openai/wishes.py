@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from farm.domain.spec import CANONICAL
+from farm.domain.spec import CANONICAL, MAX_LABEL_CHARS
 from farm.errors import FarmError, InvalidRequest, NotFound
 
 MAX_IMAGES = 10
 MAX_PARTIAL_IMAGES = 3
-LABEL_CHARS = 200
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})", re.ASCII)
 
 WITHOUT_EFFECT = (
@@ -92,7 +91,8 @@ def read_wish(body: Any, models: Sequence[str]) -> Wish:
     """
     if not isinstance(body, dict):
         raise BadRequest('Send a JSON object, such as {"model": "demo", "prompt": "a star"}.')
-    fields = {name: value for name, value in body.items() if value is not None}
+    sent = {name: value for name, value in body.items() if value is not None}
+    fields = dict(sent)
     form = fields.pop("response_format", None)
     if not (form is None or isinstance(form, str)) or form not in FORMS:
         raise BadRequest("response_format: send url or b64_json.", param="response_format")
@@ -105,8 +105,8 @@ def read_wish(body: Any, models: Sequence[str]) -> Wish:
         form=FORMS[form],
         stream=stream,
         partial_images=_whole_number(partial_images, "partial_images", 0, MAX_PARTIAL_IMAGES),
-        ignored=[name for name in WITHOUT_EFFECT if name in body and body[name] is not None],
-        names=_names({name for name, value in body.items() if value is not None}),
+        ignored=[name for name in WITHOUT_EFFECT if name in sent],
+        names=_names(sent),
         content=CANONICAL.encode(body).encode(),
     )
 
@@ -194,9 +194,11 @@ def _labels(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _label(value: object, name: str) -> str:
-    if not isinstance(value, str) or len(value) > LABEL_CHARS:
-        name = name[:LABEL_CHARS]
-        raise BadRequest(f"{name}: send a text of at most {LABEL_CHARS} characters.", param=name)
+    if not isinstance(value, str) or len(value) > MAX_LABEL_CHARS:
+        name = name[:MAX_LABEL_CHARS]
+        raise BadRequest(
+            f"{name}: send a text of at most {MAX_LABEL_CHARS} characters.", param=name
+        )
     return value
 
 

@@ -82,7 +82,8 @@ def _priority_name(value: str) -> str:
     return value
 
 
-LabelText = Annotated[str, Field(max_length=200)]
+MAX_LABEL_CHARS = 200
+LabelText = Annotated[str, Field(max_length=MAX_LABEL_CHARS)]
 MAX_LABELS = 32
 
 

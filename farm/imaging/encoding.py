@@ -57,13 +57,13 @@ class Encoder:
         Raises:
             RenderError: that format cannot store the image or its texts.
         """
-        bare = frame.metadata == "none"
-        own, shown = self._provenance.json(frame), self._provenance.parameters(frame)
         try:
+            if frame.metadata == "none":
+                return _without_texts(image, frame.format)
+            own, shown = self._provenance.json(frame), self._provenance.parameters(frame)
             if frame.format == "png":
-                return png(image, {} if bare else {KEYWORD: own, "parameters": shown})
-            texts = (b"", b"") if bare else (exif(shown), xmp(own))
-            return _by_pillow(image, frame.format, *texts)
+                return png(image, {KEYWORD: own, "parameters": shown})
+            return _by_pillow(image, frame.format, exif(shown), xmp(own))
         except (OSError, ValueError) as error:
             raise RenderError(f"The picture cannot be stored as {frame.format}: {error}") from error
 
@@ -82,6 +82,10 @@ def pixels_as_stored(image: Image.Image, form: Format) -> Image.Image:
     if form != "jpeg":
         return image
     return Image.open(io.BytesIO(_by_pillow(image, form, b"", b"")))
+
+
+def _without_texts(image: Image.Image, form: Format) -> bytes:
+    return png(image, {}) if form == "png" else _by_pillow(image, form, b"", b"")
 
 
 def _by_pillow(image: Image.Image, form: Format, exif_block: bytes, xmp_packet: bytes) -> bytes:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PICTURES, SIDE = 24, 128
+PICTURES, SIDE = 24, 64
 """Number of pictures that are encoded, and their width and height in pixels."""
 RIDGE = 1e-4
 """Weight that keeps the map small in directions that the pictures do not have."""
