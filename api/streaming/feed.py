@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,7 +94,8 @@ class Listener:
         """The last event that was handed to it, or was not wanted."""
         self.base = base
         """Address at which its client reaches the API. Empty: it needs no texts."""
-        self.beat_at = time.monotonic() + SILENT_SECONDS
+        # Streams that were opened together are not woken together: calls would wait for them all.
+        self.beat_at = time.monotonic() + random.uniform(0.5, 1) * SILENT_SECONDS  # noqa: S311
         """Time at which it is woken, news or not. On the monotonic clock."""
         self.sending_at = math.inf
         """Time since which its client takes nothing. Infinite: it waits for news."""
@@ -143,12 +145,17 @@ class Listener:
         """Wait for news, or for the next beat."""
         await self._news.wait()
 
-    def beat(self, now: float) -> None:
-        """Wake it if it is time, and free it from a client that takes nothing."""
-        if now >= self.beat_at:
+    def beat(self, now: float) -> bool:
+        """Wake it if it is time, and free it from a client that takes nothing.
+
+        Return True if there is work for it now.
+        """
+        is_due, is_stuck = now >= self.beat_at, now >= self.sending_at + SEND_SECONDS
+        if is_due:
             self._news.set()
-        if now >= self.sending_at + SEND_SECONDS:
+        if is_stuck:
             self.on_stuck()
+        return is_due or is_stuck
 
     def take(self) -> Iterator[Told]:
         """Take the events that wait, one by one."""
@@ -185,11 +192,21 @@ class _Watched:
         """The events up to it have been read. None: the first listener is reading it."""
         self.joined: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         """True once the place is known; False if it could not be read."""
+        self.streams_at: Counter[str] = Counter()
+        """Number of its streams by the address at which their clients reach the API."""
 
-    @property
-    def bases(self) -> frozenset[str]:
-        """The addresses at which the clients of its streams reach the API."""
-        return frozenset(listener.base for listener in self.listeners if listener.base)
+    def enter(self, listener: Listener) -> None:
+        """Add a listener."""
+        self.listeners.add(listener)
+        if listener.base:
+            self.streams_at[listener.base] += 1
+
+    def leave(self, listener: Listener) -> None:
+        """Remove a listener. A second call has no effect."""
+        if listener in self.listeners:
+            self.listeners.remove(listener)
+            if listener.base:
+                self.streams_at -= Counter([listener.base])  # this drops what is 0
 
 
 class _Wanted(NamedTuple):
@@ -281,7 +298,7 @@ class Feed:
             watched = all_watched.setdefault(key, _Watched())
             leave = partial(_leave, all_watched, key, watched)
             listener = Listener(leave, base, wants, wants_previews=wants_previews)
-            watched.listeners.add(listener)
+            watched.enter(listener)
             if self.is_closed:
                 listener.cut_off()
             try:
@@ -327,10 +344,11 @@ class Feed:
                 self._tasks[name] = loop.create_task(work())
 
     async def _beat(self) -> None:
+        """Wake the listeners that are due. Other calls have their turns in between."""
         while self._jobs or self._tenants:
-            now = time.monotonic()
             for listener in self.listeners:
-                listener.beat(now)
+                if listener.beat(time.monotonic()):
+                    await asyncio.sleep(0)
             await asyncio.sleep(BEAT_SECONDS)
 
     async def _preview(self) -> None:
@@ -445,14 +463,14 @@ class Feed:
 def _leave(
     all_watched: dict[uuid.UUID, _Watched], key: uuid.UUID, watched: _Watched, listener: Listener
 ) -> None:
-    watched.listeners.discard(listener)
+    watched.leave(listener)
     if not watched.listeners and all_watched.get(key) is watched:
         del all_watched[key]
 
 
 def _wanted(all_watched: Mapping[uuid.UUID, _Watched]) -> dict[uuid.UUID, _Wanted]:
     return {
-        key: _Wanted(each.place, each.bases)
+        key: _Wanted(each.place, frozenset(each.streams_at))
         for key, each in all_watched.items()
         if each.place is not None
     }
