@@ -127,7 +127,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _routes() -> APIRouter:
     """Return the routes of every app. FastAPI prepares each at its first call, for 0.1 s in all."""
     router = APIRouter()
-    job_calls = openapi.refusals(401, 422, 429, 503)
+    job_calls = openapi.refusals(401, 403, 422, 429, 503)
     router.include_router(jobs.router, responses=job_calls)
     router.include_router(frames.router, responses=job_calls)
     router.include_router(events.router, responses=job_calls)

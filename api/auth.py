@@ -13,17 +13,15 @@ from typing import Annotated
 
 from anyio import to_thread
 from cachetools import TTLCache
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.groups import Groups
 from api.request_rates import RATE, Rate, RequestRates
 from farm.context import Farm
-from farm.domain.spec import Storable
 from farm.errors import Forbidden, LimitExceeded, Unauthenticated
-from farm.store.actions import Actor
 from farm.store.engine import reads
-from farm.store.keys import Caller, digest_of, find_callers
+from farm.store.keys import OPERATOR, Caller, digest_of, find_callers
 from farm.store.sessions import find_visitor
 
 LOOKUP_THREADS = 2
@@ -35,7 +33,6 @@ MAX_KNOWN_KEYS = 10_000
 BURST_SECONDS = 10
 """Time whose requests may arrive at once, if the operator set no burst. Seconds."""
 
-OPERATOR = "operator"
 WRITERS = frozenset({"client", OPERATOR})
 """Roles that may submit, cancel, pause, resume and retry jobs. A viewer may only read."""
 
@@ -186,33 +183,33 @@ def count_request(request: Request, caller: Caller) -> None:
     request.scope[RATE] = rate, taken
 
 
-async def reader(
+async def any_key(
     request: Request,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Caller:
-    """Require a valid API key of any role."""
+    """Require a valid API key of any role. The caller is of the key's own tenant."""
     if bearer is None:
         raise Unauthenticated("API key missing. Send the header `Authorization: Bearer <key>`.")
     return await admitted_caller(request, Credential(bearer.credentials))
 
 
-Reader = Annotated[Caller, Depends(reader)]
+AnyKey = Annotated[Caller, Depends(any_key)]
 
 
-async def writer(caller: Reader) -> Caller:
-    """Require a key that may submit and change jobs."""
-    if caller.role not in WRITERS:
+async def looker(caller: AnyKey) -> Caller:
+    """Require a key that sees every tenant."""
+    if not caller.sees_everywhere:
         raise Forbidden(
-            f"This key has the role {caller.role}, which is read-only. "
-            "Use a client or operator key."
+            f"This key sees the tenant {caller.tenant} only. Use an operator key, or a viewer key "
+            "that was created with --everywhere."
         )
     return caller
 
 
-Writer = Annotated[Caller, Depends(writer)]
+Looker = Annotated[Caller, Depends(looker)]
 
 
-async def operator(caller: Reader) -> Caller:
+async def operator(caller: AnyKey) -> Caller:
     """Require an operator's key."""
     if caller.role != OPERATOR:
         raise Forbidden(f"This key has the role {caller.role}. Use an operator key.")
@@ -222,11 +219,14 @@ async def operator(caller: Reader) -> Caller:
 Operator = Annotated[Caller, Depends(operator)]
 
 
-async def acting(request: Request, caller: Operator) -> Actor:
-    """Return the operator, for the record of the action."""
-    address = request.client.host if request.client else ""
-    return Actor(caller.key_id, caller.name, caller.tenant, address)
+def refuse_viewers(caller: Caller) -> None:
+    """Refuse a caller that may not change anything.
 
-
-Acting = Annotated[Actor, Depends(acting)]
-Why = Annotated[Storable, Query(max_length=500, description="Reason, stored with the action")]
+    Raises:
+        Forbidden: Its key is a viewer's.
+    """
+    if caller.role not in WRITERS:
+        raise Forbidden(
+            f"This key has the role {caller.role}, which is read-only. "
+            "Use a client or operator key."
+        )

@@ -17,7 +17,7 @@ from farm.pipelines.families import all_families
 REFUSALS = {
     400: "The body is not JSON, or has text that cannot be stored.",
     401: "The API key is missing, unknown or revoked.",
-    403: "The key's role does not allow this call.",
+    403: "The key's role does not allow this call, or it sees its own tenant only.",
     404: "It does not exist, or it belongs to another tenant.",
     409: "The call conflicts with the stored state.",
     413: "The body is too large.",

@@ -9,7 +9,6 @@ from pydantic_core import from_json
 
 from api import schemas
 from api.addresses import Address
-from api.auth import OPERATOR
 from farm.domain.deadlines import deadlines_of
 from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
@@ -29,6 +28,7 @@ def job_view(row: JobRow, waiting_because: str | None) -> schemas.Job:
     fields = {name: value for name, value in row.spec.items() if name not in INSIDE}
     return schemas.Job(
         id=row.id,
+        tenant=row.tenant,
         pipeline=row.pipeline,
         status=row.status,
         paused=row.paused,
@@ -94,7 +94,7 @@ def frame_views(
         apart = provenances.of_frames(connection, job.id, list(rows))
     for row in queries.frame_attempts(connection, job.id, list(rows)):
         attempt = schemas.Attempt.model_validate(row, from_attributes=True)
-        if caller.role != OPERATOR:
+        if not caller.sees_everywhere:
             attempt.log = None
         attempts.setdefault(row.ordinal, []).append(attempt)
     return [

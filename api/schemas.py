@@ -65,6 +65,7 @@ class Job(BaseModel):
     """A job in its current state."""
 
     id: uuid.UUID
+    tenant: str = Field(description="Name of the tenant that owns it")
     pipeline: str
     status: JobStatus
     paused: bool
@@ -216,6 +217,7 @@ class Input(BaseModel):
     """An uploaded input: prompts, one per line."""
 
     id: uuid.UUID
+    tenant: str = Field(description="Name of the tenant that owns it")
     lines: int
     bytes: int = Field(description="Size of the lines, uncompressed")
     sha256: str = Field(description="SHA-256 of the lines as they were sent, uncompressed; in hex")
@@ -260,6 +262,7 @@ class Export(BaseModel):
     """An export: a dataset that is being written, or is finished."""
 
     id: uuid.UUID
+    tenant: str = Field(description="Name of the tenant that owns it")
     status: Literal["running", "succeeded", "failed"]
     to: str
     dest: str
@@ -499,17 +502,20 @@ class Destination(BaseModel):
 
 
 class Action(BaseModel):
-    """An action of an operator."""
+    """A change that somebody made, by a call, on the dashboard or at a shell."""
 
     id: int
     at: datetime
-    key_id: uuid.UUID
-    who: str = Field(description="Name of the key")
-    tenant: str = Field(description="Tenant of the key")
-    address: str = Field(description="Address of the client")
-    verb: str
-    target: str
-    why: str
+    key_id: uuid.UUID | None = Field(description="ID of the key; null for a user of a shell")
+    who: str = Field(description="Name of the key, or of the user of a shell")
+    role: str = Field(description="Role of the key; empty for a user of a shell")
+    tenant: str = Field(description="Tenant of the key; empty for a user of a shell")
+    via: Literal["api", "page", "shell"]
+    address: str = Field(description="Address of the client, or name of the shell's machine")
+    verb: str = Field(description="Kind of action, such as job.cancel")
+    target: str = Field(description="Object of the action, such as `job` and its ID")
+    owner: str | None = Field(description="Tenant that owns the target; null for the farm's own")
+    why: str = Field(description="Reason given")
     outcome: str
 
 
@@ -642,6 +648,7 @@ class Webhook(BaseModel):
     """An endpoint that gets messages about events."""
 
     id: uuid.UUID
+    tenant: str = Field(description="Name of the tenant that owns it")
     url: str
     kinds: list[str]
     labels: dict[str, str]

@@ -26,11 +26,10 @@ MAX_LANES = 10_000
 
 @dataclass
 class Lanes:
-    """Lanes of one request. Each is read once, even if several jobs wait on it."""
+    """Lanes of one request. Each is read once for a tenant, even if several of its jobs wait."""
 
     connection: Transaction
-    tenant_id: uuid.UUID
-    _facts: dict[str, LaneNow] = field(default_factory=dict)
+    _facts: dict[tuple[str, uuid.UUID], LaneNow] = field(default_factory=dict)
 
     def waiting_because(self, job: JobRow) -> str | None:
         """Return the reason why no frame of a job runs; None if one runs or the job has ended."""
@@ -38,7 +37,7 @@ class Lanes:
             return None
         if job.paused:
             return "It is paused."
-        lane = self._lane(job.pipeline)
+        lane = self._lane(job)
         return (
             lane_sentence(job.pipeline, lane)
             or self._backing_off(job)
@@ -46,10 +45,11 @@ class Lanes:
             or _busy_sentence(lane)
         )
 
-    def _lane(self, pipeline: str) -> LaneNow:
-        if pipeline not in self._facts:
-            self._facts[pipeline] = stored.lane_now(self.connection, pipeline, self.tenant_id)
-        return self._facts[pipeline]
+    def _lane(self, job: JobRow) -> LaneNow:
+        key = job.pipeline, job.tenant_id
+        if key not in self._facts:
+            self._facts[key] = stored.lane_now(self.connection, *key)
+        return self._facts[key]
 
     def _backing_off(self, job: JobRow) -> str | None:
         if job.open:  # it has frames that were never claimed, which have no back-off
@@ -81,7 +81,7 @@ class RecentLanes:
     def _reason(self, job: JobRow) -> str | None:
         if job.status != JobStatus.QUEUED or job.paused or not job.open:
             with reads(self._store) as connection:
-                return Lanes(connection, job.tenant_id).waiting_because(job)
+                return Lanes(connection).waiting_because(job)
         lane = self._lane(job)
         return lane_sentence(job.pipeline, lane) or _limit_sentence(lane) or _busy_sentence(lane)
 

@@ -162,6 +162,9 @@ class Settings(BaseSettings):
         description="Longest time that a call of OpenAI's image API waits. Seconds",
     )
     events_days: float = Field(default=30.0, gt=0, description="Time that events are kept. Days")
+    actions_days: float = Field(
+        default=400.0, ge=0, description="Time that the log of actions is kept. Days. 0: no end"
+    )
     retention_days: float = Field(
         default=0.0,
         ge=0,

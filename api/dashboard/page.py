@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import HTMLResponse, Response
 
 from api import schemas
-from api.auth import OPERATOR, WRITERS, FarmDep
+from api.auth import WRITERS, FarmDep
 from api.dashboard.html import PAGE_HEADERS, render
 from api.dashboard.session import PerhapsVisitor, VisitingWriter, Visitor, done, sign_in_page
 from api.places import Turns
 from api.routes.jobs import job_page
 from api.routes.workers import worker_views
+from api.tenancy import ALL, TenantAsked, about, actor_of
 from farm.context import Farm
 from farm.domain.states import TERMINAL, JobStatus
 from farm.services import jobs as use_cases
 from farm.store import queries
+from farm.store.actions import Actor
 from farm.store.engine import transaction
 from farm.store.keys import Caller
 from farm.store.newest_pictures import newest_pictures
@@ -32,28 +37,62 @@ router = APIRouter(include_in_schema=False)
 JOBS_SHOWN = 15
 PICTURES_SHOWN = 16
 
-After = Annotated[uuid.UUID | None, Query()]
-Status = Annotated[JobStatus | None, Query()]
+
+@dataclass(frozen=True)
+class Wish:
+    """Things that a visitor wants to see."""
+
+    tenant: str | None = None
+    """Name of the tenant. None: all that the visitor sees."""
+    status: JobStatus | None = None
+    after: uuid.UUID | None = None
+    """The jobs before this one."""
+
+    def address(self, **changes: object) -> str:
+        """Return the address of the page with some changes. A page of other jobs is the first."""
+        fields = {**vars(replace(self, after=None)), **changes}
+        query = urlencode({name: value for name, value in fields.items() if value is not None})
+        return f"/?{query}" if query else "/"
+
+
+def wish(
+    tenant: TenantAsked = None,
+    status: Annotated[JobStatus | None, Query()] = None,
+    after: Annotated[uuid.UUID | None, Query()] = None,
+) -> Wish:
+    """Read what a visitor wants to see from the address."""
+    return Wish(None if tenant in ("", ALL) else tenant, status, after)
+
+
+Wished = Annotated[Wish, Depends(wish)]
 
 
 @router.get("/")
-def page(
-    farm: FarmDep, caller: PerhapsVisitor, after: After = None, status: Status = None
+async def page(
+    request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: Wished
 ) -> HTMLResponse:
     """Show the dashboard, or the sign-in page."""
     if caller is None:
         return sign_in_page()
-    values = contents(farm, caller, after, status)
-    return HTMLResponse(render("dashboard.html", **values), headers=PAGE_HEADERS)
+    return await _shown(request, farm, caller, wanted, "dashboard.html")
 
 
 @router.get("/live")
-def live(
-    farm: FarmDep, caller: Visitor, after: After = None, status: Status = None
-) -> HTMLResponse:
+async def live(request: Request, farm: FarmDep, caller: Visitor, wanted: Wished) -> HTMLResponse:
     """Show the part of the dashboard that changes."""
-    values = contents(farm, caller, after, status)
-    return HTMLResponse(render("live.html", **values), headers=PAGE_HEADERS)
+    return await _shown(request, farm, caller, wanted, "live.html")
+
+
+async def _shown(
+    request: Request, farm: Farm, caller: Caller, wanted: Wish, template: str
+) -> HTMLResponse:
+    shows_all = caller.sees_everywhere and wanted.tenant is None
+    whose = None if shows_all else (await about(request, caller, wanted.tenant)).tenant_id
+
+    def text() -> str:
+        return render(template, **contents(farm, caller, wanted, whose))
+
+    return HTMLResponse(await to_thread.run_sync(text), headers=PAGE_HEADERS)
 
 
 class Action(StrEnum):
@@ -65,7 +104,7 @@ class Action(StrEnum):
     RETRY = "retry"
 
 
-USE_CASES: dict[Action, Callable[[Farm, uuid.UUID, uuid.UUID], object]] = {
+USE_CASES: dict[Action, Callable[[Farm, uuid.UUID, uuid.UUID, Actor], object]] = {
     Action.CANCEL: use_cases.cancel,
     Action.PAUSE: use_cases.pause,
     Action.RESUME: use_cases.resume,
@@ -79,29 +118,28 @@ async def act(
 ) -> Response:
     """Run the action of one of a job's buttons."""
     slow: Turns = request.app.state.slow
+    actor = actor_of(request, caller, "page").on(caller.tenant)
+    act_on = partial(USE_CASES[action], farm, caller.tenant_id, job_id, actor)
     if action is Action.RETRY:
-        await slow.run(caller.tenant_id, use_cases.retry, farm, caller.tenant_id, job_id)
+        await slow.run(caller.tenant_id, act_on)
     else:
-        await to_thread.run_sync(USE_CASES[action], farm, caller.tenant_id, job_id)
+        await to_thread.run_sync(act_on)
     return done(request)
 
 
-def contents(
-    farm: Farm, caller: Caller, after: uuid.UUID | None, status: JobStatus | None
-) -> dict[str, Any]:
-    """Read everything that the dashboard shows."""
-    jobs = job_page(farm, caller.tenant_id, limit=JOBS_SHOWN, after=after, status=status)
+def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) -> dict[str, Any]:
+    """Read everything that the dashboard shows of a tenant, or of all (None)."""
+    jobs = job_page(farm, whose, limit=JOBS_SHOWN, after=wanted.after, status=wanted.status)
     with transaction(farm.store) as connection:
-        pictures = newest_pictures(connection, caller.tenant_id, PICTURES_SHOWN)
+        pictures = newest_pictures(connection, whose, PICTURES_SHOWN)
         workers = worker_views(connection, caller)
-        database = queries.database_bytes(connection) if caller.role == OPERATOR else None
+        database = queries.database_bytes(connection) if caller.sees_everywhere else None
     return {
         "caller": caller,
         "now": datetime.now(UTC),
         "jobs": [(job, actions(job) if caller.role in WRITERS else []) for job in jobs.data],
         "older": jobs.next,
-        "after": after,
-        "status": status,
+        "wanted": wanted,
         "statuses": list(JobStatus),
         "pictures": pictures,
         "workers": workers,

@@ -12,17 +12,18 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from api.auth import (
-    WRITERS,
     Credential,
     FarmDep,
     admitted_caller,
     caller_of,
     cookie_name,
     count_request,
+    refuse_viewers,
     session_of,
 )
 from api.dashboard.html import PAGE_HEADERS, render
 from api.request_body import read_body
+from api.tenancy import about
 from farm.errors import Forbidden, Unauthenticated
 from farm.store import sessions
 from farm.store.engine import transaction
@@ -35,7 +36,7 @@ DAY_SECONDS = 86_400.0
 
 
 async def visitor(request: Request) -> Caller:
-    """Return the caller of the request's session.
+    """Return the caller of the request's session, as one of the tenant of the job in the path.
 
     Raises:
         Unauthenticated: There is no session, it has ended, or its key was revoked.
@@ -44,7 +45,7 @@ async def visitor(request: Request) -> Caller:
     session = session_of(request)
     if session is None:
         raise Unauthenticated("Sign in first.")
-    return await admitted_caller(request, session)
+    return await about(request, await admitted_caller(request, session), None)
 
 
 async def perhaps_visitor(request: Request) -> Caller | None:
@@ -78,11 +79,7 @@ def _host(origin: str) -> str | None:
 
 def visiting_writer(caller: Visitor, _origin: Annotated[None, Depends(same_origin)]) -> Caller:
     """Require a session that may change jobs, and a request from the page itself."""
-    if caller.role not in WRITERS:
-        raise Forbidden(
-            f"This key has the role {caller.role}, which is read-only. "
-            "Use a client or operator key."
-        )
+    refuse_viewers(caller)
     return caller
 
 

@@ -13,7 +13,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
 
 from api.addresses import SignedAddresses
-from api.auth import FarmDep, Reader, Writer
+from api.auth import AnyKey, FarmDep
 from api.errors import farm_error, is_repeatable
 from api.openai import schemas
 from api.openai.answers import Answers
@@ -24,6 +24,7 @@ from api.request_body import parse_json, read_body
 from api.routes.jobs import GROUPED_BYTES, KEY_HEADER, client_of, with_default
 from api.routes.pictures import PacedResponse
 from api.streaming.streams import streams_of
+from api.tenancy import OwnWriter
 from farm.context import Farm
 from farm.domain.states import TERMINAL
 from farm.errors import FarmError, Unavailable
@@ -61,7 +62,7 @@ class NotInTime(FarmError):
             "description": "The pictures; with stream, each as an event",
             "content": {"text/event-stream": {}},
         },
-        **refusals(400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504),
+        **refusals(400, 401, 404, 409, 413, 422, 429, 500, 503, 504),
     },
     openapi_extra={
         "requestBody": {
@@ -73,7 +74,7 @@ class NotInTime(FarmError):
 async def generate(
     request: Request,
     farm: FarmDep,
-    caller: Writer,
+    caller: OwnWriter,
     body: Annotated[bytes, Depends(read_body)],
     idempotency_key: Annotated[
         str | None,
@@ -211,7 +212,7 @@ async def _pictures(
 
 
 @router.get("/models", summary="List pipelines, as OpenAI's API lists models")
-async def list_models(request: Request, farm: FarmDep, _caller: Reader) -> schemas.Models:
+async def list_models(request: Request, farm: FarmDep, _caller: AnyKey) -> schemas.Models:
     """List the catalog's pipelines."""
     return schemas.Models(data=[_model(request, name) for name in sorted(farm.catalog.pipelines)])
 
@@ -222,7 +223,7 @@ async def list_models(request: Request, farm: FarmDep, _caller: Reader) -> schem
     summary="Get a pipeline, as OpenAI's API does a model",
 )
 async def get_model(
-    request: Request, farm: FarmDep, _caller: Reader, name: Annotated[str, Path(max_length=200)]
+    request: Request, farm: FarmDep, _caller: AnyKey, name: Annotated[str, Path(max_length=200)]
 ) -> schemas.Model:
     """Return a pipeline of the catalog."""
     if name not in farm.catalog.pipelines:

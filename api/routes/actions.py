@@ -1,16 +1,20 @@
-"""Actions of operators."""
+"""Actions: who did what."""
 
 from __future__ import annotations
 
+import uuid
 from typing import Annotated
 
 from fastapi import APIRouter, Query
+from pydantic import AwareDatetime
 
 from api import schemas
-from api.auth import FarmDep, Operator
-from api.openapi import refusals
+from api.auth import FarmDep, Looker
 from api.paging import Limit
+from api.tenancy import ALL
+from farm.domain.spec import Storable
 from farm.store import actions
+from farm.store.actions import ActionFilter, ActionRow
 from farm.store.engine import reads
 
 router = APIRouter(prefix="/v1/actions", tags=["operators"])
@@ -21,12 +25,28 @@ AfterAction = Annotated[
 ]
 
 
-@router.get("", summary="List the actions of operators, newest first", responses=refusals(403))
+@router.get("", summary="List actions, newest first")
 def list_actions(
-    farm: FarmDep, _caller: Operator, limit: Limit = 50, after: AfterAction = None
+    farm: FarmDep,
+    _caller: Looker,
+    limit: Limit = 50,
+    after: AfterAction = None,
+    who: Annotated[Storable | None, Query(description="Only of keys with this name")] = None,
+    verb: Annotated[Storable | None, Query(description="Only of this kind: job.cancel")] = None,
+    target: Annotated[Storable | None, Query(description="Only on this: `job` and its ID")] = None,
+    tenant: Annotated[Storable | None, Query(description="Only on what this tenant owns")] = None,
+    since: Annotated[AwareDatetime | None, Query(description="Only from this time on")] = None,
+    until: Annotated[AwareDatetime | None, Query(description="Only before this time")] = None,
 ) -> schemas.Page[schemas.Action]:
-    """List actions with key, verb, target, time, address, reason and outcome."""
+    """List who changed what, when, from where, why, and with what outcome. Changes of every key are
+    listed: jobs cancelled, paused, resumed and retried; things deleted; webhooks, tenants,
+    destinations and keys changed; workers drained."""
+    wanted = ActionFilter(who, verb, target, None if tenant == ALL else tenant, since, until)
     with reads(farm.store) as connection:
-        found = actions.list_actions(connection, limit=limit + 1, after=after)
-    data = [schemas.Action(**row._asdict()) for row in found[:limit]]
+        found = actions.list_actions(connection, wanted, limit=limit + 1, after=after)
+    data = [schemas.Action(**{**row._asdict(), "key_id": _key(row)}) for row in found[:limit]]
     return schemas.Page(data=data, next=str(data[-1].id) if len(found) > limit else None)
+
+
+def _key(row: ActionRow) -> uuid.UUID | None:
+    return None if row.via == "shell" else row.key_id

@@ -8,8 +8,9 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from api import schemas
-from api.auth import OPERATOR, Acting, FarmDep, Reader, Why
+from api.auth import AnyKey, FarmDep
 from api.openapi import refusals
+from api.tenancy import Listed, Operating, TenantAsked
 from farm.errors import InvalidRequest, NotFound
 from farm.services.exports.service import parse_place
 from farm.store import actions, destinations
@@ -22,16 +23,20 @@ DestinationId = Annotated[uuid.UUID, Path(description="ID of the destination")]
 
 
 @router.get("", summary="List export destinations")
-def list_destinations(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Destination]:
-    """List the destinations of the key's tenant. An operator's key lists those of all tenants."""
-    tenant_id = None if caller.role == OPERATOR else caller.tenant_id
+def list_destinations(
+    farm: FarmDep, caller: AnyKey, tenant_id: Listed, tenant: TenantAsked = None
+) -> schemas.Page[schemas.Destination]:
+    """List the destinations of the key's tenant. A key that sees every tenant lists those of all,
+    or of the tenant that it names."""
+    if tenant is None and caller.sees_everywhere:
+        tenant_id = None
     with reads(farm.store) as connection:
         found = destinations.list_destinations(connection, tenant_id)
     return schemas.Page(data=[_view(row) for row in found], next=None)
 
 
-@router.post("", status_code=201, summary="Grant a destination", responses=refusals(400, 403))
-def grant(farm: FarmDep, actor: Acting, asked: schemas.DestinationAsked) -> schemas.Destination:
+@router.post("", status_code=201, summary="Grant a destination", responses=refusals(400))
+def grant(farm: FarmDep, actor: Operating, asked: schemas.DestinationAsked) -> schemas.Destination:
     """Allow a tenant to export to a bucket, at or below a prefix. Granting it twice is no error."""
     bucket, prefix = parse_place(asked.dest, "dest")
     with transaction(farm.store) as connection:
@@ -40,8 +45,8 @@ def grant(farm: FarmDep, actor: Acting, asked: schemas.DestinationAsked) -> sche
             message = f"tenant: there is no tenant {asked.tenant!r}. `farm tenants` lists them."
             raise InvalidRequest(message, param="tenant")
         view = _view(row)
-        target = f"tenant {view.tenant}"
-        actions.record(connection, actor, "destination.grant", target, asked.why, view.dest)
+        target, by = f"tenant {view.tenant}", actor.on(view.tenant, asked.why)
+        actions.record(connection, by, "destination.grant", target, view.dest)
     return view
 
 
@@ -49,9 +54,9 @@ def grant(farm: FarmDep, actor: Acting, asked: schemas.DestinationAsked) -> sche
     "/{destination_id}",
     status_code=204,
     summary="Revoke an export destination",
-    responses=refusals(403, 404),
+    responses=refusals(404),
 )
-def revoke(farm: FarmDep, actor: Acting, destination_id: DestinationId, why: Why = "") -> None:
+def revoke(farm: FarmDep, actor: Operating, destination_id: DestinationId) -> None:
     """Refuse new exports to a destination. Running exports finish, and exported files stay."""
     with transaction(farm.store) as connection:
         row = destinations.revoke(connection, destination_id)
@@ -60,7 +65,8 @@ def revoke(farm: FarmDep, actor: Acting, destination_id: DestinationId, why: Why
                 f"There is no destination {destination_id}. `farm destinations` lists them."
             )
         target, outcome = f"tenant {row.tenant}", f"s3://{row.bucket}/{row.prefix}"
-        actions.record(connection, actor, "destination.revoke", target, why, outcome)
+        by = actor.on(row.tenant)
+        actions.record(connection, by, "destination.revoke", target, outcome)
 
 
 def _view(row: DestinationRow) -> schemas.Destination:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 
 from api import schemas
 from api.addresses import SignedAddresses
-from api.auth import FarmDep, Writer
+from api.auth import FarmDep
 from api.heads import IsHead
 from api.openapi import refusals, schema_of
 from api.paging import Limit
@@ -31,6 +31,7 @@ from api.streaming.streams import (
     wants_stream,
 )
 from api.streaming.views import event_view
+from api.tenancy import OwnWriter
 from farm.domain.event_kinds import GROUPS, KINDS, unknown_kind
 from farm.errors import InvalidRequest
 from farm.services import events as use_cases
@@ -149,11 +150,15 @@ async def may_watch(job_id: JobId) -> Response:
 @router.post(
     "/jobs/{job_id}/tokens",
     status_code=201,
-    responses=refusals(400, 403, 404),
+    responses=refusals(400, 404),
     summary="Create a token to watch a job",
 )
 def create_token(
-    request: Request, farm: FarmDep, caller: Writer, job_id: JobId, asked: schemas.WatchTokenAsked
+    request: Request,
+    farm: FarmDep,
+    caller: OwnWriter,
+    job_id: JobId,
+    asked: schemas.WatchTokenAsked,
 ) -> schemas.WatchToken:
     """Create a token with which a page in a browser may read the events of one job, and nothing
     else. Its holder sees the job as `GET /v1/jobs/{id}` returns it, with its images."""

@@ -13,11 +13,12 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import RedirectResponse
 
 from api import schemas
-from api.auth import FarmDep, Reader, Writer
+from api.auth import FarmDep
 from api.heads import IsHead
 from api.openapi import refusals
-from api.paging import After, Limit, known_after, page
+from api.paging import After, Limit, check_after, page
 from api.routes.jobs import JobId
+from api.tenancy import Acting, Listed, OwnWriter, Reader, Writer
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.services.exports import service as use_cases
@@ -39,10 +40,10 @@ FileName = Annotated[
     "/jobs/{job_id}/exports",
     status_code=202,
     summary="Export a job",
-    responses=refusals(400, 403, 404),
+    responses=refusals(400, 404),
 )
 async def export_job(
-    request: Request, farm: FarmDep, caller: Writer, job_id: JobId, asked: schemas.ExportAsked
+    request: Request, farm: FarmDep, caller: OwnWriter, job_id: JobId, asked: schemas.ExportAsked
 ) -> schemas.Export:
     """Start an export of a job's pictures as a dataset. A shard is written when all its frames have
     ended, also while the job still renders."""
@@ -50,11 +51,9 @@ async def export_job(
     return await _create(request, farm, caller.tenant_id, asked, [job_id], {})
 
 
-@router.post(
-    "/exports", status_code=202, summary="Export several jobs", responses=refusals(400, 403)
-)
+@router.post("/exports", status_code=202, summary="Export several jobs", responses=refusals(400))
 async def export_jobs(
-    request: Request, farm: FarmDep, caller: Writer, asked: schemas.ExportOfJobs
+    request: Request, farm: FarmDep, caller: OwnWriter, asked: schemas.ExportOfJobs
 ) -> schemas.Export:
     """Start an export of several jobs' pictures as one dataset. Choose the jobs by `jobs` or by
     `labels`."""
@@ -67,16 +66,14 @@ async def export_jobs(
 @router.get("/exports", summary="List exports, newest first")
 def list_exports(
     farm: FarmDep,
-    caller: Reader,
+    tenant_id: Listed,
     limit: Limit = 50,
     after: After = None,
 ) -> schemas.Page[schemas.Export]:
-    """List the exports of the key's tenant."""
+    """List the exports of a tenant."""
     with reads(farm.store) as connection:
-        if after is not None:
-            with known_after():
-                exports.get_export(connection, caller.tenant_id, after)
-        found = exports.list_exports(connection, caller.tenant_id, limit=limit + 1, after=after)
+        check_after(connection, "export_id", tenant_id, after)
+        found = exports.list_exports(connection, tenant_id, limit=limit + 1, after=after)
     return page(found, limit, _view)
 
 
@@ -90,13 +87,13 @@ def get_export(farm: FarmDep, caller: Reader, export_id: ExportId) -> schemas.Ex
 @router.delete(
     "/exports/{export_id}",
     status_code=204,
-    responses=refusals(403, 404),
+    responses=refusals(404),
     summary="Delete an export",
 )
-def delete_export(farm: FarmDep, caller: Writer, export_id: ExportId) -> None:
+def delete_export(farm: FarmDep, caller: Writer, actor: Acting, export_id: ExportId) -> None:
     """Delete an export, also a running one. Its files in the farm's own storage are deleted. Its
     files in a destination stay."""
-    use_cases.remove(farm, caller.tenant_id, export_id)
+    use_cases.remove(farm, caller.tenant_id, export_id, actor)
 
 
 @router.get(
@@ -189,6 +186,7 @@ def _id(word: str) -> uuid.UUID:
 def _view(export: Export) -> schemas.Export:
     return schemas.Export(
         id=export.id,
+        tenant=export.tenant,
         status=export.state,
         to=export.kind,
         dest=f"s3://{export.bucket}/{export.prefix}",

@@ -11,12 +11,13 @@ from fastapi.responses import RedirectResponse
 
 from api import schemas
 from api.addresses import Address, SignedAddresses
-from api.auth import FarmDep, Reader
+from api.auth import FarmDep
 from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit
 from api.responses import frame_views, unborn_state
 from api.routes.jobs import JobId
+from api.tenancy import Reader
 from farm.context import Farm
 from farm.domain.states import FrameState
 from farm.errors import InvalidRequest, NotFound

@@ -9,16 +9,18 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from api import schemas
-from api.auth import FarmDep, Reader, Writer
+from api.auth import FarmDep
 from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import Limit, page
 from api.request_body import read_body
+from api.tenancy import Acting, OwnWriter, Reader, Writer
 from farm.domain.image_formats import IMAGE_ID, PNG
 from farm.imaging.uploads import ALLOWED, OPENERS
 from farm.services import control_images as use_cases
 from farm.services.control_images import image_key
 from farm.store import control_images as stored
+from farm.store.actions import record
 from farm.store.control_images import StoredImage
 from farm.store.engine import reads, transaction
 
@@ -46,13 +48,13 @@ OTHER_KIND = {"model": schemas.Problem, "description": f"Content-Type is not {AL
     "",
     status_code=201,
     summary="Upload a control image",
-    responses={**refusals(400, 403, 413), 415: OTHER_KIND},
+    responses={**refusals(400, 413), 415: OTHER_KIND},
     openapi_extra=UPLOAD,
 )
 async def upload(
     request: Request,
     farm: FarmDep,
-    caller: Writer,
+    caller: OwnWriter,
     body: Annotated[bytes, Depends(read_body)],
     response: Response,
 ) -> schemas.Image:
@@ -72,7 +74,7 @@ async def upload(
 def list_images(
     farm: FarmDep, caller: Reader, limit: Limit = 50, after: AfterImage = None
 ) -> schemas.Page[schemas.Image]:
-    """List the control images of the key's tenant."""
+    """List the control images of a tenant."""
     with reads(farm.store) as connection:
         found = stored.list_images(connection, caller.tenant_id, limit=limit + 1, after=after)
     return page(found, limit, _view)
@@ -81,14 +83,15 @@ def list_images(
 @router.delete(
     "/{image_id}",
     status_code=204,
-    responses=refusals(403, 404),
+    responses=refusals(404),
     summary="Delete a control image",
 )
-def delete_image(farm: FarmDep, caller: Writer, image_id: ImageId) -> None:
+def delete_image(farm: FarmDep, caller: Writer, actor: Acting, image_id: ImageId) -> None:
     """Delete an image. Its object is deleted from the storage within seconds. Frames that use the
     image and are not rendered yet become dead. Pictures that are rendered stay."""
     with transaction(farm.store) as connection:
         stored.remove_image(connection, caller.tenant_id, image_id)
+        record(connection, actor, "image.delete", f"image {image_id}", "deleted")
 
 
 @router.get("/{image_id}", responses=refusals(404), summary="Get a control image")

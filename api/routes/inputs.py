@@ -11,10 +11,11 @@ from fastapi import APIRouter, Path, Request, Response
 from starlette.requests import ClientDisconnect
 
 from api import schemas
-from api.auth import FarmDep, Reader, Writer, farm_of
+from api.auth import FarmDep, farm_of
 from api.openapi import refusals
-from api.paging import After, Limit, known_after, page
+from api.paging import After, Limit, check_after, page
 from api.places import Places
+from api.tenancy import Acting, Listed, OwnWriter, Reader, Writer
 from farm.domain.inputs import StoredInput
 from farm.errors import FarmError, MalformedBody
 from farm.services import input_upload
@@ -46,11 +47,11 @@ LINES: dict[str, Any] = {
     "",
     status_code=201,
     summary="Upload an input",
-    responses=refusals(400, 403, 429),
+    responses=refusals(400, 429),
     openapi_extra=LINES,
 )
 async def upload(
-    request: Request, farm: FarmDep, caller: Writer, response: Response
+    request: Request, farm: FarmDep, caller: OwnWriter, response: Response
 ) -> schemas.Input:
     """Upload prompts, one line of JSON each. Either all lines are stored or none.
 
@@ -75,25 +76,23 @@ def get_input(farm: FarmDep, caller: Reader, input_id: InputId) -> schemas.Input
 @router.get("", summary="List inputs, latest upload first")
 def list_inputs(
     farm: FarmDep,
-    caller: Reader,
+    tenant_id: Listed,
     limit: Limit = 50,
     after: After = None,
 ) -> schemas.Page[schemas.Input]:
-    """List the inputs of the key's tenant."""
+    """List the inputs of a tenant."""
     with reads(farm.store) as connection:
-        if after is not None:
-            with known_after():
-                inputs.get_input(connection, caller.tenant_id, after)
-        found = inputs.list_inputs(connection, caller.tenant_id, limit=limit + 1, after=after)
+        check_after(connection, "input_id", tenant_id, after)
+        found = inputs.list_inputs(connection, tenant_id, limit=limit + 1, after=after)
     return page(found, limit, _view)
 
 
 @router.delete(
-    "/{input_id}", status_code=204, responses=refusals(403, 404, 409), summary="Delete an input"
+    "/{input_id}", status_code=204, responses=refusals(404, 409), summary="Delete an input"
 )
-def delete_input(farm: FarmDep, caller: Writer, input_id: InputId) -> None:
+def delete_input(farm: FarmDep, caller: Writer, actor: Acting, input_id: InputId) -> None:
     """Delete an input that no job uses."""
-    input_upload.delete(farm, caller.tenant_id, input_id)
+    input_upload.delete(farm, caller.tenant_id, input_id, actor)
 
 
 async def _read(request: Request, intake: InputReader) -> None:
@@ -131,6 +130,7 @@ async def _blocks(request: Request) -> AsyncIterator[bytes]:
 def _view(stored_input: StoredInput) -> schemas.Input:
     return schemas.Input(
         id=stored_input.id,
+        tenant=stored_input.tenant,
         lines=stored_input.lines,
         bytes=stored_input.bytes,
         sha256=stored_input.sha256.hex(),

@@ -16,16 +16,17 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from api import schemas
-from api.auth import FarmDep, Reader, Writer
+from api.auth import FarmDep
 from api.errors import error_body, limit_body
 from api.openapi import refusals
-from api.paging import After, Limit, known_after, page
+from api.paging import After, Limit, check_after, page
 from api.places import Turns
 from api.request_body import parse_json, read_body
 from api.responses import job_view
 from api.streaming.prefer import VARY, PreferHeader, applied, wait_asked
 from api.streaming.streams import Client, streams_of
 from api.submission_groups import SubmissionGroups
+from api.tenancy import Acting, Listed, OwnWriter, Reader, Writer
 from api.waiting_reasons import Lanes, RecentLanes
 from farm.context import Farm
 from farm.domain.states import TERMINAL, JobStatus
@@ -33,6 +34,7 @@ from farm.errors import FarmError, InvalidRequest, LimitExceeded
 from farm.services import jobs as use_cases
 from farm.services import quotes as use_quotes
 from farm.store import queries
+from farm.store.actions import Actor
 from farm.store.engine import reads, transaction
 from farm.store.keys import Caller
 from farm.store.queries import JobRow
@@ -53,7 +55,7 @@ SEPARATE = frozenset({"grid", "control", "input", "webhook"})
 """Fields whose check may take long, so that others do not wait for it."""
 KEY_HEADER = "Idempotency-Key"
 KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
-STEERING = refusals(403, 404, 409)
+STEERING = refusals(404, 409)
 
 
 @router.post(
@@ -67,13 +69,13 @@ STEERING = refusals(403, 404, 409)
             "description": "With Prefer: wait, the job if it has ended; with dry_run: estimate of"
             " time and storage",
         },
-        **refusals(400, 403, 409, 413, 429),
+        **refusals(400, 409, 413, 429),
     },
 )
 async def submit(
     request: Request,
     farm: FarmDep,
-    caller: Writer,
+    caller: OwnWriter,
     body: Annotated[bytes, Depends(read_body)],
     idempotency_key: Annotated[
         str | None,
@@ -211,7 +213,7 @@ def _accepted(row: JobRow, recent: RecentLanes) -> Response:
     "/batch",
     response_model=schemas.SubmittedJobs,
     summary="Submit many jobs",
-    responses=refusals(400, 403, 413),
+    responses=refusals(400, 413),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -238,7 +240,7 @@ def _accepted(row: JobRow, recent: RecentLanes) -> Response:
 async def submit_batch(
     request: Request,
     farm: FarmDep,
-    caller: Writer,
+    caller: OwnWriter,
     body: Annotated[bytes, Depends(read_body)],
     traceparent: Annotated[
         str | None,
@@ -338,7 +340,7 @@ def _answer(content: BaseModel, status: int, headers: Mapping[str, str] | None =
 def list_jobs(
     request: Request,
     farm: FarmDep,
-    caller: Reader,
+    tenant_id: Listed,
     limit: Limit = 50,
     after: After = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs with this status")] = None,
@@ -348,7 +350,7 @@ def list_jobs(
     that label. Repeat it for several labels."""
     return job_page(
         farm,
-        caller.tenant_id,
+        tenant_id,
         limit=limit,
         after=after,
         status=status,
@@ -359,7 +361,7 @@ def list_jobs(
 
 def job_page(
     farm: Farm,
-    tenant_id: uuid.UUID,
+    tenant_id: uuid.UUID | None,
     *,
     limit: int,
     after: uuid.UUID | None = None,
@@ -367,15 +369,13 @@ def job_page(
     pipeline: str | None = None,
     labels: dict[str, str] | None = None,
 ) -> schemas.Page[schemas.Job]:
-    """Read one page of a tenant's jobs.
+    """Read one page of a tenant's jobs, or of all tenants' (None).
 
     Raises:
         InvalidRequest: There is no job `after`.
     """
     with transaction(farm.store) as connection:
-        if after is not None:
-            with known_after():
-                queries.get_job(connection, tenant_id, after)
+        check_after(connection, "job_id", tenant_id, after)
         rows = queries.list_jobs(
             connection,
             tenant_id,
@@ -385,7 +385,7 @@ def job_page(
             pipeline=pipeline,
             labels=labels,
         )
-        lanes = Lanes(connection, tenant_id)
+        lanes = Lanes(connection)
         return page(rows, limit, lambda row: job_view(row, lanes.waiting_because(row)))
 
 
@@ -404,22 +404,22 @@ async def get_job(
 
 
 @router.post("/{job_id}/cancel", responses=STEERING, summary="Cancel a job")
-def cancel(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
+def cancel(farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId) -> schemas.Job:
     """Cancel all frames that wait or run. Succeeded frames stay. A cancelled job cannot be resumed;
     cancelling it again has no effect."""
-    return _steered(use_cases.cancel, farm, caller.tenant_id, job_id)
+    return _steered(use_cases.cancel, farm, caller.tenant_id, job_id, actor)
 
 
 @router.post("/{job_id}/pause", responses=STEERING, summary="Pause a job")
-def pause(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
+def pause(farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId) -> schemas.Job:
     """Stop claiming frames of a job. Frames that run are finished."""
-    return _steered(use_cases.pause, farm, caller.tenant_id, job_id)
+    return _steered(use_cases.pause, farm, caller.tenant_id, job_id, actor)
 
 
 @router.post("/{job_id}/resume", responses=STEERING, summary="Resume a paused job")
-def resume(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
+def resume(farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId) -> schemas.Job:
     """Start claiming frames of a paused job again."""
-    return _steered(use_cases.resume, farm, caller.tenant_id, job_id)
+    return _steered(use_cases.resume, farm, caller.tenant_id, job_id, actor)
 
 
 @router.post(
@@ -427,20 +427,23 @@ def resume(farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
     responses={**STEERING, **refusals(429)},
     summary="Retry the dead frames of a job",
 )
-async def retry(request: Request, farm: FarmDep, caller: Writer, job_id: JobId) -> schemas.Job:
+async def retry(
+    request: Request, farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId
+) -> schemas.Job:
     """Requeue a job's dead frames, each with its full number of attempts."""
     slow: Turns = request.app.state.slow
-    args = _steered, use_cases.retry, farm, caller.tenant_id, job_id
+    args = _steered, use_cases.retry, farm, caller.tenant_id, job_id, actor
     return await slow.run(caller.tenant_id, *args)
 
 
 def _steered(
-    use_case: Callable[[Farm, uuid.UUID, uuid.UUID], object],
+    use_case: Callable[[Farm, uuid.UUID, uuid.UUID, Actor], object],
     farm: Farm,
     tenant_id: uuid.UUID,
     job_id: uuid.UUID,
+    actor: Actor,
 ) -> schemas.Job:
-    use_case(farm, tenant_id, job_id)
+    use_case(farm, tenant_id, job_id, actor)
     return one_job(farm, tenant_id, job_id)
 
 
@@ -452,7 +455,7 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:
     """
     with reads(farm.store) as connection:
         row = queries.get_job(connection, tenant_id, job_id)
-        return job_view(row, Lanes(connection, tenant_id).waiting_because(row))
+        return job_view(row, Lanes(connection).waiting_because(row))
 
 
 def labels_asked(request: Request) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from api import schemas
-from api.auth import FarmDep, Reader
+from api.auth import AnyKey, FarmDep
 from farm.config import Settings
 from farm.context import Farm
 from farm.errors import CatalogError
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/pipelines", tags=["pipelines"])
 
 
 @router.get("", summary="List pipelines")
-def list_pipelines(farm: FarmDep, _caller: Reader) -> schemas.Page[schemas.Pipeline]:
+def list_pipelines(farm: FarmDep, _caller: AnyKey) -> schemas.Page[schemas.Pipeline]:
     """List the catalog's pipelines with parameters, defaults and limits. There is one page."""
     with transaction(farm.store) as connection:
         alive = {name: lanes.lane_now(connection, name).workers for name in farm.catalog.pipelines}

@@ -7,8 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from api import schemas
-from api.auth import Acting, FarmDep, Operator, Why
+from api.auth import FarmDep, Looker
 from api.openapi import refusals
+from api.tenancy import Operating
 from farm.domain.spec import Priority
 from farm.errors import Conflict, NotFound
 from farm.store import actions, tenants
@@ -29,27 +30,25 @@ USED = (
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
 
-@router.get("", summary="List tenants", responses=refusals(403))
-def list_tenants(farm: FarmDep, _caller: Operator) -> schemas.Page[schemas.Tenant]:
+@router.get("", summary="List tenants")
+def list_tenants(farm: FarmDep, _caller: Looker) -> schemas.Page[schemas.Tenant]:
     """List all tenants by name, with the number of things that each owns. There is one page."""
     with reads(farm.store) as connection:
         found = tenants.list_tenants(connection)
     return schemas.Page(data=[_view(row) for row in found], next=None)
 
 
-@router.get("/{tenant}", summary="Show a tenant", responses=refusals(403, 404))
-def get_tenant(farm: FarmDep, _caller: Operator, tenant: Tenant) -> schemas.Tenant:
+@router.get("/{tenant}", summary="Show a tenant", responses=refusals(404))
+def get_tenant(farm: FarmDep, _caller: Looker, tenant: Tenant) -> schemas.Tenant:
     """Return the number of things that a tenant owns. Use the ID for a deleted tenant: `emptied_at`
     is the time at which its last row and object were deleted."""
     with reads(farm.store) as connection:
         return _view(_found(connection, tenant))
 
 
-@router.patch(
-    "/{tenant}", summary="Set a tenant's weight and limits", responses=refusals(400, 403, 404)
-)
+@router.patch("/{tenant}", summary="Set a tenant's weight and limits", responses=refusals(400, 404))
 def set_tenant(
-    farm: FarmDep, actor: Acting, tenant: Tenant, change: schemas.TenantChange
+    farm: FarmDep, actor: Operating, tenant: Tenant, change: schemas.TenantChange
 ) -> schemas.Tenant:
     """Set a tenant's share of each lane, and what it may have. Fields that are left out stay. What
     is beyond a new limit stays too, and nothing is added to it."""
@@ -69,7 +68,8 @@ def set_tenant(
         if news:
             tenants.set_tenant(connection, found.id, before, now)
             target = f"tenant {found.name}"
-            actions.record(connection, actor, "tenant.set", target, change.why, "; ".join(news))
+            by = actor.on(found.name, change.why)
+            actions.record(connection, by, "tenant.set", target, "; ".join(news))
         lanes = tenants.waiting_lanes(connection, [found.id])
     for pipeline, urgent in lanes if now.max_running_frames != before.max_running_frames else []:
         farm.bells.ring(pipeline, urgent=urgent)
@@ -89,9 +89,9 @@ def _told(value: object) -> str:
     "/{tenant}",
     status_code=202,
     summary="Delete a tenant and everything it owns",
-    responses=refusals(403, 404, 409),
+    responses=refusals(404, 409),
 )
-def delete_tenant(farm: FarmDep, actor: Acting, tenant: Tenant, why: Why = "") -> schemas.Tenant:
+def delete_tenant(farm: FarmDep, actor: Operating, tenant: Tenant) -> schemas.Tenant:
     """Revoke the keys of a tenant, cancel its jobs, and delete its jobs, prompts, pictures,
     exports, inputs, control images and keys. Files that it exported to other buckets stay. Get the
     tenant by its ID to see the progress."""
@@ -103,7 +103,7 @@ def delete_tenant(farm: FarmDep, actor: Acting, tenant: Tenant, why: Why = "") -
             tenants.remove_tenant(connection, found.id)
             target = f"tenant {found.name}"
             outcome = f"{found.keys} keys revoked; its id is {found.id}"
-            actions.record(connection, actor, "tenant.delete", target, why, outcome)
+            actions.record(connection, actor.on(found.name), "tenant.delete", target, outcome)
             found = _found(connection, str(found.id))
     return _view(found)
 

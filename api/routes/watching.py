@@ -10,9 +10,10 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials
 
 from api.addresses import SignedAddresses, public_url
-from api.auth import Callers, Credential, admit, bearer, reader
+from api.auth import Callers, Credential, admit, any_key, bearer
 from api.routes.jobs import JobId
 from api.streaming.streams import Client
+from api.tenancy import TenantAsked, about
 from farm.context import Farm
 from farm.domain.signed_addresses import SignedJob, sign_job
 from farm.errors import NotFound, Unauthenticated
@@ -37,9 +38,10 @@ Token = Annotated[
 async def key_watcher(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+    tenant: TenantAsked = None,
 ) -> Client:
     """Require a valid API key of any role."""
-    caller = await reader(request, credentials)
+    caller = await about(request, await any_key(request, credentials), tenant)
     assert credentials is not None, "reader requires it"
     credential = Credential(credentials.credentials)
     callers: Callers = request.app.state.callers
@@ -56,10 +58,11 @@ async def job_watcher(
     job_id: JobId,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     token: Token = None,
+    tenant: TenantAsked = None,
 ) -> Client:
     """Require a token for this job, or a valid API key."""
     if token is None:
-        return await key_watcher(request, credentials)
+        return await key_watcher(request, credentials, tenant)
     addresses: SignedAddresses = request.app.state.addresses
 
     async def still_allowed() -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import uuid
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request
 
 from api import schemas
-from api.auth import WRITERS, FarmDep, Reader, Writer
+from api.auth import WRITERS, FarmDep
 from api.openapi import refusals
 from api.paging import Limit
 from api.places import Places, Turns
 from api.routes.jobs import JobId
+from api.tenancy import Acting, OwnActing, OwnWriter, Reader, Writer
 from farm.context import Farm
 from farm.domain.event_kinds import TOLD
 from farm.domain.webhook_signatures import new_secret, shown
@@ -24,6 +26,7 @@ from farm.services.webhooks import endpoints as use_cases
 from farm.services.webhooks import of_jobs
 from farm.store import queries
 from farm.store import webhooks as stored
+from farm.store.actions import Actor, record
 from farm.store.engine import reads, transaction
 from farm.store.keys import Caller
 from farm.store.webhooks import DeliveryRow, WebhookRow
@@ -42,9 +45,9 @@ TESTS, TESTS_PER_TENANT = 16, 2
 """Samples that are sent at the same time: in all, and per tenant."""
 
 
-@router.post("/webhooks", status_code=201, responses=refusals(400, 403), summary="Create a webhook")
+@router.post("/webhooks", status_code=201, responses=refusals(400), summary="Create a webhook")
 def create_webhook(
-    farm: FarmDep, caller: Writer, asked: schemas.WebhookAsked
+    farm: FarmDep, caller: OwnWriter, actor: OwnActing, asked: schemas.WebhookAsked
 ) -> schemas.NewWebhook:
     """Create an endpoint that gets a signed message about each event that it asks for. The response
     has its secret, which is never shown again."""
@@ -55,20 +58,21 @@ def create_webhook(
         kinds=asked.kinds,
         labels=asked.labels,
         description=asked.description,
+        actor=actor,
     )
     return schemas.NewWebhook(**_view(row, caller).model_dump(), secret=shown(secret))
 
 
 @router.get("/webhooks", summary="List webhooks")
 def list_webhooks(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Webhook]:
-    """List the endpoints of the key's tenant, oldest first. There is one page."""
+    """List the endpoints of a tenant, oldest first. There is one page."""
     with reads(farm.store) as connection:
         found = stored.list_webhooks(connection, caller.tenant_id)
     return schemas.Page(data=[_view(row, caller) for row in found], next=None)
 
 
-@router.get("/webhooks/secret", responses=refusals(403), summary="Get the secret of jobs' webhooks")
-def get_secret(farm: FarmDep, caller: Writer) -> schemas.WebhookSecret:
+@router.get("/webhooks/secret", summary="Get the secret of jobs' webhooks")
+def get_secret(farm: FarmDep, caller: OwnWriter) -> schemas.WebhookSecret:
     """Return the secret that signs messages to addresses that jobs name as their `webhook`. It is
     the tenant's, and is created by the first call or job."""
     return schemas.WebhookSecret(secret=shown(of_jobs.secret(farm, caller.tenant_id)))
@@ -76,13 +80,15 @@ def get_secret(farm: FarmDep, caller: Writer) -> schemas.WebhookSecret:
 
 @router.post(
     "/webhooks/secret/rotate",
-    responses=refusals(400, 403),
+    responses=refusals(400),
     summary="Replace the secret of jobs' webhooks",
 )
-def rotate_of_jobs(farm: FarmDep, caller: Writer, asked: schemas.RotationAsked) -> schemas.Rotation:
+def rotate_of_jobs(
+    farm: FarmDep, caller: OwnWriter, actor: OwnActing, asked: schemas.RotationAsked
+) -> schemas.Rotation:
     """Create a new secret for messages to addresses that jobs name. Until `previous_until` each
     message is signed with both."""
-    secret, until = of_jobs.rotate(farm, caller.tenant_id, asked.keep_seconds)
+    secret, until = of_jobs.rotate(farm, caller.tenant_id, asked.keep_seconds, actor)
     return schemas.Rotation(secret=shown(secret), previous_until=until)
 
 
@@ -93,36 +99,43 @@ def get_webhook(farm: FarmDep, caller: Reader, webhook_id: WebhookId) -> schemas
         return _view(stored.get_webhook(connection, caller.tenant_id, webhook_id), caller)
 
 
-@router.patch(
-    "/webhooks/{webhook_id}", responses=refusals(400, 403, 404), summary="Change a webhook"
-)
+@router.patch("/webhooks/{webhook_id}", responses=refusals(400, 404), summary="Change a webhook")
 def change_webhook(
-    farm: FarmDep, caller: Writer, webhook_id: WebhookId, change: schemas.WebhookChange
+    farm: FarmDep,
+    caller: Writer,
+    actor: Acting,
+    webhook_id: WebhookId,
+    change: schemas.WebhookChange,
 ) -> schemas.Webhook:
     """Change an endpoint. Fields that are left out stay. Enabling one that failed begins again."""
-    row = use_cases.change(farm, caller.tenant_id, webhook_id, change.fields())
+    row = use_cases.change(farm, caller.tenant_id, webhook_id, change.fields(), actor)
     return _view(row, caller)
 
 
 @router.delete(
     "/webhooks/{webhook_id}",
     status_code=204,
-    responses=refusals(403, 404),
+    responses=refusals(404),
     summary="Delete a webhook",
 )
-def delete_webhook(farm: FarmDep, caller: Writer, webhook_id: WebhookId) -> None:
+def delete_webhook(farm: FarmDep, caller: Writer, actor: Acting, webhook_id: WebhookId) -> None:
     """Delete an endpoint. Messages that it has not taken are dropped."""
     with transaction(farm.store) as connection:
         stored.remove_webhook(connection, caller.tenant_id, webhook_id)
+        record(connection, actor, "webhook.delete", f"webhook {webhook_id}", "deleted")
 
 
 @router.post(
     "/webhooks/{webhook_id}/rotate",
-    responses=refusals(400, 403, 404),
+    responses=refusals(400, 404),
     summary="Replace a webhook's secret",
 )
 def rotate(
-    farm: FarmDep, caller: Writer, webhook_id: WebhookId, asked: schemas.RotationAsked
+    farm: FarmDep,
+    caller: OwnWriter,
+    actor: OwnActing,
+    webhook_id: WebhookId,
+    asked: schemas.RotationAsked,
 ) -> schemas.Rotation:
     """Create a new secret. Until `previous_until` each message is signed with both."""
     secret = new_secret()
@@ -132,16 +145,17 @@ def rotate(
         until = stored.rotate_secret(
             connection, caller.tenant_id, webhook_id, secret, asked.keep_seconds
         )
+        outcome = f"the old one signs for {asked.keep_seconds:g} s"
+        record(connection, actor, "webhook.rotate", f"webhook {webhook_id}", outcome)
     return schemas.Rotation(secret=shown(secret), previous_until=until)
 
 
-@router.post(
-    "/webhooks/{webhook_id}/test", responses=refusals(400, 403, 404), summary="Test a webhook"
-)
+@router.post("/webhooks/{webhook_id}/test", responses=refusals(400, 404), summary="Test a webhook")
 async def test_webhook(
     request: Request,
     farm: FarmDep,
     caller: Writer,
+    actor: Acting,
     webhook_id: WebhookId,
     asked: schemas.WebhookTestAsked,
 ) -> schemas.WebhookTest:
@@ -152,8 +166,8 @@ async def test_webhook(
         )
     places: Places = request.app.state.webhook_tests
     with places.taken(str(caller.tenant_id), "samples"):
-        row, secrets = await to_thread.run_sync(_with_secrets, farm, caller.tenant_id, webhook_id)
-        _refuse_server(row, "submit a job with this `webhook` to test it")
+        begin = partial(_begun_test, farm, caller.tenant_id, webhook_id, asked.kind, actor)
+        row, secrets = await to_thread.run_sync(begin)
         message, answer = await use_cases.test(farm, row, secrets, asked.kind)
     return schemas.WebhookTest(
         message=message,
@@ -164,24 +178,27 @@ async def test_webhook(
     )
 
 
-def _with_secrets(
-    farm: Farm, tenant_id: uuid.UUID, webhook_id: uuid.UUID
+def _begun_test(
+    farm: Farm, tenant_id: uuid.UUID, webhook_id: uuid.UUID, kind: str, actor: Actor
 ) -> tuple[WebhookRow, list[bytes]]:
-    with reads(farm.store) as connection:
+    with transaction(farm.store) as connection:
         row = stored.get_webhook(connection, tenant_id, webhook_id)
+        _refuse_server(row, "submit a job with this `webhook` to test it")
+        record(connection, actor, "webhook.test", f"webhook {webhook_id}", f"sample of {kind}")
         return row, stored.secrets_of(connection, webhook_id)
 
 
 @router.post(
     "/webhooks/{webhook_id}/replay",
     status_code=202,
-    responses=refusals(400, 403, 404),
+    responses=refusals(400, 404),
     summary="Send messages about past events",
 )
 async def replay(
     request: Request,
     farm: FarmDep,
     caller: Writer,
+    actor: Acting,
     webhook_id: WebhookId,
     asked: schemas.ReplayAsked,
 ) -> schemas.ReplayResult:
@@ -189,7 +206,7 @@ async def replay(
     it has already stay as they are, unless they were dropped. A call reads 10,000 events."""
     slow: Turns = request.app.state.slow
     until = asked.until or datetime.now(UTC)
-    args = farm, caller.tenant_id, webhook_id, asked.since, until, asked.after
+    args = farm, caller.tenant_id, webhook_id, asked.since, until, asked.after, actor
     done = await slow.run(caller.tenant_id, use_cases.replay, *args)
     return schemas.ReplayResult(queued=done.queued, cursor=done.cursor and str(done.cursor))
 
@@ -241,14 +258,17 @@ def get_delivery(farm: FarmDep, caller: Reader, delivery_id: DeliveryId) -> sche
 @router.post(
     "/deliveries/{delivery_id}/redeliver",
     status_code=202,
-    responses=refusals(403, 404),
+    responses=refusals(404),
     summary="Send a message again",
 )
-def redeliver(farm: FarmDep, caller: Writer, delivery_id: DeliveryId) -> schemas.Delivery:
+def redeliver(
+    farm: FarmDep, caller: Writer, actor: Acting, delivery_id: DeliveryId
+) -> schemas.Delivery:
     """Send the same message again, with the same `webhook-id`, up to ten times if that fails."""
     with transaction(farm.store) as connection:
         stored.get_delivery(connection, caller.tenant_id, delivery_id)
         stored.redeliver(connection, delivery_id)
+        record(connection, actor, "delivery.redeliver", f"delivery {delivery_id}", "sent again")
         return _delivery(stored.get_delivery(connection, caller.tenant_id, delivery_id), caller)
 
 
@@ -280,7 +300,8 @@ def _view(row: WebhookRow, caller: Caller) -> schemas.Webhook:
 
 
 def _shown_url(url: str, caller: Caller) -> str:
-    return url if caller.role in WRITERS else url.partition("?")[0]
+    may_set_it = caller.role in WRITERS and caller.home is None
+    return url if may_set_it else url.partition("?")[0]
 
 
 def _refuse_server(row: WebhookRow, instead: str) -> None:

@@ -7,8 +7,9 @@ import uuid
 from fastapi import APIRouter
 
 from api import schemas
-from api.auth import OPERATOR, Acting, FarmDep, Operator, Reader, Why
+from api.auth import AnyKey, FarmDep, Operator
 from api.openapi import refusals
+from api.tenancy import Operating
 from farm.errors import NotFound
 from farm.store import actions, queries, workers
 from farm.store.engine import Transaction, transaction
@@ -19,7 +20,7 @@ router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 
 @router.get("", summary="List the workers that are alive")
-def list_workers(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Worker]:
+def list_workers(farm: FarmDep, caller: AnyKey) -> schemas.Page[schemas.Worker]:
     """List workers, with the batch that each renders now. There is one page."""
     with transaction(farm.store) as connection:
         return schemas.Page(data=worker_views(connection, caller), next=None)
@@ -32,7 +33,7 @@ def list_workers(farm: FarmDep, caller: Reader) -> schemas.Page[schemas.Worker]:
     summary="Drain a worker",
 )
 def drain(
-    farm: FarmDep, caller: Operator, actor: Acting, worker_id: uuid.UUID, why: Why = ""
+    farm: FarmDep, caller: Operator, actor: Operating, worker_id: uuid.UUID
 ) -> schemas.Worker:
     """Stop a worker as SIGTERM does: it claims no more frames, finishes its batch, deregisters and
     exits, within FARM_GRACE_SECONDS. Frames that it cannot finish are requeued without using up an
@@ -42,21 +43,22 @@ def drain(
             raise NotFound(f"There is no worker {worker_id} that is alive.")
         rows = worker_views(connection, caller)
         drained = next(row for row in rows if row.id == worker_id)
-        actions.record(
-            connection, actor, "worker.drain", f"worker {drained.name}", why, drained.state
-        )
+        actions.record(connection, actor, "worker.drain", f"worker {drained.name}", drained.state)
     return drained
 
 
 def worker_views(connection: Transaction, caller: Caller) -> list[schemas.Worker]:
-    """Return every worker. Of the jobs that it renders, only the caller's own are shown."""
-    rows = workers.list_workers(connection, None if caller.role == OPERATOR else caller.tenant_id)
+    """Return every worker. Of the jobs that it renders, those that the caller sees are shown."""
+    sees_all = caller.sees_everywhere
+    rows = workers.list_workers(connection, None if sees_all else caller.tenant_id)
     rendered = {job_id for row in rows for job_id in row.job_ids or ()}
-    own = queries.own_jobs(connection, caller.tenant_id, sorted(rendered))
-    return [_view(row, own, caller.role == OPERATOR) for row in rows]
+    shown = (
+        rendered if sees_all else queries.own_jobs(connection, caller.tenant_id, sorted(rendered))
+    )
+    return [_view(row, shown, sees_all) for row in rows]
 
 
-def _view(row: WorkerRow, own: set[uuid.UUID], operator: bool) -> schemas.Worker:
+def _view(row: WorkerRow, shown: set[uuid.UUID], sees_all: bool) -> schemas.Worker:
     return schemas.Worker(
         id=row.id,
         name=row.name,
@@ -70,18 +72,18 @@ def _view(row: WorkerRow, own: set[uuid.UUID], operator: bool) -> schemas.Worker
         seen_at=row.seen_at,
         succeeded=row.succeeded,
         busy=row.busy,
-        batch=_batch(row, row.job_ids, own) if row.job_ids else None,
-        host=row.host if operator else None,
-        pid=row.pid if operator else None,
-        version=row.version if operator else None,
+        batch=_batch(row, row.job_ids, shown) if row.job_ids else None,
+        host=row.host if sees_all else None,
+        pid=row.pid if sees_all else None,
+        version=row.version if sees_all else None,
         problem=row.problem,
     )
 
 
-def _batch(row: WorkerRow, job_ids: list[uuid.UUID], own: set[uuid.UUID]) -> schemas.Batch:
+def _batch(row: WorkerRow, job_ids: list[uuid.UUID], shown: set[uuid.UUID]) -> schemas.Batch:
     return schemas.Batch(
         frames=len(job_ids),
         step=row.step,
         steps=row.steps,
-        jobs=sorted(set(job_ids) & own),
+        jobs=sorted(set(job_ids) & shown),
     )

@@ -118,10 +118,14 @@ class AsyncFarm:
         status: str | None = None,
         pipeline: str | None = None,
         labels: Mapping[str, str] | None = None,
+        tenant: str | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[AsyncJob]:
-        """Yield your jobs, newest first: those with this status, pipeline, and all these labels."""
-        asked = core.chosen(labels, status=status, pipeline=pipeline)
+        """Yield your jobs, newest first: those with this status, pipeline, and all these labels.
+
+        With a key that sees every tenant, `tenant` names another one; `*` means all.
+        """
+        asked = core.chosen(labels, status=status, pipeline=pipeline, tenant=tenant)
         async for data in self.items(calls.jobs(asked), limit):
             yield AsyncJob(self, data)
 
@@ -302,21 +306,21 @@ class AsyncJob(JobView):
         async for frame in self.frames("succeeded"):
             yield AsyncImage(self._farm, frame)
 
-    async def cancel(self) -> Self:
+    async def cancel(self, why: str = "") -> Self:
         """Cancel it for good."""
-        return await self._became(calls.steer(self.id, "cancel"))
+        return await self._became(calls.steer(self.id, "cancel", why))
 
-    async def pause(self) -> Self:
+    async def pause(self, why: str = "") -> Self:
         """Pause it. Its running frames still finish."""
-        return await self._became(calls.steer(self.id, "pause"))
+        return await self._became(calls.steer(self.id, "pause", why))
 
-    async def resume(self) -> Self:
+    async def resume(self, why: str = "") -> Self:
         """Resume it after a pause."""
-        return await self._became(calls.steer(self.id, "resume"))
+        return await self._became(calls.steer(self.id, "resume", why))
 
-    async def retry(self) -> Self:
+    async def retry(self, why: str = "") -> Self:
         """Try its dead frames again."""
-        return await self._became(calls.steer(self.id, "retry"))
+        return await self._became(calls.steer(self.id, "retry", why))
 
     async def watch_token(self, seconds: int = 600) -> str:
         """Create a token with which a page in a browser may watch this job, and no other."""

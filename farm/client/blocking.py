@@ -116,10 +116,14 @@ class Farm:
         status: str | None = None,
         pipeline: str | None = None,
         labels: Mapping[str, str] | None = None,
+        tenant: str | None = None,
         limit: int | None = None,
     ) -> Iterator[Job]:
-        """Yield your jobs, newest first: those with this status, pipeline, and all these labels."""
-        asked = core.chosen(labels, status=status, pipeline=pipeline)
+        """Yield your jobs, newest first: those with this status, pipeline, and all these labels.
+
+        With a key that sees every tenant, `tenant` names another one; `*` means all.
+        """
+        asked = core.chosen(labels, status=status, pipeline=pipeline, tenant=tenant)
         for data in self.items(calls.jobs(asked), limit):
             yield Job(self, data)
 
@@ -300,21 +304,21 @@ class Job(JobView):
         for frame in self.frames("succeeded"):
             yield Image(self._farm, frame)
 
-    def cancel(self) -> Self:
+    def cancel(self, why: str = "") -> Self:
         """Cancel it for good."""
-        return self._became(calls.steer(self.id, "cancel"))
+        return self._became(calls.steer(self.id, "cancel", why))
 
-    def pause(self) -> Self:
+    def pause(self, why: str = "") -> Self:
         """Pause it. Its running frames still finish."""
-        return self._became(calls.steer(self.id, "pause"))
+        return self._became(calls.steer(self.id, "pause", why))
 
-    def resume(self) -> Self:
+    def resume(self, why: str = "") -> Self:
         """Resume it after a pause."""
-        return self._became(calls.steer(self.id, "resume"))
+        return self._became(calls.steer(self.id, "resume", why))
 
-    def retry(self) -> Self:
+    def retry(self, why: str = "") -> Self:
         """Try its dead frames again."""
-        return self._became(calls.steer(self.id, "retry"))
+        return self._became(calls.steer(self.id, "retry", why))
 
     def watch_token(self, seconds: int = 600) -> str:
         """Create a token with which a page in a browser may watch this job, and no other."""

@@ -49,6 +49,8 @@ class JobData(TypedDict):
     """A job in its current state."""
 
     id: str
+    tenant: str
+    """Name of the tenant that owns it."""
     pipeline: str
     status: str
     paused: bool
@@ -257,13 +259,20 @@ class Destination(TypedDict):
 
 
 class Action(TypedDict):
-    """An action of an operator."""
+    """A change that somebody made."""
 
     at: str
     who: str
+    """Name of the key, or of the user of a shell."""
+    role: str
     tenant: str
+    """Tenant of the key."""
+    via: str
+    """`api`, `page` or `shell`."""
     address: str
     verb: str
     target: str
+    owner: str | None
+    """Tenant that owns the target."""
     why: str
     outcome: str

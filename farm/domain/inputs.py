@@ -60,6 +60,8 @@ class StoredInput:
     created_at: datetime
     syntax_flaw: str | None
     """Syntax error in its prompts as weighted prompts. Empty if none; None if not checked yet."""
+    tenant: str
+    """Name of its tenant."""
 
 
 @dataclass

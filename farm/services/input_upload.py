@@ -30,6 +30,7 @@ from farm.domain.inputs import (
 from farm.domain.spec import MAX_LABELS, PROMPTS_SHOWN, storable
 from farm.errors import InvalidRequest
 from farm.store import inputs
+from farm.store.actions import Actor, record
 from farm.store.engine import transaction
 
 MAX_LINE_BYTES = 2**18
@@ -53,8 +54,16 @@ def store(farm: Farm, tenant_id: uuid.UUID, reader: InputReader) -> StoredInput:
         )
 
 
-def delete(farm: Farm, tenant_id: uuid.UUID, input_id: uuid.UUID) -> None:
+def delete(
+    farm: Farm, tenant_id: uuid.UUID, input_id: uuid.UUID, actor: Actor | None = None
+) -> None:
     """Delete an input that no job uses.
+
+    Args:
+        farm: the farm.
+        tenant_id: the input's tenant.
+        input_id: the input.
+        actor: who does it, for the log of actions.
 
     Raises:
         NotFound: there is none, or it is another tenant's.
@@ -62,6 +71,7 @@ def delete(farm: Farm, tenant_id: uuid.UUID, input_id: uuid.UUID) -> None:
     """
     with transaction(farm.store) as connection:
         inputs.delete_input(connection, tenant_id, input_id)
+        record(connection, actor, "input.delete", f"input {input_id}", "deleted")
 
 
 class InputReader:

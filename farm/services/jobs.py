@@ -22,6 +22,7 @@ from farm.services.job_validation import check_job, full_spec, syntax_among
 from farm.services.webhooks.of_jobs import Servers, check_webhook, server_for
 from farm.store import inputs, queries
 from farm.store import jobs as stored
+from farm.store.actions import Actor, record
 from farm.store.engine import Store, one_statement, reads, transaction
 from farm.store.group_commit import insert_all
 from farm.store.jobs import Idempotency, NewJob
@@ -264,30 +265,45 @@ def _idempotency(key: str | None, body: Any) -> Idempotency | None:
     return Idempotency(key, hashlib.sha256(text.encode()).digest())
 
 
-def cancel(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Cancel a job permanently; see `store.jobs.cancel_job`."""
+def cancel(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> None:
+    """Cancel a job permanently; see `store.jobs.cancel_job`.
+
+    Args:
+        farm: the farm.
+        tenant_id: the job's tenant.
+        job_id: the job.
+        actor: who does it, for the log of actions. None: the farm, which logs nothing.
+
+    Raises:
+        NotFound: there is no such job, or it is another tenant's.
+        Conflict: it has ended.
+    """
     with transaction(farm.store) as connection:
-        stored.cancel_job(connection, tenant_id, job_id)
+        if stored.cancel_job(connection, tenant_id, job_id):
+            record(connection, actor, "job.cancel", f"job {job_id}", "cancelled")
 
 
-def pause(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Pause a job. Its running frames still finish."""
+def pause(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> None:
+    """Pause a job, as `cancel` cancels it. Its running frames still finish."""
     with transaction(farm.store) as connection:
-        stored.pause_job(connection, tenant_id, job_id)
+        if stored.pause_job(connection, tenant_id, job_id):
+            record(connection, actor, "job.pause", f"job {job_id}", "paused")
 
 
-def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Resume a paused job, and ring its lane."""
+def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> None:
+    """Resume a paused job, as `cancel` cancels it, and ring its lane."""
     with transaction(farm.store) as connection:
-        stored.resume_job(connection, tenant_id, job_id)
+        if stored.resume_job(connection, tenant_id, job_id):
+            record(connection, actor, "job.resume", f"job {job_id}", "resumed")
         pipeline = queries.get_job(connection, tenant_id, job_id).pipeline
     farm.bells.ring(pipeline)
 
 
-def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
+def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> int:
     """Requeue a job's dead frames with new attempts, and ring its lane. Return their number.
 
-    It ends before all are requeued if other jobs reach the tenant's limits in between.
+    It ends before all are requeued if other jobs reach the tenant's limits in between. Each
+    transaction logs the frames that it requeues.
     """
     frames = 0
     while True:
@@ -296,10 +312,13 @@ def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> int:
             if frames and job.dead == 0:
                 break
             try:
-                frames += stored.retry_job(connection, tenant_id, job_id, whole=not frames)
+                some = stored.retry_job(connection, tenant_id, job_id, whole=not frames)
             except LimitExceeded:
                 if not frames:
                     raise
                 break
+            outcome = f"{some} dead frames requeued"
+            record(connection, actor, "job.retry", f"job {job_id}", outcome)
+            frames += some
     farm.bells.ring(job.pipeline)
     return frames

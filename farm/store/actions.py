@@ -1,39 +1,61 @@
-"""Actions: a log of what operators did. Each is recorded in the transaction that performs it."""
+"""Actions: a log of who did what. Each is recorded in the transaction that performs it."""
 
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
 from farm.store.rows import rows_of
 
+Via = Literal["api", "page", "shell"]
+"""Way of an action: a call of the API, a button of the dashboard, or a command at a shell."""
+
 INSERT = text("""
-INSERT INTO actions (key_id, who, tenant, address, verb, target, why, outcome)
-VALUES (:key_id, :who, :tenant, :address, :verb, :target, :why, :outcome)
+INSERT INTO actions
+    (key_id, who, role, tenant, via, address, verb, target, owner, why, outcome)
+VALUES (:key_id, :who, :role, :tenant, :via, :address, :verb, :target,
+        :owner, :why, :outcome)
 """)
 
-LIST = text("""
-SELECT id, at, key_id, who, tenant, address, verb, target, why, outcome FROM actions
-WHERE CAST(:after AS bigint) IS NULL OR id < :after
-ORDER BY id DESC LIMIT :limit
+COLUMNS = "id, at, key_id, who, role, tenant, via, address, verb, target, owner, why, outcome"
+
+PRUNE = text("""
+DELETE FROM actions WHERE id = ANY(ARRAY(
+    SELECT id FROM actions
+    WHERE at < now() - make_interval(secs => :seconds) ORDER BY at LIMIT :limit))
 """)
+
+DAY_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True)
 class Actor:
-    """The person or program that acts, known by its API key."""
+    """The person or program that acts: an API key, or a user of a shell."""
 
     key_id: uuid.UUID
+    """Zero for a user of a shell."""
     name: str
-    """Name of the key."""
+    """Name of the key, or of the user."""
+    role: str
+    """Role of the key. Empty for a user of a shell."""
     tenant: str
-    """Name of the key's tenant."""
+    """Name of the key's tenant. Empty for a user of a shell."""
+    via: Via
     address: str
-    """Network address of the client, as the API sees it."""
+    """Network address of the client, as the API sees it; or the name of the shell's machine."""
+    why: str = ""
+    """Reason given."""
+    owner: str | None = None
+    """Name of the tenant that owns the target. None: the farm does."""
+
+    def on(self, owner: str, why: str = "") -> Actor:
+        """Return the actor as one that acts on a tenant's object, for another reason if given."""
+        return replace(self, owner=owner, why=why or self.why)
 
 
 class ActionRow(NamedTuple):
@@ -43,44 +65,92 @@ class ActionRow(NamedTuple):
     at: datetime
     key_id: uuid.UUID
     who: str
+    role: str
     tenant: str
+    via: Via
     address: str
     verb: str
     target: str
+    owner: str | None
     why: str
     outcome: str
 
 
+@dataclass(frozen=True)
+class ActionFilter:
+    """Selects actions. None: any."""
+
+    who: str | None = None
+    verb: str | None = None
+    target: str | None = None
+    owner: str | None = None
+    """Name of the tenant that owns the target."""
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+CONDITIONS = {
+    "who": "who = :who",
+    "verb": "verb = :verb",
+    "target": "target = :target",
+    "owner": "owner = :owner",
+    "since": "at >= :since",
+    "until": "at < :until",
+    "after": "id < :after",
+}
+
+
 def record(
-    connection: Connection, actor: Actor, verb: str, target: str, why: str, outcome: str
+    connection: Connection, actor: Actor | None, verb: str, target: str, outcome: str
 ) -> None:
     """Record an action.
 
     Args:
         connection: in the transaction of the action, so that both are committed or neither.
-        actor: the key that acts.
+        actor: who acts. None: the farm itself, of which nothing is recorded.
         verb: the kind of action, for example `tenant.delete`.
         target: the object of the action, for example `tenant ann`.
-        why: the reason given; empty for none.
         outcome: the result of the action.
     """
+    if actor is None:
+        return
     connection.execute(
         INSERT,
         {
             "key_id": actor.key_id,
             "who": actor.name,
+            "role": actor.role,
             "tenant": actor.tenant,
+            "via": actor.via,
             "address": actor.address,
             "verb": verb,
             "target": target,
-            "why": why,
+            "owner": actor.owner,
+            "why": actor.why,
             "outcome": outcome,
         },
     )
 
 
 def list_actions(
-    connection: Connection, *, limit: int, after: int | None = None
+    connection: Connection, wanted: ActionFilter, *, limit: int, after: int | None = None
 ) -> list[ActionRow]:
     """Read a page of actions, newest first, starting below the id `after`."""
-    return rows_of(connection.execute(LIST, {"limit": limit, "after": after}), ActionRow)
+    asked = {**vars(wanted), "after": after}
+    values = {name: value for name, value in asked.items() if value is not None}
+    return rows_of(connection.execute(listing(values), {**values, "limit": limit}), ActionRow)
+
+
+def listing(names: Iterable[str]) -> TextClause:
+    """Return the statement that lists actions by these fields of CONDITIONS."""
+    conditions = [CONDITIONS[name] for name in names]
+    return text(f"""
+SELECT {COLUMNS} FROM actions WHERE {" AND ".join(conditions or ["true"])}
+ORDER BY id DESC LIMIT :limit
+""")  # noqa: S608 - constants only
+
+
+def prune(connection: Connection, days: float, limit: int) -> None:
+    """Delete up to `limit` of the actions of more than `days` ago. 0 days deletes none."""
+    if days > 0:
+        connection.execute(PRUNE, {"seconds": days * DAY_SECONDS, "limit": limit})

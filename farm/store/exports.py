@@ -21,7 +21,7 @@ from sqlalchemy import Connection, text
 
 from farm.domain.states import REJECTED
 from farm.errors import NotFound
-from farm.store.rows import JsonObject, rows_of
+from farm.store.rows import TENANT_NAME, JsonObject, rows_of
 
 MAX_FAILURES = 5
 """Failures of one shard after which its export has failed."""
@@ -199,9 +199,9 @@ WITH failed AS (
 ) {EVENT.format(kind="'export.failed'", rows="ended")}
 """)  # noqa: S608 - constants only
 
-COLUMNS = """
+COLUMNS = f"""
 id, tenant_id, kind, job_ids, shard_frames, bucket, prefix, state, error, shards, shards_done,
-images, missing, bytes, created_at, finished_at
+images, missing, bytes, created_at, finished_at, {TENANT_NAME}
 """
 
 ONE = text(f"""
@@ -209,13 +209,16 @@ SELECT {COLUMNS} FROM exports
 WHERE id = :id AND tenant_id = :tenant_id AND removed_at IS NULL
 """)  # noqa: S608 - constants only
 
-LIST = text(f"""
+LIST, LIST_ALL = (
+    text(f"""
 SELECT {COLUMNS} FROM exports
-WHERE tenant_id = :tenant_id AND removed_at IS NULL
+WHERE {whose} AND removed_at IS NULL
   AND (CAST(:after AS uuid) IS NULL OR (created_at, id) <
-       (SELECT a.created_at, a.id FROM exports a WHERE a.id = :after AND a.tenant_id = :tenant_id))
+       (SELECT created_at, id FROM exports WHERE id = :after AND {whose}))
 ORDER BY created_at DESC, id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
+    for whose in ("tenant_id = :tenant_id", "true")
+)
 
 SHARDS = text("""
 SELECT number, job_id, first, stop, done_at IS NOT NULL AS done, attempt, error, files, rows,
@@ -310,6 +313,7 @@ class Export:
     bytes: int
     created_at: datetime
     finished_at: datetime | None
+    tenant: str
 
 
 def formats_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> list[str]:
@@ -376,11 +380,16 @@ def get_export(connection: Connection, tenant_id: uuid.UUID, export_id: uuid.UUI
 
 
 def list_exports(
-    connection: Connection, tenant_id: uuid.UUID, *, limit: int, after: uuid.UUID | None = None
+    connection: Connection,
+    tenant_id: uuid.UUID | None,
+    *,
+    limit: int,
+    after: uuid.UUID | None = None,
 ) -> list[Export]:
-    """Read a page of a tenant's exports, newest first."""
+    """Read a page of a tenant's exports, newest first. No tenant: of all."""
     values = {"tenant_id": tenant_id, "limit": limit, "after": after}
-    return [Export(**row._mapping) for row in connection.execute(LIST, values)]
+    statement = LIST_ALL if tenant_id is None else LIST
+    return [Export(**row._mapping) for row in connection.execute(statement, values)]
 
 
 class ShardRow(NamedTuple):

@@ -11,11 +11,13 @@ from sqlalchemy import Connection, text
 from farm.domain.inputs import InputStats, StoredInput
 from farm.errors import Conflict, NotFound
 from farm.store.limits import require_input_room
+from farm.store.rows import TENANT_NAME
 
 PARTS_PER_INSERT = 32
 
-COLUMNS = """
-id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at, syntax_flaw
+COLUMNS = f"""
+id, sha256, lines, bytes, shown, top_seed, text_bytes, keys, negatives, created_at, syntax_flaw,
+{TENANT_NAME}
 """
 
 # The same lines sent again are the same input.
@@ -40,12 +42,15 @@ ONE = text(f"""
 SELECT {COLUMNS} FROM inputs WHERE id = :id AND tenant_id = :tenant_id
 """)  # noqa: S608 - constants only
 
-LIST = text(f"""
+LIST, LIST_ALL = (
+    text(f"""
 SELECT {COLUMNS} FROM inputs
-WHERE tenant_id = :tenant_id AND (CAST(:after AS uuid) IS NULL OR (created_at, id) <
-      (SELECT a.created_at, a.id FROM inputs a WHERE a.id = :after AND a.tenant_id = :tenant_id))
+WHERE {whose} AND (CAST(:after AS uuid) IS NULL OR (created_at, id) <
+      (SELECT created_at, id FROM inputs WHERE id = :after AND {whose}))
 ORDER BY created_at DESC, id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
+    for whose in ("tenant_id = :tenant_id", "true")
+)
 
 JUDGE = text("UPDATE inputs SET syntax_flaw = :flaw WHERE id = :id")
 
@@ -116,10 +121,15 @@ def judge_syntax(connection: Connection, input_id: uuid.UUID, flaw: str) -> None
 
 
 def list_inputs(
-    connection: Connection, tenant_id: uuid.UUID, *, limit: int, after: uuid.UUID | None = None
+    connection: Connection,
+    tenant_id: uuid.UUID | None,
+    *,
+    limit: int,
+    after: uuid.UUID | None = None,
 ) -> list[StoredInput]:
-    """Read a page of a tenant's inputs, the one sent last first."""
-    rows = connection.execute(LIST, {"tenant_id": tenant_id, "limit": limit, "after": after})
+    """Read a page of a tenant's inputs, the one sent last first. No tenant: of all."""
+    statement = LIST_ALL if tenant_id is None else LIST
+    rows = connection.execute(statement, {"tenant_id": tenant_id, "limit": limit, "after": after})
     return [StoredInput(**row._mapping) for row in rows]
 
 

@@ -407,39 +407,44 @@ WHERE id = :id AND status = ANY(:from_states)
 """)  # noqa: S608 - constants only
 
 
-def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
+def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> bool:
     """Pause a job: running frames are finished, and no more are claimed.
 
-    This writes only the job's row, for a job of any size: see follow.
+    This writes only the job's row, for a job of any size: see follow. Return False if it is paused.
     """
+    return _set_paused(connection, tenant_id, job_id, "paused", paused=True)
+
+
+def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> bool:
+    """Resume a paused job, so that its frames are claimed again. Return False if it was not."""
+    return _set_paused(connection, tenant_id, job_id, "resumed", paused=False)
+
+
+def _set_paused(
+    connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID, wish: str, *, paused: bool
+) -> bool:
     job = _lock(connection, tenant_id, job_id)
-    _refuse_terminal(job, "paused")
-    if not job.paused:
-        connection.execute(SET_PAUSED, {"id": job_id, "paused": True})
-        _append(connection, job_id, "job.paused")
+    _refuse_terminal(job, wish)
+    if job.paused == paused:
+        return False
+    connection.execute(SET_PAUSED, {"id": job_id, "paused": paused})
+    _append(connection, job_id, f"job.{wish}")
+    return True
 
 
-def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-    """Resume a paused job, so that its frames are claimed again."""
-    job = _lock(connection, tenant_id, job_id)
-    _refuse_terminal(job, "resumed")
-    if job.paused:
-        connection.execute(SET_PAUSED, {"id": job_id, "paused": False})
-        _append(connection, job_id, "job.resumed")
-
-
-def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
+def cancel_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> bool:
     """Cancel a job for good: after the commit, no frame of it becomes succeeded.
 
     The cost grows with the running frames only, not with the job's size. Requeued frames are
-    updated later: see follow. A second cancel changes nothing.
+    updated later: see follow. A second cancel changes nothing: it returns False.
     """
     job = _lock(connection, tenant_id, job_id)
     if job.status == JobStatus.CANCELLED:
-        return
+        return False
     if job.status not in JOB_TRANSITIONS["cancel"]:
         _refuse_terminal(job, "cancelled")
     _cancel(connection, job, "The job was cancelled.")
+    return True
 
 
 def _cancel(connection: Connection, job: JobRow, message: str, missed: str | None = None) -> None:

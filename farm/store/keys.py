@@ -14,9 +14,10 @@ from sqlalchemy import Connection, text
 
 from farm.domain.spec import Metadata
 from farm.errors import InvalidRequest
-from farm.store.rows import rows_of
+from farm.store.rows import row_of, rows_of
 
-ROLES = ("client", "operator", "viewer")
+OPERATOR = "operator"
+ROLES = ("client", OPERATOR, "viewer")
 
 TENANT = text("""
 INSERT INTO tenants (id, name) VALUES (:id, :name)
@@ -25,24 +26,25 @@ RETURNING id
 """)
 
 CREATE = text("""
-INSERT INTO keys (id, tenant_id, role, name, prefix, digest, metadata)
-VALUES (:id, :tenant_id, :role, :name, :prefix, :digest, :metadata)
+INSERT INTO keys (id, tenant_id, role, name, prefix, digest, metadata, everywhere)
+VALUES (:id, :tenant_id, :role, :name, :prefix, :digest, :metadata, :everywhere)
 """)
 
 FIND = text("""
 SELECT k.digest, k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name,
-       t.requests_a_second, t.requests_burst, k.metadata
+       t.requests_a_second, t.requests_burst, k.metadata, k.everywhere
 FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.digest = ANY(:digests) AND k.revoked_at IS NULL AND t.removed_at IS NULL
 """)
 
 LIST = text("""
-SELECT k.id, k.prefix, k.role, k.name, t.name AS tenant, k.created_at, k.revoked_at
+SELECT k.id, k.prefix, k.role, k.everywhere, k.name, t.name AS tenant, k.created_at, k.revoked_at
 FROM keys k JOIN tenants t ON t.id = k.tenant_id ORDER BY k.created_at, k.id
 """)
 
 REVOKE = text("""
-UPDATE keys SET revoked_at = coalesce(revoked_at, clock_timestamp()) WHERE id = :id RETURNING id
+UPDATE keys SET revoked_at = coalesce(revoked_at, clock_timestamp())
+WHERE id = :id RETURNING id, name, (SELECT name FROM tenants WHERE id = tenant_id) AS tenant
 """)
 
 
@@ -62,6 +64,15 @@ class Caller:
     """Number of requests that may arrive at once. None: those of ten seconds."""
     metadata: Metadata | None = None
     """Texts in image files, for jobs that do not say. None: the farm's default."""
+    everywhere: bool = False
+    """True for a viewer's key that sees every tenant."""
+    home: str | None = None
+    """Tenant of the key, if the call is about another one. `tenant` is that other one."""
+
+    @property
+    def sees_everywhere(self) -> bool:
+        """True if it may look at every tenant."""
+        return self.everywhere or self.role == OPERATOR
 
 
 class KeyRow(NamedTuple):
@@ -70,6 +81,7 @@ class KeyRow(NamedTuple):
     id: uuid.UUID
     prefix: str
     role: str
+    everywhere: bool
     name: str
     tenant: str
     created_at: datetime
@@ -97,8 +109,29 @@ def create_key(
     role: str,
     name: str = "",
     metadata: Metadata | None = None,
+    *,
+    everywhere: bool = False,
 ) -> tuple[str, str]:
-    """Create a key for a tenant. Return (id, key). The key itself is never shown again."""
+    """Create a key for a tenant. Return (id, key). The key itself is never shown again.
+
+    Args:
+        connection: in a transaction.
+        tenant: its name. A new one is inserted.
+        role: one of ROLES.
+        name: note of what the key is for.
+        metadata: texts in image files, for jobs that do not say. None: the farm's default.
+        everywhere: it sees every tenant.
+
+    Raises:
+        InvalidRequest: the name is the id of a removed tenant, or the role does not go with
+            `everywhere`.
+    """
+    if everywhere and role != "viewer":
+        raise InvalidRequest(
+            f"everywhere: only a viewer's key takes it, and the role is {role}. An operator's key "
+            "sees every tenant without it.",
+            param="everywhere",
+        )
     key_id, key = uuid.uuid4(), f"farm_{secrets.token_urlsafe(32)}"
     connection.execute(
         CREATE,
@@ -110,6 +143,7 @@ def create_key(
             "prefix": key[:10],
             "digest": digest_of(key),
             "metadata": metadata,
+            "everywhere": everywhere,
         },
     )
     return str(key_id), key
@@ -127,9 +161,17 @@ def list_keys(connection: Connection) -> list[KeyRow]:
     return rows_of(connection.execute(LIST), KeyRow)
 
 
-def revoke_key(connection: Connection, key_id: uuid.UUID) -> bool:
-    """Revoke a key. Return False if there is no key with this ID."""
-    return connection.execute(REVOKE, {"id": key_id}).first() is not None
+class RevokedKey(NamedTuple):
+    """A key that was revoked."""
+
+    id: uuid.UUID
+    name: str
+    tenant: str
+
+
+def revoke_key(connection: Connection, key_id: uuid.UUID) -> RevokedKey | None:
+    """Revoke a key. Return None if there is no key with this ID."""
+    return row_of(connection.execute(REVOKE, {"id": key_id}), RevokedKey)
 
 
 def digest_of(secret: str) -> bytes:

@@ -9,6 +9,8 @@ from sqlalchemy import CursorResult
 
 T = TypeVar("T")
 
+TENANT_NAME = "(SELECT t.name FROM tenants t WHERE t.id = tenant_id) AS tenant"
+"""Column with the name of a row's tenant."""
 JsonObject = dict[str, Any]
 """A JSON object of the database, for example a stored spec."""
 

@@ -113,6 +113,13 @@ keys = Table(
     _moment("created_at", now=True),
     _moment("revoked_at"),
     Column("metadata", Text, comment="of jobs that do not say; null: full"),
+    Column(
+        "everywhere",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="a viewer that sees every tenant",
+    ),
     CheckConstraint(_one_of("role", ["client", "operator", "viewer"]), name="role"),
 )
 
@@ -129,6 +136,11 @@ actions = Table(
     Column("target", Text, nullable=False),
     Column("why", Text, nullable=False),
     Column("outcome", Text, nullable=False),
+    Column("role", Text, nullable=False, server_default="operator", comment="role of the key"),
+    Column("via", Text, nullable=False, server_default="api", comment="api, page or shell"),
+    Column("owner", Text, comment="tenant that owns the target"),
+    Index("actions_at", "at"),
+    *(Index(f"actions_{name}", name, "id") for name in ("who", "verb", "target", "owner")),
 )
 
 destinations = Table(
@@ -246,6 +258,14 @@ jobs = Table(
     Index("jobs_oldest", "pipeline", "priority", "created_at", postgresql_where=text("open")),
     Index("jobs_newest", "tenant_id", "created_at", "id"),
     Index("jobs_status", "tenant_id", "status", "created_at", "id"),
+    Index("jobs_all_newest", "created_at", "id", postgresql_where=text("removed_at IS NULL")),
+    Index(
+        "jobs_all_status",
+        "status",
+        "created_at",
+        "id",
+        postgresql_where=text("removed_at IS NULL"),
+    ),
     Index("jobs_labels", "labels", postgresql_using="gin"),
     Index(
         "jobs_finished",
@@ -325,6 +345,7 @@ exports = Table(
     CheckConstraint(_one_of("kind", ["webdataset", "parquet", "imagefolder"]), "kind"),
     CheckConstraint(_one_of("state", ["running", "succeeded", "failed"]), "state"),
     Index("exports_newest", "tenant_id", "created_at", "id"),
+    Index("exports_all_newest", "created_at", "id", postgresql_where=text("removed_at IS NULL")),
     Index(
         "exports_finished",
         "finished_at",

@@ -15,7 +15,7 @@ VALUES (:digest, :key_id, clock_timestamp() + make_interval(secs => :seconds))
 
 FIND = text("""
 SELECT k.id AS key_id, k.tenant_id, t.name AS tenant, k.role, k.name,
-       t.requests_a_second, t.requests_burst, k.metadata
+       t.requests_a_second, t.requests_burst, k.metadata, k.everywhere
 FROM sessions s JOIN keys k ON k.id = s.key_id JOIN tenants t ON t.id = k.tenant_id
 WHERE s.digest = :digest AND s.ends_at > clock_timestamp() AND k.revoked_at IS NULL
   AND t.removed_at IS NULL

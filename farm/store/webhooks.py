@@ -22,7 +22,7 @@ from farm.errors import NotFound
 from farm.store import arrays
 from farm.store.events import COLUMNS as EVENT_COLUMNS
 from farm.store.events import EventRow
-from farm.store.rows import row_of, rows_of
+from farm.store.rows import TENANT_NAME, row_of, rows_of
 
 T = TypeVar("T")
 
@@ -41,9 +41,9 @@ LEASE_SECONDS = 30.0
 PER_ENDPOINT = 8
 """Deliveries that one endpoint gets at a time. A failing one gets one."""
 
-COLUMNS = """
-id, tenant_id, url, kinds, labels, description, state, disabled_because, created_at, failures,
-failing_since, last_success_at, parked_until, origin
+COLUMNS = f"""
+id, tenant_id, {TENANT_NAME}, url, kinds, labels, description, state, disabled_because, created_at,
+failures, failing_since, last_success_at, parked_until, origin
 """
 
 INSERT = text(f"""
@@ -359,6 +359,7 @@ class WebhookRow(NamedTuple):
 
     id: uuid.UUID
     tenant_id: uuid.UUID
+    tenant: str
     url: str
     kinds: list[str]
     labels: dict[str, str]

@@ -23,7 +23,7 @@ from tests.support.store import fence, register_worker, sql
 from tests.support.waiting import wait_until
 
 JOB_FIELDS = {
-    "id", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
+    "id", "tenant", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
     "pace", "eta_seconds", "waiting_because", "reused", "device_seconds", "bytes", "failures",
     "labels", "created_at", "started_at", "finished_at", "start_by", "finish_by", "missed", "spec",
 }  # fmt: skip

@@ -16,13 +16,18 @@ from farm.context import Farm
 from farm.domain.states import TERMINAL
 from farm.local import Servers
 from farm.store import (
+    actions,
     events,
+    exports,
     frames,
+    inputs,
     job_webhooks,
     jobs,
     lanes,
     leases,
     lines,
+    newest_pictures,
+    owners,
     provenances,
     queries,
     retention,
@@ -38,6 +43,7 @@ from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
 LARGE |= {"frame_provenances", "job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
+LARGE |= {"actions", "exports", "inputs"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -84,6 +90,16 @@ INSERT INTO webhook_deliveries (webhook_id, message_id, kind, job_id, body, stat
 SELECT id, 'msg_' || n, 'job.failed', gen_random_uuid(), '\\x00',
        CASE n % 100 WHEN 0 THEN 'pending' ELSE 'dead' END
 FROM hook, generate_series(1, 50000) n;
+INSERT INTO actions (key_id, who, tenant, address, verb, target, owner, why, outcome, at)
+SELECT gen_random_uuid(), 'key ' || n % 100, 'ops', '', 'verb ' || n % 10, 'job ' || n,
+       'shop ' || n % 50, '', '', clock_timestamp() - make_interval(secs => 20000 - n)
+FROM generate_series(1, 20000) n;
+INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, shards, bucket, prefix, state)
+SELECT gen_random_uuid(), :tenant, 'webdataset', '{}', 1, 0, '', '', 'succeeded'
+FROM generate_series(1, 20000);
+INSERT INTO inputs (id, tenant_id, sha256, lines, bytes, shown, text_bytes, keys, negatives)
+SELECT gen_random_uuid(), :tenant, sha256(n::text::bytea), 1, 1, '{}', 1, false, false
+FROM generate_series(1, 20000) n;
 """
 
 UNPACKING = {
@@ -171,6 +187,31 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "labels": "{}",
         },
     ),
+    **{
+        f"jobs of all tenants, {status}": (
+            queries.LIST_ALL_JOBS,
+            {"limit": 50, "after": None, "status": status, "pipeline": None, "labels": "{}"},
+        )
+        for status in (None, "succeeded", "failed")
+    },
+    "exports of all tenants": (exports.LIST_ALL, {"limit": 50, "after": None}),
+    "inputs of all tenants": (inputs.LIST_ALL, {"limit": 50, "after": None}),
+    "pictures of all tenants": (newest_pictures.NEWEST_OF_ALL, {"limit": 16}),
+    "owner of a job": (owners.OWNED["job_id"], {"id": uuid.UUID(int=1)}),
+    "owner of a delivery": (owners.OWNED["delivery_id"], {"id": 1}),
+    **{
+        f"actions by {name}": (actions.listing([name]), {"limit": 50, name: value})
+        for name, value in {
+            "who": "key 7",
+            "verb": "verb 3",
+            "target": "job 77",
+            "owner": "shop 9",
+            "since": "2100-01-01T00:00:00Z",
+            "until": "2000-01-01T00:00:00Z",
+            "after": 100,
+        }.items()
+    },
+    "old actions": (actions.PRUNE, {"seconds": 3e7, "limit": 100}),
     "frames page": (
         queries.LIST_FRAMES,
         {"job_id": uuid.UUID(int=1), "after": -1, "state": None, "limit": 50},

@@ -40,12 +40,15 @@ class Api:
     clients: ExitStack
     app: FastAPI
 
-    def key(self, tenant: str = "ann", role: str = "client") -> str:
+    def key(self, tenant: str = "ann", role: str = "client", *, everywhere: bool = False) -> str:
         with transaction(self.farm.store) as connection:
-            return keys.create_key(connection, tenant, role)[1]
+            return keys.create_key(connection, tenant, role, role, everywhere=everywhere)[1]
 
-    def client(self, tenant: str = "ann", role: str = "client") -> httpx.Client:
-        return self.bare(Authorization=f"Bearer {self.key(tenant, role)}")
+    def client(
+        self, tenant: str = "ann", role: str = "client", *, everywhere: bool = False
+    ) -> httpx.Client:
+        key = self.key(tenant, role, everywhere=everywhere)
+        return self.bare(Authorization=f"Bearer {key}")
 
     def bare(self, **headers: str) -> httpx.Client:
         client = httpx.Client(base_url=self.url, headers=headers, timeout=60)

@@ -145,7 +145,7 @@ def test_patience_ends(script: Script, client: FarmClient) -> None:
 def test_a_retry_of_dead_frames_is_sent_once(script: Script, client: FarmClient) -> None:
     script.tell(503, problem(503, "unavailable", "Postgres does not answer."))
     with pytest.raises(Unavailable):
-        client.steer(JOB, "retry")
+        client.steer(JOB, "retry", "")
     assert len(script.asked) == 1
 
 

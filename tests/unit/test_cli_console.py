@@ -18,6 +18,7 @@ from farm.humanize import pace, percent, size
 
 JOB: JobData = {
     "id": "4f2a81c3-0000-4000-8000-000000000000",
+    "tenant": "default",
     "pipeline": "demo",
     "status": "running",
     "paused": False,

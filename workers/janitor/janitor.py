@@ -15,6 +15,7 @@ from farm.context import Farm
 from farm.errors import Unavailable
 from farm.process import beat, set_ready
 from farm.store import (
+    actions,
     events,
     exports,
     jobs,
@@ -139,6 +140,7 @@ class Janitor:
             log.warning("Worker %s sent no heartbeat; it counts as gone.", name)
         with connection.begin():
             events.prune(connection, settings.events_days)
+            actions.prune(connection, settings.actions_days, ROWS_PER_SWEEP)
             sessions.prune(connection)
             unanswered.prune(connection)
         for pipeline in waiting:

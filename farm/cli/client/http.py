@@ -110,9 +110,9 @@ class FarmClient:
         """Read one frame of a job."""
         return self.farm.call(Call(Frame, "GET", f"/v1/jobs/{quoted(job_id)}/frames/{ordinal}"))
 
-    def steer(self, job_id: str, verb: str) -> JobData:
-        """Cancel, pause, resume or retry a job."""
-        return self.farm.call(calls.steer(job_id, verb))
+    def steer(self, job_id: str, verb: str, why: str) -> JobData:
+        """Cancel, pause, resume or retry a job. The reason is stored with the action."""
+        return self.farm.call(calls.steer(job_id, verb, why))
 
     def upload(self, content: bytes, media_type: str) -> ControlImage:
         """Upload a control image. Uploading it again returns the same image."""
@@ -150,9 +150,10 @@ class FarmClient:
         """Read the workers that are alive."""
         return self.farm.call(calls.workers())
 
-    def drain(self, worker_id: str) -> Worker:
+    def drain(self, worker_id: str, why: str) -> Worker:
         """Stop a worker after its current batch."""
-        return self.farm.call(Call(Worker, "POST", f"/v1/workers/{quoted(worker_id)}/drain"))
+        path = f"/v1/workers/{quoted(worker_id)}/drain"
+        return self.farm.call(Call(Worker, "POST", path, {"why": why}))
 
     def tenants(self) -> Page[Tenant]:
         """Read the tenants."""
@@ -170,7 +171,7 @@ class FarmClient:
     def delete_tenant(self, name: str, why: str) -> Tenant:
         """Delete a tenant and all that it owns."""
         path = f"/v1/tenants/{quoted(name)}"
-        return self.farm.call(Call(Tenant, "DELETE", path, _reason(why)))
+        return self.farm.call(Call(Tenant, "DELETE", path, {"why": why}))
 
     def destinations(self) -> Page[Destination]:
         """Read the export destinations of all tenants."""
@@ -184,12 +185,8 @@ class FarmClient:
     def revoke(self, destination_id: str, why: str) -> None:
         """Revoke a destination."""
         path = f"/v1/destinations/{quoted(destination_id)}"
-        self.farm.call(Call(type(None), "DELETE", path, _reason(why)))
+        self.farm.call(Call(type(None), "DELETE", path, {"why": why}))
 
-    def actions(self, limit: int) -> Iterator[Action]:
-        """Yield the actions of operators, newest first, up to `limit` actions."""
-        return self.farm.items(Call(Page[Action], "GET", "/v1/actions"), limit)
-
-
-def _reason(why: str) -> Params:
-    return {"why": why} if why else {}
+    def actions(self, params: Mapping[str, object], limit: int) -> Iterator[Action]:
+        """Yield actions, newest first, up to `limit` actions."""
+        return self.farm.items(Call(Page[Action], "GET", "/v1/actions", params), limit)

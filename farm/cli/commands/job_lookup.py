@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.errors import InvalidRequest, NotFound
+from farm.errors import Forbidden, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
@@ -48,7 +49,10 @@ def find_job(client: FarmClient, word: str) -> str:
             "characters; `farm jobs` lists them.",
             param="job",
         )
-    found = [job["id"] for job in client.jobs(limit=RECENT) if job["id"].startswith(word)]
+    found = _recent(client, word, {})
+    if not found:
+        with suppress(Forbidden):  # most keys see only their own tenant
+            found = _recent(client, word, {"tenant": "*"})
     if not found:
         raise NotFound(
             f"None of the last {RECENT:,} job IDs begins with {word}. `farm jobs` lists them."
@@ -59,3 +63,8 @@ def find_job(client: FarmClient, word: str) -> str:
             "characters."
         )
     return found[0]
+
+
+def _recent(client: FarmClient, beginning: str, params: dict[str, str | int]) -> list[str]:
+    jobs = client.jobs(params, RECENT)
+    return [job["id"] for job in jobs if job["id"].startswith(beginning)]

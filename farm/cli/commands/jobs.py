@@ -13,6 +13,7 @@ from farm.cli.commands.job_lookup import JobArgument, find_job
 from farm.cli.submission.body import pair
 from farm.cli.terminal.console import (
     Json,
+    Why,
     clean,
     columns,
     emit,
@@ -26,6 +27,7 @@ from farm.cli.terminal.console import (
     tail,
 )
 from farm.cli.terminal.exit_codes import exit_as
+from farm.errors import InvalidRequest
 from farm.humanize import ago, count, duration, numbered, pace, size
 
 if TYPE_CHECKING:
@@ -56,11 +58,21 @@ def jobs(
             help="Only jobs with this label. Repeat for several. Example: campaign=spring.",
         ),
     ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only jobs of this tenant. For operators. Example: shop.")
+    ] = None,
+    all_tenants: Annotated[
+        bool, typer.Option("--all-tenants", help="Jobs of all tenants. For operators.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of jobs to list.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first."""
+    if tenant and all_tenants:
+        raise InvalidRequest("--tenant: leave it out with --all-tenants.", param="tenant")
     wanted: dict[str, str | int] = {}
+    if tenant or all_tenants:
+        wanted["tenant"] = tenant or "*"
     if status:
         wanted["status"] = status
     if pipeline:
@@ -76,7 +88,7 @@ def jobs(
     if not found:
         say("There are no jobs." if not wanted else "No job matches.", "dim")
         return
-    show_table(_table(found))
+    show_table(_table(found, with_tenant=all_tenants))
 
 
 def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> Page[JobData]:
@@ -89,14 +101,15 @@ def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> Page[
     return {"data": data, "next": data[-1]["id"] if len(data) == limit else None}
 
 
-def _table(found: list[JobData]) -> Table:
-    names = ("job", "status", "done", "frames", "pipeline", "priority", "submitted", "prompt")
-    table = columns(*names, right=("done", "frames"))
+def _table(found: list[JobData], *, with_tenant: bool) -> Table:
+    names = ("status", "done", "frames", "pipeline", "priority", "submitted", "prompt")
+    table = columns("job", *(["tenant"] if with_tenant else []), *names, right=("done", "frames"))
     for each in found:
         spec = each["spec"]
         more = f" (+{count(spec['prompt_count'] - 1)})" if spec["prompt_count"] > 1 else ""
         table.add_row(
             short(each["id"]),
+            *([_plain(clean(each["tenant"]))] if with_tenant else []),
             styled_status(each),
             f"{int(each['progress'] * 100)}%",
             count(each["total"]),
@@ -124,6 +137,7 @@ def _describe(found: JobData) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_row("job", found["id"])
+    table.add_row("tenant", _plain(clean(found["tenant"])))
     table.add_row("status", styled_status(found))
     table.add_row("frames", f"{count(found['total'])}: {numbered(found['counts'])}")
     if found["pace"] is not None and found["eta_seconds"] is not None:
@@ -188,12 +202,12 @@ def watch_to_end(client: FarmClient, found: JobData, *, as_json: bool) -> None:
     exit_as(ended)
 
 
-def _steering(verb: str, past: str, about: str) -> Callable[[str, bool], None]:
+def _steering(verb: str, past: str, about: str) -> Callable[[str, str, bool], None]:
     """Build the command that calls this verb of the API for a job."""
 
-    def command(job_word: JobArgument, as_json: Json = False) -> None:
+    def command(job_word: JobArgument, why: Why = "", as_json: Json = False) -> None:
         with farm_client() as client:
-            steered = client.steer(find_job(client, job_word), verb)
+            steered = client.steer(find_job(client, job_word), verb, why)
         if as_json:
             emit(steered)
             return

@@ -5,6 +5,9 @@ These commands connect to the database, not to the API.
 
 from __future__ import annotations
 
+import getpass
+import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.terminal.console import Json, columns, emit, note, say, show_table
+from farm.cli.terminal.console import Json, Why, columns, emit, note, say, show_table
 from farm.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
+    from farm.domain.spec import Metadata
+    from farm.store.actions import Actor
     from farm.store.engine import Connection
 
 app = typer.Typer(
@@ -36,6 +41,13 @@ def create(
             "(read-only)."
         ),
     ] = "client",
+    everywhere: Annotated[
+        bool,
+        typer.Option(
+            "--everywhere",
+            help="A viewer's key that sees every tenant, for example for a screen on the wall.",
+        ),
+    ] = False,
     name: Annotated[
         str, typer.Option(help="Note that says what the key is for. Example: backend.")
     ] = "",
@@ -47,6 +59,7 @@ def create(
             "asks for them.",
         ),
     ] = False,
+    why: Why = "",
     as_json: Json = False,
 ) -> None:
     """Create an API key and print it. It is printed only once.
@@ -54,15 +67,19 @@ def create(
     Example: farm keys create --tenant shop --role client --name backend
     """
     from farm.store import keys
+    from farm.store.actions import record
 
     if role not in keys.ROLES:
         raise InvalidRequest(
             f"--role: {role!r} is not a role. Use one of {', '.join(keys.ROLES)}.", param="role"
         )
     with _connection() as connection:
+        metadata: Metadata | None = "none" if without_metadata else None
         key_id, key = keys.create_key(
-            connection, tenant, role, name, "none" if without_metadata else None
+            connection, tenant, role, name, metadata, everywhere=everywhere
         )
+        kind = f"{role} of every tenant" if everywhere else role
+        record(connection, _actor(why).on(tenant), "key.create", f"key {key_id}", kind)
     if as_json:
         emit({"id": key_id, "tenant": tenant, "role": role, "key": key})
     else:
@@ -80,24 +97,26 @@ def list_keys(as_json: Json = False) -> None:
     if as_json:
         emit(rows)
         return
-    table = columns("id", "begins with", "tenant", "role", "note", "created, UTC", "revoked, UTC")
+    names = ("id", "begins with", "tenant", "role", "note", "created, UTC", "revoked, UTC")
+    table = columns(*names)
     for row in rows:
         moments = [
             f"{moment.astimezone(UTC):%Y-%m-%d %H:%M}" if moment else ""
             for moment in (row["created_at"], row["revoked_at"])
         ]
-        table.add_row(
-            str(row["id"]), row["prefix"], row["tenant"], row["role"], row["name"], *moments
-        )
+        role = row["role"] + (" of every tenant" if row["everywhere"] else "")
+        table.add_row(str(row["id"]), row["prefix"], row["tenant"], role, row["name"], *moments)
     show_table(table)
 
 
 @app.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(help="ID of the key, from `farm keys list`.")],
+    why: Why = "",
 ) -> None:
     """Revoke an API key. It takes effect within seconds and cannot be undone."""
     from farm.store import keys
+    from farm.store.actions import record
 
     try:
         wanted = uuid.UUID(key_id)
@@ -106,13 +125,17 @@ def revoke(
             f"{key_id!r} is not the ID of a key. `farm keys list` lists the IDs.", param="key_id"
         ) from error
     with _connection() as connection:
-        if not keys.revoke_key(connection, wanted):
+        revoked = keys.revoke_key(connection, wanted)
+        if revoked is None:
             raise NotFound(f"There is no key {key_id}. `farm keys list` lists the keys.")
+        by, outcome = _actor(why).on(revoked.tenant), f"revoked: {revoked.name or 'no name'}"
+        record(connection, by, "key.revoke", f"key {revoked.id}", outcome)
     say(f"Key {key_id} is revoked.")
 
 
 @app.command()
 def end_addresses(
+    why: Why = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """End all signed addresses of images that were given so far. It cannot be undone.
@@ -120,13 +143,26 @@ def end_addresses(
     Each API process notices it within ten seconds. Frames have new addresses after that.
     """
     from farm.store import signing_secrets
+    from farm.store.actions import record
 
     if not yes:
         note("Images of all tenants that are shown by these addresses will be missing.")
         typer.confirm("End all signed addresses?", abort=True, err=True)
     with _connection() as connection:
         signing_secrets.replace(connection)
+        record(connection, _actor(why), "addresses.end", "signed addresses", "all ended")
     say("All signed addresses end within ten seconds. Frames have new ones after that.")
+
+
+def _actor(why: str) -> Actor:
+    """Return the user of this shell, for the log of actions."""
+    from farm.store.actions import Actor
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user has no name
+        user = f"user {os.getuid()}"
+    return Actor(uuid.UUID(int=0), user, "", "", "shell", socket.gethostname(), why)
 
 
 @contextmanager

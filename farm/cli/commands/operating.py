@@ -12,7 +12,17 @@ import typer
 from rich.markup import escape
 
 from farm.cli.client import farm_client
-from farm.cli.terminal.console import Json, clean, columns, emit, note, one_line, say, show_table
+from farm.cli.terminal.console import (
+    Json,
+    Why,
+    clean,
+    columns,
+    emit,
+    note,
+    one_line,
+    say,
+    show_table,
+)
 from farm.errors import InvalidRequest
 from farm.humanize import ago, count, duration
 
@@ -21,7 +31,6 @@ if TYPE_CHECKING:
 
 OWNED = ("keys", "jobs", "exports", "inputs", "images", "destinations")
 
-Why = Annotated[str, typer.Option(help='Reason, stored with the action. Example: "ticket 7".')]
 Tenant = Annotated[str, typer.Argument(help="Name of the tenant.", show_default=False)]
 
 tenants_app = typer.Typer(help="List, show, set and delete tenants.")
@@ -283,19 +292,30 @@ def revoke(
 
 
 def actions(
+    who: Annotated[str, typer.Option(help="Only of keys with this name.")] = "",
+    verb: Annotated[str, typer.Option(help="Only of this kind. Example: job.cancel.")] = "",
+    target: Annotated[
+        str, typer.Option(help='Only on this. Example: "worker demo-1f3a9c02".')
+    ] = "",
+    tenant: Annotated[str, typer.Option(help="Only on what this tenant owns.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="Number of actions to show.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List the actions of operators, newest first."""
+    """List who changed what, when, from where and why, newest first. For operators.
+
+    Example: farm actions --verb job.cancel --tenant shop
+    """
+    wanted = {"who": who, "verb": verb, "target": target, "tenant": tenant}
     with farm_client() as client:
-        found = list(client.actions(limit))
+        found = list(client.actions(wanted, limit))
     if as_json:
         emit(found)
         return
-    table = columns("when", "who", "from", "did", "to", "outcome", "why")
+    table = columns("when", "who", "from", "did", "to", "of", "outcome", "why")
     for each in found:
-        words = (each["verb"], each["target"], each["outcome"], each["why"])
-        who = f"{each['who'] or 'a key'} of {each['tenant']}"
-        shown = (who, each["address"], *words)
+        words = (each["verb"], each["target"], each["owner"] or "", each["outcome"], each["why"])
+        name = each["who"] or "a key"
+        by = name if each["via"] == "shell" else f"{name} of {each['tenant']}"
+        shown = (by, f"{each['address']} ({each['via']})", *words)
         table.add_row(ago(each["at"]), *(escape(one_line(clean(word), 60)) for word in shown))
     show_table(table)

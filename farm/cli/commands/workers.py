@@ -8,7 +8,17 @@ import typer
 from rich.markup import escape
 
 from farm.cli.client import farm_client
-from farm.cli.terminal.console import Json, clean, columns, emit, one_line, say, show_table, tail
+from farm.cli.terminal.console import (
+    Json,
+    Why,
+    clean,
+    columns,
+    emit,
+    one_line,
+    say,
+    show_table,
+    tail,
+)
 from farm.errors import InvalidRequest, NotFound
 from farm.humanize import ago, count, percent
 
@@ -60,6 +70,7 @@ def drain(
             metavar="WORKER", help="Name or ID of a worker, from `farm workers`: demo-1f3a9c02."
         ),
     ],
+    why: Why = "",
     as_json: Json = False,
 ) -> None:
     """Stop a worker after its current batch.
@@ -67,7 +78,7 @@ def drain(
     The process exits. The service that runs it, such as `farm up`, may start another.
     """
     with farm_client() as client:
-        found = client.drain(_find(client, worker))
+        found = client.drain(_find(client, worker), why)
     if as_json:
         emit(found)
     else:

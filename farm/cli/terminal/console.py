@@ -28,6 +28,7 @@ SHORT = 8
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 
+Why = Annotated[str, typer.Option(help='Reason, stored with the action. Example: "ticket 7".')]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print JSON for scripts, one object per line.", show_default=False),

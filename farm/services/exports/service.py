@@ -11,6 +11,7 @@ from farm.errors import InvalidRequest
 from farm.storage import export_prefix
 from farm.store import destinations, queries
 from farm.store import exports as stored
+from farm.store.actions import Actor, record
 from farm.store.engine import Transaction, reads, transaction
 from farm.store.exports import Export
 
@@ -82,14 +83,23 @@ def create(
     return export
 
 
-def remove(farm: Farm, tenant_id: uuid.UUID, export_id: uuid.UUID) -> None:
+def remove(
+    farm: Farm, tenant_id: uuid.UUID, export_id: uuid.UUID, actor: Actor | None = None
+) -> None:
     """Remove an export. It is hidden at once, and its files are deleted soon.
+
+    Args:
+        farm: the farm.
+        tenant_id: the export's tenant.
+        export_id: the export.
+        actor: who does it, for the log of actions.
 
     Raises:
         NotFound: there is none, or it is another tenant's.
     """
     with transaction(farm.store) as connection:
         stored.remove_export(connection, tenant_id, export_id)
+        record(connection, actor, "export.delete", f"export {export_id}", "deleted")
 
 
 def _bearing(

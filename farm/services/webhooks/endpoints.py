@@ -5,8 +5,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from farm.context import Farm
 from farm.domain.event_cursors import EventCursor
@@ -18,7 +19,8 @@ from farm.services.events import is_lost, parsed_cursor
 from farm.services.webhooks import messages, sending
 from farm.services.webhooks.sending import Answer
 from farm.store import webhooks as stored
-from farm.store.engine import reads, transaction
+from farm.store.actions import Actor, record
+from farm.store.engine import transaction
 from farm.store.events import horizon, of_tenants
 from farm.store.webhooks import WebhookRow
 
@@ -36,8 +38,18 @@ def create(
     kinds: Sequence[str],
     labels: Mapping[str, str],
     description: str,
+    actor: Actor | None = None,
 ) -> tuple[WebhookRow, bytes]:
     """Create an endpoint. Return it, and its secret, which is never shown again.
+
+    Args:
+        farm: the farm.
+        tenant_id: the tenant.
+        url: address of the endpoint.
+        kinds: events that it is told of. Empty: those of jobs and exports that have ended.
+        labels: only of jobs with these labels.
+        description: note of what it is for.
+        actor: who does it, for the log of actions.
 
     Raises:
         InvalidRequest: a field is wrong; or the tenant has too many endpoints.
@@ -60,13 +72,30 @@ def create(
             description=description,
             secret=secret,
         )
+        record(connection, actor, "webhook.create", f"webhook {row.id}", _host(row))
     return row, secret
 
 
+def _host(row: WebhookRow) -> str:
+    """Return the server of an endpoint. The rest of an address may hold a secret."""
+    return urlsplit(row.url).hostname or ""
+
+
 def change(
-    farm: Farm, tenant_id: uuid.UUID, webhook_id: uuid.UUID, fields: Mapping[str, Any]
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    webhook_id: uuid.UUID,
+    fields: Mapping[str, Any],
+    actor: Actor | None = None,
 ) -> WebhookRow:
     """Change some fields of an endpoint.
+
+    Args:
+        farm: the farm.
+        tenant_id: the endpoint's tenant.
+        webhook_id: the endpoint.
+        fields: new values by the name of the field.
+        actor: who does it, for the log of actions.
 
     Raises:
         InvalidRequest: a field is wrong.
@@ -85,6 +114,8 @@ def change(
                 "Submit jobs with another `webhook`.",
                 param=fixed,
             )
+        outcome = f"set: {', '.join(sorted(fields))}"
+        record(connection, actor, "webhook.change", f"webhook {webhook_id}", outcome)
         return stored.update_webhook(connection, before, before._replace(**fields))
 
 
@@ -116,6 +147,7 @@ def replay(
     since: datetime,
     until: datetime,
     after: str | None,
+    actor: Actor | None = None,
 ) -> Replayed:
     """Make messages for one endpoint again, of events from `since` to `until`.
 
@@ -128,17 +160,23 @@ def replay(
         since: time of the first event.
         until: time before which events are.
         after: the cursor of an earlier call with the same times. None: from the beginning.
+        actor: who does it, for the log of actions.
 
     Raises:
         InvalidRequest: `after` is no cursor of a replay.
         NotFound: there is no such endpoint, or it is another tenant's.
     """
     sent = parsed_cursor(after, of_job=False)
-    with reads(farm.store) as connection:
+    with transaction(farm.store) as connection:
         endpoint = stored.get_webhook(connection, tenant_id, webhook_id)
         readable = horizon(connection)
-    if sent and is_lost(farm, sent, readable):
-        raise InvalidRequest("after: this cursor has ended. Begin again without it.", param="after")
+        if sent and is_lost(farm, sent, readable):
+            raise InvalidRequest(
+                "after: this cursor has ended. Begin again without it.", param="after"
+            )
+        first, last = (f"{each.astimezone(UTC):%Y-%m-%d %H:%M}" for each in (since, until))
+        outcome = f"events from {first} to {last} UTC"
+        record(connection, actor, "webhook.replay", f"webhook {webhook_id}", outcome)
     queued, place = 0, (sent.xid, sent.id) if sent else (0, 0)
     for _ in range(MAX_REPLAYED // REPLAYED_AT_ONCE):
         with transaction(farm.store) as connection:

@@ -14,6 +14,7 @@ from farm.domain.webhook_signatures import new_secret
 from farm.errors import InvalidRequest
 from farm.store import job_webhooks
 from farm.store import webhooks as stored
+from farm.store.actions import Actor, record
 from farm.store.engine import Transaction, reads, transaction
 from farm.store.job_webhooks import JobWebhook
 
@@ -102,10 +103,21 @@ def secret(farm: Farm, tenant_id: uuid.UUID) -> bytes:
         return job_webhooks.secret_of(connection, tenant_id, new_secret())
 
 
-def rotate(farm: Farm, tenant_id: uuid.UUID, keep_seconds: float) -> tuple[bytes, datetime | None]:
-    """Replace that secret. Return the new one, and the time until which the old one signs too."""
+def rotate(
+    farm: Farm, tenant_id: uuid.UUID, keep_seconds: float, actor: Actor | None = None
+) -> tuple[bytes, datetime | None]:
+    """Replace that secret. Return the new one, and the time until which the old one signs too.
+
+    Args:
+        farm: the farm.
+        tenant_id: the tenant.
+        keep_seconds: time for which the old one signs too.
+        actor: who does it, for the log of actions.
+    """
     new = new_secret()
     with transaction(farm.store) as connection:
         until = job_webhooks.rotate_secret(connection, tenant_id, new, keep_seconds)
         job_webhooks.copy_secret(connection, tenant_id)
+        outcome = f"the old one signs for {keep_seconds:g} s"
+        record(connection, actor, "secret.rotate", "secret of jobs' webhooks", outcome)
     return new, until
