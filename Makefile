@@ -26,7 +26,7 @@ timed = @echo '$(2)'; begun=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up lint style types check tests-unit test tests-together tests-alone test-slow \
-  test-pythons coverage images chart-tools gpu chaos bench clean
+  test-pythons coverage images chart-tools vendor gpu chaos bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -109,6 +109,9 @@ coverage: setup chart-tools ## Print the lines and branches that the tests reach
 images: ## Build the container images farm-server and farm-worker
 	$(BUILDER) build $(IMAGE) --target server --tag $(REGISTRY)farm-server:$(VERSION) .
 	$(BUILDER) build $(IMAGE) --target worker --tag $(REGISTRY)farm-worker:$(VERSION) .
+
+vendor: setup # Fetch the dashboard's scripts of others again. Needs npm.
+	$(BIN)/python -m tests.vendored
 
 gpu: setup ## Measure the CUDA device of this machine, and write docs/gpu.md
 	$(BIN)/python -m tests.gpu.report

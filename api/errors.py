@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.dashboard.html import PAGE_HEADERS, render
+from api.dashboard.html import PAGE_HEADERS, render, wants_html
 from api.request_rates import RATE, Rate, Taken
 from farm.domain.inputs import BadLines
 from farm.errors import (
@@ -91,7 +91,7 @@ def _answer(
     request: Request, content: dict[str, Any], headers: Mapping[str, str] | None = None
 ) -> Response:
     status = content["status"]
-    if "text/html" in request.headers.get("accept", ""):
+    if wants_html(request):
         page = render("problem.html", problem=content)
         return HTMLResponse(page, status, headers={**PAGE_HEADERS, **(headers or {})})
     return ProblemResponse(content, status, headers=headers)

@@ -1,11 +1,14 @@
-"""HTML templates, and the headers of every page."""
+"""HTML templates, the headers of every page, and the answers to htmx, which updates pages."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+from fastapi import Request
+from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from farm.humanize import ago, count, duration, pace, percent, size
@@ -22,6 +25,10 @@ PAGE_HEADERS = {
     "Cache-Control": "no-store",
 }
 
+UPDATES = (0, 2, 5, 15, 60)
+"""Intervals of updates that a visitor may choose, in seconds. 0: none."""
+UPDATES_AT_FIRST = 2
+
 _templates = Environment(
     loader=PackageLoader("api.dashboard"),
     autoescape=True,
@@ -34,10 +41,60 @@ _templates.filters.update(
 )
 # Part of the static files' URLs, so that a browser never mixes two versions.
 _templates.globals["version"] = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(STATIC.iterdir()))
+    b"".join(path.read_bytes() for path in sorted(STATIC.iterdir()) if path.is_file())
 ).hexdigest()[:12]
+# Answers with errors are said by page.js, and the page stays as it is. Opened details stay open.
+_templates.globals["htmx_config"] = json.dumps(
+    {
+        "noSwap": [204, 304, "4xx", "5xx"],
+        "morphIgnore": ["data-htmx-powered", "open"],
+        "includeIndicatorCSS": False,
+    }
+)
+_templates.globals["vendored"] = [
+    file
+    for package in json.loads((STATIC / "vendor" / "vendor.json").read_text())
+    for file in package["files"]
+    if file["file"].endswith(".js")
+]
+_templates.globals["choices"] = UPDATES
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template. Every value is escaped."""
     return _templates.get_template(template).render(**values)
+
+
+def is_from_htmx(request: Request) -> bool:
+    """Return True if htmx sends the request, and not a browser that opens an address."""
+    return request.headers.get("hx-request") == "true"
+
+
+def wants_html(request: Request) -> bool:
+    """Return True if a browser opens the address; False if a script sends the request."""
+    return "text/html" in request.headers.get("accept", "") and not is_from_htmx(request)
+
+
+def updates_cookie(request: Request) -> str:
+    """Return the name of the cookie with the interval of updates. Browsers share them by host."""
+    return f"farm_updates_{request.url.port or 'default'}"
+
+
+def show(request: Request, template: str, **values: Any) -> Response:
+    """Return a page, or for htmx its block `live`: 304 if that has not changed since the last time.
+
+    Runs in a thread: it takes milliseconds.
+    """
+    chosen = request.cookies.get(updates_cookie(request), "")
+    seconds = int(chosen) if chosen in map(str, UPDATES) else UPDATES_AT_FIRST
+    path, query = request.url.path, request.url.query
+    values = {**values, "here": f"{path}?{query}" if query else path, "updates": seconds}
+    headers = {**PAGE_HEADERS, "Vary": "HX-Request"}
+    if not is_from_htmx(request):
+        return HTMLResponse(render(template, **values), headers=headers)
+    found = _templates.get_template(template)
+    text = "".join(found.blocks["live"](found.new_context(values)))
+    headers["HX-PTag"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    if request.headers.get("hx-ptag") == headers["HX-PTag"]:
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(text, headers=headers)

@@ -1,4 +1,4 @@
-"""The dashboard: jobs, newest pictures and workers. A small script on the page updates it."""
+"""The dashboard: jobs, newest pictures and workers, and the buttons of a job."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from urllib.parse import urlencode
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import Response
 
 from api import schemas
-from api.auth import WRITERS, FarmDep
-from api.dashboard.html import PAGE_HEADERS, render
-from api.dashboard.session import PerhapsVisitor, VisitingWriter, Visitor, done, sign_in_page
+from api.auth import WRITERS, FarmDep, refuse_viewers
+from api.dashboard.html import is_from_htmx, show
+from api.dashboard.session import (
+    PerhapsVisitor,
+    VisitingWriter,
+    Visitor,
+    done,
+    field_of,
+    sign_in_page,
+)
 from api.places import Turns
-from api.routes.jobs import job_page
+from api.request_body import read_body
+from api.routes.jobs import job_page, one_job, storable_text
 from api.routes.workers import worker_views
 from api.tenancy import ALL, TenantAsked, about, actor_of
 from farm.context import Farm
 from farm.domain.states import TERMINAL, JobStatus
+from farm.errors import Unauthenticated
+from farm.humanize import count
 from farm.services import jobs as use_cases
 from farm.store import queries
 from farm.store.actions import Actor
@@ -68,31 +78,19 @@ Wished = Annotated[Wish, Depends(wish)]
 
 
 @router.get("/")
-async def page(
-    request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: Wished
-) -> HTMLResponse:
+async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: Wished) -> Response:
     """Show the dashboard, or the sign-in page."""
     if caller is None:
+        if is_from_htmx(request):
+            raise Unauthenticated("Your session has ended. Sign in again.")
         return sign_in_page()
-    return await _shown(request, farm, caller, wanted, "dashboard.html")
-
-
-@router.get("/live")
-async def live(request: Request, farm: FarmDep, caller: Visitor, wanted: Wished) -> HTMLResponse:
-    """Show the part of the dashboard that changes."""
-    return await _shown(request, farm, caller, wanted, "live.html")
-
-
-async def _shown(
-    request: Request, farm: Farm, caller: Caller, wanted: Wish, template: str
-) -> HTMLResponse:
     shows_all = caller.sees_everywhere and wanted.tenant is None
     whose = None if shows_all else (await about(request, caller, wanted.tenant)).tenant_id
 
-    def text() -> str:
-        return render(template, **contents(farm, caller, wanted, whose))
+    def shown() -> Response:
+        return show(request, "jobs.html", **contents(farm, caller, wanted, whose))
 
-    return HTMLResponse(await to_thread.run_sync(text), headers=PAGE_HEADERS)
+    return await to_thread.run_sync(shown)
 
 
 class Action(StrEnum):
@@ -112,19 +110,61 @@ USE_CASES: dict[Action, Callable[[Farm, uuid.UUID, uuid.UUID, Actor], object]] =
 }
 
 
+DONE = {
+    Action.CANCEL: "cancelled",
+    Action.PAUSE: "paused",
+    Action.RESUME: "resumed",
+    Action.RETRY: "tried again",
+}
+MAX_WHY = 500
+
+
+@router.get("/jobs/{job_id}/cancel")
+def confirm_cancel(request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID) -> Response:
+    """Ask whether a job is to be cancelled: it cannot be resumed."""
+    refuse_viewers(caller)
+    job = one_job(farm, caller.tenant_id, job_id)
+    counts = job.counts
+    stops = counts.waiting + counts.running
+    facts = [
+        f"{count(stops)} of {count(job.total)} frames have not ended. They are cancelled.",
+        f"{count(counts.succeeded)} pictures stay.",
+        "A cancelled job cannot be resumed.",
+    ]
+    return show(
+        request,
+        "confirm.html",
+        caller=caller,
+        question=f"Cancel job {str(job_id)[:8]} of {job.tenant}?",
+        prompt=job.spec.prompts[0],
+        facts=facts,
+        action=f"/jobs/{job_id}/cancel",
+        yes="Cancel the job",
+        no="Keep it",
+        back="/",
+    )
+
+
 @router.post("/jobs/{job_id}/{action}")
 async def act(
-    request: Request, farm: FarmDep, caller: VisitingWriter, job_id: uuid.UUID, action: Action
+    request: Request,
+    farm: FarmDep,
+    caller: VisitingWriter,
+    job_id: uuid.UUID,
+    action: Action,
+    body: Annotated[bytes, Depends(read_body)],
 ) -> Response:
     """Run the action of one of a job's buttons."""
     slow: Turns = request.app.state.slow
-    actor = actor_of(request, caller, "page").on(caller.tenant)
+    why = storable_text(field_of(body, "why"), "why")[:MAX_WHY]
+    actor = actor_of(request, caller, "page", why).on(caller.tenant)
     act_on = partial(USE_CASES[action], farm, caller.tenant_id, job_id, actor)
     if action is Action.RETRY:
         await slow.run(caller.tenant_id, act_on)
     else:
         await to_thread.run_sync(act_on)
-    return done(request)
+    said = f"Job {str(job_id)[:8]} is {DONE[action]}."
+    return done(request, said, to="/" if action is Action.CANCEL else "")
 
 
 def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) -> dict[str, Any]:

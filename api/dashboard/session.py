@@ -5,8 +5,9 @@ Scripts cannot read the cookie, other sites cannot send it, and the key itself i
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -21,10 +22,10 @@ from api.auth import (
     refuse_viewers,
     session_of,
 )
-from api.dashboard.html import PAGE_HEADERS, render
+from api.dashboard.html import PAGE_HEADERS, UPDATES, render, updates_cookie, wants_html
 from api.request_body import read_body
 from api.tenancy import about
-from farm.errors import Forbidden, Unauthenticated
+from farm.errors import Forbidden, InvalidRequest, Unauthenticated
 from farm.store import sessions
 from farm.store.engine import transaction
 from farm.store.keys import Caller
@@ -86,11 +87,6 @@ def visiting_writer(caller: Visitor, _origin: Annotated[None, Depends(same_origi
 VisitingWriter = Annotated[Caller, Depends(visiting_writer)]
 
 
-def wants_html(request: Request) -> bool:
-    """Return True if a browser opens the address; False if the page's script sends the request."""
-    return "text/html" in request.headers.get("accept", "")
-
-
 def sign_in_page(problem: str = "", status: int = 200) -> HTMLResponse:
     """Build the sign-in page, which asks for a key."""
     return HTMLResponse(render("sign_in.html", problem=problem), status, headers=PAGE_HEADERS)
@@ -100,7 +96,7 @@ def sign_in_page(problem: str = "", status: int = 200) -> HTMLResponse:
 def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_body)]) -> Response:
     """Check a key, and store a new session in the browser's cookie."""
     try:
-        caller = caller_of(farm, Credential(_field(body, "key")))
+        caller = caller_of(farm, Credential(field_of(body, "key")))
     except Unauthenticated as error:
         if wants_html(request):
             return sign_in_page(error.message, error.status)
@@ -121,7 +117,7 @@ def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_
     return response
 
 
-def _field(form: bytes, name: str) -> str:
+def field_of(form: bytes, name: str) -> str:
     """Return one field of a form; empty if the field is missing or the body is no form."""
     try:
         fields = parse_qs(form.decode("utf-8", "replace"), max_num_fields=MAX_FIELDS)
@@ -137,12 +133,46 @@ def log_out(request: Request, farm: FarmDep) -> Response:
     if session is not None:
         with transaction(farm.store) as connection:
             sessions.end_session(connection, session.secret)
-    response = done(request)
+    response = done(request, to="/")
     response.delete_cookie(cookie_name(request), httponly=True, samesite="strict")
     response.headers["Clear-Site-Data"] = '"cache"'
     return response
 
 
-def done(request: Request) -> Response:
-    """Return the response to an action: a redirect for a browser, 204 for the page's script."""
-    return RedirectResponse("/", 303) if wants_html(request) else Response(status_code=204)
+@router.post("/updates", dependencies=[Depends(same_origin)])
+def set_updates(request: Request, body: Annotated[bytes, Depends(read_body)]) -> Response:
+    """Set the interval in which the pages of this browser are updated."""
+    seconds = field_of(body, "seconds")
+    if seconds not in map(str, UPDATES):
+        choices = ", ".join(map(str, UPDATES))
+        raise InvalidRequest(f"seconds: use one of {choices}.", param="seconds")
+    response = done(request)
+    year = int(365 * DAY_SECONDS)
+    response.set_cookie(updates_cookie(request), seconds, year, httponly=True, samesite="strict")
+    return response
+
+
+def done(request: Request, said: str = "", to: str = "") -> Response:
+    """Return the response to an action.
+
+    Args:
+        request: The request of the action.
+        said: The outcome in a sentence, which a page that stays says.
+        to: Address that a browser opens next. Empty: the page that sent the request.
+    """
+    if wants_html(request):
+        return RedirectResponse(to or _sender(request), 303)
+    news = {"changed": True, **({"said": {"text": said}} if said else {})}
+    return Response(status_code=204, headers={"HX-Trigger": json.dumps(news)})
+
+
+def _sender(request: Request) -> str:
+    """Return the address of the page that sent a request, without its host."""
+    try:
+        found = urlsplit(request.headers.get("referer", ""))
+    except ValueError:
+        return "/"
+    is_other = found.netloc != request.headers.get("host") or found.path.startswith("//")
+    if is_other or found.path == request.url.path:  # the page of a refused form
+        return "/"
+    return urlunsplit(("", "", found.path or "/", found.query, ""))

@@ -17,7 +17,7 @@ from farm.context import Farm
 from farm.store import leases, workers
 from farm.store.engine import transaction
 from tests.support.api_server import Api, render, serving
-from tests.support.store import register_worker
+from tests.support.store import register_worker, sql
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -66,10 +66,14 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def browser(chrome: Chrome) -> Iterator[Chrome]:
     yield chrome
     chrome.delete_all_cookies()
+    assert not complaints(chrome), "the page breaks no rule of its Content-Security-Policy"
+
+
+def complaints(chrome: Chrome) -> list[str]:
+    """Return the errors in the browser's console since the last call, except refused requests."""
     log: list[dict[str, Any]] = chrome.execute("getLog", {"type": "browser"})["value"]
-    loud = [entry for entry in log if entry["level"] == "SEVERE"]
-    unexpected = [entry for entry in loud if "Failed to load resource" not in entry["message"]]
-    assert not unexpected, "the page breaks no rule of its Content-Security-Policy"
+    loud = [str(entry["message"]) for entry in log if entry["level"] == "SEVERE"]
+    return [text for text in loud if "Failed to load resource" not in text]
 
 
 def text_of(browser: Chrome, selector: str) -> str:
@@ -217,10 +221,16 @@ def test_buttons_steer_a_job(api: Api, browser: Chrome) -> None:
     wait_for(browser, card, "It is paused.")
     press("resume")
     wait_until(lambda: "paused" not in text_of(browser, card), 15, "it is not paused any more")
-    press("cancel")
-    browser.switch_to.alert.accept()
+    wait_for(browser, "#said", "is resumed")
+    browser.find_element("css selector", f"{card} a[href$='/cancel']").click()
+    wait_for(browser, "h1", f"Cancel job {job['id'][:8]} of ann?")
+    assert "3 of 3 frames have not ended" in text_of(browser, "main")
+    browser.find_element("id", "why").send_keys("ticket 7")
+    browser.find_element("css selector", "main button").click()
     wait_for(browser, card, "3 cancelled")
-    wait_until(lambda: text_of(browser, f"{card} .actions") == "", 15, "no button is left")
+    assert text_of(browser, f"{card} .actions") == ""
+    why = sql(api.farm, "SELECT why FROM actions WHERE verb = 'job.cancel'")
+    assert why == [("ticket 7",)]
 
 
 def test_a_viewer_sees_no_buttons(api: Api, browser: Chrome) -> None:
@@ -267,6 +277,7 @@ def test_the_page_says_when_the_farm_is_away(api: Api, browser: Chrome) -> None:
     wait_for(browser, "#said", "The farm does not answer")
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **conditions})
     wait_until(lambda: text_of(browser, "#said") == "", 15, "the farm answers again")
+    assert all("htmx:error" in text for text in complaints(browser))
 
 
 def test_docs_need_nothing_from_elsewhere(api: Api, browser: Chrome) -> None:
@@ -282,3 +293,74 @@ def test_a_browser_gets_problems_as_pages(api: Api, browser: Chrome) -> None:
     wait_for(browser, "main", "Not found")
     browser.get(f"{api.url}/pictures/{uuid.uuid4()}/0")
     wait_for(browser, "main", "Sign in first.")
+
+
+def test_a_page_without_news_is_not_sent_again(api: Api) -> None:
+    visitor = signed_in(api)
+    asked = {"HX-Request": "true", "Accept": "text/html"}
+    first = visitor.get("/", headers=asked)
+    assert first.status_code == 200
+    assert "<html" not in first.text
+    again = visitor.get("/", headers={**asked, "HX-PTag": first.headers["hx-ptag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    api.submit(api.client())
+    news = visitor.get("/", headers={**asked, "HX-PTag": first.headers["hx-ptag"]})
+    assert news.status_code == 200
+    assert news.headers["hx-ptag"] != first.headers["hx-ptag"]
+    assert "HX-Request" in news.headers["vary"]
+
+
+def test_a_hidden_page_asks_for_nothing(api: Api, browser: Chrome) -> None:
+    open_page(browser, api)
+    hide = "Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true})"
+    count = (
+        "return performance.getEntriesByType('resource').filter("
+        "each => each.initiatorType === 'fetch').length"
+    )
+    browser.execute_script(hide, True)
+    browser.execute_script(
+        "window.held = 0; document.addEventListener('htmx:before:request',"
+        " event => { if (event.defaultPrevented) window.held += 1; })"
+    )
+    before = browser.execute_script(count)
+    wait_until(lambda: browser.execute_script("return window.held") >= 2, 15, "two updates are due")
+    assert browser.execute_script(count) == before
+    browser.execute_script(hide, False)
+    browser.execute_script("document.dispatchEvent(new Event('visibilitychange'))")
+    wait_until(lambda: browser.execute_script(count) > before, 15, "a shown page is updated")
+
+
+def test_a_visitor_stops_the_updates(api: Api, browser: Chrome) -> None:
+    open_page(browser, api)
+    browser.find_element("css selector", "#updates option[value='0']").click()
+    browser.find_element("css selector", ".updates button").click()
+    trigger = "return document.getElementById('live').getAttribute('hx-trigger')"
+    wait_until(
+        lambda: browser.execute_script(trigger) == "refresh, changed from:body",
+        15,
+        "the page has no interval",
+    )
+    assert signed_in(api).post("/updates", data={"seconds": "1"}).status_code == 422
+
+
+def test_everything_works_without_a_script(api: Api) -> None:
+    visitor = api.bare(Origin=api.url, Accept="text/html")
+    visitor.follow_redirects = True
+    job = api.submit(api.client(), images_per_prompt=2)
+    signed = visitor.post("/login", data={"key": api.key()})
+    assert f"job-{job['id']}" in signed.text
+    page = "/?status=queued"
+
+    def press(path: str, **fields: str) -> httpx.Response:
+        return visitor.post(path, data=fields, headers={"Referer": api.url + page})
+
+    paused = press(f"/jobs/{job['id']}/pause")
+    assert (paused.url.raw_path.decode(), "It is paused." in paused.text) == (page, True)
+    assert "It is paused." not in press(f"/jobs/{job['id']}/resume").text
+    assert "selected" in press("/updates", seconds="60").text
+    asked = visitor.get(f"/jobs/{job['id']}/cancel")
+    assert "A cancelled job cannot be resumed." in asked.text
+    assert "2</b> cancelled" in press(f"/jobs/{job['id']}/cancel", why="ticket 7").text
+    for elsewhere in ("http://evil.example/x", f"{api.url}//evil.example", "http://[", "nonsense"):
+        back = visitor.post("/updates", data={"seconds": "5"}, headers={"Referer": elsewhere})
+        assert back.url.host == "127.0.0.1"

@@ -71,7 +71,9 @@ def test_the_cookie_holds_a_session_and_no_key(api: Api) -> None:
         check_problem(api.bare(Authorization=f"Bearer {stolen}x").get("/v1/jobs"), 401)
     check_problem(api.bare(Authorization=f"Bearer {session}").get("/v1/jobs"), 401)
     [name] = visitor.cookies
-    assert api.bare(Cookie=f"{name}={key}").get("/live").status_code == 401
+    assert (
+        api.bare(Cookie=f"{name}={key}").get("/", headers={"HX-Request": "true"}).status_code == 401
+    )
 
 
 def test_signing_out_ends_this_session_alone(api: Api) -> None:
@@ -79,20 +81,23 @@ def test_signing_out_ends_this_session_alone(api: Api) -> None:
     visitor, other = signed_in(api, key), signed_in(api, key)
     [(name, session)] = visitor.cookies.items()
     assert visitor.post("/logout").status_code == 204
-    assert api.bare(Cookie=f"{name}={session}").get("/live").status_code == 401
-    assert other.get("/live").status_code == 200
+    assert (
+        api.bare(Cookie=f"{name}={session}").get("/", headers={"HX-Request": "true"}).status_code
+        == 401
+    )
+    assert other.get("/", headers={"HX-Request": "true"}).status_code == 200
 
 
 @pytest.mark.parametrize("ending", ["its days have passed", "its key is revoked"])
 def test_a_session_has_an_end(api: Api, ending: str) -> None:
     visitor = signed_in(api, api.key())
-    assert visitor.get("/live").status_code == 200
+    assert visitor.get("/", headers={"HX-Request": "true"}).status_code == 200
     if ending == "its days have passed":
         past = "SET ends_at = clock_timestamp()"
         assert sql(api.farm, f"UPDATE sessions {past} RETURNING created_at, ends_at")
     else:
         sql(api.farm, "UPDATE keys SET revoked_at = clock_timestamp() RETURNING id")
-    refused = visitor.get("/live")
+    refused = visitor.get("/", headers={"HX-Request": "true"})
     assert refused.status_code == 401
     assert "session has ended" in refused.text
 
