@@ -112,38 +112,41 @@ def bob(api: Api) -> Owned:
 # What is seen
 
 
-@pytest.mark.parametrize("what", LISTS)
 def test_a_list_is_of_one_tenant_or_of_all(
-    operator: httpx.Client, wall: httpx.Client, ann: Owned, bob: Owned, what: str
+    operator: httpx.Client, wall: httpx.Client, ann: Owned, bob: Owned, subtests: pytest.Subtests
 ) -> None:
-    kind = what.removesuffix("s")
-    for caller in (operator, wall):
-        for asked, shown in (
-            ({}, []),
-            ({"tenant": "ops"}, []),
-            ({"tenant": "ann"}, [ann]),
-            ({"tenant": "*"}, [ann, bob]),
-        ):
-            found = caller.get(f"/v1/{what}", params=asked).json()["data"]
-            assert {(each["id"], each["tenant"]) for each in found} == {
-                (each.ids[kind], each.tenant) for each in shown
-            }, asked
-    assert [each["tenant"] for each in ann.client.get(f"/v1/{what}").json()["data"]] == ["ann"]
+    asked_and_shown: list[tuple[dict[str, str], list[Owned]]] = [
+        ({}, []),
+        ({"tenant": "ops"}, []),
+        ({"tenant": "ann"}, [ann]),
+        ({"tenant": "*"}, [ann, bob]),
+    ]
+    for what in LISTS:
+        kind = what.removesuffix("s")
+        for caller in (operator, wall):
+            for asked, shown in asked_and_shown:
+                with subtests.test(what, asked=asked):
+                    found = caller.get(f"/v1/{what}", params=asked).json()["data"]
+                    assert {(each["id"], each["tenant"]) for each in found} == {
+                        (each.ids[kind], each.tenant) for each in shown
+                    }
+        own = ann.client.get(f"/v1/{what}").json()["data"]
+        assert [each["tenant"] for each in own] == ["ann"]
 
 
-@pytest.mark.parametrize("what", LISTS)
 def test_pages_go_on_across_tenants(
-    operator: httpx.Client, ann: Owned, bob: Owned, what: str
+    operator: httpx.Client, ann: Owned, bob: Owned, subtests: pytest.Subtests
 ) -> None:
-    kind = what.removesuffix("s")
-    first = operator.get(f"/v1/{what}", params={"tenant": "*", "limit": 1}).json()
-    assert [each["tenant"] for each in first["data"]] == ["bob"]
-    asked = {"tenant": "*", "limit": 1, "after": first["next"]}
-    second = operator.get(f"/v1/{what}", params=asked).json()
-    assert ([each["tenant"] for each in second["data"]], second["next"]) == (["ann"], None)
-    foreign = {"tenant": "ann", "after": bob.ids[kind]}
-    problem = check_problem(operator.get(f"/v1/{what}", params=foreign), 422)
-    assert problem["error"]["param"] == "after"
+    for what in LISTS:
+        with subtests.test(what):
+            first = operator.get(f"/v1/{what}", params={"tenant": "*", "limit": 1}).json()
+            assert [each["tenant"] for each in first["data"]] == ["bob"]
+            asked = {"tenant": "*", "limit": 1, "after": first["next"]}
+            second = operator.get(f"/v1/{what}", params=asked).json()
+            assert ([each["tenant"] for each in second["data"]], second["next"]) == (["ann"], None)
+            foreign = {"tenant": "ann", "after": bob.ids[what.removesuffix("s")]}
+            problem = check_problem(operator.get(f"/v1/{what}", params=foreign), 422)
+            assert problem["error"]["param"] == "after"
 
 
 def test_a_list_of_all_jobs_takes_the_same_filters(
@@ -180,25 +183,29 @@ READS = (
 )
 
 
-@pytest.mark.parametrize("path", READS)
-def test_an_id_is_found_whoever_owns_it(
-    operator: httpx.Client, wall: httpx.Client, ann: Owned, path: str
+def test_an_id_is_found_in_every_tenant(
+    operator: httpx.Client, wall: httpx.Client, ann: Owned, subtests: pytest.Subtests
 ) -> None:
-    own = ann.client.get(ann.path(path).partition("?")[0]).json()
-    for caller in (operator, wall):
-        answer = caller.get(ann.path(path))
-        assert answer.status_code == 200, answer.text
-        assert set(answer.json()) == set(own)
+    for path in READS:
+        own = ann.client.get(ann.path(path).partition("?")[0]).json()
+        for caller in (operator, wall):
+            with subtests.test(path):
+                answer = caller.get(ann.path(path))
+                assert answer.status_code == 200, answer.text
+                assert set(answer.json()) == set(own)
 
 
-@pytest.mark.parametrize("path", READS)
-def test_other_keys_find_nothing_of_other_tenants(api: Api, ann: Owned, path: str) -> None:
+def test_other_keys_find_nothing_of_other_tenants(
+    api: Api, ann: Owned, subtests: pytest.Subtests
+) -> None:
     for role in ("client", "viewer"):
         stranger = api.client("bob", role)
-        named = "?" in path
-        problem = check_problem(stranger.get(ann.path(path)), 403 if named else 404)
-        assert problem["error"]["param"] == ("tenant" if named else None)
-        assert "ann" not in problem["detail"]
+        for path in READS:
+            with subtests.test(path, role=role):
+                named = "?" in path
+                problem = check_problem(stranger.get(ann.path(path)), 403 if named else 404)
+                assert problem["error"]["param"] == ("tenant" if named else None)
+                assert "ann" not in problem["detail"]
 
 
 def test_an_image_of_another_tenant_is_downloaded(operator: httpx.Client, ann: Owned) -> None:
@@ -248,10 +255,13 @@ def test_a_job_of_another_tenant_than_the_named_one_is_not_found(
     check_problem(operator.get(path, params={"tenant": "bob"}), 404)
 
 
-@pytest.mark.parametrize("word", ["x", "1", str(2**70), str(uuid.UUID(int=7))])
-def test_an_id_that_nobody_owns_is_refused_as_ever(operator: httpx.Client, word: str) -> None:
-    for kind in ("jobs", "exports", "inputs", "webhooks", "deliveries"):
-        assert operator.get(f"/v1/{kind}/{word}").status_code in (404, 422)
+def test_an_id_that_nobody_owns_is_refused(
+    operator: httpx.Client, subtests: pytest.Subtests
+) -> None:
+    for word in ("x", "1", str(2**70), str(uuid.UUID(int=7))):
+        for kind in ("jobs", "exports", "inputs", "webhooks", "deliveries"):
+            with subtests.test(word, kind=kind):
+                assert operator.get(f"/v1/{kind}/{word}").status_code in (404, 422)
 
 
 def test_a_query_in_the_address_of_anothers_webhook_is_not_shown(
@@ -285,15 +295,16 @@ CREATES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize(("path", "body"), CREATES)
 def test_nothing_is_created_in_the_name_of_another_tenant(
-    api: Api, operator: httpx.Client, ann: Owned, path: str, body: dict[str, Any]
+    farm: Farm, operator: httpx.Client, ann: Owned, subtests: pytest.Subtests
 ) -> None:
-    jobs = api.jobs_stored()
-    answer = operator.post(path, json=body, params={"tenant": "ann"})
-    assert answer.status_code == 403
-    assert "tenant: this call acts for the tenant of the key, ops." in answer.text
-    assert api.jobs_stored() == jobs
+    before = everything(farm)
+    for path, body in CREATES:
+        with subtests.test(path):
+            answer = operator.post(path, json=body, params={"tenant": "ann"})
+            assert answer.status_code == 403
+            assert "tenant: this call acts for the tenant of the key, ops." in answer.text
+    assert everything(farm) == before
 
 
 def test_no_secret_of_another_tenant_is_given(operator: httpx.Client, ann: Owned) -> None:
@@ -302,10 +313,15 @@ def test_no_secret_of_another_tenant_is_given(operator: httpx.Client, ann: Owned
     check_problem(operator.post(ann.path("/v1/jobs/{job}/tokens"), json={}), 404)
 
 
-VERBS: dict[str, tuple[str, str, dict[str, Any] | None, str]] = {
+Verb = tuple[str, str, dict[str, Any] | None, str]
+"""Method, path, body and target."""
+HOOK = "webhook {webhook}"
+
+VERBS: dict[str, Verb] = {
     "job.pause": ("POST", "/v1/jobs/{job}/pause", None, "job {job}"),
-    "job.cancel": ("POST", "/v1/jobs/{job}/cancel", None, "job {job}"),
+    "job.resume": ("POST", "/v1/jobs/{job}/resume", None, "job {job}"),
     "job.retry": ("POST", "/v1/jobs/{job}/retry", None, "job {job}"),
+    "job.cancel": ("POST", "/v1/jobs/{job}/cancel", None, "job {job}"),
     "export.delete": ("DELETE", "/v1/exports/{export}", None, "export {export}"),
     "input.delete": ("DELETE", "/v1/inputs/{input}", None, "input {input}"),
     "image.delete": ("DELETE", "/v1/images/{image}?tenant=ann", None, "image {image}"),
@@ -313,28 +329,27 @@ VERBS: dict[str, tuple[str, str, dict[str, Any] | None, str]] = {
         "PATCH",
         "/v1/webhooks/{webhook}",
         {"description": "x"},
-        "webhook {webhook}",
+        HOOK,
     ),
-    "webhook.test": ("POST", "/v1/webhooks/{webhook}/test", {}, "webhook {webhook}"),
+    "webhook.test": ("POST", "/v1/webhooks/{webhook}/test", {}, HOOK),
     "webhook.replay": (
         "POST",
         "/v1/webhooks/{webhook}/replay",
         {"since": "2026-01-01T00:00:00Z"},
-        "webhook {webhook}",
+        HOOK,
     ),
-    "webhook.delete": ("DELETE", "/v1/webhooks/{webhook}", None, "webhook {webhook}"),
     "delivery.redeliver": (
         "POST",
         "/v1/deliveries/{delivery}/redeliver",
         None,
         "delivery {delivery}",
     ),
+    "webhook.delete": ("DELETE", "/v1/webhooks/{webhook}", None, HOOK),
 }
-"""Verbs on what tenants own: method, path, body and target."""
+"""Verbs on what tenants own. Each has an effect after those before it."""
 
-OPERATING: dict[str, tuple[str, str, dict[str, Any] | None, str]] = {
+OPERATING: dict[str, Verb] = {
     "tenant.set": ("PATCH", "/v1/tenants/ann", {"weight": 2}, "tenant ann"),
-    "tenant.delete": ("DELETE", "/v1/tenants/ann", None, "tenant ann"),
     "destination.grant": (
         "POST",
         "/v1/destinations",
@@ -342,9 +357,10 @@ OPERATING: dict[str, tuple[str, str, dict[str, Any] | None, str]] = {
         "tenant ann",
     ),
     "worker.drain": ("POST", "/v1/workers/{worker}/drain", None, "worker {worker_name}"),
+    "tenant.delete": ("DELETE", "/v1/tenants/ann", None, "tenant ann"),
 }
-OWN: dict[str, tuple[str, str, dict[str, Any] | None, str]] = {
-    "webhook.rotate": ("POST", "/v1/webhooks/{webhook}/rotate", {}, "webhook {webhook}"),
+OWN: dict[str, Verb] = {
+    "webhook.rotate": ("POST", "/v1/webhooks/{webhook}/rotate", {}, HOOK),
     "secret.rotate": ("POST", "/v1/webhooks/secret/rotate", {}, "secret of jobs' webhooks"),
 }
 """Verbs on the key's own tenant alone."""
@@ -356,66 +372,76 @@ def act(caller: httpx.Client, owned: Owned, verb: str, **params: str) -> httpx.R
     return caller.request(method, url, json=body)
 
 
-@pytest.mark.parametrize("verb", VERBS)
 def test_an_operator_steers_every_tenant_and_it_is_logged(
-    operator: httpx.Client, ann: Owned, verb: str
+    operator: httpx.Client, ann: Owned, subtests: pytest.Subtests
 ) -> None:
-    answer = act(operator, ann, verb, why="ticket 7")
-    assert answer.is_success, answer.text
-    [action] = operator.get("/v1/actions", params={"verb": verb}).json()["data"]
-    told = {name: action[name] for name in ("who", "role", "tenant", "via", "owner", "why")}
-    assert told == {
-        "who": "operator",
-        "role": "operator",
-        "tenant": "ops",
-        "via": "api",
-        "owner": "ann",
-        "why": "ticket 7",
-    }
-    assert action["target"] == ann.path(VERBS[verb][3])
-    assert action["outcome"]
+    for verb in VERBS:
+        with subtests.test(verb):
+            answer = act(operator, ann, verb, why="ticket 7")
+            assert answer.is_success, answer.text
+            [action] = operator.get("/v1/actions", params={"limit": 1}).json()["data"]
+            names = ("verb", "who", "role", "tenant", "via", "owner", "why", "target")
+            assert {name: action[name] for name in names} == {
+                "verb": verb,
+                "who": "operator",
+                "role": "operator",
+                "tenant": "ops",
+                "via": "api",
+                "owner": "ann",
+                "why": "ticket 7",
+                "target": ann.path(VERBS[verb][3]),
+            }
+            assert action["outcome"]
 
 
-@pytest.mark.parametrize("verb", OPERATING)
-def test_what_only_operators_do_is_logged(operator: httpx.Client, ann: Owned, verb: str) -> None:
-    assert act(operator, ann, verb, why="ticket 7").is_success
-    [action] = operator.get("/v1/actions", params={"verb": verb}).json()["data"]
-    assert (action["target"], action["why"]) == (ann.path(OPERATING[verb][3]), "ticket 7")
-    assert action["owner"] == (None if verb == "worker.drain" else "ann")
+def test_what_only_operators_do_is_logged(
+    operator: httpx.Client, ann: Owned, subtests: pytest.Subtests
+) -> None:
+    for verb in OPERATING:
+        with subtests.test(verb):
+            assert act(operator, ann, verb, why="ticket 7").is_success
+            [action] = operator.get("/v1/actions", params={"limit": 1}).json()["data"]
+            assert (action["verb"], action["target"]) == (verb, ann.path(OPERATING[verb][3]))
+            assert action["owner"] == (None if verb == "worker.drain" else "ann")
+            assert action["why"] == "ticket 7"
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *OWN])
 def test_what_a_client_does_to_its_own_is_logged(
-    api: Api, operator: httpx.Client, ann: Owned, verb: str
+    operator: httpx.Client, ann: Owned, subtests: pytest.Subtests
 ) -> None:
     # Its own webhook.create was logged when the tenant was made.
-    answer = act(ann.client, ann, verb)
-    assert answer.is_success, answer.text
+    verbs = [*OWN, *VERBS]
+    for verb in verbs:
+        with subtests.test(verb):
+            answer = act(ann.client, ann, verb)
+            assert answer.is_success, answer.text
     found = operator.get("/v1/actions", params={"tenant": "ann"}).json()["data"]
-    assert [each["verb"] for each in found] == [verb, "webhook.create"]
+    assert [each["verb"] for each in reversed(found)] == ["webhook.create", *verbs]
     assert {(each["tenant"], each["role"], each["owner"]) for each in found} == {
         ("ann", "client", "ann")
     }
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *OPERATING])
 def test_a_key_that_sees_every_tenant_steers_none(
-    farm: Farm, wall: httpx.Client, ann: Owned, verb: str
+    farm: Farm, wall: httpx.Client, ann: Owned, subtests: pytest.Subtests
 ) -> None:
     before = everything(farm)
-    problem = check_problem(act(wall, ann, verb), 403)
-    assert problem["error"]["code"] == "forbidden"
-    assert everything(farm) == before
+    for verb in (*VERBS, *OPERATING):
+        with subtests.test(verb):
+            problem = check_problem(act(wall, ann, verb), 403)
+            assert problem["error"]["code"] == "forbidden"
+            assert everything(farm) == before
 
 
-@pytest.mark.parametrize("verb", VERBS)
 def test_a_client_of_another_tenant_steers_nothing(
-    api: Api, farm: Farm, ann: Owned, verb: str
+    api: Api, farm: Farm, ann: Owned, subtests: pytest.Subtests
 ) -> None:
     stranger = api.client("bob")
     before = everything(farm)
-    assert act(stranger, ann, verb).status_code in (403, 404)
-    assert everything(farm) == before
+    for verb in VERBS:
+        with subtests.test(verb):
+            assert act(stranger, ann, verb).status_code in (403, 404)
+            assert everything(farm) == before
 
 
 CHANGED = (
@@ -443,9 +469,8 @@ def everything(farm: Farm) -> dict[str, Any]:
 # The log
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *OPERATING, *OWN])
 def test_an_action_that_cannot_be_logged_does_not_happen(
-    farm: Farm, operator: httpx.Client, ann: Owned, verb: str
+    farm: Farm, operator: httpx.Client, ann: Owned, subtests: pytest.Subtests
 ) -> None:
     sql(
         farm,
@@ -456,10 +481,13 @@ def test_an_action_that_cannot_be_logged_does_not_happen(
         farm,
         "CREATE TRIGGER refuse BEFORE INSERT ON actions FOR EACH ROW EXECUTE FUNCTION refuse()",
     )
-    before = everything(farm)
-    caller = ann.client if verb in OWN else operator
-    assert act(caller, ann, verb).status_code == 500
-    assert everything(farm) == before
+    for verb in (*VERBS, *OPERATING, *OWN):
+        sql(farm, "UPDATE jobs SET paused = :paused", paused=verb == "job.resume")
+        before = everything(farm)
+        with subtests.test(verb):
+            caller = ann.client if verb in OWN else operator
+            assert act(caller, ann, verb).status_code == 500
+            assert everything(farm) == before
 
 
 def test_every_call_that_changes_something_is_logged(api: Api) -> None:

@@ -180,28 +180,31 @@ def test_an_operator_sees_who_did_what_to_a_job(api: Api, operator: httpx.Client
 PAGES = ("", "/frames", "/attempts", "/json", "/frames/0", "/frames/2", "/cancel")
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_a_page_is_for_those_who_see_the_job(api: Api, operator: httpx.Client, path: str) -> None:
+def test_a_page_is_for_those_who_see_the_job(
+    api: Api, operator: httpx.Client, visitor: httpx.Client, subtests: pytest.Subtests
+) -> None:
     job = mixed_job(api)
-    for visitor in (signed_in(api, api.key()), operator):
-        assert "a red star" in text_of(visitor, f"/jobs/{job}{path}")
     stranger = signed_in(api, api.key("bob"))
-    assert "a red star" not in text_of(stranger, f"/jobs/{job}{path}", 404)
-    nobody = text_of(api.bare(), f"/jobs/{job}{path}", 401)
-    assert "API key" in nobody
+    for path in PAGES:
+        with subtests.test(path):
+            for each in (visitor, operator):
+                assert "a red star" in text_of(each, f"/jobs/{job}{path}")
+            assert "a red star" not in text_of(stranger, f"/jobs/{job}{path}", 404)
+            assert "API key" in text_of(api.bare(), f"/jobs/{job}{path}", 401)
 
 
-@pytest.mark.parametrize("path", ["", "/frames", "/attempts", "/frames/0"])
-def test_a_page_without_news_is_a_304(api: Api, path: str) -> None:
+def test_a_page_without_news_is_a_304(api: Api, subtests: pytest.Subtests) -> None:
     job = api.submit(api.client(), images_per_prompt=2)
     sql(api.farm, "UPDATE jobs SET created_at = now() - interval '3 days'")
     sql(api.farm, "UPDATE events SET at = now() - interval '3 days'")
     visitor = signed_in(api, api.key())
     asked = {**ASKED, "HX-Request": "true"}
-    first = visitor.get(f"/jobs/{job['id']}{path}", headers=asked)
-    assert first.text.strip().startswith("<main")
-    tag = {"HX-PTag": first.headers["hx-ptag"]}
-    assert visitor.get(f"/jobs/{job['id']}{path}", headers={**asked, **tag}).status_code == 304
+    for path in ("", "/frames", "/attempts", "/frames/0"):
+        with subtests.test(path):
+            first = visitor.get(f"/jobs/{job['id']}{path}", headers=asked)
+            assert first.text.strip().startswith("<main")
+            known = {**asked, "HX-PTag": first.headers["hx-ptag"]}
+            assert visitor.get(f"/jobs/{job['id']}{path}", headers=known).status_code == 304
 
 
 def frames_on(page: str) -> list[int]:
