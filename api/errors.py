@@ -119,7 +119,8 @@ def farm_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, LimitExceeded) and error.limit:
         more = {"limit": limit_body(error.limit)}
     if isinstance(error, Unauthenticated) and wants_html(request) and not _is_api(request):
-        page = render("sign_in.html", problem=error.message)
+        back = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        page = render("sign_in.html", problem=error.message, back=back)
         return HTMLResponse(page, error.status, headers={**PAGE_HEADERS, **headers})
     content = problem(error.status, error.code, error.message, error.param, **more)
     return _answer(request, content, headers)

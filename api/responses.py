@@ -14,7 +14,7 @@ from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import provenances, queries
 from farm.store.engine import Transaction
-from farm.store.keys import Caller
+from farm.store.keys import OPERATOR, Caller
 from farm.store.lines import lines_of
 from farm.store.queries import FrameRow, JobRow
 
@@ -94,7 +94,7 @@ def frame_views(
         apart = provenances.of_frames(connection, job.id, list(rows))
     for row in queries.frame_attempts(connection, job.id, list(rows)):
         attempt = schemas.Attempt.model_validate(row, from_attributes=True)
-        if not caller.sees_everywhere:
+        if caller.role != OPERATOR:
             attempt.log = None
         attempts.setdefault(row.ordinal, []).append(attempt)
     return [

@@ -65,7 +65,9 @@ class Job(BaseModel):
     """A job in its current state."""
 
     id: uuid.UUID
-    tenant: str = Field(description="Name of the tenant that owns it")
+    tenant: str = Field(
+        description="Name of the tenant that owns it; empty for the holder of a token"
+    )
     pipeline: str
     status: JobStatus
     paused: bool

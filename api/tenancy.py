@@ -111,7 +111,8 @@ Writer = Annotated[Caller, Depends(writer)]
 async def own_writer(request: Request, caller: AnyKey) -> Caller:
     """Require a key that may create something in its tenant, or get a secret of it."""
     refuse_viewers(caller)
-    if request.query_params.get("tenant", caller.tenant) != caller.tenant:
+    named = request.query_params.get("tenant", caller.tenant) != caller.tenant
+    if named or (await about(request, caller, None)).home is not None:
         raise Forbidden(
             f"tenant: this call acts for the tenant of the key, {caller.tenant}. Leave `tenant` "
             "out, or use a key of the other tenant.",

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
 
 from api import schemas
 from api.auth import FarmDep, refuse_viewers
@@ -22,6 +22,7 @@ from api.routes.jobs import one_job, storable_text
 from api.tenancy import actor_of
 from farm.context import Farm
 from farm.domain.states import TERMINAL, JobStatus
+from farm.errors import TooLarge
 from farm.humanize import count
 from farm.services import jobs as use_cases
 from farm.store.actions import Actor
@@ -53,6 +54,8 @@ DONE = {
     Action.RETRY: "tried again",
 }
 MAX_WHY = 500
+MAX_FORM_BYTES = 8192
+"""Size of a button's form. It is parsed on the event loop."""
 
 
 @router.get("/jobs/{job_id}/cancel")
@@ -60,6 +63,8 @@ def confirm_cancel(request: Request, farm: FarmDep, caller: Visitor, job_id: uui
     """Ask whether a job is to be cancelled: it cannot be resumed."""
     refuse_viewers(caller)
     job = one_job(farm, caller.tenant_id, job_id)
+    if job.status in TERMINAL:  # the visitor came back to this page
+        return RedirectResponse(f"/jobs/{job_id}", 303)
     counts = job.counts
     stops = counts.waiting + counts.running
     facts = [
@@ -81,6 +86,14 @@ def confirm_cancel(request: Request, farm: FarmDep, caller: Visitor, job_id: uui
     )
 
 
+@router.get("/jobs/{job_id}/pause")
+@router.get("/jobs/{job_id}/resume")
+@router.get("/jobs/{job_id}/retry")
+def after_signing_in(job_id: uuid.UUID) -> Response:
+    """Lead to the job. A browser asks for this if its session had ended when a button was used."""
+    return RedirectResponse(f"/jobs/{job_id}", 303)
+
+
 @router.post("/jobs/{job_id}/{action}")
 async def act(
     request: Request,
@@ -91,6 +104,8 @@ async def act(
     body: Annotated[bytes, Depends(read_body)],
 ) -> Response:
     """Run the action of one of a job's buttons."""
+    if len(body) > MAX_FORM_BYTES:
+        raise TooLarge(f"The form is larger than {MAX_FORM_BYTES} bytes. Shorten the reason.")
     slow: Turns = request.app.state.slow
     why = storable_text(field_of(body, "why"), "why")[:MAX_WHY]
     actor = actor_of(request, caller, "page", why).on(caller.tenant)

@@ -17,6 +17,7 @@ from api.dashboard.session import VisitingWriter, field_of
 from api.places import Turns
 from api.request_body import read_body
 from api.routes.jobs import job_body
+from farm.context import Farm
 from farm.errors import FarmError
 from farm.services import jobs as use_cases
 from farm.store import job_pages as stored
@@ -31,9 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "grid": {},
     "labels": {},
     "format": "png",
-    "max_rerolls": 0,
     "reuse": False,
-    "metadata": "full",
 }
 """Values that a job has anyway: they are left out."""
 
@@ -85,11 +84,21 @@ async def submit(
     body: Annotated[bytes, Depends(read_body)],
 ) -> Response:
     """Submit a job from the page, for the tenant of the visitor's key."""
+    slow: Turns = request.app.state.slow  # a form of megabytes takes seconds
+    return await slow.run(caller.tenant_id, _submitted, request, farm, caller, body)
+
+
+@router.get("/submit")
+def nothing_to_submit() -> Response:
+    """Lead to the jobs. A browser asks for this if its session had ended when a job was sent."""
+    return RedirectResponse("/", 303)
+
+
+def _submitted(request: Request, farm: Farm, caller: Caller, body: bytes) -> Response:
     text, key = field_of(body, "job"), field_of(body, "key") or None
-    slow: Turns = request.app.state.slow
     try:
         asked = job_body(text.encode("utf-8", "replace"), caller)
-        row = await slow.run(caller.tenant_id, use_cases.submit, farm, caller.tenant_id, asked, key)
+        row = use_cases.submit(farm, caller.tenant_id, asked, key)
     except FarmError as error:
         return _refused(request, caller, text, key, error)
     return RedirectResponse(f"/jobs/{row.id}", 303)

@@ -87,9 +87,16 @@ def visiting_writer(caller: Visitor, _origin: Annotated[None, Depends(same_origi
 VisitingWriter = Annotated[Caller, Depends(visiting_writer)]
 
 
-def sign_in_page(problem: str = "", status: int = 200) -> HTMLResponse:
-    """Build the sign-in page, which asks for a key."""
-    return HTMLResponse(render("sign_in.html", problem=problem), status, headers=PAGE_HEADERS)
+def sign_in_page(problem: str = "", status: int = 200, back: str = "/") -> HTMLResponse:
+    """Build the sign-in page, which asks for a key, and leads to the address `back`."""
+    page = render("sign_in.html", problem=problem, back=back)
+    return HTMLResponse(page, status, headers=PAGE_HEADERS)
+
+
+def _local(address: str) -> str:
+    """Return an address of this server without its host, or `/`."""
+    is_local = address.startswith("/") and not address.startswith("//") and address.isprintable()
+    return address if is_local and "\\" not in address else "/"
 
 
 @router.post("/login", dependencies=[Depends(same_origin)])
@@ -99,19 +106,19 @@ def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_
         caller = caller_of(farm, Credential(field_of(body, "key")))
     except Unauthenticated as error:
         if wants_html(request):
-            return sign_in_page(error.message, error.status)
+            return sign_in_page(error.message, error.status, _local(field_of(body, "back")))
         raise
     count_request(request, caller)
     seconds = farm.settings.session_days * DAY_SECONDS
     with transaction(farm.store) as connection:
         session = sessions.open_session(connection, caller, seconds)
-    response = done(request)
+    response = done(request, to=_local(field_of(body, "back")))
     response.set_cookie(
         cookie_name(request),
         session,
         max_age=int(seconds),
         httponly=True,
-        samesite="strict",
+        samesite="lax",
         secure=request.url.scheme == "https",
     )
     return response
@@ -134,7 +141,7 @@ def log_out(request: Request, farm: FarmDep) -> Response:
         with transaction(farm.store) as connection:
             sessions.end_session(connection, session.secret)
     response = done(request, to="/")
-    response.delete_cookie(cookie_name(request), httponly=True, samesite="strict")
+    response.delete_cookie(cookie_name(request), httponly=True, samesite="lax")
     response.headers["Clear-Site-Data"] = '"cache"'
     return response
 
@@ -148,7 +155,7 @@ def set_updates(request: Request, body: Annotated[bytes, Depends(read_body)]) ->
         raise InvalidRequest(f"seconds: use one of {choices}.", param="seconds")
     response = done(request)
     year = int(365 * DAY_SECONDS)
-    response.set_cookie(updates_cookie(request), seconds, year, httponly=True, samesite="strict")
+    response.set_cookie(updates_cookie(request), seconds, year, httponly=True, samesite="lax")
     return response
 
 

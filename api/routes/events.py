@@ -31,13 +31,14 @@ from api.streaming.streams import (
     wants_stream,
 )
 from api.streaming.views import event_view
-from api.tenancy import OwnWriter
+from api.tenancy import OwnActing, OwnWriter
 from farm.domain.event_kinds import GROUPS, KINDS, unknown_kind
 from farm.errors import InvalidRequest
 from farm.services import events as use_cases
 from farm.services.events import EventFilter, EventPage
 from farm.store import queries
-from farm.store.engine import reads
+from farm.store.actions import record
+from farm.store.engine import transaction
 
 router = APIRouter(prefix="/v1", tags=["events"])
 
@@ -157,14 +158,17 @@ def create_token(
     request: Request,
     farm: FarmDep,
     caller: OwnWriter,
+    actor: OwnActing,
     job_id: JobId,
     asked: schemas.WatchTokenAsked,
 ) -> schemas.WatchToken:
     """Create a token with which a page in a browser may read the events of one job, and nothing
     else. Its holder sees the job as `GET /v1/jobs/{id}` returns it, with its images."""
-    with reads(farm.store) as connection:
-        queries.get_job(connection, caller.tenant_id, job_id)
     until = int(time.time()) + asked.seconds
+    with transaction(farm.store) as connection:
+        queries.get_job(connection, caller.tenant_id, job_id)
+        outcome = f"for {asked.seconds} s"
+        record(connection, actor, "token.create", f"job {job_id}", outcome)
     token, url = new_token(request, job_id, until)
     return schemas.WatchToken(token=token, url=url, expires_at=datetime.fromtimestamp(until, UTC))
 

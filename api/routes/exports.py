@@ -18,11 +18,12 @@ from api.heads import IsHead
 from api.openapi import refusals
 from api.paging import After, Limit, check_after, page
 from api.routes.jobs import JobId
-from api.tenancy import Acting, Listed, OwnWriter, Reader, Writer
+from api.tenancy import Acting, Listed, OwnActing, OwnWriter, Reader, Writer
 from farm.context import Farm
 from farm.errors import InvalidRequest, NotFound
 from farm.services.exports import service as use_cases
 from farm.store import exports, queries
+from farm.store.actions import Actor
 from farm.store.engine import Transaction, reads
 from farm.store.exports import Export, ShardRow
 
@@ -43,24 +44,33 @@ FileName = Annotated[
     responses=refusals(400, 404),
 )
 async def export_job(
-    request: Request, farm: FarmDep, caller: OwnWriter, job_id: JobId, asked: schemas.ExportAsked
+    request: Request,
+    farm: FarmDep,
+    caller: OwnWriter,
+    actor: OwnActing,
+    job_id: JobId,
+    asked: schemas.ExportAsked,
 ) -> schemas.Export:
     """Start an export of a job's pictures as a dataset. A shard is written when all its frames have
     ended, also while the job still renders."""
     await to_thread.run_sync(_check_job, farm, caller.tenant_id, job_id)
-    return await _create(request, farm, caller.tenant_id, asked, [job_id], {})
+    return await _create(request, farm, caller.tenant_id, asked, [job_id], {}, actor)
 
 
 @router.post("/exports", status_code=202, summary="Export several jobs", responses=refusals(400))
 async def export_jobs(
-    request: Request, farm: FarmDep, caller: OwnWriter, asked: schemas.ExportOfJobs
+    request: Request,
+    farm: FarmDep,
+    caller: OwnWriter,
+    actor: OwnActing,
+    asked: schemas.ExportOfJobs,
 ) -> schemas.Export:
     """Start an export of several jobs' pictures as one dataset. Choose the jobs by `jobs` or by
     `labels`."""
     if bool(asked.jobs) == bool(asked.labels):
         raise InvalidRequest("jobs: pass either `jobs` or `labels`, exactly one.", param="jobs")
     job_ids = [_id(word) for word in asked.jobs]
-    return await _create(request, farm, caller.tenant_id, asked, job_ids, asked.labels)
+    return await _create(request, farm, caller.tenant_id, asked, job_ids, asked.labels, actor)
 
 
 @router.get("/exports", summary="List exports, newest first")
@@ -155,6 +165,7 @@ async def _create(
     asked: schemas.ExportAsked,
     job_ids: Sequence[uuid.UUID],
     labels: Mapping[str, str],
+    actor: Actor,
 ) -> schemas.Export:
     create = partial(
         use_cases.create,
@@ -165,6 +176,7 @@ async def _create(
         labels=labels,
         shard_frames=asked.shard_frames,
         dest=asked.dest,
+        actor=actor,
     )
     # A destination is checked in the storage. These threads are separate, so no other call waits.
     limiter = None if asked.dest is None else request.app.state.storage

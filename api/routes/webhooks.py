@@ -21,7 +21,7 @@ from api.tenancy import Acting, OwnActing, OwnWriter, Reader, Writer
 from farm.context import Farm
 from farm.domain.event_kinds import TOLD
 from farm.domain.webhook_signatures import new_secret, shown
-from farm.errors import InvalidRequest
+from farm.errors import Forbidden, InvalidRequest
 from farm.services.webhooks import endpoints as use_cases
 from farm.services.webhooks import of_jobs
 from farm.store import queries
@@ -108,7 +108,15 @@ def change_webhook(
     change: schemas.WebhookChange,
 ) -> schemas.Webhook:
     """Change an endpoint. Fields that are left out stay. Enabling one that failed begins again."""
-    row = use_cases.change(farm, caller.tenant_id, webhook_id, change.fields(), actor)
+    fields = change.fields()
+    own = next((name for name in fields if name in ("url", "kinds", "labels")), None)
+    if caller.home and own:
+        raise Forbidden(
+            f"{own}: only keys of {caller.tenant} change this. You may set `state` and "
+            "`description`.",
+            param=own,
+        )
+    row = use_cases.change(farm, caller.tenant_id, webhook_id, fields, actor)
     return _view(row, caller)
 
 
@@ -300,8 +308,9 @@ def _view(row: WebhookRow, caller: Caller) -> schemas.Webhook:
 
 
 def _shown_url(url: str, caller: Caller) -> str:
-    may_set_it = caller.role in WRITERS and caller.home is None
-    return url if may_set_it else url.partition("?")[0]
+    if caller.home is not None:
+        return f"{'/'.join(url.split('/')[:3])}/…"
+    return url if caller.role in WRITERS else url.partition("?")[0]
 
 
 def _refuse_server(row: WebhookRow, instead: str) -> None:

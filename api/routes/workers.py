@@ -13,7 +13,7 @@ from api.tenancy import Operating
 from farm.errors import NotFound
 from farm.store import actions, queries, workers
 from farm.store.engine import Transaction, transaction
-from farm.store.keys import Caller
+from farm.store.keys import OPERATOR, Caller
 from farm.store.workers import WorkerRow
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
@@ -39,11 +39,14 @@ def drain(
     exits, within FARM_GRACE_SECONDS. Frames that it cannot finish are requeued without using up an
     attempt."""
     with transaction(farm.store) as connection:
-        if not workers.drain(connection, worker_id):
-            raise NotFound(f"There is no worker {worker_id} that is alive.")
+        is_news = workers.drain(connection, worker_id)
         rows = worker_views(connection, caller)
-        drained = next(row for row in rows if row.id == worker_id)
-        actions.record(connection, actor, "worker.drain", f"worker {drained.name}", drained.state)
+        drained = next((row for row in rows if row.id == worker_id), None)
+        if drained is None:
+            raise NotFound(f"There is no worker {worker_id} that is alive.")
+        if is_news:
+            target = f"worker {drained.name}"
+            actions.record(connection, actor, "worker.drain", target, drained.state)
     return drained
 
 
@@ -55,10 +58,10 @@ def worker_views(connection: Transaction, caller: Caller) -> list[schemas.Worker
     shown = (
         rendered if sees_all else queries.own_jobs(connection, caller.tenant_id, sorted(rendered))
     )
-    return [_view(row, shown, sees_all) for row in rows]
+    return [_view(row, shown, caller.role == OPERATOR) for row in rows]
 
 
-def _view(row: WorkerRow, shown: set[uuid.UUID], sees_all: bool) -> schemas.Worker:
+def _view(row: WorkerRow, shown: set[uuid.UUID], is_operator: bool) -> schemas.Worker:
     return schemas.Worker(
         id=row.id,
         name=row.name,
@@ -73,9 +76,9 @@ def _view(row: WorkerRow, shown: set[uuid.UUID], sees_all: bool) -> schemas.Work
         succeeded=row.succeeded,
         busy=row.busy,
         batch=_batch(row, row.job_ids, shown) if row.job_ids else None,
-        host=row.host if sees_all else None,
-        pid=row.pid if sees_all else None,
-        version=row.version if sees_all else None,
+        host=row.host if is_operator else None,
+        pid=row.pid if is_operator else None,
+        version=row.version if is_operator else None,
         problem=row.problem,
     )
 

@@ -58,7 +58,7 @@ class Call(Generic[Result]):
     @property
     def query(self) -> dict[str, Any]:
         """The query without empty values."""
-        return {name: value for name, value in self.params.items() if value not in (None, [], "")}
+        return {name: value for name, value in self.params.items() if value not in (None, [])}
 
 
 def quoted(word: str) -> str:
@@ -128,7 +128,7 @@ def steer(job_id: str, verb: str, why: str = "") -> Call[JobData]:
     """Cancel, pause, resume or retry a job. The reason is stored with the action."""
     # A second `retry` is a conflict, so it must not be sent again after a lost answer.
     path = f"/v1/jobs/{quoted(job_id)}/{verb}"
-    return Call(JobData, "POST", path, params={"why": why}, again=verb != "retry")
+    return Call(JobData, "POST", path, params={"why": why or None}, again=verb != "retry")
 
 
 def token(job_id: str, seconds: int) -> Call[dict[str, str]]:

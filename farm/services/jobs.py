@@ -302,8 +302,8 @@ def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | N
 def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> int:
     """Requeue a job's dead frames with new attempts, and ring its lane. Return their number.
 
-    It ends before all are requeued if other jobs reach the tenant's limits in between. Each
-    transaction logs the frames that it requeues.
+    It ends before all are requeued if other jobs reach the tenant's limits in between. The first
+    transaction logs it.
     """
     frames = 0
     while True:
@@ -317,8 +317,9 @@ def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | No
                 if not frames:
                     raise
                 break
-            outcome = f"{some} dead frames requeued"
-            record(connection, actor, "job.retry", f"job {job_id}", outcome)
+            if not frames:
+                outcome = f"{job.dead} dead frames are requeued"
+                record(connection, actor, "job.retry", f"job {job_id}", outcome)
             frames += some
     farm.bells.ring(job.pipeline)
     return frames

@@ -16,7 +16,7 @@ from farm.store.rows import JsonObject, rows_of
 CELLS = 400
 """Cells of a map, at most."""
 SEEN_IN_CELL = 25
-"""Failed attempts that are looked at in each cell."""
+"""Frames with failed attempts that are looked at in each cell."""
 SEEN_EVENTS = 500
 """Events that are looked at for those that are shown."""
 
@@ -30,13 +30,12 @@ FROM unnest(CAST(:firsts AS bigint[]), CAST(:stops AS bigint[])) WITH ORDINALITY
 CROSS JOIN LATERAL (
     SELECT f.state
     FROM (
-        SELECT a.ordinal, a.attempt FROM attempts a
+        SELECT DISTINCT a.ordinal FROM attempts a
         WHERE a.job_id = :id AND a.ordinal >= cell.first AND a.ordinal < cell.stop
-        ORDER BY a.ordinal, a.attempt LIMIT :seen
+        ORDER BY a.ordinal LIMIT :seen
     ) failed
     CROSS JOIN LATERAL (
-        SELECT state FROM frames
-        WHERE job_id = :id AND ordinal = failed.ordinal AND attempt = failed.attempt OFFSET 0
+        SELECT state FROM frames WHERE job_id = :id AND ordinal = failed.ordinal OFFSET 0
     ) f
     WHERE f.state IN ('dead', 'cancelled') OR f.state = 'ready' AND :is_cancelled
     ORDER BY f.state <> 'dead' LIMIT 1
@@ -118,8 +117,8 @@ class Happened(NamedTuple):
 def map_of(connection: Connection, job: JobRow) -> list[Cell]:
     """Return a job's frames as up to CELLS cells.
 
-    It costs about the same for a job of any size. In each cell, SEEN_IN_CELL failed attempts are
-    looked at: a dead frame behind so many that were tried again may be missed.
+    It costs about the same for a job of any size. In each cell, SEEN_IN_CELL frames with
+    failed attempts are looked at: a dead frame behind so many that were tried again may be missed.
     """
     number = min(job.total, CELLS)
     bounds = [cell * job.total // number for cell in range(number + 1)]

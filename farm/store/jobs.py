@@ -412,23 +412,23 @@ def pause_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -
 
     This writes only the job's row, for a job of any size: see follow. Return False if it is paused.
     """
-    return _set_paused(connection, tenant_id, job_id, "paused", paused=True)
+    return _set_paused(connection, tenant_id, job_id, "job.paused", paused=True)
 
 
 def resume_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> bool:
     """Resume a paused job, so that its frames are claimed again. Return False if it was not."""
-    return _set_paused(connection, tenant_id, job_id, "resumed", paused=False)
+    return _set_paused(connection, tenant_id, job_id, "job.resumed", paused=False)
 
 
 def _set_paused(
-    connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID, wish: str, *, paused: bool
+    connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID, kind: str, *, paused: bool
 ) -> bool:
     job = _lock(connection, tenant_id, job_id)
-    _refuse_terminal(job, wish)
+    _refuse_terminal(job, kind.removeprefix("job."))
     if job.paused == paused:
         return False
     connection.execute(SET_PAUSED, {"id": job_id, "paused": paused})
-    _append(connection, job_id, f"job.{wish}")
+    _append(connection, job_id, kind)
     return True
 
 

@@ -43,8 +43,10 @@ FROM keys k JOIN tenants t ON t.id = k.tenant_id ORDER BY k.created_at, k.id
 """)
 
 REVOKE = text("""
-UPDATE keys SET revoked_at = coalesce(revoked_at, clock_timestamp())
-WHERE id = :id RETURNING id, name, (SELECT name FROM tenants WHERE id = tenant_id) AS tenant
+UPDATE keys k SET revoked_at = coalesce(k.revoked_at, clock_timestamp())
+FROM keys before JOIN tenants t ON t.id = before.tenant_id
+WHERE k.id = :id AND before.id = k.id
+RETURNING k.id, k.name, t.name AS tenant, before.revoked_at IS NULL AS is_news
 """)
 
 
@@ -167,6 +169,8 @@ class RevokedKey(NamedTuple):
     id: uuid.UUID
     name: str
     tenant: str
+    is_news: bool
+    """False if it was revoked before."""
 
 
 def revoke_key(connection: Connection, key_id: uuid.UUID) -> RevokedKey | None:

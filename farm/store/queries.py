@@ -211,30 +211,47 @@ def own_jobs(
 
 
 # A requeued frame of a cancelled job counts as cancelled, though its row is updated later.
-LIST_FRAMES = text("""
-SELECT f.ordinal, seen.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
-       f.started_at, f.finished_at, f.rerolls, f.reused
-FROM frames f CROSS JOIN LATERAL (
+SEEN = """
     SELECT CASE
         WHEN f.state = 'ready' AND (SELECT status FROM jobs WHERE id = :job_id) = 'cancelled'
         THEN 'cancelled' ELSE f.state END AS state
-) seen
+"""
+LIST_FRAMES = text(f"""
+SELECT f.ordinal, seen.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
+       f.started_at, f.finished_at, f.rerolls, f.reused
+FROM frames f CROSS JOIN LATERAL ({SEEN}) seen
 WHERE f.job_id = :job_id AND f.ordinal > :after
   AND (CAST(:state AS text) IS NULL OR seen.state = :state)
 ORDER BY f.ordinal LIMIT :limit
-""")
+""")  # noqa: S608 - constants only
 
-# The last attempt of a dead frame is stored as failed. Those are few, and frames have no index by
-# state.
-LIST_DEAD = text("""
-SELECT f.ordinal, f.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
+# Frames have no index by state. Those that did not succeed are found through smaller tables: the
+# last attempt of a dead frame is stored there, and so is that of a cancelled one that was claimed.
+FOUND_IN = {
+    FrameState.DEAD: """
+        SELECT a.ordinal, a.attempt FROM attempts a
+        WHERE a.job_id = :job_id AND a.ordinal > :after ORDER BY a.ordinal, a.attempt""",
+    FrameState.READY: """
+        SELECT r.ordinal, NULL::smallint AS attempt FROM requeued_frames r
+        WHERE r.job_id = :job_id AND r.ordinal > :after ORDER BY r.ordinal""",
+    FrameState.RUNNING: """
+        SELECT DISTINCT l.ordinal, NULL::smallint AS attempt
+        FROM leases CROSS JOIN LATERAL unnest(job_ids, ordinals) AS l (job_id, ordinal)
+        WHERE l.job_id = :job_id AND l.ordinal > :after ORDER BY l.ordinal""",
+}
+FOUND_IN[FrameState.CANCELLED] = FOUND_IN[FrameState.DEAD]
+LIST_BY_STATE = {
+    state: text(f"""
+SELECT f.ordinal, seen.state, f.attempt, f.worker, f.bucket, f.sha256, f.bytes, f.slot, f.error,
        f.started_at, f.finished_at, f.rerolls, f.reused
-FROM attempts a CROSS JOIN LATERAL (
-    SELECT * FROM frames WHERE job_id = :job_id AND ordinal = a.ordinal OFFSET 0
-) f
-WHERE a.job_id = :job_id AND a.ordinal > :after AND f.attempt = a.attempt AND f.state = 'dead'
-ORDER BY a.ordinal, a.attempt LIMIT :limit
-""")
+FROM ({found}) found CROSS JOIN LATERAL (
+    SELECT * FROM frames WHERE job_id = :job_id AND ordinal = found.ordinal OFFSET 0
+) f CROSS JOIN LATERAL ({SEEN}) seen
+WHERE f.attempt = coalesce(found.attempt, f.attempt) AND seen.state = :state
+ORDER BY found.ordinal LIMIT :limit
+""")  # noqa: S608 - constants only
+    for state, found in FOUND_IN.items()
+}
 
 IN_ORDER = text("SET LOCAL enable_bitmapscan = off")
 """Read frames by index: without statistics of a large new job, Postgres would sort its rows."""
@@ -257,7 +274,7 @@ def list_frames(
     """Read a page of a job's frames that have a row, by ordinal."""
     connection.execute(IN_ORDER)
     values = {"job_id": job_id, "after": after, "state": state, "limit": limit}
-    statement = LIST_DEAD if state == FrameState.DEAD else LIST_FRAMES
+    statement = LIST_BY_STATE.get(FrameState(state), LIST_FRAMES) if state else LIST_FRAMES
     return rows_of(connection.execute(statement, values), FrameRow)
 
 

@@ -53,7 +53,7 @@ UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device
 WHERE id = :id
 """)
 
-DRAIN = text("UPDATE workers SET draining = true WHERE id = :id AND NOT gone")
+DRAIN = text("UPDATE workers SET draining = true WHERE id = :id AND NOT gone AND NOT draining")
 
 SWEEP = text("""
 UPDATE workers SET gone = true
@@ -277,7 +277,7 @@ def leave(connection: Connection, worker_id: uuid.UUID) -> None:
 def drain(connection: Connection, worker_id: uuid.UUID) -> bool:
     """Drain a worker: it claims nothing more, and its parent process ends it.
 
-    Return False if the worker is not alive.
+    Return False if the worker is not alive, or drains already.
     """
     return connection.execute(DRAIN, {"id": worker_id}).rowcount > 0
 

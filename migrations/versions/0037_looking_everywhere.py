@@ -16,16 +16,12 @@ KEPT = sa.text("removed_at IS NULL")
 
 
 def upgrade() -> None:
-    op.add_column(
-        "keys",
-        sa.Column(
-            "everywhere",
-            sa.Boolean(),
-            nullable=False,
-            server_default=sa.text("false"),
-            comment="a viewer that sees every tenant",
-        ),
+    # Those that take long come first, so that keys are locked for a moment only.
+    op.create_index("jobs_all_newest", "jobs", ["created_at", "id"], postgresql_where=KEPT)
+    op.create_index(
+        "jobs_all_status", "jobs", ["status", "created_at", "id"], postgresql_where=KEPT
     )
+    op.create_index("exports_all_newest", "exports", ["created_at", "id"], postgresql_where=KEPT)
     for name, default, comment in (
         ("role", "operator", "role of the key"),
         ("via", "api", "api, page or shell"),
@@ -38,11 +34,16 @@ def upgrade() -> None:
     op.create_index("actions_at", "actions", ["at"])
     for name in ("who", "verb", "target", "owner"):
         op.create_index(f"actions_{name}", "actions", [name, "id"])
-    op.create_index("jobs_all_newest", "jobs", ["created_at", "id"], postgresql_where=KEPT)
-    op.create_index(
-        "jobs_all_status", "jobs", ["status", "created_at", "id"], postgresql_where=KEPT
+    op.add_column(
+        "keys",
+        sa.Column(
+            "everywhere",
+            sa.Boolean(),
+            nullable=False,
+            server_default=sa.text("false"),
+            comment="a viewer that sees every tenant",
+        ),
     )
-    op.create_index("exports_all_newest", "exports", ["created_at", "id"], postgresql_where=KEPT)
 
 
 def downgrade() -> None:

@@ -113,7 +113,7 @@ def test_signing_in_by_hand_and_out_again(api: Api, browser: Chrome) -> None:
     browser.find_element("css selector", "button[type=submit]").click()
     wait_for(browser, "header", "ann, client")
     [cookie] = browser.get_cookies()
-    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Lax")
     browser.find_element("css selector", ".visitor button").click()
     wait_for(browser, "main", "API key")
     assert browser.get_cookies() == []

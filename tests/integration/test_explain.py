@@ -223,10 +223,13 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         queries.LIST_FRAMES,
         {"job_id": uuid.UUID(int=1), "after": -1, "state": None, "limit": 50},
     ),
-    "dead frames page": (
-        queries.LIST_DEAD,
-        {"job_id": uuid.UUID(int=1), "after": -1, "limit": 50},
-    ),
+    **{
+        f"{state} frames page": (
+            statement,
+            {"job_id": uuid.UUID(int=1), "after": -1, "state": state, "limit": 50},
+        )
+        for state, statement in queries.LIST_BY_STATE.items()
+    },
     "map, ended badly": (job_pages.ENDED_BADLY, {**MAP, "seen": 100, "is_cancelled": False}),
     "map, requeued": (job_pages.REQUEUED, MAP),
     "failed attempts page": (

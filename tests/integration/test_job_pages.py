@@ -141,6 +141,27 @@ def test_a_cell_shows_the_worst_of_its_frames(farm: Farm, api: Api) -> None:
         assert cell.state == expected, cell
 
 
+def test_a_frame_that_failed_often_is_dead_on_the_map(farm: Farm, api: Api) -> None:
+    job = api.submit(api.client(), images_per_prompt=1)["id"]
+    sql(farm, "UPDATE jobs SET cursor = 1, dead = 1 WHERE id = :id", id=job)
+    sql(
+        farm,
+        "INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, finished_at)"
+        " VALUES (:id, 0, 'dead', 60, 'w', now(), now())",
+        id=job,
+    )
+    sql(
+        farm,
+        "INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)"
+        " SELECT CAST(:id AS uuid), 0, n, 'w', 'rejected', '', now() FROM generate_series(1, 60) n",
+        id=job,
+    )
+    assert [cell.state for cell in map_of(farm, job)] == ["dead"]
+    assert states_of(api, job) == ["dead"]
+    found = api.client().get(f"/v1/jobs/{job}/frames", params={"state": "dead"}).json()["data"]
+    assert [frame["ordinal"] for frame in found] == [0]
+
+
 def test_a_map_is_drawn_row_by_row() -> None:
     states = [FrameState.SUCCEEDED] * 60 + [FrameState.DEAD] * 3 + [FrameState.WAITING] * 57
     cells = [job_pages.Cell(n * 10, n * 10 + 10, state) for n, state in enumerate(states)]
@@ -279,7 +300,42 @@ def test_a_frame_has_its_picture_its_command_and_its_neighbours(
     text_of(visitor, f"/jobs/{job}/frames/12", 404)
 
 
-def test_last_words_are_for_those_who_see_every_tenant(
+def test_signing_in_leads_to_the_page_that_was_asked_for(api: Api) -> None:
+    job = api.submit(api.client())["id"]
+    path = f"/jobs/{job}/frames?at=0"
+    browser = api.bare(Origin=api.url, Accept="text/html")
+    page = text_of(browser, path, 401)
+    [back] = re.findall(r'name="back" value="([^"]*)"', page)
+    assert back == path
+    wrong = browser.post("/login", data={"key": "farm_wrong", "back": back})
+    assert f'name="back" value="{path}"' in html.unescape(wrong.text)
+    for asked, leads_to in (
+        (back, path),
+        ("//evil.example", "/"),
+        ("https://evil.example", "/"),
+        ("/\\evil.example", "/"),
+        ("", "/"),
+    ):
+        done = browser.post("/login", data={"key": api.key(), "back": asked})
+        assert (done.status_code, done.headers["location"]) == (303, leads_to)
+    for lost, leads_to in ((f"/jobs/{job}/pause", f"/jobs/{job}"), ("/submit", "/")):
+        assert browser.get(lost).headers["location"] == leads_to
+
+
+def test_what_has_ended_is_not_cancelled(api: Api, visitor: httpx.Client) -> None:
+    job = api.submit(api.client())["id"]
+    assert "Cancel job" in text_of(visitor, f"/jobs/{job}/cancel")
+    visitor.post(f"/jobs/{job}/cancel")
+    assert visitor.get(f"/jobs/{job}/cancel").headers["location"] == f"/jobs/{job}"
+
+
+def test_a_large_form_of_a_button_is_refused(api: Api, visitor: httpx.Client) -> None:
+    job = api.submit(api.client())["id"]
+    assert visitor.post(f"/jobs/{job}/pause", data={"why": "x" * 9000}).status_code == 413
+    assert visitor.post(f"/jobs/{job}/pause", data={"why": "a\x00"}).status_code == 422
+
+
+def test_last_words_are_for_operators(
     api: Api, visitor: httpx.Client, operator: httpx.Client
 ) -> None:
     job = mixed_job(api)
@@ -332,6 +388,7 @@ def form_of(page: str) -> dict[str, str]:
         {"seed": None, "labels": {"set": "<b>"}, "priority": "bulk"},
         {"grid": {"guidance_scale": [1.0, 7.5]}, "images_per_prompt": 2},
         {"prompts": ["ein Stern", "نجمة", 'a "quoted" \\ one'], "format": "webp"},
+        {"max_rerolls": 0},
         {"metadata": "none", "reuse": True, "finish_by": 3600, "max_attempts": 5, "bucket": 4},
     ],
 )
@@ -410,7 +467,20 @@ def test_many_prompts_are_not_submitted_from_the_page(api: Api, visitor: httpx.C
 
 
 LARGE = """
-UPDATE jobs SET cursor = 900000, succeeded = 899000, dead = 1000, started_at = now() WHERE id = :id;
+UPDATE jobs SET cursor = 900003, succeeded = 899000, dead = 1000, running = 1, cancelled = 1,
+                started_at = now() WHERE id = :id;
+INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, finished_at)
+SELECT :id, ordinal, state, 1, 'w', now(), CASE state WHEN 'cancelled' THEN now() END
+FROM (VALUES (900000, 'running'), (900001, 'ready'), (900002, 'cancelled')) AS f (ordinal, state);
+INSERT INTO leases (id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts)
+VALUES (gen_random_uuid(), gen_random_uuid(), 1, 'demo', now(), ARRAY[CAST(:id AS uuid)],
+        ARRAY[900000::bigint], ARRAY[1::smallint]);
+INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
+                             not_before, job_created_at, paused, isolated)
+SELECT id, 900001, 'demo', tenant_id, 1, 'key', 8, now(), created_at, false, false
+FROM jobs WHERE id = :id;
+INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
+SELECT :id, n, 1, 'w', 'cancelled', '', now() FROM generate_series(900001, 900002) n;
 INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, finished_at, sha256, bytes,
                     slot, bucket)
 SELECT :id, n, CASE WHEN bad THEN 'dead' ELSE 'succeeded' END, 2, 'w', now(), now(),
@@ -435,10 +505,12 @@ def test_pages_of_a_job_of_a_million_frames_are_quick(
     with farm.store.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM ANALYZE"))
     slow = {}
-    for path in ("", "/frames", "/frames?at=700000", "/attempts", "/frames/7", "/json"):
+    paths = ("", "/frames", "/frames?at=700000", "/attempts", "/frames/7", "/json")
+    for path in (*paths, "/attempts?reason=cancelled"):
         slow[path] = quickest_19_of_20(visitor, f"/jobs/{job}{path}")
     for state in FrameState:
-        path = f"/frames?state={state}&at=450000"
+        path = f"/frames?state={state}"
+        assert frames_on(text_of(visitor, f"/jobs/{job}{path}")), state
         slow[path] = quickest_19_of_20(visitor, f"/jobs/{job}{path}")
     print({path: round(seconds * 1000) for path, seconds in slow.items()})  # noqa: T201
     assert {path: seconds for path, seconds in slow.items() if seconds >= 0.15} == {}

@@ -290,3 +290,10 @@ def test_a_farm_that_was_never_there_is_told_soon() -> None:
         with pytest.raises(Unavailable, match="does not answer"):
             farm.job(JOB)
     assert time.monotonic() - began < 2
+
+
+def test_an_empty_label_stays_in_the_query() -> None:
+    asked = core.chosen({"campaign": ""}, status=None)
+    assert calls.jobs(asked).query == {"label.campaign": ""}
+    assert calls.steer("x", "cancel").query == {}
+    assert calls.steer("x", "cancel", "ticket 7").query == {"why": "ticket 7"}

@@ -5,9 +5,13 @@
 const said = document.getElementById("said");
 const live = document.getElementById("live");
 
+const SHOWN_MS = 8000; // an outage is shown until it ends
+
 function say(text, about) {
   if (said.textContent !== text) said.textContent = text;
   said.dataset.about = about;
+  clearTimeout(say.timer);
+  if (text && about !== "outage") say.timer = setTimeout(() => say("", ""), SHOWN_MS);
 }
 
 document.addEventListener("htmx:before:request", (event) => {

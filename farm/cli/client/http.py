@@ -153,7 +153,7 @@ class FarmClient:
     def drain(self, worker_id: str, why: str) -> Worker:
         """Stop a worker after its current batch."""
         path = f"/v1/workers/{quoted(worker_id)}/drain"
-        return self.farm.call(Call(Worker, "POST", path, {"why": why}))
+        return self.farm.call(Call(Worker, "POST", path, {"why": why or None}))
 
     def tenants(self) -> Page[Tenant]:
         """Read the tenants."""
@@ -171,7 +171,7 @@ class FarmClient:
     def delete_tenant(self, name: str, why: str) -> Tenant:
         """Delete a tenant and all that it owns."""
         path = f"/v1/tenants/{quoted(name)}"
-        return self.farm.call(Call(Tenant, "DELETE", path, {"why": why}))
+        return self.farm.call(Call(Tenant, "DELETE", path, {"why": why or None}))
 
     def destinations(self) -> Page[Destination]:
         """Read the export destinations of all tenants."""
@@ -185,7 +185,7 @@ class FarmClient:
     def revoke(self, destination_id: str, why: str) -> None:
         """Revoke a destination."""
         path = f"/v1/destinations/{quoted(destination_id)}"
-        self.farm.call(Call(type(None), "DELETE", path, {"why": why}))
+        self.farm.call(Call(type(None), "DELETE", path, {"why": why or None}))
 
     def actions(self, params: Mapping[str, object], limit: int) -> Iterator[Action]:
         """Yield actions, newest first, up to `limit` actions."""

@@ -109,7 +109,7 @@ def _table(found: list[JobData], *, with_tenant: bool) -> Table:
         more = f" (+{count(spec['prompt_count'] - 1)})" if spec["prompt_count"] > 1 else ""
         table.add_row(
             short(each["id"]),
-            *([_plain(clean(each["tenant"]))] if with_tenant else []),
+            *([_plain(clean(each.get("tenant", "")))] if with_tenant else []),
             styled_status(each),
             f"{int(each['progress'] * 100)}%",
             count(each["total"]),
@@ -137,7 +137,7 @@ def _describe(found: JobData) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_row("job", found["id"])
-    table.add_row("tenant", _plain(clean(found["tenant"])))
+    table.add_row("tenant", _plain(clean(found.get("tenant", ""))))
     table.add_row("status", styled_status(found))
     table.add_row("frames", f"{count(found['total'])}: {numbered(found['counts'])}")
     if found["pace"] is not None and found["eta_seconds"] is not None:

@@ -128,8 +128,9 @@ def revoke(
         revoked = keys.revoke_key(connection, wanted)
         if revoked is None:
             raise NotFound(f"There is no key {key_id}. `farm keys list` lists the keys.")
-        by, outcome = _actor(why).on(revoked.tenant), f"revoked: {revoked.name or 'no name'}"
-        record(connection, by, "key.revoke", f"key {revoked.id}", outcome)
+        if revoked.is_news:
+            by, outcome = _actor(why).on(revoked.tenant), f"revoked: {revoked.name or 'no name'}"
+            record(connection, by, "key.revoke", f"key {revoked.id}", outcome)
     say(f"Key {key_id} is revoked.")
 
 

@@ -305,7 +305,8 @@ def actions(
 
     Example: farm actions --verb job.cancel --tenant shop
     """
-    wanted = {"who": who, "verb": verb, "target": target, "tenant": tenant}
+    asked = {"who": who, "verb": verb, "target": target, "tenant": tenant}
+    wanted = {name: word for name, word in asked.items() if word}
     with farm_client() as client:
         found = list(client.actions(wanted, limit))
     if as_json:
@@ -313,9 +314,15 @@ def actions(
         return
     table = columns("when", "who", "from", "did", "to", "of", "outcome", "why")
     for each in found:
-        words = (each["verb"], each["target"], each["owner"] or "", each["outcome"], each["why"])
+        words = (
+            each["verb"],
+            each["target"],
+            each.get("owner") or "",
+            each["outcome"],
+            each["why"],
+        )
         name = each["who"] or "a key"
-        by = name if each["via"] == "shell" else f"{name} of {each['tenant']}"
-        shown = (by, f"{each['address']} ({each['via']})", *words)
+        by = name if each.get("via") == "shell" else f"{name} of {each['tenant']}"
+        shown = (by, f"{each['address']} ({each.get('via', 'api')})", *words)
         table.add_row(ago(each["at"]), *(escape(one_line(clean(word), 60)) for word in shown))
     show_table(table)

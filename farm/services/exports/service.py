@@ -31,6 +31,7 @@ def create(
     labels: Mapping[str, str],
     shard_frames: int = SHARD_FRAMES,
     dest: str | None = None,
+    actor: Actor | None = None,
 ) -> Export:
     """Store an export of jobs, and ring for an exporter that writes it.
 
@@ -44,6 +45,7 @@ def create(
         dest: `s3://BUCKET/PREFIX`, for example `s3://datasets/ann`. It must be at or below a
             destination that the tenant was granted. The files go into a folder below it, named
             by the export's ID. None means the farm's own storage.
+        actor: who does it, for the log of actions.
 
     Raises:
         InvalidRequest: a job does not exist, the jobs' formats differ, or the tenant may not
@@ -79,6 +81,8 @@ def create(
             bucket=bucket,
             prefix=prefix,
         )
+        outcome = f"{kind} of {len(chosen)} jobs to s3://{bucket}/{prefix}"
+        record(connection, actor, "export.create", f"export {export_id}", outcome)
     farm.bells.ring_exporter()
     return export
 

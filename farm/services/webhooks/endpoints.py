@@ -114,9 +114,14 @@ def change(
                 "Submit jobs with another `webhook`.",
                 param=fixed,
             )
-        outcome = f"set: {', '.join(sorted(fields))}"
-        record(connection, actor, "webhook.change", f"webhook {webhook_id}", outcome)
-        return stored.update_webhook(connection, before, before._replace(**fields))
+        after = before._replace(**fields)
+        changed = [name for name in before._fields if getattr(before, name) != getattr(after, name)]
+        if changed:
+            outcome = f"set: {', '.join(changed)}"
+            if "url" in changed:
+                outcome += f"; {_host(before)} before, {_host(after)} now"
+            record(connection, actor, "webhook.change", f"webhook {webhook_id}", outcome)
+        return stored.update_webhook(connection, before, after)
 
 
 async def test(
