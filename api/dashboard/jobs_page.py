@@ -5,61 +5,120 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast, get_args
 from urllib.parse import urlencode
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
+from pydantic import AwareDatetime
 
 from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
 from api.dashboard.html import is_from_htmx, show
 from api.dashboard.session import (
     PerhapsVisitor,
+    Visitor,
+    done,
+    field_of,
+    local,
+    same_origin,
     sign_in_page,
 )
-from api.routes.jobs import job_page
+from api.request_body import read_body
+from api.routes.jobs import PriorityName, job_page, storable_text
 from api.routes.workers import worker_views
 from api.tenancy import ALL, TenantAsked, about
 from farm.context import Farm
+from farm.domain.spec import Priority, Storable
 from farm.domain.states import JobStatus
-from farm.errors import Unauthenticated
-from farm.store import queries
+from farm.errors import InvalidRequest, Unauthenticated
+from farm.store import queries, saved_views
 from farm.store.engine import transaction
+from farm.store.job_lists import MOST_NEWER, SEARCHED, JobFilter, count_newer
 from farm.store.keys import Caller
 from farm.store.newest_pictures import newest_pictures
+from farm.store.saved_views import SavedView
 
 router = APIRouter(include_in_schema=False)
 
 JOBS_SHOWN = 15
+MAX_NAME, MAX_ADDRESS = 60, 2000
+"""Characters of a saved view."""
 PICTURES_SHOWN = 16
 
 
 @dataclass(frozen=True)
 class Wish:
-    """Things that a visitor wants to see."""
+    """Jobs that a visitor wants to see, as the address says."""
 
     tenant: str | None = None
     """Name of the tenant. None: all that the visitor sees."""
     status: JobStatus | None = None
+    pipeline: str | None = None
+    priority: PriorityName | None = None
+    label: str | None = None
+    """KEY=VALUE."""
+    q: str | None = None
+    """Text in a prompt, or the beginning of an ID."""
+    until: datetime | None = None
+    """Submitted then or before: later ones are counted, and not shown."""
     after: uuid.UUID | None = None
     """The jobs before this one."""
 
     def address(self, **changes: object) -> str:
         """Return the address of the page with some changes. A page of other jobs is the first."""
         fields = {**vars(replace(self, after=None)), **changes}
-        query = urlencode({name: value for name, value in fields.items() if value is not None})
-        return f"/?{query}" if query else "/"
+        known = {name: value for name, value in fields.items() if value is not None}
+        if "until" in known:
+            known["until"] = cast(datetime, known["until"]).isoformat()
+        return f"/?{urlencode(known)}" if known else "/"
+
+    def filter(self, whose: uuid.UUID | None) -> JobFilter:
+        """Return the filter of the jobs of a tenant, or of all (None).
+
+        Raises:
+            InvalidRequest: `label` is not KEY=VALUE.
+        """
+        labels = None
+        if self.label is not None:
+            key, equals, value = self.label.partition("=")
+            if not equals:
+                raise InvalidRequest("label: type KEY=VALUE, such as set=spring.", param="label")
+            labels = {key.strip(): value.strip()}
+        priority = None if self.priority is None else Priority.parse(self.priority)
+        return JobFilter(whose, self.status, self.pipeline, priority, labels, self.q, self.until)
+
+    @property
+    def is_filtered(self) -> bool:
+        """True if some jobs are left out."""
+        return self != Wish(until=self.until, after=self.after)
+
+
+Word = Annotated[Storable | None, Query(max_length=200)]
 
 
 def wish(
     tenant: TenantAsked = None,
-    status: Annotated[JobStatus | None, Query()] = None,
+    status: Annotated[JobStatus | Literal[""] | None, Query()] = None,
+    pipeline: Word = None,
+    priority: Annotated[PriorityName | Literal[""] | None, Query()] = None,
+    label: Word = None,
+    q: Word = None,
+    until: Annotated[AwareDatetime | None, Query()] = None,
     after: Annotated[uuid.UUID | None, Query()] = None,
 ) -> Wish:
-    """Read what a visitor wants to see from the address."""
-    return Wish(None if tenant in ("", ALL) else tenant, status, after)
+    """Read what a visitor wants to see from the address. An empty field of the form selects all."""
+    return Wish(
+        None if tenant in ("", ALL) else tenant,
+        status or None,
+        pipeline or None,
+        priority or None,
+        label or None,
+        q or None,
+        until,
+        after,
+    )
 
 
 Wished = Annotated[Wish, Depends(wish)]
@@ -83,21 +142,54 @@ async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: 
 
 def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) -> dict[str, Any]:
     """Read everything that the dashboard shows of a tenant, or of all (None)."""
-    jobs = job_page(farm, whose, limit=JOBS_SHOWN, after=wanted.after, status=wanted.status)
+    chosen = wanted.filter(whose)
+    jobs = job_page(farm, chosen, limit=JOBS_SHOWN, after=wanted.after)
+    until = wanted.until or (jobs.data[0].created_at if jobs.data else None)
     with transaction(farm.store) as connection:
         pictures = newest_pictures(connection, whose, PICTURES_SHOWN)
         workers = worker_views(connection, caller)
         database = queries.database_bytes(connection) if caller.sees_everywhere else None
+        views = saved_views.of_key(connection, caller.key_id)
+        newer = 0
+        if wanted.until is not None and chosen.words is None:
+            newer = count_newer(connection, chosen)
+    pinned = replace(wanted, until=until)
     return {
         "caller": caller,
         "now": datetime.now(UTC),
         "jobs": [(job, actions(job) if caller.role in WRITERS else []) for job in jobs.data],
         "older": jobs.next,
-        "wanted": wanted,
+        "wanted": pinned,
+        "poll": pinned.address(after=wanted.after),
+        "newer": newer,
+        "most_newer": MOST_NEWER,
+        "searched": SEARCHED,
+        "views": views,
         "statuses": list(JobStatus),
+        "priorities": get_args(PriorityName),
+        "pipelines": sorted(farm.catalog.pipelines),
         "pictures": pictures,
         "workers": workers,
         "database_bytes": database,
         "rendering": sum(worker.batch is not None for worker in workers),
         "unserved": sorted(set(farm.catalog.pipelines) - {each.pipeline for each in workers}),
     }
+
+
+@router.post("/views", dependencies=[Depends(same_origin)])
+def save_view(
+    request: Request, farm: FarmDep, caller: Visitor, body: Annotated[bytes, Depends(read_body)]
+) -> Response:
+    """Save the address of a list of jobs under a name, or delete it: `do` is `save` or `delete`."""
+    name = storable_text(field_of(body, "name"), "name")
+    if not 1 <= len(name) <= MAX_NAME:
+        raise InvalidRequest(f"name: use 1 to {MAX_NAME} characters.", param="name")
+    address = storable_text(local(field_of(body, "address")), "address")
+    if len(address) > MAX_ADDRESS:
+        raise InvalidRequest("address: too long. Use a shorter filter.", param="address")
+    with transaction(farm.store) as connection:
+        if field_of(body, "do") == "delete":
+            saved_views.delete(connection, caller.key_id, name)
+            return done(request, f"View {name} is deleted.")
+        saved_views.save(connection, caller.key_id, SavedView(name, address))
+    return done(request, f"View {name} is saved.", to=address)

@@ -93,7 +93,7 @@ def sign_in_page(problem: str = "", status: int = 200, back: str = "/") -> HTMLR
     return HTMLResponse(page, status, headers=PAGE_HEADERS)
 
 
-def _local(address: str) -> str:
+def local(address: str) -> str:
     """Return an address of this server without its host, or `/`."""
     is_local = address.startswith("/") and not address.startswith("//") and address.isprintable()
     return address if is_local and "\\" not in address else "/"
@@ -106,13 +106,13 @@ def log_in(request: Request, farm: FarmDep, body: Annotated[bytes, Depends(read_
         caller = caller_of(farm, Credential(field_of(body, "key")))
     except Unauthenticated as error:
         if wants_html(request):
-            return sign_in_page(error.message, error.status, _local(field_of(body, "back")))
+            return sign_in_page(error.message, error.status, local(field_of(body, "back")))
         raise
     count_request(request, caller)
     seconds = farm.settings.session_days * DAY_SECONDS
     with transaction(farm.store) as connection:
         session = sessions.open_session(connection, caller, seconds)
-    response = done(request, to=_local(field_of(body, "back")))
+    response = done(request, to=local(field_of(body, "back")))
     response.set_cookie(
         cookie_name(request),
         session,

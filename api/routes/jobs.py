@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from pydantic import BaseModel
+from pydantic import AwareDatetime, BaseModel
 
 from api import schemas
 from api.auth import FarmDep
@@ -29,6 +29,7 @@ from api.submission_groups import SubmissionGroups
 from api.tenancy import Acting, Listed, OwnWriter, Reader, Writer
 from api.waiting_reasons import Lanes, RecentLanes
 from farm.context import Farm
+from farm.domain.spec import Priority, Storable
 from farm.domain.states import TERMINAL, JobStatus
 from farm.errors import FarmError, InvalidRequest, LimitExceeded
 from farm.services import jobs as use_cases
@@ -36,6 +37,8 @@ from farm.services import quotes as use_quotes
 from farm.store import queries
 from farm.store.actions import Actor
 from farm.store.engine import reads, transaction
+from farm.store.job_lists import SEARCHED, JobFilter
+from farm.store.job_lists import list_jobs as list_stored
 from farm.store.keys import Caller
 from farm.store.queries import JobRow
 
@@ -336,6 +339,9 @@ def _answer(content: BaseModel, status: int, headers: Mapping[str, str] | None =
     return Response(content.model_dump_json(), status, headers, "application/json")
 
 
+PriorityName = Literal["interactive", "normal", "bulk"]
+
+
 @router.get("", summary="List jobs, newest first")
 def list_jobs(
     request: Request,
@@ -344,47 +350,47 @@ def list_jobs(
     limit: Limit = 50,
     after: After = None,
     status: Annotated[JobStatus | None, Query(description="Only jobs with this status")] = None,
-    pipeline: Annotated[str | None, Query(description="Only jobs for this pipeline")] = None,
+    pipeline: Annotated[Storable | None, Query(description="Only jobs for this pipeline")] = None,
+    priority: Annotated[
+        PriorityName | None, Query(description="Only jobs with this priority")
+    ] = None,
+    q: Annotated[
+        Storable | None,
+        Query(
+            max_length=200,
+            description="Only jobs with this text in one of their first prompts, among the newest "
+            f"{SEARCHED:,}; or jobs whose ID begins with it",
+        ),
+    ] = None,
+    until: Annotated[
+        AwareDatetime | None, Query(description="Only jobs that were submitted then or before")
+    ] = None,
 ) -> schemas.Page[schemas.Job]:
     """List jobs. The query `label.KEY=VALUE`, such as `label.campaign=spring`, selects jobs with
     that label. Repeat it for several labels."""
-    return job_page(
-        farm,
+    wanted = JobFilter(
         tenant_id,
-        limit=limit,
-        after=after,
-        status=status,
-        pipeline=None if pipeline is None else storable_text(pipeline, "pipeline"),
-        labels=labels_asked(request),
+        status,
+        pipeline,
+        None if priority is None else Priority.parse(priority),
+        labels_asked(request),
+        q,
+        until,
     )
+    return job_page(farm, wanted, limit=limit, after=after)
 
 
 def job_page(
-    farm: Farm,
-    tenant_id: uuid.UUID | None,
-    *,
-    limit: int,
-    after: uuid.UUID | None = None,
-    status: JobStatus | None = None,
-    pipeline: str | None = None,
-    labels: dict[str, str] | None = None,
+    farm: Farm, wanted: JobFilter, *, limit: int, after: uuid.UUID | None = None
 ) -> schemas.Page[schemas.Job]:
-    """Read one page of a tenant's jobs, or of all tenants' (None).
+    """Read one page of jobs, newest first.
 
     Raises:
         InvalidRequest: There is no job `after`.
     """
     with transaction(farm.store) as connection:
-        check_after(connection, "job_id", tenant_id, after)
-        rows = queries.list_jobs(
-            connection,
-            tenant_id,
-            limit=limit + 1,
-            after=after,
-            status=status,
-            pipeline=pipeline,
-            labels=labels,
-        )
+        check_after(connection, "job_id", wanted.tenant_id, after)
+        rows = list_stored(connection, wanted, limit=limit + 1, after=after)
         lanes = Lanes(connection)
         return page(rows, limit, lambda row: job_view(row, lanes.waiting_because(row)))
 

@@ -115,15 +115,20 @@ class Farm:
         *,
         status: str | None = None,
         pipeline: str | None = None,
+        priority: str | None = None,
+        search: str | None = None,
         labels: Mapping[str, str] | None = None,
         tenant: str | None = None,
         limit: int | None = None,
     ) -> Iterator[Job]:
-        """Yield your jobs, newest first: those with this status, pipeline, and all these labels.
+        """Yield your jobs, newest first: those with this status, pipeline, priority, all these
+        labels, and `search` in one of their first prompts, or at the beginning of their ID.
 
         With a key that sees every tenant, `tenant` names another one; `*` means all.
         """
-        asked = core.chosen(labels, status=status, pipeline=pipeline, tenant=tenant)
+        asked = core.chosen(
+            labels, status=status, pipeline=pipeline, priority=priority, q=search, tenant=tenant
+        )
         for data in self.items(calls.jobs(asked), limit):
             yield Job(self, data)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
@@ -102,22 +101,6 @@ SELECT {JOB_COLUMNS} FROM jobs j
 WHERE j.id = :id AND j.tenant_id = :tenant_id AND j.removed_at IS NULL
 """)  # noqa: S608 - constants only
 
-# Two statements, and not one with a condition that may be empty: each uses an index.
-LIST_JOBS, LIST_ALL_JOBS = (
-    text(f"""
-SELECT {JOB_COLUMNS} FROM jobs j
-WHERE {whose} AND j.removed_at IS NULL
-  AND (CAST(:after AS uuid) IS NULL OR (j.created_at, j.id) <
-       (SELECT j.created_at, j.id FROM jobs j WHERE j.id = :after AND {whose}))
-  AND (CAST(:status AS text) IS NULL OR j.status = :status)
-  AND (CAST(:pipeline AS text) IS NULL OR j.pipeline = :pipeline)
-  AND j.labels @> CAST(:labels AS jsonb)
-ORDER BY j.created_at DESC, j.id DESC LIMIT :limit
-""")  # noqa: S608 - constants only
-    for whose in ("j.tenant_id = :tenant_id", "true")
-)
-
-
 # Of any tenant: for those who hold a signed address.
 STORED_PICTURE = text("""
 SELECT j.tenant_id, f.sha256, f.bytes, coalesce(j.spec ->> 'format', 'png') AS format
@@ -143,31 +126,6 @@ def get_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> 
     if row is None:
         raise NotFound(f"There is no job {job_id}.")
     return row
-
-
-def list_jobs(
-    connection: Connection,
-    tenant_id: uuid.UUID | None,
-    *,
-    limit: int,
-    after: uuid.UUID | None = None,
-    status: str | None = None,
-    pipeline: str | None = None,
-    labels: dict[str, str] | None = None,
-) -> list[JobRow]:
-    """Read a page of jobs, newest first, starting after the job `after`. No tenant: of all."""
-    found = connection.execute(
-        LIST_ALL_JOBS if tenant_id is None else LIST_JOBS,
-        {
-            "tenant_id": tenant_id,
-            "limit": limit,
-            "after": after,
-            "status": status,
-            "pipeline": pipeline,
-            "labels": json.dumps(labels or {}),
-        },
-    )
-    return rows_of(found, JobRow)
 
 
 class JobOwner(NamedTuple):

@@ -169,6 +169,15 @@ sessions = Table(
     Index("sessions_end", "ends_at"),
 )
 
+saved_views = Table(
+    "saved_views",
+    metadata,
+    Column("key_id", ForeignKey("keys.id", ondelete="CASCADE"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("address", Text, nullable=False, comment="of the page `/`, with its query"),
+    comment="Lists of jobs that a key has saved.",
+)
+
 jobs = Table(
     "jobs",
     metadata,

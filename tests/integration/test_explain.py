@@ -21,6 +21,7 @@ from farm.store import (
     exports,
     frames,
     inputs,
+    job_lists,
     job_pages,
     job_webhooks,
     jobs,
@@ -116,6 +117,16 @@ UNPACKING = {
 FILL = {"pipeline": "demo", "batch_key": "key", "free": 8, "leader": uuid.UUID(int=1)}
 SOME = {**FILL, "but": ["a/1"]}
 
+FILTERED = {
+    "tenant_id": uuid.UUID(int=2),
+    "status": "running",
+    "pipeline": "demo",
+    "priority": 1,
+    "labels": '{"n": "7"}',
+    "until": "2100-01-01T00:00:00Z",
+    "words": "star",
+    "after": uuid.UUID(int=1),
+}
 MAP = {
     "id": uuid.UUID(int=1),
     "firsts": list(range(0, 100_000, 250)),
@@ -183,21 +194,33 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "late jobs": (jobs.DUE, {"limit": 100}),
     "one job": (queries.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
-    "jobs page": (
-        queries.LIST_JOBS,
-        {
-            "tenant_id": uuid.UUID(int=2),
-            "limit": 50,
-            "after": None,
-            "status": None,
-            "pipeline": None,
-            "labels": "{}",
-        },
+    **{
+        f"jobs by {' and '.join(filtered)}": (
+            job_lists.listing(filtered),
+            {"limit": 50, **{name: FILTERED[name] for name in filtered}},
+        )
+        for filtered in (
+            ["tenant_id"],
+            ["tenant_id", "status"],
+            ["tenant_id", "pipeline", "priority"],
+            ["tenant_id", "labels"],
+            ["tenant_id", "until"],
+            ["tenant_id", "words"],
+            ["after"],
+            ["labels"],
+            ["until", "status"],
+            ["pipeline", "priority"],
+            ["words"],
+        )
+    },
+    "jobs by the beginning of an id": (
+        job_lists.listing(["low"]),
+        {"limit": 50, "low": uuid.UUID(int=1), "high": uuid.UUID(int=1)},
     ),
     **{
         f"jobs of all tenants, {status}": (
-            queries.LIST_ALL_JOBS,
-            {"limit": 50, "after": None, "status": status, "pipeline": None, "labels": "{}"},
+            job_lists.listing(["status"] if status else []),
+            {"limit": 50, "status": status},
         )
         for status in (None, "succeeded", "failed")
     },

@@ -34,8 +34,9 @@ from farm.domain.states import FrameState
 from farm.local.ports import free_port
 from farm.process import version
 from farm.services import jobs
-from farm.store import events, lanes, migrate, queries, workers
+from farm.store import events, lanes, migrate, workers
 from farm.store.engine import transaction
+from farm.store.job_lists import JobFilter, list_jobs
 from farm.store.migrate import FOLDER, SchemaRefused, Stage, Upgrade
 from farm.store.schema import metadata
 from tests.chaos.proxy import Proxies, Reset
@@ -451,7 +452,7 @@ def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UU
     with transaction(farm.store) as connection:
         assert lanes.claimable_lanes(connection) == []
         assert {row.name for row in workers.list_workers(connection)} == {"hand", "other"}
-        assert len(queries.list_jobs(connection, tenant, limit=10)) == 2
+        assert len(list_jobs(connection, JobFilter(tenant), limit=10)) == 2
         assert events.events_of(connection, dying)[-1].kind == "job.cancelled"
         workers.leave(connection, worker.id)
         workers.archive(connection, 0.0)

@@ -58,6 +58,16 @@ def jobs(
             help="Only jobs with this label. Repeat for several. Example: campaign=spring.",
         ),
     ] = None,
+    priority: Annotated[
+        str | None, typer.Option(help="Only jobs with this priority: interactive, normal or bulk.")
+    ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            help="Only jobs with this text in one of their first prompts, among the newest 10,000; "
+            "or whose ID begins with it. Example: star."
+        ),
+    ] = None,
     tenant: Annotated[
         str | None, typer.Option(help="Only jobs of this tenant. For operators. Example: shop.")
     ] = None,
@@ -73,6 +83,10 @@ def jobs(
     wanted: dict[str, str | int] = {}
     if tenant or all_tenants:
         wanted["tenant"] = tenant or "*"
+    if priority:
+        wanted["priority"] = priority
+    if search:
+        wanted["q"] = search
     if status:
         wanted["status"] = status
     if pipeline:

@@ -14,6 +14,7 @@ from farm.store import exports as stored
 from farm.store.actions import Actor, record
 from farm.store.engine import Transaction, reads, transaction
 from farm.store.exports import Export
+from farm.store.job_lists import JobFilter, list_jobs
 
 SHARD_FRAMES = 10_000
 """Default number of frames per shard, as in img2dataset."""
@@ -110,7 +111,7 @@ def _bearing(
     connection: Transaction, tenant_id: uuid.UUID, labels: Mapping[str, str]
 ) -> list[uuid.UUID]:
     """Return the jobs with all of these labels, oldest first; at most one above the limit."""
-    newest = queries.list_jobs(connection, tenant_id, limit=MAX_JOBS + 1, labels=dict(labels))
+    newest = list_jobs(connection, JobFilter(tenant_id, labels=labels), limit=MAX_JOBS + 1)
     return [job.id for job in reversed(newest)]
 
 
