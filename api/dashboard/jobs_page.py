@@ -150,9 +150,7 @@ def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) 
         workers = worker_views(connection, caller)
         database = queries.database_bytes(connection) if caller.sees_everywhere else None
         views = saved_views.of_key(connection, caller.key_id)
-        newer = 0
-        if wanted.until is not None and chosen.words is None:
-            newer = count_newer(connection, chosen)
+        newer = count_newer(connection, chosen) if wanted.until is not None else 0
     pinned = replace(wanted, until=until)
     return {
         "caller": caller,

@@ -79,11 +79,17 @@ def list_jobs(
 
 
 def count_newer(connection: Connection, wanted: JobFilter) -> int:
-    """Count the jobs that were submitted after `wanted.until`, up to MOST_NEWER."""
+    """Count the jobs that were submitted after `wanted.until`, up to MOST_NEWER.
+
+    Words are searched in the first SEARCHED of them.
+    """
     values = wanted.values
     values["since"] = values.pop("until")
+    source = f"""
+    SELECT j.spec FROM jobs j WHERE {_where(values)} ORDER BY j.created_at LIMIT {SEARCHED}"""  # noqa: S608
+    words = IN_PROMPTS if "words" in values else "true"
     statement = text(f"""
-SELECT count(*) FROM (SELECT FROM jobs j WHERE {_where(values)} LIMIT :limit) newer
+SELECT count(*) FROM (SELECT FROM ({source}) j WHERE {words} LIMIT :limit) newer
 """)  # noqa: S608 - constants only
     return int(connection.execute(statement, {**values, "limit": MOST_NEWER}).scalar_one())
 

@@ -154,6 +154,10 @@ def test_a_list_stays_as_it_was_opened(api: Api, visitor: httpx.Client) -> None:
     [(address, words)] = re.findall(r'<p class="newer"><a href="([^"]+)">([^<]+)</a>', update)
     assert words == "2 newer jobs: show"
     assert shown(visitor, html.unescape(address))[0] == [*newer[::-1], first]
+    submitted(api, prompts=["a ring"])
+    assert "newer job" in shown(visitor, f"{poll}&q=ring")[1]
+    assert "3 newer jobs" in shown(visitor, poll)[1]
+    assert "newer job" not in shown(visitor, f"{poll}&q=moon")[1]
 
 
 def test_pages_of_a_pinned_list_do_not_move(
