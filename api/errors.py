@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.dashboard.html import PAGE_HEADERS, render, wants_html
+from api.dashboard.html import PAGE_HEADERS, address_of, render, wants_html
 from api.request_rates import RATE, Rate, Taken
 from farm.domain.inputs import BadLines
 from farm.errors import (
@@ -119,8 +119,7 @@ def farm_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, LimitExceeded) and error.limit:
         more = {"limit": limit_body(error.limit)}
     if isinstance(error, Unauthenticated) and wants_html(request) and not _is_api(request):
-        back = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        page = render("sign_in.html", problem=error.message, back=back)
+        page = render("sign_in.html", problem=error.message, back=address_of(request))
         return HTMLResponse(page, error.status, headers={**PAGE_HEADERS, **headers})
     content = problem(error.status, error.code, error.message, error.param, **more)
     return _answer(request, content, headers)

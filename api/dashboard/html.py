@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
@@ -98,3 +99,38 @@ def show(request: Request, template: str, **values: Any) -> Response:
     if request.headers.get("hx-ptag") == headers["HX-PTag"]:
         return Response(status_code=304, headers=headers)
     return HTMLResponse(text, headers=headers)
+
+
+def address_of(request: Request) -> str:
+    """Return the address of a page without its host; of a form, that of the page that sent it."""
+    if request.method != "GET":
+        return sender_of(request)
+    query = request.url.query
+    return local(request.url.path + (f"?{query}" if query else ""))
+
+
+def sender_of(request: Request) -> str:
+    """Return the address of the page that sent a request, without its host."""
+    try:
+        found = urlsplit(request.headers.get("referer", ""))
+    except ValueError:
+        return "/"
+    is_other = found.netloc != request.headers.get("host") or found.path.startswith("//")
+    if is_other or found.path == request.url.path:  # the page of a refused form
+        return "/"
+    return local(urlunsplit(("", "", found.path or "/", found.query, "")))
+
+
+MAX_BACK = 1000
+"""Characters of an address to which signing in leads. Its form takes few bytes."""
+
+
+def local(address: str) -> str:
+    """Return an address of this server, or `/` if it is of another one, or too long."""
+    return address if is_local(address) and len(address) <= MAX_BACK else "/"
+
+
+def is_local(address: str) -> bool:
+    """Return True if an address has no host."""
+    begins = address.startswith("/") and not address.startswith("//")
+    return begins and address.isprintable() and "\\" not in address

@@ -15,13 +15,12 @@ from pydantic import AwareDatetime
 
 from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
-from api.dashboard.html import is_from_htmx, show
+from api.dashboard.html import address_of, is_from_htmx, is_local, show
 from api.dashboard.session import (
     PerhapsVisitor,
     Visitor,
     done,
     field_of,
-    local,
     same_origin,
     sign_in_page,
 )
@@ -43,7 +42,7 @@ from farm.store.saved_views import SavedView
 router = APIRouter(include_in_schema=False)
 
 JOBS_SHOWN = 15
-MAX_NAME, MAX_ADDRESS = 60, 2000
+MAX_NAME, MAX_ADDRESS = 60, 8000
 """Characters of a saved view."""
 PICTURES_SHOWN = 16
 
@@ -130,7 +129,7 @@ async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: 
     if caller is None:
         if is_from_htmx(request):
             raise Unauthenticated("Your session has ended. Sign in again.")
-        return sign_in_page()
+        return sign_in_page(back=address_of(request))
     shows_all = caller.sees_everywhere and wanted.tenant is None
     whose = None if shows_all else (await about(request, caller, wanted.tenant)).tenant_id
 
@@ -143,7 +142,11 @@ async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: 
 def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) -> dict[str, Any]:
     """Read everything that the dashboard shows of a tenant, or of all (None)."""
     chosen = wanted.filter(whose)
-    jobs = job_page(farm, chosen, limit=JOBS_SHOWN, after=wanted.after)
+    try:
+        jobs = job_page(farm, chosen, limit=JOBS_SHOWN, after=wanted.after)
+    except InvalidRequest:  # the job after which the page began was deleted
+        wanted = replace(wanted, after=None)
+        jobs = job_page(farm, chosen, limit=JOBS_SHOWN)
     until = wanted.until or (jobs.data[0].created_at if jobs.data else None)
     with transaction(farm.store) as connection:
         pictures = newest_pictures(connection, whose, PICTURES_SHOWN)
@@ -165,7 +168,7 @@ def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) 
         "views": views,
         "statuses": list(JobStatus),
         "priorities": get_args(PriorityName),
-        "pipelines": sorted(farm.catalog.pipelines),
+        "pipelines": sorted({*farm.catalog.pipelines, *filter(None, [wanted.pipeline])}),
         "pictures": pictures,
         "workers": workers,
         "database_bytes": database,
@@ -182,9 +185,11 @@ def save_view(
     name = storable_text(field_of(body, "name"), "name")
     if not 1 <= len(name) <= MAX_NAME:
         raise InvalidRequest(f"name: use 1 to {MAX_NAME} characters.", param="name")
-    address = storable_text(local(field_of(body, "address")), "address")
+    address = field_of(body, "address")
     if len(address) > MAX_ADDRESS:
         raise InvalidRequest("address: too long. Use a shorter filter.", param="address")
+    if not is_local(address):
+        address = "/"
     with transaction(farm.store) as connection:
         if field_of(body, "do") == "delete":
             saved_views.delete(connection, caller.key_id, name)

@@ -1,13 +1,14 @@
 """Signing in to the dashboard: a key is exchanged for a session, which is stored in a cookie.
 
-Scripts cannot read the cookie, other sites cannot send it, and the key itself is not stored.
+Scripts cannot read the cookie, forms of other sites cannot send it, and the key itself is not
+stored.
 """
 
 from __future__ import annotations
 
 import json
 from typing import Annotated
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -22,7 +23,15 @@ from api.auth import (
     refuse_viewers,
     session_of,
 )
-from api.dashboard.html import PAGE_HEADERS, UPDATES, render, updates_cookie, wants_html
+from api.dashboard.html import (
+    PAGE_HEADERS,
+    UPDATES,
+    local,
+    render,
+    sender_of,
+    updates_cookie,
+    wants_html,
+)
 from api.request_body import read_body
 from api.tenancy import about
 from farm.errors import Forbidden, InvalidRequest, Unauthenticated
@@ -91,12 +100,6 @@ def sign_in_page(problem: str = "", status: int = 200, back: str = "/") -> HTMLR
     """Build the sign-in page, which asks for a key, and leads to the address `back`."""
     page = render("sign_in.html", problem=problem, back=back)
     return HTMLResponse(page, status, headers=PAGE_HEADERS)
-
-
-def local(address: str) -> str:
-    """Return an address of this server without its host, or `/`."""
-    is_local = address.startswith("/") and not address.startswith("//") and address.isprintable()
-    return address if is_local and "\\" not in address else "/"
 
 
 @router.post("/login", dependencies=[Depends(same_origin)])
@@ -168,18 +171,6 @@ def done(request: Request, said: str = "", to: str = "") -> Response:
         to: Address that a browser opens next. Empty: the page that sent the request.
     """
     if wants_html(request):
-        return RedirectResponse(to or _sender(request), 303)
+        return RedirectResponse(to or sender_of(request), 303)
     news = {"changed": True, **({"said": {"text": said}} if said else {})}
     return Response(status_code=204, headers={"HX-Trigger": json.dumps(news)})
-
-
-def _sender(request: Request) -> str:
-    """Return the address of the page that sent a request, without its host."""
-    try:
-        found = urlsplit(request.headers.get("referer", ""))
-    except ValueError:
-        return "/"
-    is_other = found.netloc != request.headers.get("host") or found.path.startswith("//")
-    if is_other or found.path == request.url.path:  # the page of a refused form
-        return "/"
-    return urlunsplit(("", "", found.path or "/", found.query, ""))

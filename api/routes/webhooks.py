@@ -7,6 +7,7 @@ import uuid
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request
@@ -309,7 +310,8 @@ def _view(row: WebhookRow, caller: Caller) -> schemas.Webhook:
 
 def _shown_url(url: str, caller: Caller) -> str:
     if caller.home is not None:
-        return f"{'/'.join(url.split('/')[:3])}/…"
+        found = urlsplit(url)
+        return f"{found.scheme}://{found.netloc.rpartition('@')[2]}/…"
     return url if caller.role in WRITERS else url.partition("?")[0]
 
 

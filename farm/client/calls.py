@@ -57,7 +57,7 @@ class Call(Generic[Result]):
 
     @property
     def query(self) -> dict[str, Any]:
-        """The query without empty values."""
+        """The query without values that are None or an empty list."""
         return {name: value for name, value in self.params.items() if value not in (None, [])}
 
 

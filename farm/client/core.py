@@ -194,7 +194,8 @@ def image_type(content: bytes) -> str:
 
 def chosen(labels: Mapping[str, str] | None, **fields: object) -> dict[str, object]:
     """Return the query that selects jobs or events by their fields and labels."""
-    return {**fields, **{f"label.{name}": value for name, value in (labels or {}).items()}}
+    named = {name: value for name, value in fields.items() if value != ""}
+    return {**named, **{f"label.{name}": value for name, value in (labels or {}).items()}}
 
 
 Answered = httpx.Response | httpx.TransportError | None

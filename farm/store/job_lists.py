@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import string
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +19,10 @@ SEARCHED = 10_000
 """Newest jobs whose prompts are searched."""
 MOST_NEWER = 100
 """Newer jobs that are counted at most."""
-BEGINNING = re.compile(r"(?=.*[0-9])[0-9a-f]{6,8}(-[0-9a-f-]{0,27})?", re.ASCII)
-"""A word that is taken for the beginning of an ID, and not searched in prompts."""
+SEARCHED_NEWER = 500
+"""Newer jobs whose prompts are searched, to count them."""
+SHORTEST_ID = 6
+"""Characters of the beginning of an ID at least."""
 
 CONDITIONS = {
     "tenant_id": "j.tenant_id = :tenant_id",
@@ -47,46 +49,59 @@ class JobFilter:
     labels: Mapping[str, str] | None = None
     """All of these."""
     words: str | None = None
-    """Text in one of its first prompts, of the newest SEARCHED jobs; or the beginning of its ID."""
+    """The beginning of its ID; or if no ID begins so, text in one of the first prompts of the
+    newest SEARCHED jobs."""
     until: datetime | None = None
     """Submitted then or before."""
 
     @property
     def values(self) -> dict[str, Any]:
         """The values of the conditions, without those that select nothing."""
-        values: dict[str, Any] = {**vars(self)}
+        values = {**vars(self), "labels": None, "words": None}
         if self.labels:
             values["labels"] = json.dumps(dict(self.labels))
-        else:
-            del values["labels"]
-        beginning = (self.words or "").strip().lower()
-        if BEGINNING.fullmatch(beginning):
-            digits = beginning.replace("-", "")[:32]
-            del values["words"]
-            values["low"] = uuid.UUID(digits.ljust(32, "0"))
-            values["high"] = uuid.UUID(digits.ljust(32, "f"))
+        if self.words:  # as they stand in JSON
+            values["words"] = json.dumps(self.words.strip(), ensure_ascii=False)[1:-1]
         return {name: value for name, value in values.items() if value not in (None, "")}
+
+    @property
+    def by_id(self) -> dict[str, Any] | None:
+        """The same values with a range of IDs instead of words. None: they begin no ID."""
+        word = (self.words or "").strip().lower()
+        digits = word.replace("-", "")
+        if not (SHORTEST_ID <= len(digits) <= 32 and set(digits) <= set(string.hexdigits)):
+            return None
+        low, high = (uuid.UUID(digits.ljust(32, digit)) for digit in "0f")
+        if not (str(low).startswith(word) or word == low.hex):  # dashes in other places
+            return None
+        values = {name: value for name, value in self.values.items() if name != "words"}
+        return {**values, "low": low, "high": high}
 
 
 def list_jobs(
     connection: Connection, wanted: JobFilter, *, limit: int, after: uuid.UUID | None = None
 ) -> list[JobRow]:
     """Read a page of jobs, newest first, starting after the job `after`."""
-    values = wanted.values
-    if after is not None:
-        values["after"] = after
-    return rows_of(connection.execute(listing(values), {**values, "limit": limit}), JobRow)
+    for values in (wanted.by_id, wanted.values):
+        if values is None:
+            continue
+        if after is not None:
+            values["after"] = after
+        found = connection.execute(listing(values), {**values, "limit": limit})
+        if rows := rows_of(found, JobRow):
+            return rows
+    return []
 
 
 def count_newer(connection: Connection, wanted: JobFilter) -> int:
     """Count the jobs that were submitted after `wanted.until`, up to MOST_NEWER.
 
-    Words are searched in the first SEARCHED of them.
+    Words are searched in the first SEARCHED_NEWER of them.
     """
     values = wanted.values
     values["since"] = values.pop("until")
     source = f"""
-    SELECT j.spec FROM jobs j WHERE {_where(values)} ORDER BY j.created_at LIMIT {SEARCHED}"""  # noqa: S608
+    SELECT j.spec FROM jobs j WHERE {_where(values)} ORDER BY j.created_at LIMIT {SEARCHED_NEWER}"""  # noqa: S608
     words = IN_PROMPTS if "words" in values else "true"
     statement = text(f"""
 SELECT count(*) FROM (SELECT FROM ({source}) j WHERE {words} LIMIT :limit) newer

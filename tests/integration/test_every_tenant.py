@@ -281,6 +281,10 @@ def test_of_the_address_of_anothers_webhook_only_the_server_is_shown(
         assert caller.get(path).json()["url"] == "http://127.0.0.1:9/…"
         told = caller.get(ann.path("/v1/deliveries/{delivery}"))
         assert "/hook" not in told.text
+    for address in ("http://127.0.0.1:9?token=1", "http://127.0.0.1:9/?token=1"):
+        assert ann.client.patch(path, json={"url": address}).status_code == 200
+        for caller in (operator, wall):
+            assert caller.get(path).json()["url"] == "http://127.0.0.1:9/…"
 
 
 def test_workers_show_the_jobs_of_every_tenant(

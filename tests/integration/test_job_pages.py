@@ -318,6 +318,16 @@ def test_signing_in_leads_to_the_page_that_was_asked_for(api: Api) -> None:
     ):
         done = browser.post("/login", data={"key": api.key(), "back": asked})
         assert (done.status_code, done.headers["location"]) == (303, leads_to)
+    listed = "/?status=queued&q=star"
+    [back] = re.findall(r'name="back" value="([^"]*)"', text_of(api.bare(), listed))
+    assert back == listed
+    lost_form = api.bare(Origin=api.url, Accept="text/html", Referer=api.url + listed)
+    for form in ("/views", "/updates", f"/jobs/{job}/pause"):
+        ended = lost_form.post(form, data={"seconds": "5"})
+        assert ended.status_code == 401
+        assert f'name="back" value="{listed}"' in html.unescape(ended.text)
+    long = text_of(api.bare(), f"{path}&x={'x' * 2000}", 401)
+    assert 'name="back" value="/"' in long
     for lost, leads_to in ((f"/jobs/{job}/pause", f"/jobs/{job}"), ("/submit", "/")):
         assert browser.get(lost).headers["location"] == leads_to
 
