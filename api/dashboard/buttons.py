@@ -86,14 +86,6 @@ def confirm_cancel(request: Request, farm: FarmDep, caller: Visitor, job_id: uui
     )
 
 
-@router.get("/jobs/{job_id}/pause")
-@router.get("/jobs/{job_id}/resume")
-@router.get("/jobs/{job_id}/retry")
-def after_signing_in(job_id: uuid.UUID) -> Response:
-    """Lead to the job. A browser asks for this if its session had ended when a button was used."""
-    return RedirectResponse(f"/jobs/{job_id}", 303)
-
-
 @router.post("/jobs/{job_id}/{action}")
 async def act(
     request: Request,

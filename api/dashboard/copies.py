@@ -90,7 +90,7 @@ async def submit(
 
 @router.get("/submit")
 def nothing_to_submit() -> Response:
-    """Lead to the jobs. A browser asks for this if its session had ended when a job was sent."""
+    """Lead to the jobs: forms on the page of a refused job lead back to its address."""
     return RedirectResponse("/", 303)
 
 

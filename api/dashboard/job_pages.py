@@ -113,7 +113,7 @@ Page = Annotated[JobPage, Depends()]
 
 @router.get("")
 def summary(page: Page) -> Response:
-    """Show a job: its map, its newest pictures, what happened to it, and who did it."""
+    """Show a job: its map, its first pictures, what happened to it, and who did it."""
     with transaction(page.farm.store) as connection:
         row, job = page.read(connection)
         cells = stored.map_of(connection, row)

@@ -42,7 +42,7 @@ async def key_watcher(
 ) -> Client:
     """Require a valid API key of any role."""
     caller = await about(request, await any_key(request, credentials), tenant)
-    assert credentials is not None, "reader requires it"
+    assert credentials is not None, "any_key requires it"
     credential = Credential(credentials.credentials)
     callers: Callers = request.app.state.callers
     return Client(
