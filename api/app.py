@@ -15,7 +15,17 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from api import auth, errors, openapi
 from api.addresses import SignedAddresses
-from api.dashboard import api_docs, buttons, copies, job_pages, jobs_page, pictures, session
+from api.dashboard import (
+    api_docs,
+    buttons,
+    copies,
+    job_pages,
+    jobs_page,
+    lanes_page,
+    operations_page,
+    pictures,
+    session,
+)
 from api.dashboard.html import STATIC
 from api.door import FrontDoor
 from api.heads import Heads
@@ -33,8 +43,11 @@ from api.routes import (
     images,
     inputs,
     jobs,
+    lanes,
     metrics,
+    operations,
     pipelines,
+    steering,
     tenants,
     webhooks,
     workers,
@@ -129,6 +142,7 @@ def _routes() -> APIRouter:
     router = APIRouter()
     job_calls = openapi.refusals(401, 403, 422, 429, 503)
     router.include_router(jobs.router, responses=job_calls)
+    router.include_router(steering.router, responses=job_calls)
     router.include_router(frames.router, responses=job_calls)
     router.include_router(events.router, responses=job_calls)
     router.include_router(signed_pictures.router)
@@ -141,10 +155,22 @@ def _routes() -> APIRouter:
     router.include_router(webhooks.router, responses=job_calls)
     router.include_router(tenants.router, responses=job_calls)
     router.include_router(actions.router, responses=job_calls)
+    router.include_router(lanes.router, responses=job_calls)
+    router.include_router(operations.router, responses=job_calls)
     router.include_router(openai_images.router, responses=job_calls)
     router.include_router(health.router)
     router.include_router(metrics.router, responses=openapi.refusals(503))
-    for pages in (api_docs, jobs_page, copies, buttons, job_pages, pictures, session):
+    for pages in (
+        api_docs,
+        jobs_page,
+        operations_page,
+        lanes_page,
+        copies,
+        buttons,
+        job_pages,
+        pictures,
+        session,
+    ):
         router.include_router(pages.router)
     return router
 

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from farm.domain.image_formats import Format
-from farm.domain.spec import PROMPTS_SHOWN, LabelText, Metadata, Priority, Storable, storable
+from farm.domain.spec import (
+    MAX_LABELS,
+    PROMPTS_SHOWN,
+    LabelText,
+    Metadata,
+    Priority,
+    Storable,
+    storable,
+)
 from farm.domain.states import FrameState, JobStatus
+from farm.domain.verbs import Order, Verb
+from farm.errors import InvalidRequest
 from farm.services.exports.service import MAX_JOBS, SHARD_FRAMES
+from farm.store.job_lists import JobFilter
 
 Item = TypeVar("Item")
+PriorityName = Literal["interactive", "normal", "bulk"]
+
+
+def _storable(labels: dict[str, str | None]) -> dict[str, str | None]:
+    return {
+        storable(key): None if value is None else storable(value) for key, value in labels.items()
+    }
+
+
+ChangedLabels = Annotated[dict[LabelText, LabelText | None], AfterValidator(_storable)]
 
 
 class Page(BaseModel, Generic[Item]):
@@ -107,6 +128,33 @@ class Job(BaseModel):
         description="The deadline that ended it: `start_within` or `finish_by`"
     )
     spec: Submitted
+
+
+class JobChange(BaseModel):
+    """A change of a job. What is left out stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    priority: PriorityName | None = None
+    labels: ChangedLabels = Field(
+        default_factory=dict,
+        max_length=MAX_LABELS,
+        description='Labels to set; null takes a label off: {"team": "ann", "old": null}',
+    )
+
+    def order(self) -> Order:
+        """Return the change as a verb with its arguments.
+
+        Raises:
+            InvalidRequest: It changes nothing.
+        """
+        if self.priority is None and not self.labels:
+            raise InvalidRequest(
+                'priority: send `priority`, `labels` or both, such as {"priority": "bulk"}.',
+                param="priority",
+            )
+        priority = None if self.priority is None else Priority.parse(self.priority)
+        return Order(Verb.CHANGE, priority=priority, labels=self.labels)
 
 
 class Budget(BaseModel):
@@ -364,6 +412,173 @@ class Worker(BaseModel):
     problem: str | None = Field(description="Reason why it cannot render")
 
 
+class JobsWanted(BaseModel):
+    """A selection of jobs. What is left out selects nothing: {} is every job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: JobStatus | None = None
+    pipeline: Storable | None = Field(default=None, max_length=200)
+    priority: PriorityName | None = None
+    labels: dict[LabelText, LabelText] = Field(
+        default_factory=dict, description="Only jobs with all of these labels"
+    )
+    q: Storable | None = Field(
+        default=None,
+        max_length=200,
+        description="Text in one of the first prompts, or the beginning of an ID, as in lists",
+    )
+    ids: list[uuid.UUID] | None = Field(
+        default=None, min_length=1, max_length=1000, description="Only these jobs"
+    )
+    until: AwareDatetime | None = Field(
+        default=None,
+        description="Only jobs that were submitted then or before; by default now. Send that of the"
+        " preview",
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_storable(cls, value: dict[str, str]) -> dict[str, str]:
+        return {storable(key): storable(label) for key, label in value.items()}
+
+    def of(self, tenant_id: uuid.UUID | None) -> JobFilter:
+        """Return the filter of a tenant's jobs, or of all (None)."""
+        return JobFilter(
+            tenant_id,
+            self.status,
+            self.pipeline,
+            None if self.priority is None else Priority.parse(self.priority),
+            self.labels or None,
+            self.q or None,
+            self.until,
+            None if self.ids is None else tuple(self.ids),
+        )
+
+
+class OperationAsked(BaseModel):
+    """A request to do a verb to all jobs of a filter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    verb: Verb
+    filter: JobsWanted
+    reason: Storable | None = Field(
+        default=None,
+        max_length=100,
+        description="With retry: only frames whose last attempt failed for this reason",
+    )
+    priority: PriorityName | None = Field(default=None, description="With change")
+    labels: ChangedLabels = Field(
+        default_factory=dict,
+        max_length=MAX_LABELS,
+        description="With change: labels to set; null takes a label off",
+    )
+    expected: int | None = Field(
+        default=None,
+        ge=0,
+        description="Number of jobs in the preview. If more match now, nothing is started",
+    )
+
+    def order(self) -> Order:
+        """Return the verb with its arguments.
+
+        Raises:
+            InvalidRequest: They do not fit it.
+        """
+        if self.verb is Verb.CHANGE:
+            return JobChange(priority=self.priority, labels=self.labels).order()
+        for name in ("priority", "labels"):
+            if getattr(self, name):
+                raise InvalidRequest(f"{name}: only the verb `change` has it.", param=name)
+        if self.reason and self.verb is not Verb.RETRY:
+            raise InvalidRequest("reason: only the verb `retry` has it.", param="reason")
+        return Order(self.verb, reason=self.reason or None)
+
+
+class OperationPreview(BaseModel):
+    """The jobs to which a verb could do something now."""
+
+    verb: Verb
+    until: datetime = Field(description="Jobs that are submitted later are left out")
+    jobs: int
+    unfinished: int = Field(description="Their frames that wait or run")
+    running: int
+    dead: int
+    pictures: int
+    bytes: int = Field(description="Size of the pictures")
+    unfinished_seconds: float | None = Field(
+        description="Expected device time of the frames that wait or run; null if not known"
+    )
+    dead_seconds: float | None = Field(
+        description="Expected device time of the dead frames, if they are tried again"
+    )
+
+
+class Operation(BaseModel):
+    """A verb on all jobs of a filter, one job after another."""
+
+    id: uuid.UUID
+    created_at: datetime
+    tenant: str | None = Field(description="Owner of the jobs; null: all tenants")
+    verb: Verb
+    reason: str | None
+    priority: str | None
+    labels: dict[str, str | None]
+    filter: JobsWanted
+    who: str | None = Field(
+        description="Name of the key; null for a key of another tenant, unless yours sees all"
+    )
+    why: str | None = Field(description="Reason given; null as `who` is")
+    expected: int = Field(description="Jobs to which the verb could do something at first")
+    done: int
+    skipped: int = Field(description="Jobs that had changed, so that there was nothing to do")
+    failed: int = Field(description="Jobs for which it was refused")
+    problem: str | None = Field(description="Reason of the first failure")
+    state: Literal["running", "stopped", "ended"]
+    ended_at: datetime | None
+
+
+class LaneHold(BaseModel):
+    """A hold of a lane: its frames are not claimed, and those that run go on."""
+
+    priority: str = Field(description="Frames of this priority, and of less urgent ones, are held")
+    why: str
+    by: str = Field(description="Name of the operator's key")
+    at: datetime
+    until: datetime | None = Field(description="Null: until it is released")
+
+
+class HoldAsked(BaseModel):
+    """A request to hold a lane."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    priority: PriorityName = Field(
+        default="interactive",
+        description="Frames of this priority, and of less urgent ones, are held: interactive holds"
+        " all",
+    )
+    until: AwareDatetime | None = Field(
+        default=None, description="End of the hold; null: until it is released"
+    )
+
+
+class Lane(BaseModel):
+    """A lane: the frames of one pipeline that wait, and its workers."""
+
+    pipeline: str
+    waiting: dict[str, int] = Field(description="Frames that wait, by priority")
+    workers: int = Field(description="Workers that are alive")
+    able: int = Field(description="Workers that render, or could")
+    rendering: int
+    loading: int
+    failed: int
+    draining: int
+    problem: str | None = Field(description="Reason why one of the failed workers failed")
+    hold: LaneHold | None = Field(description="Null: the lane is not held")
+
+
 class Tenant(BaseModel):
     """A tenant, and the number of things that it owns."""
 
@@ -519,6 +734,9 @@ class Action(BaseModel):
     owner: str | None = Field(description="Tenant that owns the target; null for the farm's own")
     why: str = Field(description="Reason given")
     outcome: str
+    operation: uuid.UUID | None = Field(
+        description="ID of the operation that it is part of; null for a call on one thing"
+    )
 
 
 class EventFrame(BaseModel):

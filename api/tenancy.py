@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from anyio import to_thread
 from fastapi import Depends, Query, Request
@@ -130,6 +130,28 @@ async def acting(request: Request, caller: Writer, why: Why = "") -> Actor:
 
 
 Acting = Annotated[Actor, Depends(acting)]
+
+
+class Many(NamedTuple):
+    """Jobs of a tenant, or of all, and who changes them."""
+
+    tenant_id: uuid.UUID | None
+    """None: all tenants."""
+    actor: Actor
+
+
+async def acting_on_many(
+    request: Request, caller: AnyKey, tenant: TenantAsked = None, why: Why = ""
+) -> Many:
+    """Require a key that may change the jobs of the tenant that is named, or of all."""
+    refuse_viewers(caller)
+    if tenant == ALL and caller.sees_everywhere:
+        return Many(None, actor_of(request, caller, "api", why))
+    caller = await about(request, caller, tenant)
+    return Many(caller.tenant_id, actor_of(request, caller, "api", why).on(caller.tenant))
+
+
+ActingOnMany = Annotated[Many, Depends(acting_on_many)]
 
 
 async def own_acting(request: Request, caller: OwnWriter, why: Why = "") -> Actor:

@@ -39,7 +39,8 @@ class Lanes:
             return "It is paused."
         lane = self._lane(job)
         return (
-            lane_sentence(job.pipeline, lane)
+            _held_sentence(job, lane)
+            or lane_sentence(job.pipeline, lane)
             or self._backing_off(job)
             or _limit_sentence(lane)
             or _busy_sentence(lane)
@@ -83,7 +84,12 @@ class RecentLanes:
             with reads(self._store) as connection:
                 return Lanes(connection).waiting_because(job)
         lane = self._lane(job)
-        return lane_sentence(job.pipeline, lane) or _limit_sentence(lane) or _busy_sentence(lane)
+        return (
+            _held_sentence(job, lane)
+            or lane_sentence(job.pipeline, lane)
+            or _limit_sentence(lane)
+            or _busy_sentence(lane)
+        )
 
     def _lane(self, job: JobRow) -> LaneNow:
         key = job.tenant_id, job.pipeline
@@ -95,6 +101,13 @@ class RecentLanes:
             with self._lock:
                 self._facts[key] = lane
         return lane
+
+
+def _held_sentence(job: JobRow, lane: LaneNow) -> str | None:
+    if lane.held_from is None or job.priority < lane.held_from:
+        return None
+    until = f", until {lane.held_until:%Y-%m-%d %H:%M:%S} UTC" if lane.held_until else ""
+    return f"An operator holds pipeline {job.pipeline}{until}: {lane.held_why}"
 
 
 def lane_sentence(pipeline: str, lane: LaneNow) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from typing import Annotated
 
@@ -14,46 +12,20 @@ from fastapi.responses import RedirectResponse, Response
 
 from api import schemas
 from api.auth import FarmDep, refuse_viewers
+from api.dashboard.forms import MAX_WHY, PAST, choice_of, form_of
 from api.dashboard.html import show
-from api.dashboard.session import VisitingWriter, Visitor, done, field_of
+from api.dashboard.session import VisitingWriter, Visitor, done
 from api.places import Turns
 from api.request_body import read_body
-from api.routes.jobs import one_job, storable_text
+from api.routes.jobs import one_job
 from api.tenancy import actor_of
-from farm.context import Farm
 from farm.domain.states import TERMINAL, JobStatus
-from farm.errors import TooLarge
-from farm.humanize import count
-from farm.services import jobs as use_cases
-from farm.store.actions import Actor
+from farm.domain.verbs import Verb
+from farm.humanize import count, plural, size
+from farm.services.steering import steer
 
 router = APIRouter(include_in_schema=False)
 
-
-class Action(StrEnum):
-    """Actions of a job's buttons on the page."""
-
-    CANCEL = "cancel"
-    PAUSE = "pause"
-    RESUME = "resume"
-    RETRY = "retry"
-
-
-USE_CASES: dict[Action, Callable[[Farm, uuid.UUID, uuid.UUID, Actor], object]] = {
-    Action.CANCEL: use_cases.cancel,
-    Action.PAUSE: use_cases.pause,
-    Action.RESUME: use_cases.resume,
-    Action.RETRY: use_cases.retry,
-}
-
-
-DONE = {
-    Action.CANCEL: "cancelled",
-    Action.PAUSE: "paused",
-    Action.RESUME: "resumed",
-    Action.RETRY: "tried again",
-}
-MAX_WHY = 500
 MAX_FORM_BYTES = 8192
 """Size of a button's form. It is parsed on the event loop."""
 
@@ -86,35 +58,64 @@ def confirm_cancel(request: Request, farm: FarmDep, caller: Visitor, job_id: uui
     )
 
 
+@router.get("/jobs/{job_id}/remove")
+def confirm_removal(
+    request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID
+) -> Response:
+    """Ask whether a job is to be deleted with its pictures."""
+    refuse_viewers(caller)
+    job = one_job(farm, caller.tenant_id, job_id)
+    if job.status not in TERMINAL:
+        return RedirectResponse(f"/jobs/{job_id}", 303)
+    return show(
+        request,
+        "confirm.html",
+        caller=caller,
+        question=f"Remove job {str(job_id)[:8]} of {job.tenant}?",
+        prompt=job.spec.prompts[0],
+        facts=[
+            f"{plural(job.counts.succeeded, 'picture')} ({size(job.bytes)}) are deleted, with the "
+            "job and its failed attempts.",
+            "This cannot be undone. Exports stay.",
+        ],
+        action=f"/jobs/{job_id}/remove",
+        yes="Remove the job",
+        no="Keep it",
+        back=f"/jobs/{job_id}",
+    )
+
+
 @router.post("/jobs/{job_id}/{action}")
 async def act(
     request: Request,
     farm: FarmDep,
     caller: VisitingWriter,
     job_id: uuid.UUID,
-    action: Action,
+    action: Verb,
     body: Annotated[bytes, Depends(read_body)],
 ) -> Response:
     """Run the action of one of a job's buttons."""
-    if len(body) > MAX_FORM_BYTES:
-        raise TooLarge(f"The form is larger than {MAX_FORM_BYTES} bytes. Shorten the reason.")
     slow: Turns = request.app.state.slow
-    why = storable_text(field_of(body, "why"), "why")[:MAX_WHY]
-    actor = actor_of(request, caller, "page", why).on(caller.tenant)
-    act_on = partial(USE_CASES[action], farm, caller.tenant_id, job_id, actor)
-    if action is Action.RETRY:
+    form = form_of(body, MAX_FORM_BYTES)
+    actor = actor_of(request, caller, "page", form.get("why", "")[:MAX_WHY]).on(caller.tenant)
+    order = choice_of(action, form).operation({}).order()
+    act_on = partial(steer, farm, order, caller.tenant_id, job_id, actor)
+    if action is Verb.RETRY:
         await slow.run(caller.tenant_id, act_on)
     else:
         await to_thread.run_sync(act_on)
-    said = f"Job {str(job_id)[:8]} is {DONE[action]}."
-    return done(request, said, to=f"/jobs/{job_id}" if action is Action.CANCEL else "")
+    said = f"Job {str(job_id)[:8]} is {PAST[action]}."
+    to = {Verb.CANCEL: f"/jobs/{job_id}", Verb.REMOVE: "/"}
+    return done(request, said, to=to.get(action, ""))
 
 
-def actions(job: schemas.Job) -> list[Action]:
+def actions(job: schemas.Job) -> list[Verb]:
     """Return the actions whose buttons a job has now."""
     offered = []
     if job.status not in TERMINAL:
-        offered += [Action.RESUME if job.paused else Action.PAUSE, Action.CANCEL]
+        offered += [Verb.RESUME if job.paused else Verb.PAUSE, Verb.CANCEL]
     if job.counts.dead and job.status != JobStatus.CANCELLED:
-        offered.append(Action.RETRY)
+        offered.append(Verb.RETRY)
+    if job.status in TERMINAL:
+        offered.append(Verb.REMOVE)
     return offered

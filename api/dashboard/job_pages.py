@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import Response
@@ -142,6 +142,7 @@ def summary(page: Page) -> Response:
         seen_events=stored.SEEN_EVENTS,
         done=done,
         pictures=pictures,
+        priorities=get_args(schemas.PriorityName),
     )
 
 

@@ -25,12 +25,14 @@ from api.dashboard.session import (
     sign_in_page,
 )
 from api.request_body import read_body
-from api.routes.jobs import PriorityName, job_page, storable_text
+from api.routes.jobs import job_page, storable_text
 from api.routes.workers import worker_views
+from api.schemas import PriorityName
 from api.tenancy import ALL, TenantAsked, about
 from farm.context import Farm
 from farm.domain.spec import Priority, Storable
 from farm.domain.states import JobStatus
+from farm.domain.verbs import Verb
 from farm.errors import InvalidRequest, Unauthenticated
 from farm.store import queries, saved_views
 from farm.store.engine import transaction
@@ -92,6 +94,15 @@ class Wish:
     def is_filtered(self) -> bool:
         """True if some jobs are left out."""
         return self != Wish(until=self.until, after=self.after)
+
+
+def kept(wanted: Wish) -> list[tuple[str, str]]:
+    """Return the fields of the address that select jobs."""
+    return [
+        (name, value.isoformat() if isinstance(value, datetime) else str(value))
+        for name, value in vars(wanted).items()
+        if value is not None and name != "after"
+    ]
 
 
 Word = Annotated[Storable | None, Query(max_length=200)]
@@ -171,6 +182,9 @@ def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) 
         "pipelines": sorted({*farm.catalog.pipelines, *filter(None, [wanted.pipeline])}),
         "pictures": pictures,
         "workers": workers,
+        "may_steer": caller.role in WRITERS,
+        "verbs": list(Verb),
+        "kept": kept(pinned),
         "database_bytes": database,
         "rendering": sum(worker.batch is not None for worker in workers),
         "unserved": sorted(set(farm.catalog.pipelines) - {each.pipeline for each in workers}),

@@ -37,11 +37,16 @@ def list_actions(
     tenant: Annotated[Storable | None, Query(description="Only on what this tenant owns")] = None,
     since: Annotated[AwareDatetime | None, Query(description="Only from this time on")] = None,
     until: Annotated[AwareDatetime | None, Query(description="Only before this time")] = None,
+    operation: Annotated[
+        uuid.UUID | None, Query(description="Only those of this operation")
+    ] = None,
 ) -> schemas.Page[schemas.Action]:
     """List who changed what, when, from where, why, and with what outcome. Changes of every key are
-    listed: jobs cancelled, paused, resumed and retried; things deleted; webhooks, tenants,
-    destinations and keys changed; workers drained."""
-    wanted = ActionFilter(who, verb, target, None if tenant == ALL else tenant, since, until)
+    listed: jobs cancelled, paused, resumed, retried, changed and removed; operations started and
+    stopped; things deleted; webhooks, tenants, destinations and keys changed; lanes held and
+    released; workers drained."""
+    owner = None if tenant == ALL else tenant
+    wanted = ActionFilter(who, verb, target, owner, since, until, operation)
     with reads(farm.store) as connection:
         found = actions.list_actions(connection, wanted, limit=limit + 1, after=after)
     data = [schemas.Action(**{**row._asdict(), "key_id": _key(row)}) for row in found[:limit]]

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, get, cancel, pause, resume and retry."""
+"""Jobs: submit, list and get."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -26,7 +26,7 @@ from api.responses import job_view
 from api.streaming.prefer import VARY, PreferHeader, applied, wait_asked
 from api.streaming.streams import Client, streams_of
 from api.submission_groups import SubmissionGroups
-from api.tenancy import Acting, Listed, OwnWriter, Reader, Writer
+from api.tenancy import Listed, OwnWriter, Reader
 from api.waiting_reasons import Lanes, RecentLanes
 from farm.context import Farm
 from farm.domain.spec import Priority, Storable
@@ -35,7 +35,6 @@ from farm.errors import FarmError, InvalidRequest, LimitExceeded
 from farm.services import jobs as use_cases
 from farm.services import quotes as use_quotes
 from farm.store import queries
-from farm.store.actions import Actor
 from farm.store.engine import reads, transaction
 from farm.store.job_lists import SEARCHED, JobFilter
 from farm.store.job_lists import list_jobs as list_stored
@@ -58,7 +57,6 @@ SEPARATE = frozenset({"grid", "control", "input", "webhook"})
 """Fields whose check may take long, so that others do not wait for it."""
 KEY_HEADER = "Idempotency-Key"
 KEY = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
-STEERING = refusals(404, 409)
 
 
 @router.post(
@@ -339,9 +337,6 @@ def _answer(content: BaseModel, status: int, headers: Mapping[str, str] | None =
     return Response(content.model_dump_json(), status, headers, "application/json")
 
 
-PriorityName = Literal["interactive", "normal", "bulk"]
-
-
 @router.get("", summary="List jobs, newest first")
 def list_jobs(
     request: Request,
@@ -352,7 +347,7 @@ def list_jobs(
     status: Annotated[JobStatus | None, Query(description="Only jobs with this status")] = None,
     pipeline: Annotated[Storable | None, Query(description="Only jobs for this pipeline")] = None,
     priority: Annotated[
-        PriorityName | None, Query(description="Only jobs with this priority")
+        schemas.PriorityName | None, Query(description="Only jobs with this priority")
     ] = None,
     q: Annotated[
         Storable | None,
@@ -407,50 +402,6 @@ async def get_job(
         return _answer(await to_thread.run_sync(one_job, farm, caller.tenant_id, job_id), 200, VARY)
     job = await streams_of(request).ended_job(client_of(request, caller), job_id, seconds)
     return _answer(job, 200, applied(seconds))
-
-
-@router.post("/{job_id}/cancel", responses=STEERING, summary="Cancel a job")
-def cancel(farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId) -> schemas.Job:
-    """Cancel all frames that wait or run. Succeeded frames stay. A cancelled job cannot be resumed;
-    cancelling it again has no effect."""
-    return _steered(use_cases.cancel, farm, caller.tenant_id, job_id, actor)
-
-
-@router.post("/{job_id}/pause", responses=STEERING, summary="Pause a job")
-def pause(farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId) -> schemas.Job:
-    """Stop claiming frames of a job. Frames that run are finished."""
-    return _steered(use_cases.pause, farm, caller.tenant_id, job_id, actor)
-
-
-@router.post("/{job_id}/resume", responses=STEERING, summary="Resume a paused job")
-def resume(farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId) -> schemas.Job:
-    """Start claiming frames of a paused job again."""
-    return _steered(use_cases.resume, farm, caller.tenant_id, job_id, actor)
-
-
-@router.post(
-    "/{job_id}/retry",
-    responses={**STEERING, **refusals(429)},
-    summary="Retry the dead frames of a job",
-)
-async def retry(
-    request: Request, farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId
-) -> schemas.Job:
-    """Requeue a job's dead frames, each with its full number of attempts."""
-    slow: Turns = request.app.state.slow
-    args = _steered, use_cases.retry, farm, caller.tenant_id, job_id, actor
-    return await slow.run(caller.tenant_id, *args)
-
-
-def _steered(
-    use_case: Callable[[Farm, uuid.UUID, uuid.UUID, Actor], object],
-    farm: Farm,
-    tenant_id: uuid.UUID,
-    job_id: uuid.UUID,
-    actor: Actor,
-) -> schemas.Job:
-    use_case(farm, tenant_id, job_id, actor)
-    return one_job(farm, tenant_id, job_id)
 
 
 def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:

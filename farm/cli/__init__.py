@@ -24,9 +24,12 @@ from farm.cli.commands import (
     images,
     jobs,
     keys,
+    lanes,
     operating,
+    operations,
     processes,
     replay,
+    steering,
     submit,
     up,
     workers,
@@ -82,10 +85,13 @@ app.command("images", rich_help_panel=RENDER)(images.images)
 app.command("watch", rich_help_panel=RENDER)(jobs.watch)
 app.command("get", rich_help_panel=RENDER)(get.get)
 app.command("export", rich_help_panel=RENDER)(export.export)
-app.command("cancel", rich_help_panel=RENDER)(jobs.cancel)
-app.command("pause", rich_help_panel=RENDER)(jobs.pause)
-app.command("resume", rich_help_panel=RENDER)(jobs.resume)
-app.command("retry", rich_help_panel=RENDER)(jobs.retry)
+app.command("cancel", rich_help_panel=RENDER)(steering.cancel)
+app.command("pause", rich_help_panel=RENDER)(steering.pause)
+app.command("resume", rich_help_panel=RENDER)(steering.resume)
+app.command("retry", rich_help_panel=RENDER)(steering.retry)
+app.command("change", rich_help_panel=RENDER)(steering.change)
+app.command("remove", rich_help_panel=RENDER)(steering.remove)
+app.add_typer(operations.app, name="operations", rich_help_panel=RENDER)
 app.command("jobs", rich_help_panel=LOOK)(jobs.jobs)
 app.command("job", rich_help_panel=LOOK)(jobs.job)
 app.add_typer(workers.app, name="workers", rich_help_panel=LOOK)
@@ -102,6 +108,7 @@ app.command("audit", rich_help_panel=RUN)(audit.audit)
 app.add_typer(keys.app, name="keys", rich_help_panel=OPERATE)
 app.add_typer(operating.tenants_app, name="tenants", rich_help_panel=OPERATE)
 app.add_typer(operating.destinations_app, name="destinations", rich_help_panel=OPERATE)
+app.add_typer(lanes.app, name="lanes", rich_help_panel=OPERATE)
 app.command("actions", rich_help_panel=OPERATE)(operating.actions)
 
 

@@ -323,9 +323,22 @@ class AsyncJob(JobView):
         """Resume it after a pause."""
         return await self._became(calls.steer(self.id, "resume", why))
 
-    async def retry(self, why: str = "") -> Self:
+    async def change(
+        self,
+        priority: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        why: str = "",
+    ) -> Self:
+        """Change its priority and labels. Labels that are left out stay; None takes one off."""
+        return await self._became(calls.change(self.id, priority, labels or {}, why))
+
+    async def remove(self, why: str = "") -> None:
+        """Delete it with its pictures. It must have ended."""
+        await self._farm.call(calls.remove(self.id, why))
+
+    async def retry(self, why: str = "", reason: str = "") -> Self:
         """Try its dead frames again."""
-        return await self._became(calls.steer(self.id, "retry", why))
+        return await self._became(calls.steer(self.id, "retry", why, reason))
 
     async def watch_token(self, seconds: int = 600) -> str:
         """Create a token with which a page in a browser may watch this job, and no other."""

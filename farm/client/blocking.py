@@ -321,9 +321,22 @@ class Job(JobView):
         """Resume it after a pause."""
         return self._became(calls.steer(self.id, "resume", why))
 
-    def retry(self, why: str = "") -> Self:
+    def change(
+        self,
+        priority: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        why: str = "",
+    ) -> Self:
+        """Change its priority and labels. Labels that are left out stay; None takes one off."""
+        return self._became(calls.change(self.id, priority, labels or {}, why))
+
+    def remove(self, why: str = "") -> None:
+        """Delete it with its pictures. It must have ended."""
+        self._farm.call(calls.remove(self.id, why))
+
+    def retry(self, why: str = "", reason: str = "") -> Self:
         """Try its dead frames again."""
-        return self._became(calls.steer(self.id, "retry", why))
+        return self._became(calls.steer(self.id, "retry", why, reason))
 
     def watch_token(self, seconds: int = 600) -> str:
         """Create a token with which a page in a browser may watch this job, and no other."""

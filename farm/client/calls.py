@@ -124,11 +124,33 @@ def frames(job_id: str, params: Mapping[str, object]) -> Call[Page[Frame]]:
     return Call(Page[Frame], "GET", f"/v1/jobs/{quoted(job_id)}/frames", params)
 
 
-def steer(job_id: str, verb: str, why: str = "") -> Call[JobData]:
-    """Cancel, pause, resume or retry a job. The reason is stored with the action."""
+def steer(job_id: str, verb: str, why: str = "", reason: str = "") -> Call[JobData]:
+    """Cancel, pause, resume or retry a job. `why` is stored with the action.
+
+    `reason`: retry only frames whose last attempt failed for it.
+    """
     # A second `retry` is a conflict, so it must not be sent again after a lost answer.
     path = f"/v1/jobs/{quoted(job_id)}/{verb}"
-    return Call(JobData, "POST", path, params={"why": why or None}, again=verb != "retry")
+    params = {"why": why or None, "reason": reason or None}
+    return Call(JobData, "POST", path, params=params, again=verb != "retry")
+
+
+def change(
+    job_id: str, priority: str | None, labels: Mapping[str, str | None], why: str = ""
+) -> Call[JobData]:
+    """Change a job's priority and labels. A label of None is taken off."""
+    body = {
+        **({} if priority is None else {"priority": priority}),
+        **({"labels": dict(labels)} if labels else {}),
+    }
+    path = f"/v1/jobs/{quoted(job_id)}"
+    return Call(JobData, "PATCH", path, params={"why": why or None}, json=body)
+
+
+def remove(job_id: str, why: str = "") -> Call[None]:
+    """Delete a job that has ended, with its pictures."""
+    path = f"/v1/jobs/{quoted(job_id)}"
+    return Call(type(None), "DELETE", path, params={"why": why or None}, again=False)
 
 
 def token(job_id: str, seconds: int) -> Call[dict[str, str]]:

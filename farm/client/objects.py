@@ -225,6 +225,68 @@ class Worker(TypedDict):
     problem: str | None
 
 
+class OperationPreview(TypedDict):
+    """The jobs to which a verb could do something now."""
+
+    verb: str
+    until: str
+    jobs: int
+    unfinished: int
+    running: int
+    dead: int
+    pictures: int
+    bytes: int
+    unfinished_seconds: float | None
+    dead_seconds: float | None
+
+
+class Operation(TypedDict):
+    """A verb on all jobs of a filter, one job after another."""
+
+    id: str
+    created_at: str
+    tenant: str | None
+    """None: all tenants."""
+    verb: str
+    who: str | None
+    why: str | None
+    expected: int
+    done: int
+    skipped: int
+    failed: int
+    problem: str | None
+    state: str
+    """`running`, `stopped` or `ended`."""
+    ended_at: str | None
+
+
+class LaneHold(TypedDict):
+    """A hold of a lane: its frames are not claimed, and those that run go on."""
+
+    priority: str
+    """Frames of this priority, and of less urgent ones, are held."""
+    why: str
+    by: str
+    at: str
+    until: str | None
+
+
+class Lane(TypedDict):
+    """The frames of one pipeline that wait, and its workers."""
+
+    pipeline: str
+    waiting: dict[str, int]
+    """Frames, by priority."""
+    workers: int
+    able: int
+    rendering: int
+    loading: int
+    failed: int
+    draining: int
+    problem: str | None
+    hold: LaneHold | None
+
+
 class Tenant(TypedDict):
     """A tenant, and the number of things that it owns."""
 

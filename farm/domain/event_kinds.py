@@ -9,6 +9,7 @@ KINDS = (
     "job.running",
     "job.paused",
     "job.resumed",
+    "job.changed",
     "job.succeeded",
     "job.partial",
     "job.failed",

@@ -1,4 +1,4 @@
-"""Use cases of jobs: check, submit, cancel, pause, resume, retry."""
+"""Use cases of jobs: check and submit. See `steering` for jobs that are stored."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from farm import failpoints
 from farm.context import Farm
 from farm.domain.inputs import StoredInput
 from farm.domain.spec import FullSpec, JobSpec, Priority
-from farm.errors import FarmError, InvalidRequest, LimitExceeded, NotFound
+from farm.errors import FarmError, InvalidRequest, NotFound
 from farm.pipelines.params import Params
 from farm.pipelines.resolve import ResolvedPipeline
 from farm.services.control_images import missing_images
 from farm.services.job_validation import check_job, full_spec, syntax_among
 from farm.services.webhooks.of_jobs import Servers, check_webhook, server_for
-from farm.store import inputs, queries
+from farm.store import inputs
 from farm.store import jobs as stored
-from farm.store.actions import Actor, record
-from farm.store.engine import Store, one_statement, reads, transaction
+from farm.store.engine import Store, one_statement, reads
 from farm.store.group_commit import insert_all
 from farm.store.jobs import Idempotency, NewJob
 from farm.store.lines import all_lines
@@ -263,63 +262,3 @@ def _idempotency(key: str | None, body: Any) -> Idempotency | None:
         )
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return Idempotency(key, hashlib.sha256(text.encode()).digest())
-
-
-def cancel(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> None:
-    """Cancel a job permanently; see `store.jobs.cancel_job`.
-
-    Args:
-        farm: the farm.
-        tenant_id: the job's tenant.
-        job_id: the job.
-        actor: who does it, for the log of actions. None: the farm, which logs nothing.
-
-    Raises:
-        NotFound: there is no such job, or it is another tenant's.
-        Conflict: it has ended.
-    """
-    with transaction(farm.store) as connection:
-        if stored.cancel_job(connection, tenant_id, job_id):
-            record(connection, actor, "job.cancel", f"job {job_id}", "cancelled")
-
-
-def pause(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> None:
-    """Pause a job, as `cancel` cancels it. Its running frames still finish."""
-    with transaction(farm.store) as connection:
-        if stored.pause_job(connection, tenant_id, job_id):
-            record(connection, actor, "job.pause", f"job {job_id}", "paused")
-
-
-def resume(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> None:
-    """Resume a paused job, as `cancel` cancels it, and ring its lane."""
-    with transaction(farm.store) as connection:
-        if stored.resume_job(connection, tenant_id, job_id):
-            record(connection, actor, "job.resume", f"job {job_id}", "resumed")
-        pipeline = queries.get_job(connection, tenant_id, job_id).pipeline
-    farm.bells.ring(pipeline)
-
-
-def retry(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> int:
-    """Requeue a job's dead frames with new attempts, and ring its lane. Return their number.
-
-    It ends before all are requeued if other jobs reach the tenant's limits in between. The first
-    transaction logs it.
-    """
-    frames = 0
-    while True:
-        with transaction(farm.store) as connection:
-            job = queries.get_job(connection, tenant_id, job_id)
-            if frames and job.dead == 0:
-                break
-            try:
-                some = stored.retry_job(connection, tenant_id, job_id, whole=not frames)
-            except LimitExceeded:
-                if not frames:
-                    raise
-                break
-            if not frames:
-                outcome = f"{job.dead} dead frames are requeued"
-                record(connection, actor, "job.retry", f"job {job_id}", outcome)
-            frames += some
-    farm.bells.ring(job.pipeline)
-    return frames

@@ -17,12 +17,13 @@ Via = Literal["api", "page", "shell"]
 
 INSERT = text("""
 INSERT INTO actions
-    (key_id, who, role, tenant, via, address, verb, target, owner, why, outcome)
+    (key_id, who, role, tenant, via, address, verb, target, owner, why, outcome, operation_id)
 VALUES (:key_id, :who, :role, :tenant, :via, :address, :verb, :target,
-        :owner, :why, :outcome)
+        :owner, :why, :outcome, :operation)
 """)
 
-COLUMNS = "id, at, key_id, who, role, tenant, via, address, verb, target, owner, why, outcome"
+COLUMNS = """id, at, key_id, who, role, tenant, via, address, verb, target, owner, why, outcome,
+operation_id AS operation"""
 
 PRUNE = text("""
 DELETE FROM actions WHERE id = ANY(ARRAY(
@@ -52,6 +53,8 @@ class Actor:
     """Reason given."""
     owner: str | None = None
     """Name of the tenant that owns the target. None: the farm does."""
+    operation: uuid.UUID | None = None
+    """Operation that the action is part of."""
 
     def on(self, owner: str, why: str = "") -> Actor:
         """Return the actor as one that acts on a tenant's object, for another reason if given."""
@@ -74,6 +77,7 @@ class ActionRow(NamedTuple):
     owner: str | None
     why: str
     outcome: str
+    operation: uuid.UUID | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class ActionFilter:
     """Name of the tenant that owns the target."""
     since: datetime | None = None
     until: datetime | None = None
+    operation: uuid.UUID | None = None
 
 
 CONDITIONS = {
@@ -96,6 +101,7 @@ CONDITIONS = {
     "owner": "owner = :owner",
     "since": "at >= :since",
     "until": "at < :until",
+    "operation": "operation_id = :operation",
     "after": "id < :after",
 }
 
@@ -128,6 +134,7 @@ def record(
             "owner": actor.owner,
             "why": actor.why,
             "outcome": outcome,
+            "operation": actor.operation,
         },
     )
 

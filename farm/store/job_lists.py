@@ -1,4 +1,4 @@
-"""Lists of jobs, newest first: filtered, searched, and as they were at a time."""
+"""Lists of jobs, newest first: filtered, searched, as they were at a time, and counted."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import string
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
 
+from farm.domain.verbs import Order, Verb
+from farm.store import arrays
 from farm.store.queries import JOB_COLUMNS, JobRow
 from farm.store.rows import rows_of
 
@@ -21,10 +23,29 @@ MOST_NEWER = 100
 """Newer jobs that are counted at most."""
 SEARCHED_NEWER = 500
 """Newer jobs whose prompts are searched, to count them."""
+MOST_OF_ID = 1000
+"""Jobs at most whose IDs begin with the same characters."""
 SHORTEST_ID = 6
 """Characters of the beginning of an ID at least."""
 
+OPEN = "j.status IN ('queued', 'running')"
+TAKES = {
+    "cancel": OPEN,
+    "pause": f"{OPEN} AND NOT j.paused",
+    "resume": "j.paused",
+    "retry": "j.dead > 0 AND j.status <> 'cancelled'",
+    "retry_reason": """j.dead > 0 AND j.status <> 'cancelled'
+        AND jsonb_exists(j.failures, CAST(:takes_reason AS text))""",
+    "change": "true",
+    "change_priority": f"{OPEN} AND j.priority <> :takes_priority",
+    "remove": f"NOT {OPEN}",
+}
+"""Jobs to which a verb may do something."""
+
 CONDITIONS = {
+    **{f"takes_{name}": condition for name, condition in TAKES.items()},
+    "ids": "j.id = ANY(CAST(:ids AS uuid[]))",
+    "below_id": "(j.created_at, j.id) < (:below_at, :below_id)",
     "tenant_id": "j.tenant_id = :tenant_id",
     "status": "j.status = :status",
     "pipeline": "j.pipeline = :pipeline",
@@ -53,11 +74,15 @@ class JobFilter:
     newest SEARCHED jobs."""
     until: datetime | None = None
     """Submitted then or before."""
+    ids: tuple[uuid.UUID, ...] | None = None
+    """One of these."""
 
     @property
     def values(self) -> dict[str, Any]:
         """The values of the conditions, without those that select nothing."""
-        values = {**vars(self), "labels": None, "words": None}
+        values = {**vars(self), "labels": None, "words": None, "ids": None}
+        if self.ids is not None:
+            values["ids"] = arrays.ids(self.ids)
         if self.labels:
             values["labels"] = json.dumps(dict(self.labels))
         if self.words:  # as they stand in JSON
@@ -93,6 +118,96 @@ def list_jobs(
     return []
 
 
+class Matching(NamedTuple):
+    """Sums of the jobs to which a verb may do something."""
+
+    jobs: int
+    unfinished: int
+    """Frames that wait or run."""
+    running: int
+    dead: int
+    pictures: int
+    bytes: int
+    """Size of the pictures."""
+    unfinished_seconds: float | None
+    """Expected device time of the frames that wait or run. None: not known."""
+    dead_seconds: float | None
+    """The same of the dead frames, if they are tried again."""
+
+
+def list_for(
+    connection: Connection,
+    wanted: JobFilter,
+    order: Order,
+    *,
+    limit: int,
+    below: tuple[datetime, uuid.UUID] | None,
+) -> list[JobRow]:
+    """Read a page of the jobs to which a verb may do something, newest first.
+
+    Args:
+        connection: in a transaction or not.
+        wanted: the jobs.
+        order: the verb.
+        limit: number of jobs at most.
+        below: time of submission and ID of the last job of the page before.
+    """
+    values = taking(wanted, order)
+    if below is not None:
+        values["below_at"], values["below_id"] = below
+    found = connection.execute(listing(values), {**values, "limit": limit})
+    return rows_of(found, JobRow)
+
+
+def count_for(connection: Connection, wanted: JobFilter, order: Order) -> Matching:
+    """Add up the jobs to which a verb may do something."""
+    values = taking(wanted, order)
+    return Matching(*connection.execute(summing(values), values).one())
+
+
+def taking(wanted: JobFilter, order: Order) -> dict[str, Any]:
+    """Return the values of a filter, and of those that its verb adds."""
+    values = wanted.values
+    if order.verb is Verb.RETRY and order.reason is not None:
+        return {**values, "takes_retry_reason": True, "takes_reason": order.reason}
+    if order.verb is Verb.CHANGE and order.priority is not None and not order.labels:
+        return {**values, "takes_change_priority": True, "takes_priority": order.priority}
+    return {**values, f"takes_{order.verb}": True}
+
+
+def pinned(connection: Connection, wanted: JobFilter) -> JobFilter:
+    """Return a filter that goes on selecting the same jobs: IDs replace the beginning of an ID."""
+    if wanted.by_id is None:
+        return wanted
+    values = {**wanted.by_id, "limit": MOST_OF_ID}
+    found = rows_of(connection.execute(listing(wanted.by_id), values), JobRow)
+    return replace(wanted, words=None, ids=tuple(row.id for row in found)) if found else wanted
+
+
+def summing(names: Iterable[str]) -> TextClause:
+    """Return the statement that adds up the jobs of these conditions."""
+    return text(f"""
+SELECT coalesce(sum(jobs), 0)::bigint, coalesce(sum(unfinished), 0)::bigint,
+       coalesce(sum(running), 0)::bigint, coalesce(sum(dead), 0)::bigint,
+       coalesce(sum(pictures), 0)::bigint, coalesce(sum(bytes), 0)::bigint,
+       CASE WHEN count(*) FILTER (WHERE pace IS NULL AND unfinished > 0) = 0
+            THEN coalesce(sum(unfinished_cost * pace), 0) END::float,
+       CASE WHEN count(*) FILTER (WHERE pace IS NULL AND dead > 0) = 0
+            THEN coalesce(sum(dead_cost * pace), 0) END::float
+FROM (
+    SELECT m.*, pg_temp.seconds_per_cost(m.pipeline) AS pace FROM (
+        SELECT j.pipeline, count(*) AS jobs, sum(j.running) AS running, sum(j.dead) AS dead,
+               sum(j.succeeded) AS pictures, sum(j.bytes) AS bytes,
+               sum(j.total - j.succeeded - j.dead - j.cancelled) AS unfinished,
+               sum((j.total - j.succeeded - j.dead - j.cancelled)
+                   * frame_cost(j.batch_key))::float AS unfinished_cost,
+               sum(j.dead * frame_cost(j.batch_key))::float AS dead_cost
+        FROM {_matching(set(names))} GROUP BY j.pipeline
+    ) m
+) p
+""")  # noqa: S608 - constants only
+
+
 def count_newer(connection: Connection, wanted: JobFilter) -> int:
     """Count the jobs that were submitted after `wanted.until`, up to MOST_NEWER.
 
@@ -111,24 +226,24 @@ SELECT count(*) FROM (SELECT FROM ({source}) j WHERE {words} LIMIT :limit) newer
 
 def listing(names: Iterable[str]) -> TextClause:
     """Return the statement that lists jobs by these conditions, and by `words` if it is one."""
-    chosen = set(names)
-    if "words" not in chosen:
-        return _select("jobs j", _where(chosen))
-    searched = f"""(
-    SELECT * FROM jobs j WHERE {_where(chosen - {"after"})}
+    return text(f"""
+SELECT {JOB_COLUMNS} FROM {_matching(set(names))}
+ORDER BY j.created_at DESC, j.id DESC LIMIT :limit
+""")  # noqa: S608 - constants only
+
+
+def _matching(names: set[str]) -> str:
+    """Return the FROM and WHERE of the jobs of these conditions."""
+    if "words" not in names:
+        return f"jobs j WHERE {_where(names)}"
+    later = {name for name in names if name.startswith(("after", "below", "takes"))}
+    return f"""(
+    SELECT * FROM jobs j WHERE {_where(names - later)}
     ORDER BY j.created_at DESC, j.id DESC LIMIT {SEARCHED}
-) j"""  # noqa: S608 - constants only
-    return _select(searched, _where(chosen & {"after"}, IN_PROMPTS))
+) j WHERE {_where(later, IN_PROMPTS)}"""  # noqa: S608 - constants only
 
 
 def _where(names: Iterable[str], *more: str) -> str:
     # A removed job is hidden from everybody, while its rows are deleted in pieces.
     found = [CONDITIONS[name] for name in sorted(names) if name in CONDITIONS]
     return " AND ".join([*found, *more, "j.removed_at IS NULL"])
-
-
-def _select(source: str, where: str) -> TextClause:
-    return text(f"""
-SELECT {JOB_COLUMNS} FROM {source} WHERE {where}
-ORDER BY j.created_at DESC, j.id DESC LIMIT :limit
-""")  # noqa: S608 - constants only

@@ -178,6 +178,18 @@ def release_all(connection: Connection, worker_id: uuid.UUID) -> set[str]:
     return {lease.pipeline for lease in leases}
 
 
+def release_unfinished(connection: Connection, worker_id: uuid.UUID) -> int:
+    """Release the batches that a worker has not rendered yet, uncharged. Return their frames.
+
+    The worker notices at its next step, and drops the batch. Its pictures that wait for the storage
+    stay with it.
+    """
+    found = rows_of(connection.execute(ALL_LEASES_OF, {"worker_id": worker_id}), HeldLease)
+    leases = [lease for lease in found if not lease.spooled]
+    _release_leases(connection, leases)
+    return sum(len(lease.job_ids) for lease in leases)
+
+
 def _release_leases(connection: Connection, leases: Sequence[HeldLease]) -> None:
     if not leases:
         return

@@ -71,6 +71,16 @@ class Room:
         """True if the tenant's device time is limited."""
         return self.device_seconds_a_month is not None
 
+    def refusal(self, priority: Priority) -> Forbidden | None:
+        """Return the refusal if the tenant may not use a priority."""
+        if self.priorities is None or priority in self.priorities:
+            return None
+        allowed = ", ".join(Priority(each).wire for each in self.priorities)
+        return Forbidden(
+            f"priority: this tenant may not use {priority.wire}. Allowed: {allowed}.",
+            param="priority",
+        )
+
     def take(
         self, priority: Priority, frames: int, seconds: float | None, *, jobs: int = 1
     ) -> FarmError | None:
@@ -85,12 +95,8 @@ class Room:
         Returns:
             The refusal if it is beyond a limit. Then nothing is counted.
         """
-        if self.priorities is not None and priority not in self.priorities:
-            allowed = ", ".join(Priority(each).wire for each in self.priorities)
-            return Forbidden(
-                f"priority: this tenant may not use {priority.wire}. Allowed: {allowed}.",
-                param="priority",
-            )
+        if refusal := self.refusal(priority):
+            return refusal
         has_jobs, has_frames = self.open_jobs or 0, self.waiting_frames or 0
         for limit, value, used, more in (
             ("max_open_jobs", self.max_open_jobs, has_jobs, jobs),

@@ -15,7 +15,9 @@ from sqlalchemy import Connection, text
 
 from farm.domain.image_formats import Format
 from farm.domain.states import TERMINAL
+from farm.errors import Conflict, Unavailable
 from farm.store.exports import EVENT
+from farm.store.job_commands import lock_job
 from farm.store.rows import rows_of
 
 MAX_JOBS_PER_CALL = 1000
@@ -26,19 +28,8 @@ DAY_SECONDS = 86_400.0
 ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes, Format]
 """(tenant, job, ordinal, sha256, format): the parts of an artifact's key."""
 
-# now(), not clock_timestamp(): an index scan needs a value that is constant within a statement.
-REMOVE = text("""
-WITH due AS (
-    SELECT id FROM jobs
-    WHERE finished_at < now() - make_interval(secs => :seconds)
-      AND removed_at IS NULL AND status = ANY(:terminal)
-      AND NOT EXISTS (
-          SELECT FROM exports e
-          WHERE e.state = 'running' AND e.removed_at IS NULL AND jobs.id = ANY(e.job_ids))
-    ORDER BY finished_at
-    LIMIT greatest(0, :at_once - (SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL))
-    FOR UPDATE SKIP LOCKED
-), removed AS (
+INTO_REMOVED = """
+removed AS (
     -- its idempotency key may be used again
     UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL, due_at = NULL
     FROM due WHERE j.id = due.id
@@ -51,6 +42,31 @@ WITH due AS (
 INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, 'job.removed', '{}' FROM removed
 RETURNING job_id
+"""
+"""End of a statement whose CTE `due` has the IDs of jobs to remove."""
+
+# now(), not clock_timestamp(): an index scan needs a value that is constant within a statement.
+REMOVE = text(f"""
+WITH due AS (
+    SELECT id FROM jobs
+    WHERE finished_at < now() - make_interval(secs => :seconds)
+      AND removed_at IS NULL AND status = ANY(:terminal)
+      AND NOT EXISTS (
+          SELECT FROM exports e
+          WHERE e.state = 'running' AND e.removed_at IS NULL AND jobs.id = ANY(e.job_ids))
+    ORDER BY finished_at
+    LIMIT greatest(0, :at_once - (SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL))
+    FOR UPDATE SKIP LOCKED
+), {INTO_REMOVED}""")  # noqa: S608 - constants only
+
+REMOVE_ONE = text(f"""
+WITH due AS (SELECT id FROM jobs WHERE id = :id), {INTO_REMOVED}""")  # noqa: S608 - constants only
+
+REMOVING = text("SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL")
+
+EXPORTING = text("""
+SELECT id FROM exports
+WHERE state = 'running' AND removed_at IS NULL AND job_ids @> ARRAY[CAST(:id AS uuid)] LIMIT 1
 """)
 
 # A locked row waits for the next sweep.
@@ -175,6 +191,31 @@ def remove_due(connection: Connection, days: float) -> list[uuid.UUID]:
         "at_once": MAX_JOBS_PER_CALL,
     }
     return list(connection.execute(REMOVE, values).scalars())
+
+
+def remove_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
+    """Remove a job that has ended. Its rows and pictures are deleted by the janitor.
+
+    Raises:
+        NotFound: there is no such job, or it is another tenant's.
+        Conflict: it has not ended, or an export reads it.
+        Unavailable: so many jobs are being removed that it must wait.
+    """
+    job = lock_job(connection, tenant_id, job_id)
+    if job.status not in TERMINAL:
+        raise Conflict(f"Job {job_id} cannot be removed: it is {job.status}. Cancel it first.")
+    if export_id := connection.execute(EXPORTING, {"id": job_id}).scalar():
+        raise Conflict(f"Job {job_id} cannot be removed: the export {export_id} reads it.")
+    if not has_room(connection):
+        raise Unavailable(
+            f"{MAX_JOBS_PER_CALL} jobs are being removed. Remove this one in a minute."
+        )
+    connection.execute(REMOVE_ONE, {"id": job_id})
+
+
+def has_room(connection: Connection) -> bool:
+    """Return True if another job may be removed now."""
+    return int(connection.execute(REMOVING).scalar_one()) < MAX_JOBS_PER_CALL
 
 
 def delete_rows(connection: Connection, limit: int) -> int:

@@ -139,8 +139,47 @@ actions = Table(
     Column("role", Text, nullable=False, server_default="operator", comment="role of the key"),
     Column("via", Text, nullable=False, server_default="api", comment="api, page or shell"),
     Column("owner", Text, comment="tenant that owns the target"),
+    Column("operation_id", Uuid, comment="operation that it is part of"),
     Index("actions_at", "at"),
+    Index(
+        "actions_operation",
+        "operation_id",
+        "id",
+        postgresql_where=text("operation_id IS NOT NULL"),
+    ),
     *(Index(f"actions_{name}", name, "id") for name in ("who", "verb", "target", "owner")),
+)
+
+operations = Table(
+    "operations",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _moment("created_at", now=True),
+    Column("verb", Text, nullable=False),
+    Column("args", JSONB, nullable=False, comment="arguments of the verb"),
+    Column("tenant_id", Uuid, comment="owner of the jobs; null: all tenants"),
+    Column("filter", JSONB, nullable=False, comment="JobFilter, with the time `until`"),
+    Column("key_id", Uuid, nullable=False),
+    Column("who", Text, nullable=False, comment="name of the key"),
+    Column("role", Text, nullable=False, comment="role of the key"),
+    Column("home", Text, nullable=False, comment="tenant of the key"),
+    Column("via", Text, nullable=False, comment="api, page or shell"),
+    Column("address", Text, nullable=False, comment="network address of the client"),
+    Column("why", Text, nullable=False),
+    Column("expected", BigInteger, nullable=False, comment="jobs that matched first"),
+    Column("done", BigInteger, nullable=False, server_default="0"),
+    Column("skipped", BigInteger, nullable=False, server_default="0"),
+    Column("failed", BigInteger, nullable=False, server_default="0"),
+    Column("problem", Text, comment="first failure"),
+    Column("state", Text, nullable=False, server_default="running"),
+    Column("at_time", DateTime(timezone=True), comment="created_at of the last job"),
+    Column("at_id", Uuid, comment="ID of the last job that it handled"),
+    _moment("stepped_at"),
+    _moment("ended_at"),
+    CheckConstraint(_one_of("state", ["running", "stopped", "ended"]), name="state"),
+    Index("operations_newest", "created_at", "id"),
+    Index("operations_of_tenant", "tenant_id", "created_at", "id"),
+    Index("operations_running", "stepped_at", postgresql_where=text("state = 'running'")),
 )
 
 destinations = Table(
@@ -274,6 +313,12 @@ jobs = Table(
         "created_at",
         "id",
         postgresql_where=text("removed_at IS NULL"),
+    ),
+    Index(
+        "jobs_dead",
+        "created_at",
+        "id",
+        postgresql_where=text("dead > 0 AND removed_at IS NULL"),
     ),
     Index("jobs_labels", "labels", postgresql_using="gin"),
     Index(
@@ -766,6 +811,11 @@ lanes = Table(
         server_default=text("false"),
         comment="a claim should count first which tenants may have no more running frames",
     ),
+    Column("held_from", SmallInteger, comment="priorities from this one on are held; null: none"),
+    Column("held_why", Text, comment="reason of the hold, which every tenant may read"),
+    Column("held_by", Text, comment="name of the operator's key"),
+    _moment("held_at"),
+    Column("held_until", DateTime(timezone=True), comment="null: until it is released"),
 )
 
 signing_secrets = Table(

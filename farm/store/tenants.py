@@ -19,7 +19,7 @@ from farm.domain.spec import Priority
 from farm.domain.states import TERMINAL, JobStatus
 from farm.errors import Conflict, NotFound
 from farm.store import arrays, events
-from farm.store.jobs import cancel_job
+from farm.store.job_commands import cancel_job
 from farm.store.rows import row_of, rows_of
 
 LATE_SECONDS = 120.0

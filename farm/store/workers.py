@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-from farm.domain.spec import Priority
 from farm.process import version
 from farm.store import histograms
 from farm.store.rows import rows_of
@@ -36,7 +35,7 @@ SELECT EXISTS (
     WHERE w.id = :id AND NOT w.draining AND (
         w.state = 'failed' OR w.state = 'idle'
         AND EXISTS (SELECT FROM pg_temp.leader(
-            w.pipeline, '{}', CAST(:least AS smallint), pg_temp.full_tenants()))))
+            w.pipeline, '{}', pg_temp.served_priority(w.pipeline), pg_temp.full_tenants()))))
 """)
 
 # A worker that was stopped for a while, and marked as gone, is no longer gone.
@@ -53,7 +52,9 @@ UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device
 WHERE id = :id
 """)
 
-DRAIN = text("UPDATE workers SET draining = true WHERE id = :id AND NOT gone AND NOT draining")
+SET_DRAINING = text("""
+UPDATE workers SET draining = :draining WHERE id = :id AND NOT gone AND draining <> :draining
+""")
 
 SWEEP = text("""
 UPDATE workers SET gone = true
@@ -238,8 +239,7 @@ def workers_by_device(connection: Connection, device_ids: Sequence[str]) -> dict
 
 def needs_a_knock(connection: Connection, worker_id: uuid.UUID) -> bool:
     """Return True if a worker is idle while its lane has work, or failed to load its pipeline."""
-    values = {"id": worker_id, "least": Priority.BULK}
-    return bool(connection.execute(NEEDS_A_KNOCK, values).scalar_one())
+    return bool(connection.execute(NEEDS_A_KNOCK, {"id": worker_id}).scalar_one())
 
 
 def seen(connection: Connection, worker_id: uuid.UUID, spool_bytes: int = 0) -> bool | None:
@@ -279,7 +279,15 @@ def drain(connection: Connection, worker_id: uuid.UUID) -> bool:
 
     Return False if the worker is not alive, or drains already.
     """
-    return connection.execute(DRAIN, {"id": worker_id}).rowcount > 0
+    return connection.execute(SET_DRAINING, {"id": worker_id, "draining": True}).rowcount > 0
+
+
+def undrain(connection: Connection, worker_id: uuid.UUID) -> bool:
+    """Let a draining worker claim again. It stays if it has not begun to leave.
+
+    Return False if the worker is not alive, or does not drain.
+    """
+    return connection.execute(SET_DRAINING, {"id": worker_id, "draining": False}).rowcount > 0
 
 
 def sweep(connection: Connection, timeout_seconds: float) -> list[str]:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from farm.context import Farm
+from farm.services.operations import take_turn
 from farm.store import leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import FailedAttempt, fail
@@ -235,7 +237,7 @@ def test_buttons_steer_a_job(api: Api, browser: Chrome) -> None:
     browser.find_element("id", "why").send_keys("ticket 7")
     browser.find_element("css selector", "main button").click()
     wait_for(browser, card, "3 cancelled")
-    assert text_of(browser, f"{card} .actions") == ""
+    assert text_of(browser, f"{card} .actions") == "Remove…"
     why = sql(api.farm, "SELECT why FROM actions WHERE verb = 'job.cancel'")
     assert why == [("ticket 7",)]
 
@@ -385,7 +387,11 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
     browser.get(f"{api.url}/#key={api.key('ops', 'operator')}")
     wait_for(browser, "header", "ops, operator")
     pages = ("", "/frames", "/attempts", "/frames/0", "/frames/3", "/frames/0?with=3", "/json")
+    operation = operation_of(api)
+    others = ("/operations", f"/operations/{operation}", "/operations/new", "/lanes")
+    asked = [f"/operations/new?verb={verb}" for verb in ("cancel", "remove", "resume")]
     paths = ["/", *(f"/jobs/{job}{path}" for path in (*pages, "/cancel")), "/docs", "/nonesuch"]
+    paths += [*others, *asked]
     found = {}
     for width, colours in SIZES[: int(os.environ.get("FARM_TEST_SIZES", "2"))]:
         media = {"features": [{"name": "prefers-color-scheme", "value": colours}]}
@@ -402,6 +408,74 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert found == {}
+
+
+def operation_of(api: Api) -> str:
+    """Return an operation that has changed a job, while a lane is held."""
+    operator = api.client("ops", "operator")
+    operator.post("/v1/lanes/demo/hold", params={"why": "new driver"}, json={}).raise_for_status()
+    asked = {"verb": "change", "filter": {}, "labels": {"set": "autumn"}}
+    answer = operator.post("/v1/operations", params={"tenant": "*", "why": "ticket 7"}, json=asked)
+    while take_turn(api.farm):
+        pass
+    return str(answer.json()["id"])
+
+
+def test_many_jobs_are_cancelled_by_keyboard_alone(api: Api, browser: Chrome) -> None:
+    for _ in range(3):
+        api.submit(api.client(), images_per_prompt=2)
+    open_page(browser, api)
+    keys = KeyboardOnly(browser)
+    keys.focus("#bulk button[value=all]")
+    keys.press(Keys.ENTER)
+    wait_for(browser, "h1", "Cancel 3 jobs?")
+    # What is pressed by accident changes nothing.
+    assert browser.execute_script("return document.activeElement.id") == "keep"
+    keys.focus("#why")
+    keys.press("ticket 7")
+    keys.focus("main button.danger")
+    keys.press(Keys.ENTER)
+    wait_for(browser, "h1", "Cancel 3 jobs")
+    wait_for(browser, ".chip", "running")
+    while take_turn(api.farm):
+        pass
+    wait_for(browser, ".counts", "3 cancelled")
+    wait_for(browser, ".chip", "ended")
+
+
+def test_an_operator_holds_a_lane_with_the_mouse(api: Api, browser: Chrome) -> None:
+    api.submit(api.client())
+    browser.get(f"{api.url}/#key={api.key('ops', 'operator')}")
+    wait_for(browser, "header", "ops, operator")
+    browser.find_element("link text", "Lanes").click()
+    wait_for(browser, "#lane-demo", "1 normal waiting")
+    browser.find_element("css selector", "#lane-demo summary").click()
+    browser.find_element("css selector", "#lane-demo [name=why]").send_keys("new driver")
+    browser.find_element("css selector", "#lane-demo details button").click()
+    wait_for(browser, "#lane-demo", "new driver")
+    wait_for(browser, "#said", "is held")
+    browser.find_element("css selector", "#lane-demo .actions button").click()
+    wait_until(lambda: "held" not in text_of(browser, "#lane-demo"), 15, "it is released")
+
+
+class KeyboardOnly:
+    """Moves the focus with Tab, and presses keys."""
+
+    def __init__(self, browser: Chrome) -> None:
+        self._browser = browser
+
+    def focus(self, selector: str) -> None:
+        """Press Tab until an element has the focus."""
+        is_there = "return document.activeElement?.matches(arguments[0]) ?? false"
+        for _ in range(150):
+            if self._browser.execute_script(is_there, selector):
+                return
+            self.press(Keys.TAB)
+        raise AssertionError(f"{selector} is not reached by Tab")
+
+    def press(self, text: str) -> None:
+        """Press keys in the element that has the focus."""
+        self._browser.switch_to.active_element.send_keys(text)
 
 
 def job_of_all_states(api: Api) -> str:

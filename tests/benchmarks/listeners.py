@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from farm.errors import Conflict
-from farm.services import jobs as use_cases
+from farm.services import steering
 from tests.benchmarks.figures import Ratio, Row, Series, percentile
 from tests.benchmarks.stand import ROOT, BenchFarm, BenchServers
 from tests.benchmarks.submission import submitted
@@ -175,10 +175,10 @@ def events(site: BenchFarm, watched: Sequence[uuid.UUID]) -> Iterator[None]:
             try:
                 if job_id in paused:
                     paused.discard(job_id)
-                    use_cases.resume(site.farm, site.tenant, job_id)
+                    steering.resume(site.farm, site.tenant, job_id)
                 else:
                     paused.add(job_id)
-                    use_cases.pause(site.farm, site.tenant, job_id)
+                    steering.pause(site.farm, site.tenant, job_id)
             except Conflict:
                 continue
             done += 1

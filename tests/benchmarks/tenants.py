@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from farm.services import jobs
+from farm.services import steering
 from farm.store.engine import transaction
 from farm.store.leases import report_step
 from tests.benchmarks.figures import Row, Series, Way, in_turn
@@ -241,7 +241,7 @@ def _template(site: BenchFarm) -> uuid.UUID:
         steps=1,
         step_seconds=0.0,
     )
-    jobs.cancel(site.farm, site.tenant, template)
+    steering.cancel(site.farm, site.tenant, template)
     return template
 
 

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from farm.context import Farm
-from farm.services import jobs
+from farm.services import steering
 from tests.support.api_server import render
 from tests.support.store import let_leases_expire, register_worker, submit
 
@@ -41,13 +41,13 @@ def fill(farm: Farm, tenant: uuid.UUID) -> Jobs:
     cancelled = submit(farm, tenant, images_per_prompt=4, bucket=2)
     lease = worker.must_claim()
     render(worker, lease, 0)
-    jobs.cancel(farm, tenant, cancelled)
+    steering.cancel(farm, tenant, cancelled)
 
     retried = of_two(max_attempts=2)
     worker.fail(worker.must_claim())
     worker.fail(worker.must_claim(), retryable=False)
     worker.fail(worker.must_claim(), retryable=False)
-    jobs.retry(farm, tenant, retried)
+    steering.retry(farm, tenant, retried)
     render(worker, worker.must_claim())
 
     partial = of_two(max_attempts=1)
@@ -57,7 +57,7 @@ def fill(farm: Farm, tenant: uuid.UUID) -> Jobs:
 
     paused = of_two(priority="interactive")
     worker.release(worker.must_claim())
-    jobs.pause(farm, tenant, paused)
+    steering.pause(farm, tenant, paused)
 
     ready = of_two()
     worker.must_claim()

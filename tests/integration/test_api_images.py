@@ -32,7 +32,7 @@ from tests.support.api_server import Api, serving
 from tests.support.cli_runner import farm as command
 from tests.support.store import new_tenant, sql
 from tests.support.waiting import wait_until
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.storage_cleaner import StorageCleaner
 
 UNKNOWN = "0" * 64
 MAX_BYTES, MAX_PIXELS = 50_000, 256 * 128
@@ -373,7 +373,7 @@ def test_a_deleted_image_is_gone_at_once_and_its_object_soon(api: Api, farm: Far
     check_problem(client.delete(path), 404)
     assert [each["id"] for each in client.get("/v1/images").json()["data"]] == [other["id"]]
     check_problem(send(client, file()), 503)
-    StorageWork(farm, threading.Event()).step()
+    StorageCleaner(farm).step()
     assert stored(farm) == (1, 1)
     assert send(client, file()).json()["id"] == image["id"]
     assert stored(farm) == (2, 2)

@@ -15,7 +15,7 @@ from farm.context import Farm, open_farm
 from farm.domain.invariants import Invariant
 from farm.errors import Conflict, NotFound, Unavailable
 from farm.services import audit as auditing
-from farm.services import jobs
+from farm.services import steering
 from farm.services.audit import Report, audit, audited
 from farm.store import retention
 from farm.store.claim import Lease
@@ -25,7 +25,7 @@ from tests.support.api_server import render
 from tests.support.store import FakeWorker, job_row, register_worker, sql, submit
 from tests.support.waiting import wait_until
 from workers.janitor.janitor import Janitor
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.storage_cleaner import StorageCleaner
 
 
 @pytest.fixture
@@ -116,7 +116,8 @@ def owner_at_work(farm: Farm, tenant: uuid.UUID) -> Iterator[None]:
     choice = random.Random(7)
     known: list[uuid.UUID] = []
     verbs: list[Callable[[Farm, uuid.UUID, uuid.UUID], object]] = [
-        jobs.cancel, jobs.pause, jobs.resume, jobs.resume, jobs.retry, jobs.retry,
+        steering.cancel, steering.pause, steering.resume, steering.resume, steering.retry,
+        steering.retry,
     ]  # fmt: skip
     while True:
         if sql(farm, "SELECT count(*) FROM jobs WHERE open")[0][0] < 8:
@@ -132,8 +133,7 @@ def owner_at_work(farm: Farm, tenant: uuid.UUID) -> Iterator[None]:
 def upkeep_at_work(farm: Farm) -> Iterator[None]:
     """Expire leases after a second, and remove ended jobs and their images at once."""
     farm.settings = farm.settings.model_copy(update={"retention_days": 1e-9, "orphan_seconds": 0.0})
-    janitor, work = Janitor(farm), StorageWork(farm, threading.Event())
-    work.lead(True)
+    janitor, work = Janitor(farm), StorageCleaner(farm)
     while True:
         sql(
             farm,
@@ -172,8 +172,7 @@ def test_a_removed_job_is_no_finding_while_an_event_tells_of_its_removal(
         assert audited(farm).ok
         with transaction(farm.store) as connection:
             retention.delete_rows(connection, 1)
-    work = StorageWork(farm, threading.Event())
-    work.lead(True)
+    work = StorageCleaner(farm)
     work.step()
     assert sql(farm, "SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL") == [(0,)]
     assert audited(farm).ok

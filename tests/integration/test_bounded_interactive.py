@@ -20,7 +20,7 @@ from farm.pipelines.catalog import Pipeline
 from farm.pipelines.family import Batch, LoadedPipeline
 from farm.pipelines.params import Params
 from farm.pipelines.resolve import ResolvedPipeline
-from farm.services import jobs
+from farm.services import steering
 from tests.support.noise_family import Noise, NoiseParams
 from tests.support.render_loops import assembly_of
 from tests.support.store import job_row, new_tenant, submit
@@ -123,7 +123,7 @@ class Tenants:
             self.every = math.inf
             for name, job_id in self.jobs:
                 if job_row(self.farm, self.ids[name], job_id).finished_at is None:
-                    jobs.cancel(self.farm, self.ids[name], job_id)
+                    steering.cancel(self.farm, self.ids[name], job_id)
             return
         if self.device.now >= self.every * (len(self.asked) + 1):
             prompt = f"product {len(self.asked)}"

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, text
 
 from farm.context import Farm
 from farm.errors import LimitExceeded
-from farm.services import jobs
+from farm.services import steering
 from farm.services.metrics import render as render_metrics
 from farm.services.metrics import tenant_metrics
 from farm.store import frames
@@ -44,7 +44,7 @@ from tests.support.store import (
     submit,
 )
 from workers.janitor.janitor import Janitor
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.storage_cleaner import StorageCleaner
 from workers.render.batch import RenderedBatch
 from workers.render.loop import RenderLoop
 
@@ -106,8 +106,7 @@ def roughly(used: float, promised: float) -> Any:
 
 def remove(farm: Farm) -> None:
     """Let the janitor remove old jobs with their pictures."""
-    work = StorageWork(farm, threading.Event())
-    work.lead(True)
+    work = StorageCleaner(farm)
     with farm.store.connect() as connection:
         Janitor(farm).sweep(connection)
     work.step()
@@ -274,7 +273,7 @@ def test_a_cancelled_frame_is_not_promised(farm: Farm) -> None:
     job = submit(farm, ann, **FIELDS, images_per_prompt=4, bucket=4)
     worker.must_claim()
     assert has(farm, ann) == roughly(0, 4 * SECONDS)
-    jobs.cancel(farm, ann, job)
+    steering.cancel(farm, ann, job)
     assert has(farm, ann) == (0, 0), "its batch has not ended yet"
 
 
@@ -315,17 +314,17 @@ def test_what_waits_and_runs_is_promised_through_every_transition(farm: Farm) ->
     lease = worker.must_claim()
     assert {frame.job_id for frame in lease.frames} == {some}
     assert promised() == whole, "it runs"
-    jobs.pause(farm, ann, some)
+    steering.pause(farm, ann, some)
     assert promised() == whole
     worker.fail(lease)
     assert promised() == whole, "its frames wait again"
-    jobs.resume(farm, ann, some)
+    steering.resume(farm, ann, some)
     assert promised() == whole
     complete(some, 4)
     complete(many, 2)
-    jobs.pause(farm, ann, many)
+    steering.pause(farm, ann, many)
     paused = promised()
-    jobs.resume(farm, ann, many)
+    steering.resume(farm, ann, many)
     assert promised() == paused
     complete(many, 4)
     lost = worker.must_claim()
@@ -334,7 +333,7 @@ def test_what_waits_and_runs_is_promised_through_every_transition(farm: Farm) ->
     assert promised() < paused - (2 * 1 + 4 * 2) * STEP * PACE
     worker.fail(worker.must_claim())
     promised()
-    jobs.cancel(farm, ann, many)
+    steering.cancel(farm, ann, many)
     while follow(farm, 30):
         shares_add_up(farm)
     assert has(farm, ann)[1] == 0
@@ -346,10 +345,10 @@ def test_a_retry_beyond_the_budget_is_refused(farm: Farm) -> None:
     worker.fail(worker.must_claim(), retryable=False)
     limit(farm, "ann", device_seconds_a_month=3 * SECONDS)
     with pytest.raises(LimitExceeded, match=r"would need about 4\.2 s"):
-        jobs.retry(farm, ann, job)
+        steering.retry(farm, ann, job)
     assert job_row(farm, ann, job).dead == 4
     limit(farm, "ann", device_seconds_a_month=math.ceil(4 * SECONDS))
-    assert jobs.retry(farm, ann, job) == 4
+    assert steering.retry(farm, ann, job) == 4
 
 
 def test_no_budget_is_exceeded_by_many_clients_of_two_api_processes(farm: Farm) -> None:

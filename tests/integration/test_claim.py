@@ -13,9 +13,9 @@ from sqlalchemy.exc import InternalError
 
 from farm.context import Farm
 from farm.errors import Conflict, KeyReused
-from farm.services import jobs
+from farm.services import jobs, steering
 from farm.store import events, lanes, leases, workers
-from farm.store import jobs as stored
+from farm.store import job_commands as stored
 from farm.store.claim import Lease, claim
 from farm.store.engine import transaction
 from tests.support.store import (
@@ -214,9 +214,9 @@ def test_a_paused_job_is_not_claimed_and_a_resumed_one_is(farm: Farm, tenant: uu
     job_id = submit(farm, tenant, images_per_prompt=4, bucket=2)
     worker = register_worker(farm)
     worker.release(worker.must_claim())  # two frames requeued, two unclaimed
-    jobs.pause(farm, tenant, job_id)
+    steering.pause(farm, tenant, job_id)
     assert worker.claim() is None
-    jobs.resume(farm, tenant, job_id)
+    steering.resume(farm, tenant, job_id)
     claimed = [frame.ordinal for lease in claim_all(farm) for frame in lease.frames]
     assert sorted(claimed) == [0, 1, 2, 3]
 
@@ -279,7 +279,7 @@ def test_cancel_races_with_claim_and_complete_without_deadlock(
     def cancel() -> None:
         for job_id in job_ids[::2]:
             try:
-                jobs.cancel(farm, tenant, job_id)
+                steering.cancel(farm, tenant, job_id)
             except Conflict:
                 continue
 
@@ -312,7 +312,7 @@ def test_cancel_is_final(farm: Farm, tenant: uuid.UUID) -> None:
     worker.complete(worker.must_claim())
     worker.fail(worker.must_claim())
     lease = worker.must_claim()
-    jobs.cancel(farm, tenant, job_id)
+    steering.cancel(farm, tenant, job_id)
     assert worker.complete(lease) == set()
     assert worker.claim() is None
     job = job_row(farm, tenant, job_id)
@@ -375,7 +375,7 @@ def test_an_idempotency_key_makes_one_job(farm: Farm, tenant: uuid.UUID) -> None
 
 def test_retry_of_a_job_that_was_cancelled_is_refused(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant)
-    jobs.cancel(farm, tenant, job_id)
+    steering.cancel(farm, tenant, job_id)
     with pytest.raises(Conflict, match="cancelled"), transaction(farm.store) as connection:
         stored.retry_job(connection, tenant, job_id)
 

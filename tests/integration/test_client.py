@@ -30,7 +30,7 @@ from farm.client import Farm as FarmOfCallers
 from farm.client import events as client_events
 from farm.context import Farm
 from farm.errors import InvalidRequest, KeyReused, NotFound, Unauthenticated
-from farm.store import jobs as stored_jobs
+from farm.store import job_commands
 from tests.chaos.proxy import Freeze, Link, Proxies, Reset, Swallow
 from tests.integration.test_webhooks import couriering
 from tests.support.api_server import Api, render, serving
@@ -194,7 +194,7 @@ def test_a_late_job_says_which_deadline_it_missed(api: Api, ann: Any) -> None:
     job = ann.submit("demo", "a red star", finish_by=60, **QUICK)
     sql(api.farm, "UPDATE jobs SET created_at = created_at - interval '2 minutes', due_at = now()")
     with api.farm.store.connect() as connection:
-        assert len(stored_jobs.cancel_late_jobs(connection)) == 1
+        assert len(job_commands.cancel_late_jobs(connection)) == 1
     with pytest.raises(JobFailed, match="It missed its deadline: finish_by"):
         job.wait(20)
 

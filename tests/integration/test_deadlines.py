@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from farm.context import Farm
-from farm.store import jobs, leases
+from farm.store import job_commands, leases
 from farm.store.engine import one_statement
 from tests.integration.test_api_refusals import check_problem
 from tests.integration.test_events import told
@@ -52,7 +52,7 @@ def pass_seconds(farm: Farm, seconds: float) -> None:
 
 def swept(farm: Farm) -> list[tuple[uuid.UUID, str]]:
     with farm.store.connect() as connection:
-        return jobs.cancel_late_jobs(connection)
+        return job_commands.cancel_late_jobs(connection)
 
 
 def job_of(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def test_a_paused_job_has_its_deadline(farm: Farm, api: Api, ann: httpx.Client) 
 def test_many_late_jobs_end_in_several_sweeps(
     farm: Farm, api: Api, ann: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "LATE_JOBS", 2)
+    monkeypatch.setattr(job_commands, "LATE_JOBS", 2)
     for _ in range(3):
         api.submit(ann, finish_by=60)
     pass_seconds(farm, 100)
@@ -181,7 +181,7 @@ def test_many_late_jobs_end_in_several_sweeps(
 def test_no_tenant_waits_for_the_late_jobs_of_another(
     farm: Farm, api: Api, ann: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "LATE_JOBS", 2)
+    monkeypatch.setattr(job_commands, "LATE_JOBS", 2)
     for _ in range(5):
         api.submit(ann, finish_by=60)
     bob = api.client("bob")

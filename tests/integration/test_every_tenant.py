@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from api import tenancy
 from farm.config import Settings
 from farm.context import Farm
+from farm.domain import verbs
 from farm.errors import InvalidRequest
 from farm.store import keys
 from farm.store.actions import Actor, record
@@ -352,12 +353,13 @@ def test_the_holder_of_a_token_is_told_no_tenant(api: Api, ann: Owned) -> None:
 
 Verb = tuple[str, str, dict[str, Any] | None, str]
 """Method, path, body and target."""
-HOOK = "webhook {webhook}"
+HOOK, WORKER = "webhook {webhook}", "worker {worker_name}"
 
 VERBS: dict[str, Verb] = {
     "job.pause": ("POST", "/v1/jobs/{job}/pause", None, "job {job}"),
     "job.resume": ("POST", "/v1/jobs/{job}/resume", None, "job {job}"),
     "job.retry": ("POST", "/v1/jobs/{job}/retry", None, "job {job}"),
+    "job.change": ("PATCH", "/v1/jobs/{job}", {"labels": {"team": "x"}}, "job {job}"),
     "job.cancel": ("POST", "/v1/jobs/{job}/cancel", None, "job {job}"),
     "export.delete": ("DELETE", "/v1/exports/{export}", None, "export {export}"),
     "input.delete": ("DELETE", "/v1/inputs/{input}", None, "input {input}"),
@@ -382,6 +384,7 @@ VERBS: dict[str, Verb] = {
         "delivery {delivery}",
     ),
     "webhook.delete": ("DELETE", "/v1/webhooks/{webhook}", None, HOOK),
+    "job.remove": ("DELETE", "/v1/jobs/{job}", None, "job {job}"),
 }
 """Verbs on what tenants own. Each has an effect after those before it."""
 
@@ -393,7 +396,11 @@ OPERATING: dict[str, Verb] = {
         {"tenant": "ann", "dest": "s3://abc/x"},
         "tenant ann",
     ),
-    "worker.drain": ("POST", "/v1/workers/{worker}/drain", None, "worker {worker_name}"),
+    "worker.give_back": ("POST", "/v1/workers/{worker}/give-back", None, WORKER),
+    "worker.drain": ("POST", "/v1/workers/{worker}/drain", None, WORKER),
+    "worker.undrain": ("POST", "/v1/workers/{worker}/undrain", None, WORKER),
+    "lane.hold": ("POST", "/v1/lanes/demo/hold", {}, "lane demo"),
+    "lane.release": ("POST", "/v1/lanes/demo/release", None, "lane demo"),
     "tenant.delete": ("DELETE", "/v1/tenants/ann", None, "tenant ann"),
 }
 OWN: dict[str, Verb] = {
@@ -439,7 +446,8 @@ def test_what_only_operators_do_is_logged(
             assert act(operator, ann, verb, why="ticket 7").is_success
             [action] = operator.get("/v1/actions", params={"limit": 1}).json()["data"]
             assert (action["verb"], action["target"]) == (verb, ann.path(OPERATING[verb][3]))
-            assert action["owner"] == (None if verb == "worker.drain" else "ann")
+            of_the_farm = verb.startswith(("worker.", "lane."))
+            assert action["owner"] == (None if of_the_farm else "ann")
             assert action["why"] == "ticket 7"
 
 
@@ -494,6 +502,8 @@ CHANGED = (
     "tenants",
     "destinations",
     "actions",
+    "lanes",
+    "leases",
 )
 
 
@@ -519,12 +529,23 @@ def test_an_action_that_cannot_be_logged_does_not_happen(
         "CREATE TRIGGER refuse BEFORE INSERT ON actions FOR EACH ROW EXECUTE FUNCTION refuse()",
     )
     for verb in (*VERBS, *OPERATING, *OWN):
-        sql(farm, "UPDATE jobs SET paused = :paused", paused=verb == "job.resume")
+        prepare(farm, verb)
         before = everything(farm)
         with subtests.test(verb):
             caller = ann.client if verb in OWN else operator
-            assert act(caller, ann, verb).status_code == 500
+            assert act(caller, ann, verb, why="x").status_code == 500
             assert everything(farm) == before
+
+
+def prepare(farm: Farm, verb: str) -> None:
+    """Let a verb have something to do."""
+    sql(farm, "UPDATE jobs SET paused = :paused", paused=verb == "job.resume")
+    sql(farm, "UPDATE workers SET draining = :draining", draining=verb == "worker.undrain")
+    if verb == "job.remove":
+        sql(farm, "UPDATE jobs SET status = 'partial', finished_at = clock_timestamp()")
+        sql(farm, "UPDATE exports SET state = 'failed'")
+    if verb == "lane.release":
+        sql(farm, "INSERT INTO lanes (pipeline, owed, held_from) VALUES ('demo', '{0,0}', 0)")
 
 
 def test_every_call_that_changes_something_is_logged(api: Api) -> None:
@@ -536,7 +557,7 @@ def test_every_call_that_changes_something_is_logged(api: Api) -> None:
         "/openai/v1/images/generations",
     }
     """Calls that create something, which then says itself whose it is."""
-    log = {tenancy.acting, tenancy.operating, tenancy.own_acting}
+    log = {tenancy.acting, tenancy.operating, tenancy.own_acting, tenancy.acting_on_many}
     changing = [
         (str(context.path), set(_calls(route.dependant)))
         for context in iter_route_contexts(api.app.routes)
@@ -574,7 +595,7 @@ def test_what_changes_nothing_is_not_logged(operator: httpx.Client, ann: Owned) 
 def test_a_retry_of_many_frames_is_one_action(
     farm: Farm, operator: httpx.Client, ann: Owned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("farm.store.jobs.RETRY_SLICE", 1)
+    monkeypatch.setattr("farm.store.job_commands.RETRY_SLICE", 1)
     sql(farm, "UPDATE jobs SET priority = 0, running = running - 1, dead = dead + 1")
     sql(farm, "UPDATE frames SET state = 'dead' WHERE ordinal = 2")
     assert act(operator, ann, "job.retry").is_success
@@ -582,12 +603,12 @@ def test_a_retry_of_many_frames_is_one_action(
     assert action["outcome"] == "2 dead frames are requeued"
 
 
-RECORDS = r"""record\(\s*connection,.{1,120}?"([a-z]+[.][a-z]+)\""""
+RECORDS = r"""record\(\s*connection,.{1,120}?"([a-z]+[.][a-z_]+)\""""
 
 
 def test_the_page_of_the_api_names_every_verb() -> None:
     root = Path(__file__).parents[2]
-    found: set[str] = set()
+    found = {f"job.{verb}" for verb in verbs.Verb}
     for folder in ("api", "farm", "workers"):
         for source in (root / folder).rglob("*.py"):
             calls = re.findall(RECORDS, source.read_text(), re.DOTALL)
@@ -595,7 +616,7 @@ def test_the_page_of_the_api_names_every_verb() -> None:
     assert set(VERBS) | set(OPERATING) | set(OWN) <= found
     page = (root / "docs" / "api.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| `verb` |"))
-    assert set(re.findall(r"`([a-z]+[.][a-z]+)`", row)) == found
+    assert set(re.findall(r"`([a-z]+[.][a-z_]+)`", row)) == found
 
 
 def test_every_form_of_the_page_is_refused_to_other_sites(api: Api, ann: Owned) -> None:
@@ -610,7 +631,14 @@ def test_every_form_of_the_page_is_refused_to_other_sites(api: Api, ann: Owned) 
     }
     assert len(paths) >= 5
     for path in paths:
-        named = str(path).format(job_id=ann.ids["job"], action="pause")
+        named = str(path).format(
+            job_id=ann.ids["job"],
+            action="pause",
+            operation_id=uuid.uuid4(),
+            worker_id=uuid.uuid4(),
+            pipeline="demo",
+            verb="drain",
+        )
         assert foreign.post(named, data={"key": "x"}).status_code == 403, path
 
 

@@ -21,6 +21,7 @@ from farm.store import (
     exports,
     frames,
     inputs,
+    job_commands,
     job_lists,
     job_pages,
     job_webhooks,
@@ -29,6 +30,7 @@ from farm.store import (
     leases,
     lines,
     newest_pictures,
+    operations,
     owners,
     provenances,
     queries,
@@ -45,7 +47,7 @@ from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
 LARGE |= {"frame_provenances", "job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
-LARGE |= {"actions", "exports", "inputs"}
+LARGE |= {"actions", "exports", "inputs", "operations"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -95,6 +97,13 @@ FROM hook, generate_series(1, 50000) n;
 INSERT INTO actions (key_id, who, tenant, address, verb, target, owner, why, outcome, at)
 SELECT gen_random_uuid(), 'key ' || n % 100, 'ops', '', 'verb ' || n % 10, 'job ' || n,
        'shop ' || n % 50, '', '', clock_timestamp() - make_interval(secs => 20000 - n)
+FROM generate_series(1, 20000) n;
+INSERT INTO operations (id, verb, args, filter, tenant_id, key_id, who, role, home, via, address,
+                        why, expected, state, created_at)
+SELECT gen_random_uuid(), 'cancel', '{}', '{}', CASE n % 2 WHEN 0 THEN :tenant END,
+       gen_random_uuid(), '', '', '', 'api', '', '', 1,
+       CASE n % 1000 WHEN 0 THEN 'running' ELSE 'ended' END,
+       clock_timestamp() - make_interval(secs => n)
 FROM generate_series(1, 20000) n;
 INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, shards, bucket, prefix, state)
 SELECT gen_random_uuid(), :tenant, 'webdataset', '{}', 1, 0, '', '', 'succeeded'
@@ -189,10 +198,10 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "close": (frames.CLOSE_LEASE, {"id": uuid.UUID(int=1)}),
     "cancel": (
-        jobs.CANCEL_FRAMES,
+        job_commands.CANCEL_FRAMES,
         {"id": uuid.UUID(int=1), "pipeline": "demo", "reason": "late", "message": "Late."},
     ),
-    "late jobs": (jobs.DUE, {"limit": 100}),
+    "late jobs": (job_commands.DUE, {"limit": 100}),
     "one job": (queries.ONE_JOB, {"id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2)}),
     **{
         f"jobs by {' and '.join(filtered)}": (
@@ -241,6 +250,42 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "after": 100,
         }.items()
     },
+    "actions of an operation": (
+        actions.listing(["operation"]),
+        {"limit": 20, "operation": uuid.UUID(int=1)},
+    ),
+    **{
+        f"jobs that an operation takes: {verb}": (
+            job_lists.listing(["until", "below_id", f"takes_{verb}", *filtered]),
+            {
+                "limit": 50,
+                "below_at": "2100-01-01T00:00:00Z",
+                "below_id": uuid.UUID(int=1),
+                "takes_reason": "lost",
+                "takes_priority": 1,
+                **{name: FILTERED[name] for name in ("until", *filtered)},
+            },
+        )
+        for verb in job_lists.TAKES
+        for filtered in ([], ["tenant_id"])
+    },
+    "jobs counted for an operation": (
+        job_lists.summing(["takes_cancel", "tenant_id", "status"]),
+        FILTERED,
+    ),
+    "next operation": (operations.NEXT, {}),
+    "running operation of a key": (
+        operations.RUNNING_OF_KEY,
+        {"key_id": uuid.UUID(int=1), "verb": "cancel"},
+    ),
+    "operations of a tenant": (
+        operations.listing(["tenant_id"]),
+        {"limit": 50, "tenant_id": uuid.UUID(int=2)},
+    ),
+    "operations of all tenants": (operations.listing([]), {"limit": 50}),
+    "old operations": (operations.PRUNE, {"seconds": 3e7, "limit": 100}),
+    "lanes": (lanes.LANES, {"catalog": ["demo"], "tenant_id": None}),
+    "exports that read a job": (retention.EXPORTING, {"id": uuid.UUID(int=1)}),
     "old actions": (actions.PRUNE, {"seconds": 3e7, "limit": 100}),
     "frames page": (
         queries.LIST_FRAMES,

@@ -23,7 +23,7 @@ from farm.imaging.encoding import read
 from farm.imaging.filters import NEAR, Verdict, blank, load_filters, near_duplicate
 from farm.pipelines.catalog import Pipeline
 from farm.pipelines.resolve import ResolvedPipeline
-from farm.services import jobs
+from farm.services import steering
 from farm.services.exports import service as use_cases
 from farm.storage import artifact_key
 from farm.store import perceptual_hashes
@@ -122,7 +122,7 @@ def test_a_frame_that_is_always_rejected_is_dead_in_the_end(
     assert (job.status, job.dead) == ("failed", 1)
     assert attempts_of(farm, job_id) == [(attempt, "rejected") for attempt in (1, 2, 3)]
     assert "everything, score 0.25" in frame_rows(farm, job_id)[0].error
-    jobs.retry(farm, tenant, job_id)
+    steering.retry(farm, tenant, job_id)
     line.run()
     seeds = [row.rerolls for row in frame_rows(farm, job_id).values()]
     assert seeds == [5]  # three more seeds, none repeated

@@ -9,9 +9,9 @@ import pytest
 from farm.context import Farm
 from farm.domain.invariants import Finding
 from farm.domain.states import FrameState
-from farm.services import jobs
+from farm.services import steering
 from farm.services.audit import audited
-from farm.store import jobs as stored
+from farm.store import job_commands as stored
 from farm.store import lanes
 from farm.store.engine import transaction
 from tests.support.store import counts_add_up, job_row, new_tenant, register_worker, sql, submit
@@ -76,7 +76,7 @@ def test_a_paused_job_is_claimed_no_more_before_its_frames_know(
 ) -> None:
     held = requeued(farm, tenant, 3 * SLICE)
     other = submit(farm, tenant, images_per_prompt=2, bucket=4)
-    jobs.pause(farm, tenant, held)
+    steering.pause(farm, tenant, held)
     assert told(farm, held) == (0, 3 * SLICE, 3 * SLICE)
     worker = register_worker(farm)
     assert {frame.job_id for frame in worker.must_claim().frames} == {other}
@@ -95,9 +95,9 @@ def test_a_resumed_job_goes_on_with_what_was_never_told_and_then_with_all(
     farm: Farm, tenant: uuid.UUID
 ) -> None:
     job_id = requeued(farm, tenant, 3 * SLICE)
-    jobs.pause(farm, tenant, job_id)
+    steering.pause(farm, tenant, job_id)
     follow(farm)
-    jobs.resume(farm, tenant, job_id)
+    steering.resume(farm, tenant, job_id)
     worker = register_worker(farm)
     assert [frame.ordinal for frame in worker.must_claim().frames] == [*range(SLICE, SLICE + 4)]
     while follow(farm):
@@ -112,16 +112,16 @@ def test_a_pause_in_the_middle_of_a_slice_is_not_forgotten(
 ) -> None:
     """The slice that resumes frames ends after the job was paused again."""
     job_id = requeued(farm, tenant, SLICE // 2)
-    jobs.pause(farm, tenant, job_id)
+    steering.pause(farm, tenant, job_id)
     follow(farm)
-    jobs.resume(farm, tenant, job_id)
+    steering.resume(farm, tenant, job_id)
     followed = stored.FOLLOWED
     with farm.store.connect() as connection:
         execute = connection.execute
 
         def watched(statement: object, *args: object) -> object:
             if statement is followed:
-                jobs.pause(farm, tenant, job_id)
+                steering.pause(farm, tenant, job_id)
             return execute(statement, *args)  # type: ignore[call-overload]
 
         monkeypatch.setattr(connection, "execute", watched)
@@ -137,7 +137,7 @@ def test_a_cancelled_job_is_over_at_once_and_its_frames_follow(
     job_id = requeued(farm, tenant, 3 * SLICE)
     worker = register_worker(farm)
     lease = worker.must_claim()
-    jobs.cancel(farm, tenant, job_id)
+    steering.cancel(farm, tenant, job_id)
     job = job_row(farm, tenant, job_id)
     assert (job.status, job.cancelled, job.running) == ("cancelled", 3 * SLICE, 0)
     counts_add_up(farm, tenant, job_id)
@@ -158,7 +158,7 @@ def test_frames_of_other_jobs_fill_a_batch_past_those_that_are_held(
     held = [requeued(farm, tenant, 3, steps=9) for _ in range(3)]
     filling = requeued(farm, tenant, 2, steps=9)
     for job_id in held:
-        jobs.pause(farm, tenant, job_id)
+        steering.pause(farm, tenant, job_id)
     leader = submit(farm, tenant, images_per_prompt=1, steps=9, bucket=4, priority="interactive")
     batch = register_worker(farm).must_claim()
     assert {frame.job_id for frame in batch.frames} == {leader, filling}

@@ -16,8 +16,8 @@ from sqlalchemy import text
 
 from farm.context import Farm, open_farm
 from farm.errors import Limit, LimitExceeded
-from farm.services import jobs
-from farm.store import jobs as stored
+from farm.services import steering
+from farm.store import job_commands as stored
 from farm.store.engine import transaction
 from farm.store.limits import lock_rooms
 from farm.store.tenants import lock_settings
@@ -244,11 +244,11 @@ def test_a_retry_beyond_a_limit_is_refused_and_changes_nothing(farm: Farm) -> No
         limit(farm, "ann", max_open_jobs=None, max_waiting_frames=None)
         limit(farm, "ann", **limits)
         with pytest.raises(LimitExceeded):
-            jobs.retry(farm, ann, job)
+            steering.retry(farm, ann, job)
         after = job_row(farm, ann, job)
         assert (after.status, after.dead) == ("failed", 4)
     limit(farm, "ann", max_open_jobs=1, max_waiting_frames=4)
-    assert jobs.retry(farm, ann, job) == 4
+    assert steering.retry(farm, ann, job) == 4
 
 
 def test_a_retry_ends_where_another_job_took_the_room(
@@ -260,17 +260,17 @@ def test_a_retry_ends_where_another_job_took_the_room(
     worker = register_worker(farm)
     worker.fail(worker.must_claim(), retryable=False)
     limit(farm, "ann", max_waiting_frames=4)
-    slices: list[int] = []
+    slices: list[stored.Retried] = []
     retry_job = stored.retry_job
 
-    def and_then_lower_the_limit(*args: Any, **options: Any) -> int:
+    def and_then_lower_the_limit(*args: Any, **options: Any) -> stored.Retried:
         if slices:
             args[0].execute(text("UPDATE tenants SET max_waiting_frames = 3 WHERE name = 'ann'"))
         slices.append(retry_job(*args, **options))
         return slices[-1]
 
     monkeypatch.setattr(stored, "retry_job", and_then_lower_the_limit)
-    assert jobs.retry(farm, ann, job) == 2
+    assert steering.retry(farm, ann, job) == 2
     assert job_row(farm, ann, job).dead == 2
 
 
@@ -334,14 +334,14 @@ def test_what_a_tenant_has_is_counted_through_every_transition(farm: Farm) -> No
     lease = worker.must_claim()
     settled()
     steps: list[Any] = [
-        lambda: jobs.pause(farm, ann, many),
-        lambda: jobs.pause(farm, ann, some),
+        lambda: steering.pause(farm, ann, many),
+        lambda: steering.pause(farm, ann, some),
         lambda: worker.fail(lease),
-        lambda: jobs.resume(farm, ann, many),
+        lambda: steering.resume(farm, ann, many),
         lambda: worker.complete(worker.must_claim()),
-        lambda: jobs.resume(farm, ann, some),
+        lambda: steering.resume(farm, ann, some),
         lambda: worker.release(worker.must_claim()),
-        lambda: jobs.cancel(farm, ann, many),
+        lambda: steering.cancel(farm, ann, many),
     ]
     for step in steps:
         step()

@@ -19,7 +19,7 @@ from farm.domain.image_formats import Format
 from farm.domain.spec import FrameSpec, Priority
 from farm.errors import InvalidRequest
 from farm.imaging.encoding import pixels_as_stored, read
-from farm.services import jobs
+from farm.services import steering
 from farm.storage import artifact_key
 from farm.store import workers
 from farm.store.engine import transaction
@@ -158,7 +158,7 @@ def test_a_cancelled_batch_stops_between_two_steps(
     def disturb(_frames: Sequence[FrameSpec], step: int) -> None:
         steps.append(step)
         if step == 2:
-            jobs.cancel(farm, tenant, job_id)
+            steering.cancel(farm, tenant, job_id)
         if step > 2:
             take(0.1)
 
@@ -178,7 +178,7 @@ def test_a_batch_goes_on_while_one_frame_of_it_is_wanted(
 
     def disturb(_frames: Sequence[FrameSpec], step: int) -> None:
         if step == 2:
-            jobs.cancel(farm, tenant, first)
+            steering.cancel(farm, tenant, first)
         take(0.03)
 
     noise.disturb = disturb

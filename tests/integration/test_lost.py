@@ -18,7 +18,7 @@ import pytest
 from farm.context import Farm
 from farm.errors import FarmError
 from farm.pipelines.family import StopBatch
-from farm.store import jobs, leases, workers
+from farm.store import job_commands, leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import MAX_UNCHARGED_LOSSES
 from tests.support.api_server import serving
@@ -283,7 +283,7 @@ def test_alone_stays_alone_whatever_comes_next(farm: Farm, tenant: uuid.UUID) ->
         worker.fail(lease)
     assert job_row(farm, tenant, job_id).status == "failed"
     with transaction(farm.store) as connection:
-        assert jobs.retry_job(connection, tenant, job_id) == 8
+        assert job_commands.retry_job(connection, tenant, job_id).frames == 8
     assert len(worker.must_claim().frames) == 8
 
 

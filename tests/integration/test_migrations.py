@@ -33,7 +33,7 @@ from farm.context import Farm
 from farm.domain.states import FrameState
 from farm.local.ports import free_port
 from farm.process import version
-from farm.services import jobs
+from farm.services import steering
 from farm.store import events, lanes, migrate, workers
 from farm.store.engine import transaction
 from farm.store.job_lists import JobFilter, list_jobs
@@ -435,17 +435,17 @@ def test_this_version_works_beside_one_more_pre_step(farm: Farm, tenant: uuid.UU
     worker.release(worker.must_claim())
     worker.must_claim()
     let_leases_expire(farm)
-    jobs.pause(farm, tenant, succeeding)
-    jobs.resume(farm, tenant, succeeding)
+    steering.pause(farm, tenant, succeeding)
+    steering.resume(farm, tenant, succeeding)
     while lease := other.claim():
         other.complete(lease)
     assert job_row(farm, tenant, succeeding).status == "succeeded"
     dying = submit(farm, tenant)
     worker.fail(worker.must_claim(), retryable=False)
     assert state_of(farm, dying) is FrameState.DEAD
-    jobs.retry(farm, tenant, dying)
+    steering.retry(farm, tenant, dying)
     worker.must_claim()
-    jobs.cancel(farm, tenant, dying)
+    steering.cancel(farm, tenant, dying)
     assert attempts_of(farm, dying) == [(1, "render_error"), (2, "cancelled")]
     for job_id in (succeeding, dying):
         counts_add_up(farm, tenant, job_id)

@@ -21,7 +21,7 @@ from farm.config import Settings
 from farm.context import Farm, open_farm
 from farm.domain.image_formats import Format
 from farm.errors import NotFound, Unavailable
-from farm.services import jobs
+from farm.services import steering
 from farm.services.control_images import image_key
 from farm.storage import ArtifactName, Artifacts, artifact_key, job_prefix, parse_key
 from farm.store import control_images, retention
@@ -40,7 +40,7 @@ from tests.support.store import (
 )
 from tests.support.waiting import wait_until
 from workers.janitor.janitor import Janitor
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.storage_cleaner import StorageCleaner
 
 LATE = b"a late writer's bytes"
 LATE_ID = hashlib.sha256(LATE).hexdigest()
@@ -52,10 +52,8 @@ def settings(settings: Settings) -> Settings:
 
 
 @pytest.fixture
-def work(farm: Farm) -> StorageWork:
-    storage = StorageWork(farm, threading.Event())
-    storage.lead(True)
-    return storage
+def work(farm: Farm) -> StorageCleaner:
+    return StorageCleaner(farm)
 
 
 def rendered(farm: Farm, tenant: uuid.UUID, images: int = 3, **fields: object) -> uuid.UUID:
@@ -103,7 +101,7 @@ def put(farm: Farm, tenant: uuid.UUID, job_id: uuid.UUID, ordinal: int, content:
     return key
 
 
-def look_through(farm: Farm, work: StorageWork) -> None:
+def look_through(farm: Farm, work: StorageCleaner) -> None:
     """Do one whole pass over the storage."""
     work.step()
     while work._after:
@@ -119,7 +117,7 @@ def is_stored(farm: Farm, key: str) -> bool:
 
 
 def test_a_job_past_its_time_is_gone_at_once_and_then_altogether(
-    farm: Farm, tenant: uuid.UUID, work: StorageWork
+    farm: Farm, tenant: uuid.UUID, work: StorageCleaner
 ) -> None:
     work._pass_due_at = math.inf  # no search for orphans yet
     job_id = rendered(farm, tenant)
@@ -194,7 +192,7 @@ def test_a_job_that_is_being_retried_is_not_removed(farm: Farm, tenant: uuid.UUI
         connection.execute(text("SELECT FROM jobs FOR UPDATE"))
         with transaction(farm.store) as other:
             assert retention.remove_due(other, 10.0) == []
-    jobs.retry(farm, tenant, job_id)
+    steering.retry(farm, tenant, job_id)
     sweep(farm)
     assert job_row(farm, tenant, job_id).status == "running"
 
@@ -267,7 +265,7 @@ def test_an_artifacts_key_is_read_back_and_no_other_key_is() -> None:
 
 
 def test_only_what_no_frame_will_ever_name_is_deleted(
-    farm: Farm, tenant: uuid.UUID, work: StorageWork
+    farm: Farm, tenant: uuid.UUID, work: StorageCleaner
 ) -> None:
     done = rendered(farm, tenant, 1)
     named = keys_of(farm, tenant, done)
@@ -276,7 +274,7 @@ def test_only_what_no_frame_will_ever_name_is_deleted(
     worker.fail(worker.must_claim())
     cancelled = submit(farm, tenant)
     worker.must_claim()
-    jobs.cancel(farm, tenant, cancelled)
+    steering.cancel(farm, tenant, cancelled)
     ready = submit(farm, tenant)
     worker.must_claim()
     let_leases_expire(farm)
@@ -304,8 +302,7 @@ def test_only_what_no_frame_will_ever_name_is_deleted(
 def test_a_young_object_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
     young = farm.settings.model_copy(update={"orphan_seconds": 60.0})
     farm.settings = young
-    work = StorageWork(farm, threading.Event())
-    work.lead(True)
+    work = StorageCleaner(farm)
     key = put(farm, tenant, uuid.uuid4(), 0, LATE)
     look_through(farm, work)
     assert is_stored(farm, key)
@@ -315,7 +312,7 @@ def test_a_young_object_is_left_alone(farm: Farm, tenant: uuid.UUID) -> None:
 
 
 def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
-    farm: Farm, tenant: uuid.UUID, work: StorageWork, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, work: StorageCleaner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("farm.storage.PAGE_KEYS", 2)
     monkeypatch.setattr("workers.janitor.storage_cleaner.DELETIONS_PER_CALL", 1)
@@ -343,12 +340,12 @@ def test_a_whole_pass_is_made_at_its_pace_and_page_by_page(
 
 
 def test_no_lock_is_held_while_the_storage_deletes(
-    farm: Farm, tenant: uuid.UUID, work: StorageWork, monkeypatch: pytest.MonkeyPatch
+    farm: Farm, tenant: uuid.UUID, work: StorageCleaner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dead frame may be retried, so its objects stay. All others need no lock."""
     done, cancelled = rendered(farm, tenant, 1), submit(farm, tenant)
     register_worker(farm).must_claim()
-    jobs.cancel(farm, tenant, cancelled)
+    steering.cancel(farm, tenant, cancelled)
     orphans = [put(farm, tenant, job_id, 0, LATE) for job_id in (done, cancelled)]
     farm.artifacts.put(image_key(tenant, LATE_ID), LATE)
     open_meanwhile: list[int] = []
@@ -367,7 +364,7 @@ def test_no_lock_is_held_while_the_storage_deletes(
 
 
 def test_an_object_of_no_control_image_is_deleted(
-    farm: Farm, tenant: uuid.UUID, work: StorageWork
+    farm: Farm, tenant: uuid.UUID, work: StorageCleaner
 ) -> None:
     orphan, foreign = image_key(tenant, LATE_ID), image_key(uuid.uuid4(), LATE_ID)
     for key in (orphan, foreign):
@@ -453,7 +450,7 @@ def test_a_silent_storage_delays_no_lease_and_what_is_left_goes_later(
 def test_a_standby_leaves_the_storage_alone(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     farm.settings = farm.settings.model_copy(update={"sweep_seconds": 0.01})
     steps = threading.Event()
-    monkeypatch.setattr(StorageWork, "step", lambda _work: steps.set())
+    monkeypatch.setattr(StorageCleaner, "step", lambda _work, _goes_on: steps.set())
     tries: list[float] = []
 
     def counted(*values: Any) -> Any:

@@ -12,7 +12,7 @@ from sqlalchemy import make_url
 
 from farm.config import Settings
 from farm.context import Farm
-from farm.services import jobs
+from farm.services import steering
 from farm.store.engine import transaction
 from farm.store.workers import Account, account
 from tests.integration.test_migrations import env_of
@@ -64,10 +64,10 @@ def test_a_paused_job_waits_for_nobody(farm: Farm, tenant: uuid.UUID) -> None:
     worker = register_worker(farm)
     worker.fail(worker.must_claim())
     assert lane(farm).waiting == 8
-    jobs.pause(farm, tenant, job_id)
+    steering.pause(farm, tenant, job_id)
     sql(farm, "UPDATE requeued_frames SET paused = true")  # as the janitor does
     assert (lane(farm).waiting, lane(farm).seconds) == (0, 0)
-    jobs.cancel(farm, tenant, job_id)
+    steering.cancel(farm, tenant, job_id)
     assert lane(farm).waiting == 0
 
 

@@ -13,9 +13,9 @@ from sqlalchemy import text
 from farm.context import Farm
 from farm.domain.spec import Priority
 from farm.errors import Conflict
-from farm.services import jobs
+from farm.services import steering
 from farm.services.audit import audited
-from farm.store import jobs as stored
+from farm.store import job_commands as stored
 from farm.store import lanes, leases
 from farm.store.audit import wrong_shares
 from farm.store.engine import Connection, transaction
@@ -55,17 +55,17 @@ def test_a_share_follows_its_tenants_work(farm: Farm, tenant: uuid.UUID) -> None
     worker.fail(worker.must_claim())
     assert share(farm, tenant)[2:] == ([0, 4, 3], [0, 2, 0])
     back_off(farm, 60)
-    jobs.pause(farm, tenant, first)
+    steering.pause(farm, tenant, first)
     assert share(farm, tenant)[2:] == ([0, 0, 3], [0, 2, 0])
     worker.must_claim()  # finds the bulk job instead, and corrects the share
     assert share(farm, tenant) == (2, True, [0, 0, 1], [0, 2, 0])
     with farm.store.connect() as connection:
         stored.follow(connection, 100)
     assert share(farm, tenant)[3] == [0, 0, 0]
-    jobs.resume(farm, tenant, first)
+    steering.resume(farm, tenant, first)
     assert share(farm, tenant)[0] == 1
     sound(farm)
-    jobs.cancel(farm, tenant, first)
+    steering.cancel(farm, tenant, first)
     with farm.store.connect() as connection:
         stored.follow(connection, 100)
     worker.must_claim()
@@ -95,12 +95,12 @@ def test_frames_of_a_resumed_job_are_found_before_and_after_the_janitor(
     worker = register_worker(farm)
     for lease in [worker.must_claim(), worker.must_claim()]:
         worker.release(lease)
-    jobs.pause(farm, tenant, job)
+    steering.pause(farm, tenant, job)
     assert worker.claim() is None
     assert share(farm, tenant)[:2] == (None, None)
     with farm.store.connect() as connection:
         stored.follow(connection, 2)  # half of its frames
-    jobs.resume(farm, tenant, job)
+    steering.resume(farm, tenant, job)
     assert [frame.ordinal for frame in worker.must_claim().frames] == [2, 3]
     assert worker.claim() is None
     with farm.store.connect() as connection:
@@ -177,8 +177,8 @@ def test_claims_submissions_and_steering_at_once_keep_every_share_right(farm: Fa
             job = submit(
                 farm, tenant, images_per_prompt=3, priority=["interactive", "bulk"][number % 2]
             )
-            pause = [jobs.pause, jobs.resume] if number % 3 == 0 else []
-            for wish in [*pause, *([jobs.cancel] if number % 5 == 0 else [])]:
+            pause = [steering.pause, steering.resume] if number % 3 == 0 else []
+            for wish in [*pause, *([steering.cancel] if number % 5 == 0 else [])]:
                 with suppress(Conflict):  # it may have ended already
                     wish(farm, tenant, job)
                     granted.append(wish)
@@ -211,7 +211,7 @@ def test_claims_submissions_and_steering_at_once_keep_every_share_right(farm: Fa
     for thread in renderers:
         thread.join()
     assert problems == []
-    assert {*granted} == {jobs.pause, jobs.resume, jobs.cancel}
+    assert {*granted} == {steering.pause, steering.resume, steering.cancel}
     with farm.store.connect() as connection:
         while stored.follow(connection, 1000):
             pass

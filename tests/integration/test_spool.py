@@ -13,7 +13,7 @@ import pytest
 from farm.config import Settings
 from farm.context import Farm
 from farm.domain.spec import FrameSpec, Priority
-from farm.services import jobs
+from farm.services import steering
 from farm.storage import Artifacts, artifact_key
 from farm.store import leases
 from farm.store.circuit_breaker import TRIP_AFTER_FRAMES
@@ -147,7 +147,7 @@ def test_a_kept_batch_that_is_cancelled_is_let_go(
 
     def disturb(claimed: Sequence[FrameSpec], step: int) -> None:
         if len(noise.batches) == 2 and step == 0:
-            jobs.cancel(farm, tenant, gone)
+            steering.cancel(farm, tenant, gone)
 
     noise.disturb = disturb
     loop.run()

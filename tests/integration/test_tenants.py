@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from tests.support.cli_runner import farm as command
 from tests.support.store import register_worker, sql, stored_keys
 from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.storage_cleaner import StorageCleaner
 
 OWNING = ("keys", "jobs", "exports", "inputs", "control_images", "destinations", "shares", "events")
 
@@ -81,8 +80,7 @@ def id_of(farm: Farm, name: str) -> str:
 
 def clean_up(farm: Farm) -> None:
     """Run all the janitor's work until nothing is left."""
-    work = StorageWork(farm, threading.Event())
-    work.lead(True)
+    work = StorageCleaner(farm)
     for _ in range(4):
         with farm.store.connect() as connection:
             Janitor(farm).sweep(connection)
@@ -309,6 +307,7 @@ def test_actions_are_recorded_with_who_what_and_why(farm: Farm, api: Api) -> Non
             "target": "tenant ann",
             "why": "ticket 7",
             "outcome": "s3://datasets/ann/",
+            "operation": None,
         }
     assert len(grants) == 2
     assert oldest["next"] is None

@@ -14,7 +14,7 @@ from farm.domain.spec import Priority
 from farm.domain.states import FRAME_TRANSITIONS, JOB_TRANSITIONS, FrameState, JobStatus, settled
 from farm.errors import Conflict
 from farm.store import events
-from farm.store import jobs as stored
+from farm.store import job_commands as stored
 from farm.store.claim import Fence, Lease
 from farm.store.engine import transaction
 from tests.support.store import (

@@ -12,7 +12,7 @@ from redis import Redis
 
 from farm.context import Farm
 from farm.domain.spec import FrameSpec
-from farm.services import jobs
+from farm.services import steering
 from farm.store.claim import Lease
 from tests.support.noise_family import Noise
 from tests.support.store import attempts_of, frame_rows, job_row, sql, submit
@@ -170,7 +170,7 @@ def test_its_cancel_is_its_own(story: Story, farm: Farm, loop: RenderLoop) -> No
     def cancel_it(prompt: str, step: int) -> None:
         if prompt == "urgent":
             if step == 1:
-                jobs.cancel(farm, story.tenant, story.urgent[0])
+                steering.cancel(farm, story.tenant, story.urgent[0])
             threading.Event().wait(0.1 if step > 1 else 0)
 
     story.also = cancel_it

@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from farm.context import Farm
-from farm.services import jobs
+from farm.services import steering
 from farm.store import queries
 from farm.store.engine import transaction
 from tests.support.api_server import serving
@@ -116,9 +116,9 @@ def test_the_pace_is_told_anew_after_a_pause(farm: Farm, tenant: uuid.UUID) -> N
     job_id = submit(farm, tenant, images_per_prompt=1000, bucket=4)
     worker = register_worker(farm)
     render(worker, 5)
-    jobs.pause(farm, tenant, job_id)
+    steering.pause(farm, tenant, job_id)
     later(farm, job_id, 3600)
-    jobs.resume(farm, tenant, job_id)
+    steering.resume(farm, tenant, job_id)
     render(worker, 5)
     later(farm, job_id, 10)
     row = job_row(farm, tenant, job_id)
@@ -144,8 +144,8 @@ def test_the_pace_of_a_job_that_was_under_way_before_paces_were_told(
 
 def test_a_pause_before_the_start_is_no_start(farm: Farm, tenant: uuid.UUID) -> None:
     job_id = submit(farm, tenant, images_per_prompt=8, bucket=4)
-    jobs.pause(farm, tenant, job_id)
-    jobs.resume(farm, tenant, job_id)
+    steering.pause(farm, tenant, job_id)
+    steering.resume(farm, tenant, job_id)
     assert job_row(farm, tenant, job_id).pace_since is None
 
 

@@ -9,16 +9,19 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from farm.context import Farm
 from farm.errors import Unavailable
 from farm.process import beat, set_ready
+from farm.services import operations
 from farm.store import (
     actions,
     events,
     exports,
-    jobs,
+    job_commands,
     lanes,
     leases,
     limits,
@@ -29,9 +32,11 @@ from farm.store import (
     webhooks,
     workers,
 )
+from farm.store import operations as stored_operations
 from farm.store.engine import Connection
 from farm.store.leadership import leadership
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.leader_thread import LeaderThread
+from workers.janitor.storage_cleaner import StorageCleaner
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +81,13 @@ class Janitor:
 
     def run(self, stop: threading.Event) -> None:
         """Sweep until `stop` is set. An outage of Postgres is logged, and does not end it."""
-        storage = StorageWork(self._farm, stop)
-        storage.start()
+        pace = self._farm.settings.sweep_seconds
+        threads = [
+            LeaderThread("storage-work", StorageCleaner(self._farm).step, pace, stop),
+            LeaderThread("operations", partial(operations.take_turn, self._farm), pace, stop),
+        ]
+        for thread in threads:
+            thread.start()
         failures = 0
         while not stop.is_set():
             self._turn()
@@ -87,12 +97,13 @@ class Janitor:
                     set_ready(self._farm.settings.run_dir, ready=True)
                     if connection is not None:
                         log.info("This janitor is the leader.")
-                        self._lead(connection, storage, stop)
+                        self._lead(connection, threads, stop)
             except Unavailable as error:
                 failures += 1
                 log.warning("The janitor waits for Postgres: %s", error)
             stop.wait(self._rest(failures))
-        storage.join(END_SECONDS)
+        for thread in threads:
+            thread.join(END_SECONDS)
 
     def _turn(self) -> None:
         self.status.turned_at = time.monotonic()
@@ -104,8 +115,11 @@ class Janitor:
         longest = min(pace * 2 ** min(failures, 10), MAX_REST_SECONDS)
         return random.uniform(0, longest) if failures else pace  # noqa: S311 - no secret
 
-    def _lead(self, connection: Connection, storage: StorageWork, stop: threading.Event) -> None:
-        storage.lead(True)
+    def _lead(
+        self, connection: Connection, threads: Sequence[LeaderThread], stop: threading.Event
+    ) -> None:
+        for thread in threads:
+            thread.lead(True)
         self.status.leading = True
         try:
             while not stop.is_set():
@@ -115,12 +129,13 @@ class Janitor:
                 stop.wait(self._farm.settings.sweep_seconds)
         finally:
             self.status.leading = False
-            storage.lead(False)
+            for thread in threads:
+                thread.lead(False)
 
     def sweep(self, connection: Connection) -> None:
         """Run each task of a sweep once."""
         settings = self._farm.settings
-        for job_id, missed in jobs.cancel_late_jobs(connection):
+        for job_id, missed in job_commands.cancel_late_jobs(connection):
             log.info("Job %s missed its deadline, %s: it was cancelled.", job_id, missed)
         with connection.begin():
             expired = leases.expire(connection, settings.retry_seconds)
@@ -141,6 +156,7 @@ class Janitor:
         with connection.begin():
             events.prune(connection, settings.events_days)
             actions.prune(connection, settings.actions_days, ROWS_PER_SWEEP)
+            stored_operations.prune(connection, settings.actions_days, ROWS_PER_SWEEP)
             sessions.prune(connection)
             unanswered.prune(connection)
         for pipeline in waiting:
@@ -148,7 +164,7 @@ class Janitor:
                 break
         if due:
             self._farm.bells.ring_exporter()
-        jobs.follow(connection, ROWS_PER_SWEEP)
+        job_commands.follow(connection, ROWS_PER_SWEEP)
         tenants.delete_of_removed(connection)
         with connection.begin():
             removed = retention.remove_due(connection, settings.retention_days)

@@ -1,18 +1,12 @@
-"""Storage cleaner of the janitor: deletes objects that no frame refers to any more.
-
-It runs in its own thread, so that a slow or missing storage never delays the sweep of leases.
-If two janitors do this work at once, it is done twice, which does no harm.
-"""
+"""Storage cleaner of the janitor: deletes objects that no frame refers to any more."""
 
 from __future__ import annotations
 
 import logging
-import random
-import threading
 import time
+from collections.abc import Callable
 
 from farm.context import Farm
-from farm.errors import Unavailable
 from farm.services.control_images import image_key, images_prefix, parse_image_key
 from farm.storage import (
     ArtifactName,
@@ -36,57 +30,26 @@ DELETIONS_PER_CALL = 1000
 UPLOAD_SECONDS = 600.0
 """Time after which an upload that has not finished counts as failed, in seconds."""
 
-MAX_REST_SECONDS = 60.0
 
+class StorageCleaner:
+    """Deletes removed objects and orphans, step by step."""
 
-class StorageWork:
-    """Thread that deletes removed objects and orphans while its janitor is the leader."""
-
-    def __init__(self, farm: Farm, stop: threading.Event) -> None:
+    def __init__(self, farm: Farm) -> None:
         self._farm = farm
-        self._stop = stop
-        self._leads = threading.Event()
+        self._goes_on: Callable[[], bool] = lambda: True
         self._after = ""
         self._pass_due_at = 0.0
-        self._thread = threading.Thread(target=self._run, name="storage-work", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread. It ends once `stop` is set."""
-        self._thread.start()
+    def step(self, goes_on: Callable[[], bool] = lambda: True) -> bool:
+        """Delete the objects of removed jobs, and check one page for orphans. Return False.
 
-    def lead(self, leads: bool) -> None:
-        """Set whether the janitor is the leader. The thread works only then."""
-        if leads:
-            self._leads.set()
-        else:
-            self._leads.clear()
-
-    def join(self, seconds: float) -> None:
-        """Wait for the thread to end. A thread that waits for the storage ends with the process."""
-        self._thread.join(seconds)
-
-    def _run(self) -> None:
-        pace, failures = self._farm.settings.sweep_seconds, 0
-        while not self._stop.is_set():
-            if self._leads.wait(pace):
-                try:
-                    self.step()
-                    failures = 0
-                except Unavailable as error:
-                    failures += 1
-                    log.warning("Deletion in the storage is postponed: %s", error)
-                except Exception:
-                    failures += 1
-                    log.exception("Deletion in the storage is postponed")
-            rest = min(pace * 2 ** min(failures, 10), MAX_REST_SECONDS)
-            self._stop.wait(random.uniform(rest / 2, rest) if failures else pace)  # noqa: S311
-
-    def step(self) -> None:
-        """Delete the objects of removed jobs, and check one page for orphans.
+        Args:
+            goes_on: returns False if the step is to end early.
 
         Raises:
             Unavailable: the storage or Postgres does not answer. The next step continues.
         """
+        self._goes_on = goes_on
         with transaction(self._farm.store) as connection:
             empty = retention.empty_jobs(connection, retention.MAX_JOBS_PER_CALL)
         for tenant_id, job_id in empty:
@@ -98,6 +61,7 @@ class StorageWork:
         self._empty_tenants()
         if time.monotonic() >= self._pass_due_at:
             self._look_through_page()
+        return False
 
     def _empty_exports(self) -> None:
         """Delete the files of removed exports, except at destinations that a client chose.
@@ -111,9 +75,6 @@ class StorageWork:
             if (export.bucket, export.prefix) != own or self._delete_below(own[1]):
                 with transaction(self._farm.store) as connection:
                     retention.forget_export(connection, export.id)
-
-    def _goes_on(self) -> bool:
-        return self._leads.is_set() and not self._stop.is_set()
 
     def _delete_below(self, prefix: str) -> bool:
         """Delete every object with this prefix. Return True if none is left."""

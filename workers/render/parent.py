@@ -61,6 +61,8 @@ class WorkerSupervisor:
         self._wake = threading.Event()
         self._over = threading.Event()
         self._draining = False
+        self._asked_at: float | None = None
+        """Time of a request to drain that was not taken back."""
         self._own_signal = False
         self._give_up_at = float("inf")
         self._given_up = False
@@ -88,8 +90,7 @@ class WorkerSupervisor:
             self._own_signal = False
             return
         now = time.monotonic()
-        grace = self._farm.settings.grace_seconds
-        self._give_up_at = now if self._draining else now + grace - min(LEAVE_SECONDS, grace / 2)
+        self._give_up_at = now if self._draining else now + self._grace()
         self._draining = True
         self._wake.set()
 
@@ -141,11 +142,7 @@ class WorkerSupervisor:
             knock = workers.needs_a_knock(connection, me)
         if knock:
             self._knock()
-        if draining and not self._draining:
-            log.info("%s received a request to drain.", self._identity.name)
-            self.drain()
-            self._own_signal = True
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._heed(asked=bool(draining), busy=bool(held))
         if time.monotonic() - self._outage > OUTAGE_PATIENCE_SECONDS:
             self._end_hung(held)
             self._end_adrift({lease.id for lease in held})
@@ -154,6 +151,29 @@ class WorkerSupervisor:
             if self._is_explained(pid):
                 self._return_lost(pid)
         self._unexplained &= gone
+
+    def _heed(self, *, asked: bool, busy: bool) -> None:
+        """Leave if a drain was requested. While a batch is rendered, it may be taken back."""
+        if self._draining:
+            return
+        if asked and self._asked_at is None:
+            log.info("%s received a request to drain.", self._identity.name)
+            self._asked_at = time.monotonic()
+        elif not asked and self._asked_at is not None:
+            log.info("%s goes on: the request to drain was taken back.", self._identity.name)
+            self._asked_at = None
+        if self._asked_at is not None:
+            left = self._asked_at + self._grace() - time.monotonic()
+            if not busy or left <= 0:
+                self.drain()
+                self._give_up_at = time.monotonic() + max(left, 0)
+                self._own_signal = True
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _grace(self) -> float:
+        """Return the time in which the current batch may finish, in seconds."""
+        grace = self._farm.settings.grace_seconds
+        return grace - min(LEAVE_SECONDS, grace / 2)
 
     def _knock(self) -> None:
         """Wake the child: it missed a bell, or may try again to load its pipeline."""

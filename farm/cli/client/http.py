@@ -20,6 +20,9 @@ from farm.client.objects import (
     Frame,
     Input,
     JobData,
+    Lane,
+    Operation,
+    OperationPreview,
     Page,
     Pipeline,
     Quote,
@@ -110,9 +113,19 @@ class FarmClient:
         """Read one frame of a job."""
         return self.farm.call(Call(Frame, "GET", f"/v1/jobs/{quoted(job_id)}/frames/{ordinal}"))
 
-    def steer(self, job_id: str, verb: str, why: str) -> JobData:
+    def change(
+        self, job_id: str, priority: str | None, labels: Mapping[str, str | None], why: str
+    ) -> JobData:
+        """Change a job's priority and labels."""
+        return self.farm.call(calls.change(job_id, priority, labels, why))
+
+    def remove(self, job_id: str, why: str) -> None:
+        """Delete a job that has ended, with its pictures."""
+        self.farm.call(calls.remove(job_id, why))
+
+    def steer(self, job_id: str, verb: str, why: str, reason: str = "") -> JobData:
         """Cancel, pause, resume or retry a job. The reason is stored with the action."""
-        return self.farm.call(calls.steer(job_id, verb, why))
+        return self.farm.call(calls.steer(job_id, verb, why, reason))
 
     def upload(self, content: bytes, media_type: str) -> ControlImage:
         """Upload a control image. Uploading it again returns the same image."""
@@ -150,10 +163,52 @@ class FarmClient:
         """Read the workers that are alive."""
         return self.farm.call(calls.workers())
 
-    def drain(self, worker_id: str, why: str) -> Worker:
-        """Stop a worker after its current batch."""
-        path = f"/v1/workers/{quoted(worker_id)}/drain"
-        return self.farm.call(Call(Worker, "POST", path, {"why": why or None}))
+    def steer_worker(self, worker_id: str, verb: str, why: str) -> Worker:
+        """Drain a worker, take that back, or give its batch back."""
+        path = f"/v1/workers/{quoted(worker_id)}/{verb}"
+        again = verb == "drain"  # the others are a conflict the second time
+        return self.farm.call(Call(Worker, "POST", path, {"why": why or None}, again=again))
+
+    def preview_operation(self, body: Mapping[str, object], tenant: str | None) -> OperationPreview:
+        """Count the jobs that an operation would change."""
+        params = {"tenant": tenant, "dry_run": "true"}
+        return self.farm.call(Call(OperationPreview, "POST", "/v1/operations", params, body))
+
+    def start_operation(
+        self, body: Mapping[str, object], tenant: str | None, why: str
+    ) -> Operation:
+        """Start an operation. It is not retried, because it may have started."""
+        params = {"tenant": tenant, "why": why or None}
+        call = Call(Operation, "POST", "/v1/operations", params, body, again=False)
+        return self.farm.call(call)
+
+    def operations(self, tenant: str | None, limit: int) -> Iterator[Operation]:
+        """Yield operations, newest first, up to `limit` operations."""
+        params = {"tenant": tenant}
+        return self.farm.items(Call(Page[Operation], "GET", "/v1/operations", params), limit)
+
+    def operation(self, operation_id: str) -> Operation:
+        """Read an operation."""
+        return self.farm.call(Call(Operation, "GET", f"/v1/operations/{quoted(operation_id)}"))
+
+    def stop_operation(self, operation_id: str, why: str) -> Operation:
+        """Stop an operation."""
+        path = f"/v1/operations/{quoted(operation_id)}/stop"
+        return self.farm.call(Call(Operation, "POST", path, {"why": why or None}, again=False))
+
+    def lanes(self) -> Page[Lane]:
+        """Read the lanes."""
+        return self.farm.call(Call(Page[Lane], "GET", "/v1/lanes"))
+
+    def hold_lane(self, pipeline: str, body: Mapping[str, object], why: str) -> Lane:
+        """Hold a lane."""
+        path = f"/v1/lanes/{quoted(pipeline)}/hold"
+        return self.farm.call(Call(Lane, "POST", path, {"why": why}, body))
+
+    def release_lane(self, pipeline: str, why: str) -> Lane:
+        """End the hold of a lane."""
+        path = f"/v1/lanes/{quoted(pipeline)}/release"
+        return self.farm.call(Call(Lane, "POST", path, {"why": why or None}, again=False))
 
     def tenants(self) -> Page[Tenant]:
         """Read the tenants."""

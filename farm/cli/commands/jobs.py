@@ -1,8 +1,7 @@
-"""Commands for jobs: list, show, watch, cancel, pause, resume, retry."""
+"""Commands that show jobs: list, show, watch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,6 @@ from farm.cli.commands.job_lookup import JobArgument, find_job
 from farm.cli.submission.body import pair
 from farm.cli.terminal.console import (
     Json,
-    Why,
     clean,
     columns,
     emit,
@@ -214,30 +212,6 @@ def watch_to_end(client: FarmClient, found: JobData, *, as_json: bool) -> None:
         if ended["counts"]["succeeded"]:
             out.print(f"[dim]Download:[/] farm get {name} --dest pictures")
     exit_as(ended)
-
-
-def _steering(verb: str, past: str, about: str) -> Callable[[str, str, bool], None]:
-    """Build the command that calls this verb of the API for a job."""
-
-    def command(job_word: JobArgument, why: Why = "", as_json: Json = False) -> None:
-        with farm_client() as client:
-            steered = client.steer(find_job(client, job_word), verb, why)
-        if as_json:
-            emit(steered)
-            return
-        counts = ", ".join(f"{count(n)} {name}" for name, n in steered["counts"].items() if n)
-        say(f"Job {short(steered['id'])} is {past}: {counts}.")
-
-    command.__doc__ = about
-    return command
-
-
-cancel = _steering(
-    "cancel", "cancelled", "Cancel a job. This cannot be undone. Finished pictures are kept."
-)
-pause = _steering("pause", "paused", "Pause a job. Frames that are running are finished.")
-resume = _steering("resume", "resumed", "Resume a paused job.")
-retry = _steering("retry", "tried again", "Try a job's dead frames again, with new attempts.")
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`farm workers`: list the workers and their current work; drain one."""
+"""`farm workers`: list the workers; drain one, take that back, give its batch back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 STYLES = {"idle": "green", "rendering": "blue", "loading": "cyan", "failed": "red"}
 
 
-app = typer.Typer(help="List the workers and their current work. Drain a worker.")
+WorkerArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKER", help="Name or ID of a worker, from `farm workers`: demo-1f3a9c02."
+    ),
+]
+
+app = typer.Typer(help="List the workers. Drain one, take that back, give its batch back.")
 
 
 @app.callback(invoke_without_command=True)
@@ -64,12 +71,7 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
 
 @app.command()
 def drain(
-    worker: Annotated[
-        str,
-        typer.Argument(
-            metavar="WORKER", help="Name or ID of a worker, from `farm workers`: demo-1f3a9c02."
-        ),
-    ],
+    worker: WorkerArgument,
     why: Why = "",
     as_json: Json = False,
 ) -> None:
@@ -77,12 +79,32 @@ def drain(
 
     The process exits. The service that runs it, such as `farm up`, may start another.
     """
+    said = "claims no more frames. It exits after its current batch"
+    _steer(worker, "drain", why, said, as_json)
+
+
+@app.command()
+def undrain(worker: WorkerArgument, why: Why = "", as_json: Json = False) -> None:
+    """Let a draining worker go on, while it still renders its last batch."""
+    _steer(worker, "undrain", why, "goes on, unless its last batch has just ended", as_json)
+
+
+@app.command("give-back")
+def give_back(worker: WorkerArgument, why: Why = "", as_json: Json = False) -> None:
+    """Requeue the frames that a worker renders now, without using up an attempt.
+
+    The worker drops the batch and claims another. Drain it first to keep it from the same frames.
+    """
+    _steer(worker, "give-back", why, "has given its batch back", as_json)
+
+
+def _steer(word: str, verb: str, why: str, said: str, as_json: bool) -> None:
     with farm_client() as client:
-        found = client.drain(_find(client, worker), why)
+        found = client.steer_worker(_find(client, word), verb, why)
     if as_json:
         emit(found)
     else:
-        say(f"Worker {found['name']} claims no more frames. It exits after its current batch.")
+        say(f"Worker {found['name']} {said}.")
 
 
 def _find(client: FarmClient, word: str) -> str:

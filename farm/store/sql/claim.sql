@@ -19,6 +19,15 @@ LANGUAGE sql IMMUTABLE AS $$
            * CASE WHEN pg_temp.is_bucket_open(_batch_key) THEN 1 ELSE _bucket END
 $$;
 
+-- Returns the least urgent priority that a lane serves now: 2, unless an operator holds it; -1 if all
+-- of it is held.
+CREATE FUNCTION pg_temp.served_priority(_pipeline text) RETURNS smallint LANGUAGE sql STABLE AS $$
+    SELECT coalesce((
+        SELECT l.held_from - 1 FROM lanes l
+        WHERE l.pipeline = _pipeline AND l.held_from IS NOT NULL
+          AND coalesce(l.held_until > statement_timestamp(), true)), 2)::smallint
+$$;
+
 -- Returns a tenant's ID that comes before all others.
 CREATE FUNCTION pg_temp.no_tenant() RETURNS uuid LANGUAGE sql IMMUTABLE AS $$
     SELECT '00000000-0000-0000-0000-000000000000'::uuid
@@ -75,10 +84,11 @@ $$;
 CREATE FUNCTION pg_temp.may_wait(_pipeline text, _priority smallint) RETURNS bool
 LANGUAGE plpgsql STABLE /* by index */ AS $$
 BEGIN
-    RETURN EXISTS (SELECT FROM pg_temp.next_share(
-                       _pipeline, _priority, -1::smallint, 0, pg_temp.no_tenant()))
-        OR EXISTS (SELECT FROM shares s
-                   WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp());
+    RETURN (EXISTS (SELECT FROM pg_temp.next_share(
+                        _pipeline, _priority, -1::smallint, 0, pg_temp.no_tenant()))
+         OR EXISTS (SELECT FROM shares s
+                    WHERE s.pipeline = _pipeline AND s.retry_at <= statement_timestamp()))
+        AND pg_temp.served_priority(_pipeline) >= _priority;
 END $$;
 
 -- Returns the best frame of the tenants whose retries may be due. A claim corrects `retry_at` of
@@ -453,6 +463,7 @@ DECLARE
     failing text[];
     avoided uuid[];
     is_limited bool;
+    served smallint;
     choices int := 0;
     is_first bool := true;
     lane record;
@@ -489,6 +500,9 @@ DECLARE
 BEGIN
     -- Claims of a lane happen one at a time, so that order and fairness are exact.
     PERFORM pg_advisory_xact_lock(hashtextextended('lane ' || _pipeline, 0));
+    served := pg_temp.served_priority(_pipeline);
+    IF served < 0 THEN RETURN; END IF;
+    _priority := least(_priority, served);
     is_limited := pg_temp.is_running_limited();
     SELECT l.owed, l.some_full INTO lane FROM lanes l WHERE l.pipeline = _pipeline;
     -- Null: not counted. That takes long, so a claim does it only if it meets such a tenant, or the claim
@@ -558,7 +572,7 @@ BEGIN
                 SELECT * INTO filled FROM pg_temp.fill(
                     _pipeline, leader.batch_key, leader.job_id, but, size, avoided, most_urgent,
                     CASE WHEN pg_temp.is_bucket_open(leader.batch_key) AND leader.priority = 0
-                         THEN 0 ELSE 2 END::smallint);
+                         THEN 0 ELSE served END::smallint);
                 requeued_ids := filled.requeued_ids; requeued_ordinals := filled.requeued_ordinals;
                 new_ids := filled.new_ids; new_counts := filled.new_counts; n := filled.frames;
                 IF is_limited THEN
@@ -785,9 +799,9 @@ BEGIN
     full_ids := full_ids || ARRAY(
         SELECT l.id FROM unnest(limited_ids, rooms) AS l (id, room)
         WHERE l.room <= cardinality(array_positions(frame_tenants, l.id)));
-    IF left_over AND full_ids <> '{}' THEN
+    IF left_over AND (full_ids <> '{}' OR served < 2) THEN
         left_over := EXISTS (
-            SELECT FROM pg_temp.leader(_pipeline, '{}', 2::smallint, full_ids));
+            SELECT FROM pg_temp.leader(_pipeline, '{}', served, coalesce(full_ids, '{}')));
     END IF;
 
     -- 9. The prompt of each frame. A chunk of prompts is unpacked once for all of its frames. Lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -11,10 +12,14 @@ from collections.abc import Callable
 import pytest
 
 from farm.context import Farm
+from farm.domain.verbs import Order, Verb
 from farm.imaging.filters import NEAR
-from farm.services import jobs
+from farm.services import steering
+from farm.services.operations import start, take_turn
 from farm.store import perceptual_hashes
+from farm.store.actions import Actor
 from farm.store.engine import transaction
+from farm.store.job_lists import JobFilter
 from tests.integration.test_following import follow, requeued
 from tests.integration.test_old_statistics import few_rows
 from tests.support.noise_family import Noise
@@ -23,6 +28,7 @@ from workers.render.loop import RenderLoop
 
 FRAMES = int(os.environ.get("FARM_TEST_BEHIND_FRAMES", "20000"))
 PRINTS = int(os.environ.get("FARM_TEST_HASHES", "20000"))
+CANCELLED_JOBS = int(os.environ.get("FARM_TEST_CANCELLED_JOBS", "1000"))
 JOBS = int(os.environ.get("FARM_TEST_JOBS", "20000"))
 COPIED = (
     "tenant_id, pipeline, priority, run_end, batch_key, bucket, runs, max_attempts, spec, labels"
@@ -46,7 +52,7 @@ def test_a_million_frames_are_accepted_and_cancelled_in_a_second_each(
         worker.must_claim()
     assert sql(farm, "SELECT count(*) FROM frames")[0][0] == 24
     started = time.perf_counter()
-    jobs.cancel(farm, tenant, job_id)
+    steering.cancel(farm, tenant, job_id)
     cancelled = time.perf_counter() - started
     assert sql(farm, "SELECT count(*) FROM frames")[0][0] == 24
     assert job_row(farm, tenant, job_id).cancelled == 1_000_000
@@ -93,9 +99,9 @@ def test_steering_takes_no_longer_for_a_large_job_and_holds_up_nobody(
 
     assert claims() < 0.1
     steer: list[Callable[[Farm, uuid.UUID, uuid.UUID], None]] = [
-        jobs.pause,
-        jobs.resume,
-        jobs.cancel,
+        steering.pause,
+        steering.resume,
+        steering.cancel,
     ]
     for action in steer:
         began = time.perf_counter()
@@ -154,3 +160,52 @@ def test_a_scaler_is_answered_in_milliseconds(farm: Farm, tenant: uuid.UUID, sha
         seconds.append(time.perf_counter() - began)
     assert lane.waiting == 10 * JOBS + FRAMES
     assert statistics.median(seconds) < 0.020, seconds
+
+
+@pytest.mark.full_size
+def test_cancelling_many_jobs_never_holds_up_claims(farm: Farm, tenant: uuid.UUID) -> None:
+    """In full: 10,000 jobs are cancelled by an operation while a worker of the lane claims."""
+    job_id = submit(farm, tenant, images_per_prompt=4, bucket=4, priority="bulk", seed=1)
+    sql(
+        farm,
+        f"INSERT INTO jobs ({COPIED}, id, total, cursor, open)"
+        f" SELECT {COPIED}, gen_random_uuid(), 4, 0, true"
+        " FROM jobs, generate_series(2, :jobs) WHERE id = :id",
+        id=job_id,
+        jobs=CANCELLED_JOBS,
+    )
+    sql(
+        farm,
+        "INSERT INTO job_prompts (job_id, first, prompts)"
+        " SELECT id, 0, '{a star}' FROM jobs WHERE id <> :id",
+        id=job_id,
+    )
+    sql(farm, "ANALYZE")
+    bob = new_tenant(farm, "bob")
+    submit(farm, bob, images_per_prompt=100_000, bucket=4, seed=1)
+    actor = Actor(uuid.uuid4(), "ops", "operator", "ops", "api", "")
+    start(farm, Order(Verb.CANCEL), JobFilter(tenant), actor)
+    worker = register_worker(farm)
+
+    def claims(goes_on: Callable[[], bool]) -> list[float]:
+        """Return the seconds of each claim."""
+        seconds = []
+        while goes_on():
+            began = time.perf_counter()
+            lease = worker.claim()
+            seconds.append(time.perf_counter() - began)
+            assert lease is not None
+            worker.complete(lease)
+        return seconds
+
+    turns = threading.Thread(target=lambda: [*iter(lambda: take_turn(farm), False)])
+    turns.start()
+    seconds = claims(turns.is_alive)
+    turns.join()
+    left = "SELECT count(*) FROM jobs WHERE tenant_id = :id AND status IN ('queued', 'running')"
+    assert sql(farm, left, id=tenant) == [(0,)]
+    [row] = sql(farm, "SELECT done, failed FROM operations")
+    assert row.done > CANCELLED_JOBS // 2  # the worker has rendered the others
+    assert row.failed == 0
+    assert len(seconds) > 50
+    assert max(seconds) < 0.1, sorted(seconds)[-5:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from farm.config import Settings
 from farm.context import Farm
 from tests.integration.exports.scenes import grant, render_all, submit
 from tests.support.api_server import Api, serving
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.storage_cleaner import StorageCleaner
 
 
 @pytest.fixture
@@ -57,11 +56,9 @@ def job(farm: Farm, ann: httpx.Client) -> str:
 
 
 @pytest.fixture
-def storage_work(farm: Farm) -> StorageWork:
+def storage_work(farm: Farm) -> StorageCleaner:
     """Return the leading janitor's work in the storage. Each step deletes removed objects."""
-    work = StorageWork(farm, threading.Event())
-    work.lead(True)
-    return work
+    return StorageCleaner(farm)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.integration.exports.scenes import (
 from tests.integration.test_api_refusals import check_problem
 from tests.support.store import sql
 from workers.janitor.janitor import Janitor
-from workers.janitor.storage_cleaner import StorageWork
+from workers.janitor.storage_cleaner import StorageCleaner
 
 
 def test_a_deleted_export_is_not_found_again(
@@ -38,7 +38,7 @@ def test_a_deleted_export_is_not_found_again(
 
 
 def test_a_deleted_export_goes_with_its_files(
-    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork, elsewhere: str
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageCleaner, elsewhere: str
 ) -> None:
     own = written_export(farm, ann, job, to="webdataset")
     other = written_export(farm, ann, job, to="parquet", dest=f"s3://{elsewhere}/ann")
@@ -59,7 +59,7 @@ def test_a_deleted_export_goes_with_its_files(
 
 @pytest.mark.parametrize("where", ["", "/exports", "/{tenant}/{job}"])
 def test_deleting_an_export_takes_nothing_that_a_client_placed(
-    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork, where: str
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageCleaner, where: str
 ) -> None:
     """Older exports had no folder of their own: their prefix may hold a client's pictures."""
     [row] = sql(farm, "SELECT tenant_id FROM jobs")
@@ -76,7 +76,7 @@ def test_deleting_an_export_takes_nothing_that_a_client_placed(
 
 
 def test_an_export_deleted_while_it_is_written_stays_until_its_writer_has_ended(
-    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageCleaner
 ) -> None:
     found = export(ann, job, to="webdataset")
     with one_statement(farm.store) as connection:
@@ -95,7 +95,7 @@ def test_an_export_deleted_while_it_is_written_stays_until_its_writer_has_ended(
 
 
 def test_retention_deletes_an_export_with_its_files_then_its_job_and_input(
-    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageCleaner
 ) -> None:
     found = written_export(farm, ann, job, to="webdataset")
     farm.settings.retention_days = 10.0
@@ -119,7 +119,7 @@ def test_retention_deletes_an_export_with_its_files_then_its_job_and_input(
 
 
 def test_retention_leaves_a_job_alone_while_an_export_of_it_is_written(
-    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageWork
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageCleaner
 ) -> None:
     found = export(ann, job, to="webdataset")
     farm.settings.retention_days = 10.0

@@ -11,8 +11,8 @@ from hypothesis.stateful import initialize, multiple, precondition, rule
 
 from farm.domain.states import TERMINAL, FrameState
 from farm.errors import KeyReused
-from farm.services import jobs
-from farm.store import jobs as stored
+from farm.services import jobs, steering
+from farm.store import job_commands as stored
 from farm.store.claim import Lease
 from farm.store.engine import transaction
 from farm.store.tenants import lock_settings, set_tenant
@@ -104,13 +104,13 @@ class PeoplesMoves(Moves):
     def pause(self, job_id: uuid.UUID) -> None:
         job = self.model.jobs[job_id]
         with refused_if(job.status in TERMINAL):
-            jobs.pause(self.farm, job.tenant, job_id)
+            steering.pause(self.farm, job.tenant, job_id)
             job.held = True
 
     def resume(self, job_id: uuid.UUID) -> None:
         job = self.model.jobs[job_id]
         with refused_if(job.status in TERMINAL):
-            jobs.resume(self.farm, job.tenant, job_id)
+            steering.resume(self.farm, job.tenant, job_id)
             job.held = False
             while self.followed(2):
                 pass
@@ -127,7 +127,7 @@ class PeoplesMoves(Moves):
     def cancel(self, job_id: uuid.UUID) -> None:
         job = self.model.jobs[job_id]
         with refused_if(job.status in TERMINAL and not job.cancelled):
-            jobs.cancel(self.farm, job.tenant, job_id)
+            steering.cancel(self.farm, job.tenant, job_id)
             job.cancelled, job.held = True, False
             for frame in job.frames:
                 if frame.state is R:
@@ -142,7 +142,7 @@ class PeoplesMoves(Moves):
         job = self.model.jobs[job_id]
         dead = [frame for frame in job.frames if frame.state is FrameState.DEAD]
         with refused_if(job.cancelled or not dead):
-            assert jobs.retry(self.farm, job.tenant, job_id) == len(dead)
+            assert steering.retry(self.farm, job.tenant, job_id) == len(dead)
             for frame in dead:
                 frame.state, frame.uncharged, frame.isolated = (
                     FrameState.READY,
