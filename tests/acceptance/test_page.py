@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from farm.context import Farm
@@ -475,7 +476,8 @@ class KeyboardOnly:
 
     def press(self, text: str) -> None:
         """Press keys in the element that has the focus."""
-        self._browser.switch_to.active_element.send_keys(text)
+        # Not keys to an element: ENTER may lead to another page before the key is up.
+        ActionChains(self._browser).send_keys(text).perform()
 
 
 def job_of_all_states(api: Api) -> str:
