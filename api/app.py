@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -23,6 +23,7 @@ from api.dashboard import (
     jobs_page,
     lanes_page,
     operations_page,
+    overview_page,
     pictures,
     session,
 )
@@ -32,6 +33,7 @@ from api.heads import Heads
 from api.openai import answers as openai_answers
 from api.openai import images as openai_images
 from api.places import Places, Turns
+from api.recent_readiness import RecentReadiness
 from api.request_rates import RequestRates
 from api.routes import (
     actions,
@@ -46,6 +48,7 @@ from api.routes import (
     lanes,
     metrics,
     operations,
+    overview,
     pipelines,
     steering,
     tenants,
@@ -111,8 +114,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.webhook_tests = Places(webhooks.TESTS, webhooks.TESTS_PER_TENANT)
         app.state.health = CapacityLimiter(HEALTH_THREADS)
         app.state.slow = Turns(SLOW_THREADS)
+        app.state.readiness = RecentReadiness(partial(health.readiness, app.state.farm))
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)
         yield
+        app.state.readiness.close()
         app.state.streams.feed.close()
         app.state.streams.feed.previews.close()
         app.state.farm.close()
@@ -157,12 +162,14 @@ def _routes() -> APIRouter:
     router.include_router(actions.router, responses=job_calls)
     router.include_router(lanes.router, responses=job_calls)
     router.include_router(operations.router, responses=job_calls)
+    router.include_router(overview.router, responses=job_calls)
     router.include_router(openai_images.router, responses=job_calls)
     router.include_router(health.router)
     router.include_router(metrics.router, responses=openapi.refusals(503))
     for pages in (
         api_docs,
         jobs_page,
+        overview_page,
         operations_page,
         lanes_page,
         copies,

@@ -22,7 +22,7 @@ INSIDE = frozenset({"points", "job_seed", "seed_bits", "params"})
 """Fields of a stored spec that a client did not send."""
 
 
-def job_view(row: JobRow, waiting_because: str | None) -> schemas.Job:
+def job_view(row: JobRow, waiting: schemas.WaitingReason | None) -> schemas.Job:
     """Return a job in the form of the API, with the reason why no frame of it runs."""
     finished = row.succeeded + row.dead + row.cancelled
     fields = {name: value for name, value in row.spec.items() if name not in INSIDE}
@@ -44,7 +44,8 @@ def job_view(row: JobRow, waiting_because: str | None) -> schemas.Job:
         progress=finished / row.total,
         pace=_pace(row),
         eta_seconds=_eta_seconds(row),
-        waiting_because=waiting_because,
+        waiting=waiting,
+        waiting_because=waiting.sentence if waiting else None,
         reused=row.reused,
         device_seconds=row.device_seconds,
         bytes=row.bytes,

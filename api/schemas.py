@@ -46,6 +46,20 @@ class Page(BaseModel, Generic[Item]):
     )
 
 
+class WaitingReason(BaseModel):
+    """The reason why no frame of a job runs now."""
+
+    code: str = Field(
+        description="paused, lane_held, no_worker, loading, workers_failed, draining, backing_off,"
+        " tenant_limit, busy or next. More may be added"
+    )
+    sentence: str
+    evidence: dict[str, Any] = Field(
+        description="Facts behind it. For one job that is busy or next: `frames_ahead` and"
+        " `seconds_until_start`, as estimates"
+    )
+
+
 class Counts(BaseModel):
     """Number of a job's frames in each state. The numbers always add up to `total`."""
 
@@ -102,6 +116,10 @@ class Job(BaseModel):
     )
     eta_seconds: float | None = Field(
         description="Seconds until the job ends at that pace; null if unknown or if it has ended"
+    )
+    waiting: WaitingReason | None = Field(
+        description="The reason why no frame runs now, for programs; null while one runs, and after"
+        " the end"
     )
     waiting_because: str | None = Field(
         description="Reason why no frame of the job runs now; null if one runs or the job has ended"
@@ -577,6 +595,57 @@ class Lane(BaseModel):
     draining: int
     problem: str | None = Field(description="Reason why one of the failed workers failed")
     hold: LaneHold | None = Field(description="Null: the lane is not held")
+
+
+class Attention(BaseModel):
+    """Something that an operator should look at."""
+
+    level: Literal["critical", "warning", "info"]
+    code: str = Field(description="The condition, such as lane_without_worker")
+    sentence: str
+    link: str = Field(description="Address of the page that shows it, on this API")
+
+
+class HistoryPoint(BaseModel):
+    """A lane over some time, which ends at `at`."""
+
+    at: datetime
+    waiting: dict[str, int] = Field(description="Mean number of frames that waited, by priority")
+    workers: float = Field(description="Mean number of workers that were alive")
+    able: float
+    rendering: float
+    loading: float
+    failed: float
+    draining: float
+    frames_per_second: float = Field(description="Frames that succeeded, for each second")
+    failed_attempts: int
+    expired: int = Field(description="Batches that lost their worker")
+    busy: float | None = Field(
+        description="Busy share of the devices while there was work; null if there was none"
+    )
+    wait_p50: float | None = Field(
+        description="Half of the jobs waited less for their first claim, in seconds; null if no job"
+        " began. An estimate within a factor of two"
+    )
+    wait_p95: float | None
+    stages: dict[str, float] | None = Field(
+        description="Seconds of a frame in each stage: denoise, encode, put, commit; null if no"
+        " frame succeeded"
+    )
+
+
+class LaneHistory(BaseModel):
+    """Points of a lane, oldest first."""
+
+    pipeline: str
+    points: list[HistoryPoint]
+
+
+class History(BaseModel):
+    """Points of some lanes."""
+
+    seconds: int = Field(description="Time of a point, in seconds")
+    lanes: list[LaneHistory]
 
 
 class Tenant(BaseModel):

@@ -93,7 +93,7 @@ class JobPage:
             NotFound: There is no such job, or the visitor does not see it.
         """
         row = queries.get_job(connection, self.caller.tenant_id, self.job_id)
-        return row, job_view(row, Lanes(connection).waiting_because(row))
+        return row, job_view(row, Lanes(connection).explained(row))
 
     def show(self, template: str, job: schemas.Job, **values: Any) -> Response:
         """Return the page."""

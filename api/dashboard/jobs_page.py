@@ -1,4 +1,4 @@
-"""The page `/`: jobs, newest pictures and workers."""
+"""The page of the jobs, with the newest pictures and the workers; and the page `/`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from urllib.parse import urlencode
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import Response
+from fastapi.responses import RedirectResponse, Response
 from pydantic import AwareDatetime
 
 from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
 from api.dashboard.html import address_of, is_from_htmx, is_local, show
+from api.dashboard.overview_page import overview
 from api.dashboard.session import (
     PerhapsVisitor,
     Visitor,
@@ -73,7 +74,7 @@ class Wish:
         known = {name: value for name, value in fields.items() if value is not None}
         if "until" in known:
             known["until"] = cast(datetime, known["until"]).isoformat()
-        return f"/?{urlencode(known)}" if known else "/"
+        return f"/jobs?{urlencode(known)}" if known else "/jobs"
 
     def filter(self, whose: uuid.UUID | None) -> JobFilter:
         """Return the filter of the jobs of a tenant, or of all (None).
@@ -135,8 +136,18 @@ Wished = Annotated[Wish, Depends(wish)]
 
 
 @router.get("/")
+async def home(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: Wished) -> Response:
+    """Show the overview to those who see every tenant, the jobs to others, or the sign-in page."""
+    if caller is None or not caller.sees_everywhere:
+        return await page(request, farm, caller, wanted)
+    if request.url.query:  # a list that was saved before it had another address
+        return RedirectResponse(f"/jobs?{request.url.query}", 307)
+    return await to_thread.run_sync(overview, request, farm, caller)
+
+
+@router.get("/jobs")
 async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: Wished) -> Response:
-    """Show the dashboard, or the sign-in page."""
+    """Show the jobs, or the sign-in page."""
     if caller is None:
         if is_from_htmx(request):
             raise Unauthenticated("Your session has ended. Sign in again.")

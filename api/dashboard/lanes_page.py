@@ -8,26 +8,33 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, get_args
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import Response
 
 from api import schemas
 from api.auth import FarmDep
+from api.dashboard.charts import lane_charts
 from api.dashboard.forms import MAX_WHY, form_of
 from api.dashboard.html import show
+from api.dashboard.overview_page import last_minutes
 from api.dashboard.session import Visitor, done, same_origin
 from api.request_body import read_body
-from api.routes.lanes import lane_views
+from api.routes.lanes import lane_views, one_lane
+from api.routes.workers import worker_views
 from api.tenancy import actor_of
 from farm.context import Farm
 from farm.domain.spec import Priority, Storable
 from farm.errors import Forbidden, InvalidRequest
 from farm.services import operating
+from farm.services.history import RANGES, read_history, span_of
+from farm.store import serving
 from farm.store.actions import Actor
+from farm.store.engine import transaction
 from farm.store.keys import OPERATOR, Caller
 
 router = APIRouter(include_in_schema=False)
 
+TURNS_SHOWN, USERS_SHOWN = 20, 20
 MAX_MINUTES = 525_600.0
 """Longest hold that the page offers, a year. Minutes."""
 
@@ -70,6 +77,46 @@ def lanes(request: Request, farm: FarmDep, caller: Visitor) -> Response:
         caller=caller,
         now=datetime.now(UTC),
         lanes=lane_views(farm),
+        priorities=get_args(schemas.PriorityName),
+        may_hold=caller.role == OPERATOR,
+    )
+
+
+@router.get("/lanes/{pipeline}")
+def lane(
+    request: Request,
+    farm: FarmDep,
+    caller: Visitor,
+    pipeline: Pipeline,
+    range: Annotated[str, Query(max_length=10)] = "6h",
+) -> Response:
+    """Show a lane: charts, the order of serving, its users and its workers."""
+    if not caller.sees_everywhere:
+        raise Forbidden("Only keys that see every tenant see the lanes.")
+    found, span = one_lane(farm, pipeline), span_of(range)
+    [past] = read_history(farm, [pipeline], span)
+    [recent] = read_history(farm, [pipeline], span_of("15m", points=15))
+    with transaction(farm.store) as connection:
+        users = serving.users(connection, pipeline)
+        turns = serving.order(connection, pipeline, TURNS_SHOWN)
+        workers = [each for each in worker_views(connection, caller) if each.pipeline == pipeline]
+    point = last_minutes(recent)
+    return show(
+        request,
+        "lane.html",
+        caller=caller,
+        now=datetime.now(UTC),
+        lane=found,
+        charts=lane_charts(past.points, span),
+        range=range,
+        ranges=list(RANGES),
+        span=span,
+        speed=point.frames_per_second if point else 0.0,
+        users=users[:USERS_SHOWN],
+        running=sum(each.running for each in users),
+        turns=turns,
+        names={each.value: each.wire for each in Priority},
+        workers=workers,
         priorities=get_args(schemas.PriorityName),
         may_hold=caller.role == OPERATOR,
     )

@@ -52,7 +52,7 @@ async def readyz(
     """Return the state of each server. Without Redis the farm still works, but jobs start later."""
     limiter = request.app.state.health
     if only is None:
-        found = await to_thread.run_sync(_readiness, farm, limiter=limiter)
+        found = await to_thread.run_sync(readiness, farm, limiter=limiter)
     else:
         found = SILENT
         with move_on_after(SCHEMA_SECONDS):
@@ -76,7 +76,8 @@ def _schema(farm: Farm) -> schemas.Readiness:
     return schemas.Readiness(ready=True, postgres=schemas.Part(ok=True, detail="ok"))
 
 
-def _readiness(farm: Farm) -> schemas.Readiness:
+def readiness(farm: Farm) -> schemas.Readiness:
+    """Ask every server whether it answers."""
     postgres = _postgres(farm)
     redis = _part(farm.bells.answers(), "it does not answer: jobs wait for the janitor's bells")
     s3 = _part(farm.artifacts.answers(), "it does not answer, or the bucket is missing")

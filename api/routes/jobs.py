@@ -206,7 +206,7 @@ def _submit_alone(
 
 
 def _accepted(row: JobRow, recent: RecentLanes) -> Response:
-    job = job_view(row, recent.waiting_because(row))
+    job = job_view(row, recent.reason(row))
     return _answer(job, 202, {"Location": f"/v1/jobs/{row.id}"})
 
 
@@ -328,7 +328,7 @@ def _submitted(result: JobRow | Exception, recent: RecentLanes) -> schemas.Submi
             error=error_body(error),
             limit=limit and schemas.LimitMet(**limit_body(limit)),
         )
-    job = job_view(result, recent.waiting_because(result))
+    job = job_view(result, recent.reason(result))
     return schemas.SubmittedJob(status=202, job=job)
 
 
@@ -387,7 +387,7 @@ def job_page(
         check_after(connection, "job_id", wanted.tenant_id, after)
         rows = list_stored(connection, wanted, limit=limit + 1, after=after)
         lanes = Lanes(connection)
-        return page(rows, limit, lambda row: job_view(row, lanes.waiting_because(row)))
+        return page(rows, limit, lambda row: job_view(row, lanes.reason(row)))
 
 
 @router.get("/{job_id}", response_model=schemas.Job, responses=refusals(404), summary="Get a job")
@@ -412,7 +412,7 @@ def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:
     """
     with reads(farm.store) as connection:
         row = queries.get_job(connection, tenant_id, job_id)
-        return job_view(row, Lanes(connection).waiting_because(row))
+        return job_view(row, Lanes(connection).explained(row))
 
 
 def labels_asked(request: Request) -> dict[str, str]:

@@ -38,30 +38,36 @@ def hold(
     operating.hold_lane(
         farm, pipeline, actor, held_from=Priority.parse(asked.priority), until=asked.until
     )
-    return _lane(farm, pipeline)
+    return one_lane(farm, pipeline)
 
 
 @router.post("/{pipeline}/release", responses=refusals(404, 409), summary="Release a lane")
 def release(farm: FarmDep, actor: Operating, pipeline: Pipeline) -> schemas.Lane:
     """End the hold of a lane."""
     operating.release_lane(farm, pipeline, actor)
-    return _lane(farm, pipeline)
+    return one_lane(farm, pipeline)
 
 
 def lane_views(farm: Farm) -> list[schemas.Lane]:
     """Return every lane."""
     with reads(farm.store) as connection:
-        return [_view(each) for each in lanes.list_lanes(connection, farm.catalog.pipelines)]
+        return [lane_view(each) for each in lanes.list_lanes(connection, farm.catalog.pipelines)]
 
 
-def _lane(farm: Farm, pipeline: str) -> schemas.Lane:
+def one_lane(farm: Farm, pipeline: str) -> schemas.Lane:
+    """Return one lane.
+
+    Raises:
+        NotFound: There is none of this name.
+    """
     found = next((each for each in lane_views(farm) if each.pipeline == pipeline), None)
     if found is None:
         raise NotFound(f"There is no lane {pipeline!r}: no pipeline has this name.")
     return found
 
 
-def _view(lane: Lane) -> schemas.Lane:
+def lane_view(lane: Lane) -> schemas.Lane:
+    """Return a lane in the form of the API."""
     hold = None
     if lane.held_from is not None:
         hold = schemas.LaneHold.model_validate(

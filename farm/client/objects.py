@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, NotRequired, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NotRequired, TypedDict, TypeVar
 
 if TYPE_CHECKING:
     from farm.domain.image_formats import Format
@@ -45,6 +45,16 @@ class Spec(TypedDict):
     sampler: NotRequired[str | None]
 
 
+class WaitingReason(TypedDict):
+    """The reason why no frame of a job runs now."""
+
+    code: str
+    """Such as `no_worker`, `lane_held` or `busy`."""
+    sentence: str
+    evidence: dict[str, Any]
+    """Facts behind it."""
+
+
 class JobData(TypedDict):
     """A job in its current state."""
 
@@ -62,6 +72,8 @@ class JobData(TypedDict):
     pace: float | None
     eta_seconds: float | None
     """None if `pace` is None."""
+    waiting: NotRequired[WaitingReason | None]
+    """Missing in the answer of an older farm."""
     waiting_because: str | None
     labels: dict[str, str]
     bytes: int

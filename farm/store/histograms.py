@@ -27,6 +27,29 @@ def written(counts: Counter[int]) -> str:
     return arrays.numbers(counts[index] for index in range(max(counts, default=-1) + 1))
 
 
+def quantile(counts: Sequence[int], share: float) -> float | None:
+    """Estimate the duration that a share of the durations of a histogram stay below, in seconds.
+
+    Within a bucket they are taken to be spread evenly, as Prometheus' histogram_quantile does.
+
+    Args:
+        counts: number of durations in each bucket.
+        share: from 0 to 1.
+
+    Returns:
+        None if there are no durations. The largest bound if it is in the last bucket.
+    """
+    wanted = share * sum(counts)
+    if wanted <= 0:
+        return None
+    below = 0
+    for bound, low, count in zip(BOUNDS, (0.0, *BOUNDS), counts, strict=False):
+        if count and below + count >= wanted:
+            return low + (bound - low) * (wanted - below) / count
+        below += count
+    return BOUNDS[-1]
+
+
 def cumulative(array: Sequence[int], which: int = 0) -> list[tuple[str, float]]:
     """Return one histogram of an array as Prometheus defines it.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from sqlalchemy import (
     ARRAY,
     JSON,
+    REAL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -816,6 +817,35 @@ lanes = Table(
     Column("held_by", Text, comment="name of the operator's key"),
     _moment("held_at"),
     Column("held_until", DateTime(timezone=True), comment="null: until it is released"),
+)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("step", SmallInteger, primary_key=True, comment="60, 600 or 3600 seconds"),
+    Column("pipeline", Text, primary_key=True),
+    Column("at", DateTime(timezone=True), primary_key=True, comment="end of the step"),
+    Column("waiting", ARRAY(BigInteger), nullable=False, comment="frames that wait, by priority"),
+    *(
+        Column(name, REAL, nullable=False)
+        for name in ("workers", "able", "rendering", "loading", "failed", "draining")
+    ),
+    *(
+        Column(name, BigInteger, nullable=False)
+        for name in ("succeeded", "requeued", "dead", "dropped", "expired", "batches")
+    ),
+    *(
+        Column(f"{name}_seconds", Double, nullable=False)
+        for name in ("denoise", "encode", "put", "commit", "work")
+    ),
+    Column(
+        "wait_buckets",
+        ARRAY(BigInteger),
+        nullable=False,
+        comment="histograms of waits, by priority",
+    ),
+    Index("samples_at", "step", "at"),
+    comment="Means of what is now, and sums since the beginning, for charts.",
 )
 
 signing_secrets = Table(

@@ -21,6 +21,7 @@ from farm.services.operations import take_turn
 from farm.store import leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import FailedAttempt, fail
+from tests.integration.test_history import recently, store_sample
 from tests.support.api_server import Api, render, serving
 from tests.support.axe import RULES, RUN, SCRIPT
 from tests.support.store import fence, register_worker, sql
@@ -389,10 +390,11 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
     wait_for(browser, "header", "ops, operator")
     pages = ("", "/frames", "/attempts", "/frames/0", "/frames/3", "/frames/0?with=3", "/json")
     operation = operation_of(api)
-    others = ("/operations", f"/operations/{operation}", "/operations/new", "/lanes")
+    others = ("/operations", f"/operations/{operation}", "/operations/new", "/lanes", "/jobs")
     asked = [f"/operations/new?verb={verb}" for verb in ("cancel", "remove", "resume")]
     paths = ["/", *(f"/jobs/{job}{path}" for path in (*pages, "/cancel")), "/docs", "/nonesuch"]
-    paths += [*others, *asked]
+    paths += [*others, *asked, "/lanes/demo", "/system"]
+    fill_history(api.farm)
     found = {}
     for width, colours in SIZES[: int(os.environ.get("FARM_TEST_SIZES", "2"))]:
         media = {"features": [{"name": "prefers-color-scheme", "value": colours}]}
@@ -409,6 +411,20 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert found == {}
+
+
+def fill_history(farm: Farm) -> None:
+    """Store samples of six hours of the lane `demo`, with a gap."""
+    for minute in range(360):
+        if not 120 < minute < 140:
+            done = 40 * (400 - minute)
+            waits = [0, 0, 0, 3 * (400 - minute)]
+            sums: dict[str, Any] = {
+                "succeeded": done,
+                "denoise_seconds": 0.5 * done,
+                "work_seconds": 0.6 * done,
+            }
+            store_sample(farm, recently(minute), waiting=[1, 20, 300], wait_buckets=waits, **sums)
 
 
 def operation_of(api: Api) -> str:

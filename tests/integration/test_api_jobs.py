@@ -18,14 +18,16 @@ from farm.config import Settings
 from farm.context import Farm
 from farm.store import frames, workers
 from farm.store.engine import transaction
+from tests.integration.test_history import recently, store_sample
 from tests.support.api_server import JOB, Api, render, serving
 from tests.support.store import fence, register_worker, sql
 from tests.support.waiting import wait_until
 
 JOB_FIELDS = {
     "id", "tenant", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
-    "pace", "eta_seconds", "waiting_because", "reused", "device_seconds", "bytes", "failures",
-    "labels", "created_at", "started_at", "finished_at", "start_by", "finish_by", "missed", "spec",
+    "pace", "eta_seconds", "waiting", "waiting_because", "reused", "device_seconds", "bytes",
+    "failures", "labels", "created_at", "started_at", "finished_at", "start_by", "finish_by",
+    "missed", "spec",
 }  # fmt: skip
 
 
@@ -272,8 +274,14 @@ def test_waiting_because_tells_why(api: Api, client: httpx.Client) -> None:
     job = api.submit(client, bucket=1)
     other = api.client(tenant="bob")
 
+    codes: list[str] = []
+
     def because() -> str | None:
-        reason: str | None = look(client, job)["waiting_because"]
+        found = look(client, job)
+        reason: str | None = found["waiting_because"]
+        assert reason == (found["waiting"] and found["waiting"]["sentence"])
+        if found["waiting"]:
+            codes.append(found["waiting"]["code"])
         return reason
 
     def tell(state: str, problem: str | None = None) -> None:
@@ -305,6 +313,36 @@ def test_waiting_because_tells_why(api: Api, client: httpx.Client) -> None:
     with transaction(api.farm.store) as connection:
         workers.drain(connection, worker.id)
     assert because() == "Every worker of pipeline demo is draining."
+    assert codes == [
+        "no_worker",
+        "loading",
+        "workers_failed",
+        "next",
+        "busy",
+        "busy",
+        "backing_off",
+        "draining",
+    ]
+
+
+def test_a_waiting_job_tells_what_is_ahead_of_it(api: Api, client: httpx.Client) -> None:
+    worker = register_worker(api.farm)
+    sql(api.farm, "UPDATE workers SET state = 'idle'")
+    api.submit(api.client("bob"), images_per_prompt=9, bucket=1, seed=1)
+    worker.must_claim()
+    api.submit(client, images_per_prompt=4)
+    later = api.submit(client, images_per_prompt=2)
+    evidence = look(client, later)["waiting"]["evidence"]
+    facts = ("frames_ahead", "own_earlier", "more_urgent", "other_tenants")
+    assert [evidence[name] for name in facts] == [9, 4, 0, 5]
+    assert evidence["seconds_until_start"] is None  # no speed is known yet
+    for minute in (3, 1):
+        store_sample(api.farm, recently(minute), succeeded=60 * (10 - minute))
+    evidence = look(client, later)["waiting"]["evidence"]
+    assert evidence["frames_per_second"] == pytest.approx(1.0)
+    assert evidence["seconds_until_start"] == pytest.approx(9.0)
+    listed = client.get("/v1/jobs").json()["data"]
+    assert "frames_ahead" not in listed[0]["waiting"]["evidence"]  # it costs a statement for each
 
 
 def test_the_same_key_and_body_make_one_job(api: Api, client: httpx.Client) -> None:

@@ -755,12 +755,12 @@ def page_of(visitor: httpx.Client, path: str = "/") -> str:
 def test_the_page_shows_every_tenant_to_operators(api: Api, ann: Owned, bob: Owned) -> None:
     for role, everywhere in (("operator", False), ("viewer", True)):
         visitor = signed_in(api, api.key("ops", role, everywhere=everywhere))
-        whole = page_of(visitor)
+        whole = page_of(visitor, "/jobs")
         assert [f'id="job-{each.ids["job"]}"' in whole for each in (ann, bob)] == [True, True]
-        assert "/?tenant=ann" in whole
+        assert "/jobs?tenant=ann" in whole
         assert f"/pictures/{ann.ids['job']}/0" in whole
         assert ("/cancel" in whole) == (role == "operator")
-        part = page_of(visitor, "/?tenant=ann")
+        part = page_of(visitor, "/jobs?tenant=ann")
         assert [f'id="job-{each.ids["job"]}"' in part for each in (ann, bob)] == [True, False]
         assert "status=queued&amp;tenant=ann" in part or "tenant=ann&amp;status=queued" in part
         picture = visitor.get(f"/pictures/{ann.ids['job']}/0/thumbnail")
@@ -771,9 +771,16 @@ def test_the_page_shows_one_tenant_to_its_own_keys(api: Api, ann: Owned, bob: Ow
     visitor = signed_in(api, api.key("ann"))
     whole = page_of(visitor)
     assert [f'id="job-{each.ids["job"]}"' in whole for each in (ann, bob)] == [True, False]
-    assert "/?tenant=" not in whole
+    assert "/jobs?tenant=" not in whole
     assert visitor.get("/?tenant=bob").status_code == 403
     assert visitor.get(f"/pictures/{bob.ids['job']}/0").status_code == 404
+
+
+def test_a_list_at_its_old_address_leads_to_the_new_one(api: Api) -> None:
+    operator = signed_in(api, api.key("ops", "operator"))
+    answer = operator.get("/?status=failed&q=a+star", headers={"accept": "text/html"})
+    assert (answer.status_code, answer.headers["location"]) == (307, "/jobs?status=failed&q=a+star")
+    assert "Attention" in page_of(operator)
 
 
 def test_a_button_of_the_page_is_logged(api: Api, operator: httpx.Client, ann: Owned) -> None:

@@ -20,6 +20,7 @@ from farm.store import (
     events,
     exports,
     frames,
+    history,
     inputs,
     job_commands,
     job_lists,
@@ -35,6 +36,7 @@ from farm.store import (
     provenances,
     queries,
     retention,
+    serving,
     specs,
     unanswered,
     webhooks,
@@ -47,7 +49,7 @@ from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
 LARGE |= {"frame_provenances", "job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
-LARGE |= {"actions", "exports", "inputs", "operations"}
+LARGE |= {"actions", "exports", "inputs", "operations", "samples"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -105,6 +107,10 @@ SELECT gen_random_uuid(), 'cancel', '{}', '{}', CASE n % 2 WHEN 0 THEN :tenant E
        CASE n % 1000 WHEN 0 THEN 'running' ELSE 'ended' END,
        clock_timestamp() - make_interval(secs => n)
 FROM generate_series(1, 20000) n;
+INSERT INTO samples
+SELECT 60, 'lane ' || n % 20, clock_timestamp() - make_interval(mins => n / 20), '{0,0,0}',
+       0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}'
+FROM generate_series(0, 50000) n;
 INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, shards, bucket, prefix, state)
 SELECT gen_random_uuid(), :tenant, 'webdataset', '{}', 1, 0, '', '', 'succeeded'
 FROM generate_series(1, 20000);
@@ -284,6 +290,33 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "operations of all tenants": (operations.listing([]), {"limit": 50}),
     "old operations": (operations.PRUNE, {"seconds": 3e7, "limit": 100}),
+    "speed of a lane": (history.SPEED, {"pipeline": "demo"}),
+    "history of lanes": (
+        history.READ,
+        {
+            "pipelines": ["demo"],
+            "since": "2100-01-01T00:00:00Z",
+            "until": "2100-01-02T00:00:00Z",
+            "step": 60,
+            "span": 600,
+        },
+    ),
+    "newest sample": (history.NEWEST, {}),
+    "roll up samples": (history.ROLL_UP, {"step": 60, "span": 600}),
+    "old samples": (history.PRUNE, {"step": 60, "seconds": 1e6}),
+    "users of a lane": (serving.USERS, {"pipeline": "demo", "limit": 500}),
+    "order of serving": (serving.HEADS, {"pipeline": "demo", "tenants": 50, "jobs": 20}),
+    "what is ahead": (
+        serving.AHEAD,
+        {
+            "pipeline": "demo",
+            "tenant_id": uuid.UUID(int=2),
+            "priority": 1,
+            "created_at": "2100-01-01T00:00:00Z",
+            "id": uuid.UUID(int=1),
+            "bucket": 8,
+        },
+    ),
     "lanes": (lanes.LANES, {"catalog": ["demo"], "tenant_id": None}),
     "exports that read a job": (retention.EXPORTING, {"id": uuid.UUID(int=1)}),
     "old actions": (actions.PRUNE, {"seconds": 3e7, "limit": 100}),

@@ -167,7 +167,7 @@ def test_viewers_and_strangers_start_nothing(api: Api) -> None:
     form = {"operation": '{"verb": "cancel", "filter": {}}', "expected": "1"}
     for key in (api.key(role="viewer"), api.key("ops", "viewer", everywhere=True)):
         viewer = signed_in(api, key)
-        assert 'id="bulk"' not in opened(viewer, "/")
+        assert 'id="bulk"' not in opened(viewer, "/jobs")
         opened(viewer, "/operations/new?verb=cancel", 403)
         assert viewer.post("/operations", data=form).status_code == 403
         opened(viewer, "/operations")
@@ -266,7 +266,7 @@ def test_only_operators_steer_lanes_and_workers(api: Api, visitor: httpx.Client)
     assert "<summary>" not in opened(wall, "/lanes")
     worker = register_worker(api.farm)
     for someone in (visitor, wall):
-        assert "/workers/" not in opened(someone, "/")
+        assert "/workers/" not in opened(someone, "/jobs")
         assert someone.post("/lanes/demo/hold", data={"why": "x"}).status_code == 403
         assert someone.post("/lanes/demo/release").status_code == 403
         for verb in ("drain", "undrain", "give-back"):
@@ -277,13 +277,13 @@ def test_an_operator_steers_a_worker(api: Api, operator: httpx.Client) -> None:
     api.submit(api.client())
     worker = register_worker(api.farm)
     path = f"/workers/{worker.id}"
-    assert f'action="{path}/give-back"' not in opened(operator, "/")
+    assert f'action="{path}/give-back"' not in opened(operator, "/jobs")
     worker.must_claim()
-    assert f'action="{path}/give-back"' in opened(operator, "/")
+    assert f'action="{path}/give-back"' in opened(operator, "/lanes/demo")
     assert operator.post(f"{path}/give-back", data={"why": "stuck"}).status_code == 204
     assert operator.post(f"{path}/give-back").status_code == 409
     assert operator.post(f"{path}/drain").status_code == 204
-    assert f'action="{path}/undrain"' in opened(operator, "/")
+    assert f'action="{path}/undrain"' in opened(operator, "/jobs")
     assert operator.post(f"{path}/undrain").status_code == 204
     assert operator.post(f"/workers/{uuid.uuid4()}/drain").status_code == 404
     verbs = sql(api.farm, "SELECT verb FROM actions ORDER BY id")

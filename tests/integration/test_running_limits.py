@@ -223,7 +223,8 @@ def test_a_job_says_that_the_limit_holds_it_back(farm: Farm) -> None:
 
     def reason() -> str | None:
         with transaction(farm.store) as connection:
-            return Lanes(connection).waiting_because(job_row(farm, ann, waiting))
+            found = Lanes(connection).reason(job_row(farm, ann, waiting))
+            return found.sentence if found else None
 
     assert reason() == "As many frames run as this tenant may have: max_running_frames is 2."
     sql(farm, "UPDATE tenants SET max_running_frames = 0")

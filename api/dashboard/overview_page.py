@@ -1,0 +1,188 @@
+"""The overview: what needs attention, the farm now, its lanes; and the page of the servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from api.auth import FarmDep
+from api.dashboard.charts import Chart, chart, per_minute, whole
+from api.dashboard.html import show
+from api.dashboard.session import Visitor
+from api.recent_readiness import RecentReadiness
+from api.routes.lanes import lane_view
+from api.routes.overview import facts_of
+from api.routes.workers import worker_views
+from farm.context import Farm
+from farm.errors import Forbidden
+from farm.process import version
+from farm.services.attention import Facts, attention
+from farm.services.history import LaneHistory, Point, Span, read_history, span_of
+from farm.store import history, queries
+from farm.store.engine import transaction
+from farm.store.keys import Caller
+from farm.store.newest_pictures import newest_pictures
+
+router = APIRouter(include_in_schema=False)
+
+PICTURES_SHOWN = 16
+SHOWN_RANGE = "6h"
+
+
+@dataclass(frozen=True)
+class LaneNow:
+    """A row of the lanes' table."""
+
+    lane: Any
+    point: Point | None
+    """The last 15 minutes."""
+    empty_in: float | None
+    """Seconds until nothing waits, at the speed of the last 15 minutes. None: not known."""
+
+
+def overview(request: Request, farm: Farm, caller: Caller) -> Response:
+    """Show the overview of the farm."""
+    facts = facts_of(request, farm)
+    span = span_of(SHOWN_RANGE, points=72)
+    names = [lane.pipeline for lane in facts.lanes]
+    past = read_history(farm, names, span)
+    recent = {each.pipeline: last_minutes(each) for each in facts.recent}
+    with transaction(farm.store) as connection:
+        pictures = newest_pictures(connection, None, PICTURES_SHOWN)
+    return show(
+        request,
+        "overview.html",
+        caller=caller,
+        now=datetime.now(UTC),
+        attention=attention(facts),
+        lanes=[_row(lane_view(lane), recent.get(lane.pipeline)) for lane in facts.lanes],
+        sparks=_sparks(facts, past, span),
+        pictures=pictures,
+        range=SHOWN_RANGE,
+    )
+
+
+def last_minutes(lane: LaneHistory) -> Point | None:
+    """Return the last 15 minutes of a lane as one point. None: nothing was recorded."""
+    if not lane.points:
+        return None
+    number = len(lane.points)
+    waits = [each.wait_p95 for each in lane.points if each.wait_p95 is not None]
+    busy = [each.busy for each in lane.points if each.busy is not None]
+    speed = sum(each.frames_per_second for each in lane.points) / number
+    changes = {
+        "frames_per_second": speed,
+        "wait_p95": max(waits, default=None),
+        "busy": sum(busy) / len(busy) if busy else None,
+    }
+    return Point(**{**vars(lane.points[-1]), **changes})
+
+
+def _row(lane: Any, point: Point | None) -> LaneNow:
+    waiting = sum(lane.waiting.values())
+    speed = point.frames_per_second if point else 0.0
+    return LaneNow(lane, point, waiting / speed if speed > 0 else None)
+
+
+def _sparks(facts: Facts, past: Sequence[LaneHistory], span: Span) -> list[tuple[str, str, Chart]]:
+    """Return the numbers of the farm now: name, value, and the chart of the last hours."""
+    sums = _together(past)
+    running = sum(each.running for each in facts.users)
+    waiting = sum(sum(lane.waiting) for lane in facts.lanes)
+    alive = sum(lane.workers for lane in facts.lanes)
+    able = sum(lane.able for lane in facts.lanes)
+    speed = sums[-1].frames_per_second if sums else 0.0
+    return [
+        (
+            "Frames a minute",
+            f"{60 * speed:.3g}",
+            chart(
+                "Frames a minute",
+                sums,
+                span,
+                per_minute,
+                [("succeeded", "one", lambda point: 60 * point.frames_per_second)],
+            ),
+        ),
+        (
+            "Frames that wait",
+            f"{waiting:,}",
+            chart(
+                "Frames that wait",
+                sums,
+                span,
+                whole,
+                [("waiting", "one", lambda point: float(sum(point.waiting.values())))],
+            ),
+        ),
+        (
+            "Running frames",
+            f"{running:,}",
+            chart(
+                "Workers that render",
+                sums,
+                span,
+                whole,
+                [("rendering", "one", lambda point: point.rendering)],
+            ),
+        ),
+        (
+            "Workers that can render",
+            f"{able} of {alive}",
+            chart(
+                "Workers that are alive",
+                sums,
+                span,
+                whole,
+                [("alive", "one", lambda point: point.workers)],
+            ),
+        ),
+    ]
+
+
+ADDED = ("workers", "able", "rendering", "loading", "failed", "draining", "frames_per_second")
+
+
+def _together(past: Sequence[LaneHistory]) -> list[Point]:
+    """Add up the points of all lanes at the same time."""
+    found: dict[datetime, Point] = {}
+    for lane in past:
+        for point in lane.points:
+            before = found.get(point.at)
+            if before is None:
+                found[point.at] = point
+                continue
+            sums: dict[str, Any] = {
+                name: getattr(before, name) + getattr(point, name) for name in ADDED
+            }
+            waiting = {name: before.waiting[name] + n for name, n in point.waiting.items()}
+            found[point.at] = Point(**{**vars(before), **sums, "waiting": waiting})
+    return [found[at] for at in sorted(found)]
+
+
+@router.get("/system")
+def system(request: Request, farm: FarmDep, caller: Visitor) -> Response:
+    """Show the servers, the janitor, the versions of the workers and the size of the database."""
+    if not caller.sees_everywhere:
+        raise Forbidden("Only keys that see every tenant see the servers.")
+    servers: RecentReadiness = request.app.state.readiness
+    with transaction(farm.store) as connection:
+        sampled_at = history.newest(connection)
+        workers = worker_views(connection, caller)
+        database = queries.database_bytes(connection)
+    return show(
+        request,
+        "system.html",
+        caller=caller,
+        now=datetime.now(UTC),
+        readiness=servers.get(),
+        sampled_at=sampled_at,
+        workers=workers,
+        version=version(),
+        database_bytes=database,
+    )
