@@ -19,6 +19,7 @@ from api.dashboard import (
     api_docs,
     buttons,
     copies,
+    failures_page,
     job_pages,
     jobs_page,
     lanes_page,
@@ -40,13 +41,13 @@ from api.routes import (
     destinations,
     events,
     exports,
+    faults,
     frames,
     health,
     images,
     inputs,
     jobs,
     lanes,
-    metrics,
     operations,
     overview,
     pipelines,
@@ -163,15 +164,16 @@ def _routes() -> APIRouter:
     router.include_router(lanes.router, responses=job_calls)
     router.include_router(operations.router, responses=job_calls)
     router.include_router(overview.router, responses=job_calls)
+    router.include_router(faults.router, responses=job_calls)
     router.include_router(openai_images.router, responses=job_calls)
     router.include_router(health.router)
-    router.include_router(metrics.router, responses=openapi.refusals(503))
     for pages in (
         api_docs,
         jobs_page,
         overview_page,
         operations_page,
         lanes_page,
+        failures_page,
         copies,
         buttons,
         job_pages,

@@ -486,6 +486,11 @@ class OperationAsked(BaseModel):
         max_length=100,
         description="With retry: only frames whose last attempt failed for this reason",
     )
+    fault: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{16}$",
+        description="With retry: only frames whose last attempt had this fault",
+    )
     priority: PriorityName | None = Field(default=None, description="With change")
     labels: ChangedLabels = Field(
         default_factory=dict,
@@ -509,9 +514,12 @@ class OperationAsked(BaseModel):
         for name in ("priority", "labels"):
             if getattr(self, name):
                 raise InvalidRequest(f"{name}: only the verb `change` has it.", param=name)
-        if self.reason and self.verb is not Verb.RETRY:
-            raise InvalidRequest("reason: only the verb `retry` has it.", param="reason")
-        return Order(self.verb, reason=self.reason or None)
+        for name in ("reason", "fault"):
+            if getattr(self, name) and self.verb is not Verb.RETRY:
+                raise InvalidRequest(f"{name}: only the verb `retry` has it.", param=name)
+        if self.reason and self.fault:
+            raise InvalidRequest("fault: send `reason` or `fault`, not both.", param="fault")
+        return Order(self.verb, reason=self.reason or None, fault=self.fault)
 
 
 class OperationPreview(BaseModel):
@@ -541,6 +549,7 @@ class Operation(BaseModel):
     tenant: str | None = Field(description="Owner of the jobs; null: all tenants")
     verb: Verb
     reason: str | None
+    fault: str | None
     priority: str | None
     labels: dict[str, str | None]
     filter: JobsWanted
@@ -595,6 +604,62 @@ class Lane(BaseModel):
     draining: int
     problem: str | None = Field(description="Reason why one of the failed workers failed")
     hold: LaneHold | None = Field(description="Null: the lane is not held")
+
+
+class Fault(BaseModel):
+    """A cause of failed attempts, with its counts in some time."""
+
+    fault: str = Field(description="16 hexadecimal digits")
+    reason: str
+    message: str = Field(description="Message of its first attempt")
+    first_at: datetime
+    last_at: datetime
+    state: Literal["new", "seen", "muted", "resolved"]
+    back: bool = Field(description="True if it was resolved, and has come back since")
+    note: str
+    attempts: int
+    jobs: int
+    workers: int
+
+
+class FaultDimension(BaseModel):
+    """Attempts by the values of one property."""
+
+    name: str = Field(description="worker, device, version, job, size, pipeline or tenant")
+    counts: list[tuple[str, int]] = Field(description="Values with their attempts, most first")
+    others: int = Field(description="Number of values that the farm has")
+
+
+class FaultSample(BaseModel):
+    """An attempt of a fault."""
+
+    job_id: uuid.UUID
+    ordinal: int
+    attempt: int
+    worker: str
+    message: str
+    log: str | None = Field(
+        description="Last lines of its render process; only with an operator's key"
+    )
+    ended_at: datetime
+
+
+class FaultReport(BaseModel):
+    """A cause of failed attempts, and where they are."""
+
+    fault: Fault
+    sentence: str = Field(description="Where the attempts concentrate")
+    dimensions: list[FaultDimension]
+    samples: list[FaultSample]
+
+
+class FaultChange(BaseModel):
+    """A change of a fault. What is left out stays as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: Literal["new", "seen", "muted", "resolved"] | None = None
+    note: Storable | None = Field(default=None, max_length=1000)
 
 
 class Attention(BaseModel):

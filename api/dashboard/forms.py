@@ -38,6 +38,7 @@ class Choice(NamedTuple):
     set_label: str = ""
     """KEY=VALUE."""
     no_label: str = ""
+    fault: str = ""
 
     @property
     def is_complete(self) -> bool:
@@ -56,6 +57,7 @@ class Choice(NamedTuple):
             "verb": self.verb,
             "filter": wanted,
             "reason": (self.reason or None) if self.verb is Verb.RETRY else None,
+            "fault": (self.fault or None) if self.verb is Verb.RETRY else None,
             "priority": (self.priority or None) if is_change else None,
             "labels": self._labels() if is_change else {},
         }
@@ -84,9 +86,11 @@ def choice(
     to: Text = "",
     set_label: Text = "",
     no_label: Text = "",
+    fault: Text = "",
 ) -> Choice:
     """Read the verb and its arguments from an address."""
-    return Choice(verb or None, reason.strip(), to.strip(), set_label.strip(), no_label.strip())
+    words = (each.strip() for each in (reason, to, set_label, no_label, fault))
+    return Choice(verb or None, *words)
 
 
 Chosen = Annotated[Choice, Depends(choice)]
@@ -94,7 +98,9 @@ Chosen = Annotated[Choice, Depends(choice)]
 
 def choice_of(verb: Verb, form: Mapping[str, str]) -> Choice:
     """Read the arguments of a verb from a form."""
-    named = (form.get(name, "").strip() for name in ("reason", "to", "set_label", "no_label"))
+    named = (
+        form.get(name, "").strip() for name in ("reason", "to", "set_label", "no_label", "fault")
+    )
     return Choice(verb, *named)
 
 

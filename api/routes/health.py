@@ -1,4 +1,4 @@
-"""Liveness and readiness."""
+"""Liveness, readiness and metrics. They need no key, and name no tenant, job or prompt."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from anyio import move_on_after, to_thread
 from fastapi import APIRouter, Query, Request, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from api import schemas
 from api.auth import FarmDep
 from api.openapi import refusals
 from farm.context import Farm
 from farm.errors import Unavailable
+from farm.services.metrics import render_metrics
 from farm.store.engine import require_writes
 from farm.store.migrate import SchemaRefused, require_schema
 
@@ -96,3 +98,17 @@ def _postgres(farm: Farm) -> schemas.Part:
 
 def _part(ok: bool, problem: str) -> schemas.Part:
     return schemas.Part(ok=ok, detail="ok" if ok else problem)
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+        **refusals(503),
+    },
+)
+def metrics(farm: FarmDep) -> Response:
+    """Return the metrics. They name no tenant, so no key is needed."""
+    return Response(render_metrics(farm), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -133,6 +133,7 @@ def operation_view(row: OperationRow, caller: Caller) -> schemas.Operation:
         tenant=row.tenant,
         verb=order.verb,
         reason=order.reason,
+        fault=order.fault,
         priority=None if order.priority is None else order.priority.wire,
         labels=dict(order.labels),
         filter=wanted_view(row.jobs),

@@ -29,6 +29,8 @@ class Order:
     verb: Verb
     reason: str | None = None
     """Of a retry: only frames whose last attempt failed for this reason."""
+    fault: str | None = None
+    """Of a retry: only frames whose last attempt had this cause."""
     priority: Priority | None = None
     """Of a change: the new priority. None: as it is."""
     labels: Mapping[str, str | None] = field(default_factory=dict)

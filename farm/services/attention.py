@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 from urllib.parse import quote, urlencode
 
 from farm.context import Farm
 from farm.domain.spec import Priority
+from farm.errors import one_line
 from farm.humanize import count, duration, plural
 from farm.services.history import LaneHistory, read_history, span_of
-from farm.store import history, lanes, serving, workers
+from farm.store import faults, history, lanes, serving, workers
 from farm.store.engine import server_clock, transaction
+from farm.store.faults import FaultRow
 from farm.store.lanes import Lane, LaneDepth
 from farm.store.serving import LaneUser
 from farm.store.workers import WorkerRow, WorkerSums
@@ -34,6 +36,8 @@ FEW_FRAMES = 8
 EXPIRED = 3
 """Leases that may expire in 15 minutes."""
 SPOOL_PART = 0.5
+NEW_ATTEMPTS, MANY_ATTEMPTS = 3, 100
+"""Failed attempts in an hour from which on a new cause, and any cause, needs attention."""
 STALLED_SECONDS = 900.0
 
 
@@ -62,6 +66,8 @@ class Facts:
     recent: list[LaneHistory]
     """The last 15 minutes."""
     sampled_at: datetime | None
+    faults: list[FaultRow]
+    """Causes of the failed attempts of the last hour."""
     problems: Mapping[str, str]
     """Servers that do not answer, and why."""
 
@@ -80,6 +86,7 @@ def read_facts(farm: Farm, problems: Mapping[str, str]) -> Facts:
             serving.users(connection),
             [],
             history.newest(connection),
+            faults.list_faults(connection, now - timedelta(hours=1)),
             problems,
         )
     names = [lane.pipeline for lane in found]
@@ -240,6 +247,24 @@ def _limits(facts: Facts) -> Iterator[Attention]:
             )
 
 
+def _faults(facts: Facts) -> Iterator[Attention]:
+    """Causes that are new, back, or behind many failures. A muted one is nobody's news."""
+    for row in facts.faults:
+        hour_ago = facts.now - timedelta(hours=1)
+        is_new = row.state == "new" and row.first_at > hour_ago and row.attempts >= NEW_ATTEMPTS
+        is_back = row.is_back and row.attempts >= NEW_ATTEMPTS
+        is_large = row.attempts >= MANY_ATTEMPTS and row.state in ("new", "seen")
+        if row.state == "muted" or not (is_new or is_back or is_large):
+            continue
+        kind = "A cause that was resolved is back" if is_back else "One cause"
+        sentence = (
+            f"{kind}: {plural(row.attempts, 'failed attempt')} in the last hour, "
+            f"{plural(row.jobs, 'job')}: {one_line(row.message, 120)}"
+        )
+        level: Level = "critical" if is_large else "warning"
+        yield Attention(level, "fault", sentence, f"/failures/{row.fault}?range=1h")
+
+
 def _held(facts: Facts) -> Iterator[Attention]:
     for lane in facts.lanes:
         if lane.held_from is None:
@@ -264,6 +289,7 @@ CONDITIONS: tuple[Callable[[Facts], Iterator[Attention]], ...] = (
     _spools,
     _interactive_waits,
     _leases_expire,
+    _faults,
     _tenant_uses_up,
     _limits,
     _held,

@@ -147,7 +147,12 @@ def _retry(
     """
     try:
         retried = stored.retry_job(
-            connection, tenant_id, job_id, whole=not goes_on, reason=order.reason
+            connection,
+            tenant_id,
+            job_id,
+            whole=not goes_on,
+            reason=order.reason,
+            fault=order.fault,
         )
     except (Conflict, LimitExceeded):  # there was another retry, or more was submitted
         if not goes_on:
@@ -157,6 +162,8 @@ def _retry(
         outcome = f"{count(retried.dead)} dead frames are requeued"
         if order.reason is not None:
             outcome += f", which failed for the reason {order.reason}"
+        if order.fault is not None:
+            outcome += f", which had the fault {order.fault}"
         record(connection, actor, "job.retry", f"job {job_id}", outcome)
     more = retried.frames < retried.dead
     return Effect(True, retried.pipeline, frames=retried.frames, more=more)

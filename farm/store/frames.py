@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from farm.domain.faults import fault_of
 from farm.domain.spec import Run, shrunk
 from farm.domain.states import FrameState, after_failure, retry_delay
 from farm.store import arrays
@@ -26,6 +27,7 @@ from farm.store.workers import ADD, Account
 FAILED = "frames.failed"
 """Kind of the event of unsuccessful attempts, charged or not."""
 
+RELEASED, RENDER_ERROR = "released", "render_error"
 WORKER_LOST = "worker_lost"
 """Reason of an attempt whose process ended."""
 
@@ -72,6 +74,14 @@ class FailedAttempt:
     """Delay before the frame may be claimed again, in seconds. None: grows with each attempt."""
     reroll: bool = False
     """True if a filter rejected the image. Up to `max_rerolls` other seeds are tried."""
+
+    @property
+    def fault(self) -> str | None:
+        """Its cause. None: it is no fault, or its batch failed, and the cause is seen later."""
+        of_a_batch = self.isolated and not self.charged and self.reason == RENDER_ERROR
+        if self.reroll or of_a_batch or self.reason == RELEASED:
+            return None
+        return fault_of(self.reason, self.message, self.log)
 
 
 LOCK_LEASE = text("SELECT job_ids FROM leases WHERE id = :id FOR UPDATE")
@@ -127,13 +137,16 @@ WITH ended AS (
     FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:states AS text[]),
                 CAST(:uncharged AS smallint[]), CAST(:rerolls AS smallint[]),
                 CAST(:reasons AS text[]), CAST(:messages AS text[]),
-                CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:isolated AS bool[]))
-         AS d (job_id, ordinal, state, uncharged, reroll, reason, message, log, delay, isolated)
+                CAST(:logs AS text[]), CAST(:delays AS float[]), CAST(:isolated AS bool[]),
+                CAST(:faults AS text[]))
+         AS d (job_id, ordinal, state, uncharged, reroll, reason, message, log, delay, isolated,
+               fault)
     WHERE f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal AND f.state = 'running'
-    RETURNING f.*, d.reason, d.message, d.log, d.delay
+    RETURNING f.*, d.reason, d.message, d.log, d.delay, d.fault
 ), recorded AS (
-    INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at)
-    SELECT job_id, ordinal, attempt, worker, reason, message, log, started_at FROM ended
+    INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, traceback, started_at,
+                          fault)
+    SELECT job_id, ordinal, attempt, worker, reason, message, log, started_at, fault FROM ended
 ), unprinted AS (
     DELETE FROM perceptual_hashes p USING ended e
     WHERE p.job_id = ANY (ARRAY[e.job_id]) AND p.ordinal = e.ordinal AND e.state = 'dead'
@@ -269,7 +282,7 @@ def give_back(connection: Connection, fences: Sequence[Fence]) -> set[Fence]:
     """Requeue frames, uncharged and due at once. Their jobs must be locked."""
     message = "The worker released the frame without rendering it."
     failures = [
-        FailedAttempt(fence, "released", message, charged=False, delay_seconds=0.0)
+        FailedAttempt(fence, RELEASED, message, charged=False, delay_seconds=0.0)
         for fence in fences
     ]
     return set(end_attempts(connection, "frames.released", failures, 0.0))
@@ -387,6 +400,7 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, Any]:
         "reasons": [failure.reason for failure in failures],
         "messages": [failure.message for failure in failures],
         "logs": [failure.log for failure in failures],
+        "faults": [failure.fault for failure in failures],
     }
 
 

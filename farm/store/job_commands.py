@@ -155,14 +155,15 @@ SELECT (remaining_cost(runs, 0) / total)::float * :frames * pg_temp.seconds_per_
 FROM jobs WHERE id = :id
 """)
 
-OF_REASON = """ AND EXISTS (
+OF_CAUSE = """ AND EXISTS (
     SELECT FROM attempts a WHERE a.job_id = f.job_id AND a.ordinal = f.ordinal
-      AND a.attempt = f.attempt AND a.reason = :reason)
+      AND a.attempt = f.attempt AND a.reason = coalesce(CAST(:reason AS text), a.reason)
+      AND (CAST(:fault AS text) IS NULL OR a.fault = :fault))
 """
-"""Condition of a frame whose last attempt failed for a reason."""
+"""Condition of a frame whose last attempt failed for a reason, or had a fault."""
 
 COUNT_DEAD = text(f"""
-SELECT count(*) FROM frames f WHERE job_id = :id AND state = ANY(:from_states) {OF_REASON}
+SELECT count(*) FROM frames f WHERE job_id = :id AND state = ANY(:from_states) {OF_CAUSE}
 """)  # noqa: S608 - constants only
 
 RETRY_FRAMES = """
@@ -177,7 +178,7 @@ WITH chosen AS (
 )
 """
 RETRY_ALL = text(RETRY_FRAMES.format("") + INTO_REQUEUED)
-RETRY_OF_REASON = text(RETRY_FRAMES.format(OF_REASON) + INTO_REQUEUED)
+RETRY_OF_CAUSE = text(RETRY_FRAMES.format(OF_CAUSE) + INTO_REQUEUED)
 
 RETRY_JOB = text(f"""
 UPDATE jobs SET status = 'running', finished_at = NULL, {RESET_PACE}
@@ -305,6 +306,7 @@ def retry_job(
     *,
     whole: bool = True,
     reason: str | None = None,
+    fault: str | None = None,
 ) -> Retried:
     """Requeue the first RETRY_SLICE dead frames of a job with fresh attempts.
 
@@ -315,7 +317,8 @@ def retry_job(
         tenant_id: the job's tenant.
         job_id: the job.
         whole: refuse unless the tenant's limits allow all these frames, and not only the slice.
-        reason: only frames whose last attempt failed for this reason. None: all dead frames.
+        reason: only frames whose last attempt failed for this reason. None: any.
+        fault: only frames whose last attempt had this fault. None: any.
 
     Raises:
         Conflict: the job was cancelled, or has no such frames.
@@ -328,14 +331,13 @@ def retry_job(
             f"Job {job_id} cannot be retried: its status is {job.status}, "
             f"and it has {job.dead} dead frames."
         )
-    chosen = {"id": job_id, "from_states": _from_states("retry"), "reason": reason}
-    dead = job.dead
-    if reason is not None:
+    chosen = {"id": job_id, "from_states": _from_states("retry"), "reason": reason, "fault": fault}
+    dead, of_all = job.dead, reason is None and fault is None
+    if not of_all:
         dead = connection.execute(COUNT_DEAD, chosen).scalar_one()
         if dead == 0:
-            raise Conflict(
-                f"Job {job_id} has no dead frame whose last attempt failed for the reason {reason}."
-            )
+            why = f"had the fault {fault}" if reason is None else f"failed for the reason {reason}"
+            raise Conflict(f"Job {job_id} has no dead frame whose last attempt {why}.")
     was_open = job.status not in TERMINAL
     more = dead if whole else min(dead, RETRY_SLICE)
     seconds: float | None = None
@@ -345,7 +347,7 @@ def retry_job(
     refusal = room and room.take(Priority(job.priority), more, seconds, jobs=0 if was_open else 1)
     if refusal:
         raise refusal
-    statement = RETRY_ALL if reason is None else RETRY_OF_REASON
+    statement = RETRY_ALL if of_all else RETRY_OF_CAUSE
     frames: int = connection.execute(statement, {**chosen, "slice": RETRY_SLICE}).rowcount
     connection.execute(RETRY_JOB, {"id": job_id, "from_states": list(JOB_TRANSITIONS["retry"])})
     tally(connection, "frames.retried", {job_id: Delta(dead=-frames, data={"count": frames})})

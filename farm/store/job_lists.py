@@ -28,6 +28,7 @@ MOST_OF_ID = 1000
 SHORTEST_ID = 6
 """Characters of the beginning of an ID at least."""
 
+UNFINISHED = "(j.total - j.succeeded - j.dead - j.cancelled)"
 OPEN = "j.status IN ('queued', 'running')"
 TAKES = {
     "cancel": OPEN,
@@ -36,6 +37,8 @@ TAKES = {
     "retry": "j.dead > 0 AND j.status <> 'cancelled'",
     "retry_reason": """j.dead > 0 AND j.status <> 'cancelled'
         AND jsonb_exists(j.failures, CAST(:takes_reason AS text))""",
+    "retry_fault": """j.dead > 0 AND j.status <> 'cancelled' AND j.id IN (
+        SELECT a.job_id FROM attempts a WHERE a.fault = :takes_fault)""",
     "change": "true",
     "change_priority": f"{OPEN} AND j.priority <> :takes_priority",
     "remove": f"NOT {OPEN}",
@@ -170,6 +173,8 @@ def taking(wanted: JobFilter, order: Order) -> dict[str, Any]:
     values = wanted.values
     if order.verb is Verb.RETRY and order.reason is not None:
         return {**values, "takes_retry_reason": True, "takes_reason": order.reason}
+    if order.verb is Verb.RETRY and order.fault is not None:
+        return {**values, "takes_retry_fault": True, "takes_fault": order.fault}
     if order.verb is Verb.CHANGE and order.priority is not None and not order.labels:
         return {**values, "takes_change_priority": True, "takes_priority": order.priority}
     return {**values, f"takes_{order.verb}": True}
@@ -197,11 +202,12 @@ SELECT coalesce(sum(jobs), 0)::bigint, coalesce(sum(unfinished), 0)::bigint,
 FROM (
     SELECT m.*, pg_temp.seconds_per_cost(m.pipeline) AS pace FROM (
         SELECT j.pipeline, count(*) AS jobs, sum(j.running) AS running, sum(j.dead) AS dead,
-               sum(j.succeeded) AS pictures, sum(j.bytes) AS bytes,
-               sum(j.total - j.succeeded - j.dead - j.cancelled) AS unfinished,
-               sum((j.total - j.succeeded - j.dead - j.cancelled)
-                   * frame_cost(j.batch_key))::float AS unfinished_cost,
-               sum(j.dead * frame_cost(j.batch_key))::float AS dead_cost
+               sum(j.succeeded) AS pictures, sum(j.bytes) AS bytes, sum({UNFINISHED}) AS unfinished,
+               -- the cost takes microseconds, so it is computed only where it counts
+               sum(CASE WHEN {UNFINISHED} > 0
+                   THEN {UNFINISHED} * frame_cost(j.batch_key) END)::float AS unfinished_cost,
+               sum(CASE WHEN j.dead > 0 THEN j.dead * frame_cost(j.batch_key) END)::float
+               AS dead_cost
         FROM {_matching(set(names))} GROUP BY j.pipeline
     ) m
 ) p

@@ -581,6 +581,32 @@ attempts = Table(
     Column("traceback", Text),
     _moment("started_at", null=False),
     _moment("ended_at", now=True),
+    Column("fault", Text, comment="its cause, 16 hexadecimal digits; null: none"),
+    Index("attempts_ended", "ended_at", postgresql_where=text("fault IS NOT NULL")),
+    Index(
+        "attempts_fault",
+        "fault",
+        "job_id",
+        "ordinal",
+        "attempt",
+        postgresql_where=text("fault IS NOT NULL"),
+    ),
+)
+
+faults = Table(
+    "faults",
+    metadata,
+    Column("fault", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("message", Text, nullable=False, comment="of its first attempt"),
+    _moment("first_at", null=False),
+    _moment("last_at", null=False),
+    Column("state", Text, nullable=False, server_default="new"),
+    Column("note", Text, nullable=False, server_default=""),
+    Column("changed_at", DateTime(timezone=True), comment="of state and note"),
+    CheckConstraint(_one_of("state", ["new", "seen", "muted", "resolved"]), name="state"),
+    Index("faults_last", "last_at"),
+    comment="Causes of failed attempts.",
 )
 
 control_images = Table(

@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 
 from farm.context import Farm
 from farm.services.operations import take_turn
-from farm.store import leases, workers
+from farm.store import faults, leases, workers
 from farm.store.engine import transaction
 from farm.store.frames import FailedAttempt, fail
 from tests.integration.test_history import recently, store_sample
@@ -393,8 +393,12 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
     others = ("/operations", f"/operations/{operation}", "/operations/new", "/lanes", "/jobs")
     asked = [f"/operations/new?verb={verb}" for verb in ("cancel", "remove", "resume")]
     paths = ["/", *(f"/jobs/{job}{path}" for path in (*pages, "/cancel")), "/docs", "/nonesuch"]
-    paths += [*others, *asked, "/lanes/demo", "/system"]
+    paths += [*others, *asked, "/lanes/demo", "/system", "/failures"]
     fill_history(api.farm)
+    with transaction(api.farm.store) as connection:
+        faults.note(connection, 400)
+        [fault] = faults.list_faults(connection, recently(60))
+    paths.append(f"/failures/{fault.fault}")
     found = {}
     for width, colours in SIZES[: int(os.environ.get("FARM_TEST_SIZES", "2"))]:
         media = {"features": [{"name": "prefers-color-scheme", "value": colours}]}

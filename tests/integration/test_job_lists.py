@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from farm.context import Farm
-from farm.store import job_lists, saved_views
+from farm.store import faults, job_lists, saved_views
+from farm.store.engine import transaction
 from tests.integration.test_api_access import signed_in
 from tests.integration.test_api_refusals import check_problem
 from tests.support.api_server import Api, serving
@@ -237,14 +238,25 @@ def test_lists_of_a_hundred_thousand_jobs_are_quick(
     sql(
         farm,
         "INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,"
-        " batch_key, bucket, runs, max_attempts, spec, labels, created_at, started_at, finished_at)"
+        " cancelled, batch_key, bucket, runs, max_attempts, spec, labels, created_at, started_at,"
+        " finished_at)"
         " SELECT gen_random_uuid(), tenant_id, pipeline, n % 3, (ARRAY['succeeded', 'partial',"
-        " 'failed', 'cancelled'])[1 + n % 4], false, total, total, run_end, batch_key, bucket,"
-        " runs, max_attempts, spec, jsonb_build_object('n', n::text), now() - n * interval '1 s',"
-        " now(), now() FROM jobs, generate_series(1, 100000) n",
+        " 'failed', 'cancelled'])[1 + n % 4], false, total, total, run_end, total, batch_key,"
+        " bucket, runs, max_attempts, spec, jsonb_build_object('n', n::text),"
+        " now() - n * interval '1 s', now(), now() FROM jobs, generate_series(1, 100000) n",
     )
     with farm.store.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("VACUUM ANALYZE")
+    sql(
+        farm,
+        "INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at,"
+        " ended_at, fault)"
+        " SELECT (SELECT id FROM jobs ORDER BY created_at LIMIT 1), n, 1, 'worker ' || n % 30,"
+        " 'render_error', 'It broke.', now(), now() - n * interval '4 s',"
+        " lpad(to_hex(n % 3), 16, '0') FROM generate_series(0, 19999) n",
+    )
+    with transaction(farm.store) as connection:
+        faults.note(connection, 400)
     operator = signed_in(api, api.key("ops", "operator"))
     half = f"{datetime.now(UTC) - timedelta(hours=12):%Y-%m-%dT%H:%M:%SZ}"
     seconds = {}
@@ -263,7 +275,8 @@ def test_lists_of_a_hundred_thousand_jobs_are_quick(
     ):
         for who, caller in (("client", visitor), ("operator", operator)):
             seconds[f"{who} {query}"] = quickest_19_of_20(caller, f"/jobs?{query}")
-    for path in ("/", "/lanes", "/lanes/demo", "/system"):
+    cause = f"/failures/{'0' * 16}"
+    for path in ("/", "/lanes", "/lanes/demo", "/system", "/failures", cause):
         seconds[path] = quickest_19_of_20(operator, path)
     for verb in ("cancel", "retry", "resume", "pause", "remove"):
         seconds[verb] = quickest_19_of_20(operator, f"/operations/new?verb={verb}")

@@ -21,6 +21,7 @@ from farm.store import (
     actions,
     events,
     exports,
+    faults,
     history,
     job_commands,
     lanes,
@@ -181,6 +182,8 @@ class Janitor:
         if time.monotonic() >= self._sample_at:
             with connection.begin():
                 history.sample(connection)
+            with connection.begin():
+                faults.note(connection, settings.actions_days)
             self._sample_at = time.monotonic() + SAMPLE_SECONDS
         with connection.begin():
             retention.delete_inputs(connection, settings.retention_days, INPUTS_PER_SWEEP)
