@@ -27,6 +27,7 @@ from api.dashboard import (
     overview_page,
     pictures,
     session,
+    usage_page,
 )
 from api.dashboard.html import STATIC
 from api.door import FrontDoor
@@ -37,7 +38,6 @@ from api.places import Places, Turns
 from api.recent_readiness import RecentReadiness
 from api.request_rates import RequestRates
 from api.routes import (
-    actions,
     destinations,
     events,
     exports,
@@ -53,6 +53,7 @@ from api.routes import (
     pipelines,
     steering,
     tenants,
+    usage,
     webhooks,
     workers,
 )
@@ -160,7 +161,7 @@ def _routes() -> APIRouter:
     router.include_router(destinations.router, responses=job_calls)
     router.include_router(webhooks.router, responses=job_calls)
     router.include_router(tenants.router, responses=job_calls)
-    router.include_router(actions.router, responses=job_calls)
+    router.include_router(usage.router, responses=job_calls)
     router.include_router(lanes.router, responses=job_calls)
     router.include_router(operations.router, responses=job_calls)
     router.include_router(overview.router, responses=job_calls)
@@ -178,6 +179,7 @@ def _routes() -> APIRouter:
         buttons,
         job_pages,
         pictures,
+        usage_page,
         session,
     ):
         router.include_router(pages.router)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from datetime import datetime
+from datetime import date, datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator
@@ -606,6 +606,32 @@ class Lane(BaseModel):
     hold: LaneHold | None = Field(description="Null: the lane is not held")
 
 
+class UsageRow(BaseModel):
+    """Usage of one value of each dimension."""
+
+    by: dict[str, str | None] = Field(
+        description="Values of the dimensions; null: jobs without this label"
+    )
+    frames: int = Field(description="Frames that succeeded")
+    device_seconds: float
+    bytes: int = Field(description="Size of the pictures")
+    failed_attempts: int
+    cost: float | None = Field(
+        description="Device time at FARM_PRICE_PER_DEVICE_HOUR; null without a price"
+    )
+
+
+class Usage(BaseModel):
+    """Usage from one day to another."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    since: date = Field(alias="from", description="First day, UTC")
+    until: date = Field(alias="to", description="Last day, UTC")
+    rows: list[UsageRow]
+    complete: bool = Field(description="False if there are more than 10,000 rows")
+
+
 class Fault(BaseModel):
     """A cause of failed attempts, with its counts in some time."""
 
@@ -648,7 +674,7 @@ class FaultReport(BaseModel):
     """A cause of failed attempts, and where they are."""
 
     fault: Fault
-    sentence: str = Field(description="Where the attempts concentrate")
+    sentence: str = Field(description="Place on which the attempts concentrate, in words")
     dimensions: list[FaultDimension]
     samples: list[FaultSample]
 

@@ -165,6 +165,11 @@ class Settings(BaseSettings):
     actions_days: float = Field(
         default=400.0, ge=0, description="Time that the log of actions is kept. Days. 0: no end"
     )
+    price_per_device_hour: float | None = Field(
+        default=None,
+        ge=0,
+        description="Price of an hour of a device, for the costs of usage. Any currency",
+    )
     retention_days: float = Field(
         default=0.0,
         ge=0,

@@ -32,6 +32,7 @@ from farm.cli.commands import (
     steering,
     submit,
     up,
+    usage,
     workers,
 )
 from farm.cli.terminal.console import clean, err
@@ -94,6 +95,7 @@ app.command("remove", rich_help_panel=RENDER)(steering.remove)
 app.add_typer(operations.app, name="operations", rich_help_panel=RENDER)
 app.command("jobs", rich_help_panel=LOOK)(jobs.jobs)
 app.command("job", rich_help_panel=LOOK)(jobs.job)
+app.command("usage", rich_help_panel=LOOK)(usage.usage)
 app.add_typer(workers.app, name="workers", rich_help_panel=LOOK)
 app.command("replay", rich_help_panel=LOOK)(replay.replay)
 app.command("api", rich_help_panel=RUN)(processes.api)

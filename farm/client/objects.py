@@ -237,6 +237,21 @@ class Worker(TypedDict):
     problem: str | None
 
 
+class UsageRow(TypedDict):
+    """Usage of one value of each dimension."""
+
+    by: dict[str, str | None]
+    frames: int
+    device_seconds: float
+    bytes: int
+    failed_attempts: int
+    cost: float | None
+
+
+Usage = TypedDict("Usage", {"from": str, "to": str, "rows": list[UsageRow], "complete": bool})
+"""Usage from one day to another."""
+
+
 class OperationPreview(TypedDict):
     """The jobs to which a verb could do something now."""
 

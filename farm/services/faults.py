@@ -46,7 +46,7 @@ class FaultReport:
 
     fault: FaultRow
     sentence: str
-    """Where they concentrate."""
+    """Place on which they concentrate."""
     dimensions: list[Dimension]
     samples: list[FaultSample]
     places: list[Place]

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 from farm.domain.image_formats import Format
 from farm.domain.states import TERMINAL
 from farm.errors import Conflict, Unavailable
+from farm.store import usage
 from farm.store.exports import EVENT
 from farm.store.job_commands import lock_job
 from farm.store.rows import rows_of
@@ -233,7 +234,8 @@ def empty_jobs(connection: Connection, limit: int) -> list[tuple[uuid.UUID, uuid
 
 
 def forget(connection: Connection, job_id: uuid.UUID) -> None:
-    """Delete a removed job's own row and its prompts. Nothing is left of it."""
+    """Delete a removed job's own row and its prompts. Nothing is left of it but its usage."""
+    usage.account_last(connection, job_id)
     connection.execute(FORGET, {"id": job_id})
 
 

@@ -874,6 +874,49 @@ samples = Table(
     comment="Means of what is now, and sums since the beginning, for charts.",
 )
 
+
+def _figures() -> list[Column[object]]:
+    return [
+        Column("frames", BigInteger, nullable=False),
+        Column("device_seconds", Double, nullable=False),
+        Column("bytes", BigInteger, nullable=False),
+        Column("failed", BigInteger, nullable=False, comment="attempts"),
+    ]
+
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant_id", Uuid, primary_key=True),
+    Column("day", Date, primary_key=True, comment="UTC"),
+    Column("pipeline", Text, primary_key=True),
+    Column("digest", Text, primary_key=True, comment="md5 of the labels"),
+    Column("labels", JSONB, nullable=False),
+    *_figures(),
+    Index("usage_day", "day"),
+    comment="What jobs used. It outlives them.",
+)
+
+accounted = Table(
+    "accounted",
+    metadata,
+    Column("job_id", Uuid, primary_key=True),
+    *_figures(),
+    comment="What of a job is in `usage` already.",
+)
+
+usage_mark = Table(
+    "usage_mark",
+    metadata,
+    Column("number", SmallInteger, primary_key=True, autoincrement=False),
+    Column(
+        "finished_at",
+        DateTime(timezone=True),
+        comment="jobs that ended before are in `usage`; null: none is",
+    ),
+    comment="One row: how far `usage` is.",
+)
+
 signing_secrets = Table(
     "signing_secrets",
     metadata,

@@ -393,7 +393,14 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
     others = ("/operations", f"/operations/{operation}", "/operations/new", "/lanes", "/jobs")
     asked = [f"/operations/new?verb={verb}" for verb in ("cancel", "remove", "resume")]
     paths = ["/", *(f"/jobs/{job}{path}" for path in (*pages, "/cancel")), "/docs", "/nonesuch"]
-    paths += [*others, *asked, "/lanes/demo", "/system", "/failures"]
+    paths += [
+        *others,
+        *asked,
+        "/lanes/demo",
+        "/system",
+        "/failures",
+        "/usage?by=tenant&by=day&from=2026-01-01",
+    ]
     fill_history(api.farm)
     with transaction(api.farm.store) as connection:
         faults.note(connection, 400)

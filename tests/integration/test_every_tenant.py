@@ -638,6 +638,7 @@ def test_every_form_of_the_page_is_refused_to_other_sites(api: Api, ann: Owned) 
             worker_id=uuid.uuid4(),
             pipeline="demo",
             verb="drain",
+            fault="0" * 16,
         )
         assert foreign.post(named, data={"key": "x"}).status_code == 403, path
 

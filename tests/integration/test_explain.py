@@ -40,6 +40,7 @@ from farm.store import (
     serving,
     specs,
     unanswered,
+    usage,
     webhooks,
 )
 from farm.store.engine import transaction
@@ -123,6 +124,7 @@ FROM generate_series(1, 20000) n;
 UNPACKING = {
     "unnest",
     "jsonb_array_elements",
+    "jsonb_each_text",
     "json_array_elements_text",
     "json_to_record",
     "json_to_recordset",
@@ -293,6 +295,8 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "operations of all tenants": (operations.listing([]), {"limit": 50}),
     "old operations": (operations.PRUNE, {"seconds": 3e7, "limit": 100}),
+    "account usage": (usage.ACCOUNT, {"overlap": 600.0, "limit": 5000}),
+    "account a job": (usage.ACCOUNT_ONE, {"id": uuid.UUID(int=1)}),
     "note faults": (faults.NOTE, {"overlap": 120.0}),
     "faults": (faults.LIST, {"since": "2100-01-01T00:00:00Z", "limit": 100}),
     "one fault": (

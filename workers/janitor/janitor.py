@@ -31,6 +31,7 @@ from farm.store import (
     sessions,
     tenants,
     unanswered,
+    usage,
     webhooks,
     workers,
 )
@@ -45,8 +46,8 @@ log = logging.getLogger(__name__)
 ARCHIVE_SECONDS = 86_400.0
 LOOK_AGAIN_SECONDS = 60.0
 """Interval between two checks for shards that missed their event, in seconds."""
-SAMPLE_SECONDS = 20.0
-"""Interval between two tries to sample the lanes, in seconds. Each minute has one sample."""
+RECORD_SECONDS = 20.0
+"""Interval in which lanes are sampled, and faults and usage noted. Each minute has one sample."""
 INPUTS_PER_SWEEP = 10
 """Inputs that one sweep deletes, each with its lines."""
 ROWS_PER_SWEEP = 5000
@@ -81,7 +82,7 @@ class Janitor:
         self._farm = farm
         settings = farm.settings
         self._look_again_at = 0.0
-        self._sample_at = 0.0
+        self._record_at = 0.0
         self._patience = max(settings.transaction_seconds, 3 * settings.sweep_seconds)
 
     def run(self, stop: threading.Event) -> None:
@@ -179,12 +180,14 @@ class Janitor:
                 about = {"webhook": str(webhook_id), "reason": why}
                 events.append(connection, tenant_id, "webhook.disabled", about)
         webhooks.clean_up(connection, ROWS_PER_SWEEP)
-        if time.monotonic() >= self._sample_at:
+        if time.monotonic() >= self._record_at:
             with connection.begin():
                 history.sample(connection)
             with connection.begin():
                 faults.note(connection, settings.actions_days)
-            self._sample_at = time.monotonic() + SAMPLE_SECONDS
+            with connection.begin():
+                usage.account(connection)
+            self._record_at = time.monotonic() + RECORD_SECONDS
         with connection.begin():
             retention.delete_inputs(connection, settings.retention_days, INPUTS_PER_SWEEP)
         with connection.begin():

@@ -28,6 +28,7 @@ from farm.client.objects import (
     Quote,
     Shard,
     Tenant,
+    Usage,
     Worker,
 )
 from farm.config import Settings
@@ -241,6 +242,14 @@ class FarmClient:
         """Revoke a destination."""
         path = f"/v1/destinations/{quoted(destination_id)}"
         self.farm.call(Call(type(None), "DELETE", path, {"why": why or None}))
+
+    def usage(self, params: Mapping[str, object]) -> Usage:
+        """Read what was used."""
+        return self.farm.call(Call(Usage, "GET", "/v1/usage", params))
+
+    def usage_csv(self, params: Mapping[str, object]) -> bytes:
+        """Read what was used as CSV."""
+        return self.farm.call(Call(bytes, "GET", "/v1/usage", {**params, "format": "csv"}))
 
     def actions(self, params: Mapping[str, object], limit: int) -> Iterator[Action]:
         """Yield actions, newest first, up to `limit` actions."""
