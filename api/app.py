@@ -30,6 +30,7 @@ from api.dashboard import (
     usage_page,
 )
 from api.dashboard.html import STATIC
+from api.dashboard.shared import SharedAnswers
 from api.door import FrontDoor
 from api.heads import Heads
 from api.openai import answers as openai_answers
@@ -115,6 +116,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.answers = Places(openai_answers.MIB_AT_ONCE, openai_answers.MIB_PER_TENANT)
         app.state.webhook_tests = Places(webhooks.TESTS, webhooks.TESTS_PER_TENANT)
         app.state.health = CapacityLimiter(HEALTH_THREADS)
+        app.state.shared = SharedAnswers()
         app.state.slow = Turns(SLOW_THREADS)
         app.state.readiness = RecentReadiness(partial(health.readiness, app.state.farm))
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)

@@ -13,6 +13,7 @@ from api.dashboard.forms import form_of
 from api.dashboard.html import show
 from api.dashboard.lanes_page import VisitingOperator
 from api.dashboard.session import Visitor, done
+from api.dashboard.shared import shared
 from api.request_body import read_body
 from api.routes.faults import FaultId, fault_view, report_view
 from api.tenancy import actor_of
@@ -48,21 +49,25 @@ def failures(
     request: Request, farm: FarmDep, caller: Watcher, chosen: RangeAsked = "24h"
 ) -> Response:
     """Show the causes of failed attempts."""
-    span = span_of(chosen)
-    with reads(farm.store) as connection:
-        rows = faults.list_faults(connection, span.since)
-        names = [row.fault for row in rows]
-        bars = faults.by_time(connection, names, span.since, span.until, PARTS)
-    return show(
-        request,
-        "failures.html",
-        caller=caller,
-        now=datetime.now(UTC),
-        faults=[(fault_view(row), bars[row.fault]) for row in rows],
-        range=chosen,
-        ranges=list(RANGES),
-        most=faults.MOST,
-    )
+
+    def shown() -> Response:
+        span = span_of(chosen)
+        with reads(farm.store) as connection:
+            rows = faults.list_faults(connection, span.since)
+            names = [row.fault for row in rows]
+            bars = faults.by_time(connection, names, span.since, span.until, PARTS)
+        return show(
+            request,
+            "failures.html",
+            caller=caller,
+            now=datetime.now(UTC),
+            faults=[(fault_view(row), bars[row.fault]) for row in rows],
+            range=chosen,
+            ranges=list(RANGES),
+            most=faults.MOST,
+        )
+
+    return shared(request, caller, shown)
 
 
 @router.get("/{fault}")
@@ -70,22 +75,26 @@ def failure(
     request: Request, farm: FarmDep, caller: Watcher, fault: FaultId, chosen: RangeAsked = "24h"
 ) -> Response:
     """Show a cause of failed attempts, and where they concentrate."""
-    report = use_cases.report(farm, fault, span_of(chosen).since)
-    return show(
-        request,
-        "failure.html",
-        caller=caller,
-        now=datetime.now(UTC),
-        report=report_view(report, caller),
-        workers={
-            place.worker: f"/lanes/{place.pipeline}#worker-{place.worker_id}"
-            for place in report.places
-        },
-        range=chosen,
-        ranges=list(RANGES),
-        states=STATES,
-        may_set=caller.role == OPERATOR,
-    )
+
+    def shown() -> Response:
+        report = use_cases.report(farm, fault, span_of(chosen).since)
+        return show(
+            request,
+            "failure.html",
+            caller=caller,
+            now=datetime.now(UTC),
+            report=report_view(report, caller),
+            workers={
+                place.worker: f"/lanes/{place.pipeline}#worker-{place.worker_id}"
+                for place in report.places
+            },
+            range=chosen,
+            ranges=list(RANGES),
+            states=STATES,
+            may_set=caller.role == OPERATOR,
+        )
+
+    return shared(request, caller, shown)
 
 
 @router.post("/{fault}")

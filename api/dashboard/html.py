@@ -83,7 +83,7 @@ def updates_cookie(request: Request) -> str:
 
 
 def show(request: Request, template: str, **values: Any) -> Response:
-    """Return a page, or for htmx its block `live`: 304 if that has not changed since the last time.
+    """Return a page, or for htmx its block `live`, with a tag of it: see `unchanged`.
 
     Runs in a thread: it takes milliseconds.
     """
@@ -96,9 +96,16 @@ def show(request: Request, template: str, **values: Any) -> Response:
         return HTMLResponse(render(template, **values), headers=headers)
     text = render(template, **values, only_live=True)
     headers["HX-PTag"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    if request.headers.get("hx-ptag") == headers["HX-PTag"]:
-        return Response(status_code=304, headers=headers)
     return HTMLResponse(text, headers=headers)
+
+
+def unchanged(request: Request, answer: Response) -> Response:
+    """Return 304 in place of an answer that the browser has already."""
+    tag = answer.headers.get("hx-ptag")
+    if tag is None or request.headers.get("hx-ptag") != tag:
+        return answer
+    kept = {name: answer.headers[name] for name in (*PAGE_HEADERS, "Vary", "HX-PTag")}
+    return Response(status_code=304, headers=kept)
 
 
 def address_of(request: Request) -> str:

@@ -17,6 +17,7 @@ from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
 from api.dashboard.html import show
 from api.dashboard.session import Visitor
+from api.dashboard.shared import shared
 from api.responses import frame_views, job_view
 from api.routes.frames import frame_row, frames_page, signed_addresses
 from api.routes.jobs import JobId
@@ -114,36 +115,40 @@ Page = Annotated[JobPage, Depends()]
 @router.get("")
 def summary(page: Page) -> Response:
     """Show a job: its map, its first pictures, what happened to it, and who did it."""
-    with transaction(page.farm.store) as connection:
-        row, job = page.read(connection)
-        cells = stored.map_of(connection, row)
-        events = stored.happened(connection, row.id, EVENTS_SHOWN)
-        done: list[log.ActionRow] = []
-        if page.caller.sees_everywhere:
-            wanted = ActionFilter(target=f"job {row.id}")
-            done = log.list_actions(connection, wanted, limit=ACTIONS_SHOWN)
-        pictures, _ = frames_page(
-            connection,
-            row,
-            0,
-            PICTURES_SHOWN,
-            FrameState.SUCCEEDED,
-            page.caller,
-            signed_addresses(page.request),
+
+    def shown() -> Response:
+        with transaction(page.farm.store) as connection:
+            row, job = page.read(connection)
+            cells = stored.map_of(connection, row)
+            events = stored.happened(connection, row.id, EVENTS_SHOWN)
+            done: list[log.ActionRow] = []
+            if page.caller.sees_everywhere:
+                wanted = ActionFilter(target=f"job {row.id}")
+                done = log.list_actions(connection, wanted, limit=ACTIONS_SHOWN)
+            pictures, _ = frames_page(
+                connection,
+                row,
+                0,
+                PICTURES_SHOWN,
+                FrameState.SUCCEEDED,
+                page.caller,
+                signed_addresses(page.request),
+            )
+        return page.show(
+            "job.html",
+            job,
+            map=stretches(cells),
+            map_rows=-(-len(cells) // MAP_COLUMNS),
+            map_columns=max(20, min(MAP_COLUMNS, len(cells))),
+            per_cell=-(-row.total // len(cells)),
+            events=events,
+            seen_events=stored.SEEN_EVENTS,
+            done=done,
+            pictures=pictures,
+            priorities=get_args(schemas.PriorityName),
         )
-    return page.show(
-        "job.html",
-        job,
-        map=stretches(cells),
-        map_rows=-(-len(cells) // MAP_COLUMNS),
-        map_columns=max(20, min(MAP_COLUMNS, len(cells))),
-        per_cell=-(-row.total // len(cells)),
-        events=events,
-        seen_events=stored.SEEN_EVENTS,
-        done=done,
-        pictures=pictures,
-        priorities=get_args(schemas.PriorityName),
-    )
+
+    return shared(page.request, page.caller, shown)
 
 
 @router.get("/frames")
@@ -153,23 +158,33 @@ def frames(
     state: Annotated[FrameState | None, Query()] = None,
 ) -> Response:
     """Show frames of a job by ordinal, from `at` on."""
-    with transaction(page.farm.store) as connection:
-        row, job = page.read(connection)
-        if at >= row.total:
-            raise InvalidRequest(f"at: the job's last frame is {row.total - 1}.", param="at")
-        shown, more = frames_page(
-            connection, row, at, FRAMES_SHOWN, state, page.caller, signed_addresses(page.request)
+
+    def shown() -> Response:
+        with transaction(page.farm.store) as connection:
+            row, job = page.read(connection)
+            if at >= row.total:
+                raise InvalidRequest(f"at: the job's last frame is {row.total - 1}.", param="at")
+            shown, more = frames_page(
+                connection,
+                row,
+                at,
+                FRAMES_SHOWN,
+                state,
+                page.caller,
+                signed_addresses(page.request),
+            )
+        return page.show(
+            "frames.html",
+            job,
+            at=at,
+            state=state,
+            states=list(FrameState),
+            frames=shown,
+            before=max(0, at - FRAMES_SHOWN) if at and state is None else None,
+            after=shown[-1].ordinal + 1 if more else None,
         )
-    return page.show(
-        "frames.html",
-        job,
-        at=at,
-        state=state,
-        states=list(FrameState),
-        frames=shown,
-        before=max(0, at - FRAMES_SHOWN) if at and state is None else None,
-        after=shown[-1].ordinal + 1 if more else None,
-    )
+
+    return shared(page.request, page.caller, shown)
 
 
 @router.get("/attempts")
@@ -179,23 +194,27 @@ def attempts(
     after: Annotated[str, Query(pattern=r"^[0-9]{1,18}[.][0-9]{1,4}$")] = "",
 ) -> Response:
     """Show the attempts of a job that did not succeed, by ordinal."""
-    ordinal, _, attempt = after.partition(".")
-    place = (int(ordinal), int(attempt)) if after else (-1, 0)
-    with transaction(page.farm.store) as connection:
-        row, job = page.read(connection)
-        found = stored.failed_attempts(
-            connection, row.id, limit=ATTEMPTS_SHOWN + 1, after=place, reason=reason or None
+
+    def shown() -> Response:
+        ordinal, _, attempt = after.partition(".")
+        place = (int(ordinal), int(attempt)) if after else (-1, 0)
+        with transaction(page.farm.store) as connection:
+            row, job = page.read(connection)
+            found = stored.failed_attempts(
+                connection, row.id, limit=ATTEMPTS_SHOWN + 1, after=place, reason=reason or None
+            )
+        shown = found[:ATTEMPTS_SHOWN]
+        last = shown[-1] if len(found) > ATTEMPTS_SHOWN else None
+        return page.show(
+            "attempts.html",
+            job,
+            attempts=shown,
+            reason=reason,
+            after=after,
+            more=f"{last.ordinal}.{last.attempt}" if last else None,
         )
-    shown = found[:ATTEMPTS_SHOWN]
-    last = shown[-1] if len(found) > ATTEMPTS_SHOWN else None
-    return page.show(
-        "attempts.html",
-        job,
-        attempts=shown,
-        reason=reason,
-        after=after,
-        more=f"{last.ordinal}.{last.attempt}" if last else None,
-    )
+
+    return shared(page.request, page.caller, shown)
 
 
 @router.get("/frames/{ordinal}")
@@ -205,22 +224,26 @@ def frame(
     other: Annotated[str, Query(alias="with", max_length=60)] = "",
 ) -> Response:
     """Show a frame with its attempts; and next to it another one of this job or tenant."""
-    with transaction(page.farm.store) as connection:
-        row, job = page.read(connection)
-        one = _frame(connection, page, row.id, ordinal)
-        two = None
-        if other:
-            other_job, other_ordinal = _place(other, row.id)
-            two = other_job, _frame(connection, page, other_job, other_ordinal)
-    sides = [(row.id, one), *([two] if two else [])]
-    return page.show(
-        "frame.html",
-        job,
-        frame=one,
-        sides=sides,
-        rows=_rows([each for _, each in sides]),
-        other=other,
-    )
+
+    def shown() -> Response:
+        with transaction(page.farm.store) as connection:
+            row, job = page.read(connection)
+            one = _frame(connection, page, row.id, ordinal)
+            two = None
+            if other:
+                other_job, other_ordinal = _place(other, row.id)
+                two = other_job, _frame(connection, page, other_job, other_ordinal)
+        sides = [(row.id, one), *([two] if two else [])]
+        return page.show(
+            "frame.html",
+            job,
+            frame=one,
+            sides=sides,
+            rows=_rows([each for _, each in sides]),
+            other=other,
+        )
+
+    return shared(page.request, page.caller, shown)
 
 
 def _frame(connection: Connection, page: JobPage, job_id: uuid.UUID, ordinal: int) -> schemas.Frame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any, Literal, cast, get_args
 from urllib.parse import urlencode
 
@@ -25,6 +26,7 @@ from api.dashboard.session import (
     same_origin,
     sign_in_page,
 )
+from api.dashboard.shared import shared
 from api.request_body import read_body
 from api.routes.jobs import job_page, storable_text
 from api.routes.workers import worker_views
@@ -142,7 +144,8 @@ async def home(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: 
         return await page(request, farm, caller, wanted)
     if request.url.query:  # a list that was saved before it had another address
         return RedirectResponse(f"/jobs?{request.url.query}", 307)
-    return await to_thread.run_sync(overview, request, farm, caller)
+    shown = partial(overview, request, farm, caller)
+    return await to_thread.run_sync(shared, request, caller, shown)
 
 
 @router.get("/jobs")
@@ -158,7 +161,7 @@ async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: 
     def shown() -> Response:
         return show(request, "jobs.html", **contents(farm, caller, wanted, whose))
 
-    return await to_thread.run_sync(shown)
+    return await to_thread.run_sync(shared, request, caller, shown)
 
 
 def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from api.dashboard.forms import MAX_WHY, form_of
 from api.dashboard.html import show
 from api.dashboard.overview_page import last_minutes
 from api.dashboard.session import Visitor, done, same_origin
+from api.dashboard.shared import shared
 from api.request_body import read_body
 from api.routes.lanes import lane_views, one_lane
 from api.routes.workers import worker_views
@@ -69,17 +70,21 @@ Pipeline = Annotated[Storable, Path()]
 @router.get("/lanes")
 def lanes(request: Request, farm: FarmDep, caller: Visitor) -> Response:
     """Show the lanes: what waits on each, its workers and its hold."""
-    if not caller.sees_everywhere:
-        raise Forbidden("Only keys that see every tenant see the lanes.")
-    return show(
-        request,
-        "lanes.html",
-        caller=caller,
-        now=datetime.now(UTC),
-        lanes=lane_views(farm),
-        priorities=get_args(schemas.PriorityName),
-        may_hold=caller.role == OPERATOR,
-    )
+
+    def shown() -> Response:
+        if not caller.sees_everywhere:
+            raise Forbidden("Only keys that see every tenant see the lanes.")
+        return show(
+            request,
+            "lanes.html",
+            caller=caller,
+            now=datetime.now(UTC),
+            lanes=lane_views(farm),
+            priorities=get_args(schemas.PriorityName),
+            may_hold=caller.role == OPERATOR,
+        )
+
+    return shared(request, caller, shown)
 
 
 @router.get("/lanes/{pipeline}")
@@ -91,35 +96,39 @@ def lane(
     range: Annotated[str, Query(max_length=10)] = "6h",
 ) -> Response:
     """Show a lane: charts, the order of serving, its users and its workers."""
-    if not caller.sees_everywhere:
-        raise Forbidden("Only keys that see every tenant see the lanes.")
-    found, span = one_lane(farm, pipeline), span_of(range)
-    [past] = read_history(farm, [pipeline], span)
-    [recent] = read_history(farm, [pipeline], span_of("15m", points=15))
-    with transaction(farm.store) as connection:
-        users = serving.users(connection, pipeline)
-        turns = serving.order(connection, pipeline, TURNS_SHOWN)
-        workers = [each for each in worker_views(connection, caller) if each.pipeline == pipeline]
-    point = last_minutes(recent)
-    return show(
-        request,
-        "lane.html",
-        caller=caller,
-        now=datetime.now(UTC),
-        lane=found,
-        charts=lane_charts(past.points, span),
-        range=range,
-        ranges=list(RANGES),
-        span=span,
-        speed=point.frames_per_second if point else 0.0,
-        users=users[:USERS_SHOWN],
-        running=sum(each.running for each in users),
-        turns=turns,
-        names={each.value: each.wire for each in Priority},
-        workers=workers,
-        priorities=get_args(schemas.PriorityName),
-        may_hold=caller.role == OPERATOR,
-    )
+
+    def shown() -> Response:
+        if not caller.sees_everywhere:
+            raise Forbidden("Only keys that see every tenant see the lanes.")
+        found, span = one_lane(farm, pipeline), span_of(range)
+        [past] = read_history(farm, [pipeline], span)
+        [recent] = read_history(farm, [pipeline], span_of("15m", points=15))
+        with transaction(farm.store) as connection:
+            users = serving.users(connection, pipeline)
+            turns = serving.order(connection, pipeline, TURNS_SHOWN)
+            everyone = worker_views(connection, caller)
+        point = last_minutes(recent)
+        return show(
+            request,
+            "lane.html",
+            caller=caller,
+            now=datetime.now(UTC),
+            lane=found,
+            charts=lane_charts(past.points, span),
+            range=range,
+            ranges=list(RANGES),
+            span=span,
+            speed=point.frames_per_second if point else 0.0,
+            users=users[:USERS_SHOWN],
+            running=sum(each.running for each in users),
+            turns=turns,
+            names={each.value: each.wire for each in Priority},
+            workers=[each for each in everyone if each.pipeline == pipeline],
+            priorities=get_args(schemas.PriorityName),
+            may_hold=caller.role == OPERATOR,
+        )
+
+    return shared(request, caller, shown)
 
 
 @router.post("/lanes/{pipeline}/hold")

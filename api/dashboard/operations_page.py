@@ -17,6 +17,7 @@ from api.dashboard.forms import MAX_WHY, PAST, Choice, Chosen, checked, form_of
 from api.dashboard.html import show
 from api.dashboard.jobs_page import Wish, Wished, kept
 from api.dashboard.session import VisitingWriter, Visitor, done
+from api.dashboard.shared import shared
 from api.places import Turns
 from api.request_body import read_body
 from api.routes.operations import OperationId, one_operation, operation_view, wanted_view
@@ -204,19 +205,23 @@ async def begin(
 @router.get("")
 def operations(request: Request, farm: FarmDep, caller: Visitor) -> Response:
     """List the newest operations on jobs that the visitor sees."""
-    whose = None if caller.sees_everywhere else caller.tenant_id
-    with reads(farm.store) as connection:
-        rows = stored.list_operations(connection, tenant_id=whose, limit=SHOWN)
-    found = [operation_view(row, caller) for row in rows]
-    return show(
-        request,
-        "operations.html",
-        caller=caller,
-        now=datetime.now(UTC),
-        operations=found,
-        past=PAST,
-        shown=SHOWN,
-    )
+
+    def shown() -> Response:
+        whose = None if caller.sees_everywhere else caller.tenant_id
+        with reads(farm.store) as connection:
+            rows = stored.list_operations(connection, tenant_id=whose, limit=SHOWN)
+        found = [operation_view(row, caller) for row in rows]
+        return show(
+            request,
+            "operations.html",
+            caller=caller,
+            now=datetime.now(UTC),
+            operations=found,
+            past=PAST,
+            shown=SHOWN,
+        )
+
+    return shared(request, caller, shown)
 
 
 @router.get("/{operation_id}")
@@ -224,23 +229,27 @@ def operation(
     request: Request, farm: FarmDep, caller: Visitor, operation_id: OperationId
 ) -> Response:
     """Show how far an operation is, and what it did to each job."""
-    found = one_operation(farm, caller, operation_id)
-    log_of: list[log.ActionRow] = []
-    if caller.sees_everywhere:
-        with reads(farm.store) as connection:
-            log_of = log.list_actions(
-                connection, ActionFilter(operation=operation_id), limit=ACTIONS_SHOWN
-            )
-    return show(
-        request,
-        "operation.html",
-        caller=caller,
-        now=datetime.now(UTC),
-        operation=found,
-        past=PAST,
-        log=log_of,
-        may_stop=caller.role in WRITERS and found.state == "running",
-    )
+
+    def shown() -> Response:
+        found = one_operation(farm, caller, operation_id)
+        log_of: list[log.ActionRow] = []
+        if caller.sees_everywhere:
+            with reads(farm.store) as connection:
+                log_of = log.list_actions(
+                    connection, ActionFilter(operation=operation_id), limit=ACTIONS_SHOWN
+                )
+        return show(
+            request,
+            "operation.html",
+            caller=caller,
+            now=datetime.now(UTC),
+            operation=found,
+            past=PAST,
+            log=log_of,
+            may_stop=caller.role in WRITERS and found.state == "running",
+        )
+
+    return shared(request, caller, shown)
 
 
 @router.post("/{operation_id}/stop")

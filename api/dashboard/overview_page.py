@@ -14,6 +14,7 @@ from api.auth import FarmDep
 from api.dashboard.charts import Chart, chart, per_minute, whole
 from api.dashboard.html import show
 from api.dashboard.session import Visitor
+from api.dashboard.shared import shared
 from api.recent_readiness import RecentReadiness
 from api.routes.lanes import lane_view
 from api.routes.overview import facts_of
@@ -168,21 +169,25 @@ def _together(past: Sequence[LaneHistory]) -> list[Point]:
 @router.get("/system")
 def system(request: Request, farm: FarmDep, caller: Visitor) -> Response:
     """Show the servers, the janitor, the versions of the workers and the size of the database."""
-    if not caller.sees_everywhere:
-        raise Forbidden("Only keys that see every tenant see the servers.")
-    servers: RecentReadiness = request.app.state.readiness
-    with transaction(farm.store) as connection:
-        sampled_at = history.newest(connection)
-        workers = worker_views(connection, caller)
-        database = queries.database_bytes(connection)
-    return show(
-        request,
-        "system.html",
-        caller=caller,
-        now=datetime.now(UTC),
-        readiness=servers.get(),
-        sampled_at=sampled_at,
-        workers=workers,
-        version=version(),
-        database_bytes=database,
-    )
+
+    def shown() -> Response:
+        if not caller.sees_everywhere:
+            raise Forbidden("Only keys that see every tenant see the servers.")
+        servers: RecentReadiness = request.app.state.readiness
+        with transaction(farm.store) as connection:
+            sampled_at = history.newest(connection)
+            workers = worker_views(connection, caller)
+            database = queries.database_bytes(connection)
+        return show(
+            request,
+            "system.html",
+            caller=caller,
+            now=datetime.now(UTC),
+            readiness=servers.get(),
+            sampled_at=sampled_at,
+            workers=workers,
+            version=version(),
+            database_bytes=database,
+        )
+
+    return shared(request, caller, shown)

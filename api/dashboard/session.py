@@ -170,6 +170,7 @@ def done(request: Request, said: str = "", to: str = "") -> Response:
         said: The outcome in a sentence, which a page that stays says.
         to: Address that a browser opens next. Empty: the page that sent the request.
     """
+    request.app.state.shared.clear()
     if wants_html(request):
         return RedirectResponse(to or sender_of(request), 303)
     news = {"changed": True, **({"said": {"text": said}} if said else {})}

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from api.auth import FarmDep
 from api.dashboard.html import show
 from api.dashboard.session import Visitor
+from api.dashboard.shared import shared
 from api.tenancy import TenantAsked, about
 from farm.domain.spec import Storable
 from farm.services.usage import DIMENSIONS, as_csv, read_usage
@@ -62,4 +63,4 @@ async def usage(
             csv=f"/usage?{urlencode(fields)}",
         )
 
-    return await to_thread.run_sync(shown)
+    return await to_thread.run_sync(shared, request, caller, shown)
