@@ -13,7 +13,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from api import auth, errors, openapi
+from api import auth, errors, openapi, refused
 from api.addresses import SignedAddresses
 from api.dashboard import (
     api_docs,
@@ -140,6 +140,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(FrontDoor)
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=chosen.trusted_proxies)
     errors.install(app)
+    refused.install(app)
     app.router.routes.extend(_routes().routes)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app

@@ -156,6 +156,7 @@ async def admitted_caller(request: Request, credential: Credential) -> Caller:
         return known[1]
     callers: Callers = request.app.state.callers
     caller = await callers.ask(credential)
+    request.scope[KNOWN] = credential, caller
     await admit(request, caller)
     return caller
 

@@ -51,7 +51,7 @@ def get_fault(
     return report_view(use_cases.report(farm, fault, span_of(range).since), caller)
 
 
-@router.patch("/{fault}", responses=refusals(404), summary="Set the state of a fault")
+@router.patch("/{fault}", responses=refusals(400, 404), summary="Set the state of a fault")
 def set_fault(
     farm: FarmDep, caller: Looker, actor: Operating, fault: FaultId, asked: schemas.FaultChange
 ) -> schemas.FaultReport:

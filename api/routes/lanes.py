@@ -29,7 +29,7 @@ def list_lanes(farm: FarmDep, _caller: Looker) -> schemas.Page[schemas.Lane]:
     return schemas.Page(data=lane_views(farm), next=None)
 
 
-@router.post("/{pipeline}/hold", responses=refusals(404), summary="Hold a lane")
+@router.post("/{pipeline}/hold", responses=refusals(400, 404), summary="Hold a lane")
 def hold(
     farm: FarmDep, actor: Operating, pipeline: Pipeline, asked: schemas.HoldAsked
 ) -> schemas.Lane:

@@ -36,7 +36,7 @@ OperationId = Annotated[uuid.UUID, Path(description="ID of the operation")]
     summary="Start an operation",
     responses={
         200: {"model": schemas.OperationPreview, "description": "With dry_run: the preview"},
-        **refusals(409),
+        **refusals(400, 409),
     },
 )
 async def start(

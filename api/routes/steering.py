@@ -69,7 +69,9 @@ async def retry(
     return await slow.run(caller.tenant_id, _steered, farm, order, caller.tenant_id, job_id, actor)
 
 
-@router.patch("", responses=STEERING, summary="Change a job's priority and labels")
+@router.patch(
+    "", responses={**STEERING, **refusals(400)}, summary="Change a job's priority and labels"
+)
 def change(
     farm: FarmDep, caller: Writer, actor: Acting, job_id: JobId, asked: schemas.JobChange
 ) -> schemas.Job:

@@ -71,20 +71,22 @@ WITH pending AS MATERIALIZED ({pending}), noted AS (
         device_seconds = u.device_seconds + excluded.device_seconds,
         bytes = u.bytes + excluded.bytes, failed = u.failed + excluded.failed
 )
-SELECT count(*) AS jobs, max(finished_at) AS until, now() AS now FROM pending
 """
 
+# If more is left, the mark is the end of the last job.
 ACCOUNT = text(
     ACCOUNT_JOBS.format(
         pending=PENDING.format(jobs=CANDIDATES) + " ORDER BY finished_at NULLS FIRST LIMIT :limit"
     )
+    + """
+INSERT INTO usage_mark (number, finished_at)
+SELECT 0, CASE WHEN count(*) < :limit THEN now() ELSE max(finished_at) END FROM pending
+ON CONFLICT (number) DO UPDATE
+SET finished_at = coalesce(excluded.finished_at, usage_mark.finished_at)
+"""
 )
-ACCOUNT_ONE = text(ACCOUNT_JOBS.format(pending=PENDING.format(jobs=f"{OF_JOB} WHERE j.id = :id")))
-
-MOVE_MARK = text("""
-INSERT INTO usage_mark (number, finished_at) VALUES (0, :until)
-ON CONFLICT (number) DO UPDATE SET finished_at = excluded.finished_at
-""")
+ONE = f"{OF_JOB} WHERE j.id = :id"
+ACCOUNT_ONE = text(ACCOUNT_JOBS.format(pending=PENDING.format(jobs=ONE)) + "SELECT FROM pending")
 
 FORGET = text("DELETE FROM accounted WHERE job_id = :id")
 
@@ -97,10 +99,7 @@ def account(connection: Connection) -> None:
     """
     values = {"overlap": OVERLAP_SECONDS, "limit": MOST_JOBS}
     connection.execute(ONE_AT_A_TIME)
-    done = connection.execute(ACCOUNT, values).one()
-    until = done.now if done.jobs < MOST_JOBS else done.until
-    if until is not None:
-        connection.execute(MOVE_MARK, {"until": until})
+    connection.execute(ACCOUNT, values)
 
 
 def account_last(connection: Connection, job_id: uuid.UUID) -> None:

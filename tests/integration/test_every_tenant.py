@@ -510,6 +510,7 @@ CHANGED = (
 def everything(farm: Farm) -> dict[str, Any]:
     """Return all rows that the verbs change, and whether workers are drained."""
     tables = {name: sql(farm, f"SELECT * FROM {name} ORDER BY 1, 2") for name in CHANGED}
+    tables["actions"] = sql(farm, "SELECT * FROM actions WHERE verb <> 'call.refused' ORDER BY id")
     return {**tables, "drained": sql(farm, "SELECT id, draining FROM workers ORDER BY id")}
 
 
