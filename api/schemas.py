@@ -652,7 +652,11 @@ class FaultDimension(BaseModel):
     """Attempts by the values of one property."""
 
     name: str = Field(description="worker, device, version, job, size, pipeline or tenant")
-    counts: list[tuple[str, int]] = Field(description="Values with their attempts, most first")
+    counts: list[tuple[str, int]] = Field(
+        description="Up to ten values with their attempts, most first"
+    )
+    total: int = Field(description="Number of the attempts")
+    values: int = Field(description="Number of values of the attempts")
     others: int = Field(description="Number of values that the farm has")
 
 

@@ -24,7 +24,7 @@ from farm.errors import Forbidden
 from farm.process import version
 from farm.services.attention import Facts, attention
 from farm.services.history import LaneHistory, Point, Span, read_history, span_of
-from farm.store import history, queries
+from farm.store import queries, usage
 from farm.store.engine import transaction
 from farm.store.keys import Caller
 from farm.store.newest_pictures import newest_pictures
@@ -175,7 +175,7 @@ def system(request: Request, farm: FarmDep, caller: Visitor) -> Response:
             raise Forbidden("Only keys that see every tenant see the servers.")
         servers: RecentReadiness = request.app.state.readiness
         with transaction(farm.store) as connection:
-            sampled_at = history.newest(connection)
+            swept_at = usage.noted_at(connection)
             workers = worker_views(connection, caller)
             database = queries.database_bytes(connection)
         return show(
@@ -184,7 +184,7 @@ def system(request: Request, farm: FarmDep, caller: Visitor) -> Response:
             caller=caller,
             now=datetime.now(UTC),
             readiness=servers.get(),
-            sampled_at=sampled_at,
+            swept_at=swept_at,
             workers=workers,
             version=version(),
             database_bytes=database,

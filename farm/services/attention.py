@@ -16,10 +16,10 @@ from farm.domain.spec import Priority
 from farm.errors import one_line
 from farm.humanize import count, duration, plural
 from farm.services.history import LaneHistory, read_history, span_of
-from farm.store import faults, history, lanes, serving, workers
+from farm.store import faults, lanes, serving, usage, workers
 from farm.store.engine import server_clock, transaction
 from farm.store.faults import FaultRow
-from farm.store.lanes import Lane, LaneDepth
+from farm.store.lanes import Lane
 from farm.store.serving import LaneUser
 from farm.store.workers import WorkerRow, WorkerSums
 
@@ -28,7 +28,7 @@ LEVELS: tuple[Level, ...] = ("critical", "warning", "info")
 
 INTERACTIVE_SECONDS = 30.0
 JANITOR_SECONDS = 180.0
-"""Age of the newest sample from which on no janitor seems to sweep. Seconds."""
+"""Age of what the janitor noted last, from which on none seems to sweep. Seconds."""
 MANY = 0.9
 """Part of a lane's running frames from which on a tenant uses it up."""
 FEW_FRAMES = 8
@@ -61,11 +61,13 @@ class Facts:
     lanes: list[Lane]
     workers: list[WorkerRow]
     sums: list[WorkerSums]
-    depths: list[LaneDepth]
+    interactive: dict[str, float]
+    """Seconds that the oldest interactive job of each lane has waited to start."""
     users: list[LaneUser]
     recent: list[LaneHistory]
     """The last 15 minutes."""
-    sampled_at: datetime | None
+    swept_at: datetime | None
+    """Time at which the janitor noted what was used. None: not yet."""
     faults: list[FaultRow]
     """Causes of the failed attempts of the last hour."""
     problems: Mapping[str, str]
@@ -82,10 +84,10 @@ def read_facts(farm: Farm, problems: Mapping[str, str]) -> Facts:
             found,
             workers.list_workers(connection),
             workers.sums(connection),
-            lanes.depths(connection),
+            serving.interactive_waits(connection),
             serving.users(connection),
             [],
-            history.newest(connection),
+            usage.noted_at(connection),
             faults.list_faults(connection, now - timedelta(hours=1)),
             problems,
         )
@@ -111,9 +113,9 @@ def _servers(facts: Facts) -> Iterator[Attention]:
 
 
 def _janitor(facts: Facts) -> Iterator[Attention]:
-    if facts.sampled_at is None:
+    if facts.swept_at is None:
         return
-    age = (facts.now - facts.sampled_at).total_seconds()
+    age = (facts.now - facts.swept_at).total_seconds()
     if age > JANITOR_SECONDS:
         yield Attention(
             "critical",
@@ -180,15 +182,11 @@ def _stalled(facts: Facts) -> Iterator[Attention]:
 
 def _interactive_waits(facts: Facts) -> Iterator[Attention]:
     held = {lane.pipeline: lane.held_from for lane in facts.lanes}
-    for depth in facts.depths:
-        if depth.priority != Priority.INTERACTIVE or depth.oldest < INTERACTIVE_SECONDS:
+    for pipeline, seconds in facts.interactive.items():
+        if seconds < INTERACTIVE_SECONDS or held.get(pipeline) == Priority.INTERACTIVE:
             continue
-        if held.get(depth.pipeline) == Priority.INTERACTIVE:
-            continue
-        sentence = (
-            f"An interactive job of {depth.pipeline} has waited for {duration(depth.oldest)}."
-        )
-        yield Attention("warning", "interactive_waits", sentence, lane_link(depth.pipeline))
+        sentence = f"An interactive job of {pipeline} has waited for {duration(seconds)}."
+        yield Attention("warning", "interactive_waits", sentence, lane_link(pipeline))
 
 
 def _leases_expire(facts: Facts) -> Iterator[Attention]:
@@ -217,10 +215,10 @@ def _tenant_uses_up(facts: Facts) -> Iterator[Attention]:
     for lane in facts.lanes:
         here = [each for each in facts.users if each.pipeline == lane.pipeline]
         running = sum(each.running for each in here)
-        if running < FEW_FRAMES:
+        if running < FEW_FRAMES or lane.held_from is not None:
             continue
         first, others = here[0], here[1:]
-        waiting = sum(each.waiting for each in others)
+        waiting = sum(each.waiting for each in others if not _is_full(each))
         if first.running >= MANY * running and waiting:
             yield Attention(
                 "warning",
@@ -229,6 +227,11 @@ def _tenant_uses_up(facts: Facts) -> Iterator[Attention]:
                 f"{lane.pipeline}, while {plural(waiting, 'frame')} of others wait.",
                 f"{lane_link(lane.pipeline)}#users",
             )
+
+
+def _is_full(user: LaneUser) -> bool:
+    """Return True if a tenant's own limit holds its frames."""
+    return user.max_running_frames is not None and user.running >= user.max_running_frames
 
 
 def _limits(facts: Facts) -> Iterator[Attention]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from farm.context import Farm
@@ -30,14 +30,17 @@ class Dimension:
     name: str
     counts: list[tuple[str, int]]
     """Values with their attempts, those with most first."""
+    total: int
+    """Number of the attempts, also of those on other values."""
+    values: int
+    """Number of values of the attempts."""
     others: int
     """Number of values that the farm has, with those of the attempts."""
 
     @property
     def share(self) -> float:
         """Part of the attempts on the first value."""
-        total = sum(number for _, number in self.counts)
-        return self.counts[0][1] / total if total else 0.0
+        return self.counts[0][1] / self.total if self.total else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def dimensions_of(
         _dimension("pipeline", places, {worker.pipeline for worker in alive}),
     ]
     tenant = _dimension("tenant", places, set())
-    return [*found, Dimension("tenant", tenant.counts, max(len(tenants), len(tenant.counts)))]
+    return [*found, replace(tenant, others=max(len(tenants), tenant.values))]
 
 
 def _dimension(
@@ -106,7 +109,8 @@ def _dimension(
         value = getattr(place, field or name)
         counts["not known" if value is None else str(value)] += place.attempts
     known = {value for value in others if value is not None}
-    return Dimension(name, counts.most_common(ROWS), len(known | set(counts)))
+    total, number = sum(counts.values()), len(known | set(counts))
+    return Dimension(name, counts.most_common(ROWS), total, len(counts), number)
 
 
 def sentence_of(dimensions: Sequence[Dimension], places: Sequence[Place]) -> str:
@@ -121,7 +125,7 @@ def sentence_of(dimensions: Sequence[Dimension], places: Sequence[Place]) -> str
     best = next(telling, None)
     if best is None:
         parts = [
-            plural(len(each.counts), each.name)
+            plural(each.values, each.name)
             for each in dimensions
             if each.name in ("worker", "job", "tenant")
         ]

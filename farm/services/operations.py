@@ -13,7 +13,7 @@ from farm.context import Farm
 from farm.domain.verbs import Order, Verb
 from farm.errors import Conflict, FarmError, InvalidRequest, NotFound, Unavailable
 from farm.humanize import count
-from farm.services.steering import Effect, act, ring
+from farm.services.steering import act, ring
 from farm.store import job_lists, operations, retention
 from farm.store.actions import Actor, record
 from farm.store.engine import Transaction, server_clock, transaction
@@ -149,13 +149,16 @@ def _carry_out(farm: Farm, operation: OperationRow, goes_on: Callable[[], bool])
     over_at = time.monotonic() + TURN_SECONDS
     while time.monotonic() < over_at:
         with transaction(farm.store) as connection:
-            if operation.verb == Verb.REMOVE and not retention.has_room(connection):
-                return False  # the janitor deletes those that were removed first
+            most = JOBS_PER_PAGE
+            if operation.verb == Verb.REMOVE:
+                most = min(most, retention.room(connection))
+                if most <= 0:
+                    return False  # the janitor deletes those that were removed first
             jobs = job_lists.list_for(
                 connection,
                 operation.jobs,
                 operation.order,
-                limit=JOBS_PER_PAGE,
+                limit=most,
                 below=operation.place,
             )
             if not jobs:
@@ -175,8 +178,13 @@ def _handle(farm: Farm, operation: OperationRow, job: JobRow) -> OperationRow:
         _act(farm, operation, job)
     except (Stopped, Unavailable):
         raise  # if a server is away, the next turn tries this job again
-    except (Conflict, NotFound):  # it has changed in between
+    except NotFound:
         _count(farm, operation, job, "skipped")
+    except Conflict as error:
+        if _is_taken(farm, operation, job):
+            _count(farm, operation, job, "failed", f"Job {job.id}: {error.message}")
+        else:  # it has changed in between
+            _count(farm, operation, job, "skipped")
     except FarmError as error:
         _count(farm, operation, job, "failed", f"Job {job.id}: {error.message}")
     except Exception:
@@ -187,15 +195,25 @@ def _handle(farm: Farm, operation: OperationRow, job: JobRow) -> OperationRow:
 
 def _act(farm: Farm, operation: OperationRow, job: JobRow) -> None:
     actor = operation.actor.on(job.tenant)
-    effect = Effect(changed=False, more=True)
-    goes_on = False
-    while effect.more:
+    order, frames, chosen = operation.order, 0, 0
+    while True:
         with transaction(farm.store) as connection:
-            effect = act(connection, operation.order, job.tenant_id, job.id, actor, goes_on=goes_on)
-            if not effect.more:
+            goes_on = frames > 0
+            effect = act(connection, order, job.tenant_id, job.id, actor, goes_on=goes_on)
+            frames, chosen = frames + effect.frames, chosen or effect.chosen
+            if not effect.more or frames >= chosen:
                 _advance(connection, operation, job, "done" if effect.changed else "skipped")
-        goes_on = True
+                break
+            if not operations.still_at(connection, operation):
+                raise Stopped
     ring(farm, effect)
+
+
+def _is_taken(farm: Farm, operation: OperationRow, job: JobRow) -> bool:
+    """Return True if the verb could still do something to a job."""
+    alone = replace(operation.jobs, ids=(job.id,))
+    with transaction(farm.store) as connection:
+        return bool(job_lists.list_for(connection, alone, operation.order, limit=1, below=None))
 
 
 def _count(

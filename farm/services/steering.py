@@ -28,6 +28,8 @@ class Effect(NamedTuple):
     """True if interactive work waits on it now."""
     frames: int = 0
     """Dead frames that were requeued."""
+    chosen: int = 0
+    """Dead frames that were chosen when it began."""
     more: bool = False
     """True if the same call goes on where this one ended."""
 
@@ -54,15 +56,15 @@ def steer(
         Forbidden: the tenant may not use this priority.
         LimitExceeded: the tenant would have more frames than it may.
     """
-    frames, goes_on = 0, False
-    while True:
+    with transaction(farm.store) as connection:
+        first = effect = act(connection, order, tenant_id, job_id, actor)
+    frames = effect.frames
+    while effect.more and frames < first.chosen:  # frames may die again while it runs
         with transaction(farm.store) as connection:
-            effect = act(connection, order, tenant_id, job_id, actor, goes_on=goes_on)
+            effect = act(connection, order, tenant_id, job_id, actor, goes_on=True)
         frames += effect.frames
-        goes_on = effect.more
-        if not goes_on:
-            ring(farm, effect)
-            return frames
+    ring(farm, effect)
+    return frames
 
 
 def ring(farm: Farm, effect: Effect) -> None:
@@ -166,7 +168,7 @@ def _retry(
             outcome += f", which had the fault {order.fault}"
         record(connection, actor, "job.retry", f"job {job_id}", outcome)
     more = retried.frames < retried.dead
-    return Effect(True, retried.pipeline, frames=retried.frames, more=more)
+    return Effect(True, retried.pipeline, frames=retried.frames, chosen=retried.dead, more=more)
 
 
 def cancel(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, actor: Actor | None = None) -> None:

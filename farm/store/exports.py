@@ -66,6 +66,8 @@ COUNT_SHARDS = text("""
 SELECT coalesce(sum((total + :frames - 1) / :frames), 0)::bigint FROM jobs WHERE id = ANY(:ids)
 """)
 
+KEEP_JOBS = text("SELECT FROM jobs WHERE id = ANY(:ids) ORDER BY id FOR KEY SHARE")
+
 FORMATS_OF = text("""
 SELECT DISTINCT coalesce(spec ->> 'format', 'png') FROM jobs WHERE id = ANY(:ids) ORDER BY 1
 """)
@@ -314,6 +316,11 @@ class Export:
     created_at: datetime
     finished_at: datetime | None
     tenant: str
+
+
+def keep_jobs(connection: Connection, job_ids: Sequence[uuid.UUID]) -> None:
+    """Keep others from removing jobs until the commit, before an export of them is stored."""
+    connection.execute(KEEP_JOBS, {"ids": list(job_ids)})
 
 
 def formats_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> list[str]:

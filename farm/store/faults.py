@@ -28,6 +28,7 @@ SELECT a.fault, (array_agg(a.reason ORDER BY a.ended_at))[1],
 FROM attempts a
 WHERE a.fault IS NOT NULL AND a.ended_at > coalesce(
     (SELECT max(last_at) - make_interval(secs => :overlap) FROM faults), '-infinity')
+  AND (:seconds = 0 OR a.ended_at > now() - make_interval(secs => :seconds))
 GROUP BY a.fault
 ON CONFLICT (fault) DO UPDATE SET first_at = least(faults.first_at, excluded.first_at),
                                   last_at = greatest(faults.last_at, excluded.last_at)
@@ -172,9 +173,10 @@ class Alternative(NamedTuple):
 
 def note(connection: Connection, days: float) -> None:
     """Note the faults of new attempts. Those without one for `days` are deleted; 0: none is."""
-    connection.execute(NOTE, {"overlap": OVERLAP_SECONDS})
+    seconds = days * DAY_SECONDS
+    connection.execute(NOTE, {"overlap": OVERLAP_SECONDS, "seconds": seconds})
     if days > 0:
-        connection.execute(PRUNE, {"seconds": days * DAY_SECONDS})
+        connection.execute(PRUNE, {"seconds": seconds})
 
 
 def list_faults(connection: Connection, since: datetime) -> list[FaultRow]:

@@ -27,7 +27,7 @@ from farm.store.workers import ADD, Account
 FAILED = "frames.failed"
 """Kind of the event of unsuccessful attempts, charged or not."""
 
-RELEASED, RENDER_ERROR = "released", "render_error"
+RELEASED, RENDER_ERROR, LEASE_EXPIRED = "released", "render_error", "lease_expired"
 WORKER_LOST = "worker_lost"
 """Reason of an attempt whose process ended."""
 
@@ -75,11 +75,15 @@ class FailedAttempt:
     reroll: bool = False
     """True if a filter rejected the image. Up to `max_rerolls` other seeds are tried."""
 
-    @property
-    def fault(self) -> str | None:
-        """Its cause. None: it is no fault, or its batch failed, and the cause is seen later."""
-        of_a_batch = self.isolated and not self.charged and self.reason == RENDER_ERROR
-        if self.reroll or of_a_batch or self.reason == RELEASED:
+    def fault(self, *, charged: bool) -> str | None:
+        """Return its cause.
+
+        None: it is no fault; or its batch failed or was lost, and the cause is seen when its frames
+        are tried one by one.
+        """
+        of_a_batch = self.reason == RENDER_ERROR and self.isolated
+        lost = self.reason in (WORKER_LOST, LEASE_EXPIRED)
+        if self.reroll or self.reason == RELEASED or ((of_a_batch or lost) and not charged):
             return None
         return fault_of(self.reason, self.message, self.log)
 
@@ -400,7 +404,7 @@ def _columns(endings: Sequence[_Ending]) -> dict[str, Any]:
         "reasons": [failure.reason for failure in failures],
         "messages": [failure.message for failure in failures],
         "logs": [failure.log for failure in failures],
-        "faults": [failure.fault for failure in failures],
+        "faults": [ending.failure.fault(charged=ending.charged) for ending in endings],
     }
 
 

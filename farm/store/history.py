@@ -28,8 +28,8 @@ WITH lane AS ({LANES!s}), sums AS (
     SELECT pipeline, {", ".join(f"{TOTALS[name]} AS {name}" for name in SUMS)}
     FROM workers GROUP BY pipeline
 )
-INSERT INTO samples (step, pipeline, at, {COLUMNS})
-SELECT 60, l.pipeline, date_trunc('minute', clock_timestamp()), l.waiting,
+INSERT INTO samples (step, pipeline, at, read_at, {COLUMNS})
+SELECT 60, l.pipeline, date_trunc('minute', now()), now(), l.waiting,
        {", ".join(f"l.{name}" for name in GAUGES)},
        {", ".join(f"coalesce(s.{name}, 0)" for name in (*COUNTS, *SECONDS))},
        coalesce(s.wait_buckets, '{{}}')
@@ -52,8 +52,8 @@ date_bin(make_interval(secs => :span), at - interval '1 microsecond', 'epoch')
 + make_interval(secs => :span)"""
 
 ROLL_UP = text(f"""
-INSERT INTO samples (step, pipeline, at, {COLUMNS})
-SELECT CAST(:span AS int), pipeline, span, {AGGREGATED}
+INSERT INTO samples (step, pipeline, at, read_at, {COLUMNS})
+SELECT CAST(:span AS int), pipeline, span, max(read_at), {AGGREGATED}
 FROM (
     SELECT s.*, {END_OF_SPAN} AS span FROM samples s
     WHERE step = :step AND at <= date_bin(make_interval(secs => :span), now(), 'epoch')
@@ -67,7 +67,7 @@ DELETE FROM samples WHERE step = :step AND at < now() - make_interval(secs => :s
 """)
 
 READ = text(f"""
-SELECT pipeline, max(at) AS at, {AGGREGATED}
+SELECT pipeline, max(read_at) AS at, {AGGREGATED}
 FROM (
     SELECT s.*, {END_OF_SPAN} AS span FROM samples s
     WHERE step = :step AND pipeline = ANY(:pipelines) AND at > :since AND at <= :until
@@ -78,11 +78,9 @@ EVER = text("SELECT DISTINCT pipeline FROM workers")
 
 SPEED = text("""
 SELECT (max(succeeded) - min(succeeded))::float
-       / nullif(extract(epoch FROM max(at) - min(at)), 0)::float
+       / nullif(extract(epoch FROM max(read_at) - min(read_at)), 0)::float
 FROM samples WHERE step = 60 AND pipeline = :pipeline AND at > now() - interval '16 minutes'
 """)
-
-NEWEST = text("SELECT max(at) FROM samples WHERE step = 60")
 
 
 class Sample(NamedTuple):
@@ -90,7 +88,7 @@ class Sample(NamedTuple):
 
     pipeline: str
     at: datetime
-    """Time of the last sample in the span, at which the sums were read."""
+    """Time at which the last sums of the span were read."""
     waiting: list[int]
     """Mean number of frames that waited, by priority."""
     workers: float
@@ -155,9 +153,3 @@ def speed(connection: Connection, pipeline: str) -> float | None:
     """
     found: float | None = connection.execute(SPEED, {"pipeline": pipeline}).scalar()
     return found
-
-
-def newest(connection: Connection) -> datetime | None:
-    """Return the time of the newest sample. None: there is none yet."""
-    at: datetime | None = connection.execute(NEWEST).scalar()
-    return at

@@ -367,6 +367,9 @@ SET_PRIORITY = text("UPDATE jobs SET priority = :priority WHERE id = :id")
 SET_PRIORITY_OF_REQUEUED = text("""
 UPDATE requeued_frames SET priority = :priority WHERE job_id = :id
 """)
+LOCK_REQUEUED_OF_JOB = text("""
+SELECT FROM requeued_frames WHERE job_id = :id ORDER BY ordinal FOR UPDATE
+""")
 SET_LABELS = text("UPDATE jobs SET labels = CAST(:labels AS jsonb) WHERE id = :id")
 
 
@@ -410,8 +413,10 @@ def change_job(
                 f"Job {job_id} cannot be given another priority now: more than {MOST_MOVED} of its "
                 "frames wait for another attempt."
             )
-        connection.execute(SET_PRIORITY, values)
+        # Frames before shares, which the triggers of both statements lock.
+        connection.execute(LOCK_REQUEUED_OF_JOB, values)
         connection.execute(SET_PRIORITY_OF_REQUEUED, values)
+        connection.execute(SET_PRIORITY, values)
     if labels:
         kept = {
             name: value for name, value in {**job.labels, **labels}.items() if value is not None

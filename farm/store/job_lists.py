@@ -38,10 +38,14 @@ TAKES = {
     "retry_reason": """j.dead > 0 AND j.status <> 'cancelled'
         AND jsonb_exists(j.failures, CAST(:takes_reason AS text))""",
     "retry_fault": """j.dead > 0 AND j.status <> 'cancelled' AND j.id IN (
-        SELECT a.job_id FROM attempts a WHERE a.fault = :takes_fault)""",
+        SELECT a.job_id FROM attempts a JOIN frames f ON f.job_id = a.job_id
+          AND f.ordinal = a.ordinal AND f.attempt = a.attempt AND f.state = 'dead'
+        WHERE a.fault = :takes_fault)""",
     "change": "true",
+    "change_both": OPEN,
     "change_priority": f"{OPEN} AND j.priority <> :takes_priority",
-    "remove": f"NOT {OPEN}",
+    # Not those that have ended since: nobody has seen their pictures.
+    "remove": f"NOT {OPEN} AND j.finished_at <= :until",
 }
 """Jobs to which a verb may do something."""
 
@@ -57,6 +61,7 @@ CONDITIONS = {
     "low": "j.id BETWEEN :low AND :high",
     "until": "j.created_at <= :until",
     "since": "j.created_at > :since",
+    "floor": "j.created_at >= :floor",
     "after": "(j.created_at, j.id) < (SELECT created_at, id FROM jobs WHERE id = :after)",
 }
 IN_PROMPTS = "position(lower(:words) IN lower(j.spec ->> 'prompts')) > 0"
@@ -79,6 +84,8 @@ class JobFilter:
     """Submitted then or before."""
     ids: tuple[uuid.UUID, ...] | None = None
     """One of these."""
+    floor: datetime | None = None
+    """Submitted then or later. With words, in place of the newest SEARCHED jobs."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -175,18 +182,32 @@ def taking(wanted: JobFilter, order: Order) -> dict[str, Any]:
         return {**values, "takes_retry_reason": True, "takes_reason": order.reason}
     if order.verb is Verb.RETRY and order.fault is not None:
         return {**values, "takes_retry_fault": True, "takes_fault": order.fault}
-    if order.verb is Verb.CHANGE and order.priority is not None and not order.labels:
+    if order.verb is Verb.CHANGE and order.priority is not None:
+        if order.labels:
+            return {**values, "takes_change_both": True}
         return {**values, "takes_change_priority": True, "takes_priority": order.priority}
     return {**values, f"takes_{order.verb}": True}
 
 
 def pinned(connection: Connection, wanted: JobFilter) -> JobFilter:
-    """Return a filter that goes on selecting the same jobs: IDs replace the beginning of an ID."""
-    if wanted.by_id is None:
+    """Return a filter that goes on selecting the same jobs.
+
+    IDs replace the beginning of an ID, and the time of the oldest job that is searched replaces the
+    number of those that are: jobs that are changed would make room for older ones.
+    """
+    if wanted.by_id is not None:
+        values = {**wanted.by_id, "limit": MOST_OF_ID}
+        if found := rows_of(connection.execute(listing(wanted.by_id), values), JobRow):
+            return replace(wanted, words=None, ids=tuple(row.id for row in found))
+    if not wanted.words or wanted.floor is not None:
         return wanted
-    values = {**wanted.by_id, "limit": MOST_OF_ID}
-    found = rows_of(connection.execute(listing(wanted.by_id), values), JobRow)
-    return replace(wanted, words=None, ids=tuple(row.id for row in found)) if found else wanted
+    searched = {name: value for name, value in wanted.values.items() if name != "words"}
+    oldest = text(f"""
+SELECT min(created_at) FROM (
+    SELECT j.created_at FROM jobs j WHERE {_where(searched)}
+    ORDER BY j.created_at DESC, j.id DESC LIMIT {SEARCHED}
+) j""")  # noqa: S608 - constants only
+    return replace(wanted, floor=connection.execute(oldest, searched).scalar())
 
 
 def summing(names: Iterable[str]) -> TextClause:
@@ -242,6 +263,8 @@ def _matching(names: set[str]) -> str:
     """Return the FROM and WHERE of the jobs of these conditions."""
     if "words" not in names:
         return f"jobs j WHERE {_where(names)}"
+    if "floor" in names:
+        return f"jobs j WHERE {_where(names, IN_PROMPTS)}"
     later = {name for name in names if name.startswith(("after", "below", "takes"))}
     return f"""(
     SELECT * FROM jobs j WHERE {_where(names - later)}

@@ -53,6 +53,11 @@ SET done = done + :done, skipped = skipped + :skipped, failed = failed + :failed
 WHERE id = :id AND state = 'running' AND at_id IS NOT DISTINCT FROM CAST(:before AS uuid)
 """)
 
+STILL_AT = text("""
+UPDATE operations SET stepped_at = clock_timestamp()
+WHERE id = :id AND state = 'running' AND at_id IS NOT DISTINCT FROM CAST(:before AS uuid)
+""")
+
 PUT_LAST = text("UPDATE operations SET stepped_at = clock_timestamp() WHERE id = :id")
 
 END = text("""
@@ -216,6 +221,17 @@ def advance(
     places = {"before": operation.at_id, "at_time": at[0], "at_id": at[1]}
     values = {"id": operation.id, "problem": problem, **counts, **places}
     return connection.execute(ADVANCE, values).rowcount > 0
+
+
+def still_at(connection: Connection, operation: OperationRow) -> bool:
+    """Return False if an operation was stopped, or another janitor handles it.
+
+    Args:
+        connection: in a transaction, until whose end nobody stops it.
+        operation: the operation, as it was before.
+    """
+    values = {"id": operation.id, "before": operation.at_id}
+    return connection.execute(STILL_AT, values).rowcount > 0
 
 
 def put_last(connection: Connection, operation_id: uuid.UUID) -> None:

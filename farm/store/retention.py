@@ -207,16 +207,16 @@ def remove_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
         raise Conflict(f"Job {job_id} cannot be removed: it is {job.status}. Cancel it first.")
     if export_id := connection.execute(EXPORTING, {"id": job_id}).scalar():
         raise Conflict(f"Job {job_id} cannot be removed: the export {export_id} reads it.")
-    if not has_room(connection):
+    if room(connection) <= 0:
         raise Unavailable(
             f"{MAX_JOBS_PER_CALL} jobs are being removed. Remove this one in a minute."
         )
     connection.execute(REMOVE_ONE, {"id": job_id})
 
 
-def has_room(connection: Connection) -> bool:
-    """Return True if another job may be removed now."""
-    return int(connection.execute(REMOVING).scalar_one()) < MAX_JOBS_PER_CALL
+def room(connection: Connection) -> int:
+    """Return the number of jobs that may be removed now."""
+    return MAX_JOBS_PER_CALL - int(connection.execute(REMOVING).scalar_one())
 
 
 def delete_rows(connection: Connection, limit: int) -> int:

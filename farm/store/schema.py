@@ -851,6 +851,12 @@ samples = Table(
     Column("step", SmallInteger, primary_key=True, comment="60, 600 or 3600 seconds"),
     Column("pipeline", Text, primary_key=True),
     Column("at", DateTime(timezone=True), primary_key=True, comment="end of the step"),
+    Column(
+        "read_at",
+        DateTime(timezone=True),
+        nullable=False,
+        comment="time at which the sums were read",
+    ),
     Column("waiting", ARRAY(BigInteger), nullable=False, comment="frames that wait, by priority"),
     *(
         Column(name, REAL, nullable=False)
@@ -914,6 +920,7 @@ usage_mark = Table(
         DateTime(timezone=True),
         comment="jobs that ended before are in `usage`; null: none is",
     ),
+    Column("noted_at", DateTime(timezone=True), comment="time of the last note"),
     comment="One row: how far `usage` is.",
 )
 

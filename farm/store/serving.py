@@ -39,6 +39,12 @@ WHERE t.removed_at IS NULL AND pipeline = coalesce(CAST(:pipeline AS text), pipe
 ORDER BY running DESC, waiting DESC, t.name LIMIT :limit
 """)
 
+# The beginning of an index of open jobs.
+INTERACTIVE_WAITS = text("""
+SELECT j.pipeline, extract(epoch FROM clock_timestamp() - min(j.created_at))::float AS seconds
+FROM jobs j WHERE j.open AND j.priority = 0 AND j.started_at IS NULL GROUP BY j.pipeline
+""")
+
 HEADS = text("""
 SELECT s.tenant_id, t.name AS tenant, t.weight, s.used, j.*
 FROM (
@@ -128,6 +134,12 @@ def users(connection: Connection, pipeline: str | None = None) -> list[LaneUser]
     """List the tenants with frames on a lane, or on all: those with most running frames first."""
     values = {"pipeline": pipeline, "limit": MOST_USERS}
     return rows_of(connection.execute(USERS, values), LaneUser)
+
+
+def interactive_waits(connection: Connection) -> dict[str, float]:
+    """Return how long the oldest interactive job of each lane has waited to start, in seconds."""
+    rows = connection.execute(INTERACTIVE_WAITS).all()
+    return {pipeline: float(seconds) for pipeline, seconds in rows}
 
 
 def order(connection: Connection, pipeline: str, limit: int) -> list[Turn]:

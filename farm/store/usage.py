@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from datetime import date
+from datetime import date, datetime
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -79,14 +79,18 @@ ACCOUNT = text(
         pending=PENDING.format(jobs=CANDIDATES) + " ORDER BY finished_at NULLS FIRST LIMIT :limit"
     )
     + """
-INSERT INTO usage_mark (number, finished_at)
-SELECT 0, CASE WHEN count(*) < :limit THEN now() ELSE max(finished_at) END FROM pending
+INSERT INTO usage_mark (number, finished_at, noted_at)
+SELECT 0, CASE WHEN count(*) < :limit THEN now() ELSE max(finished_at) END, clock_timestamp()
+FROM pending
 ON CONFLICT (number) DO UPDATE
-SET finished_at = coalesce(excluded.finished_at, usage_mark.finished_at)
+SET finished_at = coalesce(excluded.finished_at, usage_mark.finished_at),
+    noted_at = excluded.noted_at
 """
 )
 ONE = f"{OF_JOB} WHERE j.id = :id"
 ACCOUNT_ONE = text(ACCOUNT_JOBS.format(pending=PENDING.format(jobs=ONE)) + "SELECT FROM pending")
+
+NOTED_AT = text("SELECT noted_at FROM usage_mark")
 
 FORGET = text("DELETE FROM accounted WHERE job_id = :id")
 
@@ -100,6 +104,12 @@ def account(connection: Connection) -> None:
     values = {"overlap": OVERLAP_SECONDS, "limit": MOST_JOBS}
     connection.execute(ONE_AT_A_TIME)
     connection.execute(ACCOUNT, values)
+
+
+def noted_at(connection: Connection) -> datetime | None:
+    """Return the time at which a janitor noted usage last. None: not yet."""
+    at: datetime | None = connection.execute(NOTED_AT).scalar()
+    return at
 
 
 def account_last(connection: Connection, job_id: uuid.UUID) -> None:

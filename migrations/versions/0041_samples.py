@@ -25,6 +25,12 @@ def upgrade() -> None:
         sa.Column("pipeline", sa.Text(), primary_key=True),
         sa.Column("at", sa.DateTime(timezone=True), primary_key=True, comment="end of the step"),
         sa.Column(
+            "read_at",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="time at which the sums were read",
+        ),
+        sa.Column(
             "waiting",
             ARRAY(sa.BigInteger()),
             nullable=False,

@@ -12,20 +12,11 @@ depends_on = None
 # pre: only adds, so the version before still works. post: removes or restricts, after its end.
 stage = "pre"
 
-OF_A_FAULT = sa.text("fault IS NOT NULL")
-
 
 def upgrade() -> None:
     op.add_column(
         "attempts",
         sa.Column("fault", sa.Text(), comment="its cause, 16 hexadecimal digits; null: none"),
-    )
-    op.create_index("attempts_ended", "attempts", ["ended_at"], postgresql_where=OF_A_FAULT)
-    op.create_index(
-        "attempts_fault",
-        "attempts",
-        ["fault", "job_id", "ordinal", "attempt"],
-        postgresql_where=OF_A_FAULT,
     )
     op.create_table(
         "faults",
@@ -45,6 +36,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("faults")
-    op.drop_index("attempts_fault", table_name="attempts")
-    op.drop_index("attempts_ended", table_name="attempts")
     op.drop_column("attempts", "fault")

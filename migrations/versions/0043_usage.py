@@ -49,6 +49,7 @@ def upgrade() -> None:
             sa.DateTime(timezone=True),
             comment="jobs that ended before are in `usage`; null: none is",
         ),
+        sa.Column("noted_at", sa.DateTime(timezone=True), comment="time of the last note"),
         comment="One row: how far `usage` is.",
     )
 

@@ -17,7 +17,7 @@ from api.recent_readiness import RecentReadiness
 from farm.context import Farm
 from farm.domain.spec import Priority
 from farm.services.attention import attention, read_facts
-from farm.store import serving, workers
+from farm.store import serving, usage, workers
 from farm.store.circuit_breaker import note_failure
 from farm.store.engine import transaction
 from farm.store.serving import Head, Turn, turns_of
@@ -164,9 +164,11 @@ def test_a_held_lane_is_told_and_its_work_alarms_nobody(api: Api, operator: http
 
 def test_a_missing_janitor_is_told(farm: Farm) -> None:
     idle(farm)
-    store_sample(farm, recently(2))
+    assert codes(farm) == []  # it may never have run
+    with transaction(farm.store) as connection:
+        usage.account(connection)
     assert codes(farm) == []
-    sql(farm, "UPDATE samples SET at = at - interval '10 minutes'")
+    sql(farm, "UPDATE usage_mark SET noted_at = noted_at - interval '10 minutes'")
     assert codes(farm) == ["janitor_missing"]
 
 

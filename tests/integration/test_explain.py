@@ -110,7 +110,7 @@ SELECT gen_random_uuid(), 'cancel', '{}', '{}', CASE n % 2 WHEN 0 THEN :tenant E
        clock_timestamp() - make_interval(secs => n)
 FROM generate_series(1, 20000) n;
 INSERT INTO samples
-SELECT 60, 'lane ' || n % 20, clock_timestamp() - make_interval(mins => n / 20), '{0,0,0}',
+SELECT 60, 'lane ' || n % 20, now() - make_interval(mins => n / 20), now(), '{0,0,0}',
        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}'
 FROM generate_series(0, 50000) n;
 INSERT INTO exports (id, tenant_id, kind, job_ids, shard_frames, shards, bucket, prefix, state)
@@ -297,7 +297,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "old operations": (operations.PRUNE, {"seconds": 3e7, "limit": 100}),
     "account usage": (usage.ACCOUNT, {"overlap": 600.0, "limit": 5000}),
     "account a job": (usage.ACCOUNT_ONE, {"id": uuid.UUID(int=1)}),
-    "note faults": (faults.NOTE, {"overlap": 120.0}),
+    "note faults": (faults.NOTE, {"overlap": 120.0, "seconds": 3e7}),
     "faults": (faults.LIST, {"since": "2100-01-01T00:00:00Z", "limit": 100}),
     "one fault": (
         faults.ONE,
@@ -330,7 +330,6 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "span": 600,
         },
     ),
-    "newest sample": (history.NEWEST, {}),
     "roll up samples": (history.ROLL_UP, {"step": 60, "span": 600}),
     "old samples": (history.PRUNE, {"step": 60, "seconds": 1e6}),
     "users of a lane": (serving.USERS, {"pipeline": "demo", "limit": 500}),

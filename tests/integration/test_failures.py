@@ -183,6 +183,30 @@ def test_a_report_tells_where_the_attempts_are(farm: Farm, tenant: uuid.UUID) ->
     assert len(found.samples) == 13
 
 
+def test_a_part_is_of_all_attempts_and_not_of_those_that_are_shown() -> None:
+    many = [place(worker=f"w{number}", job_id=uuid.UUID(int=number)) for number in range(500)]
+    bad = [place(worker="bad", attempts=50)]
+    found = dimensions_of([*bad, *many], [], [])
+    said = sentence_of(found, [*bad, *many])
+    assert said == "The 550 attempts are spread over 501 workers, 500 jobs, 1 tenant."
+
+
+def test_a_lost_batch_is_no_cause_until_its_frames_are_tried_alone(
+    farm: Farm, tenant: uuid.UUID
+) -> None:
+    worker = register_worker(farm)
+    submit(farm, tenant, images_per_prompt=4, bucket=4, seed=1)
+    worker.must_claim()
+    worker.lose("The process was killed.")
+    note(farm)
+    assert known(farm) == []
+    worker.must_claim()  # one frame, isolated
+    worker.lose("The process was killed.")
+    note(farm)
+    [fault] = known(farm)
+    assert fault.attempts == 1
+
+
 # What is done about them
 
 
@@ -197,7 +221,7 @@ def test_only_dead_frames_of_a_cause_are_tried_again(farm: Farm, tenant: uuid.UU
     ]
     with transaction(farm.store) as connection:
         fail(connection, lease.id, broken, 0.0)
-    fault = broken[0].fault
+    fault = broken[0].fault(charged=True)
     assert steer(farm, Order(Verb.RETRY, fault=fault), tenant, job) == 2
     assert [state_of(farm, job, ordinal) for ordinal in range(3)] == ["ready", "dead", "ready"]
     with pytest.raises(Conflict, match=f"had the fault {fault}"):

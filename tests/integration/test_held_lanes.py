@@ -190,3 +190,32 @@ def test_only_operators_hold_and_only_they_see_all_lanes(api: Api) -> None:
         check_problem(caller.post("/v1/lanes/demo/release"), 403)
     check_problem(client.get("/v1/lanes"), 403)
     assert viewer.get("/v1/lanes").status_code == 200
+
+
+def test_held_work_is_never_owed(farm: Farm, tenant: uuid.UUID, worker: FakeWorker) -> None:
+    """Less urgent work leads once a part of the device time is owed to it, but not while held."""
+    submit(farm, tenant, images_per_prompt=80, bucket=2, seed=1, priority="interactive")
+    submit(farm, tenant, images_per_prompt=20, bucket=2, seed=1, priority="bulk")
+    hold(farm, Priority.BULK)
+
+    def priorities(batches: int) -> list[Priority]:
+        found = []
+        for _ in range(batches):
+            lease = worker.must_claim()
+            found += [frame.urgency for frame in lease.frames]
+            worker.complete(lease)
+        return found
+
+    assert set(priorities(30)) == {Priority.INTERACTIVE}
+    assert release(farm)
+    assert Priority.BULK not in priorities(3)  # nothing was owed to it during the hold
+
+
+def test_a_hold_lets_expensive_interactive_work_through(
+    farm: Farm, tenant: uuid.UUID, worker: FakeWorker
+) -> None:
+    """The limit of cost is for batches that interrupt another one."""
+    submit(farm, tenant, images_per_prompt=4, bucket=4, seed=1, priority="interactive")
+    hold(farm, Priority.NORMAL)
+    assert worker.claim(most_cost=1.0, priority=Priority.INTERACTIVE) is None
+    assert worker.claim(most_cost=1.0) is not None

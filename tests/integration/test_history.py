@@ -23,7 +23,7 @@ from tests.support.store import FakeWorker, register_worker, sql, submit
 from workers.janitor.janitor import Janitor
 
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
-NAMES = ("step", "pipeline", "at", "waiting", *history.GAUGES, *history.SUMS)
+NAMES = ("step", "pipeline", "at", "read_at", "waiting", *history.GAUGES, *history.SUMS)
 
 
 @pytest.fixture
@@ -40,7 +40,14 @@ def take_sample(farm: Farm) -> None:
 def store_sample(farm: Farm, at: datetime, step: int = 60, **values: Any) -> None:
     """Store a sample of the lane `demo` by hand."""
     base: dict[str, Any] = dict.fromkeys(NAMES, 0)
-    base |= {"step": step, "pipeline": "demo", "at": at, "waiting": [0, 0, 0], "wait_buckets": []}
+    base |= {
+        "step": step,
+        "pipeline": "demo",
+        "at": at,
+        "read_at": at,
+        "waiting": [0, 0, 0],
+        "wait_buckets": [],
+    }
     fields = {**base, **values}
     places = ", ".join(f":{name}" for name in NAMES)
     sql(farm, f"INSERT INTO samples ({', '.join(NAMES)}) VALUES ({places})", **fields)

@@ -551,6 +551,81 @@ def test_the_same_key_cannot_start_twice_at_once(farm: Farm, tenant: uuid.UUID) 
         cancelling(farm, tenant)
 
 
+# What a review found
+
+
+def test_a_removal_leaves_what_ended_since_the_preview(farm: Farm, tenant: uuid.UUID) -> None:
+    worker = register_worker(farm)
+    running = submit(farm, tenant, images_per_prompt=2, bucket=2, seed=1)
+    lease = worker.must_claim()
+    cancel(farm, tenant, submit(farm, tenant))
+    operation = start(farm, Order(Verb.REMOVE), JobFilter(tenant), ACTOR, 1)
+    worker.complete(lease)
+    run(farm)
+    assert counts(farm, operation) == ("ended", 1, 0, 0)
+    assert job_row(farm, tenant, running).status == "succeeded"
+
+
+@pytest.mark.parametrize("verb", [Verb.REMOVE, Verb.CANCEL])
+def test_words_select_no_older_jobs_as_jobs_are_changed(
+    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch, verb: Verb
+) -> None:
+    monkeypatch.setattr("farm.store.job_lists.SEARCHED", 3)
+    monkeypatch.setattr(use_cases, "JOBS_PER_PAGE", 2)
+    for _ in range(8):
+        job = submit(farm, tenant, prompts=["a star"])
+        if verb is Verb.REMOVE:
+            cancel(farm, tenant, job)
+    status = None if verb is Verb.REMOVE else "queued"
+    wanted = JobFilter(tenant, status=status, words="star")
+    operation = start(farm, Order(verb), wanted, ACTOR, 3)
+    run(farm)
+    assert counts(farm, operation) == ("ended", 3, 0, 0)
+
+
+def test_a_refusal_that_holds_is_a_failure_with_its_reason(
+    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farm.store.job_commands.MOST_MOVED", 1)
+    worker = register_worker(farm)
+    submit(farm, tenant, images_per_prompt=4, bucket=2, seed=1)
+    worker.fail(worker.must_claim())
+    order = Order(Verb.CHANGE, priority=Priority.BULK)
+    operation = start(farm, order, JobFilter(tenant), ACTOR)
+    run(farm)
+    assert counts(farm, operation) == ("ended", 0, 0, 1)
+    assert "wait for another attempt" in (row_of(farm, operation).problem or "")
+
+
+def test_a_change_of_priority_and_labels_is_of_open_jobs(farm: Farm, tenant: uuid.UUID) -> None:
+    cancel(farm, tenant, submit(farm, tenant))
+    submit(farm, tenant)
+    order = Order(Verb.CHANGE, priority=Priority.BULK, labels={"a": "b"})
+    operation = start(farm, order, JobFilter(tenant), ACTOR)
+    run(farm)
+    assert (row_of(farm, operation).expected, *counts(farm, operation)) == (1, "ended", 1, 0, 0)
+
+
+def test_a_long_retry_is_stopped_between_slices(
+    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farm.store.job_commands.RETRY_SLICE", 2)
+    job = submit(farm, tenant, images_per_prompt=8, bucket=8, seed=1)
+    register_worker(farm).fail(register_worker(farm).must_claim(), retryable=False)
+    operation = start(farm, Order(Verb.RETRY), JobFilter(tenant), ACTOR)
+    still_at = operations.still_at
+
+    def and_stop(connection: Any, found: operations.OperationRow) -> bool:
+        is_at = still_at(connection, found)
+        operations.end(connection, found.id, "stopped")  # after the first slice
+        return is_at
+
+    monkeypatch.setattr(operations, "still_at", and_stop)
+    run(farm)
+    assert counts(farm, operation)[0] == "stopped"
+    assert 0 < job_row(farm, tenant, job).dead < 8
+
+
 # The command line
 
 

@@ -353,6 +353,38 @@ def test_an_unknown_job_is_not_found(farm: Farm, tenant: uuid.UUID) -> None:
             steer(farm, Order(verb, priority=Priority.BULK), tenant, uuid.uuid4())
 
 
+def test_a_change_and_the_janitor_do_not_wait_for_each_other(farm: Farm, tenant: uuid.UUID) -> None:
+    """Both lock requeued frames and the share, in one order. The other order was a deadlock."""
+    worker = register_worker(farm)
+    job = submit(farm, tenant, images_per_prompt=400, bucket=8, seed=1)
+    for _ in range(30):
+        worker.fail(worker.must_claim())
+    over = threading.Event()
+    errors: list[BaseException] = []
+
+    def follow() -> None:
+        with farm.store.connect() as connection:
+            while not over.is_set():
+                try:
+                    job_commands.follow(connection, 5000)
+                except Exception as error:
+                    connection.rollback()
+                    errors.append(error)
+
+    following = threading.Thread(target=follow)
+    following.start()
+    for number in range(60):
+        pause(farm, tenant, job)
+        resume(farm, tenant, job)
+        reprioritize(farm, tenant, job, Priority(1 + number % 2))
+    over.set()
+    following.join()
+    assert errors == []
+    with farm.store.connect() as connection:
+        job_commands.follow(connection, 5000)
+    sound(farm)
+
+
 # The command line
 
 

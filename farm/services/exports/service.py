@@ -61,6 +61,7 @@ def create(
         bucket, prefix = _granted(farm, tenant_id, dest, export_id)
     with transaction(farm.store) as connection:
         chosen = list(job_ids) or _bearing(connection, tenant_id, labels)
+        stored.keep_jobs(connection, chosen)
         _check_jobs(queries.own_jobs(connection, tenant_id, chosen), chosen)
         if kind == "webdataset":
             _check_formats(stored.formats_of(connection, chosen))

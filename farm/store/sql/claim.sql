@@ -172,7 +172,7 @@ END $$;
 -- Returns the first frame of this priority or a less urgent one, although more urgent work waits. Tenants
 -- with a job whose requeued frames are still updated are left out: there may be many.
 CREATE FUNCTION pg_temp.less_urgent_leader(
-    _pipeline text, _but text[], _from int, _avoided uuid[]
+    _pipeline text, _but text[], _from int, _avoided uuid[], _least smallint DEFAULT 2
 ) RETURNS TABLE (
     job_id uuid, ordinal bigint, isolated bool, batch_key text, bucket smallint, priority smallint,
     used float, tenant_id uuid
@@ -181,7 +181,7 @@ DECLARE
     share record;
     behind uuid[] := ARRAY(SELECT j.tenant_id FROM jobs j WHERE j.behind_from IS NOT NULL LIMIT 100);
 BEGIN
-    FOR level IN _from..2 LOOP
+    FOR level IN _from.._least LOOP
         FOR share IN SELECT * FROM pg_temp.less_urgent_shares(
             _pipeline, level, _avoided || behind)
         LOOP
@@ -203,9 +203,11 @@ CREATE FUNCTION pg_temp.owed_after(
 DECLARE
     owed float[] := '{}';
     has_bulk bool := EXISTS (
-        SELECT FROM shares s WHERE s.pipeline = _pipeline AND s.waiting[3] + s.requeued[3] > 0);
+        SELECT FROM shares s WHERE s.pipeline = _pipeline AND s.waiting[3] + s.requeued[3] > 0)
+        AND pg_temp.served_priority(_pipeline) >= 2;
     has_normal bool := EXISTS (
-        SELECT FROM shares s WHERE s.pipeline = _pipeline AND s.waiting[2] + s.requeued[2] > 0);
+        SELECT FROM shares s WHERE s.pipeline = _pipeline AND s.waiting[2] + s.requeued[2] > 0)
+        AND pg_temp.served_priority(_pipeline) >= 1;
 BEGIN
     FOR level IN 1..2 LOOP
         owed := owed || CASE
@@ -464,6 +466,7 @@ DECLARE
     avoided uuid[];
     is_limited bool;
     served smallint;
+    interrupts bool := _priority = 0;  -- a hold may lower the priority too, and interrupts nothing
     choices int := 0;
     is_first bool := true;
     lane record;
@@ -528,7 +531,7 @@ BEGIN
         most_urgent := 0;
         FOR level IN REVERSE _priority..1 LOOP
             CONTINUE WHEN owed[level] <= 0;
-            SELECT * INTO leader FROM pg_temp.less_urgent_leader(_pipeline, but, level, avoided);
+            SELECT * INTO leader FROM pg_temp.less_urgent_leader(_pipeline, but, level, avoided, served);
             IF NOT FOUND THEN
                 -- A frame that failed on this worker may still wait for others.
                 owed[level] := CASE WHEN is_first AND failing = '{}' THEN 0 ELSE owed[level] END;
@@ -543,11 +546,11 @@ BEGIN
         IF NOT is_owed THEN
             most_urgent := 0;
             SELECT * INTO leader FROM pg_temp.leader(
-                _pipeline, but, _priority, avoided, CASE WHEN _priority = 0 THEN _most END);
+                _pipeline, but, _priority, avoided, CASE WHEN interrupts THEN _most END);
             IF NOT FOUND AND but <> '{}' THEN
                 but := '{}';
                 SELECT * INTO leader FROM pg_temp.leader(
-                    _pipeline, but, _priority, avoided, CASE WHEN _priority = 0 THEN _most END);
+                    _pipeline, but, _priority, avoided, CASE WHEN interrupts THEN _most END);
             END IF;
         END IF;
         EXIT WHEN leader.job_id IS NULL;
@@ -735,7 +738,7 @@ BEGIN
         _pipeline,
         CASE WHEN is_owed THEN -1 ELSE coalesce(leader.priority, _priority + 1) END::smallint,
         coalesce(leader.used, -1), coalesce(leader.tenant_id, pg_temp.no_tenant()),
-        CASE WHEN _priority = 0 THEN 100 END, avoided);
+        CASE WHEN interrupts THEN 100 END, avoided);
     IF ids <> '{}' THEN
         owed := pg_temp.owed_after(_pipeline, owed, leader.priority, cost, _share, most_urgent);
     END IF;
