@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator
@@ -34,6 +34,15 @@ def _storable(labels: dict[str, str | None]) -> dict[str, str | None]:
     }
 
 
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("is before the year 1 or after the year 9999 in UTC") from error
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+"""A time with its time zone, kept in UTC."""
 ChangedLabels = Annotated[dict[LabelText, LabelText | None], AfterValidator(_storable)]
 
 
@@ -449,7 +458,7 @@ class JobsWanted(BaseModel):
     ids: list[uuid.UUID] | None = Field(
         default=None, min_length=1, max_length=1000, description="Only these jobs"
     )
-    until: AwareDatetime | None = Field(
+    until: Moment | None = Field(
         default=None,
         description="Only jobs that were submitted then or before; by default now. Send that of the"
         " preview",
@@ -459,6 +468,13 @@ class JobsWanted(BaseModel):
     @classmethod
     def _labels_storable(cls, value: dict[str, str]) -> dict[str, str]:
         return {storable(key): storable(label) for key, label in value.items()}
+
+    @field_validator("q")
+    @classmethod
+    def _no_blank_search(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("a blank text is in every prompt; leave `q` out to select all jobs")
+        return value
 
     def of(self, tenant_id: uuid.UUID | None) -> JobFilter:
         """Return the filter of a tenant's jobs, or of all (None)."""
@@ -586,7 +602,7 @@ class HoldAsked(BaseModel):
         description="Frames of this priority, and of less urgent ones, are held: interactive holds"
         " all",
     )
-    until: AwareDatetime | None = Field(
+    until: Moment | None = Field(
         default=None, description="End of the hold; null: until it is released"
     )
 
@@ -1135,8 +1151,8 @@ class ReplayAsked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    since: AwareDatetime = Field(description="Such as 2026-11-30T12:00:00Z")
-    until: AwareDatetime | None = Field(default=None, description="null: now")
+    since: Moment = Field(description="Such as 2026-11-30T12:00:00Z")
+    until: Moment | None = Field(default=None, description="null: now")
     after: str | None = Field(
         default=None, max_length=80, description="`cursor` of the call before, with the same times"
     )

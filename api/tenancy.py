@@ -33,7 +33,8 @@ TenantAsked = Annotated[
     Query(
         max_length=200,
         description="Name of the tenant; by default the key's own. Only for operators, and for "
-        "keys that see every tenant. In lists of jobs, exports and inputs, `*` means all",
+        "keys that see every tenant. In lists of jobs, exports, inputs and operations, `*` means "
+        "all",
     ),
 ]
 Why = Annotated[Storable, Query(max_length=500, description="Reason, stored with the action")]
@@ -58,7 +59,8 @@ async def about(request: Request, caller: Caller, tenant: str | None) -> Caller:
     if named is None and not ids:
         if tenant == ALL:
             raise InvalidRequest(
-                "tenant: name one tenant. Only lists of jobs, exports and inputs take *.",
+                "tenant: name one tenant. Only lists of jobs, exports, inputs and operations "
+                "take *.",
                 param="tenant",
             )
         return caller

@@ -50,8 +50,13 @@ class Lanes:
             or _busy(lane)
         )
 
-    def explained(self, job: JobRow) -> WaitingReason | None:
-        """Return the reason with what is ahead of a job. Of one job only: it reads more."""
+    def explained(self, job: JobRow, everywhere: bool) -> WaitingReason | None:
+        """Return the reason with what is ahead of a job. Of one job only: it reads more.
+
+        Args:
+            job: the job.
+            everywhere: say also whose frames are ahead. Strangers get the sum only, as in quotes.
+        """
         reason = self.reason(job)
         if reason is None or reason.code not in ("busy", "next") or not job.open:
             return reason
@@ -60,12 +65,15 @@ class Lanes:
         evidence = {
             **reason.evidence,
             "frames_ahead": ahead.frames,
-            "own_earlier": ahead.own,
-            "more_urgent": ahead.more_urgent,
-            "other_tenants": ahead.others,
-            "frames_per_second": speed,
             "seconds_until_start": ahead.frames / speed if speed else None,
         }
+        if everywhere:
+            evidence |= {
+                "own_earlier": ahead.own,
+                "more_urgent": ahead.more_urgent,
+                "other_tenants": ahead.others,
+                "frames_per_second": speed,
+            }
         return WaitingReason(code=reason.code, sentence=reason.sentence, evidence=evidence)
 
     def _lane(self, job: JobRow) -> LaneNow:

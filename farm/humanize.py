@@ -36,8 +36,9 @@ def count(number: int) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Write a number with its noun: `1 frame`, `24 frames`."""
-    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+    """Write a number with its noun: `1 frame`, `24 frames`, `3 batches`."""
+    end = "es" if noun.endswith("ch") else "s"
+    return f"{count(number)} {noun}" + ("" if number == 1 else end)
 
 
 def numbered(counts: Mapping[str, int]) -> str:

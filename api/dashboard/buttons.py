@@ -105,7 +105,7 @@ async def act(
     else:
         await to_thread.run_sync(act_on)
     said = f"Job {str(job_id)[:8]} is {PAST[action]}."
-    to = {Verb.CANCEL: f"/jobs/{job_id}", Verb.REMOVE: "/"}
+    to = {Verb.CANCEL: f"/jobs/{job_id}", Verb.REMOVE: "/jobs"}
     return done(request, said, to=to.get(action, ""))
 
 

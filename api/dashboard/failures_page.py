@@ -113,4 +113,4 @@ def set_fault(
     actor = actor_of(request, caller, "page")
     note = form.get("note", "").strip()[:MAX_NOTE]
     use_cases.set_fault(farm, fault, actor, state=state, note=note)
-    return done(request, f"The cause is {state}.")
+    return done(request, f"The cause is {state}.", to=f"/failures/{fault}")

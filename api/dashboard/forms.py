@@ -52,14 +52,13 @@ class Choice(NamedTuple):
         Raises:
             InvalidRequest: A field is wrong.
         """
-        is_change = self.verb is Verb.CHANGE
         fields = {
             "verb": self.verb,
             "filter": wanted,
-            "reason": (self.reason or None) if self.verb is Verb.RETRY else None,
-            "fault": (self.fault or None) if self.verb is Verb.RETRY else None,
-            "priority": (self.priority or None) if is_change else None,
-            "labels": self._labels() if is_change else {},
+            "reason": self.reason or None,
+            "fault": self.fault or None,
+            "priority": self.priority or None,
+            "labels": self._labels(),
         }
         return checked(fields)
 

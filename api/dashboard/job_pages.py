@@ -94,7 +94,7 @@ class JobPage:
             NotFound: There is no such job, or the visitor does not see it.
         """
         row = queries.get_job(connection, self.caller.tenant_id, self.job_id)
-        return row, job_view(row, Lanes(connection).explained(row))
+        return row, job_view(row, Lanes(connection).explained(row, self.caller.sees_everywhere))
 
     def show(self, template: str, job: schemas.Job, **values: Any) -> Response:
         """Return the page."""

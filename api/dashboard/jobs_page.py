@@ -12,7 +12,6 @@ from urllib.parse import urlencode
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import RedirectResponse, Response
-from pydantic import AwareDatetime
 
 from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
@@ -30,7 +29,7 @@ from api.dashboard.shared import shared
 from api.request_body import read_body
 from api.routes.jobs import job_page, storable_text
 from api.routes.workers import worker_views
-from api.schemas import PriorityName
+from api.schemas import Moment, PriorityName
 from api.tenancy import ALL, TenantAsked, about
 from farm.context import Farm
 from farm.domain.spec import Priority, Storable
@@ -118,7 +117,7 @@ def wish(
     priority: Annotated[PriorityName | Literal[""] | None, Query()] = None,
     label: Word = None,
     q: Word = None,
-    until: Annotated[AwareDatetime | None, Query()] = None,
+    until: Annotated[Moment | None, Query()] = None,
     after: Annotated[uuid.UUID | None, Query()] = None,
 ) -> Wish:
     """Read what a visitor wants to see from the address. An empty field of the form selects all."""

@@ -39,6 +39,7 @@ SHOWN = 50
 ACTIONS_SHOWN = 20
 TYPED_ABOVE = 100
 """Number of jobs above which it must be typed before an operation starts."""
+MAX_DIGITS = 18
 
 
 @router.get("/new")
@@ -150,14 +151,14 @@ def facts_of(verb: Verb, found: Preview) -> list[str]:
                 "A cancelled job cannot be resumed.",
             ]
         case Verb.PAUSE | Verb.RESUME:
-            stops = "stop" if verb is Verb.PAUSE else "go on"
+            stops = "not started" if verb is Verb.PAUSE else "started"
             waits = sums.unfinished - sums.running
-            return [f"{plural(waits, 'frame')} that wait {stops}.{takes}"]
+            return [f"Frames that wait and are then {stops}: {count(waits)}.{takes}"]
         case Verb.RETRY:
             takes = "" if dead is None else f" All of them would take about {duration(dead)}."
             return [f"They have {plural(sums.dead, 'dead frame')}.{takes}"]
         case Verb.CHANGE:
-            return [f"{plural(sums.unfinished, 'frame')} of them wait or run."]
+            return [f"Their frames that wait or run: {count(sums.unfinished)}."]
         case Verb.REMOVE:
             return [
                 f"{plural(sums.pictures, 'picture')} ({size(sums.bytes)}) are deleted, with the "
@@ -177,8 +178,10 @@ async def begin(
     form = form_of(body)
     asked = checked(form.get("operation", ""))
     expected, typed = form.get("expected", ""), form.get("typed", "").replace(",", "").strip()
-    if not expected.isdecimal():
-        raise InvalidRequest("expected: it is missing. Go back to the preview.", param="expected")
+    if not (expected.isascii() and expected.isdecimal() and len(expected) <= MAX_DIGITS):
+        raise InvalidRequest(
+            "expected: no number of jobs. Go back to the preview.", param="expected"
+        )
     if int(expected) > TYPED_ABOVE and typed != expected:
         raise InvalidRequest(
             f"typed: type the number of jobs, {expected}, to confirm.", param="typed"
@@ -232,6 +235,7 @@ def operation(
 
     def shown() -> Response:
         found = one_operation(farm, caller, operation_id)
+        may_stop = caller.role in WRITERS and (caller.sees_everywhere or found.who is not None)
         log_of: list[log.ActionRow] = []
         if caller.sees_everywhere:
             with reads(farm.store) as connection:
@@ -246,7 +250,7 @@ def operation(
             operation=found,
             past=PAST,
             log=log_of,
-            may_stop=caller.role in WRITERS and found.state == "running",
+            may_stop=may_stop and found.state == "running",
         )
 
     return shared(request, caller, shown)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel
+from pydantic import BaseModel
 
 from api import schemas
 from api.auth import FarmDep
@@ -358,7 +358,7 @@ def list_jobs(
         ),
     ] = None,
     until: Annotated[
-        AwareDatetime | None, Query(description="Only jobs that were submitted then or before")
+        schemas.Moment | None, Query(description="Only jobs that were submitted then or before")
     ] = None,
 ) -> schemas.Page[schemas.Job]:
     """List jobs. The query `label.KEY=VALUE`, such as `label.campaign=spring`, selects jobs with
@@ -399,20 +399,25 @@ async def get_job(
     del prefer  # it is read with its forms
     seconds = wait_asked(request)
     if seconds is None:
-        return _answer(await to_thread.run_sync(one_job, farm, caller.tenant_id, job_id), 200, VARY)
+        job = await to_thread.run_sync(
+            one_job, farm, caller.tenant_id, job_id, caller.sees_everywhere
+        )
+        return _answer(job, 200, VARY)
     job = await streams_of(request).ended_job(client_of(request, caller), job_id, seconds)
     return _answer(job, 200, applied(seconds))
 
 
-def one_job(farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID) -> schemas.Job:
-    """Read one job.
+def one_job(
+    farm: Farm, tenant_id: uuid.UUID, job_id: uuid.UUID, everywhere: bool = False
+) -> schemas.Job:
+    """Read one job, and with `everywhere` whose frames are ahead of it.
 
     Raises:
         NotFound: There is no such job, or it belongs to another tenant.
     """
     with reads(farm.store) as connection:
         row = queries.get_job(connection, tenant_id, job_id)
-        return job_view(row, Lanes(connection).explained(row))
+        return job_view(row, Lanes(connection).explained(row, everywhere))
 
 
 def labels_asked(request: Request) -> dict[str, str]:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime
 
 from api import schemas
 from api.auth import FarmDep, Looker
@@ -58,10 +57,10 @@ def get_history(
     ] = None,
     range: Annotated[str, Query(description=f"Time until now: one of {', '.join(RANGES)}")] = "1h",
     since: Annotated[
-        AwareDatetime | None, Query(alias="from", description="Begin, in place of `range`")
+        schemas.Moment | None, Query(alias="from", description="Begin, in place of `range`")
     ] = None,
     until: Annotated[
-        AwareDatetime | None, Query(alias="to", description="End; by default now")
+        schemas.Moment | None, Query(alias="to", description="End; by default now")
     ] = None,
     points: Annotated[int, Query(ge=2, le=500, description="Number of points at most")] = 96,
 ) -> schemas.History:
@@ -83,8 +82,8 @@ def list_actions(
     verb: Annotated[Storable | None, Query(description="Only of this kind: job.cancel")] = None,
     target: Annotated[Storable | None, Query(description="Only on this: `job` and its ID")] = None,
     tenant: Annotated[Storable | None, Query(description="Only on what this tenant owns")] = None,
-    since: Annotated[AwareDatetime | None, Query(description="Only from this time on")] = None,
-    until: Annotated[AwareDatetime | None, Query(description="Only before this time")] = None,
+    since: Annotated[schemas.Moment | None, Query(description="Only from this time on")] = None,
+    until: Annotated[schemas.Moment | None, Query(description="Only before this time")] = None,
     operation: Annotated[
         uuid.UUID | None, Query(description="Only those of this operation")
     ] = None,

@@ -123,6 +123,8 @@ def sentence_of(dimensions: Sequence[Dimension], places: Sequence[Place]) -> str
         return "No attempt in this time."
     telling = (each for each in dimensions if each.others > 1 and each.share >= CONCENTRATED)
     best = next(telling, None)
+    if best is None and total == 1:
+        return "There is one attempt."
     if best is None:
         parts = [
             plural(each.values, each.name)
@@ -132,7 +134,8 @@ def sentence_of(dimensions: Sequence[Dimension], places: Sequence[Place]) -> str
         return f"The {plural(total, 'attempt')} are spread over {', '.join(parts)}."
     value = best.counts[0][0]
     part = "All" if best.share == 1 else f"{best.share:.0%} of"
-    said = f"{part} {plural(total, 'attempt')} are on {best.name} {value}"
+    attempts = "The only attempt is" if total == 1 else f"{part} {plural(total, 'attempt')} are"
+    said = f"{attempts} on {best.name} {value}"
     started = next((each.started_at for each in places if each.worker == value), None)
     if best.name == "worker" and started is not None:
         said += f", which started {started:%Y-%m-%d %H:%M} UTC"

@@ -92,11 +92,13 @@ def span_of(
         InvalidRequest: the time is unknown, or it ends before it begins.
     """
     now = datetime.now(UTC)
-    end = now if until is None else min(until, now)
+    oldest = now - timedelta(days=history.STEPS[3600])
+    end = now if until is None else max(oldest, min(until, now))
     if since is None:
         if word not in RANGES:
             raise InvalidRequest(f"range: use one of {', '.join(RANGES)}.", param="range")
         since = end - RANGES[word]
+    since = max(since, oldest)
     if since >= end:
         raise InvalidRequest("from: this time is not before the end.", param="from")
     age_days = (now - since).total_seconds() / 86_400

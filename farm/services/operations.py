@@ -11,13 +11,14 @@ from datetime import datetime
 
 from farm.context import Farm
 from farm.domain.verbs import Order, Verb
-from farm.errors import Conflict, FarmError, InvalidRequest, NotFound, Unavailable
+from farm.errors import Conflict, FarmError, Forbidden, InvalidRequest, NotFound, Unavailable
 from farm.humanize import count
 from farm.services.steering import act, ring
 from farm.store import job_lists, operations, retention
 from farm.store.actions import Actor, record
 from farm.store.engine import Transaction, server_clock, transaction
 from farm.store.job_lists import JobFilter, Matching
+from farm.store.keys import OPERATOR
 from farm.store.operations import OperationRow, Outcome
 from farm.store.queries import JobRow
 
@@ -110,12 +111,15 @@ def stop(farm: Farm, operation_id: uuid.UUID, tenant_id: uuid.UUID | None, actor
 
     Raises:
         NotFound: there is no such operation.
+        Forbidden: an operator started it, and the caller is none.
         Conflict: it has ended.
     """
     with transaction(farm.store) as connection:
         found = operations.find_operation(connection, operation_id, tenant_id)
         if found is None:
             raise NotFound(f"There is no operation {operation_id}.")
+        if tenant_id is not None and found.role == OPERATOR:
+            raise Forbidden(f"An operator started operation {operation_id}, and only one stops it.")
         if not operations.end(connection, operation_id, "stopped"):
             raise Conflict(f"Operation {operation_id} has ended.")
         target = f"operation {operation_id}"

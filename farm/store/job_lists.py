@@ -64,7 +64,11 @@ CONDITIONS = {
     "floor": "j.created_at >= :floor",
     "after": "(j.created_at, j.id) < (SELECT created_at, id FROM jobs WHERE id = :after)",
 }
-IN_PROMPTS = "position(lower(:words) IN lower(j.spec ->> 'prompts')) > 0"
+PLANNED_EACH_TIME = text("SET LOCAL plan_cache_mode = force_custom_plan")
+"""A plan for any values takes each comparison with a time for a third of the rows."""
+IN_PROMPTS = """EXISTS (
+    SELECT FROM json_array_elements_text(j.spec -> 'prompts') prompt
+    WHERE position(lower(:words) IN lower(prompt)) > 0)"""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ class JobFilter:
             values["ids"] = arrays.ids(self.ids)
         if self.labels:
             values["labels"] = json.dumps(dict(self.labels))
-        if self.words:  # as they stand in JSON
-            values["words"] = json.dumps(self.words.strip(), ensure_ascii=False)[1:-1]
+        if self.words:
+            values["words"] = self.words.strip()
         return {name: value for name, value in values.items() if value not in (None, "")}
 
     @property
@@ -172,6 +176,7 @@ def list_for(
 def count_for(connection: Connection, wanted: JobFilter, order: Order) -> Matching:
     """Add up the jobs to which a verb may do something."""
     values = taking(wanted, order)
+    connection.execute(PLANNED_EACH_TIME)
     return Matching(*connection.execute(summing(values), values).one())
 
 

@@ -65,6 +65,11 @@ UPDATE operations SET state = :state, ended_at = clock_timestamp()
 WHERE id = :id AND state = 'running'
 """)
 
+STOP_OF_KEY = text("""
+UPDATE operations SET state = 'stopped', ended_at = clock_timestamp()
+WHERE key_id = :key_id AND state = 'running'
+""")
+
 PRUNE = text("""
 DELETE FROM operations WHERE id = ANY(ARRAY(
     SELECT id FROM operations
@@ -242,6 +247,11 @@ def put_last(connection: Connection, operation_id: uuid.UUID) -> None:
 def end(connection: Connection, operation_id: uuid.UUID, state: State) -> bool:
     """End an operation: all jobs are handled, or somebody stops it. False: it had ended."""
     return connection.execute(END, {"id": operation_id, "state": state}).rowcount > 0
+
+
+def stop_of_key(connection: Connection, key_id: uuid.UUID) -> int:
+    """Stop the running operations that a key started. Return how many."""
+    return connection.execute(STOP_OF_KEY, {"key_id": key_id}).rowcount
 
 
 def list_operations(

@@ -189,7 +189,7 @@ DELETE FROM inputs WHERE id IN (
 # Sessions go with their keys.
 DELETE_REST = [
     text(f"DELETE FROM {table} WHERE tenant_id = :id")  # noqa: S608 - constants only
-    for table in ("keys", "destinations", "shares")
+    for table in ("keys", "destinations", "shares", "operations")
 ]
 
 HAS_ROWS = text("""
@@ -205,6 +205,8 @@ WITH control_images AS (
     DELETE FROM control_images WHERE tenant_id = :id
 ), device_use AS (
     DELETE FROM device_use WHERE tenant_id = :id
+), used AS (
+    DELETE FROM usage WHERE tenant_id = :id
 )
 UPDATE tenants
 SET emptied_at = clock_timestamp(), webhook_secret = NULL, webhook_secret_before = NULL

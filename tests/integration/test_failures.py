@@ -313,7 +313,7 @@ def test_one_cause_behind_a_thousand_failures_is_found(api: Api, operator: httpx
     [link] = set(re.findall(rf'href="(/lanes/demo#worker-{bad.id})"', page))
     assert f'action="/workers/{bad.id}/drain"' in opened(operator, link.partition("#")[0])
     [retry] = re.findall(r'href="(/operations/new[^"]*)"', page)
-    assert "Try again 1 job?" in opened(operator, html.unescape(retry))
+    assert "Retry 1 job?" in opened(operator, html.unescape(retry))
 
 
 def test_the_pages_of_failures(api: Api, operator: httpx.Client) -> None:

@@ -251,6 +251,14 @@ def test_the_api_gives_points_to_those_who_see_every_tenant(api: Api) -> None:
         {"pipeline": "demo", "points": []}
     ]
     check_problem(api.client().get("/v1/history"), 403)
+    first = "0001-01-01T00:00:00Z"
+    assert viewer.get("/v1/history", params={"from": first}).status_code == 200
+    check_problem(viewer.get("/v1/history", params={"to": first}), 422)
+    for name in ("from", "to"):  # in UTC it is before the year 1
+        problem = check_problem(
+            viewer.get("/v1/history", params={name: first[:-1] + "+14:00"}), 422
+        )
+        assert problem["error"]["param"] == name
     for name, value in {"range": "1y", "from": "today", "points": "1"}.items():
         problem = check_problem(viewer.get("/v1/history", params={name: value}), 422)
         assert problem["error"]["param"] == name

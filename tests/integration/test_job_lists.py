@@ -64,6 +64,7 @@ def test_jobs_are_found_by_words_in_their_prompts(api: Api) -> None:
     assert found(client, q="5_%") == []
     assert found(client, q='a "quoted" \\') == [quoted]
     assert found(client, q='"') == [quoted]
+    assert [found(client, q=sign) for sign in ("[", ",", '", "', "]")] == [[], [], [], []]
     assert found(client, q="20240501") == [arabic]
     assert found(client, q="") == [quoted, arabic, star]
     operator = api.client("ops", "operator")

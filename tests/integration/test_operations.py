@@ -248,6 +248,46 @@ def test_without_a_preview_only_what_is_there_at_the_start_is_touched(
     assert job_row(farm, tenant, later).status == "queued"
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_a_blank_search_selects_nothing(api: Api, blank: str) -> None:
+    client = api.client()
+    api.submit(client)
+    answer = client.post(PATH, json=asked("cancel", filter={"q": blank}))
+    assert "blank" in check_problem(answer, 422)["detail"]
+    assert statuses(client) == ["queued"]
+
+
+def test_a_time_out_of_range_is_refused(api: Api) -> None:
+    client = api.client("ops", "operator")
+    late = {"until": "9999-12-31T23:59:59-14:00"}
+    check_problem(client.post("/v1/lanes/demo/hold", params={"why": "x"}, json=late), 422)
+    early = "0001-01-01T00:00:00+14:00"
+    check_problem(client.get("/v1/jobs", params={"until": early}), 422)
+    check_problem(client.post(PATH, json=asked("cancel", filter={"until": early})), 422)
+
+
+def test_what_an_operator_started_is_stopped_by_one(api: Api) -> None:
+    ann, operator = api.client("ann"), api.client("ops", "operator")
+    api.submit(ann)
+    theirs = begun(operator, "cancel", "ann")["id"]
+    check_problem(ann.post(f"{PATH}/{theirs}/stop"), 403)
+    assert operator.post(f"{PATH}/{theirs}/stop").json()["state"] == "stopped"
+
+
+def test_a_revoked_key_leaves_no_operation_running(farm: Farm, api: Api) -> None:
+    ann, bob = api.client("ann"), api.client("bob")
+    for client in (ann, bob):
+        api.submit(client)
+    own, other = (uuid.UUID(begun(client, "cancel")["id"]) for client in (ann, bob))
+    key_id = row_of(farm, own).key_id
+    assert command("keys", "revoke", str(key_id), env=env_of(farm.settings)).code == 0
+    run(farm)
+    assert counts(farm, own) == ("stopped", 0, 0, 0)
+    assert counts(farm, other) == ("ended", 1, 0, 0)
+    outcome = sql(farm, "SELECT outcome FROM actions WHERE verb = 'key.revoke'")[0][0]
+    assert outcome.endswith("; operations stopped: 1")
+
+
 def test_more_than_was_seen_starts_nothing(api: Api) -> None:
     client = api.client()
     api.submit(client)

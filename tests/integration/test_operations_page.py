@@ -158,8 +158,31 @@ def test_an_operator_sees_all_tenants_and_what_is_done_to_each(
     seen = opened(visitor, own)
     assert "an operator" in seen
     assert "ops" not in seen
-    assert visitor.post(f"{own}/stop").status_code == 204
+    assert "Stop" not in seen
+    assert visitor.post(f"{own}/stop").status_code == 403
+    assert operator.post(f"{own}/stop").status_code == 204
     assert "stopped" in opened(visitor, own)
+
+
+def test_the_cause_of_a_retry_narrows_no_other_verb(api: Api, operator: httpx.Client) -> None:
+    """Else a page that promises frames of one cause would change all jobs."""
+    api.submit(api.client("ann"))
+    for chosen in (
+        "verb=cancel&fault=51fdee416c8c933a",
+        "verb=cancel&reason=out_of_memory",
+        "verb=retry&to=bulk",
+        "verb=pause&set_label=a=b",
+    ):
+        page = opened(operator, f"/operations/new?{chosen}", 422)
+        assert "only the verb" in page
+
+
+@pytest.mark.parametrize("expected", ["", "9" * 5000, "-1", "²"])
+def test_a_number_of_jobs_that_is_none_starts_nothing(
+    operator: httpx.Client, expected: str
+) -> None:
+    form = {"operation": '{"verb": "cancel", "filter": {}}', "expected": expected}
+    assert operator.post("/operations", data=form).status_code == 422
 
 
 def test_viewers_and_strangers_start_nothing(api: Api) -> None:
@@ -216,7 +239,7 @@ def test_a_job_is_changed_and_removed_on_its_page(api: Api, visitor: httpx.Clien
     client.post(f"/v1/jobs/{job}/cancel").raise_for_status()
     assert f'href="/jobs/{job}/remove"' in opened(visitor, f"/jobs/{job}")
     assert "This cannot be undone." in opened(visitor, f"/jobs/{job}/remove")
-    assert visitor.post(f"/jobs/{job}/remove", headers=ASKED).headers["location"] == "/"
+    assert visitor.post(f"/jobs/{job}/remove", headers=ASKED).headers["location"] == "/jobs"
     assert client.get(f"/v1/jobs/{job}").status_code == 404
 
 

@@ -13,6 +13,7 @@ from farm.config import Settings
 from farm.context import Farm
 from farm.store import keys, tenants
 from farm.store.engine import transaction
+from farm.store.schema import metadata
 from tests.integration.test_api_images import file, send
 from tests.integration.test_api_refusals import check_problem
 from tests.support.api_server import Api, render, serving
@@ -23,7 +24,7 @@ from workers.exporter import Exporter
 from workers.janitor.janitor import Janitor
 from workers.janitor.storage_cleaner import StorageCleaner
 
-OWNING = ("keys", "jobs", "exports", "inputs", "control_images", "destinations", "shares", "events")
+OWNING = [each.name for each in metadata.sorted_tables if "tenant_id" in each.c]
 
 
 @pytest.fixture
@@ -60,6 +61,8 @@ def settle(api: Api, name: str) -> httpx.Client:
     assert {str(frame.job_id) for frame in worker.must_claim().frames} == {running["id"]}
     paused = api.submit(client, images_per_prompt=4, bucket=2)
     client.post(f"/v1/jobs/{paused['id']}/pause")
+    begun = {"verb": "resume", "filter": {"pipeline": "demo"}}
+    assert client.post("/v1/operations", json=begun).status_code == 202
     api.bare(Origin=api.url).post("/login", data={"key": api.key(name)})
     return client
 
@@ -92,6 +95,7 @@ def test_a_deleted_tenant_is_gone_with_everything_it_owned(
 ) -> None:
     ann, bob = settle(api, "ann"), settle(api, "bob")
     ids = {name: id_of(farm, name) for name in ("ann", "bob")}
+    clean_up(farm)  # it notes the usage
     before = owned(farm, ids["bob"])
     assert before == owned(farm, ids["ann"])
     assert before["objects"] >= 2 + 1 + 4

@@ -114,8 +114,11 @@ def revoke(
     key_id: Annotated[str, typer.Argument(help="ID of the key, from `farm keys list`.")],
     why: Why = "",
 ) -> None:
-    """Revoke an API key. It takes effect within seconds and cannot be undone."""
-    from farm.store import keys
+    """Revoke an API key. It takes effect within seconds and cannot be undone.
+
+    Operations that the key started on many jobs are stopped.
+    """
+    from farm.store import keys, operations
     from farm.store.actions import record
 
     try:
@@ -130,6 +133,8 @@ def revoke(
             raise NotFound(f"There is no key {key_id}. `farm keys list` lists the keys.")
         if revoked.is_news:
             by, outcome = _actor(why).on(revoked.tenant), f"revoked: {revoked.name or 'no name'}"
+            if stopped := operations.stop_of_key(connection, wanted):
+                outcome += f"; operations stopped: {stopped}"
             record(connection, by, "key.revoke", f"key {revoked.id}", outcome)
     say(f"Key {key_id} is revoked.")
 
