@@ -11,19 +11,18 @@ from fastapi.responses import Response
 from api.auth import FarmDep
 from api.dashboard.forms import form_of
 from api.dashboard.html import show
-from api.dashboard.lanes_page import VisitingOperator
-from api.dashboard.session import Visitor, done
+from api.dashboard.session import VisitingLooker, VisitingOperator, done
 from api.dashboard.shared import shared
 from api.request_body import read_body
 from api.routes.faults import FaultId, fault_view, report_view
 from api.tenancy import actor_of
-from farm.errors import Forbidden, InvalidRequest
+from farm.errors import InvalidRequest
 from farm.services import faults as use_cases
 from farm.services.history import RANGES, span_of
 from farm.store import faults
 from farm.store.engine import reads
 from farm.store.faults import STATES
-from farm.store.keys import OPERATOR, Caller
+from farm.store.keys import OPERATOR
 
 router = APIRouter(prefix="/failures", include_in_schema=False)
 
@@ -34,19 +33,9 @@ MAX_NOTE = 1000
 RangeAsked = Annotated[str, Query(alias="range", max_length=10)]
 
 
-def watcher(caller: Visitor) -> Caller:
-    """Require a session that sees every tenant."""
-    if not caller.sees_everywhere:
-        raise Forbidden("Only keys that see every tenant see the causes of failures.")
-    return caller
-
-
-Watcher = Annotated[Caller, Depends(watcher)]
-
-
 @router.get("")
 def failures(
-    request: Request, farm: FarmDep, caller: Watcher, chosen: RangeAsked = "24h"
+    request: Request, farm: FarmDep, caller: VisitingLooker, chosen: RangeAsked = "24h"
 ) -> Response:
     """Show the causes of failed attempts."""
 
@@ -72,7 +61,11 @@ def failures(
 
 @router.get("/{fault}")
 def failure(
-    request: Request, farm: FarmDep, caller: Watcher, fault: FaultId, chosen: RangeAsked = "24h"
+    request: Request,
+    farm: FarmDep,
+    caller: VisitingLooker,
+    fault: FaultId,
+    chosen: RangeAsked = "24h",
 ) -> Response:
     """Show a cause of failed attempts, and where they concentrate."""
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from api import schemas
 from api.auth import FarmDep
-from api.dashboard.charts import Chart, chart, per_minute, whole
+from api.dashboard.charts import Chart, Value, chart, per_minute, whole
 from api.dashboard.html import show
-from api.dashboard.session import Visitor
+from api.dashboard.session import VisitingLooker
 from api.dashboard.shared import shared
 from api.recent_readiness import RecentReadiness
 from api.routes.lanes import lane_view
 from api.routes.overview import facts_of
 from api.routes.workers import worker_views
 from farm.context import Farm
-from farm.errors import Forbidden
+from farm.humanize import count
 from farm.process import version
 from farm.services.attention import Facts, attention
 from farm.services.history import LaneHistory, Point, Span, read_history, span_of
@@ -34,12 +35,15 @@ router = APIRouter(include_in_schema=False)
 PICTURES_SHOWN = 16
 SHOWN_RANGE = "6h"
 
+Spark = tuple[str, str, Chart]
+"""Number of the farm now: its name, its value, and the chart of the last hours."""
+
 
 @dataclass(frozen=True)
-class LaneNow:
+class LaneRow:
     """A row of the lanes' table."""
 
-    lane: Any
+    lane: schemas.Lane
     point: Point | None
     """The last 15 minutes."""
     empty_in: float | None
@@ -76,73 +80,42 @@ def last_minutes(lane: LaneHistory) -> Point | None:
     waits = [each.wait_p95 for each in lane.points if each.wait_p95 is not None]
     busy = [each.busy for each in lane.points if each.busy is not None]
     speed = sum(each.frames_per_second for each in lane.points) / number
-    changes = {
-        "frames_per_second": speed,
-        "wait_p95": max(waits, default=None),
-        "busy": sum(busy) / len(busy) if busy else None,
-    }
-    return Point(**{**vars(lane.points[-1]), **changes})
+    return replace(
+        lane.points[-1],
+        frames_per_second=speed,
+        wait_p95=max(waits, default=None),
+        busy=sum(busy) / len(busy) if busy else None,
+    )
 
 
-def _row(lane: Any, point: Point | None) -> LaneNow:
+def _row(lane: schemas.Lane, point: Point | None) -> LaneRow:
     waiting = sum(lane.waiting.values())
     speed = point.frames_per_second if point else 0.0
-    return LaneNow(lane, point, waiting / speed if speed > 0 else None)
+    return LaneRow(lane, point, waiting / speed if speed > 0 else None)
 
 
-def _sparks(facts: Facts, past: Sequence[LaneHistory], span: Span) -> list[tuple[str, str, Chart]]:
-    """Return the numbers of the farm now: name, value, and the chart of the last hours."""
+def _sparks(facts: Facts, past: Sequence[LaneHistory], span: Span) -> list[Spark]:
+    """Return the numbers of the farm now."""
     sums = _together(past)
     running = sum(each.running for each in facts.users)
     waiting = sum(sum(lane.waiting) for lane in facts.lanes)
     alive = sum(lane.workers for lane in facts.lanes)
     able = sum(lane.able for lane in facts.lanes)
     speed = sums[-1].frames_per_second if sums else 0.0
+
+    def spark(
+        name: str, now: str, title: str, words: Callable[[float], str], line: str, of: Value
+    ) -> Spark:
+        return name, now, chart(title, sums, span, words, [(line, "one", of)])
+
+    minute, waits = "Frames a minute", "Frames that wait"
+    busy, lives = "Workers that render", "Workers that are alive"
+    rate, able_now = f"{60 * speed:.3g}", f"{able} of {alive}"
     return [
-        (
-            "Frames a minute",
-            f"{60 * speed:.3g}",
-            chart(
-                "Frames a minute",
-                sums,
-                span,
-                per_minute,
-                [("succeeded", "one", lambda point: 60 * point.frames_per_second)],
-            ),
-        ),
-        (
-            "Frames that wait",
-            f"{waiting:,}",
-            chart(
-                "Frames that wait",
-                sums,
-                span,
-                whole,
-                [("waiting", "one", lambda point: float(sum(point.waiting.values())))],
-            ),
-        ),
-        (
-            "Running frames",
-            f"{running:,}",
-            chart(
-                "Workers that render",
-                sums,
-                span,
-                whole,
-                [("rendering", "one", lambda point: point.rendering)],
-            ),
-        ),
-        (
-            "Workers that can render",
-            f"{able} of {alive}",
-            chart(
-                "Workers that are alive",
-                sums,
-                span,
-                whole,
-                [("alive", "one", lambda point: point.workers)],
-            ),
-        ),
+        spark(minute, rate, minute, per_minute, "succeeded", lambda at: 60 * at.frames_per_second),
+        spark(waits, count(waiting), waits, whole, "waiting", lambda at: sum(at.waiting.values())),
+        spark("Running frames", count(running), busy, whole, "rendering", lambda at: at.rendering),
+        spark("Workers that can render", able_now, lives, whole, "alive", lambda at: at.workers),
     ]
 
 
@@ -162,17 +135,15 @@ def _together(past: Sequence[LaneHistory]) -> list[Point]:
                 name: getattr(before, name) + getattr(point, name) for name in ADDED
             }
             waiting = {name: before.waiting[name] + n for name, n in point.waiting.items()}
-            found[point.at] = Point(**{**vars(before), **sums, "waiting": waiting})
+            found[point.at] = replace(before, waiting=waiting, **sums)
     return [found[at] for at in sorted(found)]
 
 
 @router.get("/system")
-def system(request: Request, farm: FarmDep, caller: Visitor) -> Response:
+def system(request: Request, farm: FarmDep, caller: VisitingLooker) -> Response:
     """Show the servers, the janitor, the versions of the workers and the size of the database."""
 
     def shown() -> Response:
-        if not caller.sees_everywhere:
-            raise Forbidden("Only keys that see every tenant see the servers.")
         servers: RecentReadiness = request.app.state.readiness
         with transaction(farm.store) as connection:
             swept_at = usage.noted_at(connection)

@@ -20,6 +20,8 @@ from api.auth import (
     caller_of,
     cookie_name,
     count_request,
+    looker,
+    operator,
     refuse_viewers,
     session_of,
 )
@@ -94,6 +96,24 @@ def visiting_writer(caller: Visitor, _origin: Annotated[None, Depends(same_origi
 
 
 VisitingWriter = Annotated[Caller, Depends(visiting_writer)]
+
+
+async def visiting_operator(
+    caller: Visitor, _origin: Annotated[None, Depends(same_origin)]
+) -> Caller:
+    """Require an operator's session, and a request from the page itself."""
+    return await operator(caller)
+
+
+VisitingOperator = Annotated[Caller, Depends(visiting_operator)]
+
+
+async def visiting_looker(caller: Visitor) -> Caller:
+    """Require a session that sees every tenant."""
+    return await looker(caller)
+
+
+VisitingLooker = Annotated[Caller, Depends(visiting_looker)]
 
 
 def sign_in_page(problem: str = "", status: int = 200, back: str = "/") -> HTMLResponse:

@@ -37,17 +37,19 @@ class SharedAnswers:
             if answer is not None:
                 return answer
             asking = self._asking.setdefault(key, threading.Lock())
-        with asking:
-            with self._lock:
-                answer = self._answers.get(key)
-            if answer is None:
-                answer = build()
-                if answer.status_code == 200:
-                    with self._lock:
-                        self._answers[key] = answer
+        try:
+            with asking:
+                with self._lock:
+                    answer = self._answers.get(key)
+                if answer is None:
+                    answer = build()
+                    if answer.status_code == 200:
+                        with self._lock:
+                            self._answers[key] = answer
+                return answer
+        finally:  # also if it is refused: addresses are many
             with self._lock:
                 self._asking.pop(key, None)
-        return answer
 
     def clear(self) -> None:
         """Forget all answers: somebody has changed something, and wants to see it."""

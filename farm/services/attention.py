@@ -6,7 +6,7 @@ The conditions are those of the alerts in helm/farm/rules, and some that only th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 from urllib.parse import quote, urlencode
@@ -93,7 +93,7 @@ def read_facts(farm: Farm, problems: Mapping[str, str]) -> Facts:
         )
     names = [lane.pipeline for lane in found]
     recent = read_history(farm, names, span_of("15m", points=15))
-    return Facts(**{**vars(facts), "recent": recent})
+    return replace(facts, recent=recent)
 
 
 def attention(facts: Facts) -> list[Attention]:

@@ -70,7 +70,7 @@ SELECT (SELECT frames FROM own) AS own,
        coalesce(sum((SELECT sum(n) FROM unnest(s.waiting[1:CAST(:priority AS int)]) n)), 0)::bigint
            AS more_urgent,
        coalesce(sum(least(s.waiting[CAST(:priority AS int) + 1],
-                          (SELECT frames FROM own) + CAST(:bucket AS int)))
+                          (SELECT frames FROM own) + (SELECT bucket FROM jobs WHERE id = :id)))
                 FILTER (WHERE s.tenant_id <> :tenant_id), 0)::bigint AS others
 FROM shares s
 WHERE s.pipeline = :pipeline AND (s.priority IS NOT NULL OR s.retry_at IS NOT NULL)
@@ -180,7 +180,7 @@ def turns_of(heads: Sequence[Head], limit: int) -> list[Turn]:
     return [*turns.values(), *(Turn(head, None) for head in rest)][:limit]
 
 
-def ahead_of(connection: Connection, job: JobRow, bucket: int = 1) -> Ahead:
+def ahead_of(connection: Connection, job: JobRow) -> Ahead:
     """Estimate what is claimed before the first frame of a job that waits."""
     values = {
         "pipeline": job.pipeline,
@@ -188,6 +188,5 @@ def ahead_of(connection: Connection, job: JobRow, bucket: int = 1) -> Ahead:
         "priority": job.priority,
         "created_at": job.created_at,
         "id": job.id,
-        "bucket": bucket,
     }
     return Ahead(*connection.execute(AHEAD, values).one())

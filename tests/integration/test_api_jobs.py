@@ -333,17 +333,17 @@ def test_a_waiting_job_tells_what_is_ahead_of_it(api: Api, client: httpx.Client)
     api.submit(client, images_per_prompt=4)
     later = api.submit(client, images_per_prompt=2)
     evidence = look(client, later)["waiting"]["evidence"]
-    assert evidence["frames_ahead"] == 9
+    assert evidence["frames_ahead"] == 4 + 6  # bob's go first as far as a batch of 2 beyond them
     assert evidence["seconds_until_start"] is None  # no speed is known yet
     for minute in (3, 1):
         store_sample(api.farm, recently(minute), succeeded=60 * (10 - minute))
     evidence = look(client, later)["waiting"]["evidence"]
-    assert evidence["seconds_until_start"] == pytest.approx(9.0)
+    assert evidence["seconds_until_start"] == pytest.approx(10.0)
     # Whose frames they are is nobody's business but the operator's.
     facts = ("own_earlier", "more_urgent", "other_tenants", "frames_per_second")
     assert not set(facts) & set(evidence)
     evidence = look(api.client("ops", "operator"), later)["waiting"]["evidence"]
-    assert [evidence[name] for name in facts] == [4, 0, 5, pytest.approx(1.0)]
+    assert [evidence[name] for name in facts] == [4, 0, 6, pytest.approx(1.0)]
     listed = client.get("/v1/jobs").json()["data"]
     assert "frames_ahead" not in listed[0]["waiting"]["evidence"]  # it costs a statement for each
 

@@ -338,6 +338,6 @@ def test_what_is_ahead_of_a_job_is_estimated(farm: Farm, tenant: uuid.UUID) -> N
     job = submit(farm, tenant, images_per_prompt=3)
     submit(farm, tenant, images_per_prompt=9)
     with transaction(farm.store) as connection:
-        ahead = serving.ahead_of(connection, job_row(farm, tenant, job), bucket=8)
+        ahead = serving.ahead_of(connection, job_row(farm, tenant, job))
     assert (ahead.own, ahead.more_urgent, ahead.others) == (4, 7, 12)
     assert ahead.frames == 23

@@ -342,7 +342,6 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "priority": 1,
             "created_at": "2100-01-01T00:00:00Z",
             "id": uuid.UUID(int=1),
-            "bucket": 8,
         },
     ),
     "lanes": (lanes.LANES, {"catalog": ["demo"], "tenant_id": None}),
