@@ -151,17 +151,16 @@ def read(
     ]
     places = [str(number + 1) for number in range(len(by))]
     sums = ", ".join(f"sum({name}) AS {name}" for name in FIGURES)
+    own = "" if tenant_id is None else "AND tenant_id = :tenant_id"  # by index
     statement = text(f"""
 SELECT {"".join(f"{each}, " for each in shown)} {sums}
 FROM (
     SELECT tenant_id, day, pipeline, labels, {", ".join(FIGURES)} FROM usage
-    WHERE day BETWEEN :since AND :until
-      AND tenant_id = coalesce(CAST(:tenant_id AS uuid), tenant_id)
+    WHERE day BETWEEN :since AND :until {own}
     UNION ALL
     SELECT tenant_id, day, pipeline, labels, {", ".join(FIGURES)}
     FROM ({PENDING.format(jobs=CANDIDATES)}) p
-    WHERE day BETWEEN :since AND :until
-      AND tenant_id = coalesce(CAST(:tenant_id AS uuid), tenant_id)
+    WHERE day BETWEEN :since AND :until {own}
 ) u LEFT JOIN tenants t ON t.id = u.tenant_id
 {f"GROUP BY {', '.join(places)} ORDER BY {', '.join(places)}" if by else ""} LIMIT :most
 """)  # noqa: S608 - constants only
