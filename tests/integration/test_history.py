@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
 import pytest
@@ -53,9 +55,15 @@ def store_sample(farm: Farm, at: datetime, step: int = 60, **values: Any) -> Non
     sql(farm, f"INSERT INTO samples ({', '.join(NAMES)}) VALUES ({places})", **fields)
 
 
+@cache
+def minute_of(_test: str) -> datetime:
+    """Return the minute in which a test began: another one may begin while it runs."""
+    return datetime.now(UTC).replace(second=0, microsecond=0)
+
+
 def recently(minutes: float) -> datetime:
-    """Return a whole minute before now."""
-    return datetime.now(UTC).replace(second=0, microsecond=0) - timedelta(minutes=minutes)
+    """Return a whole minute before the test began."""
+    return minute_of(os.environ["PYTEST_CURRENT_TEST"]) - timedelta(minutes=minutes)
 
 
 def read_demo(farm: Farm, word: str = "15m", points: int = 15) -> LaneHistory:
