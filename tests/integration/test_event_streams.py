@@ -573,7 +573,7 @@ def test_streams_end_at_once_with_their_process(farm: Farm) -> None:
             )
             wait_until(lambda: len(api_feed(api).listeners) == 21, 10, "it waits")
             ending = time.monotonic()
-        assert time.monotonic() - ending < 2.0
+        assert time.monotonic() - ending < 5.0
         assert [list(found) for found in open_] == [[]] * 20
         assert call.result().json()["status"] == "queued"
         waiting.shutdown()

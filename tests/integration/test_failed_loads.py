@@ -269,7 +269,7 @@ def run_alone(words: str, *args: str, **env: str) -> str:
         capture_output=True,
         text=True,
         env={**os.environ, **env},
-        timeout=240,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,7 @@ def compiled(cache: Path) -> tuple[int, int, str]:
         env=inherited | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stderr

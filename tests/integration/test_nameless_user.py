@@ -103,6 +103,6 @@ def test_torch_loads_and_compiles(settings: Settings, tmp_path: Path) -> None:
     """Inductor asks for the user's name, unless it is told where its cache is."""
     env = {**variables(settings, tmp_path), "PATH": "/usr/bin:/bin"}  # inductor calls a compiler
     ended = subprocess.run(
-        command("-c", LOAD), env=env, capture_output=True, text=True, timeout=240, check=False
+        command("-c", LOAD), env=env, capture_output=True, text=True, timeout=580, check=False
     )
     assert ended.stdout.splitlines()[-2:] == ["cpu", "[1.0, 1.0]"], ended.stderr

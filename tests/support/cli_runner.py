@@ -64,7 +64,7 @@ def farm_process(
     env: Mapping[str, str],
     cwd: Path | None = None,
     stdin: str = "",
-    seconds: float = 240,
+    seconds: float = 580,
 ) -> Outcome:
     """Run `farm WORDS` in a separate process, with only the FARM_* variables of `env`."""
     done = subprocess.run(

@@ -59,6 +59,7 @@ class WorkerSupervisor:
         self._gpu = gpu
         self._scratch = scratch
         self._wake = threading.Event()
+        self._told = threading.Event()
         self._over = threading.Event()
         self._draining = False
         self._asked_at: float | None = None
@@ -75,10 +76,12 @@ class WorkerSupervisor:
         self._adrift: dict[int, tuple[uuid.UUID, float]] = {}
         """Children with a batch whose lease is lost: the lease, and the time it was first seen."""
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._leaver = threading.Thread(target=self._keep_grace, name="grace", daemon=True)
 
     def start(self) -> None:
-        """Start the heartbeat in a separate thread."""
+        """Start the heartbeat, and what ends the process in time, in separate threads."""
         self._thread.start()
+        self._leaver.start()
 
     def drain(self) -> None:
         """Stop further claims of the worker. Return at once.
@@ -89,9 +92,12 @@ class WorkerSupervisor:
         if self._own_signal:  # sent by `_heartbeat` on a remote request, returned by Celery
             self._own_signal = False
             return
-        now = time.monotonic()
-        self._give_up_at = now if self._draining else now + self._grace()
+        self._leave_within(0.0 if self._draining else self._grace())
+
+    def _leave_within(self, seconds: float) -> None:
+        self._give_up_at = time.monotonic() + seconds
         self._draining = True
+        self._told.set()
         self._wake.set()
 
     def child_lost(self, last_words: str) -> None:
@@ -110,8 +116,6 @@ class WorkerSupervisor:
             beat(self._farm.settings.run_dir)
             self._wake.clear()
             try:
-                if time.monotonic() >= self._give_up_at:
-                    self._give_up()
                 self._heartbeat()
             except Unavailable as error:
                 self._outage = time.monotonic()
@@ -121,8 +125,7 @@ class WorkerSupervisor:
             pause = self._farm.settings.heartbeat_seconds
             if self._unexplained:
                 pause = min(pause, EXPLAIN_SECONDS)
-            left = max(0.0, self._give_up_at - time.monotonic())
-            self._wake.wait(min(pause, left))
+            self._wake.wait(pause)
 
     def _heartbeat(self) -> None:
         settings, me = self._farm.settings, self._identity.id
@@ -165,8 +168,7 @@ class WorkerSupervisor:
         if self._asked_at is not None:
             left = self._asked_at + self._grace() - time.monotonic()
             if not busy or left <= 0:
-                self.drain()
-                self._give_up_at = time.monotonic() + max(left, 0)
+                self._leave_within(max(left, 0))
                 self._own_signal = True
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -251,14 +253,23 @@ class WorkerSupervisor:
             log.warning("%s: %s The batch %s was requeued.", self._identity.name, message, which)
             self._farm.bells.ring(pipeline)
 
+    def _keep_grace(self) -> None:
+        """Give the batch back when the grace ends, and exit, even if a server does not answer.
+
+        The heartbeat may wait for Postgres, and Celery for Redis.
+        """
+        while (left := self._give_up_at - time.monotonic()) > 0:
+            self._told.wait(min(left, threading.TIMEOUT_MAX))
+            self._told.clear()
+        self._give_up()
+        time.sleep(LEAVE_SECONDS / 2)
+        self._abandon()
+
     def _give_up(self) -> None:
         """Kill the child, so that Celery stops. The next heartbeat releases its leases."""
         log.warning("%s releases its batch and leaves", self._identity.name)
-        self._give_up_at, self._given_up = float("inf"), True
-        # Celery may wait for a Redis that does not answer.
-        abandon = threading.Timer(LEAVE_SECONDS / 2, self._abandon)
-        abandon.daemon = True
-        abandon.start()
+        self._given_up = True
+        self._wake.set()
         for pid in [child.pid for child in billiard.active_children()]:
             if pid is not None:
                 with suppress(ProcessLookupError):
@@ -271,7 +282,7 @@ class WorkerSupervisor:
             self._farm.bells.ring(pipeline)
 
     def _abandon(self) -> None:
-        log.warning("%s exits: Celery did not stop in time", self._identity.name)
+        log.warning("%s exits: it did not stop in time", self._identity.name)
         goodbye = threading.Thread(target=self.leave, daemon=True)
         goodbye.start()
         goodbye.join(LEAVE_SECONDS / 2 - 0.5)

@@ -29,7 +29,7 @@ def caller(live: LiveFarm, folder: Path, extras: str, *words: str) -> Outcome:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=580,
         check=False,
     )
     return Outcome(ended.returncode, ended.stdout, ended.stderr)

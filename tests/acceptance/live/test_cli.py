@@ -233,7 +233,7 @@ def test_a_watch_outlives_the_api(live: LiveFarm) -> None:
     api = live.farm.children["api"]
     restarts = api.restarts
     api.kill()
-    out, err = watching.communicate(timeout=240)
+    out, err = watching.communicate(timeout=580)
     wait_until(lambda: api.restarts > restarts and api.serves(), 60, "the API is back")
     assert watching.returncode == 0, err
     assert "80 of 80 frames" in out

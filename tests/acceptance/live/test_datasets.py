@@ -40,7 +40,7 @@ def page(live: LiveFarm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for language, text in BLOCK.findall(DATASETS.read_text(encoding="utf-8")):
         argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", text]
         done = subprocess.run(
-            argv, cwd=folder, env=env, capture_output=True, text=True, timeout=240
+            argv, cwd=folder, env=env, capture_output=True, text=True, timeout=580
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     return folder

@@ -39,7 +39,7 @@ def run(live: LiveFarm, tmp_path: Path) -> Run:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=580,
             check=False,
         )
         assert ended.returncode == code, ended.stderr
