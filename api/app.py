@@ -18,6 +18,7 @@ from api.addresses import SignedAddresses
 from api.dashboard import (
     api_docs,
     buttons,
+    changes_page,
     copies,
     failures_page,
     job_pages,
@@ -183,6 +184,7 @@ def _routes() -> APIRouter:
         job_pages,
         pictures,
         usage_page,
+        changes_page,
         session,
     ):
         router.include_router(pages.router)

@@ -899,15 +899,16 @@ class Destination(BaseModel):
 
 
 class Action(BaseModel):
-    """A change that somebody made, by a call, on the dashboard or at a shell."""
+    """A change that somebody made, by a call, on the dashboard or at a shell; or one that came by
+    itself, such as a worker that started."""
 
     id: int
     at: datetime
     key_id: uuid.UUID | None = Field(description="ID of the key; null for a user of a shell")
-    who: str = Field(description="Name of the key, or of the user of a shell")
+    who: str = Field(description="Name of the key, or of the user of a shell; `farm` for the farm")
     role: str = Field(description="Role of the key; empty for a user of a shell")
     tenant: str = Field(description="Tenant of the key; empty for a user of a shell")
-    via: Literal["api", "page", "shell"]
+    via: Literal["api", "page", "shell", "farm"]
     address: str = Field(description="Address of the client, or name of the shell's machine")
     verb: str = Field(description="Kind of action, such as job.cancel")
     target: str = Field(description="Object of the action, such as `job` and its ID")
@@ -916,6 +917,9 @@ class Action(BaseModel):
     outcome: str
     operation: uuid.UUID | None = Field(
         description="ID of the operation that it is part of; null for a call on one thing"
+    )
+    lane: str | None = Field(
+        description="Lane that it is about, on whose charts it is marked; empty: every lane"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from farm.humanize import count, duration, percent
@@ -41,6 +41,8 @@ class Chart:
     """Value at the upper edge, in words."""
     rows: list[tuple[datetime, list[str]]]
     """Values at some times, in words, newest first."""
+    marks: Sequence[int] = ()
+    """Places of changes, in units of the drawing."""
 
     @property
     def is_empty(self) -> bool:
@@ -91,6 +93,16 @@ def chart(
     return Chart(title, drawn, words(top), rows)
 
 
+def marked(charts: Sequence[Chart], span: Span, times: Sequence[datetime]) -> list[Chart]:
+    """Return charts with the times of changes marked."""
+    places = sorted({round(_place(at, span)) for at in times})
+    return [replace(each, marks=places) for each in charts]
+
+
+def _place(at: datetime, span: Span) -> float:
+    return WIDTH * (at - span.since) / (span.until - span.since)
+
+
 def nice(number: float) -> float:
     """Return the smallest of 1, 2, 5, 10, 20, … (or a tenth of them, …) that is not less."""
     if number <= 0:
@@ -101,14 +113,13 @@ def nice(number: float) -> float:
 
 def _path(points: Sequence[Point], line: Sequence[float | None], span: Span, top: float) -> str:
     """Return the path of a line. It breaks where a value or a point is missing."""
-    length = (span.until - span.since).total_seconds()
     parts: list[str] = []
     before: datetime | None = None
     for point, value in zip(points, line, strict=True):
         if value is None:
             before = None
             continue
-        x = WIDTH * (point.at - span.since).total_seconds() / length
+        x = _place(point.at, span)
         y = HEIGHT - HEIGHT * min(value / top, 1.0)
         is_next = before and (point.at - before).total_seconds() < 1.5 * span.seconds
         # A single point has a short stroke, so that it is seen.

@@ -13,7 +13,8 @@ from fastapi.responses import Response
 
 from api import schemas
 from api.auth import FarmDep
-from api.dashboard.charts import lane_charts
+from api.dashboard.changes_page import link_of, marks_of
+from api.dashboard.charts import lane_charts, marked
 from api.dashboard.forms import MAX_WHY, form_of
 from api.dashboard.html import show
 from api.dashboard.overview_page import last_minutes
@@ -35,7 +36,7 @@ from farm.store.keys import OPERATOR
 
 router = APIRouter(include_in_schema=False)
 
-TURNS_SHOWN, USERS_SHOWN = 20, 20
+TURNS_SHOWN, USERS_SHOWN, CHANGES_SHOWN = 20, 20, 10
 MAX_MINUTES = 525_600.0
 """Longest hold that the page offers, a year. Minutes."""
 
@@ -91,6 +92,7 @@ def lane(
         found, span = one_lane(farm, pipeline), span_of(range)
         [past] = read_history(farm, [pipeline], span)
         [recent] = read_history(farm, [pipeline], span_of("15m", points=15))
+        marks = marks_of(farm, span, pipeline)
         with transaction(farm.store) as connection:
             users = serving.users(connection, pipeline)
             turns = serving.order(connection, pipeline, TURNS_SHOWN)
@@ -102,7 +104,8 @@ def lane(
             caller=caller,
             now=datetime.now(UTC),
             lane=found,
-            charts=lane_charts(past.points, span),
+            charts=marked(lane_charts(past.points, span), span, [each.at for each in marks]),
+            changes=[(each, link_of(each)) for each in marks[:CHANGES_SHOWN]],
             range=range,
             ranges=list(RANGES),
             span=span,

@@ -12,7 +12,8 @@ from fastapi.responses import Response
 
 from api import schemas
 from api.auth import FarmDep
-from api.dashboard.charts import Chart, Value, chart, per_minute, whole
+from api.dashboard.changes_page import link_of, marks_of
+from api.dashboard.charts import Chart, Value, chart, marked, per_minute, whole
 from api.dashboard.html import show
 from api.dashboard.session import VisitingLooker
 from api.dashboard.shared import shared
@@ -32,7 +33,7 @@ from farm.store.newest_pictures import newest_pictures
 
 router = APIRouter(include_in_schema=False)
 
-PICTURES_SHOWN = 16
+PICTURES_SHOWN, CHANGES_SHOWN = 16, 5
 SHOWN_RANGE = "6h"
 
 Spark = tuple[str, str, Chart]
@@ -57,6 +58,7 @@ def overview(request: Request, farm: Farm, caller: Caller) -> Response:
     names = [lane.pipeline for lane in facts.lanes]
     past = read_history(farm, names, span)
     recent = {each.pipeline: last_minutes(each) for each in facts.recent}
+    marks = marks_of(farm, span)
     with transaction(farm.store) as connection:
         pictures = newest_pictures(connection, None, PICTURES_SHOWN)
     return show(
@@ -66,7 +68,8 @@ def overview(request: Request, farm: Farm, caller: Caller) -> Response:
         now=datetime.now(UTC),
         attention=attention(facts),
         lanes=[_row(lane_view(lane), recent.get(lane.pipeline)) for lane in facts.lanes],
-        sparks=_sparks(facts, past, span),
+        sparks=_sparks(facts, past, span, [each.at for each in marks]),
+        changes=[(each, link_of(each)) for each in marks[:CHANGES_SHOWN]],
         pictures=pictures,
         range=SHOWN_RANGE,
     )
@@ -94,7 +97,9 @@ def _row(lane: schemas.Lane, point: Point | None) -> LaneRow:
     return LaneRow(lane, point, waiting / speed if speed > 0 else None)
 
 
-def _sparks(facts: Facts, past: Sequence[LaneHistory], span: Span) -> list[Spark]:
+def _sparks(
+    facts: Facts, past: Sequence[LaneHistory], span: Span, marks: Sequence[datetime]
+) -> list[Spark]:
     """Return the numbers of the farm now."""
     sums = _together(past)
     running = sum(each.running for each in facts.users)
@@ -106,7 +111,8 @@ def _sparks(facts: Facts, past: Sequence[LaneHistory], span: Span) -> list[Spark
     def spark(
         name: str, now: str, title: str, words: Callable[[float], str], line: str, of: Value
     ) -> Spark:
-        return name, now, chart(title, sums, span, words, [(line, "one", of)])
+        [drawn] = marked([chart(title, sums, span, words, [(line, "one", of)])], span, marks)
+        return name, now, drawn
 
     minute, waits = "Frames a minute", "Frames that wait"
     busy, lives = "Workers that render", "Workers that are alive"

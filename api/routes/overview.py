@@ -87,13 +87,17 @@ def list_actions(
     operation: Annotated[
         uuid.UUID | None, Query(description="Only those of this operation")
     ] = None,
+    lane: Annotated[
+        Storable | None, Query(description="Only on this lane, and on every lane")
+    ] = None,
 ) -> schemas.Page[schemas.Action]:
     """List who changed what, when, from where, why, and with what outcome. Changes of every key are
     listed: jobs cancelled, paused, resumed, retried, changed and removed; operations started and
     stopped; things deleted; webhooks, tenants, destinations and keys changed; lanes held and
-    released; workers drained."""
+    released; workers drained. What changes by itself is listed too: workers that start and end,
+    versions, steps of the schema, and new causes of failures."""
     owner = None if tenant == ALL else tenant
-    wanted = ActionFilter(who, verb, target, owner, since, until, operation)
+    wanted = ActionFilter(who, verb, None, target, owner, since, until, operation, lane)
     with reads(farm.store) as connection:
         found = actions.list_actions(connection, wanted, limit=limit + 1, after=after)
     data = [schemas.Action(**{**row._asdict(), "key_id": _key(row)}) for row in found[:limit]]
@@ -101,4 +105,4 @@ def list_actions(
 
 
 def _key(row: ActionRow) -> uuid.UUID | None:
-    return None if row.via == "shell" else row.key_id
+    return None if row.via in ("shell", "farm") else row.key_id

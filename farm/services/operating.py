@@ -51,7 +51,7 @@ def hold_lane(
         outcome = "held" if held_from == 0 else f"held from priority {held_from.wire} on"
         if until is not None:
             outcome += f", until {until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        record(connection, actor, "lane.hold", f"lane {pipeline}", outcome)
+        record(connection, actor, "lane.hold", f"lane {pipeline}", outcome, pipeline)
 
 
 def release_lane(farm: Farm, pipeline: str, actor: Actor) -> None:
@@ -63,7 +63,7 @@ def release_lane(farm: Farm, pipeline: str, actor: Actor) -> None:
     with transaction(farm.store) as connection:
         if not lanes.release(connection, pipeline):
             raise Conflict(f"Lane {pipeline} is not held.")
-        record(connection, actor, "lane.release", f"lane {pipeline}", "released")
+        record(connection, actor, "lane.release", f"lane {pipeline}", "released", pipeline)
     farm.bells.ring(pipeline, urgent=True)
 
 

@@ -1,29 +1,46 @@
-"""Actions: a log of who did what. Each is recorded in the transaction that performs it."""
+"""Actions: a log of who did what, and of what changed by itself. See ADR 56.
+
+Each is recorded in the transaction that performs it.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal, NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
 
+from farm.process import version
 from farm.store.rows import rows_of
 
-Via = Literal["api", "page", "shell"]
-"""Way of an action: a call of the API, a button of the dashboard, or a command at a shell."""
+Via = Literal["api", "page", "shell", "farm"]
+"""Way of an action: a call of the API, a button of the dashboard, a command at a shell, or none: it
+changed by itself, such as a worker that came."""
 
 INSERT = text("""
 INSERT INTO actions
-    (key_id, who, role, tenant, via, address, verb, target, owner, why, outcome, operation_id)
+    (key_id, who, role, tenant, via, address, verb, target, owner, why, outcome, operation_id, lane)
 VALUES (:key_id, :who, :role, :tenant, :via, :address, :verb, :target,
-        :owner, :why, :outcome, :operation)
+        :owner, :why, :outcome, :operation, :lane)
 """)
 
 COLUMNS = """id, at, key_id, who, role, tenant, via, address, verb, target, owner, why, outcome,
-operation_id AS operation"""
+operation_id AS operation, lane"""
+
+VERSION = text("""
+SELECT outcome FROM actions WHERE verb = 'version.run' AND target = :target
+ORDER BY id DESC LIMIT 1
+""")
+
+MARKS = text(f"""
+SELECT {COLUMNS} FROM actions
+WHERE lane IS NOT NULL AND at > :since AND at <= :until
+  AND (CAST(:lane AS text) IS NULL OR lane IN ('', :lane))
+ORDER BY at DESC LIMIT :limit
+""")  # noqa: S608 - constants only
 
 PRUNE = text("""
 DELETE FROM actions WHERE id = ANY(ARRAY(
@@ -78,6 +95,8 @@ class ActionRow(NamedTuple):
     why: str
     outcome: str
     operation: uuid.UUID | None
+    lane: str | None
+    """Lane that it is about. Empty: every lane. None: no lane."""
 
 
 @dataclass(frozen=True)
@@ -86,37 +105,51 @@ class ActionFilter:
 
     who: str | None = None
     verb: str | None = None
+    verbs: Sequence[str] | None = None
     target: str | None = None
     owner: str | None = None
     """Name of the tenant that owns the target."""
     since: datetime | None = None
     until: datetime | None = None
     operation: uuid.UUID | None = None
+    lane: str | None = None
+    """Those about this lane, and about every lane."""
 
+
+FARM = Actor(uuid.UUID(int=0), "farm", role="", tenant="", via="farm", address="")
+"""The farm itself."""
 
 CONDITIONS = {
     "who": "who = :who",
     "verb": "verb = :verb",
+    "verbs": "verb = ANY(:verbs)",
     "target": "target = :target",
     "owner": "owner = :owner",
     "since": "at >= :since",
     "until": "at < :until",
     "operation": "operation_id = :operation",
+    "lane": "lane IN ('', :lane)",
     "after": "id < :after",
 }
 
 
 def record(
-    connection: Connection, actor: Actor | None, verb: str, target: str, outcome: str
+    connection: Connection,
+    actor: Actor | None,
+    verb: str,
+    target: str,
+    outcome: str,
+    lane: str | None = None,
 ) -> None:
     """Record an action.
 
     Args:
         connection: in the transaction of the action, so that both are committed or neither.
-        actor: who acts. None: the farm itself, of which nothing is recorded.
+        actor: who acts. None: nothing is recorded.
         verb: the kind of action, for example `tenant.delete`.
         target: the object of the action, for example `tenant ann`.
         outcome: the result of the action.
+        lane: the lane that it is about. Empty: every lane. It is marked on the charts.
     """
     if actor is None:
         return
@@ -135,8 +168,25 @@ def record(
             "why": actor.why,
             "outcome": outcome,
             "operation": actor.operation,
+            "lane": lane,
         },
     )
+
+
+def note_version(connection: Connection, program: str) -> None:
+    """Record that a program of another version than before runs on the farm, if it does."""
+    target = f"program {program}"
+    before = connection.execute(VERSION, {"target": target}).scalar()
+    if before != version():
+        record(connection, FARM, "version.run", target, version(), lane="")
+
+
+def list_marks(
+    connection: Connection, since: datetime, until: datetime, lane: str | None, limit: int
+) -> list[ActionRow]:
+    """Read what is marked on the charts of a lane, or of all, newest first."""
+    values = {"since": since, "until": until, "lane": lane, "limit": limit}
+    return rows_of(connection.execute(MARKS, values), ActionRow)
 
 
 def list_actions(

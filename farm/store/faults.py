@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from farm.store.actions import DAY_SECONDS
+from farm.errors import one_line
+from farm.store.actions import DAY_SECONDS, FARM, record
 from farm.store.rows import row_of, rows_of
 
 State = Literal["new", "seen", "muted", "resolved"]
@@ -33,6 +34,10 @@ GROUP BY a.fault
 ON CONFLICT (fault) DO UPDATE SET first_at = least(faults.first_at, excluded.first_at),
                                   last_at = greatest(faults.last_at, excluded.last_at)
 WHERE faults.last_at < excluded.last_at
+RETURNING fault, reason, message, xmax = 0 AS is_new,
+          state = 'resolved' AND last_at > changed_at AND (
+              SELECT b.last_at <= b.changed_at FROM faults b WHERE b.fault = faults.fault
+          ) AS is_back
 """)
 
 PRUNE = text("DELETE FROM faults WHERE last_at < now() - make_interval(secs => :seconds)")
@@ -174,7 +179,10 @@ class Alternative(NamedTuple):
 def note(connection: Connection, days: float) -> None:
     """Note the faults of new attempts. Those without one for `days` are deleted; 0: none is."""
     seconds = days * DAY_SECONDS
-    connection.execute(NOTE, {"overlap": OVERLAP_SECONDS, "seconds": seconds})
+    for row in connection.execute(NOTE, {"overlap": OVERLAP_SECONDS, "seconds": seconds}).all():
+        if row.is_new or row.is_back:
+            verb, outcome = "fault.return" if row.is_back else "fault.new", one_line(row.message)
+            record(connection, FARM, verb, f"fault {row.fault}", f"{row.reason}: {outcome}", "")
     if days > 0:
         connection.execute(PRUNE, {"seconds": seconds})
 

@@ -28,6 +28,7 @@ import migrations
 from farm.errors import FarmError, InvalidRequest, Unavailable
 from farm.process import version
 from farm.store import workers
+from farm.store.actions import FARM, record
 from farm.store.engine import Store, transaction
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ PAUSE_SECONDS = 3.0
 """Pause between two tries, in seconds. Queries that waited are answered in it."""
 LOCK_NOT_AVAILABLE, DEADLOCK = "55P03", "40P01"
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended('migrations', 0))")
+HAS_LANES = text("""
+SELECT EXISTS (SELECT FROM pg_attribute
+               WHERE attrelid = to_regclass('actions') AND attname = 'lane' AND NOT attisdropped)
+""")
 HAS_ROLE = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = :role)")
 FLOOR = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
 
@@ -196,6 +201,8 @@ def _apply_once(store: Store, step: Step, folder: Path) -> None:
         config.attributes["connection"] = connection
         alembic.command.upgrade(config, step.revision)
         _write_floor(connection, steps(folder))
+        if connection.execute(HAS_LANES).scalar_one():
+            record(connection, FARM, "schema.upgrade", "schema", f"step {step.revision}", "")
 
 
 def _waited_for_lock(error: BaseException) -> bool:

@@ -141,7 +141,9 @@ actions = Table(
     Column("via", Text, nullable=False, server_default="api", comment="api, page or shell"),
     Column("owner", Text, comment="tenant that owns the target"),
     Column("operation_id", Uuid, comment="operation that it is part of"),
+    Column("lane", Text, comment="lane that it is about; empty: every lane; null: none"),
     Index("actions_at", "at"),
+    Index("actions_lane", "lane", "at", postgresql_where=text("lane IS NOT NULL")),
     Index(
         "actions_operation",
         "operation_id",

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
+from farm.humanize import plural
 from farm.process import version
 from farm.store import histograms
+from farm.store.actions import FARM, record
 from farm.store.rows import rows_of
 
 REGISTER = text("""
@@ -38,13 +40,17 @@ SELECT EXISTS (
             w.pipeline, '{}', pg_temp.served_priority(w.pipeline), pg_temp.full_tenants()))))
 """)
 
-# A worker that was stopped for a while, and marked as gone, is no longer gone.
+# A worker that was stopped for a while, and marked as gone, is no longer gone. The inner query
+# reads the row as it was before.
 SEEN = text("""
-UPDATE workers SET seen_at = clock_timestamp(), gone = false, spool_bytes = :spool_bytes
-WHERE id = :id RETURNING draining
+UPDATE workers w SET seen_at = clock_timestamp(), gone = false, spool_bytes = :spool_bytes
+WHERE id = :id
+RETURNING draining, name, pipeline, (SELECT b.gone FROM workers b WHERE b.id = w.id) AS was_gone
 """)
 
-LEAVE = text("UPDATE workers SET gone = true WHERE id = :id")
+LEAVE = text("""
+UPDATE workers SET gone = true WHERE id = :id AND NOT gone RETURNING name, pipeline, succeeded
+""")
 
 SET_STATE = text("""
 UPDATE workers SET state = :state, problem = :problem, device = coalesce(:device, device),
@@ -59,7 +65,7 @@ UPDATE workers SET draining = :draining WHERE id = :id AND NOT gone AND draining
 SWEEP = text("""
 UPDATE workers SET gone = true
 WHERE NOT gone AND seen_at < clock_timestamp() - make_interval(secs => :seconds)
-RETURNING name
+RETURNING name, pipeline, succeeded
 """)
 
 SECONDS = ("denoise_seconds", "encode_seconds", "put_seconds", "commit_seconds", "work_seconds")
@@ -224,6 +230,7 @@ def register(
             "spool_limit_bytes": spool_limit_bytes,
         },
     )
+    record(connection, FARM, "worker.start", f"worker {name}", f"version {version()}", pipeline)
 
 
 def workers_by_device(connection: Connection, device_ids: Sequence[str]) -> dict[str, int]:
@@ -251,8 +258,12 @@ def seen(connection: Connection, worker_id: uuid.UUID, spool_bytes: int = 0) -> 
         spool_bytes: size of its pictures that wait on its disk for the storage.
     """
     values = {"id": worker_id, "spool_bytes": spool_bytes}
-    draining: bool | None = connection.execute(SEEN, values).scalar()
-    return draining
+    row = connection.execute(SEEN, values).first()
+    if row is None:
+        return None
+    if row.was_gone:
+        record(connection, FARM, "worker.return", f"worker {row.name}", "seen again", row.pipeline)
+    return bool(row.draining)
 
 
 def set_state(
@@ -271,7 +282,9 @@ def set_state(
 
 def leave(connection: Connection, worker_id: uuid.UUID) -> None:
     """Mark a worker as gone: it has ended."""
-    connection.execute(LEAVE, {"id": worker_id})
+    for name, pipeline, succeeded in connection.execute(LEAVE, {"id": worker_id}):
+        outcome = f"after {plural(succeeded, 'frame')}"
+        record(connection, FARM, "worker.end", f"worker {name}", outcome, pipeline)
 
 
 def drain(connection: Connection, worker_id: uuid.UUID) -> bool:
@@ -292,7 +305,11 @@ def undrain(connection: Connection, worker_id: uuid.UUID) -> bool:
 
 def sweep(connection: Connection, timeout_seconds: float) -> list[str]:
     """Mark workers without a heartbeat for `timeout_seconds` as gone. Return their names."""
-    return list(connection.execute(SWEEP, {"seconds": timeout_seconds}).scalars())
+    lost = list(connection.execute(SWEEP, {"seconds": timeout_seconds}))
+    for name, pipeline, succeeded in lost:
+        outcome = f"no heartbeat, after {plural(succeeded, 'frame')}"
+        record(connection, FARM, "worker.lost", f"worker {name}", outcome, pipeline)
+    return [name for name, *_ in lost]
 
 
 def archive(connection: Connection, seconds: float) -> None:

@@ -401,6 +401,7 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
         "/lanes/demo",
         "/system",
         "/failures",
+        "/changes",
         "/usage?by=tenant&by=day&from=2026-01-01",
     ]
     fill_history(api.farm)

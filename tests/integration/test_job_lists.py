@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from api.dashboard.changes_page import KINDS
 from farm.context import Farm
 from farm.store import faults, job_lists, saved_views
 from farm.store.engine import transaction
@@ -256,6 +257,16 @@ def test_lists_of_a_hundred_thousand_jobs_are_quick(
         " 'render_error', 'It broke.', now(), now() - n * interval '4 s',"
         " lpad(to_hex(n % 3), 16, '0') FROM generate_series(0, 19999) n",
     )
+    sql(
+        farm,
+        "INSERT INTO actions (at, key_id, who, tenant, via, address, verb, target, why, outcome,"
+        " owner, lane)"
+        " SELECT now() - (200000 - n) * interval '10 s', gen_random_uuid(), 'Grace', 'ops',"
+        " CASE WHEN n % 10 = 0 THEN 'farm' ELSE 'api' END, '',"
+        " CASE WHEN n % 10 = 0 THEN 'worker.start' ELSE 'job.cancel' END, 'job ' || n, '',"
+        " 'cancelled', 'ann', CASE WHEN n % 10 = 0 THEN 'demo' END"
+        " FROM generate_series(1, 200000) n",
+    )
     with transaction(farm.store) as connection:
         faults.note(connection, 400)
     operator = signed_in(api, api.key("ops", "operator"))
@@ -277,7 +288,11 @@ def test_lists_of_a_hundred_thousand_jobs_are_quick(
         for who, caller in (("client", visitor), ("operator", operator)):
             seconds[f"{who} {query}"] = quickest_19_of_20(caller, f"/jobs?{query}")
     cause = f"/failures/{'0' * 16}"
-    for path in ("/", "/lanes", "/lanes/demo", "/system", "/failures", cause):
+    kinds = [f"/changes?kind={kind}" for kind in KINDS]
+    changes = ("/changes", "/changes?lane=demo", "/changes?who=farm", "/changes?after=1000")
+    month = "/lanes/demo?range=30d"
+    pages = ("/", "/lanes", "/lanes/demo", month, "/system", "/failures", cause)
+    for path in (*pages, *changes, *kinds):
         seconds[path] = quickest_19_of_20(operator, path)
     for verb in ("cancel", "retry", "resume", "pause", "remove"):
         seconds[verb] = quickest_19_of_20(operator, f"/operations/new?verb={verb}")

@@ -35,6 +35,7 @@ from farm.local.ports import free_port
 from farm.process import version
 from farm.services import steering
 from farm.store import events, lanes, migrate, workers
+from farm.store.actions import ActionFilter, list_actions
 from farm.store.engine import transaction
 from farm.store.job_lists import JobFilter, list_jobs
 from farm.store.migrate import FOLDER, SchemaRefused, Stage, Upgrade
@@ -281,6 +282,7 @@ def test_pre_steps_stop_before_the_first_post_step(
 
     done = migrate.upgrade(farm.store, folder=newer)
     assert done == Upgrade(["9002"], [])
+    assert noted_steps(farm) == ["step 9000", "step 9001", "step 9002"]
     assert (stands_at(farm), floor_of(farm)) == (["9002"], "9002")
     migrate.require_schema(farm.store, newer)
     with pytest.raises(SchemaRefused, match=r"^The database has step 9002, .* Run one of"):
@@ -327,6 +329,15 @@ def test_an_empty_database_gets_every_step_at_once(
     migrate.downgrade(farm.store)
     done = migrate.upgrade(farm.store, pre_only=True, folder=newer)
     assert done == Upgrade([*OURS, "9000", "9001"], [])
+    assert noted_steps(farm) == ["step 9001"]
+
+
+def noted_steps(farm: Farm) -> list[str]:
+    with transaction(farm.store) as connection:
+        wanted = ActionFilter(verb="schema.upgrade")
+        found = list_actions(connection, wanted, limit=100)
+    assert {(each.who, each.key_id.int, each.lane) for each in found} == {("farm", 0, "")}
+    return [each.outcome for each in reversed(found)]
 
 
 def test_taking_a_post_step_back_lets_older_versions_in_again(

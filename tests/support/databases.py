@@ -93,6 +93,7 @@ class Databases:
         migrate.upgrade(store)
         store.dispose()
         with self._connected(TEMPLATE) as connection:
+            connection.execute("TRUNCATE actions RESTART IDENTITY")  # those of the migration
             connection.execute(KEEP_ROWS)
             self._shape = connection.execute(SHAPE).fetchone()
 

@@ -298,6 +298,7 @@ def actions(
         str, typer.Option(help='Only on this. Example: "worker demo-1f3a9c02".')
     ] = "",
     tenant: Annotated[str, typer.Option(help="Only on what this tenant owns.")] = "",
+    lane: Annotated[str, typer.Option(help="Only on this lane, and on every lane.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="Number of actions to show.")] = 20,
     as_json: Json = False,
 ) -> None:
@@ -305,7 +306,7 @@ def actions(
 
     Example: farm actions --verb job.cancel --tenant shop
     """
-    asked = {"who": who, "verb": verb, "target": target, "tenant": tenant}
+    asked = {"who": who, "verb": verb, "target": target, "tenant": tenant, "lane": lane}
     wanted = {name: word for name, word in asked.items() if word}
     with farm_client() as client:
         found = list(client.actions(wanted, limit))
@@ -322,7 +323,8 @@ def actions(
             each["why"],
         )
         name = each["who"] or "a key"
-        by = name if each.get("via") == "shell" else f"{name} of {each['tenant']}"
-        shown = (by, f"{each['address']} ({each.get('via', 'api')})", *words)
+        by = f"{name} of {each['tenant']}" if each["tenant"] else name
+        place = f"{each['address']} ({each.get('via', 'api')})" if each["address"] else ""
+        shown = (by, place, *words)
         table.add_row(ago(each["at"]), *(escape(one_line(clean(word), 60)) for word in shown))
     show_table(table)

@@ -48,7 +48,7 @@ def api(
 
     # uvicorn ends its requests, then raises the signal again: this end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with _process() as settings:
+    with _process("api") as settings:
         app = create_app(settings)
         collect_usually()
         switch_often()
@@ -87,7 +87,7 @@ def janitor(
     from workers.janitor.janitor import Janitor
 
     stop = threading.Event()
-    with _process() as settings:
+    with _process("janitor") as settings:
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: stop.set())
         farm = open_farm(settings)
@@ -116,7 +116,7 @@ def worker(
     from workers.render.parent import run_worker
 
     limit_spinning()
-    with _process() as settings:
+    with _process("worker") as settings:
         code = run_worker(settings, pipeline, device)
     raise typer.Exit(code)
 
@@ -125,7 +125,7 @@ def exporter() -> None:
     """Write the requested dataset exports until SIGTERM."""
     from workers.exporter import run_exporter
 
-    with _process() as settings:
+    with _process("exporter") as settings:
         code = run_exporter(settings)
     raise typer.Exit(code)
 
@@ -134,13 +134,13 @@ def courier() -> None:
     """Deliver webhooks until SIGTERM. Several may run."""
     from workers.courier import run_courier
 
-    with _process() as settings:
+    with _process("courier") as settings:
         code = run_courier(settings)
     raise typer.Exit(code)
 
 
 @contextmanager
-def _process() -> Iterator[Settings]:
+def _process(program: str) -> Iterator[Settings]:
     """Set up the log, check the database schema, and log an unexpected error with its traceback."""
     from farm.config import load_settings
 
@@ -148,7 +148,7 @@ def _process() -> Iterator[Settings]:
     set_up_logs(settings.log_level)
     try:
         with signs_of_life(settings.run_dir):
-            _require_schema(settings)
+            _require_schema(settings, program)
             yield settings
     except FarmError:
         raise
@@ -157,20 +157,25 @@ def _process() -> Iterator[Settings]:
         raise typer.Exit(ERROR) from error
 
 
-def _require_schema(settings: Settings) -> None:
+def _require_schema(settings: Settings, program: str) -> None:
     """Refuse a schema that this version cannot use. Wait while Postgres does not answer."""
-    from farm.store.engine import open_store
+    from farm.store.actions import note_version
+    from farm.store.engine import open_store, transaction
     from farm.store.migrate import require_schema
 
     store = open_store(settings)
     try:
         while True:
             try:
-                return require_schema(store)
+                require_schema(store)
+                with transaction(store) as connection:
+                    note_version(connection, program)
             except Unavailable as error:
                 log.warning("Waiting to read the database schema: %s", error)
                 beat(settings.run_dir)
                 time.sleep(settings.sweep_seconds)
+            else:
+                return
     finally:
         store.dispose()
 

@@ -254,5 +254,5 @@ labels:
 {{/* What the API serves to the outside, besides the page at `/`. The probes and /metrics, which
      need no key, stay inside the cluster. */}}
 {{- define "farm.paths" -}}
-[/v1, /openai, /p, /docs, /openapi.json, /static, /favicon.ico, /jobs, /operations, /lanes, /failures, /usage, /system, /workers, /submit, /updates, /views, /pictures, /login, /logout]
+[/v1, /openai, /p, /docs, /openapi.json, /static, /favicon.ico, /jobs, /operations, /lanes, /failures, /usage, /changes, /system, /workers, /submit, /updates, /views, /pictures, /login, /logout]
 {{- end }}
