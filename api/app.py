@@ -25,9 +25,9 @@ from api.dashboard import (
     jobs_page,
     lanes_page,
     operations_page,
-    overview_page,
     pictures,
     session,
+    system_page,
     usage_page,
 )
 from api.dashboard.html import STATIC
@@ -165,6 +165,7 @@ def _routes() -> APIRouter:
     router.include_router(destinations.router, responses=job_calls)
     router.include_router(webhooks.router, responses=job_calls)
     router.include_router(tenants.router, responses=job_calls)
+    router.include_router(tenants.of_keys, responses=job_calls)
     router.include_router(usage.router, responses=job_calls)
     router.include_router(lanes.router, responses=job_calls)
     router.include_router(operations.router, responses=job_calls)
@@ -175,7 +176,7 @@ def _routes() -> APIRouter:
     for pages in (
         api_docs,
         jobs_page,
-        overview_page,
+        system_page,
         operations_page,
         lanes_page,
         failures_page,

@@ -898,6 +898,46 @@ class Destination(BaseModel):
     created_at: datetime
 
 
+class KeyAsked(BaseModel):
+    """A request to create an API key."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: Storable = Field(
+        min_length=1, max_length=200, description="Name of the tenant; a new one is created"
+    )
+    role: Literal["client", "operator", "viewer"] = "client"
+    name: Storable = Field(
+        default="", max_length=200, description="Note that says what the key is for"
+    )
+    everywhere: bool = Field(default=False, description="A viewer's key that sees every tenant")
+    metadata: Literal["none"] | None = Field(
+        default=None,
+        description="none: image files of its jobs hold no prompt, seed, settings or names, unless "
+        "a job asks for them",
+    )
+    why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
+
+
+class Key(BaseModel):
+    """An API key, without its secret."""
+
+    id: uuid.UUID
+    prefix: str = Field(description="The first ten characters of the key")
+    tenant: str
+    role: Literal["client", "operator", "viewer"]
+    everywhere: bool = Field(description="True for a viewer's key that sees every tenant")
+    name: str = Field(description="Note that says what the key is for")
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+class KeyMade(Key):
+    """A new API key."""
+
+    key: str = Field(description="The key. It is not stored, and is shown this one time")
+
+
 class Action(BaseModel):
     """A change that somebody made, by a call, on the dashboard or at a shell; or one that came by
     itself, such as a worker that started."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import parse_qs
 
 from fastapi import Depends, Query
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from api import schemas
 from farm.domain.verbs import Verb
 from farm.errors import InvalidRequest, TooLarge
+
+Asked = TypeVar("Asked", bound=BaseModel)
 
 MAX_FORM_BYTES = 65_536
 """Size of a form with a verb. It is parsed on the event loop."""
@@ -60,7 +62,7 @@ class Choice(NamedTuple):
             "priority": self.priority or None,
             "labels": self._labels(),
         }
-        return checked(fields)
+        return checked(schemas.OperationAsked, fields)
 
     def _labels(self) -> dict[str, str | None]:
         labels: dict[str, str | None] = {}
@@ -103,19 +105,19 @@ def choice_of(verb: Verb, form: Mapping[str, str]) -> Choice:
     return Choice(verb, *named)
 
 
-def checked(fields: Mapping[str, Any] | str) -> schemas.OperationAsked:
-    """Return an operation of these fields, or of this JSON.
+def checked(kind: type[Asked], fields: Mapping[str, Any] | str) -> Asked:
+    """Return a request of the API of these fields, or of this JSON.
 
     Raises:
         InvalidRequest: A field is wrong.
     """
     try:
         if isinstance(fields, str):
-            return schemas.OperationAsked.model_validate_json(fields)
-        return schemas.OperationAsked.model_validate(fields)
+            return kind.model_validate_json(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][-1]) if first["loc"] else "operation"
+        name = str(first["loc"][-1]) if first["loc"] else "form"
         raise InvalidRequest(f"{name}: {first['msg']}.", param=name) from error
 
 

@@ -176,7 +176,7 @@ async def begin(
 ) -> Response:
     """Start an operation that was previewed."""
     form = form_of(body)
-    asked = checked(form.get("operation", ""))
+    asked = checked(schemas.OperationAsked, form.get("operation", ""))
     expected, typed = form.get("expected", ""), form.get("typed", "").replace(",", "").strip()
     if not (expected.isascii() and expected.isdecimal() and len(expected) <= MAX_DIGITS):
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""The overview: what needs attention, the farm now, its lanes; and the page of the servers."""
+"""The overview: what needs attention, the farm now, its lanes, changes and pictures."""
 
 from __future__ import annotations
 
@@ -7,31 +7,22 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from api import schemas
-from api.auth import FarmDep
 from api.dashboard.changes_page import link_of, marks_of
 from api.dashboard.charts import Chart, Value, chart, marked, per_minute, whole
 from api.dashboard.html import show
-from api.dashboard.session import VisitingLooker
-from api.dashboard.shared import shared
-from api.recent_readiness import RecentReadiness
 from api.routes.lanes import lane_view
 from api.routes.overview import facts_of
-from api.routes.workers import worker_views
 from farm.context import Farm
 from farm.humanize import count
-from farm.process import version
 from farm.services.attention import Facts, attention
 from farm.services.history import LaneHistory, Point, Span, read_history, span_of
-from farm.store import queries, usage
 from farm.store.engine import transaction
 from farm.store.keys import Caller
 from farm.store.newest_pictures import newest_pictures
-
-router = APIRouter(include_in_schema=False)
 
 PICTURES_SHOWN, CHANGES_SHOWN = 16, 5
 SHOWN_RANGE = "6h"
@@ -143,28 +134,3 @@ def _together(past: Sequence[LaneHistory]) -> list[Point]:
             waiting = {name: before.waiting[name] + n for name, n in point.waiting.items()}
             found[point.at] = replace(before, waiting=waiting, **sums)
     return [found[at] for at in sorted(found)]
-
-
-@router.get("/system")
-def system(request: Request, farm: FarmDep, caller: VisitingLooker) -> Response:
-    """Show the servers, the janitor, the versions of the workers and the size of the database."""
-
-    def shown() -> Response:
-        servers: RecentReadiness = request.app.state.readiness
-        with transaction(farm.store) as connection:
-            swept_at = usage.noted_at(connection)
-            workers = worker_views(connection, caller)
-            database = queries.database_bytes(connection)
-        return show(
-            request,
-            "system.html",
-            caller=caller,
-            now=datetime.now(UTC),
-            readiness=servers.get(),
-            swept_at=swept_at,
-            workers=workers,
-            version=version(),
-            database_bytes=database,
-        )
-
-    return shared(request, caller, shown)

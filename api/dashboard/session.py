@@ -108,6 +108,14 @@ async def visiting_operator(
 VisitingOperator = Annotated[Caller, Depends(visiting_operator)]
 
 
+async def watching_operator(caller: Visitor) -> Caller:
+    """Require an operator's session, for a page that changes nothing."""
+    return await operator(caller)
+
+
+WatchingOperator = Annotated[Caller, Depends(watching_operator)]
+
+
 async def visiting_looker(caller: Visitor) -> Caller:
     """Require a session that sees every tenant."""
     return await looker(caller)

@@ -1,22 +1,25 @@
-"""Tenants: list, show, set, delete."""
+"""Tenants: list, show, set, delete; and their API keys: list, create, revoke."""
 
 from __future__ import annotations
 
+import uuid
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Query, Response
 
 from api import schemas
-from api.auth import FarmDep, Looker
+from api.auth import FarmDep, Looker, Operator
 from api.openapi import refusals
 from api.tenancy import Operating
-from farm.domain.spec import Priority
+from farm.domain.spec import Priority, Storable
 from farm.errors import Conflict, NotFound
-from farm.store import actions, tenants
+from farm.services.keys import create_key, revoke_key
+from farm.store import actions, keys, tenants
 from farm.store.engine import Transaction, reads, transaction
 from farm.store.tenants import TenantRow
 
 router = APIRouter(prefix="/v1/tenants", tags=["operators"])
+of_keys = APIRouter(prefix="/v1/keys", tags=["operators"])
 
 Tenant = Annotated[str, Path(description="Name or ID of the tenant")]
 USED = (
@@ -136,3 +139,38 @@ def _view(row: TenantRow) -> schemas.Tenant:
         uses={name: getattr(row, name) for name in USED},
         owns={name: getattr(row, name) for name in OWNED},
     )
+
+
+@of_keys.get("", summary="List API keys, oldest first")
+def list_keys(
+    farm: FarmDep,
+    _caller: Operator,
+    tenant: Annotated[Storable | None, Query(description="Only of this tenant")] = None,
+) -> schemas.Page[schemas.Key]:
+    """List the API keys of all tenants, also those that are revoked. There is one page."""
+    with reads(farm.store) as connection:
+        found = keys.list_keys(connection, tenant)
+    return schemas.Page(data=[schemas.Key(**row._asdict()) for row in found], next=None)
+
+
+@of_keys.post("", status_code=201, summary="Create an API key")
+def create(
+    farm: FarmDep, actor: Operating, asked: schemas.KeyAsked, response: Response
+) -> schemas.KeyMade:
+    """Create an API key. The answer has it, and nothing else ever has: the farm stores its hash."""
+    fields = asked.model_dump(exclude={"why", "tenant"})
+    with transaction(farm.store) as connection:
+        by = actor.on(asked.tenant, asked.why)
+        row, key = create_key(connection, by, asked.tenant, **fields)
+    response.headers["Cache-Control"] = "no-store"
+    return schemas.KeyMade(**row._asdict(), key=key)
+
+
+@of_keys.delete("/{key_id}", status_code=204, summary="Revoke an API key", responses=refusals(404))
+def revoke(
+    farm: FarmDep, actor: Operating, key_id: Annotated[uuid.UUID, Path(description="ID of the key")]
+) -> None:
+    """Revoke an API key, and stop the operations that it started. It is refused within
+    `FARM_KEY_SECONDS`, and cannot be used again."""
+    with transaction(farm.store) as connection:
+        revoke_key(connection, actor, key_id)

@@ -37,10 +37,14 @@ FROM keys k JOIN tenants t ON t.id = k.tenant_id
 WHERE k.digest = ANY(:digests) AND k.revoked_at IS NULL AND t.removed_at IS NULL
 """)
 
-LIST = text("""
+SHOWN = """
 SELECT k.id, k.prefix, k.role, k.everywhere, k.name, t.name AS tenant, k.created_at, k.revoked_at
-FROM keys k JOIN tenants t ON t.id = k.tenant_id ORDER BY k.created_at, k.id
+FROM keys k JOIN tenants t ON t.id = k.tenant_id
+"""
+LIST = text(f"""
+{SHOWN} WHERE CAST(:tenant AS text) IS NULL OR t.name = :tenant ORDER BY k.created_at, k.id
 """)
+ONE = text(f"{SHOWN} WHERE k.id = :id")
 
 REVOKE = text("""
 UPDATE keys k SET revoked_at = coalesce(k.revoked_at, clock_timestamp())
@@ -89,6 +93,11 @@ class KeyRow(NamedTuple):
     created_at: datetime
     revoked_at: datetime | None
 
+    @property
+    def sees(self) -> str:
+        """Its role in words."""
+        return f"{self.role} of every tenant" if self.everywhere else self.role
+
 
 def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
     """Find a tenant by name, or insert it if it is new.
@@ -113,7 +122,7 @@ def create_key(
     metadata: Metadata | None = None,
     *,
     everywhere: bool = False,
-) -> tuple[str, str]:
+) -> tuple[uuid.UUID, str]:
     """Create a key for a tenant. Return (id, key). The key itself is never shown again.
 
     Args:
@@ -148,7 +157,7 @@ def create_key(
             "everywhere": everywhere,
         },
     )
-    return str(key_id), key
+    return key_id, key
 
 
 def find_callers(connection: Connection, keys: Collection[str]) -> dict[str, Caller]:
@@ -158,9 +167,14 @@ def find_callers(connection: Connection, keys: Collection[str]) -> dict[str, Cal
     return {digests[digest]: Caller(*fields) for digest, *fields in rows}
 
 
-def list_keys(connection: Connection) -> list[KeyRow]:
-    """Read every key's description, oldest first."""
-    return rows_of(connection.execute(LIST), KeyRow)
+def list_keys(connection: Connection, tenant: str | None = None) -> list[KeyRow]:
+    """Read the description of each key of a tenant, or of all, oldest first."""
+    return rows_of(connection.execute(LIST, {"tenant": tenant}), KeyRow)
+
+
+def find_key(connection: Connection, key_id: uuid.UUID) -> KeyRow | None:
+    """Read the description of a key."""
+    return row_of(connection.execute(ONE, {"id": key_id}), KeyRow)
 
 
 class RevokedKey(NamedTuple):

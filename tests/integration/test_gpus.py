@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from farm.cli.commands.doctor_checks import Wrong, _pipeline
+from farm.cli.commands.doctor_checks import _pipeline
 from farm.config import Settings
 from farm.context import Farm
 from farm.errors import FarmError, InvalidRequest
@@ -24,6 +24,7 @@ from farm.pipelines.families.null import write_checkpoint
 from farm.pipelines.resolve import uses_gpu
 from farm.pipelines.runtime import gpus as module
 from farm.pipelines.runtime.gpus import Gpu, device_bytes, list_gpus
+from farm.services.doctor import Wrong
 from farm.store import workers
 from farm.store.engine import transaction
 from tests.integration.test_migrations import env_of

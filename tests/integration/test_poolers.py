@@ -12,10 +12,10 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
-from farm.cli.commands.doctor_checks import _postgres
 from farm.config import Settings
 from farm.errors import FarmError, Unavailable
 from farm.local.ports import free_port
+from farm.services.doctor import _postgres
 from farm.store.engine import Store, open_store, require_sessions, server_place
 
 KNOWN = {"user", "database", "application_name", "client_encoding"}

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from farm.cli.commands.doctor_checks import _s3
 from farm.config import Settings
+from farm.services.doctor import _s3
 from farm.storage import Artifacts, artifact_key, is_loopback
 
 MISSING = (

@@ -294,13 +294,14 @@ def test_actions_are_recorded_with_who_what_and_why(farm: Farm, api: Api) -> Non
     assert operator.post(f"/v1/workers/{worker.id}/drain").status_code == 202
     newest = operator.get("/v1/actions", params={"limit": 2}).json()
     oldest = operator.get("/v1/actions", params={"after": newest["next"]}).json()
-    [drain, *grants] = newest["data"] + oldest["data"]
+    [drain, start, *grants] = newest["data"] + oldest["data"]
+    assert (start["verb"], start["who"], start["lane"]) == ("worker.start", "farm", "demo")
     assert (drain["verb"], drain["target"], drain["why"]) == ("worker.drain", "worker hand", "")
     for each in grants:
         assert each | {"id": 0, "at": ""} == {
             "id": 0,
             "at": "",
-            "key_id": key_id,
+            "key_id": str(key_id),
             "who": "Grace",
             "role": "operator",
             "tenant": "ops",
@@ -312,6 +313,7 @@ def test_actions_are_recorded_with_who_what_and_why(farm: Farm, api: Api) -> Non
             "why": "ticket 7",
             "outcome": "s3://datasets/ann/",
             "operation": None,
+            "lane": None,
         }
     assert len(grants) == 2
     assert oldest["next"] is None

@@ -25,9 +25,9 @@ import psycopg
 import pytest
 from standardwebhooks import Webhook
 
-from farm.cli.commands import doctor_checks
 from farm.context import Farm
 from farm.errors import FarmError
+from farm.services import doctor
 from farm.services.metrics import render_metrics
 from farm.services.webhooks.messages import make_messages, sample
 from farm.services.webhooks.sending import Answer
@@ -512,11 +512,11 @@ def test_the_lag_is_what_couriers_leave_undone(api: Api, receiver: Receiver) -> 
         assert lag() < 10, column
     sql(api.farm, "UPDATE webhooks SET state = 'enabled'")
     with pytest.raises(FarmError, match="no courier is alive"):
-        doctor_checks._courier(api.farm.store)
+        doctor._courier(api.farm.store)
     assert b"farm_webhook_lag_seconds 7" in render_metrics(api.farm)
     with couriering(api.farm):
         wait_until(lambda: receiver.requests and lag() == 0, 10, "it is sent")
-    assert doctor_checks._courier(api.farm.store)
+    assert doctor._courier(api.farm.store)
 
 
 def test_a_message_of_a_killed_courier_is_sent_again(api: Api, receiver: Receiver) -> None:

@@ -15,7 +15,7 @@ from farm.cli.terminal.progress import spinning
 from farm.humanize import plural
 
 if TYPE_CHECKING:
-    from farm.cli.commands.doctor_checks import Finding
+    from farm.services.doctor import Finding
 
 NAME_WIDTH = 16
 
@@ -42,18 +42,13 @@ def _findings() -> Iterator[Finding]:
     with spinning("Checking"):
         from farm.cli.commands.doctor_checks import all_checks
         from farm.config import load_settings
+        from farm.services.doctor import findings
         from farm.store.engine import open_store
 
         settings = load_settings()
         store = open_store(settings)
-    passed: set[str] = set()
     try:
-        for check in all_checks(settings, store):
-            with spinning(check.name):
-                finding = check.run(passed)
-            if finding.ok:
-                passed.add(finding.name)
-            yield finding
+        yield from findings(all_checks(settings, store), spinning)
     finally:
         store.dispose()
 

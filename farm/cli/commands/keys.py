@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm.cli.terminal.console import Json, Why, columns, emit, note, say, show_table
-from farm.errors import InvalidRequest, NotFound
+from farm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from farm.domain.spec import Metadata
@@ -66,22 +66,15 @@ def create(
 
     Example: farm keys create --tenant shop --role client --name backend
     """
-    from farm.store import keys
-    from farm.store.actions import record
+    from farm.services.keys import create_key
 
-    if role not in keys.ROLES:
-        raise InvalidRequest(
-            f"--role: {role!r} is not a role. Use one of {', '.join(keys.ROLES)}.", param="role"
-        )
     with _connection() as connection:
         metadata: Metadata | None = "none" if without_metadata else None
-        key_id, key = keys.create_key(
-            connection, tenant, role, name, metadata, everywhere=everywhere
+        row, key = create_key(
+            connection, _actor(why), tenant, role, name, metadata, everywhere=everywhere
         )
-        kind = f"{role} of every tenant" if everywhere else role
-        record(connection, _actor(why).on(tenant), "key.create", f"key {key_id}", kind)
     if as_json:
-        emit({"id": key_id, "tenant": tenant, "role": role, "key": key})
+        emit({"id": row.id, "tenant": tenant, "role": role, "key": key})
     else:
         typer.echo(key)
         note(f"Save this {role} key of tenant {tenant} now. It is not shown again.")
@@ -93,19 +86,18 @@ def list_keys(as_json: Json = False) -> None:
     from farm.store import keys
 
     with _connection() as connection:
-        rows = [row._asdict() for row in keys.list_keys(connection)]
+        rows = keys.list_keys(connection)
     if as_json:
-        emit(rows)
+        emit([row._asdict() for row in rows])
         return
     names = ("id", "begins with", "tenant", "role", "note", "created, UTC", "revoked, UTC")
     table = columns(*names)
     for row in rows:
         moments = [
             f"{moment.astimezone(UTC):%Y-%m-%d %H:%M}" if moment else ""
-            for moment in (row["created_at"], row["revoked_at"])
+            for moment in (row.created_at, row.revoked_at)
         ]
-        role = row["role"] + (" of every tenant" if row["everywhere"] else "")
-        table.add_row(str(row["id"]), row["prefix"], row["tenant"], role, row["name"], *moments)
+        table.add_row(str(row.id), row.prefix, row.tenant, row.sees, row.name, *moments)
     show_table(table)
 
 
@@ -118,8 +110,7 @@ def revoke(
 
     Operations that the key started on many jobs are stopped.
     """
-    from farm.store import keys, operations
-    from farm.store.actions import record
+    from farm.services.keys import revoke_key
 
     try:
         wanted = uuid.UUID(key_id)
@@ -128,14 +119,7 @@ def revoke(
             f"{key_id!r} is not the ID of a key. `farm keys list` lists the IDs.", param="key_id"
         ) from error
     with _connection() as connection:
-        revoked = keys.revoke_key(connection, wanted)
-        if revoked is None:
-            raise NotFound(f"There is no key {key_id}. `farm keys list` lists the keys.")
-        if revoked.is_news:
-            by, outcome = _actor(why).on(revoked.tenant), f"revoked: {revoked.name or 'no name'}"
-            if stopped := operations.stop_of_key(connection, wanted):
-                outcome += f"; operations stopped: {stopped}"
-            record(connection, by, "key.revoke", f"key {revoked.id}", outcome)
+        revoke_key(connection, _actor(why), wanted)
     say(f"Key {key_id} is revoked.")
 
 
