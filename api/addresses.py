@@ -15,12 +15,17 @@ from farm.domain.image_formats import FORMATS, Format
 from farm.domain.signed_addresses import (
     SignedFrame,
     SignedJob,
+    SignedThumbnail,
     read,
     read_job,
+    read_thumbnail,
     sign,
+    sign_thumbnail,
     until_of,
 )
 from farm.errors import NotFound, Unauthenticated, Unavailable
+from farm.services import thumbnails
+from farm.storage import ArtifactName
 from farm.store import signing_secrets
 from farm.store.engine import transaction
 
@@ -29,12 +34,17 @@ SECRETS_SECONDS, RETRY_SECONDS = 10.0, 1.0
 
 Replaced secrets end after it, unless Postgres does not answer: then no image is sent either.
 """
+THUMBNAIL_SECONDS = 8 * 3600
+"""Time for which addresses of thumbnails live, in seconds. Pages that update themselves have newer
+ones each hour."""
 CLOCKS_SECONDS = 60
 """Largest difference between the clocks of two API processes that is allowed for, in seconds."""
 UNKNOWN = "This address is unknown or has ended. Ask the farm for a new one."
 
 Address = Callable[[uuid.UUID, int, Format], str | None]
 """Returns the signed address of a frame's image. None: the farm gives none."""
+ThumbnailAddress = Callable[[ArtifactName, int, int], str]
+"""Returns the signed address of the thumbnail of an image, from its width and height in pixels."""
 
 
 class SignedAddresses:
@@ -128,6 +138,37 @@ class SignedAddresses:
         if frame is None or not now < frame.until <= latest:
             raise NotFound(UNKNOWN)
         return frame
+
+    def thumbnails(self) -> ThumbnailAddress:
+        """Return the function that gives addresses of thumbnails, for a page of this server.
+
+        Raises:
+            Unavailable: Postgres does not answer.
+        """
+        self.refresh()
+        number, secret = self.newest_secret
+        until = until_of(time.time(), THUMBNAIL_SECONDS)
+
+        def address(name: ArtifactName, width: int, height: int) -> str:
+            small = thumbnails.is_small(width, height)
+            image = SignedThumbnail(*name[:5], small, until)
+            return f"/pictures/{sign_thumbnail(image, number, secret)}"
+
+        return address
+
+    def thumbnail_of(self, token: str) -> SignedThumbnail:
+        """Return the image whose thumbnail a token gives. It asks nobody.
+
+        Raises:
+            NotFound: It is no token, or its time is over.
+        """
+        image = read_thumbnail(token, self._secrets)
+        now = time.time()
+        if image is None or not now < image.until <= until_of(
+            now + CLOCKS_SECONDS, THUMBNAIL_SECONDS
+        ):
+            raise NotFound(UNKNOWN)
+        return image
 
 
 def public_url(request: Request) -> str:

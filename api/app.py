@@ -21,6 +21,7 @@ from api.dashboard import (
     changes_page,
     copies,
     failures_page,
+    gallery_page,
     job_pages,
     jobs_page,
     lanes_page,
@@ -113,6 +114,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.admitted = Places(2 * crowd, crowd)
         app.state.storage = CapacityLimiter(STORAGE_THREADS)
         app.state.pictures = CapacityLimiter(PICTURE_THREADS)
+        app.state.making = CapacityLimiter(pictures.MAKING_THREADS)
         app.state.sent = Places(signed_pictures.MAX_SENT, signed_pictures.MAX_SENT)
         app.state.answers = Places(openai_answers.MIB_AT_ONCE, openai_answers.MIB_PER_TENANT)
         app.state.webhook_tests = Places(webhooks.TESTS, webhooks.TESTS_PER_TENANT)
@@ -183,6 +185,7 @@ def _routes() -> APIRouter:
         copies,
         buttons,
         job_pages,
+        gallery_page,
         pictures,
         usage_page,
         changes_page,

@@ -40,7 +40,10 @@ CHUNK_BYTES = 2**18
 PAGE_KEYS = 1000
 """Number of keys in a page of a listing, and in one delete call. The maximum of S3."""
 
-KEY = re.compile(r"([0-9a-f-]{36})/([0-9a-f-]{36})/([0-9]{9,18})-([0-9a-f]{64})\.([a-z]+)")
+THUMBNAIL = ".thumbnail.webp"
+KEY = re.compile(
+    r"([0-9a-f-]{36})/([0-9a-f-]{36})/([0-9]{9,18})-([0-9a-f]{64})\.([a-z]+)(\.thumbnail\.webp)?"
+)
 
 
 class NotStored(Unavailable):
@@ -83,22 +86,29 @@ def export_prefix(tenant_id: uuid.UUID, export_id: uuid.UUID) -> str:
 
 
 class ArtifactName(NamedTuple):
-    """The parts of an artifact's key."""
+    """The parts of the key of an artifact, or of its thumbnail."""
 
     tenant_id: uuid.UUID
     job_id: uuid.UUID
     ordinal: int
     sha256: bytes
     form: Format
+    is_thumbnail: bool = False
 
     @property
     def key(self) -> str:
         """The complete key."""
-        return artifact_key(self.tenant_id, self.job_id, self.ordinal, self.sha256, self.form)
+        key = artifact_key(self.tenant_id, self.job_id, self.ordinal, self.sha256, self.form)
+        return f"{key}{THUMBNAIL}" if self.is_thumbnail else key
+
+    @property
+    def thumbnail(self) -> ArtifactName:
+        """The name of its thumbnail."""
+        return self._replace(is_thumbnail=True)
 
 
 def parse_key(key: str) -> ArtifactName | None:
-    """Split an artifact's key into its parts. Return None for any other key."""
+    """Split the key of an artifact or a thumbnail. Return None for any other key."""
     found = KEY.fullmatch(key)
     if found is None or found[5] not in BY_EXTENSION:
         return None
@@ -107,7 +117,8 @@ def parse_key(key: str) -> ArtifactName | None:
     except ValueError:
         return None
     form = BY_EXTENSION[found[5]]
-    name = ArtifactName(tenant_id, job_id, int(found[3]), bytes.fromhex(found[4]), form)
+    sha256 = bytes.fromhex(found[4])
+    name = ArtifactName(tenant_id, job_id, int(found[3]), sha256, form, found[6] is not None)
     return name if name.key == key else None
 
 

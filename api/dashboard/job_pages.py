@@ -16,6 +16,7 @@ from api import schemas
 from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
 from api.dashboard.html import show
+from api.dashboard.pictures import thumbnails_of_frames
 from api.dashboard.session import Visitor
 from api.dashboard.shared import shared
 from api.responses import frame_views, job_view
@@ -104,6 +105,7 @@ class JobPage:
             caller=self.caller,
             job=job,
             actions=actions(job) if self.caller.role in WRITERS else [],
+            thumbnail=thumbnails_of_frames(self.request, self.caller.tenant_id, self.job_id),
             now=datetime.now(UTC),
             **values,
         )

@@ -17,6 +17,7 @@ from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
 from api.dashboard.html import address_of, is_from_htmx, is_local, show
 from api.dashboard.overview_page import overview
+from api.dashboard.pictures import thumbnails_of
 from api.dashboard.session import (
     PerhapsVisitor,
     Visitor,
@@ -40,7 +41,7 @@ from farm.store import queries, saved_views
 from farm.store.engine import transaction
 from farm.store.job_lists import MOST_NEWER, SEARCHED, JobFilter, count_newer
 from farm.store.keys import Caller
-from farm.store.newest_pictures import newest_pictures
+from farm.store.pictures import newest_pictures
 from farm.store.saved_views import SavedView
 
 router = APIRouter(include_in_schema=False)
@@ -69,13 +70,13 @@ class Wish:
     after: uuid.UUID | None = None
     """The jobs before this one."""
 
-    def address(self, **changes: object) -> str:
-        """Return the address of the page with some changes. A page of other jobs is the first."""
+    def address(self, path: str = "/jobs", **changes: object) -> str:
+        """Return the address of a page with some changes. A page of other jobs is the first."""
         fields = {**vars(replace(self, after=None)), **changes}
         known = {name: value for name, value in fields.items() if value is not None}
         if "until" in known:
             known["until"] = cast(datetime, known["until"]).isoformat()
-        return f"/jobs?{urlencode(known)}" if known else "/jobs"
+        return f"{path}?{urlencode(known)}" if known else path
 
     def filter(self, whose: uuid.UUID | None) -> JobFilter:
         """Return the filter of the jobs of a tenant, or of all (None).
@@ -158,7 +159,8 @@ async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: 
     whose = None if shows_all else (await about(request, caller, wanted.tenant)).tenant_id
 
     def shown() -> Response:
-        return show(request, "jobs.html", **contents(farm, caller, wanted, whose))
+        values = contents(farm, caller, wanted, whose)
+        return show(request, "jobs.html", thumbnail=thumbnails_of(request), **values)
 
     return await to_thread.run_sync(shared, request, caller, shown)
 

@@ -14,6 +14,7 @@ from api import schemas
 from api.dashboard.changes_page import link_of, marks_of
 from api.dashboard.charts import Chart, Value, chart, marked, per_minute, whole
 from api.dashboard.html import show
+from api.dashboard.pictures import thumbnails_of
 from api.routes.lanes import lane_view
 from api.routes.overview import facts_of
 from farm.context import Farm
@@ -22,7 +23,7 @@ from farm.services.attention import Facts, attention
 from farm.services.history import LaneHistory, Point, Span, read_history, span_of
 from farm.store.engine import transaction
 from farm.store.keys import Caller
-from farm.store.newest_pictures import newest_pictures
+from farm.store.pictures import newest_pictures
 
 PICTURES_SHOWN, CHANGES_SHOWN = 16, 5
 SHOWN_RANGE = "6h"
@@ -62,6 +63,7 @@ def overview(request: Request, farm: Farm, caller: Caller) -> Response:
         sparks=_sparks(facts, past, span, [each.at for each in marks]),
         changes=[(each, link_of(each)) for each in marks[:CHANGES_SHOWN]],
         pictures=pictures,
+        thumbnail=thumbnails_of(request),
         range=SHOWN_RANGE,
     )
 

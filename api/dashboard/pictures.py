@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import time
 import uuid
 from collections.abc import Callable
 from typing import Annotated
@@ -10,31 +10,72 @@ from typing import Annotated
 from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
-from PIL import Image
 
+from api import schemas
+from api.addresses import SignedAddresses
 from api.auth import FarmDep
 from api.dashboard.session import Visitor
 from api.routes.frames import image_key
 from farm.context import Farm
-from farm.storage import media_type_of
+from farm.domain.signed_addresses import THUMBNAIL_CHARS
+from farm.services import thumbnails
+from farm.storage import ArtifactName, media_type_of
 from farm.store.keys import Caller
+from farm.store.pictures import Picture
 
-router = APIRouter(prefix="/pictures/{job_id}/{ordinal}", include_in_schema=False)
+router = APIRouter(prefix="/pictures", include_in_schema=False)
 
-Ordinal = Annotated[int, Path(ge=0)]
-THUMBNAIL_PIXELS = 384
-Give = Callable[[Farm, Caller, uuid.UUID, int], Response]
+Thumbnail = Callable[[Picture], str]
+"""Returns the signed address of an image's thumbnail."""
+ThumbnailOfFrame = Callable[[schemas.Frame], str]
+
+MAKING_THREADS = 2
+"""Thumbnails that a process makes at the same time. Each takes about 0.2 s of a core."""
 
 # An artifact never changes, but another user of this browser has another cookie.
 FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Cookie"}
 
 
-@router.get("")
+def thumbnails_of(request: Request) -> Thumbnail:
+    """Return the function that gives the addresses of thumbnails on a page."""
+    addresses: SignedAddresses = request.app.state.addresses
+    sign = addresses.thumbnails()
+
+    def address(picture: Picture) -> str:
+        spec = picture.spec
+        place = picture.tenant_id, picture.job_id, picture.ordinal
+        name = ArtifactName(*place, picture.sha256, spec.format)
+        return sign(name, spec.params["width"], spec.params["height"])
+
+    return address
+
+
+def thumbnails_of_frames(
+    request: Request, tenant_id: uuid.UUID, job_id: uuid.UUID
+) -> ThumbnailOfFrame:
+    """Return the function that gives the addresses of thumbnails of succeeded frames of a job."""
+    addresses: SignedAddresses = request.app.state.addresses
+    sign = addresses.thumbnails()
+
+    def address(frame: schemas.Frame) -> str:
+        sha256 = bytes.fromhex(frame.sha256 or "")
+        name = ArtifactName(tenant_id, job_id, frame.ordinal, sha256, frame.format)
+        return sign(name, frame.width, frame.height)
+
+    return address
+
+
+@router.get("/{job_id}/{ordinal}")
 async def picture(
-    request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
+    request: Request,
+    farm: FarmDep,
+    caller: Visitor,
+    job_id: uuid.UUID,
+    ordinal: Annotated[int, Path(ge=0)],
 ) -> Response:
     """Return a frame's image as it is stored."""
-    return await _by_storage(request, _picture, farm, caller, job_id, ordinal)
+    limiter = request.app.state.storage
+    return await to_thread.run_sync(_picture, farm, caller, job_id, ordinal, limiter=limiter)
 
 
 def _picture(farm: Farm, caller: Caller, job_id: uuid.UUID, ordinal: int) -> Response:
@@ -45,29 +86,29 @@ def _picture(farm: Farm, caller: Caller, job_id: uuid.UUID, ordinal: int) -> Res
     return Response(content, media_type=media_type_of(key), headers=headers)
 
 
-@router.get("/thumbnail")
+@router.get("/{token}")
 async def thumbnail(
-    request: Request, farm: FarmDep, caller: Visitor, job_id: uuid.UUID, ordinal: Ordinal
+    request: Request,
+    farm: FarmDep,
+    token: Annotated[str, Path(max_length=THUMBNAIL_CHARS)],
 ) -> Response:
-    """Return a frame's image as a thumbnail."""
-    return await _by_storage(request, _thumbnail, farm, caller, job_id, ordinal)
+    """Return a thumbnail by its signed address, without a query. The first call makes it."""
+    state = request.app.state
+    addresses: SignedAddresses = state.addresses
+    if addresses.are_due:
+        await to_thread.run_sync(addresses.refresh, limiter=state.storage)
+    image = addresses.thumbnail_of(token)
+    name = ArtifactName(*image[:5])
 
+    def stored() -> thumbnails.Thumbnail | None:
+        return thumbnails.stored(farm.artifacts, name, small=image.is_small)
 
-async def _by_storage(
-    request: Request, give: Give, farm: Farm, caller: Caller, job_id: uuid.UUID, ordinal: int
-) -> Response:
-    """Return a picture, read in one of the threads that may wait for the storage."""
-    limiter = request.app.state.storage
-    return await to_thread.run_sync(give, farm, caller, job_id, ordinal, limiter=limiter)
-
-
-def _thumbnail(farm: Farm, caller: Caller, job_id: uuid.UUID, ordinal: int) -> Response:
-    key = image_key(farm, caller.tenant_id, job_id, ordinal)
-    content = farm.artifacts.get(key)
-    image = Image.open(io.BytesIO(content))
-    if max(image.size) <= THUMBNAIL_PIXELS:
-        return Response(content, media_type=media_type_of(key), headers=FOR_EVER)
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=85)
-    return Response(buffer.getvalue(), media_type="image/webp", headers=FOR_EVER)
+    found = await to_thread.run_sync(stored, limiter=state.storage)
+    if found is None:
+        found = await to_thread.run_sync(
+            thumbnails.make, farm.artifacts, name, limiter=state.making
+        )
+    content, media_type = found
+    left = max(0, image.until - int(time.time()))
+    headers = {"Cache-Control": f"private, max-age={left}, immutable"}
+    return Response(content, media_type=media_type, headers=headers)

@@ -153,7 +153,7 @@ def list_keys(
     return schemas.Page(data=[schemas.Key(**row._asdict()) for row in found], next=None)
 
 
-@of_keys.post("", status_code=201, summary="Create an API key")
+@of_keys.post("", status_code=201, summary="Create an API key", responses=refusals(400))
 def create(
     farm: FarmDep, actor: Operating, asked: schemas.KeyAsked, response: Response
 ) -> schemas.KeyMade:

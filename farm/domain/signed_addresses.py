@@ -3,6 +3,7 @@
 A token of a frame is base64 (RFC 4648, section 5) of 45 bytes: the number of the secret (1), the
 job's ID (16), the ordinal (8) and the end in Unix seconds (4), in network byte order, and the first
 16 bytes of their HMAC-SHA256. A token of a job has no ordinal. It lets its holder watch the job.
+A token of a thumbnail has all that the key of its object has, so that it is found without a query.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from farm.domain.image_formats import FORMATS, Format
+
 PAYLOAD = struct.Struct(">B16sQI")
 OF_JOB = struct.Struct(">B16sI")
+OF_THUMBNAIL = struct.Struct(">B16s16sQ32sBBI")
 MAC_BYTES = 16
 TOKEN_CHARS = (PAYLOAD.size + MAC_BYTES) * 4 // 3
-PURPOSE, WATCHING = b"farm picture 1 ", b"farm watch 1 "
+THUMBNAIL_CHARS = (OF_THUMBNAIL.size + MAC_BYTES + 2) // 3 * 4
+PURPOSE, WATCHING, SEEING = b"farm picture 1 ", b"farm watch 1 ", b"farm thumbnail 1 "
 """Texts before each payload, so that a secret signs nothing else in the same way."""
 
 
@@ -50,6 +55,20 @@ class SignedJob(NamedTuple):
     """End of the token, in Unix seconds."""
 
 
+class SignedThumbnail(NamedTuple):
+    """An image whose thumbnail a token gives."""
+
+    tenant_id: uuid.UUID
+    job_id: uuid.UUID
+    ordinal: int
+    sha256: bytes
+    form: Format
+    is_small: bool
+    """True if the image is its own thumbnail."""
+    until: int
+    """End of the address, in Unix seconds."""
+
+
 def sign(frame: SignedFrame, number: int, secret: bytes) -> str:
     """Return the token of a frame, signed with the secret of this number, 0 to 255."""
     payload = PAYLOAD.pack(number, frame.job_id.bytes, frame.ordinal, frame.until)
@@ -62,6 +81,21 @@ def sign_job(job: SignedJob, number: int, secret: bytes) -> str:
     return _text(payload + _mac(WATCHING, secret, payload))
 
 
+def sign_thumbnail(image: SignedThumbnail, number: int, secret: bytes) -> str:
+    """Return the token of a thumbnail, signed with the secret of this number, 0 to 255."""
+    payload = OF_THUMBNAIL.pack(
+        number,
+        image.tenant_id.bytes,
+        image.job_id.bytes,
+        image.ordinal,
+        image.sha256,
+        [*FORMATS].index(image.form),
+        image.is_small,
+        image.until,
+    )
+    return _text(payload + _mac(SEEING, secret, payload))
+
+
 def read(token: str, secrets: Mapping[int, bytes]) -> SignedFrame | None:
     """Return the frame of a token. None: it is no token, or none of these secrets signed it."""
     found = _signed(token, PAYLOAD, PURPOSE, secrets)
@@ -72,6 +106,16 @@ def read_job(token: str, secrets: Mapping[int, bytes]) -> SignedJob | None:
     """Return the job of a token. None: it is no token, or none of these secrets signed it."""
     found = _signed(token, OF_JOB, WATCHING, secrets)
     return None if found is None else SignedJob(uuid.UUID(bytes=found[1]), found[2])
+
+
+def read_thumbnail(token: str, secrets: Mapping[int, bytes]) -> SignedThumbnail | None:
+    """Return the image of a token. None: it is no token, or none of these secrets signed it."""
+    found = _signed(token, OF_THUMBNAIL, SEEING, secrets)
+    if found is None:
+        return None
+    _, tenant, job, ordinal, sha256, form, small, until = found
+    tenant_id, job_id = uuid.UUID(bytes=tenant), uuid.UUID(bytes=job)
+    return SignedThumbnail(tenant_id, job_id, ordinal, sha256, [*FORMATS][form], bool(small), until)
 
 
 def _signed(

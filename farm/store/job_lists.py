@@ -52,7 +52,9 @@ TAKES = {
 CONDITIONS = {
     **{f"takes_{name}": condition for name, condition in TAKES.items()},
     "ids": "j.id = ANY(CAST(:ids AS uuid[]))",
+    "takes_pictures": "j.succeeded > 0",
     "below_id": "(j.created_at, j.id) < (:below_at, :below_id)",
+    "below_job": "(j.created_at, j.id) <= (SELECT created_at, id FROM jobs WHERE id = :below_job)",
     "tenant_id": "j.tenant_id = :tenant_id",
     "status": "j.status = :status",
     "pipeline": "j.pipeline = :pipeline",
@@ -234,7 +236,7 @@ FROM (
                    THEN {UNFINISHED} * frame_cost(j.batch_key) END)::float AS unfinished_cost,
                sum(CASE WHEN j.dead > 0 THEN j.dead * frame_cost(j.batch_key) END)::float
                AS dead_cost
-        FROM {_matching(set(names))} GROUP BY j.pipeline
+        FROM {matching(set(names))} GROUP BY j.pipeline
     ) m
 ) p
 """)  # noqa: S608 - constants only
@@ -259,13 +261,13 @@ SELECT count(*) FROM (SELECT FROM ({source}) j WHERE {words} LIMIT :limit) newer
 def listing(names: Iterable[str]) -> TextClause:
     """Return the statement that lists jobs by these conditions, and by `words` if it is one."""
     return text(f"""
-SELECT {JOB_COLUMNS} FROM {_matching(set(names))}
+SELECT {JOB_COLUMNS} FROM {matching(set(names))}
 ORDER BY j.created_at DESC, j.id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
 
 
-def _matching(names: set[str]) -> str:
-    """Return the FROM and WHERE of the jobs of these conditions."""
+def matching(names: set[str]) -> str:
+    """Return the FROM and WHERE of the jobs `j` of these conditions. `words` may be one."""
     if "words" not in names:
         return f"jobs j WHERE {_where(names)}"
     if "floor" in names:

@@ -26,8 +26,8 @@ MAX_JOBS_PER_CALL = 1000
 
 DAY_SECONDS = 86_400.0
 
-ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes, Format]
-"""(tenant, job, ordinal, sha256, format): the parts of an artifact's key."""
+ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes, Format, bool]
+"""(tenant, job, ordinal, sha256, format, is a thumbnail): the parts of an artifact's key."""
 
 INTO_REMOVED = """
 removed AS (

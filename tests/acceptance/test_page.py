@@ -168,24 +168,18 @@ def test_newest_pictures_are_shown(api: Api, browser: Chrome) -> None:
     assert "another's" not in text_of(browser, "main")
     loaded = "return [...document.querySelectorAll('.pictures img')].map(i => i.naturalWidth)"
     wait_until(lambda: browser.execute_script(loaded) == [64, 64], 15, "both pictures are loaded")
-    link = browser.find_element("css selector", ".pictures a").get_attribute("href")
+    link = browser.find_element("css selector", ".pictures li a").get_attribute("href")
     assert link == f"{api.url}/jobs/{job['id']}/frames/0"
 
 
-def test_a_large_picture_is_sent_small(api: Api) -> None:
-    client = api.client()
-    job = api.submit(client, width=248, height=256)
+def test_a_whole_picture_needs_a_session_of_its_tenant(api: Api) -> None:
+    job = api.submit(api.client())
     worker = register_worker(api.farm)
-    lease = worker.must_claim()
-    big = lease.frames[0].spec.params
-    big.update(width=1024, height=512)
-    render(worker, lease)
-    visitor = signed_in(api)
+    render(worker, worker.must_claim())
     path = f"/pictures/{job['id']}/0"
-    whole, small = visitor.get(path), visitor.get(f"{path}/thumbnail")
+    whole = signed_in(api).get(path)
     assert whole.headers["content-type"] == "image/png"
-    assert small.headers["content-type"] == "image/webp"
-    assert "immutable" in small.headers["cache-control"]
+    assert "immutable" in whole.headers["cache-control"]
     assert api.bare().get(path).status_code == 401
     assert signed_in(api, tenant="bob").get(path).status_code == 404
 
@@ -402,6 +396,7 @@ def test_no_page_keeps_anybody_off(api: Api, browser: Chrome) -> None:
         "/system",
         "/failures",
         "/changes",
+        "/pictures",
         "/system/checks",
         "/system/keys",
         f"/system/keys/{key_of(api)}/revoke",

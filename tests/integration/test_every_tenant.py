@@ -770,12 +770,12 @@ def test_the_page_shows_every_tenant_to_operators(api: Api, ann: Owned, bob: Own
         whole = page_of(visitor, "/jobs")
         assert [f'id="job-{each.ids["job"]}"' in whole for each in (ann, bob)] == [True, True]
         assert "/jobs?tenant=ann" in whole
-        assert f"/pictures/{ann.ids['job']}/0" in whole
+        assert f'id="picture-{ann.ids["job"]}-0"' in whole
         assert ("/cancel" in whole) == (role == "operator")
         part = page_of(visitor, "/jobs?tenant=ann")
         assert [f'id="job-{each.ids["job"]}"' in part for each in (ann, bob)] == [True, False]
         assert "status=queued&amp;tenant=ann" in part or "tenant=ann&amp;status=queued" in part
-        picture = visitor.get(f"/pictures/{ann.ids['job']}/0/thumbnail")
+        picture = visitor.get(f"/pictures/{ann.ids['job']}/0")
         assert picture.headers["content-type"] in ("image/png", "image/webp")
 
 

@@ -31,9 +31,9 @@ from farm.store import (
     lanes,
     leases,
     lines,
-    newest_pictures,
     operations,
     owners,
+    pictures,
     provenances,
     queries,
     retention,
@@ -56,9 +56,9 @@ LARGE |= {"actions", "exports", "inputs", "operations", "samples"}
 
 HISTORY = """
 INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,
-                  batch_key, bucket, runs, max_attempts, spec, labels, created_at)
-SELECT gen_random_uuid(), :tenant, 'demo', 1, 'succeeded', false, 1, 1, 1, 'key', 8, '[]', 3, '{}',
-       jsonb_build_object('n', n::text), clock_timestamp() - make_interval(secs => n)
+                  succeeded, batch_key, bucket, runs, max_attempts, spec, labels, created_at)
+SELECT gen_random_uuid(), :tenant, 'demo', 1, 'succeeded', false, 1, 1, 1, 1, 'key', 8, '[]', 3,
+       '{}', jsonb_build_object('n', n::text), clock_timestamp() - make_interval(secs => n)
 FROM generate_series(1, 20000) n;
 INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, sha256, bytes)
 SELECT :job, n, 'succeeded', 1, 'hand', clock_timestamp(), '\\x00', 1
@@ -245,7 +245,17 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     },
     "exports of all tenants": (exports.LIST_ALL, {"limit": 50, "after": None}),
     "inputs of all tenants": (inputs.LIST_ALL, {"limit": 50, "after": None}),
-    "pictures of all tenants": (newest_pictures.NEWEST_OF_ALL, {"limit": 16}),
+    "pictures of all tenants": (pictures.NEWEST_OF_ALL, {"limit": 16}),
+    "pictures of jobs": (pictures.pictured(["takes_pictures"]), {"limit": 49}),
+    "pictures of jobs, another page": (
+        pictures.pictured(["takes_pictures", "below_job", "tenant_id"]),
+        {"limit": 49, "below_job": uuid.UUID(int=1), "ordinal": 5, "tenant_id": uuid.UUID(int=1)},
+    ),
+    "marks on charts": (
+        actions.MARKS,
+        {"since": "2100-01-01T00:00:00Z", "until": "2100-01-02T00:00:00Z", "lane": "x", "limit": 9},
+    ),
+    "version of a program": (actions.VERSION, {"target": "program api"}),
     "owner of a job": (owners.OWNED["job_id"], {"id": uuid.UUID(int=1)}),
     "owner of a delivery": (owners.OWNED["delivery_id"], {"id": 1}),
     **{
@@ -255,6 +265,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
             "verb": "verb 3",
             "target": "job 77",
             "owner": "shop 9",
+            "lane": "demo",
             "since": "2100-01-01T00:00:00Z",
             "until": "2000-01-01T00:00:00Z",
             "after": 100,

@@ -245,11 +245,13 @@ def test_a_large_job_goes_some_rows_at_a_time(farm: Farm, tenant: uuid.UUID) -> 
 def test_an_artifacts_key_is_read_back_and_no_other_key_is() -> None:
     tenant, job_id, digest = uuid.uuid4(), uuid.uuid4(), hashlib.sha256(LATE).digest()
     key = artifact_key(tenant, job_id, 12, digest)
-    assert parse_key(key) == (tenant, job_id, 12, digest, "png")
+    assert parse_key(key) == (tenant, job_id, 12, digest, "png", False)
     for form, extension in zip(get_args(Format), ("png", "jpg", "webp"), strict=True):
         name = ArtifactName(tenant, job_id, 12, digest, form)
         assert name.key == key.removesuffix("png") + extension
         assert parse_key(name.key) == name
+        assert parse_key(name.thumbnail.key) == name.thumbnail
+        assert name.thumbnail.key.startswith(name.key)
     assert parse_key(artifact_key(tenant, job_id, 12_345_678_901, digest)) is not None
     for other in (
         image_key(tenant, digest.hex()),
