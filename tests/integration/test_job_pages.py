@@ -522,6 +522,9 @@ def test_pages_of_a_job_of_a_million_frames_are_quick(
         shown = frames_on(text_of(visitor, f"/jobs/{job}{path}"))
         assert bool(shown) == (state is not FrameState.CANCELLED), state
         slow[path] = quickest_19_of_20(visitor, f"/jobs/{job}{path}")
+    for path in ("/pictures", f"/pictures?after={job}&at=600000"):
+        assert 'rel="next"' in text_of(visitor, path)
+        slow[path] = quickest_19_of_20(visitor, path)
     print({path: round(seconds * 1000) for path, seconds in slow.items()})  # noqa: T201
     assert {path: seconds for path, seconds in slow.items() if seconds >= 0.15} == {}
 
