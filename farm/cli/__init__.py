@@ -31,6 +31,7 @@ from farm.cli.commands import (
     replay,
     steering,
     submit,
+    top,
     up,
     usage,
     workers,
@@ -107,6 +108,7 @@ app.command("migrate", rich_help_panel=RUN)(processes.migrate)
 app.command("fetch", rich_help_panel=RUN)(fetch.fetch)
 app.command("calibrate", rich_help_panel=RUN)(calibrate.calibrate)
 app.command("audit", rich_help_panel=RUN)(audit.audit)
+app.command("top", rich_help_panel=OPERATE)(top.top)
 app.add_typer(keys.app, name="keys", rich_help_panel=OPERATE)
 app.add_typer(operating.tenants_app, name="tenants", rich_help_panel=OPERATE)
 app.add_typer(operating.destinations_app, name="destinations", rich_help_panel=OPERATE)

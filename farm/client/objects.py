@@ -314,6 +314,51 @@ class Lane(TypedDict):
     hold: LaneHold | None
 
 
+class Attention(TypedDict):
+    """Something that an operator should look at."""
+
+    level: str
+    """`critical`, `warning` or `info`."""
+    code: str
+    sentence: str
+    link: str
+    """Address of the page that shows it."""
+
+
+class HistoryPoint(TypedDict):
+    """A lane over some time, which ends at `at`."""
+
+    at: str
+    waiting: dict[str, int]
+    workers: float
+    able: float
+    rendering: float
+    loading: float
+    failed: float
+    draining: float
+    frames_per_second: float
+    failed_attempts: int
+    expired: int
+    busy: float | None
+    wait_p50: float | None
+    wait_p95: float | None
+    stages: dict[str, float] | None
+
+
+class LaneHistory(TypedDict):
+    """Points of a lane, oldest first."""
+
+    pipeline: str
+    points: list[HistoryPoint]
+
+
+class History(TypedDict):
+    """Points of some lanes."""
+
+    seconds: int
+    lanes: list[LaneHistory]
+
+
 class Tenant(TypedDict):
     """A tenant, and the number of things that it owns."""
 

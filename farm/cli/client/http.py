@@ -13,11 +13,13 @@ from farm.client.calls import Call, quoted
 from farm.client.core import key_of
 from farm.client.objects import (
     Action,
+    Attention,
     ControlImage,
     Destination,
     Export,
     ExportAsked,
     Frame,
+    History,
     Input,
     JobData,
     Lane,
@@ -200,6 +202,14 @@ class FarmClient:
     def lanes(self) -> Page[Lane]:
         """Read the lanes."""
         return self.farm.call(Call(Page[Lane], "GET", "/v1/lanes"))
+
+    def attention(self) -> Page[Attention]:
+        """Read what needs attention, worst first."""
+        return self.farm.call(Call(Page[Attention], "GET", "/v1/attention"))
+
+    def history(self, params: Params) -> History:
+        """Read the history of the lanes."""
+        return self.farm.call(Call(History, "GET", "/v1/history", params))
 
     def hold_lane(self, pipeline: str, body: Mapping[str, object], why: str) -> Lane:
         """Hold a lane."""
