@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from api.auth import FarmDep
-from api.dashboard.html import show
+from api.dashboard.html import SUMMED, show
 from api.dashboard.session import VisitingLooker
 from api.dashboard.shared import shared
 from farm.context import Farm
@@ -101,6 +101,7 @@ def changes(
             "changes.html",
             caller=caller,
             now=datetime.now(UTC),
+            every=SUMMED,
             rows=[(row, link_of(row)) for row in found[:SHOWN]],
             kinds=list(KINDS),
             asked=named,

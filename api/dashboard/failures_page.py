@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from api.auth import FarmDep
 from api.dashboard.forms import form_of
-from api.dashboard.html import show
+from api.dashboard.html import SUMMED, show
 from api.dashboard.session import VisitingLooker, VisitingOperator, done
 from api.dashboard.shared import shared
 from api.request_body import read_body
@@ -50,6 +50,7 @@ def failures(
             "failures.html",
             caller=caller,
             now=datetime.now(UTC),
+            every=SUMMED,
             faults=[(fault_view(row), bars[row.fault]) for row in rows],
             range=chosen,
             ranges=list(RANGES),

@@ -28,7 +28,10 @@ PAGE_HEADERS = {
 
 UPDATES = (0, 2, 5, 15, 60)
 """Intervals of updates that a visitor may choose, in seconds. 0: none."""
-UPDATES_AT_FIRST = 2
+AUTOMATIC = "auto"
+"""Choice of a visitor who leaves the interval to the pages."""
+MOVING, LISTED, SUMMED = 2, 5, 30
+"""Intervals of pages on which something moves, of lists, and of sums over days. Seconds."""
 
 _templates = Environment(
     loader=PackageLoader("api.dashboard"),
@@ -58,7 +61,7 @@ _templates.globals["vendored"] = [
     for file in package["files"]
     if file["file"].endswith(".js")
 ]
-_templates.globals["choices"] = UPDATES
+_templates.globals["choices"] = (AUTOMATIC, *UPDATES)
 _templates.globals["only_live"] = False
 
 
@@ -82,15 +85,22 @@ def updates_cookie(request: Request) -> str:
     return f"farm_updates_{request.url.port or 'default'}"
 
 
-def show(request: Request, template: str, **values: Any) -> Response:
+def show(request: Request, template: str, *, every: int = LISTED, **values: Any) -> Response:
     """Return a page, or for htmx its block `live`, with a tag of it: see `unchanged`.
 
     Runs in a thread: it takes milliseconds.
+
+    Args:
+        request: The request.
+        template: File name of the template.
+        every: Interval of the page's updates in seconds, unless the visitor has chosen one.
+        values: Values of the template.
     """
-    chosen = request.cookies.get(updates_cookie(request), "")
-    seconds = int(chosen) if chosen in map(str, UPDATES) else UPDATES_AT_FIRST
+    chosen = request.cookies.get(updates_cookie(request), AUTOMATIC)
+    seconds = int(chosen) if chosen in map(str, UPDATES) else every
     path, query = request.url.path, request.url.query
-    values = {**values, "here": f"{path}?{query}" if query else path, "updates": seconds}
+    here = f"{path}?{query}" if query else path
+    values = {**values, "here": here, "updates": seconds, "chosen_updates": chosen}
     headers = {**PAGE_HEADERS, "Vary": "HX-Request"}
     if not is_from_htmx(request):
         return HTMLResponse(render(template, **values), headers=headers)

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from api import schemas
 from api.auth import WRITERS, FarmDep
 from api.dashboard.buttons import actions
-from api.dashboard.html import show
+from api.dashboard.html import LISTED, MOVING, show
 from api.dashboard.pictures import thumbnails_of_frames
 from api.dashboard.session import Visitor
 from api.dashboard.shared import shared
@@ -25,7 +25,7 @@ from api.routes.jobs import JobId
 from api.waiting_reasons import Lanes
 from farm.context import Farm
 from farm.domain.spec import Storable
-from farm.domain.states import FrameState
+from farm.domain.states import TERMINAL, FrameState
 from farm.errors import InvalidRequest
 from farm.store import actions as log
 from farm.store import job_pages as stored
@@ -37,6 +37,9 @@ from farm.store.keys import Caller
 from farm.store.queries import JobRow
 
 router = APIRouter(prefix="/jobs/{job_id}", include_in_schema=False)
+
+MAX_MOVING = 10_000
+"""Frames of a job whose pages show each second or two something new."""
 
 FRAMES_SHOWN = 48
 ATTEMPTS_SHOWN = 50
@@ -99,11 +102,13 @@ class JobPage:
 
     def show(self, template: str, job: schemas.Job, **values: Any) -> Response:
         """Return the page."""
+        moves = job.status not in TERMINAL and job.total <= MAX_MOVING
         return show(
             self.request,
             template,
             caller=self.caller,
             job=job,
+            every=MOVING if moves else LISTED,
             actions=actions(job) if self.caller.role in WRITERS else [],
             thumbnail=thumbnails_of_frames(self.request, self.caller.tenant_id, self.job_id),
             now=datetime.now(UTC),

@@ -162,7 +162,8 @@ async def page(request: Request, farm: FarmDep, caller: PerhapsVisitor, wanted: 
         values = contents(farm, caller, wanted, whose)
         return show(request, "jobs.html", thumbnail=thumbnails_of(request), **values)
 
-    return await to_thread.run_sync(shared, request, caller, shown)
+    answer = partial(shared, request, caller, shown, by_key=True)  # it has saved views
+    return await to_thread.run_sync(answer)
 
 
 def contents(farm: Farm, caller: Caller, wanted: Wish, whose: uuid.UUID | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastapi.responses import RedirectResponse, Response
 from api import schemas
 from api.auth import WRITERS, FarmDep, refuse_viewers
 from api.dashboard.forms import MAX_WHY, PAST, Choice, Chosen, checked, form_of
-from api.dashboard.html import show
+from api.dashboard.html import LISTED, MOVING, show
 from api.dashboard.jobs_page import Wish, Wished, kept
 from api.dashboard.session import VisitingWriter, Visitor, done
 from api.dashboard.shared import shared
@@ -248,6 +248,7 @@ def operation(
             caller=caller,
             now=datetime.now(UTC),
             operation=found,
+            every=MOVING if found.state == "running" else LISTED,
             past=PAST,
             log=log_of,
             may_stop=may_stop and found.state == "running",

@@ -26,6 +26,7 @@ from api.auth import (
     session_of,
 )
 from api.dashboard.html import (
+    AUTOMATIC,
     PAGE_HEADERS,
     UPDATES,
     local,
@@ -181,8 +182,9 @@ def log_out(request: Request, farm: FarmDep) -> Response:
 def set_updates(request: Request, body: Annotated[bytes, Depends(read_body)]) -> Response:
     """Set the interval in which the pages of this browser are updated."""
     seconds = field_of(body, "seconds")
-    if seconds not in map(str, UPDATES):
-        choices = ", ".join(map(str, UPDATES))
+    allowed = (AUTOMATIC, *map(str, UPDATES))
+    if seconds not in allowed:
+        choices = ", ".join(allowed)
         raise InvalidRequest(f"seconds: use one of {choices}.", param="seconds")
     response = done(request)
     year = int(365 * DAY_SECONDS)

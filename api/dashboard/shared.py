@@ -1,7 +1,8 @@
 """Shared answers: tabs that look at the same page share what is read for it, for a second.
 
-Thirty dashboards on walls then cost as much as one. Answers are shared between the sessions of one
-key, and never between keys: each key sees its own.
+Thirty dashboards on walls then cost as much as one. Answers are shared between visitors who may see
+and do the same: those of one tenant with one role. What only one key sees, such as its saved views,
+is not shared between keys.
 """
 
 from __future__ import annotations
@@ -57,17 +58,22 @@ class SharedAnswers:
             self._answers.clear()
 
 
-def shared(request: Request, caller: Caller, build: Callable[[], Response]) -> Response:
-    """Return a page, and for its updates the answer that the tabs of a key share.
+def shared(
+    request: Request, caller: Caller, build: Callable[[], Response], *, by_key: bool = False
+) -> Response:
+    """Return a page, and for its updates the answer that the tabs of some visitors share.
 
     Args:
         request: The request.
         caller: The visitor.
-        build: Reads what the page shows, and builds it with `html.show`.
+        build: Reads what the page shows, and builds it with `html.show`. Of the visitor it may show
+            the role, the tenant and the sight of every tenant.
+        by_key: The page shows more of the visitor's key: only its tabs share the answer.
     """
     if not is_from_htmx(request):
         return build()
     answers: SharedAnswers = request.app.state.shared
-    whose = caller.key_id, caller.tenant_id, caller.home, caller.role
-    key: tuple[Any, ...] = (*whose, str(request.url))
+    whose = caller.tenant_id, caller.home, caller.role, caller.everywhere
+    own = caller.key_id if by_key else None
+    key: tuple[Any, ...] = (*whose, own, str(request.url))
     return unchanged(request, answers.get(key, build))

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from api.auth import FarmDep
-from api.dashboard.html import show
+from api.dashboard.html import SUMMED, show
 from api.dashboard.session import Visitor
 from api.dashboard.shared import shared
 from api.tenancy import TenantAsked, about
@@ -53,6 +53,7 @@ async def usage(
             "usage.html",
             caller=caller,
             now=datetime.now(UTC),
+            every=SUMMED,
             usage=found,
             names=names,
             dimensions=[each for each in DIMENSIONS if each != "tenant" or caller.sees_everywhere],

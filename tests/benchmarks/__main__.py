@@ -21,6 +21,7 @@ from tests.benchmarks import (
     bulk,
     claims,
     cuda,
+    dashboards,
     encoding,
     latency,
     listeners,
@@ -48,6 +49,7 @@ ROWS: Mapping[str, Callable[[BenchServers, bool], list[Row]]] = {
     "k": arrivals.rows,
     "m": tenants.rows,
     "n": listeners.rows,
+    "o": dashboards.rows,
 }
 
 

@@ -484,7 +484,7 @@ def test_an_operator_sets_a_budget_and_sees_what_is_used(farm: Farm, api: Api) -
     worker, ann, operator = with_pace(farm), api.client("ann"), api.client("ops", "operator")
     answer = operator.patch("/v1/tenants/ann", json={"device_seconds_a_month": 1234567.5})
     assert answer.json()["device_seconds_a_month"] == 1234567.5
-    [action] = operator.get("/v1/actions").json()["data"]
+    [action] = api.done_by_people()
     assert action["outcome"] == "device_seconds_a_month unlimited before, 1234567.5 now"
     api.submit(ann, **FIELDS)
     render(worker)

@@ -19,6 +19,7 @@ from tests.integration.test_api_access import signed_in
 from tests.integration.test_api_refusals import check_problem
 from tests.support.api_server import Api, serving
 from tests.support.cli_runner import farm as command
+from tests.support.large_farm import copy_job, fail_attempts, vacuum
 from tests.support.store import sql
 
 ASKED = {"Accept": "text/html"}
@@ -237,26 +238,9 @@ def test_lists_of_a_hundred_thousand_jobs_are_quick(
     from tests.integration.test_job_pages import quickest_19_of_20
 
     submitted(api, prompts=["a red star " * 20], labels={"set": "spring"})
-    sql(
-        farm,
-        "INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,"
-        " cancelled, batch_key, bucket, runs, max_attempts, spec, labels, created_at, started_at,"
-        " finished_at)"
-        " SELECT gen_random_uuid(), tenant_id, pipeline, n % 3, (ARRAY['succeeded', 'partial',"
-        " 'failed', 'cancelled'])[1 + n % 4], false, total, total, run_end, total, batch_key,"
-        " bucket, runs, max_attempts, spec, jsonb_build_object('n', n::text),"
-        " now() - n * interval '1 s', now(), now() FROM jobs, generate_series(1, 100000) n",
-    )
-    with farm.store.connect() as connection:
-        connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("VACUUM ANALYZE")
-    sql(
-        farm,
-        "INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at,"
-        " ended_at, fault)"
-        " SELECT (SELECT id FROM jobs ORDER BY created_at LIMIT 1), n, 1, 'worker ' || n % 30,"
-        " 'render_error', 'It broke.', now(), now() - n * interval '4 s',"
-        " lpad(to_hex(n % 3), 16, '0') FROM generate_series(0, 19999) n",
-    )
+    copy_job(farm, 100_000)
+    vacuum(farm)
+    fail_attempts(farm, 20_000)
     sql(
         farm,
         "INSERT INTO actions (at, key_id, who, tenant, via, address, verb, target, why, outcome,"

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
 
 from api.dashboard.job_pages import MAP_COLUMNS, stretches
 from farm.context import Farm
@@ -23,6 +22,7 @@ from farm.store.engine import reads, transaction
 from farm.store.frames import FailedAttempt, fail
 from tests.integration.test_api_access import signed_in
 from tests.support.api_server import Api, render, serving
+from tests.support.large_farm import let_a_million_frames_end, vacuum
 from tests.support.store import fence, register_worker, sql
 
 ASKED = {"Accept": "text/html"}
@@ -475,44 +475,14 @@ def test_many_prompts_are_not_submitted_from_the_page(api: Api, visitor: httpx.C
     assert "Submit as" not in page
 
 
-LARGE = """
-UPDATE jobs SET cursor = 900002, succeeded = 899000, dead = 1000, running = 1, started_at = now()
-WHERE id = :id;
-INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at)
-SELECT :id, ordinal, state, 1, 'w', now()
-FROM (VALUES (900000, 'running'), (900001, 'ready')) AS f (ordinal, state);
-INSERT INTO leases (id, worker_id, pid, pipeline, expires_at, job_ids, ordinals, attempts)
-VALUES (gen_random_uuid(), gen_random_uuid(), 1, 'demo', now(), ARRAY[CAST(:id AS uuid)],
-        ARRAY[900000::bigint], ARRAY[1::smallint]);
-INSERT INTO requeued_frames (job_id, ordinal, pipeline, tenant_id, priority, batch_key, bucket,
-                             not_before, job_created_at, paused, isolated)
-SELECT id, 900001, 'demo', tenant_id, 1, 'key', 8, now(), created_at, false, false
-FROM jobs WHERE id = :id;
-INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
-VALUES (:id, 900001, 1, 'w', 'worker_lost', '', now());
-INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, finished_at, sha256, bytes,
-                    slot, bucket)
-SELECT :id, n, CASE WHEN bad THEN 'dead' ELSE 'succeeded' END, 2, 'w', now(), now(),
-       CASE WHEN NOT bad THEN '\\x00'::bytea END, CASE WHEN NOT bad THEN 1 END, 0, 8
-FROM generate_series(0, 899999) n CROSS JOIN LATERAL (SELECT n % 900 = 7 AS bad) b;
-INSERT INTO attempts (job_id, ordinal, attempt, worker, reason, message, started_at)
-SELECT :id, n, CASE WHEN n % 900 = 7 THEN 2 ELSE 1 END, 'w', 'render_error', repeat('m', 200), now()
-FROM generate_series(0, 899999) n WHERE n % 45 = 7;
-INSERT INTO events (job_id, tenant_id, kind, data)
-SELECT j.id, j.tenant_id, 'frames.succeeded', '{}' FROM jobs j, generate_series(1, 100000)
-"""
-
-
 @pytest.mark.slow
 def test_pages_of_a_job_of_a_million_frames_are_quick(
     farm: Farm, api: Api, visitor: httpx.Client
 ) -> None:
     """95 % under 150 ms, each under 100 kB, with 20,000 failed attempts and 1,000 dead frames."""
     job = api.submit(api.client(), images_per_prompt=1_000_000)["id"]
-    for statement in LARGE.strip().split(";\n"):
-        sql(farm, statement, id=uuid.UUID(job))
-    with farm.store.connect() as connection:
-        connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM ANALYZE"))
+    let_a_million_frames_end(farm, uuid.UUID(job))
+    vacuum(farm)
     slow = {}
     paths = ("", "/frames", "/frames?at=700000", "/attempts", "/frames/7", "/json")
     for path in (*paths, "/attempts?reason=worker_lost"):

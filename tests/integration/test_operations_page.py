@@ -309,5 +309,5 @@ def test_an_operator_steers_a_worker(api: Api, operator: httpx.Client) -> None:
     assert f'action="{path}/undrain"' in opened(operator, "/jobs")
     assert operator.post(f"{path}/undrain").status_code == 204
     assert operator.post(f"/workers/{uuid.uuid4()}/drain").status_code == 404
-    verbs = sql(api.farm, "SELECT verb FROM actions ORDER BY id")
+    verbs = sql(api.farm, "SELECT verb FROM actions WHERE via = 'page' ORDER BY id")
     assert [row.verb for row in verbs] == ["worker.give_back", "worker.drain", "worker.undrain"]

@@ -158,8 +158,8 @@ def test_the_api_changes_priority_and_labels(api: Api) -> None:
     assert [found["id"] for found in listed(client, {"label.set": "spring"})] == [job["id"]]
     kinds = [each["kind"] for each in events(client, path)]
     assert kinds == ["job.queued", "job.changed"]
-    operator = api.client("ops", "operator")
-    [action] = operator.get("/v1/actions").json()["data"]
+    api.client("ops", "operator")
+    [action] = api.done_by_people()
     assert (action["verb"], action["target"], action["owner"]) == (
         "job.change",
         f"job {job['id']}",
@@ -239,7 +239,7 @@ def test_a_job_is_removed_with_its_rows(api: Api) -> None:
         retention.forget(connection, empty[1])
     assert sql(api.farm, "SELECT count(*) FROM frames") == [(0,)]
     assert sql(api.farm, "SELECT count(*) FROM jobs") == [(0,)]
-    [action] = api.client("ops", "operator").get("/v1/actions").json()["data"]
+    [action] = api.done_by_people()
     assert (action["verb"], action["outcome"]) == ("job.remove", "removed")
 
 
@@ -276,7 +276,7 @@ def test_only_frames_that_failed_for_a_reason_are_tried_again(api: Api) -> None:
     assert retried.json()["counts"]["waiting"] == 2, retried.text
     states = [state_of(api.farm, job_id, ordinal) for ordinal in range(4)]
     assert states == ["dead", "ready", "ready", "dead"]
-    [action] = api.client("ops", "operator").get("/v1/actions").json()["data"]
+    [action] = api.done_by_people()
     assert action["outcome"] == (
         "2 dead frames are requeued, which failed for the reason render_error"
     )
@@ -308,7 +308,7 @@ def test_a_batch_is_given_back_without_using_up_an_attempt(api: Api) -> None:
     assert worker.complete(lease) == set()  # the fence holds
     worker.complete(worker.must_claim())
     assert client.get(f"/v1/jobs/{job_id}").json()["status"] == "succeeded"
-    [action, refused] = operator.get("/v1/actions").json()["data"]
+    [action, refused] = api.done_by_people()
     assert refused["verb"] == "call.refused"
     assert (action["verb"], action["target"], action["why"], action["outcome"]) == (
         "worker.give_back",
@@ -342,7 +342,7 @@ def test_a_drain_is_taken_back(api: Api) -> None:
     with transaction(api.farm.store) as connection:
         workers.leave(connection, worker.id)
     check_problem(operator.post(f"{path}/undrain"), 404)
-    log = operator.get("/v1/actions").json()["data"]
+    log = api.done_by_people()
     verbs = [each["verb"] for each in log if each["verb"] != "call.refused"]
     assert verbs == ["worker.undrain", "worker.drain"]
 

@@ -60,6 +60,11 @@ class Api:
         job: dict[str, Any] = response.json()
         return job
 
+    def done_by_people(self) -> list[dict[str, Any]]:
+        """Return the log of actions, newest first, without what changed by itself."""
+        log = self.client("ops", "operator").get("/v1/actions").json()["data"]
+        return [each for each in log if each["via"] != "farm"]
+
     def jobs_stored(self) -> int:
         """Count the jobs of all tenants."""
         return int(sql(self.farm, "SELECT count(*) FROM jobs")[0][0])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import uuid
 
 import pytest
 from cachetools import TTLCache
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 
 from api.dashboard import shared
 from api.dashboard.shared import SharedAnswers
+from farm.store.keys import Caller
 from tests.support.waiting import wait_until
 
 
@@ -66,3 +69,37 @@ def test_a_refusal_is_not_kept() -> None:
     assert answers._asking == {}  # else many addresses fill the memory
     assert answers.get("key", lambda: HTMLResponse("no", 404)).status_code == 404
     assert answers.get("key", lambda: HTMLResponse("yes")).body == b"yes"
+
+
+def caller(**fields: object) -> Caller:
+    known = {"key_id": uuid.UUID(int=1), "tenant_id": uuid.UUID(int=2), "tenant": "ann"}
+    return Caller(**{**known, "role": "client", "name": "", **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("other", "by_key", "shares"),
+    [
+        (caller(), True, True),
+        (caller(key_id=uuid.UUID(int=9)), False, True),
+        (caller(key_id=uuid.UUID(int=9)), True, False),
+        (caller(tenant_id=uuid.UUID(int=9)), False, False),
+        (caller(role="viewer"), False, False),
+        (caller(role="viewer", everywhere=True), False, False),
+        (caller(home="ops"), False, False),
+    ],
+)
+def test_only_who_sees_the_same_shares_an_answer(other: Caller, by_key: bool, shares: bool) -> None:
+    app = FastAPI()
+    app.state.shared = SharedAnswers()
+
+    def ask(who: Caller, path: str = "/jobs") -> bytes:
+        headers = [(b"hx-request", b"true"), (b"host", b"farm")]
+        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "app": app}
+        request = Request({**scope, "headers": headers, "scheme": "http", "server": ("farm", 80)})
+        answer = HTMLResponse(uuid.uuid4().hex)
+        return bytes(shared.shared(request, who, lambda: answer, by_key=by_key).body)
+
+    first = ask(caller())
+    assert (ask(other) == first) == shares
+    assert ask(caller()) == first
+    assert ask(caller(), "/lanes") != first
