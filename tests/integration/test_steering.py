@@ -158,7 +158,6 @@ def test_the_api_changes_priority_and_labels(api: Api) -> None:
     assert [found["id"] for found in listed(client, {"label.set": "spring"})] == [job["id"]]
     kinds = [each["kind"] for each in events(client, path)]
     assert kinds == ["job.queued", "job.changed"]
-    api.client("ops", "operator")
     [action] = api.done_by_people()
     assert (action["verb"], action["target"], action["owner"]) == (
         "job.change",
