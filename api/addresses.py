@@ -147,10 +147,12 @@ class SignedAddresses:
         """
         self.refresh()
         number, secret = self.newest_secret
-        until = until_of(time.time(), THUMBNAIL_SECONDS)
+        now = time.time()
 
         def address(name: ArtifactName, width: int, height: int) -> str:
             small = thumbnails.is_small(width, height)
+            # Otherwise all thumbnails of all pages would be fetched again at the same second.
+            until = until_of(now, THUMBNAIL_SECONDS, name.job_id.int)
             image = SignedThumbnail(*name[:5], small, until)
             return f"/pictures/{sign_thumbnail(image, number, secret)}"
 
@@ -164,9 +166,8 @@ class SignedAddresses:
         """
         image = read_thumbnail(token, self._secrets)
         now = time.time()
-        if image is None or not now < image.until <= until_of(
-            now + CLOCKS_SECONDS, THUMBNAIL_SECONDS
-        ):
+        latest = now + CLOCKS_SECONDS + THUMBNAIL_SECONDS * 9 / 8
+        if image is None or not now < image.until <= latest:
             raise NotFound(UNKNOWN)
         return image
 

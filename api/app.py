@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import cache, partial
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, Semaphore, to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.staticfiles import StaticFiles
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -114,12 +114,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.admitted = Places(2 * crowd, crowd)
         app.state.storage = CapacityLimiter(STORAGE_THREADS)
         app.state.pictures = CapacityLimiter(PICTURE_THREADS)
-        app.state.making = CapacityLimiter(pictures.MAKING_THREADS)
+        app.state.making = Semaphore(pictures.MAKING_THREADS)
+        app.state.made = Places(pictures.MAX_MADE, pictures.MADE_PER_TENANT)
         app.state.sent = Places(signed_pictures.MAX_SENT, signed_pictures.MAX_SENT)
         app.state.answers = Places(openai_answers.MIB_AT_ONCE, openai_answers.MIB_PER_TENANT)
         app.state.webhook_tests = Places(webhooks.TESTS, webhooks.TESTS_PER_TENANT)
         app.state.health = CapacityLimiter(HEALTH_THREADS)
         app.state.shared = SharedAnswers()
+        app.state.checks = system_page.Checks(app.state.farm)
         app.state.slow = Turns(SLOW_THREADS)
         app.state.readiness = RecentReadiness(partial(health.readiness, app.state.farm))
         app.state.batches = Turns(BATCH_THREADS, BATCHES_PER_TENANT)

@@ -25,8 +25,8 @@ from farm.store.engine import reads
 router = APIRouter(include_in_schema=False)
 
 SHOWN = 100
-MARKS = 200
-"""Marks on the charts of a page: the newest ones."""
+MARKS = 100
+"""Marks on the charts of a page: the newest workers, and as many other changes."""
 
 Kind = Literal["jobs", "lanes", "workers", "versions", "failures", "tenants", "webhooks", "data"]
 KINDS: Mapping[Kind, Sequence[str]] = {

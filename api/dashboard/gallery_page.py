@@ -18,7 +18,7 @@ from api.schemas import PriorityName
 from api.tenancy import about
 from farm.store.engine import reads
 from farm.store.job_lists import SEARCHED
-from farm.store.pictures import list_pictures
+from farm.store.pictures import Place, list_pictures
 
 router = APIRouter(include_in_schema=False)
 
@@ -31,19 +31,22 @@ async def gallery(
     farm: FarmDep,
     caller: Visitor,
     wanted: Wished,
+    of: Annotated[datetime | None, Query()] = None,
     at: Annotated[int, Query(ge=-1, le=2**62)] = -1,
 ) -> Response:
     """Show pictures: the newest job first, and its pictures by ordinal."""
     shows_all = caller.sees_everywhere and wanted.tenant is None
     whose = None if shows_all else (await about(request, caller, wanted.tenant)).tenant_id
-    after = None if wanted.after is None else (wanted.after, at)
+    after = None if wanted.after is None or of is None else Place(of, wanted.after, at)
 
     def shown() -> Response:
         with reads(farm.store) as connection:
             found = list_pictures(connection, wanted.filter(whose), limit=SHOWN + 1, after=after)
         pictures = found[:SHOWN]
         last = pictures[-1] if len(found) > SHOWN else None
-        older = last and wanted.address("/pictures", after=last.job_id, at=last.ordinal)
+        older = last and wanted.address(
+            "/pictures", after=last.job_id, of=last.submitted_at.isoformat(), at=last.ordinal
+        )
         return show(
             request,
             "pictures.html",

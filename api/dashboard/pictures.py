@@ -15,11 +15,16 @@ from api import schemas
 from api.addresses import SignedAddresses
 from api.auth import FarmDep
 from api.dashboard.session import Visitor
+from api.places import Places
 from api.routes.frames import image_key
 from farm.context import Farm
+from farm.domain.image_formats import WEBP
 from farm.domain.signed_addresses import THUMBNAIL_CHARS
+from farm.errors import NotFound
 from farm.services import thumbnails
 from farm.storage import ArtifactName, media_type_of
+from farm.store import queries
+from farm.store.engine import reads
 from farm.store.keys import Caller
 from farm.store.pictures import Picture
 
@@ -31,6 +36,10 @@ ThumbnailOfFrame = Callable[[schemas.Frame], str]
 
 MAKING_THREADS = 2
 """Thumbnails that a process makes at the same time. Each takes about 0.2 s of a core."""
+MAX_MADE, MADE_PER_TENANT = 96, 48
+"""Thumbnails that are made or wait for it: in all, and of one tenant's images."""
+KEPT_SECONDS = 3600
+"""Time for which a browser keeps a thumbnail at most: the image may be removed. Seconds."""
 
 # An artifact never changes, but another user of this browser has another cookie.
 FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable", "Vary": "Cookie"}
@@ -92,23 +101,40 @@ async def thumbnail(
     farm: FarmDep,
     token: Annotated[str, Path(max_length=THUMBNAIL_CHARS)],
 ) -> Response:
-    """Return a thumbnail by its signed address, without a query. The first call makes it."""
+    """Return a thumbnail by its signed address. Only the first call, which makes it, asks Postgres.
+
+    Raises:
+        NotFound: The address has ended, or the image was removed, or cannot be read.
+        Unavailable: A server does not answer, or too many thumbnails are being made.
+    """
     state = request.app.state
     addresses: SignedAddresses = state.addresses
     if addresses.are_due:
         await to_thread.run_sync(addresses.refresh, limiter=state.storage)
     image = addresses.thumbnail_of(token)
     name = ArtifactName(*image[:5])
-
-    def stored() -> thumbnails.Thumbnail | None:
-        return thumbnails.stored(farm.artifacts, name, small=image.is_small)
-
-    found = await to_thread.run_sync(stored, limiter=state.storage)
+    read = thumbnails.make if image.is_small else thumbnails.stored
+    found = await to_thread.run_sync(read, farm.artifacts, name, limiter=state.storage)
     if found is None:
-        found = await to_thread.run_sync(
-            thumbnails.make, farm.artifacts, name, limiter=state.making
-        )
-    content, media_type = found
-    left = max(0, image.until - int(time.time()))
+        found = await _made(request, farm, name)
+    left = max(0, min(image.until - int(time.time()), KEPT_SECONDS))
     headers = {"Cache-Control": f"private, max-age={left}, immutable"}
-    return Response(content, media_type=media_type, headers=headers)
+    return Response(found, media_type=WEBP, headers=headers)
+
+
+async def _made(request: Request, farm: Farm, name: ArtifactName) -> bytes:
+    """Make a thumbnail when it is its turn, unless its client has gone by then."""
+
+    def make() -> bytes:
+        with reads(farm.store) as connection:
+            row = queries.stored_picture(connection, name.job_id, name.ordinal)
+        if row is None or row.sha256 != name.sha256:
+            raise NotFound("The image was removed.")
+        return thumbnails.make_once(farm.artifacts, name)
+
+    places: Places = request.app.state.made
+    with places.taken(str(name.tenant_id), "thumbnails"):
+        async with request.app.state.making:
+            if await request.is_disconnected():
+                raise NotFound("The client has gone.")
+            return await to_thread.run_sync(make, limiter=request.app.state.storage)

@@ -30,10 +30,13 @@ class SharedAnswers:
         self._answers: TTLCache[Hashable, Response] = TTLCache(MOST, SECONDS)
         self._asking: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._changes = 0
 
-    def get(self, key: Hashable, build: Callable[[], Response]) -> Response:
+    def get(self, whose: Hashable, build: Callable[[], Response]) -> Response:
         """Return the answer of this second. Of several callers one builds it, and others wait."""
         with self._lock:
+            # An answer that was begun before a change is not that of a caller who comes after it.
+            key = self._changes, whose
             answer = self._answers.get(key)
             if answer is not None:
                 return answer
@@ -55,6 +58,7 @@ class SharedAnswers:
     def clear(self) -> None:
         """Forget all answers: somebody has changed something, and wants to see it."""
         with self._lock:
+            self._changes += 1
             self._answers.clear()
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
 import uuid
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
@@ -19,10 +24,11 @@ from api.recent_readiness import RecentReadiness
 from api.request_body import read_body
 from api.routes.workers import worker_views
 from api.tenancy import actor_of
+from farm.context import Farm
 from farm.domain.spec import Storable
 from farm.errors import InvalidRequest, NotFound
 from farm.process import version
-from farm.services.doctor import Check, findings, server_checks, workers_check
+from farm.services.doctor import Check, Finding, findings, server_checks, workers_check
 from farm.services.keys import create_key, revoke_key
 from farm.store import keys, queries, usage
 from farm.store.engine import reads, transaction
@@ -31,6 +37,9 @@ from farm.store.keys import OPERATOR
 router = APIRouter(prefix="/system", include_in_schema=False)
 
 KEYS_SHOWN = 200
+MADE_SHOWN = 20
+CHECKED_SECONDS = 1.0
+"""Age from which on the servers are checked again, in seconds."""
 KINDS = ("client", "viewer", "operator", "viewer of every tenant")
 """Kinds of keys, as the form names them."""
 
@@ -63,20 +72,53 @@ def system(request: Request, farm: FarmDep, caller: VisitingLooker) -> Response:
     return shared(request, caller, shown)
 
 
-@router.get("/checks")
-def checks(request: Request, farm: FarmDep, caller: WatchingOperator) -> Response:
-    """Check the servers as `farm doctor` does, and show what to do about each failure."""
+class Checks:
+    """Checks of the servers. Those who ask at the same time share them. Used in one event loop."""
 
-    def shown() -> Response:
-        pipelines = sorted(farm.catalog.pipelines)
+    def __init__(self, farm: Farm) -> None:
+        self.waiting = 0
+        """Number of visitors that wait for them."""
+        self._farm = farm
+        self._limiter = CapacityLimiter(1)
+        self._task: asyncio.Task[tuple[datetime, list[Finding]]] | None = None
+        self._ended_at = -math.inf
+
+    async def made(self) -> tuple[datetime, list[Finding]]:
+        """Check, unless that was done a moment ago. A silent server keeps no other call waiting."""
+        if self._task is None or (
+            self._task.done() and time.monotonic() - self._ended_at > CHECKED_SECONDS
+        ):
+            self._task = asyncio.create_task(self._run())
+        self.waiting += 1
+        try:
+            return await asyncio.shield(self._task)
+        finally:
+            self.waiting -= 1
+
+    async def _run(self) -> tuple[datetime, list[Finding]]:
+        try:
+            return await to_thread.run_sync(self._check, limiter=self._limiter)
+        finally:
+            self._ended_at = time.monotonic()
+
+    def _check(self) -> tuple[datetime, list[Finding]]:
+        settings, store = self._farm.settings, self._farm.store
+        pipelines = sorted(self._farm.catalog.pipelines)
         wanted: list[Check] = [
-            *server_checks(farm.settings, farm.store),
-            *(workers_check(farm.settings, farm.store, name) for name in pipelines),
+            *server_checks(settings, store),
+            *(workers_check(settings, store, name) for name in pipelines),
         ]
-        found = list(findings(iter(wanted)))
-        return show(request, "checks.html", caller=caller, now=datetime.now(UTC), findings=found)
+        return datetime.now(UTC), list(findings(iter(wanted)))
 
-    return shared(request, caller, shown)
+
+@router.get("/checks")
+async def checks(request: Request, caller: WatchingOperator) -> Response:
+    """Check the servers as `farm doctor` does, and show what to do about each failure."""
+    made: Checks = request.app.state.checks
+    at, found = await made.made()
+    return await to_thread.run_sync(
+        partial(show, request, "checks.html", caller=caller, now=at, findings=found)
+    )
 
 
 @router.get("/keys")
@@ -130,6 +172,7 @@ def confirm_revoking(
     """Ask whether a key is to be revoked: it cannot be used again."""
     with reads(farm.store) as connection:
         row = keys.find_key(connection, key_id)
+        made = keys.made_by(connection, key_id)
     if row is None:
         raise NotFound(f"There is no key {key_id}.")
     if row.revoked_at is not None:
@@ -139,6 +182,10 @@ def confirm_revoking(
         "Operations that it started on many jobs are stopped. Its jobs go on.",
         "This cannot be undone.",
     ]
+    if made:
+        names = ", ".join(f"{each.prefix}… of {each.tenant}" for each in made[:MADE_SHOWN])
+        more = f" and {len(made) - MADE_SHOWN} more" if len(made) > MADE_SHOWN else ""
+        facts.append(f"Keys that were created with it stay valid: {names}{more}.")
     if row.id == caller.key_id:
         facts.insert(0, "You are signed in with this key.")
     return show(

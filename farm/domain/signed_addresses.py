@@ -37,14 +37,16 @@ class SignedFrame(NamedTuple):
     """End of the address, in Unix seconds."""
 
 
-def until_of(now: float, seconds: int) -> int:
+def until_of(now: float, seconds: int, shift: int = 0) -> int:
     """Choose the end of an address that is made now, in Unix seconds.
 
     It lives for `seconds` at least, and for an eighth of it more at most. Within such an eighth all
-    addresses of an image are the same, so that browsers find it in their caches.
+    addresses of an image are the same, so that browsers find it in their caches. Those of images
+    with another `shift` change at another time.
     """
     step = max(1, seconds // 8)
-    return (int(now) // step + 1) * step + seconds
+    shift %= step
+    return ((int(now) - shift) // step + 1) * step + shift + seconds
 
 
 class SignedJob(NamedTuple):
@@ -64,7 +66,7 @@ class SignedThumbnail(NamedTuple):
     sha256: bytes
     form: Format
     is_small: bool
-    """True if the image is its own thumbnail."""
+    """True if its thumbnail is made each time."""
     until: int
     """End of the address, in Unix seconds."""
 

@@ -41,8 +41,7 @@ def create_key(
         raise InvalidRequest(
             f"role: {role!r} is not a role. Use one of {', '.join(ROLES)}.", param="role"
         )
-    if not tenant.strip() or tenant == "*":
-        raise InvalidRequest(f"tenant: {tenant!r} is not a name. Example: shop.", param="tenant")
+    tenant = tenant.strip()
     key_id, key = keys.create_key(connection, tenant, role, name, metadata, everywhere=everywhere)
     row = keys.find_key(connection, key_id)
     assert row is not None

@@ -7,43 +7,50 @@ import logging
 
 from PIL import Image
 
-from farm.domain.image_formats import WEBP
 from farm.errors import NotFound, Unavailable
-from farm.storage import ArtifactName, Artifacts, NotStored, media_type_of
+from farm.storage import ArtifactName, Artifacts, NotStored
 
 log = logging.getLogger(__name__)
 
 PIXELS = 256
-"""Longer side of a thumbnail at most. An image that is not larger is its own thumbnail."""
+"""Longer side of a thumbnail at most."""
 QUALITY = 80
-
-Thumbnail = tuple[bytes, str]
-"""A file, and its media type."""
 
 
 def is_small(width: int, height: int) -> bool:
-    """Return True if an image of this size is its own thumbnail."""
+    """Return True if an image of this size needs no stored thumbnail: it is quick to make."""
     return max(width, height) <= PIXELS
 
 
-def stored(artifacts: Artifacts, name: ArtifactName, *, small: bool) -> Thumbnail | None:
-    """Read the thumbnail of an image, or the image itself if it is small. None: not made yet.
+def stored(artifacts: Artifacts, name: ArtifactName) -> bytes | None:
+    """Read the stored thumbnail of an image. None: there is none.
 
     Raises:
-        NotFound: a small image is not stored any more.
         Unavailable: the storage does not answer.
     """
     try:
-        if small:
-            return artifacts.get(name.key), media_type_of(name.key)
-        return artifacts.get(name.thumbnail.key), WEBP
+        return artifacts.get(name.thumbnail.key)
     except NotStored:
-        if small:
-            raise NotFound("The image was removed.") from None
         return None
 
 
-def make(artifacts: Artifacts, name: ArtifactName) -> Thumbnail:
+def make(artifacts: Artifacts, name: ArtifactName) -> bytes:
+    """Make the thumbnail of an image, without storing it.
+
+    Raises:
+        NotFound: the image was removed, or cannot be read.
+        Unavailable: the storage does not answer.
+    """
+    try:
+        return small_webp(artifacts.get(name.key))
+    except NotStored:
+        raise NotFound("The image was removed.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        log.warning("No thumbnail of job %s frame %d: %s", name.job_id, name.ordinal, error)
+        raise NotFound("The image cannot be read.") from error
+
+
+def make_once(artifacts: Artifacts, name: ArtifactName) -> bytes:
     """Make the thumbnail of an image and store it, unless another caller has done so.
 
     If it cannot be stored, it is made again next time.
@@ -52,21 +59,15 @@ def make(artifacts: Artifacts, name: ArtifactName) -> Thumbnail:
         NotFound: the image was removed, or cannot be read.
         Unavailable: the storage does not answer.
     """
-    made = stored(artifacts, name, small=False)
+    made = stored(artifacts, name)
     if made is not None:
         return made
+    made = make(artifacts, name)
     try:
-        content = small_webp(artifacts.get(name.key))
-    except NotStored:
-        raise NotFound("The image was removed.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        log.warning("No thumbnail of job %s frame %d: %s", name.job_id, name.ordinal, error)
-        raise NotFound("The image cannot be read.") from error
-    try:
-        artifacts.put(name.thumbnail.key, content)
+        artifacts.put(name.thumbnail.key, made)
     except Unavailable as error:
         log.warning("A thumbnail could not be stored: %s", error)
-    return content, WEBP
+    return made
 
 
 def small_webp(content: bytes) -> bytes:

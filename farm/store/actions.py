@@ -30,23 +30,47 @@ VALUES (:key_id, :who, :role, :tenant, :via, :address, :verb, :target,
 COLUMNS = """id, at, key_id, who, role, tenant, via, address, verb, target, owner, why, outcome,
 operation_id AS operation, lane"""
 
+LOCK_VERSION = text("SELECT pg_advisory_xact_lock(hashtextextended(:target, 0))")
+
 VERSION = text("""
 SELECT outcome FROM actions WHERE verb = 'version.run' AND target = :target
 ORDER BY id DESC LIMIT 1
 """)
 
-MARKS = text(f"""
+MARKED = f"""
 SELECT {COLUMNS} FROM actions
-WHERE lane IS NOT NULL AND at > :since AND at <= :until
+WHERE lane IS NOT NULL AND at > :since AND at <= :until AND {{kind}}
   AND (CAST(:lane AS text) IS NULL OR lane IN ('', :lane))
 ORDER BY at DESC LIMIT :limit
-""")  # noqa: S608 - constants only
+"""  # noqa: S608 - constants only
 
+# Workers come and go often. They leave room for what is rarer.
+MARKS = text(f"""
+({MARKED.format(kind="verb = ANY(:of_workers)")})
+UNION ALL
+({MARKED.format(kind="verb <> ALL(:of_workers)")})
+ORDER BY at DESC
+""")
+
+# The newest version of a program stays: the next start compares with it.
 PRUNE = text("""
 DELETE FROM actions WHERE id = ANY(ARRAY(
-    SELECT id FROM actions
-    WHERE at < now() - make_interval(secs => :seconds) ORDER BY at LIMIT :limit))
+    SELECT id FROM actions a
+    WHERE at < now() - make_interval(secs => :seconds) AND (verb <> 'version.run' OR id < (
+        SELECT max(id) FROM actions b WHERE b.verb = 'version.run' AND b.target = a.target))
+    ORDER BY at LIMIT :limit))
 """)
+
+PRUNE_WORKERS = text("""
+DELETE FROM actions WHERE id = ANY(ARRAY(
+    SELECT id FROM actions
+    WHERE verb = ANY(:of_workers) AND at < now() - make_interval(secs => :seconds) LIMIT :limit))
+""")
+
+OF_WORKERS = ["worker.start", "worker.end", "worker.lost", "worker.return"]
+"""Verbs of workers that come and go by themselves."""
+WORKER_DAYS = 30.0
+"""Days for which these are kept at most. A fleet that grows and shrinks writes thousands a day."""
 
 DAY_SECONDS = 86_400.0
 
@@ -176,6 +200,7 @@ def record(
 def note_version(connection: Connection, program: str) -> None:
     """Record that a program of another version than before runs on the farm, if it does."""
     target = f"program {program}"
+    connection.execute(LOCK_VERSION, {"target": target})  # several start at the same moment
     before = connection.execute(VERSION, {"target": target}).scalar()
     if before != version():
         record(connection, FARM, "version.run", target, version(), lane="")
@@ -184,8 +209,12 @@ def note_version(connection: Connection, program: str) -> None:
 def list_marks(
     connection: Connection, since: datetime, until: datetime, lane: str | None, limit: int
 ) -> list[ActionRow]:
-    """Read what is marked on the charts of a lane, or of all, newest first."""
-    values = {"since": since, "until": until, "lane": lane, "limit": limit}
+    """Read what is marked on the charts of a lane, or of all, newest first.
+
+    It is up to `limit` workers that came or went, and up to `limit` other changes.
+    """
+    between = {"since": since, "until": until, "lane": lane}
+    values = {**between, "limit": limit, "of_workers": OF_WORKERS}
     return rows_of(connection.execute(MARKS, values), ActionRow)
 
 
@@ -208,6 +237,12 @@ ORDER BY id DESC LIMIT :limit
 
 
 def prune(connection: Connection, days: float, limit: int) -> None:
-    """Delete up to `limit` of the actions of more than `days` ago. 0 days deletes none."""
+    """Delete up to `limit` of the actions of more than `days` ago. 0 days deletes none.
+
+    Workers that came or went are deleted after WORKER_DAYS, if that is sooner.
+    """
     if days > 0:
         connection.execute(PRUNE, {"seconds": days * DAY_SECONDS, "limit": limit})
+        seconds = min(days, WORKER_DAYS) * DAY_SECONDS
+        values = {"seconds": seconds, "limit": limit, "of_workers": OF_WORKERS}
+        connection.execute(PRUNE_WORKERS, values)

@@ -54,7 +54,7 @@ CONDITIONS = {
     "ids": "j.id = ANY(CAST(:ids AS uuid[]))",
     "takes_pictures": "j.succeeded > 0",
     "below_id": "(j.created_at, j.id) < (:below_at, :below_id)",
-    "below_job": "(j.created_at, j.id) <= (SELECT created_at, id FROM jobs WHERE id = :below_job)",
+    "from_job": "(j.created_at, j.id) <= (:from_at, :from_job)",
     "tenant_id": "j.tenant_id = :tenant_id",
     "status": "j.status = :status",
     "pipeline": "j.pipeline = :pipeline",
@@ -272,7 +272,7 @@ def matching(names: set[str]) -> str:
         return f"jobs j WHERE {_where(names)}"
     if "floor" in names:
         return f"jobs j WHERE {_where(names, IN_PROMPTS)}"
-    later = {name for name in names if name.startswith(("after", "below", "takes"))}
+    later = {name for name in names if name.startswith(("after", "below", "from", "takes"))}
     return f"""(
     SELECT * FROM jobs j WHERE {_where(names - later)}
     ORDER BY j.created_at DESC, j.id DESC LIMIT {SEARCHED}

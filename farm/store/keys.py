@@ -19,9 +19,10 @@ from farm.store.rows import row_of, rows_of
 OPERATOR = "operator"
 ROLES = ("client", OPERATOR, "viewer")
 
+KNOWN = text("SELECT id FROM tenants WHERE name = :name AND removed_at IS NULL")
 TENANT = text("""
 INSERT INTO tenants (id, name) VALUES (:id, :name)
-ON CONFLICT (name) DO UPDATE SET name = excluded.name WHERE tenants.removed_at IS NULL
+ON CONFLICT (name) DO UPDATE SET name = excluded.name
 RETURNING id
 """)
 
@@ -45,6 +46,16 @@ LIST = text(f"""
 {SHOWN} WHERE CAST(:tenant AS text) IS NULL OR t.name = :tenant ORDER BY k.created_at, k.id
 """)
 ONE = text(f"{SHOWN} WHERE k.id = :id")
+
+MADE_BY = text(f"""
+WITH RECURSIVE made AS (
+    SELECT substr(target, 5)::uuid AS id FROM actions WHERE key_id = :id AND verb = 'key.create'
+    UNION
+    SELECT substr(a.target, 5)::uuid FROM made m JOIN actions a ON a.key_id = m.id
+    WHERE a.verb = 'key.create'
+)
+{SHOWN} WHERE k.id IN (SELECT id FROM made) AND k.revoked_at IS NULL ORDER BY k.created_at, k.id
+""")  # noqa: S608 - constants only
 
 REVOKE = text("""
 UPDATE keys k SET revoked_at = coalesce(k.revoked_at, clock_timestamp())
@@ -103,15 +114,33 @@ def ensure_tenant(connection: Connection, name: str) -> uuid.UUID:
     """Find a tenant by name, or insert it if it is new.
 
     Raises:
-        InvalidRequest: the name is the id of a removed tenant.
+        InvalidRequest: no new tenant can have this name.
     """
-    row = connection.execute(TENANT, {"id": uuid.uuid4(), "name": name}).first()
-    if row is None:
+    known: uuid.UUID | None = connection.execute(KNOWN, {"name": name}).scalar()
+    if known is not None:
+        return known
+    if name != name.strip() or not name or name == "*" or not name.isprintable():
         raise InvalidRequest(
-            f"tenant: {name} is the ID of a deleted tenant. Choose another name.", param="tenant"
+            f"tenant: {name!r} is not a name. Use letters, digits and signs that can be seen. "
+            "Example: shop.",
+            param="tenant",
         )
-    found: uuid.UUID = row.id
+    if _is_id(name):
+        raise InvalidRequest(
+            f"tenant: {name} has the form of an ID. Choose another name. Example: shop.",
+            param="tenant",
+        )
+    found: uuid.UUID = connection.execute(TENANT, {"id": uuid.uuid4(), "name": name}).scalar_one()
     return found
+
+
+def _is_id(name: str) -> bool:
+    """Return True for the form of an ID: a deleted tenant has its ID for a name."""
+    try:
+        uuid.UUID(name)
+    except ValueError:
+        return False
+    return True
 
 
 def create_key(
@@ -134,8 +163,7 @@ def create_key(
         everywhere: it sees every tenant.
 
     Raises:
-        InvalidRequest: the name is the id of a removed tenant, or the role does not go with
-            `everywhere`.
+        InvalidRequest: no new tenant can have this name, or the role does not go with `everywhere`.
     """
     if everywhere and role != "viewer":
         raise InvalidRequest(
@@ -175,6 +203,11 @@ def list_keys(connection: Connection, tenant: str | None = None) -> list[KeyRow]
 def find_key(connection: Connection, key_id: uuid.UUID) -> KeyRow | None:
     """Read the description of a key."""
     return row_of(connection.execute(ONE, {"id": key_id}), KeyRow)
+
+
+def made_by(connection: Connection, key_id: uuid.UUID) -> list[KeyRow]:
+    """Read the valid keys that a key has made, and those that they have made, oldest first."""
+    return rows_of(connection.execute(MADE_BY, {"id": key_id}), KeyRow)
 
 
 class RevokedKey(NamedTuple):

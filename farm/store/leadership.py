@@ -14,7 +14,19 @@ from farm.store.engine import Store, is_outage
 LEAD = text("SELECT pg_try_advisory_lock(hashtextextended('janitor', 0))")
 
 IDLE = text("SELECT set_config('idle_session_timeout', :milliseconds, false)")
+IS_LED = text("""
+SELECT EXISTS (
+    SELECT FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 1
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (classid::bigint << 32) | objid::bigint = hashtextextended('janitor', 0))
+""")
 STEP_DOWN = text("SELECT pg_advisory_unlock(hashtextextended('janitor', 0))")
+
+
+def is_led(connection: Connection) -> bool:
+    """Return True if a janitor leads. It takes no lock, so it disturbs none."""
+    return bool(connection.execute(IS_LED).scalar_one())
 
 
 @contextmanager

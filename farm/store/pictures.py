@@ -31,7 +31,7 @@ SELECT id, job_id, data FROM (
 
 NEWEST, NEWEST_OF_ALL = (
     text(f"""
-SELECT f.job_id, f.ordinal, f.finished_at, f.sha256
+SELECT f.job_id, f.ordinal, f.finished_at, f.sha256, j.created_at
 FROM ({events}) e JOIN jobs j ON j.id = e.job_id AND j.removed_at IS NULL CROSS JOIN LATERAL (
     SELECT (fence ->> 0)::bigint AS ordinal
     FROM jsonb_array_elements(e.data -> 'frames') AS t (fence) LIMIT :limit
@@ -49,7 +49,7 @@ ORDER BY e.id DESC, f.ordinal LIMIT :limit
 # Each job has a picture, so no more jobs are looked at than pictures are wanted; and the first may
 # have none left.
 OF_JOBS = """
-SELECT f.job_id, f.ordinal, f.finished_at, f.sha256
+SELECT f.job_id, f.ordinal, f.finished_at, f.sha256, j.created_at
 FROM (
     SELECT j.id, j.created_at FROM {matching}
     ORDER BY j.created_at DESC, j.id DESC LIMIT CAST(:limit AS bigint) + 1
@@ -60,7 +60,7 @@ FROM (
 ) f
 ORDER BY j.created_at DESC, j.id DESC, f.ordinal LIMIT :limit
 """
-AFTER = "CASE WHEN j.id = :below_job THEN :ordinal ELSE -1 END"
+AFTER = "CASE WHEN j.id = :from_job THEN :ordinal ELSE -1 END"
 
 
 class Picture(NamedTuple):
@@ -72,6 +72,16 @@ class Picture(NamedTuple):
     finished_at: datetime
     tenant_id: uuid.UUID
     sha256: bytes
+    submitted_at: datetime
+    """Time at which its job was submitted."""
+
+
+class Place(NamedTuple):
+    """Place of an image in the list. The image may be removed."""
+
+    submitted_at: datetime
+    job_id: uuid.UUID
+    ordinal: int
 
 
 def newest_pictures(
@@ -90,7 +100,7 @@ def list_pictures(
     wanted: JobFilter,
     *,
     limit: int,
-    after: tuple[uuid.UUID, int] | None = None,
+    after: Place | None = None,
 ) -> list[Picture]:
     """Read a page of images of jobs: the newest job first, and its images by ordinal.
 
@@ -98,17 +108,15 @@ def list_pictures(
         connection: in a transaction or not.
         wanted: the jobs.
         limit: number of images at most.
-        after: job and ordinal of the last image of the page before.
+        after: place of the last image of the page before.
     """
     for values in (wanted.by_id, wanted.values):
         if values is None:
             continue
         values["takes_pictures"] = True
         if after is not None:
-            values["below_job"], ordinal = after
+            values["from_at"], values["from_job"], values["ordinal"] = after
         statement = pictured(values)
-        if after is not None:
-            values["ordinal"] = ordinal
         if found := _pictures(connection, statement, {**values, "limit": limit}):
             return found
     return []
@@ -117,7 +125,7 @@ def list_pictures(
 def pictured(names: Iterable[str]) -> TextClause:
     """Return the statement that lists the images of jobs of these conditions."""
     chosen = set(names)
-    after = AFTER if "below_job" in chosen else "-1"
+    after = AFTER if "from_job" in chosen else "-1"
     return text(OF_JOBS.format(matching=matching(chosen), after=after))
 
 
@@ -127,6 +135,14 @@ def _pictures(
     rows = connection.execute(statement, dict(values)).all()
     specs = frame_specs(connection, [(row.job_id, row.ordinal) for row in rows])
     return [
-        Picture(row.job_id, row.ordinal, spec, row.finished_at, tenant_id, bytes(row.sha256))
+        Picture(
+            row.job_id,
+            row.ordinal,
+            spec,
+            row.finished_at,
+            tenant_id,
+            bytes(row.sha256),
+            row.created_at,
+        )
         for row, (tenant_id, spec) in zip(rows, specs, strict=True)
     ]

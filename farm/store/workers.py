@@ -40,12 +40,13 @@ SELECT EXISTS (
             w.pipeline, '{}', pg_temp.served_priority(w.pipeline), pg_temp.full_tenants()))))
 """)
 
-# A worker that was stopped for a while, and marked as gone, is no longer gone. The inner query
-# reads the row as it was before.
+# A worker that was stopped for a while, and marked as gone, is no longer gone. The row is locked
+# first: the janitor may mark it at the same moment.
 SEEN = text("""
+WITH before AS (SELECT id, gone FROM workers WHERE id = :id FOR UPDATE)
 UPDATE workers w SET seen_at = clock_timestamp(), gone = false, spool_bytes = :spool_bytes
-WHERE id = :id
-RETURNING draining, name, pipeline, (SELECT b.gone FROM workers b WHERE b.id = w.id) AS was_gone
+FROM before WHERE w.id = before.id
+RETURNING w.draining, w.name, w.pipeline, before.gone AS was_gone
 """)
 
 LEAVE = text("""

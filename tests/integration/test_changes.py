@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
@@ -21,6 +23,7 @@ from tests.integration.test_failures import break_frames, note
 from tests.integration.test_history import recently, store_sample
 from tests.support.api_server import Api, serving
 from tests.support.store import register_worker, sql, submit
+from tests.support.waiting import wait_until
 
 Change = tuple[str, str, str, str | None]
 """Verb, target, outcome and lane."""
@@ -84,6 +87,67 @@ def test_another_version_of_a_program_is_noted_once(
     found = [each for each in by_itself(farm) if each[1] == "program api"]
     assert found == [("version.run", "program api", each, "") for each in ("1.0", "1.1", "1.0")]
     assert len(by_itself(farm)) == 6
+
+
+def test_programs_that_start_together_note_their_version_once(farm: Farm) -> None:
+    def start() -> None:
+        with transaction(farm.store) as connection:
+            actions.note_version(connection, "api")
+
+    with transaction(farm.store) as first:
+        actions.note_version(first, "api")
+        second = threading.Thread(target=start)
+        second.start()
+        wait_until(lambda: waiting_for_locks(farm) == 1, 30, "the second waits")
+    second.join(30)
+    assert [each[:2] for each in by_itself(farm)] == [("version.run", "program api")]
+
+
+def waiting_for_locks(farm: Farm) -> int:
+    return int(
+        sql(farm, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory'")[0][0]
+    )
+
+
+def test_an_old_version_is_still_known(farm: Farm) -> None:
+    run_version(farm)
+    register_worker(farm, "sd-1")
+    for days, left in ((29, 2), (31, 1), (401, 1)):
+        sql(farm, f"UPDATE actions SET at = now() - interval '{days} days'")
+        with transaction(farm.store) as connection:
+            actions.prune(connection, 400, 1000)
+        assert len(by_itself(farm)) == left
+    run_version(farm)
+    assert [each[0] for each in by_itself(farm)] == ["version.run"]
+
+
+def test_many_workers_leave_room_for_rare_changes_on_a_chart(farm: Farm) -> None:
+    now = datetime.now(UTC)
+    run_version(farm)
+    for number in range(30):
+        register_worker(farm, f"sd-{number}")
+    with transaction(farm.store) as connection:
+        found = actions.list_marks(connection, now, now + timedelta(hours=1), "demo", 10)
+    assert [each.verb for each in found] == [*["worker.start"] * 10, "version.run"]
+    assert found[0].target == "worker sd-29"
+
+
+def test_a_worker_that_returns_at_the_moment_of_the_sweep_is_noted(farm: Farm) -> None:
+    worker = register_worker(farm, "sd-1")
+    sql(farm, "UPDATE workers SET seen_at = now() - interval '1 hour'")
+
+    def beat() -> None:
+        with transaction(farm.store) as connection:
+            workers.seen(connection, worker.id)
+
+    with transaction(farm.store) as connection:
+        workers.sweep(connection, 60.0)
+        heartbeat = threading.Thread(target=beat)
+        heartbeat.start()
+        locked = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        wait_until(lambda: sql(farm, locked)[0][0] == 1, 30, "the heartbeat waits for the row")
+    heartbeat.join(30)
+    assert [each[0] for each in by_itself(farm)][1:] == ["worker.lost", "worker.return"]
 
 
 def test_a_new_cause_and_one_that_returns_are_noted_once(farm: Farm, tenant: uuid.UUID) -> None:

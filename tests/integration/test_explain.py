@@ -248,12 +248,24 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "pictures of all tenants": (pictures.NEWEST_OF_ALL, {"limit": 16}),
     "pictures of jobs": (pictures.pictured(["takes_pictures"]), {"limit": 49}),
     "pictures of jobs, another page": (
-        pictures.pictured(["takes_pictures", "below_job", "tenant_id"]),
-        {"limit": 49, "below_job": uuid.UUID(int=1), "ordinal": 5, "tenant_id": uuid.UUID(int=1)},
+        pictures.pictured(["takes_pictures", "from_job", "tenant_id"]),
+        {
+            "limit": 49,
+            "from_at": "2100-01-01T00:00:00Z",
+            "from_job": uuid.UUID(int=1),
+            "ordinal": 5,
+            "tenant_id": uuid.UUID(int=1),
+        },
     ),
     "marks on charts": (
         actions.MARKS,
-        {"since": "2100-01-01T00:00:00Z", "until": "2100-01-02T00:00:00Z", "lane": "x", "limit": 9},
+        {
+            "since": "2100-01-01T00:00:00Z",
+            "until": "2100-01-02T00:00:00Z",
+            "lane": "x",
+            "limit": 9,
+            "of_workers": actions.OF_WORKERS,
+        },
     ),
     "version of a program": (actions.VERSION, {"target": "program api"}),
     "owner of a job": (owners.OWNED["job_id"], {"id": uuid.UUID(int=1)}),

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
+from api.app import THREADS
+from api.dashboard import system_page
 from farm.context import Farm
 from farm.services import doctor
 from tests.integration.test_api_access import signed_in
 from tests.integration.test_api_refusals import check_problem
 from tests.integration.test_attention import opened
 from tests.support.api_server import Api, serving
-from tests.support.store import sql
+from tests.support.store import new_tenant, sql
+from tests.support.waiting import wait_until
 
 ASKED = {"Accept": "text/html"}
 
@@ -84,6 +89,9 @@ def test_a_key_is_shown_once_and_works(api: Api, operator: httpx.Client) -> None
         ({"tenant": "shop", "role": "operator", "everywhere": True}, "everywhere"),
         ({"tenant": "shop", "metadata": "some"}, "metadata"),
         ({"tenant": "shop", "colour": "red"}, "colour"),
+        ({"tenant": "sh\x1b[31mop"}, "tenant"),
+        ({"tenant": "shop\u200b"}, "tenant"),
+        ({"tenant": str(uuid.uuid5(uuid.NAMESPACE_DNS, "shop"))}, "tenant"),
     ],
 )
 def test_a_wrong_key_is_refused(
@@ -93,6 +101,18 @@ def test_a_wrong_key_is_refused(
     assert problem["error"]["param"] == param
     assert sql(farm, "SELECT count(*) FROM keys") == [(1,)]
     assert sql(farm, "SELECT count(*) FROM tenants WHERE name <> 'ops'") == [(0,)]
+
+
+def test_a_name_is_stored_without_spaces_around_it(farm: Farm, operator: httpx.Client) -> None:
+    for name in ("shop", " shop "):
+        assert operator.post("/v1/keys", json={"tenant": name}).json()["tenant"] == "shop"
+
+
+def test_a_tenant_that_is_there_keeps_its_name(farm: Farm, operator: httpx.Client) -> None:
+    """An older version took any name."""
+    new_tenant(farm, "old")
+    sql(farm, "UPDATE tenants SET name = E'old\\n1' WHERE name = 'old'")
+    assert operator.post("/v1/keys", json={"tenant": "old\n1"}).status_code == 201
 
 
 def test_a_key_that_is_not_there_cannot_be_revoked(operator: httpx.Client) -> None:
@@ -170,6 +190,42 @@ def test_the_page_says_that_the_key_is_the_visitors_own(farm: Farm, visitor: htt
     assert "You are signed in with this key." in opened(visitor, f"/system/keys/{key_id}/revoke")
 
 
+def test_the_page_says_which_keys_stay_valid(api: Api, visitor: httpx.Client) -> None:
+    made = api.client("ops", "operator").post(
+        "/v1/keys", json={"tenant": "eve", "role": "operator"}
+    )
+    eve = api.bare(Authorization=f"Bearer {made.json()['key']}")
+    last = eve.post("/v1/keys", json={"tenant": "mallory"}).json()
+    gone = eve.post("/v1/keys", json={"tenant": "trent"}).json()
+    eve.delete(f"/v1/keys/{gone['id']}")
+    page = opened(visitor, f"/system/keys/{made.json()['id']}/revoke")
+    assert f"Keys that were created with it stay valid: {last['prefix']}… of mallory." in page
+    [first] = sql(api.farm, "SELECT key_id FROM actions WHERE outcome = 'operator'")
+    page = opened(visitor, f"/system/keys/{first.key_id}/revoke")
+    assert f"{made.json()['prefix']}… of eve, {last['prefix']}… of mallory." in page
+    assert "stay valid" not in opened(visitor, f"/system/keys/{last['id']}/revoke")
+
+
+def test_a_silent_server_that_is_checked_holds_up_nobody(
+    api: Api, visitor: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+
+    def silent(_settings: object) -> str:
+        assert answers.wait(60)
+        return "answers"
+
+    monkeypatch.setattr(doctor, "_s3", silent)
+    asked = 3 * THREADS
+    with ThreadPoolExecutor(asked) as pool:
+        pages = [pool.submit(opened, visitor, "/system/checks") for _ in range(asked)]
+        wait_until(lambda: api.app.state.checks.waiting == asked, 60, "all wait")
+        assert api.client().get("/v1/jobs").status_code == 200
+        assert not any(page.done() for page in pages)
+        answers.set()
+        assert len({page.result() for page in pages}) == 1
+
+
 def test_the_page_of_checks_says_what_to_do(
     farm: Farm, visitor: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +249,7 @@ def test_the_page_of_checks_says_what_to_do(
         raise OSError("no route to host")
 
     monkeypatch.setattr(doctor, "_postgres", broken)
+    monkeypatch.setattr(system_page, "CHECKED_SECONDS", 0.0)
     farm_page = opened(visitor, "/system/checks?again")
     assert "no route to host" in farm_page
     assert "skipped: it needs postgres" in farm_page

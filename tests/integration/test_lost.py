@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +120,7 @@ def test_an_operator_reads_the_last_words_and_a_tenant_does_not(
 SPEAK = """
 import ctypes, logging, sys
 from pathlib import Path
+from typing import Any
 from workers.render.batch_log import BatchLog
 words = BatchLog(Path(sys.argv[1]))
 words.listen()
@@ -165,6 +167,7 @@ def test_words_are_shown_from_their_end(scratch: Scratch) -> None:
 HOLD = """
 import sys, uuid
 from pathlib import Path
+from typing import Any
 from workers.render.scratch import Scratch
 with Scratch(Path(sys.argv[1]), uuid.UUID(int=int(sys.argv[2]))).held():
     print("held", flush=True)
@@ -428,6 +431,33 @@ def test_how_a_child_ended_is_waited_for_a_moment(
     supervisor._heartbeat()
     told = sql(farm, "SELECT message FROM attempts WHERE job_id = :id", id=job_id)
     assert {row.message for row in told} == {words or ENDED}
+
+
+def test_a_grace_that_ends_during_a_heartbeat_charges_no_attempt(
+    farm: Farm, tenant: uuid.UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres was slow. The child was killed at the end of the grace, and Celery reported it."""
+    job_id = submit(farm, tenant)
+    worker = register_worker(farm)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        replace(worker, pid=child.pid).must_claim()
+        scratch = Scratch(farm.settings.scratch_dir, worker.id)
+        supervisor = WorkerSupervisor(farm, Identity(worker.id, "demo", "here", 1), scratch)
+        renew = leases.renew
+
+        def slow(*args: Any) -> Sequence[leases.RenewedLease]:
+            found = renew(*args)
+            supervisor._give_up()
+            child.kill()
+            child.wait(30)
+            supervisor.child_lost("It ended: SIGKILL.")
+            return found
+
+        monkeypatch.setattr(leases, "renew", slow)
+        supervisor._heartbeat()
+    assert [reason for _, reason in attempts_of(farm, job_id)] == ["released"]
+    assert sql(farm, "SELECT FROM leases") == []
+    assert len(sql(farm, "SELECT FROM requeued_frames WHERE not_before <= clock_timestamp()")) == 1
 
 
 def test_to_look_after_a_child_leaves_its_exit_code_to_celery() -> None:

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from sqlalchemy import event
 
 from api.addresses import THUMBNAIL_SECONDS
+from api.dashboard.pictures import MADE_PER_TENANT
 from farm.context import Farm
 from farm.domain import signed_addresses
 from farm.domain.signed_addresses import SignedThumbnail, read_thumbnail, sign_thumbnail
@@ -70,9 +71,9 @@ def large_png(width: int = 1024, height: int = 512) -> bytes:
     return buffer.getvalue()
 
 
-def stored_large(api: Api) -> ArtifactName:
+def stored_large(api: Api, tenant: str = "ann") -> ArtifactName:
     """Let a frame succeed with a large picture. Return its name."""
-    job = api.submit(api.client(), width=256, height=256)
+    job = api.submit(api.client(tenant), width=256, height=256)
     lease = register_worker(api.farm).must_claim()
     content = large_png()
     digest = hashlib.sha256(content).digest()
@@ -165,13 +166,38 @@ def test_a_thumbnail_costs_no_query(api: Api, visitor: httpx.Client) -> None:
     assert asked == []
 
 
-def test_a_small_picture_is_its_own_thumbnail(api: Api, visitor: httpx.Client) -> None:
+def test_the_thumbnail_of_a_small_picture_is_not_stored(api: Api, visitor: httpx.Client) -> None:
     job = rendered(api)
     [address] = thumbnail_addresses(opened(visitor, f"/jobs/{job}"))
     answer = api.bare().get(address)
-    assert answer.headers["content-type"] == "image/png"
-    assert answer.content == visitor.get(f"/pictures/{job}/0").content
+    assert answer.headers["content-type"] == "image/webp"
+    with Image.open(io.BytesIO(answer.content)) as image:
+        assert (image.format, image.size) == ("WEBP", (64, 64))
     assert len(keys_of(api, job)) == 1
+
+
+def test_nothing_is_made_of_a_removed_job(api: Api, visitor: httpx.Client) -> None:
+    name = stored_large(api)
+    [address] = thumbnail_addresses(opened(visitor, f"/jobs/{name.job_id}"))
+    assert api.client().delete(f"/v1/jobs/{name.job_id}").status_code == 204
+    check_problem(api.bare().get(address), 404)
+    assert keys_of(api, name.job_id) == [name.key]
+
+
+def test_thumbnails_of_one_tenant_leave_room_for_others(api: Api, visitor: httpx.Client) -> None:
+    name, bobs = stored_large(api), stored_large(api, "bob")
+    [address] = thumbnail_addresses(opened(visitor, f"/jobs/{name.job_id}"))
+    [of_bob] = thumbnail_addresses(opened(signed_in(api, api.key("bob")), f"/jobs/{bobs.job_id}"))
+    waiting = [
+        api.app.state.made.take(str(name.tenant_id), "thumbnails") for _ in range(MADE_PER_TENANT)
+    ]
+    refused = api.bare().get(address)
+    assert "Too many thumbnails" in check_problem(refused, 503)["detail"]
+    assert int(refused.headers["retry-after"]) > 0
+    assert api.bare().get(of_bob).status_code == 200
+    for place in waiting:
+        place.give_back()
+    assert api.bare().get(address).status_code == 200
 
 
 def test_a_thumbnail_that_cannot_be_stored_is_shown(
@@ -306,8 +332,10 @@ def test_a_page_after_another_tenants_job_shows_nothing_of_it(
 ) -> None:
     mine = rendered(api)
     bobs = rendered(api, "bob", images=2)
-    assert frames_on(opened(visitor, f"/pictures?after={bobs}&at=-1")) == [(mine, 0)]
-    assert frames_on(opened(visitor, f"/pictures?after={uuid.uuid4()}")) == []
+    for job in (bobs, uuid.uuid4()):  # neither is looked up
+        for more in ("&of=2100-01-01T00:00:00Z", ""):
+            assert frames_on(opened(visitor, f"/pictures?after={job}{more}")) == [(mine, 0)]
+        assert frames_on(opened(visitor, f"/pictures?after={job}&of=2000-01-01T00:00:00Z")) == []
     check_problem(visitor.get("/pictures?at=-2"), 422)
 
 

@@ -25,7 +25,7 @@ from tests.integration.test_history import recently, store_sample
 from tests.support.api_server import Api, serving
 from tests.support.cli_runner import farm_process as command  # its variables are not the API's
 from tests.support.cli_runner import inherited
-from tests.support.store import register_worker
+from tests.support.store import register_worker, sql
 
 
 @pytest.fixture
@@ -90,14 +90,16 @@ def test_a_clients_key_is_told_what_it_lacks(api: Api, env: dict[str, str]) -> N
 
 
 @contextmanager
-def in_a_terminal(env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def in_a_terminal(
+    env: dict[str, str], stdin: int | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run `farm top` in a terminal of 100 x 30 characters. Yield it and the other end."""
     ours, its = pty.openpty()
     ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "farm.cli", "top", "--every", "0.5"],
         env=inherited() | env | {"TERM": "xterm-256color"},
-        stdin=its,
+        stdin=its if stdin is None else stdin,
         stdout=its,
         stderr=its,
         start_new_session=True,
@@ -123,7 +125,7 @@ def read_until(terminal: int, words: str, seconds: float = 90) -> str:
     return text
 
 
-@pytest.mark.parametrize("way", ["q", "ctrl-c"])
+@pytest.mark.parametrize("way", ["q", "ctrl-c", "sigterm"])
 def test_it_is_live_until_it_is_left(api: Api, env: dict[str, str], way: str) -> None:
     with in_a_terminal(env) as (process, terminal):
         read_until(terminal, "Nothing needs attention.")
@@ -134,12 +136,40 @@ def test_it_is_live_until_it_is_left(api: Api, env: dict[str, str], way: str) ->
         if way == "q":
             os.write(terminal, b"xq")
         else:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT if way == "ctrl-c" else signal.SIGTERM)
         text = read_until(terminal, "\x1b[?1049l")  # the screen as it was before
         assert "Traceback" not in text
-        assert process.wait(30) == (0 if way == "q" else 130)
+        assert process.wait(30) == {"q": 0, "ctrl-c": 130, "sigterm": 1}[way]
         assert termios.tcgetattr(terminal)[3] & termios.ECHO
         assert not settings[3] & termios.ECHO
+
+
+def test_it_needs_no_keyboard(api: Api, env: dict[str, str]) -> None:
+    with in_a_terminal(env, subprocess.DEVNULL) as (process, terminal):
+        read_until(terminal, "Nothing needs attention.")
+        register_worker(api.farm, "sd-new")
+        read_until(terminal, "sd-new")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+def test_it_outlives_an_error_of_the_farm(api: Api, env: dict[str, str]) -> None:
+    with in_a_terminal(env) as (process, terminal):
+        read_until(terminal, "Nothing needs attention.")
+        sql(api.farm, "ALTER TABLE samples RENAME TO away")
+        read_until(terminal, "Trying again.")
+        sql(api.farm, "ALTER TABLE away RENAME TO samples")
+        register_worker(api.farm, "sd-new")
+        read_until(terminal, "sd-new")
+        os.write(terminal, b"q")
+        assert process.wait(30) == 0
+
+
+def test_names_are_shown_as_they_are(api: Api, env: dict[str, str]) -> None:
+    register_worker(api.farm, "gpu[/]-1\x1b]52;c;eA==\x07")
+    shown = command("top", "--once", env=env)
+    assert shown.code == 0, shown.err
+    assert "gpu[/]-1\ufffd]52;c;eA==\ufffd" in shown.out
 
 
 def test_it_waits_for_a_farm_that_is_away(farm: Farm) -> None:

@@ -57,6 +57,25 @@ def test_an_answer_is_forgotten_after_a_second_or_a_change(monkeypatch: pytest.M
     assert answers.get("key", lambda: HTMLResponse("3")).body == b"3"
 
 
+def test_an_answer_that_was_begun_before_a_change_is_not_given_after_it() -> None:
+    answers = SharedAnswers()
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def before() -> Response:
+        begun.set()
+        assert goes_on.wait(30)
+        return HTMLResponse("before")
+
+    other = threading.Thread(target=answers.get, args=("key", before))
+    other.start()
+    assert begun.wait(30)
+    answers.clear()
+    assert answers.get("key", lambda: HTMLResponse("after")).body == b"after"
+    goes_on.set()
+    other.join(30)
+    assert answers.get("key", lambda: HTMLResponse("later")).body == b"after"
+
+
 def test_a_refusal_is_not_kept() -> None:
     answers = SharedAnswers()
 

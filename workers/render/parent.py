@@ -150,6 +150,9 @@ class WorkerSupervisor:
             self._end_hung(held)
             self._end_adrift({lease.id for lease in held})
         gone = {lease.pid for lease in held if not is_child(lease.pid)}
+        if self._given_up:  # the grace has ended since the beginning: a killed child is no failure
+            self._give_back()
+            return
         for pid in gone:
             if self._is_explained(pid):
                 self._return_lost(pid)
@@ -261,19 +264,21 @@ class WorkerSupervisor:
         while (left := self._give_up_at - time.monotonic()) > 0:
             self._told.wait(min(left, threading.TIMEOUT_MAX))
             self._told.clear()
-        self._give_up()
-        time.sleep(LEAVE_SECONDS / 2)
-        self._abandon()
+        try:
+            self._give_up()
+        finally:
+            time.sleep(LEAVE_SECONDS / 2)
+            self._abandon()
 
     def _give_up(self) -> None:
         """Kill the child, so that Celery stops. The next heartbeat releases its leases."""
         log.warning("%s releases its batch and leaves", self._identity.name)
         self._given_up = True
-        self._wake.set()
         for pid in [child.pid for child in billiard.active_children()]:
             if pid is not None:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        self._wake.set()
 
     def _give_back(self) -> None:
         with transaction(self._farm.store) as connection:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from farm.cli.client import farm_client
 from farm.cli.commands.job_lookup import JobArgument, find_job
 from farm.cli.submission.body import pair
 from farm.cli.terminal.console import (
+    Columns,
     Json,
-    clean,
     columns,
     emit,
     note,
@@ -121,7 +122,7 @@ def _table(found: list[JobData], *, with_tenant: bool) -> Table:
         more = f" (+{count(spec['prompt_count'] - 1)})" if spec["prompt_count"] > 1 else ""
         table.add_row(
             short(each["id"]),
-            *([_plain(clean(each.get("tenant", "")))] if with_tenant else []),
+            *([each.get("tenant", "")] if with_tenant else []),
             styled_status(each),
             f"{int(each['progress'] * 100)}%",
             count(each["total"]),
@@ -146,10 +147,10 @@ def job(job_word: JobArgument, as_json: Json = False) -> None:
 
 
 def _describe(found: JobData) -> None:
-    table = Table.grid(padding=(0, 2, 0, 0))
+    table = Columns.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_row("job", found["id"])
-    table.add_row("tenant", _plain(clean(found.get("tenant", ""))))
+    table.add_row("tenant", found.get("tenant", ""))
     table.add_row("status", styled_status(found))
     table.add_row("frames", f"{count(found['total'])}: {numbered(found['counts'])}")
     if found["pace"] is not None and found["eta_seconds"] is not None:
@@ -159,7 +160,7 @@ def _describe(found: JobData) -> None:
     if found["failures"]:
         table.add_row("failed attempts", numbered(found["failures"]))
     if found["waiting_because"]:
-        table.add_row("waits", _plain(clean(found["waiting_because"])))
+        table.add_row("waits", found["waiting_because"])
     if missed := found.get("missed"):
         table.add_row("missed", missed)
     moments = (found["created_at"], found["started_at"], found["finished_at"])
@@ -172,9 +173,9 @@ def _describe(found: JobData) -> None:
         shown = str(value)
         if name == "labels" and isinstance(value, dict):
             shown = ", ".join(f"{key}={label}" for key, label in value.items())
-        table.add_row(name, _plain(clean(shown)))
+        table.add_row(name, shown)
     for index, prompt in enumerate(found["spec"]["prompts"]):
-        table.add_row("" if index else "prompts", _plain(clean(prompt)))
+        table.add_row("" if index else "prompts", prompt)
     hidden = found["spec"]["prompt_count"] - len(found["spec"]["prompts"])
     if hidden:
         table.add_row("", f"… and {count(hidden)} more")
@@ -206,16 +207,10 @@ def watch_to_end(client: FarmClient, found: JobData, *, as_json: bool) -> None:
     if as_json:
         emit(ended)
     else:
-        out.print(f"{name} {styled_status(ended)}{summary(ended).removeprefix(ended['status'])}")
+        rest = summary(ended).removeprefix(ended["status"])
+        out.print(Text.assemble(f"{name} ", styled_status(ended), rest))
         if ended["counts"]["dead"]:
             out.print(f"[dim]See why:[/] farm job {name}  [dim]Try again:[/] farm retry {name}")
         if ended["counts"]["succeeded"]:
             out.print(f"[dim]Download:[/] farm get {name} --dest pictures")
     exit_as(ended)
-
-
-def _plain(text: str) -> str:
-    """Escape a text, so that rich does not read it as markup."""
-    from rich.markup import escape
-
-    return escape(text)

@@ -6,13 +6,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from farm.cli.client import farm_client
 from farm.cli.terminal.console import (
     Json,
     Why,
-    clean,
     columns,
     emit,
     one_line,
@@ -47,7 +45,7 @@ def lanes(context: typer.Context, as_json: Json = False) -> None:
     for each in page["data"]:
         waiting = [count(each["waiting"][name]) for name in PRIORITIES]
         numbers = (*waiting, count(each["workers"]), count(each["able"]))
-        table.add_row(escape(clean(each["pipeline"])), *numbers, tail(_about(each)))
+        table.add_row(each["pipeline"], *numbers, tail(_about(each)))
     show_table(table)
 
 

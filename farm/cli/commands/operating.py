@@ -9,13 +9,11 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from farm.cli.client import farm_client
 from farm.cli.terminal.console import (
     Json,
     Why,
-    clean,
     columns,
     emit,
     note,
@@ -51,7 +49,7 @@ def tenants(context: typer.Context, as_json: Json = False) -> None:
     for each in page["data"]:
         weight = f"{each['weight']:g}"
         owned = [count(each["owns"][name]) for name in OWNED]
-        table.add_row(escape(clean(each["name"] or "")), weight, *owned, ago(each["created_at"]))
+        table.add_row(each["name"] or "", weight, *owned, ago(each["created_at"]))
     show_table(table)
 
 
@@ -247,8 +245,7 @@ def destinations(context: typer.Context, as_json: Json = False) -> None:
         return
     table = columns("id", "tenant", "destination", "since")
     for each in page["data"]:
-        tenant, dest = escape(clean(each["tenant"])), escape(clean(each["dest"]))
-        table.add_row(each["id"], tenant, dest, ago(each["created_at"]))
+        table.add_row(each["id"], each["tenant"], each["dest"], ago(each["created_at"]))
     show_table(table)
 
 
@@ -326,5 +323,5 @@ def actions(
         by = f"{name} of {each['tenant']}" if each["tenant"] else name
         place = f"{each['address']} ({each.get('via', 'api')})" if each["address"] else ""
         shown = (by, place, *words)
-        table.add_row(ago(each["at"]), *(escape(one_line(clean(word), 60)) for word in shown))
+        table.add_row(ago(each["at"]), *(one_line(word, 60) for word in shown))
     show_table(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from farm.cli.client import farm_client
 from farm.cli.commands.steering import changed_labels
@@ -64,9 +63,9 @@ def operations(
     for each in found:
         owner = each["tenant"] or "all tenants"
         words = [each["verb"], owner, each["state"], _handled(each), each["who"] or ""]
-        shown = (escape(one_line(clean(word), 60)) for word in words)
+        shown = (one_line(word, 60) for word in words)
         table.add_row(
-            each["id"], ago(each["created_at"]), *shown, tail(one_line(clean(each["why"] or "")))
+            each["id"], ago(each["created_at"]), *shown, tail(one_line(each["why"] or ""))
         )
     show_table(table)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +19,18 @@ from rich.table import Table
 from rich.text import Text
 
 from farm.cli.client import farm_client
-from farm.cli.terminal.console import Json, clean, columns, emit, one_line, out
-from farm.errors import Unavailable
+from farm.cli.terminal.console import Json, columns, emit, one_line, out
+from farm.cli.terminal.exit_codes import ERROR
+from farm.errors import FarmError, Forbidden, Unauthenticated
 from farm.humanize import ago, count, duration, percent, utc
+
+try:
+    import termios
+    import tty
+except ImportError:  # not a POSIX system
+    READS_KEYS = False
+else:
+    READS_KEYS = True
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
@@ -31,6 +42,9 @@ STATES = {"rendering": "blue", "loading": "cyan", "failed": "bold red", "idle": 
 HISTORY: Mapping[str, str | int] = {"range": "15m", "points": 15}
 ATTENTION_SHOWN = 8
 BARS = "▁▂▃▄▅▆▇█"
+LOOK_SECONDS = 0.5
+"""Interval in which the size of the terminal is looked at, in seconds."""
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 LINES_AROUND = 9
 """Lines of a screen that are neither rows nor attention."""
 
@@ -81,35 +95,36 @@ def read(client: FarmClient) -> Overview:
 def _live(client: FarmClient, every: float) -> None:
     from rich.live import Live
 
-    found = read(client)
+    found, problem = read(client), ""
     with Live(console=out, screen=True, auto_refresh=False) as screen, _keys() as pressed:
         while True:
-            shown = drawn(found, datetime.now(UTC), out.height)
-            screen.update(shown, refresh=True)
-            if "q" in pressed(every):
-                return
-            try:
-                found = read(client)
-            except Unavailable as error:
-                said = Text(f"{error.message} Trying again.", "bold red")
-                screen.update(Group(said, shown), refresh=True)
-                if "q" in pressed(every):
+            due, size = time.monotonic() + every, None
+            while (left := due - time.monotonic()) > 0:
+                if size != out.size:
+                    size = out.size
+                    shown = drawn(found, datetime.now(UTC), size.height - bool(problem))
+                    screen.update(Group(Text(problem, "bold red"), shown) if problem else shown)
+                    screen.refresh()
+                if "q" in pressed(min(left, LOOK_SECONDS)):
                     return
+            try:
+                found, problem = read(client), ""
+            except (Unauthenticated, Forbidden):
+                raise
+            except FarmError as error:
+                problem = one_line(f"{error.message} Trying again.", 160)
 
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
     """Yield a function that waits for keys up to a time in seconds, and returns them.
 
-    Keys are not shown. Ctrl-C interrupts, as ever.
+    Keys are not shown. Ctrl-C interrupts, as ever. A signal that ends the program leaves the
+    terminal as it was.
     """
-    try:
-        import select
-        import termios
-        import tty
-
-        before = termios.tcgetattr(sys.stdin)
-    except (ImportError, OSError, ValueError):  # no terminal to read from, or not a POSIX system
+    for number in ENDING:
+        signal.signal(number, lambda *_: sys.exit(ERROR))
+    if not (READS_KEYS and sys.stdin.isatty()):
 
         def no_keys(seconds: float) -> str:
             time.sleep(seconds)
@@ -117,6 +132,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
         yield no_keys
         return
+    before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
 
     def keys(seconds: float) -> str:
@@ -134,7 +150,7 @@ def drawn(found: Overview, now: datetime, height: int | None) -> RenderableType:
     parts: list[RenderableType] = [_summary(found, now), Text()]
     attention = found.attention[:ATTENTION_SHOWN]
     for each in attention:
-        words = one_line(clean(each["sentence"]), 160)
+        words = one_line(each["sentence"], 160)
         parts.append(Text.assemble((f"{each['level']:<9}", LEVELS[each["level"]]), words))
     if more := len(found.attention) - len(attention):
         parts.append(Text(f"and {more} more on the page /", "dim"))
@@ -178,7 +194,7 @@ def _lanes(found: Overview) -> Table:
         speed, waiting = _speed(past), sum(lane["waiting"].values())
         busy = [each["busy"] for each in points if each["busy"] is not None]
         table.add_row(
-            clean(lane["pipeline"]),
+            lane["pipeline"],
             *(count(lane["waiting"][name]) for name in PRIORITIES),
             f"{60 * speed:.3g}",
             bars([each["frames_per_second"] for each in points]),
@@ -192,8 +208,8 @@ def _lanes(found: Overview) -> Table:
 
 def _problem(lane: Lane) -> Text:
     if hold := lane["hold"]:
-        return Text(one_line(f"held by {clean(hold['by'])}: {clean(hold['why'])}", 60), "yellow")
-    return Text(one_line(clean(lane["problem"] or ""), 60), "red")
+        return Text(one_line(f"held by {hold['by']}: {hold['why']}", 60), "yellow")
+    return Text(one_line(lane["problem"] or "", 60), "red")
 
 
 def bars(numbers: Sequence[float]) -> str:
@@ -215,13 +231,13 @@ def _workers(shown: Sequence[Worker]) -> Table:
         batch = each["batch"]
         state = "draining" if each["draining"] else each["state"]
         table.add_row(
-            clean(each["name"]),
+            each["name"],
             Text(state, STATES.get(state, "yellow")),
             f"step {batch['step']} of {batch['steps']}" if batch else "",
             percent(each.get("busy")),
             count(each["succeeded"]),
-            one_line(clean(each["device"] or ""), 30),
+            one_line(each["device"] or "", 30),
             ago(each["seen_at"]),
-            Text(one_line(clean(each["problem"] or ""), 60), "red"),
+            Text(one_line(each["problem"] or "", 60), "red"),
         )
     return table

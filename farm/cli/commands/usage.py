@@ -6,10 +6,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from farm.cli.client import farm_client
-from farm.cli.terminal.console import Json, clean, columns, emit, note, one_line, show_table
+from farm.cli.terminal.console import Json, columns, emit, note, one_line, show_table
 from farm.errors import InvalidRequest
 from farm.humanize import count, duration, size
 
@@ -61,7 +60,7 @@ def usage(
     shown = (*FIGURES, *(("cost",) if priced else ()))
     table = columns(*names, *shown, right=shown)
     for row in found["rows"]:
-        values = [escape(one_line(clean(row["by"][name] or "none"), 60)) for name in names]
+        values = [one_line(row["by"][name] or "none", 60) for name in names]
         figures = [
             count(row["frames"]),
             duration(row["device_seconds"]),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from farm.cli.client import farm_client
 from farm.cli.terminal.console import (
     Json,
     Why,
-    clean,
     columns,
     emit,
     one_line,
@@ -58,9 +57,9 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
         style = STYLES.get(each["state"], "default")
         state = each["state"] + (", draining" if each["draining"] else "")
         table.add_row(
-            escape(clean(each["name"])),
-            f"[{style}]{state}[/]",
-            escape(clean(each["device"] or "")),
+            each["name"],
+            Text(state, style),
+            each["device"] or "",
             count(each["succeeded"]),
             percent(each.get("busy")),
             ago(each["seen_at"]),

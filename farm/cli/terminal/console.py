@@ -12,10 +12,10 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, JustifyMethod
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -66,12 +66,21 @@ def note(text: str, style: str | None = "dim") -> None:
     err.print(clean(text), style=style, markup=False, soft_wrap=True)
 
 
+class Columns(Table):
+    """A table whose cells are plain text: markup and control characters in them do nothing."""
+
+    def add_row(self, *cells: RenderableType | None, **look: Any) -> None:
+        """Add a row of cells. A `Text` keeps its style."""
+        plain = (Text(clean(cell)) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, **look)
+
+
 def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
     """Build a plain table with these columns. Those in `right` are aligned to the right.
 
     Only the last column shrinks on a narrow terminal: fill it with `tail(text)`.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = Columns(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in names:
         justify: JustifyMethod = "right" if name in right else "left"
         table.add_column(name, justify=justify, no_wrap=name != names[-1])
@@ -89,10 +98,10 @@ def show_table(table: Table) -> None:
     console.print(table)
 
 
-def styled_status(job: JobData) -> str:
-    """Return a job's status, or `paused`, as rich markup."""
+def styled_status(job: JobData) -> Text:
+    """Return a job's status, or `paused`, in its colour."""
     status = "paused" if job["paused"] and job["finished_at"] is None else job["status"]
-    return f"[{STATUS_STYLES.get(status, 'default')}]{status}[/]"
+    return Text(status, STATUS_STYLES.get(status, "default"))
 
 
 def clean(text: str) -> str:
