@@ -16,6 +16,7 @@ from farm import __version__
 from farm.cli.commands import (
     audit,
     calibrate,
+    compare,
     demo,
     doctor,
     export,
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 EXTRAS = {
     "submit": "files",
+    "compare": "files",
     "export": "files",
     "api": "server",
     "janitor": "server",
@@ -83,6 +85,7 @@ app.command("demo", rich_help_panel=START)(demo.demo)
 app.command("up", rich_help_panel=START)(up.up)
 app.command("doctor", rich_help_panel=START)(doctor.doctor)
 app.command("submit", rich_help_panel=RENDER, epilog=submit.EXAMPLES)(submit.submit)
+app.command("compare", rich_help_panel=RENDER)(compare.compare)
 app.command("images", rich_help_panel=RENDER)(images.images)
 app.command("watch", rich_help_panel=RENDER)(jobs.watch)
 app.command("get", rich_help_panel=RENDER)(get.get)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import pytest
+import typer
 from PIL import Image, ImageFont
 from rich.console import Console
 
+from farm.cli.commands.compare import variants_of
 from farm.cli.commands.doctor import marks
 from farm.cli.commands.workers import doing
 from farm.cli.terminal.console import clean, columns, note, one_line, say, show_table, tail
-from farm.cli.terminal.contact_sheet import CELL, GAP, MARGIN, Row, contact_sheet, wrapped
+from farm.cli.terminal.contact_sheet import (
+    CELL,
+    GAP,
+    HEAD_LINE,
+    MARGIN,
+    PAPER,
+    Row,
+    contact_sheet,
+    wrapped,
+)
 from farm.cli.terminal.job_progress import Bar, Lines, busyness, detail, finished, headline, summary
 from farm.client.objects import Batch, JobData, Worker
 from farm.client.views import file_name
@@ -204,6 +215,51 @@ def test_the_contact_sheet_holds_every_picture() -> None:
     assert sheet.getpixel((right, bottom)) == colours[1]
     assert sheet.getpixel((right - CELL - GAP, bottom - CELL - GAP)) == colours[0]
     assert sheet.getpixel((2, 2)) == (250, 249, 246)
+
+
+def test_the_contact_sheet_shows_shapes_and_what_is_missing() -> None:
+    red = (200, 30, 40)
+    row = Row("a star", [Image.new("RGB", (64, 32), red), None])
+    plain = contact_sheet("the farm", "demo", ["a", "b"], [row])
+    heads = ["a pipeline with a long name, steps=10\nseed 1", "b"]
+    sheet = contact_sheet("the farm", "demo", heads, [row])
+    assert sheet.width == plain.width
+    assert sheet.height == plain.height + 2 * HEAD_LINE
+    middle = sheet.height - MARGIN - CELL // 2
+    left = sheet.width - MARGIN - CELL - GAP - CELL // 2
+    assert sheet.getpixel((left, middle)) == red
+    for dx, dy in ((0, CELL // 2 - 10), (CELL + GAP, 40)):  # above a wide picture; no picture
+        assert sheet.getpixel((left + dx, middle - dy)) == PAPER
+
+
+@pytest.mark.parametrize(
+    ("pipelines", "settings", "names"),
+    [
+        ("sd15, sdxl,sd15", [], ["sd15", "sdxl"]),
+        (
+            "sd15,sdxl",
+            ["steps=10 sampler=euler", "steps=20"],
+            [
+                *("sd15, steps=10, sampler=euler", "sd15, steps=20"),
+                *("sdxl, steps=10, sampler=euler", "sdxl, steps=20"),
+            ],
+        ),
+        ("sd15", ["steps=1", "steps=1"], ["sd15, steps=1"]),
+        ("sd15", ['negative_prompt="a b"'], ["sd15, negative_prompt=a b"]),
+    ],
+)
+def test_each_pipeline_is_tried_with_each_variant(
+    pipelines: str, settings: list[str], names: list[str]
+) -> None:
+    assert [each.name for each in variants_of(pipelines, settings)] == names
+
+
+@pytest.mark.parametrize(
+    ("pipelines", "settings"), [(" ,", []), ("sd15", ["steps"]), ("sd15", ['a="b'])]
+)
+def test_a_wrong_variant_is_refused(pipelines: str, settings: list[str]) -> None:
+    with pytest.raises(typer.BadParameter):
+        list(variants_of(pipelines, settings))
 
 
 def test_labels_are_broken_between_words() -> None:

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from farm.cli.commands.demo import IMAGES, PROMPTS
+from farm.cli.terminal.contact_sheet import CELL, GAP, LABEL_WIDTH, MARGIN
 from farm.demo.training.check import read_picture
 from farm.demo.training.pictures import Combo
 from farm.pipelines.runtime.devices import torch_threads
@@ -281,6 +282,44 @@ def _drain(terminal: int) -> None:
             pass
     except OSError:  # its other end is closed
         return
+
+
+def test_variants_are_compared_on_a_sheet(run: Run, live: LiveFarm, tmp_path: Path) -> None:
+    words = ("a red star", ARABIC, "--variant", "steps=2", "--variant", "steps=3")
+    more = ("--images", "2", "--seed", "31", "--set", "guidance_scale=2", "--json")
+    told = run("compare", *words, *more).json
+    assert [job["spec"]["steps"] for job in told["jobs"]] == [2, 3]
+    assert {job["labels"]["compare"] for job in told["jobs"]} == {told["label"]}
+    assert {job["spec"]["guidance_scale"] for job in told["jobs"]} == {2}
+    folder = tmp_path / "comparison"
+    assert told["sheet"] == str(folder.resolve() / "contact-sheet.png")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    names = ("0-31.png", "1-32.png", "2-31.png", "3-32.png")
+    assert files == {
+        "contact-sheet.png",
+        *(f"demo-steps={steps}/{name}" for steps in (2, 3) for name in names),
+    }
+    with Image.open(told["sheet"]) as sheet:
+        assert sheet.width == 2 * MARGIN + LABEL_WIDTH + 4 * (CELL + GAP) - GAP
+        for column in range(4):
+            file = folder / f"demo-steps={2 + column // 2}" / names[2 + column % 2]
+            with Image.open(file) as picture:
+                middle = picture.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
+            x = MARGIN + LABEL_WIDTH + column * (CELL + GAP) + CELL // 2
+            y = sheet.height - MARGIN - CELL // 2
+            assert sheet.getpixel((x, y)) == middle.getpixel((CELL // 2, CELL // 2))
+
+
+def test_nothing_is_submitted_if_one_variant_is_wrong(run: Run, live: LiveFarm) -> None:
+    before = run("jobs", "--json").json
+    wrong = run("compare", "a star", "--variant", "steps=2", "--variant", "steps=0")
+    assert wrong.code == 1
+    assert "demo, steps=0: steps" in wrong.err
+    wrong = run("compare", "a star", "--pipelines", "demo,nothing")
+    assert (wrong.code, "nothing: " in wrong.err) == (1, True)
+    assert run("jobs", "--json").json == before
+    wide = run("compare", "a star", "--images", "61")
+    assert (wide.code, "60 columns" in " ".join(wide.err.split())) == (2, True)
 
 
 def test_demo_uses_the_farm_that_runs(
