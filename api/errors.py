@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.dashboard.html import PAGE_HEADERS, address_of, render, wants_html
+from api.dashboard.html import PAGE_HEADERS, address_of, render, sender_of, wants_html
 from api.request_rates import RATE, Rate, Taken
 from farm.domain.inputs import BadLines
 from farm.errors import (
@@ -92,7 +92,7 @@ def _answer(
 ) -> Response:
     status = content["status"]
     if wants_html(request):
-        page = render("problem.html", problem=content)
+        page = render("problem.html", problem=content, back=sender_of(request))
         return HTMLResponse(page, status, headers={**PAGE_HEADERS, **(headers or {})})
     return ProblemResponse(content, status, headers=headers)
 

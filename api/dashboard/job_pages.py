@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ ATTEMPTS_SHOWN = 50
 EVENTS_SHOWN = 30
 ACTIONS_SHOWN = 10
 PICTURES_SHOWN = 16
+PROMPTS_SHOWN = 20
 MAP_COLUMNS = 50
 """Cells in a row of the map."""
 
@@ -153,9 +155,21 @@ def summary(page: Page) -> Response:
             done=done,
             pictures=pictures,
             priorities=get_args(schemas.PriorityName),
+            parameters=parameters_of(job),
+            prompts_shown=PROMPTS_SHOWN,
         )
 
     return shared(page.request, page.caller, shown)
+
+
+def parameters_of(job: schemas.Job) -> list[tuple[str, str]]:
+    """Return what a job asked for besides its prompts, as it is shown: names and values."""
+    fields = job.spec.model_dump(mode="json", exclude={"prompts", "prompt_count", "labels"})
+    return [
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for name, value in fields.items()
+        if value not in (None, "", [], {}, False)
+    ]
 
 
 @router.get("/frames")

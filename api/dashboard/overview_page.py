@@ -40,7 +40,8 @@ class LaneRow:
     point: Point | None
     """The last 15 minutes."""
     empty_in: float | None
-    """Seconds until nothing waits, at the speed of the last 15 minutes. None: not known."""
+    """Seconds until nothing waits, at the speed of those of the last 15 minutes in which it
+    rendered. None: not known, no worker can render, or it is held."""
 
 
 def overview(request: Request, farm: Farm, caller: Caller) -> Response:
@@ -49,7 +50,7 @@ def overview(request: Request, farm: Farm, caller: Caller) -> Response:
     span = span_of(SHOWN_RANGE, points=72)
     names = [lane.pipeline for lane in facts.lanes]
     past = read_history(farm, names, span)
-    recent = {each.pipeline: last_minutes(each) for each in facts.recent}
+    recent = {each.pipeline: each for each in facts.recent}
     marks = marks_of(farm, span)
     with transaction(farm.store) as connection:
         pictures = newest_pictures(connection, None, PICTURES_SHOWN)
@@ -84,10 +85,15 @@ def last_minutes(lane: LaneHistory) -> Point | None:
     )
 
 
-def _row(lane: schemas.Lane, point: Point | None) -> LaneRow:
-    waiting = sum(lane.waiting.values())
-    speed = point.frames_per_second if point else 0.0
-    return LaneRow(lane, point, waiting / speed if speed > 0 else None)
+def _row(lane: schemas.Lane, past: LaneHistory | None) -> LaneRow:
+    waiting, points = sum(lane.waiting.values()), past.points if past else []
+    speeds = [each.frames_per_second for each in points if each.frames_per_second > 0]
+    goes_on = bool(speeds and lane.able and not lane.hold)
+    return LaneRow(
+        lane,
+        last_minutes(past) if past else None,
+        waiting * len(speeds) / sum(speeds) if goes_on else None,
+    )
 
 
 def _sparks(
@@ -107,7 +113,7 @@ def _sparks(
         [drawn] = marked([chart(title, sums, span, words, [(line, "one", of)])], span, marks)
         return name, now, drawn
 
-    minute, waits = "Frames a minute", "Frames that wait"
+    minute, waits = "Frames in the last minute", "Frames that wait"
     busy, lives = "Workers that render", "Workers that are alive"
     rate, able_now = f"{60 * speed:.3g}", f"{able} of {alive}"
     return [

@@ -114,7 +114,10 @@ def delete_tenant(farm: FarmDep, actor: Operating, tenant: Tenant) -> schemas.Te
 def _found(connection: Transaction, tenant: str) -> TenantRow:
     row = None if "\x00" in tenant else tenants.find_tenant(connection, tenant)
     if row is None:
-        raise NotFound(f"There is no tenant {tenant!r}. `farm tenants` lists them.")
+        raise NotFound(
+            f"There is no tenant {tenant!r}. `farm tenants` lists them. The first key of a tenant "
+            "creates it: `farm keys create --tenant NAME`."
+        )
     return row
 
 

@@ -245,7 +245,7 @@ def _limits(facts: Facts) -> Iterator[Attention]:
                 "info",
                 "tenant_at_limit",
                 f"Tenant {each.tenant} has as many running frames as it may, {count(limit)}: "
-                f"{plural(each.waiting, 'frame')} on {each.pipeline} wait for that.",
+                f"{plural(each.waiting, 'frame')} on {each.pipeline} wait because of it.",
                 f"/jobs?{urlencode({'tenant': each.tenant, 'pipeline': each.pipeline})}",
             )
 
@@ -277,8 +277,8 @@ def _held(facts: Facts) -> Iterator[Attention]:
         yield Attention(
             "info",
             "lane_held",
-            f"{lane.held_by} holds {lane.pipeline}{until}: {lane.held_why}. "
-            f"{plural(waits, 'frame')} wait for that.",
+            f"{lane.held_by or 'A key without a name'} holds {lane.pipeline}{until}: "
+            f"{lane.held_why}. Frames that wait because of it: {count(waits)}.",
             lane_link(lane.pipeline),
         )
 

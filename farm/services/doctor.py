@@ -187,7 +187,7 @@ def _courier(store: Store) -> str:
         lag = webhooks.lag(connection)
     if lag > COURIER_SECONDS:
         raise FarmError(f"Messages to webhooks have waited {duration(lag)}: no courier is alive.")
-    return "no message waits for one"
+    return "nothing waits to be delivered"
 
 
 def _workers(store: Store, settings: Settings, name: str) -> str:

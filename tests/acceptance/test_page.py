@@ -145,7 +145,7 @@ def test_prompts_in_any_script_are_read_and_never_run(api: Api, browser: Chrome)
         PROMPTS["long"][: len(shown[0]) - 3],  # the list shows the beginning
         *[prompt for name, prompt in reversed(PROMPTS.items()) if name != "long"],
     ]
-    assert browser.title == "Farm"
+    assert browser.title == "Jobs"
     by_text = {
         each.text: browser.execute_script("return getComputedStyle(arguments[0]).direction", each)
         for each in browser.find_elements("css selector", ".job .prompt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import threading
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -259,6 +260,29 @@ def test_a_silent_server_delays_only_the_first_page() -> None:
     wait_until(lambda: len(asked) == 2, 10, "it is asked again")
     recent._asked_at = float("-inf")
     wait_until(lambda: recent.problems() != {} and len(asked) >= 3, 10, "an error is no end")
+    recent.close()
+
+
+def test_an_old_answer_tells_nothing() -> None:
+    """Nobody looked for a night."""
+    away, answers = threading.Event(), threading.Event()
+
+    def ask() -> schemas.Readiness:
+        if away.is_set():
+            assert answers.wait(30)
+        part = schemas.Part(ok=not away.is_set(), detail="it does not answer")
+        return schemas.Readiness(ready=True, postgres=part, redis=part, s3=part)
+
+    recent = RecentReadiness(ask)
+    assert recent.problems() == {}
+    away.set()
+    recent._known_at = recent._asked_at = float("-inf")
+    assert "has not answered a check yet" in recent.problems()["servers"]
+    answers.set()
+    wait_until(lambda: "storage" in recent.problems(), 10, "the check has ended")
+    away.clear()
+    recent._known_at = recent._asked_at = float("-inf")
+    assert recent.problems() == {}  # the new answer is waited for
     recent.close()
 
 

@@ -677,7 +677,7 @@ def test_the_command_line_asks_before_it_starts(api: Api) -> None:
     api.submit(client)
     words = ("operations", "start", "cancel", "--label", "set=spring")
     looked = command(*words, "--dry-run", env=env)
-    assert "2 jobs can be changed so." in looked.err
+    assert "2 jobs match and can be changed in this way." in looked.err
     assert "3 frames wait or run" in looked.err
     assert command(*words, "--dry-run", "--json", env=env).json["jobs"] == 2
     refused = command(*words, env=env)

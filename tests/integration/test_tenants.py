@@ -218,7 +218,7 @@ def test_the_command_line_sets_and_shows_limits(api: Api, operator: httpx.Client
         "set", "ann", "--weight", "2.5", "--max-open-jobs", "5", "--priorities", "bulk, normal"
     )
     assert done.code == 0, done.err
-    assert "Tenant ann has weight 2.5, and owns 1 keys" in done.out
+    assert "Tenant ann has weight 2.5, and owns 1 key" in done.out
     assert "Priorities: normal, bulk." in done.out
     assert "Open jobs: 0, of at most 5." in done.out
     assert "Waiting frames: 0, without a limit." in done.out
@@ -334,7 +334,7 @@ def test_an_operators_commands(api: Api) -> None:
     assert listed["dest"] in told("destinations").out
     told("destinations", "revoke", listed["id"])
     assert "ann" in told("tenants").out
-    assert "owns 1 keys, 0 jobs" in told("tenants", "show", "ann").out
+    assert "owns 1 key, 0 jobs" in told("tenants", "show", "ann").out
     told("tenants", "delete", "ann", code=1)  # the prompt gets no answer
     deleted = told("tenants", "delete", "ann", "--yes", "--why", "it asked us to", "--json").json
     assert deleted["removed_at"] is not None

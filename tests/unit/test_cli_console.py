@@ -10,6 +10,7 @@ from rich.console import Console
 from farm.cli.commands.compare import variants_of
 from farm.cli.commands.doctor import marks
 from farm.cli.commands.workers import doing
+from farm.cli.terminal import console as terminal
 from farm.cli.terminal.console import clean, columns, note, one_line, say, show_table, tail
 from farm.cli.terminal.contact_sheet import (
     CELL,
@@ -201,6 +202,19 @@ def test_a_picture_is_named_by_its_frame() -> None:
     assert file_name({"ordinal": 12, "seed": 31}) == "12-31.png"
     assert file_name({"ordinal": 12, "seed": 31, "format": "jpeg"}) == "12-31.jpg"
     assert file_name({"ordinal": 12, "seed": 31, "format": "webp"}) == "12-31.webp"
+
+
+def test_a_narrow_terminal_cuts_no_id(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PIPE_WIDTH", 60)
+    table = columns("id", "tenant", "why")
+    name, tenant = "5d0a3b0a-2ad3-4b7e-9d4c-8e0f3c2f5e11", "a-tenant-with-a-long-name" * 3
+    table.add_row(name, tenant, tail("a reason that is long " * 9))
+    show_table(table)
+    [_, row] = capsys.readouterr().out.splitlines()
+    assert row.startswith(f"{name}  {tenant}  a reason")
+    assert row.rstrip().endswith("…")
 
 
 def test_the_contact_sheet_holds_every_picture() -> None:

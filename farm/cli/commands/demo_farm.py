@@ -103,7 +103,7 @@ def _started(data: Path) -> Iterator[FarmHandle]:
     note(f"No farm runs on {data}. Starting one. All its data is stored in that folder.", None)
     started = time.monotonic()
     with ExitStack() as stack:
-        with busy("Starting Postgres, Valkey, SeaweedFS, the API, the janitor and a worker"):
+        with busy("Starting Postgres, Valkey, SeaweedFS, and the farm's processes"):
             farm = stack.enter_context(running_farm(data, PORT if is_free(PORT) else 0))
         took = duration(time.monotonic() - started)
         out.print(f"[bold green]Farm is ready:[/] [bold]{farm.url}/[/] [dim]({took})[/]")

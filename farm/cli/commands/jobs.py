@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from farm.cli.client import farm_client
@@ -114,7 +113,7 @@ def _page(client: FarmClient, wanted: dict[str, str | int], limit: int) -> Page[
     return {"data": data, "next": data[-1]["id"] if len(data) == limit else None}
 
 
-def _table(found: list[JobData], *, with_tenant: bool) -> Table:
+def _table(found: list[JobData], *, with_tenant: bool) -> Columns:
     names = ("status", "done", "frames", "pipeline", "priority", "submitted", "prompt")
     table = columns("job", *(["tenant"] if with_tenant else []), *names, right=("done", "frames"))
     for each in found:

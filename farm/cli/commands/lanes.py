@@ -19,7 +19,7 @@ from farm.cli.terminal.console import (
     tail,
 )
 from farm.errors import InvalidRequest
-from farm.humanize import count
+from farm.humanize import count, utc
 
 if TYPE_CHECKING:
     from farm.client.objects import Lane
@@ -41,7 +41,8 @@ def lanes(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         emit(page)
         return
-    table = columns("lane", *PRIORITIES, "workers", "able", "", right=(*PRIORITIES, "workers"))
+    names = (*PRIORITIES, "workers", "able")
+    table = columns("lane", *names, "held or failed", right=names)
     for each in page["data"]:
         waiting = [count(each["waiting"][name]) for name in PRIORITIES]
         numbers = (*waiting, count(each["workers"]), count(each["able"]))
@@ -53,9 +54,10 @@ def _about(lane: Lane) -> str:
     """Return what stops a lane: a hold, or a problem of its workers."""
     if (hold := lane["hold"]) is None:
         return one_line(lane["problem"] or "", 100)
-    until = f" until {hold['until']}" if hold["until"] else ""
+    until = f" until {utc(datetime.fromisoformat(hold['until']))}" if hold["until"] else ""
     what = "" if hold["priority"] == "interactive" else f" from {hold['priority']} on"
-    return one_line(f"held{what}{until} by {hold['by']}: {hold['why']}", 200)
+    by = hold["by"] or "a key without a name"
+    return one_line(f"held{what}{until} by {by}: {hold['why']}", 200)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farm.cli.client import farm_client
+from farm.cli.commands.job_lookup import find_job
 from farm.cli.terminal.console import (
     Json,
     Why,
@@ -22,7 +23,7 @@ from farm.cli.terminal.console import (
     show_table,
 )
 from farm.errors import InvalidRequest
-from farm.humanize import ago, count, duration
+from farm.humanize import ago, count, duration, plural
 
 if TYPE_CHECKING:
     from farm.client import objects
@@ -227,7 +228,7 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
 
 
 def _owned(tenant: objects.Tenant) -> str:
-    return ", ".join(f"{count(tenant['owns'][name])} {name}" for name in OWNED)
+    return ", ".join(plural(tenant["owns"][name], name.removesuffix("s")) for name in OWNED)
 
 
 @destinations_app.callback(invoke_without_command=True)
@@ -306,9 +307,15 @@ def actions(
     asked = {"who": who, "verb": verb, "target": target, "tenant": tenant, "lane": lane}
     wanted = {name: word for name, word in asked.items() if word}
     with farm_client() as client:
+        kind, _, name = target.partition(" ")
+        if kind == "job" and name.strip():
+            wanted["target"] = f"job {find_job(client, name.strip())}"
         found = list(client.actions(wanted, limit))
     if as_json:
         emit(found)
+        return
+    if not found:
+        say("No action matches.", "dim")
         return
     table = columns("when", "who", "from", "did", "to", "of", "outcome", "why")
     for each in found:

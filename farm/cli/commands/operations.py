@@ -154,7 +154,7 @@ def _whose(tenant: str | None, all_tenants: bool) -> str | None:
 
 
 def _preview(found: OperationPreview) -> list[str]:
-    lines = [f"{plural(found['jobs'], 'job')} can be changed so."]
+    lines = [f"{plural(found['jobs'], 'job')} match and can be changed in this way."]
     if found["unfinished"]:
         seconds = found["unfinished_seconds"]
         takes = "" if seconds is None else f", about {duration(seconds)} of device time"

@@ -328,6 +328,8 @@ def send(
             say(f"Job {job['id']}: {frames} of {job['pipeline']}, {job['priority']} priority.")
             if file is not None and job["status"] != "queued":
                 say(f"This job was submitted before. It is {job['status']}.", "dim")
+            if job["waiting_because"] and not watch:
+                say(job["waiting_because"])
         if watch:
             watch_to_end(client, job, as_json=as_json)
         elif as_json:

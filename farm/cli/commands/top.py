@@ -34,7 +34,7 @@ else:
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
-    from farm.client.objects import Attention, Lane, LaneHistory, Worker
+    from farm.client.objects import Attention, HistoryPoint, Lane, LaneHistory, Worker
 
 PRIORITIES = ("interactive", "normal", "bulk")
 LEVELS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
@@ -186,19 +186,19 @@ def _speed(past: LaneHistory | None) -> float:
 
 
 def _lanes(found: Overview) -> Table:
-    names = ("frames/min", "last 15 min", "empty in", "busy", "able", "")
+    names = ("frames/min", "15 min", "empty in", "busy", "able", "")
     table = columns("lane", *PRIORITIES, *names, right=(*PRIORITIES, "frames/min", "busy", "able"))
     for lane in found.lanes:
         past = found.past.get(lane["pipeline"])
         points = past["points"] if past else []
-        speed, waiting = _speed(past), sum(lane["waiting"].values())
+        speed = _speed(past)
         busy = [each["busy"] for each in points if each["busy"] is not None]
         table.add_row(
             lane["pipeline"],
             *(count(lane["waiting"][name]) for name in PRIORITIES),
             f"{60 * speed:.3g}",
             bars([each["frames_per_second"] for each in points]),
-            duration(waiting / speed) if speed and waiting else "",
+            _empty_in(lane, points),
             percent(sum(busy) / len(busy) if busy else None),
             f"{lane['able']} of {lane['workers']}",
             _problem(lane),
@@ -206,9 +206,19 @@ def _lanes(found: Overview) -> Table:
     return table
 
 
+def _empty_in(lane: Lane, points: Sequence[HistoryPoint]) -> str:
+    """Return the time until nothing waits, at the speed of the minutes in which it rendered."""
+    waiting = sum(lane["waiting"].values())
+    speeds = [speed for each in points if (speed := each["frames_per_second"])]
+    if not (waiting and speeds and lane["able"]) or lane["hold"]:
+        return ""
+    return duration(waiting * len(speeds) / sum(speeds))
+
+
 def _problem(lane: Lane) -> Text:
     if hold := lane["hold"]:
-        return Text(one_line(f"held by {hold['by']}: {hold['why']}", 60), "yellow")
+        by = hold["by"] or "a key without a name"
+        return Text(one_line(f"held by {by}: {hold['why']}", 60), "yellow")
     return Text(one_line(lane["problem"] or "", 60), "red")
 
 

@@ -36,6 +36,8 @@ Json = Annotated[
 
 SPINNER = "dots" if err.encoding.lower().startswith("utf") else "line"
 
+LAST_WIDTH = 12
+"""Smallest width of the last column of a table, in characters."""
 PIPE_WIDTH = 200
 """Width of a table in a pipe or a file, in characters."""
 
@@ -74,11 +76,24 @@ class Columns(Table):
         plain = (Text(clean(cell)) if isinstance(cell, str) else cell for cell in cells)
         super().add_row(*plain, **look)
 
+    @property
+    def least_width(self) -> int:
+        """Width at which nothing but the last column is cut, in characters."""
+        widths = [
+            max(Text.from_markup(str(column.header)).cell_len, *map(_length, column.cells), 0) + 2
+            for column in self.columns[:-1]
+        ]
+        return sum(widths) + LAST_WIDTH
 
-def columns(*names: str, right: tuple[str, ...] = ()) -> Table:
+
+def _length(cell: RenderableType) -> int:
+    return cell.cell_len if isinstance(cell, Text) else 0
+
+
+def columns(*names: str, right: tuple[str, ...] = ()) -> Columns:
     """Build a plain table with these columns. Those in `right` are aligned to the right.
 
-    Only the last column shrinks on a narrow terminal: fill it with `tail(text)`.
+    Only the last column shrinks on a narrow terminal: fill it with `tail(text)`. See `show_table`.
     """
     table = Columns(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in names:
@@ -92,10 +107,13 @@ def tail(text: str) -> Text:
     return Text(clean(text), no_wrap=True, overflow="ellipsis")
 
 
-def show_table(table: Table) -> None:
-    """Print a table, as wide as the terminal, or PIPE_WIDTH wide without one."""
-    console = out if out.is_terminal else Console(highlight=False, emoji=False, width=PIPE_WIDTH)
-    console.print(table)
+def show_table(table: Columns) -> None:
+    """Print a table, as wide as the terminal, or PIPE_WIDTH wide without one.
+
+    Where it does not fit, the terminal breaks its lines, and no ID or name is cut.
+    """
+    width = max(out.width if out.is_terminal else PIPE_WIDTH, table.least_width)
+    Console(highlight=False, emoji=False, width=width).print(table)
 
 
 def styled_status(job: JobData) -> Text:
