@@ -944,10 +944,12 @@ class Action(BaseModel):
 
     id: int
     at: datetime
-    key_id: uuid.UUID | None = Field(description="ID of the key; null for a user of a shell")
+    key_id: uuid.UUID | None = Field(
+        description="ID of the key; null for a shell, and for the farm"
+    )
     who: str = Field(description="Name of the key, or of the user of a shell; `farm` for the farm")
-    role: str = Field(description="Role of the key; empty for a user of a shell")
-    tenant: str = Field(description="Tenant of the key; empty for a user of a shell")
+    role: str = Field(description="Role of the key; empty for a shell, and for the farm")
+    tenant: str = Field(description="Tenant of the key; empty for a shell, and for the farm")
     via: Literal["api", "page", "shell", "farm"]
     address: str = Field(description="Address of the client, or name of the shell's machine")
     verb: str = Field(description="Kind of action, such as job.cancel")

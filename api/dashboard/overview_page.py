@@ -113,7 +113,7 @@ def _sparks(
         [drawn] = marked([chart(title, sums, span, words, [(line, "one", of)])], span, marks)
         return name, now, drawn
 
-    minute, waits = "Frames in the last minute", "Frames that wait"
+    minute, waits = "Frames a minute, in the last 5", "Frames that wait"
     busy, lives = "Workers that render", "Workers that are alive"
     rate, able_now = f"{60 * speed:.3g}", f"{able} of {alive}"
     return [

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from farm.domain.image_formats import FORMATS, Format
+from farm.domain.image_formats import Format
 
 PAYLOAD = struct.Struct(">B16sQI")
 OF_JOB = struct.Struct(">B16sI")
@@ -24,6 +24,9 @@ OF_THUMBNAIL = struct.Struct(">B16s16sQ32sBBI")
 MAC_BYTES = 16
 TOKEN_CHARS = (PAYLOAD.size + MAC_BYTES) * 4 // 3
 THUMBNAIL_CHARS = (OF_THUMBNAIL.size + MAC_BYTES + 2) // 3 * 4
+CODES: dict[Format, int] = {"png": 0, "jpeg": 1, "webp": 2}
+"""Number of each format in a token. It never changes: tokens live for hours."""
+FORMS = {code: form for form, code in CODES.items()}
 PURPOSE, WATCHING, SEEING = b"farm picture 1 ", b"farm watch 1 ", b"farm thumbnail 1 "
 """Texts before each payload, so that a secret signs nothing else in the same way."""
 
@@ -91,7 +94,7 @@ def sign_thumbnail(image: SignedThumbnail, number: int, secret: bytes) -> str:
         image.job_id.bytes,
         image.ordinal,
         image.sha256,
-        [*FORMATS].index(image.form),
+        CODES[image.form],
         image.is_small,
         image.until,
     )
@@ -116,8 +119,10 @@ def read_thumbnail(token: str, secrets: Mapping[int, bytes]) -> SignedThumbnail 
     if found is None:
         return None
     _, tenant, job, ordinal, sha256, form, small, until = found
+    if form not in FORMS:  # a newer version signed it
+        return None
     tenant_id, job_id = uuid.UUID(bytes=tenant), uuid.UUID(bytes=job)
-    return SignedThumbnail(tenant_id, job_id, ordinal, sha256, [*FORMATS][form], bool(small), until)
+    return SignedThumbnail(tenant_id, job_id, ordinal, sha256, FORMS[form], bool(small), until)
 
 
 def _signed(

@@ -77,10 +77,10 @@ DAY_SECONDS = 86_400.0
 
 @dataclass(frozen=True)
 class Actor:
-    """The person or program that acts: an API key, or a user of a shell."""
+    """Who acts: an API key, a user of a shell, or the farm itself."""
 
     key_id: uuid.UUID
-    """Zero for a user of a shell."""
+    """Zero for a user of a shell, and for the farm itself."""
     name: str
     """Name of the key, or of the user."""
     role: str
@@ -239,10 +239,10 @@ ORDER BY id DESC LIMIT :limit
 def prune(connection: Connection, days: float, limit: int) -> None:
     """Delete up to `limit` of the actions of more than `days` ago. 0 days deletes none.
 
-    Workers that came or went are deleted after WORKER_DAYS, if that is sooner.
+    Workers that came or went are deleted after WORKER_DAYS, if that is sooner, and with 0 days too.
     """
     if days > 0:
         connection.execute(PRUNE, {"seconds": days * DAY_SECONDS, "limit": limit})
-        seconds = min(days, WORKER_DAYS) * DAY_SECONDS
-        values = {"seconds": seconds, "limit": limit, "of_workers": OF_WORKERS}
-        connection.execute(PRUNE_WORKERS, values)
+    seconds = min(days or WORKER_DAYS, WORKER_DAYS) * DAY_SECONDS
+    values = {"seconds": seconds, "limit": limit, "of_workers": OF_WORKERS}
+    connection.execute(PRUNE_WORKERS, values)

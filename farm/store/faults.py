@@ -31,6 +31,7 @@ WHERE a.fault IS NOT NULL AND a.ended_at > coalesce(
     (SELECT max(last_at) - make_interval(secs => :overlap) FROM faults), '-infinity')
   AND (:seconds = 0 OR a.ended_at > now() - make_interval(secs => :seconds))
 GROUP BY a.fault
+-- xmax is 0 in a row that is new. The inner query reads the row as it was before.
 ON CONFLICT (fault) DO UPDATE SET first_at = least(faults.first_at, excluded.first_at),
                                   last_at = greatest(faults.last_at, excluded.last_at)
 WHERE faults.last_at < excluded.last_at

@@ -121,6 +121,15 @@ def test_an_old_version_is_still_known(farm: Farm) -> None:
     assert [each[0] for each in by_itself(farm)] == ["version.run"]
 
 
+def test_workers_are_pruned_even_if_the_log_is_kept_forever(farm: Farm) -> None:
+    run_version(farm)
+    register_worker(farm, "sd-1")
+    sql(farm, "UPDATE actions SET at = now() - interval '500 days'")
+    with transaction(farm.store) as connection:
+        actions.prune(connection, 0, 1000)
+    assert [each[0] for each in by_itself(farm)] == ["version.run"]
+
+
 def test_many_workers_leave_room_for_rare_changes_on_a_chart(farm: Farm) -> None:
     now = datetime.now(UTC)
     run_version(farm)

@@ -20,6 +20,7 @@ from api.addresses import THUMBNAIL_SECONDS
 from api.dashboard.pictures import MADE_PER_TENANT
 from farm.context import Farm
 from farm.domain import signed_addresses
+from farm.domain.image_formats import FORMATS
 from farm.domain.signed_addresses import SignedThumbnail, read_thumbnail, sign_thumbnail
 from farm.errors import Unavailable
 from farm.services import thumbnails
@@ -107,6 +108,18 @@ def test_a_token_has_all_that_the_key_has() -> None:
         assert read_thumbnail(token, secrets) is None
 
 
+def test_a_token_of_each_format_is_read_and_of_an_unknown_one_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert set(signed_addresses.CODES) == set(FORMATS)
+    for form in FORMATS:
+        image = IMAGE._replace(form=form)
+        token = sign_thumbnail(image, 3, b"secret")
+        assert read_thumbnail(token, {3: b"secret"}) == image
+    monkeypatch.delitem(signed_addresses.FORMS, signed_addresses.CODES[form])
+    assert read_thumbnail(token, {3: b"secret"}) is None
+
+
 def test_a_token_of_another_purpose_is_none() -> None:
     frame = signed_addresses.SignedFrame(IMAGE.job_id, 12, IMAGE.until)
     assert read_thumbnail(signed_addresses.sign(frame, 3, b"secret"), {3: b"secret"}) is None
@@ -150,7 +163,7 @@ def test_a_thumbnail_is_made_once_and_holds_no_text(
     assert keys_of(api, name.job_id) == sorted([name.key, name.key + THUMBNAIL])
 
 
-def test_a_thumbnail_costs_no_query(api: Api, visitor: httpx.Client) -> None:
+def test_only_the_first_look_at_a_thumbnail_costs_a_query(api: Api, visitor: httpx.Client) -> None:
     name = stored_large(api)
     [address] = thumbnail_addresses(opened(visitor, f"/jobs/{name.job_id}"))
     asked: list[str] = []
@@ -158,13 +171,17 @@ def test_a_thumbnail_costs_no_query(api: Api, visitor: httpx.Client) -> None:
     def note(*args: object) -> None:
         asked.append(str(args[2]))
 
-    event.listen(api.farm.store, "before_cursor_execute", note)
+    store = api.app.state.farm.store
+    event.listen(store, "before_cursor_execute", note)
     try:
+        assert api.bare().get(address).status_code == 200
+        made = len([each for each in asked if "FROM frames" in each])
+        asked.clear()
         for _ in range(3):
             assert api.bare().get(address).status_code == 200
     finally:
-        event.remove(api.farm.store, "before_cursor_execute", note)
-    assert asked == []
+        event.remove(store, "before_cursor_execute", note)
+    assert (made, asked) == (1, [])
 
 
 def test_the_thumbnail_of_a_small_picture_is_not_stored(api: Api, visitor: httpx.Client) -> None:
@@ -210,8 +227,9 @@ def test_a_thumbnail_that_cannot_be_stored_is_shown(
     def refuse(_key: str, _content: bytes) -> None:
         raise Unavailable("It is full.")
 
-    monkeypatch.setattr(api.farm.artifacts, "put", refuse)
+    monkeypatch.setattr(api.app.state.farm.artifacts, "put", refuse)
     assert api.bare().get(address).status_code == 200
+    assert len(keys_of(api, name.job_id)) == 1
     monkeypatch.undo()
     assert api.bare().get(address).status_code == 200
     assert len(keys_of(api, name.job_id)) == 2
