@@ -43,10 +43,15 @@ class Verb:
 
     page: Place
     presses: tuple[str, ...]
-    """CSS selectors of what is pressed, in this order. `FIELD=TEXT` types or chooses first."""
+    """CSS selectors of what is pressed, in this order. `FIELD=>TEXT` types, chooses or ticks."""
     done: str
     """Query whose value is then true."""
     role: str = "operator"
+    given: tuple[str, ...] = ()
+    """What is pressed before, in the same way."""
+
+
+TICK = "tick"
 
 
 def in_parts(step: str) -> tuple[str, str | None]:
@@ -96,6 +101,11 @@ def running_operation(api: Api) -> str:
     operator = api.client("ops", "operator")
     answer = operator.post("/v1/operations", params={"tenant": "*"}, json=asked)
     return f"/operations/{answer.json()['id']}"
+
+
+def ticked_job(api: Api) -> str:
+    job_of_all_states(api)
+    return "/jobs"
 
 
 def lane(api: Api) -> str:
@@ -241,6 +251,29 @@ VERBS = {
         "SELECT count(*) = 1 FROM saved_views",
         "client",
     ),
+    "delete a view": Verb(
+        fixed("/jobs?pipeline=demo"),
+        (".views span button",),
+        "SELECT count(*) = 0 FROM saved_views",
+        "client",
+        (".views [name=name]=>mine", ".views form:last-child button"),
+    ),
+    "submit a job again": Verb(
+        lambda api: f"{ended_job(api)}/json",
+        ("form.submit button.primary",),
+        "SELECT count(*) = 2 FROM jobs",
+        "client",
+    ),
+    "cancel the ticked jobs": Verb(
+        ticked_job,
+        (
+            ".job input[type=checkbox]=>tick",
+            "#bulk [value=ticked]",
+            "main button.danger",
+        ),
+        "SELECT count(*) = 1 FROM operations",
+    ),
+    "sign out": Verb(fixed("/jobs"), (".visitor button",), "SELECT count(*) = 0 FROM sessions"),
 }
 
 
@@ -253,7 +286,7 @@ class Mouse:
     def do(self, selector: str, text: str | None) -> None:
         """Click an element, or choose or type a text in it."""
         found = self._browser.find_element("css selector", selector)
-        if text is None:
+        if text in (None, TICK):
             found.click()
         elif found.tag_name == "select":
             Select(found).select_by_visible_text(
@@ -276,6 +309,8 @@ class Keyboard:
         self._keys.focus(selector)
         if text is None:
             self._keys.press(Keys.ENTER)
+        elif text == TICK:
+            self._keys.press(Keys.SPACE)
         else:
             self._keys.press(text)
 
@@ -296,12 +331,17 @@ def test_a_verb_is_done_by_hand(
     browser.get(f"{api.url}/#key={api.key(tenant, verb.role)}")
     wait_for(browser, "header", f"{tenant}, {verb.role}")
     browser.get(api.url + path)
-    assert not is_done(api.farm, verb)
-    for step in verb.presses:
-        selector, text = in_parts(step)
-        find = partial(browser.find_elements, "css selector", selector)
-        wait_until(find, 15, f"{selector} is there")
-        hand.do(selector, text)
+
+    def press(steps: tuple[str, ...]) -> None:
+        for step in steps:
+            selector, text = in_parts(step)
+            find = partial(browser.find_elements, "css selector", selector)
+            wait_until(find, 15, f"{selector} is there")
+            hand.do(selector, text)
+
+    press(verb.given)
+    wait_until(lambda: not is_done(api.farm, verb), 15, f"{name} is not done yet")
+    press(verb.presses)
     wait_until(lambda: is_done(api.farm, verb), 15, f"{name}: {verb.done}")
     while take_turn(api.farm):
         pass
