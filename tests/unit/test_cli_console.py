@@ -268,6 +268,20 @@ def test_each_pipeline_is_tried_with_each_variant(
     assert [each.name for each in variants_of(pipelines, settings)] == names
 
 
+def test_each_variant_has_a_folder() -> None:
+    words = [
+        "steps=10",
+        'sampler="a b"',
+        'sampler="a-b"',
+        f"sampler={'x' * 300}1",
+        f"sampler={'x' * 300}2",
+    ]
+    folders = [each.folder for each in variants_of("sd15", words)]
+    assert folders[0] == "sd15-steps=10"
+    assert len(set(folders)) == len(folders)
+    assert max(map(len, folders)) < 100
+
+
 @pytest.mark.parametrize(
     ("pipelines", "settings"), [(" ,", []), ("sd15", ["steps"]), ("sd15", ['a="b'])]
 )

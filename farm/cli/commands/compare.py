@@ -7,6 +7,7 @@ import shlex
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,10 @@ LABEL = "compare"
 """Label that the jobs of a comparison share."""
 MOST_COLUMNS = 60
 SHEET = "contact-sheet.png"
+SHARED = {"prompts", "input", "images_per_prompt", "seed", "grid", "labels", "pipeline"}
+"""Fields that all jobs of a comparison share, or that the command sets itself."""
+FOLDER_CHARS = 80
+"""Longest name of a folder, in characters."""
 
 Cell = tuple[int, int]
 """Index of a prompt, and of an image of it."""
@@ -49,7 +54,11 @@ class Variant:
     @property
     def folder(self) -> str:
         """Name of the folder of its pictures, such as `sd15-steps=10`."""
-        return re.sub(r"[^\w.=-]+", "-", self.name)
+        plain = re.sub(r"[^\w.=-]+", "-", self.name)
+        if plain == self.name.replace(", ", "-") and len(plain) <= FOLDER_CHARS:
+            return plain
+        # Other variants may have the same letters, or the same beginning.
+        return f"{plain[:FOLDER_CHARS]}-{sha256(self.name.encode()).hexdigest()[:6]}"
 
 
 def compare(
@@ -98,6 +107,15 @@ def compare(
             f"{MOST_COLUMNS} columns of a sheet",
             param_hint="--images",
         )
+    for named, option in (
+        *((pair(word, "--set")[0], "--set") for word in settings or ()),
+        *((field, "--variant") for each in variants for field in each.settings),
+    ):
+        if named in SHARED:
+            raise typer.BadParameter(
+                f"{named}: all variants share it. Use the options of `farm compare`",
+                param_hint=option,
+            )
     name = uuid.uuid4().hex[:8]
     bodies = [
         job_body(

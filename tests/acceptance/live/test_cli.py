@@ -318,6 +318,12 @@ def test_nothing_is_submitted_if_one_variant_is_wrong(run: Run, live: LiveFarm) 
     wrong = run("compare", "a star", "--pipelines", "demo,nothing")
     assert (wrong.code, "nothing: " in wrong.err) == (1, True)
     assert run("jobs", "--json").json == before
+    for word in ("--set", "--variant"):
+        shared = run("compare", "a star", word, "seed=5")
+        assert (shared.code, "seed: all variants share it" in " ".join(shared.err.split())) == (
+            2,
+            True,
+        )
     wide = run("compare", "a star", "--images", "61")
     assert (wide.code, "60 columns" in " ".join(wide.err.split())) == (2, True)
 
