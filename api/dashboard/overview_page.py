@@ -41,7 +41,8 @@ class LaneRow:
     """The last 15 minutes."""
     empty_in: float | None
     """Seconds until nothing waits, at the speed of those of the last 15 minutes in which it
-    rendered. None: not known, no worker can render, or it is held."""
+    rendered. None: not known, nothing waits, no worker can render, or it is
+    held."""
 
 
 def overview(request: Request, farm: Farm, caller: Caller) -> Response:
@@ -88,7 +89,7 @@ def last_minutes(lane: LaneHistory) -> Point | None:
 def _row(lane: schemas.Lane, past: LaneHistory | None) -> LaneRow:
     waiting, points = sum(lane.waiting.values()), past.points if past else []
     speeds = [each.frames_per_second for each in points if each.frames_per_second > 0]
-    goes_on = bool(speeds and lane.able and not lane.hold)
+    goes_on = bool(waiting and speeds and lane.able and not lane.hold)
     return LaneRow(
         lane,
         last_minutes(past) if past else None,
@@ -113,7 +114,7 @@ def _sparks(
         [drawn] = marked([chart(title, sums, span, words, [(line, "one", of)])], span, marks)
         return name, now, drawn
 
-    minute, waits = "Frames a minute, in the last 5", "Frames that wait"
+    minute, waits = "Frames a minute, mean of 5 minutes", "Frames that wait"
     busy, lives = "Workers that render", "Workers that are alive"
     rate, able_now = f"{60 * speed:.3g}", f"{able} of {alive}"
     return [

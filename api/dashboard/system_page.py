@@ -76,8 +76,6 @@ class Checks:
     """Checks of the servers. Those who ask at the same time share them. Used in one event loop."""
 
     def __init__(self, farm: Farm) -> None:
-        self.waiting = 0
-        """Number of visitors that wait for them."""
         self._farm = farm
         self._limiter = CapacityLimiter(1)
         self._task: asyncio.Task[tuple[datetime, list[Finding]]] | None = None
@@ -89,11 +87,7 @@ class Checks:
             self._task.done() and time.monotonic() - self._ended_at > CHECKED_SECONDS
         ):
             self._task = asyncio.create_task(self._run())
-        self.waiting += 1
-        try:
-            return await asyncio.shield(self._task)
-        finally:
-            self.waiting -= 1
+        return await asyncio.shield(self._task)
 
     async def _run(self) -> tuple[datetime, list[Finding]]:
         try:

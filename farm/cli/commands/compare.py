@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -107,15 +107,8 @@ def compare(
             f"{MOST_COLUMNS} columns of a sheet",
             param_hint="--images",
         )
-    for named, option in (
-        *((pair(word, "--set")[0], "--set") for word in settings or ()),
-        *((field, "--variant") for each in variants for field in each.settings),
-    ):
-        if named in SHARED:
-            raise typer.BadParameter(
-                f"{named}: all variants share it. Use the options of `farm compare`",
-                param_hint=option,
-            )
+    _refuse_shared((pair(word, "--set")[0] for word in settings or ()), "--set")
+    _refuse_shared((name for each in variants for name in each.settings), "--variant")
     name = uuid.uuid4().hex[:8]
     bodies = [
         job_body(
@@ -146,6 +139,18 @@ def compare(
         note(f"Job {short(job['id'])} is {job['status']}. See why: farm job {short(job['id'])}")
     if wrong:
         raise typer.Exit(NOT_SUCCEEDED)
+
+
+def _refuse_shared(names: Iterable[str], option: str) -> None:
+    """Check that an option names no field that all jobs share.
+
+    Raises:
+        typer.BadParameter: it does.
+    """
+    for name in SHARED.intersection(names):
+        raise typer.BadParameter(
+            f"{name}: all variants share it. Use the options of `farm compare`", param_hint=option
+        )
 
 
 def variants_of(pipelines: str, settings: Sequence[str]) -> Iterator[Variant]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,17 +19,9 @@ from rich.text import Text
 
 from farm.cli.client import farm_client
 from farm.cli.terminal.console import Json, columns, emit, one_line, out
-from farm.cli.terminal.exit_codes import ERROR
+from farm.cli.terminal.signals import interrupted_by_signals
 from farm.errors import FarmError, Forbidden, Unauthenticated
 from farm.humanize import ago, count, duration, percent, utc
-
-try:
-    import termios
-    import tty
-except ImportError:  # not a POSIX system
-    READS_KEYS = False
-else:
-    READS_KEYS = True
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
@@ -44,7 +35,6 @@ ATTENTION_SHOWN = 8
 BARS = "▁▂▃▄▅▆▇█"
 LOOK_SECONDS = 0.5
 """Interval in which the size of the terminal is looked at, in seconds."""
-ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 LINES_AROUND = 9
 """Lines of a screen that are neither rows nor attention."""
 
@@ -96,7 +86,8 @@ def _live(client: FarmClient, every: float) -> None:
     from rich.live import Live
 
     found, problem = read(client), ""
-    with Live(console=out, screen=True, auto_refresh=False) as screen, _keys() as pressed:
+    live = Live(console=out, screen=True, auto_refresh=False)
+    with interrupted_by_signals(), live as screen, _keys() as pressed:
         while True:
             due, size = time.monotonic() + every, None
             while (left := due - time.monotonic()) > 0:
@@ -119,12 +110,9 @@ def _live(client: FarmClient, every: float) -> None:
 def _keys() -> Iterator[Callable[[float], str]]:
     """Yield a function that waits for keys up to a time in seconds, and returns them.
 
-    Keys are not shown. Ctrl-C interrupts, as ever. A signal that ends the program leaves the
-    terminal as it was.
+    Keys are not shown. Ctrl-C interrupts, as ever.
     """
-    for number in ENDING:
-        signal.signal(number, lambda *_: sys.exit(ERROR))
-    if not (READS_KEYS and sys.stdin.isatty()):
+    if not sys.stdin.isatty():
 
         def no_keys(seconds: float) -> str:
             time.sleep(seconds)
@@ -132,6 +120,9 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
         yield no_keys
         return
+    import termios
+    import tty
+
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
 
