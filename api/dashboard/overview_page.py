@@ -18,6 +18,7 @@ from api.dashboard.pictures import thumbnails_of
 from api.routes.lanes import lane_view
 from api.routes.overview import facts_of
 from farm.context import Farm
+from farm.domain.lane_speeds import seconds_until_empty
 from farm.humanize import count
 from farm.services.attention import Facts, attention
 from farm.services.history import LaneHistory, Point, Span, read_history, span_of
@@ -40,9 +41,7 @@ class LaneRow:
     point: Point | None
     """The last 15 minutes."""
     empty_in: float | None
-    """Seconds until nothing waits, at the speed of those of the last 15 minutes in which it
-    rendered. None: not known, nothing waits, no worker can render, or it is
-    held."""
+    """Seconds until nothing waits: see `seconds_until_empty`."""
 
 
 def overview(request: Request, farm: Farm, caller: Caller) -> Response:
@@ -87,14 +86,10 @@ def last_minutes(lane: LaneHistory) -> Point | None:
 
 
 def _row(lane: schemas.Lane, past: LaneHistory | None) -> LaneRow:
-    waiting, points = sum(lane.waiting.values()), past.points if past else []
-    speeds = [each.frames_per_second for each in points if each.frames_per_second > 0]
-    goes_on = bool(waiting and speeds and lane.able and not lane.hold)
-    return LaneRow(
-        lane,
-        last_minutes(past) if past else None,
-        waiting * len(speeds) / sum(speeds) if goes_on else None,
-    )
+    speeds = [each.frames_per_second for each in past.points] if past else []
+    waiting, held = sum(lane.waiting.values()), lane.hold is not None
+    empty_in = seconds_until_empty(waiting, speeds, able=lane.able, held=held)
+    return LaneRow(lane, last_minutes(past) if past else None, empty_in)
 
 
 def _sparks(

@@ -20,6 +20,7 @@ from rich.text import Text
 from farm.cli.client import farm_client
 from farm.cli.terminal.console import Json, columns, emit, one_line, out
 from farm.cli.terminal.signals import interrupted_by_signals
+from farm.domain.lane_speeds import seconds_until_empty
 from farm.errors import FarmError, Forbidden, Unauthenticated
 from farm.humanize import ago, count, duration, percent, utc
 
@@ -198,12 +199,10 @@ def _lanes(found: Overview) -> Table:
 
 
 def _empty_in(lane: Lane, points: Sequence[HistoryPoint]) -> str:
-    """Return the time until nothing waits, at the speed of the minutes in which it rendered."""
-    waiting = sum(lane["waiting"].values())
-    speeds = [speed for each in points if (speed := each["frames_per_second"])]
-    if not (waiting and speeds and lane["able"]) or lane["hold"]:
-        return ""
-    return duration(waiting * len(speeds) / sum(speeds))
+    speeds = [each["frames_per_second"] for each in points]
+    waiting, held = sum(lane["waiting"].values()), lane["hold"] is not None
+    seconds = seconds_until_empty(waiting, speeds, able=lane["able"], held=held)
+    return "" if seconds is None else duration(seconds)
 
 
 def _problem(lane: Lane) -> Text:
