@@ -48,7 +48,7 @@ class Verb:
     """Query whose value is then true."""
     role: str = "operator"
     given: tuple[str, ...] = ()
-    """What is pressed before, in the same way."""
+    """Steps before that, in the same way."""
 
 
 TICK = "tick"
