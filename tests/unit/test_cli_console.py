@@ -7,7 +7,7 @@ import typer
 from PIL import Image, ImageFont
 from rich.console import Console
 
-from farm.cli.commands.compare import variants_of
+from farm.cli.commands.compare import trials_of
 from farm.cli.commands.doctor import marks
 from farm.cli.commands.workers import doing
 from farm.cli.terminal import console as terminal
@@ -262,13 +262,13 @@ def test_the_contact_sheet_shows_shapes_and_what_is_missing() -> None:
         ("sd15", ['negative_prompt="a b"'], ["sd15, negative_prompt=a b"]),
     ],
 )
-def test_each_pipeline_is_tried_with_each_variant(
+def test_each_pipeline_is_tried_with_each_set_of_settings(
     pipelines: str, settings: list[str], names: list[str]
 ) -> None:
-    assert [each.name for each in variants_of(pipelines, settings)] == names
+    assert [each.name for each in trials_of(pipelines, settings)] == names
 
 
-def test_each_variant_has_a_folder() -> None:
+def test_each_trial_has_a_folder() -> None:
     words = [
         "steps=10",
         'sampler="a b"',
@@ -276,7 +276,7 @@ def test_each_variant_has_a_folder() -> None:
         f"sampler={'x' * 300}1",
         f"sampler={'x' * 300}2",
     ]
-    folders = [each.folder for each in variants_of("sd15", words)]
+    folders = [each.folder for each in trials_of("sd15", words)]
     assert folders[0] == "sd15-steps=10"
     assert len(set(folders)) == len(folders)
     assert max(map(len, folders)) < 100
@@ -285,9 +285,9 @@ def test_each_variant_has_a_folder() -> None:
 @pytest.mark.parametrize(
     ("pipelines", "settings"), [(" ,", []), ("sd15", ["steps"]), ("sd15", ['a="b'])]
 )
-def test_a_wrong_variant_is_refused(pipelines: str, settings: list[str]) -> None:
+def test_a_wrong_trial_is_refused(pipelines: str, settings: list[str]) -> None:
     with pytest.raises(typer.BadParameter):
-        list(variants_of(pipelines, settings))
+        list(trials_of(pipelines, settings))
 
 
 def test_labels_are_broken_between_words() -> None:

@@ -40,7 +40,7 @@ Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Variant:
+class Trial:
     """A pipeline with some settings: one job of a comparison."""
 
     pipeline: str
@@ -57,7 +57,7 @@ class Variant:
         plain = re.sub(r"[^\w.=-]+", "-", self.name)
         if plain == self.name.replace(", ", "-") and len(plain) <= FOLDER_CHARS:
             return plain
-        # Other variants may have the same letters, or the same beginning.
+        # Other trials may have the same letters, or the same beginning.
         return f"{plain[:FOLDER_CHARS]}-{sha256(self.name.encode()).hexdigest()[:6]}"
 
 
@@ -68,9 +68,10 @@ def compare(
     pipelines: Annotated[
         str, typer.Option(help="Pipelines, with commas between them. Example: sd15,sdxl.")
     ] = DEFAULT_PIPELINE,
-    variant: Annotated[
+    tried: Annotated[
         list[str] | None,
         typer.Option(
+            "--try",
             metavar='"NAME=VALUE ..."',
             help="Settings to try on each pipeline. Repeat for others. "
             'Example: "steps=10 sampler=euler".',
@@ -95,20 +96,20 @@ def compare(
 ) -> None:
     """Render the same prompts and seeds on several pipelines or settings, and put them on a sheet.
 
-    Each pipeline with each --variant is one job. All are checked before the first one is submitted.
+    Each pipeline with each --try is one job. All are checked before the first one is submitted.
     They share the label `compare`. The exit code is 3 unless all succeeded.
 
     Example: farm compare "a red star" "a green heart" --pipelines sd15,sdxl --images 2
     """
-    variants = list(variants_of(pipelines, variant or ()))
-    if len(variants) * images > MOST_COLUMNS:
+    trials = list(trials_of(pipelines, tried or ()))
+    if len(trials) * images > MOST_COLUMNS:
         raise typer.BadParameter(
-            f"{len(variants)} variants of {plural(images, 'image')} are more than the "
+            f"{len(trials)} trials of {plural(images, 'image')} are more than the "
             f"{MOST_COLUMNS} columns of a sheet",
             param_hint="--images",
         )
     _refuse_shared((pair(word, "--set")[0] for word in settings or ()), "--set")
-    _refuse_shared((name for each in variants for name in each.settings), "--variant")
+    _refuse_shared((name for each in trials for name in each.settings), "--try")
     name = uuid.uuid4().hex[:8]
     bodies = [
         job_body(
@@ -118,18 +119,18 @@ def compare(
             labels=[f"{LABEL}={name}"],
         )
         | {"pipeline": each.pipeline, **each.settings}
-        for each in variants
+        for each in trials
     ]
     with farm_client() as client:
-        for each, body in zip(variants, bodies, strict=True):
+        for each, body in zip(trials, bodies, strict=True):
             _check(client, each, body)
         jobs = [client.submit(body) for body in bodies]
         if not as_json:
             say(f"{plural(len(jobs), 'job')} with the label {LABEL}={name}:")
-            for each, job in zip(variants, jobs, strict=True):
+            for each, job in zip(trials, jobs, strict=True):
                 say(f"  {short(job['id'])}  {each.name}")
         jobs = _ended(client, jobs)
-        path = _sheet(client, prompts, images, seed, variants, jobs, dest)
+        path = _sheet(client, prompts, images, seed, trials, jobs, dest)
     if as_json:
         emit({"label": name, "sheet": str(path), "jobs": jobs})
     else:
@@ -149,11 +150,11 @@ def _refuse_shared(names: Iterable[str], option: str) -> None:
     """
     for name in SHARED.intersection(names):
         raise typer.BadParameter(
-            f"{name}: all variants share it. Use the options of `farm compare`", param_hint=option
+            f"{name}: all trials share it. Use the options of `farm compare`", param_hint=option
         )
 
 
-def variants_of(pipelines: str, settings: Sequence[str]) -> Iterator[Variant]:
+def trials_of(pipelines: str, settings: Sequence[str]) -> Iterator[Trial]:
     """Yield each pipeline with each set of settings, once.
 
     Raises:
@@ -165,27 +166,27 @@ def variants_of(pipelines: str, settings: Sequence[str]) -> Iterator[Variant]:
     chosen: list[dict[str, object]] = []
     for words in settings or ("",):
         try:
-            pairs = [pair(word, "--variant") for word in shlex.split(words)]
+            pairs = [pair(word, "--try") for word in shlex.split(words)]
         except ValueError as error:  # a quotation mark is missing
-            raise typer.BadParameter(f"{words!r}: {error}", param_hint="--variant") from error
+            raise typer.BadParameter(f"{words!r}: {error}", param_hint="--try") from error
         found = {name: value_of(value) for name, value in pairs}
         if found not in chosen:
             chosen.append(found)
     for name in names:
         for found in chosen:
-            yield Variant(name, found)
+            yield Trial(name, found)
 
 
-def _check(client: FarmClient, variant: Variant, body: dict[str, object]) -> None:
+def _check(client: FarmClient, trial: Trial, body: dict[str, object]) -> None:
     """Let the farm check a job.
 
     Raises:
-        FarmError: it would refuse it. The message begins with the variant.
+        FarmError: it would refuse it. The message begins with the trial.
     """
     try:
         client.quote(body)
     except FarmError as error:
-        error.message = f"{variant.name}: {error.message}"
+        error.message = f"{trial.name}: {error.message}"
         raise
 
 
@@ -201,24 +202,24 @@ def _sheet(
     prompts: Sequence[str],
     images: int,
     seed: int,
-    variants: Sequence[Variant],
+    trials: Sequence[Trial],
     jobs: Sequence[JobData],
     dest: Path,
 ) -> Path:
-    """Download the pictures and draw the sheet: prompts down, variants and seeds across."""
+    """Download the pictures and draw the sheet: prompts down, trials and seeds across."""
     from farm.cli.terminal.contact_sheet import Row, contact_sheet
 
     columns = [
         _pictures(client, job, images, dest / each.folder)
-        for each, job in zip(variants, jobs, strict=True)
+        for each, job in zip(trials, jobs, strict=True)
     ]
-    heads = [f"{each.name}\nseed {seed + image}" for each in variants for image in range(images)]
+    heads = [f"{each.name}\nseed {seed + image}" for each in trials for image in range(images)]
     rows = [
         Row(prompt, [column.get((row, image)) for column in columns for image in range(images)])
         for row, prompt in enumerate(prompts)
     ]
     path = dest.resolve() / SHEET
-    subtitle = f"{plural(len(variants), 'variant')}, {plural(len(prompts), 'prompt')}"
+    subtitle = f"{plural(len(trials), 'trial')}, {plural(len(prompts), 'prompt')}"
     contact_sheet("the farm", subtitle, heads, rows).save(path)
     return path
 

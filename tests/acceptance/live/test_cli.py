@@ -284,8 +284,8 @@ def _drain(terminal: int) -> None:
         return
 
 
-def test_variants_are_compared_on_a_sheet(run: Run, live: LiveFarm, tmp_path: Path) -> None:
-    words = ("a red star", ARABIC, "--variant", "steps=2", "--variant", "steps=3")
+def test_trials_are_compared_on_a_sheet(run: Run, live: LiveFarm, tmp_path: Path) -> None:
+    words = ("a red star", ARABIC, "--try", "steps=2", "--try", "steps=3")
     more = ("--images", "2", "--seed", "31", "--set", "guidance_scale=2", "--json")
     told = run("compare", *words, *more).json
     assert [job["spec"]["steps"] for job in told["jobs"]] == [2, 3]
@@ -310,17 +310,17 @@ def test_variants_are_compared_on_a_sheet(run: Run, live: LiveFarm, tmp_path: Pa
             assert sheet.getpixel((x, y)) == middle.getpixel((CELL // 2, CELL // 2))
 
 
-def test_nothing_is_submitted_if_one_variant_is_wrong(run: Run, live: LiveFarm) -> None:
+def test_nothing_is_submitted_if_one_trial_is_wrong(run: Run, live: LiveFarm) -> None:
     before = run("jobs", "--json").json
-    wrong = run("compare", "a star", "--variant", "steps=2", "--variant", "steps=0")
+    wrong = run("compare", "a star", "--try", "steps=2", "--try", "steps=0")
     assert wrong.code == 1
     assert "demo, steps=0: steps" in wrong.err
     wrong = run("compare", "a star", "--pipelines", "demo,nothing")
     assert (wrong.code, "nothing: " in wrong.err) == (1, True)
     assert run("jobs", "--json").json == before
-    for word in ("--set", "--variant"):
+    for word in ("--set", "--try"):
         shared = run("compare", "a star", word, "seed=5")
-        assert (shared.code, "seed: all variants share it" in " ".join(shared.err.split())) == (
+        assert (shared.code, "seed: all trials share it" in " ".join(shared.err.split())) == (
             2,
             True,
         )
