@@ -18,7 +18,7 @@ from farm.store.keys import OPERATOR, Caller
 from farm.store.lines import lines_of
 from farm.store.queries import FrameRow, JobRow
 
-INSIDE = frozenset({"points", "job_seed", "seed_bits", "params"})
+INSIDE = frozenset({"points", "settings", "job_seed", "seed_bits", "params"})
 """Fields of a stored spec that a client did not send."""
 
 

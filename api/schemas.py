@@ -300,6 +300,7 @@ class Input(BaseModel):
     sha256: str = Field(description="SHA-256 of the lines as they were sent, uncompressed; in hex")
     prompts: list[str] = Field(description=f"The first {PROMPTS_SHOWN} prompts")
     keys: bool = Field(description="True if any line has a key")
+    fields: list[str] = Field(description="Parameters of pipelines that its lines have")
     created_at: datetime = Field(description="Time of the latest upload of these lines")
 
 

@@ -102,8 +102,8 @@ def _window(
         rows = {row.ordinal: row for row in found}
     ordinals = list(rows)
     if state is unborn_state(job):
-        unclaimed = range(max(first, job.cursor), job.total)
-        ordinals += unclaimed[: limit - len(ordinals)]
+        unclaimed = queries.unclaimed(connection, job, first=first, limit=limit)
+        ordinals = sorted([*ordinals, *unclaimed])[:limit]
     return rows, ordinals
 
 

@@ -136,5 +136,6 @@ def _view(stored_input: StoredInput) -> schemas.Input:
         sha256=stored_input.sha256.hex(),
         prompts=[*stored_input.shown],
         keys=stored_input.keys,
+        fields=[*stored_input.fields],
         created_at=stored_input.created_at,
     )

@@ -1,17 +1,21 @@
 """Inputs: millions of prompts, one JSON object per line, checked once and stored in parts.
 
 Only `prompt` is required: `{"prompt": "a red star", "key": "p1", "seed": 7, "negative_prompt":
-"blurry", "labels": {"set": "a"}}`.
+"blurry", "labels": {"set": "a"}}`. Any other field is a parameter of the pipeline: `"steps": 20`.
+These are the settings of a line. The pipeline is not known here, so a job checks them.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 import uuid
 import zlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Required
+from typing import Annotated, Any, NamedTuple, Required
 
 from pydantic import BeforeValidator, ConfigDict, Field, with_config
 from pydantic_core import from_json
@@ -19,22 +23,55 @@ from typing_extensions import TypedDict
 from zlib_ng import zlib_ng
 
 from farm.domain.numbers import whole
-from farm.domain.spec import MAX_SEED, LabelText, Line
+from farm.domain.spec import MAX_SEED, JobSpec, LabelText, Line
 from farm.errors import InvalidRequest
 
 LINES_PER_PART = 1000
 MAX_KEY_CHARS = 200
 
 
-@with_config(ConfigDict(extra="forbid", strict=True))
+MAX_SETTINGS = 1000
+"""Maximum number of different settings in an input."""
+MAX_SETTING_CHARS = 4000
+"""Maximum length of the settings of a line, as JSON."""
+MAX_IMAGES = 100_000
+"""Maximum number of different control images in an input."""
+OWN_FIELDS = frozenset({"prompt", "key", "seed", "negative_prompt", "labels"})
+"""Fields of a line that are no parameters."""
+FIELDS_OF_JOBS = frozenset(JobSpec.model_fields) - OWN_FIELDS
+CONTROL = "control"
+"""The parameter that names uploaded images. Its images may differ within one setting."""
+IMAGE_ID = re.compile("[0-9a-f]{64}")
+NO_IMAGE = "0" * 64
+"""ID in settings, in place of the images of their lines."""
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
 class LineFields(TypedDict, total=False):
-    """One line, as sent by the client."""
+    """One line, as sent by the client. Parameters of the pipeline may be among its fields."""
 
     prompt: Required[str]
     key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None
     seed: Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_SEED)] | None
     negative_prompt: str | None
     labels: dict[LabelText, LabelText] | None
+
+
+class Setting(NamedTuple):
+    """Settings of lines: values of parameters, without the images of `control`."""
+
+    line: int
+    """Number of the first line that has them, from 1."""
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LineSettings:
+    """The different settings of an input, and which of them each line has."""
+
+    settings: Sequence[Setting]
+    of_lines: Sequence[int]
+    """For each line the index of its settings. Empty if all lines have the same."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +97,8 @@ class StoredInput:
     created_at: datetime
     syntax_flaw: str | None
     """Syntax error in its prompts as weighted prompts. Empty if none; None if not checked yet."""
+    fields: Sequence[str]
+    """Names of the parameters in its lines."""
     tenant: str
     """Name of its tenant."""
 
@@ -76,6 +115,11 @@ class InputStats:
     negative_bytes: int = 0
     keys: bool = False
     negatives: bool = False
+    settings: list[Setting] = field(default_factory=list)
+    of_lines: array[int] = field(default_factory=lambda: array("H"))
+    """For each line the index of its settings."""
+    images: dict[str, int] = field(default_factory=dict)
+    """IDs of control images, each with the number of the first line that names it."""
 
 
 class BadLine(TypedDict):
@@ -105,9 +149,18 @@ def pack(lines: Sequence[bytes]) -> bytes:
     return packed
 
 
-def unpack(part: bytes) -> list[Line]:
+class Part(NamedTuple):
+    """Consecutive lines of an input, as they are stored."""
+
+    content: bytes
+    settings: bytes | None
+    """For each line a uint16: the index of its settings. None: all have the same."""
+
+
+def unpack(part: Part) -> list[Line]:
     """Unpack the lines of a part."""
-    lines = zlib.decompress(part).split(b"\n")
+    lines = zlib.decompress(part.content).split(b"\n")
+    settings = itertools.repeat(0) if part.settings is None else array("H", part.settings)
     return [
         Line(
             fields["prompt"],
@@ -115,6 +168,49 @@ def unpack(part: bytes) -> list[Line]:
             whole(fields.get("seed")),
             fields.get("negative_prompt"),
             fields.get("labels"),
+            setting,
+            images_of(fields.get(CONTROL)),
         )
-        for fields in from_json(b"[" + b",".join(lines) + b"]")
+        for fields, setting in zip(
+            from_json(b"[" + b",".join(lines) + b"]"), settings, strict=False
+        )
     ]
+
+
+def images_of(control: Any) -> tuple[str, ...] | None:
+    """Return the IDs of the images in the `control` of a checked line."""
+    return None if control is None else tuple(net["image"] for net in control)
+
+
+def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a line. Whole floats become ints: tables with empty cells have floats.
+
+    Raises:
+        ValueError: a field belongs to the job, or `control` has another form.
+    """
+    found: dict[str, Any] = {}
+    for name in sorted(fields.keys() - OWN_FIELDS):
+        value = fields[name]
+        if name in FIELDS_OF_JOBS:
+            raise ValueError(f"{name} is the same for all lines. Set it for the job instead")
+        if value is None:  # left to the job
+            continue
+        if name == CONTROL:
+            value = [{**net, "image": NO_IMAGE} for net in _checked_nets(value)]
+        found[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+    return found
+
+
+def _checked_nets(control: Any) -> list[dict[str, Any]]:
+    nets = control if isinstance(control, list) else [control]
+    images = [net.get("image") for net in nets if isinstance(net, dict)]
+    if isinstance(control, list) and len(images) == len(nets) and all(map(_is_id, images)):
+        return nets
+    raise ValueError(
+        f'{CONTROL}: use a list with an object for each image: [{{"image": "ID of an uploaded '
+        'image", "scale": 0.8}]'
+    )
+
+
+def _is_id(image: object) -> bool:
+    return isinstance(image, str) and IMAGE_ID.fullmatch(image) is not None

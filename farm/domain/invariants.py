@@ -68,6 +68,10 @@ class AuditedJob(NamedTuple):
     """Number of its frames that have a row."""
     last: int
     """Highest ordinal of them; -1 if there is none."""
+    stretch: int
+    """Frames of a stretch, which are claimed in any order. 1 in a job without groups."""
+    rows_of_whole: int
+    """Number of its frames that have a row, in stretches that are claimed whole."""
     rows_running: int
     rows_ready: int
     rows_succeeded: int
@@ -130,7 +134,9 @@ def _counters(job: AuditedJob) -> Iterator[str]:
     frames = 0 if is_cancelled else job.rows_ready + unclaimed
     if waiting != frames:
         yield f"its counters leave {waiting} waiting, but {frames} frames are"
-    if (job.rows, job.last) != (job.cursor, job.cursor - 1):
+    whole = job.cursor - job.cursor % job.stretch
+    begun = min(-(-job.cursor // job.stretch) * job.stretch, job.total)
+    if (job.rows, job.rows_of_whole) != (job.cursor, whole) or job.last >= begun:
         yield f"{job.rows} frames have a row, the last at {job.last}; its cursor is {job.cursor}"
     if job.requeued != job.rows_ready:
         yield f"{job.rows_ready} frames are ready, but {job.requeued} are in requeued_frames"

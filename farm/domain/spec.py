@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import (
@@ -32,6 +32,11 @@ from pydantic import (
 from farm.domain.deadlines import Deadline
 from farm.domain.grids import FEWEST, Layout, packed
 from farm.domain.image_formats import Format
+
+if TYPE_CHECKING:
+    from farm.domain.groups import Order
+else:
+    Order = Any  # it needs numpy, which callers may lack
 
 MAX_BUCKET = 256
 MAX_SEED = 2**63 - 1
@@ -234,10 +239,14 @@ class Line(NamedTuple):
     negative_prompt: str | None = None
     """Negative prompt. None uses the job's."""
     labels: dict[str, str] | None = None
+    setting: int = 0
+    """Index of its settings in its input. 0 if no line has any."""
+    images: tuple[str, ...] | None = None
+    """IDs of its control images. None uses the job's."""
 
 
 class Point(BaseModel):
-    """One combination of a job's grid."""
+    """One combination of a job's grid, with one of the settings of its lines."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -251,7 +260,7 @@ class Point(BaseModel):
 class FullSpec(BaseModel):
     """A job as stored: complete, and independent of the catalog."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     pipeline: str
     prompt_count: int
@@ -265,7 +274,15 @@ class FullSpec(BaseModel):
     )
     params: dict[str, object]
     grid: dict[str, list[object]]
-    points: list[Point] | Layout
+    points: list[Point] | Layout = Field(
+        description="Each point of the grid, with each of the settings of lines"
+    )
+    settings: int = Field(default=1, ge=1, description="Number of different settings of its lines")
+    order: Order | None = Field(
+        default=None,
+        exclude=True,
+        description="Order of claims, if the settings differ. job_groups and job_order have it",
+    )
     priority: str
     bucket: int | None
     repeatable: bool = Field(
@@ -283,7 +300,7 @@ class FullSpec(BaseModel):
 
     def stored(self) -> FullSpec | dict[str, object]:
         """Return the form to store, with a large grid by axis. `runs` has its own column."""
-        if len(self.points) < FEWEST:
+        if len(self.points) < FEWEST or self.settings > 1:
             return self
         data = self.model_dump(mode="json")
         layout = packed(data["points"], data["params"], data["grid"])
@@ -296,8 +313,12 @@ class FullSpec(BaseModel):
             return Point(params=params, bucket=self.points.bucket(index))
         return self.points[index]
 
+    def point_of(self, ordinal: int, line: Line) -> Point:
+        """Return the point of a frame, with the settings of its line."""
+        return self.point(ordinal // self.frames_per_point * self.settings + line.setting)
+
     def every_point(self) -> Iterator[Point]:
-        """Iterate over the points of the grid, in order."""
+        """Iterate over the points of the grid, in order, each with all settings."""
         return map(self.point, range(len(self.points)))
 
     @property
@@ -308,15 +329,22 @@ class FullSpec(BaseModel):
     @property
     def total(self) -> int:
         """Number of frames of the job."""
-        return len(self.points) * self.frames_per_point
+        return len(self.points) // self.settings * self.frames_per_point
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Its ranges that share a batch_key, in order."""
+        """Its ranges that share a batch_key, in order. Of a job with groups: its keys.
+
+        The end of a key is then the number of frames that have it or one before it.
+        """
         runs: list[Run] = []
         assert not isinstance(self.points, Layout), (
             "the runs of a stored job are a column of its row"
         )
+        if self.order is not None:
+            keys = list({point.batch_key: point.bucket for point in self.points}.items())
+            ends = itertools.accumulate(self.order.totals(len(keys)))
+            return [(end, key, bucket) for end, (key, bucket) in zip(ends, keys, strict=True)]
         for index, point in enumerate(self.points):
             end = (index + 1) * self.frames_per_point
             if runs and runs[-1][1] == point.batch_key:
@@ -363,7 +391,7 @@ def frame_spec(
     """
     if not 0 <= ordinal < job.total:
         raise IndexError(f"ordinal {ordinal} is outside 0 to {job.total - 1}")
-    point = job.point(ordinal // job.frames_per_point)
+    point = job.point_of(ordinal, line)
     first = job.seed if line.seed is None else line.seed
     # A seed given by the client always keeps 63 bits, so its images stay the same.
     bits = job.seed_bits if first is None else 63
@@ -377,6 +405,8 @@ def frame_spec(
     params = point.params
     if line.negative_prompt is not None:
         params = {**params, "negative_prompt": line.negative_prompt}
+    if line.images is not None:
+        params = {**params, "control": with_images(params["control"], line.images)}
     return FrameSpec(
         pipeline=job.pipeline,
         prompt=line.prompt,
@@ -386,6 +416,11 @@ def frame_spec(
         format=job.format,
         metadata=job.metadata,
     )
+
+
+def with_images(nets: Any, images: Sequence[str]) -> list[dict[str, object]]:
+    """Return the values of ControlNets with other images."""
+    return [{**net, "image": image} for net, image in zip(nets, images, strict=True)]
 
 
 def derived_seed(job_seed: int, ordinal: int, bits: int) -> int:
@@ -416,12 +451,17 @@ def batch_key(
     return key if bucket else f"{key}~{scalars['width']}x{scalars['height']}"
 
 
-def shrunk(runs: Sequence[Run], ordinal: int, bucket: int) -> list[Run]:
-    """Give runs with a frame's batch_key a smaller bucket, and therefore another batch_key.
+def run_of(runs: Sequence[Run], ordinal: int) -> int:
+    """Find the run of a frame in a job without groups. Return its index."""
+    return next(index for index, (end, _, _) in enumerate(runs) if ordinal < end)
+
+
+def shrunk(runs: Sequence[Run], index: int, bucket: int) -> list[Run]:
+    """Give runs with the batch_key of one a smaller bucket, and therefore another batch_key.
 
     Runs with a bucket that small are unchanged.
     """
-    _, key, before = next(run for run in runs if ordinal < run[0])
+    _, key, before = runs[index]
     if before <= bucket:
         return [*runs]
     smaller = f"{key.partition('/')[0]}/{bucket}"

@@ -12,6 +12,7 @@ import uuid
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -19,15 +20,24 @@ from pydantic_core import ErrorDetails, from_json
 from farm.config import Settings
 from farm.context import Farm
 from farm.domain.inputs import (
+    CONTROL,
     LINES_PER_PART,
+    MAX_IMAGES,
+    MAX_SETTING_CHARS,
+    MAX_SETTINGS,
+    OWN_FIELDS,
     BadLines,
     InputStats,
     LineFields,
+    Part,
+    Setting,
     StoredInput,
+    images_of,
     pack,
+    settings_of,
     unpack,
 )
-from farm.domain.spec import MAX_LABELS, PROMPTS_SHOWN, storable
+from farm.domain.spec import CANONICAL, MAX_LABELS, PROMPTS_SHOWN, storable
 from farm.errors import InvalidRequest
 from farm.store import inputs
 from farm.store.actions import Actor, record
@@ -91,6 +101,7 @@ class InputReader:
         self._problems: list[tuple[int, str]] = []
         self._key_hashes = array("q")
         self._key_lines = array("q")
+        self._settings_by_text: dict[str, int] = {}
         self._parts = tempfile.TemporaryFile(prefix="farm-input-")  # noqa: SIM115 - closed by __exit__
         self._sizes: list[int] = []
 
@@ -179,11 +190,14 @@ class InputReader:
             )
         return self.facts
 
-    def parts(self) -> Iterator[tuple[int, bytes]]:
+    def parts(self) -> Iterator[tuple[int, Part]]:
         """Yield the packed parts, each with the index of its first line."""
         self._parts.seek(0)
+        differ = len(self.facts.settings) > 1
         for number, size in enumerate(self._sizes):
-            yield number * LINES_PER_PART, self._parts.read(size)
+            first = number * LINES_PER_PART
+            settings = self.facts.of_lines[first : first + LINES_PER_PART].tobytes()
+            yield first, Part(self._parts.read(size), settings if differ else None)
 
     def _begin(self, block: bytes) -> None:
         self._begun = True
@@ -258,6 +272,7 @@ class InputReader:
         facts.prompt_bytes = max(facts.prompt_bytes, _size(prompt))
         if len(prompt) > longest:
             self._problem(number, "prompt", len(prompt), longest)
+        facts.of_lines.append(self._setting(number, fields))
         if len(fields) == 1:
             return
         if (seed := fields.get("seed")) is not None:
@@ -273,6 +288,50 @@ class InputReader:
             facts.keys = True
             self._key_hashes.append(hash(key))
             self._key_lines.append(number)
+
+    def _setting(self, number: int, fields: LineFields) -> int:
+        """Return the index of a line's settings."""
+        try:
+            values = settings_of(fields) if fields.keys() - OWN_FIELDS else {}
+        except ValueError as error:
+            self._problems.append((number, str(error)))
+            return 0
+        text = CANONICAL.encode(values) if values else ""
+        index = self._settings_by_text.setdefault(text, len(self.facts.settings))
+        if index == len(self.facts.settings):
+            self.facts.settings.append(Setting(number, values))
+            if len(text) > MAX_SETTING_CHARS:
+                self._problems.append(
+                    (
+                        number,
+                        f"its parameters take {len(text)} characters; the limit is "
+                        f"{MAX_SETTING_CHARS}",
+                    )
+                )
+            if index == MAX_SETTINGS:
+                self._problems.append((number, self._too_many_settings()))
+                raise BadLines(self._problems[:MAX_BAD_LINES])
+        for image in images_of(dict(fields).get(CONTROL)) or ():
+            self.facts.images.setdefault(image, number)
+            if len(self.facts.images) > MAX_IMAGES:
+                self._problems.append(
+                    (number, f"the input names more than {MAX_IMAGES} images. Send several inputs")
+                )
+                raise BadLines(self._problems[:MAX_BAD_LINES])
+        return index
+
+    def _too_many_settings(self) -> str:
+        """Name the field with the most values: often it is meant as a key or a label."""
+        values: dict[str, set[str]] = {}
+        for setting in self.facts.settings:
+            for name, value in setting.values.items():
+                values.setdefault(name, set()).add(CANONICAL.encode(value))
+        worst = max(values, key=lambda name: len(values[name]))
+        return (
+            f"an input has at most {MAX_SETTINGS} different settings, and {worst[:100]} alone has "
+            f"{len(values[worst])} values by this line. If {worst[:100]} is no parameter of the "
+            "pipeline, move it into labels. Else send several inputs"
+        )
 
     def _problem(self, number: int, name: str, size: int, limit: int) -> None:
         unit = "labels" if name == "labels" else "characters"
@@ -330,13 +389,25 @@ def _checked(line: bytes) -> LineFields:
         line.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
-    from_json(line, allow_inf_nan=False)  # its errors name the column
+    found = from_json(line, allow_inf_nan=False)  # its errors name the column
+    if isinstance(found, dict) and "prompt" not in found:
+        raise ValueError(f"prompt is missing; its fields: {', '.join(found) or 'none'}")
     fields = ONE.validate_json(line)
-    for name in ("prompt", "negative_prompt", "key"):
-        _check_storable(name, str(fields.get(name) or ""))
-    for label in (fields.get("labels") or {}).items():
-        _check_storable("labels", "".join(label))
+    for name, value in fields.items():
+        _check_storable(name, "".join(_texts([name, value])))
     return fields
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.items():
+            yield from _texts([*each])
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
 
 
 def _check_storable(name: str, text: str) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from farm.config import Settings
 from farm.domain.deadlines import DEADLINES, deadlines_of
+from farm.domain.groups import Order, ordered
 from farm.domain.image_formats import FORMATS
-from farm.domain.inputs import StoredInput
+from farm.domain.inputs import LineSettings, Setting, StoredInput
 from farm.domain.spec import (
     MAX_SEED,
     PROMPTS_SHOWN,
@@ -29,6 +30,10 @@ from farm.errors import InvalidRequest
 from farm.imaging.exif_xmp import text_bytes
 from farm.pipelines.params import Params
 from farm.pipelines.resolve import ResolvedPipeline
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 JOB_FIELDS = frozenset(JobSpec.model_fields) - {"params"}
 
@@ -176,6 +181,7 @@ def full_spec(
     resolved: ResolvedPipeline,
     settings: Settings,
     stored_input: StoredInput | None = None,
+    of_lines: LineSettings | None = None,
 ) -> FullSpec:
     """Fill in every default, expand the grid, and choose each point's bucket and batch_key.
 
@@ -184,6 +190,7 @@ def full_spec(
         resolved: the job's pipeline.
         settings: the limits.
         stored_input: facts about the input that the job names.
+        of_lines: the settings of its lines, if they have any.
 
     Raises:
         InvalidRequest: the family does not know a parameter, or does not allow its value.
@@ -193,7 +200,14 @@ def full_spec(
     _check_seeds(job, stored_input)
     _check_names(job, resolved)
     repeatable = _is_repeatable(job, stored_input)
-    checked = _checked_points(job, resolved, settings, prompts * job.images_per_prompt, repeatable)
+    if of_lines is None:
+        order = None
+        checked = _checked_points(
+            job, resolved, settings, prompts * job.images_per_prompt, repeatable
+        )
+    else:
+        checked, order = _grouped_points(job, resolved, settings, of_lines, prompts, repeatable)
+    varied = {*job.grid, *(stored_input.fields if stored_input else ())}
     points = [params for params, _ in checked]
     _check_prompts(job, points)
     _check_jpeg_texts(job, points, stored_input)
@@ -208,11 +222,11 @@ def full_spec(
         seed=job.seed,
         job_seed=secrets.randbits(SEED_BITS) if job.seed is None else job.seed,
         seed_bits=SEED_BITS,
-        params={
-            name: value for name, value in checked[0][1].params.items() if name not in job.grid
-        },
+        params={name: value for name, value in checked[0][1].params.items() if name not in varied},
         grid=job.grid,
         points=[point for _, point in checked],
+        settings=len(checked) // job.grid_points,
+        order=order,
         priority=job.priority,
         bucket=job.bucket,
         repeatable=repeatable,
@@ -307,6 +321,103 @@ def _checked_points(
             resolved.checked.clear()
         resolved.checked[known] = checked[0]
     return checked
+
+
+def _grouped_points(
+    job: JobSpec,
+    resolved: ResolvedPipeline,
+    settings: Settings,
+    of_lines: LineSettings,
+    prompts: int,
+    repeatable: bool,
+) -> tuple[list[tuple[Params, Point]], Order | None]:
+    """Check each setting of an input's lines at each grid point, and form the groups of the job.
+
+    Errors name the first line that has the setting. There is no order if all lines have the same.
+    """
+    found = of_lines.settings
+    if len(found) * job.grid_points > settings.max_grid_points:
+        raise InvalidRequest(
+            f"input: {len(found)} different settings of lines x {job.grid_points} combinations of "
+            f"the grid; the limit is {settings.max_grid_points}. Submit several jobs.",
+            param="input",
+        )
+    varied = {name for setting in found for name in setting.values}
+    params = [
+        _checked_setting(job, resolved, settings, given, setting, varied)
+        for given in job.combinations()
+        for setting in found
+    ]
+    scalars = [each.scalars() for each in params]
+    numbers: dict[str, int] = {}
+    keys = [numbers.setdefault(repr(each), len(numbers)) for each in scalars]
+    order = None
+    longest = [prompts * job.images_per_prompt] * len(numbers)
+    if len(found) > 1:
+        order = ordered(
+            job.grid_points * prompts, job.images_per_prompt, len(numbers), _keys_of(of_lines, keys)
+        )
+        longest = order.longest(len(numbers))
+    points = [
+        _point(job, resolved, each, given, longest[key], repeatable)
+        for each, given, key in zip(params, scalars, keys, strict=True)
+    ]
+    return [*zip(params, points, strict=True)], order
+
+
+def _keys_of(
+    of_lines: LineSettings, keys: Sequence[int]
+) -> Callable[[int, int], NDArray[np.int64]]:
+    """Return the function that `ordered` needs.
+
+    Args:
+        of_lines: the settings of the lines.
+        keys: the key of each point of the grid, with each setting.
+    """
+    import numpy as np
+
+    by_point = np.array(keys).reshape(-1, len(of_lines.settings))
+    lines = np.array(of_lines.of_lines)
+
+    def key_of(first: int, stop: int) -> NDArray[np.int64]:
+        point, line = np.divmod(np.arange(first, stop), len(lines))
+        found: NDArray[np.int64] = by_point[point, lines[line]]
+        return found
+
+    return key_of
+
+
+def _checked_setting(
+    job: JobSpec,
+    resolved: ResolvedPipeline,
+    settings: Settings,
+    given: Mapping[str, Any],
+    setting: Setting,
+    varied: Collection[str],
+) -> Params:
+    """Check a setting. An error names its first line, if lines have the wrong field."""
+    where = f"input: line {setting.line}"
+    known = resolved.params_type.model_fields
+    for name in setting.values:
+        if name in job.grid:
+            raise InvalidRequest(
+                f"{where}: {name[:100]} is a field of the grid too. Remove it from one of the two.",
+                param="input",
+            )
+        if name not in known:
+            raise InvalidRequest(
+                f"{where}: {name[:100]!r} is not a parameter of pipeline {resolved.name}. Its "
+                f"parameters: {', '.join(known)}. Move other values into labels.",
+                param="input",
+            )
+    try:
+        return _checked_point(job, resolved, {**given, **setting.values}, settings)
+    except InvalidRequest as error:
+        field = (error.param or "").partition(".")[0]
+        sides = {"width", "height"}  # a size is wrong because of both
+        if field not in varied and not (field in sides and sides.intersection(varied)):
+            raise
+        raise InvalidRequest(f"{where}: {error.message}", param="input") from error
 
 
 def _checked_point(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from farm import failpoints
 from farm.context import Farm
-from farm.domain.inputs import StoredInput
+from farm.domain.inputs import CONTROL, LineSettings, StoredInput
 from farm.domain.spec import FullSpec, JobSpec, Priority
 from farm.errors import FarmError, InvalidRequest, NotFound
 from farm.pipelines.params import Params
@@ -26,6 +27,7 @@ from farm.store.engine import Store, one_statement, reads
 from farm.store.group_commit import insert_all
 from farm.store.jobs import Idempotency, NewJob
 from farm.store.lines import all_lines
+from farm.store.migrate import require_groups
 from farm.store.queries import JobRow
 
 
@@ -45,11 +47,12 @@ def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
     """
     job = check_job(body, farm.settings)
     resolved = farm.resolve(job.pipeline)
-    stored_input = _stored_input(farm, tenant_id, job)
-    spec = full_spec(job, resolved, farm.settings, stored_input)
+    stored_input, of_lines = _stored_input(farm, tenant_id, job)
+    spec = full_spec(job, resolved, farm.settings, stored_input, of_lines)
     if stored_input is not None:
         _check_syntax(farm, spec, resolved, stored_input)
-    _check_images(farm, tenant_id, resolved, spec)
+        _check_images_of_lines(farm, stored_input)
+    _check_images(farm, tenant_id, resolved, spec, of_lines)
     if job.webhook is not None:
         check_webhook(farm.settings, job.webhook)
     return Checked(job, spec)
@@ -187,35 +190,64 @@ def _announce(farm: Farm, rows: Sequence[tuple[NewJob, JobRow]]) -> None:
         farm.bells.ring(pipeline, urgent=pipeline in urgent)
 
 
-def _stored_input(farm: Farm, tenant_id: uuid.UUID, job: JobSpec) -> StoredInput | None:
+def _stored_input(
+    farm: Farm, tenant_id: uuid.UUID, job: JobSpec
+) -> tuple[StoredInput | None, LineSettings | None]:
     if job.input is None:
-        return None
+        return None, None
     try:
         with reads(farm.store) as connection:
-            return inputs.get_input(connection, tenant_id, uuid.UUID(job.input))
+            found = inputs.get_input(connection, tenant_id, uuid.UUID(job.input))
+            if not found.fields:
+                return found, None
+            require_groups(connection)
+            return found, inputs.line_settings(connection, found)
     except NotFound as error:
         raise InvalidRequest(f"input: {error.message}", param="input") from error
+
+
+def _check_images_of_lines(farm: Farm, stored_input: StoredInput) -> None:
+    """Raise InvalidRequest if a line names an image that its tenant has not uploaded."""
+    if CONTROL not in stored_input.fields:
+        return
+    with reads(farm.store) as connection:
+        missing = inputs.missing_image(connection, stored_input.id)
+    if missing is not None:
+        raise InvalidRequest(
+            f"input: line {missing.line}: control: image {missing.id} was not found. Upload it "
+            "first: POST /v1/images.",
+            param="input",
+        )
 
 
 def _check_syntax(
     farm: Farm, spec: FullSpec, resolved: ResolvedPipeline, stored_input: StoredInput
 ) -> None:
     """Check the prompt syntax of an input. This runs once: the input's row keeps the result."""
-    params = syntax_among([resolved.params(point.params) for point in spec.every_point()])
+    points = [resolved.params(point.params) for point in spec.every_point()]
+    params = syntax_among(points)
     if params is None:
         return
     flaw = stored_input.syntax_flaw
-    if flaw is None:
-        flaw = _syntax_flaw(farm, params, stored_input)
+    reading = {place % spec.settings for place, each in enumerate(points) if each.reads_syntax}
+    if flaw != "" and len(reading) < spec.settings:  # lines that do not read it may be anything
+        flaw = _syntax_flaw(farm, params, stored_input, reading)
+    elif flaw is None:
+        flaw = _syntax_flaw(farm, params, stored_input, reading)
         with one_statement(farm.store) as connection:
             inputs.judge_syntax(connection, stored_input.id, flaw)
     if flaw:
         raise InvalidRequest(flaw, param="input")
 
 
-def _syntax_flaw(farm: Farm, params: Params, stored_input: StoredInput) -> str:
+def _syntax_flaw(
+    farm: Farm, params: Params, stored_input: StoredInput, reading: Collection[int]
+) -> str:
+    """Find the first error in the prompts of lines with some settings, given by their indexes."""
     with reads(farm.store) as connection:
         for index, line in all_lines(connection, stored_input):
+            if line.setting not in reading:
+                continue
             for text in (line.prompt, line.negative_prompt or ""):
                 try:
                     params.check_prompt(text)
@@ -234,10 +266,20 @@ def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:
 
 
 def _check_images(
-    farm: Farm, tenant_id: uuid.UUID, resolved: ResolvedPipeline, spec: FullSpec
+    farm: Farm,
+    tenant_id: uuid.UUID,
+    resolved: ResolvedPipeline,
+    spec: FullSpec,
+    of_lines: LineSettings | None,
 ) -> None:
     """Raise InvalidRequest if a job names an image that its tenant has not uploaded."""
-    named = [resolved.params_type.image_ids(point.params) for point in spec.every_point()]
+    # Not those of lines: _check_images_of_lines.
+    own = [CONTROL not in setting.values for setting in of_lines.settings] if of_lines else [True]
+    named = [
+        resolved.params_type.image_ids(point.params)
+        for point, is_own in zip(spec.every_point(), itertools.cycle(own), strict=False)
+        if is_own
+    ]
     wanted = {image_id for image_ids in named for image_id in image_ids}
     if not wanted:
         return

@@ -33,12 +33,15 @@ SELECT (SELECT count(*) FROM jobs) AS jobs, (SELECT count(*) FROM frames) AS fra
 # Events are pruned oldest first. A job older than the oldest event may have lost its events.
 JOBS = text("""
 SELECT j.id, j.status, j.paused, j.open, j.total, j.cursor, j.running, j.succeeded, j.dead,
-       j.cancelled, j.finished_at, j.behind_from, f.rows, f.last, f.rows_running, f.rows_ready,
+       j.cancelled, j.finished_at, j.behind_from, f.rows, f.last, coalesce(j.stretch, 1) AS stretch,
+       f.rows_of_whole, f.rows_running, f.rows_ready,
        f.rows_succeeded, f.rows_dead, f.rows_cancelled, r.requeued, q.queued,
        j.created_at < coalesce((SELECT min(at) FROM events), clock_timestamp()) AS maybe_pruned
 FROM (SELECT * FROM jobs WHERE id > :after AND removed_at IS NULL ORDER BY id LIMIT :limit) j
 CROSS JOIN LATERAL (
     SELECT count(*) AS rows, coalesce(max(ordinal), -1) AS last,
+           count(*) FILTER (
+               WHERE ordinal < j.cursor - j.cursor % coalesce(j.stretch, 1)) AS rows_of_whole,
            count(*) FILTER (WHERE state = 'running') AS rows_running,
            count(*) FILTER (WHERE state = 'ready') AS rows_ready,
            count(*) FILTER (WHERE state = 'succeeded') AS rows_succeeded,
@@ -105,7 +108,7 @@ CROSS JOIN LATERAL (
 ) r
 CROSS JOIN LATERAL (
     SELECT coalesce((
-        SELECT sum(remaining_cost(j.runs, j.cursor)) FROM jobs j
+        SELECT sum(job_cost(j.id, j.runs, j.cursor, j.stretch)) FROM jobs j
         WHERE j.open AND j.pipeline = s.pipeline AND j.tenant_id = s.tenant_id
     ), 0) + coalesce((
         SELECT sum(frame_cost(f.batch_key)) FROM requeued_frames f

@@ -72,10 +72,15 @@ FORMATS_OF = text("""
 SELECT DISTINCT coalesce(spec ->> 'format', 'png') FROM jobs WHERE id = ANY(:ids) ORDER BY 1
 """)
 
+# Every frame with a lower ordinal was claimed.
+CLAIMED_BEFORE = """
+(CASE WHEN j.cursor = j.total THEN j.total
+      ELSE j.cursor - j.cursor % coalesce(j.stretch, 1) END)"""
+
 # Only these shards are checked: new ones, and those of jobs with frames that ended since. A claimed
 # frame that has not ended is in a lease or in requeued_frames; both are small. A whole shard stays
 # whole.
-LOOK = text("""
+LOOK = text(f"""
 WITH news AS (
     DELETE FROM export_news WHERE id IN (
         SELECT id FROM export_news ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
@@ -93,7 +98,7 @@ WITH news AS (
             SELECT FROM export_shards o
             WHERE o.export_id = c.export_id AND o.done_at IS NULL AND o.job_id IS NOT NULL)
         WHEN j.id IS NULL OR j.removed_at IS NOT NULL OR j.finished_at IS NOT NULL THEN true
-        ELSE j.cursor >= c.stop AND NOT EXISTS (
+        ELSE {CLAIMED_BEFORE} >= c.stop AND NOT EXISTS (
             SELECT FROM requeued_frames r
             WHERE r.job_id = c.job_id AND r.ordinal >= c.first AND r.ordinal < c.stop
         ) AND NOT EXISTS (
@@ -107,23 +112,23 @@ WITH news AS (
 UPDATE export_shards s SET whole = j.whole, due_at = clock_timestamp()
 FROM judged j
 WHERE s.export_id = j.export_id AND s.number = j.number AND s.whole IS NOT TRUE
-""")
+""")  # noqa: S608 - constants only
 
 # Checks again: a shard may have been checked while its job ended, or its frames may have been ended
 # by a version that writes no news.
-LOOK_AGAIN = text("""
+LOOK_AGAIN = text(f"""
 WITH doubtful AS (
     SELECT s.export_id, s.number
     FROM exports e JOIN export_shards s ON s.export_id = e.id LEFT JOIN jobs j ON j.id = s.job_id
     WHERE e.state = 'running' AND e.removed_at IS NULL
       AND s.whole = false AND s.done_at IS NULL
       AND s.due_at < clock_timestamp() - interval '1 minute'
-      AND (j.id IS NULL OR j.finished_at IS NOT NULL OR j.cursor >= s.stop)
+      AND (j.id IS NULL OR j.finished_at IS NOT NULL OR {CLAIMED_BEFORE} >= s.stop)
     LIMIT :limit
 )
 UPDATE export_shards s SET whole = NULL
 FROM doubtful d WHERE s.export_id = d.export_id AND s.number = d.number AND s.whole = false
-""")
+""")  # noqa: S608 - constants only
 
 # Tenants take turns: the tenant with the oldest last claim is first. A process writes one shard of
 # a tenant at a time.

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from farm.domain.faults import fault_of
-from farm.domain.spec import Run, shrunk
+from farm.domain.spec import Run, run_of, shrunk
 from farm.domain.states import FrameState, after_failure, retry_delay
 from farm.store import arrays
 from farm.store.claim import Fence
@@ -164,9 +164,9 @@ DELETE FROM leases l
 WHERE l.id = :id AND NOT pg_temp.is_any_running(l.job_ids, l.ordinals, l.attempts)
 """)
 
-# For jobs that left their bucket open: the bucket of a frame's claim, and the job's runs.
+# For jobs that left their bucket open: the bucket of a frame's claim, its run and the job's runs.
 ROOM = text("""
-SELECT j.id, j.runs, f.ordinal, f.bucket
+SELECT j.id, j.runs, f.ordinal, f.bucket, f.run
 FROM unnest(CAST(:job_ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:attempts AS smallint[]))
      AS d (job_id, ordinal, attempt)
 JOIN frames f ON f.job_id = ANY (ARRAY[d.job_id]) AND f.ordinal = d.ordinal
@@ -351,7 +351,9 @@ def _shrink(connection: Connection, of_batch: Sequence[FailedAttempt]) -> list[F
     rows = connection.execute(ROOM, _fences(list(fences.values()))).all()
     runs: dict[uuid.UUID, list[Run]] = {}
     for row in rows:
-        runs[row.id] = shrunk(runs.get(row.id, row.runs), row.ordinal, row.bucket // 2)
+        known = runs.get(row.id, row.runs)
+        of = run_of(known, row.ordinal) if row.run is None else row.run
+        runs[row.id] = shrunk(known, of, row.bucket // 2)
     for job_id, smaller in runs.items():
         connection.execute(SHRINK, {"id": job_id, "runs": json.dumps(smaller)})
     if runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import NamedTuple
@@ -72,6 +73,16 @@ SELECT id, at, kind, data FROM (
 WHERE kind NOT IN ('frames.claimed', 'frames.succeeded') ORDER BY id DESC LIMIT :limit
 """)
 
+# Of cells in a stretch that is claimed in part.
+CLAIMED = text("""
+SELECT c.place, (
+    SELECT count(*) FROM frames f
+    WHERE f.job_id = :id AND f.ordinal >= c.first AND f.ordinal < c.stop
+) AS frames
+FROM unnest(CAST(:firsts AS bigint[]), CAST(:stops AS bigint[])) WITH ORDINALITY
+     AS c (first, stop, place)
+""")
+
 PROMPTS = text("SELECT prompts FROM job_prompts WHERE job_id = :id ORDER BY first LIMIT :chunks")
 
 WORST_FIRST = (
@@ -123,8 +134,8 @@ def map_of(connection: Connection, job: JobRow) -> list[Cell]:
     number = min(job.total, CELLS)
     bounds = [cell * job.total // number for cell in range(number + 1)]
     cells = list(pairwise(bounds))
-    found: list[set[FrameState]] = [_by_cursor(job, *cell) for cell in cells]
-    claimed = [cell for cell in cells if cell[0] < job.cursor]
+    found = _by_cursor(connection, job, cells)
+    claimed = [cell for cell in cells if cell[0] < job.unclaimed_from]
     values = {
         "id": job.id,
         "firsts": [first for first, _ in claimed],
@@ -147,14 +158,28 @@ def map_of(connection: Connection, job: JobRow) -> list[Cell]:
     ]
 
 
-def _by_cursor(job: JobRow, first: int, stop: int) -> set[FrameState]:
-    states = set()
-    if first < job.cursor:
-        states.add(FrameState.SUCCEEDED)
-    if stop > job.cursor:
-        is_over = job.status == JobStatus.CANCELLED
-        states.add(FrameState.CANCELLED if is_over else FrameState.WAITING)
-    return states
+def _by_cursor(
+    connection: Connection, job: JobRow, cells: Sequence[tuple[int, int]]
+) -> list[set[FrameState]]:
+    """Return of each cell whether some of its frames were claimed, and whether some were not."""
+    before, behind = job.claimed_before, job.unclaimed_from
+    mixed = (
+        [cell for cell in cells if cell[0] < behind and cell[1] > before] if before < behind else []
+    )
+    values = {
+        "id": job.id,
+        "firsts": [first for first, _ in mixed],
+        "stops": [stop for _, stop in mixed],
+    }
+    rows = connection.execute(CLAIMED, values) if mixed else ()
+    counted = {mixed[row.place - 1]: row.frames for row in rows}
+    unborn = FrameState.CANCELLED if job.status == JobStatus.CANCELLED else FrameState.WAITING
+    found: list[set[FrameState]] = []
+    for first, stop in cells:
+        claimed = counted.get((first, stop), max(0, min(stop, before) - first))
+        states = {FrameState.SUCCEEDED} if claimed else set()
+        found.append(states if claimed == stop - first else states | {unborn})
+    return found
 
 
 def _cell_of(ordinal: int, total: int, number: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 from psycopg.errors import ForeignKeyViolation
@@ -36,16 +36,16 @@ WITH unlimited AS MATERIALIZED (
 ), j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
                       runs, max_attempts, spec, labels, input_id, idempotency_key,
-                      idempotency_digest, created_at, due_at)
+                      idempotency_digest, created_at, due_at, stretch)
     SELECT id, tenant_id, pipeline, priority, true, total, run_end, batch_key, bucket, runs,
            max_attempts, spec, labels, input_id, idempotency_key, decode(idempotency_digest, 'hex'),
            statement_timestamp() + place * interval '1 microsecond',
-           least(statement_timestamp() + due_seconds * interval '1 second', due_at)
+           least(statement_timestamp() + due_seconds * interval '1 second', due_at), stretch
     FROM json_to_recordset(CAST(:given AS json)) AS g (
         id uuid, tenant_id uuid, pipeline text, priority smallint, total bigint, run_end bigint,
         batch_key text, bucket smallint, runs jsonb, max_attempts smallint, spec json, labels jsonb,
         input_id uuid, idempotency_key text, idempotency_digest text, place int,
-        due_seconds float, due_at timestamptz)
+        due_seconds float, due_at timestamptz, stretch bigint)
     WHERE :counted OR g.tenant_id IN (SELECT id FROM unlimited)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
     RETURNING *
@@ -56,6 +56,18 @@ WITH unlimited AS MATERIALIZED (
     JOIN j ON j.id = g.id
     CROSS JOIN json_array_elements_text(g.prompts) WITH ORDINALITY AS p (prompt, n)
     GROUP BY j.id, (p.n - 1) / {PROMPTS_PER_CHUNK}
+), grouped AS (
+    INSERT INTO job_groups (job_id, first, stop, run)
+    SELECT j.id, n.first, n.stop, n.run
+    FROM json_to_recordset(CAST(:given AS json)) AS g (id uuid, groups json)
+    JOIN j ON j.id = g.id
+    CROSS JOIN json_to_recordset(g.groups) AS n (first bigint, stop bigint, run smallint)
+), placed AS (
+    INSERT INTO job_order (job_id, first, images, places)
+    SELECT j.id, c.first, c.images, c.places
+    FROM json_to_recordset(CAST(:given AS json)) AS g (id uuid, chunks json)
+    JOIN j ON j.id = g.id
+    CROSS JOIN json_to_recordset(g.chunks) AS c (first bigint, images bigint, places int[])
 ), hook AS (
     INSERT INTO job_webhooks (job_id, webhook_id, url, kinds)
     SELECT j.id, h.webhook_id, h.url, h.kinds
@@ -104,6 +116,10 @@ class NewJob:
     def given(self, place: int) -> dict[str, object]:
         """Return its values for INSERT_JOBS, for pydantic to serialize."""
         run_end, batch_key, bucket = self.spec.runs[0]
+        order = self.spec.order
+        if order is not None:
+            _, batch_key, bucket = self.spec.runs[order.groups[0].run]
+            run_end = order.groups[0].stop
         due = self.spec.start_within, self.spec.finish_by  # times are all in UTC, in one form
         return {
             "id": self.id,
@@ -126,6 +142,14 @@ class NewJob:
             "due_seconds": min((each for each in due if isinstance(each, float)), default=None),
             "due_at": min((each for each in due if isinstance(each, str)), default=None),
             "spec": self.spec.stored(),
+            "stretch": order and order.stretch,
+            "groups": [asdict(each) for each in order.groups] if order else [],
+            "chunks": [
+                {"first": first, "images": order.images, "places": places.tolist()}
+                for first, places in order.chunks()
+            ]
+            if order
+            else [],
         }
 
 

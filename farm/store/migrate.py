@@ -49,6 +49,8 @@ HAS_LANES = text("""
 SELECT EXISTS (SELECT FROM pg_attribute
                WHERE attrelid = to_regclass('actions') AND attname = 'lane' AND NOT attisdropped)
 """)
+GROUPS = "0048"
+"""After this step no older version runs, which would claim a job with groups in a wrong order."""
 HAS_ROLE = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = :role)")
 FLOOR = text("SELECT obj_description(to_regclass('alembic_version'), 'pg_class')")
 
@@ -113,6 +115,20 @@ def require_schema(store: Store, folder: Path = FOLDER) -> None:
         missing.pop()
     if missing:
         raise SchemaRefused(_older(missing))
+
+
+def require_groups(connection: Connection) -> None:
+    """Return if lines of an input may have settings: no older version may claim such a job.
+
+    Raises:
+        SchemaRefused: processes of an older version may still run.
+    """
+    floor = connection.execute(FLOOR).scalar_one()
+    if floor is None or floor < GROUPS:
+        raise SchemaRefused(
+            "input: its lines have parameters. Jobs of such an input are accepted after the last "
+            "step of the upgrade: run `farm migrate` once no older version runs."
+        )
 
 
 def upgrade(store: Store, *, pre_only: bool = False, folder: Path = FOLDER) -> Upgrade:

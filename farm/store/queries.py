@@ -44,7 +44,21 @@ class JobRow(NamedTuple):
     started_at: datetime | None
     finished_at: datetime | None
     missed: str | None
+    stretch: int
+    """Frames of a stretch. 1 in a job without groups."""
     now: datetime
+
+    @property
+    def claimed_before(self) -> int:
+        """Every frame with a lower ordinal was claimed."""
+        return (
+            self.cursor if self.cursor == self.total else self.cursor - self.cursor % self.stretch
+        )
+
+    @property
+    def unclaimed_from(self) -> int:
+        """No frame from this ordinal on was claimed."""
+        return min(-(-self.cursor // self.stretch) * self.stretch, self.total)
 
 
 class FrameRow(NamedTuple):
@@ -92,7 +106,8 @@ j.id, j.tenant_id, (SELECT t.name FROM tenants t WHERE t.id = j.tenant_id) AS te
 j.status, j.paused, j.open, j.priority, j.total, j.cursor,
 j.running, j.succeeded, j.dead, j.cancelled, j.reused, j.device_seconds, j.bytes, j.failures,
 j.pace_since, j.pace_since_frames, j.spec, j.labels,
-j.created_at, j.started_at, j.finished_at, j.missed, clock_timestamp() AS now
+j.created_at, j.started_at, j.finished_at, j.missed, coalesce(j.stretch, 1) AS stretch,
+clock_timestamp() AS now
 """
 
 # A removed job is hidden from everybody, while its rows are deleted in pieces.
@@ -114,6 +129,25 @@ def stored_picture(connection: Connection, job_id: uuid.UUID, ordinal: int) -> S
     """Find the image of a frame, of any tenant. None: it has none, or it was removed."""
     values = {"job_id": job_id, "ordinal": ordinal}
     return row_of(connection.execute(STORED_PICTURE, values), StoredPicture)
+
+
+# Only in a stretch that is claimed in part may an unclaimed frame precede a claimed one.
+GAPS = text("""
+SELECT o.ordinal FROM generate_series(CAST(:first AS bigint), :stop - 1) AS o (ordinal)
+WHERE NOT EXISTS (SELECT FROM frames f WHERE f.job_id = :id AND f.ordinal = o.ordinal)
+LIMIT :limit
+""")
+
+
+def unclaimed(connection: Connection, job: JobRow, *, first: int, limit: int) -> list[int]:
+    """Return the lowest ordinals from `first` on that were never claimed."""
+    first = max(first, job.claimed_before)
+    found: list[int] = []
+    if first < job.unclaimed_from:
+        values = {"id": job.id, "first": first, "stop": job.unclaimed_from, "limit": limit}
+        found = [row.ordinal for row in connection.execute(GAPS, values)]
+    rest = range(max(first, job.unclaimed_from), job.total)
+    return [*found, *rest[: limit - len(found)]]
 
 
 def get_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) -> JobRow:

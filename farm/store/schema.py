@@ -1,8 +1,9 @@
 """The tables. Postgres is the only source of truth about jobs and frames.
 
 A job's row contains its spec and a cursor. Frames below the cursor have been claimed and have a
-row. Frames from the cursor on are waiting and have none. Frames requeued for another attempt are in
-the small table `requeued_frames`. So the wide table `frames` needs no index on its state, and its
+row. Frames from the cursor on are waiting and have none. The cursor is a position: an ordinal,
+unless the job has groups (farm/domain/groups.py). Frames requeued for another attempt are in the
+small table `requeued_frames`. So the wide table `frames` needs no index on its state, and its
 updates stay HOT (heap-only: no index entry is written).
 """
 
@@ -280,6 +281,11 @@ jobs = Table(
     ),
     Column("due_at", DateTime(timezone=True), comment="next time at which it may miss a deadline"),
     Column("missed", Text, comment="field whose deadline ended the job"),
+    Column(
+        "stretch",
+        BigInteger,
+        comment="frames of a stretch, within which groups are formed; null: no groups",
+    ),
     UniqueConstraint("tenant_id", "idempotency_key"),
     CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
     CheckConstraint("cursor BETWEEN 0 AND total", name="cursor"),
@@ -357,6 +363,12 @@ inputs = Table(
         Text,
         comment="error in its prompts as weighted prompts; null: not checked yet",
     ),
+    Column(
+        "settings",
+        JSONB,
+        comment="settings of its lines, each with its first line; null: no line has any",
+    ),
+    Column("fields", ARRAY(Text), comment="parameters in its lines; null: none has any"),
     UniqueConstraint("tenant_id", "sha256"),
     Index("inputs_newest", "tenant_id", "created_at", "id"),
     Index("inputs_oldest", "created_at"),
@@ -368,6 +380,47 @@ input_parts = Table(
     Column("input_id", ForeignKey("inputs.id", ondelete="CASCADE"), primary_key=True),
     Column("first", BigInteger, primary_key=True, comment="index of the part's first line"),
     Column("content", LargeBinary, nullable=False, comment="lines of JSON, compressed with zlib"),
+    Column(
+        "settings",
+        LargeBinary,
+        comment="uint16 of each line: index into the input's settings; null: all have the first",
+    ),
+)
+
+input_images = Table(
+    "input_images",
+    metadata,
+    Column("input_id", ForeignKey("inputs.id", ondelete="CASCADE"), primary_key=True),
+    Column("sha256", LargeBinary, primary_key=True),
+    Column("tenant_id", Uuid, nullable=False),
+    Column("line", BigInteger, nullable=False, comment="first line that names it"),
+    Index("input_images_of_tenant", "tenant_id", "sha256"),
+    comment="Control images that lines of inputs name.",
+)
+
+job_groups = Table(
+    "job_groups",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("first", BigInteger, primary_key=True, comment="its first position"),
+    Column("stop", BigInteger, nullable=False, comment="position after its last"),
+    Column("run", SmallInteger, nullable=False, comment="index into the job's runs"),
+    comment="Positions of a job whose frames share a batch_key.",
+)
+
+job_order = Table(
+    "job_order",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("first", BigInteger, primary_key=True, comment="its first position"),
+    Column("images", BigInteger, nullable=False, comment="images_per_prompt"),
+    Column(
+        "places",
+        ARRAY(Integer),
+        nullable=False,
+        comment="ordinal / images of each `images` positions",
+    ),
+    comment="The ordinals of a job with groups, in the order in which they are claimed.",
 )
 
 job_prompts = Table(
@@ -492,6 +545,7 @@ frames = Table(
     Column("sha256", LargeBinary),
     Column("bytes", Integer),
     Column("error", Text, comment="reason why the latest attempt failed"),
+    Column("run", SmallInteger, comment="index into its job's runs, if that has groups"),
     CheckConstraint(_one_of("state", list(ROW_STATES)), name="state"),
     CheckConstraint(
         "(state = 'succeeded') = (sha256 IS NOT NULL AND bytes IS NOT NULL)", name="artifact"

@@ -458,28 +458,6 @@ def test_a_completion_of_the_version_before_is_noted_too(farm: Farm) -> None:
     assert has(farm, ann)[0] == pytest.approx(3.5 + SECONDS), "and not twice"
 
 
-def test_a_claim_of_the_version_before_counts_the_cost_too(farm: Farm) -> None:
-    """It sets `farm.claiming` to yes, and counts only frames. A trigger counts their cost."""
-    with_pace(farm)
-    ann = new_tenant(farm, "ann")
-    job = submit(farm, ann, **FIELDS, images_per_prompt=6, bucket=2)
-    worker = register_worker(farm)
-    worker.release(worker.must_claim())
-    shares_add_up(farm)
-    with transaction(farm.store) as connection:
-        connection.execute(text("SET LOCAL farm.claiming = 'yes'"))
-        for statement in (
-            "UPDATE jobs SET cursor = cursor + 2 WHERE id = :id",
-            "DELETE FROM requeued_frames WHERE job_id = :id",
-            "UPDATE shares SET waiting[2] = waiting[2] - 2, requeued[2] = requeued[2] - 2"
-            " WHERE tenant_id = (SELECT tenant_id FROM jobs WHERE id = :id)",
-        ):
-            connection.execute(text(statement), {"id": job})
-    shares_add_up(farm)
-    [(cost,)] = sql(farm, "SELECT waiting_cost FROM shares WHERE tenant_id = :t", t=ann)
-    assert cost == 2 * 4 * STEP
-
-
 def test_an_operator_sets_a_budget_and_sees_what_is_used(farm: Farm, api: Api) -> None:
     worker, ann, operator = with_pace(farm), api.client("ann"), api.client("ops", "operator")
     answer = operator.patch("/v1/tenants/ann", json={"device_seconds_a_month": 1234567.5})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from farm.context import Farm
-from farm.domain.spec import FrameSpec, shrunk
+from farm.domain.spec import FrameSpec, run_of, shrunk
 from farm.imaging.encoding import read
 from farm.storage import artifact_key
 from farm.store import frames
@@ -211,8 +211,8 @@ RUNS = [(4, "a", 8), (8, "b", 8), (12, "a", 8), (16, "c", 2)]
 def test_runs_of_the_same_key_shrink_together(
     ordinal: int, bucket: int, after: list[tuple[int, str, int]]
 ) -> None:
-    assert shrunk(RUNS, ordinal, bucket) == after
+    assert shrunk(RUNS, run_of(RUNS, ordinal), bucket) == after
 
 
 def test_a_run_that_shrinks_again_keeps_one_name() -> None:
-    assert shrunk(shrunk(RUNS, 0, 4), 9, 2)[0] == (4, "a/2", 2)
+    assert shrunk(shrunk(RUNS, 0, 4), 2, 2)[0] == (4, "a/2", 2)

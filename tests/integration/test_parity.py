@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,12 +23,17 @@ from farm.context import Farm, open_farm
 from farm.imaging.encoding import read
 from farm.local import Servers
 from farm.pipelines.runtime.devices import torch_threads
+from farm.rendering.replay import replay
+from farm.services.control_images import load_image
+from farm.store import keys
+from farm.store.engine import transaction
 from tests.conftest import settings_on
 from tests.support.api_server import serving
 from tests.support.databases import Databases
-from tests.support.diffusers_reference import DiffusersReference, Picture, frames_of
+from tests.support.diffusers_reference import OF_JOB, DiffusersReference, Frame, Picture, frames_of
 from tests.support.parity_cases import (
     CASES,
+    CONTROL,
     IMAGES,
     VARIANTS,
     Case,
@@ -35,6 +41,7 @@ from tests.support.parity_cases import (
     knob_pairs,
     mixtures,
     save_catalog,
+    tables,
 )
 from tests.support.render_loops import assembly_of
 from workers.render.loop import RenderLoop
@@ -64,13 +71,23 @@ class ParityFarm:
     loaded: dict[str, RenderLoop] = field(default_factory=dict)
 
     def submit(self, pipeline: str, job: dict[str, Any]) -> str:
-        body = {"pipeline": pipeline, **self._with_ids(job)}
+        return self.submit_any({"pipeline": pipeline, **job})
+
+    @property
+    def tenant_id(self) -> uuid.UUID:
+        with transaction(self.farm.store) as connection:
+            return keys.ensure_tenant(connection, "ann")
+
+    def submit_any(self, job: dict[str, Any]) -> str:
+        body = self.with_ids(job)
         answer = self.client.post("/v1/jobs", json=body)
         assert answer.status_code == 202, answer.text
         job_id: str = answer.json()["id"]
         return job_id
 
-    def _with_ids(self, job: dict[str, Any]) -> dict[str, Any]:
+    def with_ids(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Replace the names of control images by their IDs."""
+
         def named(nets: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return [{**net, "image": self.images[net["image"]]} for net in nets]
 
@@ -210,6 +227,42 @@ def test_jobs_that_share_a_batch_come_out_as_if_alone(
     frames = [frames_of(job)[0] for job in jobs]
     expected = [pixels(studio.bare.alone(pipeline, frame, len(jobs))) for frame in frames]
     assert not differing(ours, expected)
+
+
+OF_TABLES: dict[str, Any] = {"steps": 3, "width": 64, "height": 64, "seed": 5}
+
+
+@pytest.mark.parametrize(("pipeline", "lines"), tables(), ids=_mixture_name)
+def test_each_line_of_a_table_comes_out_as_if_alone(
+    studio: ParityFarm, pipeline: str, lines: list[dict[str, Any]]
+) -> None:
+    """Every field varies from line to line, and the job has the values of empty cells."""
+    fields = OF_TABLES | ({"control": CONTROL["nets"]} if pipeline == "nets" else {})
+    sent = "".join(json.dumps(studio.with_ids(line)) + "\n" for line in lines)
+    answer = studio.client.post("/v1/inputs", content=sent.encode())
+    assert answer.status_code == 201, answer.text
+    job_id = studio.submit_any({**fields, "pipeline": pipeline, "input": answer.json()["id"]})
+    studio.render(pipeline)
+    rows = studio.rows(job_id)
+    files = [studio.stored(row) for row in rows]
+    expected: list[Any] = []
+    for line in lines:
+        given = {**fields, **{name: value for name, value in line.items() if value is not None}}
+        frame = Frame(
+            given.pop("prompt"),
+            given["seed"],
+            {name: value for name, value in given.items() if name not in OF_JOB},
+        )
+        bucket = read(files[len(expected)])[1].frame.bucket
+        expected.append(pixels(studio.bare.alone(pipeline, frame, bucket)))
+    assert not differing([pixels(file) for file in files], expected)
+    assert len({row["slot"] for row in rows}) > 1, "some share a batch"
+
+    def image(image_id: str) -> Image.Image:
+        return load_image(studio.farm.artifacts, studio.tenant_id, image_id)
+
+    for file in files[:: len(files) // 4]:
+        assert replay(file, studio.farm.catalog, find_image=image).identical
 
 
 GUARDED = case("flags", "guarded", prompts=["a red star"], images_per_prompt=8)

@@ -6,6 +6,7 @@ They have the form that a client sends, except that a control image is given by 
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -412,6 +413,43 @@ def knob_pairs() -> list[tuple[Case, Case]]:
     pairs += _each("flux", {**flux, "true_cfg_scale": 1.0}, negative_prompt="x", true_cfg_scale=3.0)
     pairs += _each("flux", {"prompt_2": "a blue ring", "max_sequence_length": 5})
     return pairs
+
+
+def tables() -> list[tuple[str, list[dict[str, Any]]]]:
+    """Pipelines, each with the lines of an input in which everything varies; 60 lines together."""
+    return [(pipeline, _table(pipeline)) for pipeline in ("sd", "sdxl", "nets")]
+
+
+def _table(pipeline: str, count: int = 20) -> list[dict[str, Any]]:
+    chance = random.Random(pipeline)
+    of_tables: dict[str, list[Any]] = {
+        "steps": [2, 3, 4],
+        "width": [32, 64],
+        "height": [64, 72],
+        "guidance_scale": [1.0, 6.5],
+        "sampler": ["ddim", "euler", "dpmpp_2m"],
+        "clip_skip": [1, None],
+        "negative_prompt": ["blue, blurred", ""],
+    }
+    if pipeline == "sdxl":
+        of_tables["original_size"] = [[512, 300], [64, 64]]
+    if pipeline == "nets":  # so that some lines agree in all else, and share a batch
+        of_tables = {name: of_tables[name] for name in ("steps", "height", "negative_prompt")}
+    lines = []
+    for number in range(count):
+        line: dict[str, Any] = {"prompt": f"a star, number {number}", "seed": 7 * number}
+        line |= {
+            name: chance.choice(values)
+            for name, values in of_tables.items()
+            if chance.random() < 0.7
+        }
+        if pipeline == "nets" and number % 4:  # else the job's
+            line["control"] = [
+                {"image": chance.choice(["rings", "stripes", "grey"]), "scale": scale}
+                for scale in (chance.choice([0.6, 1.2]), 1.0)
+            ]
+        lines.append(line)
+    return lines
 
 
 def mixtures() -> list[tuple[str, list[dict[str, Any]]]]:

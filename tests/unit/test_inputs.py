@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from farm.config import Settings
-from farm.domain.inputs import LINES_PER_PART, BadLines, unpack
+from farm.domain.inputs import LINES_PER_PART, MAX_SETTINGS, BadLines, unpack
 from farm.domain.spec import Line
 from farm.errors import InvalidRequest
 from farm.services.input_upload import MAX_BAD_LINES, MAX_LINE_BYTES, InputReader
@@ -106,7 +106,7 @@ def test_wrong_lines_are_told_by_their_numbers_and_why(read: Read) -> None:
     assert sorted(told) == [number for number in lines if number > 2]
     for number, word in {4: "prompts", 5: "prompt", 6: "seed", 8: "byte 13", 9: "NUL"}.items():
         assert word in told[number]
-    assert told[13] == "prompt: Field required."
+    assert told[13] == "prompt is missing; its fields: key."
 
 
 @pytest.mark.parametrize("text", ["\\u0000", "\\ud800", "\\uDFFF"])
@@ -203,3 +203,77 @@ def test_memory_stays_flat() -> None:
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+# Parameters of the pipeline
+
+
+def test_lines_with_parameters_share_settings_in_any_order_of_fields(read: Read) -> None:
+    content = jsonl(
+        {"prompt": "a"},
+        {"prompt": "b", "steps": 20, "width": 512},
+        {"width": 512, "steps": 20.0, "prompt": "c", "key": "k"},
+        {"prompt": "d", "steps": None},
+        {"prompt": "e", "fast": True},
+        {"prompt": "f", "fast": 1},
+    )
+    lines, intake = read(content)
+    assert [line.setting for line in lines] == [0, 1, 1, 0, 2, 3]
+    assert [(each.line, each.values) for each in intake.facts.settings] == [
+        (1, {}),
+        (2, {"steps": 20, "width": 512}),
+        (5, {"fast": True}),
+        (6, {"fast": 1}),
+    ]
+
+
+def test_images_of_control_are_the_lines_and_the_rest_is_a_setting(read: Read) -> None:
+    first, second = "a" * 64, "b" * 64
+    content = jsonl(
+        {"prompt": "a", "control": [{"image": first, "scale": 0.5}]},
+        {"prompt": "b", "control": [{"image": second, "scale": 0.5}]},
+        {"prompt": "c"},
+        {"prompt": "d", "control": [{"image": second}]},
+    )
+    lines, intake = read(content)
+    assert [line.images for line in lines] == [(first,), (second,), None, (second,)]
+    assert [line.setting for line in lines] == [0, 0, 1, 2]
+    assert intake.facts.images == {first: 1, second: 2}
+
+
+def test_settings_are_read_over_several_parts(read: Read) -> None:
+    rows = [{"prompt": "a", "steps": number % 7 + 1} for number in range(2 * LINES_PER_PART + 10)]
+    lines, _ = read(jsonl(*rows), block=10_000)
+    assert [line.setting for line in lines] == [number % 7 for number in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ({"format": "jpeg"}, "format is the same for all lines. Set it for the job instead."),
+        ({"images_per_prompt": 2}, "images_per_prompt is the same for all lines. Set it"),
+        ({"control": "edges.png"}, "control: use a list with an object for each image: "),
+        ({"control": [{"scale": 1.0}]}, "control: use a list with an object for each image: "),
+        ({"control": [{"image": "edges.png"}]}, "control: use a list with an object"),
+        ({"note": "n" * 5000}, "its parameters take 5011 characters; the limit is 4000."),
+        ({"sampler\u0000": 1}, "NUL"),
+        ({"sampler": {"a": ["\u0000"]}}, "NUL"),
+    ],
+    ids=str,
+)
+def test_wrong_parameters_are_told_with_their_line(
+    read: Read, line: dict[str, Any], why: str
+) -> None:
+    told = problems(read, jsonl({"prompt": "a"}, {"prompt": "b", **line}))
+    assert [*told] == [2]
+    assert why in told[2]
+
+
+def test_too_many_settings_name_the_field_that_makes_them(read: Read) -> None:
+    rows = [{"prompt": "a", "steps": n % 3, "photo": f"{n}.png"} for n in range(MAX_SETTINGS + 5)]
+    told = problems(read, jsonl(*rows), block=10_000)
+    assert told == {
+        MAX_SETTINGS + 1: "an input has at most 1000 different settings, and photo alone has 1001 "
+        "values by this line. If photo is no parameter of the pipeline, move it into labels. Else "
+        "send several inputs."
+    }

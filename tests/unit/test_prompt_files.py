@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from farm.cli.submission.prompt_file import Columns, PromptFile
+from farm.cli.submission.prompt_file import Columns, Parameters, PromptFile
 from farm.cli.submission.prompt_templates import Templates
 from farm.config import Settings
 from farm.errors import InvalidRequest
@@ -186,3 +186,92 @@ def test_templates_are_drawn_the_same_for_a_seed(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(drawn[0]) == 20
     assert len(lines(path, templates=Templates("random"))) == 1
+
+
+# Parameters of the pipeline
+
+DEMO = Parameters(
+    {
+        "steps": {"type": "integer"},
+        "guidance_scale": {"type": "number"},
+        "sampler": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "crops": {"type": "array"},
+        "control": {"type": "array"},
+    },
+    lambda source: f"id of {source}",
+)
+
+
+def with_parameters(path: Path, columns: Columns = AS_IT_IS) -> list[dict[str, Any]]:
+    opened = PromptFile(path, columns)
+    opened.parameters = DEMO
+    return [*opened.lines()]
+
+
+def test_a_column_with_the_name_of_a_parameter_is_read_as_one(tmp_path: Path) -> None:
+    content = b'prompt,Steps,guidance_scale,sampler,crops,other\na,20,7.5,10,,x\nb,,,,"[1, 2]",\n'
+    path = file(tmp_path, "p.csv", content)
+    assert with_parameters(path) == [
+        {"prompt": "a", "steps": 20, "guidance_scale": 7.5, "sampler": "10"},
+        {"prompt": "b", "crops": [1, 2]},
+    ]
+    opened = PromptFile(path)
+    opened.parameters = DEMO
+    [*opened.lines()]
+    assert opened.columns_read == (
+        "Columns: steps, guidance_scale, sampler, crops, prompt; not used: 'other'."
+    )
+
+
+def test_a_column_is_named_for_a_parameter_or_left_out(tmp_path: Path) -> None:
+    path = file(tmp_path, "p.csv", b"prompt,steps,cfg\na,20,7\n")
+    columns = Columns(parameters=(("guidance_scale", "cfg"),), ignored=("STEPS",))
+    assert with_parameters(path, columns) == [{"prompt": "a", "guidance_scale": 7}]
+    with pytest.raises(InvalidRequest, match="'cfg_scale' is not a parameter of the pipeline"):
+        with_parameters(path, Columns(parameters=(("cfg_scale", "cfg"),)))
+    with pytest.raises(InvalidRequest, match="there is no column 'scale'"):
+        with_parameters(path, Columns(parameters=(("guidance_scale", "scale"),)))
+
+
+def test_values_of_parquet_keep_their_types(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    table = {
+        "prompt": ["a", "b"],
+        "steps": pa.array([20, None], pa.int32()),
+        "guidance_scale": [7.5, float("nan")],
+        "control": [[{"image": "a.png", "scale": None}], None],
+    }
+    pq.write_table(pa.table(table), path)
+    assert with_parameters(path) == [
+        {
+            "prompt": "a",
+            "steps": 20,
+            "guidance_scale": 7.5,
+            "control": [{"image": "id of a.png"}],
+        },
+        {"prompt": "b"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "nets"),
+    [
+        ("edges.png", [{"image": "id of edges.png"}]),
+        ("a,b.png,scale=0.8", [{"image": "id of a,b.png", "scale": 0.8}]),
+        ("a.png,end=0.5; b.png", [{"image": "id of a.png", "end": 0.5}, {"image": "id of b.png"}]),
+        ('[{"image": "a.png", "start": 0.1}]', [{"image": "id of a.png", "start": 0.1}]),
+        ('{"image": "a.png"}', [{"image": "id of a.png"}]),
+    ],
+)
+def test_control_images_are_paths_with_weights(
+    tmp_path: Path, cell: str, nets: list[dict[str, Any]]
+) -> None:
+    quoted = cell.replace('"', '""')
+    path = file(tmp_path, "p.csv", f'prompt,control\na,"{quoted}"\n'.encode())
+    assert with_parameters(path) == [{"prompt": "a", "control": nets}]
+
+
+def test_a_control_cell_without_an_image_names_its_row(tmp_path: Path) -> None:
+    path = file(tmp_path, "p.jsonl", b'{"prompt": "a", "control": [{"scale": 1}]}\n')
+    with pytest.raises(InvalidRequest, match=r"line 1: column 'control' holds .* use the path of"):
+        with_parameters(path)

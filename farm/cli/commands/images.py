@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,6 +99,35 @@ def control_field(
     }
     ids = {source: upload(client, file)["id"] for source, file in files.items()}
     return [{"image": ids.get(word.source, word.source), **word.settings} for word in controls]
+
+
+class ImageFiles:
+    """Control images that a table names. Each distinct file is uploaded once."""
+
+    def __init__(self, client: FarmClient, limit: int, folder: Path) -> None:
+        """Prepare to upload files of at most `limit` bytes. Paths are relative to `folder`."""
+        self._client, self._limit, self._folder = client, limit, folder
+        self._by_source: dict[str, str] = {}
+        self._by_hash: dict[bytes, str] = {}
+
+    def id_of(self, source: str) -> str:
+        """Return the ID of an image, which is given by its path, URL or ID.
+
+        Raises:
+            InvalidRequest: it cannot be read, or the farm refused it.
+        """
+        from farm.domain.image_formats import is_image_id
+
+        if is_image_id(source):
+            return source
+        if source not in self._by_source:
+            remote = "://" in source
+            file = read_image(source if remote else str(self._folder / source), self._limit)
+            digest = sha256(file.content).digest()
+            if digest not in self._by_hash:
+                self._by_hash[digest] = upload(self._client, file)["id"]
+            self._by_source[source] = self._by_hash[digest]
+        return self._by_source[source]
 
 
 def upload(client: FarmClient, file: ImageFile) -> ControlImage:

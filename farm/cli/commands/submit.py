@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.commands.images import control_field
-from farm.cli.submission.body import DEFAULT_PIPELINE, ControlWord, control_word, job_body, read_job
-from farm.cli.submission.fields import show_fields
-from farm.cli.submission.prompt_file import Columns, PromptFile
+from farm.cli.commands.images import ImageFiles, control_field
+from farm.cli.submission.body import (
+    DEFAULT_PIPELINE,
+    ControlWord,
+    control_word,
+    job_body,
+    pair,
+    read_job,
+)
+from farm.cli.submission.fields import pipeline_of, show_fields
+from farm.cli.submission.prompt_file import Columns, Parameters, PromptFile
 from farm.cli.submission.prompt_templates import Templates
 from farm.cli.terminal.console import Json, emit, note, out, say, short
 from farm.cli.terminal.progress import counted
@@ -181,6 +188,21 @@ def submit(  # one argument for each option: typer reads the options from this s
             help="Column to store as a label on each picture. Repeat for several columns."
         ),
     ] = None,
+    field_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLUMN",
+            help="Column with values of a parameter of the pipeline. Repeat for others. A column "
+            "that has the name of a parameter needs no option. Example: guidance_scale=cfg.",
+        ),
+    ] = None,
+    ignore_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column that is not used, although it has the name of a parameter. Repeat for "
+            "others."
+        ),
+    ] = None,
     templates: Annotated[
         TemplateWay | None,
         typer.Option(
@@ -258,7 +280,13 @@ def submit(  # one argument for each option: typer reads the options from this s
     }
     if source and source != "-" and not source.lower().endswith(".json"):
         columns = Columns(
-            prompt_column, key_column, seed_column, negative_column, tuple(label_column or ())
+            prompt_column,
+            key_column,
+            seed_column,
+            negative_column,
+            tuple(label_column or ()),
+            tuple(pair(word, "--field-column") for word in field_column or ()),
+            tuple(ignore_column or ()),
         )
         ways = (
             Templates(templates.value, template_count, template_seed, wildcards)
@@ -304,6 +332,9 @@ def send(
         if controls:
             body = {**body, "control": control_field(client, controls, settings.max_image_bytes)}
         if file is not None:
+            schema: dict[str, Any] = pipeline_of(client, str(body["pipeline"]))["parameters"] or {}
+            images = ImageFiles(client, settings.max_image_bytes, file.folder)
+            file.parameters = Parameters(schema.get("properties", {}), images.id_of)
             uploaded = _upload(client, file)
             if not as_json and file.columns_read:
                 note(file.columns_read)

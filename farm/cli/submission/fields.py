@@ -16,6 +16,7 @@ from farm.errors import FarmError, InvalidRequest
 from farm.humanize import count, plural
 
 if TYPE_CHECKING:
+    from farm.cli.client.http import FarmClient
     from farm.client.objects import Pipeline
 
 Schema = Mapping[str, Any]
@@ -65,19 +66,28 @@ def show_fields(name: str, *, as_json: bool) -> None:
     from farm.config import load_settings
 
     with FarmClient.of(load_settings()) as client:
-        found = {each["name"]: each for each in client.pipelines()["data"]}
-    if name not in found:
-        names = ", ".join(sorted(found))
-        raise InvalidRequest(
-            f"There is no pipeline {name!r} in the catalog. It has {names}.", param="pipeline"
-        )
-    pipeline = found[name]
+        pipeline = pipeline_of(client, name)
     if as_json:
         emit(pipeline)
     elif pipeline["problem"]:
         raise FarmError(f"Pipeline {name} cannot render: {pipeline['problem']}")
     else:
         _show(pipeline)
+
+
+def pipeline_of(client: FarmClient, name: str) -> Pipeline:
+    """Read a pipeline.
+
+    Raises:
+        InvalidRequest: there is no such pipeline.
+    """
+    found = {each["name"]: each for each in client.pipelines()["data"]}
+    if name not in found:
+        names = ", ".join(sorted(found))
+        raise InvalidRequest(
+            f"There is no pipeline {name!r} in the catalog. It has {names}.", param="pipeline"
+        )
+    return found[name]
 
 
 def _show(pipeline: Pipeline) -> None:

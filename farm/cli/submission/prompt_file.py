@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, time
 from decimal import Decimal
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
+from farm.cli.submission.body import control_word
 from farm.cli.submission.prompt_tables import TEXT_COLUMN, OnProgress, Row, kind_of, read_rows
 from farm.cli.submission.prompt_templates import Fields, Templates, expanded
 from farm.domain.numbers import whole
@@ -37,12 +38,29 @@ class Columns:
     seed: str | None = None
     negative_prompt: str | None = None
     labels: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, str], ...] = ()
+    """Parameters of the pipeline, each with its column."""
+    ignored: tuple[str, ...] = ()
+    """Columns that are not parameters, although they have the name of one."""
 
     @property
     def named(self) -> dict[str, str]:
         """Return the columns that the file must have, by their field."""
         chosen = {name: getattr(self, name) for name in ("key", "seed", "negative_prompt")}
-        return {"prompt": self.prompt, **{name: value for name, value in chosen.items() if value}}
+        chosen = {name: value for name, value in chosen.items() if value}
+        return {"prompt": self.prompt, **chosen, **dict(self.parameters)}
+
+
+class Parameters(NamedTuple):
+    """Parameters of a pipeline, which the file may have as columns."""
+
+    schemas: Mapping[str, Mapping[str, Any]]
+    """JSON Schema of each, by its name."""
+    image_id: Callable[[str], str]
+    """Returns the ID of a control image that is given by a path, a URL or its ID."""
+
+
+NO_PARAMETERS = Parameters({}, str)
 
 
 class Chosen(NamedTuple):
@@ -67,6 +85,8 @@ class PromptFile:
             InvalidRequest: the file cannot be read, or its kind is not supported.
         """
         self._path, self._columns, self._templates = path, columns, templates
+        self.parameters = NO_PARAMETERS
+        """Parameters that the file may have as columns. Set before it is read."""
         self._used: dict[str, str] = {}
         """Columns that were used so far, by their field."""
         self._left: dict[str, None] = {}
@@ -77,6 +97,11 @@ class PromptFile:
             raise InvalidRequest(f"{path} cannot be read: {error.strerror}.") from error
         if kind_of(path) == "text":  # its only column has no name
             self._columns = replace(columns, prompt=TEXT_COLUMN)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the file. Paths of images in its columns are relative to it."""
+        return self._path.parent
 
     @property
     def columns_read(self) -> str:
@@ -147,7 +172,10 @@ class PromptFile:
             return found[0] if found else None
 
         fields, labels = dict[str, int](), dict[str, int]()
-        for field in READ:
+        never = {_folded(column) for column in self._columns.ignored}
+        for field in self._readers:
+            if field not in READ and field not in named and _folded(field) in never:
+                continue
             if field == "labels" and self._columns.labels and field not in named:
                 continue  # --label-column names the labels, so a column "labels" has no meaning
             place = find(named.get(field, field))
@@ -174,13 +202,30 @@ class PromptFile:
             if place not in taken and len(self._left) < MAX_NAMES:
                 self._left[name.strip()] = None
 
+    @cached_property
+    def _readers(self) -> Mapping[str, Callable[[object], Any]]:
+        """Return the function that reads the value of each field: see READ."""
+        unknown = dict(self._columns.parameters).keys() - self.parameters.schemas.keys()
+        if unknown:
+            raise InvalidRequest(
+                f"--field-column: {min(unknown)!r} is not a parameter of the pipeline. Use one of: "
+                f"{', '.join(self.parameters.schemas)}."
+            )
+        readers: dict[str, Callable[[object], Any]] = {
+            name: partial(_parameter, may_be_text=_may_be_text(schema))
+            for name, schema in self.parameters.schemas.items()
+        }
+        if "control" in readers:
+            readers["control"] = partial(_control, image_id=self.parameters.image_id)
+        return {**readers, **READ}
+
     def _fields(self, row: Row, chosen: Chosen) -> Fields:
         if "prompt" not in chosen.fields:
             raise _no_column(row.where, self._columns.prompt, row.names)
         fields, labels = Fields(), dict[str, str]()
         try:
             for field, place in chosen.fields.items():
-                value = READ[field](row.values[place])
+                value = self._readers[field](row.values[place])
                 if value is not None:
                     fields[field] = value
             for label, place in chosen.labels.items():
@@ -262,6 +307,56 @@ def _label(value: object) -> str | None:
     if isinstance(value, bool | int | float | Decimal | date | time):
         return str(value)
     return _text(value)
+
+
+def _may_be_text(schema: Mapping[str, Any]) -> bool:
+    kinds = [schema, *schema.get("anyOf", ())]
+    return any(kind.get("type") == "string" or "enum" in kind for kind in kinds)
+
+
+def _parameter(value: object, *, may_be_text: bool) -> object:
+    """Read the value of a parameter. The farm checks it."""
+    if value is None or _is_nan(value):
+        return None
+    if isinstance(value, bytes):
+        value = _text(value)
+    if isinstance(value, str) and not may_be_text:  # tables of text have numbers as text
+        with suppress(ValueError):
+            return json.loads(value)
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, date | time):
+        raise ValueError(  # noqa: TRY004 - every refused value raises ValueError
+            f"holds {_shown(value)}; no parameter is a date or a time"
+        )
+    return value
+
+
+def _control(value: object, *, image_id: Callable[[str], str]) -> list[dict[str, Any]] | None:
+    """Read control images: a list of objects, or text such as `a.png,scale=0.8; b.png`."""
+    if value is None or _is_nan(value):
+        return None
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        words = [control_word(word) for word in value.split(";")]
+        nets: Any = [{"image": word.source, **word.settings} for word in words]
+    else:
+        nets = [value] if isinstance(value, Mapping) else value
+    if not isinstance(nets, list) or not all(
+        isinstance(net, Mapping) and isinstance(net.get("image"), str) for net in nets
+    ):
+        raise ValueError(
+            f"holds {_named(value)}; use the path of an image, such as edges.png,scale=0.8, with ; "
+            "between several"
+        )
+    # A table of Parquet has every field in every object, empty ones as nulls.
+    return [
+        {name: each for name, each in net.items() if each is not None}
+        | {"image": image_id(net["image"])}
+        for net in nets
+    ]
 
 
 READ: dict[str, Callable[[object], str | int | dict[str, str] | None]] = {

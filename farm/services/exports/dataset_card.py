@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from farm.services.exports.rows import DESCRIPTIONS, SCHEMA
+import pyarrow as pa
+
+from farm.services.exports.rows import DESCRIPTIONS, VARIED
 
 CONTEXT: Mapping[str, Any] = {
     "@language": "en",
@@ -83,6 +85,8 @@ class ExportSummary:
 
     export_id: str
     kind: str
+    schema: pa.Schema
+    """Its columns."""
     jobs: Sequence[Mapping[str, Any]]
     """Jobs, each with id, pipeline, total and created_at."""
     shards: Sequence[Mapping[str, Any]]
@@ -123,7 +127,9 @@ def card(summary: ExportSummary) -> bytes:
         if summary.kind in FILES
         else ""
     )
-    columns = "\n".join(f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items())
+    columns = "\n".join(
+        f"| `{name}` | {DESCRIPTIONS.get(name, VARIED)} |" for name in summary.schema.names
+    )
     jobs = "\n".join(
         f"- `{job['id']}`: {job['total']:,} frames of {job['pipeline']}" for job in summary.jobs
     )
@@ -208,7 +214,7 @@ def croissant(summary: ExportSummary) -> bytes:
                 "@type": "cr:RecordSet",
                 "@id": "pictures",
                 "name": "pictures",
-                "field": [_field(field.name, str(field.type)) for field in SCHEMA],
+                "field": [_field(field.name, str(field.type)) for field in summary.schema],
             }
         ],
     }
@@ -220,7 +226,7 @@ def _field(name: str, kind: str) -> dict[str, Any]:
         "@type": "cr:Field",
         "@id": f"pictures/{name}",
         "name": name,
-        "description": DESCRIPTIONS[name],
+        "description": DESCRIPTIONS.get(name, VARIED),
         "dataType": TYPES.get(kind, "sc:Integer"),
         "source": {"fileSet": {"@id": "tables"}, "extract": {"column": name}},
     }

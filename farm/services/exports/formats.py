@@ -25,7 +25,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetWriter
 
 from farm.domain.image_formats import FORMATS
-from farm.services.exports.rows import SCHEMA, Frame, without_nulls
+from farm.services.exports.rows import Frame, without_nulls
 
 ROWS_PER_GROUP = 1000
 PICTURES_PER_GROUP = 100
@@ -35,25 +35,21 @@ Pictured = tuple[Frame, bytes | None]
 """A frame, and the content of its picture file; None if it has no picture."""
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-FOLDER = pa.schema([("file_name", pa.string()), *SCHEMA])
-EMBEDDED = pa.schema([("image", IMAGE), *SCHEMA]).with_metadata(
+
+
+def _folder(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([("file_name", pa.string()), *schema])
+
+
+def _embedded(schema: pa.Schema) -> pa.Schema:
     # `datasets` decodes the column by this text: its Features, as JSON.
-    {
-        "huggingface": json.dumps(
-            {
-                "info": {
-                    "features": {
-                        "image": {"_type": "Image"},
-                        **{
-                            field.name: {"dtype": str(field.type), "_type": "Value"}
-                            for field in SCHEMA
-                        },
-                    }
-                }
-            }
-        ).replace('"dtype": "double"', '"dtype": "float64"')
-    }
-)
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    for column in schema:
+        features[column.name] = {"dtype": str(column.type), "_type": "Value"}
+    told = json.dumps({"info": {"features": features}})
+    return pa.schema([("image", IMAGE), *schema]).with_metadata(
+        {"huggingface": told.replace('"dtype": "double"', '"dtype": "float64"')}
+    )
 
 
 @dataclass(frozen=True)
@@ -77,21 +73,23 @@ class Written:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
+def write_webdataset(
+    number: int, frames: Iterable[Pictured], folder: Path, schema: pa.Schema
+) -> list[Written]:
     """Write a shard as a tar, with a Parquet that lists its pictures and its missing frames."""
     name = f"{number:05d}"
     tar_path, table_path = folder / f"{name}.tar", folder / f"{name}.parquet"
     pictures = 0
     with (
         tarfile.open(tar_path, "w", format=tarfile.USTAR_FORMAT) as tar,
-        _table(table_path, SCHEMA, ROWS_PER_GROUP) as table,
+        _table(table_path, schema, ROWS_PER_GROUP) as table,
     ):
         for frame, picture in frames:
-            row = frame.row()
+            row = frame.row(schema)
             table.add(row)
             if picture is not None:
                 pictures += 1
-                content = json.dumps(without_nulls(row), ensure_ascii=False)
+                content = json.dumps(without_nulls(row, schema), ensure_ascii=False)
                 _add(tar, f"{frame.name}.{FORMATS[frame.spec.format].extension}", picture)
                 _add(tar, f"{frame.name}.txt", frame.spec.prompt.encode())
                 _add(tar, f"{frame.name}.json", content.encode())
@@ -99,33 +97,37 @@ def write_webdataset(number: int, frames: Iterable[Pictured], folder: Path) -> l
     return [Written(f"data/{path.name}", path) for path in paths]
 
 
-def write_parquet(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
+def write_parquet(
+    number: int, frames: Iterable[Pictured], folder: Path, schema: pa.Schema
+) -> list[Written]:
     """Write a shard as a Parquet with embedded pictures."""
     path = folder / f"{number:05d}.parquet"
-    with _table(path, EMBEDDED, PICTURES_PER_GROUP) as table:
+    with _table(path, _embedded(schema), PICTURES_PER_GROUP) as table:
         for frame, picture in frames:
             if picture is not None:
                 name = f"{frame.name}.{FORMATS[frame.spec.format].extension}"
-                table.add({"image": {"bytes": picture, "path": name}, **frame.row()})
+                table.add({"image": {"bytes": picture, "path": name}, **frame.row(schema)})
     return [Written(f"data/{path.name}", path)]
 
 
-def write_imagefolder(number: int, frames: Iterable[Pictured], folder: Path) -> list[Written]:
+def write_imagefolder(
+    number: int, frames: Iterable[Pictured], folder: Path, schema: pa.Schema
+) -> list[Written]:
     """Write a shard as a folder of picture files with their metadata."""
     name = f"{number:05d}"
     (folder / name).mkdir(exist_ok=True)
     index, pictures = folder / name / "metadata.parquet", []
-    with _table(index, FOLDER, ROWS_PER_GROUP) as table:
+    with _table(index, _folder(schema), ROWS_PER_GROUP) as table:
         for frame, picture in frames:
             if picture is not None:
                 path = folder / name / f"{frame.name}.{FORMATS[frame.spec.format].extension}"
                 path.write_bytes(picture)
                 pictures.append(Written(f"data/{name}/{path.name}", path, listed=False))
-                table.add({"file_name": path.name, **frame.row()})
+                table.add({"file_name": path.name, **frame.row(schema)})
     return [*pictures, Written(f"data/{name}/{index.name}", index)] if pictures else []
 
 
-WRITERS: Mapping[str, Callable[[int, Iterable[Pictured], Path], list[Written]]] = {
+WRITERS: Mapping[str, Callable[[int, Iterable[Pictured], Path, pa.Schema], list[Written]]] = {
     "webdataset": write_webdataset,
     "parquet": write_parquet,
     "imagefolder": write_imagefolder,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from farm.domain.spec import FrameSpec, Line
+from farm.domain.spec import FrameSpec, FullSpec, Line
 
 SUCCESS = "success"
 
@@ -45,6 +46,50 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of a shard's Parquet. An embedded Parquet has them in addition to the picture."""
+
+COLUMN_OF = {"steps": "step", "guidance_scale": "cfg"}
+"""Columns of parameters that have another name."""
+VARIED = "Value of this parameter, which lines of the input have. A list or an object is JSON."
+"""Description of a column that only some datasets have."""
+
+
+def schema_of(jobs: Iterable[FullSpec]) -> pa.Schema:
+    """Return the columns of a dataset: SCHEMA, and one for each other parameter that lines have.
+
+    Jobs whose lines have no settings add none: a shard of them may be written by an older version.
+    A column has one type in all shards: that of its values in all jobs, or text with JSON.
+    """
+    found: dict[str, set[str]] = {}
+    for job in (each for each in jobs if each.settings > 1):
+        for point in job.every_point():
+            for name in point.params.keys() - job.params.keys():
+                found.setdefault(name, set()).add(_type_of(point.params[name]))
+    more = [
+        pa.field(name, _column_type(found[name]))
+        for name in sorted(found)
+        if COLUMN_OF.get(name, name) not in SCHEMA.names
+    ]
+    return pa.schema([*SCHEMA, *more])
+
+
+def _type_of(value: object) -> str:
+    return type(value).__name__
+
+
+def _column_type(kinds: set[str]) -> pa.DataType:
+    kinds = kinds - {"NoneType"}
+    if kinds == {"bool"}:
+        return pa.bool_()
+    if kinds == {"int"}:
+        return pa.int64()
+    return pa.float64() if kinds and kinds <= {"int", "float"} else pa.string()
+
+
+def _cell(value: object, kind: pa.DataType) -> object:
+    if kind != pa.string() or value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
 
 NOTHING: dict[str, str | int | float | bool] = {
     "string": "",
@@ -106,9 +151,13 @@ class Frame:
         """True if there is a picture."""
         return self.sha256 is not None
 
-    def row(self) -> dict[str, Any]:
-        """Return the row in the form of SCHEMA."""
+    def row(self, schema: pa.Schema = SCHEMA) -> dict[str, Any]:
+        """Return the row in the form of a schema of `schema_of`."""
         params = self.spec.params
+        more = {
+            column.name: _cell(params.get(column.name), column.type)
+            for column in [*schema][len(SCHEMA) :]
+        }
         return {
             "key": self.line.key or self.name,
             "caption": self.spec.prompt,
@@ -133,16 +182,17 @@ class Frame:
             "reused": self.reused,
             "labels": json.dumps(self.line.labels or {}, ensure_ascii=False),
             "spec": self.spec.model_dump_json(),
+            **more,
         }
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(row: dict[str, Any], schema: pa.Schema = SCHEMA) -> dict[str, Any]:
     """Replace each null of a row by an empty value of its column's type, for JSON.
 
     JSON has no schema. `load_dataset("webdataset")` takes a column's type from the first five
     pictures, and fails at the first text in a column that began with nulls.
     """
     return {
-        name: NOTHING[str(SCHEMA.field(name).type)] if value is None else value
+        name: NOTHING[str(schema.field(name).type)] if value is None else value
         for name, value in row.items()
     }

@@ -6,11 +6,13 @@ import itertools
 import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cachetools import LRUCache
 
 from farm.config import make_private
 from farm.context import Farm
@@ -26,6 +28,8 @@ from farm.store.exports import Shard
 from farm.store.lines import Parts, lines_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from farm.services.exports.dataset_card import ExportSummary
     from farm.services.exports.formats import Pictured, Written
     from farm.services.exports.rows import Frame
@@ -34,6 +38,8 @@ PAGE = 500
 """Frames whose rows and lines are read with one query."""
 FETCHES = 8
 """Pictures read from the storage at the same time. They are held in memory."""
+KNOWN_SCHEMAS = 16
+"""Exports whose columns are remembered."""
 NEVER_CLAIMED = "The job was cancelled."
 
 
@@ -44,6 +50,9 @@ class ShardWriter:
     farm: Farm
     wanted: Callable[[], bool] = lambda: True
     """Returns False once writing should stop."""
+    _schemas: MutableMapping[uuid.UUID, pa.Schema] = field(
+        default_factory=lambda: LRUCache(KNOWN_SCHEMAS), init=False, repr=False
+    )
 
     def write(self, shard: Shard) -> tuple[list[dict[str, Any]], int, int]:
         """Write a shard, or the dataset's summary files, and upload the files.
@@ -91,10 +100,25 @@ class ShardWriter:
                     yield frame, picture
 
         frames = counted(self._pictured(shard, job_id))
-        files = WRITERS[shard.kind](shard.number, frames, folder)
+        files = WRITERS[shard.kind](shard.number, frames, folder, self._schema_of(shard))
         if missing:
             files = [*files, Written(_missing_name(shard.number), lacking)]
         return self._put(shard, files), pictures, missing
+
+    def _schema_of(self, shard: Shard) -> pa.Schema:
+        """Return the columns of the whole dataset."""
+        from farm.services.exports.rows import schema_of
+
+        if shard.export_id not in self._schemas:
+            with reads(self.farm.store) as connection:
+                export = stored.get_export(connection, shard.tenant_id, shard.export_id)
+                self._schemas[shard.export_id] = schema_of(
+                    FullSpec.model_validate(
+                        queries.get_job(connection, shard.tenant_id, job_id).spec
+                    )
+                    for job_id in export.job_ids
+                )
+        return self._schemas[shard.export_id]
 
     def _pictured(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Pictured]:
         """Yield each frame with its picture, while the next few are fetched."""
@@ -185,6 +209,7 @@ class ShardWriter:
             rejected = stored.rejected(connection, shard.export_id)
         return ExportSummary(
             export_id=str(export.id),
+            schema=self._schema_of(shard),
             kind=export.kind,
             jobs=[
                 {

@@ -414,6 +414,47 @@ BEGIN
     frames := _size - free;
 END $$;
 
+-- Returns the run of a job after _n more frames, with the position where it ends. `stop` is null if the
+-- run does not change. `of_group`: of a job with groups, the run of the _n frames.
+CREATE FUNCTION pg_temp.next_run(
+    _job_id uuid, _n bigint, OUT run int, OUT stop bigint, OUT of_group smallint
+) LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN j.stretch IS NULL THEN j.run + e.ended::int ELSE coalesce(g.run, j.run) END,
+           CASE WHEN j.stretch IS NULL THEN (j.runs -> (j.run + e.ended::int) ->> 0)::bigint
+                ELSE g.stop END,
+           CASE WHEN j.stretch IS NOT NULL THEN j.run::smallint END
+    FROM jobs j CROSS JOIN LATERAL (SELECT j.cursor + _n = j.run_end AS ended) e
+    LEFT JOIN LATERAL (
+        SELECT g.run, g.stop FROM job_groups g
+        WHERE j.stretch IS NOT NULL AND e.ended AND g.job_id = j.id AND g.first = j.run_end LIMIT 1
+    ) g ON true
+    WHERE j.id = ANY (ARRAY[_job_id])
+$$;
+
+-- Returns the ordinals at positions of a job with groups. They are stored in chunks.
+CREATE FUNCTION pg_temp.ordinals_at(_job_id uuid, _first bigint, _stop bigint)
+RETURNS SETOF bigint LANGUAGE plpgsql STABLE /* by index */ AS $$
+DECLARE
+    chunk record;
+    places int[];
+BEGIN
+    FOR chunk IN
+        SELECT o.first, o.images, o.places FROM job_order o
+        WHERE o.job_id = _job_id AND o.first < _stop AND o.first >= (
+            SELECT b.first FROM job_order b
+            WHERE b.job_id = _job_id AND b.first <= _first ORDER BY b.first DESC LIMIT 1)
+        ORDER BY o.first
+    LOOP
+        places := chunk.places;  -- unpacked once
+        RETURN QUERY
+        SELECT places[(p - chunk.first) / chunk.images + 1] * chunk.images
+               + (p - chunk.first) % chunk.images
+        FROM generate_series(
+            greatest(_first, chunk.first),
+            least(_stop, chunk.first + cardinality(places) * chunk.images) - 1) AS p;
+    END LOOP;
+END $$;
+
 -- True if the bucket is chosen at the claim. Such a batch key ends with the image size: spec.py.
 CREATE FUNCTION pg_temp.is_bucket_open(_batch_key text) RETURNS bool LANGUAGE sql IMMUTABLE AS $$
     SELECT strpos(_batch_key, '~') > 0
@@ -666,23 +707,23 @@ BEGIN
                 UPDATE jobs j
                 SET cursor = j.cursor + t.n,
                     open = j.cursor + t.n < j.total,
-                    run = j.run + ended.by_one,
-                    run_end = coalesce(
-                        (j.runs -> (j.run + ended.by_one) ->> 0)::bigint, j.run_end),
-                    batch_key = coalesce(j.runs -> (j.run + ended.by_one) ->> 1, j.batch_key),
-                    bucket = coalesce(
-                        (j.runs -> (j.run + ended.by_one) ->> 2)::smallint, j.bucket)
-                FROM take t CROSS JOIN LATERAL (
-                    SELECT (b.cursor + t.n = b.run_end)::int AS by_one FROM jobs b WHERE b.id = ANY (ARRAY[t.id])
-                ) ended
+                    run = next.run,
+                    run_end = coalesce(next.stop, j.run_end),
+                    batch_key = coalesce(j.runs -> next.run ->> 1, j.batch_key),
+                    bucket = coalesce((j.runs -> next.run ->> 2)::smallint, j.bucket)
+                FROM take t CROSS JOIN LATERAL pg_temp.next_run(t.id, t.n) next
                 -- Not `AND j.open`: by the statistics of an idle farm, few jobs are open. Then all of
                 -- them would be read, instead of those of the batch.
                 WHERE j.id = ANY (ARRAY[t.id]) AND CASE WHEN j.open THEN true END
-                RETURNING j.id, j.cursor - t.n AS first, j.cursor AS stop
+                RETURNING j.id, j.cursor - t.n AS first, j.cursor AS stop, next.of_group
             ), born AS (
-                INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at)
-                SELECT a.id, o, 'running', 1, _worker, chosen, clock_timestamp()
-                FROM advanced a CROSS JOIN generate_series(a.first, a.stop - 1) AS o
+                INSERT INTO frames (job_id, ordinal, state, attempt, worker, bucket, started_at, run)
+                SELECT a.id, o.ordinal, 'running', 1, _worker, chosen, clock_timestamp(), a.of_group
+                FROM advanced a CROSS JOIN LATERAL (
+                    SELECT generate_series(a.first, a.stop - 1) WHERE a.of_group IS NULL
+                    UNION ALL
+                    SELECT pg_temp.ordinals_at(a.id, a.first, a.stop) WHERE a.of_group IS NOT NULL
+                ) AS o (ordinal)
                 RETURNING job_id, ordinal, attempt
             )
             SELECT ids || coalesce(array_agg(b.job_id), '{}'),

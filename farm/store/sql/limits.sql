@@ -58,7 +58,8 @@ LANGUAGE sql STABLE AS $$
             -- Those that waiting_frames counts from jobs. A requeued one costs as much as the mean of
             -- its job.
             SELECT j.tenant_id, j.pipeline,
-                   CASE WHEN j.paused THEN remaining_cost(j.runs, j.cursor) ELSE 0 END
+                   CASE WHEN j.paused THEN job_cost(j.id, j.runs, j.cursor, j.stretch)
+                        ELSE 0 END
                    + remaining_cost(j.runs, 0) / j.total
                    * (j.cursor - j.running - j.succeeded - j.dead - j.cancelled)
             FROM jobs j WHERE j.tenant_id = ANY(_of) AND (j.paused OR j.behind_from IS NOT NULL)

@@ -46,6 +46,15 @@ TEXTS = st.one_of(
 LABELS = st.dictionaries(st.sampled_from(["set", "n"]), TEXTS, max_size=2)
 
 
+PARAMETERS: dict[str, list[Any]] = {
+    "height": [64, 72],
+    "eta": [0, 0.5],
+    "clip_skip": [1],
+    "prompt_syntax": ["plain"],
+}
+"""Parameters of lines, with their values. The last three have no column without them."""
+
+
 @st.composite
 def job_inputs(draw: st.DrawFn) -> list[Row]:
     """Generate lines of an input. A missing field is null in its row, or the job's value."""
@@ -62,6 +71,9 @@ def job_inputs(draw: st.DrawFn) -> list[Row]:
             line["labels"] = labels
         if draw(st.booleans()):
             line["seed"] = draw(st.integers(0, 2**63 - 2))
+        for name, values in PARAMETERS.items():
+            if draw(st.integers(0, 3)) == 0:
+                line[name] = draw(st.sampled_from(values))
         lines.append(line)
     return lines
 
@@ -126,7 +138,18 @@ def submitted(farm: Farm, ann: httpx.Client, asked: Row) -> str:
     return str(answer.json()["id"])
 
 
-def rows_by_the_api(ann: httpx.Client, job_ids: list[str]) -> Iterator[Row]:
+def more_columns(asked: list[Row]) -> list[str]:
+    """Return the columns of parameters that differ between lines of a job, or are in some alone."""
+    names = [name for name in PARAMETERS if name != "height"]
+    found = set()
+    for each in asked:
+        given = [{name: line.get(name) for name in PARAMETERS} for line in each["lines"]]
+        if any(line != given[0] for line in given):
+            found |= {name for line in given for name in names if line[name] is not None}
+    return sorted(found)
+
+
+def rows_by_the_api(ann: httpx.Client, job_ids: list[str], more: list[str]) -> Iterator[Row]:
     """Yield the expected rows of the dataset, built from the API's frames."""
     base = 0
     for job_id in job_ids:
@@ -142,7 +165,7 @@ def rows_by_the_api(ann: httpx.Client, job_ids: list[str]) -> Iterator[Row]:
                     "cfg": frame["guidance_scale"],
                     "pipeline": job["pipeline"],
                     "job": job_id,
-                    **{name: frame[name] for name in SAME_NAMES},
+                    **{name: frame[name] for name in (*SAME_NAMES, *more)},
                 }
         base += job["total"]
 
@@ -243,10 +266,10 @@ def by_place(rows: list[Row]) -> list[Row]:
 
 def told_by(read: Callable[[Path], list[Row]], rows: list[Row]) -> list[Row]:
     """Return the rows in a reader's form: JSON has an empty text instead of null."""
-    empty = {} if read in HAVE_NULLS else dict.fromkeys(NULLABLE, "")
+    empty = {} if read in HAVE_NULLS else {**dict.fromkeys(NULLABLE, ""), "clip_skip": 0}
     return [
         {**row, "picture": row["sha256"]}
-        | {name: text for name, text in empty.items() if row[name] is None}
+        | {name: value for name, value in empty.items() if row.get(name, "") is None}
         for row in rows
     ]
 
@@ -271,6 +294,10 @@ def plain(lines: list[Row], dead: Collection[int] = (), **body: Any) -> Row:
 
 STARS: list[Row] = [{"prompt": f"a star, {number}"} for number in range(8)]
 LATE = [*STARS, *({**line, "negative_prompt": "blue"} for line in STARS[:4])]
+SETTINGS = [
+    {**line, "steps": 1 + number % 2, **({} if number < 5 else {"clip_skip": 1, "eta": 0.5})}
+    for number, line in enumerate(STARS)
+]
 DATES: list[Row] = [{**line, "key": f"2024-01-0{day + 1}"} for day, line in enumerate(STARS)]
 ASKED: dict[str, list[Row]] = {
     "negative prompts in the last lines alone": [plain(LATE, negative_prompt=None)],
@@ -278,6 +305,7 @@ ASKED: dict[str, list[Row]] = {
     "a sampler without a name, then one with": [plain(STARS, pipeline="nameless"), plain(STARS)],
     "keys that look like dates": [plain(DATES), plain(STARS)],
     "no picture in the first shards": [plain(STARS, dead=range(7))],
+    "parameters in the last lines": [plain(SETTINGS), plain(STARS[:2])],
     "two formats": [plain(STARS[:4]), plain(STARS[:5], format="webp")],
     "three formats": [plain(STARS[:2], format=name) for name in ("jpeg", "webp", "png")],
 }
@@ -307,7 +335,7 @@ def test_every_form_has_the_same_rows_in_every_reader(
 def check(farm: Farm, ann: httpx.Client, asked: list[Row], shard_frames: int) -> None:
     """Export jobs in every form, and compare each reader's rows with the API."""
     job_ids = [submitted(farm, ann, each) for each in asked]
-    expected = [*rows_by_the_api(ann, job_ids)]
+    expected = [*rows_by_the_api(ann, job_ids, more_columns(asked))]
     if not expected:
         return  # there is nothing to load
     several = len({each["body"].get("format", "png") for each in asked}) > 1

@@ -61,6 +61,8 @@ class ModelJob:
     max_attempts: int
     bucket: int | None
     """Bucket that its owner named. None: each claim chooses."""
+    in_groups: bool = False
+    """True if its lines have different settings. Then they are claimed in another order."""
     held: bool = False
     cancelled: bool = False
 

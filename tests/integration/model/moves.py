@@ -32,6 +32,8 @@ ALSO_EMPTIED = (
     "workers",
     "shares",
     "job_prompts",
+    "job_groups",
+    "job_order",
     "perceptual_hashes",
     "job_webhooks",
     "frame_provenances",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis.stateful import initialize, multiple, precondition, rule
 
 from farm.domain.states import TERMINAL, FrameState
 from farm.errors import KeyReused
-from farm.services import jobs, steering
+from farm.services import input_upload, jobs, steering
+from farm.services.input_upload import InputReader
 from farm.store import job_commands as stored
 from farm.store.claim import Lease
 from farm.store.engine import transaction
@@ -28,7 +30,7 @@ class PeoplesMoves(Moves):
 
     @initialize(target=JOB_IDS, images=st.integers(1, 6), max_attempts=st.integers(1, 3))
     def begin(self, images: int, max_attempts: int) -> Any:
-        return self.submit(0, images, [2.0], max_attempts, None, "normal", None, False)
+        return self.submit(0, images, [2.0], None, max_attempts, None, "normal", None, False)
 
     @precondition(
         lambda self: sum(job.status not in TERMINAL for job in self.model.jobs.values()) < 4
@@ -38,6 +40,7 @@ class PeoplesMoves(Moves):
         tenant=st.integers(0, 1),
         images=st.integers(1, 4),
         guidance=st.sampled_from([[2.0], [2.0], [4.0], [2.0, 4.0]]),
+        lines=st.sampled_from([None, None, [2.0, 4.0, 2.0], [4.0, None, 2.0, 4.0], [None, None]]),
         max_attempts=st.integers(1, 3),
         bucket=st.sampled_from([None, None, 1, 2, 4]),
         priority=st.sampled_from(["normal", "bulk", "interactive"]),
@@ -49,13 +52,14 @@ class PeoplesMoves(Moves):
         tenant: int,
         images: int,
         guidance: list[float],
+        lines: list[float | None] | None,
         max_attempts: int,
         bucket: int | None,
         priority: str,
         key: str | None,
         reuse: bool,
     ) -> Any:
-        body = {
+        body: dict[str, Any] = {
             "pipeline": "demo",
             "prompts": ["a red star"],
             "images_per_prompt": images,
@@ -64,6 +68,12 @@ class PeoplesMoves(Moves):
             "bucket": bucket,
             "priority": priority,
         }
+        if lines is not None:  # each with its own guidance, or that of the job
+            del body["prompts"], body["grid"]
+            body |= {
+                "input": self.input_of(self.tenants[tenant], lines),
+                "guidance_scale": guidance[0],
+            }
         if reuse:  # seeds that other jobs have too, and still a bucket that the claim chooses
             body |= {"reuse": True, "seed": 7, "repeatable": None if bucket else False}
         owner = self.tenants[tenant]
@@ -77,11 +87,21 @@ class PeoplesMoves(Moves):
             assert jobs.submit(self.farm, owner, body, key).id == same
             return multiple()
         job_id = jobs.submit(self.farm, owner, body, key).id
-        born = [ModelFrame() for _ in range(images * len(guidance))]
-        self.model.jobs[job_id] = ModelJob(owner, born, max_attempts, bucket)
+        born = [ModelFrame() for _ in range(images * len(guidance if lines is None else lines))]
+        in_groups = lines is not None and len({*lines}) > 1
+        self.model.jobs[job_id] = ModelJob(owner, born, max_attempts, bucket, in_groups)
         if key:
             self.keyed[name] = body, job_id
         return job_id
+
+    def input_of(self, tenant: uuid.UUID, lines: list[float | None]) -> str:
+        """Store an input whose lines have these values of guidance_scale; None: no value."""
+        with InputReader(self.farm.settings) as read:
+            for value in lines:
+                line = {"prompt": "a red star", "guidance_scale": value}
+                read.feed(json.dumps(line).encode() + b"\n")
+            read.end()
+            return str(input_upload.store(self.farm, tenant, read).id)
 
     @rule(tenant=st.integers(0, 1), most=st.sampled_from([None, None, 0, 1, 2, 3, 5]))
     def limit(self, tenant: int, most: int | None) -> None:
