@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 SHORTEST, LONGEST = 10_000, 100_000
 """Minimum and maximum number of places in a stretch."""
-PLACES_OF_KEY = 512
-"""Places of a stretch for each batch_key, on average. So few batches are short."""
+BATCHES_OF_GROUP = 16
+"""Full batches of a group, on average. Its last batch is short."""
 PLACES_OF_CHUNK = 1000
 """Places in a row of `job_order`."""
 
@@ -75,20 +75,25 @@ class Order:
 
 
 def ordered(
-    count: int, images: int, keys: int, key_of: Callable[[int, int], NDArray[np.int64]]
+    count: int,
+    images: int,
+    bucket: int,
+    keys: int,
+    key_of: Callable[[int, int], NDArray[np.int64]],
 ) -> Order:
     """Form the groups of a job.
 
     Args:
         count: number of places.
         images: frames of each place.
+        bucket: frames of the largest batch.
         keys: number of keys.
         key_of: returns the keys of the places from the first number up to the second one: integers
             from 0 to `keys` - 1.
     """
     import numpy as np
 
-    size = min(max(SHORTEST, keys * PLACES_OF_KEY), LONGEST)
+    size = min(max(SHORTEST, keys * BATCHES_OF_GROUP * bucket // images), LONGEST)
     groups: list[Group] = []
     stretches: list[Places] = []
     position = 0

@@ -355,7 +355,11 @@ def _grouped_points(
     longest = [prompts * job.images_per_prompt] * len(numbers)
     if len(found) > 1:
         order = ordered(
-            job.grid_points * prompts, job.images_per_prompt, len(numbers), _keys_of(of_lines, keys)
+            job.grid_points * prompts,
+            job.images_per_prompt,
+            max(resolved.pipeline.bucket_for(each.width, each.height) for each in params),
+            len(numbers),
+            _keys_of(of_lines, keys),
         )
         longest = order.longest(len(numbers))
     points = [

@@ -29,6 +29,7 @@ from tests.benchmarks import (
     product,
     report,
     submission,
+    tables,
     tenants,
     throughput,
 )
@@ -50,6 +51,7 @@ ROWS: Mapping[str, Callable[[BenchServers, bool], list[Row]]] = {
     "m": tenants.rows,
     "n": listeners.rows,
     "o": dashboards.rows,
+    "p": tables.rows,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ KINDS: list[dict[str, Any]] = [
     {"seed": 7, "repeatable": False, "reuse": True},
 ]
 """Kinds of steady jobs: repeatable, and two whose buckets are chosen at the claim."""
+TABLES = 0.25
+"""Share of steady jobs whose frames are lines of a table, in groups of equal settings."""
 NULL: dict[str, Any] = {
     "pipeline": "null",
     "width": 32,
@@ -79,6 +82,19 @@ class Load:
         body = {**NULL, "step_seconds": self.step_seconds, "images_per_prompt": frames}
         return self.submit({**body, "prompts": ["noise"], **fields})
 
+    def table(self, frames: int, **fields: Any) -> Accepted:
+        """Submit a job for the null lane whose lines differ in steps and width."""
+        lines = [
+            {"prompt": "noise", "steps": self._random.choice([3, 4, 5])}
+            | ({"width": 64} if self._random.random() < 0.3 else {})
+            for _ in range(frames)
+        ]
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        apis = self._random.sample(sorted(self._stack.apis), len(self._stack.apis))
+        found = self._until_answered("/v1/inputs", apis, content=content)
+        body = {**NULL, "step_seconds": self.step_seconds, "input": found["id"]}
+        return self.submit({**body, **fields})
+
     def demo(self, frames: int) -> Accepted:
         """Submit a job for the demo's lane."""
         return self.submit({**DEMO, "prompts": ["a red star"], "images_per_prompt": frames})
@@ -116,23 +132,25 @@ class Load:
         return accepted
 
     def _until_accepted(self, body: dict[str, Any], key: str, apis: list[str]) -> Any:
+        headers = {"Idempotency-Key": key}
+        return self._until_answered("/v1/jobs", apis, json=body, headers=headers)
+
+    def _until_answered(self, path: str, apis: list[str], **call: Any) -> Any:
         deadline, turn = time.monotonic() + SUBMIT_SECONDS, 0
         while True:
             url = self._stack.apis[apis[turn % len(apis)]]
             turn += 1
             try:
-                response = self._http.post(
-                    f"{url}/v1/jobs", json=body, headers={"Idempotency-Key": key}
-                )
+                response = self._http.post(f"{url}{path}", **call)
                 if response.is_success:
                     return response.json()
                 answer = f"{response.status_code} {response.text[:200]}"
                 if response.is_client_error:
-                    raise AssertionError(f"job {key} was refused: {answer}")
+                    raise AssertionError(f"{path} was refused: {answer}")
             except httpx.TransportError as error:
                 answer = repr(error)
             if time.monotonic() > deadline:
-                raise AssertionError(f"job {key} was not accepted: {answer}")
+                raise AssertionError(f"{path} was not accepted: {answer}")
             time.sleep(0.1)
 
     @contextmanager
@@ -150,8 +168,11 @@ class Load:
         try:
             while not self._over.is_set():
                 if self._truth.outstanding() < BACKLOG:
-                    kind = self._random.choice(KINDS)
-                    self.null(self._random.randint(6, 30), **kind)
+                    kind, frames = self._random.choice(KINDS), self._random.randint(6, 30)
+                    if self._random.random() < TABLES:
+                        self.table(frames, **kind)
+                    else:
+                        self.null(frames, **kind)
                 else:
                     self._over.wait(0.1)
         except Exception as error:

@@ -13,8 +13,12 @@ from sqlalchemy import TextClause, text
 
 from farm.config import Settings
 from farm.context import Farm
+from farm.domain.groups import PLACES_OF_CHUNK
 from farm.domain.states import TERMINAL
 from farm.local import Servers
+from farm.services import input_upload
+from farm.services import jobs as jobs_of_people
+from farm.services.input_upload import InputReader
 from farm.store import (
     actions,
     events,
@@ -52,6 +56,7 @@ from tests.support.store import new_tenant, register_worker, submit
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
 LARGE |= {"frame_provenances", "job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
 LARGE |= {"actions", "exports", "inputs", "operations", "samples"}
+LARGE |= {"job_groups", "job_order", "input_images", "input_parts", "control_images"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
@@ -119,6 +124,16 @@ FROM generate_series(1, 20000);
 INSERT INTO inputs (id, tenant_id, sha256, lines, bytes, shown, text_bytes, keys, negatives)
 SELECT gen_random_uuid(), :tenant, sha256(n::text::bytea), 1, 1, '{}', 1, false, false
 FROM generate_series(1, 20000) n;
+INSERT INTO input_parts (input_id, first, content)
+SELECT id, n, '\\x00' FROM inputs, generate_series(0, 2) n;
+INSERT INTO input_images (input_id, sha256, tenant_id, line)
+SELECT id, sha256, :tenant, 1 FROM inputs;
+INSERT INTO control_images (tenant_id, sha256, width, height, bytes, state)
+SELECT :tenant, sha256, 1, 1, 1, 'stored' FROM inputs;
+INSERT INTO job_groups (job_id, first, stop, run)
+SELECT id, n, n + 1, 0 FROM jobs, generate_series(0, 2) n;
+INSERT INTO job_order (job_id, first, images, places)
+SELECT id, n, 1, '{0}' FROM jobs, generate_series(0, 2) n;
 """
 
 UNPACKING = {
@@ -383,6 +398,14 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     },
     "map, ended badly": (job_pages.ENDED_BADLY, {**MAP, "seen": 100, "is_cancelled": False}),
     "map, requeued": (job_pages.REQUEUED, MAP),
+    "map, claimed in groups": (job_pages.CLAIMED, MAP),
+    "never claimed, in groups": (
+        queries.GAPS,
+        {"id": uuid.UUID(int=1), "first": 100, "stop": 20_000, "limit": 50},
+    ),
+    "settings of an input": (inputs.SETTINGS, {"id": uuid.UUID(int=1)}),
+    "settings of its lines": (inputs.SETTINGS_OF_LINES, {"id": uuid.UUID(int=1)}),
+    "an image that is missing": (inputs.MISSING_IMAGE, {"id": uuid.UUID(int=1)}),
     "failed attempts page": (
         job_pages.FAILED_ATTEMPTS,
         {"id": uuid.UUID(int=1), "ordinal": -1, "attempt": 0, "reason": None, "limit": 50},
@@ -546,6 +569,34 @@ def test_claiming_and_completing_read_no_large_table_from_end_to_end(
     scans = {row.relname: (row.seq_scan, row.idx_scan) for row in scanned}
     assert {name for name, (whole, _) in scans.items() if whole} & LARGE == set()
     assert scans["jobs"][1] > 0 < scans["frames"][1]
+
+
+def test_claims_of_groups_read_a_few_rows(aged: tuple[Farm, uuid.UUID, uuid.UUID]) -> None:
+    """Also at the ends of groups, where the next one is read, and with the order in many rows."""
+    farm, tenant, _ = aged
+    with InputReader(farm.settings) as read:
+        for number in range(3 * PLACES_OF_CHUNK):
+            read.feed(b'{"prompt": "star", "steps": %d}\n' % (number % 300 + 1))
+        read.end()
+        found = input_upload.store(farm, tenant, read)
+    body = {"pipeline": "demo", "input": str(found.id), "bucket": 8, "priority": "interactive"}
+    job = jobs_of_people.submit(farm, tenant, body).id
+    worker = register_worker(farm)
+    with farm.store.connect() as connection, connection.begin():
+        for _ in range(12):  # groups of ten frames, in batches of eight and two
+            lease = worker.claim_in(connection)
+            assert lease is not None
+            assert {frame.job_id for frame in lease.frames} == {job}
+            assert len(worker.complete_in(connection, lease)) == len(lease.frames)
+        scanned = {
+            row.relname: row
+            for row in connection.execute(
+                text("SELECT relname, seq_scan, idx_tup_fetch FROM pg_stat_xact_user_tables")
+            )
+        }
+    assert {name for name, row in scanned.items() if row.seq_scan} & LARGE == set()
+    assert scanned["job_groups"].idx_tup_fetch == 6, "one for each group that ended"
+    assert scanned["job_order"].idx_tup_fetch <= 2 * 12
 
 
 FRESH = """

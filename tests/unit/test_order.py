@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from farm.domain.groups import LONGEST, PLACES_OF_CHUNK, SHORTEST, Order, ordered
 
 
-def order_of(keys: list[int], images: int = 1, number: int | None = None) -> Order:
+def order_of(keys: list[int], images: int = 1, number: int | None = None, bucket: int = 8) -> Order:
     """Order places whose keys are given."""
     found = np.array(keys)
-    return ordered(len(keys), images, number or max(keys) + 1, lambda a, b: found[a:b])
+    return ordered(len(keys), images, bucket, number or max(keys) + 1, lambda a, b: found[a:b])
 
 
 def ordinals(order: Order) -> list[int]:
@@ -57,9 +57,15 @@ def test_groups_end_with_their_stretch() -> None:
     ]
 
 
-@pytest.mark.parametrize(("keys", "places"), [(1, SHORTEST), (40, 40 * 512), (999, LONGEST)])
-def test_a_stretch_is_longer_if_there_are_many_keys(keys: int, places: int) -> None:
-    assert order_of([0], images=3, number=keys).stretch == 3 * places
+@pytest.mark.parametrize(
+    ("keys", "bucket", "places"),
+    [(1, 8, SHORTEST), (100, 8, 12_800), (40, 64, 40_960), (999, 8, LONGEST)],
+)
+def test_a_stretch_is_longer_if_there_are_many_keys_or_large_batches(
+    keys: int, bucket: int, places: int
+) -> None:
+    assert order_of([0], number=keys, bucket=bucket).stretch == places
+    assert order_of([0], 4, keys, 4 * bucket).stretch == 4 * places
 
 
 @given(

@@ -1,4 +1,4 @@
-"""docs/datasets.md, run block by block: from a Parquet file of prompts to `load_dataset`."""
+"""docs/datasets.md and docs/tables.md, run block by block: from a file to `load_dataset`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def page(live: LiveFarm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run every block in an empty folder. Return the folder."""
-    folder = tmp_path_factory.mktemp("datasets")
+    """Run every block of docs/datasets.md in an empty folder. Return the folder."""
+    return run_blocks(DATASETS, live, tmp_path_factory.mktemp("datasets"))
+
+
+def run_blocks(page: Path, live: LiveFarm, folder: Path) -> Path:
     env = {
         **os.environ,
         "FARM_DATA": str(live.farm.data),
@@ -37,7 +40,7 @@ def page(live: LiveFarm, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    for language, text in BLOCK.findall(DATASETS.read_text(encoding="utf-8")):
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
         argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", text]
         done = subprocess.run(
             argv, cwd=folder, env=env, capture_output=True, text=True, timeout=580
@@ -58,6 +61,16 @@ def test_the_page_runs(page: Path) -> None:
 
     keys = pandas.read_parquet(page / "shapes" / "data" / "00000.parquet")["key"]
     assert sorted(keys) == sorted(4 * [f"shape-{number}" for number in range(6)])
+
+
+def test_a_table_becomes_a_dataset(live: LiveFarm, tmp_path: Path) -> None:
+    folder = run_blocks(DATASETS.with_name("tables.md"), live, tmp_path)
+    import pandas
+
+    [shard] = (folder / "dataset" / "data").glob("*.parquet")
+    rows = pandas.read_parquet(shard)
+    assert [*rows["width"]] == [64, 64, 96, 64, 64, 64, 64, 64, 96, 64, 64, 64]
+    assert [json.loads(labels)["set"] for labels in rows["labels"]] == ["train"] * 8 + ["test"] * 4
 
 
 @pytest.mark.full_size

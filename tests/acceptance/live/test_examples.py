@@ -1,4 +1,4 @@
-"""The five examples, run by the commands of their page in an empty folder on a running farm."""
+"""The six examples, run by the commands of their page in an empty folder on a running farm."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from html import unescape
 from pathlib import Path
 
 import httpx
+import pandas
 import pytest
 from PIL import Image
 
@@ -111,6 +112,14 @@ def test_prompts_become_a_dataset(run: Run, tmp_path: Path) -> None:
     assert run(str(EXAMPLES / "dataset.sh"), "shapes").splitlines() == listed, "run again"
 
 
+def test_a_table_becomes_a_dataset(run: Run, tmp_path: Path) -> None:
+    listed = run(str(EXAMPLES / "table.sh"), "table").splitlines()
+    assert len([name for name in listed if name.endswith(".png")]) == 5
+    rows = pandas.read_parquet(tmp_path / "table/data/00000/metadata.parquet")
+    assert [*rows["step"]] == [10, 25, 25, 25, 25]
+    assert [*rows["width"]] == [64, 64, 96, 64, 64]
+
+
 def test_an_image_is_rendered_again(run: Run) -> None:
     assert "identical" in run(str(EXAMPLES / "replay.sh"))
 
@@ -123,5 +132,5 @@ def test_lanes_show_waiting_work_and_workers(run: Run) -> None:
 def test_the_page_lists_them_all() -> None:
     page = (EXAMPLES / "README.md").read_text()
     files = [path.name for path in EXAMPLES.iterdir() if path.suffix in {".py", ".sh"}]
-    assert len(files) == 5
+    assert len(files) == 6
     assert [name for name in files if f"]({name})" not in page] == []
