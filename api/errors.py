@@ -208,7 +208,7 @@ def _rate_fields(rate: Rate, taken: Taken) -> list[tuple[bytes, bytes]]:
 def _invalid(request: Request, error: Exception) -> Response:
     first = cast(RequestValidationError, error).errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:]) or None
-    message = f"{param}: {first['msg'].rstrip('.')}."
+    message = f"{param}: {first['msg'].removeprefix('Value error, ').rstrip('.')}."
     return farm_error(request, InvalidRequest(message, param=param))
 
 

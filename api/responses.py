@@ -10,6 +10,7 @@ from pydantic_core import from_json
 from api import schemas
 from api.addresses import Address
 from farm.domain.deadlines import deadlines_of
+from farm.domain.keeping import expiry
 from farm.domain.spec import FullSpec, Line, Priority, frame_spec
 from farm.domain.states import FLAGGED, TERMINAL, FrameState, JobStatus
 from farm.store import provenances, queries
@@ -22,8 +23,13 @@ INSIDE = frozenset({"points", "settings", "job_seed", "seed_bits", "params"})
 """Fields of a stored spec that a client did not send."""
 
 
-def job_view(row: JobRow, waiting: schemas.WaitingReason | None) -> schemas.Job:
-    """Return a job in the form of the API, with the reason why no frame of it runs."""
+def job_view(
+    row: JobRow, waiting: schemas.WaitingReason | None, retention_days: float
+) -> schemas.Job:
+    """Return a job in the form of the API, with the reason why no frame of it runs.
+
+    `retention_days` is the time after the end for jobs without `keep_for`. 0: no end.
+    """
     finished = row.succeeded + row.dead + row.cancelled
     fields = {name: value for name, value in row.spec.items() if name not in INSIDE}
     return schemas.Job(
@@ -56,6 +62,8 @@ def job_view(row: JobRow, waiting: schemas.WaitingReason | None) -> schemas.Job:
         finished_at=row.finished_at,
         **deadlines_of(row.spec, row.created_at)._asdict(),
         missed=row.missed,
+        keep_for=row.keep_for,
+        expires_at=expiry(row.finished_at, row.keep_for, retention_days),
         spec=schemas.Submitted.model_validate({**row.spec["params"], **fields}),
     )
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from farm.domain.image_formats import Format
+from farm.domain.keeping import KeepFor
 from farm.domain.spec import (
     MAX_LABELS,
     PROMPTS_SHOWN,
@@ -101,6 +102,7 @@ class Submitted(BaseModel):
     reuse: bool = False
     start_within: float | str | None = Field(default=None, description="As it was submitted")
     finish_by: float | str | None = Field(default=None, description="As it was submitted")
+    keep_for: int | None = Field(default=None, description="As it was submitted, in seconds")
     metadata: Metadata = Field(default="full", description="Content of the image files")
     labels: dict[str, str]
 
@@ -153,6 +155,14 @@ class Job(BaseModel):
     )
     missed: str | None = Field(
         description="The deadline that ended it: `start_within` or `finish_by`"
+    )
+    keep_for: int | None = Field(
+        description="Seconds from its end to its removal: its own, or the default of its tenant at"
+        " its submission; null: the farm's retention"
+    )
+    expires_at: datetime | None = Field(
+        description="Time from which it is removed with its images, once no export reads it; null"
+        " before its end, and if it stays"
     )
     spec: Submitted
 
@@ -793,6 +803,13 @@ class Tenant(BaseModel):
     device_seconds_a_month: float | None = Field(
         description="Maximum device time in a calendar month (UTC), in seconds; null: no limit"
     )
+    keep_for: int | None = Field(
+        description="Seconds for which its jobs that do not say are kept after their end; null: the"
+        " farm's retention"
+    )
+    max_keep_for: int | None = Field(
+        description="Seconds for which its jobs are kept after their end at most; null: no limit"
+    )
     uses: dict[str, int | float | None] = Field(
         description="`open_jobs`, `running_frames`, `waiting_frames` and `input_bytes` that it has"
         " now, `used_seconds` of device time this month, and `promised_seconds` for the frames that"
@@ -866,6 +883,16 @@ class TenantChange(BaseModel):
         ge=0,
         le=10**12,
         description="Maximum device time in a calendar month (UTC), in seconds; null: no limit",
+    )
+    keep_for: KeepFor = Field(
+        default=None,
+        description="Time for which its jobs that do not say are kept after their end: seconds, or"
+        ' a text such as "7d"; null: the farm\'s retention',
+    )
+    max_keep_for: KeepFor = Field(
+        default=None,
+        description="Maximum time for which its jobs are kept after their end: seconds, or a text"
+        ' such as "90d"; null: no limit',
     )
     why: Storable = Field(default="", max_length=500, description="Reason, stored with the action")
 

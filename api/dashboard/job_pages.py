@@ -100,7 +100,8 @@ class JobPage:
             NotFound: There is no such job, or the visitor does not see it.
         """
         row = queries.get_job(connection, self.caller.tenant_id, self.job_id)
-        return row, job_view(row, Lanes(connection).explained(row, self.caller.sees_everywhere))
+        waiting = Lanes(connection).explained(row, self.caller.sees_everywhere)
+        return row, job_view(row, waiting, self.farm.settings.retention_days)
 
     def show(self, template: str, job: schemas.Job, **values: Any) -> Response:
         """Return the page."""
@@ -164,7 +165,8 @@ def summary(page: Page) -> Response:
 
 def parameters_of(job: schemas.Job) -> list[tuple[str, str]]:
     """Return what a job asked for besides its prompts, as it is shown: names and values."""
-    fields = job.spec.model_dump(mode="json", exclude={"prompts", "prompt_count", "labels"})
+    shown_elsewhere = {"prompts", "prompt_count", "labels", "keep_for"}
+    fields = job.spec.model_dump(mode="json", exclude=shown_elsewhere)
     return [
         (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         for name, value in fields.items()

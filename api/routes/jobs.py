@@ -189,7 +189,7 @@ def _quote(farm: Farm, tenant_id: uuid.UUID, body: bytes) -> Response:
 
 def submissions(farm: Farm, recent: RecentLanes) -> SubmissionGroups:
     """Return the groups in which small jobs are checked and stored."""
-    return SubmissionGroups(farm, partial(_accepted, recent=recent))
+    return SubmissionGroups(farm, partial(_accepted, farm=farm, recent=recent))
 
 
 def _submit_alone(
@@ -202,11 +202,11 @@ def _submit_alone(
 ) -> Response:
     job = job_body(body, caller)
     row = use_cases.submit(farm, caller.tenant_id, job, idempotency_key, traceparent)
-    return _accepted(row, recent)
+    return _accepted(row, farm, recent)
 
 
-def _accepted(row: JobRow, recent: RecentLanes) -> Response:
-    job = job_view(row, recent.reason(row))
+def _accepted(row: JobRow, farm: Farm, recent: RecentLanes) -> Response:
+    job = job_view(row, recent.reason(row), farm.settings.retention_days)
     return _answer(job, 202, {"Location": f"/v1/jobs/{row.id}"})
 
 
@@ -266,7 +266,9 @@ def _submit_batch(
     sent = [each for each in keyed if isinstance(each, use_cases.Submission)]
     results = iter(use_cases.submit_many(farm, sent))
     answers = [each if isinstance(each, FarmError) else next(results) for each in keyed]
-    return _answer(schemas.SubmittedJobs(data=[_submitted(each, recent) for each in answers]), 200)
+    return _answer(
+        schemas.SubmittedJobs(data=[_submitted(each, farm, recent) for each in answers]), 200
+    )
 
 
 def _jobs_of(body: Any, max_grid_points: int) -> list[Any]:
@@ -313,7 +315,7 @@ def _keyed(
     return use_cases.Submission(tenant_id, body, key, traceparent)
 
 
-def _submitted(result: JobRow | Exception, recent: RecentLanes) -> schemas.SubmittedJob:
+def _submitted(result: JobRow | Exception, farm: Farm, recent: RecentLanes) -> schemas.SubmittedJob:
     if isinstance(result, Exception):
         error = result
         if not isinstance(error, FarmError):
@@ -328,7 +330,7 @@ def _submitted(result: JobRow | Exception, recent: RecentLanes) -> schemas.Submi
             error=error_body(error),
             limit=limit and schemas.LimitMet(**limit_body(limit)),
         )
-    job = job_view(result, recent.reason(result))
+    job = job_view(result, recent.reason(result), farm.settings.retention_days)
     return schemas.SubmittedJob(status=202, job=job)
 
 
@@ -387,7 +389,8 @@ def job_page(
         check_after(connection, "job_id", wanted.tenant_id, after)
         rows = list_stored(connection, wanted, limit=limit + 1, after=after)
         lanes = Lanes(connection)
-        return page(rows, limit, lambda row: job_view(row, lanes.reason(row)))
+        days = farm.settings.retention_days
+        return page(rows, limit, lambda row: job_view(row, lanes.reason(row), days))
 
 
 @router.get("/{job_id}", response_model=schemas.Job, responses=refusals(404), summary="Get a job")
@@ -417,7 +420,8 @@ def one_job(
     """
     with reads(farm.store) as connection:
         row = queries.get_job(connection, tenant_id, job_id)
-        return job_view(row, Lanes(connection).explained(row, everywhere))
+        waiting = Lanes(connection).explained(row, everywhere)
+        return job_view(row, waiting, farm.settings.retention_days)
 
 
 def labels_asked(request: Request) -> dict[str, str]:

@@ -11,8 +11,9 @@ from api import schemas
 from api.auth import FarmDep, Looker, Operator
 from api.openapi import refusals
 from api.tenancy import Operating
+from farm.domain.keeping import too_long, written
 from farm.domain.spec import Priority, Storable
-from farm.errors import Conflict, NotFound
+from farm.errors import Conflict, InvalidRequest, NotFound
 from farm.services.keys import create_key, revoke_key
 from farm.store import actions, keys, tenants
 from farm.store.engine import Transaction, reads, transaction
@@ -63,8 +64,14 @@ def set_tenant(
         if before is None:
             raise NotFound(f"Tenant {tenant} is deleted.")
         now = before._replace(**change.fields())
+        if too_long(now.keep_for, now.max_keep_for):
+            raise InvalidRequest(
+                f"keep_for: {written(now.keep_for or 0)} is more than max_keep_for, "
+                f"{written(now.max_keep_for or 0)}. Lower it, or raise max_keep_for.",
+                param="keep_for",
+            )
         news = [
-            f"{name} {_told(old)} before, {_told(new)} now"
+            f"{name} {_told(name, old)} before, {_told(name, new)} now"
             for name, old, new in zip(before._fields, before, now, strict=True)
             if old != new
         ]
@@ -79,10 +86,12 @@ def set_tenant(
     return _view(found._replace(**now._asdict()))
 
 
-def _told(value: object) -> str:
+def _told(name: str, value: object) -> str:
     """Return a weight or a limit for the log of actions."""
     if value is None:
-        return "unlimited"
+        return "the farm's" if name == "keep_for" else "unlimited"
+    if name.endswith("keep_for") and isinstance(value, int):
+        return written(value)
     if isinstance(value, list):
         return "+".join(Priority(each).wire for each in value)
     return f"{value:.15g}" if isinstance(value, float) else str(value)
@@ -139,6 +148,8 @@ def _view(row: TenantRow) -> schemas.Tenant:
         requests_a_second=row.requests_a_second,
         requests_burst=row.requests_burst,
         device_seconds_a_month=row.device_seconds_a_month,
+        keep_for=row.keep_for,
+        max_keep_for=row.max_keep_for,
         uses={name: getattr(row, name) for name in USED},
         owns={name: getattr(row, name) for name in OWNED},
     )

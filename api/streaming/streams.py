@@ -401,7 +401,8 @@ class Streams:
             until = stored.horizon(connection)
             last = stored.newest_of_job(connection, job_id)  # the job's row is as new, or newer
             row = queries.get_job(connection, client.tenant_id, job_id)
-            job = job_view(row, Lanes(connection).reason(row))
+            waiting = Lanes(connection).reason(row)
+            job = job_view(row, waiting, self._farm.settings.retention_days)
         if client.token_job:  # its holder may be anybody
             job = job.model_copy(update={"tenant": ""})
         lost = sent is not None and is_lost(self._farm, sent, until, last)

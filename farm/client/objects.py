@@ -85,6 +85,10 @@ class JobData(TypedDict):
     finish_by: NotRequired[str | None]
     missed: NotRequired[str | None]
     """The deadline that ended it. An earlier version of the farm has none."""
+    keep_for: NotRequired[int | None]
+    """Seconds from its end to its removal. None: the farm's retention."""
+    expires_at: NotRequired[str | None]
+    """Time from which it is removed. None before its end, and if it stays."""
     spec: Spec
 
 
@@ -378,6 +382,9 @@ class Tenant(TypedDict):
     requests_a_second: float | None
     requests_burst: int | None
     device_seconds_a_month: float | None
+    keep_for: NotRequired[int | None]
+    """Seconds for which a job that does not say is kept. Missing in the answer of an older farm."""
+    max_keep_for: NotRequired[int | None]
     uses: dict[str, float | None]
     """In a list, None without the limit."""
     owns: dict[str, int]

@@ -32,6 +32,7 @@ from pydantic import (
 from farm.domain.deadlines import Deadline
 from farm.domain.grids import FEWEST, Layout, packed
 from farm.domain.image_formats import Format
+from farm.domain.keeping import KeepFor
 
 if TYPE_CHECKING:
     from farm.domain.groups import Order
@@ -184,6 +185,11 @@ class JobSpec(BaseModel):
         description="The job is cancelled if it has not ended by then: seconds from its"
         " submission, or a time with its zone",
     )
+    keep_for: KeepFor = Field(
+        default=None,
+        description="Time from its end to its removal with its images: seconds, or a text such as"
+        ' "12h" or "7d"; null: the default of the tenant, or the farm\'s retention',
+    )
     params: dict[str, JsonValue] = Field(default_factory=dict)
 
     _check_priority = field_validator("priority")(_priority_name)
@@ -295,6 +301,7 @@ class FullSpec(BaseModel):
     reuse: bool = False
     start_within: float | str | None = None
     finish_by: float | str | None = None
+    keep_for: int | None = Field(default=None, description="In seconds")
     metadata: Metadata = "full"
     labels: dict[str, str]
 

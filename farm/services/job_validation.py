@@ -236,6 +236,7 @@ def full_spec(
         reuse=job.reuse,
         start_within=job.start_within,
         finish_by=job.finish_by,
+        keep_for=job.keep_for,
         metadata=job.metadata or "full",
         labels=job.labels,
     )

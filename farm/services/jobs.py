@@ -14,6 +14,7 @@ from typing import Any
 from farm import failpoints
 from farm.context import Farm
 from farm.domain.inputs import CONTROL, LineSettings, StoredInput
+from farm.domain.keeping import DAY_SECONDS
 from farm.domain.spec import FullSpec, JobSpec, Priority
 from farm.errors import FarmError, InvalidRequest, NotFound
 from farm.pipelines.params import Params
@@ -178,7 +179,14 @@ def _new_job(
         webhook = server_for(farm, submission.tenant_id, named, servers) if named else None
     except Exception as error:  # of this job alone
         return error
-    return NewJob(submission.tenant_id, checked.spec, checked.job.prompts or (), key, webhook)
+    return NewJob(
+        submission.tenant_id,
+        checked.spec,
+        checked.job.prompts or (),
+        key,
+        webhook,
+        farm.settings.retention_days * DAY_SECONDS or None,
+    )
 
 
 def _announce(farm: Farm, rows: Sequence[tuple[NewJob, JobRow]]) -> None:

@@ -10,12 +10,13 @@ from itertools import pairwise
 from typing import Any
 
 from farm.context import Farm
+from farm.domain.keeping import too_long
 from farm.domain.spec import FrameSpec, FullSpec, Line, Priority, frame_spec
 from farm.services.jobs import Checked, check
 from farm.store import estimates, lanes
 from farm.store.engine import Transaction, reads, server_clock
 from farm.store.estimates import Pace
-from farm.store.limits import budget_of, expected_seconds
+from farm.store.limits import budget_of, expected_seconds, max_keep_for
 from farm.store.lines import lines_of
 
 NEW = uuid.UUID(int=0)
@@ -66,12 +67,14 @@ def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
     """Check a job as if it were submitted, and estimate its time and size.
 
     Raises:
-        InvalidRequest: a field is wrong.
+        InvalidRequest: a field is wrong, or the job would be kept too long for its tenant.
     """
     checked = check(farm, tenant_id, body)
     spec = checked.spec
     now = server_clock(farm.store)
     with reads(farm.store) as connection:
+        if refusal := too_long(spec.keep_for, max_keep_for(connection, tenant_id)):
+            raise refusal
         runs = [
             (frames, bucket, estimates.pace_of(connection, tenant_id, spec.pipeline, key))
             for frames, key, bucket in _runs(spec)

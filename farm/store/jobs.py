@@ -5,15 +5,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 
 from psycopg.errors import ForeignKeyViolation
 from pydantic_core import to_json
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
+from farm.domain.keeping import too_long
 from farm.domain.spec import FullSpec, Priority
-from farm.errors import FarmError, InvalidRequest, KeyReused, NotFound
+from farm.errors import Conflict, FarmError, InvalidRequest, KeyReused, NotFound
 from farm.store import arrays
 from farm.store.job_webhooks import JobWebhook
 from farm.store.limits import expected_seconds, lock_rooms
@@ -27,8 +27,8 @@ PROMPTS_PER_CHUNK = 1000
 INSERT_JOBS = text(f"""
 WITH unlimited AS MATERIALIZED (
     -- The lock waits for a change of limits in progress, and then sees the new ones.
-    SELECT t.id FROM unnest(CAST(:tenants AS uuid[])) AS w (id) CROSS JOIN LATERAL (
-        SELECT t.id FROM tenants t WHERE t.id = w.id
+    SELECT t.* FROM unnest(CAST(:tenants AS uuid[])) AS w (id) CROSS JOIN LATERAL (
+        SELECT t.id, t.max_keep_for FROM tenants t WHERE t.id = w.id
           AND num_nonnulls(t.priorities, t.max_open_jobs, t.max_waiting_frames,
                            t.device_seconds_a_month) = 0
         LIMIT 1 FOR KEY SHARE
@@ -36,17 +36,28 @@ WITH unlimited AS MATERIALIZED (
 ), j AS (
     INSERT INTO jobs (id, tenant_id, pipeline, priority, open, total, run_end, batch_key, bucket,
                       runs, max_attempts, spec, labels, input_id, idempotency_key,
-                      idempotency_digest, created_at, due_at, stretch)
+                      idempotency_digest, created_at, due_at, stretch, keep_for)
     SELECT id, tenant_id, pipeline, priority, true, total, run_end, batch_key, bucket, runs,
            max_attempts, spec, labels, input_id, idempotency_key, decode(idempotency_digest, 'hex'),
            statement_timestamp() + place * interval '1 microsecond',
-           least(statement_timestamp() + due_seconds * interval '1 second', due_at), stretch
+           least(statement_timestamp() + due_seconds * interval '1 second', due_at), stretch,
+           coalesce(keep_for, (
+               SELECT coalesce(t.keep_for, CASE
+                   WHEN (g.retention_seconds <= t.max_keep_for) IS NOT TRUE THEN t.max_keep_for END)
+               FROM tenants t WHERE t.id = g.tenant_id))
     FROM json_to_recordset(CAST(:given AS json)) AS g (
         id uuid, tenant_id uuid, pipeline text, priority smallint, total bigint, run_end bigint,
         batch_key text, bucket smallint, runs jsonb, max_attempts smallint, spec json, labels jsonb,
         input_id uuid, idempotency_key text, idempotency_digest text, place int,
-        due_seconds float, due_at timestamptz, stretch bigint)
-    WHERE :counted OR g.tenant_id IN (SELECT id FROM unlimited)
+        due_seconds float, due_at timestamptz, stretch bigint, keep_for int,
+        retention_seconds float)
+    WHERE (:counted OR EXISTS (
+               SELECT FROM unlimited u
+               WHERE u.id = g.tenant_id AND g.keep_for <= u.max_keep_for IS NOT FALSE))
+      AND (  -- of a removed job; not EXISTS, which could change the order of the jobs
+               SELECT k.job_id FROM used_keys k WHERE k.tenant_id = g.tenant_id
+                 AND k.idempotency_key = g.idempotency_key AND k.ends_at > statement_timestamp()
+          ) IS NULL
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING
     RETURNING *
 ), chunk AS (
@@ -87,9 +98,20 @@ WITH unlimited AS MATERIALIZED (
 SELECT {JOB_COLUMNS} FROM j
 """)  # noqa: S608 - constants only
 
+# Of a removed job, its row or `used_keys` has the key. The LIMITs make it one probe for each.
 BY_IDEMPOTENCY = text(f"""
-SELECT j.idempotency_key, j.idempotency_digest, j.removed_at, {JOB_COLUMNS} FROM jobs j
-WHERE j.tenant_id = :tenant_id AND j.idempotency_key = ANY(:keys)
+SELECT k.key, coalesce(j.idempotency_digest, u.digest), coalesce(j.id, u.job_id),
+       j.id IS NULL OR j.removed_at IS NOT NULL AS is_removed, {JOB_COLUMNS}
+FROM unnest(CAST(:keys AS text[])) AS k (key)
+LEFT JOIN LATERAL (
+    SELECT * FROM jobs j WHERE j.tenant_id = :tenant_id AND j.idempotency_key = k.key LIMIT 1
+) j ON true
+LEFT JOIN LATERAL (
+    SELECT u.digest, u.job_id FROM used_keys u
+    WHERE u.tenant_id = :tenant_id AND u.idempotency_key = k.key
+      AND u.ends_at > statement_timestamp() LIMIT 1
+) u ON j.id IS NULL
+WHERE j.id IS NOT NULL OR u.job_id IS NOT NULL
 """)  # noqa: S608 - constants only
 
 
@@ -111,6 +133,8 @@ class NewJob:
     prompts: Sequence[str]
     idempotency: Idempotency | None = None
     webhook: JobWebhook | None = None
+    retention_seconds: float | None = None
+    """Time after the end for which the farm keeps a job that does not say. None: no end."""
     id: uuid.UUID = field(default_factory=uuid.uuid4)
 
     def given(self, place: int) -> dict[str, object]:
@@ -141,6 +165,8 @@ class NewJob:
             "place": place,
             "due_seconds": min((each for each in due if isinstance(each, float)), default=None),
             "due_at": min((each for each in due if isinstance(each, str)), default=None),
+            "keep_for": self.spec.keep_for,
+            "retention_seconds": self.retention_seconds,
             "spec": self.spec.stored(),
             "stretch": order and order.stretch,
             "groups": [asdict(each) for each in order.groups] if order else [],
@@ -213,7 +239,10 @@ def insert_counted_jobs(connection: Connection, jobs: Sequence[NewJob]) -> list[
             continue
         room = rooms.get(job.tenant_id)
         priority = Priority.parse(job.spec.priority)
-        refusal = room and room.take(priority, job.spec.total, seconds.get(job))
+        refusal = room and (
+            too_long(job.spec.keep_for, room.max_keep_for)
+            or room.take(priority, job.spec.total, seconds.get(job))
+        )
         if refusal:
             answers[job.id] = refusal
         elif key:
@@ -259,26 +288,31 @@ def same_jobs(
     """Find the jobs that a tenant submitted before under the same idempotency keys.
 
     Returns:
-        The job's row; or KeyReused, if that job had another body; or NotFound, if it was removed.
+        The job's row; or KeyReused, if that job had another body; or Conflict, if it was removed.
         A key without a job is left out.
     """
     if not keys:
         return {}
     values = {"tenant_id": tenant_id, "keys": list({each.key for each in keys})}
-    stored = {
-        key: (digest, removed_at, JobRow(*row))
-        for key, digest, removed_at, *row in connection.execute(BY_IDEMPOTENCY, values)
+    stored: dict[str, tuple[bytes, uuid.UUID, JobRow | None]] = {
+        key: (digest, job_id, None if is_removed else JobRow(*columns))
+        for key, digest, job_id, is_removed, *columns in connection.execute(BY_IDEMPOTENCY, values)
     }
     return {each: _same_or_refused(each, *stored[each.key]) for each in keys if each.key in stored}
 
 
 def _same_or_refused(
-    sent: Idempotency, digest: bytes, removed_at: datetime | None, row: JobRow
+    sent: Idempotency, digest: bytes, job_id: uuid.UUID, row: JobRow | None
 ) -> JobRow | FarmError:
+    name = "Idempotency-Key"
     if digest != sent.digest:
         return KeyReused(
-            f"Idempotency-Key: {sent.key!r} was used for job {row.id} with another body. "
+            f"{name}: {sent.key!r} was used for job {job_id} with another body. "
             "Send the same body, or a new key.",
-            param="Idempotency-Key",
+            param=name,
         )
-    return row if removed_at is None else NotFound(f"There is no job {row.id}.")
+    return row or Conflict(
+        f"{name}: {sent.key!r} was used for job {job_id}, which is removed. "
+        "Send a new key to render it again.",
+        param=name,
+    )

@@ -30,6 +30,8 @@ SELECT t.device_seconds_a_month AS value, pg_temp.used_seconds(t.id) AS used,
 FROM tenants t WHERE t.id = :id AND t.device_seconds_a_month IS NOT NULL
 """)
 
+MAX_KEEP_FOR = text("SELECT max_keep_for FROM tenants WHERE id = :id")
+
 IN_USE = text("""
 SELECT pg_temp.open_jobs(:id) AS open_jobs, pg_temp.waiting_frames(:id) AS waiting_frames,
        coalesce((SELECT r.frames FROM pg_temp.running_frames(ARRAY[CAST(:id AS uuid)]) r), 0)
@@ -65,6 +67,7 @@ class Room:
     used_seconds: float | None
     promised_seconds: float | None
     seconds_to_next_month: float
+    max_keep_for: int | None
 
     @property
     def has_budget(self) -> bool:
@@ -151,6 +154,12 @@ def in_use(connection: Connection, tenant_id: uuid.UUID) -> InUse:
 def budget_of(connection: Connection, tenant_id: uuid.UUID) -> Budget | None:
     """Read a tenant's budget. None: it has none."""
     return row_of(connection.execute(BUDGET, {"id": tenant_id}), Budget)
+
+
+def max_keep_for(connection: Connection, tenant_id: uuid.UUID) -> int | None:
+    """Read for how many seconds a tenant's jobs are kept at most. None: no limit."""
+    most: int | None = connection.execute(MAX_KEEP_FOR, {"id": tenant_id}).scalar()
+    return most
 
 
 def expected_seconds(

@@ -46,6 +46,8 @@ class JobRow(NamedTuple):
     missed: str | None
     stretch: int
     """Frames of a stretch. 1 in a job without groups."""
+    keep_for: int | None
+    """Seconds from its end to its removal. None: the farm's retention."""
     now: datetime
 
     @property
@@ -107,7 +109,7 @@ j.status, j.paused, j.open, j.priority, j.total, j.cursor,
 j.running, j.succeeded, j.dead, j.cancelled, j.reused, j.device_seconds, j.bytes, j.failures,
 j.pace_since, j.pace_since_frames, j.spec, j.labels,
 j.created_at, j.started_at, j.finished_at, j.missed, coalesce(j.stretch, 1) AS stretch,
-clock_timestamp() AS now
+j.keep_for, clock_timestamp() AS now
 """
 
 # A removed job is hidden from everybody, while its rows are deleted in pieces.

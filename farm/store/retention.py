@@ -3,6 +3,9 @@
 A removed job is hidden from everybody at once. Then its rows are deleted in pieces, then its
 objects, and the job's own row last. So a janitor that takes over finds there the work that is
 left. Exports are deleted in the same way. An input is deleted when no job uses it.
+
+A job is removed when its own time is over, `keep_for` after its end. Without one it has the time of
+the farm. An export that is not finished holds its jobs. A job's idempotency key outlives it.
 """
 
 from __future__ import annotations
@@ -29,12 +32,26 @@ DAY_SECONDS = 86_400.0
 ArtifactName = tuple[uuid.UUID, uuid.UUID, int, bytes, Format, bool]
 """(tenant, job, ordinal, sha256, format, is a thumbnail): the parts of an artifact's key."""
 
-INTO_REMOVED = """
-removed AS (
-    -- its idempotency key may be used again
-    UPDATE jobs j SET removed_at = clock_timestamp(), idempotency_key = NULL, due_at = NULL
-    FROM due WHERE j.id = due.id
-    RETURNING j.id, j.tenant_id
+KEY_SECONDS = 86_400.0
+"""Time from a job's submission in which its idempotency key makes no other job, in seconds."""
+
+# The row keeps the key too: a submission that began before this commit meets it.
+REMOVE = text("""
+WITH removed AS (
+    UPDATE jobs j SET removed_at = clock_timestamp(), due_at = NULL, idempotency_key = CASE
+        WHEN j.created_at > clock_timestamp() - make_interval(secs => :key_seconds)
+        THEN j.idempotency_key END
+    WHERE j.id = ANY(:ids) AND NOT EXISTS (
+        SELECT FROM exports e
+        WHERE e.state = 'running' AND e.removed_at IS NULL AND j.id = ANY(e.job_ids))
+    RETURNING j.id, j.tenant_id, j.created_at, j.idempotency_key, j.idempotency_digest
+), used AS (
+    INSERT INTO used_keys (tenant_id, idempotency_key, digest, job_id, ends_at)
+    SELECT tenant_id, idempotency_key, idempotency_digest, id,
+           created_at + make_interval(secs => :key_seconds)
+    FROM removed WHERE idempotency_key IS NOT NULL
+    ON CONFLICT (tenant_id, idempotency_key) DO UPDATE
+    SET digest = excluded.digest, job_id = excluded.job_id, ends_at = excluded.ends_at
 ), news AS (
     INSERT INTO export_news (job_id)
     SELECT id FROM removed
@@ -43,25 +60,34 @@ removed AS (
 INSERT INTO events (job_id, tenant_id, kind, data)
 SELECT id, tenant_id, 'job.removed', '{}' FROM removed
 RETURNING job_id
-"""
-"""End of a statement whose CTE `due` has the IDs of jobs to remove."""
+""")
+"""Removes jobs that are locked. Those that an export reads by now are left out."""
 
 # now(), not clock_timestamp(): an index scan needs a value that is constant within a statement.
-REMOVE = text(f"""
-WITH due AS (
-    SELECT id FROM jobs
-    WHERE finished_at < now() - make_interval(secs => :seconds)
-      AND removed_at IS NULL AND status = ANY(:terminal)
-      AND NOT EXISTS (
-          SELECT FROM exports e
-          WHERE e.state = 'running' AND e.removed_at IS NULL AND jobs.id = ANY(e.job_ids))
-    ORDER BY finished_at
-    LIMIT greatest(0, :at_once - (SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL))
-    FOR UPDATE SKIP LOCKED
-), {INTO_REMOVED}""")  # noqa: S608 - constants only
+ENDED = "finished_at < now() - make_interval(secs => :seconds) AND keep_for IS NULL"
+KEPT_UNTIL = "((finished_at AT TIME ZONE 'UTC') + make_interval(secs => keep_for))"
+OVER = f"{KEPT_UNTIL} < now() AT TIME ZONE 'UTC' AND keep_for IS NOT NULL"
 
-REMOVE_ONE = text(f"""
-WITH due AS (SELECT id FROM jobs WHERE id = :id), {INTO_REMOVED}""")  # noqa: S608 - constants only
+LOCK_DUE, LOCK_OVER = (
+    text(f"""
+SELECT id FROM jobs
+WHERE {condition} AND finished_at IS NOT NULL AND removed_at IS NULL AND status = ANY(:terminal)
+  AND NOT EXISTS (
+      SELECT FROM exports e
+      WHERE e.state = 'running' AND e.removed_at IS NULL AND jobs.id = ANY(e.job_ids))
+ORDER BY {first}
+LIMIT greatest(0, :at_once - (SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL))
+FOR UPDATE SKIP LOCKED
+""")  # noqa: S608 - constants only
+    for condition, first in ((ENDED, "finished_at"), (OVER, KEPT_UNTIL))
+)
+"""Jobs of the farm's time, and jobs of their own time, that are due."""
+
+FORGET_KEYS = text("""
+DELETE FROM used_keys WHERE (tenant_id, idempotency_key) IN (
+    SELECT tenant_id, idempotency_key FROM used_keys
+    WHERE ends_at < now() ORDER BY ends_at LIMIT :limit)
+""")
 
 REMOVING = text("SELECT count(*) FROM jobs WHERE removed_at IS NOT NULL")
 
@@ -183,14 +209,25 @@ LIMIT :limit
 
 
 def remove_due(connection: Connection, days: float) -> list[uuid.UUID]:
-    """Remove the jobs that ended more than `days` ago. Return their IDs. 0 days removes none."""
-    if days == 0:
+    """Remove the jobs whose time is over. Return their IDs.
+
+    Args:
+        connection: in a transaction.
+        days: time after the end for jobs without `keep_for`. 0 removes none of them.
+    """
+    limits = {"terminal": list(TERMINAL), "at_once": MAX_JOBS_PER_CALL}
+    removed = _remove(connection, connection.execute(LOCK_OVER, limits).scalars().all())
+    if days > 0:
+        limits["seconds"] = days * DAY_SECONDS
+        removed += _remove(connection, connection.execute(LOCK_DUE, limits).scalars().all())
+    return removed
+
+
+def _remove(connection: Connection, job_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
+    """Remove jobs that are locked, so that no new export reads them."""
+    if not job_ids:
         return []
-    values = {
-        "seconds": days * DAY_SECONDS,
-        "terminal": list(TERMINAL),
-        "at_once": MAX_JOBS_PER_CALL,
-    }
+    values = {"ids": list(job_ids), "key_seconds": KEY_SECONDS}
     return list(connection.execute(REMOVE, values).scalars())
 
 
@@ -211,7 +248,7 @@ def remove_job(connection: Connection, tenant_id: uuid.UUID, job_id: uuid.UUID) 
         raise Unavailable(
             f"{MAX_JOBS_PER_CALL} jobs are being removed. Remove this one in a minute."
         )
-    connection.execute(REMOVE_ONE, {"id": job_id})
+    _remove(connection, [job_id])
 
 
 def room(connection: Connection) -> int:
@@ -237,6 +274,11 @@ def forget(connection: Connection, job_id: uuid.UUID) -> None:
     """Delete a removed job's own row and its prompts. Nothing is left of it but its usage."""
     usage.account_last(connection, job_id)
     connection.execute(FORGET, {"id": job_id})
+
+
+def forget_keys(connection: Connection, limit: int) -> None:
+    """Delete up to `limit` idempotency keys of removed jobs that may be used again."""
+    connection.execute(FORGET_KEYS, {"limit": limit})
 
 
 def remove_exports(connection: Connection, days: float) -> None:

@@ -93,6 +93,14 @@ tenants = Table(
         Double,
         comment="device time in a calendar month, UTC; null: no limit",
     ),
+    Column(
+        "keep_for",
+        Integer,
+        comment="seconds for which a job that does not say is kept; null: the farm's retention",
+    ),
+    Column(
+        "max_keep_for", Integer, comment="seconds for which a job is kept at most; null: no limit"
+    ),
     Column("webhook_secret", LargeBinary),
     Column("webhook_secret_before", LargeBinary),
     _moment("webhook_before_until"),
@@ -286,6 +294,11 @@ jobs = Table(
         BigInteger,
         comment="frames of a stretch, within which groups are formed; null: no groups",
     ),
+    Column(
+        "keep_for",
+        Integer,
+        comment="seconds from its end to its removal; null: the farm's retention",
+    ),
     UniqueConstraint("tenant_id", "idempotency_key"),
     CheckConstraint(_one_of("status", list(JobStatus)), name="status"),
     CheckConstraint("cursor BETWEEN 0 AND total", name="cursor"),
@@ -335,6 +348,21 @@ jobs = Table(
         "finished_at",
         postgresql_where=text("finished_at IS NOT NULL AND removed_at IS NULL"),
     ),
+    # Of those that are kept for long none is read while others are due.
+    Index(
+        "jobs_kept",
+        text("((finished_at AT TIME ZONE 'UTC') + make_interval(secs => keep_for))"),
+        postgresql_where=text(
+            "keep_for IS NOT NULL AND finished_at IS NOT NULL AND removed_at IS NULL"
+        ),
+    ),
+    Index(
+        "jobs_kept_as_others",
+        "finished_at",
+        postgresql_where=text(
+            "keep_for IS NULL AND finished_at IS NOT NULL AND removed_at IS NULL"
+        ),
+    ),
     Index("jobs_removed", "removed_at", postgresql_where=text("removed_at IS NOT NULL")),
     Index("jobs_behind", "id", postgresql_where=text("behind_from IS NOT NULL")),
     Index("jobs_aside", "tenant_id", postgresql_where=text("paused OR behind_from IS NOT NULL")),
@@ -342,6 +370,19 @@ jobs = Table(
     Index("jobs_due", "tenant_id", "due_at", postgresql_where=text("due_at IS NOT NULL")),
     # Counters change with every batch.
     postgresql_with={"fillfactor": "50"},
+)
+
+used_keys = Table(
+    "used_keys",
+    metadata,
+    # No foreign key: it would lock the tenant after its jobs.
+    Column("tenant_id", Uuid, primary_key=True),
+    Column("idempotency_key", Text, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("job_id", Uuid, nullable=False),
+    _moment("ends_at", null=False),
+    Index("used_keys_end", "ends_at"),
+    comment="Idempotency keys of removed jobs.",
 )
 
 inputs = Table(

@@ -43,7 +43,7 @@ OWNS = """
 FIELDS = """
 t.id, t.name, t.created_at, t.removed_at, t.emptied_at, t.weight, t.priorities, t.max_open_jobs,
 t.max_running_frames, t.max_waiting_frames, t.max_input_bytes, t.requests_a_second,
-t.requests_burst, t.device_seconds_a_month
+t.requests_burst, t.device_seconds_a_month, t.keep_for, t.max_keep_for
 """
 
 PROMISED = """
@@ -104,7 +104,7 @@ WHERE t.removed_at IS NULL AND l.value IS NOT NULL ORDER BY t.name, l.name
 # Waits for submissions that found other limits, and the next ones wait for it: see INSERT_JOBS.
 LOCK = text("""
 SELECT weight, priorities, max_open_jobs, max_running_frames, max_waiting_frames, max_input_bytes,
-       requests_a_second, requests_burst, device_seconds_a_month
+       requests_a_second, requests_burst, device_seconds_a_month, keep_for, max_keep_for
 FROM tenants WHERE id = :id AND removed_at IS NULL FOR UPDATE
 """)
 
@@ -113,7 +113,8 @@ UPDATE tenants SET weight = :weight, priorities = CAST(:priorities AS smallint[]
     max_open_jobs = :max_open_jobs, max_running_frames = :max_running_frames,
     max_waiting_frames = :max_waiting_frames,
     max_input_bytes = :max_input_bytes, requests_a_second = :requests_a_second,
-    requests_burst = :requests_burst, device_seconds_a_month = :device_seconds_a_month
+    requests_burst = :requests_burst, device_seconds_a_month = :device_seconds_a_month,
+    keep_for = :keep_for, max_keep_for = :max_keep_for
 WHERE id = :id
 """)
 
@@ -189,7 +190,7 @@ DELETE FROM inputs WHERE id IN (
 # Sessions go with their keys.
 DELETE_REST = [
     text(f"DELETE FROM {table} WHERE tenant_id = :id")  # noqa: S608 - constants only
-    for table in ("keys", "destinations", "shares", "operations")
+    for table in ("keys", "destinations", "shares", "operations", "used_keys")
 ]
 
 HAS_ROWS = text("""
@@ -232,6 +233,9 @@ class TenantRow(NamedTuple):
     requests_a_second: float | None
     requests_burst: int | None
     device_seconds_a_month: float | None
+    keep_for: int | None
+    """Seconds for which a job that does not say is kept. None: the farm's retention."""
+    max_keep_for: int | None
     open_jobs: int | None
     """None in a list, if it has no such limit."""
     waiting_frames: int | None
@@ -285,6 +289,8 @@ class TenantSettings(NamedTuple):
     requests_a_second: float | None
     requests_burst: int | None
     device_seconds_a_month: float | None
+    keep_for: int | None
+    max_keep_for: int | None
 
     def limits(self) -> dict[str, object]:
         """Return the limits by name, with priorities as words."""

@@ -27,7 +27,7 @@ JOB_FIELDS = {
     "id", "tenant", "pipeline", "status", "paused", "priority", "total", "counts", "progress",
     "pace", "eta_seconds", "waiting", "waiting_because", "reused", "device_seconds", "bytes",
     "failures", "labels", "created_at", "started_at", "finished_at", "start_by", "finish_by",
-    "missed", "spec",
+    "missed", "keep_for", "expires_at", "spec",
 }  # fmt: skip
 
 

@@ -55,15 +55,17 @@ from tests.support.store import new_tenant, register_worker, submit
 
 LARGE = {"jobs", "frames", "events", "job_prompts", "attempts", "requeued_frames", "shares"}
 LARGE |= {"frame_provenances", "job_webhooks", "unanswered_calls", "webhooks", "webhook_deliveries"}
-LARGE |= {"actions", "exports", "inputs", "operations", "samples"}
+LARGE |= {"actions", "exports", "inputs", "operations", "samples", "used_keys"}
 LARGE |= {"job_groups", "job_order", "input_images", "input_parts", "control_images"}
 """Tables that grow with history, backlog or tenants. Others have a row per worker or batch."""
 
 HISTORY = """
 INSERT INTO jobs (id, tenant_id, pipeline, priority, status, open, total, cursor, run_end,
-                  succeeded, batch_key, bucket, runs, max_attempts, spec, labels, created_at)
+                  succeeded, batch_key, bucket, runs, max_attempts, spec, labels, created_at,
+                  finished_at, keep_for)
 SELECT gen_random_uuid(), :tenant, 'demo', 1, 'succeeded', false, 1, 1, 1, 1, 'key', 8, '[]', 3,
-       '{}', jsonb_build_object('n', n::text), clock_timestamp() - make_interval(secs => n)
+       '{}', jsonb_build_object('n', n::text), clock_timestamp() - make_interval(secs => n),
+       clock_timestamp() - make_interval(secs => n), CASE n % 2 WHEN 0 THEN 1000000 + n END
 FROM generate_series(1, 20000) n;
 INSERT INTO frames (job_id, ordinal, state, attempt, worker, started_at, sha256, bytes)
 SELECT :job, n, 'succeeded', 1, 'hand', clock_timestamp(), '\\x00', 1
@@ -92,6 +94,10 @@ INSERT INTO job_webhooks (job_id, webhook_id, url, kinds)
 SELECT id, gen_random_uuid(), 'https://shop.example/', '{job.*}' FROM jobs;
 INSERT INTO frame_provenances (job_id, ordinal, attempt, provenance)
 SELECT id, n, 1, '{}' FROM jobs, generate_series(1, 3) n;
+INSERT INTO used_keys (tenant_id, idempotency_key, digest, job_id, ends_at)
+SELECT :tenant, 'key ' || n, '\\x00', gen_random_uuid(),
+       clock_timestamp() + make_interval(secs => n)
+FROM generate_series(1, 20000) n;
 INSERT INTO unanswered_calls (key, digest, repeats, given_up)
 SELECT 'call-' || n, sha256(n::text::bytea), n % 3, n % 2 = 0 FROM generate_series(1, 20000) n;
 WITH hook AS (
@@ -477,10 +483,13 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     "dropped deliveries": (webhooks.DROP_DISABLED, {"limit": 1000}),
     "steps": (leases.STEPS, {"ids": [uuid.UUID(int=1)]}),
     "prune": (events.PRUNE, {"seconds": 86_400.0 * 365}),
-    "remove": (
-        retention.REMOVE,
+    "due": (
+        retention.LOCK_DUE,
         {"seconds": 86_400.0 * 365, "terminal": list(TERMINAL), "at_once": 1000},
     ),
+    "due by keep_for": (retention.LOCK_OVER, {"terminal": list(TERMINAL), "at_once": 1000}),
+    "remove": (retention.REMOVE, {"ids": [uuid.UUID(int=1)], "key_seconds": 86_400.0}),
+    "old keys": (retention.FORGET_KEYS, {"limit": 100}),
     "empty jobs": (retention.EMPTY, {"limit": 100}),
     **{f"delete {name}": (q, {"limit": 100}) for name, q in retention.DELETE_ROWS.items()},
     "back-off": (lanes.BACKING_OFF, {"job_id": uuid.UUID(int=1)}),

@@ -398,6 +398,7 @@ def form_of(page: str) -> dict[str, str]:
         {"grid": {"guidance_scale": [1.0, 7.5]}, "images_per_prompt": 2},
         {"prompts": ["ein Stern", "نجمة", 'a "quoted" \\ one'], "format": "webp"},
         {"max_rerolls": 0},
+        {"keep_for": "7d"},
         {"metadata": "none", "reuse": True, "finish_by": 3600, "max_attempts": 5, "bucket": 4},
     ],
 )

@@ -66,8 +66,8 @@ def rendered(farm: Farm, tenant: uuid.UUID, images: int = 3, **fields: object) -
 def grow_old(farm: Farm, job_id: uuid.UUID, days: float = 11) -> None:
     sql(
         farm,
-        "UPDATE jobs SET finished_at = finished_at - make_interval(secs => :seconds)"
-        " WHERE id = :id",
+        "UPDATE jobs SET created_at = created_at - make_interval(secs => :seconds),"
+        " finished_at = finished_at - make_interval(secs => :seconds) WHERE id = :id",
         id=job_id,
         seconds=days * 86_400,
     )
@@ -163,7 +163,7 @@ def test_a_removed_job_is_unknown_to_the_api(farm: Farm) -> None:
         for verb in ("cancel", "pause", "resume", "retry"):
             assert client.post(f"/v1/jobs/{job_id}/{verb}").status_code == 404, verb
         assert [job["id"] for job in client.get("/v1/jobs").json()["data"]] == [other]
-        # Its idempotency key creates a new job.
+        # After a day its idempotency key creates a new job.
         again = client.post("/v1/jobs", json=JOB, headers={"Idempotency-Key": "once"}).json()["id"]
         assert answers == [job_id, job_id]
         assert again not in (job_id, other)

@@ -25,6 +25,8 @@ from tests.support.store import (
     submit,
 )
 from tests.support.waiting import wait_until
+from workers.janitor.janitor import Janitor
+from workers.janitor.storage_cleaner import StorageCleaner
 from workers.render.loop import RenderLoop
 
 JOB: dict[str, Any] = {"pipeline": "noise", "images_per_prompt": 6, "seed": 1, "reuse": True}
@@ -139,6 +141,29 @@ def test_a_removed_job_s_pictures_are_not_used(
     loop.run()
     assert noise.batches
     assert job_row(farm, tenant, again).status == "succeeded"
+
+
+def test_a_copied_picture_outlives_the_job_that_it_was_copied_from(
+    farm: Farm, tenant: uuid.UUID, noise: Noise, loop: RenderLoop
+) -> None:
+    first = submit(farm, tenant, **JOB, keep_for="1h")
+    loop.run()
+    again = submit(farm, tenant, **JOB)
+    loop.run()
+    before = pictures(farm, tenant, again)
+    assert job_row(farm, tenant, again).reused == 6
+    sql(
+        farm,
+        "UPDATE jobs SET finished_at = finished_at - interval '2 hours' WHERE id = :id",
+        id=first,
+    )
+    work = StorageCleaner(farm)
+    for _ in range(2):
+        with farm.store.connect() as connection:
+            Janitor(farm).sweep(connection)
+        work.step()
+    assert sql(farm, "SELECT id FROM jobs") == [(again,)]
+    assert pictures(farm, tenant, again) == before
 
 
 def test_a_late_result_says_nothing_of_the_picture_that_won(

@@ -192,5 +192,6 @@ class Janitor:
             retention.delete_inputs(connection, settings.retention_days, INPUTS_PER_SWEEP)
         with connection.begin():
             retention.delete_rows(connection, ROWS_PER_SWEEP)
+            retention.forget_keys(connection, ROWS_PER_SWEEP)
         if removed:
             log.info("Removed %d jobs whose retention time is over.", len(removed))

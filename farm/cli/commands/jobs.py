@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,7 +27,7 @@ from farm.cli.terminal.console import (
 )
 from farm.cli.terminal.exit_codes import exit_as
 from farm.errors import InvalidRequest
-from farm.humanize import ago, count, duration, numbered, pace, size
+from farm.humanize import ago, count, duration, numbered, pace, size, utc
 
 if TYPE_CHECKING:
     from farm.cli.client.http import FarmClient
@@ -166,8 +167,12 @@ def _describe(found: JobData) -> None:
     for name, moment in zip(("created", "started", "finished"), moments, strict=True):
         if moment:
             table.add_row(name, ago(moment))
+    if keep_for := found.get("keep_for"):
+        table.add_row("kept for", f"{duration(keep_for)} after its end")
+    if expires_at := found.get("expires_at"):
+        table.add_row("kept until", utc(datetime.fromisoformat(expires_at)))
     for name, value in found["spec"].items():
-        if value in (None, "", [], {}) or name == "prompts":
+        if value in (None, "", [], {}) or name in ("prompts", "keep_for"):
             continue
         shown = str(value)
         if name == "labels" and isinstance(value, dict):

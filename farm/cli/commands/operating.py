@@ -12,6 +12,7 @@ import typer
 
 from farm.cli.client import farm_client
 from farm.cli.commands.job_lookup import find_job
+from farm.cli.submission.body import value_of
 from farm.cli.terminal.console import (
     Json,
     Why,
@@ -130,6 +131,23 @@ def set_(
             show_default=False,
         ),
     ] = None,
+    keep_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Time for which jobs that do not say are kept after their end, such as 7d or 12h, "
+            "or none: the farm's retention.",
+            show_default=False,
+        ),
+    ] = None,
+    max_keep_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Maximum time for which jobs are kept after their end, such as 90d, or none.",
+            show_default=False,
+        ),
+    ] = None,
     why: Why = "",
     as_json: Json = False,
 ) -> None:
@@ -156,6 +174,9 @@ def set_(
     }.items():
         if value is not None:
             change[name] = _limit(name, value)
+    for name, value in {"keep_for": keep_for, "max_keep_for": max_keep_for}.items():
+        if value is not None:
+            change[name] = None if value == "none" else value_of(value)
     if not change:
         raise InvalidRequest("Nothing to set. Example: farm tenants set shop --weight 3")
     with farm_client() as client:
@@ -225,6 +246,10 @@ def _tell(tenant: objects.Tenant, as_json: bool) -> None:
             burst = tenant["requests_burst"]
             at_once = "those of ten seconds" if burst is None else count(burst)
             say(f"Requests: at most {tenant['requests_a_second']:g} a second, {at_once} at once.")
+        kept, most = tenant.get("keep_for"), tenant.get("max_keep_for")
+        own = f"{duration(kept)} by default" if kept else "the time of the farm by default"
+        of = f"at most {duration(most)}" if most else "without a limit"
+        say(f"Jobs are kept after their end: {own}, {of}.")
 
 
 def _owned(tenant: objects.Tenant) -> str:

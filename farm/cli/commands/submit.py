@@ -19,13 +19,14 @@ from farm.cli.submission.body import (
     job_body,
     pair,
     read_job,
+    value_of,
 )
 from farm.cli.submission.fields import pipeline_of, show_fields
 from farm.cli.submission.prompt_file import Columns, Parameters, PromptFile
 from farm.cli.submission.prompt_templates import Templates
 from farm.cli.terminal.console import Json, emit, note, out, say, short
 from farm.cli.terminal.progress import counted
-from farm.errors import KeyReused
+from farm.errors import Conflict, KeyReused
 from farm.humanize import count, duration, plural, size
 
 if TYPE_CHECKING:
@@ -141,6 +142,15 @@ def submit(  # one argument for each option: typer reads the options from this s
         typer.Option(
             metavar="KEY=VALUE",
             help="Label to find the job by. Repeat for several. Example: campaign=spring.",
+        ),
+    ] = None,
+    keep_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Time from the job's end to its removal with its pictures, such as 12h or 7d, or "
+            "in seconds.",
+            show_default="chosen by the farm",
         ),
     ] = None,
     source: Annotated[
@@ -277,6 +287,7 @@ def submit(  # one argument for each option: typer reads the options from this s
         "bucket": bucket,
         "max_attempts": max_attempts,
         "format": form,
+        "keep_for": None if keep_for is None else value_of(keep_for),
     }
     if source and source != "-" and not source.lower().endswith(".json"):
         columns = Columns(
@@ -353,6 +364,12 @@ def send(
             raise KeyReused(
                 "--name: this file was submitted under this name before, with other options. "
                 "Choose another --name."
+            ) from error
+        except Conflict as error:
+            if file is None:
+                raise
+            raise Conflict(
+                "--name: the job of this file and name is removed. Choose another --name."
             ) from error
         if not as_json:
             frames = plural(job["total"], "frame")

@@ -203,7 +203,7 @@ CREATE FUNCTION pg_temp.rooms(_tenants uuid[]) RETURNS TABLE (
     tenant_id uuid, priorities smallint[], max_open_jobs bigint, open_jobs bigint,
     max_waiting_frames bigint, waiting_frames bigint, max_input_bytes bigint, input_bytes bigint,
     device_seconds_a_month float, used_seconds float, promised_seconds float,
-    seconds_to_next_month float
+    seconds_to_next_month float, max_keep_for int
 ) LANGUAGE plpgsql /* by index */ AS $$
 #variable_conflict use_column
 BEGIN
@@ -223,10 +223,10 @@ BEGIN
            CASE WHEN t.device_seconds_a_month IS NOT NULL THEN pg_temp.used_seconds(t.id) END,
            CASE WHEN t.device_seconds_a_month IS NOT NULL THEN coalesce((
                SELECT p.seconds FROM pg_temp.promised_seconds(ARRAY[t.id]) p), 0) END,
-           pg_temp.seconds_to_next_month()
+           pg_temp.seconds_to_next_month(), t.max_keep_for
     FROM (SELECT DISTINCT w.id FROM unnest(_tenants) AS w (id)) w CROSS JOIN LATERAL (
         SELECT * FROM tenants t WHERE t.id = w.id LIMIT 1
     ) t
     WHERE num_nonnulls(t.priorities, t.max_open_jobs, t.max_waiting_frames, t.max_input_bytes,
-                       t.device_seconds_a_month) > 0;
+                       t.device_seconds_a_month, t.max_keep_for) > 0;
 END $$;

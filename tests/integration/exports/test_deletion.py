@@ -118,12 +118,14 @@ def test_retention_deletes_an_export_with_its_files_then_its_job_and_input(
     assert left() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("keep_for", ["NULL", "3600"])
 def test_retention_leaves_a_job_alone_while_an_export_of_it_is_written(
-    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageCleaner
+    farm: Farm, ann: httpx.Client, job: str, storage_work: StorageCleaner, keep_for: str
 ) -> None:
     found = export(ann, job, to="webdataset")
     farm.settings.retention_days = 10.0
     sql(farm, "UPDATE jobs SET finished_at = finished_at - interval '11 days'")
+    sql(farm, f"UPDATE jobs SET keep_for = {keep_for}")
 
     def removed() -> bool:
         with farm.store.connect() as connection:
