@@ -1,4 +1,7 @@
-"""Lines of an input may have settings, and such a job's frames are claimed in groups: see ADR 60."""
+"""Lines of an input may have settings, and such a job's frames are claimed in groups: see ADR 60.
+
+The view `scaling` counts seconds by the cost of the frames that wait.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,73 @@ def _cost(row: str) -> str:
 
 def _cost_before(row: str) -> str:
     return f"remaining_cost({row}.runs, {row}.cursor)"
+
+
+# docs/internals/scaling.md describes the columns. A lane has a share as soon as it had a job. Frames of
+# a tenant cost as much as the mean of all its frames that wait on the lane. The fields in braces are
+# added by this step.
+SCALING = """
+CREATE OR REPLACE VIEW scaling AS
+WITH held AS (
+    SELECT pipeline, held_from FROM lanes
+    WHERE held_from IS NOT NULL AND coalesce(held_until > clock_timestamp(), true)
+), waiting AS (
+    SELECT s.pipeline, s.tenant_id, (
+               SELECT coalesce(sum(n), 0)::bigint
+               FROM unnest(s.waiting[1:coalesce(h.held_from, 3)]) n
+           ) + CASE
+               WHEN r.frames = 0 OR r.frames > 1000 THEN r.frames
+               ELSE (SELECT count(*) FROM requeued_frames r
+                     WHERE r.pipeline = s.pipeline AND r.tenant_id = s.tenant_id AND NOT r.paused
+                       AND r.priority < coalesce(h.held_from, 3)
+                       AND r.not_before < clock_timestamp() + interval '1 minute')
+               END AS frames{cost}
+    FROM shares s LEFT JOIN held h ON h.pipeline = s.pipeline CROSS JOIN LATERAL (
+        SELECT coalesce(sum(n), 0)::bigint AS frames
+        FROM unnest(s.requeued[1:coalesce(h.held_from, 3)]) n
+    ) r WHERE s.waiting <> '{{0,0,0}}' OR s.requeued <> '{{0,0,0}}'
+), running AS (
+    SELECT f.tenant_id, count(*) AS frames
+    FROM leases l CROSS JOIN LATERAL unnest(coalesce(l.tenant_ids, ARRAY(
+        SELECT j.tenant_id FROM unnest(l.job_ids) AS u (id) JOIN jobs j ON j.id = u.id
+    ))) AS f (tenant_id) GROUP BY f.tenant_id
+), room AS (  -- of a tenant with a limit, what is left of it for each lane
+    SELECT w.*, t.max_running_frames - coalesce(r.frames, 0)
+           - (sum(w.frames) OVER (PARTITION BY w.tenant_id ORDER BY w.pipeline) - w.frames) AS room
+    FROM waiting w JOIN tenants t ON t.id = w.tenant_id
+    LEFT JOIN running r ON r.tenant_id = w.tenant_id
+), lanes AS (
+    SELECT a.pipeline, sum(a.frames)::bigint AS frames{sum}
+    FROM (
+        SELECT r.pipeline{costs}, CASE WHEN r.room IS NULL THEN r.frames
+                                   ELSE greatest(least(r.frames, r.room), 0) END AS frames
+        FROM room r
+    ) a GROUP BY a.pipeline
+)
+SELECT lane.pipeline, w.workers, busy.workers AS busy, coalesce(lanes.frames, 0) AS waiting,
+       {seconds} AS seconds
+FROM (SELECT DISTINCT pipeline FROM shares) lane
+CROSS JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE NOT gone) AS workers,
+           sum(denoise_seconds) / nullif(sum(succeeded), 0)::double precision AS seconds_per_frame,
+           sum(cost_seconds) / nullif(sum(cost), 0) AS seconds_per_cost
+    FROM workers WHERE workers.pipeline = lane.pipeline
+) w
+CROSS JOIN LATERAL (
+    SELECT count(DISTINCT worker_id) AS workers FROM leases WHERE leases.pipeline = lane.pipeline
+) busy
+LEFT JOIN lanes ON lanes.pipeline = lane.pipeline
+"""
+BY_FRAMES = "coalesce(lanes.frames, 0) * coalesce(w.seconds_per_frame, 5.0)"
+SCALING_BEFORE = SCALING.format(cost="", sum="", costs="", seconds=BY_FRAMES)
+SCALING_BY_COST = SCALING.format(
+    cost=""",
+           (s.waiting_cost / greatest(1, (
+               SELECT sum(n) FROM unnest(s.waiting || s.requeued) n)))::float AS each_costs""",
+    sum=", sum(a.frames * a.each_costs) AS cost",
+    costs=", r.each_costs",
+    seconds=f"coalesce(coalesce(lanes.cost, 0) * w.seconds_per_cost, {BY_FRAMES})",
+)
 
 
 def upgrade() -> None:
@@ -142,12 +212,14 @@ def upgrade() -> None:
         comment="Control images that lines of inputs name.",
     )
     op.create_index("input_images_of_tenant", "input_images", ["tenant_id", "sha256"])
+    op.execute(SCALING_BY_COST)
     op.execute(JOB_COST)
     op.execute(JOBS_INSERTED.format(cost=_cost("j")))
     op.execute(JOB_CHANGED.format(new=_cost("NEW"), old=_cost("OLD")))
 
 
 def downgrade() -> None:
+    op.execute(SCALING_BEFORE)
     op.execute(JOBS_INSERTED.format(cost=_cost_before("j")))
     op.execute(JOB_CHANGED.format(new=_cost_before("NEW"), old=_cost_before("OLD")))
     op.execute("DROP FUNCTION job_cost")

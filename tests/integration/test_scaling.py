@@ -12,7 +12,8 @@ from sqlalchemy import make_url
 
 from farm.config import Settings
 from farm.context import Farm
-from farm.services import steering
+from farm.services import input_upload, jobs, steering
+from farm.services.input_upload import InputReader
 from farm.store.engine import transaction
 from farm.store.workers import Account, account
 from tests.integration.test_migrations import env_of
@@ -57,6 +58,26 @@ def test_seconds_are_those_that_the_lane_needed(farm: Farm, tenant: uuid.UUID) -
     with transaction(farm.store) as connection:
         account(connection, worker.id, Account(succeeded=20, denoise_seconds=30.0))
     assert lane(farm).seconds == pytest.approx(4 * 1.5)
+
+
+def test_frames_count_by_their_own_steps_and_size(farm: Farm, tenant: uuid.UUID) -> None:
+    """A job with groups too: its lines differ in steps."""
+    step = 64 * 64  # the cost of a step of a frame
+    submit(farm, tenant, images_per_prompt=2, steps=10)
+    with InputReader(farm.settings) as read:
+        read.feed(b'{"prompt": "a", "steps": 30}\n{"prompt": "b", "steps": 50}\n{"prompt": "c"}')
+        read.end()
+        found = input_upload.store(farm, tenant, read)
+    body = {"pipeline": "demo", "input": str(found.id), "steps": 20}
+    jobs.submit(farm, tenant, body)
+    worker = register_worker(farm)
+    with transaction(farm.store) as connection:
+        done = Account(succeeded=1, denoise_seconds=9.0, cost=step, cost_seconds=0.5)
+        account(connection, worker.id, done)
+    assert lane(farm).waiting == 5
+    assert lane(farm).seconds == pytest.approx((2 * 10 + 30 + 50 + 20) * 0.5)
+    worker.must_claim()  # both frames of the first job
+    assert lane(farm).seconds == pytest.approx((30 + 50 + 20) * 0.5)
 
 
 def test_a_paused_job_waits_for_nobody(farm: Farm, tenant: uuid.UUID) -> None:
