@@ -63,6 +63,8 @@ class Setting(NamedTuple):
     line: int
     """Number of the first line that has them, from 1."""
     values: dict[str, Any]
+    flaw: str | None = None
+    """Syntax error in the prompts of its lines. Empty if there is none; None if not checked yet."""
 
 
 @dataclass(frozen=True)

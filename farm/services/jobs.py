@@ -13,7 +13,7 @@ from typing import Any
 
 from farm import failpoints
 from farm.context import Farm
-from farm.domain.inputs import CONTROL, LineSettings, StoredInput
+from farm.domain.inputs import CONTROL, LineSettings, Setting, StoredInput
 from farm.domain.keeping import DAY_SECONDS
 from farm.domain.spec import FullSpec, JobSpec, Priority
 from farm.errors import FarmError, InvalidRequest, NotFound
@@ -51,7 +51,7 @@ def check(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Checked:
     stored_input, of_lines = _stored_input(farm, tenant_id, job)
     spec = full_spec(job, resolved, farm.settings, stored_input, of_lines)
     if stored_input is not None:
-        _check_syntax(farm, spec, resolved, stored_input)
+        _check_syntax(farm, spec, resolved, stored_input, of_lines)
         _check_images_of_lines(farm, stored_input)
     _check_images(farm, tenant_id, resolved, spec, of_lines)
     if job.webhook is not None:
@@ -229,39 +229,51 @@ def _check_images_of_lines(farm: Farm, stored_input: StoredInput) -> None:
 
 
 def _check_syntax(
-    farm: Farm, spec: FullSpec, resolved: ResolvedPipeline, stored_input: StoredInput
+    farm: Farm,
+    spec: FullSpec,
+    resolved: ResolvedPipeline,
+    stored_input: StoredInput,
+    of_lines: LineSettings | None,
 ) -> None:
-    """Check the prompt syntax of an input. This runs once: the input's row keeps the result."""
+    """Check the prompts of lines that have a syntax. This runs once: the input has the result."""
     points = [resolved.params(point.params) for point in spec.every_point()]
     params = syntax_among(points)
     if params is None:
         return
-    flaw = stored_input.syntax_flaw
-    reading = {place % spec.settings for place, each in enumerate(points) if each.reads_syntax}
-    if flaw != "" and len(reading) < spec.settings:  # lines that do not read it may be anything
-        flaw = _syntax_flaw(farm, params, stored_input, reading)
-    elif flaw is None:
-        flaw = _syntax_flaw(farm, params, stored_input, reading)
+    settings = of_lines.settings if of_lines else [Setting(1, {}, stored_input.syntax_flaw)]
+    reading = {place % len(settings) for place, each in enumerate(points) if each.reads_syntax}
+    known = {number: settings[number].flaw for number in sorted(reading)}
+    flaws = {number: flaw for number, flaw in known.items() if flaw is not None}
+    if unknown := reading - flaws.keys():
+        found = _syntax_flaws(farm, params, stored_input, unknown)
         with one_statement(farm.store) as connection:
-            inputs.judge_syntax(connection, stored_input.id, flaw)
-    if flaw:
+            if of_lines is None:
+                inputs.judge_syntax(connection, stored_input.id, found[0])
+            else:
+                inputs.judge_settings(connection, stored_input.id, found)
+        flaws |= found
+    if flaw := next(filter(None, flaws.values()), ""):
         raise InvalidRequest(flaw, param="input")
 
 
-def _syntax_flaw(
-    farm: Farm, params: Params, stored_input: StoredInput, reading: Collection[int]
-) -> str:
-    """Find the first error in the prompts of lines with some settings, given by their indexes."""
+def _syntax_flaws(
+    farm: Farm, params: Params, stored_input: StoredInput, numbers: Collection[int]
+) -> dict[int, str]:
+    """Find the first error in the lines with each of some settings, by the index of the setting."""
+    found = dict.fromkeys(numbers, "")
     with reads(farm.store) as connection:
         for index, line in all_lines(connection, stored_input):
-            if line.setting not in reading:
+            if found.get(line.setting) != "":  # not asked for, or known to be wrong
                 continue
             for text in (line.prompt, line.negative_prompt or ""):
                 try:
                     params.check_prompt(text)
                 except ValueError as error:
-                    return f"input: line with index {index}: {error}."
-    return ""
+                    found[line.setting] = f"input: line with index {index}: {error}."
+                    break
+            if all(found.values()):
+                break
+    return found
 
 
 def _attributes(job_id: uuid.UUID, spec: FullSpec) -> dict[str, str | int]:

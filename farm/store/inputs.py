@@ -6,7 +6,7 @@ import itertools
 import json
 import uuid
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from sqlalchemy import Connection, text
@@ -74,6 +74,17 @@ ORDER BY created_at DESC, id DESC LIMIT :limit
 """)  # noqa: S608 - constants only
     for whose in ("tenant_id = :tenant_id", "true")
 )
+
+# Two may judge at once: each writes its own settings.
+JUDGE_SETTINGS = text("""
+UPDATE inputs SET settings = (
+    SELECT jsonb_agg(
+        coalesce(jsonb_set(s.setting, '{2}', to_jsonb(f.flaw)), s.setting) ORDER BY s.n)
+    FROM jsonb_array_elements(settings) WITH ORDINALITY AS s (setting, n)
+    LEFT JOIN jsonb_each_text(CAST(:flaws AS jsonb)) AS f (number, flaw)
+      ON f.number = (s.n - 1)::text)
+WHERE id = :id
+""")
 
 JUDGE = text("UPDATE inputs SET syntax_flaw = :flaw WHERE id = :id")
 
@@ -177,6 +188,11 @@ def missing_image(connection: Connection, input_id: uuid.UUID) -> NamedImage | N
 def judge_syntax(connection: Connection, input_id: uuid.UUID, flaw: str) -> None:
     """Record why an input's prompts cannot be read as weighted prompts. Empty if they can."""
     connection.execute(JUDGE, {"id": input_id, "flaw": flaw})
+
+
+def judge_settings(connection: Connection, input_id: uuid.UUID, flaws: Mapping[int, str]) -> None:
+    """Record the same of the lines with some settings, by the index of the setting."""
+    connection.execute(JUDGE_SETTINGS, {"id": input_id, "flaws": json.dumps(flaws)})
 
 
 def list_inputs(

@@ -236,14 +236,14 @@ def test_an_input_that_is_deleted_while_a_job_is_submitted(
 def test_weighted_prompts_of_an_input_are_looked_at_once(
     farm: Farm, api: Api, monkeypatch: pytest.MonkeyPatch, prompt: str, flaw: str
 ) -> None:
-    looked: list[str] = []
-    check = jobs_use_cases._syntax_flaw
+    looked: list[dict[int, str]] = []
+    check = jobs_use_cases._syntax_flaws
 
-    def watched(*args: Any) -> str:
+    def watched(*args: Any) -> dict[int, str]:
         looked.append(check(*args))
         return looked[-1]
 
-    monkeypatch.setattr(jobs_use_cases, "_syntax_flaw", watched)
+    monkeypatch.setattr(jobs_use_cases, "_syntax_flaws", watched)
     client = api.client()
     source = upload(client, [{"prompt": "a star"}, {"prompt": prompt}])["id"]
     assert submit(client, source).status_code == 202

@@ -411,6 +411,10 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
     ),
     "settings of an input": (inputs.SETTINGS, {"id": uuid.UUID(int=1)}),
     "settings of its lines": (inputs.SETTINGS_OF_LINES, {"id": uuid.UUID(int=1)}),
+    "verdict on the syntax of lines": (
+        inputs.JUDGE_SETTINGS,
+        {"id": uuid.UUID(int=1), "flaws": '{"0": ""}'},
+    ),
     "an image that is missing": (inputs.MISSING_IMAGE, {"id": uuid.UUID(int=1)}),
     "failed attempts page": (
         job_pages.FAILED_ATTEMPTS,

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from farm.context import Farm
+from farm.services import jobs as jobs_use_cases
 from farm.services.audit import audited
 from farm.store import frames, keys, migrate, queries
 from farm.store.claim import ClaimedFrame
@@ -277,6 +278,31 @@ def test_prompts_are_read_in_the_syntax_of_their_own_line(ann: httpx.Client) -> 
     answer = submit(ann, upload(ann, [{"prompt": "a"}, {**wrong, **compel}])["id"])
     refused(answer, 422, "invalid_request", "input")
     assert "input: line with index 1: " in answer.json()["detail"]
+
+
+def test_the_syntax_of_lines_is_judged_once_for_each_setting(
+    farm: Farm, ann: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[dict[str, Any]] = [
+        {"prompt": "a", "prompt_syntax": "compel", "steps": 2},
+        {"prompt": "a (star", "prompt_syntax": "compel"},
+        {"prompt": "a (star"},
+    ]
+    found, looked = upload(ann, lines), list[dict[int, str]]()
+    check = jobs_use_cases._syntax_flaws
+
+    def watched(*args: Any) -> dict[int, str]:
+        looked.append(check(*args))
+        return looked[-1]
+
+    monkeypatch.setattr(jobs_use_cases, "_syntax_flaws", watched)
+    for _ in range(2):
+        refused(submit(ann, found["id"]), 422, "invalid_request", "input")
+        assert len(looked) == 1
+    [(settings,)] = sql(farm, "SELECT settings FROM inputs WHERE id = :id", id=found["id"])
+    verdicts = [flaw for _, _, flaw in settings]
+    assert (verdicts[0], verdicts[2]) == ("", None)
+    assert verdicts[1].startswith("input: line with index 1: ")
 
 
 def test_before_the_last_step_of_an_upgrade_such_a_job_is_refused(
