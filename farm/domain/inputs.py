@@ -7,12 +7,11 @@ These are the settings of a line. The pipeline is not known here, so a job check
 
 from __future__ import annotations
 
-import itertools
 import re
 import uuid
 import zlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple, Required
@@ -27,6 +26,8 @@ from farm.domain.spec import MAX_SEED, JobSpec, LabelText, Line
 from farm.errors import InvalidRequest
 
 LINES_PER_PART = 1000
+BYTES_PER_LINE = 50
+"""What Python needs for a line besides its text, in bytes."""
 MAX_KEY_CHARS = 200
 
 
@@ -159,24 +160,38 @@ class Part(NamedTuple):
     """For each line a uint16: the index of its settings. None: all have the same."""
 
 
-def unpack(part: Part) -> list[Line]:
-    """Unpack the lines of a part."""
-    lines = zlib.decompress(part.content).split(b"\n")
-    settings = itertools.repeat(0) if part.settings is None else array("H", part.settings)
-    return [
-        Line(
+class StoredLines:
+    """The lines of a part. Each is read when it is asked for: a batch may need few of them."""
+
+    def __init__(self, part: Part) -> None:
+        self._texts = zlib.decompress(part.content).split(b"\n")
+        self._settings = None if part.settings is None else array("H", part.settings)
+        self.size = sum(map(len, self._texts)) + BYTES_PER_LINE * len(self._texts)
+        """Memory that it takes, in bytes."""
+
+    def __getitem__(self, index: int) -> Line:
+        return self._line(from_json(self._texts[index]), index)
+
+    def every(self) -> Iterator[Line]:
+        """Read all lines."""
+        for index, fields in enumerate(from_json(b"[" + b",".join(self._texts) + b"]")):
+            yield self._line(fields, index)
+
+    def _line(self, fields: Mapping[str, Any], index: int) -> Line:
+        return Line(
             fields["prompt"],
             fields.get("key"),
             whole(fields.get("seed")),
             fields.get("negative_prompt"),
             fields.get("labels"),
-            setting,
+            0 if self._settings is None else self._settings[index],
             images_of(fields.get(CONTROL)),
         )
-        for fields, setting in zip(
-            from_json(b"[" + b",".join(lines) + b"]"), settings, strict=False
-        )
-    ]
+
+
+def unpack(part: Part) -> list[Line]:
+    """Unpack the lines of a part."""
+    return [*StoredLines(part).every()]
 
 
 def images_of(control: Any) -> tuple[str, ...] | None:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 
+from cachetools import LRUCache
 from sqlalchemy import Connection, text
 
-from farm.domain.inputs import LINES_PER_PART, StoredInput, unpack
+from farm.domain.inputs import LINES_PER_PART, StoredInput, StoredLines, unpack
 from farm.domain.spec import FullSpec, Line
 from farm.store import arrays
 from farm.store.inputs import read_parts
 
-Parts = MutableMapping[tuple[uuid.UUID, int], list[Line]]
+Parts = MutableMapping[tuple[uuid.UUID, int], StoredLines]
 """Cache of parts of inputs, by input and index of the part's first line."""
+
+
+def part_cache(most_bytes: int) -> Parts:
+    """Return a cache of parts that takes at most this memory. A job with groups reads many."""
+    cache: LRUCache[tuple[uuid.UUID, int], StoredLines] = LRUCache(
+        most_bytes, getsizeof=lambda part: part.size
+    )
+    return cache
+
 
 PROMPTS = text("""
 SELECT w.job_id, w.place, c.prompts[w.place - c.first + 1] AS prompt
@@ -82,11 +93,12 @@ def _prompts(
 
 def _parts(
     connection: Connection, wanted: list[tuple[uuid.UUID, int]], known: Parts
-) -> dict[tuple[uuid.UUID, int], list[Line]]:
+) -> dict[tuple[uuid.UUID, int], StoredLines]:
     here = {part: lines for part in wanted if (lines := known.get(part)) is not None}
     missing = [part for part in wanted if part not in here]
     if missing:
-        read = {part: unpack(content) for part, content in read_parts(connection, missing).items()}
-        known.update(read)
-        here.update(read)
+        for part, content in read_parts(connection, missing).items():
+            here[part] = StoredLines(content)
+            with suppress(ValueError):  # one part is larger than the cache
+                known[part] = here[part]
     return here

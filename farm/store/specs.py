@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from farm.domain.image_formats import Format
 from farm.domain.spec import FrameSpec, FullSpec, Line, frame_spec
 from farm.store import arrays
-from farm.store.lines import Parts, lines_of
+from farm.store.lines import Parts, lines_of, part_cache
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ def frame_specs(
 class KnownSpecs:
     """A cache of what never changes: the specs of jobs, and parts of inputs."""
 
-    def __init__(self, jobs: int = 500, parts: int = 4) -> None:
-        """Create it for a maximum number of each."""
+    def __init__(self, jobs: int = 500, part_bytes: int = 2**24) -> None:
+        """Create it for a maximum number of jobs, and size of parts."""
         self.jobs: MutableMapping[uuid.UUID, FullSpec] = LRUCache(jobs)
-        self.parts: Parts = LRUCache(parts)
+        self.parts: Parts = part_cache(part_bytes)
 
 
 class FrameIdentity(NamedTuple):

@@ -12,17 +12,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cachetools import LRUCache
 
 from farm.context import Farm
-from farm.domain.spec import FullSpec, Line, Priority
+from farm.domain.spec import FullSpec, Priority
 from farm.store import frames, leases
 from farm.store.claim import Lease, claim
 from farm.store.engine import one_statement, transaction
+from farm.store.lines import part_cache
 from workers.render.identity import Identity
 from workers.render.retry import retry_while_unavailable
 
 REMEMBERED_JOBS = 64
 """Number of jobs whose specs are cached."""
-REMEMBERED_PARTS = 16
-"""Number of input parts that are cached. A part has a thousand lines."""
+PART_BYTES = 2**26
+"""Memory for cached parts of inputs. A part has a thousand lines."""
 
 CLAIM_LEAD_FACTOR = 3.0
 """Start the next claim when the current batch has this many claim durations left."""
@@ -86,7 +87,7 @@ class Claims:
         """Plans of open buckets: see store.claim."""
         self.pace = Pace()
         self._specs: LRUCache[uuid.UUID, FullSpec] = LRUCache(REMEMBERED_JOBS)
-        self._parts: LRUCache[tuple[uuid.UUID, int], list[Line]] = LRUCache(REMEMBERED_PARTS)
+        self._parts = part_cache(PART_BYTES)
         self._in_hand: dict[uuid.UUID, tuple[float, float]] = {}
         """Start and end of the claim, by lease, on the monotonic clock."""
         self._lock = threading.Lock()
