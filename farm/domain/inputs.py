@@ -27,7 +27,7 @@ from farm.errors import InvalidRequest
 
 LINES_PER_PART = 1000
 BYTES_PER_LINE = 50
-"""What Python needs for a line besides its text, in bytes."""
+"""Memory that Python needs for a line besides its text, in bytes."""
 MAX_KEY_CHARS = 200
 
 
