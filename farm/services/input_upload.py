@@ -11,7 +11,7 @@ import tempfile
 import uuid
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -48,6 +48,8 @@ MAX_BAD_LINES = 100
 """Maximum number of wrong lines in one error."""
 PIECE_BYTES = 2**14
 """Packed bytes that are unpacked at once. The rest of a piece is copied for each file in it."""
+KNOWN_SETTINGS = 10_000
+"""Forms of settings that are remembered: the same fields may stand in another order."""
 GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 NEEDS_SLOW_CHECK = (b"\x00", b"\\u0000", b"\\ud", b"\\uD")
@@ -102,6 +104,8 @@ class InputReader:
         self._key_hashes = array("q")
         self._key_lines = array("q")
         self._settings_by_text: dict[str, int] = {}
+        self._indexes: dict[tuple[object, ...], int] = {}
+        """Indexes of settings, by the fields of a line and their types."""
         self._parts = tempfile.TemporaryFile(prefix="farm-input-")  # noqa: SIM115 - closed by __exit__
         self._sizes: list[int] = []
 
@@ -291,33 +295,46 @@ class InputReader:
 
     def _setting(self, number: int, fields: LineFields) -> int:
         """Return the index of a line's settings."""
+        given = tuple(item for item in fields.items() if item[0] not in OWN_FIELDS)
+        if not given:
+            return self._index_of(number, {})
         try:
-            values = settings_of(fields) if fields.keys() - OWN_FIELDS else {}
+            same = given, tuple(type(value) for _, value in given)  # 1 equals True
+            known = self._indexes.get(same)
+        except TypeError:  # a list, which may name images
+            return self._new_setting(number, dict(given))
+        if known is None:
+            known = self._new_setting(number, dict(given))
+            if len(self._indexes) < KNOWN_SETTINGS:
+                self._indexes[same] = known
+        return known
+
+    def _new_setting(self, number: int, given: Mapping[str, Any]) -> int:
+        try:
+            values = settings_of(given)
         except ValueError as error:
             self._problems.append((number, str(error)))
             return 0
-        text = CANONICAL.encode(values) if values else ""
-        index = self._settings_by_text.setdefault(text, len(self.facts.settings))
-        if index == len(self.facts.settings):
-            self.facts.settings.append(Setting(number, values))
-            if len(text) > MAX_SETTING_CHARS:
-                self._problems.append(
-                    (
-                        number,
-                        f"its parameters take {len(text)} characters; the limit is "
-                        f"{MAX_SETTING_CHARS}",
-                    )
-                )
-            if index == MAX_SETTINGS:
-                self._problems.append((number, self._too_many_settings()))
-                raise BadLines(self._problems[:MAX_BAD_LINES])
-        for image in images_of(dict(fields).get(CONTROL)) or ():
+        for image in images_of(given.get(CONTROL)) or ():
             self.facts.images.setdefault(image, number)
-            if len(self.facts.images) > MAX_IMAGES:
-                self._problems.append(
-                    (number, f"the input names more than {MAX_IMAGES} images. Send several inputs")
+        if len(self.facts.images) > MAX_IMAGES:
+            why = f"the input names more than {MAX_IMAGES} images. Send several inputs"
+            raise BadLines([*self._problems, (number, why)][:MAX_BAD_LINES])
+        return self._index_of(number, values)
+
+    def _index_of(self, number: int, values: dict[str, Any]) -> int:
+        text, settings = CANONICAL.encode(values) if values else "", self.facts.settings
+        index = self._settings_by_text.setdefault(text, len(settings))
+        if index == len(settings):
+            settings.append(Setting(number, values))
+            if len(text) > MAX_SETTING_CHARS:
+                why = (
+                    f"its parameters take {len(text)} characters; the limit is {MAX_SETTING_CHARS}"
                 )
-                raise BadLines(self._problems[:MAX_BAD_LINES])
+                self._problems.append((number, why))
+            if index == MAX_SETTINGS:
+                problems = [*self._problems, (number, self._too_many_settings())]
+                raise BadLines(problems[:MAX_BAD_LINES])
         return index
 
     def _too_many_settings(self) -> str:

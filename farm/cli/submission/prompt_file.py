@@ -316,6 +316,8 @@ def _may_be_text(schema: Mapping[str, Any]) -> bool:
 
 def _parameter(value: object, *, may_be_text: bool) -> object:
     """Read the value of a parameter. The farm checks it."""
+    if type(value) is int:  # most are
+        return value
     if value is None or _is_nan(value):
         return None
     if isinstance(value, bytes):
