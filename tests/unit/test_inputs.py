@@ -255,11 +255,11 @@ def test_settings_are_read_over_several_parts(read: Read) -> None:
         ({"control": "edges.png"}, "control: use a list with an object for each image: "),
         ({"control": [{"scale": 1.0}]}, "control: use a list with an object for each image: "),
         ({"control": [{"image": "edges.png"}]}, "control: use a list with an object"),
-        ({"note": "n" * 5000}, "its parameters take 5011 characters, of at most 4000."),
+        ({"note": "n" * 5000}, "its parameters take 5011 characters; the limit is 4000."),
         ({"sampler\u0000": 1}, "NUL"),
         ({"sampler": {"a": ["\u0000"]}}, "NUL"),
     ],
-    ids=str,
+    ids=lambda value: value[:40] if isinstance(value, str) else next(iter(value)),
 )
 def test_wrong_parameters_are_told_with_their_line(
     read: Read, line: dict[str, Any], why: str
