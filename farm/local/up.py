@@ -19,7 +19,7 @@ from farm.local.ports import HOST, free_port, is_free
 from farm.local.servers import Servers, start_servers, supervised
 from farm.local.supervisor import Supervisor
 from farm.pipelines.catalog import Pipeline, load_catalog
-from farm.pipelines.resolve import uses_gpu
+from farm.pipelines.resolve import resolve_pipeline, uses_gpu
 from farm.pipelines.runtime.gpus import Gpu, device_bytes, list_gpus
 from farm.process import cores
 
@@ -95,7 +95,8 @@ def _entry(name: str, pipeline: Pipeline, gpus: Sequence[Gpu]) -> Entry:
     if not (gpus and uses_gpu(name, pipeline)):
         return Entry(name, uses_gpu=False)
     try:
-        return Entry(name, uses_gpu=True, bytes=device_bytes(pipeline))
+        whole = resolve_pipeline(name, pipeline).pipeline
+        return Entry(name, uses_gpu=True, bytes=device_bytes(whole))
     except CatalogError:  # its worker says why; it may be repaired
         return Entry(name, uses_gpu=True)
 

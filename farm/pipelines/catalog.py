@@ -24,15 +24,24 @@ from farm.domain.ladder import powers_up_to
 from farm.domain.spec import MAX_BUCKET
 from farm.errors import CatalogError, InvalidRequest
 
+SAFE = ".safetensors"
+"""Suffix of the only weight files that are loaded."""
+
 
 class Weights(BaseModel):
-    """Source of weights: a hub repository, or a folder next to the catalog."""
+    """Source of weights: a hub repository, or a folder or one file next to the catalog."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
         min_length=1,
-        description="a hub repository such as owner/name, or a folder next to the catalog",
+        description="a hub repository such as owner/name, or a folder or a .safetensors file next "
+        "to the catalog",
+    )
+    config: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or hub repository with the configuration of a source that is one file",
     )
     revision: str | None = Field(default=None, description="commit of the hub repository")
     variant: str | None = Field(default=None, description="variant of the weights, such as fp16")
@@ -41,14 +50,28 @@ class Weights(BaseModel):
 
     @property
     def checkpoint(self) -> str:
-        """Path of the local folder, if it exists; else the name of the hub repository."""
-        local = self._folder / self.source
-        return str(local) if local.is_dir() else self.source
+        """Path of the local folder or file; else the name of the hub repository."""
+        return str(self._folder / self.source) if self.is_local else self.source
 
     @property
     def is_local(self) -> bool:
-        """True if the checkpoint is in a local folder."""
-        return (self._folder / self.source).is_dir()
+        """True if the checkpoint is a local folder or one file."""
+        return (self._folder / self.source).is_dir() or self.is_file
+
+    @property
+    def is_file(self) -> bool:
+        """True if the checkpoint is one file: because of its name, or because it is there."""
+        local = self._folder / self.source
+        return local.is_file() or (local.suffix == SAFE and not local.is_dir())
+
+    @property
+    def configuration(self) -> Weights | None:
+        """Source of the configuration, which a checkpoint in one file does not hold."""
+        if self.config is None:
+            return None
+        found = Weights(source=self.config, revision=self.revision)
+        found._folder = self._folder
+        return found
 
 
 def _written_short(value: object) -> object:
@@ -177,8 +200,19 @@ class Pipeline(Weights):
         return {name: part for name, part in named.items() if part is not None} | nets
 
     def variant_of(self, part: Weights) -> str | None:
-        """Return the variant of some weights: their own if they name one, else the entry's."""
+        """Return the variant of some weights: their own if they name one, else the entry's.
+
+        A checkpoint in one file has none.
+        """
+        if part.is_file:
+            return None
         return (self.variant if part.variant is None else part.variant) or None
+
+    def with_prior(self, source: str) -> Pipeline:
+        """Return a copy of the entry with this source as its prior."""
+        entry = self.model_copy(update={"prior": Weights(source=source)})
+        entry.place(self._folder)
+        return entry
 
     def place(self, folder: Path) -> None:
         """Set the folder that local sources are relative to."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from farm.domain.spec import Point
 from farm.errors import CatalogError
 from farm.pipelines.catalog import Pipeline
+from farm.pipelines.checkpoints.model_card import with_named_prior
 from farm.pipelines.families import Family, family_of, read_checkpoint
 from farm.pipelines.family import uses_torch
 from farm.pipelines.params import Params, tailored
@@ -21,6 +22,7 @@ class ResolvedPipeline:
 
     name: str
     pipeline: Pipeline
+    """The entry, with the prior that its checkpoint names if the entry names none."""
     family: Family
     family_params: type[Params]
     """Parameters of the family, fitted to the checkpoint."""
@@ -54,6 +56,9 @@ def resolve_pipeline(name: str, pipeline: Pipeline) -> ResolvedPipeline:
     try:
         checkpoint = read_checkpoint(pipeline)
         family = family_of(pipeline, checkpoint)
+        if "prior" in family.parts and not checkpoint.parts:
+            pipeline = with_named_prior(pipeline)
+            checkpoint = read_checkpoint(pipeline)
         _refuse_unused_parts(pipeline, family)
         params_type = family.tailor(pipeline, checkpoint)
         with_defaults = _with_defaults(params_type, pipeline.defaults)

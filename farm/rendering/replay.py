@@ -119,7 +119,7 @@ def replay(
     frame = _checked(picture, recorded, resolved)
     images = {name: find_image(name) for name in resolved.params_type.image_ids(frame.params)}
     prepare_torch(recorded.threads)
-    loaded = resolved.family.load(entry)
+    loaded = resolved.family.load(resolved.pipeline)
     warm_up(resolved, loaded, only=frame)
     fresh = resolved.family.denoise(loaded, Batch([frame], on_step, images))[0]
     if fresh is None:

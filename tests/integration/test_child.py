@@ -148,8 +148,9 @@ PICKLE = (
     "any code. Only safetensors are loaded."
 )
 NO_PRIOR = (
-    "Pipeline kandinsky: kandinsky22_decoder needs a prior, which makes embeddings of prompts. Set "
-    "`prior`, for example to kandinsky-community/kandinsky-2-2-prior."
+    "Pipeline kandinsky: kandinsky22_decoder needs a prior, which makes embeddings of prompts, and "
+    "has no README.md that names one. Set `prior`, for example to "
+    "kandinsky-community/kandinsky-2-2-prior."
 )
 NO_MEMORY = (
     "Out of memory: stable_diffusion needs 0.0 GiB on cpu for its weights, but 0.0 GiB are "

@@ -39,6 +39,17 @@ def test_a_folder_needs_no_download(catalog: Path) -> None:
     assert (code, out) == (0, f"here: model is in {catalog.parent / 'model'}.\n")
 
 
+def test_one_file_needs_no_download_but_must_be_there(catalog: Path) -> None:
+    (catalog.parent / "model").mkdir()
+    path = catalog.parent / "dream.safetensors"
+    catalog.write_text(f'[pipelines.one]\nsource = "{path.name}"\nconfig = "model"\n')
+    code, _, err = fetch(catalog, "one")
+    assert code == 1
+    assert "There is no file dream.safetensors next to the catalog." in err
+    path.touch()
+    assert fetch(catalog, "one")[:2] == (0, f"one: dream.safetensors is in {path}.\n")
+
+
 def test_a_pipeline_that_is_not_in_the_catalog_is_refused(catalog: Path) -> None:
     code, _, err = fetch(catalog, "here", "nowhere")
     assert code == 1

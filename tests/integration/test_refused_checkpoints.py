@@ -211,7 +211,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no prior": (
         ("kandinsky22_decoder",),
         'source = "kandinsky22_decoder"',
-        "needs a prior, which makes embeddings of prompts. Set `prior`",
+        "needs a prior, which makes embeddings of prompts, and has no README.md .* Set `prior`",
     ),
     "no ControlNet": (
         ("stable_diffusion",),

@@ -158,36 +158,39 @@ def stable_diffusion_guarded() -> Any:
     )
 
 
-def sdxl() -> Any:
-    """SDXL's base."""
+def sdxl(second_width: int = 32) -> Any:
+    """SDXL's base. `second_width` is the number of features of its second text encoder."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     kit = _kit()
+    both = {"cross_attention_dim": 32 + second_width}
     return kit.StableDiffusionXLPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config()),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(hidden_size=second_width)),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
-        unet=kit.UNet2DConditionModel(**{**UNET, **UP, **SDXL_ADDITION}),
+        unet=kit.UNet2DConditionModel(**{**UNET, **UP, **SDXL_ADDITION, **both}),
         scheduler=kit.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
 
 
-def sdxl_refiner() -> Any:
-    """SDXL's refiner: the second text encoder only."""
+def sdxl_refiner(width: int = 32) -> Any:
+    """SDXL's refiner: the second text encoder only, with `width` features."""
     from transformers import CLIPTextModelWithProjection
 
     kit = _kit()
     return kit.StableDiffusionXLImg2ImgPipeline(
         vae=_vae(),
         text_encoder=None,
-        text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(hidden_size=width)),
         tokenizer=None,
         tokenizer_2=clip_tokenizer(),
-        unet=kit.UNet2DConditionModel(**{**UNET, **UP, **REFINER_ADDITION}),
+        unet=kit.UNet2DConditionModel(
+            **{**UNET, **UP, **REFINER_ADDITION, "cross_attention_dim": width}
+        ),
         scheduler=kit.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
@@ -434,6 +437,9 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "stable_diffusion_least": least_stable_diffusion,
     "sdxl": sdxl,
     "sdxl_refiner": sdxl_refiner,
+    # diffusers finds the two text encoders of one file by their widths, which differ as in SDXL.
+    "sdxl_two_widths": lambda: sdxl(second_width=64),
+    "sdxl_refiner_two_widths": lambda: sdxl_refiner(width=64),
     "controlnet": controlnet,
     "controlnet_b": controlnet,
     "controlnet_sdxl": lambda: controlnet(**SDXL_ADDITION),

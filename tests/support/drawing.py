@@ -23,12 +23,14 @@ def picture(bench: CheckpointSandbox, words: str, **params: Any) -> np.ndarray[A
     return np.asarray(drawn)
 
 
-def bare(folder: Path) -> np.ndarray[Any, Any]:
-    """Render the same picture by bare diffusers."""
+def bare(source: Any) -> np.ndarray[Any, Any]:
+    """Render the same picture by bare diffusers, from a folder or with a loaded pipeline."""
     import torch
     from diffusers import AutoPipelineForText2Image
 
-    pipe = AutoPipelineForText2Image.from_pretrained(folder, use_safetensors=True)
+    pipe = source
+    if isinstance(source, Path):
+        pipe = AutoPipelineForText2Image.from_pretrained(source, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe(
         "a red star",

@@ -14,6 +14,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ NETS = {
 }
 NO_TENSORS = struct.pack("<Q", 2) + b"{}"
 """Content of an empty safetensors file."""
+ONE_FILE: Mapping[str, list[int]] = {
+    "model.diffusion_model.input_blocks.0.0.weight": [320, 4, 3, 3],
+    "model.diffusion_model.input_blocks.11.0.in_layers.2.weight": [1280, 1280, 3, 3],
+    "model.diffusion_model.out.2.weight": [4, 320, 3, 3],
+    "first_stage_model.decoder.conv_in.weight": [512, 4, 3, 3],
+    "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight": [77, 768],
+    "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": [49408, 768],
+}
+"""Some tensors of a Stable Diffusion 1.5 in one file, with their shapes."""
 
 
 def weigh(place: Path, config: Mapping[str, Any], name: str = "config.json") -> None:
@@ -117,6 +127,18 @@ def weigh(place: Path, config: Mapping[str, Any], name: str = "config.json") -> 
     (place / name).write_text(json.dumps(config))
     for file in ("model.safetensors", "model.fp16.safetensors"):
         (place / file).write_bytes(NO_TENSORS)
+
+
+def write_header(path: Path, shapes: Mapping[str, list[int]]) -> None:
+    """Write a safetensors file whose tensors take no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    with path.open("r+b") as file:
+        file.truncate(8 + len(text) + end)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +153,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / source / "model_index.json").write_text(json.dumps(index))
     for source, unet in NETS.items():
         weigh(folder / source, {"_class_name": "ControlNetModel", **unet})
+    write_header(folder / "dreamshaper_8.safetensors", ONE_FILE)
+    card = folder / "kandinsky-community/kandinsky-2-2-decoder/README.md"
+    card.write_text("---\nprior:\n- kandinsky-community/kandinsky-2-2-prior\n---\n")
     return folder
 
 

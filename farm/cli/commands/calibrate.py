@@ -126,7 +126,7 @@ def _measure(
     sizes = calibration.sizes(resolved, added)
     with busy(f"Loading {name}"):
         prepare_torch(even_threads(settings.torch_threads))
-        loaded = resolved.family.load(entry)
+        loaded = resolved.family.load(resolved.pipeline)
     return [_swept(resolved, loaded, size, names, effort) for size, names in sizes.items()], loaded
 
 

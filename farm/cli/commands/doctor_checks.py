@@ -81,7 +81,7 @@ def _pipeline(name: str, entry: Pipeline, devices: Callable[[], list[Gpu]]) -> s
     found = f"{resolved.family.name} from {entry.checkpoint}"
     if not (uses_gpu(name, entry) and devices()):
         return found
-    needed = device_bytes(entry)
+    needed = device_bytes(resolved.pipeline)
     if needed is None:
         return f"{found}; its weights are not here yet, so their size is not known"
     fits = [str(number) for number, gpu in enumerate(devices()) if needed <= gpu.bytes]

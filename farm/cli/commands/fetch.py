@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farm.cli.terminal.console import say
 from farm.cli.terminal.progress import busy
+
+if TYPE_CHECKING:
+    from farm.pipelines.catalog import Pipeline, Weights
 
 
 def fetch(
@@ -19,12 +22,19 @@ def fetch(
     """Download the weights of pipelines from the hub. Folders on this machine are only checked."""
     from farm.config import load_settings
     from farm.pipelines.catalog import load_catalog
-    from farm.pipelines.checkpoints.hub import fetched
+    from farm.pipelines.checkpoints.model_card import with_named_prior
 
     catalog = load_catalog(load_settings().pipelines)
     entries = {name: catalog.entry(name) for name in pipelines}
     for name, pipeline in entries.items():
-        for weights in (pipeline, *pipeline.parts.values()):
-            with busy(f"Fetching {weights.source}"):
-                folder = fetched(weights, pipeline.variant_of(weights))
-            say(f"{name}: {weights.source} is in {folder}.")
+        _fetch(name, pipeline, pipeline)
+        for part in with_named_prior(pipeline).parts.values():
+            _fetch(name, pipeline, part)
+
+
+def _fetch(name: str, pipeline: Pipeline, weights: Weights) -> None:
+    from farm.pipelines.checkpoints.hub import fetched
+
+    with busy(f"Fetching {weights.source}"):
+        place = fetched(weights, pipeline.variant_of(weights))
+    say(f"{name}: {weights.source} is in {place}.")

@@ -15,6 +15,8 @@ from farm.pipelines.checkpoints.layout import INDEX
 if TYPE_CHECKING:
     import httpx
 
+CONFIGURATION = ["*.json", "*.txt", "*.model", "README.md"]
+"""Files of a repository that describe a checkpoint. They hold no weights, and are small."""
 HUB_SECONDS = 10.0
 """Time limit for an answer of the hub. Seconds."""
 HUB_AWAY_SECONDS = 30.0
@@ -25,9 +27,41 @@ def folder_of_configs(weights: Weights) -> Path:
     """Return the folder with the JSON files of some weights. Fetch them if they are not local.
 
     Raises:
-        CatalogError: there is no such folder, and the hub has none or does not answer.
+        CatalogError: there is no such folder, and the hub has none or does not answer; or the
+            weights are one file, and the entry does not name its configuration.
     """
-    return Path(weights.checkpoint) if weights.is_local else _from_hub(weights)
+    if not weights.is_file:
+        return Path(weights.checkpoint) if weights.is_local else _from_hub(weights, "source")
+    configuration = weights.configuration
+    if configuration is None:
+        raise CatalogError(
+            f"{weights.source} is one file, which does not hold its configuration. Set `config` to "
+            "a folder with the model_index.json, the config.json of each component, the tokenizers "
+            "and the scheduler of its model, or to a hub repository that has them."
+        )
+    if configuration.is_file:
+        raise CatalogError(
+            f"{weights.source}: config {weights.config} is a file. Set `config` to a folder with "
+            f"{INDEX}, or to a hub repository."
+        )
+    if configuration.is_local:
+        return Path(configuration.checkpoint)
+    return _from_hub(configuration, "config")
+
+
+def file_of(weights: Weights) -> Path:
+    """Return the path of a checkpoint in one file.
+
+    Raises:
+        CatalogError: there is no such file.
+    """
+    path = Path(weights.checkpoint)
+    if not path.is_file():
+        raise CatalogError(
+            f"There is no file {weights.source} next to the catalog. Set `source` to a file that "
+            "this machine has."
+        )
+    return path
 
 
 def cached_folder(weights: Weights) -> Path | None:
@@ -51,8 +85,8 @@ def hub_is_away() -> bool:
     return time.monotonic() < _hub_is_away_until
 
 
-def _from_hub(weights: Weights) -> Path:
-    """Fetch the JSON files. While the hub is away, use only local ones."""
+def _from_hub(weights: Weights, field: str) -> Path:
+    """Fetch the files that describe a checkpoint. While the hub is away, use only local ones."""
     global _hub_is_away_until
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -63,13 +97,13 @@ def _from_hub(weights: Weights) -> Path:
         folder = snapshot_download(
             weights.source,
             revision=weights.revision,
-            allow_patterns="*.json",
+            allow_patterns=CONFIGURATION,
             local_files_only=is_away,
         )
     except HFValidationError as error:
         raise CatalogError(
             f"There is no folder {weights.source} next to the catalog, and the hub allows no such "
-            "name. Set `source` to a folder, or to a repository such as owner/name."
+            f"name. Set `{field}` to a folder, or to a repository such as owner/name."
         ) from error
     except Exception as error:  # the hub's client also raises errors of its HTTP library
         reason = "The hub did not answer a moment ago." if is_away else hub_says(error)
@@ -122,11 +156,14 @@ def fetched_before(weights: Weights, variant: str | None) -> str | None:
 
 
 def fetched(weights: Weights, variant: str | None) -> str:
-    """Return the local folder of some weights. Download them from the hub if they are missing.
+    """Return the local folder or file of some weights. Download them from the hub if missing.
 
     Raises:
         CatalogError: the download failed.
     """
+    if weights.is_file:
+        folder_of_configs(weights)  # which may be on the hub
+        return str(file_of(weights))
     if weights.is_local:
         return weights.checkpoint
     from diffusers import DiffusionPipeline

@@ -18,7 +18,8 @@ from farm.pipelines.checkpoints.call_signature import (
 )
 from farm.pipelines.checkpoints.hub import folder_of_configs
 from farm.pipelines.checkpoints.layout import CONFIG_NAMES, INDEX, component, components, read_json
-from farm.pipelines.checkpoints.weights import check_files
+from farm.pipelines.checkpoints.one_file import check_one_file, header_of, require_layout
+from farm.pipelines.checkpoints.weights import check_configuration, check_files
 from farm.pipelines.family import Checkpoint
 
 LIBRARIES = frozenset({"diffusers", "transformers"})
@@ -34,13 +35,16 @@ def read_checkpoint(pipeline: Pipeline) -> Checkpoint:
             the farm does not load it: pickles, custom code, a missing variant.
     """
     parts = {
-        name: _read(
+        name: read_weights(
             part, pipeline.variant_of(part), f"{name} {part.source}", SHARED.get(name, frozenset())
         )
         for name, part in pipeline.parts.items()
     }
-    whole = _read(pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline))
-    if pipeline.safety_checker and not component(whole.index, "safety_checker"):
+    whole = read_weights(
+        pipeline, pipeline.variant_of(pipeline), pipeline.source, unused_in(pipeline)
+    )
+    has_checker = component(whole.index, "safety_checker") and not pipeline.is_file
+    if pipeline.safety_checker and not has_checker:
         raise CatalogError(
             f"{pipeline.source} has no safety checker. Remove safety_checker = true from the entry."
         )
@@ -65,20 +69,42 @@ def _refuse_without_picture(checkpoint: Checkpoint, where: str) -> None:
 
 
 def unused_in(pipeline: Pipeline) -> Collection[str]:
-    """Return the components that an entry does not use."""
-    return {"safety_checker"} if pipeline.safety_checker is False else ()
+    """Return the components that an entry does not use. One file has no safety checker."""
+    return {"safety_checker"} if pipeline.safety_checker is False or pipeline.is_file else ()
 
 
-def _read(
+def read_weights(
     weights: Weights, variant: str | None, where: str, unused: Collection[str] = ()
 ) -> Checkpoint:
+    """Read the configuration of some weights, and check their files if they are local.
+
+    Args:
+        weights: the weights.
+        variant: variant of their files.
+        where: their name for messages.
+        unused: components that are not loaded from them.
+
+    Raises:
+        CatalogError: see read_checkpoint.
+    """
+    if weights.config is not None and not weights.is_file:
+        raise CatalogError(
+            f"{where}: `config` is for a source that is one .safetensors file, and this is none. "
+            "Remove `config`."
+        )
+    header = header_of(weights, where) if weights.is_file else {}
     folder = folder_of_configs(weights)
+    described = f"{where}: config {weights.config}" if weights.is_file else where
     try:
-        checkpoint = _read_configs(folder, where)
-        _refuse_own_code(checkpoint, folder, where)
+        checkpoint = _read_configs(folder, described)
+        _refuse_own_code(checkpoint, folder, described)
     except OSError as error:
-        raise CatalogError(f"{where} cannot be read: {one_line(error)}") from error
-    if weights.is_local:
+        raise CatalogError(f"{described} cannot be read: {one_line(error)}") from error
+    if weights.is_file:
+        require_layout(checkpoint, described, unused)
+        check_configuration(folder, described, unused)
+        check_one_file(header, checkpoint, weights, where, unused)
+    elif weights.is_local:
         check_files(folder, variant, where, unused)
     return checkpoint
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from farm.errors import CatalogError, one_line
-from farm.pipelines.checkpoints.layout import INDEX, component, components, read_json
+from farm.pipelines.catalog import SAFE
+from farm.pipelines.checkpoints.layout import CONFIG_NAMES, INDEX, component, components, read_json
 from farm.pipelines.disk_cache import file_hash
 
-SAFE = ".safetensors"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 MAX_HEADER_BYTES = 100_000_000
 """Limit for the header of a safetensors file, the same as in its library. Bytes."""
@@ -40,8 +41,51 @@ STEM = rf"(model|diffusion_pytorch_model){SHARD}"
 PLAIN = re.compile(STEM + re.escape(SAFE))
 WEIGHTLESS = re.compile("Tokenizer|Processor|FeatureExtractor|Scheduler")
 """Classes that have no weights, although their folder may have a config.json."""
-WEIGHED = {SAFE, ".json", ".txt", ".model"}
+CONFIGURING = frozenset({".json", ".txt", ".model"})
+"""Suffixes of files that affect the pictures and hold no weights."""
+WEIGHED = CONFIGURING | {SAFE}
 """Suffixes of files that affect the pictures. A README or a preview picture does not."""
+DTYPE_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Bits of a number, by its type in a safetensors file."""
+OTHER_FILES = {
+    b"version https://git-lfs": "it is a pointer of Git LFS. Fetch the file itself: `git lfs pull`",
+    b"PK\x03\x04": "it is a pickle, which can run any code. Only safetensors are loaded",
+    b"\x80": "it is a pickle, which can run any code. Only safetensors are loaded",
+    b"<": "it is a web page. Download the file itself",
+    b"GGUF": "it is a GGUF file. Only safetensors are loaded",
+}
+"""Message for a file that is not safetensors, by its first bytes."""
+
+
+def check_configuration(folder: Path, where: str, unused: Collection[str] = ()) -> None:
+    """Refuse a folder that cannot configure the components of a checkpoint in one file.
+
+    Raises:
+        CatalogError: a component's files are missing or broken, weights aside.
+    """
+    try:
+        for place in _places(folder):
+            if place.name not in unused:
+                _refuse_broken_json(place, folder, where)
+        for name, _library, class_name in components(read_json(folder, INDEX, where)):
+            if name in unused:
+                continue
+            if not (folder / name).is_dir():
+                raise CatalogError(f"{where}: its {name} is missing; {INDEX} names it.")
+            described = any((folder / name / config).is_file() for config in CONFIG_NAMES)
+            if not WEIGHTLESS.search(class_name) and not described:
+                raise CatalogError(f"{where}: {name}/config.json is missing.")
+        _refuse_empty_tokenizers(folder, where)
+    except OSError as error:
+        raise CatalogError(f"{where} cannot be read: {one_line(error)}") from error
 
 
 def check_files(
@@ -183,7 +227,7 @@ def _is_variant(name: str, variant: str) -> bool:
 
 def _refuse_damaged(path: Path, folder: Path, where: str) -> None:
     try:
-        _read_header(path)
+        read_header(path)
     except (ValueError, RecursionError) as error:
         shown = path.relative_to(folder)
         raise CatalogError(f"{where}: {shown} is damaged: {one_line(error)}") from error
@@ -211,66 +255,103 @@ def _says_its_length(place: Path) -> bool:
     return isinstance(said, dict) and bool({"model_max_length", "max_len"} & said.keys())
 
 
-def weights_hash(folder: Path) -> str:
+def weights_hash(folder: Path, suffixes: Collection[str] = WEIGHED) -> str:
     """Hash the files of a checkpoint that affect the pictures, names included (sha256, hex)."""
     digest = hashlib.sha256()
-    for path in _weighed_files(folder):
+    for path in _files_of(folder, suffixes):
         digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _weighed_files(folder: Path) -> Iterator[Path]:
+def _files_of(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     yield from sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.suffix in WEIGHED
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes
     )
 
 
-def parameter_count(folder: Path, variant: str | None) -> int:
-    """Count the parameters that loading a folder would put into memory."""
-    return sum(parameter_counts(folder, variant))
+def parameter_count(checkpoint: Path, variant: str | None) -> int:
+    """Count the parameters that loading a folder or one file would put into memory."""
+    return sum(parameter_counts(checkpoint, variant))
 
 
-def parameter_counts(folder: Path, variant: str | None) -> list[int]:
-    """Count the parameters of each component of a folder, from the headers of its files."""
+def parameter_counts(checkpoint: Path, variant: str | None) -> list[int]:
+    """Count the parameters of each component of a folder or one file, from the headers."""
+    if checkpoint.is_file():
+        counts: Counter[str] = Counter()
+        for name, tensor in read_header(checkpoint).items():
+            counts[name.partition(".")[0]] += prod(tensor["shape"])
+        del counts["model_ema"]  # averages from training, which are not loaded
+        return [*counts.values()]
     return [
         sum(
             prod(tensor["shape"])
             for path in loaded_files(place, variant)
-            for tensor in _read_header(path).values()
+            for tensor in read_header(path).values()
         )
-        for place in _places(folder)
+        for place in _places(checkpoint)
     ]
 
 
-class _Tensor(TypedDict):
+class Tensor(TypedDict):
     """Entry of a tensor in a header."""
 
+    dtype: str
     shape: list[int]
     data_offsets: list[int]
 
 
-def _read_header(path: Path) -> dict[str, _Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """Read the header of a safetensors file: eight bytes of length, then JSON.
 
     See https://huggingface.co/docs/safetensors#format
 
     Raises:
-        ValueError: it is not a safetensors file, or it is cut off.
+        ValueError: it is not a safetensors file, it is cut off, or its tensors do not fill it.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError("it does not begin like a safetensors file, or is cut off")
+            file.seek(0)
+            raise ValueError(_not_safetensors(file.read(32)))
         header = json.loads(file.read(length))
     try:
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        _refuse_wrong_tensors(tensors)
         end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        shapes = [side for tensor in tensors.values() for side in tensor["shape"]]
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError("its header is not that of safetensors") from error
-    if not all(isinstance(number, int) for number in (end, *shapes)):
-        raise ValueError("its header is not that of safetensors")
     if size != 8 + length + end:
         raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
     return tensors
+
+
+def _not_safetensors(start: bytes) -> str:
+    if not start:
+        return "it is empty"
+    if start[4:8] != bytes(4):  # in safetensors, the upper half of a length of up to 100 MB
+        for first, kind in OTHER_FILES.items():
+            if start.startswith(first):
+                return kind
+    return "it does not begin like a safetensors file, or is cut off"
+
+
+def _refuse_wrong_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that have no known type, or other bytes than their shape needs.
+
+    They follow each other without gaps.
+    """
+    before = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        offsets, shape = tensor["data_offsets"], tensor["shape"]
+        numbers: list[Any] = [*offsets, *shape]
+        if len(offsets) != 2 or not all(isinstance(each, int) and each >= 0 for each in numbers):
+            raise TypeError(name)
+        begin, end = offsets
+        if tensor["dtype"] not in DTYPE_BITS:
+            raise ValueError(f"{one_line(name, 100)} has the unknown type {tensor['dtype']!r:.20}")
+        if begin != before:
+            raise ValueError(f"{one_line(name, 100)} begins at byte {begin} instead of {before}")
+        if (end - begin) * 8 != prod(shape) * DTYPE_BITS[tensor["dtype"]]:
+            raise ValueError(f"{one_line(name, 100)} has {end - begin} bytes, unlike its shape")
+        before = end

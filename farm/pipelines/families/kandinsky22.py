@@ -71,8 +71,9 @@ class Kandinsky22:
         require_class(checkpoint, CLASSES, pipeline.source)
         if "prior" not in checkpoint.parts:
             raise CatalogError(
-                f"{pipeline.source} needs a prior, which makes embeddings of prompts. Set `prior`, "
-                "for example to kandinsky-community/kandinsky-2-2-prior."
+                f"{pipeline.source} needs a prior, which makes embeddings of prompts, and has no "
+                "README.md that names one. Set `prior`, for example to "
+                "kandinsky-community/kandinsky-2-2-prior."
             )
         require_class(checkpoint.parts["prior"], (PRIOR,), "The prior")
         scale = vae_scale(config_of(checkpoint, "movq"))

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING
 
 from farm.errors import CatalogError, FarmError, OutOfMemory, one_line
 from farm.pipelines.catalog import Pipeline, Weights
-from farm.pipelines.checkpoints.hub import fetched, fetched_before
+from farm.pipelines.checkpoints.call_signature import text_to_image_class
+from farm.pipelines.checkpoints.hub import fetched, fetched_before, folder_of_configs
 from farm.pipelines.checkpoints.layout import INDEX
-from farm.pipelines.checkpoints.read import unused_in
+from farm.pipelines.checkpoints.read import read_weights, unused_in
 from farm.pipelines.checkpoints.weights import (
+    CONFIGURING,
     check_files,
     named_files,
     parameter_count,
     weights_hash,
 )
+from farm.pipelines.disk_cache import file_hash
 from farm.pipelines.family import LoadedPipeline
 from farm.pipelines.runtime.compiling import compile_pipe
 from farm.pipelines.runtime.devices import (
@@ -34,7 +37,7 @@ from farm.pipelines.runtime.devices import (
     is_out_of_memory,
     quieten_libraries,
 )
-from farm.pipelines.runtime.models import load_model, model_classes
+from farm.pipelines.runtime.models import load_model, model_classes, require_weights
 from farm.pipelines.samplers import sampler_config
 
 if TYPE_CHECKING:
@@ -72,11 +75,13 @@ def load_part(
     import torch
 
     quieten_libraries()
-    loader = getattr(diffusers, class_name)
     device = device_of(pipeline)
     dtype = dtype_of(pipeline, device)
     variant = pipeline.variant_of(part)
     source = fetched(part, variant)
+    if part.is_file:
+        return _load_one_file(pipeline, part, class_name, components)
+    loader = getattr(diffusers, class_name)
     # Check again: the files may have changed since, or have just been fetched.
     check_files(Path(source), variant, part.source, {*unused_in(pipeline), *components})
     _check_memory(pipeline, part, source, device, BYTES[dtype])
@@ -97,6 +102,44 @@ def load_part(
         loaded = loader.from_pretrained(
             source, variant=variant, dtype=kind, use_safetensors=True, **components
         )
+    _remedy(getattr(loaded, "text_encoder", None))
+    return loaded
+
+
+def _load_one_file(
+    pipeline: Pipeline, part: Weights, class_name: str, components: Mapping[str, object]
+) -> DiffusionPipeline:
+    """Load a checkpoint in one file through `from_single_file`, with its configuration."""
+    import diffusers
+    import torch
+
+    device = device_of(pipeline)
+    dtype = dtype_of(pipeline, device)
+    # Check again: the file may have changed since.
+    unused = {*unused_in(pipeline), *components}
+    checkpoint = read_weights(part, None, part.source, unused)
+    _check_memory(pipeline, part, part.checkpoint, device, BYTES[dtype])
+    if class_name == AUTO:  # which has no `from_single_file`
+        class_name = text_to_image_class(checkpoint.class_name) or checkpoint.class_name
+        if "controlnet" in components:
+            class_name = class_name.replace("Pipeline", "ControlNetPipeline")
+    folder = folder_of_configs(part)
+    # The settings of a safety checker are not arguments of every class.
+    given = {name: components[name] for name in components if name in checkpoint.index}
+    given |= {name: components[name] for name in components if name == "controlnet"}
+    how = {
+        "config": str(folder),
+        "torch_dtype": getattr(torch, dtype),
+        "local_files_only": True,
+    }
+    for name, model_class in model_classes(folder, part.source):
+        if name not in given and issubclass(model_class, diffusers.ModelMixin):
+            with _told(pipeline, part, f"{part.source}: its {name}"):
+                given[name] = model_class.from_single_file(part.checkpoint, subfolder=name, **how)
+    with _told(pipeline, part):
+        loaded = getattr(diffusers, class_name).from_single_file(part.checkpoint, **how, **given)
+    for name, model in loaded.components.items():
+        require_weights(model, f"{part.source}: its {name}")
     _remedy(getattr(loaded, "text_encoder", None))
     return loaded
 
@@ -206,9 +249,14 @@ SHAPES = re.compile(r"ignore_mismatched_sizes|size mismatch|expected shape")
 
 def _reason(error: Exception, part: Weights) -> str:
     """Return the message of a library in one line, without the paths of this machine."""
-    said = one_line(str(error).replace(part.checkpoint, part.source)) or type(error).__name__
+    text = str(error).replace(part.checkpoint, part.source)
+    if configuration := part.configuration:
+        text = text.replace(configuration.checkpoint, configuration.source)
+    said = one_line(text) or type(error).__name__
     if code := OWN_CODE.search(said):
         return f"{code[1]} is custom code, which is never run."
+    if "meta tensor" in said:  # diffusers' `from_single_file` had nothing to put there
+        return "the file lacks some of its weights. Use the whole checkpoint, and its own `config`."
     if not SHAPES.search(str(error)):
         return said
     detail = re.search(r"(\S+) expected shape .*? but got .*?\)", said)  # one_line cuts much later
@@ -255,9 +303,20 @@ def _weights(pipeline: Pipeline) -> str:
 
 
 def _name_of_weights(weights: Weights, variant: str | None) -> str:
+    if weights.is_file:
+        content = f"{file_hash(Path(weights.checkpoint))} {_name_of_configuration(weights)}"
+        return hashlib.sha256(content.encode()).hexdigest()
     if weights.is_local:
         content = weights_hash(Path(weights.checkpoint))
         return hashlib.sha256(f"{content} {variant}".encode()).hexdigest() if variant else content
     folder = Path(fetched_before(weights, variant) or fetched(weights, variant))
     # The hub's cache may also hold files of variants that were not loaded.
     return hashlib.sha256(f"{weights.source} {folder.name} {variant}".encode()).hexdigest()
+
+
+def _name_of_configuration(weights: Weights) -> str:
+    """Name the configuration of one file: a hash of a folder's content, or of a hub commit."""
+    folder, configuration = folder_of_configs(weights), weights.configuration
+    if configuration is None or configuration.is_local:
+        return weights_hash(folder, CONFIGURING)
+    return hashlib.sha256(f"{weights.config} {folder.name}".encode()).hexdigest()

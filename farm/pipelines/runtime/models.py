@@ -75,6 +75,28 @@ def load_model(
     return model
 
 
+def require_weights(model: object, where: str) -> None:
+    """Refuse a model that was loaded from one file, and lacks weights.
+
+    Args:
+        model: a component of a pipeline; one without weights is ignored.
+        where: its name for messages.
+
+    Raises:
+        CatalogError: it lacks weights.
+    """
+    import torch
+
+    if isinstance(model, torch.nn.Module):
+        # transformers leaves them on torch's device without memory.
+        missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+        if missing:
+            raise CatalogError(
+                f"{where} lacks weights that its class needs: {_some(missing)}. Use the whole "
+                "checkpoint, and its own `config`."
+            )
+
+
 def _is_mixin(kind: type[ModelMixin | PreTrainedModel]) -> bool:
     import diffusers
 
