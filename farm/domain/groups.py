@@ -22,6 +22,8 @@ SHORTEST, LONGEST = 10_000, 100_000
 """Minimum and maximum number of places in a stretch."""
 BATCHES_OF_GROUP = 16
 """Full batches of a group, on average. Its last batch is short."""
+MOST_KEYS, MOST_PLACES = 2**15 - 1, 2**31 - 1
+"""Most batch keys and places that the columns of `job_groups` and `job_order` can hold."""
 PLACES_OF_CHUNK = 1000
 """Places in a row of `job_order`."""
 

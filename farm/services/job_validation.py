@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from farm.config import Settings
 from farm.domain.deadlines import DEADLINES, deadlines_of
-from farm.domain.groups import Order, ordered
+from farm.domain.groups import MOST_KEYS, MOST_PLACES, Order, ordered
 from farm.domain.image_formats import FORMATS
 from farm.domain.inputs import LineSettings, Setting, StoredInput
 from farm.domain.spec import (
@@ -337,10 +337,17 @@ def _grouped_points(
     Errors name the first line that has the setting. There is no order if all lines have the same.
     """
     found = of_lines.settings
-    if len(found) * job.grid_points > settings.max_grid_points:
+    most = min(settings.max_grid_points, MOST_KEYS)
+    if len(found) * job.grid_points > most:
         raise InvalidRequest(
             f"input: {len(found)} different settings of lines x {job.grid_points} combinations of "
-            f"the grid; the limit is {settings.max_grid_points}. Submit several jobs.",
+            f"the grid; the limit is {most}. Submit several jobs.",
+            param="input",
+        )
+    if prompts * job.grid_points > MOST_PLACES:
+        raise InvalidRequest(
+            f"input: {prompts} lines x {job.grid_points} combinations of the grid; the limit of "
+            f"lines with different settings is {MOST_PLACES}. Submit several jobs.",
             param="input",
         )
     varied = {name for setting in found for name in setting.values}
