@@ -60,6 +60,47 @@ class Layout(BaseModel):
         raise IndexError(index)
 
 
+class Listed(BaseModel):
+    """Points that are no grid: the values that are not shared, one by one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    names: list[str]
+    """Names of the parameters, in the order of an image's metadata text."""
+    each: list[tuple[dict[str, object], int]]
+    """For each point the values of parameters that are not shared, and its bucket."""
+
+    def __len__(self) -> int:
+        """Count the points."""
+        return len(self.each)
+
+    def params(self, index: int, shared: Mapping[str, object]) -> dict[str, object]:
+        """Return the parameters of a point, including the shared ones."""
+        here = self.each[index][0]
+        return {name: here[name] if name in here else shared[name] for name in self.names}
+
+    def bucket(self, index: int) -> int:
+        """Return the bucket of a point."""
+        return self.each[index][1]
+
+
+def listed(points: Sequence[StoredPoint], shared: Mapping[str, object]) -> Listed | None:
+    """List points without the parameters that they share.
+
+    Returns:
+        The list. None if it would not reproduce the same points.
+    """
+    own = [
+        {name: value for name, value in point["params"].items() if name not in shared}
+        for point in points
+    ]
+    buckets = [point["bucket"] for point in points]
+    found = Listed(names=list(points[0]["params"]), each=[*zip(own, buckets, strict=True)])
+    gives = [found.params(index, shared) for index in range(len(points))]
+    same = json.dumps(gives) == json.dumps([point["params"] for point in points])
+    return found if same else None
+
+
 def packed(
     points: Sequence[StoredPoint],
     shared: Mapping[str, object],

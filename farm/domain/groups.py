@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SHORTEST, LONGEST = 10_000, 100_000
-"""Minimum and maximum number of places in a stretch."""
+"""Minimum and maximum number of frames in a stretch."""
 BATCHES_OF_GROUP = 16
 """Full batches of a group, on average. Its last batch is short."""
 MOST_KEYS, MOST_PLACES = 2**15 - 1, 2**31 - 1
@@ -95,7 +95,7 @@ def ordered(
     """
     import numpy as np
 
-    size = min(max(SHORTEST, keys * BATCHES_OF_GROUP * bucket // images), LONGEST)
+    size = max(1, min(max(SHORTEST, keys * BATCHES_OF_GROUP * bucket), LONGEST) // images)
     groups: list[Group] = []
     stretches: list[Places] = []
     position = 0

@@ -33,13 +33,15 @@ MAX_KEY_CHARS = 200
 
 MAX_SETTINGS = 1000
 """Maximum number of different settings in an input."""
+MAX_PARAMETERS = 100
+"""Maximum number of different parameters in the lines of an input."""
 MAX_SETTING_CHARS = 4000
 """Maximum length of the settings of a line, as JSON."""
 MAX_IMAGES = 100_000
 """Maximum number of different control images in an input."""
 OWN_FIELDS = frozenset({"prompt", "key", "seed", "negative_prompt", "labels"})
 """Fields of a line that are no parameters."""
-FIELDS_OF_JOBS = frozenset(JobSpec.model_fields) - OWN_FIELDS
+FIELDS_OF_JOBS = frozenset(JobSpec.model_fields) - OWN_FIELDS - {"params"}
 CONTROL = "control"
 """The parameter that names uploaded images. Its images may differ within one setting."""
 IMAGE_ID = re.compile("[0-9a-f]{64}")
@@ -63,7 +65,7 @@ class Setting(NamedTuple):
 
     line: int
     """Number of the first line that has them, from 1."""
-    values: dict[str, Any]
+    values: dict[str, object]
     flaw: str | None = None
     """Syntax error in the prompts of its lines. Empty if there is none; None if not checked yet."""
 
@@ -199,30 +201,32 @@ def images_of(control: Any) -> tuple[str, ...] | None:
     return None if control is None else tuple(net["image"] for net in control)
 
 
-def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(fields: Mapping[str, object]) -> dict[str, object]:
     """Return the settings of a line. Whole floats become ints: tables with empty cells have floats.
 
     Raises:
         ValueError: a field belongs to the job, or `control` has another form.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name in sorted(fields.keys() - OWN_FIELDS):
         value = fields[name]
-        if name in FIELDS_OF_JOBS:
-            raise ValueError(f"{name} is the same for all lines. Set it for the job instead")
         if value is None:  # left to the job
             continue
+        if name in FIELDS_OF_JOBS:
+            raise ValueError(f"{name} is the same for all lines. Set it for the job instead")
+        if not name.isidentifier():
+            raise ValueError(f"{name[:100]!r} is not the name of a parameter")
         if name == CONTROL:
             value = [{**net, "image": NO_IMAGE} for net in _checked_nets(value)]
         found[name] = int(value) if isinstance(value, float) and value.is_integer() else value
     return found
 
 
-def _checked_nets(control: Any) -> list[dict[str, Any]]:
-    nets = control if isinstance(control, list) else [control]
-    images = [net.get("image") for net in nets if isinstance(net, dict)]
-    if isinstance(control, list) and len(images) == len(nets) and all(map(_is_id, images)):
-        return nets
+def _checked_nets(control: object) -> list[dict[str, object]]:
+    if isinstance(control, list):
+        nets = [net for net in control if isinstance(net, dict) and _is_id(net.get("image"))]
+        if len(nets) == len(control):
+            return nets
     raise ValueError(
         f'{CONTROL}: use a list with an object for each image: [{{"image": "ID of an uploaded '
         'image", "scale": 0.8}]'

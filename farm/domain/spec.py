@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from farm.domain.deadlines import Deadline
-from farm.domain.grids import FEWEST, Layout, packed
+from farm.domain.grids import FEWEST, Layout, Listed, listed, packed
 from farm.domain.image_formats import Format
 from farm.domain.keeping import KeepFor
 
@@ -280,7 +280,7 @@ class FullSpec(BaseModel):
     )
     params: dict[str, object]
     grid: dict[str, list[object]]
-    points: list[Point] | Layout = Field(
+    points: list[Point] | Layout | Listed = Field(
         description="Each point of the grid, with each of the settings of lines"
     )
     settings: int = Field(default=1, ge=1, description="Number of different settings of its lines")
@@ -307,15 +307,19 @@ class FullSpec(BaseModel):
 
     def stored(self) -> FullSpec | dict[str, object]:
         """Return the form to store, with a large grid by axis. `runs` has its own column."""
-        if len(self.points) < FEWEST or self.settings > 1:
+        if len(self.points) < FEWEST:
             return self
         data = self.model_dump(mode="json")
-        layout = packed(data["points"], data["params"], data["grid"])
+        layout: Layout | Listed | None
+        if self.settings > 1:
+            layout = listed(data["points"], data["params"])
+        else:
+            layout = packed(data["points"], data["params"], data["grid"])
         return data if layout is None else {**data, "points": layout}
 
     def point(self, index: int) -> Point:
         """Return a point of the grid."""
-        if isinstance(self.points, Layout):
+        if isinstance(self.points, Layout | Listed):
             params = self.points.params(index, self.params)
             return Point(params=params, bucket=self.points.bucket(index))
         return self.points[index]
@@ -345,7 +349,7 @@ class FullSpec(BaseModel):
         The end of a key is then the number of frames that have it or one before it.
         """
         runs: list[Run] = []
-        assert not isinstance(self.points, Layout), (
+        assert not isinstance(self.points, Layout | Listed), (
             "the runs of a stored job are a column of its row"
         )
         if self.order is not None:

@@ -7,12 +7,12 @@ one part, packs them, and writes them to a temporary file until the whole stream
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import uuid
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -23,6 +23,7 @@ from farm.domain.inputs import (
     CONTROL,
     LINES_PER_PART,
     MAX_IMAGES,
+    MAX_PARAMETERS,
     MAX_SETTING_CHARS,
     MAX_SETTINGS,
     OWN_FIELDS,
@@ -42,12 +43,14 @@ from farm.errors import InvalidRequest
 from farm.store import inputs
 from farm.store.actions import Actor, record
 from farm.store.engine import transaction
+from farm.store.migrate import require_groups
 
 MAX_LINE_BYTES = 2**18
 MAX_BAD_LINES = 100
 """Maximum number of wrong lines in one error."""
 PIECE_BYTES = 2**14
 """Packed bytes that are unpacked at once. The rest of a piece is copied for each file in it."""
+FINITE = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 KNOWN_SETTINGS = 10_000
 """Forms of settings that are remembered: the same fields may stand in another order."""
 GZIP = b"\x1f\x8b"
@@ -59,8 +62,16 @@ MANY = TypeAdapter(list[LineFields])
 
 
 def store(farm: Farm, tenant_id: uuid.UUID, reader: InputReader) -> StoredInput:
-    """Store an input that was read to its end. Return it, or the same input stored before."""
+    """Store an input that was read to its end. Return it, or the same input stored before.
+
+    Raises:
+        LimitExceeded: the tenant's inputs would be larger than they may be.
+        SchemaRefused: lines have parameters, and an older version may still run. Its API would
+            accept a job and leave them out.
+    """
     with transaction(farm.store) as connection:
+        if any(setting.values for setting in reader.facts.settings):
+            require_groups(connection)
         return inputs.insert_input(
             connection, tenant_id, reader.sha256, reader.facts, reader.parts()
         )
@@ -106,6 +117,8 @@ class InputReader:
         self._settings_by_text: dict[str, int] = {}
         self._indexes: dict[tuple[object, ...], int] = {}
         """Indexes of settings, by the fields of a line and their types."""
+        self._names: set[str] = set()
+        """Names of parameters in lines."""
         self._parts = tempfile.TemporaryFile(prefix="farm-input-")  # noqa: SIM115 - closed by __exit__
         self._sizes: list[int] = []
 
@@ -295,7 +308,9 @@ class InputReader:
 
     def _setting(self, number: int, fields: LineFields) -> int:
         """Return the index of a line's settings."""
-        given = tuple(item for item in fields.items() if item[0] not in OWN_FIELDS)
+        given = tuple(  # a null is left to the job
+            item for item in fields.items() if item[0] not in OWN_FIELDS and item[1] is not None
+        )
         if not given:
             return self._index_of(number, {})
         try:
@@ -305,13 +320,14 @@ class InputReader:
             return self._new_setting(number, dict(given))
         if known is None:
             known = self._new_setting(number, dict(given))
-            if len(self._indexes) < KNOWN_SETTINGS:
+            if len(self._indexes) < KNOWN_SETTINGS and len(repr(given)) < MAX_SETTING_CHARS:
                 self._indexes[same] = known
         return known
 
-    def _new_setting(self, number: int, given: Mapping[str, Any]) -> int:
+    def _new_setting(self, number: int, given: Mapping[str, object]) -> int:
         try:
             values = settings_of(given)
+            text = FINITE.encode(values)
         except ValueError as error:
             self._problems.append((number, str(error)))
             return 0
@@ -320,10 +336,10 @@ class InputReader:
         if len(self.facts.images) > MAX_IMAGES:
             why = f"the input names more than {MAX_IMAGES} images. Send several inputs"
             raise BadLines([*self._problems, (number, why)][:MAX_BAD_LINES])
-        return self._index_of(number, values)
+        return self._index_of(number, values, text if values else "")
 
-    def _index_of(self, number: int, values: dict[str, Any]) -> int:
-        text, settings = CANONICAL.encode(values) if values else "", self.facts.settings
+    def _index_of(self, number: int, values: dict[str, object], text: str = "") -> int:
+        settings = self.facts.settings
         index = self._settings_by_text.setdefault(text, len(settings))
         if index == len(settings):
             settings.append(Setting(number, values))
@@ -332,6 +348,10 @@ class InputReader:
                     f"its parameters take {len(text)} characters; the limit is {MAX_SETTING_CHARS}"
                 )
                 self._problems.append((number, why))
+            self._names.update(values)
+            if len(self._names) > MAX_PARAMETERS:
+                why = f"the input has more than {MAX_PARAMETERS} parameters. Use labels instead"
+                raise BadLines([*self._problems, (number, why)][:MAX_BAD_LINES])
             if index == MAX_SETTINGS:
                 problems = [*self._problems, (number, self._too_many_settings())]
                 raise BadLines(problems[:MAX_BAD_LINES])
@@ -415,7 +435,7 @@ def _checked(line: bytes) -> LineFields:
     return fields
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """Yield every text in a JSON value."""
     if isinstance(value, str):
         yield value

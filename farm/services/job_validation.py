@@ -427,7 +427,8 @@ def _checked_setting(
     except InvalidRequest as error:
         field = (error.param or "").partition(".")[0]
         sides = {"width", "height"}  # a size is wrong because of both
-        if field not in varied and not (field in sides and sides.intersection(varied)):
+        is_lines = field in setting.values or (field in varied and field not in given)
+        if not is_lines and not (field in sides and sides & setting.values.keys()):
             raise
         raise InvalidRequest(f"{where}: {error.message}", param="input") from error
 

@@ -93,7 +93,7 @@ def quote(farm: Farm, tenant_id: uuid.UUID, body: Any) -> Quote:
     return Quote(
         pipeline=spec.pipeline,
         frames=spec.total,
-        batches=sum(-(-frames // bucket) for frames, bucket, _ in runs),
+        batches=_batches(spec),
         bytes=None if (size := _sum(runs, "bytes")) is None else round(size),
         device_seconds=seconds,
         seconds_per_frame=each,
@@ -123,6 +123,14 @@ def _runs(spec: FullSpec) -> Iterator[tuple[int, str, int]]:
     starts = [0, *(end for end, _, _ in spec.runs)]
     for (start, end), (_, key, bucket) in zip(pairwise(starts), spec.runs, strict=True):
         yield end - start, key, bucket
+
+
+def _batches(spec: FullSpec) -> int:
+    """Count full and short batches. Each run, and each group, ends with a short one."""
+    if spec.order is None:
+        return sum(-(-frames // bucket) for frames, _, bucket in _runs(spec))
+    buckets = [bucket for _, _, bucket in spec.runs]
+    return sum(-(-(each.stop - each.first) // buckets[each.run]) for each in spec.order.groups)
 
 
 def _sum(runs: list[tuple[int, int, Pace]], name: str) -> float | None:

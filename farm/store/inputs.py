@@ -57,7 +57,9 @@ ORDER BY i.line LIMIT 1
 
 # Sending an input again restarts its retention time.
 SAME = text(f"""
-UPDATE inputs SET created_at = clock_timestamp(), syntax_flaw = NULL
+UPDATE inputs SET created_at = clock_timestamp(), syntax_flaw = NULL, settings = (
+    SELECT jsonb_agg(s.setting - 2 ORDER BY s.n)  -- without the verdict on its syntax
+    FROM jsonb_array_elements(settings) WITH ORDINALITY AS s (setting, n))
 WHERE tenant_id = :tenant_id AND sha256 = :sha256 RETURNING {COLUMNS}
 """)  # noqa: S608 - constants only
 

@@ -118,7 +118,7 @@ def require_schema(store: Store, folder: Path = FOLDER) -> None:
 
 
 def require_groups(connection: Connection) -> None:
-    """Return if lines of an input may have settings: no older version may claim such a job.
+    """Return if lines of an input may have settings: no older version runs that knows none.
 
     Raises:
         SchemaRefused: processes of an older version may still run.
@@ -126,8 +126,8 @@ def require_groups(connection: Connection) -> None:
     floor = connection.execute(FLOOR).scalar_one()
     if floor is None or floor < GROUPS:
         raise SchemaRefused(
-            "input: its lines have parameters. Jobs of such an input are accepted after the last "
-            "step of the upgrade: run `farm migrate` once no older version runs."
+            "input: lines with parameters are accepted once the farm's upgrade is complete. Try "
+            "again later. An operator completes it: run `farm migrate` once no older version runs."
         )
 
 

@@ -435,7 +435,6 @@ input_images = Table(
     Column("sha256", LargeBinary, primary_key=True),
     Column("tenant_id", Uuid, nullable=False),
     Column("line", BigInteger, nullable=False, comment="first line that names it"),
-    Index("input_images_of_tenant", "tenant_id", "sha256"),
     comment="Control images that lines of inputs name.",
 )
 

@@ -211,7 +211,6 @@ def upgrade() -> None:
         sa.Column("line", sa.BigInteger(), nullable=False, comment="first line that names it"),
         comment="Control images that lines of inputs name.",
     )
-    op.create_index("input_images_of_tenant", "input_images", ["tenant_id", "sha256"])
     op.execute(SCALING_BY_COST)
     op.execute(JOB_COST)
     op.execute(JOBS_INSERTED.format(cost=_cost("j")))

@@ -63,5 +63,13 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute("""
+DO $$ BEGIN
+    IF EXISTS (SELECT FROM jobs WHERE stretch IS NOT NULL AND removed_at IS NULL) THEN
+        RAISE EXCEPTION 'Jobs with groups are stored, which an older version would claim wrongly. '
+                        'Remove them first.';
+    END IF;
+END $$
+""")
     for statement in (JOB_CLAIMED, REQUEUED_CLAIMED, *TRIGGERS):
         op.execute(statement)

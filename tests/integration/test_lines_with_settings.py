@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 from farm.context import Farm
 from farm.services import jobs as jobs_use_cases
@@ -20,7 +21,7 @@ from farm.store.frames import FailedAttempt
 from farm.store.job_pages import map_of
 from farm.store.specs import frame_specs
 from tests.integration.test_api_images import file, send
-from tests.integration.test_api_inputs import refused, submit, upload
+from tests.integration.test_api_inputs import jsonl, refused, submit, upload
 from tests.support.api_server import Api, serving
 from tests.support.checkpoint_sandbox import CheckpointSandbox
 from tests.support.store import FakeWorker, frame_rows, let_leases_expire, register_worker, sql
@@ -269,6 +270,22 @@ def test_a_wrong_parameter_is_refused_with_its_first_line(
 def test_a_wrong_parameter_of_the_job_is_not_said_of_a_line(ann: httpx.Client) -> None:
     found = upload(ann, [{"prompt": "a"}, {"prompt": "b", "steps": 3}])
     refused(submit(ann, found["id"], eta=7), 422, "invalid_request", "eta")
+    refused(submit(ann, found["id"], steps=5000), 422, "invalid_request", "steps")
+    refused(submit(ann, found["id"], width=100), 422, "invalid_request", "width")
+
+
+def test_the_spec_of_many_settings_is_stored_about_as_small_as_they_are(
+    farm: Farm, ann: httpx.Client, worker: FakeWorker
+) -> None:
+    lines = [{"prompt": "a", "steps": 1 + n % 50, "eta": n % 4 / 4} for n in range(200)]
+    job = submit(ann, upload(ann, lines)["id"], negative_prompt="blurred " * 100).json()
+    [(size,)] = sql(farm, "SELECT length(spec::text) FROM jobs WHERE id = :id", id=job["id"])
+    assert size < 100 * 60 + 5000
+    for frame in (frame for batch in claim_all(worker) for frame in batch):
+        line = lines[frame.ordinal]
+        assert frame.spec.params["steps"] == line["steps"]
+        assert frame.spec.params["eta"] == line["eta"]
+        assert frame.spec.params["negative_prompt"] == "blurred " * 100
 
 
 def test_prompts_are_read_in_the_syntax_of_their_own_line(ann: httpx.Client) -> None:
@@ -303,20 +320,26 @@ def test_the_syntax_of_lines_is_judged_once_for_each_setting(
     verdicts = [flaw for _, _, flaw in settings]
     assert (verdicts[0], verdicts[2]) == ("", None)
     assert verdicts[1].startswith("input: line with index 1: ")
+    upload(ann, lines)  # again, perhaps to a farm that reads the syntax better
+    refused(submit(ann, found["id"]), 422, "invalid_request", "input")
+    assert len(looked) == 2
 
 
-def test_before_the_last_step_of_an_upgrade_such_a_job_is_refused(
+def test_before_the_last_step_of_an_upgrade_parameters_are_refused(
     farm: Farm, ann: httpx.Client
 ) -> None:
-    """A worker of an older version may run until then, and would claim its frames wrongly."""
-    found = upload(ann, [{"prompt": "a"}, {"prompt": "b", "steps": 3}])
+    """Processes of an older version may run until then, and leave the parameters out."""
+    lines: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b", "steps": 3}]
+    before = upload(ann, lines)
     migrate.downgrade(farm.store, "0047")
-    answer = submit(ann, found["id"])
-    refused(answer, 503, "schema_refused", None)
-    assert "run `farm migrate` once no older version runs" in answer.json()["detail"]
+    for answer in (submit(ann, before["id"]), ann.post("/v1/inputs", content=jsonl(lines[::-1]))):
+        refused(answer, 503, "schema_refused", None)
+        assert "accepted once the farm's upgrade is complete" in answer.json()["detail"]
     assert submit(ann, upload(ann, [{"prompt": "a"}])["id"]).status_code == 202
     migrate.upgrade(farm.store)
-    assert submit(ann, found["id"]).status_code == 202
+    assert submit(ann, before["id"]).status_code == 202
+    with pytest.raises(DBAPIError, match="Jobs with groups are stored"):
+        migrate.downgrade(farm.store, "0047")
 
 
 def test_images_of_lines_must_be_the_tenants_own(

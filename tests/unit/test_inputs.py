@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from farm.config import Settings
-from farm.domain.inputs import LINES_PER_PART, MAX_SETTINGS, BadLines, unpack
+from farm.domain.inputs import LINES_PER_PART, MAX_PARAMETERS, MAX_SETTINGS, BadLines, unpack
 from farm.domain.spec import Line
 from farm.errors import InvalidRequest
 from farm.services.input_upload import MAX_BAD_LINES, MAX_LINE_BYTES, InputReader
@@ -257,6 +257,8 @@ def test_settings_are_read_over_several_parts(read: Read) -> None:
         ({"control": [{"image": "edges.png"}]}, "control: use a list with an object"),
         ({"note": "n" * 5000}, "its parameters take 5011 characters; the limit is 4000."),
         ({"sampler\u0000": 1}, "NUL"),
+        ({"guidance_scale": float("nan")}, "Out of range float values"),
+        ({"guidance scale": 2}, "'guidance scale' is not the name of a parameter."),
         ({"sampler": {"a": ["\u0000"]}}, "NUL"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else next(iter(value)),
@@ -267,6 +269,21 @@ def test_wrong_parameters_are_told_with_their_line(
     told = problems(read, jsonl({"prompt": "a"}, {"prompt": "b", **line}))
     assert [*told] == [2]
     assert why in told[2]
+
+
+def test_nulls_count_as_nothing_whatever_their_names(read: Read) -> None:
+    rows = [{"prompt": "a", f"{n}" * 3: None, "format": None} for n in range(50)]
+    lines, intake = read(jsonl(*rows), block=10_000)
+    assert {line.setting for line in lines} == {0}
+    assert [each.values for each in intake.facts.settings] == [{}]
+
+
+def test_too_many_parameters_are_refused(read: Read) -> None:
+    rows = [{"prompt": "a", f"p{n}": 1} for n in range(MAX_PARAMETERS + 5)]
+    told = problems(read, jsonl(*rows), block=10_000)
+    assert told == {
+        MAX_PARAMETERS + 1: "the input has more than 100 parameters. Use labels instead."
+    }
 
 
 def test_too_many_settings_name_the_field_that_makes_them(read: Read) -> None:

@@ -65,7 +65,8 @@ def test_a_stretch_is_longer_if_there_are_many_keys_or_large_batches(
     keys: int, bucket: int, places: int
 ) -> None:
     assert order_of([0], number=keys, bucket=bucket).stretch == places
-    assert order_of([0], 4, keys, 4 * bucket).stretch == 4 * places
+    assert order_of([0], 4, keys, bucket).stretch == places
+    assert order_of([0], 3 * LONGEST, keys, bucket).stretch == 3 * LONGEST, "one place at least"
 
 
 @given(

@@ -209,7 +209,9 @@ def with_parameters(path: Path, columns: Columns = AS_IT_IS) -> list[dict[str, A
 
 
 def test_a_column_with_the_name_of_a_parameter_is_read_as_one(tmp_path: Path) -> None:
-    content = b'prompt,Steps,guidance_scale,sampler,crops,other\na,20,7.5,10,,x\nb,,,,"[1, 2]",\n'
+    content = (
+        b'prompt,Steps,guidance_scale,sampler,crops,other\na,20,7.5,10,,x\nb,NaN,nan,,"[1, 2]",\n'
+    )
     path = file(tmp_path, "p.csv", content)
     assert with_parameters(path) == [
         {"prompt": "a", "steps": 20, "guidance_scale": 7.5, "sampler": "10"},

@@ -203,7 +203,7 @@ class PromptFile:
                 self._left[name.strip()] = None
 
     @cached_property
-    def _readers(self) -> Mapping[str, Callable[[object], Any]]:
+    def _readers(self) -> Mapping[str, Callable[[object], object]]:
         """Return the function that reads the value of each field: see READ."""
         unknown = dict(self._columns.parameters).keys() - self.parameters.schemas.keys()
         if unknown:
@@ -211,7 +211,7 @@ class PromptFile:
                 f"--field-column: {min(unknown)!r} is not a parameter of the pipeline. Use one of: "
                 f"{', '.join(self.parameters.schemas)}."
             )
-        readers: dict[str, Callable[[object], Any]] = {
+        readers: dict[str, Callable[[object], object]] = {
             name: partial(_parameter, may_be_text=_may_be_text(schema))
             for name, schema in self.parameters.schemas.items()
         }
@@ -323,6 +323,8 @@ def _parameter(value: object, *, may_be_text: bool) -> object:
     if isinstance(value, bytes):
         value = _text(value)
     if isinstance(value, str) and not may_be_text:  # tables of text have numbers as text
+        if value.strip().casefold() == "nan":  # as pandas writes a missing one
+            return None
         with suppress(ValueError):
             return json.loads(value)
     if isinstance(value, Decimal):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from farm.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from dynamicprompts.wildcards.values import WildcardValues
 
-Fields = dict[str, Any]
+Fields = dict[str, object]
 """A line of an input, as farm.domain.inputs defines it."""
 
 COMBINATIONS = 1000

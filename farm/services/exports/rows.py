@@ -54,16 +54,22 @@ VARIED = "Value of this parameter, which lines of the input have. A list or an o
 
 
 def schema_of(jobs: Iterable[FullSpec]) -> pa.Schema:
-    """Return the columns of a dataset: SCHEMA, and one for each other parameter that lines have.
+    """Return the columns of a dataset: SCHEMA, and one for each other parameter that lines vary.
 
-    Jobs whose lines have no settings add none: a shard of them may be written by an older version.
-    A column has one type in all shards: that of its values in all jobs, or text with JSON.
+    Jobs whose lines all agree add none: a shard of them may be written by an older version. A
+    column has one type in all shards: that of its values in all jobs, or text with JSON.
     """
-    found: dict[str, set[str]] = {}
-    for job in (each for each in jobs if each.settings > 1):
-        for point in job.every_point():
-            for name in point.params.keys() - job.params.keys():
-                found.setdefault(name, set()).add(_type_of(point.params[name]))
+    points = [(job, point) for job in jobs for point in job.every_point()]
+    varied = {
+        name
+        for job, point in points
+        if job.settings > 1
+        for name in point.params.keys() - job.params.keys() - job.grid.keys()
+    }
+    found: dict[str, set[str]] = {name: set() for name in varied}
+    for _, point in points:
+        for name in varied & point.params.keys():
+            found[name].add(_type_of(point.params[name]))
     more = [
         pa.field(name, _column_type(found[name]))
         for name in sorted(found)

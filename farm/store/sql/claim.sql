@@ -414,23 +414,6 @@ BEGIN
     frames := _size - free;
 END $$;
 
--- Returns the run of a job after _n more frames, with the position where it ends. `stop` is null if the
--- run does not change. `of_group`: of a job with groups, the run of the _n frames.
-CREATE FUNCTION pg_temp.next_run(
-    _job_id uuid, _n bigint, OUT run int, OUT stop bigint, OUT of_group smallint
-) LANGUAGE sql STABLE AS $$
-    SELECT CASE WHEN j.stretch IS NULL THEN j.run + e.ended::int ELSE coalesce(g.run, j.run) END,
-           CASE WHEN j.stretch IS NULL THEN (j.runs -> (j.run + e.ended::int) ->> 0)::bigint
-                ELSE g.stop END,
-           CASE WHEN j.stretch IS NOT NULL THEN j.run::smallint END
-    FROM jobs j CROSS JOIN LATERAL (SELECT j.cursor + _n = j.run_end AS ended) e
-    LEFT JOIN LATERAL (
-        SELECT g.run, g.stop FROM job_groups g
-        WHERE j.stretch IS NOT NULL AND e.ended AND g.job_id = j.id AND g.first = j.run_end LIMIT 1
-    ) g ON true
-    WHERE j.id = ANY (ARRAY[_job_id])
-$$;
-
 -- Returns the ordinals at positions of a job with groups. They are stored in chunks.
 CREATE FUNCTION pg_temp.ordinals_at(_job_id uuid, _first bigint, _stop bigint)
 RETURNS SETOF bigint LANGUAGE plpgsql STABLE /* by index */ AS $$
@@ -711,7 +694,21 @@ BEGIN
                     run_end = coalesce(next.stop, j.run_end),
                     batch_key = coalesce(j.runs -> next.run ->> 1, j.batch_key),
                     bucket = coalesce((j.runs -> next.run ->> 2)::smallint, j.bucket)
-                FROM take t CROSS JOIN LATERAL pg_temp.next_run(t.id, t.n) next
+                FROM take t CROSS JOIN LATERAL (
+                    -- A run that ends is followed by the next one, or by that of the next group.
+                    SELECT CASE WHEN b.stretch IS NULL THEN b.run + (b.cursor + t.n = b.run_end)::int
+                                ELSE coalesce(g.run, b.run) END AS run,
+                           CASE WHEN b.stretch IS NULL THEN (
+                                    b.runs -> (b.run + (b.cursor + t.n = b.run_end)::int) ->> 0
+                                )::bigint ELSE g.stop END AS stop,
+                           CASE WHEN b.stretch IS NOT NULL THEN b.run END AS of_group
+                    FROM jobs b LEFT JOIN LATERAL (
+                        SELECT g.run, g.stop FROM job_groups g
+                        WHERE g.job_id = b.id AND g.first = b.run_end AND b.cursor + t.n = b.run_end
+                        LIMIT 1
+                    ) g ON b.stretch IS NOT NULL
+                    WHERE b.id = ANY (ARRAY[t.id])
+                ) next
                 -- Not `AND j.open`: by the statistics of an idle farm, few jobs are open. Then all of
                 -- them would be read, instead of those of the batch.
                 WHERE j.id = ANY (ARRAY[t.id]) AND CASE WHEN j.open THEN true END
