@@ -37,7 +37,7 @@ from farm.domain.keeping import KeepFor
 if TYPE_CHECKING:
     from farm.domain.groups import Order
 else:
-    Order = Any  # it needs numpy, which callers may lack
+    Order = Any  # pydantic would look into its fields, and so import numpy
 
 MAX_BUCKET = 256
 MAX_SEED = 2**63 - 1
@@ -266,7 +266,7 @@ class Point(BaseModel):
 class FullSpec(BaseModel):
     """A job as stored: complete, and independent of the catalog."""
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True)
 
     pipeline: str
     prompt_count: int

@@ -59,17 +59,17 @@ def schema_of(jobs: Iterable[FullSpec]) -> pa.Schema:
     Jobs whose lines all agree add none: a shard of them may be written by an older version. A
     column has one type in all shards: that of its values in all jobs, or text with JSON.
     """
-    points = [(job, point) for job in jobs for point in job.every_point()]
-    varied = {
-        name
-        for job, point in points
+    jobs = [*jobs]
+    found: dict[str, set[str]] = {
+        name: set()
+        for job in jobs
         if job.settings > 1
-        for name in point.params.keys() - job.params.keys() - job.grid.keys()
+        for name in job.point(0).params.keys() - job.params.keys() - job.grid.keys()
     }
-    found: dict[str, set[str]] = {name: set() for name in varied}
-    for _, point in points:
-        for name in varied & point.params.keys():
-            found[name].add(_type_of(point.params[name]))
+    for job in jobs if found else ():
+        for point in job.every_point():
+            for name in found.keys() & point.params.keys():
+                found[name].add(_type_of(point.params[name]))
     more = [
         pa.field(name, _column_type(found[name]))
         for name in sorted(found)
