@@ -72,6 +72,12 @@ FORMATS_OF = text("""
 SELECT DISTINCT coalesce(spec ->> 'format', 'png') FROM jobs WHERE id = ANY(:ids) ORDER BY 1
 """)
 
+# Only if lines of one of the jobs have different settings: other datasets have the same columns.
+SPECS_OF = text("""
+SELECT spec FROM jobs WHERE id = ANY(:ids) AND EXISTS (
+    SELECT FROM jobs v WHERE v.id = ANY(:ids) AND v.stretch IS NOT NULL)
+""")
+
 # Every frame with a lower ordinal was claimed.
 CLAIMED_BEFORE = """
 (CASE WHEN j.cursor = j.total THEN j.total
@@ -417,6 +423,11 @@ class ShardRow(NamedTuple):
     files: list[JsonObject] | None
     rows: int | None
     missing: int | None
+
+
+def specs_of(connection: Connection, job_ids: Sequence[uuid.UUID]) -> list[JsonObject]:
+    """Read the specs of jobs. Empty if none has lines with different settings."""
+    return [*connection.execute(SPECS_OF, {"ids": [*job_ids]}).scalars()]
 
 
 def shards_of(

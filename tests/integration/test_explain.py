@@ -409,6 +409,7 @@ HOT: dict[str, tuple[TextClause, dict[str, Any]]] = {
         queries.GAPS,
         {"id": uuid.UUID(int=1), "first": 100, "stop": 20_000, "limit": 50},
     ),
+    "specs of a dataset's jobs": (exports.SPECS_OF, {"ids": [uuid.UUID(int=1)]}),
     "settings of an input": (inputs.SETTINGS, {"id": uuid.UUID(int=1)}),
     "settings of its lines": (inputs.SETTINGS_OF_LINES, {"id": uuid.UUID(int=1)}),
     "verdict on the syntax of lines": (

@@ -6,13 +6,11 @@ import itertools
 import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from cachetools import LRUCache
 
 from farm.config import make_private
 from farm.context import Farm
@@ -38,8 +36,6 @@ PAGE = 500
 """Frames whose rows and lines are read with one query."""
 FETCHES = 8
 """Pictures read from the storage at the same time. They are held in memory."""
-KNOWN_SCHEMAS = 16
-"""Exports whose columns are remembered."""
 NEVER_CLAIMED = "The job was cancelled."
 
 
@@ -50,9 +46,6 @@ class ShardWriter:
     farm: Farm
     wanted: Callable[[], bool] = lambda: True
     """Returns False once writing should stop."""
-    _schemas: MutableMapping[uuid.UUID, pa.Schema] = field(
-        default_factory=lambda: LRUCache(KNOWN_SCHEMAS), init=False, repr=False
-    )
 
     def write(self, shard: Shard) -> tuple[list[dict[str, Any]], int, int]:
         """Write a shard, or the dataset's summary files, and upload the files.
@@ -109,16 +102,10 @@ class ShardWriter:
         """Return the columns of the whole dataset."""
         from farm.services.exports.rows import schema_of
 
-        if shard.export_id not in self._schemas:
-            with reads(self.farm.store) as connection:
-                export = stored.get_export(connection, shard.tenant_id, shard.export_id)
-                self._schemas[shard.export_id] = schema_of(
-                    FullSpec.model_validate(
-                        queries.get_job(connection, shard.tenant_id, job_id).spec
-                    )
-                    for job_id in export.job_ids
-                )
-        return self._schemas[shard.export_id]
+        with reads(self.farm.store) as connection:
+            export = stored.get_export(connection, shard.tenant_id, shard.export_id)
+            specs = stored.specs_of(connection, export.job_ids)
+        return schema_of(map(FullSpec.model_validate, specs))
 
     def _pictured(self, shard: Shard, job_id: uuid.UUID) -> Iterator[Pictured]:
         """Yield each frame with its picture, while the next few are fetched."""
